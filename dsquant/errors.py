@@ -1,0 +1,47 @@
+"""Every error that dsquant raises on purpose.
+
+    DsquantError                  exit code
+    * UsageError                  2    an argument or a recipe that cannot be meant
+    * InputError                  3    a checkpoint, text or output folder that cannot be used; nothing was written
+    * GateError                   4    a quality gate failed
+    * InconclusiveError           5    too few samples to decide a gate
+    * Interrupted                 75   stopped at a safe point; `--resume` goes on
+
+A message names the file or tensor, what was expected, what was found and what to do.
+"""
+
+
+class DsquantError(Exception):
+    """Base of every error raised on purpose; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class UsageError(DsquantError):
+    """An argument or recipe that cannot be meant."""
+
+    exit_code = 2
+
+
+class InputError(DsquantError):
+    """A checkpoint, text or output folder that cannot be used; nothing was written."""
+
+    exit_code = 3
+
+
+class GateError(DsquantError):
+    """A quality gate failed."""
+
+    exit_code = 4
+
+
+class InconclusiveError(DsquantError):
+    """Too few samples to decide a quality gate."""
+
+    exit_code = 5
+
+
+class Interrupted(DsquantError):
+    """The job stopped at a safe point (SIGTERM, disk full, budget exceeded) and can be resumed."""
+
+    exit_code = 75

@@ -1,0 +1,149 @@
+"""Rounding of weights to a group-wise integer grid.
+
+Shape legend: O out features, I in features, G groups along I, S = group size (I = G * S).
+
+The grid of one (row, group) is `w ≈ scale * (code - zero_point)` with `code` in [0, 2**bits - 1]. The
+symmetric grid is the same with a constant zero point of 2**(bits - 1), as compressed-tensors defines it, so one
+representation serves both.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# The smallest scale that float16 and bfloat16 both hold with bfloat16's full precision.
+SMALLEST_SCALE = 2.0**-16
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a weight is quantized: a hashable value that AWQ, writers and planning share."""
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+
+    @property
+    def maximum_code(self) -> int:
+        """The largest code; the smallest is 0."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """The constant zero point of the symmetric grid."""
+        return 2 ** (self.bits - 1)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """The hand-over between quantization and the writers.
+
+    `weight_OI ≈ scales_OG * (codes_OI - zero_points_OG)`, groups along I.
+    """
+
+    codes_OI: torch.Tensor
+    """uint8 in [0, 2**bits - 1]."""
+    scales_OG: torch.Tensor
+    """float32 whose values float16 and bfloat16 both hold exactly."""
+    zero_points_OG: torch.Tensor
+    """uint8 in [0, 2**bits - 1]; constant 2**(bits - 1) where the grid is symmetric."""
+    grid: Grid
+
+    def dequantize(self) -> torch.Tensor:
+        """Returns the weight that the codes stand for, float32 [O, I]."""
+        codes_OGS = self.codes_OI.unflatten(1, (-1, self.grid.group_size)).float()
+        centred_OGS = codes_OGS - self.zero_points_OG.float().unsqueeze(-1)
+        return (centred_OGS * self.scales_OG.unsqueeze(-1)).flatten(1)
+
+
+def storable_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Rounds scales to values that float16 and bfloat16 both hold.
+
+    Engines read an AWQ checkpoint's float16 scales as float16 or bfloat16; with these values every one of them
+    computes with the same number, the one the codes were chosen for.
+
+    Args:
+        scales: positive float32, any shape.
+
+    Returns:
+        float32 of the same shape, at least `SMALLEST_SCALE`.
+    """
+    return scales.clamp(SMALLEST_SCALE, 65280.0).to(torch.bfloat16).float()
+
+
+def grid_parameters(
+    weight_OI: torch.Tensor, grid: Grid, shrink_OG: torch.Tensor | float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points that span each group's range, times `shrink_OG`.
+
+    Asymmetric: scale = (max - min) / (2**bits - 1), zero point = round(-min / scale), the range widened to hold 0
+    (AutoAWQ's `pseudo_quantize_tensor`). Symmetric: scale = max|w| / ((2**bits - 1) / 2), zero point 2**(bits - 1)
+    (compressed-tensors' `calculate_qparams`).
+
+    Args:
+        weight_OI: float32 [O, I].
+        grid: the grid; I is a multiple of its group size.
+        shrink_OG: factor in (0, 1] on each group's range, [O, G] or a number.
+
+    Returns:
+        scales float32 [O, G] and zero points float32 [O, G] holding integers.
+    """
+    weight_OGS = weight_OI.unflatten(1, (-1, grid.group_size))
+    if grid.symmetric:
+        scales_OG = storable_scales(weight_OGS.abs().amax(-1) * shrink_OG / (grid.maximum_code / 2))
+        return scales_OG, torch.full_like(scales_OG, grid.middle)
+    low_OG = weight_OGS.amin(-1).clamp(max=0) * shrink_OG
+    high_OG = weight_OGS.amax(-1).clamp(min=0) * shrink_OG
+    scales_OG = storable_scales((high_OG - low_OG) / grid.maximum_code)
+    zero_points_OG = (-low_OG / scales_OG).round().clamp(0, grid.maximum_code)
+    return scales_OG, zero_points_OG
+
+
+def round_to_grid(
+    weight_OI: torch.Tensor, grid: Grid, scales_OG: torch.Tensor, zero_points_OG: torch.Tensor
+) -> QuantizedWeight:
+    """Rounds each weight to the nearest point of the given grid.
+
+    Args:
+        weight_OI: float32 [O, I].
+        grid: the grid.
+        scales_OG: float32 [O, G].
+        zero_points_OG: [O, G] holding integers.
+
+    Returns:
+        The quantized weight.
+    """
+    weight_OGS = weight_OI.unflatten(1, (-1, grid.group_size))
+    codes_OGS = (weight_OGS / scales_OG.unsqueeze(-1)).round_().add_(zero_points_OG.unsqueeze(-1))
+    codes_OI = codes_OGS.clamp_(0, grid.maximum_code).flatten(1).to(torch.uint8)
+    return QuantizedWeight(codes_OI, scales_OG, zero_points_OG.to(torch.uint8), grid)
+
+
+def fake_quantize(weight_OI: torch.Tensor, grid: Grid, shrink_OG: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Rounds to the nearest grid point and back: what a plainly quantized weight computes with.
+
+    Args:
+        weight_OI: float32 [O, I].
+        grid: the grid.
+        shrink_OG: factor on each group's range.
+
+    Returns:
+        float32 [O, I].
+    """
+    return round_to_nearest(weight_OI, grid, shrink_OG).dequantize()
+
+
+def round_to_nearest(
+    weight_OI: torch.Tensor, grid: Grid, shrink_OG: torch.Tensor | float = 1.0
+) -> QuantizedWeight:
+    """Plain rounding: the grid spans each group's (shrunk) range and every weight goes to the nearest point.
+
+    Args:
+        weight_OI: float32 [O, I].
+        grid: the grid.
+        shrink_OG: factor on each group's range.
+
+    Returns:
+        The quantized weight.
+    """
+    return round_to_grid(weight_OI, grid, *grid_parameters(weight_OI, grid, shrink_OG))

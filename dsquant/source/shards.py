@@ -1,0 +1,257 @@
+"""What a safetensors checkpoint holds and where: an index made from headers alone, and a reader of single tensors.
+
+The index is checked completely before a weight is read: a run must not find out after hours that shard 140 is
+truncated. The reader opens the shard for each read and reads into fresh memory: nothing stays mapped, so resident
+memory is what the caller keeps.
+
+Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsquant.errors import InputError
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+# The same bound as the safetensors library: a longer header is a damaged or hostile file.
+LONGEST_HEADER_BYTES = 100_000_000
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """The size of a tensor's data in bytes, from its safetensors dtype and its shape."""
+    return DTYPES[dtype].itemsize * math.prod(shape)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor's bytes lie."""
+
+    name: str
+    dtype: str
+    """The safetensors name: F8_E4M3, BF16, F32 ..."""
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    """Offset of the first byte in the file."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the data."""
+        return tensor_bytes(self.dtype, self.shape)
+
+
+class ShardIndex(Mapping[str, TensorInfo]):
+    """name -> TensorInfo of every tensor of a checkpoint folder, and a reader of their data."""
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo]) -> None:
+        self.folder = folder
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tensor data in the checkpoint."""
+        return sum(info.num_bytes for info in self.values())
+
+    def require(self, name: str) -> TensorInfo:
+        """Returns the tensor's place.
+
+        Args:
+            name: the tensor's name.
+
+        Returns:
+            Its TensorInfo.
+
+        Raises:
+            InputError: where the checkpoint has no such tensor.
+        """
+        if name not in self._tensors:
+            raise InputError(f"{self.folder}: tensor {name!r} is missing; is the checkpoint complete?")
+        return self._tensors[name]
+
+    def read(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
+        """Reads a tensor, or some of its rows, as stored.
+
+        Args:
+            name: the tensor's name.
+            start_row: the first row (along dimension 0).
+            stop_row: one past the last row; None reads to the end.
+
+        Returns:
+            The tensor in its stored dtype, in memory of its own.
+
+        Raises:
+            InputError: where the tensor is missing or the file has shrunk since it was indexed.
+        """
+        info = self.require(name)
+        shape, offset = info.shape, info.start
+        if shape and (start_row or stop_row is not None):
+            stop_row = shape[0] if stop_row is None else min(stop_row, shape[0])
+            row_bytes = info.num_bytes // shape[0] if shape[0] else 0
+            offset, shape = offset + start_row * row_bytes, (stop_row - start_row, *shape[1:])
+        buffer = torch.empty(tensor_bytes(info.dtype, shape), dtype=torch.uint8)
+        _read_exactly(info, offset, buffer)
+        return buffer.view(DTYPES[info.dtype]).view(shape)
+
+
+def _read_exactly(info: TensorInfo, offset: int, buffer: torch.Tensor) -> None:
+    view = memoryview(buffer.numpy())
+    with info.path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise InputError(
+                    f"{info.path}: the file ends inside tensor {info.name!r}; it was complete when the run began. "
+                    "Restore the file and run again."
+                )
+            done += count
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Reads and checks one shard's header.
+
+    Args:
+        path: a .safetensors file.
+
+    Returns:
+        name -> TensorInfo of its tensors.
+
+    Raises:
+        InputError: where the file is not a complete safetensors file.
+    """
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
+        if header_bytes is None or header_bytes > min(size_bytes - 8, LONGEST_HEADER_BYTES):
+            raise InputError(
+                f"{path}: not a complete safetensors file (its header claims {header_bytes} bytes, the file has "
+                f"{size_bytes}); download it again"
+            )
+        raw = file.read(header_bytes)
+    try:
+        header = json.loads(raw)
+    except ValueError as error:
+        raise InputError(
+            f"{path}: the safetensors header is not valid JSON ({error}); download it again"
+        ) from error
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: the safetensors header is not a JSON object; download it again")
+    header.pop("__metadata__", None)
+    return {
+        name: _tensor_info(path, name, entry, 8 + header_bytes, size_bytes) for name, entry in header.items()
+    }
+
+
+def _tensor_info(path: Path, name: str, entry: Any, data_start: int, size_bytes: int) -> TensorInfo:
+    try:
+        dtype, shape = str(entry["dtype"]), tuple(int(extent) for extent in entry["shape"])
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: the header entry of tensor {name!r} is malformed: {entry!r:.200}"
+        ) from error
+    if dtype not in DTYPES:
+        raise InputError(f"{path}: tensor {name!r} has dtype {dtype}; known are {', '.join(DTYPES)}")
+    if any(extent < 0 for extent in shape) or begin < 0 or end - begin != tensor_bytes(dtype, shape):
+        raise InputError(
+            f"{path}: tensor {name!r} of shape {list(shape)} and dtype {dtype} needs {tensor_bytes(dtype, shape)} "
+            f"bytes, its header gives the range {begin}..{end}; the file is damaged"
+        )
+    if data_start + end > size_bytes:
+        raise InputError(
+            f"{path}: truncated: tensor {name!r} ends at byte {data_start + end}, the file has {size_bytes}; "
+            "download it again"
+        )
+    return TensorInfo(name, dtype, shape, path, data_start + begin)
+
+
+def read_index(folder: Path) -> ShardIndex:
+    """Indexes a checkpoint folder from its index file and every shard's header.
+
+    Args:
+        folder: a folder with model.safetensors.index.json and its shards, or with one model.safetensors.
+
+    Returns:
+        The index; every tensor that the index file names is in the shard it names.
+
+    Raises:
+        InputError: where a file is missing, truncated, or contradicts the index, or where a path leaves the folder.
+    """
+    index_path = folder / INDEX_FILE
+    if not index_path.exists():
+        if not (folder / SINGLE_FILE).exists():
+            raise InputError(
+                f"{folder}: neither {INDEX_FILE} nor {SINGLE_FILE} is there; is this a model folder?"
+            )
+        return ShardIndex(folder, read_header(folder / SINGLE_FILE))
+    weight_map = _read_weight_map(index_path)
+    headers = {
+        file_name: read_header(_shard_path(folder, index_path, file_name))
+        for file_name in sorted(set(weight_map.values()))
+    }
+    for name, file_name in weight_map.items():
+        if name not in headers[file_name]:
+            raise InputError(
+                f"{index_path}: tensor {name!r} should be in {file_name}, whose header does not have it; "
+                "the index and the shard are of different releases"
+            )
+    return ShardIndex(folder, {name: headers[file_name][name] for name, file_name in weight_map.items()})
+
+
+def _read_weight_map(index_path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index_path.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index_path}: not a safetensors index with a 'weight_map' ({error!r})") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f"{index_path}: 'weight_map' must map tensor names to file names")
+    if not weight_map:
+        raise InputError(f"{index_path}: 'weight_map' is empty")
+    return weight_map
+
+
+def _shard_path(folder: Path, index_path: Path, file_name: str) -> Path:
+    if not re.fullmatch(r"[^/\\\0]+\.safetensors", file_name):
+        raise InputError(
+            f"{index_path}: {file_name!r} is not the name of a .safetensors file in the same folder; refused"
+        )
+    path = folder / file_name
+    if not path.is_file():
+        raise InputError(f"{path}: the shard is missing, {index_path.name} names it; download it again")
+    return path
