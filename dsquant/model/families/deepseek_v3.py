@@ -1,0 +1,88 @@
+"""DeepSeek-V3, R1, R1-0528, V3-0324, V3.1 and Kimi-K2: latent attention (MLA) and routed experts.
+
+Every consumer of a scaled producer is in its group: the routed experts, the shared expert and the router read
+`post_attention_layernorm`; leaving the router out changes which experts a token reaches (llm-compressor PR 2451).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dsquant.model.structure import DecoderLayer, Family, Mlp, ScaleGroup
+
+
+def _attention(prefix: str, config: Mapping[str, Any]) -> tuple[ScaleGroup, ...]:
+    attention = f"{prefix}.self_attn"
+    heads, nope, value = config["num_attention_heads"], config["qk_nope_head_dim"], config["v_head_dim"]
+    # Each head's rows of kv_b_proj: `nope` rows of keys, then `value` rows that o_proj reads in the order of heads.
+    value_rows = tuple(head * (nope + value) + nope + row for head in range(heads) for row in range(value))
+    key_value = ScaleGroup(f"{attention}.kv_a_layernorm", (f"{attention}.kv_b_proj",))
+    output = ScaleGroup(f"{attention}.kv_b_proj", (f"{attention}.o_proj",), producer_rows=value_rows)
+    if config.get("q_lora_rank") is None:  # Moonlight projects queries directly
+        first = ScaleGroup(
+            f"{prefix}.input_layernorm", (f"{attention}.q_proj", f"{attention}.kv_a_proj_with_mqa")
+        )
+        return first, key_value, output
+    first = ScaleGroup(
+        f"{prefix}.input_layernorm", (f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa")
+    )
+    query = ScaleGroup(f"{attention}.q_a_layernorm", (f"{attention}.q_b_proj",))
+    return first, query, key_value, output
+
+
+def _mlp(kind: Any, prefix: str, expert: int | None = None) -> Mlp:
+    return Mlp(kind, f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj", expert)
+
+
+def _mlps(prefix: str, config: Mapping[str, Any], index: int) -> tuple[Mlp, ...]:
+    if index < config["first_k_dense_replace"]:
+        return (_mlp("dense", f"{prefix}.mlp"),)
+    experts = (
+        _mlp("routed", f"{prefix}.mlp.experts.{expert}", expert)
+        for expert in range(config["n_routed_experts"])
+    )
+    return _mlp("shared", f"{prefix}.mlp.shared_experts"), *experts
+
+
+def decoder_layer(config: Mapping[str, Any], index: int) -> DecoderLayer:
+    """Layer `index`; the multi-token-prediction layer behind the last one is built the same way.
+
+    Args:
+        config: config.json's content.
+        index: number of the layer.
+
+    Returns:
+        The layer's structure.
+    """
+    prefix = f"model.layers.{index}"
+    attention = _attention(prefix, config)
+    linears = tuple(name for group in attention for name in group.consumers)
+    mlps = _mlps(prefix, config, index)
+    router = None if mlps[0].kind == "dense" else f"{prefix}.mlp.gate.weight"
+    return DecoderLayer(index, attention, linears, f"{prefix}.post_attention_layernorm", router, mlps)
+
+
+def _refuse(config: Mapping[str, Any]) -> str | None:
+    if config.get("index_topk") or config.get("index_n_heads"):
+        return "sparse attention with an indexer (DeepSeek-V3.2) is not supported"
+    if config.get("moe_layer_freq", 1) != 1:
+        return f"moe_layer_freq {config['moe_layer_freq']} is not supported (R1 has 1)"
+    if (
+        config.get("scoring_func", "sigmoid") != "sigmoid"
+        or config.get("topk_method", "noaux_tc") != "noaux_tc"
+    ):
+        return (
+            f"routing by scoring_func={config.get('scoring_func')!r}, topk_method={config.get('topk_method')!r} "
+            "is not DeepSeek-V3's (sigmoid, noaux_tc)"
+        )
+    if not config.get("n_shared_experts"):
+        return "a mixture without a shared expert is not supported"
+    return None
+
+
+DEEPSEEK_V3 = Family(
+    architecture="DeepseekV3ForCausalLM",
+    config_class="DeepseekV3Config",
+    layer=decoder_layer,
+    num_mtp_layers=lambda config: int(config.get("num_nextn_predict_layers") or 0),
+    refuse=_refuse,
+)

@@ -1,0 +1,81 @@
+"""Weights seen through a change that is made on access: folded scales, replaced tensors, a small cache.
+
+A mapping over a mapping: the layer that runs on it is always the same transformers code.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+Weights = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Fold:
+    """Factors by which parameters are multiplied when scales are folded; together they change no function."""
+
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Parameter -> float32 [O], factor of each output row (or element of a vector)."""
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Parameter -> float32 [I], factor of each input column."""
+
+    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the parameter times its factors; itself where it has none."""
+        if name in self.rows:
+            rows = self.rows[name]
+            weight = weight * (rows.unsqueeze(1) if weight.dim() == 2 else rows)
+        if name in self.columns:
+            weight = weight * self.columns[name]
+        return weight
+
+    def update(self, other: "Fold") -> None:
+        """Takes over another fold's factors; a parameter that both scale the same way would be a bug."""
+        assert not self.rows.keys() & other.rows.keys() and not self.columns.keys() & other.columns.keys()
+        self.rows.update(other.rows)
+        self.columns.update(other.columns)
+
+
+class Overlay(Mapping[str, torch.Tensor]):
+    """Base of the mappings here: the names are the base mapping's."""
+
+    def __init__(self, base: Weights) -> None:
+        self.base = base
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.base[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+
+class FoldedWeights(Overlay):
+    """The base's weights with scales folded in."""
+
+    def __init__(self, base: Weights, fold: Fold) -> None:
+        super().__init__(base)
+        self.fold = fold
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.fold.apply(name, self.base[name])
+
+
+class CachedWeights(Overlay):
+    """Keeps the last tensors read, up to a number of bytes: several readers of one expert read it once."""
+
+    def __init__(self, base: Weights, num_bytes: int) -> None:
+        super().__init__(base)
+        self.num_bytes = num_bytes
+        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._kept:
+            self._kept[name] = self.base[name]
+        self._kept.move_to_end(name)
+        while len(self._kept) > 1 and sum(tensor.nbytes for tensor in self._kept.values()) > self.num_bytes:
+            self._kept.popitem(last=False)
+        return self._kept[name]

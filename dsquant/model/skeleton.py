@@ -1,0 +1,168 @@
+"""The network without its weights: transformers' own modules on the meta device.
+
+transformers 5 fuses a layer's experts into 3-D parameters (23 GB for one layer of R1). Here `RoutingTap` takes their
+place: it notes which token goes to which expert and leaves the experts' work to `streaming`, one expert at a time.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dsquant.errors import InputError
+from dsquant.model.families import family_of
+from dsquant.model.structure import DecoderLayer, Family
+from dsquant.source.checkpoint import Checkpoint
+
+ATTENTION = "dsquant_fused"
+# Config keys that name remote code or a storage format; the skeleton wants neither.
+IGNORED_CONFIG = ("quantization_config", "auto_map", "torch_dtype", "dtype")
+
+RoutingSink = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+class RoutingTap(nn.Module):
+    """Stands for a layer's routed experts: reports the routing, contributes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink: RoutingSink | None = None
+
+    def forward(
+        self, hidden_TH: torch.Tensor, expert_TK: torch.Tensor, share_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Reports each token's experts and their shares to `sink`; returns zeros for the experts' output."""
+        if self.sink is not None:
+            self.sink(expert_TK, share_TK)
+        return torch.zeros_like(hidden_TH)
+
+
+def fused_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention through PyTorch's fused kernel, for samples of equal length without padding.
+
+    MLA's values are narrower than its keys (128 against 192 in R1), which the fused CPU kernel refuses: it would fall
+    back to a full score matrix (2 GiB for 2,048 tokens and 128 heads). Padding the values with zeros keeps it fused.
+
+    Args:
+        module: the attention module, unused.
+        query: [batch, heads, tokens, key dimension].
+        key: [batch, key-value heads, tokens, key dimension].
+        value: [batch, key-value heads, tokens, value dimension].
+        attention_mask: must be None.
+        scaling: factor on the scores.
+        **kwargs: what transformers passes beside; unused.
+
+    Returns:
+        The output [batch, tokens, heads, value dimension], and no weights.
+    """
+    assert attention_mask is None
+    width = value.shape[-1]
+    padded = F.pad(value, (0, query.shape[-1] - width))
+    causal = query.shape[2] > 1
+    output = F.scaled_dot_product_attention(
+        query, key, padded, is_causal=causal, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+    )
+    return output[..., :width].transpose(1, 2).contiguous(), None
+
+
+class Skeleton:
+    """transformers' modules on the meta device, and the structure of every layer."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Builds the modules; loads no weight.
+
+        Args:
+            checkpoint: an opened checkpoint of a supported family.
+
+        Raises:
+            InputError: where the architecture or its config is not supported.
+        """
+        self.family: Family = family_of(checkpoint.folder, checkpoint.config)
+        self.num_mtp_layers = self.family.num_mtp_layers(checkpoint.config)
+        hf_config = _hf_config(checkpoint.folder, self.family, checkpoint.config)
+        self.config: dict[str, Any] = {**checkpoint.config, **hf_config.to_dict()}
+        self.num_layers: int = hf_config.num_hidden_layers
+        # The MTP layer is one more decoder layer: built beside the others, run only when asked for.
+        hf_config.num_hidden_layers += self.num_mtp_layers
+        self.model = _meta_model(hf_config)
+        self.layers = tuple(
+            self.family.layer(self.config, index) for index in range(self.num_layers + self.num_mtp_layers)
+        )
+        for layer in self.layers:
+            if layer.router is not None:
+                self.model.set_submodule(f"{layer.prefix}.mlp.experts", RoutingTap())
+
+    def module(self, name: str) -> nn.Module:
+        """The transformers module of that name."""
+        return self.model.get_submodule(name)
+
+    def activation(self, values: torch.Tensor) -> torch.Tensor:
+        """The MLPs' activation function."""
+        from transformers.activations import ACT2FN
+
+        return ACT2FN[self.config["hidden_act"]](values)  # type: ignore[no-any-return]
+
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every weight of the decoder, which a complete checkpoint has."""
+        shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers())
+            if not name.startswith("model.rotary_emb")
+        }
+        if self.config.get("tie_word_embeddings"):
+            shapes.pop("lm_head.weight", None)
+        for layer in self.layers:
+            shapes.update(self._expert_shapes(layer))
+        for layer in self.layers[self.num_layers :]:
+            shapes.update(self._mtp_shapes(layer.prefix))
+        return shapes
+
+    def _expert_shapes(self, layer: DecoderLayer) -> dict[str, tuple[int, ...]]:
+        hidden, width = self.config["hidden_size"], self.config.get("moe_intermediate_size", 0)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for mlp in layer.experts:
+            shapes[f"{mlp.gate}.weight"] = shapes[f"{mlp.up}.weight"] = (width, hidden)
+            shapes[f"{mlp.down}.weight"] = (hidden, width)
+        return shapes
+
+    def _mtp_shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        hidden, vocabulary = self.config["hidden_size"], self.config["vocab_size"]
+        vectors = {f"{prefix}.{norm}.weight": (hidden,) for norm in ("enorm", "hnorm", "shared_head.norm")}
+        tables = {
+            f"{prefix}.{name}.weight": (vocabulary, hidden) for name in ("embed_tokens", "shared_head.head")
+        }
+        return {**vectors, **tables, f"{prefix}.eh_proj.weight": (hidden, 2 * hidden)}
+
+
+def _hf_config(folder: Path, family: Family, config: Mapping[str, Any]) -> Any:
+    import transformers
+
+    plain = {key: value for key, value in config.items() if key not in IGNORED_CONFIG}
+    try:
+        return getattr(transformers, family.config_class).from_dict(plain)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / 'config.json'}: transformers refuses it: {error}") from error
+
+
+def _meta_model(hf_config: Any) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(ATTENTION, fused_attention)
+    # Rotary buffers are computed, not loaded: they stay real.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            hf_config, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
+        )
+    return model.eval()

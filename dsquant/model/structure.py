@@ -1,0 +1,90 @@
+"""What a decoder layer consists of, as data: the families fill it in, the algorithms read nothing else.
+
+All names are full: modules as `model.layers.3.mlp.up_proj`, parameters with `.weight` or `.bias` behind.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+MlpKind = Literal["dense", "shared", "routed"]
+
+
+@dataclass(frozen=True)
+class ScaleGroup:
+    """Linears that read one input, and the producer whose output channels can absorb a scale.
+
+    Dividing the producer's channels by s and multiplying the consumers' columns by s leaves the function unchanged.
+    """
+
+    producer: str
+    """Module whose output rows are divided: a norm, or a linear."""
+    consumers: tuple[str, ...]
+    """Linears whose input columns are multiplied."""
+    followers: tuple[str, ...] = ()
+    """Parameters that read the same input and are never quantized (the router); multiplied all the same."""
+    producer_rows: tuple[int, ...] | None = None
+    """The producer's row behind each input column; None where row j feeds column j of all columns."""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A gated MLP: down(act(gate(x)) * up(x))."""
+
+    kind: MlpKind
+    gate: str
+    up: str
+    down: str
+    expert: int | None = None
+    """Number of a routed expert."""
+
+    @property
+    def linears(self) -> tuple[str, str, str]:
+        """The three linears."""
+        return self.gate, self.up, self.down
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One decoder layer."""
+
+    index: int
+    attention: tuple[ScaleGroup, ...]
+    """The scale groups inside attention, in the order of the data flow."""
+    attention_linears: tuple[str, ...]
+    norm: str
+    """The norm that feeds the MLPs and the router."""
+    router: str | None
+    """The router's weight, where there is one."""
+    mlps: tuple[Mlp, ...]
+    """The dense MLP; or the shared expert and every routed expert."""
+
+    @property
+    def prefix(self) -> str:
+        """The layer's module name."""
+        return f"model.layers.{self.index}"
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every linear that a preset may quantize."""
+        return self.attention_linears + tuple(name for mlp in self.mlps for name in mlp.linears)
+
+    @property
+    def experts(self) -> tuple[Mlp, ...]:
+        """The routed experts."""
+        return tuple(mlp for mlp in self.mlps if mlp.kind == "routed")
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture that dsquant knows."""
+
+    architecture: str
+    config_class: str
+    """Name of the configuration class in transformers."""
+    layer: Callable[[Mapping[str, Any], int], DecoderLayer]
+    """Builds layer `index` from config.json's content."""
+    num_mtp_layers: Callable[[Mapping[str, Any]], int] = field(default=lambda config: 0)
+    """Multi-token-prediction layers that follow the decoder's."""
+    refuse: Callable[[Mapping[str, Any]], str | None] = field(default=lambda config: None)
+    """What in a config is not supported, in words; None where all is."""

@@ -1,0 +1,170 @@
+"""A checkpoint as its owner means it: config, and one lazy mapping from names to float32 weights.
+
+The mapping hides how the weights are stored: FP8 with block scales is dequantized on access (a weight and its scales
+may lie in different shards), BF16 is widened, AWQ and compressed-tensors are decoded by the formats' own packages.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsquant.errors import InputError
+from dsquant.source.fp8 import SCALE_SUFFIX, dequantize_fp8, scale_shape
+from dsquant.source.quantized import decoded_weights
+from dsquant.source.shards import ShardIndex, TensorInfo, read_index
+
+CONFIG_FILE = "config.json"
+FP8 = "F8_E4M3"
+FLOATS = ("BF16", "F16", "F32", FP8)
+
+
+class StoredWeights(Mapping[str, torch.Tensor]):
+    """name -> float32 tensor of an FP8, BF16, F16 or F32 checkpoint, read on each access and kept by nobody."""
+
+    def __init__(self, index: ShardIndex, block: tuple[int, int] | None) -> None:
+        """Pairs every FP8 weight with its scales.
+
+        Args:
+            index: the checkpoint's tensors.
+            block: rows and columns of an FP8 block; None where the config names none.
+
+        Raises:
+            InputError: where an FP8 weight has no scales, or scales of the wrong shape, or the config names no block.
+        """
+        self.index = index
+        self.block = block
+        scales = {name + SCALE_SUFFIX for name, info in index.items() if info.dtype == FP8}
+        self._names = [name for name in index if name not in scales]
+        for name in self._names:
+            if index[name].dtype == FP8:
+                self._check_scales(index[name])
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.rows(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
+        """Reads some rows of a weight.
+
+        Args:
+            name: the weight's name.
+            start_row: first row; for FP8 weights the first of a block.
+            stop_row: one past the last row; None means the end.
+
+        Returns:
+            float32 [stop_row - start_row, ...].
+        """
+        info = self.index.require(name)
+        weight = self.index.read(name, start_row, stop_row)
+        if info.dtype != FP8:
+            return weight.float()
+        assert self.block is not None and start_row % self.block[0] == 0
+        start_block, stop_block = start_row // self.block[0], -(-(start_row + len(weight)) // self.block[0])
+        scales = self.index.read(name + SCALE_SUFFIX, start_block, stop_block)
+        return dequantize_fp8(weight, scales, self.block)
+
+    def _check_scales(self, info: TensorInfo) -> None:
+        if self.block is None:
+            raise InputError(
+                f"{info.path}: tensor {info.name!r} is FP8 but {CONFIG_FILE} has no quantization_config with "
+                "weight_block_size; take config.json from the same release as the weights"
+            )
+        scale = self.index.get(info.name + SCALE_SUFFIX)
+        if scale is None:
+            raise InputError(
+                f"{info.path}: FP8 tensor {info.name!r} has no {info.name + SCALE_SUFFIX!r} in any shard; "
+                "the checkpoint is incomplete"
+            )
+        expected = scale_shape((info.shape[0], info.shape[1]), self.block) if len(info.shape) == 2 else None
+        if scale.shape != expected:
+            raise InputError(
+                f"{scale.path}: tensor {scale.name!r} has shape {list(scale.shape)}; the weight of shape "
+                f"{list(info.shape)} with blocks of {list(self.block)} needs {list(expected or ())}"
+            )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint folder."""
+
+    folder: Path
+    config: dict[str, Any]
+    """config.json as it stands."""
+    index: ShardIndex
+    weights: Mapping[str, torch.Tensor]
+    """Original parameter names -> float32."""
+
+    @property
+    def architecture(self) -> str:
+        """The first entry of the config's `architectures`."""
+        return str((self.config.get("architectures") or ["(none named)"])[0])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight, from the header where it is stored plainly."""
+        info = self.index.get(name)
+        return info.shape if info is not None else tuple(self.weights[name].shape)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Opens a checkpoint folder; reads config.json and the shards' headers, no weights.
+
+    Args:
+        folder: a folder with config.json and safetensors shards.
+
+    Returns:
+        The checkpoint, whose weights are read on access.
+
+    Raises:
+        InputError: where config.json or the shards are missing, damaged, or contradict each other.
+    """
+    config = read_config(folder)
+    index = read_index(folder)
+    quantization = config.get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    if method in (None, "fp8"):
+        return Checkpoint(folder, config, index, StoredWeights(index, _block_size(folder, quantization)))
+    return Checkpoint(folder, config, index, decoded_weights(index, quantization))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json.
+
+    Args:
+        folder: the checkpoint's folder.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InputError: where it is missing or not a JSON object.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(f"{path} is missing; is {folder} a model folder?")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} must hold a JSON object, found {type(config).__name__}")
+    return config
+
+
+def _block_size(folder: Path, quantization: dict[str, Any]) -> tuple[int, int] | None:
+    block = quantization.get("weight_block_size")
+    if block is None:
+        return None
+    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+        raise InputError(
+            f"{folder / CONFIG_FILE}: weight_block_size must be two positive numbers, found {block!r}"
+        )
+    return block[0], block[1]

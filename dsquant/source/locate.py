@@ -1,0 +1,46 @@
+"""Where a model lies: the embedded tiny-r1, a local folder, or a hub id."""
+
+import re
+from pathlib import Path
+
+from dsquant.errors import InputError
+
+EMBEDDED_MODEL = "tiny-r1"
+ASSETS = Path(__file__).parent.parent / "assets"
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.jinja"]
+
+
+def locate(model: str) -> Path:
+    """Finds a model's folder, downloading it where it is a hub id.
+
+    Args:
+        model: `tiny-r1`, a folder, or a hub id such as `deepseek-ai/DeepSeek-R1`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: where there is no such folder and no such hub model, or the hub cannot be reached.
+    """
+    if model == EMBEDDED_MODEL and not Path(model).is_dir():
+        return ASSETS / EMBEDDED_MODEL
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith(("/", ".")):
+        raise InputError(f"{model!r}: no such folder, and not a hub id such as 'deepseek-ai/DeepSeek-R1'")
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{model!r}: no such folder here, and the hub did not give it: {reason}. "
+            "Check the name, the network and HF_TOKEN, or pass a local folder."
+        ) from error
