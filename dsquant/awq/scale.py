@@ -1,16 +1,40 @@
-"""The search for AWQ's scales (Lin et al., AWQ, arXiv 2306.00978, section 3.2), on Gram matrices.
+"""The search for AWQ's scales (Lin et al., AWQ, arXiv 2306.00978, section 3.2), on second moments of the inputs.
 
 Shape legend: C candidates, O out features, I in features.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from dsquant.awq.statistics import InputMoments
+from dsquant.model.overlays import Fold
+from dsquant.model.structure import ScaleGroup
 from dsquant.rounding import Grid, fake_quantize
+from dsquant.source.weights import Weights
 
 NUM_RATIOS = 20
 # The scale search reads at most this many rows of a weight, evenly spaced: the loss is a sum over rows.
 SEARCH_ROWS = 512
+
+
+@dataclass(frozen=True)
+class ScaleChoice:
+    """What a scale search found."""
+
+    scales_I: torch.Tensor
+    """float32 [I], one factor for each input column."""
+    loss_before: float
+    """Output error with no scales."""
+    loss_after: float
+    """Output error with these."""
+
+
+def rms_of_columns(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Root mean square of each column over all rows of several weights [O, I], float32 [I]."""
+    squares_I = torch.stack([weight_OI.square().sum(0) for weight_OI in weights]).sum(0)
+    return (squares_I / sum(len(weight_OI) for weight_OI in weights)).sqrt()
 
 
 def candidate_scales(activation_I: torch.Tensor, weight_I: torch.Tensor) -> torch.Tensor:
@@ -35,6 +59,11 @@ def candidate_scales(activation_I: torch.Tensor, weight_I: torch.Tensor) -> torc
     return scales_CI / (scales_CI.amax(1, keepdim=True) * scales_CI.amin(1, keepdim=True)).sqrt()
 
 
+def powers_of_two(scales: torch.Tensor) -> torch.Tensor:
+    """The nearest powers of two: folding them is exact in every binary float format."""
+    return torch.exp2(scales.log2().round())
+
+
 def scale_losses(
     weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Grid, moments: InputMoments
 ) -> torch.Tensor:
@@ -54,9 +83,45 @@ def scale_losses(
     """
     weight_OI = weight_OI[:: -(-len(weight_OI) // SEARCH_ROWS)]
     losses = [
-        moments.loss((fake_quantize(weight_OI * scales_I, grid) / scales_I).sub_(weight_OI)) for scales_I in scales_CI
+        moments.loss(fake_quantize(weight_OI * scales_I, grid).div_(scales_I).sub_(weight_OI))
+        for scales_I in scales_CI
     ]
     return torch.tensor(losses, dtype=torch.float64)
+
+
+def search_group(weights: Weights, group: ScaleGroup, grid: Grid, moments: InputMoments) -> ScaleChoice:
+    """Finds the scales of a group whose consumers are all quantized.
+
+    Args:
+        weights: the layer's weights.
+        group: the group.
+        grid: the quantization grid.
+        moments: of the consumers' input.
+
+    Returns:
+        The scales with the least summed error of all consumers; identity where nothing is better.
+    """
+    consumers = [weights[f"{name}.weight"] for name in group.consumers]
+    activation_I, weight_I = moments.rms_I, rms_of_columns(consumers)
+    if group.producer_rows is not None:  # columns fed by one producer row share a scale
+        rows_I = torch.tensor(group.producer_rows)
+        activation_I, weight_I = (_shared_rms(values_I, rows_I) for values_I in (activation_I, weight_I))
+    scales_CI = candidate_scales(activation_I, weight_I)
+    producer = weights[f"{group.producer}.weight"]
+    if producer.dim() == 1:
+        scales_CI = torch.stack([foldable_scales(scales_I, producer) for scales_I in scales_CI])
+        scales_CI[0] = 1
+    losses_C = torch.stack([scale_losses(weight, scales_CI, grid, moments) for weight in consumers]).sum(0)
+    best = int(losses_C.argmin())
+    return ScaleChoice(scales_CI[best], float(losses_C[0]), float(losses_C[best]))
+
+
+def _shared_rms(values_I: torch.Tensor, rows_I: torch.Tensor) -> torch.Tensor:
+    """Each column's value replaced by the root mean square over the columns that read the same producer row."""
+    num_rows = int(rows_I.max()) + 1
+    sums = torch.zeros(num_rows).index_add_(0, rows_I, values_I.square())
+    counts = torch.zeros(num_rows).index_add_(0, rows_I, torch.ones_like(values_I))
+    return (sums / counts.clamp(min=1)).sqrt()[rows_I]
 
 
 def foldable_scales(scales_I: torch.Tensor, producer_I: torch.Tensor) -> torch.Tensor:
@@ -74,3 +139,23 @@ def foldable_scales(scales_I: torch.Tensor, producer_I: torch.Tensor) -> torch.T
     """
     stored_I = (producer_I / scales_I).to(torch.bfloat16).float()
     return torch.where(stored_I == 0, 1.0, producer_I / torch.where(stored_I == 0, 1.0, stored_I))
+
+
+def fold_of(weights: Weights, group: ScaleGroup, scales_I: torch.Tensor) -> Fold:
+    """The factors that fold scales into a group's producer, consumers and followers.
+
+    Args:
+        weights: the layer's weights, for shapes and for whether the producer has a bias.
+        group: the group.
+        scales_I: the scales, float32 [I].
+
+    Returns:
+        The fold.
+    """
+    rows = 1 / scales_I
+    if group.producer_rows is not None:
+        rows = torch.ones(weights.shape(f"{group.producer}.weight")[0])
+        rows[torch.tensor(group.producer_rows)] = 1 / scales_I
+    scaled = [f"{group.producer}.{part}" for part in ("weight", "bias")]
+    columns = [*(f"{name}.weight" for name in group.consumers), *group.followers]
+    return Fold({name: rows for name in scaled if name in weights}, dict.fromkeys(columns, scales_I))

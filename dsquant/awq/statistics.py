@@ -1,14 +1,18 @@
-"""What quantization needs to know of a linear's inputs: their Gram matrix, summed over the tokens that reach it.
+"""What quantization needs to know of a linear's inputs, summed over the tokens that reach it.
 
-Shape legend: R tokens, I in features, O out features, S rows of the sketch.
+Shape legend: R tokens, I in features, O out features, G blocks of B channels, K rows of the factor.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-# Inputs wider than this are searched on a sketch: a loss then costs O*I*S instead of O*I*I operations.
-SKETCH_ROWS = 1024
+# Up to this many tokens are kept as they are; of more, this many random combinations.
+FACTOR_ROWS = 1024
+# Inputs up to this width are kept as their Gram matrix; of wider ones that would cost more than the factor does.
+WIDEST_GRAM = 2048
+# Gram matrices of neighbouring channels are kept in blocks of this many, the largest group size.
+BLOCK = 128
 
 
 class InputStatistics:
@@ -19,27 +23,46 @@ class InputStatistics:
 
         Args:
             num_features: I.
-            seed: of the sketch's random signs.
+            seed: of the random signs that combine tokens.
         """
         self.count = 0
-        self.gram_II = torch.zeros(num_features, num_features)
-        self._sketch_SI = torch.zeros(SKETCH_ROWS, num_features) if num_features > SKETCH_ROWS else None
+        self._block = BLOCK if num_features % BLOCK == 0 else num_features
+        self._blocks_GBB = torch.zeros(num_features // self._block, self._block, self._block)
+        self._gram_II = torch.zeros(num_features, num_features) if num_features <= WIDEST_GRAM else None
+        self._factor_KI = torch.zeros(0, num_features)
         self._generator = torch.Generator().manual_seed(seed)
 
     def add(self, inputs_RI: torch.Tensor) -> None:
         """Takes more tokens' inputs into the sums, float32 [R, I]."""
+        if self._gram_II is not None:
+            self._gram_II.addmm_(inputs_RI.T, inputs_RI)
+        else:
+            inputs_GRB = inputs_RI.unflatten(1, (-1, self._block)).transpose(0, 1)
+            self._blocks_GBB.baddbmm_(inputs_GRB.transpose(1, 2), inputs_GRB)
+            self._add_to_factor(inputs_RI)
         self.count += len(inputs_RI)
-        self.gram_II.addmm_(inputs_RI.T, inputs_RI)
-        if self._sketch_SI is not None:
-            # Random signs S: E[(S x)^T (S x)] = x^T x, so ||dW (S x)^T||^2 estimates the loss without bias.
-            signs_SR = torch.randint(0, 2, (SKETCH_ROWS, len(inputs_RI)), generator=self._generator)
-            self._sketch_SI.addmm_(signs_SR.float().mul_(2).sub_(1), inputs_RI, alpha=SKETCH_ROWS**-0.5)
+
+    def _add_to_factor(self, inputs_RI: torch.Tensor) -> None:
+        if self.count + len(inputs_RI) <= FACTOR_ROWS:
+            self._factor_KI = torch.cat([self._factor_KI, inputs_RI])
+            return
+        if self.count <= FACTOR_ROWS:  # from here on the rows are combinations of tokens
+            self._factor_KI = self._combined(self._factor_KI)
+        self._factor_KI += self._combined(inputs_RI)
+
+    def _combined(self, inputs_RI: torch.Tensor) -> torch.Tensor:
+        # Random signs S: E[(S x)^T (S x)] = x^T x, so ||dW (S x)^T||^2 estimates the loss without bias.
+        signs_KR = torch.randint(0, 2, (FACTOR_ROWS, len(inputs_RI)), generator=self._generator)
+        return torch.mm(signs_KR.float().mul_(2).sub_(1), inputs_RI).mul_(FACTOR_ROWS**-0.5)
 
     def moments(self) -> "InputMoments":
         """The means over all tokens added so far; all zero where there were none."""
         count = max(self.count, 1)
-        sketch_SI = None if self._sketch_SI is None else self._sketch_SI / count**0.5
-        return InputMoments(self.count, self.gram_II / count, sketch_SI)
+        if self._gram_II is None:
+            return InputMoments(self.count, self._blocks_GBB / count, None, self._factor_KI / count**0.5)
+        gram_II = self._gram_II / count
+        blocks = gram_II.unflatten(1, (-1, self._block)).unflatten(0, (-1, self._block))
+        return InputMoments(self.count, blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone(), gram_II, None)
 
 
 @dataclass(frozen=True)
@@ -48,25 +71,33 @@ class InputMoments:
 
     count: int
     """Tokens behind the means."""
-    gram_II: torch.Tensor
-    """float32 [I, I]: mean of x^T x."""
-    sketch_SI: torch.Tensor | None
-    """float32 [S, I] with E[sketch^T sketch] = gram; None where the Gram matrix itself is cheap."""
+    blocks_GBB: torch.Tensor
+    """float32 [G, B, B]: the diagonal blocks of the Gram matrix, the mean of x^T x."""
+    gram_II: torch.Tensor | None
+    """float32 [I, I], the Gram matrix; None where the inputs are wide."""
+    factor_KI: torch.Tensor | None
+    """float32 [K, I] where the inputs are wide: factor^T factor is the Gram matrix, or estimates it without bias."""
 
     @property
     def rms_I(self) -> torch.Tensor:
         """Root mean square of each input channel, float32 [I]."""
-        return self.gram_II.diagonal().clamp(min=0).sqrt()
+        return self.blocks_GBB.diagonal(dim1=1, dim2=2).flatten().clamp(min=0).sqrt()
 
     def divided(self, scales_I: torch.Tensor) -> "InputMoments":
         """The moments of inputs whose channels are divided by `scales_I`."""
-        sketch_SI = None if self.sketch_SI is None else self.sketch_SI / scales_I
-        return InputMoments(self.count, self.gram_II / scales_I / scales_I.unsqueeze(1), sketch_SI)
+        scales_GB = scales_I.view(self.blocks_GBB.shape[0], -1)
+        return InputMoments(
+            self.count,
+            self.blocks_GBB / scales_GB.unsqueeze(1) / scales_GB.unsqueeze(2),
+            None if self.gram_II is None else self.gram_II / scales_I / scales_I.unsqueeze(1),
+            None if self.factor_KI is None else self.factor_KI / scales_I,
+        )
 
     def loss_O(self, difference_OI: torch.Tensor) -> torch.Tensor:
         """Mean squared output error that a weight difference causes, by output row.
 
-        The row sums of (dW H) * dW, whose total is tr(dW H dW^T); on the sketch, ||dW sketch^T||^2.
+        The row sums of (dW H) * dW, whose total is tr(dW H dW^T) with H the Gram matrix; with a factor F of H, those
+        of (dW F^T)^2.
 
         Args:
             difference_OI: dW, float32 [O, I].
@@ -74,8 +105,9 @@ class InputMoments:
         Returns:
             float32 [O].
         """
-        if self.sketch_SI is not None:
-            return (difference_OI @ self.sketch_SI.T).square_().sum(1)
+        if self.factor_KI is not None:
+            return (difference_OI @ self.factor_KI.T).square_().sum(1)
+        assert self.gram_II is not None
         return (difference_OI @ self.gram_II).mul_(difference_OI).sum(1).clamp_(min=0)
 
     def loss(self, difference_OI: torch.Tensor) -> float:
@@ -84,5 +116,6 @@ class InputMoments:
 
     def group_grams_GSS(self, group_size: int) -> torch.Tensor:
         """The diagonal blocks of the Gram matrix, one for each quantization group, float32 [G, S, S]."""
-        blocks = self.gram_II.unflatten(1, (-1, group_size)).unflatten(0, (-1, group_size))
-        return torch.stack([blocks[group, :, group] for group in range(blocks.shape[0])])
+        per_block = self.blocks_GBB.shape[1] // group_size
+        parts = self.blocks_GBB.unflatten(2, (per_block, group_size)).unflatten(1, (per_block, group_size))
+        return parts.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).flatten(0, 1)

@@ -14,26 +14,38 @@ RELEASE_BYTES = 256 * 2**20
 
 
 class Activations:
-    """A float32 array [N, T, H] in a memory-mapped file."""
+    """A float32 array [N, T, H], in memory or in a memory-mapped file."""
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        """Opens the file, which is made (filled with zeros) where it does not exist.
+    def __init__(self, values_NTH: torch.Tensor, mapped: mmap.mmap | None = None) -> None:
+        """Wraps an array.
+
+        Args:
+            values_NTH: float32 [N, T, H]; changed in place by the setters.
+            mapped: the file mapping behind it, if there is one.
+        """
+        self.shape = (values_NTH.shape[0], values_NTH.shape[1], values_NTH.shape[2])
+        self._values_NTH = values_NTH
+        self._values_RH = values_NTH.view(-1, values_NTH.shape[2])
+        self._map = mapped
+        self._touched = 0
+
+    @classmethod
+    def in_file(cls, path: Path, shape: tuple[int, int, int]) -> "Activations":
+        """Opens a file of activations, which is made (filled with zeros) where it does not exist.
 
         Args:
             path: the file.
             shape: samples, tokens of a sample, hidden size.
+
+        Returns:
+            The activations.
         """
-        self.path = path
-        self.shape = shape
         num_bytes = 4 * shape[0] * shape[1] * shape[2]
         with path.open("ab") as file:
             file.truncate(num_bytes)
         with path.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), num_bytes)
-        array = np.frombuffer(self._map, dtype=np.float32)
-        self._values_NTH = torch.from_numpy(array).view(shape)
-        self._values_RH = self._values_NTH.view(-1, shape[2])
-        self._touched = 0
+            mapped = mmap.mmap(file.fileno(), num_bytes)
+        return cls(torch.from_numpy(np.frombuffer(mapped, dtype=np.float32)).view(shape), mapped)
 
     @property
     def num_rows(self) -> int:
@@ -57,17 +69,23 @@ class Activations:
         self._release(values)
         return values
 
+    def set_rows(self, rows_R: torch.Tensor, values_RH: torch.Tensor) -> None:
+        """Stores the given tokens."""
+        self._values_RH[rows_R] = values_RH
+        self._release(values_RH)
+
     def add_rows(self, rows_R: torch.Tensor, values_RH: torch.Tensor) -> None:
         """Adds to the given tokens, each of which occurs once."""
         self._values_RH[rows_R] += values_RH
         self._release(values_RH)
 
     def flush(self) -> None:
-        """Writes everything to disk; after it a kill loses nothing of this file."""
-        self._map.flush()
+        """Writes everything to disk; after it a kill loses nothing of the file."""
+        if self._map is not None:
+            self._map.flush()
 
     def _release(self, values: torch.Tensor) -> None:
         self._touched += values.nbytes
-        if self._touched > RELEASE_BYTES:
+        if self._map is not None and self._touched > RELEASE_BYTES:
             self._map.madvise(mmap.MADV_DONTNEED)
             self._touched = 0

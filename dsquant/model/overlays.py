@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-Weights = Mapping[str, torch.Tensor]
+from dsquant.source.weights import Weights
 
 
 @dataclass
@@ -30,6 +30,9 @@ class Fold:
             weight = weight * self.columns[name]
         return weight
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.rows or name in self.columns
+
     def update(self, other: "Fold") -> None:
         """Takes over another fold's factors; a parameter that both scale the same way would be a bug."""
         assert not self.rows.keys() & other.rows.keys() and not self.columns.keys() & other.columns.keys()
@@ -37,20 +40,39 @@ class Fold:
         self.columns.update(other.columns)
 
 
-class Overlay(Mapping[str, torch.Tensor]):
-    """Base of the mappings here: the names are the base mapping's."""
+class Overlay(Weights):
+    """Base of the mappings here: names and shapes are the base mapping's."""
 
     def __init__(self, base: Weights) -> None:
         self.base = base
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.base[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.base)
 
     def __len__(self) -> int:
         return len(self.base)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.base
+
+    def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
+        """Reads rows of the base's weight."""
+        return self.base.rows(name, start_row, stop_row)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The base's shape."""
+        return self.base.shape(name)
+
+
+class ReplacedWeights(Overlay):
+    """The base's weights with some in memory instead."""
+
+    def __init__(self, base: Weights, replaced: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(base)
+        self.replaced = replaced
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.replaced[name] if name in self.replaced else self.base[name]
 
 
 class FoldedWeights(Overlay):
@@ -62,6 +84,19 @@ class FoldedWeights(Overlay):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.fold.apply(name, self.base[name])
+
+
+class ResidentWeights(Overlay):
+    """Keeps everything that is read: for a layer's few weights that many batches need."""
+
+    def __init__(self, base: Weights) -> None:
+        super().__init__(base)
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._kept:
+            self._kept[name] = self.base[name]
+        return self._kept[name]
 
 
 class CachedWeights(Overlay):

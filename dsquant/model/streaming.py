@@ -17,9 +17,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsquant.model.activations import Activations
-from dsquant.model.overlays import Overlay, Weights
+from dsquant.model.gated import GatedWeights
+from dsquant.model.overlays import ResidentWeights
 from dsquant.model.skeleton import RoutingTap, Skeleton
 from dsquant.model.structure import DecoderLayer, Mlp
+from dsquant.source.weights import Weights
+
+EMBEDDING = "model.embed_tokens.weight"
+ROWS_AT_ONCE = 4096
+VOCABULARY_AT_ONCE = 8192
 
 Observer = Callable[[torch.Tensor], None]
 """Gets a module's input, [R, I]."""
@@ -60,19 +66,6 @@ class Stream:
     outputs: Activations
 
 
-class _Resident(Overlay):
-    """Keeps what is read: a layer's weights outside the experts stay in memory while batches pass."""
-
-    def __init__(self, base: Weights) -> None:
-        super().__init__(base)
-        self._kept: dict[str, torch.Tensor] = {}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._kept:
-            self._kept[name] = self.base[name]
-        return self._kept[name]
-
-
 @contextmanager
 def _loaded(skeleton: Skeleton, name: str, weights: Weights) -> Iterator[nn.Module]:
     """Hooks a module to the weights: each submodule's parameters come when it runs and go afterwards."""
@@ -83,7 +76,7 @@ def _loaded(skeleton: Skeleton, name: str, weights: Weights) -> Iterator[nn.Modu
         module,
         execution_device=torch.device("cpu"),
         offload=True,
-        weights_map=_Resident(weights),
+        weights_map=ResidentWeights(weights),
         offload_buffers=True,
         module_name=name,
     )
@@ -94,7 +87,7 @@ def _loaded(skeleton: Skeleton, name: str, weights: Weights) -> Iterator[nn.Modu
 
 
 def embed(skeleton: Skeleton, weights: Weights, tokens_NT: torch.Tensor, outputs: Activations) -> None:
-    """Stores the embeddings of all samples.
+    """Stores the embeddings of all samples; the table passes through memory in parts.
 
     Args:
         skeleton: the network.
@@ -102,9 +95,26 @@ def embed(skeleton: Skeleton, weights: Weights, tokens_NT: torch.Tensor, outputs
         tokens_NT: int64 [N, T].
         outputs: [N, T, H], written.
     """
-    table_VH = weights["model.embed_tokens.weight"]
-    for start in range(len(tokens_NT)):
-        outputs.set_samples(start, F.embedding(tokens_NT[start : start + 1], table_VH))
+    tokens_R = tokens_NT.flatten()
+    for start, table_VH in table_parts(weights, EMBEDDING):
+        rows_R = torch.where((tokens_R >= start) & (tokens_R < start + len(table_VH)))[0]
+        for part_R in rows_R.split(ROWS_AT_ONCE):
+            outputs.set_rows(part_R, table_VH[tokens_R[part_R] - start])
+
+
+def table_parts(weights: Weights, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    """Reads a vocabulary-sized table in parts of bounded size.
+
+    Args:
+        weights: the weights.
+        name: a weight [V, H].
+
+    Yields:
+        The part's first row, and its rows float32 [<= 8192, H].
+    """
+    num_rows = weights.shape(name)[0]
+    for start in range(0, num_rows, VOCABULARY_AT_ONCE):
+        yield start, weights.rows(name, start, min(start + VOCABULARY_AT_ONCE, num_rows))
 
 
 def run_dense_part(
@@ -164,27 +174,6 @@ def _observed(module: nn.Module, observer: Observer) -> Iterator[None]:
         handle.remove()
 
 
-def mlp_hidden(skeleton: Skeleton, weights: Weights, mlp: Mlp, inputs_RH: torch.Tensor) -> torch.Tensor:
-    """The input of a gated MLP's down projection: act(gate(x)) * up(x).
-
-    Args:
-        skeleton: the network.
-        weights: its weights.
-        mlp: the MLP.
-        inputs_RH: float32 [R, H].
-
-    Returns:
-        float32 [R, intermediate size].
-    """
-    gated = skeleton.activation(F.linear(inputs_RH, weights[f"{mlp.gate}.weight"]))
-    return gated.mul_(F.linear(inputs_RH, weights[f"{mlp.up}.weight"]))
-
-
-def run_mlp(skeleton: Skeleton, weights: Weights, mlp: Mlp, inputs_RH: torch.Tensor) -> torch.Tensor:
-    """Runs one gated MLP: float32 [R, H] to [R, H]."""
-    return F.linear(mlp_hidden(skeleton, weights, mlp, inputs_RH), weights[f"{mlp.down}.weight"])
-
-
 def add_experts(
     skeleton: Skeleton,
     layer: DecoderLayer,
@@ -205,9 +194,22 @@ def add_experts(
         for stream, mlp_inputs, routing in streams:
             rows_R, share_R = routing.tokens_of(mlp.expert)
             if len(rows_R):
-                contribution = run_mlp(skeleton, stream.weights, mlp, mlp_inputs.rows(rows_R))
-                stream.outputs.add_rows(rows_R, contribution.mul_(share_R.unsqueeze(1)))
+                _add_expert(skeleton, stream, mlp, mlp_inputs, rows_R, share_R)
         after_expert()
+
+
+def _add_expert(
+    skeleton: Skeleton,
+    stream: Stream,
+    mlp: Mlp,
+    mlp_inputs: Activations,
+    rows_R: torch.Tensor,
+    share_R: torch.Tensor,
+) -> None:
+    weights = GatedWeights.read(stream.weights, mlp)
+    for part_R, part_share_R in zip(rows_R.split(ROWS_AT_ONCE), share_R.split(ROWS_AT_ONCE), strict=True):
+        contribution = weights.output(skeleton, mlp_inputs.rows(part_R))
+        stream.outputs.add_rows(part_R, contribution.mul_(part_share_R.unsqueeze(1)))
 
 
 def final_norm(skeleton: Skeleton, weights: Weights, hidden_NTH: torch.Tensor) -> torch.Tensor:
@@ -216,16 +218,36 @@ def final_norm(skeleton: Skeleton, weights: Weights, hidden_NTH: torch.Tensor) -
         return module(hidden_NTH)  # type: ignore[no-any-return]
 
 
-def logits(skeleton: Skeleton, weights: Weights, hidden_RH: torch.Tensor) -> torch.Tensor:
-    """Scores of the next token.
+def head_name(skeleton: Skeleton) -> str:
+    """The name of the table that scores the next token."""
+    return EMBEDDING if skeleton.config.get("tie_word_embeddings") else "lm_head.weight"
+
+
+def mtp_inputs(
+    skeleton: Skeleton, weights: Weights, layer: DecoderLayer, tokens_NT: torch.Tensor, stream: Stream
+) -> None:
+    """Prepares the inputs of a multi-token-prediction layer (DeepSeek-V3 report, arXiv 2412.19437, section 2.2).
+
+    eh_proj([enorm(embedding of the next token); hnorm(the decoder's normed output)]). The last token of a sample has
+    no successor here and takes its own.
 
     Args:
         skeleton: the network.
         weights: its weights.
-        hidden_RH: float32 [R, H] after the last norm.
-
-    Returns:
-        float32 [R, vocabulary].
+        layer: the layer.
+        tokens_NT: int64 [N, T].
+        stream: `inputs` holds the last decoder layer's outputs, `outputs` is written.
     """
-    tied = skeleton.config.get("tie_word_embeddings")
-    return F.linear(hidden_RH, weights["model.embed_tokens.weight" if tied else "lm_head.weight"])
+    next_NT = torch.cat([tokens_NT[:, 1:], tokens_NT[:, -1:]], dim=1)
+    embed(skeleton, weights, next_NT, stream.outputs)
+    projection = weights[f"{layer.prefix}.eh_proj.weight"]
+    norms = {name: weights[f"{layer.prefix}.{name}.weight"] for name in ("enorm", "hnorm")}
+    for sample in range(len(tokens_NT)):
+        hidden = final_norm(skeleton, weights, stream.inputs.samples(sample, sample + 1))
+        embedded = stream.outputs.samples(sample, sample + 1)
+        both = [_rms_norm(skeleton, embedded, norms["enorm"]), _rms_norm(skeleton, hidden, norms["hnorm"])]
+        stream.outputs.set_samples(sample, F.linear(torch.cat(both, dim=-1), projection))
+
+
+def _rms_norm(skeleton: Skeleton, hidden: torch.Tensor, gain_H: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(hidden, gain_H.shape, gain_H, skeleton.config["rms_norm_eps"])

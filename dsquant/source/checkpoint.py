@@ -5,7 +5,7 @@ may lie in different shards), BF16 is widened, AWQ and compressed-tensors are de
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from dsquant.errors import InputError
 from dsquant.source.fp8 import SCALE_SUFFIX, dequantize_fp8, scale_shape
 from dsquant.source.quantized import decoded_weights
 from dsquant.source.shards import ShardIndex, TensorInfo, read_index
+from dsquant.source.weights import Weights
 
 CONFIG_FILE = "config.json"
 FP8 = "F8_E4M3"
 FLOATS = ("BF16", "F16", "F32", FP8)
 
 
-class StoredWeights(Mapping[str, torch.Tensor]):
+class StoredWeights(Weights):
     """name -> float32 tensor of an FP8, BF16, F16 or F32 checkpoint, read on each access and kept by nobody."""
 
     def __init__(self, index: ShardIndex, block: tuple[int, int] | None) -> None:
@@ -38,13 +39,10 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         self.index = index
         self.block = block
         scales = {name + SCALE_SUFFIX for name, info in index.items() if info.dtype == FP8}
-        self._names = [name for name in index if name not in scales]
+        self._names = dict.fromkeys(name for name in index if name not in scales)
         for name in self._names:
             if index[name].dtype == FP8:
                 self._check_scales(index[name])
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.rows(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -52,17 +50,15 @@ class StoredWeights(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The weight's shape."""
+        return self.index.require(name).shape
+
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
-        """Reads some rows of a weight.
-
-        Args:
-            name: the weight's name.
-            start_row: first row; for FP8 weights the first of a block.
-            stop_row: one past the last row; None means the end.
-
-        Returns:
-            float32 [stop_row - start_row, ...].
-        """
+        """Reads some rows of a weight, dequantized."""
         info = self.index.require(name)
         weight = self.index.read(name, start_row, stop_row)
         if info.dtype != FP8:
@@ -100,7 +96,7 @@ class Checkpoint:
     config: dict[str, Any]
     """config.json as it stands."""
     index: ShardIndex
-    weights: Mapping[str, torch.Tensor]
+    weights: Weights
     """Original parameter names -> float32."""
 
     @property
@@ -108,10 +104,6 @@ class Checkpoint:
         """The first entry of the config's `architectures`."""
         return str((self.config.get("architectures") or ["(none named)"])[0])
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a weight, from the header where it is stored plainly."""
-        info = self.index.get(name)
-        return info.shape if info is not None else tuple(self.weights[name].shape)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -1,0 +1,302 @@
+"""Quantizes one decoder layer: the original's forward, the search, the proof, and what a writer gets.
+
+The layer's weights pass through memory once, one expert at a time; 32 experts are read once more for the search of
+the scales that all of them share. The next layer's inputs are the original layer's outputs.
+
+Shape legend: N samples, T tokens, H hidden size, R tokens of all samples, E experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from dsquant.awq.attention import AttentionResult, quantize_attention, round_attention
+from dsquant.awq.mlp import MlpInputs, MlpResult, prove_same, quantize_mlp, scaled, search_norm_scales
+from dsquant.awq.scale import fold_of
+from dsquant.awq.statistics import InputMoments, InputStatistics
+from dsquant.model.activations import Activations
+from dsquant.model.gated import GatedWeights
+from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights
+from dsquant.model.skeleton import Skeleton
+from dsquant.model.streaming import ROWS_AT_ONCE, Observer, Routing, Stream, run_dense_part
+from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup
+from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.source.weights import Weights
+
+# An expert with fewer tokens than this gets those that the router scores highest for it besides its own.
+FEWEST_TOKENS = 256
+# The scales of the norm before the MLPs are judged by at most this many experts, those with the most tokens.
+SCALE_EXPERTS = 32
+# The fold is proven, and attention's output error measured, on at most this many samples.
+CHECK_SAMPLES = 2
+
+Emit = Callable[[Grid, str, QuantizedWeight | torch.Tensor], None]
+"""Gets the grid, and a linear's name with its quantized weight or a parameter's name with its float32 values."""
+
+
+@dataclass(frozen=True)
+class LayerJob:
+    """Everything that quantizing a layer needs."""
+
+    skeleton: Skeleton
+    layer: DecoderLayer
+    weights: Weights
+    inputs: Activations
+    """The original layer's inputs [N, T, H]."""
+    outputs: Activations
+    """Gets the original layer's outputs."""
+    mlp_inputs: Activations
+    """Gets what the MLPs read."""
+    linears: frozenset[str]
+    """The layer's linears that are quantized."""
+    grids: tuple[Grid, ...]
+    batch_samples: int
+    seed: int
+    emit: Emit
+    safe_point: Callable[[str], None]
+    """Called with a module's name before its work begins; may raise to stop."""
+
+
+@dataclass
+class GridReport:
+    """What quantizing a layer onto one grid cost: squared output errors relative to the output."""
+
+    attention_error: float | None = None
+    attention_error_plain: float | None = None
+    mlp_error: float | None = None
+    mlp_error_plain: float | None = None
+    fallbacks: list[str] = field(default_factory=list)
+    """Modules where the search did not beat plain rounding."""
+
+
+@dataclass
+class LayerReport:
+    """What happened in a layer."""
+
+    tokens_per_expert: list[int]
+    """Empty for a dense layer."""
+    topped_up: dict[int, int]
+    """Expert -> tokens added to its own because it had fewer than `FEWEST_TOKENS`."""
+    grids: list[GridReport]
+
+
+def quantize_layer(job: LayerJob) -> LayerReport:
+    """Runs the original layer, quantizes it onto every grid and hands everything to `emit`.
+
+    Args:
+        job: the layer and its surroundings.
+
+    Returns:
+        Errors before and after, tokens per expert, fallbacks.
+    """
+    job.safe_point(f"{job.layer.prefix}.self_attn")
+    attention_moments, norm_moments, routing = _run_original(job)
+    added = _top_up(job, routing) if routing else {}
+    inputs = {mlp: _inputs_of(job, mlp, routing, added) for mlp in job.layer.mlps}
+    folds, reports = [], []
+    for grid in job.grids:
+        report = GridReport()
+        attention = _attention(job, grid, attention_moments, report)
+        norm_fold, norm_scales_H = _norm_fold(job, grid, inputs, norm_moments)
+        _emit_dense_part(job, grid, attention, norm_fold)
+        folds.append(norm_scales_H)
+        reports.append(report)
+    results: list[list[MlpResult]] = [[] for _ in job.grids]
+    for number, mlp in enumerate(job.layer.mlps):
+        job.safe_point(mlp.up.rsplit(".", 1)[0])
+        for found, result in zip(results, _quantize_mlp(job, mlp, number, inputs[mlp], folds, routing), strict=True):
+            found.extend(result)
+    for report, found in zip(reports, results, strict=True):
+        _sum_up(report, found)
+    counts = routing.counts(len(job.layer.experts)).tolist() if routing else []
+    return LayerReport(counts, {expert: len(rows_R) for expert, rows_R in added.items()}, reports)
+
+
+def _run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], InputMoments, Routing | None]:
+    """The original's dense part: fills outputs (still without experts) and mlp_inputs, collects statistics."""
+    statistics = {
+        group: InputStatistics(job.weights.shape(f"{group.consumers[0]}.weight")[1], job.seed)
+        for group in job.layer.attention
+        if group.consumers[0] in job.linears
+    }
+    norm_statistics = InputStatistics(job.inputs.shape[2], job.seed)
+    observers: dict[str, Observer] = {
+        group.consumers[0]: group_statistics.add for group, group_statistics in statistics.items()
+    }
+    next_row = 0
+
+    def note_mlp_inputs(inputs_RH: torch.Tensor) -> None:
+        nonlocal next_row
+        job.mlp_inputs.set_rows(torch.arange(next_row, next_row + len(inputs_RH)), inputs_RH)
+        next_row += len(inputs_RH)
+        norm_statistics.add(inputs_RH)
+
+    observers[f"{job.layer.prefix}.mlp"] = note_mlp_inputs
+    stream = Stream(job.weights, job.inputs, job.outputs)
+    routing = run_dense_part(job.skeleton, job.layer, stream, job.batch_samples, observers)
+    moments = {group: group_statistics.moments() for group, group_statistics in statistics.items()}
+    return moments, norm_statistics.moments(), routing
+
+
+def _top_up(job: LayerJob, routing: Routing) -> dict[int, torch.Tensor]:
+    """For each rare expert the tokens to add: those whose router scores for it are highest among all others."""
+    assert job.layer.router is not None
+    counts = routing.counts(len(job.layer.experts))
+    wanted = min(FEWEST_TOKENS, job.mlp_inputs.num_rows)
+    rare = [expert for expert, count in enumerate(counts.tolist()) if count < wanted]
+    if not rare or job.layer.experts[0].up not in job.linears:
+        return {}
+    router_EH = job.weights[job.layer.router][rare]
+    parts = torch.arange(job.mlp_inputs.num_rows).split(ROWS_AT_ONCE)
+    scores_RE = torch.cat([job.mlp_inputs.rows(part_R) @ router_EH.T for part_R in parts])
+    added = {}
+    for place, expert in enumerate(rare):
+        own_R, _ = routing.tokens_of(expert)
+        scores_RE[own_R, place] = -torch.inf
+        added[expert] = scores_RE[:, place].topk(wanted - len(own_R)).indices.sort().values
+    return added
+
+
+def _inputs_of(job: LayerJob, mlp: Mlp, routing: Routing | None, added: dict[int, torch.Tensor]) -> MlpInputs:
+    if mlp.expert is None:
+        return MlpInputs(job.mlp_inputs, torch.arange(job.mlp_inputs.num_rows))
+    assert routing is not None
+    own_R, _ = routing.tokens_of(mlp.expert)
+    return MlpInputs(job.mlp_inputs, torch.cat([own_R, added.get(mlp.expert, own_R[:0])]))
+
+
+def _attention(
+    job: LayerJob, grid: Grid, moments: dict[ScaleGroup, InputMoments], report: GridReport
+) -> AttentionResult:
+    """Attention quantized; plainly rounded where the search does not lower its own output's error."""
+    if not moments:
+        return AttentionResult()
+    weights = ResidentWeights(job.weights)
+    searched = quantize_attention(job.layer, weights, moments, grid)
+    rounded = round_attention(job.layer, weights, grid)
+    wanted, _ = _few_samples(job, weights)
+    energy = (wanted - job.inputs.samples(0, len(wanted))).square().sum()
+
+    def error(result: AttentionResult) -> float:
+        quantized = ReplacedWeights(FoldedWeights(weights, result.fold), result.dequantized())
+        found, _ = _few_samples(job, quantized)
+        return float((found - wanted).square().sum() / energy)
+
+    report.attention_error, report.attention_error_plain = error(searched), error(rounded)
+    if report.attention_error < report.attention_error_plain:
+        return searched
+    report.attention_error = report.attention_error_plain
+    report.fallbacks.append(f"{job.layer.prefix}.self_attn")
+    return rounded
+
+
+def _few_samples(job: LayerJob, weights: Weights) -> tuple[torch.Tensor, Routing | None]:
+    """The dense part's outputs [n, T, H] and the routing of a few samples under other weights."""
+    inputs = Activations(job.inputs.samples(0, min(CHECK_SAMPLES, job.inputs.shape[0])))
+    outputs = Activations(torch.zeros(inputs.shape))
+    routing = run_dense_part(job.skeleton, job.layer, Stream(weights, inputs, outputs), job.batch_samples)
+    return outputs.samples(0, inputs.shape[0]), routing
+
+
+def _norm_fold(
+    job: LayerJob, grid: Grid, inputs: dict[Mlp, MlpInputs], norm_moments: InputMoments
+) -> tuple[Fold, torch.Tensor]:
+    """The fold of the norm before the MLPs, and its scales [H]; identity where no MLP is quantized."""
+    layer = job.layer
+    identity_H = torch.ones(job.inputs.shape[2])
+    judges = [mlp for mlp in layer.mlps if mlp.up in job.linears and len(inputs[mlp].rows_R)]
+    if not judges:
+        return Fold(), identity_H
+    judges = sorted(judges, key=lambda mlp: -len(inputs[mlp].rows_R))[:SCALE_EXPERTS]
+    choice = search_norm_scales(
+        job.skeleton,
+        job.weights,
+        [(mlp, inputs[mlp]) for mlp in judges],
+        job.weights[f"{layer.norm}.weight"],
+        norm_moments.rms_I,
+        grid,
+        layer.router is not None,
+        job.seed,
+    )
+    consumers = tuple(linear for mlp in layer.mlps for linear in (mlp.gate, mlp.up))
+    followers = () if layer.router is None else (layer.router,)
+    return fold_of(job.weights, ScaleGroup(layer.norm, consumers, followers), choice.scales_I), choice.scales_I
+
+
+def _emit_dense_part(job: LayerJob, grid: Grid, attention: AttentionResult, norm_fold: Fold) -> None:
+    """Proves that the folds change nothing, then emits every parameter of the layer outside its MLPs."""
+    fold = Fold()
+    fold.update(attention.fold)
+    fold.update(norm_fold)
+    weights = ResidentWeights(job.weights)
+    folded = FoldedWeights(weights, fold)
+    wanted, wanted_routing = _few_samples(job, weights)
+    found, found_routing = _few_samples(job, folded)
+    prove_same(job.layer.prefix, wanted, found)
+    if wanted_routing is not None and found_routing is not None:
+        same = torch.equal(wanted_routing.expert_RK.sort(1).values, found_routing.expert_RK.sort(1).values)
+        assert same, f"{job.layer.prefix}: folding the scales changed the routing; please report this"
+    in_mlps = {f"{linear}.weight" for mlp in job.layer.mlps for linear in mlp.linears}
+    for linear, weight in attention.linears.items():
+        job.emit(grid, linear, weight)
+    for name in job.weights:
+        linear = name.removesuffix(".weight")
+        if name.startswith(f"{job.layer.prefix}.") and name not in in_mlps and linear not in attention.linears:
+            job.emit(grid, name, folded[name] if name in fold else job.weights[name])
+
+
+def _quantize_mlp(
+    job: LayerJob,
+    mlp: Mlp,
+    number: int,
+    inputs: MlpInputs,
+    norm_scales: list[torch.Tensor],
+    routing: Routing | None,
+) -> list[list[MlpResult]]:
+    """Runs one MLP of the original, quantizes it onto every grid and emits it."""
+    original = GatedWeights.read(job.weights, mlp)
+    if mlp.expert is not None:
+        assert routing is not None
+        _add_contribution(job, original, *routing.tokens_of(mlp.expert))
+    if mlp.up not in job.linears:
+        for grid, norm_scales_H in zip(job.grids, norm_scales, strict=True):
+            folded = scaled(original, norm_scales_H, torch.ones(len(original.up_WH)))
+            for linear, weight in zip(mlp.linears, (folded.gate_WH, folded.up_WH, folded.down_HW), strict=True):
+                job.emit(grid, f"{linear}.weight", weight)
+        return [[] for _ in job.grids]
+    moments = _moments(job, original, inputs, job.seed + number)
+    results = []
+    for grid, norm_scales_H in zip(job.grids, norm_scales, strict=True):
+        result = quantize_mlp(job.skeleton, mlp, original, inputs, moments, norm_scales_H, grid)
+        for linear, weight in result.linears.items():
+            job.emit(grid, linear, weight)
+        results.append([result])
+    return results
+
+
+def _add_contribution(job: LayerJob, original: GatedWeights, rows_R: torch.Tensor, share_R: torch.Tensor) -> None:
+    for part_R, part_share_R in zip(rows_R.split(ROWS_AT_ONCE), share_R.split(ROWS_AT_ONCE), strict=True):
+        output_RH = original.output(job.skeleton, job.mlp_inputs.rows(part_R))
+        job.outputs.add_rows(part_R, output_RH.mul_(part_share_R.unsqueeze(1)))
+
+
+def _moments(
+    job: LayerJob, original: GatedWeights, inputs: MlpInputs, seed: int
+) -> tuple[InputMoments, InputMoments]:
+    """The moments of the MLP's input and of its down projection's."""
+    of_input = InputStatistics(job.inputs.shape[2], seed)
+    of_hidden = InputStatistics(len(original.up_WH), seed)
+    for inputs_RH in inputs.parts():
+        of_input.add(inputs_RH)
+        of_hidden.add(original.hidden(job.skeleton, inputs_RH))
+    return of_input.moments(), of_hidden.moments()
+
+
+def _sum_up(report: GridReport, results: list[MlpResult]) -> None:
+    if not results:
+        return
+    energy = sum(result.energy for result in results) or 1.0
+    report.mlp_error = sum(result.error * result.energy for result in results) / energy
+    report.mlp_error_plain = sum(result.error_plain * result.energy for result in results) / energy
+    report.fallbacks += [next(iter(result.linears)).rsplit(".", 1)[0] for result in results if result.plain]

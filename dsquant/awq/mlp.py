@@ -1,0 +1,230 @@
+"""How a gated MLP (dense, shared expert or routed expert) is quantized.
+
+Shape legend: R tokens, H hidden size, W width of the MLP.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dsquant.awq.clip import clipped_weight
+from dsquant.awq.scale import (
+    ScaleChoice,
+    candidate_scales,
+    foldable_scales,
+    powers_of_two,
+    rms_of_columns,
+    scale_losses,
+)
+from dsquant.awq.statistics import InputMoments, InputStatistics
+from dsquant.model.activations import Activations
+from dsquant.model.gated import GatedWeights
+from dsquant.model.skeleton import Skeleton
+from dsquant.model.streaming import ROWS_AT_ONCE
+from dsquant.model.structure import Mlp
+from dsquant.rounding import Grid, QuantizedWeight, fake_quantize, round_to_nearest
+from dsquant.source.weights import Weights
+
+# A gated MLP's own output error is measured on at most this many tokens, evenly spaced.
+CHECK_ROWS = 512
+
+
+@dataclass(frozen=True)
+class MlpInputs:
+    """The tokens that an MLP is judged on."""
+
+    activations: Activations
+    """The normed hidden states of all tokens."""
+    rows_R: torch.Tensor
+    """int64: the tokens that reach this MLP, and any that were added because too few do."""
+
+    def parts(self) -> Iterator[torch.Tensor]:
+        """All of them, in parts float32 [<= 4096, H]."""
+        for part_R in self.rows_R.split(ROWS_AT_ONCE):
+            yield self.activations.rows(part_R)
+
+    def few(self) -> torch.Tensor:
+        """At most `CHECK_ROWS` of them, evenly spaced, float32 [R, H]."""
+        step = max(1, -(-len(self.rows_R) // CHECK_ROWS))
+        return self.activations.rows(self.rows_R[::step])
+
+    def moments(self, seed: int) -> InputMoments:
+        """The second moments of all of them."""
+        statistics = InputStatistics(self.activations.shape[2], seed)
+        for inputs_RH in self.parts():
+            statistics.add(inputs_RH)
+        return statistics.moments()
+
+
+@dataclass(frozen=True)
+class MlpResult:
+    """A quantized gated MLP."""
+
+    linears: dict[str, QuantizedWeight]
+    """By linear, ready for a writer."""
+    error: float
+    """Squared output error, relative to the output."""
+    error_plain: float
+    """The same under plain rounding, with no scales."""
+    energy: float
+    """Summed squared output, estimated over all tokens that reach it."""
+    plain: bool
+    """Whether scales and clip of this MLP were given up because they did not lower the error."""
+
+
+def search_norm_scales(
+    skeleton: Skeleton,
+    weights: Weights,
+    mlps: list[tuple[Mlp, MlpInputs]],
+    norm_I: torch.Tensor,
+    activation_I: torch.Tensor,
+    grid: Grid,
+    exact: bool,
+    seed: int,
+) -> ScaleChoice:
+    """Finds the scales of the norm that feeds a layer's MLPs.
+
+    Args:
+        skeleton: the network.
+        weights: its weights.
+        mlps: quantized MLPs to judge by, with the tokens that reach them.
+        norm_I: the norm's gain, float32 [H].
+        activation_I: root mean square of the norm's output over all tokens, float32 [H].
+        grid: the quantization grid.
+        exact: whether something unquantized (the router) reads the norm; scales are then powers of two, so that it
+            stays exact in its storage type.
+        seed: of the statistics.
+
+    Returns:
+        The scales with the least summed error, where the MLPs' own outputs agree that they are better than none.
+    """
+    ups = [weights[f"{linear}.weight"] for mlp, _ in mlps[:16] for linear in (mlp.gate, mlp.up)]
+    wanted_CI = candidate_scales(activation_I, rms_of_columns(ups))
+    del ups
+    scales_CI = (
+        powers_of_two(wanted_CI) if exact else torch.stack([foldable_scales(s_I, norm_I) for s_I in wanted_CI])
+    )
+    scales_CI[0] = 1
+    losses_C = torch.zeros(len(scales_CI), dtype=torch.float64)
+    for mlp, inputs in mlps:
+        moments = inputs.moments(seed)
+        for linear in (mlp.gate, mlp.up):
+            losses_C += moments.count * scale_losses(weights[f"{linear}.weight"], scales_CI, grid, moments)
+    best = int(losses_C.argmin())
+    if best and not _outputs_improve(skeleton, weights, mlps[:8], scales_CI[best], grid):
+        best = 0
+    return ScaleChoice(scales_CI[best], float(losses_C[0]), float(losses_C[best]))
+
+
+def _outputs_improve(
+    skeleton: Skeleton, weights: Weights, mlps: list[tuple[Mlp, MlpInputs]], scales_I: torch.Tensor, grid: Grid
+) -> bool:
+    """Whether gate and up rounded under the scales bring the MLPs' outputs nearer than rounded without."""
+    plain_error = scaled_error = 0.0
+    for mlp, inputs in mlps:
+        original = GatedWeights.read(weights, mlp)
+        inputs_RH = inputs.few()
+        wanted_RH = original.output(skeleton, inputs_RH)
+        for scales in (torch.ones_like(scales_I), scales_I):
+            gate, up = (
+                fake_quantize(weight * scales, grid).div_(scales) for weight in (original.gate_WH, original.up_WH)
+            )
+            found_RH = GatedWeights(gate, up, original.down_HW).output(skeleton, inputs_RH)
+            error = float((found_RH - wanted_RH).square().double().sum())
+            if scales is scales_I:
+                scaled_error += error
+            else:
+                plain_error += error
+    return scaled_error < plain_error
+
+
+def quantize_mlp(
+    skeleton: Skeleton,
+    mlp: Mlp,
+    original: GatedWeights,
+    inputs: MlpInputs,
+    moments: tuple[InputMoments, InputMoments],
+    norm_scales_H: torch.Tensor,
+    grid: Grid,
+) -> MlpResult:
+    """Quantizes gate, up and down of one MLP.
+
+    Scales between up and down are searched, every group's range is clipped where that helps, and the result is kept
+    only where the MLP's own output is nearer to the original's than plain rounding under the norm's scales gets.
+
+    Args:
+        skeleton: the network.
+        mlp: the MLP.
+        original: its weights.
+        inputs: the tokens it is judged on.
+        moments: of the normed input, and of the down projection's input.
+        norm_scales_H: the scales folded into the norm, [H].
+        grid: the quantization grid.
+
+    Returns:
+        The quantized weights and what they cost.
+    """
+    input_moments, hidden_moments = moments
+    up_scales_W = _search_up_scales(original, hidden_moments, grid)
+    folded = scaled(original, norm_scales_H, up_scales_W)
+    divided = input_moments.divided(norm_scales_H)
+    searched = (
+        clipped_weight(folded.gate_WH, grid, divided),
+        clipped_weight(folded.up_WH, grid, divided),
+        clipped_weight(folded.down_HW, grid, hidden_moments.divided(up_scales_W)),
+    )
+    unscaled = scaled(original, norm_scales_H, torch.ones_like(up_scales_W))
+    inputs_RH = inputs.few()
+    wanted_RH = original.output(skeleton, inputs_RH)
+    prove_same(mlp.up.rsplit(".", 1)[0], wanted_RH, folded.output(skeleton, inputs_RH / norm_scales_H))
+    norm = float(wanted_RH.square().double().sum()) or 1.0
+
+    def error(weights: GatedWeights, scales_H: torch.Tensor | float) -> float:
+        return float((weights.output(skeleton, inputs_RH / scales_H) - wanted_RH).square().double().sum()) / norm
+
+    error_searched = error(GatedWeights(*(weight.dequantize() for weight in searched)), norm_scales_H)
+    error_unscaled = error(_plainly_rounded(unscaled, grid), norm_scales_H)
+    error_plain = error(_plainly_rounded(original, grid), 1.0)
+    plain = error_unscaled < error_searched
+    if plain:
+        parts = (unscaled.gate_WH, unscaled.up_WH, unscaled.down_HW)
+        searched = tuple(round_to_nearest(weight, grid) for weight in parts)
+    return MlpResult(
+        linears=dict(zip(mlp.linears, searched, strict=True)),
+        error=min(error_searched, error_unscaled),
+        error_plain=error_plain,
+        energy=norm * len(inputs.rows_R) / max(1, len(inputs_RH)),
+        plain=plain,
+    )
+
+
+def scaled(original: GatedWeights, norm_scales_H: torch.Tensor, up_scales_W: torch.Tensor) -> GatedWeights:
+    """The weights with the norm's scales in gate's and up's columns, and up's rows divided for down's columns."""
+    return GatedWeights(
+        original.gate_WH * norm_scales_H,
+        original.up_WH * norm_scales_H / up_scales_W.unsqueeze(1),
+        original.down_HW * up_scales_W,
+    )
+
+
+def _plainly_rounded(weights: GatedWeights, grid: Grid) -> GatedWeights:
+    return GatedWeights(*(fake_quantize(part, grid) for part in (weights.gate_WH, weights.up_WH, weights.down_HW)))
+
+
+def _search_up_scales(original: GatedWeights, hidden_moments: InputMoments, grid: Grid) -> torch.Tensor:
+    scales_CW = candidate_scales(hidden_moments.rms_I, rms_of_columns([original.down_HW]))
+    losses_C = scale_losses(original.down_HW, scales_CW, grid, hidden_moments)
+    return scales_CW[int(losses_C.argmin())]
+
+
+def prove_same(what: str, wanted: torch.Tensor, found: torch.Tensor) -> None:
+    """Checks that folding scales has not changed a function; this guards against our own bugs.
+
+    Args:
+        what: name of the module, for the message.
+        wanted: its output before.
+        found: its output after, on the same input.
+    """
+    error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
+    assert error < 1e-3, f"{what}: folding the scales changed its output by {error:.2e}; please report this"

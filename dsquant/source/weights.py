@@ -1,0 +1,34 @@
+"""The lazy mapping that everything reads weights through."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """name -> float32 tensor, read on each access and kept by nobody."""
+
+    @abstractmethod
+    def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
+        """Reads some rows of a weight, so that a table need not be in memory as a whole.
+
+        Args:
+            name: the weight's name.
+            start_row: first row; for FP8 weights the first of a block.
+            stop_row: one past the last row; None means the end.
+
+        Returns:
+            float32 [stop_row - start_row, ...].
+        """
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The weight's shape, from headers alone."""
+
+    @abstractmethod
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a weight, without reading it."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.rows(name)
