@@ -32,7 +32,8 @@ SCALE_EXPERTS = 32
 CHECK_SAMPLES = 2
 
 Emit = Callable[[Grid, str, QuantizedWeight | torch.Tensor], None]
-"""Gets the grid, and a linear's name with its quantized weight or a parameter's name with its float32 values."""
+"""Gets the grid, and a linear's name with its quantized weight or a folded parameter's name with its float32 values.
+What is not emitted has not changed."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,10 @@ def _run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], InputM
     observers: dict[str, Observer] = {
         group.consumers[0]: group_statistics.add for group, group_statistics in statistics.items()
     }
-    next_row = 0
+    record = job.mlp_inputs.recorder()
 
     def note_mlp_inputs(inputs_RH: torch.Tensor) -> None:
-        nonlocal next_row
-        job.mlp_inputs.set_rows(torch.arange(next_row, next_row + len(inputs_RH)), inputs_RH)
-        next_row += len(inputs_RH)
+        record(inputs_RH)
         norm_statistics.add(inputs_RH)
 
     observers[f"{job.layer.prefix}.mlp"] = note_mlp_inputs
@@ -225,7 +224,7 @@ def _norm_fold(
 
 
 def _emit_dense_part(job: LayerJob, grid: Grid, attention: AttentionResult, norm_fold: Fold) -> None:
-    """Proves that the folds change nothing, then emits every parameter of the layer outside its MLPs."""
+    """Proves that the folds change nothing, then emits what changed outside the MLPs."""
     fold = Fold()
     fold.update(attention.fold)
     fold.update(norm_fold)
@@ -240,10 +239,9 @@ def _emit_dense_part(job: LayerJob, grid: Grid, attention: AttentionResult, norm
     in_mlps = {f"{linear}.weight" for mlp in job.layer.mlps for linear in mlp.linears}
     for linear, weight in attention.linears.items():
         job.emit(grid, linear, weight)
-    for name in job.weights:
-        linear = name.removesuffix(".weight")
-        if name.startswith(f"{job.layer.prefix}.") and name not in in_mlps and linear not in attention.linears:
-            job.emit(grid, name, folded[name] if name in fold else job.weights[name])
+    for name in dict.fromkeys((*fold.rows, *fold.columns)):
+        if name not in in_mlps and name.removesuffix(".weight") not in attention.linears:
+            job.emit(grid, name, folded[name])
 
 
 def _quantize_mlp(
@@ -260,6 +258,8 @@ def _quantize_mlp(
         assert routing is not None
         _add_contribution(job, original, *routing.tokens_of(mlp.expert))
     if mlp.up not in job.linears:
+        if not job.linears:
+            return [[] for _ in job.grids]
         for grid, norm_scales_H in zip(job.grids, norm_scales, strict=True):
             folded = scaled(original, norm_scales_H, torch.ones(len(original.up_WH)))
             for linear, weight in zip(mlp.linears, (folded.gate_WH, folded.up_WH, folded.down_HW), strict=True):

@@ -4,6 +4,7 @@ Shape legend: N samples, T tokens of a sample, H hidden size, R rows (tokens of 
 """
 
 import mmap
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,18 @@ class Activations:
         """Adds to the given tokens, each of which occurs once."""
         self._values_RH[rows_R] += values_RH
         self._release(values_RH)
+
+    def recorder(self) -> Callable[[torch.Tensor], None]:
+        """Returns a function that stores each call's rows [r, H] behind those of the calls before."""
+        next_row = 0
+
+        def record(values_RH: torch.Tensor) -> None:
+            nonlocal next_row
+            self._values_RH[next_row : next_row + len(values_RH)] = values_RH
+            next_row += len(values_RH)
+            self._release(values_RH)
+
+        return record
 
     def flush(self) -> None:
         """Writes everything to disk; after it a kill loses nothing of the file."""

@@ -1,9 +1,8 @@
-"""Weights seen through a change that is made on access: folded scales, replaced tensors, a small cache.
+"""Weights seen through a change that is made on access: folded scales, replaced tensors.
 
 A mapping over a mapping: the layer that runs on it is always the same transformers code.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -96,21 +95,4 @@ class ResidentWeights(Overlay):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._kept:
             self._kept[name] = self.base[name]
-        return self._kept[name]
-
-
-class CachedWeights(Overlay):
-    """Keeps the last tensors read, up to a number of bytes: several readers of one expert read it once."""
-
-    def __init__(self, base: Weights, num_bytes: int) -> None:
-        super().__init__(base)
-        self.num_bytes = num_bytes
-        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._kept:
-            self._kept[name] = self.base[name]
-        self._kept.move_to_end(name)
-        while len(self._kept) > 1 and sum(tensor.nbytes for tensor in self._kept.values()) > self.num_bytes:
-            self._kept.popitem(last=False)
         return self._kept[name]

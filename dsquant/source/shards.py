@@ -70,6 +70,8 @@ class ShardIndex(Mapping[str, TensorInfo]):
 
     def __init__(self, folder: Path, tensors: dict[str, TensorInfo]) -> None:
         self.folder = folder
+        self.bytes_read = 0
+        """Bytes of tensor data read so far, for progress."""
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -124,6 +126,7 @@ class ShardIndex(Mapping[str, TensorInfo]):
             offset, shape = offset + start_row * row_bytes, (stop_row - start_row, *shape[1:])
         buffer = torch.empty(tensor_bytes(info.dtype, shape), dtype=torch.uint8)
         _read_exactly(info, offset, buffer)
+        self.bytes_read += buffer.nbytes
         return buffer.view(DTYPES[info.dtype]).view(shape)
 
 

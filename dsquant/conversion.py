@@ -1,0 +1,198 @@
+"""Makes the units of an output, one after the other: each is written, brought to disk and journaled before the next."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsquant.awq.layer import LayerJob, quantize_layer
+from dsquant.jobs import Job, sync_folder
+from dsquant.model.activations import Activations
+from dsquant.model.streaming import Stream, embed, mtp_inputs
+from dsquant.planning import BATCH_TOKENS, Target, Unit
+from dsquant.preparation import Source
+from dsquant.recipe import Recipe
+from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.source.shards import DTYPES
+from dsquant.telemetry import Progress, Report, Stage
+from dsquant.writers.base import ShardFile
+
+# Tables are copied in parts of this many rows: a multiple of the FP8 block, 112 MiB for R1's embedding.
+ROWS_AT_ONCE = 4096
+
+
+@dataclass
+class Run:
+    """What a running job needs everywhere."""
+
+    recipe: Recipe
+    source: Source
+    job: Job
+    report: Report
+    check: Callable[[], None]
+    """Raises where the job has to stop here."""
+    bytes_written: int = 0
+    tokens_done: int = 0
+
+    def safe_point(self, stage: Stage, done: int, total: int, what: str) -> None:
+        """Tells where the job is, and stops it if it must."""
+        self.check()
+        read = self.source.checkpoint.index.bytes_read
+        self.report(Progress(stage, done, total, what, read, self.bytes_written, self.tokens_done))
+
+    @property
+    def batch_samples(self) -> int:
+        """Samples that pass attention together."""
+        return max(1, BATCH_TOKENS // self.recipe.seq_len)
+
+    def hidden_path(self, layer: int) -> Path:
+        """The file of a layer's inputs."""
+        return self.job.work / f"hidden-{layer}.f32"
+
+    def activations(self, path: Path) -> Activations:
+        """The activations in a file of the work folder."""
+        return Activations.in_file(path, (*self.source.tokens_NT.shape, self.source.skeleton.config["hidden_size"]))
+
+
+class UnitWriter:
+    """Writes one unit's tensors into one target's shards."""
+
+    def __init__(self, run: Run, target: Target, unit: Unit) -> None:
+        self.target = target
+        self._unit = unit
+        self._run = run
+        folder = run.job.output / target.folder
+        folder.mkdir(exist_ok=True)
+        self._shards = [ShardFile(folder, shard) for shard in target.shards.shards_of(unit.name)]
+        self._shard_of = {tensor.name: shard for shard in self._shards for tensor in shard.plan.tensors}
+        self._written: set[str] = set()
+
+    def write(self, name: str, value: QuantizedWeight | torch.Tensor) -> None:
+        """Writes a linear's quantized weight, or a parameter's values in its planned dtype."""
+        if isinstance(value, QuantizedWeight):
+            for stored_name, tensor in self.target.format.pack(name, value).items():
+                self._write_rows(stored_name, 0, tensor)
+            self._written.add(f"{name}.weight")
+            return
+        self._write_rows(name, 0, value.to(DTYPES[self._run.source.plan.dtypes[name]]))
+        self._written.add(name)
+
+    def _write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
+        self._shard_of[name].write_rows(name, start, rows)
+        self._run.bytes_written += rows.nbytes
+
+    def copy_rest(self, safe_point: Callable[[str], None]) -> None:
+        """Copies the unit's parameters that nothing has changed, in parts of bounded size."""
+        weights, dtypes = self._run.source.checkpoint.weights, self._run.source.plan.dtypes
+        for name in self._unit.parameters:
+            if name in self._written:
+                continue
+            safe_point(name)
+            num_rows = weights.shape(name)[0]
+            for start in range(0, num_rows, ROWS_AT_ONCE):
+                rows = weights.rows(name, start, min(start + ROWS_AT_ONCE, num_rows))
+                self._write_rows(name, start, rows.to(DTYPES[dtypes[name]]))
+
+    def commit(self) -> dict[str, str]:
+        """Brings every shard to disk under its final name; returns tensor name -> SHA-256."""
+        hashes: dict[str, str] = {}
+        for shard in self._shards:
+            hashes |= shard.commit()
+        return hashes
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        for shard in self._shards:
+            shard.discard()
+
+
+@contextmanager
+def _unit_writers(run: Run, unit: Unit) -> Iterator[list[UnitWriter]]:
+    writers: list[UnitWriter] = []
+    try:
+        for target in run.source.plan.targets:
+            writers.append(UnitWriter(run, target, unit))
+        yield writers
+    finally:
+        for writer in writers:
+            writer.discard()
+
+
+def convert(run: Run) -> None:
+    """Makes every unit that the journal does not have yet.
+
+    Args:
+        run: the running job.
+
+    Raises:
+        Interrupted: at a safe point, where the job has to stop; finished units are kept.
+    """
+    units = [unit for unit in run.source.plan.units if unit.action != "drop"]
+    for number, unit in enumerate(units):
+        if unit.name not in run.job.journal.units:
+
+            def safe_point(what: str, number: int = number) -> None:
+                run.safe_point("quantize", number, len(units), what)
+
+            _make_unit(run, unit, safe_point)
+        if unit.action == "quantize":
+            run.tokens_done += run.source.tokens_NT.numel()
+    run.safe_point("quantize", len(units), len(units), "")
+
+
+def _make_unit(run: Run, unit: Unit, safe_point: Callable[[str], None]) -> None:
+    notes: dict[str, Any] = {}
+    with _unit_writers(run, unit) as writers:
+        if unit.name == "embedding":
+            outputs = run.activations(run.hidden_path(0))
+            embed(run.source.skeleton, run.source.checkpoint.weights, run.source.tokens_NT, outputs)
+            outputs.flush()
+        elif unit.action == "quantize":
+            notes["layer"] = _quantize_layer(run, unit, writers, safe_point)
+        for writer in writers:
+            writer.copy_rest(safe_point)
+        notes["tensors"] = {str(writer.target.folder): writer.commit() for writer in writers}
+    sync_folder(run.job.work)
+    run.job.journal.append(unit.name, **notes)
+    if unit.action == "quantize" and unit.layer is not None:
+        run.hidden_path(unit.layer.index).unlink(missing_ok=True)
+
+
+def _quantize_layer(
+    run: Run, unit: Unit, writers: list[UnitWriter], safe_point: Callable[[str], None]
+) -> dict[str, Any]:
+    source, layer = run.source, unit.layer
+    assert layer is not None
+    inputs = run.activations(run.hidden_path(layer.index))
+    if layer.index >= source.skeleton.num_layers:
+        prepared = run.activations(run.job.work / "mtp.f32")
+        stream = Stream(source.checkpoint.weights, inputs, prepared)
+        mtp_inputs(source.skeleton, source.checkpoint.weights, layer, source.tokens_NT, stream)
+        inputs = prepared
+    outputs = run.activations(run.hidden_path(layer.index + 1))
+
+    def emit(grid: Grid, name: str, value: QuantizedWeight | torch.Tensor) -> None:
+        for writer in writers:
+            if writer.target.grid == grid:
+                writer.write(name, value)
+
+    layer_job = LayerJob(
+        skeleton=source.skeleton,
+        layer=layer,
+        weights=source.checkpoint.weights,
+        inputs=inputs,
+        outputs=outputs,
+        mlp_inputs=run.activations(run.job.work / "mlp-inputs.f32"),
+        linears=source.plan.linears.intersection(layer.linears),
+        grids=source.plan.grids,
+        batch_samples=run.batch_samples,
+        seed=run.recipe.seed,
+        emit=emit,
+        safe_point=safe_point,
+    )
+    report = quantize_layer(layer_job)
+    outputs.flush()
+    return {"layer": layer.index, **asdict(report)}

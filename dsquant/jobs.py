@@ -1,0 +1,288 @@
+"""Jobs that survive a kill: a claimed output folder, a journal of finished units, safe points to stop at.
+
+An output folder is in one of four states: absent or empty; interrupted (it holds `.dsquant-work`); finished (it holds
+`dsquant.json` and no work folder); or somebody else's. Only the work folder's removal turns interrupted into finished.
+"""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.recipe import CHANGEABLE_ON_RESUME, Recipe, format_size
+
+WORK_FOLDER = ".dsquant-work"
+RECORD_FILE = "dsquant.json"
+JOB_FILE = "job.json"
+JOURNAL_FILE = "journal.jsonl"
+# Ending of a file that is being written; it is renamed when it is whole.
+PARTIAL = ".partial"
+
+
+class Journal:
+    """An append-only file with one JSON line for each finished unit."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads what is there; a line that a kill cut off does not count, and is cut away.
+
+        Args:
+            path: the journal's file.
+        """
+        self._path = path
+        raw = path.read_bytes() if path.exists() else b""
+        complete = raw[: raw.rfind(b"\n") + 1]
+        if complete != raw:
+            os.truncate(path, len(complete))
+        self._entries: list[dict[str, Any]] = [json.loads(line) for line in complete.splitlines()]
+
+    @property
+    def units(self) -> dict[str, dict[str, Any]]:
+        """Unit -> what was noted of it."""
+        return {entry["unit"]: entry for entry in self._entries}
+
+    def append(self, unit: str, **notes: Any) -> None:
+        """Notes a finished unit; when this returns the line is on disk."""
+        entry = {"unit": unit, **notes}
+        with self._path.open("ab") as file:
+            file.write(json.dumps(entry).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._entries.append(entry)
+
+
+class Job:
+    """A claimed output folder."""
+
+    def __init__(self, output: Path, work: Path, notes: dict[str, Any]) -> None:
+        self.output = output
+        self.work = work
+        self.notes = notes
+        """What was noted when the job began: recipe, source, whatever must not be found anew on resume."""
+        self.journal = Journal(work / JOURNAL_FILE)
+
+    def finish(self) -> None:
+        """Removes the work folder: from here on the output counts as finished."""
+        shutil.rmtree(self.work)
+
+
+def claim(output: Path, recipe: Recipe, resume: bool, restart: bool) -> str:
+    """Finds out what a run may do with an output folder; changes nothing.
+
+    Args:
+        output: the folder.
+        recipe: the run's recipe.
+        resume: whether an interrupted job may be continued.
+        restart: whether an interrupted or finished job may be begun anew.
+
+    Returns:
+        `new`, `resume`, `restart` or `finished`.
+
+    Raises:
+        InputError: where the folder holds something this run may not touch.
+        UsageError: where the recipe differs from the interrupted job's.
+    """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; name a folder to make")
+    if not output.exists() or not any(output.iterdir()):
+        return "new"
+    interrupted = (output / WORK_FOLDER).is_dir()
+    if not interrupted and not (output / RECORD_FILE).is_file():
+        raise InputError(f"{output} is not empty and no output of dsquant; name another folder")
+    if restart:
+        return "restart"
+    if not resume:
+        state = "an interrupted job" if interrupted else "a finished output"
+        raise InputError(
+            f"{output} is not empty: it holds {state}; go on with --resume, begin anew with --restart, "
+            "or name another folder"
+        )
+    if interrupted and not (output / WORK_FOLDER / JOB_FILE).is_file():
+        return "restart"  # killed before the job's own record was on disk: nothing to continue
+    record = _read_record(output / WORK_FOLDER / JOB_FILE if interrupted else output / RECORD_FILE)
+    _check_same_recipe(output, recipe, record)
+    return "resume" if interrupted else "finished"
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); begin anew with --restart") from error
+    return record
+
+
+def _check_same_recipe(output: Path, recipe: Recipe, record: dict[str, Any]) -> None:
+    before, now = record.get("recipe", {}), recipe.lasting()
+    changed = [key for key in now if before.get(key) != now[key]]
+    if changed:
+        details = ", ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
+        raise UsageError(
+            f"{output} was begun with another recipe: {details}. Only {', '.join(CHANGEABLE_ON_RESUME)} may change "
+            "on --resume; begin anew with --restart or name another folder."
+        )
+
+
+@contextmanager
+def open_job(output: Path, recipe: Recipe, state: str, notes: dict[str, Any]) -> Iterator[Job]:
+    """Takes the output folder for this run, alone.
+
+    Args:
+        output: the folder.
+        recipe: the run's recipe.
+        state: what `claim` returned.
+        notes: what to note where the job is new; a resumed job has its own.
+
+    Yields:
+        The job.
+
+    Raises:
+        InputError: where another run works on the folder.
+    """
+    from filelock import FileLock, Timeout
+
+    if state == "restart":
+        _remove_recorded_files(output)
+    work = output / WORK_FOLDER
+    work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"{output}: another dsquant run is working on this folder") from error
+    try:
+        if state == "resume":
+            notes = _read_record(work / JOB_FILE)
+        else:
+            notes = {"recipe": recipe.lasting(), **notes}
+            write_atomically(work / JOB_FILE, json.dumps(notes).encode())
+        yield Job(output, work, notes)
+    finally:
+        lock.release()
+
+
+def _remove_recorded_files(output: Path) -> None:
+    """Removes the files that a job noted as its own, and nothing else."""
+    for record_path in (output / WORK_FOLDER / JOB_FILE, output / RECORD_FILE):
+        files = _read_record(record_path).get("files", []) if record_path.is_file() else []
+        for name in files:
+            path = output / name
+            if ".." not in Path(name).parts and not Path(name).is_absolute():
+                path.unlink(missing_ok=True)
+                path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
+    (output / RECORD_FILE).unlink(missing_ok=True)
+    shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that it is there as a whole or not at all, also after a power cut.
+
+    Args:
+        path: the file.
+        content: its content.
+    """
+    temporary = path.with_name(path.name + PARTIAL)
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings renames inside a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGINT until the next safe point."""
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: now
+        self._signal = number
+
+    def safe_point(self) -> None:
+        """Stops the job here if a signal has asked for it.
+
+        Raises:
+            Interrupted: where a signal has come.
+        """
+        if self._signal is not None:
+            name = signal.Signals(self._signal).name
+            raise Interrupted(f"stopped by {name} at a safe point; go on with --resume")
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turns SIGTERM and SIGINT into a request that safe points obey; the old handlers return afterwards.
+
+    Yields:
+        The request. Outside the main thread, where Python sets no handlers, nothing ever sets it.
+    """
+    import threading
+
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, request._note) for number in numbers}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def full_disk_is_resumable() -> Iterator[None]:
+    """Turns a full disk into a stop that can be resumed.
+
+    Raises:
+        Interrupted: where the disk or the quota is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Interrupted(
+            f"the disk is full ({error.filename or error}); finished units are kept: make room and go on with --resume"
+        ) from error
+
+
+def memory_guard(budget_bytes: int, resident_bytes: Callable[[], int]) -> Callable[[], None]:
+    """Makes a check that stops the job when it outgrows its budget.
+
+    Args:
+        budget_bytes: the most resident memory.
+        resident_bytes: measures it.
+
+    Returns:
+        A function that raises `Interrupted` above the budget.
+    """
+
+    def check() -> None:
+        found = resident_bytes()
+        if found > budget_bytes:
+            raise Interrupted(
+                f"resident memory is {format_size(found)}, the budget {format_size(budget_bytes)}; "
+                "go on with --resume and a larger --memory-budget"
+            )
+
+    return check

@@ -1,0 +1,271 @@
+"""Composes the stages into a job: validate, scan, calibrate, quantize layer by layer, evaluate, finish.
+
+Nothing is written before the whole input has been found good.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import dsquant
+from dsquant import card
+from dsquant.calibration import held_out_tokens
+from dsquant.conversion import Run, convert
+from dsquant.errors import InputError
+from dsquant.evaluation.divergence import Divergence, compare
+from dsquant.jobs import (
+    RECORD_FILE,
+    Job,
+    claim,
+    full_disk_is_resumable,
+    memory_guard,
+    open_job,
+    stop_on_signals,
+    write_atomically,
+)
+from dsquant.planning import Target, check_memory
+from dsquant.preparation import Source, check_disk, memory_budget, open_source
+from dsquant.recipe import Recipe
+from dsquant.source.checkpoint import open_checkpoint
+from dsquant.source.scan import scan
+from dsquant.telemetry import Progress, Report, peak_resident_bytes, resident_bytes, silent
+from dsquant.writers.base import write_index
+
+# The record's layout. 1: first.
+RECORD_VERSION = 1
+EVALUATION_TEXTS = ("code", "wiki", "reasoning")
+EVALUATION_SAMPLES = 8
+EVALUATION_SEQ_LEN = 512
+PACKAGES = ("torch", "transformers", "accelerate", "autoawq", "compressed-tensors")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a quantization run made, and what it cost."""
+
+    output: Path
+    folders: dict[str, Path]
+    """Format -> checkpoint folder."""
+    source_bytes: int
+    output_bytes: dict[str, int]
+    """Format -> bytes of its shards."""
+    divergence: dict[str, dict[str, Divergence]]
+    """Format -> text -> distance from the original; empty where evaluation was off."""
+    warnings: list[str]
+    already_finished: bool = False
+    elapsed_s: float = 0.0
+    peak_resident_bytes: int = 0
+
+
+def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Report = silent) -> Result:
+    """Quantizes a model as the recipe says.
+
+    Args:
+        recipe: what to do.
+        resume: go on with an interrupted job, or begin one.
+        restart: begin anew where there is an interrupted or finished one.
+        report: gets the progress.
+
+    Returns:
+        Where the files are, and what quantization cost.
+
+    Raises:
+        UsageError: where the recipe cannot work (memory budget, a format that cannot store it).
+        InputError: where model, texts or output folder cannot be used; nothing was written.
+        Interrupted: where the job stopped and can be resumed.
+    """
+    started = time.monotonic()
+    state = claim(recipe.output, recipe, resume, restart)
+    if state == "finished":
+        return _result(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
+    with stop_on_signals() as request, full_disk_is_resumable():
+        source = open_source(recipe)
+        budget = memory_budget(recipe)
+        check_memory(source.plan, budget, resident_bytes())
+        check_disk(recipe, source.plan)
+        within_budget = memory_guard(budget, resident_bytes)
+
+        def check() -> None:
+            request.safe_point()
+            within_budget()
+
+        notes = {} if state == "resume" else {"tensors": _scan(source, report, check), "files": _files(source)}
+        with open_job(recipe.output, recipe, state, notes) as job:
+            _check_unchanged(source, job)
+            run = Run(recipe, source, job, report, check)
+            convert(run)
+            record = _finish(run)
+            job.finish()
+    return _result(
+        recipe, record, elapsed_s=time.monotonic() - started, peak_resident_bytes=peak_resident_bytes()
+    )
+
+
+def _scan(source: Source, report: Report, check: Callable[[], None]) -> dict[str, str]:
+    index = source.checkpoint.index
+    done = 0
+
+    def after_tensor(name: str) -> None:
+        nonlocal done
+        check()
+        done += 1
+        report(Progress("scan", done, len(index), name, index.bytes_read))
+
+    return scan(index, after_tensor)
+
+
+def _files(source: Source) -> list[str]:
+    """Every file that the run may make, relative to the output folder."""
+    names = [RECORD_FILE]
+    for target in source.plan.targets:
+        inside = [shard.file_name for shard in target.shards.shards]
+        inside += [*card.copied_files(source.checkpoint.folder), *card.WRITTEN_FILES]
+        names += [str(target.folder / name) for name in inside]
+    return sorted(set(names))
+
+
+def _check_unchanged(source: Source, job: Job) -> None:
+    if set(job.notes["tensors"]) != set(source.checkpoint.index):
+        raise InputError(
+            f"{source.checkpoint.folder}: the source has other tensors than when the job began; restore it, or begin "
+            "anew with --restart"
+        )
+
+
+def _finish(run: Run) -> dict[str, Any]:
+    """Writes what makes the shards a checkpoint, evaluates it, and writes the record last."""
+    source, plan = run.source, run.source.plan
+    for target in plan.targets:
+        folder = run.job.output / target.folder
+        card.copy_files(source.checkpoint.folder, folder)
+        write_atomically(folder / card.CONFIG_FILE, _json(_config(run, target)))
+        write_index(folder, target.shards)
+    record = _record(run, _evaluate(run) if run.recipe.evaluate else {})
+    for target in plan.targets:
+        folder = run.job.output / target.folder
+        write_atomically(folder / card.CARD_FILE, card.model_card(record, target.format.name).encode())
+        write_atomically(folder / RECORD_FILE, _json(record))
+    write_atomically(run.job.output / RECORD_FILE, _json(record))
+    return record
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _config(run: Run, target: Target) -> dict[str, Any]:
+    """The source's config.json with the target's quantization_config in place of the FP8 one."""
+    source = run.source
+    dropped = ("quantization_config", "auto_map")
+    config = {key: value for key, value in source.checkpoint.config.items() if key not in dropped}
+    layers = source.skeleton.layers
+    if run.recipe.mtp == "drop" and source.skeleton.num_mtp_layers:
+        config["num_nextn_predict_layers"] = 0
+        layers = layers[: source.skeleton.num_layers]
+    linears = {linear: linear in source.plan.linears for layer in layers for linear in layer.linears}
+    config["quantization_config"] = target.format.quantization_config(target.grid, linears)
+    return config
+
+
+def _evaluate(run: Run) -> dict[str, dict[str, Any]]:
+    """Compares every output with the original on the shipped held-out texts."""
+    source = run.source
+    candidates = {
+        target.format.name: open_checkpoint(run.job.output / target.folder).weights for target in source.plan.targets
+    }
+    seq_len = min(EVALUATION_SEQ_LEN, run.recipe.seq_len)
+    found: dict[str, dict[str, Any]] = {name: {} for name in candidates}
+    for number, text in enumerate(EVALUATION_TEXTS):
+        tokens_NT = held_out_tokens(text, source.tokenizer, seq_len, EVALUATION_SAMPLES)
+
+        def safe_point(done: int, total: int, what: str, number: int = number) -> None:
+            run.safe_point("evaluate", number * total + done, len(EVALUATION_TEXTS) * total, what)
+
+        scores = compare(
+            source.skeleton,
+            source.checkpoint.weights,
+            candidates,
+            tokens_NT,
+            run.job.work,
+            run.batch_samples,
+            safe_point,
+        )
+        for name, token_scores in scores.items():
+            found[name][text] = vars(token_scores.summary())
+    return found
+
+
+def _record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Everything about the output that two runs have in common; times and memory are not in here."""
+    source, journal = run.source, run.job.journal.units
+    layers = [entry["layer"] for entry in journal.values() if "layer" in entry]
+    tensors: dict[str, dict[str, str]] = {}
+    for entry in journal.values():
+        for folder, hashes in entry["tensors"].items():
+            tensors.setdefault(folder, {}).update(hashes)
+    return {
+        "record_version": RECORD_VERSION,
+        "recipe": run.recipe.lasting(),
+        "recipe_sha256": run.recipe.hash,
+        "versions": {"dsquant": dsquant.__version__, **{name: version(name) for name in PACKAGES}},
+        "source": {
+            "architecture": source.checkpoint.architecture,
+            "bytes": source.checkpoint.index.num_bytes,
+            "tensors_sha256": run.job.notes["tensors"],
+        },
+        "calibration": source.calibration,
+        "outputs": {
+            target.format.name: {
+                "folder": str(target.folder),
+                "bytes": target.shards.num_bytes,
+                "grid": vars(target.grid),
+                "tensors_sha256": tensors[str(target.folder)],
+            }
+            for target in source.plan.targets
+        },
+        "layers": layers,
+        "divergence": divergence,
+        "warnings": _warnings(run, layers),
+        "files": _files(source),
+    }
+
+
+def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
+    """What a user should know, in words."""
+    source, words = run.source, []
+    wanted, got = run.recipe.samples, source.calibration["samples"]
+    if got < wanted:
+        words.append(f"the calibration texts yield {got} samples of {run.recipe.seq_len} tokens, {wanted} were asked for")
+    rare = sum(len(layer["topped_up"]) for layer in layers)
+    if rare:
+        experts = sum(len(layer["tokens_per_expert"]) for layer in layers)
+        words.append(
+            f"{rare} of {experts} experts got fewer than 256 calibration tokens and were judged on their router's "
+            "next best as well; more --samples help"
+        )
+    fallbacks = sum(len(grid["fallbacks"]) for layer in layers for grid in layer["grids"])
+    if fallbacks:
+        words.append(f"{fallbacks} modules are plainly rounded because the search found nothing better")
+    if source.skeleton.num_mtp_layers and run.recipe.mtp == "drop":
+        words.append("the multi-token-prediction layer was dropped: engines cannot draft with it any more")
+    return words
+
+
+def _result(recipe: Recipe, record: dict[str, Any], **changes: Any) -> Result:
+    outputs = record["outputs"]
+    return Result(
+        output=recipe.output,
+        folders={name: recipe.output / output["folder"] for name, output in outputs.items()},
+        source_bytes=record["source"]["bytes"],
+        output_bytes={name: output["bytes"] for name, output in outputs.items()},
+        divergence={
+            name: {text: Divergence(**values) for text, values in texts.items()}
+            for name, texts in record["divergence"].items()
+        },
+        warnings=record["warnings"],
+        **changes,
+    )

@@ -1,0 +1,251 @@
+"""What a run will do and make, worked out from headers alone: units of work, exact output tensors, memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
+
+from dsquant.awq.clip import ELEMENTS_AT_ONCE
+from dsquant.awq.statistics import FACTOR_ROWS
+from dsquant.errors import InputError, UsageError
+from dsquant.model.activations import RELEASE_BYTES
+from dsquant.model.skeleton import Skeleton
+from dsquant.model.streaming import EMBEDDING, ROWS_AT_ONCE, VOCABULARY_AT_ONCE
+from dsquant.model.structure import DecoderLayer
+from dsquant.recipe import Recipe, format_size
+from dsquant.rounding import Grid
+from dsquant.source.checkpoint import Checkpoint
+from dsquant.writers.base import ShardPlan, StoredTensor, plan_shards
+from dsquant.writers.formats import FORMATS
+from dsquant.writers.protocol import Format
+
+# Tokens that pass attention together. Fixed, since the order of sums, and with it the output's bytes, depends on it.
+BATCH_TOKENS = 4096
+FLOAT32_BYTES = 4
+# Computed from the config by every engine; old Llama checkpoints store them all the same.
+COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
+
+Action = Literal["copy", "quantize", "drop"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the model that is finished, and journaled, in one go."""
+
+    name: str
+    parameters: tuple[str, ...]
+    action: Action
+    layer: DecoderLayer | None = None
+    """The decoder layer, where the unit is one."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One output checkpoint."""
+
+    format: Format
+    grid: Grid
+    folder: PurePosixPath
+    """Inside the output folder; `.` where there is one format."""
+    shards: ShardPlan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a run that headers tell."""
+
+    units: tuple[Unit, ...]
+    targets: tuple[Target, ...]
+    linears: frozenset[str]
+    """The linears that are quantized."""
+    dtypes: Mapping[str, str]
+    """Parameter -> safetensors dtype in which it is stored where it is not quantized."""
+    memory_bytes: int
+    """Resident memory that the run needs beyond what the process has when it starts."""
+    work_bytes: int
+    """Disk for hidden states while the run lasts."""
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The distinct grids of all targets."""
+        return tuple(dict.fromkeys(target.grid for target in self.targets))
+
+
+def plan_run(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton) -> Plan:
+    """Plans a quantization run.
+
+    Args:
+        recipe: the run's recipe.
+        checkpoint: the source.
+        skeleton: its network.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InputError: where the source's tensors are not what its config promises.
+        UsageError: where a format cannot store what the recipe asks for.
+    """
+    check_complete(checkpoint, skeleton)
+    linears = _quantized_linears(recipe, skeleton)
+    units = _units(recipe, checkpoint, skeleton)
+    dtypes = {name: _plain_dtype(checkpoint, name) for name in checkpoint.weights}
+    targets = tuple(_target(recipe, name, checkpoint, skeleton, units, linears, dtypes) for name in recipe.to)
+    hidden_bytes = recipe.samples * recipe.seq_len * skeleton.config["hidden_size"] * FLOAT32_BYTES
+    memory = _memory_bytes(recipe, checkpoint, skeleton, linears)
+    return Plan(units, targets, linears, dtypes, memory, 3 * hidden_bytes)
+
+
+def check_complete(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+    """Checks every tensor of a checkpoint against the network that its config describes.
+
+    Args:
+        checkpoint: the checkpoint.
+        skeleton: its network.
+
+    Raises:
+        InputError: at the first tensor that is missing, superfluous or of another shape.
+    """
+    expected = skeleton.expected_shapes()
+    for name, shape in expected.items():
+        if name not in checkpoint.weights:
+            raise InputError(
+                f"{checkpoint.folder}: tensor {name!r} is missing: config.json calls for it, no shard has it; "
+                "download the checkpoint again, or take config.json from the same release"
+            )
+        found = checkpoint.weights.shape(name)
+        if found != shape:
+            info = checkpoint.index.get(name)
+            raise InputError(
+                f"{info.path if info else checkpoint.folder}: tensor {name!r} has shape {list(found)}, config.json "
+                f"makes it {list(shape)}; config and weights are of different models"
+            )
+    for name in checkpoint.weights:
+        if name not in expected and not name.endswith(COMPUTED_SUFFIX) and name != "lm_head.weight":
+            raise InputError(
+                f"{checkpoint.index[name].path if name in checkpoint.index else checkpoint.folder}: tensor {name!r} "
+                f"is not part of {checkpoint.architecture} as config.json describes it "
+                f"({skeleton.num_layers} layers, {skeleton.num_mtp_layers} for multi-token prediction)"
+            )
+
+
+def _quantized_linears(recipe: Recipe, skeleton: Skeleton) -> frozenset[str]:
+    layers = skeleton.layers if recipe.mtp == "quantize" else skeleton.layers[: skeleton.num_layers]
+    mixture = any(layer.experts for layer in layers)
+    if (recipe.preset or "quality") == "quality" and mixture:
+        return frozenset(linear for layer in layers for mlp in layer.experts for linear in mlp.linears)
+    return frozenset(linear for layer in layers for linear in layer.linears)
+
+
+def _units(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[Unit, ...]:
+    names = [name for name in checkpoint.weights if not name.endswith(COMPUTED_SUFFIX)]
+    per_layer: dict[int, list[str]] = {layer.index: [] for layer in skeleton.layers}
+    rest = []
+    for name in names:
+        parts = name.split(".")
+        if name.startswith("model.layers."):
+            per_layer[int(parts[2])].append(name)
+        elif name != EMBEDDING:
+            rest.append(name)
+    decoder = [
+        Unit(layer.prefix, tuple(per_layer[layer.index]), "quantize", layer)
+        for layer in skeleton.layers[: skeleton.num_layers]
+    ]
+    actions: dict[str, Action] = {"keep": "copy", "quantize": "quantize", "drop": "drop"}
+    extra = [
+        Unit(layer.prefix, tuple(per_layer[layer.index]), actions[recipe.mtp], layer)
+        for layer in skeleton.layers[skeleton.num_layers :]
+    ]
+    return (Unit("embedding", (EMBEDDING,), "copy"), *decoder, Unit("head", tuple(rest), "copy"), *extra)
+
+
+def _plain_dtype(checkpoint: Checkpoint, name: str) -> str:
+    stored = checkpoint.index[name].dtype
+    return "BF16" if stored == "F8_E4M3" else stored
+
+
+def _target(
+    recipe: Recipe,
+    name: str,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    units: tuple[Unit, ...],
+    linears: frozenset[str],
+    dtypes: Mapping[str, str],
+) -> Target:
+    output_format = FORMATS[name]
+    symmetric = recipe.symmetric
+    if symmetric is None:  # vLLM's mixture-of-experts kernels take compressed-tensors weights only if symmetric
+        symmetric = name == "compressed-tensors" and any(layer.experts for layer in skeleton.layers)
+    grid = Grid(recipe.bits, recipe.group_size, symmetric)
+    shapes = {linear: _matrix(checkpoint.weights.shape(f"{linear}.weight")) for linear in sorted(linears)}
+    output_format.check(grid, shapes)
+
+    def stored(parameter: str) -> list[StoredTensor]:
+        linear = parameter.removesuffix(".weight")
+        if linear in linears:
+            return output_format.stored(linear, shapes[linear], grid)
+        return [StoredTensor(parameter, dtypes[parameter], checkpoint.weights.shape(parameter))]
+
+    tensors = [
+        (unit.name, [tensor for parameter in unit.parameters for tensor in stored(parameter)])
+        for unit in units
+        if unit.action != "drop"
+    ]
+    folder = PurePosixPath(name if len(recipe.to) > 1 else ".")
+    return Target(output_format, grid, folder, plan_shards(tensors, recipe.max_shard_bytes))
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], shape[1]
+
+
+def _memory_bytes(
+    recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str]
+) -> int:
+    """The largest stage's need; benchmarks/r1_width.py compares it with what a run really takes."""
+    hidden = skeleton.config["hidden_size"]
+    rounds = ELEMENTS_AT_ONCE * FLOAT32_BYTES * 8  # clip and rounding work on parts with about 8 temporaries
+    layer_needs = []
+    for layer in skeleton.layers:
+        sizes = {linear: _num_elements(checkpoint, linear) for linear in layer.linears}
+        routed = {linear for mlp in layer.experts for linear in mlp.linears}
+        dense = FLOAT32_BYTES * sum(size for linear, size in sizes.items() if linear not in routed)
+        folded_and_rounded = 3 if layer.attention_linears[0] in linears else 1
+        largest = max(sum(sizes[linear] for linear in mlp.linears) for mlp in layer.mlps) * FLOAT32_BYTES
+        widths = [checkpoint.weights.shape(f"{linear}.weight")[1] for linear in layer.attention_linears]
+        statistics = FLOAT32_BYTES * FACTOR_ROWS * (sum(widths) + 4 * hidden)
+        attention = 6 * FLOAT32_BYTES * max(BATCH_TOKENS, recipe.seq_len) * _widest_attention(checkpoint, layer)
+        rows = 6 * FLOAT32_BYTES * ROWS_AT_ONCE * hidden
+        layer_needs += [dense * (1 + folded_and_rounded) + statistics + max(attention, rounds)]
+        layer_needs += [5 * largest + statistics + rounds + rows]
+    head = FLOAT32_BYTES * VOCABULARY_AT_ONCE * (2 * hidden + 4 * 1024)
+    return max(*layer_needs, head) + 3 * RELEASE_BYTES
+
+
+def _num_elements(checkpoint: Checkpoint, linear: str) -> int:
+    rows, columns = checkpoint.weights.shape(f"{linear}.weight")
+    return rows * columns
+
+
+def _widest_attention(checkpoint: Checkpoint, layer: DecoderLayer) -> int:
+    return max(checkpoint.weights.shape(f"{linear}.weight")[0] for linear in layer.attention_linears)
+
+
+def check_memory(plan: Plan, budget_bytes: int, resident_bytes: int) -> None:
+    """Refuses a budget that cannot work.
+
+    Args:
+        plan: the run's plan.
+        budget_bytes: the budget.
+        resident_bytes: what the process holds already.
+
+    Raises:
+        UsageError: where the run needs more, with the number.
+    """
+    needed = plan.memory_bytes + resident_bytes
+    if needed > budget_bytes:
+        raise UsageError(
+            f"--memory-budget {format_size(budget_bytes)} is too small: this model and calibration need "
+            f"{format_size(needed)}; raise the budget or lower --seq-len"
+        )

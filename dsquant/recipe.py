@@ -1,0 +1,122 @@
+"""A run as data: what the command line fills in, what every output folder records, what resume compares."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from dsquant.errors import UsageError
+
+# What a resumed job may change: these have no influence on the output's bytes.
+CHANGEABLE_ON_RESUME = ("output", "memory_budget")
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+Preset = Literal["quality", "compact"]
+
+
+class Recipe(BaseModel):
+    """Everything that determines a quantization run.
+
+    Attributes:
+        model: a folder, a hub id, or `tiny-r1`.
+        output: the folder to make.
+        to: formats, `awq` and `compressed-tensors`.
+        bits: bits of a code.
+        group_size: input channels that share a scale.
+        symmetric: whether zero points are constant; None takes what each format's engines want.
+        preset: `quality` quantizes routed experts only, `compact` every linear of the decoder; None is quality for
+            mixtures of experts and compact for dense models.
+        calibration: texts, mixes or hub sets.
+        samples: calibration samples.
+        seq_len: tokens of a sample.
+        seed: of the choice of texts and of every random sum.
+        mtp: what happens to multi-token-prediction layers: kept in BF16, quantized, or dropped.
+        max_shard_bytes: upper bound on a shard's size, as far as single tensors allow.
+        memory_budget: bytes of resident memory; None is 80 % of what is available, at most 16 GiB.
+        evaluate: whether the output is compared with the original at the end.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "tiny-r1"
+    output: Path
+    to: tuple[Literal["awq", "compressed-tensors"], ...] = ("awq",)
+    bits: Literal[3, 4, 8] = 4
+    group_size: Literal[32, 64, 128] = 128
+    symmetric: bool | None = None
+    preset: Preset | None = None
+    calibration: tuple[str, ...] = ("r1-mix",)
+    samples: int = Field(default=128, ge=1)
+    seq_len: int = Field(default=512, ge=8)
+    seed: int = Field(default=0, ge=0)
+    mtp: Literal["keep", "quantize", "drop"] = "keep"
+    max_shard_bytes: int = Field(default=5 * 2**30, ge=1)
+    memory_budget: int | None = Field(default=None, ge=1)
+    evaluate: bool = True
+
+    @field_validator("to")
+    @classmethod
+    def _distinct(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
+        if not formats or len(set(formats)) != len(formats):
+            raise ValueError(f"name each format once, found {', '.join(formats) or 'none'}")
+        return formats
+
+    @classmethod
+    def checked(cls, **fields: Any) -> "Recipe":
+        """Builds a recipe.
+
+        Args:
+            **fields: the fields that differ from the defaults.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            UsageError: where a field is unknown or has a value that cannot be meant.
+        """
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in error.errors()
+            )
+            raise UsageError(problems) from error
+
+    def lasting(self) -> dict[str, Any]:
+        """The fields that determine the output's bytes, as plain JSON values."""
+        return self.model_dump(mode="json", exclude=set(CHANGEABLE_ON_RESUME))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of `lasting`, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.lasting(), sort_keys=True).encode()).hexdigest()
+
+
+def parse_size(text: str) -> int:
+    """Reads a size such as `16GiB`, `512MiB` or `1000000`.
+
+    Args:
+        text: a number with an optional unit B, KiB, MiB, GiB, TiB.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        UsageError: where it is no size.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT]?)i?B?)?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"{text!r} is not a size; write it as 16GiB, 512MiB or a number of bytes")
+    return int(float(match[1]) * UNITS[(match[2] or "").upper()])
+
+
+def format_size(num_bytes: float) -> str:
+    """Writes a number of bytes for people: 11.9 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} GiB"

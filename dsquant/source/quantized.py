@@ -1,0 +1,208 @@
+"""Quantized checkpoints as lazy weights: each linear is decoded on access by the package that defines its format.
+
+Not by dsquant's own packer: a mistake in that must not cancel out when the output is judged.
+"""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from dsquant.errors import InputError
+from dsquant.source.shards import ShardIndex
+from dsquant.source.weights import Weights
+
+
+class DecodedWeights(Weights):
+    """name -> float32 tensor of a checkpoint whose linears are packed; the names are the original's."""
+
+    marker: str
+    """The ending of the tensor that marks a packed linear."""
+    companions: tuple[str, ...]
+    """The endings of what it needs beside."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        """Finds the packed linears.
+
+        Args:
+            index: the checkpoint's tensors.
+
+        Raises:
+            InputError: where a packed linear lacks one of its tensors.
+        """
+        self.index = index
+        self._packed = {
+            name.removesuffix(self.marker) + "weight": name.removesuffix(self.marker)
+            for name in index
+            if name.endswith("." + self.marker)
+        }
+        for prefix in self._packed.values():
+            for part in self.companions:
+                if prefix + part not in index:
+                    raise InputError(
+                        f"{index[prefix + self.marker].path}: {prefix + self.marker!r} has no {prefix + part!r} in any "
+                        "shard; the checkpoint is incomplete"
+                    )
+        parts = {prefix + part for prefix in self._packed.values() for part in (self.marker, *self.companions)}
+        self._names = dict.fromkeys([*(name for name in index if name not in parts), *self._packed])
+
+    @abstractmethod
+    def decode(self, prefix: str) -> torch.Tensor:
+        """Decodes the linear whose tensors begin with `prefix`, float32 [O, I]."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
+        """Reads some rows of a weight; a packed one is decoded as a whole."""
+        if name in self._packed:
+            return self.decode(self._packed[name])[start_row:stop_row]
+        return self.index.read(name, start_row, stop_row).float()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The weight's shape."""
+        if name not in self._packed:
+            return self.index.require(name).shape
+        return self.packed_shape(self._packed[name])
+
+    @abstractmethod
+    def packed_shape(self, prefix: str) -> tuple[int, int]:
+        """[O, I] of a packed linear, from headers."""
+
+
+class AwqWeights(DecodedWeights):
+    """AutoAWQ's GEMM layout, decoded by autoawq."""
+
+    marker = "qweight"
+    companions = ("qzeros", "scales")
+
+    def __init__(self, index: ShardIndex, quantization: Mapping[str, Any]) -> None:
+        """Reads bits and group size from config.json.
+
+        Args:
+            index: the checkpoint's tensors.
+            quantization: its `quantization_config`.
+
+        Raises:
+            InputError: where the config is not of this layout, or tensors contradict it.
+        """
+        super().__init__(index)
+        version = str(quantization.get("version", "gemm")).lower()
+        if version != "gemm":
+            raise InputError(f"{index.folder}/config.json: awq version {version!r} is not supported, only 'gemm' is")
+        self._bits, self._group_size = int(quantization.get("bits", 4)), int(quantization.get("group_size", 128))
+        for prefix in self._packed.values():
+            rows, columns = self.packed_shape(prefix)
+            info = index[prefix + "scales"]
+            if info.shape != (columns // self._group_size, rows):
+                raise InputError(
+                    f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}; qweight and group size "
+                    f"{self._group_size} need [{columns // self._group_size}, {rows}]"
+                )
+
+    def packed_shape(self, prefix: str) -> tuple[int, int]:
+        """[O, I]."""
+        columns, words = self.index[prefix + "qweight"].shape
+        return words * 32 // self._bits, columns
+
+    def decode(self, prefix: str) -> torch.Tensor:
+        """Decodes through autoawq's `dequantize_gemm`, in float32."""
+        qweight, qzeros, scales = (self.index.read(prefix + part) for part in (self.marker, *self.companions))
+        weight_IO = _awq_decoder()(qweight, qzeros, scales.float(), self._bits, self._group_size)
+        return weight_IO.T.contiguous()  # type: ignore[no-any-return]
+
+
+def _awq_decoder() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # autoawq announces its end of life at import
+        from awq.utils.packing_utils import dequantize_gemm
+    return dequantize_gemm
+
+
+class CompressedTensorsWeights(DecodedWeights):
+    """compressed-tensors' pack-quantized layout, decoded by compressed-tensors."""
+
+    marker = "weight_packed"
+
+    def __init__(self, index: ShardIndex, quantization: Mapping[str, Any]) -> None:
+        """Reads the scheme from config.json.
+
+        Args:
+            index: the checkpoint's tensors.
+            quantization: its `quantization_config`.
+
+        Raises:
+            InputError: where the config has not one group of pack-quantized weights.
+        """
+        groups = quantization.get("config_groups") or {}
+        if len(groups) != 1 or quantization.get("format") != "pack-quantized":
+            raise InputError(
+                f"{index.folder}/config.json: only compressed-tensors of format 'pack-quantized' with one config group "
+                f"can be read, found {quantization.get('format')!r} with {len(groups)}"
+            )
+        self._group = next(iter(groups.values()))
+        symmetric = self._group["weights"].get("symmetric", True)
+        zero_points = () if symmetric else ("weight_zero_point",)
+        self.companions = ("weight_scale", "weight_shape", *zero_points)
+        super().__init__(index)
+        for prefix in self._packed.values():
+            rows, columns = self.packed_shape(prefix)
+            info = index[prefix + "weight_scale"]
+            if info.shape != (rows, columns // self._group["weights"]["group_size"]):
+                raise InputError(
+                    f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, which does not go with "
+                    f"{prefix + self.marker!r} of {rows} rows and {columns} columns"
+                )
+
+    @cached_property
+    def _scheme(self) -> Any:
+        from compressed_tensors.quantization import QuantizationScheme
+
+        return QuantizationScheme.model_validate(self._group)
+
+    def packed_shape(self, prefix: str) -> tuple[int, int]:
+        """[O, I]; I as the scales and the group size have it."""
+        rows, groups = self.index[prefix + "weight_scale"].shape
+        return self.index[prefix + self.marker].shape[0], groups * int(self._group["weights"]["group_size"])
+
+    def decode(self, prefix: str) -> torch.Tensor:
+        """Decodes through compressed-tensors' own decompressor, in float32."""
+        from compressed_tensors.compressors import PackedQuantizationCompressor
+
+        tensors = {part: self.index.read(prefix + part) for part in (self.marker, *self.companions)}
+        tensors["weight_scale"] = tensors["weight_scale"].float()
+        weight: torch.Tensor = PackedQuantizationCompressor.decompress(tensors, self._scheme)["weight"]
+        return weight.float()
+
+
+def decoded_weights(index: ShardIndex, quantization: Mapping[str, Any]) -> Weights:
+    """Opens a quantized checkpoint's weights.
+
+    Args:
+        index: its tensors.
+        quantization: the `quantization_config` of its config.json.
+
+    Returns:
+        Weights under the original's names.
+
+    Raises:
+        InputError: where the method is unknown or the tensors contradict the config.
+    """
+    method = quantization.get("quant_method")
+    if method == "awq":
+        return AwqWeights(index, quantization)
+    if method == "compressed-tensors":
+        return CompressedTensorsWeights(index, quantization)
+    raise InputError(
+        f"{index.folder}/config.json: quant_method {method!r} is not supported; dsquant reads fp8 (128x128 blocks), "
+        "awq and compressed-tensors (pack-quantized)"
+    )

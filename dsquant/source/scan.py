@@ -1,0 +1,72 @@
+"""One reading of a whole checkpoint before anything is written: every tensor's hash, and no NaN or infinity in it."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from dsquant.errors import InputError
+from dsquant.source.shards import ShardIndex, TensorInfo
+
+BYTES_AT_ONCE = 32 * 2**20
+# The exponent bits that are all ones in NaN and infinity (in NaN alone for e4m3fn, which has no infinity).
+_INTEGER_VIEWS = {
+    torch.float8_e4m3fn: (torch.uint8, 0x7F),
+    torch.float8_e5m2: (torch.uint8, 0x7C),
+    torch.float8_e8m0fnu: (torch.uint8, 0xFF),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F800000),
+}
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether a tensor has no NaN and no infinity, by its bits: no copy, and FP8 needs no conversion."""
+    if values.dtype not in _INTEGER_VIEWS:
+        return not values.is_floating_point() or bool(torch.isfinite(values).all())
+    integer, mask = _INTEGER_VIEWS[values.dtype]
+    return not bool(((values.view(integer) & mask) == mask).any())
+
+
+def scan(index: ShardIndex, after_tensor: Callable[[str], None]) -> dict[str, str]:
+    """Reads every tensor once.
+
+    Args:
+        index: the checkpoint.
+        after_tensor: called with each finished tensor's name, from the calling thread; may raise to stop.
+
+    Returns:
+        Tensor name -> SHA-256 of its stored bytes, hexadecimal.
+
+    Raises:
+        InputError: at the first NaN or infinity, naming file and tensor.
+    """
+    hashes = {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        try:
+            for info, found in zip(
+                index.values(), pool.map(lambda info: _scan_tensor(index, info), index.values()), strict=True
+            ):
+                hashes[info.name] = found
+                after_tensor(info.name)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return hashes
+
+
+def _scan_tensor(index: ShardIndex, info: TensorInfo) -> str:
+    digest = hashlib.sha256()
+    num_rows = info.shape[0] if info.shape else 1
+    step = max(1, BYTES_AT_ONCE * num_rows // max(1, info.num_bytes))
+    for start in range(0, num_rows, step):
+        values = index.read(info.name, start, start + step) if info.shape else index.read(info.name)
+        if not all_finite(values):
+            raise InputError(
+                f"{info.path}: tensor {info.name!r} holds NaN or infinity in rows {start} to "
+                f"{min(start + step, num_rows) - 1}; download the file again or ask its publisher"
+            )
+        digest.update(memoryview(values.contiguous().view(torch.uint8).flatten().numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,193 @@
+"""Safetensors shards that are planned to the byte before a weight is read, and written tensor by tensor.
+
+A unit (embedding, one layer, head) is what a job finishes and journals in one go; no shard spans two units, so an
+interrupted job never has half a shard to go on with. A shard grows under a temporary name and takes its own only when
+it is whole and on disk.
+
+Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsquant.jobs import PARTIAL, sync_folder, write_atomically
+from dsquant.source.shards import DTYPE_NAMES, INDEX_FILE, tensor_bytes
+
+# The data begin at a multiple of this, as the safetensors library has it.
+ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a shard will hold it."""
+
+    name: str
+    dtype: str
+    """The safetensors name: I32, BF16 ..."""
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data."""
+        return tensor_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One planned file."""
+
+    file_name: str
+    unit: str
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def header(self) -> bytes:
+        """The file's first bytes: length and JSON header, padded with spaces."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        begin = 0
+        for tensor in self.tensors:
+            end = begin + tensor.num_bytes
+            entries[tensor.name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+            begin = end
+        raw = json.dumps(entries, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % ALIGNMENT)
+        return struct.pack("<Q", len(raw)) + raw
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(tensor.num_bytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Every file of a checkpoint's weights."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def shards_of(self, unit: str) -> tuple[Shard, ...]:
+        """The files of one unit."""
+        return tuple(shard for shard in self.shards if shard.unit == unit)
+
+
+def plan_shards(units: Sequence[tuple[str, Sequence[StoredTensor]]], max_shard_bytes: int) -> ShardPlan:
+    """Distributes tensors over files.
+
+    Args:
+        units: unit -> its tensors, in the order in which they are made.
+        max_shard_bytes: the most tensor data in a file; a larger tensor gets a file of its own.
+
+    Returns:
+        The plan, with file names that count all shards.
+    """
+    parts = [(unit, part) for unit, tensors in units for part in _split(tensors, max_shard_bytes)]
+    names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    shards = (Shard(name, unit, tuple(part)) for name, (unit, part) in zip(names, parts, strict=True))
+    return ShardPlan(tuple(shards))
+
+
+def _split(tensors: Sequence[StoredTensor], max_bytes: int) -> list[list[StoredTensor]]:
+    parts: list[list[StoredTensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not parts or size + tensor.num_bytes > max_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor)
+        size += tensor.num_bytes
+    return parts
+
+
+class ShardFile:
+    """A planned shard being written; its tensors may come in any order, each row once and in ascending order."""
+
+    def __init__(self, folder: Path, plan: Shard) -> None:
+        """Begins the file under its temporary name.
+
+        Args:
+            folder: where it goes.
+            plan: what it will hold.
+        """
+        self.plan = plan
+        self._path = folder / plan.file_name
+        self._partial = folder / (plan.file_name + PARTIAL)
+        self._file = self._partial.open("wb")
+        header = plan.header
+        self._file.write(header)
+        self._tensors = {tensor.name: tensor for tensor in plan.tensors}
+        self._offsets: dict[str, int] = {}
+        offset = len(header)
+        for tensor in plan.tensors:
+            self._offsets[tensor.name] = offset
+            offset += tensor.num_bytes
+        self._rows_done = dict.fromkeys(self._tensors, 0)
+        self._digests = {name: hashlib.sha256() for name in self._tensors}
+
+    def write_rows(self, name: str, start_row: int, rows: torch.Tensor) -> None:
+        """Writes some rows of a tensor; a scalar or a whole tensor is its rows from 0.
+
+        Args:
+            name: the tensor's name.
+            start_row: the first row, where the call before ended.
+            rows: the rows, in the planned dtype.
+        """
+        planned = self._tensors[name]
+        assert DTYPE_NAMES[rows.dtype] == planned.dtype, (name, rows.dtype, planned.dtype)
+        assert tuple(rows.shape[1:]) == planned.shape[1:], (name, tuple(rows.shape), planned.shape)
+        assert start_row == self._rows_done[name], (name, start_row, self._rows_done[name])
+        raw = memoryview(rows.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        row_bytes = planned.num_bytes // max(1, planned.shape[0])
+        self._file.seek(self._offsets[name] + start_row * row_bytes)
+        self._file.write(raw)
+        self._digests[name].update(raw)
+        self._rows_done[name] += rows.shape[0]
+
+    def commit(self) -> dict[str, str]:
+        """Brings the file to disk and gives it its name.
+
+        Returns:
+            Tensor name -> SHA-256 of its bytes, hexadecimal.
+        """
+        for name, tensor in self._tensors.items():
+            assert self._rows_done[name] == tensor.shape[0], f"{name}: {self._rows_done[name]} of {tensor.shape} rows"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.replace(self._path)
+        sync_folder(self._path.parent)
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+
+    def discard(self) -> None:
+        """Removes the unfinished file; does nothing after `commit`."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def write_index(folder: Path, plan: ShardPlan) -> None:
+    """Writes model.safetensors.index.json.
+
+    Args:
+        folder: the checkpoint's folder.
+        plan: its shards.
+    """
+    total = sum(tensor.num_bytes for shard in plan.shards for tensor in shard.tensors)
+    weight_map = {tensor.name: shard.file_name for shard in plan.shards for tensor in shard.tensors}
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_atomically(folder / INDEX_FILE, (json.dumps(content, indent=2) + "\n").encode())

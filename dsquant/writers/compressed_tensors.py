@@ -1,0 +1,145 @@
+"""compressed-tensors' pack-quantized layout, which vLLM, SGLang and transformers read.
+
+Shape legend: O out features, I in features, G groups along I, B bits of a code.
+
+weight_packed int32 [O, ceil(I * B / 32)] is a dense stream of B-bit codes along I, the first in the lowest bits (a
+3-bit code may straddle two words); weight_scale bfloat16 [O, G]; weight_shape int64 [2]; and where the grid is
+asymmetric weight_zero_point int32 [ceil(O * B / 32), G], packed along O. (Layout: compressed-tensors 0.20,
+`compressors/pack_quantized`.)
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dsquant.errors import UsageError
+from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.writers.base import StoredTensor
+from dsquant.writers.skip_lists import ignored_modules
+
+WORD_BITS = 32
+
+
+class CompressedTensors:
+    """The format `compressed-tensors`."""
+
+    name = "compressed-tensors"
+
+    def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuses groups that do not divide a linear, and zero points in experts.
+
+        Args:
+            grid: the quantization grid.
+            shapes: linear -> [O, I].
+
+        Raises:
+            UsageError: naming the linear.
+        """
+        for linear, (rows, columns) in shapes.items():
+            if columns % grid.group_size:
+                raise UsageError(
+                    f"{linear}: shape [{rows}, {columns}]: the columns must be a multiple of --group-size "
+                    f"{grid.group_size}; try --group-size 64 or 32"
+                )
+            if ".experts." in linear and not grid.symmetric:
+                raise UsageError(
+                    f"{linear}: vLLM's mixture-of-experts kernels take compressed-tensors weights only without zero "
+                    "points; add --symmetric, or use --to awq"
+                )
+
+    def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:
+        """weight_packed, weight_scale, weight_shape, and zero points where the grid has them.
+
+        Args:
+            linear: its module name.
+            shape: [O, I].
+            grid: the quantization grid.
+
+        Returns:
+            Names, dtypes and shapes.
+        """
+        rows, columns = shape
+        groups = columns // grid.group_size
+        tensors = [
+            StoredTensor(f"{linear}.weight_packed", "I32", (rows, math.ceil(columns * grid.bits / WORD_BITS))),
+            StoredTensor(f"{linear}.weight_scale", "BF16", (rows, groups)),
+            StoredTensor(f"{linear}.weight_shape", "I64", (2,)),
+        ]
+        if not grid.symmetric:
+            packed_rows = math.ceil(rows * grid.bits / WORD_BITS)
+            tensors.append(StoredTensor(f"{linear}.weight_zero_point", "I32", (packed_rows, groups)))
+        return tensors
+
+    def pack(self, linear: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """Packs the codes, the scales and, where they vary, the zero points.
+
+        Args:
+            linear: its module name.
+            weight: the weight.
+
+        Returns:
+            Tensor name -> tensor.
+        """
+        tensors = {
+            f"{linear}.weight_packed": _pack_rows(weight.codes_OI, weight.grid.bits),
+            f"{linear}.weight_scale": weight.scales_OG.to(torch.bfloat16),
+            f"{linear}.weight_shape": torch.tensor(weight.codes_OI.shape, dtype=torch.int64),
+        }
+        if not weight.grid.symmetric:
+            packed = _pack_rows(weight.zero_points_OG.T, weight.grid.bits)
+            tensors[f"{linear}.weight_zero_point"] = packed.T.contiguous()
+        return tensors
+
+    def quantization_config(self, grid: Grid, linears: Mapping[str, bool]) -> dict[str, Any]:
+        """The config that compressed-tensors 0.20 writes for weights only.
+
+        Args:
+            grid: the quantization grid.
+            linears: every linear of the decoder -> whether it is quantized.
+
+        Returns:
+            Plain JSON values.
+        """
+        weights = {
+            "num_bits": grid.bits,
+            "type": "int",
+            "symmetric": grid.symmetric,
+            "strategy": "group",
+            "group_size": grid.group_size,
+            "dynamic": False,
+            "actorder": None,
+            "block_structure": None,
+            "observer": "minmax",
+            "observer_kwargs": {},
+        }
+        group = {
+            "targets": ["Linear"],
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": ignored_modules(linears),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+
+def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [rows, columns] to int32 [rows, ceil(columns * bits / 32)]: 32 codes fill `bits` words."""
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % WORD_BITS)).unflatten(1, (-1, WORD_BITS))
+    words = torch.zeros(*padded.shape[:2], bits, dtype=torch.int32)
+    for place in range(WORD_BITS):
+        word, shift = divmod(place * bits, WORD_BITS)
+        code = padded[:, :, place].to(torch.int32)
+        words[:, :, word] |= code << shift
+        if shift + bits > WORD_BITS:
+            words[:, :, word + 1] |= code >> (WORD_BITS - shift)
+    return words.flatten(1)[:, : math.ceil(codes.shape[1] * bits / WORD_BITS)].contiguous()

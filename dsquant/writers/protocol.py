@@ -1,0 +1,62 @@
+"""What the rest of dsquant knows of an output format."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.writers.base import StoredTensor
+
+
+class Format(Protocol):
+    """A way to store quantized linears in safetensors."""
+
+    @property
+    def name(self) -> str:
+        """What `--to` calls it."""
+
+    def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuses what the format or the engines that read it cannot hold.
+
+        Args:
+            grid: the quantization grid.
+            shapes: linear -> [O, I] of everything to be quantized.
+
+        Raises:
+            UsageError: naming the linear, where it is about one.
+        """
+
+    def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:
+        """The tensors that a quantized linear becomes.
+
+        Args:
+            linear: its module name.
+            shape: [O, I].
+            grid: the quantization grid.
+
+        Returns:
+            Names, dtypes and shapes.
+        """
+
+    def pack(self, linear: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """Packs a quantized weight into those tensors.
+
+        Args:
+            linear: its module name.
+            weight: the weight.
+
+        Returns:
+            Tensor name -> tensor, as `stored` announced.
+        """
+
+    def quantization_config(self, grid: Grid, linears: Mapping[str, bool]) -> dict[str, Any]:
+        """The `quantization_config` of config.json.
+
+        Args:
+            grid: the quantization grid.
+            linears: every linear of the decoder -> whether it is quantized.
+
+        Returns:
+            Plain JSON values.
+        """

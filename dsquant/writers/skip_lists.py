@@ -1,0 +1,70 @@
+"""The lists in config.json that tell engines which modules are not quantized.
+
+How they are matched, as read in the engines' sources (November 2026):
+* AWQ's `modules_to_not_convert`: vLLM and SGLang skip a layer when an entry is a substring of its name; transformers
+  when the name begins with an entry (as a regular expression) or ends with it. So an entry is a beginning that goes
+  down to a whole module, or an ending.
+* compressed-tensors' `ignore`: full module names, or regular expressions behind `re:`; every linear that the checkpoint
+  does not quantize has to match, `lm_head` and the router too.
+Engines fuse gate_proj with up_proj, q_a_proj with kv_a_proj_with_mqa, and q_proj with k_proj and v_proj, and look the
+parts up one by one: all parts of a fused layer must agree, which both presets give.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+HEAD = "lm_head"
+# Never quantized: the router, and what an MTP layer has beside a decoder layer.
+_MTP_PARTS = ("eh_proj", "shared_head.head", "embed_tokens")
+
+
+def skipped_modules(linears: Mapping[str, bool]) -> list[str]:
+    """AWQ's `modules_to_not_convert`: entries that occur in the name of every unquantized linear and of no other.
+
+    Args:
+        linears: every linear of the decoder -> whether it is quantized.
+
+    Returns:
+        Sorted entries. The router is named by its layer's number, since `mlp.gate` alone would match `mlp.gate_proj`.
+    """
+    kept = [name for name, quantized in linears.items() if quantized]
+    entries = {HEAD, *_MTP_PARTS}
+    for name, quantized in linears.items():
+        if not quantized and not any(entry in name for entry in entries):
+            entries.add(_skipping(name, kept))
+    layers = {_layer(name) for name in kept if ".experts." in name}
+    entries.update(_router(layer, kept) for layer in layers if not any(e in f"{layer}mlp.gate" for e in entries))
+    return sorted(entries)
+
+
+def _skipping(name: str, kept: Iterable[str]) -> str:
+    """The linear's parent module, where nothing in it is quantized; else the linear."""
+    parent = name.rsplit(".", 1)[0]
+    inside_experts = re.sub(r"\.experts\.\d+$", "", parent)
+    return next(
+        (entry for entry in (inside_experts, parent) if not any(other.startswith(f"{entry}.") for other in kept)), name
+    )
+
+
+def _layer(name: str) -> str:
+    return name[: name.index(".", len("model.layers.")) + 1]
+
+
+def _router(layer: str, kept: Iterable[str]) -> str:
+    entry = "mlp.gate"
+    return entry if not any(entry in other for other in kept) else f"{layer}mlp.gate"
+
+
+def ignored_modules(linears: Mapping[str, bool]) -> list[str]:
+    """compressed-tensors' `ignore`: every unquantized linear.
+
+    Args:
+        linears: every linear of the decoder -> whether it is quantized.
+
+    Returns:
+        Full names, the router's and the head's among them; MTP's own linears by regular expressions.
+    """
+    names = {name for name, quantized in linears.items() if not quantized}
+    routers = {f"{_layer(name)}mlp.gate" for name in linears if ".experts." in name}
+    extra = [f"re:.*{re.escape(part)}$" for part in _MTP_PARTS]
+    return [HEAD, *sorted(names | routers), *extra]

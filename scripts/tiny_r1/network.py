@@ -1,0 +1,140 @@
+"""The network: transformers' DeepSeek-V3 with one multi-token-prediction layer behind the decoder.
+
+Shape legend: N samples, T tokens, H hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NUM_LAYERS = 4
+CONFIG: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "initializer_range": 0.02,
+    "intermediate_size": 1024,
+    "kv_lora_rank": 128,
+    "max_position_embeddings": 4096,
+    "moe_intermediate_size": 256,
+    "moe_layer_freq": 1,
+    "n_group": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_key_value_heads": 4,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 8,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 512,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 2,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 64,
+    "vocab_size": 1280,
+}
+
+
+class TinyR1(nn.Module):
+    """The decoder's four layers and the MTP layer, which is built as a fifth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+        config = DeepseekV3Config.from_dict({**CONFIG, "num_hidden_layers": NUM_LAYERS + 1})
+        self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        hidden = CONFIG["hidden_size"]
+        self.enorm, self.hnorm, self.head_norm = (nn.RMSNorm(hidden, eps=1e-6) for _ in range(3))
+        self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+        nn.init.normal_(self.eh_proj.weight, std=0.02)
+        self.loads: dict[int, torch.Tensor] = {}
+        for number, layer in enumerate(self.model.model.layers):
+            if hasattr(layer.mlp, "experts"):
+                layer.mlp.experts.register_forward_pre_hook(self._counter(number))
+
+    def _counter(self, number: int) -> Any:
+        def count(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            self.loads[number] = torch.bincount(arguments[1].flatten(), minlength=CONFIG["n_routed_experts"])
+
+        return count
+
+    def _run(self, hidden_NTH: torch.Tensor, layers: Any) -> torch.Tensor:
+        positions = torch.arange(hidden_NTH.shape[1], device=hidden_NTH.device).unsqueeze(0)
+        rotary = self.model.model.rotary_emb(hidden_NTH, positions)
+        for layer in layers:
+            hidden_NTH = layer(hidden_NTH, position_embeddings=rotary, position_ids=positions)
+        return hidden_NTH
+
+    def losses(self, tokens_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean cross-entropy of the next token, and of the MTP layer's token after next."""
+        decoder = self.model.model
+        embedded = decoder.embed_tokens(tokens_NT)
+        hidden = decoder.norm(self._run(embedded, decoder.layers[:NUM_LAYERS]))
+        first = _cross_entropy(self.model.lm_head(hidden[:, :-1]), tokens_NT[:, 1:])
+        both = torch.cat([self.enorm(embedded[:, 1:]), self.hnorm(hidden[:, :-1])], dim=-1)
+        ahead = self.head_norm(self._run(self.eh_proj(both), decoder.layers[NUM_LAYERS:]))
+        second = _cross_entropy(self.model.lm_head(ahead[:, :-1]), tokens_NT[:, 2:])
+        return first, second
+
+    @torch.no_grad()
+    def balance(self, step: float) -> None:
+        """Moves every router's bias towards the experts with less than their share."""
+        for number, load in self.loads.items():
+            bias = self.model.model.layers[number].mlp.gate.e_score_correction_bias
+            bias += step * torch.sign(load.float().mean() - load)
+
+    def named_weights(self) -> dict[str, torch.Tensor]:
+        """Every weight under its R1 name, float32: one tensor for each expert, the MTP layer's copies included."""
+        weights: dict[str, torch.Tensor] = {}
+        for name, tensor in self.model.state_dict().items():
+            if name.endswith("experts.gate_up_proj"):
+                for expert, fused in enumerate(tensor):
+                    gate, up = fused.chunk(2)
+                    prefix = f"{name.removesuffix('.gate_up_proj')}.{expert}"
+                    weights |= {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}
+            elif name.endswith("experts.down_proj"):
+                prefix = name.removesuffix(".down_proj")
+                weights |= {f"{prefix}.{expert}.down_proj.weight": down for expert, down in enumerate(tensor)}
+            elif "rotary" not in name:
+                weights[name] = tensor
+        mtp = f"model.layers.{NUM_LAYERS}"
+        weights |= {
+            f"{mtp}.enorm.weight": self.enorm.weight,
+            f"{mtp}.hnorm.weight": self.hnorm.weight,
+            f"{mtp}.eh_proj.weight": self.eh_proj.weight,
+            f"{mtp}.shared_head.norm.weight": self.head_norm.weight,
+            f"{mtp}.shared_head.head.weight": weights["lm_head.weight"],
+            f"{mtp}.embed_tokens.weight": weights["model.embed_tokens.weight"],
+        }
+        return {name: tensor.detach().float().cpu().clone() for name, tensor in weights.items()}
+
+
+def _cross_entropy(logits_NTV: torch.Tensor, targets_NT: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits_NTV.flatten(0, 1).float(), targets_NT.flatten())
