@@ -1,3 +1,26 @@
-"""dsquant: quantization and conversion of DeepSeek-R1 and its family."""
+"""dsquant: quantization and conversion of DeepSeek-R1 and its family.
+
+    import dsquant
+
+    result = dsquant.awq("tiny-r1", output="out")
+    result                                # a table in a notebook
+    dsquant.evaluate("tiny-r1", "out")    # perplexity, KL divergence, top-1 agreement
+
+Importing this package imports no torch; the first call does.
+"""
+
+from dsquant.api import awq, evaluate, inspect
+from dsquant.errors import DsquantError, GateError, InconclusiveError, InputError, Interrupted, UsageError
 
 __version__ = "0.1.0"
+__all__ = [
+    "DsquantError",
+    "GateError",
+    "InconclusiveError",
+    "InputError",
+    "Interrupted",
+    "UsageError",
+    "awq",
+    "evaluate",
+    "inspect",
+]

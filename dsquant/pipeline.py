@@ -4,6 +4,7 @@ Nothing is written before the whole input has been found good.
 """
 
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import dsquant
-from dsquant import card
-from dsquant.calibration import held_out_tokens
+from dsquant import __version__, card
+from dsquant.calibration import calibration_tokens, held_out_tokens, load_tokenizer
 from dsquant.conversion import Run, convert
 from dsquant.errors import InputError
 from dsquant.evaluation.divergence import Divergence, compare
@@ -27,10 +27,12 @@ from dsquant.jobs import (
     stop_on_signals,
     write_atomically,
 )
-from dsquant.planning import Target, check_memory
+from dsquant.model.skeleton import Skeleton
+from dsquant.planning import BATCH_TOKENS, Target, check_complete, check_memory
 from dsquant.preparation import Source, check_disk, memory_budget, open_source
 from dsquant.recipe import Recipe
-from dsquant.source.checkpoint import open_checkpoint
+from dsquant.source.checkpoint import Checkpoint, open_checkpoint
+from dsquant.source.locate import locate
 from dsquant.source.scan import scan
 from dsquant.telemetry import Progress, Report, peak_resident_bytes, resident_bytes, silent
 from dsquant.writers.base import write_index
@@ -59,6 +61,30 @@ class Result:
     already_finished: bool = False
     elapsed_s: float = 0.0
     peak_resident_bytes: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            **vars(self),
+            "output": str(self.output),
+            "folders": {name: str(folder) for name, folder in self.folders.items()},
+            "divergence": {
+                name: {text: vars(found) for text, found in texts.items()} for name, texts in self.divergence.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How far a candidate is from a reference."""
+
+    reference: str
+    candidate: str
+    texts: dict[str, Divergence]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**vars(self), "texts": {name: vars(found) for name, found in self.texts.items()}}
 
 
 def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Report = silent) -> Result:
@@ -103,6 +129,107 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
     return _result(
         recipe, record, elapsed_s=time.monotonic() - started, peak_resident_bytes=peak_resident_bytes()
     )
+
+
+def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> dict[str, Any]:
+    """Validates everything that headers tell and says what a run would do; writes nothing.
+
+    Args:
+        recipe: what to do.
+        resume: as in `awq`.
+        restart: as in `awq`.
+
+    Returns:
+        Sizes, memory and disk, as plain JSON values.
+
+    Raises:
+        UsageError: where the recipe cannot work.
+        InputError: where model, texts or output folder cannot be used.
+    """
+    state = claim(recipe.output, recipe, resume, restart)
+    source = open_source(recipe)
+    budget, resident = memory_budget(recipe), resident_bytes()
+    check_memory(source.plan, budget, resident)
+    check_disk(recipe, source.plan)
+    plan = source.plan
+    return {
+        "model": str(source.checkpoint.folder),
+        "architecture": source.checkpoint.architecture,
+        "output": str(recipe.output),
+        "state": state,
+        "source_bytes": source.checkpoint.index.num_bytes,
+        "output_bytes": {target.format.name: target.shards.num_bytes for target in plan.targets},
+        "quantized_linears": len(plan.linears),
+        "calibration": source.calibration,
+        "memory_bytes": plan.memory_bytes + resident,
+        "memory_budget_bytes": budget,
+        "work_disk_bytes": plan.work_bytes,
+    }
+
+
+def evaluate(
+    reference: str, candidate: str, texts: list[str], seq_len: int, samples: int, report: Report = silent
+) -> Evaluation:
+    """Compares a candidate with a reference, layer by layer.
+
+    Args:
+        reference: the original: a folder, a hub id, or `tiny-r1`.
+        candidate: a checkpoint of the same model.
+        texts: text files; the shipped held-out texts where there are none.
+        seq_len: tokens of a sample.
+        samples: the most samples of each text.
+        report: gets the progress.
+
+    Returns:
+        The distance on each text.
+
+    Raises:
+        InputError: where a model or a text cannot be used, or the two are not the same model.
+        Interrupted: where a signal stopped it.
+    """
+    original, other = open_checkpoint(locate(reference)), open_checkpoint(locate(candidate))
+    skeleton = Skeleton(original)
+    check_complete(original, skeleton)
+    _check_same_model(skeleton, other)
+    tokenizer = load_tokenizer(original.folder)
+    found = {}
+    with stop_on_signals() as request, tempfile.TemporaryDirectory(prefix="dsquant-") as work:
+        chosen = texts or list(EVALUATION_TEXTS)
+        for number, text in enumerate(chosen):
+            if texts:
+                tokens_NT = calibration_tokens([text], tokenizer, samples, seq_len, 0).tokens
+            else:
+                tokens_NT = held_out_tokens(text, tokenizer, seq_len, samples)
+
+            def safe_point(done: int, total: int, what: str, number: int = number) -> None:
+                request.safe_point()
+                report(Progress("evaluate", number * total + done, len(chosen) * total, what))
+
+            scores = compare(
+                skeleton,
+                original.weights,
+                {"candidate": other.weights},
+                tokens_NT,
+                Path(work),
+                max(1, BATCH_TOKENS // seq_len),
+                safe_point,
+            )
+            found[Path(text).name] = scores["candidate"].summary()
+    return Evaluation(reference, candidate, found)
+
+
+def _check_same_model(skeleton: Skeleton, other: Checkpoint) -> None:
+    """Refuses a candidate whose weights are not the reference's in other storage."""
+    for name, shape in skeleton.expected_shapes().items():
+        if int(name.split(".")[2]) >= skeleton.num_layers if name.startswith("model.layers.") else False:
+            continue  # the candidate may have dropped the MTP layer
+        if name not in other.weights:
+            raise InputError(f"{other.folder}: tensor {name!r} is missing, which the reference has; not the same model")
+        if other.weights.shape(name) != shape:
+            raise InputError(
+                f"{other.folder}: tensor {name!r} has shape {list(other.weights.shape(name))}, the reference's has "
+                f"{list(shape)}; not the same model"
+            )
 
 
 def _scan(source: Source, report: Report, check: Callable[[], None]) -> dict[str, str]:
@@ -211,7 +338,7 @@ def _record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "record_version": RECORD_VERSION,
         "recipe": run.recipe.lasting(),
         "recipe_sha256": run.recipe.hash,
-        "versions": {"dsquant": dsquant.__version__, **{name: version(name) for name in PACKAGES}},
+        "versions": {"dsquant": __version__, **{name: version(name) for name in PACKAGES}},
         "source": {
             "architecture": source.checkpoint.architecture,
             "bytes": source.checkpoint.index.num_bytes,

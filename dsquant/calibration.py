@@ -1,0 +1,338 @@
+"""Texts to tokens: what the statistics are taken on, and the held-out texts that quality is measured on.
+
+A document becomes one BOS, its tokens and one EOS; documents are shuffled, joined and cut into samples of equal length,
+so nothing is padded. The same texts, tokenizer and seed give the same tokens on every machine.
+
+What is not covered: audio or images in messages, and tool calls; such messages are refused.
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsquant.errors import InputError, UsageError
+
+_PACKAGE = Path(__file__).parent
+# Beside the package in a checkout, inside it in a wheel.
+FOLDERS = (_PACKAGE.parent / "calibration", _PACKAGE / "assets" / "calibration")
+THINK, END_THINK = "<think>", "</think>"
+HUB_SPEC = re.compile(
+    r"hf:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]%:-]+))?(?:#(?P<column>\w+))?"
+)
+
+
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """Calibration samples and where they come from."""
+
+    tokens: torch.Tensor
+    """int64 [samples, tokens of a sample]."""
+    sha256: str
+    """Of the tokens as little-endian int64, after their shape as text."""
+    sources: tuple[dict[str, Any], ...]
+    """For each source its name and how many samples it gave."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    name: str
+    spec: str
+    share: float
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Loads a checkpoint's tokenizer; code in the checkpoint is never run.
+
+    Args:
+        folder: the checkpoint.
+
+    Returns:
+        A transformers tokenizer.
+
+    Raises:
+        InputError: where there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError(f"{folder}: no tokenizer.json, tokenizer.model or vocab.json; copy the model's tokenizer there")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
+        raise InputError(f"{folder}: the tokenizer cannot be read: {error}") from error
+
+
+def calibration_tokens(
+    specs: Sequence[str], tokenizer: Any, num_samples: int, seq_len: int, seed: int
+) -> CalibrationTokens:
+    """Makes calibration samples.
+
+    Args:
+        specs: text files (.txt, .md, .py and other text; .jsonl; .parquet), a .safetensors file with ready `tokens`,
+            names of mixes, or `hf:NAME[/CONFIG][:SPLIT][#COLUMN]`; each gets an equal share, a mix divides its own.
+        tokenizer: the model's.
+        num_samples: samples wanted; fewer come back where the texts do not yield them.
+        seq_len: tokens of a sample.
+        seed: of the order of documents.
+
+    Returns:
+        The samples.
+
+    Raises:
+        InputError: where a source is missing, damaged or empty, or all of them yield no sample.
+        UsageError: where a spec is none of the above.
+    """
+    if any(spec.endswith(".safetensors") for spec in specs):
+        return _ready_tokens(specs, num_samples, seq_len, tokenizer)
+    sources = [source for spec in specs for source in _sources(spec, 1 / len(specs))]
+    wanted = {source: max(1, round(source.share * num_samples)) for source in sources}
+    streams = {
+        source: _samples(_shuffled(_documents(source.spec), seed, source.spec), tokenizer, seq_len) for source in sources
+    }
+    found = {source: _take(streams[source], wanted[source]) for source in sources}
+    for source in sources:  # what one source lacks, others that have more make up for
+        missing = num_samples - sum(len(samples) for samples in found.values())
+        found[source] += _take(streams[source], max(0, missing))
+    samples = [sample for source in sources for sample in found[source]]
+    if not samples:
+        raise InputError(
+            f"calibration {', '.join(specs)}: the texts yield no sample of {seq_len} tokens; give more text or a "
+            "smaller --seq-len"
+        )
+    random.Random(seed).shuffle(samples)
+    tokens = torch.tensor(samples[:num_samples], dtype=torch.int64)
+    counts = tuple({"name": source.name, "samples": len(found[source])} for source in sources)
+    return CalibrationTokens(tokens, _hash(tokens), counts)
+
+
+def held_out_tokens(text: str, tokenizer: Any, seq_len: int, max_samples: int) -> torch.Tensor:
+    """Samples of a shipped text that no mix contains.
+
+    Args:
+        text: `code`, `wiki` or `reasoning`.
+        tokenizer: the model's.
+        seq_len: tokens of a sample.
+        max_samples: the most samples.
+
+    Returns:
+        int64 [N, seq_len].
+
+    Raises:
+        InputError: where the text is too short for one sample.
+    """
+    documents = _documents(f"held-out/{text}/*")
+    samples = _take(_samples(documents, tokenizer, seq_len), max_samples)
+    if not samples:
+        raise InputError(f"held-out text {text!r} is shorter than one sample of {seq_len} tokens")
+    return torch.tensor(samples, dtype=torch.int64)
+
+
+def _hash(tokens: torch.Tensor) -> str:
+    content = str(tuple(tokens.shape)).encode() + tokens.numpy().astype("<i8").tobytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _ready_tokens(specs: Sequence[str], num_samples: int, seq_len: int, tokenizer: Any) -> CalibrationTokens:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if len(specs) > 1:
+        raise UsageError(f"a .safetensors file of tokens cannot be mixed with other texts: {', '.join(specs)}")
+    try:
+        tokens = load_file(specs[0])["tokens"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{specs[0]}: no safetensors file with a tensor 'tokens': {error}") from error
+    if tokens.dim() != 2 or tokens.shape[1] < seq_len or tokens.dtype not in (torch.int64, torch.int32):
+        raise InputError(
+            f"{specs[0]}: 'tokens' must be int64 [samples, at least {seq_len}], found {tokens.dtype} {list(tokens.shape)}"
+        )
+    tokens = tokens[:num_samples, :seq_len].to(torch.int64).contiguous()
+    if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= len(tokenizer):
+        raise InputError(f"{specs[0]}: 'tokens' is empty or holds numbers outside 0..{len(tokenizer) - 1}")
+    return CalibrationTokens(tokens, _hash(tokens), ({"name": Path(specs[0]).name, "samples": len(tokens)},))
+
+
+def _sources(spec: str, share: float) -> list[_Source]:
+    """The sources of a spec; a mix is read from its YAML file."""
+    mix = next((folder / f"{spec}.yaml" for folder in FOLDERS if (folder / f"{spec}.yaml").is_file()), None)
+    if mix is None or Path(spec).exists() or not re.fullmatch(r"[\w-]+", spec):
+        return [_Source(spec if spec.startswith("hf:") else Path(spec).name, spec, share)]
+    import yaml
+
+    entries = yaml.safe_load(mix.read_text())["sources"]
+    total = sum(entry["weight"] for entry in entries)
+    return [
+        _Source(f"{spec}:{entry['source']}", entry["source"], share * entry["weight"] / total) for entry in entries
+    ]
+
+
+def _documents(spec: str) -> Iterator[Any]:
+    """Every document of a source: a text, or a list of messages."""
+    if spec.startswith("hf:"):
+        yield from _hub_documents(spec)
+        return
+    for path in _paths(spec):
+        if path.suffix == ".jsonl":
+            yield from _lines(path)
+        elif path.suffix == ".parquet":
+            yield from _parquet_documents(path)
+        else:
+            yield _read_text(path)
+
+
+def _paths(spec: str) -> list[Path]:
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return [path]
+    if re.fullmatch(r"[\w-]+(/[\w-]+)*/\*", spec) and not path.is_absolute():  # a folder of the shipped texts
+        for folder in FOLDERS:
+            found = sorted(path for path in folder.glob(spec) if path.is_file())
+            if found:
+                return found
+    mixes = sorted({path.stem for folder in FOLDERS for path in folder.glob("*.yaml")})
+    raise InputError(
+        f"calibration {spec!r}: no such file, and no mix of that name (there are {', '.join(mixes)}); "
+        "hub sets are written hf:NAME"
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
+        yield _document(record, f"{path}, line {number}")
+
+
+def _document(record: Any, where: str) -> Any:
+    """The text or the messages in a record."""
+    if isinstance(record, dict):
+        if isinstance(record.get("text"), str):
+            return record["text"]
+        if isinstance(record.get("messages"), list):
+            return _checked_messages(record["messages"], where)
+        if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+            roles = (("user", "prompt"), ("assistant", "completion"))
+            return [{"role": role, "content": record[key]} for role, key in roles]
+    raise InputError(f"{where}: expected an object with 'text', 'messages', or 'prompt' and 'completion'")
+
+
+def _checked_messages(messages: list[Any], where: str) -> list[dict[str, str]]:
+    for message in messages:
+        known = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
+        if not known or not isinstance(message.get("content"), str):
+            raise InputError(f"{where}: each message needs a 'role' (system, user, assistant) and a text 'content'")
+    return messages
+
+
+def _parquet_documents(path: Path) -> Iterator[Any]:
+    import datasets
+
+    try:
+        table = datasets.Dataset.from_parquet(str(path))
+    except Exception as error:  # pyarrow's errors have no common base
+        raise InputError(f"{path}: not a readable parquet file: {error}") from error
+    for number, record in enumerate(table):
+        yield _document(record, f"{path}, row {number}")
+
+
+def _hub_documents(spec: str) -> Iterator[Any]:
+    """Streams a hub set; `hf:owner/name/config:split#column`, or `hf:name` where it has no owner."""
+    match = HUB_SPEC.fullmatch(spec)
+    if match is None:
+        raise UsageError(f"calibration {spec!r}: write hub sets as hf:NAME[/CONFIG][:SPLIT][#COLUMN]")
+    import datasets
+
+    try:
+        records = datasets.load_dataset(
+            match["name"], match["config"], split=match["split"] or "train", streaming=True
+        )
+        for number, record in enumerate(records):
+            column = match["column"]
+            yield _document({"text": record[column]} if column else record, f"{spec}, record {number}")
+    except InputError:
+        raise
+    except Exception as error:  # the hub, the network and the set's own loader each raise their own
+        raise InputError(f"calibration {spec!r}: the hub did not give it: {error}") from error
+
+
+def _shuffled(documents: Iterator[Any], seed: int, name: str, buffer: int = 4096) -> Iterator[Any]:
+    """Documents in an order that depends on the seed alone; only a few thousand of a long set are held."""
+    order = random.Random(f"{seed} {name}")
+    held: list[Any] = []
+    for document in documents:
+        held.append(document)
+        if len(held) == buffer:
+            yield held.pop(order.randrange(buffer))
+    order.shuffle(held)
+    yield from held
+
+
+def _samples(documents: Iterator[Any], tokenizer: Any, seq_len: int) -> Iterator[list[int]]:
+    """Documents packed into samples; what is left at the end is dropped."""
+    waiting: list[int] = []
+    for document in documents:
+        waiting += _encode(document, tokenizer)
+        while len(waiting) >= seq_len:
+            yield waiting[:seq_len]
+            waiting = waiting[seq_len:]
+
+
+def _take(samples: Iterator[list[int]], count: int) -> list[list[int]]:
+    return [sample for _, sample in zip(range(count), samples, strict=False)]
+
+
+def _encode(document: Any, tokenizer: Any) -> list[int]:
+    """One BOS, the document, one EOS, as far as the tokenizer has them."""
+    text = document if isinstance(document, str) else render_chat(document, tokenizer)
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    text = text.removeprefix(bos).removesuffix(eos)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*before, *ids, *after]
+
+
+def render_chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
+    """Renders a conversation up to its last assistant turn as the model would have produced it.
+
+    R1's template deletes everything before </think> from assistant turns, so the last turn is not given to it: the
+    template renders the conversation before it with the generation prompt, and reasoning and answer follow.
+
+    Args:
+        messages: `role` and `content`; the assistant's may have `reasoning_content`.
+        tokenizer: the model's.
+
+    Returns:
+        The text.
+    """
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+    if last == len(messages) or not tokenizer.chat_template:
+        return "\n\n".join(_whole_turn(message) for message in messages)
+    prompt: str = tokenizer.apply_chat_template(messages[:last], tokenize=False, add_generation_prompt=True)
+    opened = prompt.rstrip().endswith(THINK)
+    if opened:
+        prompt = prompt.rstrip().removesuffix(THINK)
+    return prompt + _whole_turn(messages[last]) + (tokenizer.eos_token or "")
+
+
+def _whole_turn(message: dict[str, str]) -> str:
+    reasoning = message.get("reasoning_content")
+    return f"{THINK}\n{reasoning}\n{END_THINK}\n\n{message['content']}" if reasoning else message["content"]

@@ -1,0 +1,103 @@
+"""What lies in an output folder beside the weights: copied files, and the model card."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dsquant.jobs import PARTIAL, RECORD_FILE
+from dsquant.recipe import format_size
+from dsquant.source.shards import INDEX_FILE
+
+CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
+WRITTEN_FILES = (CONFIG_FILE, INDEX_FILE, CARD_FILE, RECORD_FILE)
+# Never code: a checkpoint's own Python files stay where they are.
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+)
+
+
+def copied_files(folder: Path) -> list[str]:
+    """The files of a checkpoint that its quantized version needs as they are."""
+    return [name for name in COPIED if (folder / name).is_file()]
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copies them, each under a temporary name first.
+
+    Args:
+        source: the original checkpoint.
+        folder: the output.
+    """
+    for name in copied_files(source):
+        partial = folder / (name + PARTIAL)
+        shutil.copyfile(source / name, partial)
+        partial.replace(folder / name)
+
+
+def serve_command(folder: Path | str, format_name: str) -> str:
+    """The command that serves a checkpoint; bfloat16, since float16 overflows in DeepSeek's deeper layers."""
+    del format_name  # vLLM finds out from config.json
+    return f"vllm serve {folder} --dtype bfloat16"
+
+
+def divergence_table(texts: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table of an output's distance from the original."""
+    lines = [
+        "| held-out text | tokens | perplexity, original | perplexity | mean KL, nats | same top token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for text, found in texts.items():
+        lines.append(
+            f"| {text} | {found['tokens']} | {found['perplexity_original']:.3f} | {found['perplexity']:.3f} "
+            f"| {found['mean_kl']:.4f} | {found['top1_agreement']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def model_card(record: dict[str, Any], format_name: str) -> str:
+    """The output's README.md.
+
+    Args:
+        record: the run's record.
+        format_name: which of its outputs.
+
+    Returns:
+        Markdown.
+    """
+    recipe, output = record["recipe"], record["outputs"][format_name]
+    grid = output["grid"]
+    kind = "symmetric" if grid["symmetric"] else "asymmetric"
+    quantized = sum(name.endswith((".qweight", ".weight_packed")) for name in output["tensors_sha256"])
+    parts = [
+        "---\nlibrary_name: transformers\ntags:\n- dsquant\n- awq\n- 4-bit\n---"
+        if grid["bits"] == 4
+        else "---\nlibrary_name: transformers\ntags:\n- dsquant\n---",
+        f"# {Path(recipe['model']).name}, {grid['bits']} bits",
+        f"Quantized by dsquant {record['versions']['dsquant']}: {quantized} linears at {grid['bits']} bits, {kind}, groups "
+        f"of {grid['group_size']}, in the format {format_name}; the rest in its original precision (FP8 as BF16). "
+        f"{format_size(record['source']['bytes'])} became {format_size(output['bytes'])}.",
+        f"```\n{serve_command('.', format_name)}\n```",
+    ]
+    texts = record["divergence"].get(format_name)
+    if texts:
+        parts += ["## What it cost", "Against the original, on texts that calibration has not seen:"]
+        parts += [divergence_table(texts)]
+    if record["warnings"]:
+        parts += ["## To know", "\n".join(f"- {warning}" for warning in record["warnings"])]
+    calibration = record["calibration"]
+    parts.append(
+        f"Calibrated on {calibration['samples']} samples of {calibration['seq_len']} tokens (SHA-256 "
+        f"{calibration['sha256'][:16]}…). Recipe, versions, the errors of every layer and the hash of every tensor stand "
+        f"in {RECORD_FILE}."
+    )
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,95 @@
+"""What a checkpoint is, from its headers alone."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from dsquant.model.skeleton import Skeleton
+from dsquant.planning import check_complete
+from dsquant.recipe import format_size
+from dsquant.source.checkpoint import open_checkpoint
+from dsquant.source.locate import locate
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint in numbers."""
+
+    folder: str
+    architecture: str
+    layers: int
+    mtp_layers: int
+    experts: int
+    """Routed experts of a layer; 0 for a dense model."""
+    parameters: int
+    """Without FP8 scales."""
+    bytes_by_kind: dict[str, int]
+    """routed experts, shared experts, dense MLP, attention, embedding and head, MTP, other."""
+    dtypes: dict[str, int]
+    """Stored dtype -> bytes."""
+
+    def __str__(self) -> str:
+        total = sum(self.bytes_by_kind.values())
+        lines = [
+            f"{self.folder}: {self.architecture}, {self.layers} layers, {self.experts} routed experts a layer, "
+            f"{self.mtp_layers} layers for multi-token prediction",
+            f"{self.parameters:,} parameters in {format_size(total)}: "
+            + ", ".join(f"{dtype} {format_size(size)}" for dtype, size in self.dtypes.items()),
+        ]
+        lines += [
+            f"  {kind:20} {format_size(size):>12} {size / total:7.2%}" for kind, size in self.bytes_by_kind.items()
+        ]
+        return "\n".join(lines)
+
+
+def describe(model: str) -> Inspection:
+    """Describes a checkpoint.
+
+    Args:
+        model: a folder, a hub id, or `tiny-r1`.
+
+    Returns:
+        The description.
+
+    Raises:
+        InputError: where it cannot be read, or its tensors contradict its config.
+    """
+    checkpoint = open_checkpoint(locate(model))
+    skeleton = Skeleton(checkpoint)
+    check_complete(checkpoint, skeleton)
+    sizes: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
+    mtp = tuple(f"{layer.prefix}." for layer in skeleton.layers[skeleton.num_layers :])
+    parameters = 0
+    for name, info in checkpoint.index.items():
+        sizes[_kind(name, mtp)] += info.num_bytes
+        dtypes[info.dtype] += info.num_bytes
+        if name in checkpoint.weights:
+            count = 1
+            for extent in checkpoint.weights.shape(name):
+                count *= extent
+            parameters += count
+    return Inspection(
+        folder=str(checkpoint.folder),
+        architecture=checkpoint.architecture,
+        layers=skeleton.num_layers,
+        mtp_layers=skeleton.num_mtp_layers,
+        experts=max(len(layer.experts) for layer in skeleton.layers),
+        parameters=parameters,
+        bytes_by_kind=dict(sizes.most_common()),
+        dtypes=dict(dtypes.most_common()),
+    )
+
+
+def _kind(name: str, mtp: tuple[str, ...]) -> str:
+    if mtp and name.startswith(mtp):
+        return "MTP"
+    marks = {
+        ".mlp.experts.": "routed experts",
+        ".shared_experts.": "shared experts",
+        ".mlp.gate.": "router",
+        ".mlp.": "dense MLP",
+        ".self_attn.": "attention",
+        "embed_tokens": "embedding and head",
+        "lm_head": "embedding and head",
+    }
+    return next((kind for mark, kind in marks.items() if mark in name), "norms")
