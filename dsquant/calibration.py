@@ -62,7 +62,9 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(f"{folder}: no tokenizer.json, tokenizer.model or vocab.json; copy the model's tokenizer there")
+        raise InputError(
+            f"{folder}: no tokenizer.json, tokenizer.model or vocab.json; copy the model's tokenizer there"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
@@ -94,7 +96,8 @@ def calibration_tokens(
     sources = [source for spec in specs for source in _sources(spec, 1 / len(specs))]
     wanted = {source: max(1, round(source.share * num_samples)) for source in sources}
     streams = {
-        source: _samples(_shuffled(_documents(source.spec), seed, source.spec), tokenizer, seq_len) for source in sources
+        source: _samples(_shuffled(_documents(source.spec), seed, source.spec), tokenizer, seq_len)
+        for source in sources
     }
     found = {source: _take(streams[source], wanted[source]) for source in sources}
     for source in sources:  # what one source lacks, others that have more make up for
@@ -150,9 +153,8 @@ def _ready_tokens(specs: Sequence[str], num_samples: int, seq_len: int, tokenize
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"{specs[0]}: no safetensors file with a tensor 'tokens': {error}") from error
     if tokens.dim() != 2 or tokens.shape[1] < seq_len or tokens.dtype not in (torch.int64, torch.int32):
-        raise InputError(
-            f"{specs[0]}: 'tokens' must be int64 [samples, at least {seq_len}], found {tokens.dtype} {list(tokens.shape)}"
-        )
+        found = f"{tokens.dtype} {list(tokens.shape)}"
+        raise InputError(f"{specs[0]}: 'tokens' must be int64 [samples, at least {seq_len}], found {found}")
     tokens = tokens[:num_samples, :seq_len].to(torch.int64).contiguous()
     if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= len(tokenizer):
         raise InputError(f"{specs[0]}: 'tokens' is empty or holds numbers outside 0..{len(tokenizer) - 1}")
@@ -168,9 +170,7 @@ def _sources(spec: str, share: float) -> list[_Source]:
 
     entries = yaml.safe_load(mix.read_text())["sources"]
     total = sum(entry["weight"] for entry in entries)
-    return [
-        _Source(f"{spec}:{entry['source']}", entry["source"], share * entry["weight"] / total) for entry in entries
-    ]
+    return [_Source(f"{spec}:{entry['source']}", entry["source"], share * entry["weight"] / total) for entry in entries]
 
 
 def _documents(spec: str) -> Iterator[Any]:
@@ -261,9 +261,7 @@ def _hub_documents(spec: str) -> Iterator[Any]:
     import datasets
 
     try:
-        records = datasets.load_dataset(
-            match["name"], match["config"], split=match["split"] or "train", streaming=True
-        )
+        records = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train", streaming=True)
         for number, record in enumerate(records):
             column = match["column"]
             yield _document({"text": record[column]} if column else record, f"{spec}, record {number}")

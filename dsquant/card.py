@@ -44,9 +44,8 @@ def copy_files(source: Path, folder: Path) -> None:
         partial.replace(folder / name)
 
 
-def serve_command(folder: Path | str, format_name: str) -> str:
+def serve_command(folder: Path | str) -> str:
     """The command that serves a checkpoint; bfloat16, since float16 overflows in DeepSeek's deeper layers."""
-    del format_name  # vLLM finds out from config.json
     return f"vllm serve {folder} --dtype bfloat16"
 
 
@@ -78,15 +77,16 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
     grid = output["grid"]
     kind = "symmetric" if grid["symmetric"] else "asymmetric"
     quantized = sum(name.endswith((".qweight", ".weight_packed")) for name in output["tensors_sha256"])
+    made = (
+        f"Quantized by dsquant {record['versions']['dsquant']}: {quantized} linears at {grid['bits']} bits, {kind}, "
+        f"groups of {grid['group_size']}, in the format {format_name}; the rest in its original precision (FP8 as "
+        f"BF16). {format_size(record['source']['bytes'])} became {format_size(output['bytes'])}."
+    )
     parts = [
-        "---\nlibrary_name: transformers\ntags:\n- dsquant\n- awq\n- 4-bit\n---"
-        if grid["bits"] == 4
-        else "---\nlibrary_name: transformers\ntags:\n- dsquant\n---",
+        f"---\nlibrary_name: transformers\ntags:\n- dsquant\n- awq\n- {grid['bits']}-bit\n---",
         f"# {Path(recipe['model']).name}, {grid['bits']} bits",
-        f"Quantized by dsquant {record['versions']['dsquant']}: {quantized} linears at {grid['bits']} bits, {kind}, groups "
-        f"of {grid['group_size']}, in the format {format_name}; the rest in its original precision (FP8 as BF16). "
-        f"{format_size(record['source']['bytes'])} became {format_size(output['bytes'])}.",
-        f"```\n{serve_command('.', format_name)}\n```",
+        made,
+        f"```\n{serve_command('.')}\n```",
     ]
     texts = record["divergence"].get(format_name)
     if texts:
@@ -97,7 +97,7 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
     calibration = record["calibration"]
     parts.append(
         f"Calibrated on {calibration['samples']} samples of {calibration['seq_len']} tokens (SHA-256 "
-        f"{calibration['sha256'][:16]}…). Recipe, versions, the errors of every layer and the hash of every tensor stand "
-        f"in {RECORD_FILE}."
+        f"{calibration['sha256'][:16]}…). Recipe, versions, the errors of every layer and the hash of every tensor "
+        f"stand in {RECORD_FILE}."
     )
     return "\n\n".join(parts) + "\n"

@@ -88,7 +88,8 @@ def _prepare_process() -> None:
 @click.option("--seq-len", type=click.IntRange(8), default=512, show_default=True, help="Tokens of a sample.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
-    "--memory-budget", help="Most resident memory, such as 16GiB.  [default: 80 % of what is free, at most 16GiB]"
+    "--memory-budget",
+    help="Most resident memory, such as 16GiB.  [default: 80 % of what is free, at most 16GiB]",
 )
 @click.option(
     "--mtp",
@@ -178,9 +179,7 @@ def _quiet_libraries() -> Iterator[None]:
 @click.option("--seq-len", type=click.IntRange(8), default=512, show_default=True, help="Tokens of a sample.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress bar.")
 @_command
-def evaluate(
-    reference: str, candidate: str, texts: tuple[str, ...], samples: int, seq_len: int, as_json: bool
-) -> None:
+def evaluate(reference: str, candidate: str, texts: tuple[str, ...], samples: int, seq_len: int, as_json: bool) -> None:
     """Measures how far CANDIDATE is from REFERENCE: perplexity, KL divergence, top-1 agreement."""
     from dsquant import pipeline
     from dsquant.display import print_evaluation, progress_bar

@@ -6,7 +6,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from dsquant.card import serve_command
@@ -78,7 +86,8 @@ def print_result(result: "Result") -> None:
     table = Table(title=f"{result.output}")
     for heading in ("checkpoint", "size", "of original"):
         table.add_column(heading, justify="left" if heading == "checkpoint" else "right")
-    table.add_row("original", format_size(result.source_bytes), "100 %")
+    table.add_row("original", format_size(result.source_bytes), "100.0%")
+    table.add_row("original as BF16", format_size(result.bf16_bytes), f"{result.bf16_bytes / result.source_bytes:.1%}")
     for name, size in result.output_bytes.items():
         table.add_row(name, format_size(size), f"{size / result.source_bytes:.1%}")
     console.print(table)
@@ -87,7 +96,7 @@ def print_result(result: "Result") -> None:
     for warning in result.warnings:
         console.print(f"Note: {warning}.")
     for name, folder in result.folders.items():
-        console.print(f"{name} is in {folder}; serve it with:\n  {serve_command(folder, name)}", soft_wrap=True)
+        console.print(f"{name} is in {folder}; serve it with:\n  {serve_command(folder)}", soft_wrap=True)
     if not result.already_finished:
         peak = format_size(result.peak_resident_bytes)
         console.print(f"Done in {result.elapsed_s:.0f} s, with at most {peak} of memory.")

@@ -29,11 +29,11 @@ class Inspection:
 
     def __str__(self) -> str:
         total = sum(self.bytes_by_kind.values())
+        dtypes = ", ".join(f"{dtype} {format_size(size)}" for dtype, size in self.dtypes.items())
+        counts = f"{self.layers} layers, {self.experts} routed experts a layer, {self.mtp_layers} MTP layers"
         lines = [
-            f"{self.folder}: {self.architecture}, {self.layers} layers, {self.experts} routed experts a layer, "
-            f"{self.mtp_layers} layers for multi-token prediction",
-            f"{self.parameters:,} parameters in {format_size(total)}: "
-            + ", ".join(f"{dtype} {format_size(size)}" for dtype, size in self.dtypes.items()),
+            f"{self.folder}: {self.architecture}, {counts}",
+            f"{self.parameters:,} parameters in {format_size(total)}: {dtypes}",
         ]
         lines += [
             f"  {kind:20} {format_size(size):>12} {size / total:7.2%}" for kind, size in self.bytes_by_kind.items()

@@ -4,6 +4,7 @@ Nothing is written before the whole input has been found good.
 """
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dsquant import __version__, card
+from dsquant import card
 from dsquant.calibration import calibration_tokens, held_out_tokens, load_tokenizer
 from dsquant.conversion import Run, convert
 from dsquant.errors import InputError
@@ -42,7 +43,7 @@ RECORD_VERSION = 1
 EVALUATION_TEXTS = ("code", "wiki", "reasoning")
 EVALUATION_SAMPLES = 8
 EVALUATION_SEQ_LEN = 512
-PACKAGES = ("torch", "transformers", "accelerate", "autoawq", "compressed-tensors")
+PACKAGES = ("dsquant", "torch", "transformers", "accelerate", "autoawq", "compressed-tensors")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Result:
     folders: dict[str, Path]
     """Format -> checkpoint folder."""
     source_bytes: int
+    bf16_bytes: int
+    """What the source would take in BF16: the 4-bit formats keep in BF16 what they do not quantize."""
     output_bytes: dict[str, int]
     """Format -> bytes of its shards."""
     divergence: dict[str, dict[str, Divergence]]
@@ -126,9 +129,7 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
             convert(run)
             record = _finish(run)
             job.finish()
-    return _result(
-        recipe, record, elapsed_s=time.monotonic() - started, peak_resident_bytes=peak_resident_bytes()
-    )
+    return _result(recipe, record, elapsed_s=time.monotonic() - started, peak_resident_bytes=peak_resident_bytes())
 
 
 def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> dict[str, Any]:
@@ -329,6 +330,7 @@ def _evaluate(run: Run) -> dict[str, dict[str, Any]]:
 def _record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Everything about the output that two runs have in common; times and memory are not in here."""
     source, journal = run.source, run.job.journal.units
+    weights = source.checkpoint.weights
     layers = [entry["layer"] for entry in journal.values() if "layer" in entry]
     tensors: dict[str, dict[str, str]] = {}
     for entry in journal.values():
@@ -338,10 +340,11 @@ def _record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "record_version": RECORD_VERSION,
         "recipe": run.recipe.lasting(),
         "recipe_sha256": run.recipe.hash,
-        "versions": {"dsquant": __version__, **{name: version(name) for name in PACKAGES}},
+        "versions": {name: version(name) for name in PACKAGES},
         "source": {
             "architecture": source.checkpoint.architecture,
             "bytes": source.checkpoint.index.num_bytes,
+            "bf16_bytes": 2 * sum(math.prod(weights.shape(name)) for name in weights),
             "tensors_sha256": run.job.notes["tensors"],
         },
         "calibration": source.calibration,
@@ -366,7 +369,9 @@ def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
     source, words = run.source, []
     wanted, got = run.recipe.samples, source.calibration["samples"]
     if got < wanted:
-        words.append(f"the calibration texts yield {got} samples of {run.recipe.seq_len} tokens, {wanted} were asked for")
+        words.append(
+            f"the calibration texts yield {got} samples of {run.recipe.seq_len} tokens, {wanted} were asked for"
+        )
     rare = sum(len(layer["topped_up"]) for layer in layers)
     if rare:
         experts = sum(len(layer["tokens_per_expert"]) for layer in layers)
@@ -388,6 +393,7 @@ def _result(recipe: Recipe, record: dict[str, Any], **changes: Any) -> Result:
         output=recipe.output,
         folders={name: recipe.output / output["folder"] for name, output in outputs.items()},
         source_bytes=record["source"]["bytes"],
+        bf16_bytes=record["source"]["bf16_bytes"],
         output_bytes={name: output["bytes"] for name, output in outputs.items()},
         divergence={
             name: {text: Divergence(**values) for text, values in texts.items()}

@@ -200,9 +200,7 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def _memory_bytes(
-    recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str]
-) -> int:
+def _memory_bytes(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str]) -> int:
     """The largest stage's need; benchmarks/r1_width.py compares it with what a run really takes."""
     hidden = skeleton.config["hidden_size"]
     rounds = ELEMENTS_AT_ONCE * FLOAT32_BYTES * 8  # clip and rounding work on parts with about 8 temporaries

@@ -133,9 +133,7 @@ def fake_quantize(weight_OI: torch.Tensor, grid: Grid, shrink_OG: torch.Tensor |
     return round_to_nearest(weight_OI, grid, shrink_OG).dequantize()
 
 
-def round_to_nearest(
-    weight_OI: torch.Tensor, grid: Grid, shrink_OG: torch.Tensor | float = 1.0
-) -> QuantizedWeight:
+def round_to_nearest(weight_OI: torch.Tensor, grid: Grid, shrink_OG: torch.Tensor | float = 1.0) -> QuantizedWeight:
     """Plain rounding: the grid spans each group's (shrunk) range and every weight goes to the nearest point.
 
     Args:

@@ -65,7 +65,5 @@ def round_attention(layer: DecoderLayer, weights: Weights, grid: Grid) -> Attent
     Returns:
         The rounded attention, with nothing folded.
     """
-    linears = {
-        linear: round_to_nearest(weights[f"{linear}.weight"], grid) for linear in layer.attention_linears
-    }
+    linears = {linear: round_to_nearest(weights[f"{linear}.weight"], grid) for linear in layer.attention_linears}
     return AttentionResult(Fold(), linears)

@@ -38,9 +38,7 @@ def clipped_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments) -
     )
 
 
-def _clip_rows(
-    weight_OI: torch.Tensor, grid: Grid, moments: InputMoments, grams_GSS: torch.Tensor
-) -> QuantizedWeight:
+def _clip_rows(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments, grams_GSS: torch.Tensor) -> QuantizedWeight:
     shrink_OG = _best_shrink(weight_OI, grid, grams_GSS)
     plain, clipped = (round_to_nearest(weight_OI, grid, shrink) for shrink in (1.0, shrink_OG))
     plain_O, clipped_O = (moments.loss_O(part.dequantize().sub_(weight_OI)) for part in (plain, clipped))

@@ -269,8 +269,8 @@ def _quantize_mlp(
     results = []
     for grid, norm_scales_H in zip(job.grids, norm_scales, strict=True):
         result = quantize_mlp(job.skeleton, mlp, original, inputs, moments, norm_scales_H, grid)
-        for linear, weight in result.linears.items():
-            job.emit(grid, linear, weight)
+        for linear, quantized in result.linears.items():
+            job.emit(grid, linear, quantized)
         results.append([result])
     return results
 
@@ -281,9 +281,7 @@ def _add_contribution(job: LayerJob, original: GatedWeights, rows_R: torch.Tenso
         job.outputs.add_rows(part_R, output_RH.mul_(part_share_R.unsqueeze(1)))
 
 
-def _moments(
-    job: LayerJob, original: GatedWeights, inputs: MlpInputs, seed: int
-) -> tuple[InputMoments, InputMoments]:
+def _moments(job: LayerJob, original: GatedWeights, inputs: MlpInputs, seed: int) -> tuple[InputMoments, InputMoments]:
     """The moments of the MLP's input and of its down projection's."""
     of_input = InputStatistics(job.inputs.shape[2], seed)
     of_hidden = InputStatistics(len(original.up_WH), seed)

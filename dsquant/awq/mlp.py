@@ -102,9 +102,7 @@ def search_norm_scales(
     ups = [weights[f"{linear}.weight"] for mlp, _ in mlps[:16] for linear in (mlp.gate, mlp.up)]
     wanted_CI = candidate_scales(activation_I, rms_of_columns(ups))
     del ups
-    scales_CI = (
-        powers_of_two(wanted_CI) if exact else torch.stack([foldable_scales(s_I, norm_I) for s_I in wanted_CI])
-    )
+    scales_CI = powers_of_two(wanted_CI) if exact else torch.stack([foldable_scales(s_I, norm_I) for s_I in wanted_CI])
     scales_CI[0] = 1
     losses_C = torch.zeros(len(scales_CI), dtype=torch.float64)
     for mlp, inputs in mlps:
@@ -118,7 +116,11 @@ def search_norm_scales(
 
 
 def _outputs_improve(
-    skeleton: Skeleton, weights: Weights, mlps: list[tuple[Mlp, MlpInputs]], scales_I: torch.Tensor, grid: Grid
+    skeleton: Skeleton,
+    weights: Weights,
+    mlps: list[tuple[Mlp, MlpInputs]],
+    scales_I: torch.Tensor,
+    grid: Grid,
 ) -> bool:
     """Whether gate and up rounded under the scales bring the MLPs' outputs nearer than rounded without."""
     plain_error = scaled_error = 0.0
@@ -169,7 +171,7 @@ def quantize_mlp(
     up_scales_W = _search_up_scales(original, hidden_moments, grid)
     folded = scaled(original, norm_scales_H, up_scales_W)
     divided = input_moments.divided(norm_scales_H)
-    searched = (
+    linears: tuple[QuantizedWeight, ...] = (
         clipped_weight(folded.gate_WH, grid, divided),
         clipped_weight(folded.up_WH, grid, divided),
         clipped_weight(folded.down_HW, grid, hidden_moments.divided(up_scales_W)),
@@ -183,15 +185,15 @@ def quantize_mlp(
     def error(weights: GatedWeights, scales_H: torch.Tensor | float) -> float:
         return float((weights.output(skeleton, inputs_RH / scales_H) - wanted_RH).square().double().sum()) / norm
 
-    error_searched = error(GatedWeights(*(weight.dequantize() for weight in searched)), norm_scales_H)
+    error_searched = error(GatedWeights(*(weight.dequantize() for weight in linears)), norm_scales_H)
     error_unscaled = error(_plainly_rounded(unscaled, grid), norm_scales_H)
     error_plain = error(_plainly_rounded(original, grid), 1.0)
     plain = error_unscaled < error_searched
     if plain:
         parts = (unscaled.gate_WH, unscaled.up_WH, unscaled.down_HW)
-        searched = tuple(round_to_nearest(weight, grid) for weight in parts)
+        linears = tuple(round_to_nearest(weight, grid) for weight in parts)
     return MlpResult(
-        linears=dict(zip(mlp.linears, searched, strict=True)),
+        linears=dict(zip(mlp.linears, linears, strict=True)),
         error=min(error_searched, error_unscaled),
         error_plain=error_plain,
         energy=norm * len(inputs.rows_R) / max(1, len(inputs_RH)),

@@ -64,9 +64,7 @@ def powers_of_two(scales: torch.Tensor) -> torch.Tensor:
     return torch.exp2(scales.log2().round())
 
 
-def scale_losses(
-    weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Grid, moments: InputMoments
-) -> torch.Tensor:
+def scale_losses(weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Grid, moments: InputMoments) -> torch.Tensor:
     """The output error of a weight rounded under each candidate scale.
 
     loss(s) = tr(dW H dW^T) with dW = Q(W diag(s)) diag(s)^-1 - W and H the Gram matrix of the inputs; W is thinned to
@@ -83,8 +81,7 @@ def scale_losses(
     """
     weight_OI = weight_OI[:: -(-len(weight_OI) // SEARCH_ROWS)]
     losses = [
-        moments.loss(fake_quantize(weight_OI * scales_I, grid).div_(scales_I).sub_(weight_OI))
-        for scales_I in scales_CI
+        moments.loss(fake_quantize(weight_OI * scales_I, grid).div_(scales_I).sub_(weight_OI)) for scales_I in scales_CI
     ]
     return torch.tensor(losses, dtype=torch.float64)
 

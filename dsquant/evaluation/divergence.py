@@ -9,6 +9,7 @@ Shape legend: N samples, T tokens of a sample, H hidden size, R tokens of all sa
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,14 +97,16 @@ def compare(
     Returns:
         Candidate name -> its scores.
     """
-    shape = (*tokens_NT.shape, skeleton.config["hidden_size"])
+    shape = (tokens_NT.shape[0], tokens_NT.shape[1], skeleton.config["hidden_size"])
     models = {"": original, **candidates}
     streams = []
     try:
         for number, weights in enumerate(models.values()):
-            files = [Activations.in_file(work / f"evaluate-{number}-{part}.f32", shape) for part in range(3)]
-            streams.append((weights, *files))
-            embed(skeleton, weights, tokens_NT, files[0])
+            even, odd, mlp_inputs = (
+                Activations.in_file(work / f"evaluate-{number}-{part}.f32", shape) for part in range(3)
+            )
+            streams.append((weights, even, odd, mlp_inputs))
+            embed(skeleton, weights, tokens_NT, even)
         finals = _run_layers(skeleton, streams, batch_samples, safe_point)
         safe_point(skeleton.num_layers, skeleton.num_layers, "lm_head")
         return _score(skeleton, models, finals, tokens_NT)
@@ -130,7 +133,7 @@ def _run_layers(
             if routing is not None:
                 runs.append((stream, mlp_inputs, routing))
         if runs:
-            add_experts(skeleton, layer, runs, lambda: safe_point(layer.index, skeleton.num_layers, layer.prefix))
+            add_experts(skeleton, layer, runs, partial(safe_point, layer.index, skeleton.num_layers, layer.prefix))
     finals = []
     for weights, even, odd, normed in models:
         last = odd if skeleton.num_layers % 2 else even
@@ -202,9 +205,7 @@ def _score(
     }
 
 
-def _token_scores(
-    original: _Sums, candidate: _Sums, cross_R: torch.Tensor, tokens_NT: torch.Tensor
-) -> TokenScores:
+def _token_scores(original: _Sums, candidate: _Sums, cross_R: torch.Tensor, tokens_NT: torch.Tensor) -> TokenScores:
     kl_R = cross_R / original.exponentials_R - original.log_sum_R + candidate.log_sum_R
     values = (
         original.log_sum_R - original.target_R,

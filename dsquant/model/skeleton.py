@@ -31,9 +31,7 @@ class RoutingTap(nn.Module):
         super().__init__()
         self.sink: RoutingSink | None = None
 
-    def forward(
-        self, hidden_TH: torch.Tensor, expert_TK: torch.Tensor, share_TK: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, hidden_TH: torch.Tensor, expert_TK: torch.Tensor, share_TK: torch.Tensor) -> torch.Tensor:
         """Reports each token's experts and their shares to `sink`; returns zeros for the experts' output."""
         if self.sink is not None:
             self.sink(expert_TK, share_TK)
@@ -111,7 +109,7 @@ class Skeleton:
         """The MLPs' activation function."""
         from transformers.activations import ACT2FN
 
-        return ACT2FN[self.config["hidden_act"]](values)  # type: ignore[no-any-return]
+        return ACT2FN[self.config["hidden_act"]](values)
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every weight of the decoder, which a complete checkpoint has."""
@@ -139,9 +137,7 @@ class Skeleton:
     def _mtp_shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
         hidden, vocabulary = self.config["hidden_size"], self.config["vocab_size"]
         vectors = {f"{prefix}.{norm}.weight": (hidden,) for norm in ("enorm", "hnorm", "shared_head.norm")}
-        tables = {
-            f"{prefix}.{name}.weight": (vocabulary, hidden) for name in ("embed_tokens", "shared_head.head")
-        }
+        tables = {f"{prefix}.{name}.weight": (vocabulary, hidden) for name in ("embed_tokens", "shared_head.head")}
         return {**vectors, **tables, f"{prefix}.eh_proj.weight": (hidden, 2 * hidden)}
 
 

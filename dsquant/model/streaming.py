@@ -215,7 +215,7 @@ def _add_expert(
 def final_norm(skeleton: Skeleton, weights: Weights, hidden_NTH: torch.Tensor) -> torch.Tensor:
     """The decoder's last norm, [N, T, H] to the same shape."""
     with _loaded(skeleton, "model.norm", weights) as module, torch.no_grad():
-        return module(hidden_NTH)  # type: ignore[no-any-return]
+        return module(hidden_NTH)
 
 
 def head_name(skeleton: Skeleton) -> str:

@@ -105,7 +105,6 @@ class Checkpoint:
         return str((self.config.get("architectures") or ["(none named)"])[0])
 
 
-
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Opens a checkpoint folder; reads config.json and the shards' headers, no weights.
 
@@ -156,7 +155,5 @@ def _block_size(folder: Path, quantization: dict[str, Any]) -> tuple[int, int] |
     if block is None:
         return None
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
-        raise InputError(
-            f"{folder / CONFIG_FILE}: weight_block_size must be two positive numbers, found {block!r}"
-        )
+        raise InputError(f"{folder / CONFIG_FILE}: weight_block_size must be two positive numbers, found {block!r}")
     return block[0], block[1]

@@ -41,7 +41,5 @@ def dequantize_fp8(weight_OI: torch.Tensor, scales: torch.Tensor, block: tuple[i
     weight = weight_OI.float()
     scales_per_column = scales.float().repeat_interleave(block[1], dim=1)[:, :num_columns]
     for block_row in range(scales.shape[0]):  # one block row at a time: no second tensor of the weight's size
-        weight[block_row * block[0] : min((block_row + 1) * block[0], num_rows)] *= scales_per_column[
-            block_row
-        ]
+        weight[block_row * block[0] : min((block_row + 1) * block[0], num_rows)] *= scales_per_column[block_row]
     return weight

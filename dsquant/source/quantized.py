@@ -99,7 +99,10 @@ class AwqWeights(DecodedWeights):
         version = str(quantization.get("version", "gemm")).lower()
         if version != "gemm":
             raise InputError(f"{index.folder}/config.json: awq version {version!r} is not supported, only 'gemm' is")
-        self._bits, self._group_size = int(quantization.get("bits", 4)), int(quantization.get("group_size", 128))
+        self._bits, self._group_size = (
+            int(quantization.get("bits", 4)),
+            int(quantization.get("group_size", 128)),
+        )
         for prefix in self._packed.values():
             rows, columns = self.packed_shape(prefix)
             info = index[prefix + "scales"]
@@ -118,7 +121,7 @@ class AwqWeights(DecodedWeights):
         """Decodes through autoawq's `dequantize_gemm`, in float32."""
         qweight, qzeros, scales = (self.index.read(prefix + part) for part in (self.marker, *self.companions))
         weight_IO = _awq_decoder()(qweight, qzeros, scales.float(), self._bits, self._group_size)
-        return weight_IO.T.contiguous()  # type: ignore[no-any-return]
+        return weight_IO.T.contiguous()
 
 
 def _awq_decoder() -> Any:
@@ -155,12 +158,13 @@ class CompressedTensorsWeights(DecodedWeights):
         self.companions = ("weight_scale", "weight_shape", *zero_points)
         super().__init__(index)
         for prefix in self._packed.values():
-            rows, columns = self.packed_shape(prefix)
-            info = index[prefix + "weight_scale"]
-            if info.shape != (rows, columns // self._group["weights"]["group_size"]):
+            columns = self.packed_shape(prefix)[1]
+            info, packed = index[prefix + "weight_scale"], index[prefix + self.marker]
+            words = -(-columns * int(self._group["weights"]["num_bits"]) // 32)
+            if packed.shape != (info.shape[0], words):
                 raise InputError(
-                    f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, which does not go with "
-                    f"{prefix + self.marker!r} of {rows} rows and {columns} columns"
+                    f"{packed.path}: tensor {packed.name!r} has shape {list(packed.shape)}; its scales of shape "
+                    f"{list(info.shape)} need [{info.shape[0]}, {words}]"
                 )
 
     @cached_property

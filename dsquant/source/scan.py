@@ -68,5 +68,5 @@ def _scan_tensor(index: ShardIndex, info: TensorInfo) -> str:
                 f"{info.path}: tensor {info.name!r} holds NaN or infinity in rows {start} to "
                 f"{min(start + step, num_rows) - 1}; download the file again or ask its publisher"
             )
-        digest.update(memoryview(values.contiguous().view(torch.uint8).flatten().numpy()))
+        digest.update(memoryview(values.contiguous().view(torch.uint8).flatten().numpy().data))
     return digest.hexdigest()

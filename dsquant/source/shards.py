@@ -131,7 +131,7 @@ class ShardIndex(Mapping[str, TensorInfo]):
 
 
 def _read_exactly(info: TensorInfo, offset: int, buffer: torch.Tensor) -> None:
-    view = memoryview(buffer.numpy())
+    view = memoryview(buffer.numpy().data)
     with info.path.open("rb", buffering=0) as file:
         file.seek(offset)
         done = 0
@@ -170,15 +170,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(raw)
     except ValueError as error:
-        raise InputError(
-            f"{path}: the safetensors header is not valid JSON ({error}); download it again"
-        ) from error
+        raise InputError(f"{path}: the safetensors header is not valid JSON ({error}); download it again") from error
     if not isinstance(header, dict):
         raise InputError(f"{path}: the safetensors header is not a JSON object; download it again")
     header.pop("__metadata__", None)
-    return {
-        name: _tensor_info(path, name, entry, 8 + header_bytes, size_bytes) for name, entry in header.items()
-    }
+    return {name: _tensor_info(path, name, entry, 8 + header_bytes, size_bytes) for name, entry in header.items()}
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int, size_bytes: int) -> TensorInfo:
@@ -186,9 +182,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int, size_bytes:
         dtype, shape = str(entry["dtype"]), tuple(int(extent) for extent in entry["shape"])
         begin, end = (int(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: the header entry of tensor {name!r} is malformed: {entry!r:.200}"
-        ) from error
+        raise InputError(f"{path}: the header entry of tensor {name!r} is malformed: {entry!r:.200}") from error
     if dtype not in DTYPES:
         raise InputError(f"{path}: tensor {name!r} has dtype {dtype}; known are {', '.join(DTYPES)}")
     if any(extent < 0 for extent in shape) or begin < 0 or end - begin != tensor_bytes(dtype, shape):
@@ -219,9 +213,7 @@ def read_index(folder: Path) -> ShardIndex:
     index_path = folder / INDEX_FILE
     if not index_path.exists():
         if not (folder / SINGLE_FILE).exists():
-            raise InputError(
-                f"{folder}: neither {INDEX_FILE} nor {SINGLE_FILE} is there; is this a model folder?"
-            )
+            raise InputError(f"{folder}: neither {INDEX_FILE} nor {SINGLE_FILE} is there; is this a model folder?")
         return ShardIndex(folder, read_header(folder / SINGLE_FILE))
     weight_map = _read_weight_map(index_path)
     headers = {

@@ -38,9 +38,7 @@ class AwqGemm:
             UsageError: naming the linear.
         """
         if grid.bits != BITS:
-            raise UsageError(
-                f"the awq format holds 4-bit weights only, not {grid.bits}; use --to compressed-tensors"
-            )
+            raise UsageError(f"the awq format holds 4-bit weights only, not {grid.bits}; use --to compressed-tensors")
         for linear, (rows, columns) in shapes.items():
             if columns % grid.group_size or rows % OUT_MULTIPLE:
                 raise UsageError(

@@ -42,7 +42,8 @@ def _skipping(name: str, kept: Iterable[str]) -> str:
     parent = name.rsplit(".", 1)[0]
     inside_experts = re.sub(r"\.experts\.\d+$", "", parent)
     return next(
-        (entry for entry in (inside_experts, parent) if not any(other.startswith(f"{entry}.") for other in kept)), name
+        (entry for entry in (inside_experts, parent) if not any(other.startswith(f"{entry}.") for other in kept)),
+        name,
     )
 
 

@@ -18,13 +18,9 @@ def _attention(prefix: str, config: Mapping[str, Any]) -> tuple[ScaleGroup, ...]
     key_value = ScaleGroup(f"{attention}.kv_a_layernorm", (f"{attention}.kv_b_proj",))
     output = ScaleGroup(f"{attention}.kv_b_proj", (f"{attention}.o_proj",), producer_rows=value_rows)
     if config.get("q_lora_rank") is None:  # Moonlight projects queries directly
-        first = ScaleGroup(
-            f"{prefix}.input_layernorm", (f"{attention}.q_proj", f"{attention}.kv_a_proj_with_mqa")
-        )
+        first = ScaleGroup(f"{prefix}.input_layernorm", (f"{attention}.q_proj", f"{attention}.kv_a_proj_with_mqa"))
         return first, key_value, output
-    first = ScaleGroup(
-        f"{prefix}.input_layernorm", (f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa")
-    )
+    first = ScaleGroup(f"{prefix}.input_layernorm", (f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa"))
     query = ScaleGroup(f"{attention}.q_a_layernorm", (f"{attention}.q_b_proj",))
     return first, query, key_value, output
 
@@ -36,10 +32,7 @@ def _mlp(kind: Any, prefix: str, expert: int | None = None) -> Mlp:
 def _mlps(prefix: str, config: Mapping[str, Any], index: int) -> tuple[Mlp, ...]:
     if index < config["first_k_dense_replace"]:
         return (_mlp("dense", f"{prefix}.mlp"),)
-    experts = (
-        _mlp("routed", f"{prefix}.mlp.experts.{expert}", expert)
-        for expert in range(config["n_routed_experts"])
-    )
+    experts = (_mlp("routed", f"{prefix}.mlp.experts.{expert}", expert) for expert in range(config["n_routed_experts"]))
     return _mlp("shared", f"{prefix}.mlp.shared_experts"), *experts
 
 
@@ -66,10 +59,7 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
         return "sparse attention with an indexer (DeepSeek-V3.2) is not supported"
     if config.get("moe_layer_freq", 1) != 1:
         return f"moe_layer_freq {config['moe_layer_freq']} is not supported (R1 has 1)"
-    if (
-        config.get("scoring_func", "sigmoid") != "sigmoid"
-        or config.get("topk_method", "noaux_tc") != "noaux_tc"
-    ):
+    if config.get("scoring_func", "sigmoid") != "sigmoid" or config.get("topk_method", "noaux_tc") != "noaux_tc":
         return (
             f"routing by scoring_func={config.get('scoring_func')!r}, topk_method={config.get('topk_method')!r} "
             "is not DeepSeek-V3's (sigmoid, noaux_tc)"

@@ -12,9 +12,7 @@ def _value_rows(config: Mapping[str, Any]) -> tuple[int, ...]:
     key_value_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     return tuple(
-        head // (heads // key_value_heads) * head_dim + row
-        for head in range(heads)
-        for row in range(head_dim)
+        head // (heads // key_value_heads) * head_dim + row for head in range(heads) for row in range(head_dim)
     )
 
 
