@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dsquant.awq.attention import AttentionResult, quantize_attention, round_attention
-from dsquant.awq.mlp import MlpInputs, MlpResult, prove_same, quantize_mlp, scaled, search_norm_scales
+from dsquant.awq.mlp import MlpErrors, MlpInputs, prove_same, quantize_mlp, scaled, search_norm_scales
 from dsquant.awq.scale import fold_of
 from dsquant.awq.statistics import InputMoments, InputStatistics
 from dsquant.model.activations import Activations
@@ -57,6 +57,8 @@ class LayerJob:
     emit: Emit
     safe_point: Callable[[str], None]
     """Called with a module's name before its work begins; may raise to stop."""
+    rounded: bool = True
+    """False emits every linear folded but not rounded: for formats that round themselves, and to prove the fold."""
 
 
 @dataclass
@@ -103,12 +105,11 @@ def quantize_layer(job: LayerJob) -> LayerReport:
         _emit_dense_part(job, grid, attention, norm_fold)
         folds.append(norm_scales_H)
         reports.append(report)
-    results: list[list[MlpResult]] = [[] for _ in job.grids]
+    errors: list[list[MlpErrors]] = [[] for _ in job.grids]
     for number, mlp in enumerate(job.layer.mlps):
         job.safe_point(mlp.up.rsplit(".", 1)[0])
-        for found, result in zip(results, _quantize_mlp(job, mlp, number, inputs[mlp], folds, routing), strict=True):
-            found.extend(result)
-    for report, found in zip(reports, results, strict=True):
+        _quantize_mlp(job, mlp, number, inputs[mlp], folds, routing, errors)
+    for report, found in zip(reports, errors, strict=True):
         _sum_up(report, found)
     counts = routing.counts(len(job.layer.experts)).tolist() if routing else []
     return LayerReport(counts, {expert: len(rows_R) for expert, rows_R in added.items()}, reports)
@@ -237,10 +238,11 @@ def _emit_dense_part(job: LayerJob, grid: Grid, attention: AttentionResult, norm
         same = torch.equal(wanted_routing.expert_RK.sort(1).values, found_routing.expert_RK.sort(1).values)
         assert same, f"{job.layer.prefix}: folding the scales changed the routing; please report this"
     in_mlps = {f"{linear}.weight" for mlp in job.layer.mlps for linear in mlp.linears}
-    for linear, weight in attention.linears.items():
+    emitted = attention.linears if job.rounded else {}
+    for linear, weight in emitted.items():
         job.emit(grid, linear, weight)
     for name in dict.fromkeys((*fold.rows, *fold.columns)):
-        if name not in in_mlps and name.removesuffix(".weight") not in attention.linears:
+        if name not in in_mlps and name.removesuffix(".weight") not in emitted:
             job.emit(grid, name, folded[name])
 
 
@@ -251,28 +253,32 @@ def _quantize_mlp(
     inputs: MlpInputs,
     norm_scales: list[torch.Tensor],
     routing: Routing | None,
-) -> list[list[MlpResult]]:
-    """Runs one MLP of the original, quantizes it onto every grid and emits it."""
+    errors: list[list[MlpErrors]],
+) -> None:
+    """Runs one MLP of the original, quantizes it onto every grid, emits it and notes its errors for each grid."""
     original = GatedWeights.read(job.weights, mlp)
     if mlp.expert is not None:
         assert routing is not None
         _add_contribution(job, original, *routing.tokens_of(mlp.expert))
     if mlp.up not in job.linears:
-        if not job.linears:
-            return [[] for _ in job.grids]
-        for grid, norm_scales_H in zip(job.grids, norm_scales, strict=True):
-            folded = scaled(original, norm_scales_H, torch.ones(len(original.up_WH)))
-            for linear, weight in zip(mlp.linears, (folded.gate_WH, folded.up_WH, folded.down_HW), strict=True):
-                job.emit(grid, f"{linear}.weight", weight)
-        return [[] for _ in job.grids]
+        if job.linears:
+            for grid, norm_scales_H in zip(job.grids, norm_scales, strict=True):
+                _emit_folded(job, grid, mlp, scaled(original, norm_scales_H, torch.ones(len(original.up_WH))))
+        return
     moments = _moments(job, original, inputs, job.seed + number)
-    results = []
-    for grid, norm_scales_H in zip(job.grids, norm_scales, strict=True):
+    for grid, norm_scales_H, found in zip(job.grids, norm_scales, errors, strict=True):
         result = quantize_mlp(job.skeleton, mlp, original, inputs, moments, norm_scales_H, grid)
+        found.append(result.errors)
+        if not job.rounded:
+            _emit_folded(job, grid, mlp, result.folded)
+            continue
         for linear, quantized in result.linears.items():
             job.emit(grid, linear, quantized)
-        results.append([result])
-    return results
+
+
+def _emit_folded(job: LayerJob, grid: Grid, mlp: Mlp, folded: GatedWeights) -> None:
+    for linear, weight in zip(mlp.linears, (folded.gate_WH, folded.up_WH, folded.down_HW), strict=True):
+        job.emit(grid, f"{linear}.weight", weight)
 
 
 def _add_contribution(job: LayerJob, original: GatedWeights, rows_R: torch.Tensor, share_R: torch.Tensor) -> None:
@@ -291,10 +297,10 @@ def _moments(job: LayerJob, original: GatedWeights, inputs: MlpInputs, seed: int
     return of_input.moments(), of_hidden.moments()
 
 
-def _sum_up(report: GridReport, results: list[MlpResult]) -> None:
+def _sum_up(report: GridReport, results: list[MlpErrors]) -> None:
     if not results:
         return
     energy = sum(result.energy for result in results) or 1.0
     report.mlp_error = sum(result.error * result.energy for result in results) / energy
     report.mlp_error_plain = sum(result.error_plain * result.energy for result in results) / energy
-    report.fallbacks += [next(iter(result.linears)).rsplit(".", 1)[0] for result in results if result.plain]
+    report.fallbacks += [result.name for result in results if result.plain]

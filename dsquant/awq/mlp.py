@@ -58,11 +58,10 @@ class MlpInputs:
 
 
 @dataclass(frozen=True)
-class MlpResult:
-    """A quantized gated MLP."""
+class MlpErrors:
+    """What quantizing a gated MLP cost."""
 
-    linears: dict[str, QuantizedWeight]
-    """By linear, ready for a writer."""
+    name: str
     error: float
     """Squared output error, relative to the output."""
     error_plain: float
@@ -141,6 +140,17 @@ def _outputs_improve(
     return scaled_error < plain_error
 
 
+@dataclass(frozen=True)
+class MlpResult:
+    """A quantized gated MLP."""
+
+    folded: GatedWeights
+    """The weights with all scales folded in, not rounded."""
+    linears: dict[str, QuantizedWeight]
+    """By linear, ready for a writer."""
+    errors: MlpErrors
+
+
 def quantize_mlp(
     skeleton: Skeleton,
     mlp: Mlp,
@@ -179,7 +189,8 @@ def quantize_mlp(
     unscaled = scaled(original, norm_scales_H, torch.ones_like(up_scales_W))
     inputs_RH = inputs.few()
     wanted_RH = original.output(skeleton, inputs_RH)
-    prove_same(mlp.up.rsplit(".", 1)[0], wanted_RH, folded.output(skeleton, inputs_RH / norm_scales_H))
+    name = mlp.up.rsplit(".", 1)[0]
+    prove_same(name, wanted_RH, folded.output(skeleton, inputs_RH / norm_scales_H))
     norm = float(wanted_RH.square().double().sum()) or 1.0
 
     def error(weights: GatedWeights, scales_H: torch.Tensor | float) -> float:
@@ -192,13 +203,14 @@ def quantize_mlp(
     if plain:
         parts = (unscaled.gate_WH, unscaled.up_WH, unscaled.down_HW)
         linears = tuple(round_to_nearest(weight, grid) for weight in parts)
-    return MlpResult(
-        linears=dict(zip(mlp.linears, linears, strict=True)),
+    errors = MlpErrors(
+        name=name,
         error=min(error_searched, error_unscaled),
         error_plain=error_plain,
         energy=norm * len(inputs.rows_R) / max(1, len(inputs_RH)),
         plain=plain,
     )
+    return MlpResult(unscaled if plain else folded, dict(zip(mlp.linears, linears, strict=True)), errors)
 
 
 def scaled(original: GatedWeights, norm_scales_H: torch.Tensor, up_scales_W: torch.Tensor) -> GatedWeights:

@@ -175,7 +175,7 @@ class CompressedTensorsWeights(DecodedWeights):
 
     def packed_shape(self, prefix: str) -> tuple[int, int]:
         """[O, I]; I as the scales and the group size have it."""
-        rows, groups = self.index[prefix + "weight_scale"].shape
+        groups = self.index[prefix + "weight_scale"].shape[-1]
         return self.index[prefix + self.marker].shape[0], groups * int(self._group["weights"]["group_size"])
 
     def decode(self, prefix: str) -> torch.Tensor:
