@@ -1,6 +1,7 @@
 """Small real checkpoints that the tests make: R1's layout (FP8 blocks, split shards) and the dense distills."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,48 @@ def make_dense(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
     """A random dense BF16 checkpoint of an R1-Distill family."""
     tensors = stored(random_weights(dense_shapes(config), seed), fp8=False)
     return save_checkpoint(folder, {**config, "torch_dtype": "bfloat16"}, tensors, num_shards=2)
+
+
+def add_tokenizer(folder: Path, vocabulary: int = 300) -> Path:
+    """Puts a byte-level BPE with DeepSeek's special tokens into a checkpoint folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bos, eos = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[bos, eos, "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def full_model(folder: Path, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """transformers' whole model in float32 with the given weights put in: shares nothing with dsquant's streaming."""
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text())
+    name = config["architectures"][0].removesuffix("ForCausalLM") + "Config"
+    dropped = ("quantization_config", "torch_dtype")
+    config = getattr(transformers, name).from_dict({k: v for k, v in config.items() if k not in dropped})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    state = {}
+    for key in model.state_dict():
+        prefix, _, part = key.rpartition(".")
+        if part == "gate_up_proj":
+            pairs = [[weights[f"{prefix}.{e}.{kind}_proj.weight"] for kind in ("gate", "up")] for e in range(config.n_routed_experts)]
+            state[key] = torch.stack([torch.cat(pair) for pair in pairs])
+        elif part == "down_proj" and prefix.endswith("experts"):
+            state[key] = torch.stack([weights[f"{prefix}.{e}.down_proj.weight"] for e in range(config.n_routed_experts)])
+        elif key == "lm_head.weight" and config.tie_word_embeddings:
+            state[key] = weights["model.embed_tokens.weight"]
+        else:
+            state[key] = weights[key]
+    model.load_state_dict(state)
+    return model.eval()

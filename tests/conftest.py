@@ -1,0 +1,28 @@
+"""What several test modules share."""
+
+from pathlib import Path
+
+import pytest
+from checkpoints import add_tokenizer, make_pico_r1
+
+TINY_R1 = Path(__file__).parent.parent / "dsquant" / "assets" / "tiny-r1"
+
+
+@pytest.fixture(scope="session")
+def tiny_r1() -> Path:
+    """The embedded model."""
+    return TINY_R1
+
+
+@pytest.fixture(scope="session")
+def pico_r1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 5-layer checkpoint in R1's layout with a tokenizer; tests must not change it."""
+    return add_tokenizer(make_pico_r1(tmp_path_factory.mktemp("pico") / "pico-r1"))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text to calibrate on."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))[:6]))
+    return path

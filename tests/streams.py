@@ -1,0 +1,33 @@
+"""Runs a whole model through dsquant's streaming, as evaluation does."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from dsquant.model.activations import Activations
+from dsquant.model.skeleton import Skeleton
+from dsquant.model.streaming import Stream, add_experts, embed, final_norm, head_name, run_dense_part
+from dsquant.source.checkpoint import open_checkpoint
+from dsquant.source.weights import Weights
+
+
+def stream_logits(
+    folder: Path, weights: Weights, tokens: torch.Tensor, batch_samples: int = 2
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits [N, T, V], and each mixture layer's routed experts, sorted for each token."""
+    skeleton = Skeleton(open_checkpoint(folder))
+    shape = (*tokens.shape, skeleton.config["hidden_size"])
+    inputs, outputs, mlp_inputs = (Activations(torch.zeros(shape)) for _ in range(3))
+    embed(skeleton, weights, tokens, inputs)
+    experts = []
+    for layer in skeleton.layers[: skeleton.num_layers]:
+        observers = {f"{layer.prefix}.mlp": mlp_inputs.recorder()}
+        stream = Stream(weights, inputs, outputs)
+        routing = run_dense_part(skeleton, layer, stream, batch_samples, observers)
+        if routing is not None:
+            add_experts(skeleton, layer, [(stream, mlp_inputs, routing)])
+            experts.append(routing.expert_RK.sort(1).values)
+        inputs, outputs = outputs, inputs
+    hidden = final_norm(skeleton, weights, inputs.samples(0, len(tokens)))
+    return F.linear(hidden, weights[head_name(skeleton)]), experts

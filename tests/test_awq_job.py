@@ -1,0 +1,215 @@
+"""The whole job on small checkpoints: outputs, presets, resume after kills, determinism, refusals."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import QWEN2, add_tokenizer, full_model, make_dense, make_pico_r1
+
+import dsquant
+from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.source.checkpoint import open_checkpoint
+
+FAST: dict[str, Any] = {"samples": 6, "seq_len": 32, "group_size": 64, "evaluate": False, "progress": False}
+DSQUANT = [sys.executable, "-c", "from dsquant.cli import main; main()"]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file's hash."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def arguments(model: Path, text: Path, output: Path, *more: str) -> list[str]:
+    options = ["--samples", "6", "--seq-len", "32", "--group-size", "64", "--no-evaluate", "--json", *more]
+    return [*DSQUANT, "awq", str(model), "--output", str(output), "--calibration", str(text), *options]
+
+
+def test_one_calibration_writes_two_formats_that_their_packages_read(
+    pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    result = dsquant.awq(
+        pico_r1, output=tmp_path / "out", to=["awq", "compressed-tensors"], preset="compact",
+        calibration=(str(text_file),), **FAST,
+    )  # fmt: skip
+    original = open_checkpoint(pico_r1).weights
+    for folder in result.folders.values():
+        weights = open_checkpoint(folder).weights
+        assert set(weights) == set(original)
+        name = "model.layers.2.mlp.experts.3.down_proj.weight"
+        assert 0 < float((weights[name] - original[name]).norm() / original[name].norm()) < 1
+        assert result.output_bytes[folder.name] == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        record = json.loads((folder / "dsquant.json").read_text())
+        assert set(record["source"]["tensors_sha256"]) == set(open_checkpoint(pico_r1).index)
+        assert record["layers"][1]["tokens_per_expert"] and sum(record["layers"][1]["tokens_per_expert"]) == 6 * 32 * 2
+        assert not (folder / ".dsquant-work").exists()
+
+
+def test_the_quantized_model_is_nearer_to_the_original_than_plain_rounding(
+    text_file: Path, tmp_path: Path
+) -> None:
+    model = add_tokenizer(make_pico_r1(tmp_path / "model", outliers=True))
+    dsquant.awq(
+        model, output=tmp_path / "out", to="compressed-tensors", preset="compact",
+        calibration=(str(text_file),), **{**FAST, "samples": 32},
+    )  # fmt: skip
+    weights = open_checkpoint(model).weights
+    tokens = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(5))
+    record = json.loads((tmp_path / "out" / "dsquant.json").read_text())
+    for layer in record["layers"]:
+        (errors,) = layer["grids"]
+        assert errors["mlp_error"] < errors["mlp_error_plain"] / 5
+        assert errors["attention_error"] < errors["attention_error_plain"] / 5
+    with torch.no_grad():
+        wanted = full_model(model, weights)(tokens).logits
+        found = full_model(model, open_checkpoint(tmp_path / "out").weights)(tokens).logits
+    assert float((found - wanted).norm() / wanted.norm()) < 1.0
+
+
+@pytest.mark.parametrize("mtp", ["keep", "quantize", "drop"])
+def test_the_mtp_layer_is_kept_quantized_or_dropped_as_asked(
+    pico_r1: Path, text_file: Path, tmp_path: Path, mtp: str
+) -> None:
+    result = dsquant.awq(pico_r1, output=tmp_path / "out", mtp=mtp, calibration=(str(text_file),), **FAST)
+    index = open_checkpoint(tmp_path / "out").index
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    kept = f"model.layers.5.mlp.experts.0.up_proj.{'qweight' if mtp == 'quantize' else 'weight'}"
+    assert (kept in index) == (mtp != "drop")
+    assert config["num_nextn_predict_layers"] == (0 if mtp == "drop" else 1)
+    assert any("multi-token" in warning for warning in result.warnings) == (mtp == "drop")
+    if mtp == "keep":
+        assert "model.layers.5.mlp" in config["quantization_config"]["modules_to_not_convert"]
+
+
+def test_the_quality_preset_leaves_attention_and_shared_experts_in_bf16(
+    pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    dsquant.awq(pico_r1, output=tmp_path / "out", calibration=(str(text_file),), **FAST)
+    index = open_checkpoint(tmp_path / "out").index
+    quantized = {name.removesuffix(".qweight") for name in index if name.endswith(".qweight")}
+    assert len(quantized) == 4 * 8 * 3 and all(".mlp.experts." in name for name in quantized)
+    assert index["model.layers.1.self_attn.o_proj.weight"].dtype == "BF16"
+    assert index["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == "F32"
+
+
+def test_a_dense_model_has_every_linear_quantized(text_file: Path, tmp_path: Path) -> None:
+    model = add_tokenizer(make_dense(tmp_path / "model", QWEN2))
+    dsquant.awq(model, output=tmp_path / "out", calibration=(str(text_file),), **FAST)
+    index = open_checkpoint(tmp_path / "out").index
+    assert sum(name.endswith(".qweight") for name in index) == 2 * 7
+    assert "model.layers.0.self_attn.v_proj.bias" in index
+
+
+def test_two_runs_write_identical_bytes(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        dsquant.awq(pico_r1, output=tmp_path / name, calibration=(str(text_file),), **FAST)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_killed_at_random_moments_and_resumed_the_output_is_the_uninterrupted_one(
+    pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    more = ("--preset", "compact")
+    started = time.monotonic()
+    subprocess.run(arguments(pico_r1, text_file, tmp_path / "whole", *more), check=True, capture_output=True)
+    duration = time.monotonic() - started
+    output = tmp_path / "killed"
+    moments = random.Random(0)
+    for _ in range(3):  # scripts/test-slow does ten
+        process = subprocess.Popen(
+            arguments(pico_r1, text_file, output, *more, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(duration * moments.uniform(0.3, 0.95))
+        process.kill()
+        process.wait()
+        if (output / ".dsquant-work").exists():
+            assert not (output / "model.safetensors.index.json").exists() or not (output / "dsquant.json").exists()
+    subprocess.run(arguments(pico_r1, text_file, output, *more, "--resume"), check=True, capture_output=True)
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_sigterm_stops_at_a_safe_point_with_exit_code_75(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    command = arguments(pico_r1, text_file, tmp_path / "out")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "out" / ".dsquant-work" / "job.json").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "--resume" in errors
+    finished = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process")
+def test_a_full_disk_stops_the_job_and_loses_nothing(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    dsquant.awq(pico_r1, output=tmp_path / "whole", calibration=(str(text_file),), **FAST)
+    full = pytest.MonkeyPatch()
+    written = 0
+
+    def no_space(descriptor: int) -> None:
+        nonlocal written
+        written += 1
+        if written == 12:
+            raise OSError(28, "No space left on device")
+
+    full.setattr("dsquant.writers.base.os.fsync", no_space)
+    with pytest.raises(Interrupted, match="disk is full"):
+        dsquant.awq(pico_r1, output=tmp_path / "out", calibration=(str(text_file),), **FAST)
+    full.undo()
+    dsquant.awq(pico_r1, output=tmp_path / "out", resume=True, calibration=(str(text_file),), **FAST)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_finished_output_is_left_alone_by_resume_and_refused_without(
+    pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {"output": tmp_path / "out", "calibration": (str(text_file),), **FAST}
+    dsquant.awq(pico_r1, **options)
+    before = contents(tmp_path / "out")
+    assert dsquant.awq(pico_r1, resume=True, **options).already_finished
+    with pytest.raises(InputError, match="--resume"):
+        dsquant.awq(pico_r1, **options)
+    with pytest.raises(UsageError, match="seed was 0, is 1"):
+        dsquant.awq(pico_r1, resume=True, seed=1, **options)
+    assert contents(tmp_path / "out") == before
+    dsquant.awq(pico_r1, restart=True, seed=1, **options)
+    assert contents(tmp_path / "out") != before
+
+
+def test_restart_removes_nothing_that_is_not_the_jobs_own(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    options = {"output": tmp_path / "out", "calibration": (str(text_file),), **FAST}
+    dsquant.awq(pico_r1, **options)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    dsquant.awq(pico_r1, restart=True, **options)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_a_budget_that_cannot_work_is_refused_with_the_number(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"need [0-9.]+ [MG]iB"):
+        dsquant.awq(
+            pico_r1, output=tmp_path / "out", memory_budget="100MiB", calibration=(str(text_file),), **FAST
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_short_text_is_reported_and_never_repeated(pico_r1: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("for number in range(10):\n    total += number\n" * 8)
+    result = dsquant.awq(pico_r1, output=tmp_path / "out", calibration=(str(text),), **{**FAST, "samples": 500})
+    assert any("500 were asked for" in warning for warning in result.warnings)
+
+
+def test_a_quantized_model_is_not_quantized_again(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    dsquant.awq(pico_r1, output=tmp_path / "out", calibration=(str(text_file),), **FAST)
+    with pytest.raises(InputError, match="already quantized"):
+        dsquant.awq(tmp_path / "out", output=tmp_path / "again", calibration=(str(text_file),), **FAST)

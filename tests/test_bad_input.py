@@ -1,0 +1,212 @@
+"""Every kind of bad input ends with exit code 3, a message that names file and tensor, and nothing written."""
+
+import json
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from dsquant.cli import main
+
+INDEX = "model.safetensors.index.json"
+EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_tensors(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Changes the shard that holds a tensor."""
+    path = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def remove_shard(folder: Path) -> None:
+    (folder / "model-00002-of-00003.safetensors").unlink(missing_ok=True)
+    (folder / "model-00002.safetensors").unlink(missing_ok=True)
+
+
+def truncate_shard(folder: Path) -> None:
+    path = folder / "model-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def remove_scale(folder: Path) -> None:
+    name = f"{EXPERT}_scale_inv"
+    edit_tensors(folder, name, lambda tensors: tensors.pop(name))
+    edit_json(folder / INDEX, lambda index: index["weight_map"].pop(name))
+
+
+def put_nan_into_fp8(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[EXPERT].view(torch.uint8)[3, 7] = 0x7F
+
+    edit_tensors(folder, EXPERT, change)
+
+
+def put_infinity_into_bf16(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.3.mlp.gate.weight"][1, 2] = torch.inf
+
+    edit_tensors(folder, "model.layers.3.mlp.gate.weight", change)
+
+
+def put_nan_into_a_scale(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{EXPERT}_scale_inv"][0, 0] = torch.nan
+
+    edit_tensors(folder, f"{EXPERT}_scale_inv", change)
+
+
+def misshape_scale(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{EXPERT}_scale_inv"] = torch.ones(1, 2)
+
+    edit_tensors(folder, f"{EXPERT}_scale_inv", change)
+
+
+def name_an_absent_tensor(folder: Path) -> None:
+    edit_json(folder / INDEX, lambda index: index["weight_map"].update({"model.extra.weight": "model-00001.safetensors"}))
+
+
+def leave_the_folder(folder: Path) -> None:
+    edit_json(folder / INDEX, lambda index: index["weight_map"].update({EXPERT: "../elsewhere.safetensors"}))
+
+
+def absolute_path(folder: Path) -> None:
+    edit_json(folder / INDEX, lambda index: index["weight_map"].update({EXPERT: "/etc/elsewhere.safetensors"}))
+
+
+def contradict_the_tensors(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(moe_intermediate_size=128))
+
+
+def one_layer_less(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(num_hidden_layers=4))
+
+
+def one_layer_more(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(num_hidden_layers=6))
+
+
+def unknown_architecture(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(architectures=["DeepseekV4ForCausalLM"]))
+
+
+def sparse_attention(folder: Path) -> None:
+    changes = {"index_topk": 2048, "index_n_heads": 64, "architectures": ["DeepseekV32ForCausalLM"]}
+    edit_json(folder / "config.json", lambda config: config.update(changes))
+
+
+def larger_tokenizer(folder: Path) -> None:
+    def change(tokenizer: dict[str, Any]) -> None:
+        for number in range(20):
+            entry = {**tokenizer["added_tokens"][0], "id": 300 + number, "content": f"<extra{number}>"}
+            tokenizer["added_tokens"].append(entry)
+
+    edit_json(folder / "tokenizer.json", change)
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def broken_header(folder: Path) -> None:
+    path = folder / "model-00001.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**60) + path.read_bytes()[8:])
+
+
+def header_that_is_no_json(folder: Path) -> None:
+    path = folder / "model-00001.safetensors"
+    path.write_bytes(struct.pack("<Q", 16) + b"x" * 16 + path.read_bytes()[24:])
+
+
+def config_that_is_no_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def no_block_size(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config.pop("quantization_config"))
+
+
+BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing shard": (remove_shard, r"model-00002\.safetensors"),
+    "truncated shard": (truncate_shard, r"model-00002\.safetensors.*truncated.*tensor 'model\."),
+    "missing scale": (remove_scale, rf"model-.*{re.escape(EXPERT)}"),
+    "NaN in FP8": (put_nan_into_fp8, rf"model-.*{re.escape(EXPERT)}.*NaN"),
+    "infinity in BF16": (put_infinity_into_bf16, r"model-.*layers\.3\.mlp\.gate\.weight.*infinity"),
+    "NaN in a scale": (put_nan_into_a_scale, rf"model-.*{re.escape(EXPERT)}_scale_inv"),
+    "scale of the wrong shape": (misshape_scale, rf"model-.*{re.escape(EXPERT)}_scale_inv.*\[1, 2\]"),
+    "index naming an absent tensor": (name_an_absent_tensor, r"index\.json.*model\.extra\.weight"),
+    "path that leaves the folder": (leave_the_folder, r"index\.json.*\.\./elsewhere"),
+    "absolute path": (absolute_path, r"index\.json.*/etc/elsewhere"),
+    "config that contradicts the tensors": (contradict_the_tensors, r"tensor 'model\.layers.*\[128, 256\]"),
+    "config with a layer less": (one_layer_less, r"tensor 'model\.layers"),
+    "config with a layer more": (one_layer_more, r"tensor 'model\.layers"),
+    "unknown architecture": (unknown_architecture, r"config\.json.*DeepseekV4ForCausalLM"),
+    "sparse attention": (sparse_attention, r"config\.json.*DeepseekV32ForCausalLM"),
+    "tokenizer larger than the embedding": (larger_tokenizer, r"tokenizer\.json.*320.*embed_tokens.*300"),
+    "no tokenizer": (no_tokenizer, r"tokenizer\.json"),
+    "damaged header": (broken_header, r"model-00001\.safetensors"),
+    "header that is no JSON": (header_that_is_no_json, r"model-00001\.safetensors"),
+    "config that is no JSON": (config_that_is_no_json, r"config\.json"),
+    "no block size": (no_block_size, r"config\.json.*weight_block_size|weight_block_size"),
+}
+
+
+def run(model: Path, text: Path, output: Path) -> tuple[int, str]:
+    options = ["--samples", "2", "--seq-len", "16", "--group-size", "64", "--no-evaluate", "--json"]
+    arguments = ["awq", str(model), "--calibration", str(text), "--output", str(output), *options]
+    result = CliRunner().invoke(main, arguments)
+    assert not isinstance(result.exception, Exception) or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_checkpoint_is_refused(kind: str, pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    damage, message = BAD[kind]
+    model = tmp_path / "model"
+    shutil.copytree(pico_r1, model)
+    damage(model)
+    code, output = run(model, text_file, tmp_path / "out")
+    assert code == 3, output
+    assert re.search(message, output, re.DOTALL), output
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_calibration_is_refused(pico_r1: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    code, output = run(pico_r1, tmp_path / "empty.txt", tmp_path / "out")
+    assert code == 3 and "empty.txt" in output and not (tmp_path / "out").exists()
+
+
+def test_a_missing_calibration_is_refused(pico_r1: Path, tmp_path: Path) -> None:
+    code, output = run(pico_r1, tmp_path / "absent.txt", tmp_path / "out")
+    assert code == 3 and "absent.txt" in output and not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_with_something_in_it_is_refused_and_left_alone(
+    pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    code, output = run(pico_r1, text_file, tmp_path / "out")
+    assert code == 3 and "not empty" in output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_model_that_is_nowhere_is_refused(text_file: Path, tmp_path: Path) -> None:
+    code, output = run(tmp_path / "nowhere", text_file, tmp_path / "out")
+    assert code == 3 and "nowhere" in output

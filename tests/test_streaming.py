@@ -1,0 +1,61 @@
+"""Layers streamed from disk compute what transformers' whole model computes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import LLAMA, QWEN2, QWEN3, full_model, make_dense, make_pico_r1
+from streams import stream_logits
+
+from dsquant.model.skeleton import Skeleton
+from dsquant.source.checkpoint import open_checkpoint
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("config", [QWEN2, QWEN3, LLAMA], ids=["qwen2", "qwen3", "llama"])
+def test_a_streamed_dense_model_equals_the_whole_model(tmp_path: Path, config: dict[str, Any]) -> None:
+    folder = make_dense(tmp_path / "model", config)
+    tokens = torch.randint(0, 300, (3, 40), generator=torch.Generator().manual_seed(1))
+    weights = open_checkpoint(folder).weights
+    with torch.no_grad():
+        wanted = full_model(folder, weights)(tokens).logits
+    assert relative_error(stream_logits(folder, weights, tokens)[0], wanted) < 1e-5
+
+
+def test_a_streamed_r1_equals_the_whole_model(tmp_path: Path) -> None:
+    folder = make_pico_r1(tmp_path / "model", outliers=True)
+    tokens = torch.randint(0, 300, (3, 40), generator=torch.Generator().manual_seed(1))
+    weights = open_checkpoint(folder).weights
+    with torch.no_grad():
+        wanted = full_model(folder, weights)(tokens).logits
+    assert relative_error(stream_logits(folder, weights, tokens)[0], wanted) < 1e-5
+
+
+def test_kimi_k2s_variant_streams_as_the_whole_model(tmp_path: Path) -> None:
+    changes = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "num_nextn_predict_layers": 0}
+    folder = make_pico_r1(tmp_path / "model", **changes)
+    tokens = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
+    weights = open_checkpoint(folder).weights
+    with torch.no_grad():
+        wanted = full_model(folder, weights)(tokens).logits
+    assert relative_error(stream_logits(folder, weights, tokens)[0], wanted) < 1e-5
+
+
+def test_the_batch_size_does_not_change_the_result(tmp_path: Path) -> None:
+    folder = make_pico_r1(tmp_path / "model")
+    tokens = torch.randint(0, 300, (5, 16), generator=torch.Generator().manual_seed(1))
+    weights = open_checkpoint(folder).weights
+    one, routing_one = stream_logits(folder, weights, tokens, batch_samples=1)
+    all_together, routing_all = stream_logits(folder, weights, tokens, batch_samples=5)
+    assert relative_error(one, all_together) < 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(routing_one, routing_all, strict=True))
+
+
+def test_the_skeleton_expects_exactly_the_stored_tensors_of_r1(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_pico_r1(tmp_path / "model"))
+    expected = Skeleton(checkpoint).expected_shapes()
+    assert expected == {name: checkpoint.weights.shape(name) for name in checkpoint.weights}
