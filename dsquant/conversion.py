@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from dsquant.awq.layer import LayerJob, quantize_layer
 from dsquant.jobs import Job, sync_folder
 from dsquant.model.activations import Activations
 from dsquant.model.streaming import Stream, embed, mtp_inputs
 from dsquant.planning import BATCH_TOKENS, Target, Unit
 from dsquant.preparation import Source
+from dsquant.quantization.layer import LayerJob, quantize_layer
 from dsquant.recipe import Recipe
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.source.shards import DTYPES

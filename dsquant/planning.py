@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-from dsquant.awq.clip import ELEMENTS_AT_ONCE
-from dsquant.awq.statistics import FACTOR_ROWS
 from dsquant.errors import InputError, UsageError
 from dsquant.model.activations import RELEASE_BYTES
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import EMBEDDING, ROWS_AT_ONCE, VOCABULARY_AT_ONCE
 from dsquant.model.structure import DecoderLayer
+from dsquant.quantization.clip import ELEMENTS_AT_ONCE
+from dsquant.quantization.statistics import FACTOR_ROWS
 from dsquant.recipe import Recipe, format_size
 from dsquant.rounding import Grid
 from dsquant.source.checkpoint import Checkpoint

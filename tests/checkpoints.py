@@ -272,10 +272,15 @@ def full_model(folder: Path, weights: Mapping[str, torch.Tensor]) -> torch.nn.Mo
     for key in model.state_dict():
         prefix, _, part = key.rpartition(".")
         if part == "gate_up_proj":
-            pairs = [[weights[f"{prefix}.{e}.{kind}_proj.weight"] for kind in ("gate", "up")] for e in range(config.n_routed_experts)]
+            pairs = [
+                [weights[f"{prefix}.{e}.{kind}_proj.weight"] for kind in ("gate", "up")]
+                for e in range(config.n_routed_experts)
+            ]
             state[key] = torch.stack([torch.cat(pair) for pair in pairs])
         elif part == "down_proj" and prefix.endswith("experts"):
-            state[key] = torch.stack([weights[f"{prefix}.{e}.down_proj.weight"] for e in range(config.n_routed_experts)])
+            state[key] = torch.stack(
+                [weights[f"{prefix}.{e}.down_proj.weight"] for e in range(config.n_routed_experts)]
+            )
         elif key == "lm_head.weight" and config.tie_word_embeddings:
             state[key] = weights["model.embed_tokens.weight"]
         else:

@@ -54,9 +54,7 @@ def test_one_calibration_writes_two_formats_that_their_packages_read(
         assert not (folder / ".dsquant-work").exists()
 
 
-def test_the_quantized_model_is_nearer_to_the_original_than_plain_rounding(
-    text_file: Path, tmp_path: Path
-) -> None:
+def test_the_quantized_model_is_nearer_to_the_original_than_plain_rounding(text_file: Path, tmp_path: Path) -> None:
     model = add_tokenizer(make_pico_r1(tmp_path / "model", outliers=True))
     dsquant.awq(
         model, output=tmp_path / "out", to="compressed-tensors", preset="compact",
@@ -126,7 +124,9 @@ def test_killed_at_random_moments_and_resumed_the_output_is_the_uninterrupted_on
     moments = random.Random(0)
     for _ in range(3):  # scripts/test-slow does ten
         process = subprocess.Popen(
-            arguments(pico_r1, text_file, output, *more, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            arguments(pico_r1, text_file, output, *more, "--resume"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         time.sleep(duration * moments.uniform(0.3, 0.95))
         process.kill()
@@ -196,9 +196,7 @@ def test_restart_removes_nothing_that_is_not_the_jobs_own(pico_r1: Path, text_fi
 
 def test_a_budget_that_cannot_work_is_refused_with_the_number(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"need [0-9.]+ [MG]iB"):
-        dsquant.awq(
-            pico_r1, output=tmp_path / "out", memory_budget="100MiB", calibration=(str(text_file),), **FAST
-        )
+        dsquant.awq(pico_r1, output=tmp_path / "out", memory_budget="100MiB", calibration=(str(text_file),), **FAST)
     assert not (tmp_path / "out").exists()
 
 

@@ -78,7 +78,9 @@ def misshape_scale(folder: Path) -> None:
 
 
 def name_an_absent_tensor(folder: Path) -> None:
-    edit_json(folder / INDEX, lambda index: index["weight_map"].update({"model.extra.weight": "model-00001.safetensors"}))
+    edit_json(
+        folder / INDEX, lambda index: index["weight_map"].update({"model.extra.weight": "model-00001.safetensors"})
+    )
 
 
 def leave_the_folder(folder: Path) -> None:

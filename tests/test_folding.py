@@ -8,11 +8,11 @@ import torch
 from checkpoints import QWEN2, make_dense, make_pico_r1
 from streams import stream_logits
 
-from dsquant.awq.layer import LayerJob, quantize_layer
 from dsquant.model.activations import Activations
 from dsquant.model.overlays import ReplacedWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import embed
+from dsquant.quantization.layer import LayerJob, quantize_layer
 from dsquant.rounding import Grid
 from dsquant.source.checkpoint import open_checkpoint
 

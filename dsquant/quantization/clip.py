@@ -5,7 +5,7 @@ Shape legend: O out features, I in features, G groups, S = group size.
 
 import torch
 
-from dsquant.awq.statistics import InputMoments
+from dsquant.quantization.statistics import InputMoments
 from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
 
 # AutoAWQ goes down to 0.55 in steps of 0.05; less than 0.65 was never chosen, so the same number of steps is finer.

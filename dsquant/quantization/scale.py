@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dsquant.awq.statistics import InputMoments
 from dsquant.model.overlays import Fold
 from dsquant.model.structure import ScaleGroup
+from dsquant.quantization.statistics import InputMoments
 from dsquant.rounding import Grid, fake_quantize
 from dsquant.source.weights import Weights
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dsquant.awq.attention import AttentionResult, quantize_attention, round_attention
-from dsquant.awq.mlp import MlpErrors, MlpInputs, prove_same, quantize_mlp, scaled, search_norm_scales
-from dsquant.awq.scale import fold_of
-from dsquant.awq.statistics import InputMoments, InputStatistics
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import ROWS_AT_ONCE, Observer, Routing, Stream, run_dense_part
 from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup
+from dsquant.quantization.attention import AttentionResult, quantize_attention, round_attention
+from dsquant.quantization.mlp import MlpErrors, MlpInputs, prove_same, quantize_mlp, scaled, search_norm_scales
+from dsquant.quantization.scale import fold_of
+from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.source.weights import Weights
 

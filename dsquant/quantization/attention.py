@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dsquant.awq.clip import clipped_weight
-from dsquant.awq.scale import fold_of, search_group
-from dsquant.awq.statistics import InputMoments
 from dsquant.model.overlays import Fold, FoldedWeights
 from dsquant.model.structure import DecoderLayer, ScaleGroup
+from dsquant.quantization.clip import clipped_weight
+from dsquant.quantization.scale import fold_of, search_group
+from dsquant.quantization.statistics import InputMoments
 from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
 from dsquant.source.weights import Weights
 

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from dsquant.awq.clip import clipped_weight
-from dsquant.awq.scale import (
+from dsquant.model.activations import Activations
+from dsquant.model.gated import GatedWeights
+from dsquant.model.skeleton import Skeleton
+from dsquant.model.streaming import ROWS_AT_ONCE
+from dsquant.model.structure import Mlp
+from dsquant.quantization.clip import clipped_weight
+from dsquant.quantization.scale import (
     ScaleChoice,
     candidate_scales,
     foldable_scales,
@@ -17,12 +22,7 @@ from dsquant.awq.scale import (
     rms_of_columns,
     scale_losses,
 )
-from dsquant.awq.statistics import InputMoments, InputStatistics
-from dsquant.model.activations import Activations
-from dsquant.model.gated import GatedWeights
-from dsquant.model.skeleton import Skeleton
-from dsquant.model.streaming import ROWS_AT_ONCE
-from dsquant.model.structure import Mlp
+from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.rounding import Grid, QuantizedWeight, fake_quantize, round_to_nearest
 from dsquant.source.weights import Weights
 
