@@ -22,6 +22,7 @@ from dsquant.errors import InputError, UsageError
 _PACKAGE = Path(__file__).parent
 # Beside the package in a checkout, inside it in a wheel.
 FOLDERS = (_PACKAGE.parent / "calibration", _PACKAGE / "assets" / "calibration")
+LONGEST_DOCUMENT = 10**12
 THINK, END_THINK = "<think>", "</think>"
 HUB_SPEC = re.compile(
     r"hf:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]%:-]+))?(?:#(?P<column>\w+))?"
@@ -66,9 +67,11 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder}: no tokenizer.json, tokenizer.model or vocab.json; copy the model's tokenizer there"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
         raise InputError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    tokenizer.model_max_length = LONGEST_DOCUMENT  # documents are cut into samples afterwards
+    return tokenizer
 
 
 def calibration_tokens(

@@ -251,6 +251,7 @@ def add_tokenizer(folder: Path, vocabulary: int = 300) -> Path:
         vocab_size=vocabulary,
         special_tokens=[bos, eos, "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -100,7 +100,7 @@ def test_the_quality_preset_leaves_attention_and_shared_experts_in_bf16(
 
 
 def test_a_dense_model_has_every_linear_quantized(text_file: Path, tmp_path: Path) -> None:
-    model = add_tokenizer(make_dense(tmp_path / "model", QWEN2))
+    model = add_tokenizer(make_dense(tmp_path / "model", QWEN2), vocabulary=290)
     dsquant.awq(model, output=tmp_path / "out", calibration=(str(text_file),), **FAST)
     index = open_checkpoint(tmp_path / "out").index
     assert sum(name.endswith(".qweight") for name in index) == 2 * 7

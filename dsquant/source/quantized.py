@@ -125,8 +125,7 @@ class AwqWeights(DecodedWeights):
 
 
 def _awq_decoder() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # autoawq announces its end of life at import
+    with warnings.catch_warnings(record=True):  # autoawq announces its end of life at import
         from awq.utils.packing_utils import dequantize_gemm
     return dequantize_gemm
 
