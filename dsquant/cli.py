@@ -84,7 +84,7 @@ def _prepare_process() -> None:
     help="A .txt, .jsonl or .parquet file, a mix (code, wiki, r1-mix), or hf:NAME[/CONFIG][:SPLIT][#COLUMN]; may be "
     "repeated.  [default: r1-mix]",
 )
-@click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Calibration samples.")
+@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Calibration samples.")
 @click.option("--seq-len", type=click.IntRange(8), default=512, show_default=True, help="Tokens of a sample.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(

@@ -20,7 +20,7 @@ from dsquant.writers.formats import FORMATS
 from dsquant.writers.protocol import Format
 
 # Tokens that pass attention together. Fixed, since the order of sums, and with it the output's bytes, depends on it.
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 1024
 FLOAT32_BYTES = 4
 # Computed from the config by every engine; old Llama checkpoints store them all the same.
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
@@ -209,13 +209,13 @@ def _memory_bytes(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton, li
         sizes = {linear: _num_elements(checkpoint, linear) for linear in layer.linears}
         routed = {linear for mlp in layer.experts for linear in mlp.linears}
         dense = FLOAT32_BYTES * sum(size for linear, size in sizes.items() if linear not in routed)
-        folded_and_rounded = 3 if layer.attention_linears[0] in linears else 1
+        folded_and_rounded = 1.5 if layer.attention_linears[0] in linears else 1
         largest = max(sum(sizes[linear] for linear in mlp.linears) for mlp in layer.mlps) * FLOAT32_BYTES
         widths = [checkpoint.weights.shape(f"{linear}.weight")[1] for linear in layer.attention_linears]
         statistics = FLOAT32_BYTES * FACTOR_ROWS * (sum(widths) + 4 * hidden)
         attention = 6 * FLOAT32_BYTES * max(BATCH_TOKENS, recipe.seq_len) * _widest_attention(checkpoint, layer)
         rows = 6 * FLOAT32_BYTES * ROWS_AT_ONCE * hidden
-        layer_needs += [dense * (1 + folded_and_rounded) + statistics + max(attention, rounds)]
+        layer_needs += [int(dense * (1 + folded_and_rounded)) + statistics + max(attention, rounds)]
         layer_needs += [5 * largest + statistics + rounds + rows]
     head = FLOAT32_BYTES * VOCABULARY_AT_ONCE * (2 * hidden + 4 * 1024)
     return max(*layer_needs, head) + 3 * RELEASE_BYTES

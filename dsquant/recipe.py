@@ -49,7 +49,7 @@ class Recipe(BaseModel):
     symmetric: bool | None = None
     preset: Preset | None = None
     calibration: tuple[str, ...] = ("r1-mix",)
-    samples: int = Field(default=128, ge=1)
+    samples: int = Field(default=64, ge=1)
     seq_len: int = Field(default=512, ge=8)
     seed: int = Field(default=0, ge=0)
     mtp: Literal["keep", "quantize", "drop"] = "keep"

@@ -1,0 +1,127 @@
+"""Peak resident memory of `dsquant awq` on one mixture layer of R1's width, measured by the kernel.
+
+    python benchmarks/r1_width.py --folder /tmp/r1-width --experts 64 --memory-budget 6GiB
+
+makes a checkpoint of one layer with R1's own shapes (hidden 7168, 128 heads, experts of 2048, FP8 128x128), runs the
+command on it as a user would, and prints what `getrusage` says of that process. Weights are random: this measures
+memory, not quality.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+TINY_R1 = Path(__file__).parent.parent / "dsquant" / "assets" / "tiny-r1"
+BLOCK = 128
+HIDDEN, HEADS, QUERY, LATENT, NOPE, ROPE, VALUE, WIDTH = 7168, 128, 1536, 512, 128, 64, 128, 2048
+
+
+def config(experts: int) -> dict[str, Any]:
+    """R1's config with one layer, fewer experts and tiny-r1's vocabulary."""
+    changes = {
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "q_lora_rank": QUERY,
+        "kv_lora_rank": LATENT,
+        "qk_nope_head_dim": NOPE,
+        "qk_rope_head_dim": ROPE,
+        "v_head_dim": VALUE,
+        "moe_intermediate_size": WIDTH,
+        "n_routed_experts": experts,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "first_k_dense_replace": 0,
+        "num_hidden_layers": 1,
+        "num_nextn_predict_layers": 0,
+    }
+    return {**json.loads((TINY_R1 / "config.json").read_text()), **changes}
+
+
+def linears(experts: int) -> dict[str, tuple[int, int]]:
+    """FP8 linears of the layer."""
+    attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
+    shapes = {
+        f"{attention}.q_a_proj": (QUERY, HIDDEN),
+        f"{attention}.q_b_proj": (HEADS * (NOPE + ROPE), QUERY),
+        f"{attention}.kv_a_proj_with_mqa": (LATENT + ROPE, HIDDEN),
+        f"{attention}.kv_b_proj": (HEADS * (NOPE + VALUE), LATENT),
+        f"{attention}.o_proj": (HIDDEN, HEADS * VALUE),
+    }
+    for name in (f"{mlp}.shared_experts", *(f"{mlp}.experts.{expert}" for expert in range(experts))):
+        shapes |= {f"{name}.gate_proj": (WIDTH, HIDDEN), f"{name}.up_proj": (WIDTH, HIDDEN)}
+        shapes[f"{name}.down_proj"] = (HIDDEN, WIDTH)
+    return shapes
+
+
+def make_checkpoint(folder: Path, experts: int) -> None:
+    """Writes the layer, 8 experts to a shard."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = config(experts)["vocab_size"]
+    plain = {
+        "model.embed_tokens.weight": torch.randn(vocabulary, HIDDEN, generator=generator),
+        "lm_head.weight": torch.randn(vocabulary, HIDDEN, generator=generator) / HIDDEN**0.5,
+        "model.layers.0.mlp.gate.weight": torch.randn(experts, HIDDEN, generator=generator) / HIDDEN**0.5,
+    }
+    norms = {"input_layernorm": HIDDEN, "post_attention_layernorm": HIDDEN}
+    norms |= {"self_attn.q_a_layernorm": QUERY, "self_attn.kv_a_layernorm": LATENT}
+    plain |= {f"model.layers.0.{norm}.weight": torch.ones(size) for norm, size in norms.items()}
+    plain["model.norm.weight"] = torch.ones(HIDDEN)
+    shard = {name: tensor.to(torch.bfloat16) for name, tensor in plain.items()}
+    shard["model.layers.0.mlp.gate.e_score_correction_bias"] = torch.zeros(experts)
+    weight_map: dict[str, str] = {}
+    pending: dict[str, torch.Tensor] = dict(shard)
+    shapes = linears(experts)
+    for number, (name, shape) in enumerate(shapes.items(), start=1):
+        values = torch.randn(shape, generator=generator) * 100
+        pending[f"{name}.weight"] = values.to(torch.float8_e4m3fn)
+        blocks = (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
+        pending[f"{name}.weight_scale_inv"] = torch.full(blocks, 0.01 / shape[1] ** 0.5)
+        if number % 24 == 0 or number == len(shapes):
+            file_name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+            save_file(pending, folder / file_name)
+            weight_map |= dict.fromkeys(pending, file_name)
+            pending = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config(experts)))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_R1 / name, folder / name)
+
+
+def main() -> None:
+    """Makes the checkpoint where it is not there, runs dsquant, prints what it took."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--memory-budget", default="6GiB")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--preset", default="compact")
+    options = parser.parse_args()
+    model = options.folder / "model"
+    if not model.exists():
+        make_checkpoint(model, options.experts)
+    arguments = ["awq", str(model), "--output", str(options.folder / "out"), "--restart", "--no-evaluate", "--json"]
+    arguments += ["--to", "compressed-tensors", "--preset", options.preset, "--memory-budget", options.memory_budget]
+    arguments += ["--samples", str(options.samples), "--seq-len", str(options.seq_len), "--calibration", "code"]
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", "from dsquant.cli import main; main()", *arguments], check=True)
+    elapsed = time.monotonic() - started
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"experts {options.experts}, {options.samples} x {options.seq_len} tokens, preset {options.preset}:")
+    print(f"peak resident memory {peak:.2f} GiB of a budget of {options.memory_budget}, {elapsed:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
