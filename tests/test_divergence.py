@@ -1,0 +1,54 @@
+"""Streamed perplexity, KL divergence and agreement equal a direct calculation with transformers' whole model."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import full_model
+
+from dsquant.calibration import held_out_tokens, load_tokenizer
+from dsquant.evaluation.divergence import compare
+from dsquant.model import streaming
+from dsquant.model.overlays import ReplacedWeights
+from dsquant.model.skeleton import Skeleton
+from dsquant.rounding import Grid, fake_quantize
+from dsquant.source.checkpoint import open_checkpoint
+from dsquant.source.weights import Weights
+
+
+def plainly_rounded(weights: Weights) -> ReplacedWeights:
+    names = [name for name in weights if name.endswith("_proj.weight") and "eh_proj" not in name]
+    return ReplacedWeights(weights, {name: fake_quantize(weights[name], Grid(4, 128, True)) for name in names})
+
+
+@pytest.mark.parametrize("vocabulary_at_once", [8192, 500], ids=["whole vocabulary", "vocabulary in parts"])
+def test_streamed_scores_equal_the_whole_models(
+    tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary_at_once: int
+) -> None:
+    monkeypatch.setattr(streaming, "VOCABULARY_AT_ONCE", vocabulary_at_once)
+    checkpoint = open_checkpoint(tiny_r1)
+    tokens = held_out_tokens("code", load_tokenizer(tiny_r1), 128, 3)
+    candidate = plainly_rounded(checkpoint.weights)
+    scores = compare(Skeleton(checkpoint), checkpoint.weights, {"c": candidate}, tokens, tmp_path, 2)["c"]
+    with torch.no_grad():
+        wanted, found = (
+            full_model(tiny_r1, weights)(tokens).logits.double().log_softmax(-1)[:, :-1]
+            for weights in (checkpoint.weights, candidate)
+        )
+    targets = tokens[:, 1:].unsqueeze(-1)
+    summary = scores.summary()
+    assert summary.mean_kl == pytest.approx(float((wanted.exp() * (wanted - found)).sum(-1).mean()), rel=1e-4)
+    assert summary.perplexity == pytest.approx(math.exp(-found.gather(-1, targets).mean()), rel=1e-4)
+    assert summary.perplexity_original == pytest.approx(math.exp(-wanted.gather(-1, targets).mean()), rel=1e-4)
+    agreement = (wanted.argmax(-1) == found.argmax(-1)).double().mean()
+    assert summary.top1_agreement == pytest.approx(float(agreement), abs=3e-3)
+    assert summary.tokens == 3 * 127 and summary.mean_kl > 0.01
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_at_no_distance_from_itself(tiny_r1: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_r1)
+    tokens = held_out_tokens("wiki", load_tokenizer(tiny_r1), 64, 2)
+    scores = compare(Skeleton(checkpoint), checkpoint.weights, {"c": checkpoint.weights}, tokens, tmp_path, 2)["c"]
+    assert scores.summary().mean_kl < 1e-9 and scores.summary().top1_agreement == 1
