@@ -46,6 +46,8 @@ class _Source:
     name: str
     spec: str
     share: float
+    columns: tuple[tuple[str, str], ...] = ()
+    """(part, column) of a hub set that keeps a dialogue in columns; parts are prompt, reasoning and completion."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -99,7 +101,9 @@ def calibration_tokens(
     sources = [source for spec in specs for source in _sources(spec, 1 / len(specs))]
     wanted = {source: max(1, round(source.share * num_samples)) for source in sources}
     streams = {
-        source: _samples(_shuffled(_documents(source.spec), seed, source.spec), tokenizer, seq_len)
+        source: _samples(
+            _shuffled(_documents(source.spec, dict(source.columns)), seed, source.spec), tokenizer, seq_len
+        )
         for source in sources
     }
     found = {source: _take(streams[source], wanted[source]) for source in sources}
@@ -173,13 +177,21 @@ def _sources(spec: str, share: float) -> list[_Source]:
 
     entries = yaml.safe_load(mix.read_text())["sources"]
     total = sum(entry["weight"] for entry in entries)
-    return [_Source(f"{spec}:{entry['source']}", entry["source"], share * entry["weight"] / total) for entry in entries]
+    return [
+        _Source(
+            f"{spec}:{entry['source']}",
+            entry["source"],
+            share * entry["weight"] / total,
+            tuple(entry.get("columns", {}).items()),
+        )
+        for entry in entries
+    ]
 
 
-def _documents(spec: str) -> Iterator[Any]:
+def _documents(spec: str, columns: dict[str, str] | None = None) -> Iterator[Any]:
     """Every document of a source: a text, or a list of messages."""
     if spec.startswith("hf:"):
-        yield from _hub_documents(spec)
+        yield from _hub_documents(spec, columns or {})
         return
     for path in _paths(spec):
         if path.suffix == ".jsonl":
@@ -232,8 +244,10 @@ def _document(record: Any, where: str) -> Any:
         if isinstance(record.get("messages"), list):
             return _checked_messages(record["messages"], where)
         if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-            roles = (("user", "prompt"), ("assistant", "completion"))
-            return [{"role": role, "content": record[key]} for role, key in roles]
+            answer = {"role": "assistant", "content": record["completion"]}
+            if isinstance(record.get("reasoning"), str):
+                answer["reasoning_content"] = record["reasoning"]
+            return [{"role": "user", "content": record["prompt"]}, answer]
     raise InputError(f"{where}: expected an object with 'text', 'messages', or 'prompt' and 'completion'")
 
 
@@ -256,7 +270,7 @@ def _parquet_documents(path: Path) -> Iterator[Any]:
         yield _document(record, f"{path}, row {number}")
 
 
-def _hub_documents(spec: str) -> Iterator[Any]:
+def _hub_documents(spec: str, columns: dict[str, str]) -> Iterator[Any]:
     """Streams a hub set; `hf:owner/name/config:split#column`, or `hf:name` where it has no owner."""
     match = HUB_SPEC.fullmatch(spec)
     if match is None:
@@ -266,8 +280,11 @@ def _hub_documents(spec: str) -> Iterator[Any]:
     try:
         records = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train", streaming=True)
         for number, record in enumerate(records):
-            column = match["column"]
-            yield _document({"text": record[column]} if column else record, f"{spec}, record {number}")
+            if match["column"]:
+                record = {"text": record[match["column"]]}
+            elif columns:
+                record = {part: record[column] for part, column in columns.items()}
+            yield _document(record, f"{spec}, record {number}")
     except InputError:
         raise
     except Exception as error:  # the hub, the network and the set's own loader each raise their own

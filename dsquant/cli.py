@@ -50,6 +50,7 @@ def _prepare_process() -> None:
     import ctypes
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a shared machine, waiting threads must not spin
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     mmap_threshold = -3
     libc = ctypes.CDLL(None)

@@ -1,6 +1,10 @@
 """What several test modules share."""
 
+import os
 from pathlib import Path
+
+# The tests' matrices are small: several threads, or several runs on one machine, would only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from checkpoints import add_tokenizer, make_pico_r1

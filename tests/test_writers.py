@@ -1,0 +1,252 @@
+"""Formats: golden bytes, round trips, the formats' own packages as judges, shards planned to the byte."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from dsquant.errors import InputError, UsageError
+from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
+from dsquant.source.quantized import decoded_weights
+from dsquant.source.shards import read_index
+from dsquant.writers.base import ShardFile, StoredTensor, plan_shards, write_index
+from dsquant.writers.formats import FORMATS
+from dsquant.writers.skip_lists import ignored_modules, skipped_modules
+
+LINEAR = "model.layers.0.self_attn.o_proj"
+
+
+def counting_weight(grid: Grid, rows: int, columns: int) -> QuantizedWeight:
+    """Codes 0, 1, 2, ... so that every place in a word can be told."""
+    codes = (torch.arange(rows * columns) % (grid.maximum_code + 1)).view(rows, columns).to(torch.uint8)
+    groups = columns // grid.group_size
+    zero_points = torch.full((rows, groups), grid.middle, dtype=torch.uint8)
+    return QuantizedWeight(codes, torch.full((rows, groups), 0.5), zero_points, grid)
+
+
+def write(folder: Path, format_name: str, weight: QuantizedWeight) -> Path:
+    output_format = FORMATS[format_name]
+    rows, columns = weight.codes_OI.shape
+    plan = plan_shards([("unit", output_format.stored(LINEAR, (rows, columns), weight.grid))], 2**30)
+    shard = ShardFile(folder, plan.shards[0])
+    for name, tensor in output_format.pack(LINEAR, weight).items():
+        shard.write_rows(name, 0, tensor)
+    shard.commit()
+    write_index(folder, plan)
+    return folder
+
+
+def test_awq_words_hold_columns_0_2_4_6_1_3_5_7_from_the_lowest_bits_up() -> None:
+    grid = Grid(4, 32, symmetric=False)
+    weight = counting_weight(grid, 64, 32)
+    weight.codes_OI[:] = torch.arange(64).unsqueeze(1) % 16  # the code is the output channel's number
+    packed = FORMATS["awq"].pack(LINEAR, weight)
+    assert packed[f"{LINEAR}.qweight"].shape == (32, 8) and packed[f"{LINEAR}.qweight"].dtype == torch.int32
+    assert packed[f"{LINEAR}.qweight"][0, 0].item() & 0xFFFFFFFF == 0x75316420
+    assert packed[f"{LINEAR}.qweight"][0, 1].item() & 0xFFFFFFFF == 0xFDB9ECA8
+    assert packed[f"{LINEAR}.qzeros"][0, 0].item() & 0xFFFFFFFF == 0x88888888
+    assert packed[f"{LINEAR}.scales"].dtype == torch.float16
+
+
+def test_compressed_words_are_a_dense_stream_from_the_lowest_bits_up() -> None:
+    four = FORMATS["compressed-tensors"].pack(LINEAR, counting_weight(Grid(4, 32, True), 1, 32))
+    assert [word & 0xFFFFFFFF for word in four[f"{LINEAR}.weight_packed"][0].tolist()] == [0x76543210, 0xFEDCBA98] * 2
+    three = FORMATS["compressed-tensors"].pack(LINEAR, counting_weight(Grid(3, 32, True), 1, 32))
+    stream = sum((number % 8) << (3 * number) for number in range(32))
+    words = [(stream >> (32 * word)) & 0xFFFFFFFF for word in range(3)]
+    assert [word & 0xFFFFFFFF for word in three[f"{LINEAR}.weight_packed"][0].tolist()] == words
+    assert set(three) == {f"{LINEAR}.{part}" for part in ("weight_packed", "weight_scale", "weight_shape")}
+
+
+GRIDS = [
+    ("awq", Grid(4, 32, False)),
+    ("awq", Grid(4, 64, True)),
+    *(("compressed-tensors", Grid(bits, 32, symmetric)) for bits in (3, 4, 8) for symmetric in (True, False)),
+]
+
+
+@pytest.mark.parametrize(("format_name", "grid"), GRIDS, ids=str)
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(1, 4), groups=st.integers(1, 3), seed=st.integers(0, 2**16), spread=st.floats(1e-3, 1e3))
+def test_the_formats_own_package_reads_back_what_was_rounded(
+    tmp_path_factory: Any, format_name: str, grid: Grid, rows: int, groups: int, seed: int, spread: float
+) -> None:
+    weight = torch.randn(64 * rows, grid.group_size * groups, generator=torch.Generator().manual_seed(seed)) * spread
+    rounded = round_to_nearest(weight, grid)
+    folder = write(tmp_path_factory.mktemp("format"), format_name, rounded)
+    config = FORMATS[format_name].quantization_config(grid, {LINEAR: True})
+    found = decoded_weights(read_index(folder), config)[f"{LINEAR}.weight"]
+    assert torch.equal(found, rounded.dequantize())
+    half_step = rounded.scales_OG.repeat_interleave(grid.group_size, 1) * 0.51
+    inside = (rounded.codes_OI > 0) & (rounded.codes_OI < grid.maximum_code)
+    assert bool(((found - weight).abs() <= half_step)[inside].all())
+
+
+def test_autoawqs_own_module_holds_exactly_these_tensors(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True):
+        from awq.modules.linear.gemm import WQLinear_GEMM
+
+    grid = Grid(4, 64, False)
+    rounded = round_to_nearest(torch.randn(128, 256), grid)
+    linear = torch.nn.Linear(256, 128, bias=False)
+    linear.weight.data = rounded.dequantize()
+    theirs = WQLinear_GEMM.from_linear(
+        linear, 4, 64, scales=rounded.scales_OG.T.contiguous(), zeros=rounded.zero_points_OG.T.float().contiguous()
+    )
+    ours = FORMATS["awq"].pack(LINEAR, rounded)
+    for part in ("qweight", "qzeros", "scales"):
+        assert torch.equal(getattr(theirs, part), ours[f"{LINEAR}.{part}"]), part
+
+
+def test_transformers_loads_a_compressed_mixture_with_the_weights_that_dsquant_reads(
+    pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from checkpoints import full_model
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    import dsquant
+    from dsquant.source.checkpoint import open_checkpoint
+
+    dsquant.awq(
+        pico_r1, output=tmp_path / "out", to="compressed-tensors", preset="compact", group_size=64, samples=4,
+        seq_len=32, calibration=(str(text_file),), evaluate=False, progress=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that the config given here wins
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+        ).float()
+    wanted = full_model(tmp_path / "out", open_checkpoint(tmp_path / "out").weights).state_dict()
+    found = model.state_dict()
+    assert set(found) == set(wanted)
+    for name, values in wanted.items():  # it keeps some weights in bfloat16, so products are rounded once more
+        assert float((found[name] - values).abs().max()) <= 2**-8 * float(values.abs().max()), name
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=5), min_size=1, max_size=5),
+    limit=st.integers(8, 400),
+    seed=st.integers(0, 99),
+)
+def test_shards_are_exactly_as_planned_and_never_span_units(
+    tmp_path_factory: Any, sizes: list[list[int]], limit: int, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    units = [
+        (f"u{u}", [StoredTensor(f"u{u}.t{t}", "BF16", (rows, 2)) for t, rows in enumerate(unit)])
+        for u, unit in enumerate(sizes)
+    ]
+    plan = plan_shards(units, limit)
+    values = {
+        t.name: torch.randn(t.shape, generator=torch.Generator().manual_seed(seed)) for _, ts in units for t in ts
+    }
+    for planned in plan.shards:
+        shard = ShardFile(folder, planned)
+        for tensor in reversed(planned.tensors):
+            value = values[tensor.name].to(torch.bfloat16)
+            shard.write_rows(tensor.name, 0, value[:1])
+            shard.write_rows(tensor.name, 1, value[1:])
+        shard.commit()
+        assert (folder / planned.file_name).stat().st_size == planned.num_bytes
+        assert len(planned.tensors) == 1 or sum(t.num_bytes for t in planned.tensors) <= limit
+        assert {t.name.split(".")[0] for t in planned.tensors} == {planned.unit}
+    write_index(folder, plan)
+    index = read_index(folder)
+    assert set(index) == set(values)
+    for name, info in index.items():
+        assert torch.equal(load_file(info.path)[name], values[name].to(torch.bfloat16))
+
+
+def test_an_unfinished_shard_has_no_name_and_leaves_nothing_when_discarded(tmp_path: Path) -> None:
+    plan = plan_shards([("u", [StoredTensor("t", "F32", (4,))])], 100)
+    shard = ShardFile(tmp_path, plan.shards[0])
+    shard.write_rows("t", 0, torch.zeros(2))
+    assert not (tmp_path / plan.shards[0].file_name).exists()
+    with pytest.raises(AssertionError, match="2 of"):
+        shard.commit()
+    shard.discard()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("format_name", "grid", "shape", "message"),
+    [
+        ("awq", Grid(8, 128, False), (64, 128), "4-bit"),
+        ("awq", Grid(4, 128, False), (64, 192), "multiple"),
+        ("awq", Grid(4, 64, False), (72, 128), "rows of 64"),
+        ("compressed-tensors", Grid(4, 128, True), (64, 192), "multiple"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(
+    format_name: str, grid: Grid, shape: tuple[int, int], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        FORMATS[format_name].check(grid, {LINEAR: shape})
+
+
+def test_zero_points_in_compressed_experts_are_refused() -> None:
+    with pytest.raises(UsageError, match="--symmetric"):
+        FORMATS["compressed-tensors"].check(Grid(4, 32, False), {"model.layers.3.mlp.experts.0.up_proj": (64, 64)})
+
+
+def test_a_packed_linear_without_its_scales_is_refused(tmp_path: Path) -> None:
+    grid = Grid(4, 32, False)
+    folder = write(tmp_path, "awq", counting_weight(grid, 64, 32))
+    path = folder / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    del content["weight_map"][f"{LINEAR}.scales"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"qweight.*scales"):
+        decoded_weights(read_index(folder), FORMATS["awq"].quantization_config(grid, {LINEAR: True}))
+
+
+def test_an_unknown_method_is_refused_by_name(tmp_path: Path) -> None:
+    folder = write(tmp_path, "awq", counting_weight(Grid(4, 32, False), 64, 32))
+    with pytest.raises(InputError, match="'bitsandbytes'"):
+        decoded_weights(read_index(folder), {"quant_method": "bitsandbytes"})
+
+
+def modules() -> dict[str, list[str]]:
+    """Linears of a small R1 by kind; layer 1 and layers 10 to 12 are there because their names begin alike."""
+    attention = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    parts = ("gate_proj", "up_proj", "down_proj")
+    found: dict[str, list[str]] = {"attention": [], "dense": [], "shared": [], "routed": [], "mtp": []}
+    for layer in range(14):
+        prefix = f"model.layers.{layer}"
+        names = {"attention": [f"{prefix}.self_attn.{part}" for part in attention]}
+        if layer < 2:
+            names["dense"] = [f"{prefix}.mlp.{part}" for part in parts]
+        else:
+            names["shared"] = [f"{prefix}.mlp.shared_experts.{part}" for part in parts]
+            names["routed"] = [f"{prefix}.mlp.experts.{e}.{part}" for e in range(11) for part in parts]
+        for kind, linears in names.items():
+            found["mtp" if layer == 13 else kind] += linears
+    return found
+
+
+@pytest.mark.parametrize(
+    "quantized",
+    [("routed",), ("attention", "dense", "shared", "routed"), ("attention", "dense", "shared", "routed", "mtp")],
+)
+def test_every_engine_skips_exactly_what_is_not_quantized(quantized: tuple[str, ...]) -> None:
+    linears = {name: kind in quantized for kind, names in modules().items() for name in names}
+    skipped, ignored = skipped_modules(linears), ignored_modules(linears)
+    router = [f"model.layers.{layer}.mlp.gate" for layer in range(2, 14)]
+    unquantized = {**linears, **dict.fromkeys(["lm_head", "model.layers.13.eh_proj", *router], False)}
+    for name, is_quantized in unquantized.items():
+        vllm = any(entry in name for entry in skipped)
+        transformers = any(re.match(entry, name) or name.endswith(entry) for entry in skipped)
+        compressed = any(re.match(entry[3:], name) if entry.startswith("re:") else entry == name for entry in ignored)
+        assert vllm == transformers == compressed == (not is_quantized), name
+    for name, is_quantized in linears.items():  # the names that engines give to fused layers
+        for part, fused in (("gate_proj", "gate_up_proj"), ("q_a_proj", "fused_qkv_a_proj")):
+            if name.endswith(part) and ".experts." not in name:
+                assert any(entry in name.replace(part, fused) for entry in skipped) == (not is_quantized), name
