@@ -50,13 +50,18 @@ def candidate_scales(activation_I: torch.Tensor, weight_I: torch.Tensor) -> torc
     Returns:
         float32 [C, I], positive; row 0 is all ones.
     """
-    activation_I = activation_I.clamp(min=1e-4 * float(activation_I.mean()) + 1e-30)
-    weight_I = weight_I.clamp(min=1e-4 * float(weight_I.mean()) + 1e-30)
+    activation_I, weight_I = _relative_to_mean(activation_I), _relative_to_mean(weight_I)
     ratios_C1 = torch.arange(1, NUM_RATIOS + 1).unsqueeze(1) / NUM_RATIOS
     plain_CI = activation_I**ratios_C1
     duo_CI = plain_CI / weight_I ** (1 - ratios_C1)
     scales_CI = torch.cat([torch.ones_like(activation_I).unsqueeze(0), plain_CI, duo_CI])
     return scales_CI / (scales_CI.amax(1, keepdim=True) * scales_CI.amin(1, keepdim=True)).sqrt()
+
+
+def _relative_to_mean(values_I: torch.Tensor) -> torch.Tensor:
+    """Values over their mean, at least 1e-4: a dead channel gets a finite scale; all ones where every one is dead."""
+    mean = float(values_I.mean())
+    return (values_I / mean).clamp(min=1e-4) if mean > 0 else torch.ones_like(values_I)
 
 
 def powers_of_two(scales: torch.Tensor) -> torch.Tensor:

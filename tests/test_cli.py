@@ -1,0 +1,111 @@
+"""The command line: help without torch, wrong usage, plans, JSON, and what the README says of it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import dsquant
+from dsquant.cli import main
+from dsquant.errors import UsageError
+from dsquant.recipe import Recipe, format_size, parse_size
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, list(arguments))
+    return result.exit_code, result.output
+
+
+def test_help_imports_no_torch() -> None:
+    script = "import sys; from dsquant.cli import main; import dsquant; print([m for m in sys.modules if m in HEAVY])"
+    script = f"HEAVY = {{'torch', 'transformers', 'numpy', 'pydantic', 'rich'}}; {script}"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", main.commands)
+def test_every_command_has_help_and_stands_in_the_readme(command: str) -> None:
+    code, _ = invoke(command, "--help")
+    assert code == 0 and main.commands[command].help
+    assert f"dsquant {command}" in README
+
+
+def test_options_in_the_readme_exist() -> None:
+    known = {option for command in main.commands.values() for parameter in command.params for option in parameter.opts}
+    commands = re.findall(r"dsquant (?:awq|eval|inspect)[^`\n]*(?:\\\n[^`\n]*)*", README)
+    named = {option for command in commands for option in re.findall(r"--[a-z-]+", command)}
+    assert named and named <= known
+
+
+def test_the_public_names_are_there() -> None:
+    assert all(hasattr(dsquant, name) for name in dsquant.__all__)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["awq", "--bits", "5"],
+        ["awq", "--samples", "0"],
+        ["awq", "--resume", "--restart"],
+        ["awq", "--memory-budget", "much"],
+        ["awq", "--no-such-option"],
+        ["awq", "--bits", "8", "--output", "/tmp/never-made"],
+    ],
+)
+def test_wrong_usage_ends_with_code_2(arguments: list[str]) -> None:
+    code, output = invoke(*arguments)
+    assert code == 2, output
+
+
+def test_a_dry_run_prints_exact_sizes_and_writes_nothing(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    arguments = ["awq", str(pico_r1), "--calibration", str(text_file), "--output", str(tmp_path / "out")]
+    arguments += ["--samples", "4", "--seq-len", "32", "--group-size", "64", "--no-evaluate", "--json"]
+    code, output = invoke(*arguments, "--dry-run")
+    assert code == 0, output
+    assert not (tmp_path / "out").exists()
+    plan = json.loads(output)
+    code, output = invoke(*arguments)
+    assert code == 0, output
+    result = json.loads(output)
+    assert result["output_bytes"] == plan["output_bytes"]
+    assert plan["output_bytes"]["awq"] == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+
+
+def test_inspect_counts_every_byte(pico_r1: Path) -> None:
+    code, output = invoke("inspect", str(pico_r1), "--json")
+    found = json.loads(output)
+    assert code == 0 and found["experts"] == 8 and found["mtp_layers"] == 1
+    assert sum(found["bytes_by_kind"].values()) == sum(found["dtypes"].values())
+
+
+def test_eval_compares_two_checkpoints_on_a_text(pico_r1: Path, text_file: Path) -> None:
+    code, output = invoke("eval", str(pico_r1), str(pico_r1), "--text", str(text_file), "--seq-len", "32", "--json")
+    assert code == 0, output
+    (found,) = json.loads(output)["texts"].values()
+    assert found["mean_kl"] < 1e-9 and found["tokens"] == 8 * 31
+
+
+def test_eval_refuses_another_model(pico_r1: Path, tiny_r1: Path) -> None:
+    code, output = invoke("eval", str(pico_r1), str(tiny_r1))
+    assert code == 3 and "not the same model" in output
+
+
+@pytest.mark.parametrize(("text", "size"), [("16GiB", 2**34), ("512 MiB", 2**29), ("1.5g", 3 * 2**29), ("1000", 1000)])
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_size(text) == size
+    assert format_size(size)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"bits": 5}, {"to": ()}, {"to": ("awq", "awq")}, {"samples": 0}, {"colour": "red"}, {"preset": "best"}]
+)
+def test_a_recipe_that_cannot_be_meant_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=next(iter(fields))):
+        Recipe.checked(output=tmp_path, **fields)

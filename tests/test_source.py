@@ -1,0 +1,78 @@
+"""Checkpoints are read as DeepSeek stores them: FP8 in ragged blocks, scales in other shards, ue8m0."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import make_pico_r1, quantize_fp8
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from dsquant.source.checkpoint import open_checkpoint
+from dsquant.source.fp8 import dequantize_fp8
+from dsquant.source.locate import locate
+from dsquant.source.scan import all_finite, scan
+from dsquant.source.shards import read_header
+
+
+def test_fp8_is_multiplied_by_its_blocks_scale() -> None:
+    weight = torch.full((3, 5), 2.0).to(torch.float8_e4m3fn)
+    scales = torch.tensor([[1.0, 10.0, 100.0], [0.5, 0.25, 0.125]])
+    row, last = [2.0, 2.0, 20.0, 20.0, 200.0], [1.0, 1.0, 0.5, 0.5, 0.25]
+    assert torch.equal(dequantize_fp8(weight, scales, (2, 2)), torch.tensor([row, row, last]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 400), columns=st.integers(1, 400), seed=st.integers(0, 99))
+def test_ragged_blocks_are_those_of_deepseeks_own_formula(rows: int, columns: int, seed: int) -> None:
+    stored, scales = quantize_fp8(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)))
+    full = scales.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    assert torch.equal(dequantize_fp8(stored, scales, (128, 128)), stored.float() * full)
+
+
+def test_scales_that_are_powers_of_two_may_be_stored_as_ue8m0() -> None:
+    stored = torch.randn(130, 130).to(torch.float8_e4m3fn)
+    scales = torch.tensor([[0.5, 2.0], [4.0, 2.0**-20]])
+    found = dequantize_fp8(stored, scales.to(torch.float8_e8m0fnu), (128, 128))
+    assert torch.equal(found, dequantize_fp8(stored, scales, (128, 128)))
+
+
+def test_some_rows_are_the_rows_of_the_whole(tmp_path: Path) -> None:
+    weights = open_checkpoint(make_pico_r1(tmp_path / "m")).weights
+    name = "model.layers.1.self_attn.q_b_proj.weight"
+    assert torch.equal(weights.rows(name, 128, 300), weights[name][128:300])
+    assert torch.equal(weights.rows("lm_head.weight", 7, 9), weights["lm_head.weight"][7:9])
+
+
+def test_opening_reads_no_weights(pico_r1: Path) -> None:
+    assert open_checkpoint(pico_r1).index.bytes_read == 0
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32]
+)
+def test_one_bad_value_is_found_in_every_format(dtype: torch.dtype) -> None:
+    values = torch.randn(64, 64).to(dtype)
+    values[3, 3] = torch.finfo(dtype).max
+    assert all_finite(values)
+    bad = values.float()
+    bad[5, 6] = torch.nan
+    assert not all_finite(bad.to(dtype))
+
+
+def test_a_scan_hashes_every_tensor_and_differs_where_a_byte_differs(pico_r1: Path, tmp_path: Path) -> None:
+    index = open_checkpoint(pico_r1).index
+    hashes = scan(index, lambda name: None)
+    assert set(hashes) == set(index) and all(len(found) == 64 for found in hashes.values())
+    tensor = index.read("model.norm.weight")
+    save_file({"model.norm.weight": tensor + 1}, tmp_path / "x.safetensors")
+    from dsquant.source.shards import ShardIndex
+
+    changed = scan(ShardIndex(tmp_path, read_header(tmp_path / "x.safetensors")), lambda name: None)
+    assert changed["model.norm.weight"] != hashes["model.norm.weight"]
+
+
+def test_the_embedded_model_a_folder_and_nothing_else_are_found(pico_r1: Path, tiny_r1: Path) -> None:
+    assert locate("tiny-r1").resolve() == tiny_r1.resolve()
+    assert locate(str(pico_r1)) == pico_r1
