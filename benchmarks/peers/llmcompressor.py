@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.modeling.moe.linearize import load_quantizable_moe
+from llmcompressor.modeling.moe.linearize import linearize_moe
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from benchmarks.peers.tokens import read_tokens
 
@@ -63,8 +63,8 @@ def quantize(model_folder: Path, tokens_NT: torch.Tensor, output: Path) -> None:
     """Quantizes the model with these very tokens and saves it as compressed-tensors pack-quantized."""
     if not torch.accelerator.is_available():
         IntermediatesCache.pin_memory = lambda *_: None  # raises where there is no accelerator
-    with load_quantizable_moe():
-        model = DeepseekV3ForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    # Not `with load_quantizable_moe()`: it lists all of transformers' modules and so needs torchvision.
+    model = linearize_moe(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32))
     data = Dataset.from_dict({"input_ids": tokens_NT.tolist(), "attention_mask": torch.ones_like(tokens_NT).tolist()})
     recipe = [
         AWQModifier(mappings=mappings(model.config)),
