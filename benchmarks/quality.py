@@ -1,13 +1,13 @@
-"""Quality of 4-bit quantizers side by side: the same model, the same calibration tokens, one independent evaluator.
+"""4-bit quantizers side by side: the same model, the same calibration tokens, one independent evaluator.
 
     python -m benchmarks.quality MODEL [MODEL]... --text FILE --work DIR \\
         --autoawq-python VENV/bin/python --llmcompressor-python VENV/bin/python [--write FILE]
 
-MODEL is a folder with an FP8 DeepSeek-V3 checkpoint that fits in memory. Calibration takes 64 windows of 256 tokens
-from the first half of the text, evaluation 32 windows of 512 from the second. Each method quantizes every linear of
-the decoder but the router, in groups of 128. The figures come from `benchmarks/peers/reference.py`, which shares no
-code with dsquant. Run it from the repository's root; benchmarks/peers/README.md tells how to make the peers'
-environments.
+MODEL is a folder with an FP8 DeepSeek-V3 checkpoint that fits in memory. Calibration takes 64 windows of 256
+tokens from the first half of the text, evaluation 32 windows of 512 from the second. Each method quantizes
+every linear of the decoder but the router, in groups of 128. The figures come from
+`benchmarks/peers/reference.py`, which shares no code with dsquant. Run it from the repository's root;
+benchmarks/peers/README.md tells how to make the peers' environments.
 """
 
 import argparse
@@ -39,7 +39,9 @@ class Method:
     is_peer: bool
 
 
-def peer_methods(arguments: argparse.Namespace, full_precision: Path, tokens: Path, work: Path) -> list[Method]:
+def peer_methods(
+    arguments: argparse.Namespace, full_precision: Path, tokens: Path, work: Path
+) -> list[Method]:
     """The peers whose environments were given."""
     peers = [
         ("AutoAWQ, asymmetric", "autoawq", arguments.autoawq_python),
@@ -159,19 +161,25 @@ def table(model: Path, rows: dict[str, Divergence]) -> str:
 
 def installed(python: str, packages: list[str]) -> str:
     """The versions of packages in an interpreter's environment, in one line."""
-    code = f"from importlib.metadata import version as v\nprint(', '.join(p + ' ' + v(p) for p in {packages!r}))"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    code = (
+        "import sys, importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in sys.argv[1:]), sep=', ')"
+    )
+    return subprocess.run(
+        [python, "-c", code, *packages], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def conditions(arguments: argparse.Namespace) -> str:
     """What the figures hold for: text, windows, versions."""
     text_hash = hashlib.sha256(arguments.text.read_bytes()).hexdigest()[:16]
+    calibration, evaluation = ("x".join(map(str, shape)) for shape in (CALIBRATION_SHAPE, EVALUATION_SHAPE))
+    evaluator = installed(sys.executable, ["torch", "transformers", "autoawq", "compressed-tensors"])
     lines = [
         "4 bits, groups of 128, every linear of the decoder but the router and lm_head.",
-        f"Text: {arguments.text.name}, SHA-256 {text_hash}…; calibration {CALIBRATION_SHAPE[0]}x{CALIBRATION_SHAPE[1]} "
-        f"tokens from its first half, evaluation {EVALUATION_SHAPE[0]}x{EVALUATION_SHAPE[1]} from its second.",
+        f"Text: {arguments.text.name}, SHA-256 {text_hash}….",
+        f"Calibration: {calibration} tokens from its first half; evaluation: {evaluation} from its second.",
         "± is one standard error over the evaluation windows.",
-        f"Evaluator: {installed(sys.executable, ['torch', 'transformers', 'autoawq', 'compressed-tensors'])}.",
+        f"Evaluator: {evaluator}.",
     ]
     if arguments.autoawq_python:
         packages = ["autoawq", "transformers", "torch"]
@@ -188,14 +196,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text no model was trained on")
     parser.add_argument("--work", type=Path, required=True, help="folder for tokens, checkpoints and logs")
-    parser.add_argument("--autoawq-python", help="interpreter with AutoAWQ; left out, AutoAWQ is not run")
-    parser.add_argument("--llmcompressor-python", help="interpreter with llm-compressor; left out, it is not run")
+    parser.add_argument("--autoawq-python", help="interpreter with AutoAWQ; left out, not run")
+    parser.add_argument("--llmcompressor-python", help="interpreter with llm-compressor; left out, not run")
     parser.add_argument("--dsquant", default="dsquant", help="dsquant's command")
     parser.add_argument(
         "--dsquant-option", action="append", default=[], metavar="OPTION", help="one more word for dsquant"
     )
     parser.add_argument("--skip-dsquant", action="store_true")
-    parser.add_argument("--reuse", action="store_true", help="keep peers' outputs in --work made from these tokens")
+    parser.add_argument("--reuse", action="store_true", help="keep peers' outputs made from these tokens")
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of each method")
     parser.add_argument("--write", type=Path, help="Markdown file for the tables; printed in any case")
     return parser.parse_args(argv)

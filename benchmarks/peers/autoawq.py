@@ -2,9 +2,9 @@
 
     python -m benchmarks.peers.autoawq MODEL TOKENS OUTPUT
 
-Runs in AutoAWQ's environment (README.md here). MODEL is what `to_bf16 --dtype float32` wrote. The search, the scale
-groups, the clipping and the packing are AutoAWQ's; only its data loader is replaced, since it drops, joins and cuts
-samples, and on a CPU its backup of the weights is made a real one (`CpuSafeQuantizer`).
+Runs in AutoAWQ's environment (README.md here). MODEL is what `to_bf16 --dtype float32` wrote. The search, the
+scale groups, the clipping and the packing are AutoAWQ's; only its data loader is replaced, since it drops,
+joins and cuts samples, and on a CPU its backup of the weights is made a real one (`CpuSafeQuantizer`).
 """
 
 import argparse
@@ -22,9 +22,10 @@ QUANT_CONFIG = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": 
 class CpuSafeQuantizer(quantizer.AwqQuantizer):
     """AutoAWQ's quantizer, doing on a CPU what it does on a GPU.
 
-    `_compute_best_scale` keeps the weights with `{k: v.cpu() for k, v in module.state_dict().items()}`, which copies
-    from a GPU but on a CPU is the weights themselves. The first candidate's `weight.mul_(scales)` then goes into the
-    backup too, and every scaled linear ends up multiplied by that candidate's scales, which nothing undoes.
+    `_compute_best_scale` keeps the weights with `{k: v.cpu() for k, v in module.state_dict().items()}`, which
+    copies from a GPU but on a CPU is the weights themselves. The first candidate's `weight.mul_(scales)` then
+    goes into the backup too, and every scaled linear ends up multiplied by that candidate's scales, which
+    nothing undoes.
     """
 
     def _compute_best_scale(self, x, w_mean, x_mean, module2inspect, *args, **kwargs):

@@ -2,10 +2,10 @@
 
     python -m benchmarks.peers.llmcompressor MODEL TOKENS OUTPUT
 
-Runs in llm-compressor's environment (README.md here), from the repository's root: started by its path, this file would
-shadow the package of the same name. MODEL is what `to_bf16 --dtype float32` wrote. The mappings registered for
-DeepseekV3ForCausalLM raise on a model with dense layers, so each layer's are written out here; the router is among the
-consumers of `post_attention_layernorm`. All else is llm-compressor's.
+Runs in llm-compressor's environment (README.md here), from the repository's root: started by its path, this
+file would shadow the package of the same name. MODEL is what `to_bf16 --dtype float32` wrote. The mappings
+registered for DeepseekV3ForCausalLM raise on a model with dense layers, so each layer's are written out here;
+the router is among the consumers of `post_attention_layernorm`. All else is llm-compressor's.
 """
 
 import argparse
@@ -29,9 +29,7 @@ def attention_mappings(layer: str) -> list[AWQMapping]:
     """The scale groups of one layer's attention."""
     attention = f"{layer}.self_attn"
     return [
-        AWQMapping(
-            f"{layer}.input_layernorm", [f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa"]
-        ),
+        AWQMapping(f"{layer}.input_layernorm", [f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa"]),
         AWQMapping(f"{attention}.q_a_layernorm", [f"{attention}.q_b_proj"]),
         AWQMapping(f"{attention}.kv_a_layernorm", [f"{attention}.kv_b_proj"]),
     ]
@@ -65,7 +63,9 @@ def quantize(model_folder: Path, tokens_NT: torch.Tensor, output: Path) -> None:
         IntermediatesCache.pin_memory = lambda *_: None  # raises where there is no accelerator
     # Not `with load_quantizable_moe()`: it lists all of transformers' modules and so needs torchvision.
     model = linearize_moe(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32))
-    data = Dataset.from_dict({"input_ids": tokens_NT.tolist(), "attention_mask": torch.ones_like(tokens_NT).tolist()})
+    data = Dataset.from_dict(
+        {"input_ids": tokens_NT.tolist(), "attention_mask": torch.ones_like(tokens_NT).tolist()}
+    )
     recipe = [
         AWQModifier(mappings=mappings(model.config)),
         QuantizationModifier(targets=["Linear"], scheme="W4A16", ignore=["lm_head"]),

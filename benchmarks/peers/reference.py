@@ -1,13 +1,15 @@
-"""An evaluator that shares no code with dsquant: the whole model in memory, transformers' forward, float32, CPU.
+"""An evaluator that shares no code with dsquant: transformers' whole model in memory, float32, on the CPU.
 
     python -m benchmarks.peers.reference ORIGINAL TOKENS [CANDIDATE]... [--rounding]
 
-It prints, for the original and each candidate folder, perplexity, the mean KL divergence from the original and how
-often both prefer the same token. A candidate is AWQ GEMM (decoded by autoawq's `dequantize_gemm`), compressed-tensors
-pack-quantized (decoded by that package's own compressor), FP8 (decoded here) or plain. Scales are widened to float32
-before decoding, so a weight is exactly code times scale and no engine's rounding enters.
+It prints, for the original and each candidate folder, perplexity, the mean KL divergence from the original
+and how often both prefer the same token. A candidate is AWQ GEMM (decoded by autoawq's `dequantize_gemm`),
+compressed-tensors pack-quantized (decoded by that package's own compressor), FP8 (decoded here) or plain.
+Scales are widened to float32 before decoding, so a weight is exactly code times scale and no engine's
+rounding enters.
 
-Use it for models that fit in memory; in tests `reference_logits` is the oracle for dsquant's streamed evaluation.
+Use it for models that fit in memory; in tests `reference_logits` is the oracle for dsquant's streamed
+evaluation.
 """
 
 import argparse
@@ -88,7 +90,9 @@ def decode_compressed_tensors(stored: dict[str, torch.Tensor], config: dict) -> 
     for name, tensor in stored.items():
         module, _, kind = name.rpartition(".")
         if kind == "weight_packed":
-            groups = [g for g in parsed.config_groups.values() if is_match(module, linear, g.targets, parsed.ignore)]
+            groups = [
+                g for g in parsed.config_groups.values() if is_match(module, linear, g.targets, parsed.ignore)
+            ]
             if len(groups) != 1:
                 raise ValueError(f"{module}: packed, but {len(groups)} config_groups match it, expected 1")
             state = {part: stored[f"{module}.{part}"] for part in parts if f"{module}.{part}" in stored}
@@ -169,7 +173,9 @@ def with_fused_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     for layer in {prefix for prefix, _, _ in found}:
         count = 1 + max(int(index) for prefix, index, _ in found if prefix == layer)
         stacks = {
-            projection: torch.stack([weights[f"{layer}.{index}.{projection}.weight"] for index in range(count)])
+            projection: torch.stack(
+                [weights[f"{layer}.{index}.{projection}.weight"] for index in range(count)]
+            )
             for projection in ("gate_proj", "up_proj", "down_proj")
         }
         fused[f"{layer}.gate_up_proj"] = torch.cat([stacks["gate_proj"], stacks["up_proj"]], dim=1)
@@ -210,7 +216,9 @@ def reference_logits(folder: Path, tokens_NT: torch.Tensor) -> torch.Tensor:
     return model_logits(build_model(folder, read_weights(folder)), tokens_NT)
 
 
-def divergence(original_NTV: torch.Tensor, candidate_NTV: torch.Tensor, tokens_NT: torch.Tensor) -> Divergence:
+def divergence(
+    original_NTV: torch.Tensor, candidate_NTV: torch.Tensor, tokens_NT: torch.Tensor
+) -> Divergence:
     """Compares the candidate's predictions with the original's.
 
     Args:

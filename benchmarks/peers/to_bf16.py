@@ -2,9 +2,9 @@
 
     python -m benchmarks.peers.to_bf16 MODEL OUTPUT [--dtype float32]
 
-The peers do not read 128x128 block FP8 on a CPU, and transformers' own dequantization is wrong for ragged blocks.
-The MTP layer goes: no peer quantizes it. An FP8 value times its scale rarely fits BF16's 8 bits, so `--dtype float32`
-gives a peer exactly the weights that the original computes with.
+The peers do not read 128x128 block FP8 on a CPU, and transformers' own dequantization is wrong for ragged
+blocks. The MTP layer goes: no peer quantizes it. An FP8 value times its scale rarely fits BF16's 8 bits, so
+`--dtype float32` gives a peer exactly the weights that the original computes with.
 
 This file imports nothing of dsquant, and only torch and safetensors: it runs in every peer's environment.
 """

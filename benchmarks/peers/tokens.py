@@ -14,7 +14,8 @@ def read_tokens(path: Path) -> torch.Tensor:
     """
     tokens_NT = load_file(path)["tokens"]
     if tokens_NT.dtype != torch.int64 or tokens_NT.dim() != 2:
-        raise ValueError(f"{path}: tokens are {tokens_NT.dtype} {list(tokens_NT.shape)}, expected int64 [N, T]")
+        found = f"{tokens_NT.dtype} {list(tokens_NT.shape)}"
+        raise ValueError(f"{path}: tokens are {found}, expected int64 [N, T]")
     return tokens_NT
 
 
@@ -37,7 +38,9 @@ def spaced_windows(token_ids: list[int], count: int, length: int) -> torch.Tenso
     return torch.stack([ids[start : start + length] for start in range(0, count * step, step)][:count])
 
 
-def halves_of_text(model: Path, text: Path, shapes: tuple[tuple[int, int], tuple[int, int]]) -> list[torch.Tensor]:
+def halves_of_text(
+    model: Path, text: Path, shapes: tuple[tuple[int, int], tuple[int, int]]
+) -> list[torch.Tensor]:
     """Calibration windows from the first half of a text, evaluation windows from the second.
 
     The halves meet at a line's end, so no line is in both. No token is put before a window.
