@@ -1,0 +1,1 @@
+"""Other quantizers on the same model and tokens, and an evaluator that shares no code with dsquant."""

@@ -1,0 +1,96 @@
+"""Quantizes with llm-compressor 0.14's AWQ, symmetric 4 bits, groups of 128, every linear, from given tokens.
+
+    python -m benchmarks.peers.llmcompressor MODEL TOKENS OUTPUT
+
+Runs in llm-compressor's environment (README.md here), from the repository's root: started by its path, this
+file would shadow the package of the same name. MODEL is what `to_bf16 --dtype float32` wrote. The mappings
+registered for DeepseekV3ForCausalLM raise on a model with dense layers, so each layer's are written out here;
+the router is among the consumers of `post_attention_layernorm`. All else is llm-compressor's.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modeling.moe.linearize import linearize_moe
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
+from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+from benchmarks.peers.tokens import read_tokens
+
+BATCH_SIZE = 8
+
+
+def attention_mappings(layer: str) -> list[AWQMapping]:
+    """The scale groups of one layer's attention."""
+    attention = f"{layer}.self_attn"
+    return [
+        AWQMapping(f"{layer}.input_layernorm", [f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa"]),
+        AWQMapping(f"{attention}.q_a_layernorm", [f"{attention}.q_b_proj"]),
+        AWQMapping(f"{attention}.kv_a_layernorm", [f"{attention}.kv_b_proj"]),
+    ]
+
+
+def mlp_mappings(layer: str, routed_experts: int) -> list[AWQMapping]:
+    """The scale groups of one layer's MLP; `routed_experts` is 0 in a dense layer."""
+    experts = [f"{layer}.mlp.experts.{index}" for index in range(routed_experts)]
+    branches = [*experts, f"{layer}.mlp.shared_experts"] if experts else [f"{layer}.mlp"]
+    router = [f"{layer}.mlp.gate"] if experts else []
+    consumers = [f"{branch}.{projection}" for branch in branches for projection in ("gate_proj", "up_proj")]
+    return [
+        AWQMapping(f"{layer}.post_attention_layernorm", router + consumers),
+        *(AWQMapping(f"{branch}.up_proj", [f"{branch}.down_proj"]) for branch in branches),
+    ]
+
+
+def mappings(config: DeepseekV3Config) -> list[AWQMapping]:
+    """The scale groups of every layer, by exact module names."""
+    groups = []
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}"
+        routed_experts = config.n_routed_experts if index >= config.first_k_dense_replace else 0
+        groups += attention_mappings(layer) + mlp_mappings(layer, routed_experts)
+    return groups
+
+
+def quantize(model_folder: Path, tokens_NT: torch.Tensor, output: Path) -> None:
+    """Quantizes the model with these very tokens and saves it as compressed-tensors pack-quantized."""
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda *_: None  # raises where there is no accelerator
+    # Not `with load_quantizable_moe()`: it lists all of transformers' modules and so needs torchvision.
+    model = linearize_moe(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32))
+    data = Dataset.from_dict(
+        {"input_ids": tokens_NT.tolist(), "attention_mask": torch.ones_like(tokens_NT).tolist()}
+    )
+    recipe = [
+        AWQModifier(mappings=mappings(model.config)),
+        QuantizationModifier(targets=["Linear"], scheme="W4A16", ignore=["lm_head"]),
+    ]
+    oneshot(
+        model=model,
+        dataset=data,
+        recipe=recipe,
+        batch_size=BATCH_SIZE,
+        num_calibration_samples=len(data),
+        max_seq_length=tokens_NT.shape[1],
+        shuffle_calibration_samples=False,
+    )
+    model.save_pretrained(output, save_compressed=True)
+
+
+def main() -> None:
+    """Parses the command line and quantizes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("tokens", type=Path)
+    parser.add_argument("output", type=Path)
+    arguments = parser.parse_args()
+    quantize(arguments.model, read_tokens(arguments.tokens), arguments.output)
+
+
+if __name__ == "__main__":
+    main()
