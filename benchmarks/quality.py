@@ -39,9 +39,7 @@ class Method:
     is_peer: bool
 
 
-def peer_methods(
-    arguments: argparse.Namespace, full_precision: Path, tokens: Path, work: Path
-) -> list[Method]:
+def peer_methods(arguments: argparse.Namespace, full_precision: Path, tokens: Path, work: Path) -> list[Method]:
     """The peers whose environments were given."""
     peers = [
         ("AutoAWQ, asymmetric", "autoawq", arguments.autoawq_python),
@@ -130,9 +128,7 @@ def measure(model: Path, arguments: argparse.Namespace) -> dict[str, Divergence]
     work.mkdir(parents=True, exist_ok=True)
     calibration, evaluation = work / "calibration.safetensors", work / "evaluation.safetensors"
     shapes = (CALIBRATION_SHAPE, EVALUATION_SHAPE)
-    for path, tokens_NT in zip(
-        (calibration, evaluation), halves_of_text(model, arguments.text, shapes), strict=True
-    ):
+    for path, tokens_NT in zip((calibration, evaluation), halves_of_text(model, arguments.text, shapes), strict=True):
         write_tokens(tokens_NT, path)
     full_precision = work / "float32"
     convert = [sys.executable, "-m", "benchmarks.peers.to_bf16", str(model), str(full_precision)]
@@ -161,12 +157,8 @@ def table(model: Path, rows: dict[str, Divergence]) -> str:
 
 def installed(python: str, packages: list[str]) -> str:
     """The versions of packages in an interpreter's environment, in one line."""
-    code = (
-        "import sys, importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in sys.argv[1:]), sep=', ')"
-    )
-    return subprocess.run(
-        [python, "-c", code, *packages], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    code = "import sys, importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in sys.argv[1:]), sep=', ')"
+    return subprocess.run([python, "-c", code, *packages], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def conditions(arguments: argparse.Namespace) -> str:

@@ -159,9 +159,9 @@ def _ready_tokens(specs: Sequence[str], num_samples: int, seq_len: int, tokenize
         tokens = load_file(specs[0])["tokens"]
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"{specs[0]}: no safetensors file with a tensor 'tokens': {error}") from error
-    if tokens.dim() != 2 or tokens.shape[1] < seq_len or tokens.dtype not in (torch.int64, torch.int32):
+    if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
         found = f"{tokens.dtype} {list(tokens.shape)}"
-        raise InputError(f"{specs[0]}: 'tokens' must be int64 [samples, at least {seq_len}], found {found}")
+        raise InputError(f"{specs[0]}: 'tokens' must be int64 [samples, tokens of a sample], found {found}")
     tokens = tokens[:num_samples, :seq_len].to(torch.int64).contiguous()
     if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= len(tokenizer):
         raise InputError(f"{specs[0]}: 'tokens' is empty or holds numbers outside 0..{len(tokenizer) - 1}")

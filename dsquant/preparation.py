@@ -56,7 +56,7 @@ def open_source(recipe: Recipe) -> Source:
     _check_vocabulary(checkpoint, tokenizer)
     tokens = calibration_tokens(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
     calibration = {key: value for key, value in asdict(tokens).items() if key != "tokens"}
-    calibration |= {"samples": len(tokens.tokens), "seq_len": recipe.seq_len}
+    calibration |= {"samples": len(tokens.tokens), "seq_len": tokens.tokens.shape[1]}
     return Source(checkpoint, skeleton, tokenizer, tokens.tokens, calibration, plan)
 
 

@@ -139,6 +139,18 @@ def config_that_is_no_json(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+def impossible_routing(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(num_experts_per_tok=7))
+
+
+def a_thousand_million_layers(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(num_hidden_layers=10**9))
+
+
+def a_size_that_is_no_number(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(hidden_size="wide"))
+
+
 def no_block_size(folder: Path) -> None:
     edit_json(folder / "config.json", lambda config: config.pop("quantization_config"))
 
@@ -164,6 +176,9 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "damaged header": (broken_header, r"model-00001\.safetensors"),
     "header that is no JSON": (header_that_is_no_json, r"model-00001\.safetensors"),
     "config that is no JSON": (config_that_is_no_json, r"config\.json"),
+    "routing that cannot be": (impossible_routing, r"config\.json.*7 of 8 experts"),
+    "absurd number of layers": (a_thousand_million_layers, r"config\.json.*num_hidden_layers is 1000000000"),
+    "size that is no number": (a_size_that_is_no_number, r"config\.json"),
     "no block size": (no_block_size, r"config\.json.*weight_block_size|weight_block_size"),
 }
 

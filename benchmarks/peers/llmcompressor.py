@@ -63,9 +63,7 @@ def quantize(model_folder: Path, tokens_NT: torch.Tensor, output: Path) -> None:
         IntermediatesCache.pin_memory = lambda *_: None  # raises where there is no accelerator
     # Not `with load_quantizable_moe()`: it lists all of transformers' modules and so needs torchvision.
     model = linearize_moe(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32))
-    data = Dataset.from_dict(
-        {"input_ids": tokens_NT.tolist(), "attention_mask": torch.ones_like(tokens_NT).tolist()}
-    )
+    data = Dataset.from_dict({"input_ids": tokens_NT.tolist(), "attention_mask": torch.ones_like(tokens_NT).tolist()})
     recipe = [
         AWQModifier(mappings=mappings(model.config)),
         QuantizationModifier(targets=["Linear"], scheme="W4A16", ignore=["lm_head"]),

@@ -90,9 +90,7 @@ def decode_compressed_tensors(stored: dict[str, torch.Tensor], config: dict) -> 
     for name, tensor in stored.items():
         module, _, kind = name.rpartition(".")
         if kind == "weight_packed":
-            groups = [
-                g for g in parsed.config_groups.values() if is_match(module, linear, g.targets, parsed.ignore)
-            ]
+            groups = [g for g in parsed.config_groups.values() if is_match(module, linear, g.targets, parsed.ignore)]
             if len(groups) != 1:
                 raise ValueError(f"{module}: packed, but {len(groups)} config_groups match it, expected 1")
             state = {part: stored[f"{module}.{part}"] for part in parts if f"{module}.{part}" in stored}
@@ -129,9 +127,7 @@ def is_rounded(name: str) -> bool:
     return re.search(r"^model\.layers\.\d+\..*_proj(_with_mqa)?\.weight$", name) is not None
 
 
-def round_to_nearest(
-    weight_OI: torch.Tensor, symmetric: bool, bits: int = 4, group_size: int = 128
-) -> torch.Tensor:
+def round_to_nearest(weight_OI: torch.Tensor, symmetric: bool, bits: int = 4, group_size: int = 128) -> torch.Tensor:
     """Plain rounding with float32 scales, the range of each group of a row spanned in full.
 
     Symmetric: codes -8..7, scale = max|w| / 7.5 (compressed-tensors). Asymmetric: codes 0..15, scale =
@@ -173,9 +169,7 @@ def with_fused_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     for layer in {prefix for prefix, _, _ in found}:
         count = 1 + max(int(index) for prefix, index, _ in found if prefix == layer)
         stacks = {
-            projection: torch.stack(
-                [weights[f"{layer}.{index}.{projection}.weight"] for index in range(count)]
-            )
+            projection: torch.stack([weights[f"{layer}.{index}.{projection}.weight"] for index in range(count)])
             for projection in ("gate_proj", "up_proj", "down_proj")
         }
         fused[f"{layer}.gate_up_proj"] = torch.cat([stacks["gate_proj"], stacks["up_proj"]], dim=1)
@@ -216,9 +210,7 @@ def reference_logits(folder: Path, tokens_NT: torch.Tensor) -> torch.Tensor:
     return model_logits(build_model(folder, read_weights(folder)), tokens_NT)
 
 
-def divergence(
-    original_NTV: torch.Tensor, candidate_NTV: torch.Tensor, tokens_NT: torch.Tensor
-) -> Divergence:
+def divergence(original_NTV: torch.Tensor, candidate_NTV: torch.Tensor, tokens_NT: torch.Tensor) -> Divergence:
     """Compares the candidate's predictions with the original's.
 
     Args:

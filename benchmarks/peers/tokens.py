@@ -38,9 +38,7 @@ def spaced_windows(token_ids: list[int], count: int, length: int) -> torch.Tenso
     return torch.stack([ids[start : start + length] for start in range(0, count * step, step)][:count])
 
 
-def halves_of_text(
-    model: Path, text: Path, shapes: tuple[tuple[int, int], tuple[int, int]]
-) -> list[torch.Tensor]:
+def halves_of_text(model: Path, text: Path, shapes: tuple[tuple[int, int], tuple[int, int]]) -> list[torch.Tensor]:
     """Calibration windows from the first half of a text, evaluation windows from the second.
 
     The halves meet at a line's end, so no line is in both. No token is put before a window.

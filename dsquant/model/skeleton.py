@@ -5,7 +5,6 @@ place: it notes which token goes to which expert and leaves the experts' work to
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,8 +86,18 @@ class Skeleton:
             InputError: where the architecture or its config is not supported.
         """
         self.family: Family = family_of(checkpoint.folder, checkpoint.config)
+        _check_counts(checkpoint)
+        try:
+            self._build(checkpoint)
+        except InputError:
+            raise
+        except Exception as error:  # transformers and torch raise of every kind for a config that makes no sense
+            path = checkpoint.folder / "config.json"
+            raise InputError(f"{path}: no network can be built from it: {type(error).__name__}: {error}") from error
+
+    def _build(self, checkpoint: Checkpoint) -> None:
         self.num_mtp_layers = self.family.num_mtp_layers(checkpoint.config)
-        hf_config = _hf_config(checkpoint.folder, self.family, checkpoint.config)
+        hf_config = _hf_config(self.family, checkpoint.config)
         self.config: dict[str, Any] = {**checkpoint.config, **hf_config.to_dict()}
         self.num_layers: int = hf_config.num_hidden_layers
         # The MTP layer is one more decoder layer: built beside the others, run only when asked for.
@@ -141,14 +150,22 @@ class Skeleton:
         return {**vectors, **tables, f"{prefix}.eh_proj.weight": (hidden, 2 * hidden)}
 
 
-def _hf_config(folder: Path, family: Family, config: Mapping[str, Any]) -> Any:
+def _check_counts(checkpoint: Checkpoint) -> None:
+    """Refuses counts that the tensors cannot bear out, before anything is built in such numbers."""
+    for key in ("num_hidden_layers", "n_routed_experts", "num_nextn_predict_layers"):
+        count = checkpoint.config.get(key)
+        if count is not None and not (isinstance(count, int) and 0 <= count <= len(checkpoint.index)):
+            raise InputError(
+                f"{checkpoint.folder / 'config.json'}: {key} is {count!r}; the checkpoint has {len(checkpoint.index)} "
+                "tensors in all; config and weights are of different models"
+            )
+
+
+def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
     import transformers
 
     plain = {key: value for key, value in config.items() if key not in IGNORED_CONFIG}
-    try:
-        return getattr(transformers, family.config_class).from_dict(plain)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder / 'config.json'}: transformers refuses it: {error}") from error
+    return getattr(transformers, family.config_class).from_dict(plain)
 
 
 def _meta_model(hf_config: Any) -> Any:

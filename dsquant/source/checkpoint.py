@@ -120,6 +120,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = read_config(folder)
     index = read_index(folder)
     quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise InputError(f"{folder / CONFIG_FILE}: quantization_config must be an object, found {quantization!r:.80}")
     method = quantization.get("quant_method")
     if method in (None, "fp8"):
         return Checkpoint(folder, config, index, StoredWeights(index, _block_size(folder, quantization)))

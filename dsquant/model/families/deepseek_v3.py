@@ -66,6 +66,21 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
         )
     if not config.get("n_shared_experts"):
         return "a mixture without a shared expert is not supported"
+    return _routing_problem(config)
+
+
+def _routing_problem(config: Mapping[str, Any]) -> str | None:
+    """What is wrong with the numbers that choose experts: no tensor's shape would show it."""
+    experts, groups = config.get("n_routed_experts"), config.get("n_group", 1)
+    kept, chosen = config.get("topk_group", 1), config.get("num_experts_per_tok")
+    counts = (experts, groups, kept, chosen)
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        return f"n_routed_experts, n_group, topk_group, num_experts_per_tok must be positive numbers, found {counts}"
+    if experts % groups or kept > groups or chosen > experts // groups * kept:
+        return (
+            f"{chosen} of {experts} experts cannot be chosen from {kept} of {groups} groups (num_experts_per_tok, "
+            "n_routed_experts, topk_group, n_group)"
+        )
     return None
 
 
