@@ -20,7 +20,6 @@ from dsquant.errors import InputError
 from dsquant.evaluation.divergence import Divergence, compare
 from dsquant.jobs import (
     RECORD_FILE,
-    Job,
     claim,
     full_disk_is_resumable,
     memory_guard,
@@ -122,9 +121,15 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
             request.safe_point()
             within_budget()
 
-        notes = {} if state == "resume" else {"tensors": _scan(source, report, check), "files": _files(source)}
+        notes: dict[str, Any] = {}
+        if state != "resume":
+            notes = {"tensors": _scan(source, report, check), "shards": _shards(source), "files": _files(source)}
         with open_job(recipe.output, recipe, state, notes) as job:
-            _check_unchanged(source, job)
+            if job.notes["shards"] != _shards(source) and job.notes["tensors"] != _scan(source, report, check):
+                raise InputError(
+                    f"{source.checkpoint.folder}: the source is not what it was when the job began; restore it, or "
+                    "begin anew with --restart"
+                )
             run = Run(recipe, source, job, report, check)
             convert(run)
             record = _finish(run)
@@ -256,12 +261,10 @@ def _files(source: Source) -> list[str]:
     return sorted(set(names))
 
 
-def _check_unchanged(source: Source, job: Job) -> None:
-    if set(job.notes["tensors"]) != set(source.checkpoint.index):
-        raise InputError(
-            f"{source.checkpoint.folder}: the source has other tensors than when the job began; restore it, or begin "
-            "anew with --restart"
-        )
+def _shards(source: Source) -> dict[str, list[int]]:
+    """Size and time of change of every source file: where these are as before, a resumed job need not hash again."""
+    found = {info.path.name: info.path.stat() for info in source.checkpoint.index.values()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(found.items())}
 
 
 def _finish(run: Run) -> dict[str, Any]:

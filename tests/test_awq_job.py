@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,16 +114,17 @@ def test_two_runs_write_identical_bytes(pico_r1: Path, text_file: Path, tmp_path
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_the_output_is_the_uninterrupted_one(
-    pico_r1: Path, text_file: Path, tmp_path: Path
+    pico_r1: Path, text_file: Path, tmp_path: Path, kills: int
 ) -> None:
     more = ("--preset", "compact")
     started = time.monotonic()
     subprocess.run(arguments(pico_r1, text_file, tmp_path / "whole", *more), check=True, capture_output=True)
     duration = time.monotonic() - started
     output = tmp_path / "killed"
-    moments = random.Random(0)
-    for _ in range(3):  # scripts/test-slow does ten
+    moments = random.Random(kills)
+    for _ in range(kills):
         process = subprocess.Popen(
             arguments(pico_r1, text_file, output, *more, "--resume"),
             stdout=subprocess.DEVNULL,
@@ -168,6 +170,32 @@ def test_a_full_disk_stops_the_job_and_loses_nothing(pico_r1: Path, text_file: P
     full.undo()
     dsquant.awq(pico_r1, output=tmp_path / "out", resume=True, calibration=(str(text_file),), **FAST)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_source_that_changed_under_an_interrupted_job_is_refused(
+    pico_r1: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pico_r1, model)
+    options = {"output": tmp_path / "out", "calibration": (str(text_file),), **FAST}
+
+    def stop(*arguments: Any) -> None:
+        raise Interrupted("here")
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr("dsquant.conversion._quantize_layer", stop)
+        dsquant.awq(model, **options)
+    for path in model.glob("*.safetensors"):
+        os.utime(path)  # copied again, same content: goes on after hashing
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr("dsquant.conversion._quantize_layer", stop)
+        dsquant.awq(model, resume=True, **options)
+    path = model / "model-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not what it was"):
+        dsquant.awq(model, resume=True, **options)
 
 
 def test_a_finished_output_is_left_alone_by_resume_and_refused_without(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dsquant.errors import InputError
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights
@@ -92,9 +93,17 @@ def quantize_layer(job: LayerJob) -> LayerReport:
 
     Returns:
         Errors before and after, tokens per expert, fallbacks.
+
+    Raises:
+        InputError: where the original's hidden states are not finite.
     """
     job.safe_point(f"{job.layer.prefix}.self_attn")
     attention_moments, norm_moments, routing = _run_original(job)
+    if not bool(norm_moments.rms_I.isfinite().all()):
+        raise InputError(
+            f"{job.layer.norm}: the hidden states are not finite here; the weights of this or an earlier layer are out "
+            "of any sensible range"
+        )
     added = _top_up(job, routing) if routing else {}
     inputs = {mlp: _inputs_of(job, mlp, routing, added) for mlp in job.layer.mlps}
     folds, reports = [], []

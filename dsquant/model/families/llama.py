@@ -42,6 +42,8 @@ def decoder_layer(config: Mapping[str, Any], index: int) -> DecoderLayer:
 def _refuse(config: Mapping[str, Any]) -> str | None:
     if config.get("use_sliding_window"):
         return "sliding-window attention is not supported (no R1 distill uses it)"
+    if config.get("mlp_bias"):
+        return "MLPs with biases are not supported (no R1 distill has them)"
     return None
 
 
