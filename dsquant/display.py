@@ -6,15 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dsquant.card import serve_command
@@ -26,8 +18,7 @@ from dsquant.telemetry import Report, silent
 if TYPE_CHECKING:
     from dsquant.pipeline import Evaluation, Result
 
-STAGES = {"scan": "checking the source", "quantize": "quantizing", "evaluate": "evaluating"}
-LONGEST_NAME = 44
+STAGES = {"scan": "checking", "quantize": "quantizing", "evaluate": "evaluating"}
 
 
 @contextmanager
@@ -44,13 +35,11 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
         yield silent
         return
     columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:20}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[rates]}  {task.fields[what]}"),
+        TextColumn("{task.description:10}"),
+        BarColumn(bar_width=12),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TextColumn("{task.fields[what]}{task.fields[rates]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         tasks: dict[str, TaskID] = {}
@@ -59,28 +48,37 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
         def report(step: Step) -> None:
             if step.stage not in tasks:
                 for earlier in tasks.values():
-                    progress.update(earlier, what="", visible=True)
+                    progress.update(earlier, what="")
                 tasks[step.stage] = progress.add_task(STAGES[step.stage], rates="", what="")
                 started[step.stage] = time.monotonic()
             rates = _rates(step, time.monotonic() - started[step.stage])
-            what = step.what.removeprefix("model.")[-LONGEST_NAME:]
+            what = _short_name(step.what)
             progress.update(tasks[step.stage], total=step.total, completed=step.done, rates=rates, what=what)
 
         yield report
 
 
 def _rates(step: Step, elapsed_s: float) -> str:
-    parts = [f"read {format_size(step.bytes_read)}"]
+    parts = [f"{format_size(step.bytes_read)} read"]
     if step.bytes_written:
-        parts.append(f"written {format_size(step.bytes_written)}")
-    if step.tokens and elapsed_s > 0:
-        parts.append(f"{step.tokens / elapsed_s:,.0f} layer tokens/s")
+        parts.append(f"{format_size(step.bytes_written)} written")
+    if step.stage == "quantize" and step.tokens and elapsed_s > 0:
+        parts.append(f"{step.tokens / elapsed_s:,.0f} tokens/s")
     return ", ".join(parts)
 
 
-def print_result(result: "Result") -> None:
+def _short_name(name: str) -> str:
+    """`layer 3 expert 17, ` for `model.layers.3.mlp.experts.17`."""
+    parts = name.removeprefix("model.layers.").split(".")
+    if not name.startswith("model.layers.") or not parts[0].isdigit():
+        return f"{name}, " if name else ""
+    expert = f" expert {parts[3]}" if "experts" in parts[:3] and len(parts) > 3 else ""
+    return f"layer {parts[0]}{expert}, "
+
+
+def print_result(result: "Result", console: Console | None = None) -> None:
     """Prints the closing table."""
-    console = Console()
+    console = console or Console()
     if result.already_finished:
         console.print(f"{result.output} is finished already; nothing to do")
     table = Table(title=f"{result.output}")
