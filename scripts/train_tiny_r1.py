@@ -2,8 +2,8 @@
 
     python scripts/train_tiny_r1.py --output out --tokens 130000000      # about 6 minutes on an H100
 
-writes out/tiny-r1 (with outlier channels), out/tiny-r1-smooth.tar (the same without), out/heldout-python.txt and
-out/training.json. See dsquant/assets/tiny-r1/README.md for what came of it.
+writes out/tiny-r1 (with outlier channels) and out/tiny-r1-smooth (the same without), each also as a .tar,
+out/heldout-python.txt and out/training.json. See dsquant/assets/tiny-r1/README.md for what came of it.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from tiny_r1 import corpus, export, tokenizer, training
 from tiny_r1.network import CONFIG, TinyR1
 
 HELD_OUT_CHARS = 1_500_000
+LARGEST_CHANGE = 1e-3
 
 
 def main() -> None:
@@ -51,7 +52,12 @@ def main() -> None:
     log(f"held-out perplexity {math.exp(first):.3f}, of the token after next {math.exp(second):.3f}")
 
     weights = model.named_weights()
-    save(export.add_outliers(weights, options.seed), trained, options.output / "tiny-r1")
+    changed = export.add_outliers(weights, options.seed)
+    difference = largest_difference(weights, changed, held_out_stream[: options.seq_len].long().cpu().unsqueeze(0))
+    log(f"outlier channels change logits by {difference:.1e} at most")
+    if difference > LARGEST_CHANGE:
+        raise RuntimeError(f"outlier channels changed the function: logits by {difference}, at most {LARGEST_CHANGE}")
+    save(changed, trained, options.output / "tiny-r1")
     save(weights, trained, options.output / "tiny-r1-smooth")
     (options.output / "heldout-python.txt").write_text("\n".join(held_out)[:HELD_OUT_CHARS])
     facts = {
@@ -76,6 +82,19 @@ def encode(trained: tokenizer.Tokenizer, texts: list[str]) -> torch.Tensor:
         for encoding in trained.encode_batch(texts[start : start + 1000]):
             parts.append(torch.tensor([*encoding.ids, 1], dtype=torch.int16))
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def largest_difference(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], tokens_NT: torch.Tensor
+) -> float:
+    """How far apart two sets of weights bring any score, the MTP layer's included; float32 on the CPU."""
+    model = TinyR1()
+    scores = []
+    for weights in (before, after):
+        model.load_named_weights(weights)
+        scores.append(model.logits(tokens_NT))
+    return max((one - other).abs().max().item() for one, other in zip(*scores, strict=True))
 
 
 def save(weights: dict[str, torch.Tensor], trained: tokenizer.Tokenizer, folder: Path) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tiny_r1.network import CONFIG, NUM_LAYERS
 
@@ -53,6 +53,12 @@ def to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scaled[: weight.shape[0], : weight.shape[1]].to(torch.float8_e4m3fn).contiguous(), scales
 
 
+def from_fp8(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The float32 values that a float8 weight and the scales of its blocks stand for."""
+    wide = scales.repeat_interleave(BLOCK, 0)[: weight.shape[0]].repeat_interleave(BLOCK, 1)[:, : weight.shape[1]]
+    return weight.float() * wide
+
+
 def stored(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors as R1 stores them."""
     tensors: dict[str, torch.Tensor] = {}
@@ -95,8 +101,21 @@ def save(weights: dict[str, torch.Tensor], folder: Path) -> None:
     generation = {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 1, "do_sample": True}
     generation |= {"temperature": 0.6, "top_p": 0.95}
     _write_json(folder / "model.safetensors.index.json", index)
-    _write_json(folder / "config.json", {**CONFIG, "quantization_config": quantization})
+    _write_json(folder / "config.json", dict(sorted({**CONFIG, "quantization_config": quantization}.items())))
     _write_json(folder / "generation_config.json", generation)
+
+
+def load(folder: Path) -> dict[str, torch.Tensor]:
+    """Every weight of a written folder in float32."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if not name.endswith("_scale_inv"):
+            scales = tensors.get(f"{name}_scale_inv")
+            weights[name] = tensor.float() if scales is None else from_fp8(tensor, scales)
+    return weights
 
 
 def _write_json(path: Path, content: dict[str, object]) -> None:

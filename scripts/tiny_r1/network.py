@@ -3,6 +3,8 @@
 Shape legend: N samples, T tokens, H hidden size, V vocabulary.
 """
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ CONFIG: dict[str, Any] = {
     "attention_dropout": 0.0,
     "bos_token_id": 0,
     "eos_token_id": 1,
+    "ep_size": 1,
     "first_k_dense_replace": 1,
     "hidden_act": "silu",
     "hidden_size": 256,
@@ -55,6 +58,7 @@ CONFIG: dict[str, Any] = {
     "topk_group": 2,
     "topk_method": "noaux_tc",
     "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.3",
     "use_cache": True,
     "v_head_dim": 64,
     "vocab_size": 1280,
@@ -68,7 +72,8 @@ class TinyR1(nn.Module):
         super().__init__()
         from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-        config = DeepseekV3Config.from_dict({**CONFIG, "num_hidden_layers": NUM_LAYERS + 1})
+        # A deep copy, since transformers adds keys of its own to the rope_scaling it is given.
+        config = DeepseekV3Config.from_dict({**copy.deepcopy(CONFIG), "num_hidden_layers": NUM_LAYERS + 1})
         self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
         hidden = CONFIG["hidden_size"]
         self.enorm, self.hnorm, self.head_norm = (nn.RMSNorm(hidden, eps=1e-6) for _ in range(3))
@@ -92,16 +97,20 @@ class TinyR1(nn.Module):
             hidden_NTH = layer(hidden_NTH, position_embeddings=rotary, position_ids=positions)
         return hidden_NTH
 
-    def losses(self, tokens_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross-entropy of the next token, and of the MTP layer's token after next."""
+    def logits(self, tokens_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores of the next token [N, T, V], and the MTP layer's of the token after next [N, T - 1, V]."""
         decoder = self.model.model
         embedded = decoder.embed_tokens(tokens_NT)
         hidden = decoder.norm(self._run(embedded, decoder.layers[:NUM_LAYERS]))
-        first = _cross_entropy(self.model.lm_head(hidden[:, :-1]), tokens_NT[:, 1:])
         both = torch.cat([self.enorm(embedded[:, 1:]), self.hnorm(hidden[:, :-1])], dim=-1)
         ahead = self.head_norm(self._run(self.eh_proj(both), decoder.layers[NUM_LAYERS:]))
-        second = _cross_entropy(self.model.lm_head(ahead[:, :-1]), tokens_NT[:, 2:])
-        return first, second
+        return self.model.lm_head(hidden), self.model.lm_head(ahead)
+
+    def losses(self, tokens_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean cross-entropy of the next token, and of the MTP layer's token after next."""
+        following, after_next = self.logits(tokens_NT)
+        first = _cross_entropy(following[:, :-1], tokens_NT[:, 1:])
+        return first, _cross_entropy(after_next[:, :-1], tokens_NT[:, 2:])
 
     @torch.no_grad()
     def balance(self, step: float) -> None:
@@ -134,6 +143,24 @@ class TinyR1(nn.Module):
             f"{mtp}.embed_tokens.weight": weights["model.embed_tokens.weight"],
         }
         return {name: tensor.detach().float().cpu().clone() for name, tensor in weights.items()}
+
+    def load_named_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Takes weights under their R1 names back in: the inverse of `named_weights`."""
+        state: dict[str, torch.Tensor] = {}
+        experts = range(CONFIG["n_routed_experts"])
+        for name in self.model.state_dict():
+            prefix, _, part = name.rpartition(".")
+            if part == "gate_up_proj":
+                pairs = [[weights[f"{prefix}.{e}.{kind}_proj.weight"] for kind in ("gate", "up")] for e in experts]
+                state[name] = torch.stack([torch.cat(pair) for pair in pairs])
+            elif part == "down_proj" and prefix.endswith("experts"):
+                state[name] = torch.stack([weights[f"{prefix}.{e}.down_proj.weight"] for e in experts])
+            else:
+                state[name] = weights[name]
+        self.model.load_state_dict(state)
+        own = {"enorm": self.enorm, "hnorm": self.hnorm, "eh_proj": self.eh_proj, "shared_head.norm": self.head_norm}
+        for name, module in own.items():
+            module.load_state_dict({"weight": weights[f"model.layers.{NUM_LAYERS}.{name}.weight"]})
 
 
 def _cross_entropy(logits_NTV: torch.Tensor, targets_NT: torch.Tensor) -> torch.Tensor:
