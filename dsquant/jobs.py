@@ -22,6 +22,7 @@ WORK_FOLDER = ".dsquant-work"
 RECORD_FILE = "dsquant.json"
 JOB_FILE = "job.json"
 JOURNAL_FILE = "journal.jsonl"
+LOCK_FILE = "lock"
 # Ending of a file that is being written; it is renamed when it is whole.
 PARTIAL = ".partial"
 
@@ -147,16 +148,16 @@ def open_job(output: Path, recipe: Recipe, state: str, notes: dict[str, Any]) ->
     """
     from filelock import FileLock, Timeout
 
-    if state == "restart":
-        _remove_recorded_files(output)
     work = output / WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work / "lock")
+    lock = FileLock(work / LOCK_FILE)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise InputError(f"{output}: another dsquant run is working on this folder") from error
     try:
+        if state == "restart":
+            _remove_recorded_files(output)
         if state == "resume":
             notes = _read_record(work / JOB_FILE)
         else:
@@ -177,7 +178,9 @@ def _remove_recorded_files(output: Path) -> None:
                 path.unlink(missing_ok=True)
                 path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
     (output / RECORD_FILE).unlink(missing_ok=True)
-    shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
+    for path in (output / WORK_FOLDER).iterdir():
+        if path.name != LOCK_FILE:
+            path.unlink()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -214,6 +214,21 @@ def test_a_finished_output_is_left_alone_by_resume_and_refused_without(
     assert contents(tmp_path / "out") != before
 
 
+def test_a_second_run_on_the_same_folder_is_refused_and_harms_nothing(
+    pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    command = arguments(pico_r1, text_file, tmp_path / "out")
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while first.poll() is None and not (tmp_path / "out" / ".dsquant-work" / "job.json").exists():
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    second = subprocess.run([*command, "--restart"], capture_output=True, text=True)
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 3 and "another dsquant run" in second.stderr
+    assert first.wait(timeout=120) == 0
+    assert open_checkpoint(tmp_path / "out").index
+
+
 def test_restart_removes_nothing_that_is_not_the_jobs_own(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
     options = {"output": tmp_path / "out", "calibration": (str(text_file),), **FAST}
     dsquant.awq(pico_r1, **options)

@@ -1,6 +1,7 @@
 """The command line: help without torch, wrong usage, plans, JSON, and what the README says of it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -90,6 +91,14 @@ def test_eval_compares_two_checkpoints_on_a_text(pico_r1: Path, text_file: Path)
     assert code == 0, output
     (found,) = json.loads(output)["texts"].values()
     assert found["mean_kl"] < 1e-9 and found["tokens"] == 8 * 31
+
+
+def test_a_hub_model_that_cannot_be_had_is_refused_with_the_reason(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from dsquant.cli import main; main()", "awq", "nobody/no-such-model"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    found = subprocess.run([*command, "-o", str(tmp_path / "out")], capture_output=True, text=True, env=environment)
+    assert found.returncode == 3 and "nobody/no-such-model" in found.stderr, found.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_eval_refuses_another_model(pico_r1: Path, tiny_r1: Path) -> None:
