@@ -218,7 +218,7 @@ def test_a_second_run_on_the_same_folder_is_refused_and_harms_nothing(
     pico_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
     command = arguments(pico_r1, text_file, tmp_path / "out")
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while first.poll() is None and not (tmp_path / "out" / ".dsquant-work" / "job.json").exists():
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)
