@@ -42,6 +42,7 @@ def test_some_rows_are_the_rows_of_the_whole(tmp_path: Path) -> None:
     weights = open_checkpoint(make_pico_r1(tmp_path / "m")).weights
     name = "model.layers.1.self_attn.q_b_proj.weight"
     assert torch.equal(weights.rows(name, 128, 300), weights[name][128:300])
+    assert torch.equal(weights.rows(name, 77, 131), weights[name][77:131])
     assert torch.equal(weights.rows("lm_head.weight", 7, 9), weights["lm_head.weight"][7:9])
 
 

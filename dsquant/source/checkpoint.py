@@ -60,13 +60,15 @@ class StoredWeights(Weights):
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
         """Reads some rows of a weight, dequantized."""
         info = self.index.require(name)
-        weight = self.index.read(name, start_row, stop_row)
         if info.dtype != FP8:
-            return weight.float()
-        assert self.block is not None and start_row % self.block[0] == 0
-        start_block, stop_block = start_row // self.block[0], -(-(start_row + len(weight)) // self.block[0])
-        scales = self.index.read(name + SCALE_SUFFIX, start_block, stop_block)
-        return dequantize_fp8(weight, scales, self.block)
+            return self.index.read(name, start_row, stop_row).float()
+        assert self.block is not None
+        first_block = start_row // self.block[0]
+        skipped = start_row - first_block * self.block[0]  # rows of the first block that nobody asked for
+        weight = self.index.read(name, start_row - skipped, stop_row)
+        last_block = first_block + -(-len(weight) // self.block[0])
+        scales = self.index.read(name + SCALE_SUFFIX, first_block, last_block)
+        return dequantize_fp8(weight, scales, self.block)[skipped:]
 
     def _check_scales(self, info: TensorInfo) -> None:
         if self.block is None:

@@ -15,7 +15,7 @@ class Weights(Mapping[str, torch.Tensor]):
 
         Args:
             name: the weight's name.
-            start_row: first row; for FP8 weights the first of a block.
+            start_row: first row.
             stop_row: one past the last row; None means the end.
 
         Returns:
