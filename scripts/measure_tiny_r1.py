@@ -3,7 +3,7 @@
     python scripts/measure_tiny_r1.py dsquant/assets/tiny-r1 heldout-python.txt
 
 prints the perplexity of the next token; the MTP layer's of the token after next; and, to compare that with, what
-the main model's own scores and the text's token frequencies make of the token after next.
+the text's own counts make of it, which have seen the answers: of single tokens, and of pairs of neighbours.
 """
 
 import argparse
@@ -45,15 +45,18 @@ def main() -> None:
 @torch.no_grad()
 def measure(model: TinyR1, tokens_NT: torch.Tensor) -> dict[str, float]:
     """Mean cross-entropies by what is predicted, and from what."""
-    frequency_V = torch.bincount(tokens_NT.flatten(), minlength=model.model.config.vocab_size) / tokens_NT.numel()
+    vocabulary = model.model.config.vocab_size
+    frequency_V = torch.bincount(tokens_NT.flatten(), minlength=vocabulary).float()
+    pairs_VV = torch.bincount((tokens_NT[:, :-1] * vocabulary + tokens_NT[:, 1:]).flatten(), minlength=vocabulary**2)
+    pairs_VV = pairs_VV.view(vocabulary, vocabulary).float()
     sums: dict[str, float] = {}
     for batch in tokens_NT.split(PER_BATCH):
         following, after_next = model.logits(batch)
         scores = {
             "next token": (following[:, :-1], batch[:, 1:]),
             "token after next, MTP layer": (after_next[:, :-1], batch[:, 2:]),
-            "token after next, main model's scores": (following[:, :-2], batch[:, 2:]),
-            "token after next, frequencies": (frequency_V.log().expand(*batch[:, 2:].shape, -1), batch[:, 2:]),
+            "token after next, counts of pairs": (pairs_VV[batch[:, 1:-1]].log(), batch[:, 2:]),
+            "token after next, counts of tokens": (frequency_V.log().expand(*batch[:, 2:].shape, -1), batch[:, 2:]),
         }
         for name, (logits, targets) in scores.items():
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
