@@ -113,9 +113,11 @@ def claim(output: Path, recipe: Recipe, resume: bool, restart: bool) -> str:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict):
+            raise ValueError(f"expected an object, found {type(record).__name__}")
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); begin anew with --restart") from error
+        raise InputError(f"{path} is damaged ({error}); remove the folder yourself, or name another") from error
     return record
 
 

@@ -139,6 +139,36 @@ def config_that_is_no_json(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+def scales_of_integers(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{EXPERT}_scale_inv"] = tensors[f"{EXPERT}_scale_inv"].to(torch.int32)
+
+    edit_tensors(folder, f"{EXPERT}_scale_inv", change)
+
+
+def weight_of_integers(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[EXPERT] = tensors[EXPERT].to(torch.int8)
+
+    edit_tensors(folder, EXPERT, change)
+
+
+def overlapping_tensors(folder: Path) -> None:
+    path = folder / "model-00001.safetensors"
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    for entry in header.values():
+        begin, end = entry["data_offsets"]
+        entry["data_offsets"] = [0, end - begin]
+    changed = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(changed)) + changed + raw[8 + length :])
+
+
+def architecture_that_is_no_name(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(architectures=[["x"]]))
+
+
 def impossible_routing(folder: Path) -> None:
     edit_json(folder / "config.json", lambda config: config.update(num_experts_per_tok=7))
 
@@ -176,6 +206,10 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "damaged header": (broken_header, r"model-00001\.safetensors"),
     "header that is no JSON": (header_that_is_no_json, r"model-00001\.safetensors"),
     "config that is no JSON": (config_that_is_no_json, r"config\.json"),
+    "scales of integers": (scales_of_integers, rf"model-.*{re.escape(EXPERT)}_scale_inv.*I32"),
+    "weight of integers": (weight_of_integers, rf"model-.*{re.escape(EXPERT)}.*I8"),
+    "tensors that overlap": (overlapping_tensors, r"model-00001\.safetensors.*overlap"),
+    "architecture that is no name": (architecture_that_is_no_name, r"config\.json.*not supported"),
     "routing that cannot be": (impossible_routing, r"config\.json.*7 of 8 experts"),
     "absurd number of layers": (a_thousand_million_layers, r"config\.json.*num_hidden_layers is 1000000000"),
     "size that is no number": (a_size_that_is_no_number, r"config\.json"),

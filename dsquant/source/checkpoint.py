@@ -20,7 +20,8 @@ from dsquant.source.weights import Weights
 
 CONFIG_FILE = "config.json"
 FP8 = "F8_E4M3"
-FLOATS = ("BF16", "F16", "F32", FP8)
+SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
+FLOATS = ("BF16", "F16", "F32", "F64", FP8)
 
 
 class StoredWeights(Weights):
@@ -41,6 +42,11 @@ class StoredWeights(Weights):
         scales = {name + SCALE_SUFFIX for name, info in index.items() if info.dtype == FP8}
         self._names = dict.fromkeys(name for name in index if name not in scales)
         for name in self._names:
+            if index[name].dtype not in FLOATS and not name.endswith(SCALE_SUFFIX):
+                raise InputError(
+                    f"{index[name].path}: tensor {name!r} has dtype {index[name].dtype}; weights are one of "
+                    f"{', '.join(FLOATS)}"
+                )
             if index[name].dtype == FP8:
                 self._check_scales(index[name])
 
@@ -81,6 +87,10 @@ class StoredWeights(Weights):
             raise InputError(
                 f"{info.path}: FP8 tensor {info.name!r} has no {info.name + SCALE_SUFFIX!r} in any shard; "
                 "the checkpoint is incomplete"
+            )
+        if scale.dtype not in SCALE_DTYPES:
+            raise InputError(
+                f"{scale.path}: tensor {scale.name!r} is {scale.dtype}; expected one of {', '.join(SCALE_DTYPES)}"
             )
         expected = scale_shape((info.shape[0], info.shape[1]), self.block) if len(info.shape) == 2 else None
         if scale.shape != expected:

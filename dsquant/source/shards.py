@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(header, dict):
         raise InputError(f"{path}: the safetensors header is not a JSON object; download it again")
     header.pop("__metadata__", None)
-    return {name: _tensor_info(path, name, entry, 8 + header_bytes, size_bytes) for name, entry in header.items()}
+    tensors = {name: _tensor_info(path, name, entry, 8 + header_bytes, size_bytes) for name, entry in header.items()}
+    _check_no_overlap(path, tensors)
+    return tensors
+
+
+def _check_no_overlap(path: Path, tensors: dict[str, TensorInfo]) -> None:
+    """Two tensors that share bytes are a forged or damaged header."""
+    for before, after in pairwise(sorted(tensors.values(), key=lambda info: (info.start, info.num_bytes))):
+        if before.start + before.num_bytes > after.start:
+            raise InputError(
+                f"{path}: the bytes of tensor {after.name!r} overlap those of {before.name!r}; the file is damaged"
+            )
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int, size_bytes: int) -> TensorInfo:

@@ -27,7 +27,7 @@ def family_of(folder: Path, config: Mapping[str, Any]) -> Family:
     """
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
-    if architecture not in FAMILIES:
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise InputError(
             f"{folder / 'config.json'}: architecture {architecture!r} is not supported; dsquant knows "
             f"{', '.join(FAMILIES)}"
