@@ -7,7 +7,7 @@ import torch
 
 from dsquant.model.overlays import Fold, FoldedWeights
 from dsquant.model.structure import DecoderLayer, ScaleGroup
-from dsquant.quantization.clip import clipped_weight
+from dsquant.quantization.compensate import compensated_weight
 from dsquant.quantization.scale import fold_of, search_group
 from dsquant.quantization.statistics import InputMoments
 from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
@@ -47,7 +47,7 @@ def quantize_attention(
         fold.update(fold_of(weights, group, scales[group]))
     folded = FoldedWeights(weights, fold)
     linears = {
-        linear: clipped_weight(folded[f"{linear}.weight"], grid, moments[group].divided(scales[group]))
+        linear: compensated_weight(folded[f"{linear}.weight"], grid, moments[group].divided(scales[group]))
         for group in layer.attention
         for linear in group.consumers
     }

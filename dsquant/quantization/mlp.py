@@ -13,7 +13,7 @@ from dsquant.model.gated import GatedWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import ROWS_AT_ONCE
 from dsquant.model.structure import Mlp
-from dsquant.quantization.clip import clipped_weight
+from dsquant.quantization.compensate import compensated_weight
 from dsquant.quantization.scale import (
     ScaleChoice,
     candidate_scales,
@@ -182,9 +182,9 @@ def quantize_mlp(
     folded = scaled(original, norm_scales_H, up_scales_W)
     divided = input_moments.divided(norm_scales_H)
     linears: tuple[QuantizedWeight, ...] = (
-        clipped_weight(folded.gate_WH, grid, divided),
-        clipped_weight(folded.up_WH, grid, divided),
-        clipped_weight(folded.down_HW, grid, hidden_moments.divided(up_scales_W)),
+        compensated_weight(folded.gate_WH, grid, divided),
+        compensated_weight(folded.up_WH, grid, divided),
+        compensated_weight(folded.down_HW, grid, hidden_moments.divided(up_scales_W)),
     )
     unscaled = scaled(original, norm_scales_H, torch.ones_like(up_scales_W))
     inputs_RH = inputs.few()

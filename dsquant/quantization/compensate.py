@@ -1,0 +1,149 @@
+"""Error-compensating rounding: what one column loses is made good in the columns that are rounded after it.
+
+The update is GPTQ's (Frantar et al., arXiv 2210.17323, algorithm 1): with U the upper Cholesky factor of the inverse
+Gram matrix, rounding column j with error e changes column k > j by -e / U_jj * U_jk, and costs (e / U_jj)^2 of output
+error once all later columns have been changed. The AWQ scales are folded in before. Two things differ from the
+reference implementation: columns are sorted by their input's energy inside their group, and groups by theirs, so that
+no index has to be stored; and each group's range is shrunk (AWQ's clipping) by what costs least of that compensated
+error.
+
+Shape legend: O out features, I in features, G groups, S = group size, C shrinks, P = C * O.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dsquant.quantization.clip import SHRINKS, clipped_weight
+from dsquant.quantization.statistics import InputMoments
+from dsquant.rounding import Grid, QuantizedWeight, grid_parameters
+
+# The Gram matrix's diagonal is raised by this share of its mean, for each feature over a token: of few tokens it knows
+# little, and compensation would fit their noise (docs/decisions/0006).
+DAMPING = 0.2
+LEAST_DAMPING = 0.005
+# Columns that are updated one by one before the rest of their group is, by one product.
+COLUMNS_AT_ONCE = 16
+# Rows are rounded in parts of at most this many weights, times the number of shrinks.
+ELEMENTS_AT_ONCE = 2**22
+
+
+def compensated_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments) -> QuantizedWeight:
+    """Rounds a weight so that errors of different columns cancel in the output.
+
+    Args:
+        weight_OI: float32 [O, I].
+        grid: the quantization grid.
+        moments: the inputs' moments. Where they hold no whole Gram matrix (wide inputs), or no token, ranges are
+            clipped and columns rounded each for itself: errors must not be hidden where a sketch is blind.
+
+    Returns:
+        The rounded weight, no row of which errs more than with clipping alone.
+    """
+    clipped = clipped_weight(weight_OI, grid, moments)
+    if moments.gram_II is None or not moments.count:
+        return clipped
+    order_I = _order(moments.gram_II.diagonal(), grid.group_size)
+    damping = max(LEAST_DAMPING, DAMPING * len(order_I) / moments.count)
+    factor_II = _inverse_factor(moments.gram_II[order_I][:, order_I], damping)
+    rows_at_once = max(1, ELEMENTS_AT_ONCE // weight_OI.shape[1])
+    parts = [
+        _better_rows(rows_OI, _rows_of(clipped, start, rows_at_once), grid, moments, order_I, factor_II)
+        for start, rows_OI in zip(range(0, len(weight_OI), rows_at_once), weight_OI.split(rows_at_once), strict=True)
+    ]
+    return QuantizedWeight(
+        torch.cat([part.codes_OI for part in parts]),
+        torch.cat([part.scales_OG for part in parts]),
+        torch.cat([part.zero_points_OG for part in parts]),
+        grid,
+    )
+
+
+def _rows_of(weight: QuantizedWeight, start: int, count: int) -> QuantizedWeight:
+    rows = slice(start, start + count)
+    return QuantizedWeight(weight.codes_OI[rows], weight.scales_OG[rows], weight.zero_points_OG[rows], weight.grid)
+
+
+def _order(energy_I: torch.Tensor, group_size: int) -> torch.Tensor:
+    """The columns in the order of rounding, int64 [I]: whole groups, the most energetic first, and so inside each."""
+    energy_GS = energy_I.unflatten(0, (-1, group_size))
+    inside_GS = energy_GS.argsort(dim=1, descending=True, stable=True)
+    groups_G = energy_GS.sum(1).argsort(dim=0, descending=True, stable=True)
+    return (inside_GS + group_size * torch.arange(len(groups_G)).unsqueeze(1))[groups_G].flatten()
+
+
+def _inverse_factor(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
+    """U, upper triangular float32 [I, I], with U^T U the inverse of the damped Gram matrix."""
+    damped_II = gram_II.double()
+    mean = float(damped_II.diagonal().mean()) or 1.0
+    damped_II.diagonal().add_(damping * mean)
+    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
+    return torch.linalg.cholesky(inverse_II, upper=True).float()
+
+
+def _better_rows(
+    weight_OI: torch.Tensor,
+    clipped: QuantizedWeight,
+    grid: Grid,
+    moments: InputMoments,
+    order_I: torch.Tensor,
+    factor_II: torch.Tensor,
+) -> QuantizedWeight:
+    """Each row compensated or clipped, whichever errs less."""
+    compensated = _compensate(weight_OI, grid, order_I, factor_II)
+    clipped_O, compensated_O = (moments.loss_O(part.dequantize().sub_(weight_OI)) for part in (clipped, compensated))
+    keep_O1 = (compensated_O < clipped_O).unsqueeze(1)
+    return QuantizedWeight(
+        torch.where(keep_O1, compensated.codes_OI, clipped.codes_OI),
+        torch.where(keep_O1, compensated.scales_OG, clipped.scales_OG),
+        torch.where(keep_O1, compensated.zero_points_OG, clipped.zero_points_OG),
+        grid,
+    )
+
+
+def _compensate(weight_OI: torch.Tensor, grid: Grid, order_I: torch.Tensor, factor_II: torch.Tensor) -> QuantizedWeight:
+    size = grid.group_size
+    working_IO = weight_OI[:, order_I].T.contiguous()
+    codes_OI = torch.empty(weight_OI.shape, dtype=torch.uint8)
+    scales_OG = torch.empty(len(weight_OI), weight_OI.shape[1] // size)
+    zero_points_OG = torch.empty(scales_OG.shape, dtype=torch.uint8)
+    for start in range(0, len(working_IO), size):
+        stop = start + size
+        group = _round_group(working_IO[start:stop], grid, factor_II[start:stop, start:stop])
+        working_IO[stop:].addmm_(factor_II[start:stop, stop:].T, group.errors_SO, alpha=-1)
+        place = int(order_I[start]) // size
+        codes_OI[:, order_I[start:stop]] = group.codes_SO.T.to(torch.uint8)
+        scales_OG[:, place] = group.scales_O
+        zero_points_OG[:, place] = group.zero_points_O.to(torch.uint8)
+    return QuantizedWeight(codes_OI, scales_OG, zero_points_OG, grid)
+
+
+@dataclass(frozen=True)
+class _Group:
+    codes_SO: torch.Tensor
+    errors_SO: torch.Tensor
+    """Each column's error over its U_jj: what later columns are changed by."""
+    scales_O: torch.Tensor
+    zero_points_O: torch.Tensor
+
+
+def _round_group(weight_SO: torch.Tensor, grid: Grid, factor_SS: torch.Tensor) -> _Group:
+    """Rounds a group's columns one after the other, under every shrink, and keeps each row's best."""
+    num_rows = weight_SO.shape[1]
+    shrinks_P1 = torch.tensor(SHRINKS).repeat_interleave(num_rows).unsqueeze(1)
+    working_SP = weight_SO.repeat(1, len(SHRINKS))
+    scales_P, zero_points_P = (part_P1[:, 0] for part_P1 in grid_parameters(working_SP.T, grid, shrinks_P1))
+    codes_SP, errors_SP = torch.empty_like(working_SP), torch.empty_like(working_SP)
+    for start in range(0, grid.group_size, COLUMNS_AT_ONCE):
+        stop = start + COLUMNS_AT_ONCE
+        for column in range(start, stop):
+            values_P = working_SP[column]
+            codes_P = (values_P / scales_P).round_().add_(zero_points_P).clamp_(0, grid.maximum_code)
+            rounded_P = (codes_P - zero_points_P).mul_(scales_P)
+            errors_P = (values_P - rounded_P).div_(factor_SS[column, column])
+            working_SP[column + 1 : stop].addr_(factor_SS[column, column + 1 : stop], errors_P, alpha=-1)
+            codes_SP[column], errors_SP[column] = codes_P, errors_P
+        working_SP[stop:].addmm_(factor_SS[start:stop, stop:].T, errors_SP[start:stop], alpha=-1)
+    best_O = errors_SP.square().sum(0).view(len(SHRINKS), num_rows).argmin(0)
+    chosen_O = best_O * num_rows + torch.arange(num_rows)
+    return _Group(codes_SP[:, chosen_O], errors_SP[:, chosen_O], scales_P[chosen_O], zero_points_P[chosen_O])
