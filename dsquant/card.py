@@ -45,7 +45,9 @@ def copy_files(source: Path, folder: Path) -> None:
 
 
 def serve_command(folder: Path | str) -> str:
-    """The command that serves a checkpoint; bfloat16, since float16 overflows in DeepSeek's deeper layers."""
+    """The command that serves an output; bfloat16, since float16 overflows in DeepSeek's deeper layers."""
+    if str(folder).endswith(".gguf"):
+        return f"llama-server -m {folder}"
     return f"vllm serve {folder} --dtype bfloat16"
 
 

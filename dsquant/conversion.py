@@ -2,23 +2,27 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from dsquant.gguf_conversion import keep_observed, note_importance
 from dsquant.jobs import Job, sync_folder
 from dsquant.model.activations import Activations
 from dsquant.model.streaming import Stream, embed, mtp_inputs
 from dsquant.planning import BATCH_TOKENS, Target, Unit
 from dsquant.preparation import Source
 from dsquant.quantization.layer import LayerJob, quantize_layer
+from dsquant.quantization.statistics import Importance
 from dsquant.recipe import Recipe
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.source.shards import DTYPES
 from dsquant.telemetry import Progress, Report, Stage
 from dsquant.writers.base import ShardFile
+from dsquant.writers.gguf.files import GgufFiles
+from dsquant.writers.gguf.target import GgufUnitWriter
 
 # Tables are copied in parts of this many rows: a multiple of the FP8 block, 112 MiB for R1's embedding.
 ROWS_AT_ONCE = 4096
@@ -34,6 +38,8 @@ class Run:
     report: Report
     check: Callable[[], None]
     """Raises where the job has to stop here."""
+    gguf_files: dict[PurePosixPath, GgufFiles] = field(default_factory=dict)
+    """Folder inside the output folder -> its open GGUF files."""
     bytes_written: int = 0
     tokens_done: int = 0
 
@@ -109,15 +115,53 @@ class UnitWriter:
             shard.discard()
 
 
+@dataclass
+class _Writers:
+    """Everything that one unit is written into."""
+
+    checkpoints: list[UnitWriter]
+    gguf: dict[PurePosixPath, GgufUnitWriter]
+
+    def emit(self, grid: Grid, name: str, value: QuantizedWeight | torch.Tensor) -> None:
+        for writer in self.checkpoints:
+            if writer.target.grid == grid:
+                writer.write(name, value)
+        if not grid.rounded:
+            assert isinstance(value, torch.Tensor)
+            for gguf_writer in self.gguf.values():
+                gguf_writer.write(name, value)
+
+    def note(self, grid: Grid, linear: str, importance: Importance) -> None:
+        for writer in self.gguf.values():
+            note_importance(writer, linear, importance)
+
+    def finish(self, run: Run, unit: Unit, safe_point: Callable[[str], None]) -> dict[str, dict[str, str]]:
+        """Writes the rest and brings all to disk; returns folder -> tensor -> SHA-256."""
+        for writer in self.checkpoints:
+            writer.copy_rest(safe_point)
+        hashes = {str(writer.target.folder): writer.commit() for writer in self.checkpoints}
+        for folder, gguf_writer in self.gguf.items():
+            gguf_writer.copy_rest(safe_point)
+            hashes[str(folder)] = gguf_writer.commit()
+            keep_observed(run.job.work, unit.name, gguf_writer.observed)
+            run.bytes_written += gguf_writer.bytes_written
+        return hashes
+
+
 @contextmanager
-def _unit_writers(run: Run, unit: Unit) -> Iterator[list[UnitWriter]]:
-    writers: list[UnitWriter] = []
+def _unit_writers(run: Run, unit: Unit) -> Iterator[_Writers]:
+    plan, checkpoint = run.source.plan, run.source.checkpoint
+    gguf = {
+        folder: GgufUnitWriter(checkpoint, target, run.gguf_files[folder], unit.parameters)
+        for folder, target in plan.gguf.items()
+    }
+    writers = _Writers([], gguf)
     try:
-        for target in run.source.plan.targets:
-            writers.append(UnitWriter(run, target, unit))
+        for target in plan.targets:
+            writers.checkpoints.append(UnitWriter(run, target, unit))
         yield writers
     finally:
-        for writer in writers:
+        for writer in writers.checkpoints:
             writer.discard()
 
 
@@ -152,18 +196,14 @@ def _make_unit(run: Run, unit: Unit, safe_point: Callable[[str], None]) -> None:
             outputs.flush()
         elif unit.action == "quantize":
             notes["layer"] = _quantize_layer(run, unit, writers, safe_point)
-        for writer in writers:
-            writer.copy_rest(safe_point)
-        notes["tensors"] = {str(writer.target.folder): writer.commit() for writer in writers}
+        notes["tensors"] = writers.finish(run, unit, safe_point)
     sync_folder(run.job.work)
     run.job.journal.append(unit.name, **notes)
     if unit.action == "quantize" and unit.layer is not None:
         run.hidden_path(unit.layer.index).unlink(missing_ok=True)
 
 
-def _quantize_layer(
-    run: Run, unit: Unit, writers: list[UnitWriter], safe_point: Callable[[str], None]
-) -> dict[str, Any]:
+def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callable[[str], None]) -> dict[str, Any]:
     source, layer = run.source, unit.layer
     assert layer is not None
     inputs = run.activations(run.hidden_path(layer.index))
@@ -173,12 +213,6 @@ def _quantize_layer(
         mtp_inputs(source.skeleton, source.checkpoint.weights, layer, source.tokens_NT, stream)
         inputs = prepared
     outputs = run.activations(run.hidden_path(layer.index + 1))
-
-    def emit(grid: Grid, name: str, value: QuantizedWeight | torch.Tensor) -> None:
-        for writer in writers:
-            if writer.target.grid == grid:
-                writer.write(name, value)
-
     layer_job = LayerJob(
         skeleton=source.skeleton,
         layer=layer,
@@ -186,12 +220,12 @@ def _quantize_layer(
         inputs=inputs,
         outputs=outputs,
         mlp_inputs=run.activations(run.job.work / "mlp-inputs.f32"),
-        linears=source.plan.linears.intersection(layer.linears),
-        grids=source.plan.grids,
+        linears=source.plan.linears_of(layer),
         batch_samples=run.batch_samples,
         seed=run.recipe.seed,
-        emit=emit,
+        emit=writers.emit,
         safe_point=safe_point,
+        note=writers.note,
     )
     report = quantize_layer(layer_job)
     outputs.flush()

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from dsquant.errors import InputError, Interrupted, UsageError
-from dsquant.recipe import CHANGEABLE_ON_RESUME, Recipe, format_size
+from dsquant.recipe import CHANGEABLE_ON_RESUME, JobRecipe, format_size
 
 WORK_FOLDER = ".dsquant-work"
 RECORD_FILE = "dsquant.json"
@@ -73,7 +73,7 @@ class Job:
         shutil.rmtree(self.work)
 
 
-def claim(output: Path, recipe: Recipe, resume: bool, restart: bool) -> str:
+def claim(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
     """Finds out what a run may do with an output folder; changes nothing.
 
     Args:
@@ -121,7 +121,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _check_same_recipe(output: Path, recipe: Recipe, record: dict[str, Any]) -> None:
+def _check_same_recipe(output: Path, recipe: JobRecipe, record: dict[str, Any]) -> None:
     before, now = record.get("recipe", {}), recipe.lasting()
     changed = [key for key in now if before.get(key) != now[key]]
     if changed:
@@ -133,7 +133,7 @@ def _check_same_recipe(output: Path, recipe: Recipe, record: dict[str, Any]) -> 
 
 
 @contextmanager
-def open_job(output: Path, recipe: Recipe, state: str, notes: dict[str, Any]) -> Iterator[Job]:
+def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any]) -> Iterator[Job]:
     """Takes the output folder for this run, alone.
 
     Args:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from dsquant.errors import InputError, UsageError
@@ -17,6 +17,8 @@ from dsquant.rounding import Grid
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.writers.base import ShardPlan, StoredTensor, plan_shards
 from dsquant.writers.formats import FORMATS
+from dsquant.writers.gguf.target import GgufTarget, plan_target
+from dsquant.writers.gguf.types import MIXTURES
 from dsquant.writers.protocol import Format
 
 # Tokens that pass attention together. Fixed, since the order of sums, and with it the output's bytes, depends on it.
@@ -24,6 +26,8 @@ BATCH_TOKENS = 1024
 FLOAT32_BYTES = 4
 # Computed from the config by every engine; old Llama checkpoints store them all the same.
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
+# What scales are searched on for GGUF: 4 bits with scale and minimum for 32 weights, as Q4_K has.
+GGUF_GRID = Grid(4, 32, False, rounded=False)
 
 Action = Literal["copy", "quantize", "drop"]
 
@@ -56,8 +60,10 @@ class Plan:
 
     units: tuple[Unit, ...]
     targets: tuple[Target, ...]
-    linears: frozenset[str]
-    """The linears that are quantized."""
+    gguf: Mapping[PurePosixPath, GgufTarget]
+    """Folder inside the output folder -> GGUF model."""
+    linears: Mapping[Grid, frozenset[str]]
+    """Grid -> the linears that are quantized onto it."""
     dtypes: Mapping[str, str]
     """Parameter -> safetensors dtype in which it is stored where it is not quantized."""
     memory_bytes: int
@@ -66,9 +72,14 @@ class Plan:
     """Disk for hidden states while the run lasts."""
 
     @property
-    def grids(self) -> tuple[Grid, ...]:
-        """The distinct grids of all targets."""
-        return tuple(dict.fromkeys(target.grid for target in self.targets))
+    def disk_bytes(self) -> int:
+        """Disk for the output and, while the run lasts, for hidden states."""
+        files = sum(target.shards.num_bytes for target in self.targets)
+        return self.work_bytes + files + sum(target.num_bytes for target in self.gguf.values())
+
+    def linears_of(self, layer: DecoderLayer) -> dict[Grid, frozenset[str]]:
+        """Grid -> a layer's linears that are quantized onto it."""
+        return {grid: linears.intersection(layer.linears) for grid, linears in self.linears.items()}
 
 
 def plan_run(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton) -> Plan:
@@ -88,12 +99,51 @@ def plan_run(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton) -> Plan
     """
     check_complete(checkpoint, skeleton)
     linears = _quantized_linears(recipe, skeleton)
-    units = _units(recipe, checkpoint, skeleton)
+    units = plan_units(recipe.mtp, checkpoint, skeleton)
     dtypes = {name: _plain_dtype(checkpoint, name) for name in checkpoint.weights}
-    targets = tuple(_target(recipe, name, checkpoint, skeleton, units, linears, dtypes) for name in recipe.to)
+    folders = {name: PurePosixPath(name.partition(":")[0] if len(recipe.to) > 1 else ".") for name in recipe.to}
+    targets = tuple(
+        _target(recipe, name, folder, checkpoint, skeleton, units, linears, dtypes)
+        for name, folder in folders.items()
+        if name in FORMATS
+    )
+    gguf = {
+        folders[name]: _gguf_target(recipe, name, checkpoint, skeleton, units)
+        for name in recipe.to
+        if name not in FORMATS
+    }
+    if len(gguf) < len(recipe.to) - len(targets):
+        raise UsageError("--to gguf:TYPE can be given once; run `dsquant gguf` for further types")
+    by_grid = {target.grid: linears for target in targets}
+    if gguf:
+        by_grid[GGUF_GRID] = frozenset(linear for layer in _touched(recipe, skeleton) for linear in layer.linears)
+    everything = frozenset().union(*by_grid.values())
     hidden_bytes = recipe.samples * recipe.seq_len * skeleton.config["hidden_size"] * FLOAT32_BYTES
-    memory = _memory_bytes(recipe, checkpoint, skeleton, linears)
-    return Plan(units, targets, linears, dtypes, memory, 3 * hidden_bytes)
+    memory = layer_memory_bytes(recipe.seq_len, checkpoint, skeleton, everything)
+    return Plan(units, targets, gguf, by_grid, dtypes, memory, 3 * hidden_bytes)
+
+
+def _touched(recipe: Recipe, skeleton: Skeleton) -> tuple[DecoderLayer, ...]:
+    return skeleton.layers if recipe.mtp == "quantize" else skeleton.layers[: skeleton.num_layers]
+
+
+def _gguf_target(
+    recipe: Recipe, name: str, checkpoint: Checkpoint, skeleton: Skeleton, units: tuple[Unit, ...]
+) -> GgufTarget:
+    type_name = name.partition(":")[2]
+    if type_name not in MIXTURES:
+        raise UsageError(f"--to {name}: dsquant writes gguf: with {', '.join(MIXTURES)}")
+    for layer in skeleton.layers[: skeleton.num_layers]:
+        for linear in layer.linears:
+            columns = checkpoint.weights.shape(f"{linear}.weight")[1]
+            if columns % GGUF_GRID.group_size:
+                raise UsageError(
+                    f"--to {name}: {linear} has {columns} columns, no multiple of {GGUF_GRID.group_size}, so scales "
+                    "cannot be searched for it; run `dsquant gguf` with --calibration instead"
+                )
+    parameters = [parameter for unit in units if unit.action != "drop" for parameter in unit.parameters]
+    num_mtp_layers = 0 if recipe.mtp == "drop" else skeleton.num_mtp_layers
+    return plan_target(checkpoint, Path(recipe.model).name, type_name, parameters, num_mtp_layers, True)
 
 
 def check_complete(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
@@ -130,14 +180,24 @@ def check_complete(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
 
 
 def _quantized_linears(recipe: Recipe, skeleton: Skeleton) -> frozenset[str]:
-    layers = skeleton.layers if recipe.mtp == "quantize" else skeleton.layers[: skeleton.num_layers]
+    layers = _touched(recipe, skeleton)
     mixture = any(layer.experts for layer in layers)
     if (recipe.preset or "quality") == "quality" and mixture:
         return frozenset(linear for layer in layers for mlp in layer.experts for linear in mlp.linears)
     return frozenset(linear for layer in layers for linear in layer.linears)
 
 
-def _units(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[Unit, ...]:
+def plan_units(mtp: str, checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[Unit, ...]:
+    """Divides a model into units of work.
+
+    Args:
+        mtp: `keep`, `quantize` or `drop` the multi-token-prediction layers.
+        checkpoint: the source.
+        skeleton: its network.
+
+    Returns:
+        Embedding, decoder layers, head, MTP layers, in this order.
+    """
     names = [name for name in checkpoint.weights if not name.endswith(COMPUTED_SUFFIX)]
     per_layer: dict[int, list[str]] = {layer.index: [] for layer in skeleton.layers}
     rest = []
@@ -153,7 +213,7 @@ def _units(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[
     ]
     actions: dict[str, Action] = {"keep": "copy", "quantize": "quantize", "drop": "drop"}
     extra = [
-        Unit(layer.prefix, tuple(per_layer[layer.index]), actions[recipe.mtp], layer)
+        Unit(layer.prefix, tuple(per_layer[layer.index]), actions[mtp], layer)
         for layer in skeleton.layers[skeleton.num_layers :]
     ]
     return (Unit("embedding", (EMBEDDING,), "copy"), *decoder, Unit("head", tuple(rest), "copy"), *extra)
@@ -167,6 +227,7 @@ def _plain_dtype(checkpoint: Checkpoint, name: str) -> str:
 def _target(
     recipe: Recipe,
     name: str,
+    folder: PurePosixPath,
     checkpoint: Checkpoint,
     skeleton: Skeleton,
     units: tuple[Unit, ...],
@@ -192,7 +253,6 @@ def _target(
         for unit in units
         if unit.action != "drop"
     ]
-    folder = PurePosixPath(name if len(recipe.to) > 1 else ".")
     return Target(output_format, grid, folder, plan_shards(tensors, recipe.max_shard_bytes))
 
 
@@ -200,8 +260,18 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def _memory_bytes(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str]) -> int:
-    """The largest stage's need; benchmarks/r1_width.py compares it with what a run really takes."""
+def layer_memory_bytes(seq_len: int, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str]) -> int:
+    """The largest stage's need; benchmarks/r1_width.py compares it with what a run really takes.
+
+    Args:
+        seq_len: tokens of a sample.
+        checkpoint: the source.
+        skeleton: its network.
+        linears: those that are quantized onto a grid.
+
+    Returns:
+        Bytes of resident memory.
+    """
     hidden = skeleton.config["hidden_size"]
     rounds = ELEMENTS_AT_ONCE * FLOAT32_BYTES * 8  # clip and rounding work on parts with about 8 temporaries
     layer_needs = []
@@ -213,7 +283,7 @@ def _memory_bytes(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton, li
         largest = max(sum(sizes[linear] for linear in mlp.linears) for mlp in layer.mlps) * FLOAT32_BYTES
         widths = [checkpoint.weights.shape(f"{linear}.weight")[1] for linear in layer.attention_linears]
         statistics = FLOAT32_BYTES * FACTOR_ROWS * (sum(widths) + 4 * hidden)
-        attention = 6 * FLOAT32_BYTES * max(BATCH_TOKENS, recipe.seq_len) * _widest_attention(checkpoint, layer)
+        attention = 6 * FLOAT32_BYTES * max(BATCH_TOKENS, seq_len) * _widest_attention(checkpoint, layer)
         rows = 6 * FLOAT32_BYTES * ROWS_AT_ONCE * hidden
         layer_needs += [int(dense * (1 + folded_and_rounded)) + statistics + max(attention, rounds)]
         layer_needs += [5 * largest + statistics + rounds + rows]
@@ -230,18 +300,18 @@ def _widest_attention(checkpoint: Checkpoint, layer: DecoderLayer) -> int:
     return max(checkpoint.weights.shape(f"{linear}.weight")[0] for linear in layer.attention_linears)
 
 
-def check_memory(plan: Plan, budget_bytes: int, resident_bytes: int) -> None:
+def check_memory(needed_bytes: int, budget_bytes: int, resident_bytes: int) -> None:
     """Refuses a budget that cannot work.
 
     Args:
-        plan: the run's plan.
+        needed_bytes: what the run needs.
         budget_bytes: the budget.
         resident_bytes: what the process holds already.
 
     Raises:
         UsageError: where the run needs more, with the number.
     """
-    needed = plan.memory_bytes + resident_bytes
+    needed = needed_bytes + resident_bytes
     if needed > budget_bytes:
         raise UsageError(
             f"--memory-budget {format_size(budget_bytes)} is too small: this model and calibration need "

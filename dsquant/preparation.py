@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from dsquant.calibration import calibration_tokens, load_tokenizer
 from dsquant.errors import InputError
 from dsquant.model.skeleton import Skeleton
 from dsquant.planning import Plan, plan_run
-from dsquant.recipe import Recipe, format_size
+from dsquant.recipe import GgufRecipe, Recipe, format_size
 from dsquant.source.checkpoint import Checkpoint, open_checkpoint
 from dsquant.source.locate import locate
 
@@ -44,53 +45,93 @@ def open_source(recipe: Recipe) -> Source:
         InputError: where anything is missing, damaged or contradicts something else.
         UsageError: where a format cannot store what the recipe asks for.
     """
-    checkpoint = open_checkpoint(locate(recipe.model))
+    checkpoint, skeleton = open_model(recipe.model)
+    plan = plan_run(recipe, checkpoint, skeleton)
+    tokenizer = open_tokenizer(checkpoint)
+    tokens_NT, calibration = open_calibration(recipe, tokenizer)
+    return Source(checkpoint, skeleton, tokenizer, tokens_NT, calibration, plan)
+
+
+def open_model(model: str) -> tuple[Checkpoint, Skeleton]:
+    """Opens an unquantized checkpoint and builds its network.
+
+    Args:
+        model: a folder, a hub id, or `tiny-r1`.
+
+    Returns:
+        The checkpoint and its network.
+
+    Raises:
+        InputError: where it is missing, damaged, or quantized already.
+    """
+    checkpoint = open_checkpoint(locate(model))
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method", "fp8")
     if method != "fp8":
         raise InputError(
             f"{checkpoint.folder}: the model is already quantized ({method}); start from the FP8 or BF16 release"
         )
-    skeleton = Skeleton(checkpoint)
-    plan = plan_run(recipe, checkpoint, skeleton)
-    tokenizer = load_tokenizer(checkpoint.folder)
-    _check_vocabulary(checkpoint, tokenizer)
+    return checkpoint, Skeleton(checkpoint)
+
+
+def open_calibration(recipe: Recipe | GgufRecipe, tokenizer: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Tokenizes the calibration texts.
+
+    Args:
+        recipe: names the texts, samples and tokens.
+        tokenizer: the model's.
+
+    Returns:
+        Tokens int64 [N, T], and where they come from with their hash.
+    """
     tokens = calibration_tokens(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
     calibration = {key: value for key, value in asdict(tokens).items() if key != "tokens"}
-    calibration |= {"samples": len(tokens.tokens), "seq_len": tokens.tokens.shape[1]}
-    return Source(checkpoint, skeleton, tokenizer, tokens.tokens, calibration, plan)
+    return tokens.tokens, calibration | {"samples": len(tokens.tokens), "seq_len": tokens.tokens.shape[1]}
 
 
-def _check_vocabulary(checkpoint: Checkpoint, tokenizer: Any) -> None:
+def open_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Loads a checkpoint's tokenizer and checks it against the embedding.
+
+    Args:
+        checkpoint: the checkpoint.
+
+    Returns:
+        A transformers tokenizer.
+
+    Raises:
+        InputError: where it is missing, or has more tokens than the embedding has rows.
+    """
+    tokenizer = load_tokenizer(checkpoint.folder)
     rows = checkpoint.weights.shape("model.embed_tokens.weight")[0]
     if len(tokenizer) > rows:
         raise InputError(
             f"{checkpoint.folder / 'tokenizer.json'}: the tokenizer has {len(tokenizer)} tokens, tensor "
             f"'model.embed_tokens.weight' only {rows} rows; tokenizer and weights are of different models"
         )
+    return tokenizer
 
 
-def memory_budget(recipe: Recipe) -> int:
+def memory_budget(recipe: Recipe | GgufRecipe) -> int:
     """The budget in bytes: the recipe's, or 80 % of what is available now, at most 16 GiB."""
     import psutil
 
     return recipe.memory_budget or min(LARGEST_DEFAULT_BUDGET, int(psutil.virtual_memory().available * 0.8))
 
 
-def check_disk(recipe: Recipe, plan: Plan) -> None:
+def check_disk(output: Path, needed_bytes: int) -> None:
     """Refuses to begin where the disk cannot hold the output.
 
     Args:
-        recipe: the run's recipe.
-        plan: its plan.
+        output: the folder to make.
+        needed_bytes: what will lie in it at the most, with what is there already.
 
     Raises:
         InputError: with the bytes needed and free.
     """
-    existing = next(path for path in (recipe.output.absolute(), *recipe.output.absolute().parents) if path.exists())
-    there = sum(path.stat().st_size for path in recipe.output.rglob("*") if path.is_file())
+    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    there = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     statistics = os.statvfs(existing)
     free = statistics.f_bavail * statistics.f_frsize
-    needed = plan.work_bytes + sum(target.shards.num_bytes for target in plan.targets) - there
+    needed = needed_bytes - there
     if needed > free:
         raise InputError(
             f"{existing}: the output needs {format_size(needed)} more, {format_size(free)} are free; make room or "

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -17,55 +17,16 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 Preset = Literal["quality", "compact"]
 
 
-class Recipe(BaseModel):
-    """Everything that determines a quantization run.
-
-    Attributes:
-        model: a folder, a hub id, or `tiny-r1`.
-        output: the folder to make.
-        to: formats, `awq` and `compressed-tensors`.
-        bits: bits of a code.
-        group_size: input channels that share a scale.
-        symmetric: whether zero points are constant; None takes what each format's engines want.
-        preset: `quality` quantizes routed experts only, `compact` every linear of the decoder; None is quality for
-            mixtures of experts and compact for dense models.
-        calibration: texts, mixes or hub sets.
-        samples: calibration samples.
-        seq_len: tokens of a sample.
-        seed: of the choice of texts and of every random sum.
-        mtp: what happens to multi-token-prediction layers: kept in BF16, quantized, or dropped.
-        max_shard_bytes: upper bound on a shard's size, as far as single tensors allow.
-        memory_budget: bytes of resident memory; None is 80 % of what is available, at most 16 GiB.
-        evaluate: whether the output is compared with the original at the end.
-    """
+class JobRecipe(BaseModel):
+    """What the recipes of all jobs share: an output folder, and a hash of what determines its bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = "tiny-r1"
     output: Path
-    to: tuple[Literal["awq", "compressed-tensors"], ...] = ("awq",)
-    bits: Literal[3, 4, 8] = 4
-    group_size: Literal[32, 64, 128] = 128
-    symmetric: bool | None = None
-    preset: Preset | None = None
-    calibration: tuple[str, ...] = ("r1-mix",)
-    samples: int = Field(default=64, ge=1)
-    seq_len: int = Field(default=512, ge=8)
-    seed: int = Field(default=0, ge=0)
-    mtp: Literal["keep", "quantize", "drop"] = "keep"
-    max_shard_bytes: int = Field(default=5 * 2**30, ge=1)
-    memory_budget: int | None = Field(default=None, ge=1)
-    evaluate: bool = True
-
-    @field_validator("to")
-    @classmethod
-    def _distinct(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
-        if not formats or len(set(formats)) != len(formats):
-            raise ValueError(f"name each format once, found {', '.join(formats) or 'none'}")
-        return formats
 
     @classmethod
-    def checked(cls, **fields: Any) -> "Recipe":
+    def checked(cls, **fields: Any) -> Self:
         """Builds a recipe.
 
         Args:
@@ -93,6 +54,85 @@ class Recipe(BaseModel):
     def hash(self) -> str:
         """SHA-256 of `lasting`, hexadecimal."""
         return hashlib.sha256(json.dumps(self.lasting(), sort_keys=True).encode()).hexdigest()
+
+
+class Recipe(JobRecipe):
+    """Everything that determines a quantization run.
+
+    Attributes:
+        model: a folder, a hub id, or `tiny-r1`.
+        output: the folder to make.
+        to: formats: `awq`, `compressed-tensors`, and `gguf:TYPE` with a type of llama.cpp.
+        bits: bits of a code.
+        group_size: input channels that share a scale.
+        symmetric: whether zero points are constant; None takes what each format's engines want.
+        preset: `quality` quantizes routed experts only, `compact` every linear of the decoder; None is quality for
+            mixtures of experts and compact for dense models.
+        calibration: texts, mixes or hub sets.
+        samples: calibration samples.
+        seq_len: tokens of a sample.
+        seed: of the choice of texts and of every random sum.
+        mtp: what happens to multi-token-prediction layers: kept in BF16, quantized, or dropped.
+        max_shard_bytes: upper bound on a shard's size, as far as single tensors allow.
+        memory_budget: bytes of resident memory; None is 80 % of what is available, at most 16 GiB.
+        evaluate: whether the output is compared with the original at the end.
+    """
+
+    to: tuple[str, ...] = ("awq",)
+    bits: Literal[3, 4, 8] = 4
+    group_size: Literal[32, 64, 128] = 128
+    symmetric: bool | None = None
+    preset: Preset | None = None
+    calibration: tuple[str, ...] = ("r1-mix",)
+    samples: int = Field(default=64, ge=1)
+    seq_len: int = Field(default=512, ge=8)
+    seed: int = Field(default=0, ge=0)
+    mtp: Literal["keep", "quantize", "drop"] = "keep"
+    max_shard_bytes: int = Field(default=5 * 2**30, ge=1)
+    memory_budget: int | None = Field(default=None, ge=1)
+    evaluate: bool = True
+
+    @field_validator("to")
+    @classmethod
+    def _distinct(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
+        if not formats or len(set(formats)) != len(formats):
+            raise ValueError(f"name each format once, found {', '.join(formats) or 'none'}")
+        for name in formats:
+            if name not in ("awq", "compressed-tensors") and not re.fullmatch(r"gguf:[A-Z0-9_]+\+?", name):
+                raise ValueError(f"{name!r} is none of awq, compressed-tensors, gguf:TYPE")
+        return formats
+
+
+class GgufRecipe(JobRecipe):
+    """Everything that determines a conversion to GGUF.
+
+    Attributes:
+        model: a folder, a hub id, or `tiny-r1`.
+        output: the folder to make.
+        type: a type or mixture of `dsquant.writers.gguf.types.MIXTURES`.
+        tensor_types: overrides `REGEX=TYPE`; the first that is found in a tensor's GGUF name counts.
+        imatrix: a file of importances to use.
+        calibration: texts, mixes or hub sets to take importances from; none where empty.
+        samples: calibration samples.
+        seq_len: tokens of a sample.
+        seed: of the choice of texts.
+        mtp: whether the multi-token-prediction layer is kept as `nextn` tensors or dropped.
+        split_max_bytes: the most tensor data in one file, as far as single tensors allow; 0 makes one file.
+        memory_budget: bytes of resident memory; None is 80 % of what is available, at most 16 GiB.
+        evaluate: whether the output is compared with the original at the end.
+    """
+
+    type: str
+    tensor_types: tuple[str, ...] = ()
+    imatrix: Path | None = None
+    calibration: tuple[str, ...] = ()
+    samples: int = Field(default=64, ge=1)
+    seq_len: int = Field(default=512, ge=8)
+    seed: int = Field(default=0, ge=0)
+    mtp: Literal["keep", "drop"] = "drop"
+    split_max_bytes: int = Field(default=0, ge=0)
+    memory_budget: int | None = Field(default=None, ge=1)
+    evaluate: bool = True
 
 
 def parse_size(text: str) -> int:

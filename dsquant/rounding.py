@@ -22,6 +22,8 @@ class Grid:
     bits: int = 4
     group_size: int = 128
     symmetric: bool = False
+    rounded: bool = True
+    """False: scales are searched for this grid, but weights go on unrounded, to a format that rounds itself."""
 
     @property
     def maximum_code(self) -> int:

@@ -33,8 +33,8 @@ def folded_weights(folder: Path, tokens: torch.Tensor, group_size: int, stored: 
     for layer in skeleton.layers[: skeleton.num_layers]:
         linears = frozenset(layer.linears)
         job = LayerJob(
-            skeleton, layer, checkpoint.weights, inputs, outputs, mlp_inputs, linears,
-            (Grid(4, group_size, True),), 2, 0, emit, lambda name: None, rounded=False,
+            skeleton, layer, checkpoint.weights, inputs, outputs, mlp_inputs,
+            {Grid(4, group_size, True, rounded=False): linears}, 2, 0, emit, lambda name: None,
         )  # fmt: skip
         quantize_layer(job)
         inputs, outputs = outputs, inputs

@@ -21,6 +21,8 @@ class AttentionResult:
     fold: Fold = field(default_factory=Fold)
     linears: dict[str, QuantizedWeight] = field(default_factory=dict)
     """By linear, of the folded weights."""
+    scales: dict[ScaleGroup, torch.Tensor] = field(default_factory=dict)
+    """By group, float32 [I]; none where nothing is folded."""
 
     def dequantized(self) -> dict[str, torch.Tensor]:
         """Parameter name -> what an engine computes with."""
@@ -51,7 +53,7 @@ def quantize_attention(
         for group in layer.attention
         for linear in group.consumers
     }
-    return AttentionResult(fold, linears)
+    return AttentionResult(fold, linears, scales)
 
 
 def round_attention(layer: DecoderLayer, weights: Weights, grid: Grid) -> AttentionResult:

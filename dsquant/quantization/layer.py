@@ -6,7 +6,7 @@ the scales that all of them share. The next layer's inputs are the original laye
 Shape legend: N samples, T tokens, H hidden size, R tokens of all samples, E experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,7 @@ from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup
 from dsquant.quantization.attention import AttentionResult, quantize_attention, round_attention
 from dsquant.quantization.mlp import MlpErrors, MlpInputs, prove_same, quantize_mlp, scaled, search_norm_scales
 from dsquant.quantization.scale import fold_of
-from dsquant.quantization.statistics import InputMoments, InputStatistics
+from dsquant.quantization.statistics import Importance, InputMoments, InputStatistics
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.source.weights import Weights
 
@@ -35,6 +35,10 @@ CHECK_SAMPLES = 2
 Emit = Callable[[Grid, str, QuantizedWeight | torch.Tensor], None]
 """Gets the grid, and a linear's name with its quantized weight or a folded parameter's name with its float32 values.
 What is not emitted has not changed."""
+
+Note = Callable[[Grid, str, Importance], None]
+# Behind kv_b_proj's name: the importance of its keys, which in llama.cpp multiply queries and not the latent.
+KEYS_SUFFIX = ".keys"
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,24 @@ class LayerJob:
     """Gets the original layer's outputs."""
     mlp_inputs: Activations
     """Gets what the MLPs read."""
-    linears: frozenset[str]
-    """The layer's linears that are quantized."""
-    grids: tuple[Grid, ...]
+    linears: Mapping[Grid, frozenset[str]]
+    """Grid -> the layer's linears that are quantized onto it."""
     batch_samples: int
     seed: int
     emit: Emit
     safe_point: Callable[[str], None]
     """Called with a module's name before its work begins; may raise to stop."""
-    rounded: bool = True
-    """False emits every linear folded but not rounded: for formats that round themselves, and to prove the fold."""
+    note: Note = lambda grid, linear, importance: None
+    """Gets the importance of each linear's inputs under the scales, for grids that are not rounded."""
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The grids."""
+        return tuple(self.linears)
+
+    def anywhere(self, linear: str) -> bool:
+        """Whether a linear is quantized onto any grid."""
+        return any(linear in linears for linears in self.linears.values())
 
 
 @dataclass
@@ -104,12 +116,16 @@ def quantize_layer(job: LayerJob) -> LayerReport:
             f"{job.layer.norm}: the hidden states are not finite here; the weights of this or an earlier layer are out "
             "of any sensible range"
         )
-    added = _top_up(job, routing) if routing else {}
+    added = {}
+    if routing and job.anywhere(job.layer.experts[0].up):
+        added = top_up(job.layer, job.weights, job.mlp_inputs, routing)
     inputs = {mlp: _inputs_of(job, mlp, routing, added) for mlp in job.layer.mlps}
     folds, reports = [], []
     for grid in job.grids:
         report = GridReport()
         attention = _attention(job, grid, attention_moments, report)
+        if not grid.rounded:
+            _note_attention(job, grid, attention_moments, attention)
         norm_fold, norm_scales_H = _norm_fold(job, grid, inputs, norm_moments)
         _emit_dense_part(job, grid, attention, norm_fold)
         folds.append(norm_scales_H)
@@ -129,7 +145,7 @@ def _run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], InputM
     statistics = {
         group: InputStatistics(job.weights.shape(f"{group.consumers[0]}.weight")[1], job.seed)
         for group in job.layer.attention
-        if group.consumers[0] in job.linears
+        if job.anywhere(group.consumers[0])
     }
     norm_statistics = InputStatistics(job.inputs.shape[2], job.seed)
     observers: dict[str, Observer] = {
@@ -148,17 +164,27 @@ def _run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], InputM
     return moments, norm_statistics.moments(), routing
 
 
-def _top_up(job: LayerJob, routing: Routing) -> dict[int, torch.Tensor]:
-    """For each rare expert the tokens to add: those whose router scores for it are highest among all others."""
-    assert job.layer.router is not None
-    counts = routing.counts(len(job.layer.experts))
-    wanted = min(FEWEST_TOKENS, job.mlp_inputs.num_rows)
+def top_up(layer: DecoderLayer, weights: Weights, mlp_inputs: Activations, routing: Routing) -> dict[int, torch.Tensor]:
+    """For each rare expert the tokens to add: those whose router scores for it are highest among all others.
+
+    Args:
+        layer: a layer with experts.
+        weights: its weights.
+        mlp_inputs: what the experts read.
+        routing: the tokens of each expert.
+
+    Returns:
+        Expert -> int64 rows of `mlp_inputs`, so many that with its own it has `FEWEST_TOKENS` or all there are.
+    """
+    assert layer.router is not None
+    counts = routing.counts(len(layer.experts))
+    wanted = min(FEWEST_TOKENS, mlp_inputs.num_rows)
     rare = [expert for expert, count in enumerate(counts.tolist()) if count < wanted]
-    if not rare or job.layer.experts[0].up not in job.linears:
+    if not rare:
         return {}
-    router_EH = job.weights[job.layer.router][rare]
-    parts = torch.arange(job.mlp_inputs.num_rows).split(ROWS_AT_ONCE)
-    scores_RE = torch.cat([job.mlp_inputs.rows(part_R) @ router_EH.T for part_R in parts])
+    router_EH = weights[layer.router][rare]
+    parts = torch.arange(mlp_inputs.num_rows).split(ROWS_AT_ONCE)
+    scores_RE = torch.cat([mlp_inputs.rows(part_R) @ router_EH.T for part_R in parts])
     added = {}
     for place, expert in enumerate(rare):
         own_R, _ = routing.tokens_of(expert)
@@ -179,7 +205,7 @@ def _attention(
     job: LayerJob, grid: Grid, moments: dict[ScaleGroup, InputMoments], report: GridReport
 ) -> AttentionResult:
     """Attention quantized; plainly rounded where the search does not lower its own output's error."""
-    if not moments:
+    if not job.linears[grid].intersection(job.layer.attention_linears):
         return AttentionResult()
     weights = ResidentWeights(job.weights)
     searched = quantize_attention(job.layer, weights, moments, grid)
@@ -200,6 +226,26 @@ def _attention(
     return rounded
 
 
+def _note_attention(
+    job: LayerJob, grid: Grid, moments: Mapping[ScaleGroup, InputMoments], attention: AttentionResult
+) -> None:
+    """Notes the importance of what attention's linears read under the scales."""
+    config = job.skeleton.config
+    for group, group_moments in moments.items():
+        scales_I = attention.scales.get(group)
+        divided = group_moments if scales_I is None else group_moments.divided(scales_I)
+        for linear in group.consumers:
+            job.note(grid, linear, divided.importance)
+        query = next((name for name in group.consumers if name.endswith((".q_b_proj", ".q_proj"))), None)
+        if query is not None and "qk_nope_head_dim" in config:  # folding does not change what comes out of q_b_proj
+            squares_HD = group_moments.loss_O(job.weights[f"{query}.weight"]).unflatten(
+                0, (config["num_attention_heads"], -1)
+            )
+            keys = squares_HD[:, : config["qk_nope_head_dim"]] * group_moments.count
+            linear = f"{job.layer.prefix}.self_attn.kv_b_proj{KEYS_SUFFIX}"
+            job.note(grid, linear, Importance(keys.contiguous(), group_moments.count))
+
+
 def _few_samples(job: LayerJob, weights: Weights) -> tuple[torch.Tensor, Routing | None]:
     """The dense part's outputs [n, T, H] and the routing of a few samples under other weights."""
     inputs = Activations(job.inputs.samples(0, min(CHECK_SAMPLES, job.inputs.shape[0])))
@@ -214,7 +260,7 @@ def _norm_fold(
     """The fold of the norm before the MLPs, and its scales [H]; identity where no MLP is quantized."""
     layer = job.layer
     identity_H = torch.ones(job.inputs.shape[2])
-    judges = [mlp for mlp in layer.mlps if mlp.up in job.linears and len(inputs[mlp].rows_R)]
+    judges = [mlp for mlp in layer.mlps if mlp.up in job.linears[grid] and len(inputs[mlp].rows_R)]
     if not judges:
         return Fold(), identity_H
     judges = sorted(judges, key=lambda mlp: -len(inputs[mlp].rows_R))[:SCALE_EXPERTS]
@@ -247,7 +293,7 @@ def _emit_dense_part(job: LayerJob, grid: Grid, attention: AttentionResult, norm
         same = torch.equal(wanted_routing.expert_RK.sort(1).values, found_routing.expert_RK.sort(1).values)
         assert same, f"{job.layer.prefix}: folding the scales changed the routing; please report this"
     in_mlps = {f"{linear}.weight" for mlp in job.layer.mlps for linear in mlp.linears}
-    emitted = attention.linears if job.rounded else {}
+    emitted = attention.linears if grid.rounded else {}
     for linear, weight in emitted.items():
         job.emit(grid, linear, weight)
     for name in dict.fromkeys((*fold.rows, *fold.columns)):
@@ -269,20 +315,22 @@ def _quantize_mlp(
     if mlp.expert is not None:
         assert routing is not None
         _add_contribution(job, original, *routing.tokens_of(mlp.expert))
-    if mlp.up not in job.linears:
-        if job.linears:
-            for grid, norm_scales_H in zip(job.grids, norm_scales, strict=True):
-                _emit_folded(job, grid, mlp, scaled(original, norm_scales_H, torch.ones(len(original.up_WH))))
-        return
-    moments = _moments(job, original, inputs, job.seed + number)
+    moments = _moments(job, original, inputs, job.seed + number) if job.anywhere(mlp.up) else None
     for grid, norm_scales_H, found in zip(job.grids, norm_scales, errors, strict=True):
+        if moments is None or mlp.up not in job.linears[grid]:
+            if job.linears[grid]:
+                _emit_folded(job, grid, mlp, scaled(original, norm_scales_H, torch.ones(len(original.up_WH))))
+            continue
         result = quantize_mlp(job.skeleton, mlp, original, inputs, moments, norm_scales_H, grid)
         found.append(result.errors)
-        if not job.rounded:
-            _emit_folded(job, grid, mlp, result.folded)
+        if grid.rounded:
+            for linear, quantized in result.linears.items():
+                job.emit(grid, linear, quantized)
             continue
-        for linear, quantized in result.linears.items():
-            job.emit(grid, linear, quantized)
+        of_input, of_hidden = (part.importance for part in result.moments)
+        for linear, importance in zip(mlp.linears, (of_input, of_input, of_hidden), strict=True):
+            job.note(grid, linear, importance)
+        _emit_folded(job, grid, mlp, result.folded)
 
 
 def _emit_folded(job: LayerJob, grid: Grid, mlp: Mlp, folded: GatedWeights) -> None:

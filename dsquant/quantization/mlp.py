@@ -148,6 +148,8 @@ class MlpResult:
     """The weights with all scales folded in, not rounded."""
     linears: dict[str, QuantizedWeight]
     """By linear, ready for a writer."""
+    moments: tuple[InputMoments, InputMoments]
+    """Of the inputs of gate and up, and of down, under the scales."""
     errors: MlpErrors
 
 
@@ -210,7 +212,10 @@ def quantize_mlp(
         energy=norm * len(inputs.rows_R) / max(1, len(inputs_RH)),
         plain=plain,
     )
-    return MlpResult(unscaled if plain else folded, dict(zip(mlp.linears, linears, strict=True)), errors)
+    hidden = hidden_moments if plain else hidden_moments.divided(up_scales_W)
+    return MlpResult(
+        unscaled if plain else folded, dict(zip(mlp.linears, linears, strict=True)), (divided, hidden), errors
+    )
 
 
 def scaled(original: GatedWeights, norm_scales_H: torch.Tensor, up_scales_W: torch.Tensor) -> GatedWeights:

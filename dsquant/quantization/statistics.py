@@ -15,6 +15,16 @@ WIDEST_GRAM = 2048
 BLOCK = 128
 
 
+@dataclass(frozen=True)
+class Importance:
+    """How much each input channel of a linear matters: sums of squares over the tokens that reach it."""
+
+    squares_I: torch.Tensor
+    """float32 [I], or [H, N] for the keys of MLA."""
+    count: int
+    """Tokens behind the sums."""
+
+
 class InputStatistics:
     """Sums over the inputs of a linear; the cost of every later loss is independent of the number of tokens."""
 
@@ -82,6 +92,11 @@ class InputMoments:
     def rms_I(self) -> torch.Tensor:
         """Root mean square of each input channel, float32 [I]."""
         return self.blocks_GBB.diagonal(dim1=1, dim2=2).flatten().clamp(min=0).sqrt()
+
+    @property
+    def importance(self) -> Importance:
+        """The diagonal alone."""
+        return Importance(self.rms_I.square() * self.count, self.count)
 
     def divided(self, scales_I: torch.Tensor) -> "InputMoments":
         """The moments of inputs whose channels are divided by `scales_I`."""

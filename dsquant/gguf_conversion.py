@@ -1,0 +1,283 @@
+"""Makes GGUF files: plans every tensor from headers, then fills the files unit by unit; the job can be resumed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dsquant.errors import InputError, UsageError
+from dsquant.jobs import PARTIAL, Job, sync_folder
+from dsquant.model.activations import Activations
+from dsquant.model.skeleton import Skeleton
+from dsquant.model.streaming import Stream, embed, mtp_inputs
+from dsquant.model.structure import DecoderLayer
+from dsquant.planning import BATCH_TOKENS, FLOAT32_BYTES, Unit, check_complete, layer_memory_bytes, plan_units
+from dsquant.preparation import open_calibration, open_model, open_tokenizer
+from dsquant.quantization.importance import ObservationJob, observe_layer
+from dsquant.quantization.layer import KEYS_SUFFIX
+from dsquant.quantization.statistics import Importance
+from dsquant.recipe import GgufRecipe
+from dsquant.source.checkpoint import Checkpoint
+from dsquant.telemetry import Progress, Report, Stage
+from dsquant.writers.gguf.files import GgufFiles, GgufTensor
+from dsquant.writers.gguf.target import ELEMENTS_AT_ONCE, GgufTarget, GgufUnitWriter, plan_target
+from dsquant.writers.gguf.types import MIXTURES, parse_overrides
+from dsquant.writers.imatrix import TensorImportance, fitted, read_imatrix, write_imatrix
+
+IMATRIX_FILE = "imatrix.gguf"
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    """A model to convert, opened, checked and planned from headers."""
+
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    units: tuple[Unit, ...]
+    target: GgufTarget
+    imatrix: dict[str, TensorImportance] | None
+    """From a file; None where there is none."""
+    tokenizer: Any
+    tokens_NT: torch.Tensor | None
+    """Calibration tokens; None without calibration."""
+    calibration: dict[str, Any] | None
+    notes: tuple[str, ...]
+    """What a user should know, in words."""
+    memory_bytes: int
+
+    @property
+    def disk_bytes(self) -> int:
+        """Disk for the files and, while the job lasts, for hidden states."""
+        return self.target.num_bytes + self.work_bytes
+
+    @property
+    def work_bytes(self) -> int:
+        """Disk for hidden states while the job lasts."""
+        if self.tokens_NT is None:
+            return 0
+        return 3 * self.tokens_NT.numel() * int(self.skeleton.config["hidden_size"]) * FLOAT32_BYTES
+
+
+def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
+    """Opens and validates everything a conversion reads, and plans its files to the byte.
+
+    Args:
+        recipe: the conversion.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InputError: where model, tokenizer, texts or imatrix are missing, damaged or contradict each other.
+        UsageError: where the type is unknown, or nothing installed can make it.
+    """
+    if recipe.type not in MIXTURES:
+        raise UsageError(f"type {recipe.type!r} is unknown; dsquant writes {', '.join(MIXTURES)}")
+    if recipe.imatrix and recipe.calibration:
+        raise UsageError("give an imatrix file or a calibration text, not both")
+    checkpoint, skeleton = open_model(recipe.model)
+    check_complete(checkpoint, skeleton)
+    units = plan_units(recipe.mtp, checkpoint, skeleton)
+    num_mtp_layers = skeleton.num_mtp_layers if recipe.mtp == "keep" else 0
+    target = plan_target(
+        checkpoint,
+        Path(recipe.model).name,
+        recipe.type,
+        [name for unit in units if unit.action != "drop" for name in unit.parameters],
+        num_mtp_layers,
+        bool(recipe.imatrix or recipe.calibration),
+        parse_overrides(recipe.tensor_types),
+        recipe.split_max_bytes,
+    )
+    notes = list(target.notes)
+    if skeleton.num_mtp_layers and not num_mtp_layers:
+        notes.append("the multi-token-prediction layer is left out (--mtp keep writes it, for llama.cpp of 2026 on)")
+    imatrix = None
+    if recipe.imatrix:
+        imatrix, found = _fitting_imatrix(recipe.imatrix, target.tensors)
+        notes += found
+    tokenizer = open_tokenizer(checkpoint)
+    tokens_NT, calibration = open_calibration(recipe, tokenizer) if recipe.calibration else (None, None)
+    memory = 6 * FLOAT32_BYTES * max(ELEMENTS_AT_ONCE, target.largest_whole)
+    if tokens_NT is not None:
+        memory = max(memory, layer_memory_bytes(recipe.seq_len, checkpoint, skeleton, frozenset()))
+    parts = (checkpoint, skeleton, units, target, imatrix, tokenizer, tokens_NT, calibration, tuple(notes), memory)
+    return GgufPlan(*parts)
+
+
+def _fitting_imatrix(path: Path, tensors: Mapping[str, GgufTensor]) -> tuple[dict[str, TensorImportance], list[str]]:
+    entries = read_imatrix(path)
+    unknown = [name for name in entries if name not in tensors]
+    if len(unknown) * 2 > len(entries):
+        raise InputError(
+            f"{path}: {len(unknown)} of its {len(entries)} tensors, such as {unknown[0]!r}, are not in this model; the "
+            "imatrix is of another one"
+        )
+    found = {name: fitted(path, name, tensors[name].shape, entry) for name, entry in entries.items() if name in tensors}
+    quantized = [name for name, tensor in tensors.items() if len(tensor.shape) > 1 and tensor.type_name != "F32"]
+    covered = sum(name in found for name in quantized)
+    starved = sum(int((entry.counts_M == 0).sum()) for entry in found.values())
+    notes = [f"the imatrix covers {covered} of {len(quantized)} tensors; the others weigh all columns alike"]
+    if starved:
+        notes.append(f"{starved} experts' matrices have no token in the imatrix; they take their tensor's mean")
+    return found, notes
+
+
+@dataclass
+class GgufRun:
+    """A running conversion."""
+
+    recipe: GgufRecipe
+    plan: GgufPlan
+    job: Job
+    report: Report
+    check: Callable[[], None]
+    files: GgufFiles
+    bytes_written: int = 0
+
+    def safe_point(self, stage: Stage, done: int, total: int, what: str) -> None:
+        """Tells where the job is, and stops it if it must."""
+        self.check()
+        self.report(Progress(stage, done, total, what, self.plan.checkpoint.index.bytes_read, self.bytes_written))
+
+    @property
+    def batch_samples(self) -> int:
+        """Samples that pass attention together."""
+        return max(1, BATCH_TOKENS // self.recipe.seq_len)
+
+    def activations(self, name: str) -> Activations:
+        """The activations in a file of the work folder."""
+        tokens_NT = self.plan.tokens_NT
+        assert tokens_NT is not None
+        shape = (*tokens_NT.shape, int(self.plan.skeleton.config["hidden_size"]))
+        return Activations.in_file(self.job.work / name, shape)
+
+
+def convert_to_gguf(run: GgufRun) -> None:
+    """Fills the files with every unit that the journal does not have yet.
+
+    Args:
+        run: the running job.
+
+    Raises:
+        Interrupted: at a safe point, where the job has to stop; finished units are kept.
+    """
+    units = [unit for unit in run.plan.units if unit.action != "drop"]
+    for number, unit in enumerate(units):
+        if unit.name not in run.job.journal.units:
+
+            def safe_point(what: str, number: int = number) -> None:
+                run.safe_point("quantize", number, len(units), what)
+
+            _make_unit(run, unit, safe_point)
+    run.safe_point("quantize", len(units), len(units), "")
+
+
+def _make_unit(run: GgufRun, unit: Unit, safe_point: Callable[[str], None]) -> None:
+    plan, notes = run.plan, dict[str, Any]()
+    writer = GgufUnitWriter(plan.checkpoint, plan.target, run.files, unit.parameters, plan.imatrix)
+    if plan.tokens_NT is not None and unit.name == "embedding":
+        outputs = run.activations("hidden-0.f32")
+        embed(plan.skeleton, plan.checkpoint.weights, plan.tokens_NT, outputs)
+        outputs.flush()
+    elif plan.tokens_NT is not None and unit.layer is not None:
+        notes["layer"] = _observe(run, unit.layer, writer, safe_point)
+    writer.copy_rest(safe_point)
+    notes["tensors"] = {".": writer.commit()}
+    keep_observed(run.job.work, unit.name, writer.observed)
+    sync_folder(run.job.work)
+    run.bytes_written += writer.bytes_written
+    run.job.journal.append(unit.name, **notes)
+    if unit.layer is not None:
+        (run.job.work / f"hidden-{unit.layer.index}.f32").unlink(missing_ok=True)
+
+
+def _observe(
+    run: GgufRun, layer: DecoderLayer, writer: GgufUnitWriter, safe_point: Callable[[str], None]
+) -> dict[str, Any]:
+    """Runs the original layer; stores its MLPs as they pass through memory, notes attention's importances."""
+    plan = run.plan
+    assert plan.tokens_NT is not None
+    weights, inputs = plan.checkpoint.weights, run.activations(f"hidden-{layer.index}.f32")
+    if layer.index >= plan.skeleton.num_layers:
+        prepared = run.activations("mtp.f32")
+        mtp_inputs(plan.skeleton, weights, layer, plan.tokens_NT, Stream(weights, inputs, prepared))
+        inputs = prepared
+    outputs = run.activations(f"hidden-{layer.index + 1}.f32")
+
+    def emit(linear: str, weight: torch.Tensor, importance: Importance) -> None:
+        note_importance(writer, linear, importance)
+        writer.write(f"{linear}.weight", weight)
+
+    observation = ObservationJob(
+        plan.skeleton,
+        layer,
+        weights,
+        inputs,
+        outputs,
+        run.activations("mlp-inputs.f32"),
+        run.batch_samples,
+        emit,
+        safe_point,
+    )
+    found = observe_layer(observation)
+    outputs.flush()
+    for linear, importance in found.attention.items():
+        note_importance(writer, linear, importance)
+    return {key: value for key, value in asdict(found).items() if key != "attention"} | {"layer": layer.index}
+
+
+def note_importance(writer: GgufUnitWriter, linear: str, importance: Importance) -> None:
+    """Hands a linear's importance to a writer.
+
+    Args:
+        writer: the unit's.
+        linear: its name, or kv_b_proj's with `KEYS_SUFFIX`.
+        importance: of its inputs.
+    """
+    writer.note(
+        f"{linear.removesuffix(KEYS_SUFFIX)}.weight",
+        importance.squares_I,
+        importance.count,
+        keys=linear.endswith(KEYS_SUFFIX),
+    )
+
+
+def keep_observed(work: Path, unit: str, observed: Mapping[str, TensorImportance]) -> None:
+    """Lays a unit's importances into the work folder, for the imatrix file at the end.
+
+    Args:
+        work: the job's work folder.
+        unit: the unit's name.
+        observed: GGUF tensor -> importance.
+    """
+    if not observed:
+        return
+    flat: dict[str, torch.Tensor] = {}
+    for name, entry in observed.items():
+        flat |= {f"{name}.sums": entry.sums_MI, f"{name}.counts": entry.counts_M}
+    path = work / f"imatrix-{unit}.safetensors"
+    save_file(flat, path.with_name(path.name + PARTIAL))
+    path.with_name(path.name + PARTIAL).replace(path)
+
+
+def write_observed_imatrix(work: Path, folder: Path, units: tuple[Unit, ...], calibration: Mapping[str, Any]) -> None:
+    """Writes the calibration's importances as a file that `llama-quantize` accepts.
+
+    Args:
+        work: the job's work folder.
+        folder: where the file goes.
+        units: the job's units.
+        calibration: what the tokens were.
+    """
+    entries: dict[str, TensorImportance] = {}
+    for unit in units:
+        path = work / f"imatrix-{unit.name}.safetensors"
+        flat: dict[str, torch.Tensor] = load_file(path) if path.is_file() else {}
+        for name in (key.removesuffix(".sums") for key in flat if key.endswith(".sums")):
+            entries[name] = TensorImportance(flat[f"{name}.sums"], flat[f"{name}.counts"])
+    datasets = [source["name"] for source in calibration["sources"]]
+    write_imatrix(folder / IMATRIX_FILE, entries, datasets, calibration["samples"], calibration["seq_len"])

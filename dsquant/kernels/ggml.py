@@ -1,0 +1,81 @@
+"""ggml's own quantizers, called in the library that the package `xllamacpp` carries.
+
+The extension exports ggml's C symbols, and a call releases the GIL, so threads use all cores. Only functions without
+structs in their signature are called: that interface has been stable for years.
+Reference: ggml.h (`ggml_quantize_chunk`), https://github.com/ggml-org/ggml
+"""
+
+import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+
+# ggml's numbers of the types that it quantizes to.
+TYPE_NUMBERS = {
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q5_0": 6,
+    "Q5_1": 7,
+    "Q8_0": 8,
+    "Q2_K": 10,
+    "Q3_K": 11,
+    "Q4_K": 12,
+    "Q5_K": 13,
+    "Q6_K": 14,
+    "IQ4_NL": 20,
+    "IQ4_XS": 23,
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library; None where xllamacpp is not installed or no longer exports ggml."""
+    try:
+        import xllamacpp
+    except ImportError:
+        return None
+    loaded = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+    if not hasattr(loaded, "ggml_quantize_chunk") or not hasattr(loaded, "ggml_row_size"):
+        return None
+    loaded.ggml_row_size.restype = ctypes.c_size_t
+    loaded.ggml_row_size.argtypes = (ctypes.c_int, ctypes.c_int64)
+    loaded.ggml_quantize_chunk.restype = ctypes.c_size_t
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    loaded.ggml_quantize_chunk.argtypes = (ctypes.c_int, pointer, pointer, count, count, count, pointer)
+    return loaded
+
+
+def quantize(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor, threads: int = 0) -> torch.Tensor:
+    """Quantizes rows with ggml's C code.
+
+    Args:
+        rows_RI: float32 [R, I].
+        type_name: a key of `TYPE_NUMBERS`; I is a multiple of its block.
+        importance_I: float32 [I], positive: the weight of each column's squared error. All ones still makes ggml take
+            its better search.
+        threads: threads to use; 0 is one for each core this process may run on.
+
+    Returns:
+        uint8 [R, bytes of a row].
+    """
+    ggml = library()
+    assert ggml is not None
+    number, (num_rows, num_columns) = TYPE_NUMBERS[type_name], rows_RI.shape
+    rows_RI, importance_I = rows_RI.contiguous(), importance_I.contiguous()
+    stored = torch.empty(num_rows, ggml.ggml_row_size(number, num_columns), dtype=torch.uint8)
+    threads = min(threads or len(os.sched_getaffinity(0)), num_rows)
+
+    def run(first: int, last: int) -> None:
+        pointers = (rows_RI[first:].data_ptr(), stored[first:].data_ptr())
+        written = ggml.ggml_quantize_chunk(number, *pointers, 0, last - first, num_columns, importance_I.data_ptr())
+        assert written == (last - first) * stored.shape[1], f"ggml wrote {written} bytes of {type_name}"
+
+    bounds = [num_rows * part // threads for part in range(threads + 1)]
+    if threads == 1:
+        run(0, num_rows)
+        return stored
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, bounds[:-1], bounds[1:]))
+    return stored

@@ -1,0 +1,158 @@
+"""Where a checkpoint's parameters lie in a GGUF file: names and shapes as llama.cpp reads them.
+
+The network is the same; only the storage differs: a layer's experts are merged into one three-dimensional tensor, MLA's
+kv_b_proj is split into keys (transposed, so that queries are absorbed) and values, and Llama's queries and keys have
+their rotary halves interleaved. Reference: the `deepseek2`, `llama`, `qwen2` and `qwen3` models of llama.cpp.
+
+Shape legend: O out features, I in features, H heads, N rows of a head's keys without position, V of its values,
+L latent width, E experts.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+ARCHITECTURES = {
+    "DeepseekV3ForCausalLM": "deepseek2",
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_OUTSIDE_LAYERS = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_MODULES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "enorm": "nextn.enorm",
+    "hnorm": "nextn.hnorm",
+    "eh_proj": "nextn.eh_proj",
+    "embed_tokens": "nextn.embed_tokens",
+    "shared_head.norm": "nextn.shared_head_norm",
+    "shared_head.head": "nextn.shared_head_head",
+}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias|e_score_correction_bias)")
+_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj")
+
+Transform = Literal["same", "keys", "values", "rotary"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A part of a GGUF file that a parameter fills."""
+
+    tensor: str
+    """The GGUF tensor's name."""
+    transform: Transform = "same"
+    """same; keys or values: that part of kv_b_proj; rotary: rows of each head interleaved."""
+    expert: int | None = None
+    """The expert whose part of a merged tensor it is."""
+
+
+def placements(parameter: str, architecture: str) -> tuple[Placement, ...]:
+    """Where a parameter goes.
+
+    Args:
+        parameter: its name in the checkpoint.
+        architecture: the checkpoint's, a key of `ARCHITECTURES`.
+
+    Returns:
+        One placement, two for kv_b_proj; none where a GGUF file has no such tensor.
+    """
+    if parameter in _OUTSIDE_LAYERS:
+        return (Placement(_OUTSIDE_LAYERS[parameter]),)
+    match = _LAYER.fullmatch(parameter)
+    if match is None:
+        return ()
+    block, module, kind = f"blk.{match[1]}", match[2], match[3]
+    if kind == "e_score_correction_bias":
+        return (Placement(f"{block}.exp_probs_b.bias"),)
+    if module == "self_attn.kv_b_proj":
+        return Placement(f"{block}.attn_k_b.weight", "keys"), Placement(f"{block}.attn_v_b.weight", "values")
+    expert = _EXPERT.fullmatch(module)
+    if expert is not None:
+        return (Placement(f"{block}.ffn_{expert[2]}_exps.weight", expert=int(expert[1])),)
+    if module not in _MODULES:
+        return ()
+    rotary = architecture == "LlamaForCausalLM" and module in ("self_attn.q_proj", "self_attn.k_proj")
+    return (Placement(f"{block}.{_MODULES[module]}.{kind}", "rotary" if rotary else "same"),)
+
+
+def stored_shape(shape: tuple[int, ...], placement: Placement, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of the GGUF tensor that a parameter of some shape fills, rows last but one as in the checkpoint.
+
+    Args:
+        shape: the parameter's.
+        placement: where it goes.
+        config: config.json's content.
+
+    Returns:
+        [O, I], [E, O, I], [H, L, N] for keys, [H, V, L] for values, or the parameter's own shape.
+    """
+    if placement.expert is not None:
+        return (int(config["n_routed_experts"]), *shape)
+    if placement.transform in ("keys", "values"):
+        heads, nope, value = config["num_attention_heads"], config["qk_nope_head_dim"], config["v_head_dim"]
+        return (heads, shape[1], nope) if placement.transform == "keys" else (heads, value, shape[1])
+    return shape
+
+
+def encode(weight: torch.Tensor, parameter: str, transform: Transform, config: Mapping[str, Any]) -> torch.Tensor:
+    """Brings a whole parameter into the order of its placement.
+
+    Args:
+        weight: the parameter.
+        parameter: its name.
+        transform: the placement's.
+        config: config.json's content.
+
+    Returns:
+        [H, L, N], [H, V, L] or the parameter's shape.
+    """
+    if transform == "same":
+        return weight
+    if transform == "rotary":
+        heads = _rotary_heads(parameter, config)
+        return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+    nope = config["qk_nope_head_dim"]
+    by_head = weight.unflatten(0, (config["num_attention_heads"], -1))
+    return by_head[:, :nope].transpose(1, 2).contiguous() if transform == "keys" else by_head[:, nope:].contiguous()
+
+
+def decode_rotary(weight: torch.Tensor, parameter: str, config: Mapping[str, Any]) -> torch.Tensor:
+    """Undoes the `rotary` transform."""
+    heads = _rotary_heads(parameter, config)
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+
+
+def join_keys_and_values(keys_HLN: torch.Tensor, values_HVL: torch.Tensor) -> torch.Tensor:
+    """kv_b_proj's weight [H * (N + V), L] from its two parts."""
+    return torch.cat([keys_HLN.transpose(1, 2), values_HVL], dim=1).flatten(0, 1)
+
+
+def _rotary_heads(parameter: str, config: Mapping[str, Any]) -> int:
+    heads = int(config["num_attention_heads"])
+    return heads if ".q_proj." in parameter else int(config.get("num_key_value_heads") or heads)

@@ -1,0 +1,1 @@
+"""Writes GGUF files that llama.cpp loads, straight from a checkpoint."""

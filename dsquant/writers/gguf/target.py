@@ -1,0 +1,258 @@
+"""A GGUF output: planned from headers, and filled unit by unit."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+
+from dsquant.errors import InputError
+from dsquant.source.checkpoint import Checkpoint
+from dsquant.source.gguf_layout import ARCHITECTURES, Placement, encode, placements, stored_shape
+from dsquant.writers.gguf.files import GgufFile, GgufFiles, GgufTensor, plan_files
+from dsquant.writers.gguf.metadata import add_model_keys, add_tokenizer_keys, rope_factors
+from dsquant.writers.gguf.store import check_quantizer, stored_rows
+from dsquant.writers.gguf.types import MIXTURES, choose_type, model_facts, row_bytes
+from dsquant.writers.imatrix import TensorImportance, column_importance
+
+ROPE_FACTORS = "rope_freqs.weight"
+EMBEDDING = "model.embed_tokens.weight"
+QUANTIZATION_VERSION = 2
+# Weights that are in memory together while a matrix is stored.
+ELEMENTS_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True)
+class GgufTarget:
+    """One GGUF model to write."""
+
+    type_name: str
+    """What `--type` calls it."""
+    tensors: Mapping[str, GgufTensor]
+    files: tuple[GgufFile, ...]
+    notes: tuple[str, ...]
+    """What a user should know, in words."""
+    largest_whole: int
+    """Weights of the largest parameter that is not stored in parts."""
+
+    @property
+    def name(self) -> str:
+        """What `--to` calls it."""
+        return f"gguf:{self.type_name}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files."""
+        return sum(file.num_bytes for file in self.files)
+
+    @property
+    def bytes_by_type(self) -> dict[str, int]:
+        """Type -> bytes of its tensors, the largest first."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            sizes[tensor.type_name] += tensor.num_bytes
+        return dict(sizes.most_common())
+
+
+def plan_target(
+    checkpoint: Checkpoint,
+    model_name: str,
+    type_name: str,
+    parameters: Sequence[str],
+    num_mtp_layers: int,
+    has_imatrix: bool,
+    overrides: Sequence[tuple[re.Pattern[str], str]] = (),
+    max_file_bytes: int = 0,
+) -> GgufTarget:
+    """Plans every tensor and file of a GGUF model, to the byte.
+
+    Args:
+        checkpoint: the source.
+        model_name: for file names and `general.name`.
+        type_name: a key of `MIXTURES`.
+        parameters: the source's parameters that the model gets, in order.
+        num_mtp_layers: multi-token-prediction layers among them.
+        has_imatrix: whether measured importances are used.
+        overrides: types by pattern, from `parse_overrides`.
+        max_file_bytes: the most tensor data in a file; 0 makes one file.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InputError: where a parameter has no place in GGUF, or the tokenizer is unknown to llama.cpp.
+        UsageError: where nothing installed can quantize to a type.
+    """
+    shapes = _shapes(checkpoint, parameters)
+    tied = "output.weight" not in shapes
+    layers = int(checkpoint.config["num_hidden_layers"]) + num_mtp_layers
+    facts = model_facts(checkpoint.config, layers, tied)
+    tensors, replaced = {}, Counter[tuple[str, str]]()
+    for name, shape in shapes.items():
+        chosen, wanted = choose_type(name, shape, type_name, facts, has_imatrix, overrides)
+        tensors[name] = GgufTensor(name, chosen, shape)
+        if wanted:
+            replaced[wanted, chosen] += 1
+    check_quantizer({tensor.type_name for tensor in tensors.values()})
+
+    def add_keys(writer: Any) -> None:
+        add_model_keys(writer, checkpoint.config, model_name, num_mtp_layers)
+        writer.add_file_type(MIXTURES[type_name][1])
+        writer.add_quantization_version(QUANTIZATION_VERSION)
+        add_tokenizer_keys(writer, checkpoint.folder, int(checkpoint.config["vocab_size"]))
+
+    architecture = ARCHITECTURES[checkpoint.architecture]
+    stem = f"{model_name}-{type_name}"
+    files = plan_files(stem, architecture, add_keys, list(tensors.values()), max_file_bytes)
+    notes = tuple(
+        f"{count} tensors are {chosen} instead of {wanted}: their rows are no multiple of {wanted}'s block"
+        for (wanted, chosen), count in replaced.items()
+    )
+    return GgufTarget(type_name, tensors, files, notes, _largest_whole(checkpoint, parameters))
+
+
+def _shapes(checkpoint: Checkpoint, parameters: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    factors = rope_factors(checkpoint.config)
+    if factors is not None:
+        shapes[ROPE_FACTORS] = tuple(factors.shape)
+    for name in parameters:
+        for placement in places_of(checkpoint, name):
+            shapes[placement.tensor] = stored_shape(checkpoint.weights.shape(name), placement, checkpoint.config)
+    return shapes
+
+
+def places_of(checkpoint: Checkpoint, parameter: str) -> tuple[Placement, ...]:
+    """Where a parameter goes; nowhere for a head that is the embedding too.
+
+    Args:
+        checkpoint: the source.
+        parameter: its name.
+
+    Returns:
+        The placements.
+
+    Raises:
+        InputError: where GGUF has no place for it.
+    """
+    if parameter == "lm_head.weight" and checkpoint.config.get("tie_word_embeddings"):
+        return ()
+    found = placements(parameter, checkpoint.architecture)
+    if not found:
+        raise InputError(
+            f"{checkpoint.folder}: GGUF has no place for tensor {parameter!r} of {checkpoint.architecture}"
+        )
+    return found
+
+
+def _largest_whole(checkpoint: Checkpoint, parameters: Sequence[str]) -> int:
+    sizes = (
+        prod(checkpoint.weights.shape(name))
+        for name in parameters
+        for placement in places_of(checkpoint, name)
+        if placement.transform != "same"
+    )
+    return max(sizes, default=0)
+
+
+@dataclass
+class GgufUnitWriter:
+    """Writes one unit's parameters into a target's files."""
+
+    checkpoint: Checkpoint
+    target: GgufTarget
+    files: GgufFiles
+    parameters: tuple[str, ...]
+    imatrix: Mapping[str, TensorImportance] | None = None
+    """Importances from a file."""
+    observed: dict[str, TensorImportance] = field(default_factory=dict)
+    """Tensor -> importance, noted before the tensor is written."""
+    bytes_written: int = 0
+    _written: set[str] = field(default_factory=set)
+
+    def note(self, parameter: str, squares: torch.Tensor, count: int, keys: bool = False) -> None:
+        """Notes how much each input column of a parameter matters.
+
+        Args:
+            parameter: its name.
+            squares: float32 [I], sums of squared inputs; [H, N] for the keys of kv_b_proj.
+            count: tokens behind the sums.
+            keys: whether they are of kv_b_proj's keys alone; of its values alone otherwise.
+        """
+        for placement in places_of(self.checkpoint, parameter):
+            if (placement.transform == "keys") != keys:
+                continue
+            shape = self.target.tensors[placement.tensor].shape
+            matrices = shape[0] if len(shape) == 3 else 1
+            empty = TensorImportance(torch.zeros(matrices, shape[-1]), torch.zeros(matrices))
+            entry = self.observed.setdefault(placement.tensor, empty)
+            rows = slice(None) if placement.expert is None else slice(placement.expert, placement.expert + 1)
+            entry.sums_MI[rows] = squares
+            entry.counts_M[rows] = count
+
+    def write(self, parameter: str, weight: torch.Tensor | None = None) -> None:
+        """Stores a parameter wherever it goes, in parts of bounded size.
+
+        Args:
+            parameter: its name.
+            weight: its values, float32; read from the source where None.
+        """
+        for placement in places_of(self.checkpoint, parameter):
+            tensor = self.target.tensors[placement.tensor]
+            in_rows = placement.transform == "same" and len(tensor.shape) > 1
+            parts = self._rows(parameter, weight) if in_rows else self._matrices(parameter, weight, placement)
+            start = 0
+            if placement.expert is not None:
+                start = placement.expert * tensor.shape[-2] * row_bytes(tensor.type_name, tensor.shape[-1])
+            for number, rows_RI in parts:
+                stored = stored_rows(rows_RI, tensor.type_name, self._importance(tensor.name, placement, number))
+                self.files.write(tensor.name, start, stored)
+                start += stored.numel()
+                self.bytes_written += stored.numel()
+        self._written.add(parameter)
+
+    def _rows(self, parameter: str, weight: torch.Tensor | None) -> Iterable[tuple[int, torch.Tensor]]:
+        num_rows, num_columns = self.checkpoint.weights.shape(parameter)
+        at_once = max(1, ELEMENTS_AT_ONCE // num_columns)
+        for start in range(0, num_rows, at_once):
+            stop = min(start + at_once, num_rows)
+            rows = self.checkpoint.weights.rows(parameter, start, stop) if weight is None else weight[start:stop]
+            yield 0, rows
+
+    def _matrices(
+        self, parameter: str, weight: torch.Tensor | None, placement: Placement
+    ) -> Iterable[tuple[int, torch.Tensor]]:
+        whole = self.checkpoint.weights[parameter] if weight is None else weight
+        whole = encode(whole, parameter, placement.transform, self.checkpoint.config)
+        return enumerate(whole if whole.dim() == 3 else [whole.reshape(-1, whole.shape[-1])])
+
+    def _importance(self, name: str, placement: Placement, matrix: int) -> torch.Tensor | None:
+        """float32 [I] of one matrix of a tensor; None where nothing is known of it."""
+        number = matrix if placement.expert is None else placement.expert
+        if self.imatrix is not None and name in self.imatrix:
+            return column_importance(self.imatrix[name])[number]
+        if name not in self.observed:
+            return None
+        entry = self.observed[name]
+        rows = slice(number, number + 1)
+        return column_importance(TensorImportance(entry.sums_MI[rows], entry.counts_M[rows]))[0]
+
+    def copy_rest(self, safe_point: Callable[[str], None]) -> None:
+        """Stores the unit's parameters that have not been written."""
+        factors = rope_factors(self.checkpoint.config) if EMBEDDING in self.parameters else None
+        if factors is not None:
+            self.files.write(ROPE_FACTORS, 0, factors.view(torch.uint8))
+        for parameter in self.parameters:
+            if parameter not in self._written:
+                safe_point(parameter)
+                self.write(parameter)
+
+    def commit(self) -> dict[str, str]:
+        """Brings the unit's tensors to disk; returns tensor -> SHA-256."""
+        names = [placement.tensor for name in self.parameters for placement in places_of(self.checkpoint, name)]
+        if EMBEDDING in self.parameters and ROPE_FACTORS in self.target.tensors:
+            names.append(ROPE_FACTORS)
+        return self.files.commit(list(dict.fromkeys(names)))
