@@ -188,7 +188,11 @@ def _quiet_libraries() -> Iterator[None]:
 @click.option(
     "--calibration",
     multiple=True,
-    help="Text to take an importance matrix from, as for awq; may be repeated.  [default: none]",
+    help="Text to take AWQ's scales and an importance matrix from, as for awq; may be repeated; none: neither.  "
+    "[default: r1-mix]",
+)
+@click.option(
+    "--scales/--no-scales", default=True, show_default=True, help="Fold AWQ's scales in, beside the importance matrix."
 )
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix made by llama-imatrix or dsquant.")
 @click.option(
@@ -245,8 +249,10 @@ def _gguf_recipe(options: dict[str, Any]) -> Any:
     type_name = options.pop("type_name").upper()
     split, budget = options.pop("split_max_size"), options.pop("memory_budget")
     output = options.pop("output") or Path(f"{Path(options['model']).name}-{type_name}-GGUF")
+    texts = options.pop("calibration")
     return GgufRecipe.checked(
         **options,
+        calibration=() if texts == ("none",) else (texts or None),
         type=type_name,
         output=output,
         split_max_bytes=parse_size(split) if split else 0,

@@ -14,13 +14,23 @@ from dsquant.model.activations import Activations
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import Stream, embed, mtp_inputs
 from dsquant.model.structure import DecoderLayer
-from dsquant.planning import BATCH_TOKENS, FLOAT32_BYTES, Unit, check_complete, layer_memory_bytes, plan_units
+from dsquant.planning import (
+    BATCH_TOKENS,
+    FLOAT32_BYTES,
+    GGUF_GRID,
+    Unit,
+    check_complete,
+    layer_memory_bytes,
+    plan_units,
+)
 from dsquant.preparation import open_calibration, open_model, open_tokenizer
 from dsquant.quantization.importance import ObservationJob, observe_layer
-from dsquant.quantization.layer import KEYS_SUFFIX
+from dsquant.quantization.layer import KEYS_SUFFIX, LayerJob, quantize_layer
 from dsquant.quantization.statistics import Importance
 from dsquant.recipe import GgufRecipe
+from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.source.checkpoint import Checkpoint
+from dsquant.source.weights import Weights
 from dsquant.telemetry import Progress, Report, Stage
 from dsquant.writers.gguf.files import GgufFiles, GgufTensor
 from dsquant.writers.gguf.target import ELEMENTS_AT_ONCE, GgufTarget, GgufUnitWriter, plan_target
@@ -38,6 +48,8 @@ class GgufPlan:
     skeleton: Skeleton
     units: tuple[Unit, ...]
     target: GgufTarget
+    linears: frozenset[str]
+    """The linears whose inputs are scaled; empty where nothing is."""
     imatrix: dict[str, TensorImportance] | None
     """From a file; None where there is none."""
     tokenizer: Any
@@ -76,7 +88,7 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
     """
     if recipe.type not in MIXTURES:
         raise UsageError(f"type {recipe.type!r} is unknown; dsquant writes {', '.join(MIXTURES)}")
-    if recipe.imatrix and recipe.calibration:
+    if recipe.imatrix and recipe.texts:
         raise UsageError("give an imatrix file or a calibration text, not both")
     checkpoint, skeleton = open_model(recipe.model)
     check_complete(checkpoint, skeleton)
@@ -88,7 +100,7 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
         recipe.type,
         [name for unit in units if unit.action != "drop" for name in unit.parameters],
         num_mtp_layers,
-        bool(recipe.imatrix or recipe.calibration),
+        bool(recipe.imatrix or recipe.texts),
         parse_overrides(recipe.tensor_types),
         recipe.split_max_bytes,
     )
@@ -100,12 +112,38 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
         imatrix, found = _fitting_imatrix(recipe.imatrix, target.tensors)
         notes += found
     tokenizer = open_tokenizer(checkpoint)
-    tokens_NT, calibration = open_calibration(recipe, tokenizer) if recipe.calibration else (None, None)
+    tokens_NT, calibration = open_calibration(recipe, recipe.texts, tokenizer) if recipe.texts else (None, None)
     memory = 6 * FLOAT32_BYTES * max(ELEMENTS_AT_ONCE, target.largest_whole)
+    linears = frozenset[str]()
+    if recipe.texts and recipe.scales:
+        linears, found = _scalable_linears(checkpoint, skeleton)
+        notes += found
     if tokens_NT is not None:
-        memory = max(memory, layer_memory_bytes(recipe.seq_len, checkpoint, skeleton, frozenset()))
-    parts = (checkpoint, skeleton, units, target, imatrix, tokenizer, tokens_NT, calibration, tuple(notes), memory)
-    return GgufPlan(*parts)
+        memory = max(memory, layer_memory_bytes(recipe.seq_len, checkpoint, skeleton, linears))
+    return GgufPlan(
+        checkpoint,
+        skeleton,
+        units,
+        target,
+        linears,
+        imatrix,
+        tokenizer,
+        tokens_NT,
+        calibration,
+        tuple(notes),
+        memory,
+    )
+
+
+def _scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozenset[str], list[str]]:
+    """Every linear of every layer where scales can be searched for all of them, and what to tell where not."""
+    linears = frozenset(linear for layer in skeleton.layers for linear in layer.linears)
+    for linear in sorted(linears):
+        columns = checkpoint.weights.shape(f"{linear}.weight")[1]
+        if columns % GGUF_GRID.group_size:
+            size = GGUF_GRID.group_size
+            return frozenset(), [f"no scales are folded in: {linear} has {columns} columns, no multiple of {size}"]
+    return linears, []
 
 
 def _fitting_imatrix(path: Path, tensors: Mapping[str, GgufTensor]) -> tuple[dict[str, TensorImportance], list[str]]:
@@ -184,7 +222,7 @@ def _make_unit(run: GgufRun, unit: Unit, safe_point: Callable[[str], None]) -> N
         embed(plan.skeleton, plan.checkpoint.weights, plan.tokens_NT, outputs)
         outputs.flush()
     elif plan.tokens_NT is not None and unit.layer is not None:
-        notes["layer"] = _observe(run, unit.layer, writer, safe_point)
+        notes["layer"] = _run_layer(run, unit.layer, writer, safe_point)
     writer.copy_rest(safe_point)
     notes["tensors"] = {".": writer.commit()}
     keep_observed(run.job.work, unit.name, writer.observed)
@@ -195,10 +233,13 @@ def _make_unit(run: GgufRun, unit: Unit, safe_point: Callable[[str], None]) -> N
         (run.job.work / f"hidden-{unit.layer.index}.f32").unlink(missing_ok=True)
 
 
-def _observe(
+_Surroundings = tuple[Skeleton, DecoderLayer, Weights, Activations, Activations, Activations]
+
+
+def _run_layer(
     run: GgufRun, layer: DecoderLayer, writer: GgufUnitWriter, safe_point: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Runs the original layer; stores its MLPs as they pass through memory, notes attention's importances."""
+    """Runs the original layer; stores its weights as they pass through memory."""
     plan = run.plan
     assert plan.tokens_NT is not None
     weights, inputs = plan.checkpoint.weights, run.activations(f"hidden-{layer.index}.f32")
@@ -208,26 +249,47 @@ def _observe(
         inputs = prepared
     outputs = run.activations(f"hidden-{layer.index + 1}.f32")
 
+    surroundings = (plan.skeleton, layer, weights, inputs, outputs, run.activations("mlp-inputs.f32"))
+    try:
+        if plan.linears:
+            return _scale(run, surroundings, writer, safe_point)
+        return _observe_importance(run, surroundings, writer, safe_point)
+    finally:
+        outputs.flush()
+
+
+def _scale(
+    run: GgufRun, surroundings: _Surroundings, writer: GgufUnitWriter, safe_point: Callable[[str], None]
+) -> dict[str, Any]:
+    """Searches AWQ's scales and stores the folded weights."""
+
+    def emit(_: Grid, name: str, value: QuantizedWeight | torch.Tensor) -> None:
+        assert isinstance(value, torch.Tensor)
+        writer.write(name, value)
+
+    def note(_: Grid, linear: str, importance: Importance) -> None:
+        note_importance(writer, linear, importance)
+
+    layer = surroundings[1]
+    linears = {GGUF_GRID: run.plan.linears.intersection(layer.linears)}
+    job = LayerJob(*surroundings, linears, run.batch_samples, run.recipe.seed, emit, safe_point, note)
+    return {"layer": layer.index, **asdict(quantize_layer(job))}
+
+
+def _observe_importance(
+    run: GgufRun, surroundings: _Surroundings, writer: GgufUnitWriter, safe_point: Callable[[str], None]
+) -> dict[str, Any]:
+    """Stores the original weights, by their importance."""
+
     def emit(linear: str, weight: torch.Tensor, importance: Importance) -> None:
         note_importance(writer, linear, importance)
         writer.write(f"{linear}.weight", weight)
 
-    observation = ObservationJob(
-        plan.skeleton,
-        layer,
-        weights,
-        inputs,
-        outputs,
-        run.activations("mlp-inputs.f32"),
-        run.batch_samples,
-        emit,
-        safe_point,
-    )
-    found = observe_layer(observation)
-    outputs.flush()
+    found = observe_layer(ObservationJob(*surroundings, run.batch_samples, emit, safe_point))
     for linear, importance in found.attention.items():
         note_importance(writer, linear, importance)
-    return {key: value for key, value in asdict(found).items() if key != "attention"} | {"layer": layer.index}
+    counts = {"tokens_per_expert": found.tokens_per_expert, "topped_up": found.topped_up}
+    return {"layer": surroundings[1].index, **counts}
 
 
 def note_importance(writer: GgufUnitWriter, linear: str, importance: Importance) -> None:

@@ -48,7 +48,7 @@ def open_source(recipe: Recipe) -> Source:
     checkpoint, skeleton = open_model(recipe.model)
     plan = plan_run(recipe, checkpoint, skeleton)
     tokenizer = open_tokenizer(checkpoint)
-    tokens_NT, calibration = open_calibration(recipe, tokenizer)
+    tokens_NT, calibration = open_calibration(recipe, recipe.calibration, tokenizer)
     return Source(checkpoint, skeleton, tokenizer, tokens_NT, calibration, plan)
 
 
@@ -73,17 +73,20 @@ def open_model(model: str) -> tuple[Checkpoint, Skeleton]:
     return checkpoint, Skeleton(checkpoint)
 
 
-def open_calibration(recipe: Recipe | GgufRecipe, tokenizer: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+def open_calibration(
+    recipe: Recipe | GgufRecipe, texts: tuple[str, ...], tokenizer: Any
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """Tokenizes the calibration texts.
 
     Args:
-        recipe: names the texts, samples and tokens.
+        recipe: says how many samples of how many tokens.
+        texts: texts, mixes or hub sets.
         tokenizer: the model's.
 
     Returns:
         Tokens int64 [N, T], and where they come from with their hash.
     """
-    tokens = calibration_tokens(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
+    tokens = calibration_tokens(texts, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
     calibration = {key: value for key, value in asdict(tokens).items() if key != "tokens"}
     return tokens.tokens, calibration | {"samples": len(tokens.tokens), "seq_len": tokens.tokens.shape[1]}
 

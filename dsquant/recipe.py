@@ -112,7 +112,9 @@ class GgufRecipe(JobRecipe):
         type: a type or mixture of `dsquant.writers.gguf.types.MIXTURES`.
         tensor_types: overrides `REGEX=TYPE`; the first that is found in a tensor's GGUF name counts.
         imatrix: a file of importances to use.
-        calibration: texts, mixes or hub sets to take importances from; none where empty.
+        calibration: texts, mixes or hub sets to take scales and importances from; none where empty. None is r1-mix,
+            or no calibration where an imatrix is given or the type does not quantize.
+        scales: whether AWQ's scales are searched and folded in, where there is calibration.
         samples: calibration samples.
         seq_len: tokens of a sample.
         seed: of the choice of texts.
@@ -125,7 +127,8 @@ class GgufRecipe(JobRecipe):
     type: str
     tensor_types: tuple[str, ...] = ()
     imatrix: Path | None = None
-    calibration: tuple[str, ...] = ()
+    calibration: tuple[str, ...] | None = None
+    scales: bool = True
     samples: int = Field(default=64, ge=1)
     seq_len: int = Field(default=512, ge=8)
     seed: int = Field(default=0, ge=0)
@@ -133,6 +136,13 @@ class GgufRecipe(JobRecipe):
     split_max_bytes: int = Field(default=0, ge=0)
     memory_budget: int | None = Field(default=None, ge=1)
     evaluate: bool = True
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What to calibrate on; empty where nothing is."""
+        if self.calibration is not None:
+            return self.calibration
+        return () if self.imatrix or self.type in ("F32", "F16", "BF16") else ("r1-mix",)
 
 
 def parse_size(text: str) -> int:
