@@ -4,12 +4,13 @@
 
     result = dsquant.awq("tiny-r1", output="out")
     result                                # a table in a notebook
+    dsquant.gguf("tiny-r1", type="Q4_K_M", output="out-gguf")
     dsquant.evaluate("tiny-r1", "out")    # perplexity, KL divergence, top-1 agreement
 
 Importing this package imports no torch; the first call does.
 """
 
-from dsquant.api import awq, evaluate, inspect
+from dsquant.api import awq, evaluate, gguf, inspect
 from dsquant.errors import DsquantError, GateError, InconclusiveError, InputError, Interrupted, UsageError
 
 __version__ = "0.1.0"
@@ -22,5 +23,6 @@ __all__ = [
     "UsageError",
     "awq",
     "evaluate",
+    "gguf",
     "inspect",
 ]

@@ -53,6 +53,80 @@ def awq(
         return pipeline.awq(checked, resume, restart, report)
 
 
+def gguf(
+    model: str | Path = "tiny-r1",
+    *,
+    type: str = "Q4_K_M",
+    output: str | Path,
+    calibration: str | Sequence[str] | None = None,
+    scales: bool = True,
+    imatrix: str | Path | None = None,
+    tensor_types: Sequence[str] = (),
+    split_max_size: str | int = 0,
+    samples: int = 64,
+    seq_len: int = 512,
+    seed: int = 0,
+    mtp: str = "drop",
+    memory_budget: str | int | None = None,
+    evaluate: bool = True,
+    resume: bool = False,
+    restart: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Converts a model to GGUF files that llama.cpp runs, straight from its shards.
+
+    Args:
+        model: a folder, a hub id, or `tiny-r1`.
+        type: a type or mixture of llama.cpp, or Q4_K_M+.
+        output: the folder to make.
+        calibration: texts to take scales and importances from; `none` for none, None for r1-mix.
+        scales: whether AWQ's scales are folded in.
+        imatrix: a file of importances instead of calibration.
+        tensor_types: overrides `REGEX=TYPE`.
+        split_max_size: the most tensor data in one file, such as `48GiB`; 0 makes one file.
+        samples: calibration samples.
+        seq_len: tokens of a sample.
+        seed: of the choice of texts.
+        mtp: `keep` or `drop` the multi-token-prediction layer.
+        memory_budget: the most resident memory, such as `16GiB`.
+        evaluate: whether the output is compared with the original at the end.
+        resume: go on with an interrupted job in `output`, or begin one.
+        restart: begin anew where `output` holds an interrupted or finished job.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Where the files are and what the conversion cost; a table in a notebook.
+
+    Raises:
+        UsageError: where the arguments cannot work.
+        InputError: where model, texts, imatrix or output folder cannot be used; nothing was written.
+        Interrupted: where the job stopped and can be resumed.
+    """
+    from dsquant import pipeline
+    from dsquant.display import progress_bar
+    from dsquant.recipe import GgufRecipe, parse_size
+
+    texts = (calibration,) if isinstance(calibration, str) else calibration
+    recipe = GgufRecipe.checked(
+        model=str(model),
+        type=type,
+        output=Path(output),
+        calibration=() if texts == ("none",) else texts,
+        scales=scales,
+        imatrix=imatrix,
+        tensor_types=tuple(tensor_types),
+        split_max_bytes=parse_size(split_max_size) if isinstance(split_max_size, str) else split_max_size,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        mtp=mtp,
+        memory_budget=parse_size(memory_budget) if isinstance(memory_budget, str) else memory_budget,
+        evaluate=evaluate,
+    )
+    with progress_bar(progress) as report:
+        return pipeline.gguf(recipe, resume, restart, report)
+
+
 def evaluate(
     reference: str | Path,
     candidate: str | Path,

@@ -378,7 +378,7 @@ def evaluate(
         Interrupted: where a signal stopped it.
     """
     original = open_checkpoint(locate(reference))
-    other = _open_candidate(candidate, original)
+    other = open_candidate(candidate, original)
     skeleton = Skeleton(original)
     check_complete(original, skeleton)
     _check_same_model(skeleton, candidate, other)
@@ -409,8 +409,19 @@ def evaluate(
     return Evaluation(reference, candidate, found)
 
 
-def _open_candidate(candidate: str, original: Checkpoint) -> Weights:
-    """A candidate's weights under the original's names: a checkpoint, or a GGUF file or folder."""
+def open_candidate(candidate: str, original: Checkpoint) -> Weights:
+    """Opens a candidate's weights under the original's names.
+
+    Args:
+        candidate: a checkpoint's folder or hub id, a GGUF file, or a folder with one.
+        original: the original.
+
+    Returns:
+        The weights, decoded on access.
+
+    Raises:
+        InputError: where it cannot be read, or is of another architecture.
+    """
     file = gguf_file(Path(candidate).expanduser())
     if file is None:
         return open_checkpoint(locate(candidate)).weights

@@ -16,25 +16,28 @@ class LlamaCpp:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, special tokens parsed, none added."""
-        body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
-        request = urllib.request.Request(
-            f"{self._server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["tokens"]
+        return list(self._post("tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"])
 
     def next_token(self, prompt: list[int], count: int) -> dict[int, float]:
-        """The `count` likeliest next tokens with their log-probabilities, the likeliest first."""
-        answer = self._complete(prompt, n_predict=1, n_probs=count)
-        first = answer["choices"][0]["logprobs"]["content"][0]
-        return {found["id"]: found["logprob"] for found in first["top_logprobs"]}
+        """The `count` likeliest next tokens with their log-probabilities, the likeliest first.
+
+        Empty where the likeliest is a part of a character: the server holds such a token back.
+        """
+        found = self._complete(prompt, n_predict=1, n_probs=count).get("completion_probabilities")
+        return {token["id"]: token["logprob"] for token in found[0]["top_logprobs"]} if found else {}
 
     def generate(self, prompt: list[int], count: int) -> str:
         """Text of at most `count` greedily chosen tokens."""
-        return str(self._complete(prompt, n_predict=count)["choices"][0]["text"])
+        return str(self._complete(prompt, n_predict=count)["content"])
 
     def _complete(self, prompt: list[int], **options: Any) -> dict[str, Any]:
-        return self._server.handle_completions({"prompt": prompt, "temperature": 0, "cache_prompt": True, **options})
+        return self._post("completion", {"prompt": prompt, "temperature": 0, "cache_prompt": True, **options})
+
+    def _post(self, path: str, content: dict[str, Any]) -> dict[str, Any]:
+        address = f"{self._server.listening_address}/{path}"
+        request = urllib.request.Request(address, json.dumps(content).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return dict(json.load(answer))
 
 
 @contextmanager

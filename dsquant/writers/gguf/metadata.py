@@ -183,7 +183,7 @@ def pre_tokenizer_name(path: Path, tokenizer: Mapping[str, Any]) -> str:
         tokenizer: its content.
 
     Returns:
-        deepseek-v3, kimi-k2, llama-bpe or qwen2.
+        deepseek-v3, kimi-k2, llama-bpe, qwen2 or gpt-2.
 
     Raises:
         InputError: where it is none of these.
@@ -191,6 +191,8 @@ def pre_tokenizer_name(path: Path, tokenizer: Mapping[str, Any]) -> str:
     found = json.dumps(tokenizer.get("pre_tokenizer"), ensure_ascii=False)
     patterns = re.findall(r'"Regex": ("(?:[^"\\]|\\.)*")', found)
     expressions = [str(json.loads(pattern)) for pattern in patterns]
+    if not expressions and (tokenizer.get("pre_tokenizer") or {}).get("type") == "ByteLevel":
+        return "gpt-2"  # the expression that byte-level pre-tokenizers have built in
     for part, name in PRE_TOKENIZERS:
         wanted = part.replace("\\u3040", "\u3040")
         if any(wanted in expression for expression in expressions):

@@ -234,10 +234,12 @@ class GgufUnitWriter:
         number = matrix if placement.expert is None else placement.expert
         if self.imatrix is not None and name in self.imatrix:
             return column_importance(self.imatrix[name])[number]
-        if name not in self.observed:
+        entry = self.observed.get(name)
+        if entry is None:
             return None
-        entry = self.observed[name]
-        rows = slice(number, number + 1)
+        if placement.expert is None:
+            return column_importance(entry)[number]
+        rows = slice(number, number + 1)  # the other experts are not known yet
         return column_importance(TensorImportance(entry.sums_MI[rows], entry.counts_M[rows]))[0]
 
     def copy_rest(self, safe_point: Callable[[str], None]) -> None:

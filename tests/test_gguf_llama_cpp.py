@@ -1,0 +1,146 @@
+"""What a real llama.cpp makes of our files: loading, tokens, predictions, perplexity."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import LLAMA, QWEN2, QWEN3, add_tokenizer, full_model, make_dense
+from llama_cpp import llama_cpp
+
+import dsquant
+from dsquant.calibration import held_out_tokens, load_tokenizer
+from dsquant.source.checkpoint import open_checkpoint
+
+POSITIONS = range(8, 256)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_r1: Path) -> tuple[list[int], torch.Tensor]:
+    """256 tokens of held-out code and transformers' log-probabilities after each of them."""
+    tokens_T = held_out_tokens("code", load_tokenizer(tiny_r1), 256, 1)[0]
+    with torch.no_grad():
+        logits_TV = full_model(tiny_r1, open_checkpoint(tiny_r1).weights)(tokens_T.unsqueeze(0)).logits[0]
+    return tokens_T.tolist(), logits_TV.log_softmax(-1)
+
+
+def make(model: Path, folder: Path, type_name: str, **options: Any) -> Path:
+    result = dsquant.gguf(model, type=type_name, output=folder, evaluate=False, progress=False, **options)
+    return result.folders[f"gguf:{type_name}"]
+
+
+@pytest.mark.parametrize(
+    ("type_name", "options", "agreement", "difference"),
+    [
+        ("BF16", {}, 0.985, 0.1),
+        ("Q8_0", {}, 0.98, 0.2),
+        ("Q4_K_M", {}, 0.88, 0.6),
+        ("Q4_K_M+", {}, 0.92, 0.4),
+        ("Q8_0", {"calibration": "none", "mtp": "keep"}, 0.95, 0.4),
+        ("Q4_K_M", {"split_max_size": "2MiB", "calibration": "none"}, 0.75, 2.5),
+    ],
+)
+def test_llama_cpp_predicts_what_the_original_does(
+    tiny_r1: Path, tmp_path: Path, reference: Any, type_name: str, options: Any, agreement: float, difference: float
+) -> None:
+    tokens, wanted_TV = reference
+    same, differences = 0, []
+    with llama_cpp(make(tiny_r1, tmp_path / "out", type_name, **options)) as llama:
+        for position in POSITIONS:
+            found = llama.next_token(tokens[:position], 5)
+            wanted_V = wanted_TV[position - 1]
+            same += next(iter(found)) == int(wanted_V.argmax())
+            differences += [abs(value - float(wanted_V[token])) for token, value in found.items()]
+        assert len(llama.generate(tokens[:40], 24)) > 5
+    assert same / len(POSITIONS) > agreement
+    assert sorted(differences)[len(differences) // 2] < difference
+
+
+def awkward_strings() -> list[str]:
+    """Digits, CJK, indentation, special tokens, emoji, whitespace, and random mixtures of them."""
+    words = "0 12 1234567890 3.14159e-10 0x1F ١٢٣ 中文字符 日本語のテキスト カタカナ 한국어 <think> </think> <｜User｜> <｜Assistant｜>"
+    words += " <｜end▁of▁sentence｜> 😀 é e\u0301 ß Ω ∑ don't I'LL _x_ __init__ a.b.c !!! ... #$% \\n ' ` {}[]() => != // -->"
+    words += (
+        " \u200b ﬁ Ａ A1B2 x86_64 50% C++ naïve Ærø עברית العربية ไทย हिन्दी … — ¿? 👨\u200d👩\u200d👧 =\u0301 Ⅻ ² ½"
+    )
+    spaces = ["  ", "    ", "\t", "\n", "\n\n\n", "\r\n", " \n ", "\u00a0", "\u3000"]
+    pieces = [*words.split(" "), *spaces, "def f(x):\n    return x\n", "<|not special|>", '"quoted"', "/* */"]
+    generator = random.Random(0)
+    mixed = ["".join(generator.choices(pieces, k=generator.randint(2, 7))) for _ in range(320 - len(pieces))]
+    return [*pieces, *mixed]
+
+
+def test_llama_cpp_cuts_awkward_strings_into_the_same_tokens(tiny_r1: Path, tmp_path: Path) -> None:
+    strings, tokenizer = awkward_strings(), load_tokenizer(tiny_r1)
+    assert len(strings) >= 300
+    with llama_cpp(make(tiny_r1, tmp_path / "out", "Q8_0", calibration="none")) as llama:
+        different = [
+            text for text in strings if llama.tokenize(text) != tokenizer.encode(text, add_special_tokens=False)
+        ]
+    assert not different
+
+
+def test_our_perplexity_of_a_gguf_file_is_llama_cpps(tiny_r1: Path, tmp_path: Path, reference: Any) -> None:
+    tokens, _ = reference
+    file = make(tiny_r1, tmp_path / "out", "Q4_K_M")
+    with llama_cpp(file) as llama:
+        losses = []
+        for position in POSITIONS:
+            found = llama.next_token(tokens[:position], 1280)
+            losses.append(-found[tokens[position]])
+    theirs = math.exp(sum(losses) / len(losses))
+    original = open_checkpoint(tiny_r1)
+    from dsquant.pipeline import open_candidate
+
+    weights = open_candidate(str(file), original)
+    with torch.no_grad():
+        logits_TV = full_model(tiny_r1, weights)(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    ours = math.exp(-sum(float(logits_TV[position - 1, tokens[position]]) for position in POSITIONS) / len(POSITIONS))
+    assert theirs == pytest.approx(ours, rel=0.02)
+
+
+def with_pre_tokenizer(model: Path, regex: str) -> Path:
+    """Gives a model's tokenizer another pre-tokenizer."""
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return model
+
+
+LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "regex"),
+    [
+        (LLAMA | {"rope_scaling": LLAMA3_ROPE}, LETTERS + r"\p{N}{1,3}|" + REST),
+        (QWEN2, LETTERS + r"\p{N}|" + REST),
+        (QWEN3, LETTERS + r"\p{N}|" + REST),
+    ],
+    ids=["llama", "qwen2", "qwen3"],
+)
+def test_llama_cpp_runs_the_dense_families(tmp_path: Path, config: dict[str, Any], regex: str) -> None:
+    model = with_pre_tokenizer(add_tokenizer(make_dense(tmp_path / "model", config), vocabulary=280), regex)
+    tokens = torch.randint(6, 280, (1, 96), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        wanted_TV = full_model(model, open_checkpoint(model).weights)(tokens).logits[0].log_softmax(-1)
+    tokenizer = load_tokenizer(model)
+    with llama_cpp(make(model, tmp_path / "out", "F32")) as llama:
+        compared = 0
+        for position in range(4, 96, 5):
+            for token, value in llama.next_token(tokens[0, :position].tolist(), 20).items():
+                assert value == pytest.approx(float(wanted_TV[position - 1, token]), abs=0.03)
+                compared += 1
+        assert compared >= 100
+        for text in ("def f(x):\n    return 12345", "It's  two\n\n lines", "naïve 中文 99"):
+            assert llama.tokenize(text) == tokenizer.encode(text, add_special_tokens=False)
