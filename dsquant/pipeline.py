@@ -268,9 +268,8 @@ def _evaluate(run: Run) -> dict[str, dict[str, Any]]:
     for folder, target in source.plan.gguf.items():
         file = run.job.output / folder / target.files[0].file_name
         candidates[target.name] = open_gguf(file, source.checkpoint)
-    compared = Comparison(
-        source.skeleton, source.checkpoint.weights, candidates, run.job.work, run.batch_samples, run.safe_point
-    )
+    original = open_checkpoint(source.checkpoint.folder).weights
+    compared = Comparison(source.skeleton, original, candidates, run.job.work, run.batch_samples, run.safe_point)
     return compare_on_texts(compared, source.tokenizer, run.recipe.seq_len)
 
 
