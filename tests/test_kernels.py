@@ -9,12 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsquant.kernels import clipping, compensation, fp8, grids, losses, packing
+from dsquant.kernels import clipping, compensation, fp8, grids, losses, packing, w4a16
 from dsquant.quantization.clip import SHRINKS
 from dsquant.rounding import Grid, fake_quantize, grid_parameters, round_to_nearest
 from dsquant.source.fp8 import dequantize_fp8
-from dsquant.writers.awq_gemm import AwqGemm
-from dsquant.writers.compressed_tensors import CompressedTensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = settings(max_examples=4, deadline=None)
@@ -194,6 +192,9 @@ def test_packing_in_triton_does_what_the_reference_does(rows: int, columns: int,
 
 @given(bits=bits_of_codes, seed=seeds)
 def test_the_writers_layouts_are_the_kernels(bits: int, seed: int) -> None:
+    from dsquant.writers.awq_gemm import AwqGemm
+    from dsquant.writers.compressed_tensors import CompressedTensors
+
     weight = round_to_nearest(_weight(16, 96, seed), Grid(bits, 32, symmetric=False))
     stored = CompressedTensors().pack("linear", weight)
     assert torch.equal(packing.pack_rows(weight.codes_OI, bits), stored["linear.weight_packed"])
@@ -232,6 +233,42 @@ def test_fp8_is_dequantized_to_the_same_bits_everywhere(
     _same_fp8(rows, columns, block, seed)
 
 
+def _same_product(rows: int, out_features: int, size: int, num_groups: int, dtype: torch.dtype, seed: int) -> None:
+    """Both layouts, both implementations, against the product in float64."""
+    from dsquant.kernels import w4a16_triton
+
+    inputs_MI = torch.randn(rows, size * num_groups, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    weight_OI = _weight(out_features, size * num_groups, seed + 1)
+    for symmetric in (True, False):
+        weight = round_to_nearest(weight_OI, Grid(4, size, symmetric))
+        exact_MO = inputs_MI.double() @ weight.dequantize().double().T
+        scales_GO = weight.scales_OG.T.to(torch.float16).contiguous()
+        awq = (inputs_MI, packing.pack_awq(weight.codes_OI), packing.pack_awq(weight.zero_points_OG), scales_GO)
+        found = [w4a16.matmul_awq_reference(*awq), w4a16_triton.matmul_awq(*(part.to(DEVICE) for part in awq)).cpu()]
+        if symmetric:
+            dense = (inputs_MI, packing.pack_rows(weight.codes_OI, 4), weight.scales_OG.to(torch.bfloat16))
+            found.append(w4a16.matmul_pack_quantized_reference(*dense))
+            found.append(w4a16_triton.matmul_pack_quantized(*(part.to(DEVICE) for part in dense)).cpu())
+        for product_MO in found:
+            assert product_MO.dtype == dtype
+            error = (product_MO.double() - exact_MO).norm() / exact_MO.norm()
+            assert float(error) < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
+
+
+@interpreted
+@given(
+    rows=st.integers(1, 140),
+    words=st.integers(1, 20),
+    size=st.sampled_from([32, 64, 128]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    seed=seeds,
+)
+def test_products_with_four_bit_weights_are_the_exact_ones_within_the_types_error(
+    rows: int, words: int, size: int, dtype: torch.dtype, seed: int
+) -> None:
+    _same_product(rows, 8 * words, size, 3, dtype, seed)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("size", [32, 64, 128])
@@ -250,3 +287,11 @@ def test_single_passes_on_the_gpu_do_what_the_references_do() -> None:
         _same_words(77, 1001, bits, 5)
     _same_fp8(576, 7168, (128, 128), 5)
     _same_fp8(301, 1003, (128, 128), 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_products_on_the_gpu_are_the_exact_ones_within_the_types_error(size: int, dtype: torch.dtype) -> None:
+    for rows in (1, 40, 300):
+        _same_product(rows, 392, size, 7, dtype, 5)
