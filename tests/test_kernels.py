@@ -190,6 +190,7 @@ def test_packing_in_triton_does_what_the_reference_does(rows: int, columns: int,
     _same_words(rows, columns, bits, seed)
 
 
+@settings(max_examples=20, deadline=None)
 @given(bits=bits_of_codes, seed=seeds)
 def test_the_writers_layouts_are_the_kernels(bits: int, seed: int) -> None:
     from dsquant.writers.awq_gemm import AwqGemm
