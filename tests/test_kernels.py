@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsquant.kernels import clipping, compensation, fp8, grids, losses, packing, w4a16
+from dsquant.kernels.fp8 import dequantize_fp8
 from dsquant.quantization.clip import SHRINKS
 from dsquant.rounding import Grid, fake_quantize, grid_parameters, round_to_nearest
-from dsquant.source.fp8 import dequantize_fp8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = settings(max_examples=4, deadline=None)
