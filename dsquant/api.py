@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsquant.comparison import Evaluation
     from dsquant.inspection import Inspection
-    from dsquant.pipeline import Evaluation, Result
+    from dsquant.records import Result
 
 
 def awq(
@@ -152,11 +153,11 @@ def evaluate(
     Raises:
         InputError: where a model or text cannot be used, or the two are not the same model.
     """
-    from dsquant import pipeline
+    from dsquant import comparison
     from dsquant.display import progress_bar
 
     with progress_bar(progress) as report:
-        return pipeline.evaluate(
+        return comparison.evaluate(
             str(reference), str(candidate), [str(text) for text in texts], seq_len, samples, report
         )
 

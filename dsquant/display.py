@@ -16,7 +16,8 @@ from dsquant.telemetry import Progress as Step
 from dsquant.telemetry import Report, silent
 
 if TYPE_CHECKING:
-    from dsquant.pipeline import Evaluation, Result
+    from dsquant.comparison import Evaluation
+    from dsquant.records import Result
 
 STAGES = {"scan": "checking", "quantize": "quantizing", "evaluate": "evaluating"}
 

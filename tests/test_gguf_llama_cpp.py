@@ -61,8 +61,9 @@ def test_llama_cpp_predicts_what_the_original_does(
 
 def awkward_strings() -> list[str]:
     """Digits, CJK, indentation, special tokens, emoji, whitespace, and random mixtures of them."""
-    words = "0 12 1234567890 3.14159e-10 0x1F ١٢٣ 中文字符 日本語のテキスト カタカナ 한국어 <think> </think> <｜User｜> <｜Assistant｜>"
-    words += " <｜end▁of▁sentence｜> 😀 é e\u0301 ß Ω ∑ don't I'LL _x_ __init__ a.b.c !!! ... #$% \\n ' ` {}[]() => != // -->"
+    words = "0 12 1234567890 3.14159e-10 0x1F ١٢٣ 中文字符 日本語のテキスト カタカナ 한국어 <think>"
+    words += " </think> <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜> 😀 é e\u0301 ß Ω ∑"
+    words += " don't I'LL _x_ __init__ a.b.c !!! ... #$% \\n ' ` {}[]() => != // -->"
     words += (
         " \u200b ﬁ Ａ A1B2 x86_64 50% C++ naïve Ærø עברית العربية ไทย हिन्दी … — ¿? 👨\u200d👩\u200d👧 =\u0301 Ⅻ ² ½"
     )
@@ -93,7 +94,7 @@ def test_our_perplexity_of_a_gguf_file_is_llama_cpps(tiny_r1: Path, tmp_path: Pa
             losses.append(-found[tokens[position]])
     theirs = math.exp(sum(losses) / len(losses))
     original = open_checkpoint(tiny_r1)
-    from dsquant.pipeline import open_candidate
+    from dsquant.comparison import open_candidate
 
     weights = open_candidate(str(file), original)
     with torch.no_grad():

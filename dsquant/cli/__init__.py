@@ -1,0 +1,24 @@
+"""The command line: options become a recipe, and one call. Imports no torch until a command runs."""
+
+import click
+
+from dsquant import __version__
+from dsquant.cli.awq import awq
+from dsquant.cli.evaluate import evaluate
+from dsquant.cli.gguf import gguf
+from dsquant.cli.inspect import inspect
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="dsquant")
+def main() -> None:
+    """Quantizes DeepSeek-R1 and its family: streamed from disk, resumable, measured against the original.
+
+    \b
+    Exit codes: 0 done, 2 wrong usage, 3 bad input (nothing written), 4 a gate failed, 5 inconclusive,
+    75 stopped but resumable (SIGTERM, disk full, memory budget exceeded).
+    """
+
+
+for command in (awq, gguf, evaluate, inspect):
+    main.add_command(command)

@@ -1,0 +1,104 @@
+"""The command `dsquant awq`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsquant.cli.process import dsquant_command, print_plan, quiet_libraries
+
+
+@click.command()
+@click.argument("model", default="tiny-r1")
+@click.option("--bits", type=click.Choice(["3", "4", "8"]), default="4", show_default=True, help="Bits of a weight.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to make.  [default: ./NAME-FORMAT-Nbit]")
+@click.option(
+    "--to",
+    multiple=True,
+    metavar="FORMAT",
+    help="awq, compressed-tensors, or gguf:TYPE with AWQ's scales folded in; may be repeated, for one calibration and "
+    "several outputs.  [default: awq]",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["quality", "compact"]),
+    help="quality: routed experts only; compact: every linear.  [default: quality; compact for dense models]",
+)
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="128", show_default=True)
+@click.option(
+    "--symmetric/--asymmetric",
+    default=None,
+    help="Without or with zero points.  [default: what the format's engines want]",
+)
+@click.option(
+    "--calibration",
+    multiple=True,
+    help="A .txt, .jsonl or .parquet file, a mix (code, wiki, r1-mix), or hf:NAME[/CONFIG][:SPLIT][#COLUMN]; may be "
+    "repeated.  [default: r1-mix]",
+)
+@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Calibration samples.")
+@click.option("--seq-len", type=click.IntRange(8), default=512, show_default=True, help="Tokens of a sample.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--memory-budget",
+    help="Most resident memory, such as 16GiB.  [default: 80 % of what is free, at most 16GiB]",
+)
+@click.option(
+    "--mtp",
+    type=click.Choice(["keep", "quantize", "drop"]),
+    default="keep",
+    show_default=True,
+    help="Multi-token-prediction layer: keep in BF16, quantize, or drop.",
+)
+@click.option("--max-shard-size", default="5GiB", show_default=True, help="Size of the largest output file.")
+@click.option("--evaluate/--no-evaluate", default=True, show_default=True, help="Compare with the original at the end.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted job in the output folder, or begin one.")
+@click.option("--restart", is_flag=True, help="Begin anew where the output folder holds a job or a result of dsquant.")
+@click.option("--dry-run", is_flag=True, help="Validate everything, print the plan, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress bar.")
+@dsquant_command
+def awq(**options: Any) -> None:
+    """Quantizes MODEL (a folder, a hub id, or tiny-r1) with AWQ and writes a checkpoint that engines load."""
+    if options["resume"] and options["restart"]:
+        raise click.UsageError("--resume and --restart exclude each other")
+    flags = {name: options.pop(name) for name in ("resume", "restart", "dry_run", "as_json")}
+    recipe = _recipe(options)
+    from dsquant import pipeline
+    from dsquant.display import print_result, progress_bar
+
+    if flags["dry_run"]:
+        print_plan(pipeline.preview(recipe, flags["resume"], flags["restart"]), flags["as_json"])
+        return
+    with quiet_libraries(), progress_bar(not flags["as_json"]) as report:
+        result = pipeline.awq(recipe, flags["resume"], flags["restart"], report)
+    if flags["as_json"]:
+        click.echo(json.dumps(result.as_json(), indent=2))
+    else:
+        print_result(result)
+
+
+def _recipe(options: dict[str, Any]) -> Any:
+    from dsquant.recipe import Recipe, parse_size
+
+    formats = tuple(dict.fromkeys(options["to"])) or ("awq",)
+    bits = int(options["bits"])
+    name = Path(options["model"]).name
+    kind = formats[0].replace(":", "-") if len(formats) == 1 else "quantized"
+    return Recipe.checked(
+        model=options["model"],
+        output=options["output"] or Path(f"{name}-{kind}-{bits}bit"),
+        to=formats,
+        bits=bits,
+        group_size=int(options["group_size"]),
+        symmetric=options["symmetric"],
+        preset=options["preset"],
+        calibration=options["calibration"] or ("r1-mix",),
+        samples=options["samples"],
+        seq_len=options["seq_len"],
+        seed=options["seed"],
+        mtp=options["mtp"],
+        max_shard_bytes=parse_size(options["max_shard_size"]),
+        memory_budget=parse_size(options["memory_budget"]) if options["memory_budget"] else None,
+        evaluate=options["evaluate"],
+    )

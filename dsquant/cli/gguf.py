@@ -1,0 +1,95 @@
+"""The command `dsquant gguf`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsquant.cli.process import dsquant_command, print_plan, quiet_libraries
+
+
+@click.command()
+@click.argument("model", default="tiny-r1")
+@click.option(
+    "--type",
+    "type_name",
+    default="Q4_K_M",
+    show_default=True,
+    help="A type or mixture of llama.cpp, such as Q8_0, Q4_K_M, IQ4_XS, BF16; or Q4_K_M+, which keeps MLA attention, "
+    "shared experts and dense layers at Q8_0.",
+)
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to make.  [default: ./NAME-TYPE-GGUF]")
+@click.option(
+    "--calibration",
+    multiple=True,
+    help="Text to take AWQ's scales and an importance matrix from, as for awq; may be repeated; none: neither.  "
+    "[default: r1-mix]",
+)
+@click.option(
+    "--scales/--no-scales", default=True, show_default=True, help="Fold AWQ's scales in, beside the importance matrix."
+)
+@click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix made by llama-imatrix or dsquant.")
+@click.option(
+    "--tensor-type",
+    "tensor_types",
+    multiple=True,
+    metavar="REGEX=TYPE",
+    help="Type of the tensors in whose GGUF names the pattern is found; the first one counts.",
+)
+@click.option("--split-max-size", help="Write several files of at most this size, such as 48GiB.  [default: one file]")
+@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Calibration samples.")
+@click.option("--seq-len", type=click.IntRange(8), default=512, show_default=True, help="Tokens of a sample.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--memory-budget",
+    help="Most resident memory, such as 16GiB.  [default: 80 % of what is free, at most 16GiB]",
+)
+@click.option(
+    "--mtp",
+    type=click.Choice(["keep", "drop"]),
+    default="drop",
+    show_default=True,
+    help="Multi-token-prediction layer: keep as llama.cpp's nextn tensors, or drop.",
+)
+@click.option("--evaluate/--no-evaluate", default=True, show_default=True, help="Compare with the original at the end.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted job in the output folder, or begin one.")
+@click.option("--restart", is_flag=True, help="Begin anew where the output folder holds a job or a result of dsquant.")
+@click.option("--dry-run", is_flag=True, help="Validate everything, print the plan, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress bar.")
+@dsquant_command
+def gguf(**options: Any) -> None:
+    """Converts MODEL (a folder, a hub id, or tiny-r1) to GGUF files that llama.cpp runs, straight from its shards."""
+    if options["resume"] and options["restart"]:
+        raise click.UsageError("--resume and --restart exclude each other")
+    flags = {name: options.pop(name) for name in ("resume", "restart", "dry_run", "as_json")}
+    recipe = _gguf_recipe(options)
+    from dsquant import pipeline
+    from dsquant.display import print_result, progress_bar
+
+    if flags["dry_run"]:
+        print_plan(pipeline.preview_gguf(recipe, flags["resume"], flags["restart"]), flags["as_json"])
+        return
+    with quiet_libraries(), progress_bar(not flags["as_json"]) as report:
+        result = pipeline.gguf(recipe, flags["resume"], flags["restart"], report)
+    if flags["as_json"]:
+        click.echo(json.dumps(result.as_json(), indent=2))
+    else:
+        print_result(result)
+
+
+def _gguf_recipe(options: dict[str, Any]) -> Any:
+    from dsquant.recipe import GgufRecipe, parse_size
+
+    type_name = options.pop("type_name").upper()
+    split, budget = options.pop("split_max_size"), options.pop("memory_budget")
+    output = options.pop("output") or Path(f"{Path(options['model']).name}-{type_name}-GGUF")
+    texts = options.pop("calibration")
+    return GgufRecipe.checked(
+        **options,
+        calibration=() if texts == ("none",) else (texts or None),
+        type=type_name,
+        output=output,
+        split_max_bytes=parse_size(split) if split else 0,
+        memory_budget=parse_size(budget) if budget else None,
+    )

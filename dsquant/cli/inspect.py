@@ -1,0 +1,19 @@
+"""The command `dsquant inspect`."""
+
+import json
+
+import click
+
+from dsquant.cli.process import dsquant_command
+
+
+@click.command()
+@click.argument("model", default="tiny-r1")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@dsquant_command
+def inspect(model: str, as_json: bool) -> None:
+    """Describes MODEL from its headers alone."""
+    from dsquant.inspection import describe
+
+    found = describe(model)
+    click.echo(json.dumps(vars(found), indent=2) if as_json else str(found))

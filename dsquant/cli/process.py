@@ -1,0 +1,66 @@
+"""What every command does around its work: settings of the process, messages and exit codes of errors."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import click
+
+from dsquant.errors import DsquantError
+
+# Past this size glibc maps memory of its own for a block and gives it back at once; without it the heap keeps what a
+# few large tensors once needed.
+MALLOC_MMAP_THRESHOLD = 2**20
+
+
+def dsquant_command(function: Callable[..., None]) -> Callable[..., None]:
+    """Turns dsquant's errors into messages and exit codes."""
+
+    @wraps(function)
+    def run(*arguments: Any, **options: Any) -> None:
+        _prepare_process()
+        try:
+            function(*arguments, **options)
+        except DsquantError as error:
+            click.echo(f"dsquant: {error}", err=True)
+            sys.exit(error.exit_code)
+
+    return run
+
+
+def _prepare_process() -> None:
+    """Settings of this process that a library must not make for its caller."""
+    import ctypes
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a shared machine, waiting threads must not spin
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    mmap_threshold = -3
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(mmap_threshold, MALLOC_MMAP_THRESHOLD)
+
+
+def print_plan(preview: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(preview, indent=2))
+        return
+    for key, value in preview.items():
+        click.echo(f"{key.replace('_', ' '):24} {value}")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps third-party warnings out of the progress bar."""
+    import logging
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("transformers", "accelerate", "datasets"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield

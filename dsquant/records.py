@@ -1,0 +1,221 @@
+"""What a finished job tells: the record in its output folder, dsquant.json, and the result that callers get."""
+
+import math
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dsquant import card
+from dsquant.conversion import Run
+from dsquant.evaluation.divergence import Divergence
+from dsquant.gguf_conversion import IMATRIX_FILE, GgufPlan, GgufRun
+from dsquant.jobs import RECORD_FILE
+from dsquant.preparation import Source
+from dsquant.recipe import JobRecipe
+from dsquant.writers.gguf.store import quantizer_name
+from dsquant.writers.gguf.target import GgufTarget
+
+# The record's layout. 1: first.
+RECORD_VERSION = 1
+PACKAGES = ("dsquant", "torch", "transformers", "accelerate", "autoawq", "compressed-tensors")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a quantization run made, and what it cost."""
+
+    output: Path
+    folders: dict[str, Path]
+    """Format -> checkpoint folder."""
+    source_bytes: int
+    bf16_bytes: int
+    """What the source would take in BF16: the 4-bit formats keep in BF16 what they do not quantize."""
+    output_bytes: dict[str, int]
+    """Format -> bytes of its shards."""
+    divergence: dict[str, dict[str, Divergence]]
+    """Format -> text -> distance from the original; empty where evaluation was off."""
+    warnings: list[str]
+    already_finished: bool = False
+    elapsed_s: float = 0.0
+    peak_resident_bytes: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            **vars(self),
+            "output": str(self.output),
+            "folders": {name: str(folder) for name, folder in self.folders.items()},
+            "divergence": {
+                name: {text: vars(found) for text, found in texts.items()} for name, texts in self.divergence.items()
+            },
+        }
+
+
+def result_of(recipe: JobRecipe, record: dict[str, Any], **changes: Any) -> Result:
+    """The result that a record tells of.
+
+    Args:
+        recipe: the job's recipe.
+        record: its record.
+        **changes: fields of the result that no record holds.
+
+    Returns:
+        The result.
+    """
+    outputs = record["outputs"]
+    return Result(
+        output=recipe.output,
+        folders={name: recipe.output / output["folder"] for name, output in outputs.items()},
+        source_bytes=record["source"]["bytes"],
+        bf16_bytes=record["source"]["bf16_bytes"],
+        output_bytes={name: output["bytes"] for name, output in outputs.items()},
+        divergence={
+            name: {text: Divergence(**values) for text, values in texts.items()}
+            for name, texts in record["divergence"].items()
+        },
+        warnings=record["warnings"],
+        **changes,
+    )
+
+
+def output_files(source: Source) -> list[str]:
+    """Every file that a quantization may make, relative to the output folder."""
+    names = [RECORD_FILE]
+    for target in source.plan.targets:
+        inside = [shard.file_name for shard in target.shards.shards]
+        inside += [*card.copied_files(source.checkpoint.folder), *card.WRITTEN_FILES]
+        names += [str(target.folder / name) for name in inside]
+    for folder, gguf_target in source.plan.gguf.items():
+        inside = [file.file_name for file in gguf_target.files]
+        names += [str(folder / name) for name in (*inside, IMATRIX_FILE, RECORD_FILE)]
+    return sorted(set(names))
+
+
+def gguf_output_files(plan: GgufPlan) -> list[str]:
+    """Every file that a conversion to GGUF makes."""
+    names = [file.file_name for file in plan.target.files] + [RECORD_FILE]
+    return sorted(names + ([IMATRIX_FILE] if plan.calibration else []))
+
+
+def run_record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Everything about a quantization's output that two runs have in common; times and memory are not in here.
+
+    Args:
+        run: the finished run.
+        divergence: format -> text -> distance from the original.
+
+    Returns:
+        Plain JSON values.
+    """
+    source, journal = run.source, run.job.journal.units
+    weights = source.checkpoint.weights
+    layers = [entry["layer"] for entry in journal.values() if "layer" in entry]
+    tensors: dict[str, dict[str, str]] = {}
+    for entry in journal.values():
+        for folder, hashes in entry["tensors"].items():
+            tensors.setdefault(folder, {}).update(hashes)
+    return {
+        "record_version": RECORD_VERSION,
+        "recipe": run.recipe.lasting(),
+        "recipe_sha256": run.recipe.hash,
+        "versions": {name: version(name) for name in PACKAGES},
+        "source": {
+            "architecture": source.checkpoint.architecture,
+            "bytes": source.checkpoint.index.num_bytes,
+            "bf16_bytes": 2 * sum(math.prod(weights.shape(name)) for name in weights),
+            "tensors_sha256": run.job.notes["tensors"],
+        },
+        "calibration": source.calibration,
+        "outputs": {
+            target.format.name: {
+                "folder": str(target.folder),
+                "bytes": target.shards.num_bytes,
+                "grid": vars(target.grid),
+                "tensors_sha256": tensors[str(target.folder)],
+            }
+            for target in source.plan.targets
+        }
+        | {target.name: _gguf_output(target, folder, journal) for folder, target in source.plan.gguf.items()},
+        "layers": layers,
+        "divergence": divergence,
+        "warnings": _warnings(run, layers),
+        "files": output_files(source),
+    }
+
+
+def gguf_record(run: GgufRun, divergence: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Everything about a conversion's files that two runs have in common.
+
+    Args:
+        run: the finished conversion.
+        divergence: type -> text -> distance from the original.
+
+    Returns:
+        Plain JSON values.
+    """
+    plan, journal = run.plan, run.job.journal.units
+    weights = plan.checkpoint.weights
+    layers = [entry["layer"] for entry in journal.values() if "layer" in entry]
+    rare = sum(len(layer["topped_up"]) for layer in layers)
+    warnings = list(plan.notes)
+    if rare:
+        warnings.append(f"{rare} experts got fewer than 256 calibration tokens; their router's next best were added")
+    return {
+        "record_version": RECORD_VERSION,
+        "recipe": run.recipe.lasting(),
+        "recipe_sha256": run.recipe.hash,
+        "versions": {name: version(name) for name in (*PACKAGES, "gguf")},
+        "quantizer": quantizer_name(),
+        "source": {
+            "architecture": plan.checkpoint.architecture,
+            "bytes": plan.checkpoint.index.num_bytes,
+            "bf16_bytes": 2 * sum(math.prod(weights.shape(name)) for name in weights),
+            "tensors_sha256": run.job.notes["tensors"],
+        },
+        "calibration": plan.calibration,
+        "outputs": {plan.target.name: _gguf_output(plan.target, PurePosixPath("."), journal)},
+        "layers": layers,
+        "divergence": divergence,
+        "warnings": warnings,
+        "files": gguf_output_files(plan),
+    }
+
+
+def _gguf_output(target: GgufTarget, folder: PurePosixPath, journal: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the record tells of a GGUF model; `folder` is its first file, which is what llama.cpp is given."""
+    hashes: dict[str, str] = {}
+    for entry in journal.values():
+        hashes |= entry["tensors"].get(str(folder), {})
+    return {
+        "folder": str(folder / target.files[0].file_name),
+        "bytes": target.num_bytes,
+        "files": {file.file_name: file.num_bytes for file in target.files},
+        "bytes_by_type": target.bytes_by_type,
+        "tensors": {name: [tensor.type_name, list(tensor.shape)] for name, tensor in target.tensors.items()},
+        "tensors_sha256": hashes,
+    }
+
+
+def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
+    """What a user should know, in words."""
+    source, words = run.source, []
+    wanted, got = run.recipe.samples, source.calibration["samples"]
+    if got < wanted:
+        words.append(
+            f"the calibration texts yield {got} samples of {run.recipe.seq_len} tokens, {wanted} were asked for"
+        )
+    rare = sum(len(layer["topped_up"]) for layer in layers)
+    if rare:
+        experts = sum(len(layer["tokens_per_expert"]) for layer in layers)
+        words.append(
+            f"{rare} of {experts} experts got fewer than 256 calibration tokens and were judged on their router's "
+            "next best as well; more --samples help"
+        )
+    fallbacks = sum(len(grid["fallbacks"]) for layer in layers for grid in layer["grids"])
+    if fallbacks:
+        words.append(f"{fallbacks} modules are plainly rounded because the search found nothing better")
+    words += [note for target in source.plan.gguf.values() for note in target.notes]
+    if source.skeleton.num_mtp_layers and run.recipe.mtp == "drop":
+        words.append("the multi-token-prediction layer was dropped: engines cannot draft with it any more")
+    return words
