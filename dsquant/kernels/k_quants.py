@@ -18,10 +18,13 @@ SUPER_BLOCK = 256
 ROW_BLOCKS = {"Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "Q8_0": (32, 34)}
 # Candidates divide a block's range by the number of steps plus each of these.
 AFFINE_FIRST, AFFINE_STEP, AFFINE_TRIES = -0.9, 0.05, 37
-SYMMETRIC_FIRST, SYMMETRIC_STEP, SYMMETRIC_TRIES = -0.9, 0.1, 19
-SCALE_FIRST, SCALE_STEP, SCALE_TRIES = -3.0, 0.1, 37
+# from the middle outwards: where all fit alike, a range of powers of two keeps its exact scale
+SYMMETRIC_STEP, SYMMETRIC_TRIES = 0.1, 19
+SCALE_FIRST, SCALE_STEP, SCALE_TRIES = -20.0, 1.0, 21
 LARGEST_SCALE = 63
 LEAST = 1e-30
+# How far a candidate must surpass one before it: rounding of the sums decides nothing.
+BETTER = 1 + 1e-6
 # Weights that are worked on together: what they need stays in a core's cache.
 WEIGHTS_AT_ONCE = 2**17
 
@@ -82,16 +85,15 @@ def _affine(weight_SW: torch.Tensor, importance_SW: torch.Tensor, steps: int) ->
     weight_SBW = weight_SW.unflatten(1, (8, 32))
     scale_N, offset_N = _affine_search(_blocks_last(weight_SBW), _blocks_last(weights_SBW), steps)
     shares_SB = weights_SBW.sum(2)
-    scale_S, scale_codes_SB = _scale_search(scale_N.view_as(shares_SB), shares_SB)
-    offset_S, offset_codes_SB = _scale_search(offset_N.view_as(shares_SB), shares_SB)
-    halves_S2 = torch.stack([scale_S, offset_S], 1).half()
-    scale_SB1 = (halves_S2[:, :1].float() * scale_codes_SB).unsqueeze(2)
-    offset_SB1 = (halves_S2[:, 1:].float() * offset_codes_SB).unsqueeze(2)
+    scale_S1, scale_codes_SB = _scale_search(scale_N.view_as(shares_SB), shares_SB)
+    offset_S1, offset_codes_SB = _scale_search(offset_N.view_as(shares_SB), shares_SB)
+    scale_SB1 = (scale_S1.float() * scale_codes_SB).unsqueeze(2)
+    offset_SB1 = (offset_S1.float() * offset_codes_SB).unsqueeze(2)
     codes_SBW = ((weight_SBW + offset_SB1) / torch.where(scale_SB1 > 0, scale_SB1, torch.inf)).round().clamp(0, steps)
     low, high = scale_codes_SB.byte().chunk(2, 1)
     low_offsets, high_offsets = offset_codes_SB.byte().chunk(2, 1)
     packed = [
-        halves_S2.view(torch.uint8),
+        torch.cat([scale_S1, offset_S1], 1).view(torch.uint8),
         low | ((high >> 4) << 6),
         low_offsets | ((high_offsets >> 4) << 6),
         (high & 15) | ((high_offsets & 15) << 4),
@@ -132,25 +134,33 @@ def _affine_search(weight_WN: torch.Tensor, weights_WN: torch.Tensor, steps: int
         better = gain_N > best_N
         for kept, found in ((best_N, gain_N), (slope_N, slope), (start_N, start)):
             torch.where(better, found, kept, out=kept)
-    return slope_N * range_N, (low_N + start_N * range_N).neg_().clamp_(min=0)
+    return slope_N * range_N, (0 - (low_N + start_N * range_N)).clamp_(min=0)
 
 
 def _scale_search(values_SB: torch.Tensor, shares_SB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A factor of each super-block and 6-bit codes, so that their products are near values that are ≥ 0."""
+    """A float16 factor of each super-block and 6-bit codes, so that their products are near values that are ≥ 0.
+
+    Candidates are judged by the factor that is stored: small weights have factors that float16 holds with few bits.
+    """
     largest_S1 = values_SB.amax(1, keepdim=True)
-    unit_SB = values_SB / largest_S1.clamp(min=LEAST)
+    safe_largest_S1 = largest_S1.clamp(min=LEAST)
+    unit_SB = values_SB / safe_largest_S1
     shares_SB = shares_SB / shares_SB.sum(1, keepdim=True).clamp(min=LEAST)
-    best = torch.full_like(largest_S1, -1.0)
-    best_factor, best_codes = torch.zeros_like(largest_S1), torch.zeros_like(unit_SB)
+    best = torch.full_like(largest_S1, torch.inf)
+    best_factor, best_codes = torch.zeros_like(largest_S1).half(), torch.zeros_like(unit_SB)
     for number in range(SCALE_TRIES):
         codes_SB = (unit_SB * (LARGEST_SCALE + SCALE_FIRST + SCALE_STEP * number)).round_().clamp_(max=LARGEST_SCALE)
         product = (shares_SB * codes_SB * unit_SB).sum(1, keepdim=True)
-        factor = product / (shares_SB * codes_SB.square()).sum(1, keepdim=True).clamp(min=LEAST)
-        better = factor * product > best
-        best = torch.where(better, factor * product, best)
+        square = (shares_SB * codes_SB.square()).sum(1, keepdim=True).clamp(min=LEAST)
+        factor = (product / square * largest_S1).half()
+        stored = factor.float() / safe_largest_S1
+        codes_SB = (unit_SB / stored.clamp(min=LEAST)).clamp_(max=LARGEST_SCALE).round_()
+        error = (shares_SB * (unit_SB - stored * codes_SB).square()).sum(1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
         best_factor = torch.where(better, factor, best_factor)
         best_codes = torch.where(better, codes_SB, best_codes)
-    return (best_factor * largest_S1).squeeze(1), best_codes
+    return best_factor, best_codes
 
 
 def _q6_k(weight_SW: torch.Tensor, importance_SW: torch.Tensor) -> torch.Tensor:
@@ -183,12 +193,13 @@ def _symmetric_search(weight_WN: torch.Tensor, weights_WN: torch.Tensor) -> torc
     best_N, scale_N = torch.zeros_like(extreme_1N[0]), torch.zeros_like(extreme_1N[0])
     codes_WN, weighted_WN = torch.empty_like(unit_WN), torch.empty_like(unit_WN)
     for number in range(SYMMETRIC_TRIES):
-        torch.mul(unit_WN, 32 + SYMMETRIC_FIRST + SYMMETRIC_STEP * number, out=codes_WN).round_().clamp_(-32, 31)
+        distance = SYMMETRIC_STEP * ((number + 1) // 2) * (1 - 2 * (number % 2))
+        torch.mul(unit_WN, 32 + distance, out=codes_WN).round_().clamp_(-32, 31)
         torch.mul(weights_WN, codes_WN, out=weighted_WN)
         square_N = codes_WN.mul_(weighted_WN).sum(0).clamp_(min=LEAST)
         product_N = weighted_WN.mul_(unit_WN).sum(0)
         scale = product_N / square_N
-        better = scale * product_N > best_N
+        better = scale * product_N > best_N * BETTER
         for kept, found in ((best_N, scale * product_N), (scale_N, scale)):
             torch.where(better, found, kept, out=kept)
     return scale_N * -extreme_1N[0]

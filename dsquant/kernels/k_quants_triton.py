@@ -1,4 +1,4 @@
-"""Q4_K, Q5_K, Q6_K and Q8_0 on a GPU: the searches of `k_quants`, each block's weights in registers, bytes written once.
+"""Q4_K, Q5_K, Q6_K and Q8_0 on a GPU: the searches of `k_quants`, blocks in registers, bytes written once.
 
 Some 300 instructions for each weight make the searches bound by arithmetic, not by memory: a program keeps a few
 super-blocks in registers through all candidates and stores nothing but the packed result.
@@ -12,19 +12,19 @@ import triton.language as tl
 
 from dsquant.kernels import k_quants
 
-AFFINE_FIRST: tl.constexpr = tl.constexpr(k_quants.AFFINE_FIRST)
-AFFINE_STEP: tl.constexpr = tl.constexpr(k_quants.AFFINE_STEP)
-AFFINE_TRIES: tl.constexpr = tl.constexpr(k_quants.AFFINE_TRIES)
-SYMMETRIC_FIRST: tl.constexpr = tl.constexpr(k_quants.SYMMETRIC_FIRST)
-SYMMETRIC_STEP: tl.constexpr = tl.constexpr(k_quants.SYMMETRIC_STEP)
-SYMMETRIC_TRIES: tl.constexpr = tl.constexpr(k_quants.SYMMETRIC_TRIES)
-SCALE_FIRST: tl.constexpr = tl.constexpr(k_quants.SCALE_FIRST)
-SCALE_STEP: tl.constexpr = tl.constexpr(k_quants.SCALE_STEP)
-SCALE_TRIES: tl.constexpr = tl.constexpr(k_quants.SCALE_TRIES)
-LARGEST_SCALE: tl.constexpr = tl.constexpr(k_quants.LARGEST_SCALE)
-LEAST: tl.constexpr = tl.constexpr(k_quants.LEAST)
+AFFINE_FIRST = tl.constexpr(k_quants.AFFINE_FIRST)
+AFFINE_STEP = tl.constexpr(k_quants.AFFINE_STEP)
+AFFINE_TRIES = tl.constexpr(k_quants.AFFINE_TRIES)
+SYMMETRIC_STEP = tl.constexpr(k_quants.SYMMETRIC_STEP)
+SYMMETRIC_TRIES = tl.constexpr(k_quants.SYMMETRIC_TRIES)
+SCALE_FIRST = tl.constexpr(k_quants.SCALE_FIRST)
+SCALE_STEP = tl.constexpr(k_quants.SCALE_STEP)
+SCALE_TRIES = tl.constexpr(k_quants.SCALE_TRIES)
+LARGEST_SCALE = tl.constexpr(k_quants.LARGEST_SCALE)
+LEAST = tl.constexpr(k_quants.LEAST)
+BETTER = tl.constexpr(k_quants.BETTER)
 # Adding and subtracting it rounds a float32 to the nearest integer, halves to even.
-ROUNDER: tl.constexpr = tl.constexpr(1.5 * 2**23)
+ROUNDER = tl.constexpr(1.5 * 2**23)
 # Super-blocks of a program: 16 weights to a thread, of four warps.
 SUPER_BLOCKS = 8
 WARPS = 4
@@ -89,9 +89,8 @@ def _affine(rows, importance, stored, num_columns, num_supers, S: tl.constexpr, 
     shares_SB = shares_SB / tl.maximum(tl.sum(shares_SB, 1), LEAST)[:, None]
     scale_S, scale_codes_SB = _scale_search(tl.reshape(scale_N, [S, 8]), shares_SB, S)
     offset_S, offset_codes_SB = _scale_search(tl.reshape(offset_N, [S, 8]), shares_SB, S)
-    scale_half_S, offset_half_S = scale_S.to(tl.float16), offset_S.to(tl.float16)
-    scale_N = tl.reshape(scale_half_S.to(tl.float32)[:, None] * scale_codes_SB, [N])
-    offset_N = tl.reshape(offset_half_S.to(tl.float32)[:, None] * offset_codes_SB, [N])
+    scale_N = tl.reshape(scale_S.to(tl.float32)[:, None] * scale_codes_SB, [N])
+    offset_N = tl.reshape(offset_S.to(tl.float32)[:, None] * offset_codes_SB, [N])
     inverse_N = tl.where(scale_N > 0, 1 / tl.where(scale_N > 0, scale_N, 1.0), 0.0)
     codes_NW = _rounded((weight_NW + offset_N[:, None]) * inverse_N[:, None])
     codes_NW = tl.minimum(tl.maximum(codes_NW, 0.0), STEPS).to(tl.int32)
@@ -100,8 +99,8 @@ def _affine(rows, importance, stored, num_columns, num_supers, S: tl.constexpr, 
     inside_S = supers_S < num_supers
     super_S = stored + supers_S * (176 if HIGH else 144)
     halves_S = super_S.to(tl.pointer_type(tl.float16))
-    tl.store(halves_S, scale_half_S, mask=inside_S)
-    tl.store(halves_S + 1, offset_half_S, mask=inside_S)
+    tl.store(halves_S, scale_S, mask=inside_S)
+    tl.store(halves_S + 1, offset_S, mask=inside_S)
     _store_six_bits(super_S + 4, scale_codes_SB.to(tl.int32), offset_codes_SB.to(tl.int32), inside_S, S)
     inside_S1, lanes_1W = inside_S[:, None], tl.arange(0, 32)[None, :]
     if HIGH:
@@ -150,21 +149,27 @@ def _affine_search(weight_NW, weights_NW, N: tl.constexpr, STEPS: tl.constexpr):
 def _scale_search(values_SB, shares_SB, S: tl.constexpr):
     """As `k_quants._scale_search`; the shares sum to one."""
     largest_S = tl.max(values_SB, 1)
-    unit_SB = values_SB / tl.maximum(largest_S, LEAST)[:, None]
-    best_S = tl.full([S], -1.0, tl.float32)
-    factor_S = tl.zeros([S], tl.float32)
+    safe_largest_S = tl.maximum(largest_S, LEAST)
+    unit_SB = values_SB / safe_largest_S[:, None]
+    best_S = tl.full([S], float("inf"), tl.float32)
+    best_factor_S = tl.zeros([S], tl.float16)
     best_codes_SB = tl.zeros_like(unit_SB)
     for number in range(SCALE_TRIES):
         codes_SB = _rounded(unit_SB * (LARGEST_SCALE + SCALE_FIRST + SCALE_STEP * number))
         codes_SB = tl.minimum(codes_SB, LARGEST_SCALE)
         weighted_SB = shares_SB * codes_SB
-        product_S = tl.sum(weighted_SB * unit_SB, 1)
-        factor = product_S / tl.maximum(tl.sum(weighted_SB * codes_SB, 1), LEAST)
-        better = factor * product_S > best_S
-        best_S = tl.where(better, factor * product_S, best_S)
-        factor_S = tl.where(better, factor, factor_S)
+        square_S = tl.maximum(tl.sum(weighted_SB * codes_SB, 1), LEAST)
+        factor_S = (tl.sum(weighted_SB * unit_SB, 1) / square_S * largest_S).to(tl.float16)
+        stored_S = factor_S.to(tl.float32) / safe_largest_S
+        inverse_S = 1 / tl.maximum(stored_S, LEAST)
+        codes_SB = _rounded(tl.minimum(unit_SB * inverse_S[:, None], LARGEST_SCALE))
+        rest_SB = unit_SB - stored_S[:, None] * codes_SB
+        error_S = tl.sum(shares_SB * rest_SB * rest_SB, 1)
+        better = error_S < best_S
+        best_S = tl.where(better, error_S, best_S)
+        best_factor_S = tl.where(better, factor_S, best_factor_S)
         best_codes_SB = tl.where(better[:, None], codes_SB, best_codes_SB)
-    return factor_S * largest_S, best_codes_SB
+    return best_factor_S, best_codes_SB
 
 
 @triton.jit
@@ -225,12 +230,13 @@ def _symmetric_search(weight_NW, weights_NW, N: tl.constexpr):
     best_N = tl.zeros([N], tl.float32)
     scale_N = tl.zeros([N], tl.float32)
     for number in range(SYMMETRIC_TRIES):
-        codes_NW = _rounded(unit_NW * (32 + SYMMETRIC_FIRST + SYMMETRIC_STEP * number))
+        distance = SYMMETRIC_STEP * ((number + 1) // 2) * (1 - 2 * (number % 2))
+        codes_NW = _rounded(unit_NW * (32 + distance))
         codes_NW = tl.minimum(tl.maximum(codes_NW, -32.0), 31.0)
         weighted_NW = weights_NW * codes_NW
         product_N = tl.sum(weighted_NW * unit_NW, 1)
         scale = product_N / tl.maximum(tl.sum(weighted_NW * codes_NW, 1), LEAST)
-        better = scale * product_N > best_N
+        better = scale * product_N > best_N * BETTER
         best_N = tl.where(better, scale * product_N, best_N)
         scale_N = tl.where(better, scale, scale_N)
     return scale_N * -extreme_N
