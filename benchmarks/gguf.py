@@ -53,7 +53,7 @@ def quantizers(type_name: str, place: str) -> Iterator[tuple[str, Quantizer]]:
         if type_name in k_quants.ROW_BLOCKS:
             from dsquant.writers.gguf.store import stored_rows
 
-            yield "dsquant Triton", lambda rows, weights: stored_rows(rows, type_name, weights, "cuda")
+            yield "dsquant Triton", lambda rows, weights: stored_rows(rows.cuda(), type_name, weights)
         return
     if place == "GPU" and type_name in k_quants.ROW_BLOCKS:
         from dsquant.kernels import k_quants_triton
@@ -62,7 +62,7 @@ def quantizers(type_name: str, place: str) -> Iterator[tuple[str, Quantizer]]:
     if place != "GPU" and ggml.library() is not None:
         threads = 1 if place == "one core" else 0
         yield "ggml", lambda rows, weights: ggml.quantize(rows, type_name, weights, threads)
-    if type_name in k_quants.ROW_BLOCKS:
+    if place != "GPU" and type_name in k_quants.ROW_BLOCKS:
         yield "dsquant PyTorch", lambda rows, weights: k_quants.quantize(rows, type_name, weights)
     if place == "one core" and type_name in ("Q8_0", "Q4_0", "Q5_0"):
         number = gguf.GGMLQuantizationType[type_name]

@@ -25,9 +25,10 @@ LEAST = tl.constexpr(k_quants.LEAST)
 BETTER = tl.constexpr(k_quants.BETTER)
 # Adding and subtracting it rounds a float32 to the nearest integer, halves to even.
 ROUNDER = tl.constexpr(1.5 * 2**23)
-# Super-blocks of a program: 16 weights to a thread, of four warps.
-SUPER_BLOCKS = 8
-WARPS = 4
+# Super-blocks of a program of one warp, 16 weights to a thread: no sum then waits for another warp. Measured on an
+# H100: Q4_K at 100 GB/s of float32, with 8 super-blocks and four warps at 71.
+SUPER_BLOCKS = 2
+WARPS = 1
 
 
 def quantize(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor) -> torch.Tensor:

@@ -13,24 +13,25 @@ _BY_GGUF_PY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
 _INSTALL = "pip install 'dsquant[gguf]'"
 
 
-def quantizer_name(device: str = "cpu") -> str:
-    """Which code quantizes, in words; two jobs with the same words write the same bytes.
+def quantizer_name(on_gpu: bool) -> str:
+    """Which code quantizes, in words; jobs with the same words write the same bytes.
 
     Args:
-        device: `cpu` or `cuda`.
+        on_gpu: whether the rows are on a GPU.
 
     Returns:
         The words.
     """
     rest = "ggml (xllamacpp)" if ggml.library() is not None else "PyTorch and gguf-py"
-    return rest if device == "cpu" else f"Triton on a GPU ({', '.join(k_quants.ROW_BLOCKS)}), {rest}"
+    return f"Triton ({', '.join(k_quants.ROW_BLOCKS)}), {rest}" if on_gpu else rest
 
 
-def check_quantizer(type_names: Collection[str]) -> str | None:
+def check_quantizer(type_names: Collection[str], on_gpu: bool) -> str | None:
     """Refuses types that nothing installed can quantize to.
 
     Args:
         type_names: the types of the planned tensors.
+        on_gpu: whether their rows will be on a GPU.
 
     Returns:
         What a user should know where ggml is missing; None where it is there or not needed.
@@ -38,7 +39,7 @@ def check_quantizer(type_names: Collection[str]) -> str | None:
     Raises:
         UsageError: naming them, and what to install.
     """
-    quantized = sorted(set(type_names) - set(FLOAT_TYPES))
+    quantized = sorted(set(type_names) - set(FLOAT_TYPES) - set(k_quants.ROW_BLOCKS if on_gpu else ()))
     if ggml.library() is not None or not quantized:
         return None
     missing = [name for name in quantized if name not in k_quants.ROW_BLOCKS and name not in _BY_GGUF_PY]
@@ -51,27 +52,24 @@ def check_quantizer(type_names: Collection[str]) -> str | None:
     return f"ggml's quantizers are not installed: {'; '.join(ways)}. To have them: {_INSTALL}"
 
 
-def stored_rows(
-    rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor | None, device: str = "cpu"
-) -> torch.Tensor:
+def stored_rows(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor | None) -> torch.Tensor:
     """Stores rows of a weight.
 
     Args:
-        rows_RI: float32 [R, I], on the CPU or a GPU.
+        rows_RI: float32 [R, I]; where they are on a GPU, it quantizes to the types that it has kernels for.
         type_name: the GGUF type; I is a multiple of its block.
         importance_I: float32 [I], positive, the weight of each column's squared error; None weighs all alike.
-        device: where to quantize; types without a GPU kernel are quantized on the CPU all the same.
 
     Returns:
         uint8 [R, bytes of a row], on the CPU.
     """
     if type_name in FLOAT_TYPES:
-        return rows_RI.cpu().to(_DTYPES[type_name]).contiguous().view(torch.uint8)
+        return rows_RI.to(_DTYPES[type_name]).contiguous().view(torch.uint8).cpu()
     weights_I = torch.ones(rows_RI.shape[1]) if importance_I is None else importance_I
-    if (rows_RI.is_cuda or device == "cuda") and type_name in k_quants.ROW_BLOCKS:
+    if rows_RI.is_cuda and type_name in k_quants.ROW_BLOCKS:
         from dsquant.kernels import k_quants_triton
 
-        return k_quants_triton.quantize(rows_RI.cuda(), type_name, weights_I).cpu()
+        return k_quants_triton.quantize(rows_RI, type_name, weights_I).cpu()
     rows_RI, weights_I = rows_RI.cpu(), weights_I.cpu()
     if ggml.library() is not None:
         return ggml.quantize(rows_RI, type_name, weights_I)
