@@ -5,6 +5,7 @@ super-blocks in registers through all candidates and stores nothing but the pack
 
 Shape legend: S super-blocks of a program, B blocks of a super-block, N = S * B blocks, W weights of a block.
 """
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import torch
 import triton
