@@ -175,8 +175,8 @@ def _meta_model(hf_config: Any) -> Any:
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register(ATTENTION, fused_attention)
-    # Not accelerate's init_empty_weights: it allocates each parameter before it drops it, and transformers' fused experts
-    # of one R1 layer are 30 GB, more than many a machine gives.
+    # Not accelerate's init_empty_weights: it allocates each parameter before it drops it, and the fused experts of one
+    # R1 layer are 30 GB, more than many a machine gives.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             hf_config, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
