@@ -118,6 +118,7 @@ def gguf(
     seq_len: int = 512,
     seed: int = 0,
     mtp: str = "drop",
+    device: str = "auto",
     memory_budget: str | int | None = None,
     evaluate: bool = True,
     resume: bool = False,
@@ -139,6 +140,7 @@ def gguf(
         seq_len: tokens of a sample.
         seed: of the choice of texts.
         mtp: `keep` or `drop` the multi-token-prediction layer.
+        device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
         memory_budget: the most resident memory, such as `16GiB`.
         evaluate: whether the output is compared with the original at the end.
         resume: go on with an interrupted job in `output`, or begin one.
@@ -171,6 +173,7 @@ def gguf(
         seq_len=seq_len,
         seed=seed,
         mtp=mtp,
+        device=device,
         memory_budget=_size(memory_budget),
         evaluate=evaluate,
     )

@@ -78,7 +78,7 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
     """Opens and validates everything a conversion reads, and plans its files to the byte.
 
     Args:
-        recipe: the conversion.
+        recipe: the conversion, its device resolved.
 
     Returns:
         The plan.
@@ -91,7 +91,7 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
         raise UsageError(f"type {recipe.type!r} is unknown; dsquant writes {', '.join(MIXTURES)}")
     if recipe.imatrix and recipe.texts:
         raise UsageError("give an imatrix file or a calibration text, not both")
-    checkpoint, skeleton = open_model(recipe.model)
+    checkpoint, skeleton = open_model(recipe.model, torch.device(recipe.device))
     check_complete(checkpoint, skeleton)
     units = plan_units(recipe.mtp, checkpoint, skeleton)
     num_mtp_layers = skeleton.num_mtp_layers if recipe.mtp == "keep" else 0
@@ -193,7 +193,7 @@ class GgufRun:
         tokens_NT = self.plan.tokens_NT
         assert tokens_NT is not None
         shape = (*tokens_NT.shape, int(self.plan.skeleton.config["hidden_size"]))
-        return Activations.in_file(self.job.work / name, shape)
+        return Activations.in_file(self.job.work / name, shape, self.plan.checkpoint.weights.device)
 
 
 def convert_to_gguf(run: GgufRun) -> None:

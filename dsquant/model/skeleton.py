@@ -172,13 +172,15 @@ def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
 
 
 def _meta_model(hf_config: Any) -> Any:
-    from accelerate import init_empty_weights
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register(ATTENTION, fused_attention)
-    # Rotary buffers are computed, not loaded: they stay real.
-    with init_empty_weights(include_buffers=False):
+    # Not accelerate's init_empty_weights: it allocates each parameter before it drops it, and the fused experts of one
+    # R1 layer are 30 GB, more than many a machine gives.
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             hf_config, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
         )
+    # Rotary buffers are computed, not loaded: they are real.
+    model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
     return model.eval()

@@ -96,7 +96,9 @@ def plan_target(
         tensors[name] = GgufTensor(name, chosen, shape)
         if wanted:
             replaced[wanted, chosen] += 1
-    check_quantizer({tensor.type_name for tensor in tensors.values()})
+    missing = check_quantizer(
+        {tensor.type_name for tensor in tensors.values()}, checkpoint.weights.device.type == "cuda"
+    )
 
     def add_keys(writer: Any) -> None:
         add_model_keys(writer, checkpoint.config, model_name, num_mtp_layers)
@@ -111,6 +113,7 @@ def plan_target(
         f"{count} tensors are {chosen} instead of {wanted}: their rows are no multiple of {wanted}'s block"
         for (wanted, chosen), count in replaced.items()
     )
+    notes += (missing,) if missing else ()
     return GgufTarget(type_name, tensors, files, notes, _largest_whole(checkpoint, parameters))
 
 
