@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dsquant import card
-from dsquant.comparison import Comparison, compare_on_texts, open_gguf
+from dsquant.comparison import Comparison, compare_on_texts
 from dsquant.conversion import Run, convert
 from dsquant.errors import InputError
 from dsquant.gguf_conversion import (
@@ -29,6 +29,7 @@ from dsquant.jobs import (
     stop_on_signals,
     write_atomically,
 )
+from dsquant.opening import open_gguf
 from dsquant.planning import Plan, Target, check_memory
 from dsquant.preparation import check_disk, memory_budget, open_source, resolved
 from dsquant.recipe import GgufRecipe, Recipe, format_size
