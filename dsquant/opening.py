@@ -214,13 +214,14 @@ def _check_vocabulary(path: str, tokens: Mapping[str, int] | None, weights: Weig
         )
     if tokens is None:
         return
-    wanted: dict[str, int] = original.tokenizer.get_vocab()
-    different = next((token for token in wanted if tokens.get(token) != wanted[token]), None)
-    if different is not None:
-        raise InputError(
-            f"{path}: another vocabulary: token {different!r} is number {wanted[different]} in the reference, "
-            f"{tokens.get(different, 'missing')} here; perplexities over different vocabularies cannot be compared"
-        )
+    # Tokenizers add tokens of their own when they are loaded, so that one may lack what the other has.
+    found = {number: token for token, number in tokens.items()}
+    for token, number in original.tokenizer.get_vocab().items():
+        if found.get(number, token) != token:
+            raise InputError(
+                f"{path}: another vocabulary: token {number} is {found[number]!r}, in the reference it is {token!r}; "
+                "perplexities over different vocabularies cannot be compared"
+            )
 
 
 def _check_shapes(path: str, weights: Weights, skeleton: Skeleton) -> None:
