@@ -189,6 +189,7 @@ def evaluate(
     samples: int = 8,
     seq_len: int = 512,
     seed: int = 0,
+    device: str = "auto",
     memory_budget: str | int | None = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -203,6 +204,7 @@ def evaluate(
         samples: the most samples of each text.
         seq_len: tokens of a sample.
         seed: of the intervals' random draws.
+        device: `auto`, `cpu` or `cuda`.
         memory_budget: the most resident memory, such as `16GiB`.
         progress: whether to show a progress bar.
 
@@ -213,13 +215,13 @@ def evaluate(
         UsageError: where the arguments cannot work.
         InputError: where a model or text cannot be used, or a candidate is not the same model.
     """
-    from dsquant import comparison
+    from dsquant import assessment
     from dsquant.display import progress_bar
     from dsquant.recipe import parse_size
 
     if not candidates:
         raise UsageError("name at least one candidate")
-    request = comparison.EvaluationRequest(
+    request = assessment.EvaluationRequest(
         reference=str(reference),
         candidates=tuple(str(candidate) for candidate in candidates),
         texts=tuple(str(text) for text in texts),
@@ -228,10 +230,11 @@ def evaluate(
         seed=seed,
         gates=None if gates is None else Path(gates),
         output=None if output is None else Path(output),
+        device=device,
         memory_budget=parse_size(memory_budget) if isinstance(memory_budget, str) else memory_budget,
     )
     with progress_bar(progress) as report:
-        return comparison.evaluate(request, report)
+        return assessment.evaluate(request, report)
 
 
 def inspect(model: str | Path = "tiny-r1") -> Inspection:

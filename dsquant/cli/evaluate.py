@@ -22,6 +22,7 @@ from dsquant.cli.process import dsquant_command, quiet_libraries
 @click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="The most samples of each text.")
 @click.option("--seq-len", type=click.IntRange(8), default=512, show_default=True, help="Tokens of a sample.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the intervals' random draws.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--memory-budget",
     help="Most resident memory, such as 16GiB.  [default: 80 % of what is free, at most 16GiB]",
@@ -37,6 +38,7 @@ def evaluate(
     samples: int,
     seq_len: int,
     seed: int,
+    device: str,
     memory_budget: str | None,
     as_json: bool,
 ) -> None:
@@ -45,11 +47,11 @@ def evaluate(
     Both are a folder, a hub id, tiny-r1, or a GGUF file: FP8, BF16, AWQ, compressed-tensors or GGUF of one model.
     With --gates the exit code is 4 where a gate failed, and 5 where none failed but more samples are needed.
     """
-    from dsquant import comparison
+    from dsquant import assessment
     from dsquant.display import print_evaluation, progress_bar
     from dsquant.recipe import parse_size
 
-    request = comparison.EvaluationRequest(
+    request = assessment.EvaluationRequest(
         reference=reference,
         candidates=candidates,
         texts=texts,
@@ -58,12 +60,13 @@ def evaluate(
         seed=seed,
         gates=gates,
         output=output,
+        device=device,
         memory_budget=parse_size(memory_budget) if memory_budget else None,
     )
     with quiet_libraries(), progress_bar(not as_json) as report:
-        evaluation = comparison.evaluate(request, report)
+        evaluation = assessment.evaluate(request, report)
     if as_json:
         click.echo(json.dumps(evaluation.as_json(), indent=2))
     else:
         print_evaluation(evaluation)
-    comparison.raise_verdict(evaluation)
+    assessment.raise_verdict(evaluation)
