@@ -215,13 +215,13 @@ def evaluate(
         UsageError: where the arguments cannot work.
         InputError: where a model or text cannot be used, or a candidate is not the same model.
     """
-    from dsquant import assessment
+    from dsquant import comparison
     from dsquant.display import progress_bar
     from dsquant.recipe import parse_size
 
     if not candidates:
         raise UsageError("name at least one candidate")
-    request = assessment.EvaluationRequest(
+    request = comparison.EvaluationRequest(
         reference=str(reference),
         candidates=tuple(str(candidate) for candidate in candidates),
         texts=tuple(str(text) for text in texts),
@@ -234,7 +234,7 @@ def evaluate(
         memory_budget=parse_size(memory_budget) if isinstance(memory_budget, str) else memory_budget,
     )
     with progress_bar(progress) as report:
-        return assessment.evaluate(request, report)
+        return comparison.evaluate(request, report)
 
 
 def inspect(model: str | Path = "tiny-r1") -> Inspection:

@@ -47,11 +47,11 @@ def evaluate(
     Both are a folder, a hub id, tiny-r1, or a GGUF file: FP8, BF16, AWQ, compressed-tensors or GGUF of one model.
     With --gates the exit code is 4 where a gate failed, and 5 where none failed but more samples are needed.
     """
-    from dsquant import assessment
+    from dsquant import comparison
     from dsquant.display import print_evaluation, progress_bar
     from dsquant.recipe import parse_size
 
-    request = assessment.EvaluationRequest(
+    request = comparison.EvaluationRequest(
         reference=reference,
         candidates=candidates,
         texts=texts,
@@ -64,9 +64,9 @@ def evaluate(
         memory_budget=parse_size(memory_budget) if memory_budget else None,
     )
     with quiet_libraries(), progress_bar(not as_json) as report:
-        evaluation = assessment.evaluate(request, report)
+        evaluation = comparison.evaluate(request, report)
     if as_json:
         click.echo(json.dumps(evaluation.as_json(), indent=2))
     else:
         print_evaluation(evaluation)
-    assessment.raise_verdict(evaluation)
+    comparison.raise_verdict(evaluation)
