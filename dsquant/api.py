@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsquant.errors import UsageError
+
 if TYPE_CHECKING:
-    from dsquant.comparison import Evaluation
+    from dsquant.evaluation.results import Evaluation
     from dsquant.inspection import Inspection
     from dsquant.records import Result
 
@@ -183,36 +185,59 @@ def gguf(
 
 def evaluate(
     reference: str | Path,
-    candidate: str | Path,
-    *,
+    *candidates: str | Path,
     texts: Sequence[str | Path] = (),
-    seq_len: int = 512,
+    gates: str | Path | None = None,
+    output: str | Path | None = None,
     samples: int = 8,
+    seq_len: int = 512,
+    seed: int = 0,
+    device: str = "auto",
+    memory_budget: str | int | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Measures how far a quantized model is from the original, layer by layer.
+    """Measures what quantized models cost against the original, layer by layer.
 
     Args:
-        reference: the original: a folder, a hub id, or `tiny-r1`.
-        candidate: an AWQ, compressed-tensors, FP8 or BF16 checkpoint of the same model.
-        texts: text files; the shipped held-out texts where there are none.
+        reference: the original: a folder, a hub id, `tiny-r1`, or a GGUF file.
+        *candidates: the same, of the same model: FP8, BF16, AWQ, compressed-tensors or GGUF.
+        texts: shipped texts (code, wiki, reasoning) or text files; every shipped one where there are none.
+        gates: a YAML file of limits; the outcome is in `verdict` and in each candidate's `gates`.
+        output: a folder for the report.
+        samples: the most samples of each text.
         seq_len: tokens of a sample.
-        samples: samples of each text.
+        seed: of the intervals' random draws.
+        device: `auto`, `cpu` or `cuda`.
+        memory_budget: the most resident memory, such as `16GiB`.
         progress: whether to show a progress bar.
 
     Returns:
-        Perplexity, KL divergence and top-1 agreement on each text; a table in a notebook.
+        Perplexity, KL divergence, agreement, routing, weight errors and findings of every candidate.
 
     Raises:
-        InputError: where a model or text cannot be used, or the two are not the same model.
+        UsageError: where the arguments cannot work.
+        InputError: where a model or text cannot be used, or a candidate is not the same model.
     """
     from dsquant import comparison
     from dsquant.display import progress_bar
+    from dsquant.recipe import parse_size
 
+    if not candidates:
+        raise UsageError("name at least one candidate")
+    request = comparison.EvaluationRequest(
+        reference=str(reference),
+        candidates=tuple(str(candidate) for candidate in candidates),
+        texts=tuple(str(text) for text in texts),
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        gates=None if gates is None else Path(gates),
+        output=None if output is None else Path(output),
+        device=device,
+        memory_budget=parse_size(memory_budget) if isinstance(memory_budget, str) else memory_budget,
+    )
     with progress_bar(progress) as report:
-        return comparison.evaluate(
-            str(reference), str(candidate), [str(text) for text in texts], seq_len, samples, report
-        )
+        return comparison.evaluate(request, report)
 
 
 def inspect(model: str | Path = "tiny-r1") -> Inspection:

@@ -10,9 +10,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dsquant import card
-from dsquant.comparison import Comparison, compare_on_texts, open_gguf
 from dsquant.conversion import Run, convert
 from dsquant.errors import InputError, UsageError
+from dsquant.final_comparison import Comparison, compare_on_texts
 from dsquant.gguf_conversion import (
     GgufRun,
     convert_to_gguf,
@@ -29,6 +29,7 @@ from dsquant.jobs import (
     stop_on_signals,
     write_atomically,
 )
+from dsquant.opening import open_gguf
 from dsquant.planning import Plan, Target, check_memory
 from dsquant.preparation import (
     check_disk,
