@@ -1,7 +1,7 @@
 """Code drift from beginning to end: completions of every model, their tests where asked for, and the comparison.
 
-A model that does not fit in memory is not generated with, since every token would read it from disk once more. Then both
-models read the prompts' own completions in one streamed pass, and what is measured is how often the candidate ranks
+A model that does not fit in memory is not generated with, since every token would read it from disk once more. Then
+both models read the prompts' own completions in one streamed pass, and what is measured is how often the candidate ranks
 first what the original ranks first there (teacher forcing).
 """
 
@@ -21,6 +21,7 @@ from dsquant.evaluation.generation import Completion, complete, resident_size
 from dsquant.evaluation.intervals import CONFIDENCE, DRAWS, Interval
 from dsquant.evaluation.tasks import Task
 from dsquant.model.skeleton import Skeleton
+from dsquant.recipe import format_size
 from dsquant.source.weights import Weights
 
 SafePoint = Callable[[int, int, str], None]
@@ -71,9 +72,7 @@ def measure_drift(
     """
     needed = resident_size(skeleton)
     if needed > plan.memory_bytes:
-        why = (
-            f"a model takes {needed / 2**30:.3g} GiB in float32, more than the {plan.memory_bytes / 2**30:.3g} GiB left"
-        )
+        why = f"a model takes {format_size(needed)} in float32, more than the {format_size(plan.memory_bytes)} left"
         return _teacher_forced(skeleton, original, candidates, tokenizer, plan, work, why, safe_point)
     models = [
         ("original", original, plan.batch_prompts),
@@ -134,8 +133,8 @@ def _teacher_forced(
     tokens_NT, scored_NT = teacher_tokens(plan.tasks, tokenizer)
     scores = compare(skeleton, original, candidates, tokens_NT, work, 1, safe_point)
     note = (
-        f"nothing was generated: {why}. Both models read the prompts with their own completions; agreement is the share "
-        "of places where the candidate ranks the original's greedy token first"
+        f"nothing was generated: {why}. Both models read the prompts with their own completions; agreement is the "
+        "share of places where the candidate ranks the original's greedy token first"
     )
     return {
         name: CodeDrift(

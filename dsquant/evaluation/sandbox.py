@@ -33,9 +33,27 @@ DENIED_CALLS = {
     "io_uring_setup": (425, 425),
 }
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-DENIED_EVENTS = ("socket.", "subprocess.", "ctypes.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn")
+DENIED_EVENTS: tuple[str, ...] = (
+    "socket.",
+    "subprocess.",
+    "ctypes.",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "os.spawn",
+)
 DENIED_EVENTS += ("os.startfile", "os.kill", "os.putenv", "pty.", "signal.", "webbrowser.", "ftplib.", "smtplib.")
-CHANGING_EVENTS = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.link", "os.symlink")
+CHANGING_EVENTS: tuple[str, ...] = (
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.mkdir",
+    "os.chmod",
+    "os.chown",
+    "os.link",
+    "os.symlink",
+)
 CHANGING_EVENTS += ("os.truncate", "os.utime", "shutil.")
 
 
@@ -44,7 +62,7 @@ def main() -> None:
     request = json.loads(sys.stdin.read())
     os.close(0)
     os.open(os.devnull, os.O_RDONLY)
-    folder = os.path.realpath(os.getcwd())
+    folder = os.path.realpath(os.curdir)
     protections = [limit_resources(request["limits"]), close_network_and_processes()]
     sys.addaudithook(refuse_from_now_on(folder))
     outcome, error = run(request["program"])
@@ -88,7 +106,7 @@ def _install_seccomp() -> None:
     import ctypes
 
     column, architecture = MACHINES[platform.machine()]
-    numbers = [pair[column] for pair in DENIED_CALLS.values() if pair[column] is not None]
+    numbers = [number for pair in DENIED_CALLS.values() if (number := pair[column]) is not None]
     load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06
     allow, refuse, kill = 0x7FFF0000, 0x00050000 | 1, 0x80000000
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (leave, 0, 0, kill), (load, 0, 0, 0)]

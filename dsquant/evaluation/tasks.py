@@ -4,7 +4,7 @@
 |---|---|
 | dsquant | `prompt`; maybe `completion` (gold), `test` (a program to run behind both), `stop` (strings), `id` |
 | HumanEval | `task_id`, `prompt`, `canonical_solution`, `test`, `entry_point` |
-| MBPP | `task_id`, `text` (or `prompt`, as in its sanitized edition), `code`, `test_list`; maybe `test_setup_code` or `test_imports` |
+| MBPP | `task_id`, `text`, `code`, `test_list`, `test_setup_code`; sanitized: `prompt` for `text`, `test_imports` |
 """
 
 import json
