@@ -119,7 +119,7 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
         linears, found = _scalable_linears(checkpoint, skeleton)
         notes += found
     if tokens_NT is not None:
-        memory = max(memory, layer_memory_bytes(recipe.seq_len, checkpoint, skeleton, linears))
+        memory = max(memory, layer_memory_bytes(tokens_NT.numel(), recipe.seq_len, checkpoint, skeleton, linears))
     return GgufPlan(
         checkpoint,
         skeleton,

@@ -20,7 +20,7 @@ from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import ResidentWeights
 from dsquant.model.skeleton import RoutingTap, Skeleton
-from dsquant.model.structure import DecoderLayer, Mlp
+from dsquant.model.structure import DecoderLayer
 from dsquant.source.weights import Weights
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -192,22 +192,33 @@ def add_experts(
     for mlp in layer.experts:
         assert mlp.expert is not None
         for stream, mlp_inputs, routing in streams:
-            rows_R, share_R = routing.tokens_of(mlp.expert)
-            if len(rows_R):
-                _add_expert(skeleton, stream, mlp, mlp_inputs, rows_R, share_R)
+            if (routing.expert_RK == mlp.expert).any():
+                add_expert(skeleton, mlp.expert, GatedWeights.read(stream.weights, mlp), stream, mlp_inputs, routing)
         after_expert()
 
 
-def _add_expert(
+def add_expert(
     skeleton: Skeleton,
+    expert: int,
+    weights: GatedWeights,
     stream: Stream,
-    mlp: Mlp,
     mlp_inputs: Activations,
-    rows_R: torch.Tensor,
-    share_R: torch.Tensor,
+    routing: Routing,
+    rows_at_once: int = ROWS_AT_ONCE,
 ) -> None:
-    weights = GatedWeights.read(stream.weights, mlp)
-    for part_R, part_share_R in zip(rows_R.split(ROWS_AT_ONCE), share_R.split(ROWS_AT_ONCE), strict=True):
+    """Adds one expert's contributions to the outputs of the tokens that reach it.
+
+    Args:
+        skeleton: the network.
+        expert: its number.
+        weights: its weights.
+        stream: where the outputs are.
+        mlp_inputs: the experts' inputs [N, T, H].
+        routing: of all tokens.
+        rows_at_once: tokens that pass together.
+    """
+    rows_R, share_R = routing.tokens_of(expert)
+    for part_R, part_share_R in zip(rows_R.split(rows_at_once), share_R.split(rows_at_once), strict=True):
         contribution = weights.output(skeleton, mlp_inputs.rows(part_R))
         stream.outputs.add_rows(part_R, contribution.mul_(part_share_R.unsqueeze(1)))
 

@@ -21,8 +21,8 @@ CONSUMERS = {
 PLAIN = ("embed_tokens", "lm_head", "mlp.gate.", "eh_proj", "shared_head")
 
 
-def add_outliers(weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """Gives norms the outlier channels that large models have, without changing the function.
+def add_outliers(weights: dict[str, torch.Tensor], seed: int, remove: bool = False) -> dict[str, torch.Tensor]:
+    """Gives norms the outlier channels that large models have, without changing the function; or takes them out again.
 
     Each gain is multiplied by a log-normal factor (sigma 0.5; every 64th channel ten times that), and the columns of
     all its consumers are divided by it.
@@ -35,6 +35,8 @@ def add_outliers(weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch
             gain = changed[f"{prefix}{norm}.weight"]
             factor = torch.exp(0.5 * torch.randn(len(gain), generator=generator))
             factor[torch.randperm(len(gain), generator=generator)[: len(gain) // 64]] *= 10
+            if remove:
+                factor = 1 / factor
             changed[f"{prefix}{norm}.weight"] = gain * factor
             for name in weights:
                 if name.startswith(prefix) and name.removesuffix(".weight").endswith(consumers):
