@@ -1,9 +1,9 @@
 """Which value reaches which use: the data-flow graph of a Python program, for CodeBLEU.
 
 A *definition* is one place that binds a name: an assignment, a parameter, a loop's target, an import, a `def`. An
-*edge* leads from a definition to a place that reads it, and says what that place makes of it: another definition, a returned
-value, a condition, a stored or a merely evaluated one. Names do not count (renaming changes nothing); which definition
-of a name is read does.
+*edge* leads from a definition to a place that reads it, and says what that place makes of it: another definition, a
+returned value, a condition, a stored or a merely evaluated one. Names do not count (renaming changes nothing); which
+definition of a name is read does.
 
 What is not covered: attributes and subscripts are part of the name before them, `global` and `nonlocal` names are taken
 for the function's own, and what a called function does with its arguments is not looked at.

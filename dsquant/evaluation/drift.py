@@ -117,4 +117,9 @@ class CodeDrift:
     execution: Execution | None
     examples: tuple[PromptDrift, ...]
     measures: Mapping[str, Interval] = field(default_factory=dict)
-    """What gates can be set on, such as `code_bleu_drop` and `accuracy_retained`; `units` are prompts."""
+    """What gates can be set on; `units` are prompts. Drops are the original's less the candidate's.
+
+    code_bleu_drop, codebleu_drop: BLEU and CodeBLEU against gold, in points (of 100, as they are published).
+    code_exact_match: share of completions that are the original's. parse_rate_drop, loop_rate_rise: shares.
+    pass_rate_drop: share. accuracy_retained: the candidate's pass@1 divided by the original's.
+    greedy_agreement: `agreement`, where nothing was generated."""

@@ -239,8 +239,8 @@ def _measures(
     found["loop_rate_rise"] = shares([one - two for one, two in zip(*loops, strict=True)])
     if gold:
         sides_NC = [_pair_counts(side.texts, gold.texts, prefixes) for side in (first, second)]
-        found["code_bleu_drop"] = _bootstrap(sides_NC, chosen_DN, lambda sums: _bleu(sums[0]) - _bleu(sums[1]))
-        found["codebleu_total_drop"] = _bootstrap(sides_NC, chosen_DN, lambda sums: _total(sums[0]) - _total(sums[1]))
+        found["code_bleu_drop"] = _bootstrap(sides_NC, chosen_DN, lambda sums: 100 * (_bleu(sums[0]) - _bleu(sums[1])))
+        found["codebleu_drop"] = _bootstrap(sides_NC, chosen_DN, lambda sums: 100 * (_total(sums[0]) - _total(sums[1])))
     if passed:
         both, only, other = (list(passed).count(kind) for kind in ((True, True), (True, False), (False, True)))
         neither = len(passed) - both - only - other

@@ -1,8 +1,8 @@
 """Code drift from beginning to end: completions of every model, their tests where asked for, and the comparison.
 
 A model that does not fit in memory is not generated with, since every token would read it from disk once more. Then
-both models read the prompts' own completions in one streamed pass, and what is measured is how often the candidate ranks
-first what the original ranks first there (teacher forcing).
+both models read the prompts' own completions in one streamed pass, and what is measured is how often the candidate
+ranks first what the original ranks first there (teacher forcing).
 """
 
 from collections.abc import Callable, Mapping, Sequence
