@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsquant.errors import UsageError
+
 if TYPE_CHECKING:
-    from dsquant.comparison import Evaluation
+    from dsquant.evaluation.results import Evaluation
     from dsquant.inspection import Inspection
     from dsquant.records import Result
 
@@ -26,8 +28,10 @@ def awq(
     seq_len: int = 512,
     seed: int = 0,
     mtp: str = "keep",
+    device: str = "auto",
     max_shard_size: str | int = "5GiB",
     memory_budget: str | int | None = None,
+    gpu_memory_budget: str | int | None = None,
     evaluate: bool = True,
     resume: bool = False,
     restart: bool = False,
@@ -48,8 +52,10 @@ def awq(
         seq_len: tokens of a sample.
         seed: of the choice of texts and of every random sum.
         mtp: `keep`, `quantize` or `drop` multi-token-prediction layers.
+        device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
         max_shard_size: the most tensor data in one file, such as `5GiB`.
         memory_budget: the most resident memory, such as `16GiB`.
+        gpu_memory_budget: the most GPU memory, such as `16GiB`.
         evaluate: whether the output is compared with the original at the end.
         resume: go on with an interrupted job in `output`, or begin one.
         restart: begin anew where `output` holds an interrupted or finished job.
@@ -80,6 +86,8 @@ def awq(
         seq_len=seq_len,
         seed=seed,
         mtp=mtp,
+        device=device,
+        gpu_memory_budget=_size(gpu_memory_budget),
         max_shard_bytes=_size(max_shard_size),
         memory_budget=_size(memory_budget),
         evaluate=evaluate,
@@ -174,36 +182,56 @@ def gguf(
 
 def evaluate(
     reference: str | Path,
-    candidate: str | Path,
-    *,
+    *candidates: str | Path,
     texts: Sequence[str | Path] = (),
-    seq_len: int = 512,
+    gates: str | Path | None = None,
+    output: str | Path | None = None,
     samples: int = 8,
+    seq_len: int = 512,
+    seed: int = 0,
+    memory_budget: str | int | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Measures how far a quantized model is from the original, layer by layer.
+    """Measures what quantized models cost against the original, layer by layer.
 
     Args:
-        reference: the original: a folder, a hub id, or `tiny-r1`.
-        candidate: an AWQ, compressed-tensors, FP8 or BF16 checkpoint of the same model.
-        texts: text files; the shipped held-out texts where there are none.
+        reference: the original: a folder, a hub id, `tiny-r1`, or a GGUF file.
+        *candidates: the same, of the same model: FP8, BF16, AWQ, compressed-tensors or GGUF.
+        texts: shipped texts (code, wiki, reasoning) or text files; every shipped one where there are none.
+        gates: a YAML file of limits; the outcome is in `verdict` and in each candidate's `gates`.
+        output: a folder for the report.
+        samples: the most samples of each text.
         seq_len: tokens of a sample.
-        samples: samples of each text.
+        seed: of the intervals' random draws.
+        memory_budget: the most resident memory, such as `16GiB`.
         progress: whether to show a progress bar.
 
     Returns:
-        Perplexity, KL divergence and top-1 agreement on each text; a table in a notebook.
+        Perplexity, KL divergence, agreement, routing, weight errors and findings of every candidate.
 
     Raises:
-        InputError: where a model or text cannot be used, or the two are not the same model.
+        UsageError: where the arguments cannot work.
+        InputError: where a model or text cannot be used, or a candidate is not the same model.
     """
     from dsquant import comparison
     from dsquant.display import progress_bar
+    from dsquant.recipe import parse_size
 
+    if not candidates:
+        raise UsageError("name at least one candidate")
+    request = comparison.EvaluationRequest(
+        reference=str(reference),
+        candidates=tuple(str(candidate) for candidate in candidates),
+        texts=tuple(str(text) for text in texts),
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        gates=None if gates is None else Path(gates),
+        output=None if output is None else Path(output),
+        memory_budget=parse_size(memory_budget) if isinstance(memory_budget, str) else memory_budget,
+    )
     with progress_bar(progress) as report:
-        return comparison.evaluate(
-            str(reference), str(candidate), [str(text) for text in texts], seq_len, samples, report
-        )
+        return comparison.evaluate(request, report)
 
 
 def inspect(model: str | Path = "tiny-r1") -> Inspection:

@@ -16,7 +16,7 @@ from dsquant.telemetry import Progress as Step
 from dsquant.telemetry import Report, silent
 
 if TYPE_CHECKING:
-    from dsquant.comparison import Evaluation
+    from dsquant.evaluation.results import Candidate, Evaluation
     from dsquant.records import Result
 
 STAGES = {"scan": "checking", "quantize": "quantizing", "evaluate": "evaluating"}
@@ -97,13 +97,65 @@ def print_result(result: "Result", console: Console | None = None) -> None:
     for name, folder in result.folders.items():
         console.print(f"{name} is in {folder}; serve it with:\n  {serve_command(folder)}", soft_wrap=True)
     if not result.already_finished:
-        peak = format_size(result.peak_resident_bytes)
-        console.print(f"Done in {result.elapsed_s:.0f} s, with at most {peak} of memory.")
+        peak = f"{format_size(result.peak_resident_bytes)} of memory"
+        if result.peak_gpu_bytes:
+            peak += f" and {format_size(result.peak_gpu_bytes)} of GPU memory"
+        console.print(f"Done in {result.elapsed_s:.0f} s, with at most {peak}.")
 
 
-def print_evaluation(evaluation: "Evaluation") -> None:
-    """Prints an evaluation's table."""
-    Console().print(divergence_table(f"{evaluation.candidate} against {evaluation.reference}", evaluation.texts))
+def print_evaluation(evaluation: "Evaluation", console: Console | None = None) -> None:
+    """Prints an evaluation: candidates side by side, then each one's scores, what is broken in it, and its gates."""
+    console = console or Console()
+    reference = evaluation.reference
+    table = Table(title=f"against {reference.path} ({reference.format}, {format_size(reference.size_bytes)})")
+    for heading in ("candidate", "format", "size", "bits a weight", "mean KL", "verdict"):
+        table.add_column(heading, justify="left" if heading in ("candidate", "format", "verdict") else "right")
+    for one in evaluation.candidates:
+        broken = None if one.first_broken_layer is None else f"layer {one.first_broken_layer} broken"
+        row = (one.name, one.format, format_size(one.size_bytes), f"{one.bits_per_weight:.2f}", f"{one.mean_kl:.4f}")
+        table.add_row(*row, ", ".join(filter(None, (one.verdict, broken))) or "no gates")
+    console.print(table)
+    for one in evaluation.candidates:
+        console.print(_texts_table(one))
+        _print_details(one, console)
+    noise = max(scores.mean_kl.estimate for scores in evaluation.noise_floor.values())
+    console.print(f"Noise floor: the original against itself in batches of another size has a mean KL of {noise:.2g}.")
+    for caveat in evaluation.caveats:
+        console.print(f"Note: {caveat}.", soft_wrap=True)
+
+
+def _texts_table(candidate: "Candidate") -> Table:
+    table = Table(title=candidate.name)
+    for heading in ("text", "original", "perplexity", "ratio", "interval", "mean KL", "99 % KL", "top 1"):
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    for text, found in candidate.texts.items():
+        ratio = found.perplexity_ratio
+        table.add_row(
+            text,
+            f"{found.perplexity_original:.3f}",
+            f"{found.perplexity:.3f}",
+            f"{ratio.estimate:.4f}",
+            f"{ratio.low:.4f}–{ratio.high:.4f}",
+            f"{found.mean_kl.estimate:.4f}",
+            f"{found.kl.p99:.4f}",
+            f"{found.top1_agreement.estimate:.1%}",
+        )
+    return table
+
+
+def _print_details(candidate: "Candidate", console: Console) -> None:
+    """Router overlap, findings and gates of one candidate."""
+    overlaps = [layer for layer in candidate.layers if layer.router_overlap is not None]
+    if overlaps:
+        worst = min(overlaps, key=lambda layer: layer.router_overlap.estimate if layer.router_overlap else 1.0)
+        assert worst.router_overlap is not None
+        overlap = f"{worst.router_overlap.estimate:.1%}"
+        console.print(f"{candidate.name}: layer {worst.index} chooses the fewest of the original's experts, {overlap}.")
+    for finding in candidate.findings:
+        console.print(f"{candidate.name}: broken? {finding.message}.", soft_wrap=True, style="red", markup=False)
+    for gate in candidate.gates:
+        style = {"pass": "green", "fail": "red", "inconclusive": "yellow"}[gate.verdict]
+        console.print(f"{candidate.name}: gate {gate.message}", soft_wrap=True, style=style, markup=False)
 
 
 def divergence_table(title: str, texts: dict[str, Divergence]) -> Table:

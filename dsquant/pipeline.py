@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dsquant import card
-from dsquant.comparison import Comparison, compare_on_texts, open_gguf
+from dsquant.comparison import Comparison, compare_on_texts
 from dsquant.conversion import Run, convert
 from dsquant.errors import InputError
 from dsquant.gguf_conversion import (
@@ -29,8 +29,9 @@ from dsquant.jobs import (
     stop_on_signals,
     write_atomically,
 )
+from dsquant.opening import open_gguf
 from dsquant.planning import Plan, Target, check_memory
-from dsquant.preparation import check_disk, memory_budget, open_source, resolved
+from dsquant.preparation import check_disk, gpu_memory_budget, gpu_within_budget, memory_budget, open_source, resolved
 from dsquant.recipe import GgufRecipe, Recipe, format_size
 from dsquant.records import (
     Preview,
@@ -45,7 +46,7 @@ from dsquant.records import (
 from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.scan import scan
 from dsquant.source.shards import ShardIndex
-from dsquant.telemetry import Progress, Report, peak_resident_bytes, resident_bytes, silent
+from dsquant.telemetry import Progress, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
 from dsquant.writers.base import write_index
 from dsquant.writers.gguf.files import GgufFiles
 from dsquant.writers.gguf.store import quantizer_name
@@ -77,6 +78,7 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
         source = open_source(recipe)
         budget = memory_budget(recipe)
         check_memory(source.plan.memory_bytes, budget, resident_bytes())
+        check_memory(source.plan.gpu_memory_bytes, gpu_memory_budget(recipe), 0, "--gpu-memory-budget")
         check_disk(recipe.output, source.plan.disk_bytes)
         within_budget = memory_guard(budget, resident_bytes)
 
@@ -92,13 +94,20 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
             _check_unchanged(index, job.notes, report, check)
             run = Run(recipe, source, job, report, check, _open_files(recipe, source.plan, state, job))
             try:
-                convert(run)
+                with gpu_within_budget(gpu_memory_budget(recipe)):
+                    convert(run)
                 record = _finish(run)
             finally:
                 for files in run.gguf_files.values():
                     files.close()
             job.finish()
-    return result_of(recipe, record, elapsed_s=time.monotonic() - started, peak_resident_bytes=peak_resident_bytes())
+    return result_of(
+        recipe,
+        record,
+        elapsed_s=time.monotonic() - started,
+        peak_resident_bytes=peak_resident_bytes(),
+        peak_gpu_bytes=peak_gpu_bytes(),
+    )
 
 
 def _open_files(recipe: Recipe, plan: Plan, state: str, job: Job) -> dict[PurePosixPath, GgufFiles]:
@@ -130,6 +139,7 @@ def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> Prev
     source = open_source(recipe)
     budget, resident = memory_budget(recipe), resident_bytes()
     check_memory(source.plan.memory_bytes, budget, resident)
+    check_memory(source.plan.gpu_memory_bytes, gpu_memory_budget(recipe), 0, "--gpu-memory-budget")
     check_disk(recipe.output, source.plan.disk_bytes)
     plan = source.plan
     outputs = {target.format.name: target.shards.num_bytes for target in plan.targets}

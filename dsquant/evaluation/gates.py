@@ -15,7 +15,7 @@ samples are needed, and the outcome says how many.
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -39,7 +39,6 @@ MODEL_METRICS: dict[str, Bound] = {
     "layer_error": "at_most",
     "weight_error": "at_most",
     "broken_layers": "at_most",
-    "bits_per_weight": "at_most",
 }
 """router_overlap, layer_error (local) and weight_error (relative) are those of the worst layer or tensor."""
 CODE_METRICS: dict[str, Bound] = {
@@ -190,8 +189,6 @@ def _of_model(metric: str, candidate: Candidate) -> Interval:
         return _exact(max(layer.local_error for layer in candidate.layers))
     if metric == "weight_error":
         return _exact(max((error.relative for error in candidate.weights), default=0.0))
-    if metric == "bits_per_weight":
-        return _exact(candidate.bits_per_weight)
     assert metric == "broken_layers"
     return _exact(float(len({finding.layer for finding in candidate.findings})))
 
@@ -222,8 +219,3 @@ def _verdict(gate: Gate, found: Interval) -> Verdict:
     inside = found.high <= gate.limit if gate.bound == "at_most" else found.low >= gate.limit
     outside = found.low > gate.limit if gate.bound == "at_most" else found.high < gate.limit
     return "pass" if inside else "fail" if outside else "inconclusive"
-
-
-def message(outcomes: list[tuple[str, GateOutcome]], verdict: Any) -> str:
-    """The gates that failed, or are undecided, one a line."""
-    return "\n".join(f"{name}: {outcome.message}" for name, outcome in outcomes if outcome.verdict == verdict)

@@ -176,7 +176,7 @@ class Lockstep:
         return self._score()
 
     def _embed(self) -> None:
-        """Every model's embeddings, and the error of the tables; a candidate's local samples begin as the original's."""
+        """Every model's embeddings of its own samples, and the errors of the tables."""
         tokens_R = self.tokens_NT.flatten()
         lanes = (self.original, *self.candidates.values())
         errors = {number: _Distance() for number in range(1, len(lanes))}

@@ -8,6 +8,7 @@ left out of the folding, as routers have been, then shows.
 Shape legend: O out features, I in features.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ from dsquant.source.weights import Weights
 
 # Below this cosine a row is not the original's times a factor but something else, and no factor is read off it.
 LEAST_ROW_COSINE = 0.8
+# Elements of a tensor that are compared together, in float64.
+ELEMENTS_AT_ONCE = 2**22
 _NUMBERS = re.compile(r"^model\.layers\.\d+\.|\.\d+(?=\.)")
 
 
@@ -99,11 +102,15 @@ def weight_error(
     Returns:
         Relative errors; 0 where both are zero, infinite where only the original is.
     """
-    squares, difference = original.double().square(), (candidate - original).double().square()
-    weighted = None
-    if moments is not None and moments.sum_I is not None:
-        weighted = relative_error(float((difference @ moments.sum_I).sum()), float((squares @ moments.sum_I).sum()))
-    return WeightError(name, layer, relative_error(float(difference.sum()), float(squares.sum())), weighted)
+    weights_I = None if moments is None else moments.sum_I
+    plain, weighted = [0.0, 0.0], [0.0, 0.0]
+    rows = max(1, ELEMENTS_AT_ONCE // max(1, math.prod(original.shape[1:])))
+    for wanted, found in zip(original.split(rows), candidate.split(rows), strict=True):
+        for number, values in enumerate((found - wanted, wanted)):
+            squares = values.double().square_()
+            plain[number] += float(squares.sum())
+            weighted[number] += 0.0 if weights_I is None else float((squares @ weights_I).sum())
+    return WeightError(name, layer, relative_error(*plain), None if weights_I is None else relative_error(*weighted))
 
 
 def relative_error(error: float, size: float) -> float:
@@ -185,13 +192,10 @@ class LayerComparison:
 
 
 def worst(errors: Sequence[WeightError], count: int = 20) -> tuple[WeightError, ...]:
-    """The tensors with the largest errors, by what reaches them where anything did."""
-    return tuple(sorted(errors, key=severity, reverse=True)[:count])
-
-
-def severity(error: WeightError) -> float:
-    """What tensors are ranked by: the activation-weighted error; the plain one where no token reached the tensor."""
-    return error.relative if error.activation_weighted is None else error.activation_weighted
+    """The tensors with the largest errors, plain or activation-weighted, whichever is larger."""
+    return tuple(
+        sorted(errors, key=lambda one: max(one.relative, one.activation_weighted or 0.0), reverse=True)[:count]
+    )
 
 
 def kind_of(name: str) -> str:

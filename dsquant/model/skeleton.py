@@ -153,13 +153,27 @@ class Skeleton:
 
 def _check_counts(checkpoint: Checkpoint) -> None:
     """Refuses counts that the tensors cannot bear out, before anything is built in such numbers."""
+    tensors = len(checkpoint.weights)
     for key in ("num_hidden_layers", "n_routed_experts", "num_nextn_predict_layers"):
         count = checkpoint.config.get(key)
-        if count is not None and not (isinstance(count, int) and 0 <= count <= len(checkpoint.index)):
+        if count is not None and not (isinstance(count, int) and 0 <= count <= tensors):
             raise InputError(
-                f"{checkpoint.folder / 'config.json'}: {key} is {count!r}; the checkpoint has {len(checkpoint.index)} "
-                "tensors in all; config and weights are of different models"
+                f"{checkpoint.folder / 'config.json'}: {key} is {count!r}; the checkpoint has {tensors} tensors in "
+                "all; config and weights are of different models"
             )
+
+
+def network_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with transformers' defaults filled in and its older keys brought into today's form.
+
+    Args:
+        family: the architecture.
+        config: config.json's content.
+
+    Returns:
+        Plain values.
+    """
+    return dict(_hf_config(family, config).to_dict())
 
 
 def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
