@@ -1,12 +1,12 @@
 """Compares models on texts, in one pass over the disk: what `dsquant eval` does, and every job at its end."""
 
-import json
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -15,17 +15,22 @@ from typing import Any
 import torch
 
 from dsquant.calibration import HELD_OUT_TEXTS, held_out_tokens, text_tokens, tokens_sha256
+from dsquant.code_drift import DriftRequest, plan_drift, run_drift
 from dsquant.errors import GateError, InconclusiveError, InputError, Interrupted, UsageError
 from dsquant.evaluation.diagnosis import diagnose
 from dsquant.evaluation.divergence import compare
+from dsquant.evaluation.drift import CodeDrift
 from dsquant.evaluation.gates import Gates, check_measured, decide, read_gates
+from dsquant.evaluation.generation import resident_size
 from dsquant.evaluation.intervals import BLOCK_TOKENS, CONFIDENCE
 from dsquant.evaluation.lockstep import LENS_TOKENS, Lockstep, Measures
+from dsquant.evaluation.measure_drift import DriftPlan
 from dsquant.evaluation.needs import needs
+from dsquant.evaluation.report.files import write_reports
 from dsquant.evaluation.results import SCHEMA_VERSION, Candidate, Evaluation, Identity, Reference, Text
 from dsquant.evaluation.summary import layer_scores, routers_of, scores_by_text
 from dsquant.evaluation.weights import by_kind, worst
-from dsquant.jobs import stop_on_signals, write_atomically
+from dsquant.jobs import stop_on_signals
 from dsquant.model.skeleton import Skeleton
 from dsquant.opening import Opened, Original, open_candidate, open_original
 from dsquant.planning import BATCH_TOKENS
@@ -36,7 +41,6 @@ from dsquant.telemetry import Progress, Report, Stage, peak_resident_bytes, resi
 
 EVALUATION_SAMPLES = 8
 EVALUATION_SEQ_LEN = 512
-REPORT_FILE = "report.json"
 PACKAGES = ("dsquant", "torch", "transformers", "accelerate", "autoawq", "compressed-tensors", "gguf")
 
 
@@ -56,8 +60,10 @@ class EvaluationRequest:
     seed: int = 0
     """Of the bootstrap's draws."""
     gates: Path | None = None
+    drift: DriftRequest = field(default_factory=DriftRequest)
+    """Whether and how code is generated."""
     output: Path | None = None
-    """Folder for report.json."""
+    """Folder for report.json, report.md and report.html."""
     memory_budget: int | None = None
     """Bytes; None is 80 % of what is available, at most 16 GiB."""
 
@@ -94,12 +100,14 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
     original = open_original(request.reference)
     candidates = {name: open_candidate(path, original) for name, path in _names(request.candidates).items()}
     texts = _read_texts(request, original.tokenizer)
+    plan = plan_drift(request.drift, original, _budget(request) - resident_bytes())
     if gates is not None:
-        check_measured(gates, list(texts.samples), has_prompts=False)
-    noise, measures = _measure(request, original, candidates, texts, report)
+        fits = plan is not None and resident_size(original.skeleton) <= plan.memory_bytes
+        check_measured(gates, list(texts.samples), plan.measures(fits) if plan is not None else ())
+    noise, measures, drifts = _measure(request, original, candidates, texts, plan, report)
     layers = original.skeleton.layers[: original.skeleton.num_layers]
     found = [
-        _candidate(name, opened, measures[name], original, texts, confidence, request.seed, gates)
+        _candidate(name, opened, measures[name], drifts.get(name), original, texts, confidence, request.seed, gates)
         for name, opened in candidates.items()
     ]
     noise_overlaps = [
@@ -115,11 +123,10 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
         noise_floor=scores_by_text(noise, texts.samples, confidence, request.seed),
         noise_router_overlap=min(noise_overlaps, default=None),
         candidates=tuple(found),
-        caveats=_caveats(original, texts),
+        caveats=_caveats(original, texts, drifts),
     )
     if request.output is not None:
-        request.output.mkdir(parents=True, exist_ok=True)
-        write_atomically(request.output / REPORT_FILE, _json(evaluation.as_json()))
+        write_reports(evaluation, request.output)
     return evaluation
 
 
@@ -180,14 +187,15 @@ def _measure(
     original: Original,
     candidates: Mapping[str, Opened],
     texts: _Texts,
+    plan: DriftPlan | None,
     report: Report,
-) -> tuple[Measures, dict[str, Measures]]:
+) -> tuple[Measures, dict[str, Measures], dict[str, CodeDrift]]:
     """Checks memory and disk, and runs everything."""
     num_samples, seq_len = texts.tokens_NT.shape
     batch, noise_batch = _batches(seq_len)
     weights = original.checkpoint.weights
     need = needs(original.skeleton, weights, num_samples, seq_len, len(candidates), batch)
-    budget = request.memory_budget or default_memory_budget()
+    budget = _budget(request)
     if need.memory + resident_bytes() > budget:
         raise UsageError(
             f"--memory-budget {format_size(budget)} is too small: these models and texts need "
@@ -198,18 +206,25 @@ def _measure(
         check_disk(work, need.disk)
         opened = (original.opened, *candidates.values())
 
-        def safe_point(done: int, total: int, what: str) -> None:
+        def safe_point(done: int, total: int, what: str, stage: Stage = "evaluate") -> None:
             request_to_stop.safe_point()
             if resident_bytes() > budget:
                 raise UsageError(
                     f"resident memory is {format_size(resident_bytes())}, above --memory-budget "
                     f"{format_size(budget)}; raise the budget, or lower --samples or --seq-len"
                 )
-            report(Progress("evaluate", done, total, what, sum(model.bytes_read for model in opened)))
+            report(Progress(stage, done, total, what, sum(model.bytes_read for model in opened)))
 
         lanes = {name: model.weights for name, model in candidates.items()}
         lockstep = Lockstep(original.skeleton, weights, lanes, texts.tokens_NT, work, batch, noise_batch, safe_point)
-        return lockstep.run()
+        noise, measures = lockstep.run()
+        if plan is None:
+            return noise, measures, {}
+        return noise, measures, run_drift(plan, original, candidates, work, partial(safe_point, stage="generate"))
+
+
+def _budget(request: EvaluationRequest) -> int:
+    return request.memory_budget or default_memory_budget()
 
 
 def _batches(seq_len: int) -> tuple[int, int]:
@@ -239,6 +254,7 @@ def _candidate(
     name: str,
     opened: Opened,
     measures: Measures,
+    drift: CodeDrift | None,
     original: Original,
     texts: _Texts,
     confidence: float,
@@ -259,7 +275,7 @@ def _candidate(
         weights=worst(measures.weights),
         weight_error_by_kind=by_kind(measures.weights, fmean),
         findings=diagnose(scores, measures.weights, routers_of(layers)),
-        drift=None,
+        drift=drift,
         gates=(),
     )
     if gates is None:
@@ -307,7 +323,7 @@ def _identity(
     )
 
 
-def _caveats(original: Original, texts: _Texts) -> tuple[str, ...]:
+def _caveats(original: Original, texts: _Texts, drifts: Mapping[str, CodeDrift]) -> tuple[str, ...]:
     """What the numbers do not tell, in words."""
     words = [
         "both models were run in float32 by one implementation: what an engine's kernels add is not in these numbers",
@@ -316,6 +332,12 @@ def _caveats(original: Original, texts: _Texts) -> tuple[str, ...]:
     few = [f"{text.name} ({text.samples})" for text in texts.described if text.samples < 4]
     if few:
         words.append(f"few samples: {', '.join(few)}; more text or a smaller --seq-len makes its intervals trustworthy")
+    if not drifts:
+        words.append("no code was generated")
+    for drift in drifts.values():
+        if drift.method == "teacher_forced":
+            words.append(drift.note)
+            break
     if original.skeleton.num_mtp_layers:
         words.append("the multi-token-prediction layer was not evaluated")
     words.append(
@@ -323,10 +345,6 @@ def _caveats(original: Original, texts: _Texts) -> tuple[str, ...]:
         "the weights, such as rotations, would show as errors"
     )
     return tuple(words)
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dsquant.evaluation.results import Candidate, Evaluation
     from dsquant.records import Result
 
-STAGES = {"scan": "checking", "quantize": "quantizing", "evaluate": "evaluating"}
+STAGES = {"scan": "checking", "quantize": "quantizing", "evaluate": "evaluating", "generate": "generating"}
 
 
 @contextmanager

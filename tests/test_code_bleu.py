@@ -22,7 +22,7 @@ CODEXGLUE = Path("/work/shared/data/codexglue")
         "x\n",
         "pass\n",
         "class A:\n    async def f(self):\n        async with a as b:\n            yield [c for c in b if (d := c)]\n",
-        "match p:\n    case {'x': y, **rest}:\n        try:\n            del y\n        except* E as e:\n            raise\n",
+        "match p:\n    case {'x': y, **r}:\n        try:\n            del y\n        except* E as e:\n            a\n",
         "def f(:\n  no python $ at all 'open",
         "# a comment alone\n",
     ],

@@ -245,8 +245,9 @@ def _measures(
         both, only, other = (list(passed).count(kind) for kind in ((True, True), (True, False), (False, True)))
         neither = len(passed) - both - only - other
         found["pass_rate_drop"] = paired_difference(both, only, other, neither)
-        if both + only:
-            found["accuracy_retained"] = paired_ratio(both, only, other, neither)
+        # Where the original passes nothing, any share may have been retained.
+        unknown = Interval(1.0, 0.0, np.inf, len(passed))
+        found["accuracy_retained"] = paired_ratio(both, only, other, neither) if both + only else unknown
     return found
 
 

@@ -41,6 +41,17 @@ class DriftPlan:
     memory_bytes: int = 2**33
     """What a model's weights in float32 may take, beside what is resident already."""
 
+    def measures(self, fits: bool) -> tuple[str, ...]:
+        """Names of what gates can be set on, where the models fit in memory or do not."""
+        if not fits:
+            return ("greedy_agreement",)
+        names = ["code_exact_match", "parse_rate_drop", "loop_rate_rise"]
+        if all(task.gold is not None for task in self.tasks):
+            names += ["code_bleu_drop", "codebleu_drop"]
+        if self.execute:
+            names += ["pass_rate_drop", "accuracy_retained"]
+        return tuple(names)
+
     @property
     def noise_batch_prompts(self) -> int:
         """The other batch size, for the noise floor."""

@@ -1,7 +1,7 @@
 """Charts as inline SVG, drawn with the page's CSS variables, so that light and dark both look right.
 
-Colours are classes: `s0` .. `s7` for series, everything else is `axis`, `grid` and text. Numbers that are not finite are
-left out.
+Colours are classes: `s0` .. `s7` for series, everything else is `axis`, `grid` and text. Numbers that are not finite
+are left out.
 """
 
 import math
@@ -270,4 +270,5 @@ def _frame(
 
 
 def _svg(parts: Sequence[str], height: int, words: str) -> str:
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(words)}">{"".join(parts)}</svg>'
+    box = f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(words)}"'
+    return f'<svg class="chart" {box}>{"".join(parts)}</svg>'

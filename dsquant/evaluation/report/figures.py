@@ -89,7 +89,7 @@ def by_layer(evaluation: Evaluation) -> list[Figure]:
         ),
         Figure(
             "Error of each layer alone",
-            "Of what the layer adds to its input, run on the original's own input: no error of earlier layers is in it.",
+            "Of what the layer adds to its input, run on the original's own input: no earlier error is in it.",
             line_chart(own, "layer", "relative error", shares=True),
             legend,
         ),

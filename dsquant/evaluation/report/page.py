@@ -1,6 +1,5 @@
 """report.html: one file with everything in it, and the same for a notebook."""
 
-import os
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ def page(evaluation: Evaluation) -> str:
     """
     title = escape(f"{_names(evaluation)} against {evaluation.reference.path}")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body style="margin:0">\n{part(evaluation)}\n</body></html>\n'
+    body = f'<body style="margin:0">\n{part(evaluation)}\n</body>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n'
 
 
 def part(evaluation: Evaluation) -> str:
@@ -123,9 +123,14 @@ def _examples(evaluation: Evaluation) -> list[tuple[str, list[dict[str, str]]]]:
         differing.sort(key=lambda example: example.first_divergence or 0)
         shown = []
         for example in differing[:EXAMPLES]:
-            same = os.path.commonprefix([example.original, example.candidate])
+            same = _common_beginning(example.original, example.candidate)
             rest = {"original": example.original[len(same) :], "candidate": example.candidate[len(same) :]}
             shown.append({"name": example.name, "prompt": example.prompt, "same": same, **rest})
         if shown:
             groups.append((one.name, shown))
     return groups
+
+
+def _common_beginning(one: str, other: str) -> str:
+    places = (place for place, (ours, theirs) in enumerate(zip(one, other, strict=False)) if ours != theirs)
+    return one[: next(places, min(len(one), len(other)))]

@@ -72,7 +72,7 @@ def summary(evaluation: Evaluation) -> Table:
             number(_mean([text.perplexity_ratio.estimate for text in one.texts.values()])),
             share(_mean([text.top1_agreement.estimate for text in one.texts.values()])),
             share(lowest_overlap(one)),
-            number(one.drift.measures["code_bleu_drop"].estimate, 3) if _has(one, "code_bleu_drop") else NOTHING,
+            _bleu_drop(one),
             share(one.drift.execution.pass_candidate.estimate) if one.drift and one.drift.execution else NOTHING,
             one.verdict or "no gates",
         )
@@ -80,8 +80,8 @@ def summary(evaluation: Evaluation) -> Table:
     )
     reference = evaluation.reference
     note = (
-        f"Reference: {reference.path} ({reference.format}, {format_size(original)}). Means over the texts; router overlap "
-        "of the worst layer; code BLEU: points that the candidate loses to the original, both against gold."
+        f"Reference: {reference.path} ({reference.format}, {format_size(original)}). Means over the texts; router "
+        "overlap of the worst layer; code BLEU: points that the candidate loses to the original, both against gold."
     )
     return _without_empty_columns(Table("Candidates", tuple(headings), rows, note))
 
@@ -92,8 +92,9 @@ def lowest_overlap(candidate: Candidate) -> float | None:
     return min(found, default=None)
 
 
-def _has(candidate: Candidate, measure: str) -> bool:
-    return candidate.drift is not None and measure in candidate.drift.measures
+def _bleu_drop(candidate: Candidate) -> str:
+    found = candidate.drift.measures.get("code_bleu_drop") if candidate.drift else None
+    return NOTHING if found is None else f"{found.estimate:.2f}"
 
 
 def _mean(values: list[float]) -> float | None:
@@ -126,8 +127,16 @@ def gates(evaluation: Evaluation) -> Table | None:
 
 def texts(evaluation: Evaluation) -> list[Table]:
     """Perplexity, KL and agreement on each text."""
-    headings = ("candidate", "perplexity", "perplexity ×", "log ratio", "mean KL", "reverse KL")
-    headings += ("same top token", "top five shared")
+    headings = (
+        "candidate",
+        "perplexity",
+        "perplexity ×",
+        "log ratio",
+        "mean KL",
+        "reverse KL",
+        "same top token",
+        "top five shared",
+    )
 
     def row(name: str, found: TextScores) -> tuple[str, ...]:
         agreement = (interval(found.top1_agreement, shares=True), interval(found.top5_agreement, shares=True))
@@ -143,8 +152,8 @@ def texts(evaluation: Evaluation) -> list[Table]:
         scored = next((one.texts[text.name] for one in evaluation.candidates if text.name in one.texts), noise)
         original = number(scored.perplexity_original) if scored else NOTHING
         note = (
-            f"{text.samples} samples of {text.seq_len} tokens; the original's perplexity is {original}. Noise floor: the "
-            "original against itself, in batches of another size."
+            f"{text.samples} samples of {text.seq_len} tokens; the original's perplexity is {original}. Noise floor: "
+            "the original against itself, in batches of another size."
         )
         tables.append(Table(text.name, headings, tuple(rows), note))
     return tables
@@ -161,9 +170,9 @@ def ladders(evaluation: Evaluation) -> list[Table]:
 
     def delta(name: str, found: TextScores) -> tuple[str, ...]:
         ladder = found.delta_p
-        steps = (ladder.mean, found.delta_p_rms, ladder.minimum, ladder.p01, ladder.p05)
-        steps += (ladder.median, ladder.p95, ladder.p99, ladder.maximum)
-        return (name, *(share(step) for step in steps))
+        low = (ladder.mean, found.delta_p_rms, ladder.minimum, ladder.p01, ladder.p05)
+        high = (ladder.median, ladder.p95, ladder.p99, ladder.maximum)
+        return (name, *(share(step) for step in (*low, *high)))
 
     tables = []
     for text in evaluation.texts:
@@ -181,8 +190,17 @@ def ladders(evaluation: Evaluation) -> list[Table]:
 
 def layers(candidate: Candidate) -> Table:
     """Every decoder layer of a candidate."""
-    headings = ("layer", "KL behind it", "error behind it", "own error", "of attention", "of MLP or experts")
-    headings += ("router overlap", "own router overlap", "load shift")
+    headings = (
+        "layer",
+        "KL behind it",
+        "error behind it",
+        "own error",
+        "of attention",
+        "of MLP or experts",
+        "router overlap",
+        "own router overlap",
+        "load shift",
+    )
     rows = tuple(
         (
             str(layer.index),
@@ -221,8 +239,19 @@ def drift(evaluation: Evaluation) -> list[Table]:
     for name, found in drifts:
         rows += [(f"{name} against the original", found.candidate_vs_original)]
     rows += [(NOISE, first.noise_floor)]
-    headings = ("completions", "BLEU", "chrF", "CodeBLEU", "n-gram", "weighted", "syntax", "data flow")
-    headings += ("exact match", "first divergence", "length ×")
+    headings = (
+        "completions",
+        "BLEU",
+        "chrF",
+        "CodeBLEU",
+        "n-gram",
+        "weighted",
+        "syntax",
+        "data flow",
+        "exact match",
+        "first divergence",
+        "length ×",
+    )
     scored = tuple(_similarity(name, found) for name, found in rows if found is not None)
     if scored:
         words = "; ".join(f"{name}: {signature}" for name, signature in first.signatures.items())
