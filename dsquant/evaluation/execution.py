@@ -185,7 +185,10 @@ def mcnemar(only_first: int, only_second: int) -> float:
         The probability of a split at least as uneven, 0 to 1.
     """
     differing = only_first + only_second
-    tail = sum(math.comb(differing, count) for count in range(min(only_first, only_second) + 1))
+    ways = tail = 1  # of choosing no task
+    for count in range(1, min(only_first, only_second) + 1):
+        ways = ways * (differing - count + 1) // count
+        tail += ways
     return float(min(Fraction(1), Fraction(2 * tail, 2**differing)))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 280
-LEFT, RIGHT, TOP, BOTTOM = 62, 16, 14, 42
+LEFT, RIGHT, TOP, BOTTOM = 74, 16, 14, 42
 NUM_COLOURS = 8
 LABEL_HEIGHT = 15
 

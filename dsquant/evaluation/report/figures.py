@@ -28,7 +28,7 @@ def size_against_drift(evaluation: Evaluation) -> list[Figure]:
     ]
     caption = f"Lower left is better. The original takes {evaluation.reference.size_bytes / divisor:.3g} {unit}."
     svg = scatter_chart(series, f"size, {unit}", "mean KL, nats a token")
-    figures = [Figure("Size against drift", caption, svg)]
+    figures = [Figure("Mean KL", caption, svg)]
     coded = [
         Series(one.name, ((one.size_bytes / divisor, 100 * one.drift.candidate_vs_original.bleu),), number)
         for number, one in enumerate(evaluation.candidates)
@@ -37,7 +37,7 @@ def size_against_drift(evaluation: Evaluation) -> list[Figure]:
     if coded:
         caption = "BLEU of the candidate's completions against the original's: upper left is better."
         svg = scatter_chart(coded, f"size, {unit}", "code BLEU against the original")
-        figures.append(Figure("Size against generated code", caption, svg))
+        figures.append(Figure("Generated code", caption, svg))
     return [figure for figure in figures if figure.svg]
 
 
@@ -55,7 +55,7 @@ def kl_by_position(evaluation: Evaluation) -> list[Figure]:
             if text.name in one.texts
         ]
         svg = line_chart(series, "position in the sample, tokens", "mean KL, nats")
-        caption = "Rising to the right: errors add up with the length of the context."
+        caption = "A rise to the right would mean that errors add up with the length of the context."
         if svg:
             figures.append(Figure(f"KL by position, {text.name}", caption, svg, _legend(evaluation)))
     return figures

@@ -108,8 +108,7 @@ def _gates(evaluation: Evaluation) -> list[dict[str, Any]]:
             "verdict": gate.verdict,
             "needed": f"{gate.needed} {gate.unit}" if gate.needed else "",
         }
-        for one in evaluation.candidates
-        for gate in one.gates
+        for one, gate in tables.ordered_gates(evaluation)
     ]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dsquant.evaluation.drift import Health, Similarity
 from dsquant.evaluation.intervals import Interval
-from dsquant.evaluation.results import Candidate, Evaluation, Ladder, TextScores
+from dsquant.evaluation.results import Candidate, Evaluation, GateOutcome, Ladder, TextScores
 from dsquant.recipe import format_size
 
 NOISE = "noise floor"
@@ -59,7 +59,7 @@ def interval(found: Interval | None, shares: bool = False) -> str:
 def summary(evaluation: Evaluation) -> Table:
     """One row for each candidate: the numbers to look at first."""
     headings = ["candidate", "format", "size", "of original", "bits", "mean KL", "perplexity ×", "same top token"]
-    headings += ["router overlap", "code BLEU −", "pass@1", "verdict"]
+    headings += ["router overlap", "code BLEU lost", "pass@1", "verdict"]
     original = evaluation.reference.size_bytes
     rows = tuple(
         (
@@ -107,6 +107,12 @@ def _without_empty_columns(table: Table) -> Table:
     return Table(table.title, tuple(table.headings[at] for at in kept), rows, table.note)
 
 
+def ordered_gates(evaluation: Evaluation) -> list[tuple[Candidate, GateOutcome]]:
+    """Every candidate's gates: what failed first, then what is undecided, then what passes."""
+    pairs = [(one, gate) for one in evaluation.candidates for gate in one.gates]
+    return sorted(pairs, key=lambda pair: ("fail", "inconclusive", "pass").index(pair[1].verdict))
+
+
 def gates(evaluation: Evaluation) -> Table | None:
     """Every gate's outcome; None without gates."""
     rows = tuple(
@@ -118,8 +124,7 @@ def gates(evaluation: Evaluation) -> Table | None:
             gate.verdict,
             f"{gate.needed} {gate.unit}" if gate.needed else NOTHING,
         )
-        for one in evaluation.candidates
-        for gate in one.gates
+        for one, gate in ordered_gates(evaluation)
     )
     headings = ("candidate", "gate", "found", "limit", "verdict", "needed to settle it")
     return _without_empty_columns(Table("Gates", headings, rows)) if rows else None
