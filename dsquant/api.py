@@ -193,6 +193,7 @@ def evaluate(
     samples: int = 8,
     seq_len: int = 512,
     seed: int = 0,
+    device: str = "auto",
     memory_budget: str | int | None = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -213,6 +214,7 @@ def evaluate(
         samples: the most samples of each text.
         seq_len: tokens of a sample.
         seed: of the intervals' random draws.
+        device: `auto`, `cpu` or `cuda`.
         memory_budget: the most resident memory, such as `16GiB`.
         progress: whether to show a progress bar.
 
@@ -240,6 +242,7 @@ def evaluate(
         drift=DriftRequest(None if prompts is None else str(prompts), max_tokens, execute, allow_code_execution),
         gates=None if gates is None else Path(gates),
         output=None if output is None else Path(output),
+        device=device,
         memory_budget=parse_size(memory_budget) if isinstance(memory_budget, str) else memory_budget,
     )
     with progress_bar(progress) as report:

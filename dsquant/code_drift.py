@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dsquant.calibration import FOLDERS
 from dsquant.errors import InputError, UsageError
 from dsquant.evaluation.drift import CodeDrift
@@ -16,6 +18,8 @@ from dsquant.recipe import format_size
 SHIPPED_PROMPTS = "python"
 NO_PROMPTS = "none"
 MAX_TOKENS = 64
+# Of a GPU's free memory: the cache and the activations need the rest.
+FREE_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -58,23 +62,44 @@ def plan_drift(request: DriftRequest, original: Original, memory_bytes: int) -> 
         if request.execute:
             raise UsageError("--execute needs prompts to complete; --prompts none leaves none")
         return None
-    fits = resident_size(original.skeleton) <= memory_bytes
-    if request.prompts is None and not fits:
-        if request.execute:
-            raise UsageError(f"--execute needs generated code: {too_large(original, memory_bytes)}")
+    too_large = _too_large(original, memory_bytes)
+    if too_large and request.execute:
+        raise UsageError(f"--execute needs generated code, and {too_large}")
+    if too_large and request.prompts is None:
         return None
     tasks = tuple(read_tasks(_prompts_file(request.prompts or SHIPPED_PROMPTS)))
     if request.execute and not any(task.test for task in tasks):
         raise InputError(f"{request.prompts}: no prompt has a test to run (key `test`), which --execute needs")
     _check_tokens(tasks, request, original)
-    return DriftPlan(tasks, request.max_tokens, execute=request.execute, memory_bytes=memory_bytes)
+    return DriftPlan(tasks, request.max_tokens, execute=request.execute, too_large=too_large)
 
 
-def too_large(original: Original, memory_bytes: int) -> str:
-    """Why a model is not generated with, in words."""
-    needed = format_size(resident_size(original.skeleton))
-    left = format_size(max(0, memory_bytes))
-    return f"a model takes {needed} of memory in float32, and {left} are left in the budget"
+def _too_large(original: Original, memory_bytes: int) -> str | None:
+    """Why a model is not generated with, in words; None where it fits."""
+    needed, device = resident_size(original.skeleton), original.checkpoint.weights.device
+    left, where = max(0, memory_bytes), "the memory budget"
+    if device.type == "cuda":
+        free = int(FREE_SHARE * torch.cuda.mem_get_info(device)[0])
+        left, where = (free, "the GPU") if free < left else (left, where)
+    if needed <= left:
+        return None
+    return f"a model takes {format_size(needed)} in float32, more than the {format_size(left)} that are left in {where}"
+
+
+def drift_caveats(plan: DriftPlan | None) -> list[str]:
+    """What code drift does not tell, in words.
+
+    Args:
+        plan: how it was measured; None where it was not.
+
+    Returns:
+        Sentences without a stop.
+    """
+    if plan is None:
+        return ["no code was generated; --prompts says with what, also for models that do not fit in memory"]
+    if plan.too_large is not None:
+        return [f"no code was generated, {plan.too_large}; both models read the prompts' own completions instead"]
+    return [f"code drift rests on {len(plan.tasks)} prompts and greedy completions of at most {plan.max_tokens} tokens"]
 
 
 def _prompts_file(prompts: str) -> Path:

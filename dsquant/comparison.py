@@ -1,9 +1,9 @@
-"""Compares models on texts, in one pass over the disk: what `dsquant eval` does, and every job at its end."""
+"""Compares candidates with a reference on texts, in one pass over the disk: what `dsquant eval` does."""
 
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,33 +14,28 @@ from typing import Any
 
 import torch
 
-from dsquant.calibration import HELD_OUT_TEXTS, held_out_tokens, text_tokens, tokens_sha256
-from dsquant.code_drift import DriftRequest, plan_drift, run_drift
+from dsquant.calibration import HELD_OUT_TEXTS, text_tokens, tokens_sha256
+from dsquant.code_drift import DriftRequest, drift_caveats, plan_drift, run_drift
 from dsquant.errors import GateError, InconclusiveError, InputError, Interrupted, UsageError
 from dsquant.evaluation.diagnosis import diagnose
-from dsquant.evaluation.divergence import compare
 from dsquant.evaluation.drift import CodeDrift
 from dsquant.evaluation.gates import Gates, check_measured, decide, read_gates
-from dsquant.evaluation.generation import resident_size
 from dsquant.evaluation.intervals import BLOCK_TOKENS, CONFIDENCE
-from dsquant.evaluation.lockstep import LENS_TOKENS, Lockstep, Measures
+from dsquant.evaluation.lockstep import LENS_TOKENS, Lockstep
 from dsquant.evaluation.measure_drift import DriftPlan
+from dsquant.evaluation.measures import Measures
 from dsquant.evaluation.needs import needs
 from dsquant.evaluation.report.files import write_reports
 from dsquant.evaluation.results import SCHEMA_VERSION, Candidate, Evaluation, Identity, Reference, Text
 from dsquant.evaluation.summary import layer_scores, routers_of, scores_by_text
 from dsquant.evaluation.weights import by_kind, worst
 from dsquant.jobs import stop_on_signals
-from dsquant.model.skeleton import Skeleton
 from dsquant.opening import Opened, Original, open_candidate, open_original
 from dsquant.planning import BATCH_TOKENS
-from dsquant.preparation import check_disk, default_memory_budget
+from dsquant.preparation import check_disk, default_memory_budget, resolved_device
 from dsquant.recipe import format_size
-from dsquant.source.weights import Weights
 from dsquant.telemetry import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
 
-EVALUATION_SAMPLES = 8
-EVALUATION_SEQ_LEN = 512
 PACKAGES = ("dsquant", "torch", "transformers", "accelerate", "autoawq", "compressed-tensors", "gguf")
 
 
@@ -54,9 +49,9 @@ class EvaluationRequest:
     """The same, of the same model."""
     texts: tuple[str, ...] = ()
     """Shipped texts or files; every shipped one where empty."""
-    samples: int = EVALUATION_SAMPLES
+    samples: int = 8
     """The most of each text."""
-    seq_len: int = EVALUATION_SEQ_LEN
+    seq_len: int = 512
     seed: int = 0
     """Of the bootstrap's draws."""
     gates: Path | None = None
@@ -64,6 +59,8 @@ class EvaluationRequest:
     """Whether and how code is generated."""
     output: Path | None = None
     """Folder for report.json, report.md and report.html."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
     memory_budget: int | None = None
     """Bytes; None is 80 % of what is available, at most 16 GiB."""
 
@@ -85,7 +82,7 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
         report: gets the progress.
 
     Returns:
-        The evaluation; report.json is written where a folder is named.
+        The evaluation; its reports are written where a folder is named.
 
     Raises:
         InputError: where a model, text or file of gates cannot be used, or a candidate is not the same model.
@@ -97,13 +94,12 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
     confidence = CONFIDENCE if gates is None else gates.confidence
     if request.output is not None and request.output.exists() and not request.output.is_dir():
         raise InputError(f"{request.output} is a file; name a folder for the report")
-    original = open_original(request.reference)
+    original = open_original(request.reference, torch.device(resolved_device(request.device)))
     candidates = {name: open_candidate(path, original) for name, path in _names(request.candidates).items()}
     texts = _read_texts(request, original.tokenizer)
     plan = plan_drift(request.drift, original, _budget(request) - resident_bytes())
     if gates is not None:
-        fits = plan is not None and resident_size(original.skeleton) <= plan.memory_bytes
-        check_measured(gates, list(texts.samples), plan.measures(fits) if plan is not None else ())
+        check_measured(gates, list(texts.samples), () if plan is None else plan.measures)
     noise, measures, drifts = _measure(request, original, candidates, texts, plan, report)
     layers = original.skeleton.layers[: original.skeleton.num_layers]
     found = [
@@ -123,7 +119,7 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
         noise_floor=scores_by_text(noise, texts.samples, confidence, request.seed),
         noise_router_overlap=min(noise_overlaps, default=None),
         candidates=tuple(found),
-        caveats=_caveats(original, texts, drifts),
+        caveats=_caveats(original, texts, plan),
     )
     if request.output is not None:
         write_reports(evaluation, request.output)
@@ -313,7 +309,7 @@ def _identity(
         confidence=confidence,
         block_tokens=BLOCK_TOKENS,
         dtype="float32",
-        device="cpu",
+        device=str(original.checkpoint.weights.device),
         batch_samples=batch,
         noise_batch_samples=noise_batch,
         lens_tokens=min(LENS_TOKENS, texts.tokens_NT.numel()),
@@ -323,7 +319,7 @@ def _identity(
     )
 
 
-def _caveats(original: Original, texts: _Texts, drifts: Mapping[str, CodeDrift]) -> tuple[str, ...]:
+def _caveats(original: Original, texts: _Texts, plan: DriftPlan | None) -> tuple[str, ...]:
     """What the numbers do not tell, in words."""
     words = [
         "both models were run in float32 by one implementation: what an engine's kernels add is not in these numbers",
@@ -332,12 +328,7 @@ def _caveats(original: Original, texts: _Texts, drifts: Mapping[str, CodeDrift])
     few = [f"{text.name} ({text.samples})" for text in texts.described if text.samples < 4]
     if few:
         words.append(f"few samples: {', '.join(few)}; more text or a smaller --seq-len makes its intervals trustworthy")
-    if not drifts:
-        words.append("no code was generated")
-    for drift in drifts.values():
-        if drift.method == "teacher_forced":
-            words.append(drift.note)
-            break
+    words += drift_caveats(plan)
     if original.skeleton.num_mtp_layers:
         words.append("the multi-token-prediction layer was not evaluated")
     words.append(
@@ -345,46 +336,3 @@ def _caveats(original: Original, texts: _Texts, drifts: Mapping[str, CodeDrift])
         "the weights, such as rotations, would show as errors"
     )
     return tuple(words)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The models that an evaluation at the end of a job compares."""
-
-    skeleton: Skeleton
-    original: Weights
-    candidates: dict[str, Weights]
-    work: Path
-    batch_samples: int
-    safe_point: Callable[[Stage, int, int, str], None]
-
-
-def compare_on_texts(models: Comparison, tokenizer: Any, seq_len: int) -> dict[str, dict[str, Any]]:
-    """Compares models on the shipped held-out texts: losses and divergences only.
-
-    Args:
-        models: the models.
-        tokenizer: the original's.
-        seq_len: tokens of a sample, at the most.
-
-    Returns:
-        Candidate -> text -> the fields of a `Divergence`.
-    """
-    seq_len = min(EVALUATION_SEQ_LEN, seq_len)
-    tokens = {text: held_out_tokens(text, tokenizer, seq_len, EVALUATION_SAMPLES) for text in HELD_OUT_TEXTS}
-    scores = compare(
-        models.skeleton,
-        models.original,
-        models.candidates,
-        torch.cat(list(tokens.values())),
-        models.work,
-        models.batch_samples,
-        lambda done, total, what: models.safe_point("evaluate", done, total, what),
-    )
-    found: dict[str, dict[str, Any]] = {name: {} for name in models.candidates}
-    start = 0
-    for text, tokens_NT in tokens.items():
-        for name, token_scores in scores.items():
-            found[name][text] = vars(token_scores.of_samples(start, start + len(tokens_NT)).summary())
-        start += len(tokens_NT)
-    return found

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
+from dsquant.model.overlays import on_device
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.gguf_layout import ARCHITECTURES, parameters
 from dsquant.source.gguf_weights import GgufWeights, gguf_parts
 from dsquant.source.locate import ASSETS, EMBEDDED_MODEL
 from dsquant.source.shards import ShardIndex
+from dsquant.source.weights import CPU
 from dsquant.writers.gguf.metadata import CONTROL, UNUSED, USER_DEFINED, YARN_LOG_FACTOR, rope_factors
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -91,11 +93,12 @@ def read_header(file: Path) -> GgufHeader:
     return GgufHeader(file, keys, tensors)
 
 
-def gguf_checkpoint(header: GgufHeader) -> Checkpoint:
+def gguf_checkpoint(header: GgufHeader, device: torch.device = CPU) -> Checkpoint:
     """Makes a checkpoint of a GGUF file alone; multi-token-prediction layers are left out.
 
     Args:
         header: of the file.
+        device: where its weights go when they are read.
 
     Returns:
         The checkpoint; its index of shards is empty.
@@ -115,7 +118,8 @@ def gguf_checkpoint(header: GgufHeader) -> Checkpoint:
     config["vocab_size"] = shapes.get("model.embed_tokens.weight", (0,))[0]
     if "rope_freqs.weight" in header.tensors:
         config["rope_scaling"] = _llama3_rope(header, config)
-    return Checkpoint(header.file, config, ShardIndex(header.file.parent, {}), GgufWeights(header.file, shapes, config))
+    weights = on_device(GgufWeights(header.file, shapes, config), device)
+    return Checkpoint(header.file, config, ShardIndex(header.file.parent, {}), weights)
 
 
 def gguf_tokenizer(header: GgufHeader) -> Any:

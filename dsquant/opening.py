@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dsquant.calibration import load_tokenizer
 from dsquant.errors import InputError
 from dsquant.gguf_checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
+from dsquant.model.overlays import on_device
 from dsquant.model.skeleton import Skeleton, network_config
 from dsquant.planning import check_complete
 from dsquant.source.checkpoint import Checkpoint, open_checkpoint
 from dsquant.source.gguf_weights import GgufWeights, gguf_file, gguf_parts
 from dsquant.source.locate import locate
 from dsquant.source.shards import ShardIndex
-from dsquant.source.weights import Weights
+from dsquant.source.weights import CPU, Weights
 
 # What a config says about the network's function: where these differ, the same weights are another model.
 NETWORK_KEYS = (
@@ -88,11 +91,12 @@ class Original:
     tokenizer: Any
 
 
-def open_original(path: str) -> Original:
+def open_original(path: str, device: torch.device = CPU) -> Original:
     """Opens the reference.
 
     Args:
         path: a folder, a hub id, `tiny-r1`, a GGUF file or a folder with one.
+        device: where its weights, and the candidates', go when they are read.
 
     Returns:
         The reference, checked to be complete.
@@ -102,12 +106,12 @@ def open_original(path: str) -> Original:
     """
     file = gguf_file(Path(path).expanduser())
     if file is None:
-        checkpoint = open_checkpoint(locate(path))
+        checkpoint = open_checkpoint(locate(path), device)
         opened = _opened(path, checkpoint)
         tokenizer = load_tokenizer(checkpoint.folder)
     else:
         header = read_header(file)
-        checkpoint = gguf_checkpoint(header)
+        checkpoint = gguf_checkpoint(header, device)
         opened = Opened(path, header.format, checkpoint.weights, tuple(gguf_parts(file)))
         tokenizer = gguf_tokenizer(header)
     skeleton = Skeleton(checkpoint)
@@ -130,7 +134,7 @@ def open_candidate(path: str, original: Original) -> Opened:
     """
     file = gguf_file(Path(path).expanduser())
     if file is None:
-        checkpoint = open_checkpoint(locate(path))
+        checkpoint = open_checkpoint(locate(path), original.checkpoint.weights.device)
         _check_network(path, checkpoint, original)
         opened = _opened(path, checkpoint)
         tokens = _checkpoint_tokens(checkpoint)
@@ -152,10 +156,10 @@ def open_gguf(file: Path, original: Checkpoint) -> Weights:
         original: the checkpoint.
 
     Returns:
-        The weights, decoded on access.
+        The weights, decoded on access, on the checkpoint's device.
     """
-    weights = original.weights
-    return GgufWeights(file, {name: weights.shape(name) for name in weights}, original.config)
+    shapes = {name: original.weights.shape(name) for name in original.weights}
+    return on_device(GgufWeights(file, shapes, original.config), original.weights.device)
 
 
 def _opened(path: str, checkpoint: Checkpoint) -> Opened:
@@ -214,13 +218,14 @@ def _check_vocabulary(path: str, tokens: Mapping[str, int] | None, weights: Weig
         )
     if tokens is None:
         return
-    wanted: dict[str, int] = original.tokenizer.get_vocab()
-    different = next((token for token in wanted if tokens.get(token) != wanted[token]), None)
-    if different is not None:
-        raise InputError(
-            f"{path}: another vocabulary: token {different!r} is number {wanted[different]} in the reference, "
-            f"{tokens.get(different, 'missing')} here; perplexities over different vocabularies cannot be compared"
-        )
+    # Tokenizers add tokens of their own when they are loaded, so that one may lack what the other has.
+    found = {number: token for token, number in tokens.items()}
+    for token, number in original.tokenizer.get_vocab().items():
+        if found.get(number, token) != token:
+            raise InputError(
+                f"{path}: another vocabulary: token {number} is {found[number]!r}, in the reference it is {token!r}; "
+                "perplexities over different vocabularies cannot be compared"
+            )
 
 
 def _check_shapes(path: str, weights: Weights, skeleton: Skeleton) -> None:

@@ -10,9 +10,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dsquant import card
-from dsquant.comparison import Comparison, compare_on_texts
 from dsquant.conversion import Run, convert
 from dsquant.errors import InputError
+from dsquant.final_comparison import Comparison, compare_on_texts
 from dsquant.gguf_conversion import (
     GgufRun,
     convert_to_gguf,

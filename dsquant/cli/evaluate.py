@@ -35,6 +35,7 @@ from dsquant.cli.process import dsquant_command, quiet_libraries
 @click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="The most samples of each text.")
 @click.option("--seq-len", type=click.IntRange(8), default=512, show_default=True, help="Tokens of a sample.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the intervals' random draws.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--memory-budget",
     help="Most resident memory, such as 16GiB.  [default: 80 % of what is free, at most 16GiB]",
@@ -54,6 +55,7 @@ def evaluate(
     samples: int,
     seq_len: int,
     seed: int,
+    device: str,
     memory_budget: str | None,
     as_json: bool,
 ) -> None:
@@ -77,6 +79,7 @@ def evaluate(
         drift=DriftRequest(prompts, max_tokens, execute, allow_code_execution),
         gates=gates,
         output=output,
+        device=device,
         memory_budget=parse_size(memory_budget) if memory_budget else None,
     )
     with quiet_libraries(), progress_bar(not as_json) as report:

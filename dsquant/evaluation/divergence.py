@@ -81,14 +81,14 @@ class Divergence:
 class _Sums:
     """Running sums over the vocabulary of one model's scores, for every row."""
 
-    def __init__(self, num_rows: int) -> None:
-        self.maximum_R = torch.full((num_rows,), -torch.inf, dtype=torch.float64)
-        self.exponentials_R = torch.zeros(num_rows, dtype=torch.float64)
-        self.target_R = torch.zeros(num_rows, dtype=torch.float64)
-        self.top_RK = torch.full((num_rows, LIKELIEST), -1, dtype=torch.int64)
-        self.top_scores_RK = torch.full((num_rows, LIKELIEST), -torch.inf, dtype=torch.float64)
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.maximum_R = torch.full((num_rows,), -torch.inf, dtype=torch.float64, device=device)
+        self.exponentials_R = torch.zeros_like(self.maximum_R)
+        self.target_R = torch.zeros_like(self.maximum_R)
+        self.top_RK = torch.full((num_rows, LIKELIEST), -1, device=device)
+        self.top_scores_RK = self.maximum_R.unsqueeze(1).repeat(1, LIKELIEST)
         # sum of exp(own score) * (own score - the other model's), shrunk along with the exponentials
-        self.cross_R = torch.zeros(num_rows, dtype=torch.float64)
+        self.cross_R = torch.zeros_like(self.maximum_R)
 
     def add(
         self, rows: slice, start: int, scores_RV: torch.Tensor, other_RV: torch.Tensor, targets_R: torch.Tensor
@@ -144,7 +144,7 @@ class RowScores:
     def tokens(self, shape: tuple[int, int]) -> TokenScores:
         """The first rows as samples of tokens, without each sample's last, which predicts nothing."""
         num_rows = shape[0] * shape[1]
-        return TokenScores(*(getattr(self, field.name)[:num_rows].view(shape)[:, :-1] for field in fields(self)))
+        return TokenScores(*(getattr(self, field.name)[:num_rows].view(shape)[:, :-1].cpu() for field in fields(self)))
 
 
 def score(
@@ -165,7 +165,8 @@ def score(
         The scores of each candidate.
     """
     num_rows = len(targets_R)
-    pairs = [(_Sums(num_rows), _Sums(num_rows)) for _ in candidates]
+    device = targets_R.device
+    pairs = [(_Sums(num_rows, device), _Sums(num_rows, device)) for _ in candidates]
     heads = (original, *candidates)
     for parts in zip(*(table_parts(head.weights, head.name) for head in heads), strict=True):
         start = parts[0][0]
@@ -208,7 +209,7 @@ def compare(
     Args:
         skeleton: the original's network, which the candidates share.
         original: its weights.
-        candidates: name -> weights, with the original's parameter names.
+        candidates: name -> weights, with the original's parameter names, on its device.
         tokens_NT: int64 [N, T].
         work: a folder for hidden states, 4 * N * T * H bytes three times for each model.
         batch_samples: samples that pass attention together.
@@ -218,12 +219,13 @@ def compare(
         Candidate name -> its scores.
     """
     shape = (tokens_NT.shape[0], tokens_NT.shape[1], skeleton.config["hidden_size"])
-    heads = []
+    heads, device = [], original.device
     try:
         models = []
         for number, weights in enumerate((original, *candidates.values())):
             even, odd, mlp_inputs = (
-                Activations.in_file(work / f"evaluate-{number}-{part}.f32", shape) for part in range(3)
+                Activations.in_file(work / f"evaluate-{number}-{part}.f32", shape, device, torch.float32)
+                for part in range(3)
             )
             models.append((weights, even, odd, mlp_inputs))
             embed(skeleton, weights, tokens_NT, even)
@@ -234,7 +236,7 @@ def compare(
                 normed.set_samples(sample, final_norm(skeleton, weights, last.samples(sample, sample + 1)))
             heads.append(Head(weights, head_name(skeleton), normed))
         safe_point(skeleton.num_layers, skeleton.num_layers, "lm_head")
-        scores = score(heads[0], heads[1:], torch.roll(tokens_NT.flatten(), -1))
+        scores = score(heads[0], heads[1:], torch.roll(tokens_NT.flatten(), -1).to(device))
         return {name: rows.tokens(shape[:2]) for name, rows in zip(candidates, scores, strict=True)}
     finally:
         for path in work.glob("evaluate-*.f32"):

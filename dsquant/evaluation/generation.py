@@ -94,7 +94,7 @@ def resident_model(skeleton: Skeleton, weights: Weights) -> Iterator[Any]:
         for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
             if name in weights or tensor.is_meta:
                 stored = name if name in weights else head_name(skeleton)
-                set_module_tensor_to_device(model, name, "cpu", value=weights[stored])
+                set_module_tensor_to_device(model, name, weights.device, value=weights[stored])
                 before[name] = tensor
         for layer in taps:
             model.set_submodule(f"{layer.prefix}.mlp.experts", _Experts(skeleton, layer, weights))
@@ -168,11 +168,12 @@ def _generate(
 
     def stopped(tokens_NT: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         note(tokens_NT.shape[1] - width)
-        return torch.tensor([rule(row, tokens) for row, tokens in enumerate(tokens_NT[:, width:].tolist())])
+        ended = [rule(row, tokens) for row, tokens in enumerate(tokens_NT[:, width:].tolist())]
+        return torch.tensor(ended, device=tokens_NT.device)
 
     output_NT = model.generate(
-        tokens_NT,
-        attention_mask=mask_NT,
+        tokens_NT.to(model.device),
+        attention_mask=mask_NT.to(model.device),
         use_cache=True,
         max_new_tokens=max_tokens,
         do_sample=False,

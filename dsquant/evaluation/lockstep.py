@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from dsquant.evaluation import router
-from dsquant.evaluation.divergence import Head, TokenScores, score
+from dsquant.evaluation.divergence import Head, score
+from dsquant.evaluation.measures import Distance, LayerMeasures, Measures
 from dsquant.evaluation.results import WeightError
-from dsquant.evaluation.weights import LayerComparison, Moments, relative_error
+from dsquant.evaluation.weights import LayerComparison, Moments
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import ResidentWeights
@@ -42,33 +43,6 @@ SafePoint = Callable[[int, int, str], None]
 """Called before each layer and expert with layers done, layers in all and the module's name; it may raise to stop."""
 
 
-@dataclass(frozen=True)
-class LayerMeasures:
-    """One model against the original in one layer; the names are those of `results.LayerScores`."""
-
-    hidden_error: float
-    local_error: float
-    local_attention_error: float
-    local_mlp_error: float
-    overlap_NT: torch.Tensor | None = None
-    """float64 [N, T]: share of the original's experts chosen too, by token."""
-    local_overlap: float | None = None
-    weight_distance: float | None = None
-    load_shift: float | None = None
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Everything measured of one model."""
-
-    tokens: TokenScores
-    layers: tuple[LayerMeasures, ...]
-    lens_kl: tuple[float, ...]
-    """Mean KL behind every layer."""
-    weights: tuple[WeightError, ...]
-    """Of every tensor."""
-
-
 @dataclass
 class _Lane:
     """A model, and the hidden states that pass through it: its own samples, and behind them the original's."""
@@ -92,21 +66,6 @@ class _Lane:
     def is_local(self) -> bool:
         """Whether it runs on the original's hidden states too."""
         return self.inputs.shape[0] > self.num_own
-
-
-class _Distance:
-    """Running sums of squares: |candidate - original| / |original|."""
-
-    def __init__(self) -> None:
-        self.error, self.size = 0.0, 0.0
-
-    def add(self, original: torch.Tensor, candidate: torch.Tensor) -> None:
-        self.error += float((candidate - original).double().square().sum())
-        self.size += float(original.double().square().sum())
-
-    @property
-    def relative(self) -> float:
-        return relative_error(self.error, self.size)
 
 
 class Lockstep:
@@ -136,7 +95,7 @@ class Lockstep:
             safe_point: called before each layer and expert.
         """
         self.skeleton, self.tokens_NT, self.safe_point = skeleton, tokens_NT, safe_point
-        self._work, self._num_files = work, 0
+        self._work, self._num_files, self.device = work, 0, original.device
         self.lens_R = torch.linspace(0, tokens_NT.numel() - 1, min(LENS_TOKENS, tokens_NT.numel())).long()
         self.original = self._lane(original, batch_samples, 1)
         self.noise = self._lane(original, noise_batch_samples, 1)
@@ -151,7 +110,8 @@ class Lockstep:
 
     def _file(self, shape: tuple[int, int, int]) -> Activations:
         self._num_files += 1
-        return Activations.in_file(self._work / f"evaluate-{self._num_files}.f32", shape)
+        path = self._work / f"evaluate-{self._num_files}.f32"
+        return Activations.in_file(path, shape, self.device, torch.float32)
 
     @property
     def lanes(self) -> tuple[_Lane, ...]:
@@ -177,9 +137,9 @@ class Lockstep:
 
     def _embed(self) -> None:
         """Every model's embeddings of its own samples, and the errors of the tables."""
-        tokens_R = self.tokens_NT.flatten()
+        tokens_R = self.tokens_NT.flatten().to(self.device)
         lanes = (self.original, *self.candidates.values())
-        errors = {number: _Distance() for number in range(1, len(lanes))}
+        errors = {number: Distance() for number in range(1, len(lanes))}
         for parts in zip(*(table_parts(lane.weights, EMBEDDING) for lane in lanes), strict=True):
             start, original_VH = parts[0]
             rows_R = torch.where((tokens_R >= start) & (tokens_R < start + len(original_VH)))[0]
@@ -272,7 +232,7 @@ class Lockstep:
 
     def _layer_measures(self, lane: _Lane, num_experts: int) -> LayerMeasures:
         original, own = self.original, lane.num_own
-        hidden, whole, attention, mlp = (_Distance() for _ in range(4))
+        hidden, whole, attention, mlp = (Distance() for _ in range(4))
         for sample in range(own):
             at, local = (sample, sample + 1), (own + sample, own + sample + 1)
             before, middle, after = (part.samples(*at) for part in (original.inputs, original.middle, original.outputs))
@@ -292,7 +252,7 @@ class Lockstep:
             local_overlap = float(router.overlap(original.routing, local_routing).mean())
         return LayerMeasures(
             *errors,
-            overlap_NT=router.overlap(original.routing, routing).view(self.tokens_NT.shape),
+            overlap_NT=router.overlap(original.routing, routing).view(self.tokens_NT.shape).cpu(),
             local_overlap=local_overlap,
             weight_distance=router.weight_distance(original.routing, routing, num_experts),
             load_shift=router.load_shift(original.routing, routing, num_experts),
@@ -307,13 +267,13 @@ class Lockstep:
         name = head_name(self.skeleton)
         targets_R = torch.cat([torch.roll(self.tokens_NT.flatten(), -1), torch.zeros(num_layers * len(self.lens_R))])
         heads = [Head(lane.weights, name, lane.final) for lane in self.lanes]
-        tables = {number: _Distance() for number in range(2, len(heads))}
+        tables = {number: Distance() for number in range(2, len(heads))}
 
         def compare_part(parts: Sequence[torch.Tensor]) -> None:
             for number, error in tables.items():
                 error.add(parts[0], parts[number])
 
-        scores = score(heads[0], heads[1:], targets_R.long(), compare_part)
+        scores = score(heads[0], heads[1:], targets_R.long().to(self.device), compare_part)
         if name != EMBEDDING:
             for number, error in tables.items():
                 self.lanes[number].errors.append(WeightError(name, None, error.relative, None))

@@ -17,11 +17,10 @@ from dsquant.evaluation.divergence import compare
 from dsquant.evaluation.drift import CodeDrift
 from dsquant.evaluation.drift_measures import code_drift, gold_of
 from dsquant.evaluation.execution import Run, compare_runs, run_all
-from dsquant.evaluation.generation import Completion, complete, resident_size
+from dsquant.evaluation.generation import Completion, complete
 from dsquant.evaluation.intervals import CONFIDENCE, DRAWS, Interval
 from dsquant.evaluation.tasks import Task
 from dsquant.model.skeleton import Skeleton
-from dsquant.recipe import format_size
 from dsquant.source.weights import Weights
 
 SafePoint = Callable[[int, int, str], None]
@@ -38,12 +37,13 @@ class DriftPlan:
     batch_prompts: int = 24
     execute: bool = False
     """Whether the completions are run with the tasks' tests; `execution` tells what that means."""
-    memory_bytes: int = 2**33
-    """What a model's weights in float32 may take, beside what is resident already."""
+    too_large: str | None = None
+    """Why nothing is generated, in words; None where the models fit in memory."""
 
-    def measures(self, fits: bool) -> tuple[str, ...]:
-        """Names of what gates can be set on, where the models fit in memory or do not."""
-        if not fits:
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of what gates can be set on."""
+        if self.too_large is not None:
             return ("greedy_agreement",)
         names = ["code_exact_match", "parse_rate_drop", "loop_rate_rise"]
         if all(task.gold is not None for task in self.tasks):
@@ -81,10 +81,8 @@ def measure_drift(
     Returns:
         Candidate name -> its drift.
     """
-    needed = resident_size(skeleton)
-    if needed > plan.memory_bytes:
-        why = f"a model takes {format_size(needed)} in float32, more than the {format_size(plan.memory_bytes)} left"
-        return _teacher_forced(skeleton, original, candidates, tokenizer, plan, work, why, safe_point)
+    if plan.too_large is not None:
+        return _teacher_forced(skeleton, original, candidates, tokenizer, plan, work, safe_point)
     models = [
         ("original", original, plan.batch_prompts),
         ("original, other batches", original, plan.noise_batch_prompts),
@@ -138,14 +136,13 @@ def _teacher_forced(
     tokenizer: Any,
     plan: DriftPlan,
     work: Path,
-    why: str,
     safe_point: SafePoint,
 ) -> dict[str, CodeDrift]:
     tokens_NT, scored_NT = teacher_tokens(plan.tasks, tokenizer)
     scores = compare(skeleton, original, candidates, tokens_NT, work, 1, safe_point)
     note = (
-        f"nothing was generated: {why}. Both models read the prompts with their own completions; agreement is the "
-        "share of places where the candidate ranks the original's greedy token first"
+        f"nothing was generated: {plan.too_large}. Both models read the prompts with their own completions; agreement "
+        "is the share of places where the candidate ranks the original's greedy token first"
     )
     return {
         name: CodeDrift(

@@ -40,7 +40,8 @@ def weight_distance(original: Routing, candidate: Routing, num_experts: int) -> 
     """
     rows = len(original.expert_RK)
     mixtures = [
-        torch.zeros(rows, num_experts).scatter_(1, one.expert_RK.long(), one.share_RK) for one in (original, candidate)
+        torch.zeros(rows, num_experts, device=one.share_RK.device).scatter_(1, one.expert_RK.long(), one.share_RK)
+        for one in (original, candidate)
     ]
     distance_R = (mixtures[0] - mixtures[1]).abs().sum(1)
     return float((distance_R / mixtures[0].sum(1)).double().mean())

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from dsquant.evaluation.intervals import bootstrap_mean
 from dsquant.evaluation.ladders import text_scores
-from dsquant.evaluation.lockstep import Measures
+from dsquant.evaluation.measures import Measures
 from dsquant.evaluation.results import LayerScores, TextScores
 from dsquant.model.structure import DecoderLayer
 
