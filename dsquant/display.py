@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -150,8 +151,9 @@ def _print_code(evaluation: "Evaluation", console: Console) -> None:
 
 
 def _texts_table(candidate: "Candidate") -> Table:
-    table = Table(title=candidate.name)
-    for heading in ("text", "original", "perplexity", "ratio", "interval", "mean KL", "99 % KL", "top 1"):
+    """Perplexities with the interval of their ratio, divergence and agreement on every text."""
+    table = Table(title=f"{candidate.name}: perplexity, KL divergence in nats, agreement", box=SIMPLE_HEAD)
+    for heading in ("text", "original", "candidate", "ratio", "interval", "mean KL", "99 % KL", "top 1"):
         table.add_column(heading, justify="left" if heading == "text" else "right")
     for text, found in candidate.texts.items():
         ratio = found.perplexity_ratio
@@ -160,7 +162,7 @@ def _texts_table(candidate: "Candidate") -> Table:
             f"{found.perplexity_original:.3f}",
             f"{found.perplexity:.3f}",
             f"{ratio.estimate:.4f}",
-            f"{ratio.low:.4f}–{ratio.high:.4f}",
+            f"{ratio.low:.3f}–{ratio.high:.3f}",
             f"{found.mean_kl.estimate:.4f}",
             f"{found.kl.p99:.4f}",
             f"{found.top1_agreement.estimate:.1%}",

@@ -46,6 +46,18 @@ class GgufHeader:
     """Name -> gguf-py's tensor, of all parts."""
 
     @property
+    def architecture(self) -> str:
+        """The checkpoint's name for it, llama.cpp's where dsquant does not know it."""
+        name = str(self.keys.get("general.architecture"))
+        return next((found for found, stored in ARCHITECTURES.items() if stored == name), name)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the embedding; none where there is none."""
+        table = self.tensors.get("token_embd.weight")
+        return 0 if table is None else int(table.shape[1])
+
+    @property
     def format(self) -> str:
         """`GGUF Q4_K_M`, from the file's own type number."""
         from gguf import LlamaFileType
@@ -77,7 +89,10 @@ def read_header(file: Path) -> GgufHeader:
     Raises:
         InputError: where a file is missing or damaged.
     """
-    from gguf import GGUFReader
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise InputError(f"{file}: reading GGUF files needs the package gguf: pip install gguf") from error
 
     keys: dict[str, Any] = {}
     tensors: dict[str, Any] = {}

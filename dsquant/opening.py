@@ -1,6 +1,7 @@
 """Opens the models that an evaluation compares, and refuses those that are not one model in different storage."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dsquant.errors import InputError
 from dsquant.gguf_checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
 from dsquant.model.overlays import on_device
 from dsquant.model.skeleton import Skeleton, network_config
+from dsquant.model.streaming import EMBEDDING
 from dsquant.planning import check_complete
 from dsquant.source.checkpoint import Checkpoint, open_checkpoint
 from dsquant.source.gguf_weights import GgufWeights, gguf_file, gguf_parts
@@ -59,13 +61,7 @@ class Opened:
     @property
     def bits_per_weight(self) -> float:
         """Bits of the files for each weight in them."""
-        numbers = 0
-        for name in self.weights:
-            count = 1
-            for size in self.weights.shape(name):
-                count *= size
-            numbers += count
-        return 8 * self.size_bytes / numbers
+        return 8 * self.size_bytes / sum(math.prod(self.weights.shape(name)) for name in self.weights)
 
     @property
     def fingerprint(self) -> str:
@@ -133,17 +129,19 @@ def open_candidate(path: str, original: Original) -> Opened:
         InputError: where it cannot be read, or is of another architecture or vocabulary.
     """
     file = gguf_file(Path(path).expanduser())
+    device = original.checkpoint.weights.device
     if file is None:
-        checkpoint = open_checkpoint(locate(path), original.checkpoint.weights.device)
-        _check_network(path, checkpoint, original)
+        checkpoint = open_checkpoint(locate(path), device)
+        _check_architecture(path, checkpoint.architecture, original)
+        _check_vocabulary(path, _num_tokens(checkpoint.weights), _checkpoint_tokens(checkpoint), original)
+        _check_network(checkpoint, original)
         opened = _opened(path, checkpoint)
-        tokens = _checkpoint_tokens(checkpoint)
     else:
         header = read_header(file)
+        _check_architecture(path, header.architecture, original)
+        _check_vocabulary(path, header.num_tokens, header.tokens, original)
         weights = open_gguf(file, original.checkpoint)
         opened = Opened(path, header.format, weights, tuple(gguf_parts(file)))
-        tokens = header.tokens
-    _check_vocabulary(path, tokens, opened.weights, original)
     _check_shapes(path, opened.weights, original.skeleton)
     return opened
 
@@ -181,24 +179,36 @@ def _stored_format(checkpoint: Checkpoint) -> str:
     return {"F8_E4M3": "FP8"}.get(found := sizes.most_common(1)[0][0], found)
 
 
-def _check_network(path: str, checkpoint: Checkpoint, original: Original) -> None:
-    """Refuses another architecture, or the same with other numbers."""
+def _check_architecture(path: str, architecture: str, original: Original) -> None:
     wanted = original.checkpoint
-    if checkpoint.architecture != wanted.architecture:
+    if architecture != wanted.architecture:
         raise InputError(
-            f"{path}: architecture {checkpoint.architecture}, the reference {wanted.folder} is {wanted.architecture}; "
+            f"{path}: architecture {architecture}, the reference {original.opened.path} is {wanted.architecture}; "
             "not the same model"
         )
+
+
+def _check_network(checkpoint: Checkpoint, original: Original) -> None:
+    """Refuses the same architecture with other numbers."""
     try:
         found = network_config(original.skeleton.family, checkpoint.config)
     except Exception as error:  # transformers raises of every kind for a config that makes no sense
         raise InputError(f"{checkpoint.folder / 'config.json'}: {type(error).__name__}: {error}") from error
     for key in NETWORK_KEYS:
-        if found.get(key) != original.skeleton.config.get(key):
+        if not _same(found.get(key), original.skeleton.config.get(key)):
             raise InputError(
                 f"{checkpoint.folder / 'config.json'}: {key} is {found.get(key)!r}, the reference's is "
                 f"{original.skeleton.config.get(key)!r}; not the same model"
             )
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """Whether two values of a config mean the same: GGUF stores single precision and leaves defaults out."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        return all(_same(found[key], wanted[key]) for key in found.keys() & wanted.keys())
+    if isinstance(found, float) or isinstance(wanted, float):
+        return found is not None and wanted is not None and math.isclose(found, wanted, rel_tol=1e-5)
+    return bool(found == wanted)
 
 
 def _checkpoint_tokens(checkpoint: Checkpoint) -> Mapping[str, int] | None:
@@ -208,13 +218,17 @@ def _checkpoint_tokens(checkpoint: Checkpoint) -> Mapping[str, int] | None:
     return dict(load_tokenizer(checkpoint.folder).get_vocab())
 
 
-def _check_vocabulary(path: str, tokens: Mapping[str, int] | None, weights: Weights, original: Original) -> None:
-    table = "model.embed_tokens.weight"
-    wanted_rows = original.checkpoint.weights.shape(table)[0]
-    if table in weights and weights.shape(table)[0] != wanted_rows:
+def _num_tokens(weights: Weights) -> int:
+    """Rows of the embedding; none where it is missing, which is refused later."""
+    return weights.shape(EMBEDDING)[0] if EMBEDDING in weights else 0
+
+
+def _check_vocabulary(path: str, rows: int, tokens: Mapping[str, int] | None, original: Original) -> None:
+    wanted_rows = _num_tokens(original.checkpoint.weights)
+    if rows and rows != wanted_rows:
         raise InputError(
-            f"{path}: a vocabulary of {weights.shape(table)[0]} tokens ({table!r}), the reference's has {wanted_rows}; "
-            "perplexities over different vocabularies cannot be compared"
+            f"{path}: a vocabulary of {rows} tokens, the reference's has {wanted_rows}; perplexities over different "
+            "vocabularies cannot be compared"
         )
     if tokens is None:
         return
