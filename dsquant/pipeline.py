@@ -50,6 +50,7 @@ from dsquant.telemetry import Progress, Report, peak_gpu_bytes, peak_resident_by
 from dsquant.writers.base import write_index
 from dsquant.writers.gguf.files import GgufFiles
 from dsquant.writers.gguf.store import quantizer_name
+from dsquant.writers.write_behind import WriteBehind
 
 
 def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Report = silent) -> Result:
@@ -93,11 +94,14 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
         with open_job(recipe.output, recipe, state, notes) as job:
             _check_unchanged(index, job.notes, report, check)
             run = Run(recipe, source, job, report, check, _open_files(recipe, source.plan, state, job))
+            run.write_behind = WriteBehind() if recipe.device == "cuda" else None
             try:
                 with gpu_within_budget(gpu_memory_budget(recipe)):
                     convert(run)
                 record = _finish(run)
             finally:
+                if run.write_behind is not None:
+                    run.write_behind.close()
                 for files in run.gguf_files.values():
                     files.close()
             job.finish()
@@ -269,9 +273,8 @@ def _evaluate(run: Run) -> dict[str, dict[str, Any]]:
     for folder, target in source.plan.gguf.items():
         file = run.job.output / folder / target.files[0].file_name
         candidates[target.name] = open_gguf(file, source.checkpoint)
-    compared = Comparison(
-        source.skeleton, source.checkpoint.weights, candidates, run.job.work, run.batch_samples, run.safe_point
-    )
+    original = open_checkpoint(source.checkpoint.folder).weights
+    compared = Comparison(source.skeleton, original, candidates, run.job.work, run.batch_samples, run.safe_point)
     return compare_on_texts(compared, source.tokenizer, run.recipe.seq_len)
 
 

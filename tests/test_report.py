@@ -129,7 +129,7 @@ def test_a_notebook_shows_the_page_without_touching_the_rest_of_it() -> None:
 
 def test_axes_have_round_ticks_inside_and_are_logarithmic_for_magnitudes() -> None:
     axis = axis_of([0.5, 3.1], 100, 0)
-    assert axis.ticks() == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+    assert axis.ticks() == [1.0, 2.0, 3.0]
     assert not axis.logarithmic and axis_of([0.001, 1.0], 100, 0).logarithmic
     assert axis_of([5.0, 5.0], 100, 0).ticks()
     wide = axis_of([1e-6, 1.0], 100, 0)
