@@ -187,6 +187,10 @@ def evaluate(
     reference: str | Path,
     *candidates: str | Path,
     texts: Sequence[str | Path] = (),
+    prompts: str | Path | None = None,
+    max_tokens: int = 64,
+    execute: bool = False,
+    allow_code_execution: bool = False,
     gates: str | Path | None = None,
     output: str | Path | None = None,
     samples: int = 8,
@@ -202,6 +206,12 @@ def evaluate(
         reference: the original: a folder, a hub id, `tiny-r1`, or a GGUF file.
         *candidates: the same, of the same model: FP8, BF16, AWQ, compressed-tensors or GGUF.
         texts: shipped texts (code, wiki, reasoning) or text files; every shipped one where there are none.
+        prompts: prompts for code: `python` (shipped), a .jsonl file (also HumanEval's and MBPP's), or `none`; None
+            takes the shipped ones where the models fit in memory.
+        max_tokens: tokens of a completion.
+        execute: whether to run the completions with the prompts' tests.
+        allow_code_execution: needed beside `execute`: code that a model wrote will run on this machine, under limits
+            that are no security boundary.
         gates: a YAML file of limits; the outcome is in `verdict` and in each candidate's `gates`.
         output: a folder for the report.
         samples: the most samples of each text.
@@ -219,6 +229,7 @@ def evaluate(
         InputError: where a model or text cannot be used, or a candidate is not the same model.
     """
     from dsquant import comparison
+    from dsquant.code_drift import DriftRequest
     from dsquant.display import progress_bar
     from dsquant.recipe import parse_size
 
@@ -231,6 +242,7 @@ def evaluate(
         samples=samples,
         seq_len=seq_len,
         seed=seed,
+        drift=DriftRequest(None if prompts is None else str(prompts), max_tokens, execute, allow_code_execution),
         gates=None if gates is None else Path(gates),
         output=None if output is None else Path(output),
         device=device,

@@ -46,7 +46,7 @@ def fused_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention through PyTorch's fused kernel, for samples of equal length without padding.
+    """Causal attention through PyTorch's fused kernel.
 
     On a GPU, where matrix products may be fast rather than exact (kernels.precision), it computes in bfloat16.
     MLA's values are narrower than its keys (128 against 192 in R1), which the fused CPU kernel refuses: it would fall
@@ -57,21 +57,22 @@ def fused_attention(
         query: [batch, heads, tokens, key dimension].
         key: [batch, key-value heads, tokens, key dimension].
         value: [batch, key-value heads, tokens, value dimension].
-        attention_mask: must be None.
+        attention_mask: bool [batch, 1, tokens, keys], True where a key is seen; None for samples of equal length
+            without padding, whose queries see the keys up to themselves.
         scaling: factor on the scores.
         **kwargs: what transformers passes beside; unused.
 
     Returns:
         The output [batch, tokens, heads, value dimension], and no weights.
     """
-    assert attention_mask is None
     dtype, width = query.dtype, value.shape[-1]
     if query.is_cuda and torch.get_float32_matmul_precision() != "highest":  # what the flash kernel takes
         query, key, value = (part.to(torch.bfloat16) for part in (query, key, value))
     padded = F.pad(value, (0, query.shape[-1] - width))
-    causal = query.shape[2] > 1
+    causal = attention_mask is None and query.shape[2] > 1
+    grouped = key.shape[1] != query.shape[1]
     output = F.scaled_dot_product_attention(
-        query, key, padded, is_causal=causal, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+        query, key, padded, attention_mask, is_causal=causal, scale=scaling, enable_gqa=grouped
     )
     return output[..., :width].transpose(1, 2).to(dtype).contiguous(), None
 
@@ -186,9 +187,11 @@ def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
 
 
 def _meta_model(hf_config: Any) -> Any:
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ATTENTION, fused_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     # Not accelerate's init_empty_weights: it allocates each parameter before it drops it, and the fused experts of one
     # R1 layer are 30 GB, more than many a machine gives.
     with torch.device("meta"):
