@@ -136,7 +136,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise InputError(f"{folder / CONFIG_FILE}: quantization_config must be an object, found {quantization!r:.80}")
     method = quantization.get("quant_method")
     if method in (None, "fp8"):
-        return Checkpoint(folder, config, index, StoredWeights(index, _block_size(folder, quantization)))
+        return Checkpoint(folder, config, index, StoredWeights(index, block_size(folder, quantization)))
     return Checkpoint(folder, config, index, decoded_weights(index, quantization))
 
 
@@ -164,7 +164,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _block_size(folder: Path, quantization: dict[str, Any]) -> tuple[int, int] | None:
+def block_size(folder: Path, quantization: dict[str, Any]) -> tuple[int, int] | None:
+    """Reads the FP8 block from a config's quantization_config.
+
+    Args:
+        folder: the checkpoint's folder, for the message.
+        quantization: the quantization_config, empty where there is none.
+
+    Returns:
+        Rows and columns of a block; None where the config names none.
+
+    Raises:
+        InputError: where it is not two positive numbers.
+    """
     block = quantization.get("weight_block_size")
     if block is None:
         return None
