@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from dsquant.model.kinds import kind_of
 from dsquant.model.skeleton import Skeleton
 from dsquant.planning import check_complete
 from dsquant.recipe import format_size
@@ -23,7 +24,7 @@ class Inspection:
     parameters: int
     """Without FP8 scales."""
     bytes_by_kind: dict[str, int]
-    """routed experts, shared experts, dense MLP, attention, embedding and head, MTP, other."""
+    """Kinds as `dsquant.model.kinds` has them, the largest first."""
     dtypes: dict[str, int]
     """Stored dtype -> bytes."""
 
@@ -58,10 +59,9 @@ def describe(model: str) -> Inspection:
     check_complete(checkpoint, skeleton)
     sizes: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
-    mtp = tuple(f"{layer.prefix}." for layer in skeleton.layers[skeleton.num_layers :])
     parameters = 0
     for name, info in checkpoint.index.items():
-        sizes[_kind(name, mtp)] += info.num_bytes
+        sizes[kind_of(name, skeleton.num_layers)] += info.num_bytes
         dtypes[info.dtype] += info.num_bytes
         if name in checkpoint.weights:
             count = 1
@@ -78,18 +78,3 @@ def describe(model: str) -> Inspection:
         bytes_by_kind=dict(sizes.most_common()),
         dtypes=dict(dtypes.most_common()),
     )
-
-
-def _kind(name: str, mtp: tuple[str, ...]) -> str:
-    if mtp and name.startswith(mtp):
-        return "MTP"
-    marks = {
-        ".mlp.experts.": "routed experts",
-        ".shared_experts.": "shared experts",
-        ".mlp.gate.": "router",
-        ".mlp.": "dense MLP",
-        ".self_attn.": "attention",
-        "embed_tokens": "embedding and head",
-        "lm_head": "embedding and head",
-    }
-    return next((kind for mark, kind in marks.items() if mark in name), "norms")

@@ -129,8 +129,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         InputError: where config.json or the shards are missing, damaged, or contradict each other.
     """
-    config = read_config(folder)
-    index = read_index(folder)
+    return checkpoint_of(folder, read_config(folder / CONFIG_FILE), read_index(folder))
+
+
+def checkpoint_of(folder: Path, config: dict[str, Any], index: ShardIndex) -> Checkpoint:
+    """Puts a config and an index together.
+
+    Args:
+        folder: the checkpoint's folder.
+        config: config.json's content.
+        index: the tensors.
+
+    Returns:
+        The checkpoint, whose weights are read on access.
+
+    Raises:
+        InputError: where config and tensors contradict each other.
+    """
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, dict):
         raise InputError(f"{folder / CONFIG_FILE}: quantization_config must be an object, found {quantization!r:.80}")
@@ -140,11 +155,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, index, decoded_weights(index, quantization))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """Reads config.json.
 
     Args:
-        folder: the checkpoint's folder.
+        path: the file.
 
     Returns:
         Its content.
@@ -152,9 +167,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: where it is missing or not a JSON object.
     """
-    path = folder / CONFIG_FILE
     if not path.is_file():
-        raise InputError(f"{path} is missing; is {folder} a model folder?")
+        raise InputError(f"{path} is missing; is {path.parent} a model folder?")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
