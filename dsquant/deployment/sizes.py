@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsquant.deployment.subject import Subject
@@ -99,11 +99,19 @@ def _by_kind(subject: Subject, tensors: Iterable[tuple[str, int]]) -> dict[str, 
 def _safetensors_sizes(subject: Subject, name: str, preset: str, bits: int) -> Iterator[OutputSize]:
     keep = _plan(subject, name, preset, bits, "keep")
     if not subject.skeleton.num_mtp_layers:
-        yield _safetensors_size(subject, keep, preset, "none")
+        yield replace(_safetensors_size(subject, keep, preset, "keep"), mtp="none")
         return
-    yield _safetensors_size(subject, keep, preset, "keep")
-    yield _safetensors_size(subject, _plan(subject, name, preset, bits, "quantize"), preset, "quantize")
-    yield _safetensors_size(subject, keep, preset, "drop")
+    kept = _safetensors_size(subject, keep, preset, "keep")
+    yield kept
+    if bits == BITS[name][0]:
+        yield _safetensors_size(subject, _plan(subject, name, preset, bits, "quantize"), preset, "quantize")
+    # No shard spans two units: dropping the layer takes its shards away and changes no other.
+    extra = {layer.prefix for layer in subject.skeleton.layers[subject.skeleton.num_layers :]}
+    (target,) = keep.targets
+    dropped = sum(shard.num_bytes for shard in target.shards.shards if shard.unit in extra)
+    by_kind = {kind: size for kind, size in kept.by_kind.items() if kind != "MTP"}
+    command = _awq_command(subject, name, preset, bits, "drop")
+    yield replace(kept, mtp="drop", num_bytes=kept.num_bytes - dropped, by_kind=by_kind, command=command)
 
 
 def _plan(subject: Subject, name: str, preset: str, bits: int, mtp: str) -> Plan:
@@ -112,25 +120,25 @@ def _plan(subject: Subject, name: str, preset: str, bits: int, mtp: str) -> Plan
 
 
 def _safetensors_size(subject: Subject, plan: Plan, preset: str, mtp: str) -> OutputSize:
-    """Of `drop`, the plan that keeps the layer less that layer's shards: no shard spans two units."""
-    extra = {layer.prefix for layer in subject.skeleton.layers[subject.skeleton.num_layers :]}
     (target,) = plan.targets
-    shards = [shard for shard in target.shards.shards if mtp != "drop" or shard.unit not in extra]
-    tensors = ((tensor.name, tensor.num_bytes) for shard in shards for tensor in shard.tensors)
-    name, bits = target.format.name, target.grid.bits
-    options = f" --to {name} --preset {preset} --bits {bits}" + ("" if mtp in ("keep", "none") else f" --mtp {mtp}")
+    tensors = ((tensor.name, tensor.num_bytes) for shard in target.shards.shards for tensor in shard.tensors)
     return OutputSize(
-        format=name,
+        format=target.format.name,
         preset=preset,
-        bits=bits,
+        bits=target.grid.bits,
         mtp=mtp,
-        num_bytes=sum(shard.num_bytes for shard in shards),
+        num_bytes=target.shards.num_bytes,
         exact=subject.has_headers,
         by_kind=_by_kind(subject, tensors),
         memory_bytes=plan.memory_bytes,
         work_bytes=plan.work_bytes,
-        command=f"dsquant awq {subject.model}{options} --output DIR",
+        command=_awq_command(subject, target.format.name, preset, target.grid.bits, mtp),
     )
+
+
+def _awq_command(subject: Subject, name: str, preset: str, bits: int, mtp: str) -> str:
+    options = f"--to {name} --preset {preset} --bits {bits}" + ("" if mtp == "keep" else f" --mtp {mtp}")
+    return f"dsquant awq {subject.model} {options} --output DIR"
 
 
 def _gguf_sizes(subject: Subject) -> Iterator[OutputSize]:
