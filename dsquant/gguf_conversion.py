@@ -117,8 +117,8 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
     if recipe.texts and recipe.scales:
         linears, found = scalable_linears(checkpoint, skeleton)
         notes += found
-    seq_len = None if tokens_NT is None else recipe.seq_len
-    memory = gguf_memory_bytes(checkpoint, skeleton, target.largest_whole, seq_len, linears)
+    tokens = None if tokens_NT is None else (tokens_NT.shape[0], tokens_NT.shape[1])
+    memory = gguf_memory_bytes(checkpoint, skeleton, target.largest_whole, tokens, linears)
     return GgufPlan(
         checkpoint,
         skeleton,
@@ -135,7 +135,11 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
 
 
 def gguf_memory_bytes(
-    checkpoint: Checkpoint, skeleton: Skeleton, largest_whole: int, seq_len: int | None, linears: frozenset[str]
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    largest_whole: int,
+    tokens: tuple[int, int] | None,
+    linears: frozenset[str],
 ) -> int:
     """What a conversion needs beyond what the process has when it starts.
 
@@ -143,14 +147,17 @@ def gguf_memory_bytes(
         checkpoint: the source.
         skeleton: its network.
         largest_whole: weights of the largest parameter that is not stored in parts.
-        seq_len: tokens of a calibration sample; None without calibration.
+        tokens: calibration samples, and tokens of each; None without calibration.
         linears: those whose inputs are scaled.
 
     Returns:
         Bytes of resident memory.
     """
     memory = 6 * FLOAT32_BYTES * max(ELEMENTS_AT_ONCE, largest_whole)
-    return memory if seq_len is None else max(memory, layer_memory_bytes(seq_len, checkpoint, skeleton, linears))
+    if tokens is None:
+        return memory
+    samples, seq_len = tokens
+    return max(memory, layer_memory_bytes(samples * seq_len, seq_len, checkpoint, skeleton, linears))
 
 
 def scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozenset[str], list[str]]:

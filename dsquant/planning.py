@@ -10,7 +10,7 @@ from dsquant.model.activations import RELEASE_BYTES
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import EMBEDDING, ROWS_AT_ONCE, VOCABULARY_AT_ONCE
 from dsquant.model.structure import DecoderLayer
-from dsquant.quantization.clip import ELEMENTS_AT_ONCE
+from dsquant.quantization.clip import ELEMENTS_AT_ONCE, SHRINKS
 from dsquant.quantization.statistics import FACTOR_ROWS
 from dsquant.recipe import Recipe, format_size
 from dsquant.rounding import Grid
@@ -24,6 +24,8 @@ from dsquant.writers.protocol import Format
 # Tokens that pass attention together. Fixed, since the order of sums, and with it the output's bytes, depends on it.
 BATCH_TOKENS = 1024
 FLOAT32_BYTES = 4
+# What transformers, accelerate and the formats' packages take once a run uses them.
+LIBRARY_BYTES = 256 * 2**20
 # Computed from the config by every engine; old Llama checkpoints store them all the same.
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
 # What scales are searched on for GGUF: 4 bits with scale and minimum for 32 weights, as Q4_K has.
@@ -119,7 +121,7 @@ def plan_run(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton) -> Plan
         by_grid[GGUF_GRID] = frozenset(linear for layer in _touched(recipe, skeleton) for linear in layer.linears)
     everything = frozenset().union(*by_grid.values())
     hidden_bytes = recipe.samples * recipe.seq_len * skeleton.config["hidden_size"] * FLOAT32_BYTES
-    memory = layer_memory_bytes(recipe.seq_len, checkpoint, skeleton, everything)
+    memory = layer_memory_bytes(recipe.samples * recipe.seq_len, recipe.seq_len, checkpoint, skeleton, everything)
     return Plan(units, targets, gguf, by_grid, dtypes, memory, 3 * hidden_bytes)
 
 
@@ -224,6 +226,11 @@ def _plain_dtype(checkpoint: Checkpoint, name: str) -> str:
     return "BF16" if stored == "F8_E4M3" else stored
 
 
+def default_symmetric(format_name: str, mixture: bool) -> bool:
+    """Whether a format's engines want no zero points: vLLM's mixture kernels take compressed-tensors only so."""
+    return format_name == "compressed-tensors" and mixture
+
+
 def _target(
     recipe: Recipe,
     name: str,
@@ -236,8 +243,8 @@ def _target(
 ) -> Target:
     output_format = FORMATS[name]
     symmetric = recipe.symmetric
-    if symmetric is None:  # vLLM's mixture-of-experts kernels take compressed-tensors weights only if symmetric
-        symmetric = name == "compressed-tensors" and any(layer.experts for layer in skeleton.layers)
+    if symmetric is None:
+        symmetric = default_symmetric(name, any(layer.experts for layer in skeleton.layers))
     grid = Grid(recipe.bits, recipe.group_size, symmetric)
     shapes = {linear: _matrix(checkpoint.weights.shape(f"{linear}.weight")) for linear in sorted(linears)}
     output_format.check(grid, shapes)
@@ -260,10 +267,13 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def layer_memory_bytes(seq_len: int, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str]) -> int:
+def layer_memory_bytes(
+    num_tokens: int, seq_len: int, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str]
+) -> int:
     """The largest stage's need; benchmarks/r1_width.py compares it with what a run really takes.
 
     Args:
+        num_tokens: calibration tokens.
         seq_len: tokens of a sample.
         checkpoint: the source.
         skeleton: its network.
@@ -272,8 +282,11 @@ def layer_memory_bytes(seq_len: int, checkpoint: Checkpoint, skeleton: Skeleton,
     Returns:
         Bytes of resident memory.
     """
-    hidden = skeleton.config["hidden_size"]
-    rounds = ELEMENTS_AT_ONCE * FLOAT32_BYTES * 8  # clip and rounding work on parts with about 8 temporaries
+    hidden, vocabulary = skeleton.config["hidden_size"], skeleton.config["vocab_size"]
+    largest_linear = max(_num_elements(checkpoint, linear) for layer in skeleton.layers for linear in layer.linears)
+    # clip and rounding work on parts with about 8 temporaries
+    rounds = 8 * FLOAT32_BYTES * min(ELEMENTS_AT_ONCE, len(SHRINKS) * largest_linear)
+    batch_tokens = min(num_tokens, max(BATCH_TOKENS, seq_len))
     layer_needs = []
     for layer in skeleton.layers:
         sizes = {linear: _num_elements(checkpoint, linear) for linear in layer.linears}
@@ -283,12 +296,13 @@ def layer_memory_bytes(seq_len: int, checkpoint: Checkpoint, skeleton: Skeleton,
         largest = max(sum(sizes[linear] for linear in mlp.linears) for mlp in layer.mlps) * FLOAT32_BYTES
         widths = [checkpoint.weights.shape(f"{linear}.weight")[1] for linear in layer.attention_linears]
         statistics = FLOAT32_BYTES * FACTOR_ROWS * (sum(widths) + 4 * hidden)
-        attention = 6 * FLOAT32_BYTES * max(BATCH_TOKENS, seq_len) * _widest_attention(checkpoint, layer)
-        rows = 6 * FLOAT32_BYTES * ROWS_AT_ONCE * hidden
+        attention = 6 * FLOAT32_BYTES * batch_tokens * _widest_attention(checkpoint, layer)
+        rows = 6 * FLOAT32_BYTES * min(ROWS_AT_ONCE, num_tokens) * hidden
         layer_needs += [int(dense * (1 + folded_and_rounded)) + statistics + max(attention, rounds)]
         layer_needs += [5 * largest + statistics + rounds + rows]
-    head = FLOAT32_BYTES * VOCABULARY_AT_ONCE * (2 * hidden + 4 * 1024)
-    return max(*layer_needs, head) + 3 * RELEASE_BYTES
+    head = FLOAT32_BYTES * min(VOCABULARY_AT_ONCE, vocabulary) * (2 * hidden + 4 * 1024)
+    hidden_states = 3 * min(RELEASE_BYTES, FLOAT32_BYTES * num_tokens * hidden)
+    return max(*layer_needs, head) + hidden_states + LIBRARY_BYTES
 
 
 def _num_elements(checkpoint: Checkpoint, linear: str) -> int:

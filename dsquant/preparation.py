@@ -10,10 +10,11 @@ import torch
 from dsquant.calibration import calibration_tokens, load_tokenizer
 from dsquant.errors import InputError
 from dsquant.model.skeleton import Skeleton
-from dsquant.planning import Plan, plan_run
+from dsquant.planning import Plan, default_symmetric, plan_run
 from dsquant.recipe import GgufRecipe, Recipe, format_size
-from dsquant.source.checkpoint import Checkpoint, open_checkpoint
+from dsquant.source.checkpoint import Checkpoint, open_checkpoint, read_config
 from dsquant.source.locate import locate
+from dsquant.writers.formats import FORMATS
 
 LARGEST_DEFAULT_BUDGET = 16 * 2**30
 
@@ -30,6 +31,26 @@ class Source:
     calibration: dict[str, Any]
     """Where they come from and their hash."""
     plan: Plan
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """Writes out the recipe's defaults that depend on the model, so that a default and its name are the same recipe.
+
+    Args:
+        recipe: as given.
+
+    Returns:
+        The recipe with a preset and, where all its formats agree, with or without zero points.
+
+    Raises:
+        InputError: where the model is not there.
+    """
+    mixture = bool(read_config(locate(recipe.model)).get("n_routed_experts"))
+    preset = recipe.preset if recipe.preset and mixture else ("quality" if mixture else "compact")
+    symmetric = {default_symmetric(name, mixture) for name in recipe.to if name in FORMATS}
+    agreed = symmetric.pop() if len(symmetric) == 1 else None
+    chosen = agreed if recipe.symmetric is None else recipe.symmetric
+    return recipe.model_copy(update={"preset": preset, "symmetric": chosen})
 
 
 def open_source(recipe: Recipe) -> Source:

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dsquant.errors import UsageError
 
-# What a resumed job may change: these have no influence on the output's bytes.
-CHANGEABLE_ON_RESUME = ("output", "memory_budget")
+# What a resumed job may change: these have no influence on the weights' bytes.
+CHANGEABLE_ON_RESUME = ("output", "memory_budget", "evaluate")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 Preset = Literal["quality", "compact"]

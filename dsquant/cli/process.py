@@ -1,6 +1,5 @@
 """What every command does around its work: settings of the process, messages and exit codes of errors."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -43,14 +42,6 @@ def _prepare_process() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(mmap_threshold, MALLOC_MMAP_THRESHOLD)
-
-
-def print_plan(preview: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(preview, indent=2))
-        return
-    for key, value in preview.items():
-        click.echo(f"{key.replace('_', ' '):24} {value}")
 
 
 @contextmanager

@@ -158,7 +158,7 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
     header = _gguf_header(subject, parameters, num_mtp_layers)
     memory = {
         False: gguf_memory_bytes(checkpoint, skeleton, largest, None, frozenset()),
-        True: gguf_memory_bytes(checkpoint, skeleton, largest, DEFAULTS.seq_len, linears),
+        True: gguf_memory_bytes(checkpoint, skeleton, largest, (DEFAULTS.samples, DEFAULTS.seq_len), linears),
     }
     work = 3 * DEFAULTS.samples * DEFAULTS.seq_len * int(skeleton.config["hidden_size"]) * FLOAT32_BYTES
     for type_name in MIXTURES:
