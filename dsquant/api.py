@@ -27,8 +27,10 @@ def awq(
     seq_len: int = 512,
     seed: int = 0,
     mtp: str = "keep",
+    device: str = "auto",
     max_shard_size: str | int = "5GiB",
     memory_budget: str | int | None = None,
+    gpu_memory_budget: str | int | None = None,
     evaluate: bool = True,
     resume: bool = False,
     restart: bool = False,
@@ -49,8 +51,10 @@ def awq(
         seq_len: tokens of a sample.
         seed: of the choice of texts and of every random sum.
         mtp: `keep`, `quantize` or `drop` multi-token-prediction layers.
+        device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
         max_shard_size: the most tensor data in one file, such as `5GiB`.
         memory_budget: the most resident memory, such as `16GiB`.
+        gpu_memory_budget: the most GPU memory, such as `16GiB`.
         evaluate: whether the output is compared with the original at the end.
         resume: go on with an interrupted job in `output`, or begin one.
         restart: begin anew where `output` holds an interrupted or finished job.
@@ -81,6 +85,8 @@ def awq(
         seq_len=seq_len,
         seed=seed,
         mtp=mtp,
+        device=device,
+        gpu_memory_budget=_size(gpu_memory_budget),
         max_shard_bytes=_size(max_shard_size),
         memory_budget=_size(memory_budget),
         evaluate=evaluate,

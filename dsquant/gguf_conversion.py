@@ -20,6 +20,7 @@ from dsquant.planning import (
     GGUF_GRID,
     Unit,
     check_complete,
+    host_memory_bytes,
     layer_memory_bytes,
     plan_units,
 )
@@ -157,7 +158,8 @@ def gguf_memory_bytes(
     if tokens is None:
         return memory
     samples, seq_len = tokens
-    return max(memory, layer_memory_bytes(samples * seq_len, seq_len, checkpoint, skeleton, linears))
+    layer = layer_memory_bytes(samples * seq_len, seq_len, checkpoint, skeleton, linears)
+    return max(memory, layer + host_memory_bytes(samples * seq_len * skeleton.config["hidden_size"]))
 
 
 def scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozenset[str], list[str]]:

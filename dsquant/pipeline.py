@@ -30,7 +30,7 @@ from dsquant.jobs import (
     write_atomically,
 )
 from dsquant.planning import Plan, Target, check_memory
-from dsquant.preparation import check_disk, memory_budget, open_source, resolved
+from dsquant.preparation import check_disk, gpu_memory_budget, gpu_within_budget, memory_budget, open_source, resolved
 from dsquant.recipe import GgufRecipe, Recipe, format_size
 from dsquant.records import (
     Preview,
@@ -45,7 +45,7 @@ from dsquant.records import (
 from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.scan import scan
 from dsquant.source.shards import ShardIndex
-from dsquant.telemetry import Progress, Report, peak_resident_bytes, resident_bytes, silent
+from dsquant.telemetry import Progress, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
 from dsquant.writers.base import write_index
 from dsquant.writers.gguf.files import GgufFiles
 from dsquant.writers.gguf.store import quantizer_name
@@ -77,6 +77,7 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
         source = open_source(recipe)
         budget = memory_budget(recipe)
         check_memory(source.plan.memory_bytes, budget, resident_bytes())
+        check_memory(source.plan.gpu_memory_bytes, gpu_memory_budget(recipe), 0, "--gpu-memory-budget")
         check_disk(recipe.output, source.plan.disk_bytes)
         within_budget = memory_guard(budget, resident_bytes)
 
@@ -92,13 +93,20 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
             _check_unchanged(index, job.notes, report, check)
             run = Run(recipe, source, job, report, check, _open_files(recipe, source.plan, state, job))
             try:
-                convert(run)
+                with gpu_within_budget(gpu_memory_budget(recipe)):
+                    convert(run)
                 record = _finish(run)
             finally:
                 for files in run.gguf_files.values():
                     files.close()
             job.finish()
-    return result_of(recipe, record, elapsed_s=time.monotonic() - started, peak_resident_bytes=peak_resident_bytes())
+    return result_of(
+        recipe,
+        record,
+        elapsed_s=time.monotonic() - started,
+        peak_resident_bytes=peak_resident_bytes(),
+        peak_gpu_bytes=peak_gpu_bytes(),
+    )
 
 
 def _open_files(recipe: Recipe, plan: Plan, state: str, job: Job) -> dict[PurePosixPath, GgufFiles]:
@@ -130,6 +138,7 @@ def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> Prev
     source = open_source(recipe)
     budget, resident = memory_budget(recipe), resident_bytes()
     check_memory(source.plan.memory_bytes, budget, resident)
+    check_memory(source.plan.gpu_memory_bytes, gpu_memory_budget(recipe), 0, "--gpu-memory-budget")
     check_disk(recipe.output, source.plan.disk_bytes)
     plan = source.plan
     outputs = {target.format.name: target.shards.num_bytes for target in plan.targets}
@@ -259,9 +268,8 @@ def _evaluate(run: Run) -> dict[str, dict[str, Any]]:
     for folder, target in source.plan.gguf.items():
         file = run.job.output / folder / target.files[0].file_name
         candidates[target.name] = open_gguf(file, source.checkpoint)
-    compared = Comparison(
-        source.skeleton, source.checkpoint.weights, candidates, run.job.work, run.batch_samples, run.safe_point
-    )
+    original = open_checkpoint(source.checkpoint.folder).weights
+    compared = Comparison(source.skeleton, original, candidates, run.job.work, run.batch_samples, run.safe_point)
     return compare_on_texts(compared, source.tokenizer, run.recipe.seq_len)
 
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+import torch
+
 from dsquant.errors import InputError, UsageError
-from dsquant.model.activations import RELEASE_BYTES
+from dsquant.model.activations import RELEASE_BYTES, stored_dtype
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import EMBEDDING, ROWS_AT_ONCE, VOCABULARY_AT_ONCE
 from dsquant.model.structure import DecoderLayer
@@ -26,6 +28,10 @@ BATCH_TOKENS = 1024
 FLOAT32_BYTES = 4
 # What transformers, accelerate and the formats' packages take once a run uses them.
 LIBRARY_BYTES = 256 * 2**20
+# CUDA's libraries, page-locked buffers of weights on their way to the GPU and of results on their way to the disk.
+CUDA_HOST_BYTES = 4 * 2**30
+# A hidden value on the GPU: the MLPs' input in bfloat16 and the layer's output in float32.
+RESIDENT_BYTES = 2 + 4
 # Computed from the config by every engine; old Llama checkpoints store them all the same.
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
 # What scales are searched on for GGUF: 4 bits with scale and minimum for 32 weights, as Q4_K has.
@@ -70,6 +76,10 @@ class Plan:
     """Parameter -> safetensors dtype in which it is stored where it is not quantized."""
     memory_bytes: int
     """Resident memory that the run needs beyond what the process has when it starts."""
+    gpu_memory_bytes: int
+    """GPU memory that the run needs; 0 on a CPU."""
+    gpu_resident: bool
+    """Whether a layer's hidden states stay on the GPU while its experts pass."""
     work_bytes: int
     """Disk for hidden states while the run lasts."""
 
@@ -84,13 +94,14 @@ class Plan:
         return {grid: linears.intersection(layer.linears) for grid, linears in self.linears.items()}
 
 
-def plan_run(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton) -> Plan:
+def plan_run(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton, gpu_budget_bytes: int = 0) -> Plan:
     """Plans a quantization run.
 
     Args:
         recipe: the run's recipe.
         checkpoint: the source.
         skeleton: its network.
+        gpu_budget_bytes: the most GPU memory; where it suffices, hidden states stay there.
 
     Returns:
         The plan.
@@ -120,9 +131,15 @@ def plan_run(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton) -> Plan
     if gguf:
         by_grid[GGUF_GRID] = frozenset(linear for layer in _touched(recipe, skeleton) for linear in layer.linears)
     everything = frozenset().union(*by_grid.values())
-    hidden_bytes = recipe.samples * recipe.seq_len * skeleton.config["hidden_size"] * FLOAT32_BYTES
-    memory = layer_memory_bytes(recipe.samples * recipe.seq_len, recipe.seq_len, checkpoint, skeleton, everything)
-    return Plan(units, targets, gguf, by_grid, dtypes, memory, 3 * hidden_bytes)
+    num_hidden = recipe.samples * recipe.seq_len * skeleton.config["hidden_size"]
+    layer = layer_memory_bytes(recipe.samples * recipe.seq_len, recipe.seq_len, checkpoint, skeleton, everything)
+    memory, gpu_memory, resident = layer + host_memory_bytes(num_hidden), 0, False
+    if recipe.device == "cuda":
+        memory, gpu_memory = CUDA_HOST_BYTES + host_memory_bytes(num_hidden), layer
+        resident = layer + RESIDENT_BYTES * num_hidden <= gpu_budget_bytes
+        gpu_memory += RESIDENT_BYTES * num_hidden if resident else 0
+    work_bytes = 3 * num_hidden * stored_dtype(torch.device(recipe.device)).itemsize
+    return Plan(units, targets, gguf, by_grid, dtypes, memory, gpu_memory, resident, work_bytes)
 
 
 def _touched(recipe: Recipe, skeleton: Skeleton) -> tuple[DecoderLayer, ...]:
@@ -280,7 +297,7 @@ def layer_memory_bytes(
         linears: those that are quantized onto a grid.
 
     Returns:
-        Bytes of resident memory.
+        Bytes on the device that computes.
     """
     hidden, vocabulary = skeleton.config["hidden_size"], skeleton.config["vocab_size"]
     largest_linear = max(_num_elements(checkpoint, linear) for layer in skeleton.layers for linear in layer.linears)
@@ -301,8 +318,19 @@ def layer_memory_bytes(
         layer_needs += [int(dense * (1 + folded_and_rounded)) + statistics + max(attention, rounds)]
         layer_needs += [5 * largest + statistics + rounds + rows]
     head = FLOAT32_BYTES * min(VOCABULARY_AT_ONCE, vocabulary) * (2 * hidden + 4 * 1024)
-    hidden_states = 3 * min(RELEASE_BYTES, FLOAT32_BYTES * num_tokens * hidden)
-    return max(*layer_needs, head) + hidden_states + LIBRARY_BYTES
+    return max(*layer_needs, head)
+
+
+def host_memory_bytes(num_hidden: int) -> int:
+    """What a run takes beside its layer: libraries, and touched pages of three files of hidden states.
+
+    Args:
+        num_hidden: calibration tokens times hidden size.
+
+    Returns:
+        Bytes of resident memory.
+    """
+    return 3 * min(RELEASE_BYTES, FLOAT32_BYTES * num_hidden) + LIBRARY_BYTES
 
 
 def _num_elements(checkpoint: Checkpoint, linear: str) -> int:
@@ -314,13 +342,14 @@ def _widest_attention(checkpoint: Checkpoint, layer: DecoderLayer) -> int:
     return max(checkpoint.weights.shape(f"{linear}.weight")[0] for linear in layer.attention_linears)
 
 
-def check_memory(needed_bytes: int, budget_bytes: int, resident_bytes: int) -> None:
+def check_memory(needed_bytes: int, budget_bytes: int, resident_bytes: int, option: str = "--memory-budget") -> None:
     """Refuses a budget that cannot work.
 
     Args:
         needed_bytes: what the run needs.
         budget_bytes: the budget.
         resident_bytes: what the process holds already.
+        option: where the budget was given.
 
     Raises:
         UsageError: where the run needs more, with the number.
@@ -328,6 +357,6 @@ def check_memory(needed_bytes: int, budget_bytes: int, resident_bytes: int) -> N
     needed = needed_bytes + resident_bytes
     if needed > budget_bytes:
         raise UsageError(
-            f"--memory-budget {format_size(budget_bytes)} is too small: this model and calibration need "
+            f"{option} {format_size(budget_bytes)} is too small: this model and calibration need "
             f"{format_size(needed)}; raise the budget or lower --seq-len"
         )

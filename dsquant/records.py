@@ -39,6 +39,7 @@ class Result:
     already_finished: bool = False
     elapsed_s: float = 0.0
     peak_resident_bytes: int = 0
+    peak_gpu_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""

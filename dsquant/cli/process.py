@@ -37,6 +37,7 @@ def _prepare_process() -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a shared machine, waiting threads must not spin
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # a budget has no room for gaps
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     mmap_threshold = -3
     libc = ctypes.CDLL(None)

@@ -31,16 +31,10 @@ def evaluate_outputs(recipe: ReleaseRecipe, folders: Mapping[str, Path], build: 
     from dsquant import comparison
 
     assert recipe.evaluate is not None
+    texts, seq_len, samples = list(recipe.evaluate.texts), recipe.evaluate.seq_len, recipe.evaluate.samples
     found: dict[str, Any] = {}
     for name, folder in folders.items():
-        evaluation = comparison.evaluate(
-            recipe.model,
-            str(folder),
-            list(recipe.evaluate.texts),
-            recipe.evaluate.seq_len,
-            recipe.evaluate.samples,
-            report,
-        )
+        evaluation = comparison.evaluate(recipe.model, str(folder), texts, seq_len, samples, report)
         found[name] = evaluation.as_json()["texts"]
     (build / EVALUATION_FOLDER).mkdir(exist_ok=True)
     write_atomically(build / EVALUATION_FOLDER / REPORT_FILE, (json.dumps(found, indent=2) + "\n").encode())

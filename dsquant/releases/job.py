@@ -24,7 +24,7 @@ from dsquant.releases.publication import (
     published_folder,
     published_release,
 )
-from dsquant.releases.recipe import ReleaseRecipe
+from dsquant.releases.recipe import WITHOUT_INFLUENCE, ReleaseRecipe
 from dsquant.telemetry import Report, silent
 
 JOURNAL_FILE = "journal.jsonl"
@@ -157,7 +157,7 @@ def _run(
         record = {
             "release_version": RELEASE_VERSION,
             "key": key,
-            "recipe": recipe.model_dump(mode="json", exclude={"on_failure", "memory_budget", "output"}),
+            "recipe": recipe.model_dump(mode="json", exclude=set(WITHOUT_INFLUENCE)),
             "recipe_sha256": recipe.hash,
             "inputs": inputs,
             "stages": results,

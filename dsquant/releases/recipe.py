@@ -166,7 +166,7 @@ def _kind(step: Any) -> str:
 
 Step = Annotated[Annotated[AwqStep, Tag("awq")] | Annotated[GgufStep, Tag("gguf")], Discriminator(_kind)]
 # Nothing of the published bytes depends on these.
-WITHOUT_INFLUENCE = ("output", "memory_budget", "publish", "on_failure")
+WITHOUT_INFLUENCE = ("output", "memory_budget", "gpu_memory_budget", "publish", "on_failure")
 
 
 class ReleaseRecipe(Part):
@@ -181,7 +181,9 @@ class ReleaseRecipe(Part):
         gates: what must hold, as in a file for `dsquant eval --gates`, or that file's path.
         publish: `rename` makes OUTPUT itself the result, at once; `symlink` keeps every result under OUTPUT/releases
             and points OUTPUT/current to the last.
+        device: where to search scales; auto is a GPU where there is one.
         memory_budget: bytes of resident memory.
+        gpu_memory_budget: bytes of GPU memory.
         on_failure: what happens when the run fails.
     """
 
@@ -192,7 +194,9 @@ class ReleaseRecipe(Part):
     evaluate: EvaluateStep | None = None
     gates: dict[str, Any] | Path | None = None
     publish: Literal["rename", "symlink"] = "rename"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     memory_budget: Size | None = Field(default=None, ge=1)
+    gpu_memory_budget: Size | None = Field(default=None, ge=1)
     on_failure: OnFailure = OnFailure()
 
     @field_validator("quantize")

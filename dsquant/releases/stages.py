@@ -98,6 +98,7 @@ def _quantize(shop: Workshop, step: AwqStep | GgufStep, begun: bool) -> dict[str
     resume, restart = begun or not output.exists(), not begun and output.exists()
     if isinstance(step, AwqStep):
         own = step.model_dump(exclude={"name", "max_shard_size"}) | {"max_shard_bytes": step.max_shard_size}
+        own |= {"device": shop.recipe.device, "gpu_memory_budget": shop.recipe.gpu_memory_budget}
         job = Recipe.checked(**fields, **own, output=output, calibration=shop.recipe.calibration.texts)
         result = pipeline.awq(job, resume, restart, shop.report)
     else:
