@@ -8,7 +8,14 @@ from dsquant.model.planned import planned_checkpoint
 from dsquant.model.skeleton import Skeleton
 from dsquant.planning import check_complete
 from dsquant.preparation import check_unquantized
-from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint, checkpoint_of, open_checkpoint, read_config
+from dsquant.source.checkpoint import (
+    CONFIG_FILE,
+    Checkpoint,
+    checkpoint_of,
+    open_checkpoint,
+    read_config,
+    read_config_file,
+)
 from dsquant.source.hub import fetch_headers
 from dsquant.source.locate import EMBEDDED_MODEL, locate
 from dsquant.source.shards import INDEX_FILE, SINGLE_FILE
@@ -60,11 +67,11 @@ def open_subject(model: str) -> Subject:
     folder, index = fetch_headers(model)
     if index is None:
         return _from_config(model, folder, folder / CONFIG_FILE)
-    return _from_headers(model, checkpoint_of(folder, read_config(folder / CONFIG_FILE), index))
+    return _from_headers(model, checkpoint_of(folder, read_config(folder), index))
 
 
 def _from_config(model: str, folder: Path, path: Path) -> Subject:
-    checkpoint, skeleton = planned_checkpoint(folder, read_config(path))
+    checkpoint, skeleton = planned_checkpoint(folder, read_config_file(path))
     return Subject(model, checkpoint, skeleton, has_headers=False)
 
 

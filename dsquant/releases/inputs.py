@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,12 @@ def inputs_of(recipe: ReleaseRecipe) -> dict[str, Any]:
     Raises:
         InputError: where the source is neither here nor on the hub.
     """
-    from dsquant import __version__
-
     files = [*recipe.calibration.texts, *(recipe.evaluate.texts if recipe.evaluate else ())]
     files += [str(step.imatrix) for step in recipe.quantize if isinstance(step, GgufStep) and step.imatrix]
     if isinstance(recipe.gates, Path):
         files.append(str(recipe.gates))
     states = {name: _file_state(Path(name)) for name in files if Path(name).is_file()}
-    return {"dsquant": __version__, "source": _source_state(recipe.model), "files": states}
+    return {"dsquant": version("dsquant"), "source": _source_state(recipe.model), "files": states}
 
 
 def _file_state(path: Path) -> list[int]:

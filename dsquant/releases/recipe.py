@@ -271,5 +271,5 @@ def _part_at(location: tuple[Any, ...]) -> type[Part]:
     """The mapping that a key is in."""
     if location[:1] == ("quantize",):
         return GgufStep if "gguf" in location else AwqStep
-    parts = {"calibration": Calibration, "evaluate": EvaluateStep, "on_failure": OnFailure}
+    parts: dict[Any, type[Part]] = {"calibration": Calibration, "evaluate": EvaluateStep, "on_failure": OnFailure}
     return parts[location[0]] if location else ReleaseRecipe

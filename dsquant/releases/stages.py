@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def stages_of(shop: Workshop) -> list[Stage]:
         stages.append(Stage("calibrate", key_of(source, calibration), lambda _: _calibrate(shop)))
     for step in recipe.quantize:
         key = key_of(source, recipe.calibration.model_dump(mode="json"), step.model_dump(mode="json"))
-        stages.append(Stage(f"quantize {step.name}", key, lambda begun, step=step: _quantize(shop, step, begun)))
+        stages.append(Stage(f"quantize {step.name}", key, partial(_quantize, shop, step)))
     made = [stage.key for stage in stages]
     if recipe.evaluate is not None:
         evaluated = key_of(made, recipe.evaluate.model_dump(mode="json"))

@@ -143,7 +143,7 @@ def open_checkpoint(folder: Path, device: torch.device = CPU) -> Checkpoint:
     Raises:
         InputError: where config.json or the shards are missing, damaged, or contradict each other.
     """
-    return checkpoint_of(folder, read_config(folder / CONFIG_FILE), read_index(folder), device)
+    return checkpoint_of(folder, read_config(folder), read_index(folder), device)
 
 
 def checkpoint_of(folder: Path, config: dict[str, Any], index: ShardIndex, device: torch.device = CPU) -> Checkpoint:
@@ -170,11 +170,11 @@ def checkpoint_of(folder: Path, config: dict[str, Any], index: ShardIndex, devic
     return Checkpoint(folder, config, index, decoded_weights(index, quantization, device))
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Reads config.json.
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads a checkpoint folder's config.json.
 
     Args:
-        path: the file.
+        folder: the checkpoint's folder.
 
     Returns:
         Its content.
@@ -182,6 +182,11 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: where it is missing or not a JSON object.
     """
+    return read_config_file(folder / CONFIG_FILE)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Reads a config.json that may lie anywhere and have any name; as `read_config`."""
     if not path.is_file():
         raise InputError(f"{path} is missing; is {path.parent} a model folder?")
     try:
