@@ -58,7 +58,7 @@ DEFAULT_DISK = Fact("disk", Range(3.5, 7.0), "assumed: one NVMe drive of PCIe 3 
 # Share of the bandwidth's bound that decoding one sequence reaches.
 TENSOR_PARALLEL = Fact(
     "several GPUs, tensor-parallel",
-    Range(0.05, 0.14),
+    Range(0.045, 0.14),
     "model card of cognitivecomputations/DeepSeek-R1-AWQ, one sequence: 61.5 tokens/s on 8xH100 of a bound of 1,300; "
     "46.3 on 8xL40S of 335",
 )

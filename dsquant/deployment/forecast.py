@@ -139,12 +139,34 @@ def forecast(
         InputError: where the model cannot be had or is not supported.
         UsageError: where the machine's description cannot be read.
     """
-    machines = [parse_machine(gpu, ram, disk, disk_read)] if gpu or ram else _reference_machines(disk, disk_read)
+    machines = [parse_machine(gpu, ram, disk, disk_read)] if gpu or ram else reference_machines(disk, disk_read)
     subject = open_subject(model)
-    sizes, refused = output_sizes(subject)
+    return forecast_of(subject, output_sizes(subject), machines, gpu_price, context)
+
+
+def forecast_of(
+    subject: Subject,
+    outputs: tuple[tuple[OutputSize, ...], tuple[str, ...]],
+    machines: Sequence[Machine],
+    gpu_price: float | None = None,
+    context: int = DEFAULT_CONTEXT,
+) -> Forecast:
+    """Plans everything but the sizes, which are known.
+
+    Args:
+        subject: the model.
+        outputs: from `output_sizes`.
+        machines: what it is to run on.
+        gpu_price: of one GPU for an hour.
+        context: tokens of KV cache.
+
+    Returns:
+        The forecast.
+    """
+    sizes, refused = outputs
     network = network_of(subject.skeleton.config)
     return Forecast(
-        model=model,
+        model=subject.model,
         architecture=subject.checkpoint.architecture,
         from_config_alone=not subject.has_headers,
         num_tensors=len(subject.checkpoint.index),
@@ -160,7 +182,8 @@ def forecast(
     )
 
 
-def _reference_machines(disk: str | None, disk_read: str | None) -> list[Machine]:
+def reference_machines(disk: str | None = None, disk_read: str | None = None) -> list[Machine]:
+    """The machines that a plan is about where nobody names one."""
     return [parse_machine(gpu, ram, disk, disk_read) for gpu, ram in REFERENCE_MACHINES]
 
 

@@ -71,13 +71,17 @@ def output_sizes(subject: Subject) -> tuple[tuple[OutputSize, ...], tuple[str, .
     refused: list[str] = []
     sizes = [_source_size(subject)]
     presets = PRESETS if any(layer.experts for layer in subject.skeleton.layers) else ("compact",)
-    for name, widths in BITS.items():
-        for preset in presets:
-            for bits in widths:
-                try:
-                    sizes += _safetensors_sizes(subject, name, preset, bits)
-                except UsageError as error:
-                    refused.append(f"{name} {preset} {bits} bit: {error}")
+    mtp = subject.skeleton.num_mtp_layers > 0
+    copied = None
+    for name, preset, bits in ((n, p, b) for n, widths in BITS.items() for p in presets for b in widths):
+        try:
+            if mtp and copied is None:
+                copied = _mtp_copied(subject, _plan(subject, name, preset, bits, "keep"))
+            plan = _plan(subject, name, preset, bits, "quantize")
+        except UsageError as error:
+            refused.append(f"{name} {preset} {bits} bit: {error}")
+            continue
+        sizes += _safetensors_sizes(subject, plan, preset, copied)
     sizes += _gguf_sizes(subject)
     return tuple(sizes), tuple(refused)
 
@@ -96,49 +100,65 @@ def _by_kind(subject: Subject, tensors: Iterable[tuple[str, int]]) -> dict[str, 
     return dict(sizes.most_common())
 
 
-def _safetensors_sizes(subject: Subject, name: str, preset: str, bits: int) -> Iterator[OutputSize]:
-    keep = _plan(subject, name, preset, bits, "keep")
-    if not subject.skeleton.num_mtp_layers:
-        yield replace(_safetensors_size(subject, keep, preset, "keep"), mtp="none")
+def _mtp_units(subject: Subject) -> set[str]:
+    return {layer.prefix for layer in subject.skeleton.layers[subject.skeleton.num_layers :]}
+
+
+def _mtp_copied(subject: Subject, plan: Plan) -> tuple[int, int]:
+    """Bytes of the MTP layer's files and of its tensors where it is kept as it is, which no format changes."""
+    units = _mtp_units(subject)
+    (target,) = plan.targets
+    shards = [shard for shard in target.shards.shards if shard.unit in units]
+    tensors = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors)
+    return sum(shard.num_bytes for shard in shards), tensors
+
+
+def _safetensors_sizes(
+    subject: Subject, plan: Plan, preset: str, copied: tuple[int, int] | None
+) -> Iterator[OutputSize]:
+    """What becomes of the MTP layer changes its own shards and no other: no shard spans two units."""
+    quantized = _safetensors_size(subject, plan, preset)
+    if copied is None:
+        yield replace(quantized, mtp="none", command=_awq_command(subject, plan, preset, "keep"))
         return
-    kept = _safetensors_size(subject, keep, preset, "keep")
-    yield kept
-    if bits == BITS[name][0]:
-        yield _safetensors_size(subject, _plan(subject, name, preset, bits, "quantize"), preset, "quantize")
-    # No shard spans two units: dropping the layer takes its shards away and changes no other.
-    extra = {layer.prefix for layer in subject.skeleton.layers[subject.skeleton.num_layers :]}
-    (target,) = keep.targets
-    dropped = sum(shard.num_bytes for shard in target.shards.shards if shard.unit in extra)
-    by_kind = {kind: size for kind, size in kept.by_kind.items() if kind != "MTP"}
-    command = _awq_command(subject, name, preset, bits, "drop")
-    yield replace(kept, mtp="drop", num_bytes=kept.num_bytes - dropped, by_kind=by_kind, command=command)
+    units = _mtp_units(subject)
+    (target,) = plan.targets
+    rest = sum(shard.num_bytes for shard in target.shards.shards if shard.unit not in units)
+    kinds = {kind: size for kind, size in quantized.by_kind.items() if kind != "MTP"}
+    kept = dict(sorted((kinds | {"MTP": copied[1]}).items(), key=lambda item: -item[1]))
+    keep, drop = (_awq_command(subject, plan, preset, mtp) for mtp in ("keep", "drop"))
+    yield replace(quantized, mtp="keep", num_bytes=rest + copied[0], by_kind=kept, command=keep)
+    yield quantized
+    yield replace(quantized, mtp="drop", num_bytes=rest, by_kind=kinds, command=drop)
 
 
 def _plan(subject: Subject, name: str, preset: str, bits: int, mtp: str) -> Plan:
-    recipe = Recipe.checked(model=subject.model, output=NOWHERE, to=(name,), preset=preset, bits=bits, mtp=mtp)
+    fields = {"to": (name,), "preset": preset, "bits": bits, "mtp": mtp, "device": "cpu"}
+    recipe = Recipe.checked(model=subject.model, output=NOWHERE, **fields)
     return plan_run(recipe, subject.checkpoint, subject.skeleton)
 
 
-def _safetensors_size(subject: Subject, plan: Plan, preset: str, mtp: str) -> OutputSize:
+def _safetensors_size(subject: Subject, plan: Plan, preset: str) -> OutputSize:
     (target,) = plan.targets
     tensors = ((tensor.name, tensor.num_bytes) for shard in target.shards.shards for tensor in shard.tensors)
     return OutputSize(
         format=target.format.name,
         preset=preset,
         bits=target.grid.bits,
-        mtp=mtp,
+        mtp="quantize",
         num_bytes=target.shards.num_bytes,
         exact=subject.has_headers,
         by_kind=_by_kind(subject, tensors),
         memory_bytes=plan.memory_bytes,
         work_bytes=plan.work_bytes,
-        command=_awq_command(subject, target.format.name, preset, target.grid.bits, mtp),
+        command=_awq_command(subject, plan, preset, "quantize"),
     )
 
 
-def _awq_command(subject: Subject, name: str, preset: str, bits: int, mtp: str) -> str:
-    options = f"--to {name} --preset {preset} --bits {bits}" + ("" if mtp == "keep" else f" --mtp {mtp}")
-    return f"dsquant awq {subject.model} {options} --output DIR"
+def _awq_command(subject: Subject, plan: Plan, preset: str, mtp: str) -> str:
+    (target,) = plan.targets
+    options = f"--to {target.format.name} --preset {preset} --bits {target.grid.bits}"
+    return f"dsquant awq {subject.model} {options}{'' if mtp == 'keep' else f' --mtp {mtp}'} --output DIR"
 
 
 def _gguf_sizes(subject: Subject) -> Iterator[OutputSize]:
