@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dsquant.errors import UsageError
 
 if TYPE_CHECKING:
+    from dsquant.deployment.forecast import Forecast
     from dsquant.evaluation.results import Evaluation
     from dsquant.inspection import Inspection
     from dsquant.records import Result
@@ -250,6 +251,39 @@ def evaluate(
     )
     with progress_bar(progress) as report:
         return comparison.evaluate(request, report)
+
+
+def plan(
+    model: str | Path = "tiny-r1",
+    *,
+    gpu: str | None = None,
+    ram: str | None = None,
+    disk: str | None = None,
+    disk_read: str | None = None,
+    gpu_price: float | None = None,
+    context: int = 32768,
+) -> Forecast:
+    """Says what a model becomes in every format, what runs where and how fast, before a weight is read.
+
+    Args:
+        model: `tiny-r1`, a folder, a hub id (its headers are fetched, no weights), or a config.json.
+        gpu: the GPUs, such as `4x24GiB` or `4x24GiB@936GB/s`.
+        ram: such as `64GiB`.
+        disk: room for the weights, such as `2TiB`.
+        disk_read: such as `7GB/s`.
+        gpu_price: of one GPU for an hour.
+        context: tokens of KV cache.
+
+    Returns:
+        Sizes, memory, hours, placements and commands; tables in a notebook.
+
+    Raises:
+        InputError: where the model cannot be had, or is not of a family that dsquant knows.
+        UsageError: where the machine's description cannot be read.
+    """
+    from dsquant.deployment.forecast import forecast
+
+    return forecast(str(model), gpu, ram, disk, disk_read, gpu_price, context)
 
 
 def inspect(model: str | Path = "tiny-r1") -> Inspection:

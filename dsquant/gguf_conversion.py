@@ -114,14 +114,12 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
         notes += found
     tokenizer = open_tokenizer(checkpoint)
     tokens_NT, calibration = open_calibration(recipe, recipe.texts, tokenizer) if recipe.texts else (None, None)
-    memory = 6 * FLOAT32_BYTES * max(ELEMENTS_AT_ONCE, target.largest_whole)
     linears = frozenset[str]()
     if recipe.texts and recipe.scales:
-        linears, found = _scalable_linears(checkpoint, skeleton)
+        linears, found = scalable_linears(checkpoint, skeleton)
         notes += found
-    if tokens_NT is not None:
-        layer = layer_memory_bytes(tokens_NT.numel(), recipe.seq_len, checkpoint, skeleton, linears)
-        memory = max(memory, layer + host_memory_bytes(tokens_NT.numel() * skeleton.config["hidden_size"]))
+    tokens = None if tokens_NT is None else (tokens_NT.shape[0], tokens_NT.shape[1])
+    memory = gguf_memory_bytes(checkpoint, skeleton, target.largest_whole, tokens, linears)
     return GgufPlan(
         checkpoint,
         skeleton,
@@ -137,8 +135,43 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
     )
 
 
-def _scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozenset[str], list[str]]:
-    """Every linear of every layer where scales can be searched for all of them, and what to tell where not."""
+def gguf_memory_bytes(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    largest_whole: int,
+    tokens: tuple[int, int] | None,
+    linears: frozenset[str],
+) -> int:
+    """What a conversion needs beyond what the process has when it starts.
+
+    Args:
+        checkpoint: the source.
+        skeleton: its network.
+        largest_whole: weights of the largest parameter that is not stored in parts.
+        tokens: calibration samples, and tokens of each; None without calibration.
+        linears: those whose inputs are scaled.
+
+    Returns:
+        Bytes of resident memory.
+    """
+    memory = 6 * FLOAT32_BYTES * max(ELEMENTS_AT_ONCE, largest_whole)
+    if tokens is None:
+        return memory
+    samples, seq_len = tokens
+    layer = layer_memory_bytes(samples * seq_len, seq_len, checkpoint, skeleton, linears)
+    return max(memory, layer + host_memory_bytes(samples * seq_len * skeleton.config["hidden_size"]))
+
+
+def scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozenset[str], list[str]]:
+    """Finds the linears that GGUF's scales are searched for: those of every layer, or none.
+
+    Args:
+        checkpoint: the source.
+        skeleton: its network.
+
+    Returns:
+        The linears, and what to tell where scales cannot be searched for all of them.
+    """
     linears = frozenset(linear for layer in skeleton.layers for linear in layer.linears)
     for linear in sorted(linears):
         columns = checkpoint.weights.shape(f"{linear}.weight")[1]

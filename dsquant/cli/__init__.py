@@ -7,6 +7,8 @@ from dsquant.cli.awq import awq
 from dsquant.cli.evaluate import evaluate
 from dsquant.cli.gguf import gguf
 from dsquant.cli.inspect import inspect
+from dsquant.cli.plan import plan
+from dsquant.cli.run import run
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -20,5 +22,5 @@ def main() -> None:
     """
 
 
-for command in (awq, gguf, evaluate, inspect):
+for command in (awq, gguf, evaluate, inspect, plan, run):
     main.add_command(command)

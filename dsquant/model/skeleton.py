@@ -19,6 +19,8 @@ from dsquant.source.checkpoint import Checkpoint
 ATTENTION = "dsquant_fused"
 # Config keys that name remote code or a storage format; the skeleton wants neither.
 IGNORED_CONFIG = ("quantization_config", "auto_map", "torch_dtype", "dtype")
+# The largest count in a config without tensors that could contradict it; Kimi-K2 has 384 experts.
+LARGEST_COUNT = 1024
 
 RoutingSink = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -156,7 +158,7 @@ class Skeleton:
 
 def _check_counts(checkpoint: Checkpoint) -> None:
     """Refuses counts that the tensors cannot bear out, before anything is built in such numbers."""
-    tensors = len(checkpoint.weights)
+    tensors = len(checkpoint.weights) or LARGEST_COUNT
     for key in ("num_hidden_layers", "n_routed_experts", "num_nextn_predict_layers"):
         count = checkpoint.config.get(key)
         if count is not None and not (isinstance(count, int) and 0 <= count <= tensors):
