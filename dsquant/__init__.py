@@ -10,7 +10,7 @@
 Importing this package imports no torch; the first call does.
 """
 
-from dsquant.api import awq, evaluate, gguf, inspect
+from dsquant.api import awq, evaluate, gguf, inspect, verify
 from dsquant.errors import DsquantError, GateError, InconclusiveError, InputError, Interrupted, UsageError
 
 __version__ = "0.1.0"
@@ -25,4 +25,5 @@ __all__ = [
     "evaluate",
     "gguf",
     "inspect",
+    "verify",
 ]

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dsquant.comparison import Evaluation
     from dsquant.inspection import Inspection
     from dsquant.records import Result
+    from dsquant.verification.checks import Verification
 
 
 def awq(
@@ -160,6 +161,31 @@ def evaluate(
         return comparison.evaluate(
             str(reference), str(candidate), [str(text) for text in texts], seq_len, samples, report
         )
+
+
+def verify(
+    folder: str | Path, *, source: str | Path | None = None, everything: bool = False, progress: bool = True
+) -> Verification:
+    """Checks every byte of an output, its coverage of the source, and its values.
+
+    Args:
+        folder: the output folder, or one format's folder of it.
+        source: the model that it was made from; None takes the recorded one where it is on this machine.
+        everything: whether every parameter is compared with the source, not a sample.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What was checked, and the findings: file, tensor or region, problem.
+
+    Raises:
+        InputError: where it is no finished output of dsquant, or the source is another one.
+        UsageError: where every value is asked for and the source is not there.
+    """
+    from dsquant.display import progress_bar
+    from dsquant.verification import checks
+
+    with progress_bar(progress) as report:
+        return checks.verify(Path(folder), None if source is None else str(source), everything, report)
 
 
 def inspect(model: str | Path = "tiny-r1") -> Inspection:

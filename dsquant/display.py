@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -18,8 +19,15 @@ from dsquant.telemetry import Report, silent
 if TYPE_CHECKING:
     from dsquant.comparison import Evaluation
     from dsquant.records import Result
+    from dsquant.verification.checks import Verification
 
-STAGES = {"scan": "checking", "quantize": "quantizing", "evaluate": "evaluating"}
+STAGES = {
+    "scan": "checking",
+    "quantize": "quantizing",
+    "evaluate": "evaluating",
+    "hash": "hashing",
+    "verify": "verifying",
+}
 
 
 @contextmanager
@@ -99,6 +107,23 @@ def print_result(result: "Result", console: Console | None = None) -> None:
     if not result.already_finished:
         peak = format_size(result.peak_resident_bytes)
         console.print(f"Done in {result.elapsed_s:.0f} s, with at most {peak} of memory.")
+
+
+def print_verification(found: "Verification") -> None:
+    """Prints what a verification found."""
+    console = Console()
+    if not found.ok:
+        table = Table(title=f"{found.folder} is not what was written")
+        for heading in ("file", "where", "problem"):
+            table.add_column(heading, overflow="fold")
+        for finding in found.findings:
+            table.add_row(escape(finding.file), escape(finding.where), escape(finding.problem))
+        console.print(table)
+    console.print(f"{found.num_files} files, {format_size(found.num_bytes)} read; {len(found.findings)} findings.")
+    for name, count in found.compared.items():
+        console.print(f"{name}: {count} parameters decoded and compared with {found.source}.")
+    for note in found.notes:
+        console.print(f"Note: {escape(note)}.")
 
 
 def print_evaluation(evaluation: "Evaluation") -> None:

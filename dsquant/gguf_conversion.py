@@ -29,6 +29,7 @@ from dsquant.quantization.layer import KEYS_SUFFIX, LayerJob, quantize_layer
 from dsquant.quantization.statistics import Importance
 from dsquant.recipe import GgufRecipe
 from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.scales import keep_scales
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.weights import Weights
 from dsquant.telemetry import Progress, Report, Stage
@@ -217,15 +218,18 @@ def convert_to_gguf(run: GgufRun) -> None:
 def _make_unit(run: GgufRun, unit: Unit, safe_point: Callable[[str], None]) -> None:
     plan, notes = run.plan, dict[str, Any]()
     writer = GgufUnitWriter(plan.checkpoint, plan.target, run.files, unit.parameters, plan.imatrix)
+    scales: dict[str, torch.Tensor] = {}
     if plan.tokens_NT is not None and unit.name == "embedding":
         outputs = run.activations("hidden-0.f32")
         embed(plan.skeleton, plan.checkpoint.weights, plan.tokens_NT, outputs)
         outputs.flush()
     elif plan.tokens_NT is not None and unit.layer is not None:
-        notes["layer"] = _run_layer(run, unit.layer, writer, safe_point)
+        notes["layer"] = _run_layer(run, unit.layer, writer, scales, safe_point)
     writer.copy_rest(safe_point)
     notes["tensors"] = {".": writer.commit()}
+    notes["weight_errors"] = {".": writer.weight_errors}
     keep_observed(run.job.work, unit.name, writer.observed)
+    keep_scales(run.job.work, unit.name, {".": scales})
     sync_folder(run.job.work)
     run.bytes_written += writer.bytes_written
     run.job.journal.append(unit.name, **notes)
@@ -237,7 +241,11 @@ _Surroundings = tuple[Skeleton, DecoderLayer, Weights, Activations, Activations,
 
 
 def _run_layer(
-    run: GgufRun, layer: DecoderLayer, writer: GgufUnitWriter, safe_point: Callable[[str], None]
+    run: GgufRun,
+    layer: DecoderLayer,
+    writer: GgufUnitWriter,
+    scales: dict[str, torch.Tensor],
+    safe_point: Callable[[str], None],
 ) -> dict[str, Any]:
     """Runs the original layer; stores its weights as they pass through memory."""
     plan = run.plan
@@ -252,14 +260,18 @@ def _run_layer(
     surroundings = (plan.skeleton, layer, weights, inputs, outputs, run.activations("mlp-inputs.f32"))
     try:
         if plan.linears:
-            return _scale(run, surroundings, writer, safe_point)
+            return _scale(run, surroundings, writer, scales, safe_point)
         return _observe_importance(run, surroundings, writer, safe_point)
     finally:
         outputs.flush()
 
 
 def _scale(
-    run: GgufRun, surroundings: _Surroundings, writer: GgufUnitWriter, safe_point: Callable[[str], None]
+    run: GgufRun,
+    surroundings: _Surroundings,
+    writer: GgufUnitWriter,
+    scales: dict[str, torch.Tensor],
+    safe_point: Callable[[str], None],
 ) -> dict[str, Any]:
     """Searches AWQ's scales and stores the folded weights."""
 
@@ -270,9 +282,12 @@ def _scale(
     def note(_: Grid, linear: str, importance: Importance) -> None:
         note_importance(writer, linear, importance)
 
+    def keep(_: Grid, producer: str, scales_I: torch.Tensor) -> None:
+        scales[producer] = scales_I
+
     layer = surroundings[1]
     linears = {GGUF_GRID: run.plan.linears.intersection(layer.linears)}
-    job = LayerJob(*surroundings, linears, run.batch_samples, run.recipe.seed, emit, safe_point, note)
+    job = LayerJob(*surroundings, linears, run.batch_samples, run.recipe.seed, emit, safe_point, note, keep)
     return {"layer": layer.index, **asdict(quantize_layer(job))}
 
 

@@ -29,14 +29,22 @@ from dsquant.jobs import (
     stop_on_signals,
     write_atomically,
 )
+from dsquant.manifest import gguf_tensors, run_tensors, write_record
 from dsquant.planning import Plan, Target, check_memory
 from dsquant.preparation import check_disk, memory_budget, open_source
 from dsquant.recipe import GgufRecipe, Recipe
-from dsquant.records import Result, gguf_output_files, gguf_record, output_files, result_of, run_record
+from dsquant.records import (
+    Result,
+    gguf_output_files,
+    gguf_record,
+    output_files,
+    result_of,
+    run_record,
+)
 from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.scan import scan
 from dsquant.source.shards import ShardIndex
-from dsquant.telemetry import Progress, Report, peak_resident_bytes, resident_bytes, silent
+from dsquant.telemetry import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
 from dsquant.writers.base import write_index
 from dsquant.writers.gguf.files import GgufFiles
 from dsquant.writers.gguf.store import quantizer_name
@@ -185,7 +193,8 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
             if plan.calibration is not None:
                 write_observed_imatrix(job.work, recipe.output, plan.units, plan.calibration)
             record = gguf_record(run, _evaluate_gguf(run) if recipe.evaluate else {})
-            write_atomically(recipe.output / RECORD_FILE, _json(record))
+            names, after_file = gguf_output_files(plan), _hashing(gguf_output_files(plan), run.safe_point)
+            record = write_record(recipe.output, record, names, gguf_tensors(run), after_file)
             job.finish()
     return result_of(recipe, record, elapsed_s=time.monotonic() - started, peak_resident_bytes=peak_resident_bytes())
 
@@ -296,10 +305,20 @@ def _finish(run: Run) -> dict[str, Any]:
     for target in plan.targets:
         folder = run.job.output / target.folder
         write_atomically(folder / card.CARD_FILE, card.model_card(record, target.format.name).encode())
-        write_atomically(folder / RECORD_FILE, _json(record))
-    for folder in (*(run.job.output / inside for inside in plan.gguf), run.job.output):
-        write_atomically(folder / RECORD_FILE, _json(record))
-    return record
+    names = output_files(source)
+    return write_record(run.job.output, record, names, run_tensors(run), _hashing(names, run.safe_point))
+
+
+def _hashing(names: list[str], safe_point: Callable[[Stage, int, int, str], None]) -> Callable[[str], None]:
+    """Tells of hashed files."""
+    done = 0
+
+    def after_file(name: str) -> None:
+        nonlocal done
+        done += 1
+        safe_point("hash", done, len(names), name)
+
+    return after_file
 
 
 def _json(data: Any) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["scan", "quantize", "evaluate"]
+Stage = Literal["scan", "quantize", "evaluate", "hash", "verify"]
 
 
 @dataclass(frozen=True)

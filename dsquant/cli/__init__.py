@@ -7,6 +7,7 @@ from dsquant.cli.awq import awq
 from dsquant.cli.evaluate import evaluate
 from dsquant.cli.gguf import gguf
 from dsquant.cli.inspect import inspect
+from dsquant.cli.verify import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -20,5 +21,5 @@ def main() -> None:
     """
 
 
-for command in (awq, gguf, evaluate, inspect):
+for command in (awq, gguf, evaluate, inspect, verify):
     main.add_command(command)
