@@ -11,12 +11,13 @@ from dsquant.model.skeleton import Skeleton
 from dsquant.scales import open_scales
 from dsquant.sealing import broken_sections, hash_files
 from dsquant.source.checkpoint import Checkpoint, open_checkpoint
+from dsquant.source.gguf_layout import placements
 from dsquant.source.gguf_weights import GgufWeights
 from dsquant.source.locate import EMBEDDED_MODEL, locate
 from dsquant.source.weights import Weights
 from dsquant.telemetry import Progress, Report, silent
 from dsquant.verification.contents import check_checkpoint, check_gguf, read_record
-from dsquant.verification.damage import damaged_parts
+from dsquant.verification.damage import damaged_parts, wrong_tensors
 from dsquant.verification.values import Candidate, Comparison, chosen_parameters, wrong_values
 
 # What lies in a folder that came from a hub or out of git, beside the output; no engine reads it.
@@ -92,7 +93,7 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
             report(Progress("verify", done, total, what, found.num_bytes))
 
         original = _open_source(source, record, everything, found)
-        damaged = _check_files(folder, record, found, safe_point)
+        damaged = _check_files(folder, record, everything, found, safe_point)
         for name, output in record["outputs"].items():
             inside = PurePosixPath(output["folder"])
             home = inside.parent if inside.suffix == ".gguf" else inside
@@ -125,7 +126,11 @@ def _open_source(
 
 
 def _check_files(
-    folder: Path, record: dict[str, Any], found: Verification, safe_point: Callable[[int, int, str], None]
+    folder: Path,
+    record: dict[str, Any],
+    everything: bool,
+    found: Verification,
+    safe_point: Callable[[int, int, str], None],
 ) -> set[str]:
     """Every byte of every file; returns the files that are damaged or missing."""
     files: dict[str, dict[str, Any]] = record["files"]
@@ -146,9 +151,12 @@ def _check_files(
 
     for name, entry in hash_files(folder, there, after_file).items():
         if any(entry[key] != files[name][key] for key in ("bytes", "sha256")):
-            found.findings += [Finding(name, *part) for part in damaged_parts(folder, name, files)]
-            bad.append(name)
-    return {*bad, *(name for name in extra)}
+            parts = damaged_parts(folder, name, files)
+        else:
+            parts = wrong_tensors(folder / name, files[name]) if everything else []
+        found.findings += [Finding(name, *part) for part in parts]
+        bad += [name] if parts else []
+    return {*bad, *extra}
 
 
 def _check_output(
@@ -231,8 +239,11 @@ def _undecodable(candidate: Candidate, names: list[str], before: Callable[[str],
 
 
 def _file_of(record: dict[str, Any], home: PurePosixPath, parameter: str) -> str:
+    """The file that holds a parameter, or the first of the tensors that it became."""
     prefix = parameter.removesuffix("weight")
+    places = {place.tensor for place in placements(parameter, record["source"]["architecture"])}
     for name, entry in record["files"].items():
-        if PurePosixPath(name).parent == home and any(held.startswith(prefix) for held in entry.get("tensors", {})):
+        held = entry.get("tensors", {}) if PurePosixPath(name).parent == home else {}
+        if places.intersection(held) or any(tensor.startswith(prefix) for tensor in held):
             return str(name)
     return str(home)

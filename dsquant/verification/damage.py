@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from dsquant.jobs import RECORD_FILE
 from dsquant.scales import SCALES_FILE
-from dsquant.sealing import BYTES_AT_ONCE
+from dsquant.sealing import BYTES_AT_ONCE, broken_sections
 from dsquant.source.shards import INDEX_FILE
 from dsquant.writers.base import Shard, ShardPlan, StoredTensor, index_content
 from dsquant.writers.gguf.files import ALIGNMENT, GgufTensor
@@ -50,13 +51,16 @@ def damaged_parts(folder: Path, name: str, files: dict[str, dict[str, Any]]) -> 
     size = path.stat().st_size
     if size != entry["bytes"]:
         found = [("size", f"{size} bytes, {entry['bytes']} were written")]
-        return found + _wrong_tensors(path, entry)
-    wrong = _wrong_tensors(path, entry)
+        return found + wrong_tensors(path, entry)
+    wrong = wrong_tensors(path, entry)
     if not wrong and PurePosixPath(name).name == INDEX_FILE:
         wrong = _wrong_lines(path, index_content(recorded_shards(files, PurePosixPath(name).parent)))
+    if not wrong and PurePosixPath(name).name == RECORD_FILE:
+        wrong = [(part, "the record is damaged") for part in broken_sections(path.read_bytes())]
     if not wrong and name.endswith(".json"):
         wrong = _no_json(path)
-    return wrong or [("content", "not the bytes that were written")]
+    rest = "keys" if name.endswith(".gguf") else "content"  # nothing in the record repeats a GGUF file's keys
+    return wrong or [(rest, "not the bytes that were written")]
 
 
 def recorded_shards(files: dict[str, dict[str, Any]], folder: PurePosixPath) -> ShardPlan:
@@ -78,7 +82,16 @@ def _shard(file_name: str, entry: dict[str, Any]) -> Shard:
     return Shard(file_name, "", tuple(tensors))
 
 
-def _wrong_tensors(path: Path, entry: dict[str, Any]) -> list[tuple[str, str]]:
+def wrong_tensors(path: Path, entry: dict[str, Any]) -> list[tuple[str, str]]:
+    """Compares a file that holds tensors with what the record tells of each, and of what lies between them.
+
+    Args:
+        path: the file.
+        entry: its entry in the record.
+
+    Returns:
+        Where, and what is wrong there; empty for a file without tensors.
+    """
     if "tensors" not in entry:
         return []
     with path.open("rb") as file:
@@ -126,8 +139,7 @@ def _wrong_in_gguf(file: BinaryIO, entry: dict[str, Any]) -> list[tuple[str, str
         regions.append(Region(repr(name), start, size, entry["tensors"][name][1]))
         regions.append(Region(f"padding behind {name!r}", start + size, padded[name] - size, None))
         start += padded[name]
-    wrong = found + _wrong_regions(file, regions)
-    return wrong or [("keys", "the file's keys and values are not those that were written")]
+    return found + _wrong_regions(file, regions)
 
 
 def _wrong_in_gguf_header(header: bytes, tensors: list[GgufTensor], padded: dict[str, int]) -> list[tuple[str, str]]:
