@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dsquant.comparison import Evaluation
@@ -18,21 +18,47 @@ def awq(
     *,
     output: str | Path,
     to: str | Sequence[str] = "awq",
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool | None = None,
+    preset: str | None = None,
+    calibration: str | Path | Sequence[str | Path] = "r1-mix",
+    samples: int = 64,
+    seq_len: int = 512,
+    seed: int = 0,
+    mtp: str = "keep",
+    device: str = "auto",
+    max_shard_size: str | int = "5GiB",
+    memory_budget: str | int | None = None,
+    gpu_memory_budget: str | int | None = None,
+    evaluate: bool = True,
     resume: bool = False,
     restart: bool = False,
     progress: bool = True,
-    **recipe: Any,
 ) -> Result:
     """Quantizes a model.
 
     Args:
         model: a folder, a hub id, or `tiny-r1`.
         output: the folder to make.
-        to: `awq`, `compressed-tensors`, or both.
+        to: `awq`, `compressed-tensors`, `gguf:TYPE`, or several of them.
+        bits: bits of a weight: 3, 4 or 8, where the format has them.
+        group_size: input channels that share a scale: 32, 64 or 128.
+        symmetric: without zero points; None takes what each format's engines want.
+        preset: `quality` quantizes routed experts only, `compact` every linear; None is quality for mixtures.
+        calibration: texts, mixes or hub sets, as on the command line.
+        samples: calibration samples.
+        seq_len: tokens of a sample.
+        seed: of the choice of texts and of every random sum.
+        mtp: `keep`, `quantize` or `drop` multi-token-prediction layers.
+        device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
+        max_shard_size: the most tensor data in one file, such as `5GiB`.
+        memory_budget: the most resident memory, such as `16GiB`.
+        gpu_memory_budget: the most GPU memory, such as `16GiB`.
+        evaluate: whether the output is compared with the original at the end.
         resume: go on with an interrupted job in `output`, or begin one.
         restart: begin anew where `output` holds an interrupted or finished job.
         progress: whether to show a progress bar.
-        **recipe: any other field of `dsquant.recipe.Recipe`, such as bits=4, group_size=128, preset="compact".
 
     Returns:
         Where the files are and what quantization cost; a table in a notebook.
@@ -44,15 +70,39 @@ def awq(
     """
     from dsquant import pipeline
     from dsquant.display import progress_bar
-    from dsquant.recipe import Recipe, parse_size
+    from dsquant.recipe import Recipe
 
-    formats = (to,) if isinstance(to, str) else tuple(to)
-    for field in ("memory_budget", "max_shard_bytes"):
-        if isinstance(recipe.get(field), str):
-            recipe[field] = parse_size(recipe[field])
-    checked = Recipe.checked(model=str(model), output=Path(output), to=formats, **recipe)
+    recipe = Recipe.checked(
+        model=str(model),
+        output=Path(output),
+        to=_several(to),
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        preset=preset,
+        calibration=_several(calibration),
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        mtp=mtp,
+        device=device,
+        gpu_memory_budget=_size(gpu_memory_budget),
+        max_shard_bytes=_size(max_shard_size),
+        memory_budget=_size(memory_budget),
+        evaluate=evaluate,
+    )
     with progress_bar(progress) as report:
-        return pipeline.awq(checked, resume, restart, report)
+        return pipeline.awq(recipe, resume, restart, report)
+
+
+def _several(values: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    return (str(values),) if isinstance(values, str | Path) else tuple(str(value) for value in values)
+
+
+def _size(size: str | int | None) -> int | None:
+    from dsquant.recipe import parse_size
+
+    return parse_size(size) if isinstance(size, str) else size
 
 
 def gguf(
@@ -60,7 +110,7 @@ def gguf(
     *,
     type: str = "Q4_K_M",
     output: str | Path,
-    calibration: str | Sequence[str] | None = None,
+    calibration: str | Path | Sequence[str | Path] | None = None,
     scales: bool = True,
     imatrix: str | Path | None = None,
     tensor_types: Sequence[str] = (),
@@ -106,9 +156,9 @@ def gguf(
     """
     from dsquant import pipeline
     from dsquant.display import progress_bar
-    from dsquant.recipe import GgufRecipe, parse_size
+    from dsquant.recipe import GgufRecipe
 
-    texts = (calibration,) if isinstance(calibration, str) else calibration
+    texts = None if calibration is None else _several(calibration)
     recipe = GgufRecipe.checked(
         model=str(model),
         type=type,
@@ -117,12 +167,12 @@ def gguf(
         scales=scales,
         imatrix=imatrix,
         tensor_types=tuple(tensor_types),
-        split_max_bytes=parse_size(split_max_size) if isinstance(split_max_size, str) else split_max_size,
+        split_max_bytes=_size(split_max_size),
         samples=samples,
         seq_len=seq_len,
         seed=seed,
         mtp=mtp,
-        memory_budget=parse_size(memory_budget) if isinstance(memory_budget, str) else memory_budget,
+        memory_budget=_size(memory_budget),
         evaluate=evaluate,
     )
     with progress_bar(progress) as report:

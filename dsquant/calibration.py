@@ -113,8 +113,7 @@ def calibration_tokens(
     samples = [sample for source in sources for sample in found[source]]
     if not samples:
         raise InputError(
-            f"calibration {', '.join(specs)}: the texts yield no sample of {seq_len} tokens; give more text or a "
-            "smaller --seq-len"
+            f"{', '.join(specs)}: the texts yield no sample of {seq_len} tokens; give more text or a smaller --seq-len"
         )
     random.Random(seed).shuffle(samples)
     tokens = torch.tensor(samples[:num_samples], dtype=torch.int64)
@@ -213,7 +212,7 @@ def _paths(spec: str) -> list[Path]:
                 return found
     mixes = sorted({path.stem for folder in FOLDERS for path in folder.glob("*.yaml")})
     raise InputError(
-        f"calibration {spec!r}: no such file, and no mix of that name (there are {', '.join(mixes)}); "
+        f"text {spec!r}: no such file, and no mix of that name (there are {', '.join(mixes)}); "
         "hub sets are written hf:NAME"
     )
 
@@ -274,7 +273,7 @@ def _hub_documents(spec: str, columns: dict[str, str]) -> Iterator[Any]:
     """Streams a hub set; `hf:owner/name/config:split#column`, or `hf:name` where it has no owner."""
     match = HUB_SPEC.fullmatch(spec)
     if match is None:
-        raise UsageError(f"calibration {spec!r}: write hub sets as hf:NAME[/CONFIG][:SPLIT][#COLUMN]")
+        raise UsageError(f"text {spec!r}: write hub sets as hf:NAME[/CONFIG][:SPLIT][#COLUMN]")
     import datasets
 
     try:
@@ -288,7 +287,7 @@ def _hub_documents(spec: str, columns: dict[str, str]) -> Iterator[Any]:
     except InputError:
         raise
     except Exception as error:  # the hub, the network and the set's own loader each raise their own
-        raise InputError(f"calibration {spec!r}: the hub did not give it: {error}") from error
+        raise InputError(f"text {spec!r}: the hub did not give it: {error}") from error
 
 
 def _shuffled(documents: Iterator[Any], seed: int, name: str, buffer: int = 4096) -> Iterator[Any]:

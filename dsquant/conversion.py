@@ -59,9 +59,25 @@ class Run:
         """The file of a layer's inputs."""
         return self.job.work / f"hidden-{layer}.f32"
 
+    @property
+    def device(self) -> torch.device:
+        """Where the job computes."""
+        return self.source.checkpoint.weights.device
+
     def activations(self, path: Path) -> Activations:
         """The activations in a file of the work folder."""
-        return Activations.in_file(path, (*self.source.tokens_NT.shape, self.source.skeleton.config["hidden_size"]))
+        return Activations.in_file(path, self._hidden_shape, self.device)
+
+    def passing(self, path: Path, dtype: torch.dtype) -> Activations:
+        """Activations of one layer: on the GPU where the plan has room for them there, else in a file."""
+        if not self.source.plan.gpu_resident:
+            return self.activations(path)
+        return Activations(torch.zeros(self._hidden_shape, dtype=dtype, device=self.device))
+
+    @property
+    def _hidden_shape(self) -> tuple[int, int, int]:
+        samples, tokens = self.source.tokens_NT.shape
+        return samples, tokens, int(self.source.skeleton.config["hidden_size"])
 
 
 class UnitWriter:
@@ -141,7 +157,7 @@ class _Writers:
     def keep_scales(self, grid: Grid, producer: str, scales_I: torch.Tensor) -> None:
         folders = [writer.target.folder for writer in self.checkpoints if writer.target.grid == grid]
         for folder in folders if grid.rounded else self.gguf:
-            self.scales.setdefault(str(folder), {})[producer] = scales_I
+            self.scales.setdefault(str(folder), {})[producer] = scales_I.cpu()
 
     def finish(self, run: Run, unit: Unit, safe_point: Callable[[str], None]) -> dict[str, dict[str, str]]:
         """Writes the rest and brings all to disk; returns folder -> tensor -> SHA-256."""
@@ -222,14 +238,14 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
         stream = Stream(source.checkpoint.weights, inputs, prepared)
         mtp_inputs(source.skeleton, source.checkpoint.weights, layer, source.tokens_NT, stream)
         inputs = prepared
-    outputs = run.activations(run.hidden_path(layer.index + 1))
+    outputs = run.passing(run.hidden_path(layer.index + 1), torch.float32)
     layer_job = LayerJob(
         skeleton=source.skeleton,
         layer=layer,
         weights=source.checkpoint.weights,
         inputs=inputs,
         outputs=outputs,
-        mlp_inputs=run.activations(run.job.work / "mlp-inputs.f32"),
+        mlp_inputs=run.passing(run.job.work / "mlp-inputs.f32", torch.bfloat16),
         linears=source.plan.linears_of(layer),
         batch_samples=run.batch_samples,
         seed=run.recipe.seed,
@@ -239,5 +255,9 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
         keep_scales=writers.keep_scales,
     )
     report = quantize_layer(layer_job)
+    if run.source.plan.gpu_resident:
+        stored = run.activations(run.hidden_path(layer.index + 1))
+        outputs.copy_to(stored)
+        outputs = stored
     outputs.flush()
     return {"layer": layer.index, **asdict(report)}

@@ -105,8 +105,10 @@ def print_result(result: "Result", console: Console | None = None) -> None:
     for name, folder in result.folders.items():
         console.print(f"{name} is in {folder}; serve it with:\n  {serve_command(folder)}", soft_wrap=True)
     if not result.already_finished:
-        peak = format_size(result.peak_resident_bytes)
-        console.print(f"Done in {result.elapsed_s:.0f} s, with at most {peak} of memory.")
+        peak = f"{format_size(result.peak_resident_bytes)} of memory"
+        if result.peak_gpu_bytes:
+            peak += f" and {format_size(result.peak_gpu_bytes)} of GPU memory"
+        console.print(f"Done in {result.elapsed_s:.0f} s, with at most {peak}.")
 
 
 def print_verification(found: "Verification") -> None:

@@ -20,6 +20,7 @@ from dsquant.planning import (
     GGUF_GRID,
     Unit,
     check_complete,
+    host_memory_bytes,
     layer_memory_bytes,
     plan_units,
 )
@@ -120,7 +121,8 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
         linears, found = _scalable_linears(checkpoint, skeleton)
         notes += found
     if tokens_NT is not None:
-        memory = max(memory, layer_memory_bytes(recipe.seq_len, checkpoint, skeleton, linears))
+        layer = layer_memory_bytes(tokens_NT.numel(), recipe.seq_len, checkpoint, skeleton, linears)
+        memory = max(memory, layer + host_memory_bytes(tokens_NT.numel() * skeleton.config["hidden_size"]))
     return GgufPlan(
         checkpoint,
         skeleton,
@@ -283,7 +285,7 @@ def _scale(
         note_importance(writer, linear, importance)
 
     def keep(_: Grid, producer: str, scales_I: torch.Tensor) -> None:
-        scales[producer] = scales_I
+        scales[producer] = scales_I.cpu()
 
     layer = surroundings[1]
     linears = {GGUF_GRID: run.plan.linears.intersection(layer.linears)}

@@ -1,5 +1,6 @@
 """What a checkpoint is, from its headers alone."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ class Inspection:
     experts: int
     """Routed experts of a layer; 0 for a dense model."""
     parameters: int
-    """Without FP8 scales."""
+    """Weights, packed ones counted as what they stand for; without scales and zero points."""
     bytes_by_kind: dict[str, int]
     """routed experts, shared experts, dense MLP, attention, embedding and head, MTP, other."""
     dtypes: dict[str, int]
@@ -59,15 +60,10 @@ def describe(model: str) -> Inspection:
     sizes: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
     mtp = tuple(f"{layer.prefix}." for layer in skeleton.layers[skeleton.num_layers :])
-    parameters = 0
+    parameters = sum(math.prod(checkpoint.weights.shape(name)) for name in checkpoint.weights)
     for name, info in checkpoint.index.items():
         sizes[_kind(name, mtp)] += info.num_bytes
         dtypes[info.dtype] += info.num_bytes
-        if name in checkpoint.weights:
-            count = 1
-            for extent in checkpoint.weights.shape(name):
-                count *= extent
-            parameters += count
     return Inspection(
         folder=str(checkpoint.folder),
         architecture=checkpoint.architecture,

@@ -31,20 +31,22 @@ from dsquant.jobs import (
 )
 from dsquant.manifest import gguf_tensors, run_tensors, write_record
 from dsquant.planning import Plan, Target, check_memory
-from dsquant.preparation import check_disk, memory_budget, open_source
-from dsquant.recipe import GgufRecipe, Recipe
+from dsquant.preparation import check_disk, gpu_memory_budget, gpu_within_budget, memory_budget, open_source, resolved
+from dsquant.recipe import GgufRecipe, Recipe, format_size
 from dsquant.records import (
+    Preview,
     Result,
     gguf_output_files,
     gguf_record,
     output_files,
+    planned_warnings,
     result_of,
     run_record,
 )
 from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.scan import scan
 from dsquant.source.shards import ShardIndex
-from dsquant.telemetry import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
+from dsquant.telemetry import Progress, Report, Stage, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
 from dsquant.writers.base import write_index
 from dsquant.writers.gguf.files import GgufFiles
 from dsquant.writers.gguf.store import quantizer_name
@@ -68,6 +70,7 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
         Interrupted: where the job stopped and can be resumed.
     """
     started = time.monotonic()
+    recipe = resolved(recipe)
     state = claim(recipe.output, recipe, resume, restart)
     if state == "finished":
         return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
@@ -75,6 +78,7 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
         source = open_source(recipe)
         budget = memory_budget(recipe)
         check_memory(source.plan.memory_bytes, budget, resident_bytes())
+        check_memory(source.plan.gpu_memory_bytes, gpu_memory_budget(recipe), 0, "--gpu-memory-budget")
         check_disk(recipe.output, source.plan.disk_bytes)
         within_budget = memory_guard(budget, resident_bytes)
 
@@ -90,13 +94,20 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
             _check_unchanged(index, job.notes, report, check)
             run = Run(recipe, source, job, report, check, _open_files(recipe, source.plan, state, job))
             try:
-                convert(run)
+                with gpu_within_budget(gpu_memory_budget(recipe)):
+                    convert(run)
                 record = _finish(run)
             finally:
                 for files in run.gguf_files.values():
                     files.close()
             job.finish()
-    return result_of(recipe, record, elapsed_s=time.monotonic() - started, peak_resident_bytes=peak_resident_bytes())
+    return result_of(
+        recipe,
+        record,
+        elapsed_s=time.monotonic() - started,
+        peak_resident_bytes=peak_resident_bytes(),
+        peak_gpu_bytes=peak_gpu_bytes(),
+    )
 
 
 def _open_files(recipe: Recipe, plan: Plan, state: str, job: Job) -> dict[PurePosixPath, GgufFiles]:
@@ -108,7 +119,7 @@ def _open_files(recipe: Recipe, plan: Plan, state: str, job: Job) -> dict[PurePo
     return opened
 
 
-def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> dict[str, Any]:
+def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> Preview:
     """Validates everything that headers tell and says what a run would do; writes nothing.
 
     Args:
@@ -117,32 +128,35 @@ def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> dict
         restart: as in `awq`.
 
     Returns:
-        Sizes, memory and disk, as plain JSON values.
+        Sizes, memory and disk.
 
     Raises:
         UsageError: where the recipe cannot work.
         InputError: where model, texts or output folder cannot be used.
     """
+    recipe = resolved(recipe)
     state = claim(recipe.output, recipe, resume, restart)
     source = open_source(recipe)
     budget, resident = memory_budget(recipe), resident_bytes()
     check_memory(source.plan.memory_bytes, budget, resident)
+    check_memory(source.plan.gpu_memory_bytes, gpu_memory_budget(recipe), 0, "--gpu-memory-budget")
     check_disk(recipe.output, source.plan.disk_bytes)
     plan = source.plan
-    return {
-        "model": str(source.checkpoint.folder),
-        "architecture": source.checkpoint.architecture,
-        "output": str(recipe.output),
-        "state": state,
-        "source_bytes": source.checkpoint.index.num_bytes,
-        "output_bytes": {target.format.name: target.shards.num_bytes for target in plan.targets}
-        | {target.name: target.num_bytes for target in plan.gguf.values()},
-        "quantized_linears": len(frozenset().union(*plan.linears.values())),
-        "calibration": source.calibration,
-        "memory_bytes": plan.memory_bytes + resident,
-        "memory_budget_bytes": budget,
-        "work_disk_bytes": plan.work_bytes,
-    }
+    outputs = {target.format.name: target.shards.num_bytes for target in plan.targets}
+    return Preview(
+        model=str(source.checkpoint.folder),
+        architecture=source.checkpoint.architecture,
+        output=recipe.output,
+        state=state,
+        source_bytes=source.checkpoint.index.num_bytes,
+        output_bytes=outputs | {target.name: target.num_bytes for target in plan.gguf.values()},
+        details={"preset": str(recipe.preset), "quantized linears": len(frozenset().union(*plan.linears.values()))},
+        calibration=source.calibration,
+        notes=planned_warnings(recipe, source),
+        memory_bytes=plan.memory_bytes + resident,
+        memory_budget_bytes=budget,
+        work_disk_bytes=plan.work_bytes,
+    )
 
 
 def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report: Report = silent) -> Result:
@@ -199,7 +213,7 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
     return result_of(recipe, record, elapsed_s=time.monotonic() - started, peak_resident_bytes=peak_resident_bytes())
 
 
-def preview_gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False) -> dict[str, Any]:
+def preview_gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False) -> Preview:
     """Validates everything that headers tell and says what a conversion would write; writes nothing.
 
     Args:
@@ -208,7 +222,7 @@ def preview_gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False
         restart: as in `gguf`.
 
     Returns:
-        Files, sizes, types, memory and disk, as plain JSON values.
+        Files, sizes, types, memory and disk.
 
     Raises:
         UsageError: where the recipe cannot work.
@@ -219,22 +233,21 @@ def preview_gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False
     budget, resident = memory_budget(recipe), resident_bytes()
     check_memory(plan.memory_bytes, budget, resident)
     check_disk(recipe.output, plan.disk_bytes)
-    return {
-        "model": str(plan.checkpoint.folder),
-        "architecture": plan.checkpoint.architecture,
-        "output": str(recipe.output),
-        "state": state,
-        "type": recipe.type,
-        "source_bytes": plan.checkpoint.index.num_bytes,
-        "files": {file.file_name: file.num_bytes for file in plan.target.files},
-        "bytes_by_type": plan.target.bytes_by_type,
-        "quantizer": quantizer_name(),
-        "calibration": plan.calibration,
-        "notes": list(plan.notes),
-        "memory_bytes": plan.memory_bytes + resident,
-        "memory_budget_bytes": budget,
-        "work_disk_bytes": plan.work_bytes,
-    }
+    sizes = {f"in {type_name}": format_size(size) for type_name, size in plan.target.bytes_by_type.items()}
+    return Preview(
+        model=str(plan.checkpoint.folder),
+        architecture=plan.checkpoint.architecture,
+        output=recipe.output,
+        state=state,
+        source_bytes=plan.checkpoint.index.num_bytes,
+        output_bytes={file.file_name: file.num_bytes for file in plan.target.files},
+        details={"type": recipe.type, "quantizer": quantizer_name(), **sizes},
+        calibration=plan.calibration,
+        notes=list(plan.notes),
+        memory_bytes=plan.memory_bytes + resident,
+        memory_budget_bytes=budget,
+        work_disk_bytes=plan.work_bytes,
+    )
 
 
 def _evaluate_gguf(run: GgufRun) -> dict[str, dict[str, Any]]:
@@ -257,9 +270,8 @@ def _evaluate(run: Run) -> dict[str, dict[str, Any]]:
     for folder, target in source.plan.gguf.items():
         file = run.job.output / folder / target.files[0].file_name
         candidates[target.name] = open_gguf(file, source.checkpoint)
-    compared = Comparison(
-        source.skeleton, source.checkpoint.weights, candidates, run.job.work, run.batch_samples, run.safe_point
-    )
+    original = open_checkpoint(source.checkpoint.folder).weights
+    compared = Comparison(source.skeleton, original, candidates, run.job.work, run.batch_samples, run.safe_point)
     return compare_on_texts(compared, source.tokenizer, run.recipe.seq_len)
 
 

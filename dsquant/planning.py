@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+import torch
+
 from dsquant.errors import InputError, UsageError
-from dsquant.model.activations import RELEASE_BYTES
+from dsquant.model.activations import RELEASE_BYTES, stored_dtype
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import EMBEDDING, ROWS_AT_ONCE, VOCABULARY_AT_ONCE
 from dsquant.model.structure import DecoderLayer
-from dsquant.quantization.clip import ELEMENTS_AT_ONCE
+from dsquant.quantization.clip import ELEMENTS_AT_ONCE, SHRINKS
 from dsquant.quantization.statistics import FACTOR_ROWS
 from dsquant.recipe import Recipe, format_size
 from dsquant.rounding import Grid
@@ -24,6 +26,12 @@ from dsquant.writers.protocol import Format
 # Tokens that pass attention together. Fixed, since the order of sums, and with it the output's bytes, depends on it.
 BATCH_TOKENS = 1024
 FLOAT32_BYTES = 4
+# What transformers, accelerate and the formats' packages take once a run uses them.
+LIBRARY_BYTES = 256 * 2**20
+# CUDA's libraries, page-locked buffers of weights on their way to the GPU and of results on their way to the disk.
+CUDA_HOST_BYTES = 4 * 2**30
+# A hidden value on the GPU: the MLPs' input in bfloat16 and the layer's output in float32.
+RESIDENT_BYTES = 2 + 4
 # Computed from the config by every engine; old Llama checkpoints store them all the same.
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
 # What scales are searched on for GGUF: 4 bits with scale and minimum for 32 weights, as Q4_K has.
@@ -68,6 +76,10 @@ class Plan:
     """Parameter -> safetensors dtype in which it is stored where it is not quantized."""
     memory_bytes: int
     """Resident memory that the run needs beyond what the process has when it starts."""
+    gpu_memory_bytes: int
+    """GPU memory that the run needs; 0 on a CPU."""
+    gpu_resident: bool
+    """Whether a layer's hidden states stay on the GPU while its experts pass."""
     work_bytes: int
     """Disk for hidden states while the run lasts."""
 
@@ -82,13 +94,14 @@ class Plan:
         return {grid: linears.intersection(layer.linears) for grid, linears in self.linears.items()}
 
 
-def plan_run(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton) -> Plan:
+def plan_run(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton, gpu_budget_bytes: int = 0) -> Plan:
     """Plans a quantization run.
 
     Args:
         recipe: the run's recipe.
         checkpoint: the source.
         skeleton: its network.
+        gpu_budget_bytes: the most GPU memory; where it suffices, hidden states stay there.
 
     Returns:
         The plan.
@@ -118,9 +131,15 @@ def plan_run(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton) -> Plan
     if gguf:
         by_grid[GGUF_GRID] = frozenset(linear for layer in _touched(recipe, skeleton) for linear in layer.linears)
     everything = frozenset().union(*by_grid.values())
-    hidden_bytes = recipe.samples * recipe.seq_len * skeleton.config["hidden_size"] * FLOAT32_BYTES
-    memory = layer_memory_bytes(recipe.seq_len, checkpoint, skeleton, everything)
-    return Plan(units, targets, gguf, by_grid, dtypes, memory, 3 * hidden_bytes)
+    num_hidden = recipe.samples * recipe.seq_len * skeleton.config["hidden_size"]
+    layer = layer_memory_bytes(recipe.samples * recipe.seq_len, recipe.seq_len, checkpoint, skeleton, everything)
+    memory, gpu_memory, resident = layer + host_memory_bytes(num_hidden), 0, False
+    if recipe.device == "cuda":
+        memory, gpu_memory = CUDA_HOST_BYTES + host_memory_bytes(num_hidden), layer
+        resident = layer + RESIDENT_BYTES * num_hidden <= gpu_budget_bytes
+        gpu_memory += RESIDENT_BYTES * num_hidden if resident else 0
+    work_bytes = 3 * num_hidden * stored_dtype(torch.device(recipe.device)).itemsize
+    return Plan(units, targets, gguf, by_grid, dtypes, memory, gpu_memory, resident, work_bytes)
 
 
 def _touched(recipe: Recipe, skeleton: Skeleton) -> tuple[DecoderLayer, ...]:
@@ -224,6 +243,11 @@ def _plain_dtype(checkpoint: Checkpoint, name: str) -> str:
     return "BF16" if stored == "F8_E4M3" else stored
 
 
+def default_symmetric(format_name: str, mixture: bool) -> bool:
+    """Whether a format's engines want no zero points: vLLM's mixture kernels take compressed-tensors only so."""
+    return format_name == "compressed-tensors" and mixture
+
+
 def _target(
     recipe: Recipe,
     name: str,
@@ -236,8 +260,8 @@ def _target(
 ) -> Target:
     output_format = FORMATS[name]
     symmetric = recipe.symmetric
-    if symmetric is None:  # vLLM's mixture-of-experts kernels take compressed-tensors weights only if symmetric
-        symmetric = name == "compressed-tensors" and any(layer.experts for layer in skeleton.layers)
+    if symmetric is None:
+        symmetric = default_symmetric(name, any(layer.experts for layer in skeleton.layers))
     grid = Grid(recipe.bits, recipe.group_size, symmetric)
     shapes = {linear: _matrix(checkpoint.weights.shape(f"{linear}.weight")) for linear in sorted(linears)}
     output_format.check(grid, shapes)
@@ -260,20 +284,26 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def layer_memory_bytes(seq_len: int, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str]) -> int:
+def layer_memory_bytes(
+    num_tokens: int, seq_len: int, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str]
+) -> int:
     """The largest stage's need; benchmarks/r1_width.py compares it with what a run really takes.
 
     Args:
+        num_tokens: calibration tokens.
         seq_len: tokens of a sample.
         checkpoint: the source.
         skeleton: its network.
         linears: those that are quantized onto a grid.
 
     Returns:
-        Bytes of resident memory.
+        Bytes on the device that computes.
     """
-    hidden = skeleton.config["hidden_size"]
-    rounds = ELEMENTS_AT_ONCE * FLOAT32_BYTES * 8  # clip and rounding work on parts with about 8 temporaries
+    hidden, vocabulary = skeleton.config["hidden_size"], skeleton.config["vocab_size"]
+    largest_linear = max(_num_elements(checkpoint, linear) for layer in skeleton.layers for linear in layer.linears)
+    # clip and rounding work on parts with about 8 temporaries
+    rounds = 8 * FLOAT32_BYTES * min(ELEMENTS_AT_ONCE, len(SHRINKS) * largest_linear)
+    batch_tokens = min(num_tokens, max(BATCH_TOKENS, seq_len))
     layer_needs = []
     for layer in skeleton.layers:
         sizes = {linear: _num_elements(checkpoint, linear) for linear in layer.linears}
@@ -283,12 +313,24 @@ def layer_memory_bytes(seq_len: int, checkpoint: Checkpoint, skeleton: Skeleton,
         largest = max(sum(sizes[linear] for linear in mlp.linears) for mlp in layer.mlps) * FLOAT32_BYTES
         widths = [checkpoint.weights.shape(f"{linear}.weight")[1] for linear in layer.attention_linears]
         statistics = FLOAT32_BYTES * FACTOR_ROWS * (sum(widths) + 4 * hidden)
-        attention = 6 * FLOAT32_BYTES * max(BATCH_TOKENS, seq_len) * _widest_attention(checkpoint, layer)
-        rows = 6 * FLOAT32_BYTES * ROWS_AT_ONCE * hidden
+        attention = 6 * FLOAT32_BYTES * batch_tokens * _widest_attention(checkpoint, layer)
+        rows = 6 * FLOAT32_BYTES * min(ROWS_AT_ONCE, num_tokens) * hidden
         layer_needs += [int(dense * (1 + folded_and_rounded)) + statistics + max(attention, rounds)]
         layer_needs += [5 * largest + statistics + rounds + rows]
-    head = FLOAT32_BYTES * VOCABULARY_AT_ONCE * (2 * hidden + 4 * 1024)
-    return max(*layer_needs, head) + 3 * RELEASE_BYTES
+    head = FLOAT32_BYTES * min(VOCABULARY_AT_ONCE, vocabulary) * (2 * hidden + 4 * 1024)
+    return max(*layer_needs, head)
+
+
+def host_memory_bytes(num_hidden: int) -> int:
+    """What a run takes beside its layer: libraries, and touched pages of three files of hidden states.
+
+    Args:
+        num_hidden: calibration tokens times hidden size.
+
+    Returns:
+        Bytes of resident memory.
+    """
+    return 3 * min(RELEASE_BYTES, FLOAT32_BYTES * num_hidden) + LIBRARY_BYTES
 
 
 def _num_elements(checkpoint: Checkpoint, linear: str) -> int:
@@ -300,13 +342,14 @@ def _widest_attention(checkpoint: Checkpoint, layer: DecoderLayer) -> int:
     return max(checkpoint.weights.shape(f"{linear}.weight")[0] for linear in layer.attention_linears)
 
 
-def check_memory(needed_bytes: int, budget_bytes: int, resident_bytes: int) -> None:
+def check_memory(needed_bytes: int, budget_bytes: int, resident_bytes: int, option: str = "--memory-budget") -> None:
     """Refuses a budget that cannot work.
 
     Args:
         needed_bytes: what the run needs.
         budget_bytes: the budget.
         resident_bytes: what the process holds already.
+        option: where the budget was given.
 
     Raises:
         UsageError: where the run needs more, with the number.
@@ -314,6 +357,6 @@ def check_memory(needed_bytes: int, budget_bytes: int, resident_bytes: int) -> N
     needed = needed_bytes + resident_bytes
     if needed > budget_bytes:
         raise UsageError(
-            f"--memory-budget {format_size(budget_bytes)} is too small: this model and calibration need "
+            f"{option} {format_size(budget_bytes)} is too small: this model and calibration need "
             f"{format_size(needed)}; raise the budget or lower --seq-len"
         )

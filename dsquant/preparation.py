@@ -1,6 +1,8 @@
 """Opens and validates everything that a run reads, before anything is written."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,14 @@ from typing import Any
 import torch
 
 from dsquant.calibration import calibration_tokens, load_tokenizer
-from dsquant.errors import InputError
+from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.model.skeleton import Skeleton
-from dsquant.planning import Plan, plan_run
+from dsquant.planning import Plan, default_symmetric, plan_run
 from dsquant.recipe import GgufRecipe, Recipe, format_size
-from dsquant.source.checkpoint import Checkpoint, open_checkpoint
+from dsquant.source.checkpoint import Checkpoint, open_checkpoint, read_config
 from dsquant.source.locate import locate
+from dsquant.source.weights import CPU
+from dsquant.writers.formats import FORMATS
 
 LARGEST_DEFAULT_BUDGET = 16 * 2**30
 
@@ -32,6 +36,46 @@ class Source:
     plan: Plan
 
 
+def resolved(recipe: Recipe) -> Recipe:
+    """Writes out the recipe's defaults that depend on the model, so that a default and its name are the same recipe.
+
+    Args:
+        recipe: as given.
+
+    Returns:
+        The recipe with a device, a preset and, where all its formats agree, with or without zero points.
+
+    Raises:
+        InputError: where the model is not there.
+        UsageError: where its device is not there.
+    """
+    mixture = bool(read_config(locate(recipe.model)).get("n_routed_experts"))
+    preset = recipe.preset if recipe.preset and mixture else ("quality" if mixture else "compact")
+    symmetric = {default_symmetric(name, mixture) for name in recipe.to if name in FORMATS}
+    agreed = symmetric.pop() if len(symmetric) == 1 else None
+    chosen = agreed if recipe.symmetric is None else recipe.symmetric
+    device = resolved_device(recipe.device)
+    return recipe.model_copy(update={"preset": preset, "symmetric": chosen, "device": device})
+
+
+def resolved_device(device: str) -> str:
+    """`cpu` or `cuda`.
+
+    Args:
+        device: one of these, or `auto`.
+
+    Returns:
+        The device; for `auto` a GPU where there is one.
+
+    Raises:
+        UsageError: where a GPU is asked for and there is none.
+    """
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise UsageError("--device cuda: PyTorch finds no GPU here; leave --device out to compute on the CPU")
+    return device if device != "auto" else ("cuda" if found else "cpu")
+
+
 def open_source(recipe: Recipe) -> Source:
     """Opens and validates everything a run reads, from headers, tokenizer and calibration texts alone.
 
@@ -45,18 +89,19 @@ def open_source(recipe: Recipe) -> Source:
         InputError: where anything is missing, damaged or contradicts something else.
         UsageError: where a format cannot store what the recipe asks for.
     """
-    checkpoint, skeleton = open_model(recipe.model)
-    plan = plan_run(recipe, checkpoint, skeleton)
+    checkpoint, skeleton = open_model(recipe.model, torch.device(recipe.device))
+    plan = plan_run(recipe, checkpoint, skeleton, gpu_memory_budget(recipe))
     tokenizer = open_tokenizer(checkpoint)
     tokens_NT, calibration = open_calibration(recipe, recipe.calibration, tokenizer)
     return Source(checkpoint, skeleton, tokenizer, tokens_NT, calibration, plan)
 
 
-def open_model(model: str) -> tuple[Checkpoint, Skeleton]:
+def open_model(model: str, device: torch.device = CPU) -> tuple[Checkpoint, Skeleton]:
     """Opens an unquantized checkpoint and builds its network.
 
     Args:
         model: a folder, a hub id, or `tiny-r1`.
+        device: where its weights go when they are read.
 
     Returns:
         The checkpoint and its network.
@@ -64,7 +109,7 @@ def open_model(model: str) -> tuple[Checkpoint, Skeleton]:
     Raises:
         InputError: where it is missing, damaged, or quantized already.
     """
-    checkpoint = open_checkpoint(locate(model))
+    checkpoint = open_checkpoint(locate(model), device)
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method", "fp8")
     if method != "fp8":
         raise InputError(
@@ -118,6 +163,41 @@ def memory_budget(recipe: Recipe | GgufRecipe) -> int:
     import psutil
 
     return recipe.memory_budget or min(LARGEST_DEFAULT_BUDGET, int(psutil.virtual_memory().available * 0.8))
+
+
+def gpu_memory_budget(recipe: Recipe) -> int:
+    """The GPU budget in bytes: the recipe's, or 90 % of what is free now, at most 16 GiB; 0 on a CPU."""
+    if recipe.device != "cuda":
+        return 0
+    return recipe.gpu_memory_budget or min(LARGEST_DEFAULT_BUDGET, int(torch.cuda.mem_get_info()[0] * 0.9))
+
+
+@contextmanager
+def gpu_within_budget(budget_bytes: int) -> Iterator[None]:
+    """Lets PyTorch take no more GPU memory than the budget inside a block.
+
+    Args:
+        budget_bytes: the budget; 0 where no GPU is used.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        Interrupted: where the block needs more; finished units are kept.
+    """
+    if not budget_bytes:
+        yield
+        return
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / torch.cuda.mem_get_info()[1]))
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Interrupted(
+            f"the GPU budget of {format_size(budget_bytes)} is exceeded ({str(error).splitlines()[0][:200]}); go on "
+            "with --resume and a larger --gpu-memory-budget"
+        ) from error
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def check_disk(output: Path, needed_bytes: int) -> None:

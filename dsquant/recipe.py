@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dsquant.errors import UsageError
 
-# What a resumed job may change: these have no influence on the output's bytes.
-CHANGEABLE_ON_RESUME = ("output", "memory_budget")
+# What a resumed job may change: these have no influence on the weights' bytes.
+CHANGEABLE_ON_RESUME = ("output", "memory_budget", "gpu_memory_budget", "evaluate")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 Preset = Literal["quality", "compact"]
@@ -73,8 +73,10 @@ class Recipe(JobRecipe):
         seq_len: tokens of a sample.
         seed: of the choice of texts and of every random sum.
         mtp: what happens to multi-token-prediction layers: kept in BF16, quantized, or dropped.
+        device: where to compute; auto is a GPU where there is one. The bytes differ in the last bits between devices.
         max_shard_bytes: upper bound on a shard's size, as far as single tensors allow.
         memory_budget: bytes of resident memory; None is 80 % of what is available, at most 16 GiB.
+        gpu_memory_budget: bytes of GPU memory; None is 90 % of what is free, at most 16 GiB.
         evaluate: whether the output is compared with the original at the end.
     """
 
@@ -88,8 +90,10 @@ class Recipe(JobRecipe):
     seq_len: int = Field(default=512, ge=8)
     seed: int = Field(default=0, ge=0)
     mtp: Literal["keep", "quantize", "drop"] = "keep"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     max_shard_bytes: int = Field(default=5 * 2**30, ge=1)
     memory_budget: int | None = Field(default=None, ge=1)
+    gpu_memory_budget: int | None = Field(default=None, ge=1)
     evaluate: bool = True
 
     @field_validator("to")

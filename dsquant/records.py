@@ -13,7 +13,7 @@ from dsquant.evaluation.divergence import Divergence
 from dsquant.gguf_conversion import IMATRIX_FILE, GgufPlan, GgufRun
 from dsquant.jobs import RECORD_FILE
 from dsquant.preparation import Source
-from dsquant.recipe import JobRecipe
+from dsquant.recipe import JobRecipe, Recipe, format_size
 from dsquant.scales import SCALES_FILE
 from dsquant.writers.gguf.store import quantizer_name
 from dsquant.writers.gguf.target import GgufTarget
@@ -41,6 +41,7 @@ class Result:
     already_finished: bool = False
     elapsed_s: float = 0.0
     peak_resident_bytes: int = 0
+    peak_gpu_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -52,6 +53,52 @@ class Result:
                 name: {text: vars(found) for text, found in texts.items()} for name, texts in self.divergence.items()
             },
         }
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a job would make, from headers alone."""
+
+    model: str
+    architecture: str
+    output: Path
+    state: str
+    """new, resume, restart or finished: what the output folder holds already."""
+    source_bytes: int
+    output_bytes: dict[str, int]
+    """Format or file -> bytes."""
+    details: dict[str, Any]
+    calibration: dict[str, Any] | None
+    """Where the calibration tokens come from, with their hash; None without calibration."""
+    notes: list[str]
+    memory_bytes: int
+    """Resident memory that the run needs, with what the process holds already."""
+    memory_budget_bytes: int
+    work_disk_bytes: int
+    """Disk for hidden states while the run lasts."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**vars(self), "output": str(self.output)}
+
+    def __str__(self) -> str:
+        texts = "none"
+        if self.calibration:
+            parts = ", ".join(f"{source['name']} {source['samples']}" for source in self.calibration["sources"])
+            texts = f"{self.calibration['samples']} samples of {self.calibration['seq_len']} tokens ({parts})"
+        rows = {
+            "model": f"{self.model} ({self.architecture}, {format_size(self.source_bytes)})",
+            "output folder": f"{self.output} ({self.state})",
+            **{f"  {name}": format_size(size) for name, size in self.output_bytes.items()},
+            **self.details,
+            "calibration": texts,
+            "memory": f"{format_size(self.memory_bytes)} of a budget of {format_size(self.memory_budget_bytes)}",
+            "disk beside the output": f"{format_size(self.work_disk_bytes)} for hidden states, while the run lasts",
+        }
+        width = max(map(len, rows)) + 2
+        return "\n".join(
+            [f"{name:{width}}{value}" for name, value in rows.items()] + [f"Note: {n}." for n in self.notes]
+        )
 
 
 def result_of(recipe: JobRecipe, record: dict[str, Any], **changes: Any) -> Result:
@@ -206,14 +253,30 @@ def _gguf_output(target: GgufTarget, folder: PurePosixPath, journal: dict[str, d
     }
 
 
-def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
-    """What a user should know, in words."""
-    source, words = run.source, []
-    wanted, got = run.recipe.samples, source.calibration["samples"]
-    if got < wanted:
+def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
+    """What a user should know before a quantization begins, in words.
+
+    Args:
+        recipe: the run's recipe.
+        source: the opened model.
+
+    Returns:
+        Sentences without a full stop.
+    """
+    words = []
+    if source.calibration["samples"] < recipe.samples:
         words.append(
-            f"the calibration texts yield {got} samples of {run.recipe.seq_len} tokens, {wanted} were asked for"
+            f"the calibration texts yield {source.calibration['samples']} samples of {recipe.seq_len} tokens, "
+            f"{recipe.samples} were asked for"
         )
+    words += [note for target in source.plan.gguf.values() for note in target.notes]
+    if source.skeleton.num_mtp_layers and recipe.mtp == "drop":
+        words.append("the multi-token-prediction layer is dropped: engines cannot draft with it any more")
+    return words
+
+
+def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
+    words = planned_warnings(run.recipe, run.source)
     rare = sum(len(layer["topped_up"]) for layer in layers)
     if rare:
         experts = sum(len(layer["tokens_per_expert"]) for layer in layers)
@@ -224,7 +287,4 @@ def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
     fallbacks = sum(len(grid["fallbacks"]) for layer in layers for grid in layer["grids"])
     if fallbacks:
         words.append(f"{fallbacks} modules are plainly rounded because the search found nothing better")
-    words += [note for target in source.plan.gguf.values() for note in target.notes]
-    if source.skeleton.num_mtp_layers and run.recipe.mtp == "drop":
-        words.append("the multi-token-prediction layer was dropped: engines cannot draft with it any more")
     return words

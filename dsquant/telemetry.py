@@ -38,6 +38,13 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def peak_gpu_bytes() -> int:
+    """The most GPU memory that PyTorch has held in this process; 0 where it has used no GPU."""
+    import torch
+
+    return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_initialized() else 0
+
+
 def peak_resident_bytes() -> int:
     """The most resident memory this process has had, as the kernel counts it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -214,6 +214,17 @@ def test_a_finished_output_is_left_alone_by_resume_and_refused_without(
     assert contents(tmp_path / "out") != before
 
 
+def test_a_default_spelled_out_and_another_evaluation_are_the_same_job(
+    pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {**FAST, "calibration": text_file, "output": tmp_path / "out", "resume": True}
+    assert not dsquant.awq(pico_r1, **options).already_finished
+    assert dsquant.awq(pico_r1, **options | {"preset": "quality", "symmetric": False}).already_finished
+    assert dsquant.awq(pico_r1, **options | {"evaluate": True}).already_finished
+    with pytest.raises(dsquant.UsageError, match="preset was 'quality', is 'compact'"):
+        dsquant.awq(pico_r1, **options | {"preset": "compact"})
+
+
 def test_a_second_run_on_the_same_folder_is_refused_and_harms_nothing(
     pico_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:

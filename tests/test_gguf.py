@@ -199,7 +199,7 @@ def test_a_dry_run_tells_every_file_to_the_byte_and_writes_nothing(tiny_r1: Path
     ]
     answer = CliRunner().invoke(main, [*arguments, "--calibration", "none", "--dry-run", "--json"])
     assert answer.exit_code == 0, answer.output
-    planned = json.loads(answer.stdout)["files"]
+    planned = json.loads(answer.stdout)["output_bytes"]
     assert not (tmp_path / "out").exists()
     dsquant.gguf(tiny_r1, type="Q5_K_M", output=tmp_path / "out", split_max_size="2MiB", **PLAIN)
     assert planned == {file.name: file.stat().st_size for file in (tmp_path / "out").glob("*.gguf")}

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dsquant.cli.process import dsquant_command, print_plan, quiet_libraries
+from dsquant.cli.process import dsquant_command, quiet_libraries
 
 
 @click.command()
@@ -44,6 +44,11 @@ from dsquant.cli.process import dsquant_command, print_plan, quiet_libraries
     "--memory-budget",
     help="Most resident memory, such as 16GiB.  [default: 80 % of what is free, at most 16GiB]",
 )
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--gpu-memory-budget",
+    help="Most GPU memory, such as 16GiB.  [default: 90 % of what is free, at most 16GiB]",
+)
 @click.option(
     "--mtp",
     type=click.Choice(["keep", "quantize", "drop"]),
@@ -68,7 +73,8 @@ def awq(**options: Any) -> None:
     from dsquant.display import print_result, progress_bar
 
     if flags["dry_run"]:
-        print_plan(pipeline.preview(recipe, flags["resume"], flags["restart"]), flags["as_json"])
+        plan = pipeline.preview(recipe, flags["resume"], flags["restart"])
+        click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else str(plan))
         return
     with quiet_libraries(), progress_bar(not flags["as_json"]) as report:
         result = pipeline.awq(recipe, flags["resume"], flags["restart"], report)
@@ -98,6 +104,8 @@ def _recipe(options: dict[str, Any]) -> Any:
         seq_len=options["seq_len"],
         seed=options["seed"],
         mtp=options["mtp"],
+        device=options["device"],
+        gpu_memory_budget=parse_size(options["gpu_memory_budget"]) if options["gpu_memory_budget"] else None,
         max_shard_bytes=parse_size(options["max_shard_size"]),
         memory_budget=parse_size(options["memory_budget"]) if options["memory_budget"] else None,
         evaluate=options["evaluate"],

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dsquant.cli.process import dsquant_command, print_plan, quiet_libraries
+from dsquant.cli.process import dsquant_command, quiet_libraries
 
 
 @click.command()
@@ -68,7 +68,8 @@ def gguf(**options: Any) -> None:
     from dsquant.display import print_result, progress_bar
 
     if flags["dry_run"]:
-        print_plan(pipeline.preview_gguf(recipe, flags["resume"], flags["restart"]), flags["as_json"])
+        plan = pipeline.preview_gguf(recipe, flags["resume"], flags["restart"])
+        click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else str(plan))
         return
     with quiet_libraries(), progress_bar(not flags["as_json"]) as report:
         result = pipeline.gguf(recipe, flags["resume"], flags["restart"], report)

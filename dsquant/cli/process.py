@@ -1,6 +1,5 @@
 """What every command does around its work: settings of the process, messages and exit codes of errors."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -38,19 +37,12 @@ def _prepare_process() -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a shared machine, waiting threads must not spin
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # a budget has no room for gaps
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     mmap_threshold = -3
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(mmap_threshold, MALLOC_MMAP_THRESHOLD)
-
-
-def print_plan(preview: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(preview, indent=2))
-        return
-    for key, value in preview.items():
-        click.echo(f"{key.replace('_', ' '):24} {value}")
 
 
 @contextmanager

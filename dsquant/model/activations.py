@@ -1,5 +1,7 @@
 """Hidden states of all samples, in a file: what bounds memory when a million tokens pass a layer.
 
+On a GPU they are stored in bfloat16, as DeepSeek's own inference keeps them; sums over experts stay float32.
+
 Shape legend: N samples, T tokens of a sample, H hidden size, R rows (tokens of all samples, numbered through).
 """
 
@@ -7,46 +9,58 @@ import mmap
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
+
+from dsquant.source.weights import CPU
 
 # Pages touched by this many bytes of access are handed back: resident memory stays small, the page cache keeps them.
 RELEASE_BYTES = 256 * 2**20
 
 
-class Activations:
-    """A float32 array [N, T, H], in memory or in a memory-mapped file."""
+def stored_dtype(device: torch.device) -> torch.dtype:
+    """How hidden states are stored between layers that run on a device."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
-    def __init__(self, values_NTH: torch.Tensor, mapped: mmap.mmap | None = None) -> None:
+
+class Activations:
+    """An array [N, T, H] in memory, on a GPU or in a memory-mapped file, read and written as float32 on a device."""
+
+    def __init__(
+        self, values_NTH: torch.Tensor, mapped: mmap.mmap | None = None, device: torch.device | None = None
+    ) -> None:
         """Wraps an array.
 
         Args:
-            values_NTH: float32 [N, T, H]; changed in place by the setters.
+            values_NTH: float32 or bfloat16 [N, T, H]; changed in place by the setters.
             mapped: the file mapping behind it, if there is one.
+            device: where reads go; None is where the array is.
         """
         self.shape = (values_NTH.shape[0], values_NTH.shape[1], values_NTH.shape[2])
+        self.device = device or values_NTH.device
         self._values_NTH = values_NTH
         self._values_RH = values_NTH.view(-1, values_NTH.shape[2])
         self._map = mapped
         self._touched = 0
 
     @classmethod
-    def in_file(cls, path: Path, shape: tuple[int, int, int]) -> "Activations":
+    def in_file(cls, path: Path, shape: tuple[int, int, int], device: torch.device = CPU) -> "Activations":
         """Opens a file of activations, which is made (filled with zeros) where it does not exist.
 
         Args:
             path: the file.
             shape: samples, tokens of a sample, hidden size.
+            device: where reads go.
 
         Returns:
             The activations.
         """
-        num_bytes = 4 * shape[0] * shape[1] * shape[2]
+        dtype = stored_dtype(device)
+        num_bytes = dtype.itemsize * shape[0] * shape[1] * shape[2]
         with path.open("ab") as file:
             file.truncate(num_bytes)
         with path.open("r+b") as file:
             mapped = mmap.mmap(file.fileno(), num_bytes)
-        return cls(torch.from_numpy(np.frombuffer(mapped, dtype=np.float32)).view(shape), mapped)
+        return cls(torch.frombuffer(mapped, dtype=dtype).view(shape), mapped, device)
 
     @property
     def num_rows(self) -> int:
@@ -55,9 +69,7 @@ class Activations:
 
     def samples(self, start: int, stop: int) -> torch.Tensor:
         """A copy of samples start..stop-1, [stop - start, T, H]."""
-        values = self._values_NTH[start:stop].clone()
-        self._release(values)
-        return values
+        return self._handed_out(self._values_NTH[start:stop].to(self.device, copy=True))
 
     def set_samples(self, start: int, values_NTH: torch.Tensor) -> None:
         """Stores samples from number `start` on."""
@@ -66,18 +78,16 @@ class Activations:
 
     def rows(self, rows_R: torch.Tensor) -> torch.Tensor:
         """A copy of the given tokens, [R, H]."""
-        values = self._values_RH[rows_R]
-        self._release(values)
-        return values
+        return self._handed_out(self._values_RH[self._local(rows_R)])
 
     def set_rows(self, rows_R: torch.Tensor, values_RH: torch.Tensor) -> None:
         """Stores the given tokens."""
-        self._values_RH[rows_R] = values_RH
+        self._values_RH[self._local(rows_R)] = values_RH.to(self._values_RH)
         self._release(values_RH)
 
     def add_rows(self, rows_R: torch.Tensor, values_RH: torch.Tensor) -> None:
         """Adds to the given tokens, each of which occurs once."""
-        self._values_RH[rows_R] += values_RH
+        self._values_RH[self._local(rows_R)] += values_RH.to(self._values_RH)
         self._release(values_RH)
 
     def recorder(self) -> Callable[[torch.Tensor], None]:
@@ -92,10 +102,23 @@ class Activations:
 
         return record
 
+    def copy_to(self, other: "Activations") -> None:
+        """Stores everything in another array of the same shape, some samples at a time."""
+        at_once = max(1, RELEASE_BYTES // (4 * self.shape[1] * self.shape[2]))
+        for start in range(0, self.shape[0], at_once):
+            other.set_samples(start, self._values_NTH[start : start + at_once])
+
     def flush(self) -> None:
         """Writes everything to disk; after it a kill loses nothing of the file."""
         if self._map is not None:
             self._map.flush()
+
+    def _local(self, rows_R: torch.Tensor) -> torch.Tensor:
+        return rows_R.to(self._values_RH.device)
+
+    def _handed_out(self, values: torch.Tensor) -> torch.Tensor:
+        self._release(values)
+        return values.to(self.device).float()
 
     def _release(self, values: torch.Tensor) -> None:
         self._touched += values.nbytes

@@ -3,7 +3,7 @@
 A mapping over a mapping: the layer that runs on it is always the same transformers code.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -44,6 +44,11 @@ class Overlay(Weights):
 
     def __init__(self, base: Weights) -> None:
         self.base = base
+        self.device = base.device
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Lets the base read ahead."""
+        self.base.prefetch(names)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.base)
@@ -61,6 +66,18 @@ class Overlay(Weights):
     def shape(self, name: str) -> tuple[int, ...]:
         """The base's shape."""
         return self.base.shape(name)
+
+
+class MovedWeights(Overlay):
+    """The base's weights on another device."""
+
+    def __init__(self, base: Weights, device: torch.device) -> None:
+        super().__init__(base)
+        self.device = device
+
+    def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
+        """Reads rows of the base's weight and moves them."""
+        return self.base.rows(name, start_row, stop_row).to(self.device)
 
 
 class ReplacedWeights(Overlay):

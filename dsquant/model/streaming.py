@@ -74,7 +74,7 @@ def _loaded(skeleton: Skeleton, name: str, weights: Weights) -> Iterator[nn.Modu
     module = skeleton.module(name)
     attach_align_device_hook(
         module,
-        execution_device=torch.device("cpu"),
+        execution_device=weights.device,
         offload=True,
         weights_map=ResidentWeights(weights),
         offload_buffers=True,
@@ -95,7 +95,7 @@ def embed(skeleton: Skeleton, weights: Weights, tokens_NT: torch.Tensor, outputs
         tokens_NT: int64 [N, T].
         outputs: [N, T, H], written.
     """
-    tokens_R = tokens_NT.flatten()
+    tokens_R = tokens_NT.flatten().to(weights.device)
     for start, table_VH in table_parts(weights, EMBEDDING):
         rows_R = torch.where((tokens_R >= start) & (tokens_R < start + len(table_VH)))[0]
         for part_R in rows_R.split(ROWS_AT_ONCE):
@@ -140,8 +140,8 @@ def run_dense_part(
     shares: list[torch.Tensor] = []
 
     def note(expert_TK: torch.Tensor, share_TK: torch.Tensor) -> None:
-        indices.append(expert_TK.to(torch.int16).cpu())
-        shares.append(share_TK.float().cpu())
+        indices.append(expert_TK.to(torch.int16))
+        shares.append(share_TK.float())
 
     num_samples, num_tokens, _ = stream.inputs.shape
     with _loaded(skeleton, layer.prefix, stream.weights) as module, ExitStack() as stack:
@@ -151,7 +151,7 @@ def run_dense_part(
             tap = skeleton.module(f"{layer.prefix}.mlp.experts")
             assert isinstance(tap, RoutingTap)
             tap.sink = note
-        position_ids = torch.arange(num_tokens).unsqueeze(0)
+        position_ids = torch.arange(num_tokens, device=stream.weights.device).unsqueeze(0)
         for start in range(0, num_samples, batch_samples):
             hidden_NTH = stream.inputs.samples(start, min(start + batch_samples, num_samples))
             positions = skeleton.model.model.rotary_emb(hidden_NTH, position_ids)

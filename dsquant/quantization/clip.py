@@ -54,7 +54,7 @@ def _clip_rows(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments, grams
 def _best_shrink(weight_OI: torch.Tensor, grid: Grid, grams_GSS: torch.Tensor) -> torch.Tensor:
     """The shrink factor of each (row, group) with the least error inside the group, float32 [O, G]."""
     num_groups = weight_OI.shape[1] // grid.group_size
-    best_OG = torch.ones(len(weight_OI), num_groups)
+    best_OG = torch.ones(len(weight_OI), num_groups, device=weight_OI.device)
     least_OG = torch.full_like(best_OG, torch.inf)
     for shrink in SHRINKS:
         difference_OI = round_to_nearest(weight_OI, grid, shrink).dequantize().sub_(weight_OI)

@@ -69,7 +69,8 @@ def _order(energy_I: torch.Tensor, group_size: int) -> torch.Tensor:
     energy_GS = energy_I.unflatten(0, (-1, group_size))
     inside_GS = energy_GS.argsort(dim=1, descending=True, stable=True)
     groups_G = energy_GS.sum(1).argsort(dim=0, descending=True, stable=True)
-    return (inside_GS + group_size * torch.arange(len(groups_G)).unsqueeze(1))[groups_G].flatten()
+    first_G1 = group_size * torch.arange(len(groups_G), device=energy_I.device).unsqueeze(1)
+    return (inside_GS + first_G1)[groups_G].flatten()
 
 
 def _inverse_factor(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
@@ -104,14 +105,14 @@ def _better_rows(
 def _compensate(weight_OI: torch.Tensor, grid: Grid, order_I: torch.Tensor, factor_II: torch.Tensor) -> QuantizedWeight:
     size = grid.group_size
     working_IO = weight_OI[:, order_I].T.contiguous()
-    codes_OI = torch.empty(weight_OI.shape, dtype=torch.uint8)
-    scales_OG = torch.empty(len(weight_OI), weight_OI.shape[1] // size)
-    zero_points_OG = torch.empty(scales_OG.shape, dtype=torch.uint8)
-    for start in range(0, len(working_IO), size):
+    codes_OI = torch.empty_like(weight_OI, dtype=torch.uint8)
+    scales_OG = weight_OI.new_empty(len(weight_OI), weight_OI.shape[1] // size)
+    zero_points_OG = torch.empty_like(scales_OG, dtype=torch.uint8)
+    places = (order_I[::size] // size).tolist()
+    for place, start in zip(places, range(0, len(working_IO), size), strict=True):
         stop = start + size
         group = _round_group(working_IO[start:stop], grid, factor_II[start:stop, start:stop])
         working_IO[stop:].addmm_(factor_II[start:stop, stop:].T, group.errors_SO, alpha=-1)
-        place = int(order_I[start]) // size
         codes_OI[:, order_I[start:stop]] = group.codes_SO.T.to(torch.uint8)
         scales_OG[:, place] = group.scales_O
         zero_points_OG[:, place] = group.zero_points_O.to(torch.uint8)
@@ -130,7 +131,7 @@ class _Group:
 def _round_group(weight_SO: torch.Tensor, grid: Grid, factor_SS: torch.Tensor) -> _Group:
     """Rounds a group's columns one after the other, under every shrink, and keeps each row's best."""
     num_rows = weight_SO.shape[1]
-    shrinks_P1 = torch.tensor(SHRINKS).repeat_interleave(num_rows).unsqueeze(1)
+    shrinks_P1 = weight_SO.new_tensor(SHRINKS).repeat_interleave(num_rows).unsqueeze(1)
     working_SP = weight_SO.repeat(1, len(SHRINKS))
     scales_P, zero_points_P = (part_P1[:, 0] for part_P1 in grid_parameters(working_SP.T, grid, shrinks_P1))
     codes_SP, errors_SP = torch.empty_like(working_SP), torch.empty_like(working_SP)
@@ -145,5 +146,5 @@ def _round_group(weight_SO: torch.Tensor, grid: Grid, factor_SS: torch.Tensor) -
             codes_SP[column], errors_SP[column] = codes_P, errors_P
         working_SP[stop:].addmm_(factor_SS[start:stop, stop:].T, errors_SP[start:stop], alpha=-1)
     best_O = errors_SP.square().sum(0).view(len(SHRINKS), num_rows).argmin(0)
-    chosen_O = best_O * num_rows + torch.arange(num_rows)
+    chosen_O = best_O * num_rows + torch.arange(num_rows, device=best_O.device)
     return _Group(codes_SP[:, chosen_O], errors_SP[:, chosen_O], scales_P[chosen_O], zero_points_P[chosen_O])

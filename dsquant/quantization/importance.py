@@ -138,7 +138,7 @@ class _KeySquares:
 
 def _observe_mlp(job: ObservationJob, mlp: Mlp, routing: Routing | None, added: Mapping[int, torch.Tensor]) -> None:
     original = GatedWeights.read(job.weights, mlp)
-    rows_R = torch.arange(job.mlp_inputs.num_rows)
+    rows_R = torch.arange(job.mlp_inputs.num_rows, device=job.weights.device)
     if mlp.expert is not None:
         assert routing is not None
         own_R, share_R = routing.tokens_of(mlp.expert)

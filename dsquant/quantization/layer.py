@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dsquant.errors import InputError
+from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights
@@ -29,6 +30,8 @@ from dsquant.source.weights import Weights
 FEWEST_TOKENS = 256
 # The scales of the norm before the MLPs are judged by at most this many experts, those with the most tokens.
 SCALE_EXPERTS = 32
+# Experts that are read from disk while one is computed.
+MLPS_AHEAD = 2
 # The fold is proven, and attention's output error measured, on at most this many samples.
 CHECK_SAMPLES = 2
 
@@ -152,12 +155,13 @@ def quantize_layer(job: LayerJob) -> LayerReport:
 
 def _run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], InputMoments, Routing | None]:
     """The original's dense part: fills outputs (still without experts) and mlp_inputs, collects statistics."""
+    device = job.weights.device
     statistics = {
-        group: InputStatistics(job.weights.shape(f"{group.consumers[0]}.weight")[1], job.seed)
+        group: InputStatistics(job.weights.shape(f"{group.consumers[0]}.weight")[1], job.seed, device)
         for group in job.layer.attention
         if job.anywhere(group.consumers[0])
     }
-    norm_statistics = InputStatistics(job.inputs.shape[2], job.seed)
+    norm_statistics = InputStatistics(job.inputs.shape[2], job.seed, device)
     observers: dict[str, Observer] = {
         group.consumers[0]: group_statistics.add for group, group_statistics in statistics.items()
     }
@@ -169,7 +173,8 @@ def _run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], InputM
 
     observers[f"{job.layer.prefix}.mlp"] = note_mlp_inputs
     stream = Stream(job.weights, job.inputs, job.outputs)
-    routing = run_dense_part(job.skeleton, job.layer, stream, job.batch_samples, observers)
+    with fast_matmuls(device):
+        routing = run_dense_part(job.skeleton, job.layer, stream, job.batch_samples, observers)
     moments = {group: group_statistics.moments() for group, group_statistics in statistics.items()}
     return moments, norm_statistics.moments(), routing
 
@@ -193,7 +198,7 @@ def top_up(layer: DecoderLayer, weights: Weights, mlp_inputs: Activations, routi
     if not rare:
         return {}
     router_EH = weights[layer.router][rare]
-    parts = torch.arange(mlp_inputs.num_rows).split(ROWS_AT_ONCE)
+    parts = torch.arange(mlp_inputs.num_rows, device=weights.device).split(ROWS_AT_ONCE)
     scores_RE = torch.cat([mlp_inputs.rows(part_R) @ router_EH.T for part_R in parts])
     added = {}
     for place, expert in enumerate(rare):
@@ -205,7 +210,7 @@ def top_up(layer: DecoderLayer, weights: Weights, mlp_inputs: Activations, routi
 
 def _inputs_of(job: LayerJob, mlp: Mlp, routing: Routing | None, added: dict[int, torch.Tensor]) -> MlpInputs:
     if mlp.expert is None:
-        return MlpInputs(job.mlp_inputs, torch.arange(job.mlp_inputs.num_rows))
+        return MlpInputs(job.mlp_inputs, torch.arange(job.mlp_inputs.num_rows, device=job.weights.device))
     assert routing is not None
     own_R, _ = routing.tokens_of(mlp.expert)
     return MlpInputs(job.mlp_inputs, torch.cat([own_R, added.get(mlp.expert, own_R[:0])]))
@@ -259,7 +264,7 @@ def _note_attention(
 def _few_samples(job: LayerJob, weights: Weights) -> tuple[torch.Tensor, Routing | None]:
     """The dense part's outputs [n, T, H] and the routing of a few samples under other weights."""
     inputs = Activations(job.inputs.samples(0, min(CHECK_SAMPLES, job.inputs.shape[0])))
-    outputs = Activations(torch.zeros(inputs.shape))
+    outputs = Activations(torch.zeros(inputs.shape, device=job.weights.device))
     routing = run_dense_part(job.skeleton, job.layer, Stream(weights, inputs, outputs), job.batch_samples)
     return outputs.samples(0, inputs.shape[0]), routing
 
@@ -269,7 +274,7 @@ def _norm_fold(
 ) -> tuple[Fold, torch.Tensor]:
     """The fold of the norm before the MLPs, and its scales [H]; identity where no MLP is quantized."""
     layer = job.layer
-    identity_H = torch.ones(job.inputs.shape[2])
+    identity_H = torch.ones(job.inputs.shape[2], device=job.weights.device)
     judges = [mlp for mlp in layer.mlps if mlp.up in job.linears[grid] and len(inputs[mlp].rows_R)]
     if not judges:
         return Fold(), identity_H
@@ -326,6 +331,7 @@ def _quantize_mlp(
 ) -> None:
     """Runs one MLP of the original, quantizes it onto every grid, emits it and notes its errors for each grid."""
     original = GatedWeights.read(job.weights, mlp)
+    job.weights.prefetch([f"{linear}.weight" for ahead in _next_mlps(job.layer, number) for linear in ahead.linears])
     if mlp.expert is not None:
         assert routing is not None
         _add_contribution(job, original, *routing.tokens_of(mlp.expert))
@@ -333,7 +339,8 @@ def _quantize_mlp(
     for grid, norm_scales_H, found, report in zip(job.grids, norm_scales, errors, reports, strict=True):
         if moments is None or mlp.up not in job.linears[grid]:
             if job.linears[grid]:
-                _emit_folded(job, grid, mlp, scaled(original, norm_scales_H, torch.ones(len(original.up_WH))))
+                unscaled = scaled(original, norm_scales_H, original.up_WH.new_ones(len(original.up_WH)))
+                _emit_folded(job, grid, mlp, unscaled)
             continue
         result = quantize_mlp(job.skeleton, mlp, original, inputs, moments, norm_scales_H, grid)
         found.append(result.errors)
@@ -351,6 +358,10 @@ def _quantize_mlp(
         _emit_folded(job, grid, mlp, result.folded)
 
 
+def _next_mlps(layer: DecoderLayer, number: int) -> tuple[Mlp, ...]:
+    return layer.mlps[number + 1 : number + 1 + MLPS_AHEAD]
+
+
 def _emit_folded(job: LayerJob, grid: Grid, mlp: Mlp, folded: GatedWeights) -> None:
     for linear, weight in zip(mlp.linears, (folded.gate_WH, folded.up_WH, folded.down_HW), strict=True):
         job.emit(grid, f"{linear}.weight", weight)
@@ -358,17 +369,19 @@ def _emit_folded(job: LayerJob, grid: Grid, mlp: Mlp, folded: GatedWeights) -> N
 
 def _add_contribution(job: LayerJob, original: GatedWeights, rows_R: torch.Tensor, share_R: torch.Tensor) -> None:
     for part_R, part_share_R in zip(rows_R.split(ROWS_AT_ONCE), share_R.split(ROWS_AT_ONCE), strict=True):
-        output_RH = original.output(job.skeleton, job.mlp_inputs.rows(part_R))
+        with fast_matmuls(job.weights.device):
+            output_RH = original.output(job.skeleton, job.mlp_inputs.rows(part_R))
         job.outputs.add_rows(part_R, output_RH.mul_(part_share_R.unsqueeze(1)))
 
 
 def _moments(job: LayerJob, original: GatedWeights, inputs: MlpInputs, seed: int) -> tuple[InputMoments, InputMoments]:
     """The moments of the MLP's input and of its down projection's."""
-    of_input = InputStatistics(job.inputs.shape[2], seed)
-    of_hidden = InputStatistics(len(original.up_WH), seed)
-    for inputs_RH in inputs.parts():
-        of_input.add(inputs_RH)
-        of_hidden.add(original.hidden(job.skeleton, inputs_RH))
+    of_input = InputStatistics(job.inputs.shape[2], seed, job.weights.device)
+    of_hidden = InputStatistics(len(original.up_WH), seed, job.weights.device)
+    with fast_matmuls(job.weights.device):
+        for inputs_RH in inputs.parts():
+            of_input.add(inputs_RH)
+            of_hidden.add(original.hidden(job.skeleton, inputs_RH))
     return of_input.moments(), of_hidden.moments()
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
 from dsquant.model.skeleton import Skeleton
@@ -51,9 +52,10 @@ class MlpInputs:
 
     def moments(self, seed: int) -> InputMoments:
         """The second moments of all of them."""
-        statistics = InputStatistics(self.activations.shape[2], seed)
-        for inputs_RH in self.parts():
-            statistics.add(inputs_RH)
+        statistics = InputStatistics(self.activations.shape[2], seed, self.activations.device)
+        with fast_matmuls(self.activations.device):
+            for inputs_RH in self.parts():
+                statistics.add(inputs_RH)
         return statistics.moments()
 
 
@@ -103,7 +105,7 @@ def search_norm_scales(
     del ups
     scales_CI = powers_of_two(wanted_CI) if exact else torch.stack([foldable_scales(s_I, norm_I) for s_I in wanted_CI])
     scales_CI[0] = 1
-    losses_C = torch.zeros(len(scales_CI), dtype=torch.float64)
+    losses_C = torch.zeros(len(scales_CI), dtype=torch.float64, device=activation_I.device)
     for mlp, inputs in mlps:
         moments = inputs.moments(seed)
         for linear in (mlp.gate, mlp.up):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.overlays import Fold
 from dsquant.model.structure import ScaleGroup
 from dsquant.quantization.statistics import InputMoments
@@ -51,7 +52,7 @@ def candidate_scales(activation_I: torch.Tensor, weight_I: torch.Tensor) -> torc
         float32 [C, I], positive; row 0 is all ones.
     """
     activation_I, weight_I = _relative_to_mean(activation_I), _relative_to_mean(weight_I)
-    ratios_C1 = torch.arange(1, NUM_RATIOS + 1).unsqueeze(1) / NUM_RATIOS
+    ratios_C1 = torch.arange(1, NUM_RATIOS + 1, device=activation_I.device).unsqueeze(1) / NUM_RATIOS
     plain_CI = activation_I**ratios_C1
     duo_CI = plain_CI / weight_I ** (1 - ratios_C1)
     scales_CI = torch.cat([torch.ones_like(activation_I).unsqueeze(0), plain_CI, duo_CI])
@@ -85,10 +86,12 @@ def scale_losses(weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Grid, m
         float64 [C].
     """
     weight_OI = weight_OI[:: -(-len(weight_OI) // SEARCH_ROWS)]
-    losses = [
-        moments.loss(fake_quantize(weight_OI * scales_I, grid).div_(scales_I).sub_(weight_OI)) for scales_I in scales_CI
-    ]
-    return torch.tensor(losses, dtype=torch.float64)
+    with fast_matmuls(weight_OI.device):
+        losses = [
+            moments.loss(fake_quantize(weight_OI * scales_I, grid).div_(scales_I).sub_(weight_OI))
+            for scales_I in scales_CI
+        ]
+    return torch.stack(losses)
 
 
 def search_group(weights: Weights, group: ScaleGroup, grid: Grid, moments: InputMoments) -> ScaleChoice:
@@ -106,7 +109,7 @@ def search_group(weights: Weights, group: ScaleGroup, grid: Grid, moments: Input
     consumers = [weights[f"{name}.weight"] for name in group.consumers]
     activation_I, weight_I = moments.rms_I, rms_of_columns(consumers)
     if group.producer_rows is not None:  # columns fed by one producer row share a scale
-        rows_I = torch.tensor(group.producer_rows)
+        rows_I = torch.tensor(group.producer_rows, device=activation_I.device)
         activation_I, weight_I = (_shared_rms(values_I, rows_I) for values_I in (activation_I, weight_I))
     scales_CI = candidate_scales(activation_I, weight_I)
     producer = weights[f"{group.producer}.weight"]
@@ -121,8 +124,9 @@ def search_group(weights: Weights, group: ScaleGroup, grid: Grid, moments: Input
 def _shared_rms(values_I: torch.Tensor, rows_I: torch.Tensor) -> torch.Tensor:
     """Each column's value replaced by the root mean square over the columns that read the same producer row."""
     num_rows = int(rows_I.max()) + 1
-    sums = torch.zeros(num_rows).index_add_(0, rows_I, values_I.square())
-    counts = torch.zeros(num_rows).index_add_(0, rows_I, torch.ones_like(values_I))
+    zeros = torch.zeros(num_rows, device=values_I.device)
+    sums = zeros.index_add(0, rows_I, values_I.square())
+    counts = zeros.index_add(0, rows_I, torch.ones_like(values_I))
     return (sums / counts.clamp(min=1)).sqrt()[rows_I]
 
 
@@ -156,8 +160,8 @@ def fold_of(weights: Weights, group: ScaleGroup, scales_I: torch.Tensor) -> Fold
     """
     rows = 1 / scales_I
     if group.producer_rows is not None:
-        rows = torch.ones(weights.shape(f"{group.producer}.weight")[0])
-        rows[torch.tensor(group.producer_rows)] = 1 / scales_I
+        rows = torch.ones(weights.shape(f"{group.producer}.weight")[0], device=scales_I.device)
+        rows[torch.tensor(group.producer_rows, device=scales_I.device)] = 1 / scales_I
     scaled = [f"{group.producer}.{part}" for part in ("weight", "bias")]
     columns = [*(f"{name}.weight" for name in group.consumers), *group.followers]
     return Fold({name: rows for name in scaled if name in weights}, dict.fromkeys(columns, scales_I))

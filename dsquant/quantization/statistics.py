@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dsquant.source.weights import CPU
+
 # Up to this many tokens are kept as they are; of more, this many random combinations.
 FACTOR_ROWS = 1024
 # Inputs up to this width are kept as their Gram matrix; of wider ones that would cost more than the factor does.
@@ -28,19 +30,21 @@ class Importance:
 class InputStatistics:
     """Sums over the inputs of a linear; the cost of every later loss is independent of the number of tokens."""
 
-    def __init__(self, num_features: int, seed: int) -> None:
+    def __init__(self, num_features: int, seed: int, device: torch.device = CPU) -> None:
         """Starts with no tokens.
 
         Args:
             num_features: I.
             seed: of the random signs that combine tokens.
+            device: where the inputs are.
         """
         self.count = 0
         self._block = BLOCK if num_features % BLOCK == 0 else num_features
-        self._blocks_GBB = torch.zeros(num_features // self._block, self._block, self._block)
-        self._gram_II = torch.zeros(num_features, num_features) if num_features <= WIDEST_GRAM else None
-        self._factor_KI = torch.zeros(0, num_features)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._blocks_GBB = torch.zeros(num_features // self._block, self._block, self._block, device=device)
+        wide = num_features > WIDEST_GRAM
+        self._gram_II = None if wide else torch.zeros(num_features, num_features, device=device)
+        self._factor_KI = torch.zeros(0, num_features, device=device)
+        self._generator = torch.Generator(device).manual_seed(seed)
 
     def add(self, inputs_RI: torch.Tensor) -> None:
         """Takes more tokens' inputs into the sums, float32 [R, I]."""
@@ -62,7 +66,8 @@ class InputStatistics:
 
     def _combined(self, inputs_RI: torch.Tensor) -> torch.Tensor:
         # Random signs S: E[(S x)^T (S x)] = x^T x, so ||dW (S x)^T||^2 estimates the loss without bias.
-        signs_KR = torch.randint(0, 2, (FACTOR_ROWS, len(inputs_RI)), generator=self._generator)
+        shape = (FACTOR_ROWS, len(inputs_RI))
+        signs_KR = torch.randint(0, 2, shape, generator=self._generator, device=inputs_RI.device)
         return torch.mm(signs_KR.float().mul_(2).sub_(1), inputs_RI).mul_(FACTOR_ROWS**-0.5)
 
     def moments(self) -> "InputMoments":
@@ -125,9 +130,9 @@ class InputMoments:
         assert self.gram_II is not None
         return (difference_OI @ self.gram_II).mul_(difference_OI).sum(1).clamp_(min=0)
 
-    def loss(self, difference_OI: torch.Tensor) -> float:
-        """The sum of `loss_O` over all rows, in float64."""
-        return float(self.loss_O(difference_OI).double().sum())
+    def loss(self, difference_OI: torch.Tensor) -> torch.Tensor:
+        """The sum of `loss_O` over all rows, float64 []."""
+        return self.loss_O(difference_OI).double().sum()
 
     def group_grams_GSS(self, group_size: int) -> torch.Tensor:
         """The diagonal blocks of the Gram matrix, one for each quantization group, float32 [G, S, S]."""

@@ -5,7 +5,7 @@ may lie in different shards), BF16 is widened, AWQ and compressed-tensors are de
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 from dsquant.errors import InputError
 from dsquant.source.fp8 import SCALE_SUFFIX, dequantize_fp8, scale_shape
 from dsquant.source.quantized import decoded_weights
+from dsquant.source.read_ahead import ReadAhead
 from dsquant.source.shards import ShardIndex, TensorInfo, read_index
-from dsquant.source.weights import Weights
+from dsquant.source.weights import CPU, Weights
 
 CONFIG_FILE = "config.json"
 FP8 = "F8_E4M3"
@@ -27,18 +28,21 @@ FLOATS = ("BF16", "F16", "F32", "F64", FP8)
 class StoredWeights(Weights):
     """name -> float32 tensor of an FP8, BF16, F16 or F32 checkpoint, read on each access and kept by nobody."""
 
-    def __init__(self, index: ShardIndex, block: tuple[int, int] | None) -> None:
+    def __init__(self, index: ShardIndex, block: tuple[int, int] | None, device: torch.device = CPU) -> None:
         """Pairs every FP8 weight with its scales.
 
         Args:
             index: the checkpoint's tensors.
             block: rows and columns of an FP8 block; None where the config names none.
+            device: where the weights go; they cross the bus as they are stored, and are widened there.
 
         Raises:
             InputError: where an FP8 weight has no scales, or scales of the wrong shape, or the config names no block.
         """
         self.index = index
         self.block = block
+        self.device = device
+        self._ahead = ReadAhead(index, pinned=device.type == "cuda")
         scales = {name + SCALE_SUFFIX for name, info in index.items() if info.dtype == FP8}
         self._names = dict.fromkeys(name for name in index if name not in scales)
         for name in self._names:
@@ -67,14 +71,23 @@ class StoredWeights(Weights):
         """Reads some rows of a weight, dequantized."""
         info = self.index.require(name)
         if info.dtype != FP8:
-            return self.index.read(name, start_row, stop_row).float()
+            return self._read(name, start_row, stop_row).float()
         assert self.block is not None
         first_block = start_row // self.block[0]
         skipped = start_row - first_block * self.block[0]  # rows of the first block that nobody asked for
-        weight = self.index.read(name, start_row - skipped, stop_row)
+        weight = self._read(name, start_row - skipped, stop_row)
         last_block = first_block + -(-len(weight) // self.block[0])
-        scales = self.index.read(name + SCALE_SUFFIX, first_block, last_block)
+        scales = self._read(name + SCALE_SUFFIX, first_block, last_block)
         return dequantize_fp8(weight, scales, self.block)[skipped:]
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Begins to read whole weights, as they are stored, in the background."""
+        self._ahead.begin([stored for name in names for stored in (name, name + SCALE_SUFFIX) if stored in self.index])
+
+    def _read(self, name: str, start_row: int, stop_row: int | None) -> torch.Tensor:
+        whole = start_row == 0 and (stop_row is None or stop_row >= self.index[name].shape[0])
+        stored = self._ahead.take(name) if whole else self.index.read(name, start_row, stop_row)
+        return stored.to(self.device, non_blocking=True)
 
     def _check_scales(self, info: TensorInfo) -> None:
         if self.block is None:
@@ -117,11 +130,12 @@ class Checkpoint:
         return str((self.config.get("architectures") or ["(none named)"])[0])
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, device: torch.device = CPU) -> Checkpoint:
     """Opens a checkpoint folder; reads config.json and the shards' headers, no weights.
 
     Args:
         folder: a folder with config.json and safetensors shards.
+        device: where its weights go when they are read.
 
     Returns:
         The checkpoint, whose weights are read on access.
@@ -136,8 +150,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise InputError(f"{folder / CONFIG_FILE}: quantization_config must be an object, found {quantization!r:.80}")
     method = quantization.get("quant_method")
     if method in (None, "fp8"):
-        return Checkpoint(folder, config, index, StoredWeights(index, _block_size(folder, quantization)))
-    return Checkpoint(folder, config, index, decoded_weights(index, quantization))
+        return Checkpoint(folder, config, index, StoredWeights(index, _block_size(folder, quantization), device))
+    return Checkpoint(folder, config, index, decoded_weights(index, quantization, device))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 
 from dsquant.errors import InputError
 from dsquant.source.shards import ShardIndex
-from dsquant.source.weights import Weights
+from dsquant.source.weights import CPU, Weights
 
 
 class DecodedWeights(Weights):
@@ -24,16 +24,18 @@ class DecodedWeights(Weights):
     companions: tuple[str, ...]
     """The endings of what it needs beside."""
 
-    def __init__(self, index: ShardIndex) -> None:
+    def __init__(self, index: ShardIndex, device: torch.device) -> None:
         """Finds the packed linears.
 
         Args:
             index: the checkpoint's tensors.
+            device: where the weights go.
 
         Raises:
             InputError: where a packed linear lacks one of its tensors.
         """
         self.index = index
+        self.device = device
         self._packed = {
             name.removesuffix(self.marker) + "weight": name.removesuffix(self.marker)
             for name in index
@@ -66,7 +68,11 @@ class DecodedWeights(Weights):
         """Reads some rows of a weight; a packed one is decoded as a whole."""
         if name in self._packed:
             return self.decode(self._packed[name])[start_row:stop_row]
-        return self.index.read(name, start_row, stop_row).float()
+        return self.index.read(name, start_row, stop_row).to(self.device).float()
+
+    def _parts(self, prefix: str) -> dict[str, torch.Tensor]:
+        parts = (self.marker, *self.companions)
+        return {part: self.index.read(prefix + part).to(self.device) for part in parts}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The weight's shape."""
@@ -85,17 +91,18 @@ class AwqWeights(DecodedWeights):
     marker = "qweight"
     companions = ("qzeros", "scales")
 
-    def __init__(self, index: ShardIndex, quantization: Mapping[str, Any]) -> None:
+    def __init__(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> None:
         """Reads bits and group size from config.json.
 
         Args:
             index: the checkpoint's tensors.
             quantization: its `quantization_config`.
+            device: where the weights go.
 
         Raises:
             InputError: where the config is not of this layout, or tensors contradict it.
         """
-        super().__init__(index)
+        super().__init__(index, device)
         version = str(quantization.get("version", "gemm")).lower()
         if version != "gemm":
             raise InputError(f"{index.folder}/config.json: awq version {version!r} is not supported, only 'gemm' is")
@@ -119,7 +126,7 @@ class AwqWeights(DecodedWeights):
 
     def decode(self, prefix: str) -> torch.Tensor:
         """Decodes through autoawq's `dequantize_gemm`, in float32."""
-        qweight, qzeros, scales = (self.index.read(prefix + part) for part in (self.marker, *self.companions))
+        qweight, qzeros, scales = self._parts(prefix).values()
         weight_IO = _awq_decoder()(qweight, qzeros, scales.float(), self._bits, self._group_size)
         return weight_IO.T.contiguous()
 
@@ -135,12 +142,13 @@ class CompressedTensorsWeights(DecodedWeights):
 
     marker = "weight_packed"
 
-    def __init__(self, index: ShardIndex, quantization: Mapping[str, Any]) -> None:
+    def __init__(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> None:
         """Reads the scheme from config.json.
 
         Args:
             index: the checkpoint's tensors.
             quantization: its `quantization_config`.
+            device: where the weights go.
 
         Raises:
             InputError: where the config has not one group of pack-quantized weights.
@@ -155,7 +163,7 @@ class CompressedTensorsWeights(DecodedWeights):
         symmetric = self._group["weights"].get("symmetric", True)
         zero_points = () if symmetric else ("weight_zero_point",)
         self.companions = ("weight_scale", "weight_shape", *zero_points)
-        super().__init__(index)
+        super().__init__(index, device)
         for prefix in self._packed.values():
             columns = self.packed_shape(prefix)[1]
             info, packed = index[prefix + "weight_scale"], index[prefix + self.marker]
@@ -181,18 +189,19 @@ class CompressedTensorsWeights(DecodedWeights):
         """Decodes through compressed-tensors' own decompressor, in float32."""
         from compressed_tensors.compressors import PackedQuantizationCompressor
 
-        tensors = {part: self.index.read(prefix + part) for part in (self.marker, *self.companions)}
+        tensors = self._parts(prefix)
         tensors["weight_scale"] = tensors["weight_scale"].float()
         weight: torch.Tensor = PackedQuantizationCompressor.decompress(tensors, self._scheme)["weight"]
         return weight.float()
 
 
-def decoded_weights(index: ShardIndex, quantization: Mapping[str, Any]) -> Weights:
+def decoded_weights(index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> Weights:
     """Opens a quantized checkpoint's weights.
 
     Args:
         index: its tensors.
         quantization: the `quantization_config` of its config.json.
+        device: where the weights go; AWQ's and compressed-tensors' words are decoded there.
 
     Returns:
         Weights under the original's names.
@@ -202,9 +211,9 @@ def decoded_weights(index: ShardIndex, quantization: Mapping[str, Any]) -> Weigh
     """
     method = quantization.get("quant_method")
     if method == "awq":
-        return AwqWeights(index, quantization)
+        return AwqWeights(index, quantization, device)
     if method == "compressed-tensors":
-        return CompressedTensorsWeights(index, quantization)
+        return CompressedTensorsWeights(index, quantization, device)
     raise InputError(
         f"{index.folder}/config.json: quant_method {method!r} is not supported; dsquant reads fp8 (128x128 blocks), "
         "awq and compressed-tensors (pack-quantized)"

@@ -105,13 +105,14 @@ class ShardIndex(Mapping[str, TensorInfo]):
             raise InputError(f"{self.folder}: tensor {name!r} is missing; is the checkpoint complete?")
         return self._tensors[name]
 
-    def read(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
+    def read(self, name: str, start_row: int = 0, stop_row: int | None = None, pinned: bool = False) -> torch.Tensor:
         """Reads a tensor, or some of its rows, as stored.
 
         Args:
             name: the tensor's name.
             start_row: the first row (along dimension 0).
             stop_row: one past the last row; None reads to the end.
+            pinned: whether to read into page-locked memory.
 
         Returns:
             The tensor in its stored dtype, in memory of its own.
@@ -125,7 +126,7 @@ class ShardIndex(Mapping[str, TensorInfo]):
             stop_row = shape[0] if stop_row is None else min(stop_row, shape[0])
             row_bytes = info.num_bytes // shape[0] if shape[0] else 0
             offset, shape = offset + start_row * row_bytes, (stop_row - start_row, *shape[1:])
-        buffer = torch.empty(tensor_bytes(info.dtype, shape), dtype=torch.uint8)
+        buffer = torch.empty(tensor_bytes(info.dtype, shape), dtype=torch.uint8, pin_memory=pinned)
         _read_exactly(info, offset, buffer)
         self.bytes_read += buffer.nbytes
         return buffer.view(DTYPES[info.dtype]).view(shape)

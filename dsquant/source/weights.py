@@ -1,13 +1,20 @@
 """The lazy mapping that everything reads weights through."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
+CPU = torch.device("cpu")
+
 
 class Weights(Mapping[str, torch.Tensor]):
-    """name -> float32 tensor, read on each access and kept by nobody."""
+    """name -> float32 tensor on `device`, read on each access and kept by nobody."""
+
+    device: torch.device = CPU
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Begins to read weights that are wanted next; a mapping that cannot read ahead does nothing."""
 
     @abstractmethod
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:

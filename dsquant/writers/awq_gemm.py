@@ -104,7 +104,7 @@ class AwqGemm:
 
 def _pack_columns(codes: torch.Tensor) -> torch.Tensor:
     """uint8 [rows, columns] of 4-bit codes to int32 [rows, columns / 8]."""
-    words = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int32)
+    words = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int32, device=codes.device)
     for place, column in enumerate(PACKED_COLUMNS):
         words |= codes[:, column::8].to(torch.int32) << (BITS * place)
     return words

@@ -152,7 +152,7 @@ class ShardFile:
         assert DTYPE_NAMES[rows.dtype] == planned.dtype, (name, rows.dtype, planned.dtype)
         assert tuple(rows.shape[1:]) == planned.shape[1:], (name, tuple(rows.shape), planned.shape)
         assert start_row == self._rows_done[name], (name, start_row, self._rows_done[name])
-        raw = memoryview(rows.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        raw = memoryview(rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         row_bytes = planned.num_bytes // max(1, planned.shape[0])
         self._file.seek(self._offsets[name] + start_row * row_bytes)
         self._file.write(raw)

@@ -135,7 +135,7 @@ class CompressedTensors:
 def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 [rows, columns] to int32 [rows, ceil(columns * bits / 32)]: 32 codes fill `bits` words."""
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % WORD_BITS)).unflatten(1, (-1, WORD_BITS))
-    words = torch.zeros(*padded.shape[:2], bits, dtype=torch.int32)
+    words = torch.zeros(*padded.shape[:2], bits, dtype=torch.int32, device=codes.device)
     for place in range(WORD_BITS):
         word, shift = divmod(place * bits, WORD_BITS)
         code = padded[:, :, place].to(torch.int32)

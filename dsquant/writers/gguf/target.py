@@ -221,7 +221,7 @@ class GgufUnitWriter:
                 stored = stored_rows(rows_RI, tensor.type_name, self._importance(tensor.name, placement, number))
                 self.files.write(tensor.name, start, stored)
                 measured = slice(-row % step, None, step)
-                self._measure(parameter, tensor.type_name, rows_RI[measured], stored[measured])
+                self._measure(parameter, tensor.type_name, rows_RI[measured].cpu(), stored[measured].cpu())
                 start += stored.numel()
                 row += len(rows_RI)
                 self.bytes_written += stored.numel()
