@@ -47,8 +47,12 @@ class Run:
     def safe_point(self, stage: Stage, done: int, total: int, what: str) -> None:
         """Tells where the job is, and stops it if it must."""
         self.check()
-        read = self.source.checkpoint.index.bytes_read
-        self.report(Progress(stage, done, total, what, read, self.bytes_written, self.tokens_done))
+        self.tell(stage, done, total, what)
+
+    def tell(self, stage: Stage, done: int, total: int, what: str, layer: dict[str, Any] | None = None) -> None:
+        """Tells where the job is, and what came of a finished layer."""
+        counts = (self.source.checkpoint.index.bytes_read, self.bytes_written, self.tokens_done)
+        self.report(Progress(stage, done, total, what, *counts, layer=layer))
 
     @property
     def batch_samples(self) -> int:
@@ -209,6 +213,7 @@ def convert(run: Run) -> None:
             _make_unit(run, unit, safe_point)
         if unit.action == "quantize":
             run.tokens_done += run.source.tokens_NT.numel()
+            run.tell("quantize", number + 1, len(units), unit.name, run.job.journal.units[unit.name]["layer"])
     run.safe_point("quantize", len(units), len(units), "")
 
 

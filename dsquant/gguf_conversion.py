@@ -178,11 +178,17 @@ class GgufRun:
     check: Callable[[], None]
     files: GgufFiles
     bytes_written: int = 0
+    tokens_done: int = 0
 
     def safe_point(self, stage: Stage, done: int, total: int, what: str) -> None:
         """Tells where the job is, and stops it if it must."""
         self.check()
-        self.report(Progress(stage, done, total, what, self.plan.checkpoint.index.bytes_read, self.bytes_written))
+        self.tell(stage, done, total, what)
+
+    def tell(self, stage: Stage, done: int, total: int, what: str, layer: dict[str, Any] | None = None) -> None:
+        """Tells where the job is, and what came of a finished layer."""
+        counts = (self.plan.checkpoint.index.bytes_read, self.bytes_written, self.tokens_done)
+        self.report(Progress(stage, done, total, what, *counts, layer=layer))
 
     @property
     def batch_samples(self) -> int:
@@ -214,6 +220,10 @@ def convert_to_gguf(run: GgufRun) -> None:
                 run.safe_point("quantize", number, len(units), what)
 
             _make_unit(run, unit, safe_point)
+        layer = run.job.journal.units[unit.name].get("layer")
+        if layer is not None and run.plan.tokens_NT is not None:
+            run.tokens_done += run.plan.tokens_NT.numel()
+            run.tell("quantize", number + 1, len(units), unit.name, layer)
     run.safe_point("quantize", len(units), len(units), "")
 
 

@@ -46,7 +46,16 @@ from dsquant.records import (
 from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.scan import scan
 from dsquant.source.shards import ShardIndex
-from dsquant.telemetry import Progress, Report, Stage, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
+from dsquant.telemetry import (
+    Limits,
+    Progress,
+    Report,
+    Stage,
+    peak_gpu_bytes,
+    peak_resident_bytes,
+    resident_bytes,
+    silent,
+)
 from dsquant.writers.base import write_index
 from dsquant.writers.gguf.files import GgufFiles
 from dsquant.writers.gguf.store import quantizer_name
@@ -76,9 +85,11 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
         return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
     with stop_on_signals() as request, full_disk_is_resumable():
         source = open_source(recipe)
-        budget = memory_budget(recipe)
+        budget, gpu_budget = memory_budget(recipe), gpu_memory_budget(recipe)
+        limits = Limits(recipe.output, budget, source.plan.disk_bytes, gpu_budget)
+        report(Progress("scan", 0, len(source.checkpoint.index), "", limits=limits))
         check_memory(source.plan.memory_bytes, budget, resident_bytes())
-        check_memory(source.plan.gpu_memory_bytes, gpu_memory_budget(recipe), 0, "--gpu-memory-budget")
+        check_memory(source.plan.gpu_memory_bytes, gpu_budget, 0, "--gpu-memory-budget")
         check_disk(recipe.output, source.plan.disk_bytes)
         within_budget = memory_guard(budget, resident_bytes)
 
@@ -94,7 +105,7 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
             _check_unchanged(index, job.notes, report, check)
             run = Run(recipe, source, job, report, check, _open_files(recipe, source.plan, state, job))
             try:
-                with gpu_within_budget(gpu_memory_budget(recipe)):
+                with gpu_within_budget(gpu_budget):
                     convert(run)
                 record = _finish(run)
             finally:
@@ -183,6 +194,8 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
     with stop_on_signals() as request, full_disk_is_resumable():
         plan = plan_gguf(recipe)
         budget = memory_budget(recipe)
+        limits = Limits(recipe.output, budget, plan.disk_bytes)
+        report(Progress("scan", 0, len(plan.checkpoint.index), "", limits=limits))
         check_memory(plan.memory_bytes, budget, resident_bytes())
         check_disk(recipe.output, plan.disk_bytes)
         within_budget = memory_guard(budget, resident_bytes)
