@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from dsquant.comparison import Evaluation
     from dsquant.inspection import Inspection
     from dsquant.records import Result
+    from dsquant.telemetry import Report
     from dsquant.verification.checks import Verification
 
 
@@ -35,6 +37,8 @@ def awq(
     resume: bool = False,
     restart: bool = False,
     progress: bool = True,
+    metrics_file: str | Path | None = None,
+    metrics_port: int | None = None,
 ) -> Result:
     """Quantizes a model.
 
@@ -59,6 +63,8 @@ def awq(
         resume: go on with an interrupted job in `output`, or begin one.
         restart: begin anew where `output` holds an interrupted or finished job.
         progress: whether to show a progress bar.
+        metrics_file: a file NAME.prom for node_exporter's textfile collector.
+        metrics_port: the port of a page for Prometheus, for as long as the job runs.
 
     Returns:
         Where the files are and what quantization cost; a table in a notebook.
@@ -69,7 +75,6 @@ def awq(
         Interrupted: where the job stopped and can be resumed.
     """
     from dsquant import pipeline
-    from dsquant.display import progress_bar
     from dsquant.recipe import Recipe
 
     recipe = Recipe.checked(
@@ -91,8 +96,18 @@ def awq(
         memory_budget=_size(memory_budget),
         evaluate=evaluate,
     )
-    with progress_bar(progress) as report:
+    with _reporting(progress, metrics_file, metrics_port) as report:
         return pipeline.awq(recipe, resume, restart, report)
+
+
+@contextmanager
+def _reporting(visible: bool, metrics_file: str | Path | None, metrics_port: int | None) -> Iterator[Report]:
+    from dsquant.display import progress_bar
+    from dsquant.monitoring import monitored
+
+    file = None if metrics_file is None else Path(metrics_file)
+    with progress_bar(visible) as bar, monitored(bar, file, metrics_port) as report:
+        yield report
 
 
 def _several(values: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
@@ -124,6 +139,8 @@ def gguf(
     resume: bool = False,
     restart: bool = False,
     progress: bool = True,
+    metrics_file: str | Path | None = None,
+    metrics_port: int | None = None,
 ) -> Result:
     """Converts a model to GGUF files that llama.cpp runs, straight from its shards.
 
@@ -145,6 +162,8 @@ def gguf(
         resume: go on with an interrupted job in `output`, or begin one.
         restart: begin anew where `output` holds an interrupted or finished job.
         progress: whether to show a progress bar.
+        metrics_file: a file NAME.prom for node_exporter's textfile collector.
+        metrics_port: the port of a page for Prometheus, for as long as the job runs.
 
     Returns:
         Where the files are and what the conversion cost; a table in a notebook.
@@ -155,7 +174,6 @@ def gguf(
         Interrupted: where the job stopped and can be resumed.
     """
     from dsquant import pipeline
-    from dsquant.display import progress_bar
     from dsquant.recipe import GgufRecipe
 
     texts = None if calibration is None else _several(calibration)
@@ -175,7 +193,7 @@ def gguf(
         memory_budget=_size(memory_budget),
         evaluate=evaluate,
     )
-    with progress_bar(progress) as report:
+    with _reporting(progress, metrics_file, metrics_port) as report:
         return pipeline.gguf(recipe, resume, restart, report)
 
 

@@ -103,7 +103,7 @@ def _last_success(metrics_file: Path | None) -> float | None:
     return next((float(sample.value) for sample in samples if sample.name == LAST_SUCCESS), None)
 
 
-@dataclass
+@dataclass(eq=False)
 class _State(Collector):
     """The latest that a job has told, and the metrics made of it."""
 
