@@ -94,7 +94,7 @@ def make_checkpoint(folder: Path, experts: int, layers: int = 1, dense: int = 0,
     pending = {name: tensor.to(torch.bfloat16).cpu() for name, tensor in plain.items()} | biases
     shapes = {name: shape for layer in range(layers) for name, shape in linears(layer, experts, layer < dense).items()}
     for number, (name, shape) in enumerate(shapes.items(), start=1):
-        pending[f"{name}.weight"] = (normal(*shape) * 100).to(torch.float8_e4m3fn).cpu()
+        pending[f"{name}.weight"] = (normal(*shape) * 100).clamp(-448, 448).to(torch.float8_e4m3fn).cpu()
         blocks = (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
         pending[f"{name}.weight_scale_inv"] = torch.full(blocks, 0.01 / shape[1] ** 0.5)
         if number % 24 == 0 or number == len(shapes):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +25,7 @@ from dsquant.telemetry import Progress, Report, Stage
 from dsquant.writers.base import ShardFile
 from dsquant.writers.gguf.files import GgufFiles
 from dsquant.writers.gguf.target import GgufUnitWriter
+from dsquant.writers.write_behind import WriteBehind
 
 # Tables are copied in parts of this many rows: a multiple of the FP8 block, 112 MiB for R1's embedding.
 ROWS_AT_ONCE = 4096
@@ -41,6 +43,8 @@ class Run:
     """Raises where the job has to stop here."""
     gguf_files: dict[PurePosixPath, GgufFiles] = field(default_factory=dict)
     """Folder inside the output folder -> its open GGUF files."""
+    write_behind: WriteBehind | None = None
+    """Writes what comes from a GPU."""
     bytes_written: int = 0
     tokens_done: int = 0
 
@@ -108,7 +112,11 @@ class UnitWriter:
         self._written.add(name)
 
     def _write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
-        self._shard_of[name].write_rows(name, start, rows)
+        shard = self._shard_of[name]
+        if rows.is_cuda and self._run.write_behind is not None:
+            self._run.write_behind.write(rows, partial(shard.write_rows, name, start))
+        else:
+            shard.write_rows(name, start, rows)
         self._run.bytes_written += rows.nbytes
 
     def copy_rest(self, safe_point: Callable[[str], None]) -> None:
@@ -125,6 +133,8 @@ class UnitWriter:
 
     def commit(self) -> dict[str, str]:
         """Brings every shard to disk under its final name; returns tensor name -> SHA-256."""
+        if self._run.write_behind is not None:
+            self._run.write_behind.wait()
         hashes: dict[str, str] = {}
         for shard in self._shards:
             hashes |= shard.commit()
@@ -132,6 +142,8 @@ class UnitWriter:
 
     def discard(self) -> None:
         """Removes what was written."""
+        if self._run.write_behind is not None:
+            self._run.write_behind.drop()
         for shard in self._shards:
             shard.discard()
 

@@ -59,6 +59,7 @@ from dsquant.telemetry import (
 from dsquant.writers.base import write_index
 from dsquant.writers.gguf.files import GgufFiles
 from dsquant.writers.gguf.store import quantizer_name
+from dsquant.writers.write_behind import WriteBehind
 
 
 def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Report = silent) -> Result:
@@ -104,11 +105,14 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
         with open_job(recipe.output, recipe, state, notes) as job:
             _check_unchanged(index, job.notes, report, check)
             run = Run(recipe, source, job, report, check, _open_files(recipe, source.plan, state, job))
+            run.write_behind = WriteBehind() if recipe.device == "cuda" else None
             try:
                 with gpu_within_budget(gpu_budget):
                     convert(run)
                 record = _finish(run)
             finally:
+                if run.write_behind is not None:
+                    run.write_behind.close()
                 for files in run.gguf_files.values():
                     files.close()
             job.finish()

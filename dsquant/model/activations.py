@@ -73,7 +73,7 @@ class Activations:
 
     def set_samples(self, start: int, values_NTH: torch.Tensor) -> None:
         """Stores samples from number `start` on."""
-        self._values_NTH[start : start + len(values_NTH)] = values_NTH
+        self._values_NTH[start : start + len(values_NTH)] = values_NTH.to(self._values_NTH.dtype)
         self._release(values_NTH)
 
     def rows(self, rows_R: torch.Tensor) -> torch.Tensor:

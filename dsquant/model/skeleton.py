@@ -48,6 +48,7 @@ def fused_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention through PyTorch's fused kernel, for samples of equal length without padding.
 
+    On a GPU, where matrix products may be fast rather than exact (kernels.precision), it computes in bfloat16.
     MLA's values are narrower than its keys (128 against 192 in R1), which the fused CPU kernel refuses: it would fall
     back to a full score matrix (2 GiB for 2,048 tokens and 128 heads). Padding the values with zeros keeps it fused.
 
@@ -64,13 +65,15 @@ def fused_attention(
         The output [batch, tokens, heads, value dimension], and no weights.
     """
     assert attention_mask is None
-    width = value.shape[-1]
+    dtype, width = query.dtype, value.shape[-1]
+    if query.is_cuda and torch.get_float32_matmul_precision() != "highest":  # what the flash kernel takes
+        query, key, value = (part.to(torch.bfloat16) for part in (query, key, value))
     padded = F.pad(value, (0, query.shape[-1] - width))
     causal = query.shape[2] > 1
     output = F.scaled_dot_product_attention(
         query, key, padded, is_causal=causal, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
     )
-    return output[..., :width].transpose(1, 2).contiguous(), None
+    return output[..., :width].transpose(1, 2).to(dtype).contiguous(), None
 
 
 class Skeleton:
