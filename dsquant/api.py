@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dsquant.comparison import Evaluation
+    from dsquant.incremental.patch import AppliedPatch
+    from dsquant.incremental.release import Delta
     from dsquant.inspection import Inspection
     from dsquant.records import Result
     from dsquant.telemetry import Report
@@ -229,6 +231,69 @@ def evaluate(
         return comparison.evaluate(
             str(reference), str(candidate), [str(text) for text in texts], seq_len, samples, report
         )
+
+
+def delta(
+    old: str | Path,
+    new: str | Path,
+    *,
+    output: str | Path,
+    quantized: str | Path | None = None,
+    patch: str | Path | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    progress: bool = True,
+) -> Delta:
+    """Makes the output of a new release from the old release's, and the patch between the two outputs.
+
+    Args:
+        old: the old release; or its output, whose recorded hashes then stand for the release.
+        new: the new release.
+        output: the folder to make.
+        quantized: the old output; None where `old` is it, or where it lies under its default name.
+        patch: the patch to write; None is the output's name with .patch behind.
+        resume: go on with an interrupted job in `output`, or begin one.
+        restart: begin anew where `output` holds an interrupted or finished job.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What changed, what was reused, and the patch's size.
+
+    Raises:
+        InputError: where a release or output cannot be used, or they do not belong together.
+        UsageError: where the old output is not named, or holds GGUF files.
+        Interrupted: where the job stopped and can be resumed.
+    """
+    from dsquant.display import progress_bar
+    from dsquant.incremental import release
+
+    from_, to = (None if path is None else Path(path) for path in (quantized, patch))
+    with progress_bar(progress) as report:
+        return release.delta(str(old), str(new), Path(output), from_, to, resume, restart, report)
+
+
+def apply_patch(
+    patch: str | Path, old_output: str | Path, *, output: str | Path, progress: bool = True
+) -> AppliedPatch:
+    """Makes a new output from an old one and the patch that `delta` wrote.
+
+    Args:
+        patch: the patch.
+        old_output: the old output.
+        output: the folder to make.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What was made.
+
+    Raises:
+        InputError: where patch or output are damaged, or do not belong together.
+    """
+    from dsquant.display import progress_bar
+    from dsquant.incremental import release
+
+    with progress_bar(progress) as report:
+        return release.apply(Path(patch), Path(old_output), Path(output), report)
 
 
 def verify(

@@ -18,6 +18,8 @@ from dsquant.telemetry import Report, silent
 
 if TYPE_CHECKING:
     from dsquant.comparison import Evaluation
+    from dsquant.incremental.patch import AppliedPatch
+    from dsquant.incremental.release import Delta
     from dsquant.records import Result
     from dsquant.verification.checks import Verification
 
@@ -109,6 +111,34 @@ def print_result(result: "Result", console: Console | None = None) -> None:
         if result.peak_gpu_bytes:
             peak += f" and {format_size(result.peak_gpu_bytes)} of GPU memory"
         console.print(f"Done in {result.elapsed_s:.0f} s, with at most {peak}.")
+
+
+def print_delta(made: "Delta") -> None:
+    """Prints what a delta made."""
+    console = Console()
+    if made.already_finished:
+        console.print(f"{made.output} is finished already; only the patch was written.")
+    console.print(
+        f"{len(made.changed)} of {made.parameters} parameters have changed and were quantized under the recorded "
+        f"scales, {len(made.anew)} of them on a new grid."
+    )
+    ways = ", ".join(f"{count} by {way}" for way, count in made.reused.items()) or "none"
+    console.print(f"Files reused: {ways} ({format_size(made.reused_bytes)}).")
+    read = f"{format_size(made.new_read_bytes)} of the new release"
+    if made.old_read_bytes:
+        read += f", {format_size(made.old_read_bytes)} of the old one"
+    console.print(f"Read: {read}.")
+    share = made.patch_bytes / made.output_bytes
+    console.print(
+        f"The output has {format_size(made.output_bytes)}, the patch {format_size(made.patch_bytes)} ({share:.1%})."
+    )
+    console.print(f"{made.patch} turns the old output into {made.output}.", soft_wrap=True)
+
+
+def print_patched(made: "AppliedPatch") -> None:
+    """Prints what applying a patch made."""
+    ways = ", ".join(f"{count} by {way}" for way, count in made.reused.items()) or "none"
+    Console().print(f"{made.output}: {made.num_files} files, {format_size(made.num_bytes)}; reused: {ways}.")
 
 
 def print_verification(found: "Verification") -> None:

@@ -5,7 +5,7 @@ Nothing is written before the whole input has been found good.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -101,7 +101,11 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
         index = source.checkpoint.index
         notes: dict[str, Any] = {}
         if state != "resume":
-            notes = {"tensors": _scan(index, report, check), "shards": _shards(index), "files": output_files(source)}
+            notes = {
+                "tensors": _scan(index, report, check),
+                "shards": shard_times(index),
+                "files": output_files(source),
+            }
         with open_job(recipe.output, recipe, state, notes) as job:
             _check_unchanged(index, job.notes, report, check)
             run = Run(recipe, source, job, report, check, _open_files(recipe, source.plan, state, job))
@@ -109,7 +113,7 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
             try:
                 with gpu_within_budget(gpu_budget):
                     convert(run)
-                record = _finish(run)
+                record = finish(run)
             finally:
                 if run.write_behind is not None:
                     run.write_behind.close()
@@ -211,7 +215,11 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
         index = plan.checkpoint.index
         notes: dict[str, Any] = {}
         if state != "resume":
-            notes = {"tensors": _scan(index, report, check), "shards": _shards(index), "files": gguf_output_files(plan)}
+            notes = {
+                "tensors": _scan(index, report, check),
+                "shards": shard_times(index),
+                "files": gguf_output_files(plan),
+            }
         with open_job(recipe.output, recipe, state, notes) as job:
             _check_unchanged(index, job.notes, report, check)
             files = GgufFiles(recipe.output, plan.target.files, resume=state == "resume" and bool(job.journal.units))
@@ -294,7 +302,7 @@ def _evaluate(run: Run) -> dict[str, dict[str, Any]]:
 
 def _check_unchanged(index: ShardIndex, notes: dict[str, Any], report: Report, check: Callable[[], None]) -> None:
     """Refuses a source that is not what it was when the job began."""
-    if notes["shards"] != _shards(index) and notes["tensors"] != _scan(index, report, check):
+    if notes["shards"] != shard_times(index) and notes["tensors"] != _scan(index, report, check):
         raise InputError(
             f"{index.folder}: the source is not what it was when the job began; restore it, or begin anew with "
             "--restart"
@@ -313,14 +321,23 @@ def _scan(index: ShardIndex, report: Report, check: Callable[[], None]) -> dict[
     return scan(index, after_tensor)
 
 
-def _shards(index: ShardIndex) -> dict[str, list[int]]:
+def shard_times(index: ShardIndex) -> dict[str, list[int]]:
     """Size and time of change of every source file: where these are as before, a resumed job need not hash again."""
     found = {info.path.name: info.path.stat() for info in index.values()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(found.items())}
 
 
-def _finish(run: Run) -> dict[str, Any]:
-    """Writes what makes the shards a checkpoint, evaluates it, and writes the record last."""
+def finish(run: Run, more: Mapping[str, Any] | None = None, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Writes what makes the shards a checkpoint, evaluates it, and writes the record last.
+
+    Args:
+        run: the run, with every unit made.
+        more: further sections of the record.
+        notes: further warnings.
+
+    Returns:
+        The record.
+    """
     source, plan = run.source, run.source.plan
     for target in plan.targets:
         folder = run.job.output / target.folder
@@ -331,6 +348,8 @@ def _finish(run: Run) -> dict[str, Any]:
         files.finish()
         write_observed_imatrix(run.job.work, run.job.output / gguf_folder, plan.units, source.calibration)
     record = run_record(run, _evaluate(run) if run.recipe.evaluate else {})
+    record |= more or {}
+    record["warnings"] = [*record["warnings"], *notes]
     for target in plan.targets:
         folder = run.job.output / target.folder
         write_atomically(folder / card.CARD_FILE, card.model_card(record, target.format.name).encode())

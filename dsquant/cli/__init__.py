@@ -4,6 +4,7 @@ import click
 
 from dsquant import __version__
 from dsquant.cli.awq import awq
+from dsquant.cli.delta import delta
 from dsquant.cli.evaluate import evaluate
 from dsquant.cli.gguf import gguf
 from dsquant.cli.inspect import inspect
@@ -21,5 +22,5 @@ def main() -> None:
     """
 
 
-for command in (awq, gguf, evaluate, inspect, verify):
+for command in (awq, gguf, evaluate, inspect, verify, delta):
     main.add_command(command)

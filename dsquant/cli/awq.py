@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from dsquant.cli.process import dsquant_command, metrics_options, reporting
 
@@ -62,6 +63,12 @@ from dsquant.cli.process import dsquant_command, metrics_options, reporting
 @click.option("--restart", is_flag=True, help="Begin anew where the output folder holds a job or a result of dsquant.")
 @click.option("--dry-run", is_flag=True, help="Validate everything, print the plan, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress bar.")
+@click.option(
+    "--scales-from",
+    type=click.Path(path_type=Path),
+    help="Quantize under the scales and grids that this output of an earlier release recorded, without calibration; "
+    "every other setting comes from there.",
+)
 @metrics_options
 @dsquant_command
 def awq(**options: Any) -> None:
@@ -70,6 +77,9 @@ def awq(**options: Any) -> None:
         raise click.UsageError("--resume and --restart exclude each other")
     flags = {name: options.pop(name) for name in ("resume", "restart", "dry_run", "as_json")}
     metrics = (options.pop("metrics_file"), options.pop("metrics_port"))
+    scales_from = options.pop("scales_from")
+    if scales_from is not None:
+        _check_alone()
     recipe = _recipe(options)
     from dsquant import pipeline
     from dsquant.display import print_result
@@ -79,11 +89,27 @@ def awq(**options: Any) -> None:
         click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else str(plan))
         return
     with reporting(not flags["as_json"], *metrics) as report:
-        result = pipeline.awq(recipe, flags["resume"], flags["restart"], report)
+        if scales_from is None:
+            result = pipeline.awq(recipe, flags["resume"], flags["restart"], report)
+        else:
+            from dsquant.incremental.release import full_run
+
+            again = (flags["resume"], flags["restart"])
+            result = full_run(recipe.model, scales_from, recipe.output, *again, report)
     if flags["as_json"]:
         click.echo(json.dumps(result.as_json(), indent=2))
     else:
         print_result(result)
+
+
+def _check_alone() -> None:
+    """Refuses settings beside --scales-from: they all come from there."""
+    context = click.get_current_context()
+    allowed = ("model", "output", "scales_from", "resume", "restart", "as_json", "metrics_file", "metrics_port")
+    given = ParameterSource.COMMANDLINE
+    others = [name for name in context.params if name not in allowed and context.get_parameter_source(name) == given]
+    if others:
+        raise click.UsageError(f"--scales-from settles --{others[0].replace('_', '-')}; leave it out")
 
 
 def _recipe(options: dict[str, Any]) -> Any:
