@@ -78,6 +78,7 @@ class Recipe(JobRecipe):
         memory_budget: bytes of resident memory; None is 80 % of what is available, at most 16 GiB.
         gpu_memory_budget: bytes of GPU memory; None is 90 % of what is free, at most 16 GiB.
         evaluate: whether the output is compared with the original at the end.
+        scales_from: SHA-256 of the record of the output whose scales, grids and codes are used; None calibrates.
     """
 
     to: tuple[str, ...] = ("awq",)
@@ -95,6 +96,7 @@ class Recipe(JobRecipe):
     memory_budget: int | None = Field(default=None, ge=1)
     gpu_memory_budget: int | None = Field(default=None, ge=1)
     evaluate: bool = True
+    scales_from: str | None = None
 
     @field_validator("to")
     @classmethod

@@ -152,6 +152,8 @@ class MlpResult:
     """By linear, ready for a writer."""
     moments: tuple[InputMoments, InputMoments]
     """Of the inputs of gate and up, and of down, under the scales."""
+    up_scales_W: torch.Tensor
+    """What up's rows are divided by and down's columns multiplied with, float32 [W]."""
     errors: MlpErrors
 
 
@@ -218,7 +220,11 @@ def quantize_mlp(
     )
     hidden = hidden_moments if plain else hidden_moments.divided(up_scales_W)
     return MlpResult(
-        unscaled if plain else folded, dict(zip(mlp.linears, linears, strict=True)), (divided, hidden), errors
+        unscaled if plain else folded,
+        dict(zip(mlp.linears, linears, strict=True)),
+        (divided, hidden),
+        torch.ones_like(up_scales_W) if plain else up_scales_W,
+        errors,
     )
 
 

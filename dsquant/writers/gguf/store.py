@@ -78,6 +78,24 @@ def stored_rows(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tenso
     return _by_gguf_py(rows_RI, type_name)
 
 
+def decoded_rows(stored: torch.Tensor, type_name: str) -> torch.Tensor:
+    """Decodes stored rows by gguf-py.
+
+    Args:
+        stored: uint8 [R, bytes of a row].
+        type_name: their GGUF type.
+
+    Returns:
+        float32 [R, I].
+    """
+    import numpy as np
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    decoded = dequantize(stored.contiguous().numpy(), GGMLQuantizationType[type_name])
+    return torch.from_numpy(np.array(decoded, dtype=np.float32))
+
+
 def _by_gguf_py(rows_RI: torch.Tensor, type_name: str) -> torch.Tensor:
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
