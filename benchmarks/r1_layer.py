@@ -48,8 +48,7 @@ def stage_timers(seconds: dict[str, float]) -> None:
         ("search, clip, rounding", layer, "quantize_mlp"),
         ("packing, handing to the writer", conversion.UnitWriter, "write"),
         ("end of the unit: rest, fsync", conversion._Writers, "finish"),
-        ("hidden states to the host", Activations, "copy_to"),
-        ("hidden states to disk", Activations, "flush"),
+        ("hidden states to disk", Activations, "save"),
     ]
     for name, owner, attribute in stages:
         setattr(owner, attribute, timed(getattr(owner, attribute), name, seconds))
