@@ -176,10 +176,11 @@ def memory_budget(recipe: Recipe | GgufRecipe) -> int:
 
 
 def default_memory_budget() -> int:
-    """80 % of what is available now, at most 16 GiB."""
+    """80 % of what is available now, divided among this machine's ranks, at most 16 GiB."""
     import psutil
 
-    return min(LARGEST_DEFAULT_BUDGET, int(psutil.virtual_memory().available * 0.8))
+    available = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(LARGEST_DEFAULT_BUDGET, int(available * 0.8))
 
 
 def gpu_memory_budget(recipe: Recipe) -> int:
