@@ -194,8 +194,10 @@ class ShardFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        written = [name for name, tensor in self._tensors.items() if self._rows_done[name] == tensor.shape[0]]
-        return {name: self._digests[name].hexdigest() for name in written}
+        for name, tensor in self._tensors.items():
+            done = self._rows_done[name]
+            assert done in (0, tensor.shape[0]), f"{name}: {done} of {tensor.shape} rows"
+        return {name: self._digests[name].hexdigest() for name, done in self._rows_done.items() if done}
 
     def publish(self, hashes: Collection[str]) -> None:
         """Gives the file its name.
@@ -204,7 +206,7 @@ class ShardFile:
             hashes: the tensors that all processes have brought to disk.
         """
         missing = [name for name in self._tensors if name not in hashes]
-        assert not missing, f"{self._path}: {missing[:3]} are not written, or only a part of their rows"
+        assert not missing, f"{self._path}: {missing[:3]} are not written"
         if self._begins:
             self._partial.replace(self._path)
             sync_folder(self._path.parent)
