@@ -10,7 +10,7 @@
 Importing this package imports no torch; the first call does.
 """
 
-from dsquant.api import awq, evaluate, gguf, inspect, plan
+from dsquant.api import awq, evaluate, gguf, inspect, plan, run
 from dsquant.errors import DsquantError, GateError, InconclusiveError, InputError, Interrupted, UsageError
 
 __version__ = "0.1.0"
@@ -26,4 +26,5 @@ __all__ = [
     "gguf",
     "inspect",
     "plan",
+    "run",
 ]

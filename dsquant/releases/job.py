@@ -53,6 +53,12 @@ class Release:
         """Plain JSON values."""
         return {**vars(self), "output": str(self.output)}
 
+    def _repr_html_(self) -> str:
+        from dsquant.notebook import as_html
+        from dsquant.releases.tables import release_tables
+
+        return as_html(release_tables(self))
+
 
 def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str = "") -> Release:
     """Runs a recipe.
