@@ -171,10 +171,15 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def memory_budget(recipe: Recipe | GgufRecipe) -> int:
-    """The budget in bytes: the recipe's, or 80 % of what is available now, at most 16 GiB."""
+    """The recipe's budget in bytes, or the default."""
+    return recipe.memory_budget or default_memory_budget()
+
+
+def default_memory_budget() -> int:
+    """80 % of what is available now, at most 16 GiB."""
     import psutil
 
-    return recipe.memory_budget or min(LARGEST_DEFAULT_BUDGET, int(psutil.virtual_memory().available * 0.8))
+    return min(LARGEST_DEFAULT_BUDGET, int(psutil.virtual_memory().available * 0.8))
 
 
 def gpu_memory_budget(recipe: Recipe) -> int:

@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 import dsquant
-from dsquant.errors import InputError, UsageError
+from dsquant.errors import GateError, InconclusiveError, InputError, UsageError
 from dsquant.jobs import Journal
+from dsquant.releases.evaluation import read_recipe_gates
 from dsquant.releases.job import Release, published, run_recipe
 from dsquant.releases.recipe import ReleaseRecipe, read_recipe
 
@@ -256,10 +257,63 @@ def test_a_failure_keeps_or_removes_and_tells(pico_r1: Path, text_file: Path, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_a_gate_that_fails_publishes_nothing_and_a_wider_one_needs_no_second_evaluation(
+    whole: tuple[Release, dict[str, bytes]], pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def with_limit(limit: float) -> ReleaseRecipe:
+        gates = {"gates": [{"metric": "mean_kl", "at_most": limit}]}
+        step = {"name": "q", "type": "Q8_0", "calibrate": False}
+        return recipe_of(pico_r1, text_file, tmp_path / "out", quantize=[step], gates=gates)
+
+    with pytest.raises(GateError, match="mean_kl"):
+        run_recipe(with_limit(0.0))
+    assert not (tmp_path / "out").exists()
+    journal = tmp_path / ".out.dsquant" / "journal.jsonl"
+    made = journal.read_text()
+    report = json.loads((tmp_path / ".out.dsquant" / "build" / "evaluation" / "report.json").read_text())
+    (estimate,) = (text["mean_kl"]["estimate"] for text in report["candidates"][0]["texts"].values())
+    with pytest.raises(GateError, match="mean_kl"):
+        run_recipe(with_limit(estimate * 0.5))
+    added = journal.read_text().removeprefix(made)
+    assert "begin gate" in added and "begin evaluate" not in added
+    release = run_recipe(with_limit(10.0))
+    assert release.gates["verdict"] == "pass"
+    published_report = json.loads((release.output / "evaluation" / "report.json").read_text())
+    assert published_report["verdict"] == "pass"
+    assert published_report["candidates"][0]["gates"][0]["limit"] == 10.0
+
+
+def test_an_undecided_gate_ends_with_5(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    step = {"name": "q", "to": "awq", "group_size": 64, "preset": "compact"}
+    changes: dict[str, Any] = {"quantize": [step], "gates": {"gates": [{"metric": "top1_agreement", "at_least": 0.0}]}}
+    evaluate = {"texts": [str(text_file)], "samples": 3, "seq_len": 80}
+    release = run_recipe(recipe_of(pico_r1, text_file, tmp_path / "one", evaluate=evaluate, **changes))
+    found = json.loads((release.output / "evaluation" / "report.json").read_text())
+    (agreement,) = (text["top1_agreement"] for text in found["candidates"][0]["texts"].values())
+    assert agreement["low"] < agreement["high"]
+    changes["gates"] = {"gates": [{"metric": "top1_agreement", "at_least": agreement["estimate"]}]}
+    path = write(tmp_path / "r.yaml", content(pico_r1, text_file, tmp_path / "two", evaluate=evaluate, **changes))
+    with pytest.raises(InconclusiveError, match="top1_agreement") as caught:
+        run_recipe(read_recipe(path))
+    assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    "gates", [{"gates": [{"metric": "mean_k", "at_most": 1}]}, {"gates": [{"metric": "mean_kl", "at_least": 1}]}]
+)
+def test_gates_that_cannot_be_meant_are_refused_before_anything_is_made(
+    pico_r1: Path, text_file: Path, tmp_path: Path, gates: Any
+) -> None:
+    with pytest.raises(UsageError, match="gates"):
+        run_recipe(recipe_of(pico_r1, text_file, tmp_path / "out", gates=gates))
+    assert not list((tmp_path / ".out.dsquant" / "build").iterdir())
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
     recipe = read_recipe(path)
-    assert recipe.quantize
+    gates = read_recipe_gates(recipe)
+    assert (gates is None) == (recipe.gates is None)
 
 
 def test_the_shipped_recipes_are_those_that_the_issue_names() -> None:

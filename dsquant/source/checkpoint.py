@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
-from dsquant.source.fp8 import SCALE_SUFFIX, dequantize_fp8, scale_shape
+from dsquant.kernels.fp8 import dequantize_fp8
+from dsquant.source.fp8 import SCALE_SUFFIX, scale_shape
 from dsquant.source.quantized import decoded_weights
 from dsquant.source.read_ahead import ReadAhead
 from dsquant.source.shards import ShardIndex, TensorInfo, read_index

@@ -188,7 +188,19 @@ def write_index(folder: Path, plan: ShardPlan) -> None:
         folder: the checkpoint's folder.
         plan: its shards.
     """
+    write_atomically(folder / INDEX_FILE, index_content(plan))
+
+
+def index_content(plan: ShardPlan) -> bytes:
+    """The content of model.safetensors.index.json.
+
+    Args:
+        plan: the shards.
+
+    Returns:
+        JSON.
+    """
     total = sum(tensor.num_bytes for shard in plan.shards for tensor in shard.tensors)
     weight_map = {tensor.name: shard.file_name for shard in plan.shards for tensor in shard.tensors}
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_atomically(folder / INDEX_FILE, (json.dumps(content, indent=2) + "\n").encode())
+    return (json.dumps(content, indent=2) + "\n").encode()
