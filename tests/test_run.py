@@ -263,7 +263,8 @@ def test_a_gate_that_fails_publishes_nothing_and_a_wider_one_needs_no_second_eva
     def with_limit(limit: float) -> ReleaseRecipe:
         gates = {"gates": [{"metric": "mean_kl", "at_most": limit}]}
         step = {"name": "q", "type": "Q8_0", "calibrate": False}
-        return recipe_of(pico_r1, text_file, tmp_path / "out", quantize=[step], gates=gates)
+        evaluate = {"texts": [str(text_file)], "samples": 3, "seq_len": 80}
+        return recipe_of(pico_r1, text_file, tmp_path / "out", quantize=[step], evaluate=evaluate, gates=gates)
 
     with pytest.raises(GateError, match="mean_kl"):
         run_recipe(with_limit(0.0))
@@ -273,7 +274,7 @@ def test_a_gate_that_fails_publishes_nothing_and_a_wider_one_needs_no_second_eva
     report = json.loads((tmp_path / ".out.dsquant" / "build" / "evaluation" / "report.json").read_text())
     (estimate,) = (text["mean_kl"]["estimate"] for text in report["candidates"][0]["texts"].values())
     with pytest.raises(GateError, match="mean_kl"):
-        run_recipe(with_limit(estimate * 0.5))
+        run_recipe(with_limit(estimate * 0.01))
     added = journal.read_text().removeprefix(made)
     assert "begin gate" in added and "begin evaluate" not in added
     release = run_recipe(with_limit(10.0))

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from dsquant.evaluation.results import Candidate, Evaluation
 
 EVALUATION_FOLDER = "evaluation"
-REPORT_FILE = "report.json"
+# For the gates, beside the folder that is published: unlike the report it keeps bounds that are infinite.
+MEASURED_FILE = "measured.json"
 # What an evaluation is made with; the gates decide on its intervals.
 GATES_FILE = "gates.json"
-COMPUTED = ("verdict", "first_broken_layer")
 
 
 def read_recipe_gates(recipe: ReleaseRecipe) -> "Gates | None":
@@ -90,6 +90,7 @@ def evaluate_outputs(
     )
     evaluation = _publishable(evaluate(request, report), {str(folder): name for name, folder in folders.items()})
     _write(evaluation, build)
+    write_atomically(build.parent / MEASURED_FILE, json.dumps(dataclasses.asdict(evaluation)).encode())
     return {candidate.name: _summary(candidate) for candidate in evaluation.candidates}
 
 
@@ -143,7 +144,7 @@ def decide_gates(gates: "Gates", build: Path) -> dict[str, Any]:
     from dsquant.evaluation.gates import check_measured, decide
     from dsquant.evaluation.intervals import BLOCK_TOKENS
 
-    evaluation = _read_report(build / EVALUATION_FOLDER / REPORT_FILE)
+    evaluation = _read_measured(build.parent / MEASURED_FILE)
     drift = evaluation.candidates[0].drift
     check_measured(gates, [text.name for text in evaluation.texts], () if drift is None else tuple(drift.measures))
     blocks_per_sample = -(-(max(text.seq_len for text in evaluation.texts) - 1) // BLOCK_TOKENS)
@@ -158,15 +159,10 @@ def decide_gates(gates: "Gates", build: Path) -> dict[str, Any]:
     return {"verdict": decided.verdict, "outcomes": outcomes}
 
 
-def _read_report(path: Path) -> "Evaluation":
-    """The evaluation that a report was written from."""
+def _read_measured(path: Path) -> "Evaluation":
+    """The evaluation that the stage before has left."""
     from pydantic import TypeAdapter
 
     from dsquant.evaluation.results import Evaluation
 
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content.pop("verdict", None)
-    for candidate in content["candidates"]:
-        for name in COMPUTED:
-            candidate.pop(name, None)
-    return TypeAdapter(Evaluation).validate_python(content)
+    return TypeAdapter(Evaluation).validate_python(json.loads(path.read_text(encoding="utf-8")))
