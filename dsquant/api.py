@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsquant.errors import UsageError
 
 if TYPE_CHECKING:
+    from dsquant.deployment.forecast import Forecast
     from dsquant.evaluation.results import Evaluation
+    from dsquant.incremental.patch import AppliedPatch
+    from dsquant.incremental.release import Delta
     from dsquant.inspection import Inspection
     from dsquant.records import Result
+    from dsquant.telemetry import Report
+    from dsquant.verification.checks import Verification
 
 
 def awq(
@@ -36,6 +42,8 @@ def awq(
     resume: bool = False,
     restart: bool = False,
     progress: bool = True,
+    metrics_file: str | Path | None = None,
+    metrics_port: int | None = None,
 ) -> Result:
     """Quantizes a model.
 
@@ -60,6 +68,8 @@ def awq(
         resume: go on with an interrupted job in `output`, or begin one.
         restart: begin anew where `output` holds an interrupted or finished job.
         progress: whether to show a progress bar.
+        metrics_file: a file NAME.prom for node_exporter's textfile collector.
+        metrics_port: the port of a page for Prometheus, for as long as the job runs.
 
     Returns:
         Where the files are and what quantization cost; a table in a notebook.
@@ -70,7 +80,6 @@ def awq(
         Interrupted: where the job stopped and can be resumed.
     """
     from dsquant import pipeline
-    from dsquant.display import progress_bar
     from dsquant.recipe import Recipe
 
     recipe = Recipe.checked(
@@ -92,8 +101,18 @@ def awq(
         memory_budget=_size(memory_budget),
         evaluate=evaluate,
     )
-    with progress_bar(progress) as report:
+    with _reporting(progress, metrics_file, metrics_port) as report:
         return pipeline.awq(recipe, resume, restart, report)
+
+
+@contextmanager
+def _reporting(visible: bool, metrics_file: str | Path | None, metrics_port: int | None) -> Iterator[Report]:
+    from dsquant.display import progress_bar
+    from dsquant.monitoring import monitored
+
+    file = None if metrics_file is None else Path(metrics_file)
+    with progress_bar(visible) as bar, monitored(bar, file, metrics_port) as report:
+        yield report
 
 
 def _several(values: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
@@ -120,11 +139,14 @@ def gguf(
     seq_len: int = 512,
     seed: int = 0,
     mtp: str = "drop",
+    device: str = "auto",
     memory_budget: str | int | None = None,
     evaluate: bool = True,
     resume: bool = False,
     restart: bool = False,
     progress: bool = True,
+    metrics_file: str | Path | None = None,
+    metrics_port: int | None = None,
 ) -> Result:
     """Converts a model to GGUF files that llama.cpp runs, straight from its shards.
 
@@ -141,11 +163,14 @@ def gguf(
         seq_len: tokens of a sample.
         seed: of the choice of texts.
         mtp: `keep` or `drop` the multi-token-prediction layer.
+        device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
         memory_budget: the most resident memory, such as `16GiB`.
         evaluate: whether the output is compared with the original at the end.
         resume: go on with an interrupted job in `output`, or begin one.
         restart: begin anew where `output` holds an interrupted or finished job.
         progress: whether to show a progress bar.
+        metrics_file: a file NAME.prom for node_exporter's textfile collector.
+        metrics_port: the port of a page for Prometheus, for as long as the job runs.
 
     Returns:
         Where the files are and what the conversion cost; a table in a notebook.
@@ -156,7 +181,6 @@ def gguf(
         Interrupted: where the job stopped and can be resumed.
     """
     from dsquant import pipeline
-    from dsquant.display import progress_bar
     from dsquant.recipe import GgufRecipe
 
     texts = None if calibration is None else _several(calibration)
@@ -173,10 +197,11 @@ def gguf(
         seq_len=seq_len,
         seed=seed,
         mtp=mtp,
+        device=device,
         memory_budget=_size(memory_budget),
         evaluate=evaluate,
     )
-    with progress_bar(progress) as report:
+    with _reporting(progress, metrics_file, metrics_port) as report:
         return pipeline.gguf(recipe, resume, restart, report)
 
 
@@ -247,6 +272,127 @@ def evaluate(
     )
     with progress_bar(progress) as report:
         return comparison.evaluate(request, report)
+
+
+def plan(
+    model: str | Path = "tiny-r1",
+    *,
+    gpu: str | None = None,
+    ram: str | None = None,
+    disk: str | None = None,
+    disk_read: str | None = None,
+    gpu_price: float | None = None,
+    context: int = 32768,
+) -> Forecast:
+    """Says what a model becomes in every format, what runs where and how fast, before a weight is read.
+
+    Args:
+        model: `tiny-r1`, a folder, a hub id (its headers are fetched, no weights), or a config.json.
+        gpu: the GPUs, such as `4x24GiB` or `4x24GiB@936GB/s`.
+        ram: such as `64GiB`.
+        disk: room for the weights, such as `2TiB`.
+        disk_read: such as `7GB/s`.
+        gpu_price: of one GPU for an hour.
+        context: tokens of KV cache.
+
+    Returns:
+        Sizes, memory, hours, placements and commands; tables in a notebook.
+
+    Raises:
+        InputError: where the model cannot be had, or is not of a family that dsquant knows.
+        UsageError: where the machine's description cannot be read.
+    """
+    from dsquant.deployment.forecast import forecast
+
+    return forecast(str(model), gpu, ram, disk, disk_read, gpu_price, context)
+
+
+def delta(
+    old: str | Path,
+    new: str | Path,
+    *,
+    output: str | Path,
+    quantized: str | Path | None = None,
+    patch: str | Path | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    progress: bool = True,
+) -> Delta:
+    """Makes the output of a new release from the old release's, and the patch between the two outputs.
+
+    Args:
+        old: the old release; or its output, whose recorded hashes then stand for the release.
+        new: the new release.
+        output: the folder to make.
+        quantized: the old output; None where `old` is it, or where it lies under its default name.
+        patch: the patch to write; None is the output's name with .patch behind.
+        resume: go on with an interrupted job in `output`, or begin one.
+        restart: begin anew where `output` holds an interrupted or finished job.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What changed, what was reused, and the patch's size.
+
+    Raises:
+        InputError: where a release or output cannot be used, or they do not belong together.
+        UsageError: where the old output is not named, or holds GGUF files.
+        Interrupted: where the job stopped and can be resumed.
+    """
+    from dsquant.display import progress_bar
+    from dsquant.incremental import release
+
+    from_, to = (None if path is None else Path(path) for path in (quantized, patch))
+    with progress_bar(progress) as report:
+        return release.delta(str(old), str(new), Path(output), from_, to, resume, restart, report)
+
+
+def apply_patch(
+    patch: str | Path, old_output: str | Path, *, output: str | Path, progress: bool = True
+) -> AppliedPatch:
+    """Makes a new output from an old one and the patch that `delta` wrote.
+
+    Args:
+        patch: the patch.
+        old_output: the old output.
+        output: the folder to make.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What was made.
+
+    Raises:
+        InputError: where patch or output are damaged, or do not belong together.
+    """
+    from dsquant.display import progress_bar
+    from dsquant.incremental import release
+
+    with progress_bar(progress) as report:
+        return release.apply(Path(patch), Path(old_output), Path(output), report)
+
+
+def verify(
+    folder: str | Path, *, source: str | Path | None = None, everything: bool = False, progress: bool = True
+) -> Verification:
+    """Checks every byte of an output, its coverage of the source, and its values.
+
+    Args:
+        folder: the output folder, or one format's folder of it.
+        source: the model that it was made from; None takes the recorded one where it is on this machine.
+        everything: whether every parameter is compared with the source, not a sample.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What was checked, and the findings: file, tensor or region, problem.
+
+    Raises:
+        InputError: where it is no finished output of dsquant, or the source is another one.
+        UsageError: where every value is asked for and the source is not there.
+    """
+    from dsquant.display import progress_bar
+    from dsquant.verification import checks
+
+    with progress_bar(progress) as report:
+        return checks.verify(Path(folder), None if source is None else str(source), everything, report)
 
 
 def inspect(model: str | Path = "tiny-r1") -> Inspection:

@@ -19,6 +19,7 @@ from dsquant.quantization.layer import LayerJob, quantize_layer
 from dsquant.quantization.statistics import Importance
 from dsquant.recipe import Recipe
 from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.scales import keep_scales
 from dsquant.source.shards import DTYPES
 from dsquant.telemetry import Progress, Report, Stage
 from dsquant.writers.base import ShardFile
@@ -50,8 +51,12 @@ class Run:
     def safe_point(self, stage: Stage, done: int, total: int, what: str) -> None:
         """Tells where the job is, and stops it if it must."""
         self.check()
-        read = self.source.checkpoint.index.bytes_read
-        self.report(Progress(stage, done, total, what, read, self.bytes_written, self.tokens_done))
+        self.tell(stage, done, total, what)
+
+    def tell(self, stage: Stage, done: int, total: int, what: str, layer: dict[str, Any] | None = None) -> None:
+        """Tells where the job is, and what came of a finished layer."""
+        counts = (self.source.checkpoint.index.bytes_read, self.bytes_written, self.tokens_done)
+        self.report(Progress(stage, done, total, what, *counts, layer=layer))
 
     @property
     def batch_samples(self) -> int:
@@ -149,6 +154,8 @@ class _Writers:
 
     checkpoints: list[UnitWriter]
     gguf: dict[PurePosixPath, GgufUnitWriter]
+    scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """Folder -> producer -> the scales that were folded."""
 
     def emit(self, grid: Grid, name: str, value: QuantizedWeight | torch.Tensor) -> None:
         for writer in self.checkpoints:
@@ -163,6 +170,11 @@ class _Writers:
         for writer in self.gguf.values():
             note_importance(writer, linear, importance)
 
+    def keep_scales(self, grid: Grid, producer: str, scales_I: torch.Tensor) -> None:
+        folders = [writer.target.folder for writer in self.checkpoints if writer.target.grid == grid]
+        for folder in folders if grid.rounded else self.gguf:
+            self.scales.setdefault(str(folder), {})[producer] = scales_I.cpu()
+
     def finish(self, run: Run, unit: Unit, safe_point: Callable[[str], None]) -> dict[str, dict[str, str]]:
         """Writes the rest and brings all to disk; returns folder -> tensor -> SHA-256."""
         for writer in self.checkpoints:
@@ -173,6 +185,7 @@ class _Writers:
             hashes[str(folder)] = gguf_writer.commit()
             keep_observed(run.job.work, unit.name, gguf_writer.observed)
             run.bytes_written += gguf_writer.bytes_written
+        keep_scales(run.job.work, unit.name, self.scales)
         return hashes
 
 
@@ -212,6 +225,7 @@ def convert(run: Run) -> None:
             _make_unit(run, unit, safe_point)
         if unit.action == "quantize":
             run.tokens_done += run.source.tokens_NT.numel()
+            run.tell("quantize", number + 1, len(units), unit.name, run.job.journal.units[unit.name]["layer"])
     run.safe_point("quantize", len(units), len(units), "")
 
 
@@ -225,6 +239,7 @@ def _make_unit(run: Run, unit: Unit, safe_point: Callable[[str], None]) -> None:
         elif unit.action == "quantize":
             notes["layer"] = _quantize_layer(run, unit, writers, safe_point)
         notes["tensors"] = writers.finish(run, unit, safe_point)
+        notes["weight_errors"] = {str(folder): writer.weight_errors for folder, writer in writers.gguf.items()}
     sync_folder(run.job.work)
     run.job.journal.append(unit.name, **notes)
     if unit.action == "quantize" and unit.layer is not None:
@@ -254,11 +269,11 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
         emit=writers.emit,
         safe_point=safe_point,
         note=writers.note,
+        keep_scales=writers.keep_scales,
     )
     report = quantize_layer(layer_job)
     if run.source.plan.gpu_resident:
-        stored = run.activations(run.hidden_path(layer.index + 1))
-        outputs.copy_to(stored)
-        outputs = stored
-    outputs.flush()
+        outputs.save(run.hidden_path(layer.index + 1))
+    else:
+        outputs.flush()
     return {"layer": layer.index, **asdict(report)}

@@ -56,6 +56,11 @@ class QuantizedWeight:
         centred_OGS = codes_OGS - self.zero_points_OG.float().unsqueeze(-1)
         return (centred_OGS * self.scales_OG.unsqueeze(-1)).flatten(1)
 
+    def relative_error(self, weight_OI: torch.Tensor) -> float:
+        """The distance from the weight that was rounded, over that weight's norm; 0 for a weight of zeros."""
+        norm = float(weight_OI.norm())
+        return float(self.dequantize().sub_(weight_OI).norm()) / norm if norm else 0.0
+
 
 def grid_parameters(
     weight_OI: torch.Tensor, grid: Grid, shrink_OG: torch.Tensor | float = 1.0

@@ -1,8 +1,8 @@
 """Seconds that AutoAWQ 0.2.9's own search functions take on experts of R1's shape, on one GPU.
 
-Its `_search_best_scale` and `_compute_best_clip` are called as its quantizer calls them for this architecture: one scale
-search over gate and up of all experts through the mixture's output, one for each down projection, and a clip search for
-each linear. Only a few experts are given; the caller scales the seconds up and says so.
+Its `_search_best_scale` and `_compute_best_clip` are called as its quantizer calls them for this architecture: one
+scale search over gate and up of all experts through the mixture's output, one for each down projection, and a clip
+search for each linear. Only a few experts are given; the caller scales the seconds up and says so.
 """
 
 import time

@@ -82,3 +82,40 @@ def pack_rows_reference(codes_OI: torch.Tensor, bits: int) -> torch.Tensor:
         if shift + bits > WORD_BITS:
             words[:, :, word + 1] |= code >> (WORD_BITS - shift)
     return words.flatten(1)[:, : math.ceil(num_columns * bits / WORD_BITS)].contiguous()
+
+
+def unpack_awq(words: torch.Tensor) -> torch.Tensor:
+    """Undoes `pack_awq`.
+
+    Args:
+        words: int32 [I, O / 8].
+
+    Returns:
+        uint8 [O, I].
+    """
+    codes_IO = torch.empty(len(words), words.shape[1] * 8, dtype=torch.uint8)
+    for place, column in enumerate(AWQ_COLUMNS):
+        codes_IO[:, column::8] = (words >> (AWQ_BITS * place) & (2**AWQ_BITS - 1)).to(torch.uint8)
+    return codes_IO.T.contiguous()
+
+
+def unpack_rows(words: torch.Tensor, columns: int, bits: int) -> torch.Tensor:
+    """Undoes `pack_rows`.
+
+    Args:
+        words: int32 [O, ceil(I * B / 32)].
+        columns: I.
+        bits: B.
+
+    Returns:
+        uint8 [O, I].
+    """
+    starts_I = torch.arange(columns) * bits
+    place_I, shift_I = starts_I // WORD_BITS, starts_I % WORD_BITS
+    parts = []
+    for part in words.split(1024):
+        low = part.long() & (2**WORD_BITS - 1)
+        high = torch.nn.functional.pad(low, (0, 1))[:, 1:]
+        pairs = low | (high << WORD_BITS)  # a code may straddle two words
+        parts.append(((pairs[:, place_I] >> shift_I) & (2**bits - 1)).to(torch.uint8))
+    return torch.cat(parts)

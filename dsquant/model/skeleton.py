@@ -19,6 +19,8 @@ from dsquant.source.checkpoint import Checkpoint
 ATTENTION = "dsquant_fused"
 # Config keys that name remote code or a storage format; the skeleton wants neither.
 IGNORED_CONFIG = ("quantization_config", "auto_map", "torch_dtype", "dtype")
+# The largest count in a config without tensors that could contradict it; Kimi-K2 has 384 experts.
+LARGEST_COUNT = 1024
 
 RoutingSink = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -157,7 +159,7 @@ class Skeleton:
 
 def _check_counts(checkpoint: Checkpoint) -> None:
     """Refuses counts that the tensors cannot bear out, before anything is built in such numbers."""
-    tensors = len(checkpoint.weights)
+    tensors = len(checkpoint.weights) or LARGEST_COUNT
     for key in ("num_hidden_layers", "n_routed_experts", "num_nextn_predict_layers"):
         count = checkpoint.config.get(key)
         if count is not None and not (isinstance(count, int) and 0 <= count <= tensors):
@@ -188,15 +190,17 @@ def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
 
 
 def _meta_model(hf_config: Any) -> Any:
-    from accelerate import init_empty_weights
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ATTENTION, fused_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    # Rotary buffers are computed, not loaded: they stay real.
-    with init_empty_weights(include_buffers=False):
+    # Not accelerate's init_empty_weights: it allocates each parameter before it drops it, and the fused experts of one
+    # R1 layer are 30 GB, more than many a machine gives.
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             hf_config, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
         )
+    # Rotary buffers are computed, not loaded: they are real.
+    model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
     return model.eval()

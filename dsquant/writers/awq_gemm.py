@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dsquant.errors import UsageError
-from dsquant.kernels.packing import pack_awq
+from dsquant.kernels.packing import pack_awq, unpack_awq
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.writers.base import StoredTensor
 from dsquant.writers.skip_lists import skipped_modules
@@ -81,6 +81,24 @@ class AwqGemm:
             f"{linear}.qzeros": pack_awq(weight.zero_points_OG),
             f"{linear}.scales": weight.scales_OG.T.contiguous().to(torch.float16),
         }
+
+    def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
+        """Undoes `pack`.
+
+        Args:
+            linear: its module name.
+            tensors: tensor name -> tensor, as `stored` announced.
+            grid: the quantization grid.
+
+        Returns:
+            The weight.
+        """
+        return QuantizedWeight(
+            unpack_awq(tensors[f"{linear}.qweight"]),
+            tensors[f"{linear}.scales"].float().T.contiguous(),
+            unpack_awq(tensors[f"{linear}.qzeros"]),
+            grid,
+        )
 
     def quantization_config(self, grid: Grid, linears: Mapping[str, bool]) -> dict[str, Any]:
         """AutoAWQ's config. `zero_point` is true for symmetric grids too: qzeros are there, all 8.

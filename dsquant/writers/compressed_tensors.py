@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dsquant.errors import UsageError
-from dsquant.kernels.packing import WORD_BITS, pack_rows
+from dsquant.kernels.packing import WORD_BITS, pack_rows, unpack_rows
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.writers.base import StoredTensor
 from dsquant.writers.skip_lists import ignored_modules
@@ -90,6 +90,26 @@ class CompressedTensors:
             packed = pack_rows(weight.zero_points_OG.T, weight.grid.bits)
             tensors[f"{linear}.weight_zero_point"] = packed.T.contiguous()
         return tensors
+
+    def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
+        """Undoes `pack`.
+
+        Args:
+            linear: its module name.
+            tensors: tensor name -> tensor, as `stored` announced.
+            grid: the quantization grid.
+
+        Returns:
+            The weight.
+        """
+        rows, columns = tensors[f"{linear}.weight_shape"].tolist()
+        scales_OG = tensors[f"{linear}.weight_scale"].float()
+        zero_points_OG = torch.full(scales_OG.shape, grid.middle, dtype=torch.uint8)
+        if not grid.symmetric:
+            packed = tensors[f"{linear}.weight_zero_point"].T.contiguous()
+            zero_points_OG = unpack_rows(packed, rows, grid.bits).T.contiguous()
+        codes_OI = unpack_rows(tensors[f"{linear}.weight_packed"], columns, grid.bits)
+        return QuantizedWeight(codes_OI, scales_OG, zero_points_OG, grid)
 
     def quantization_config(self, grid: Grid, linears: Mapping[str, bool]) -> dict[str, Any]:
         """The config that compressed-tensors 0.20 writes for weights only.
