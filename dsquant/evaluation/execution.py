@@ -142,11 +142,11 @@ def run_all(programs: Sequence[str], safe_point: Callable[[int, int], None] = la
     return found
 
 
-def compare_runs(gold: Sequence[Run], original: Sequence[Run], candidate: Sequence[Run]) -> Execution:
+def compare_runs(gold: Sequence[Run] | None, original: Sequence[Run], candidate: Sequence[Run]) -> Execution:
     """What the runs of two models' completions of the same tasks say.
 
     Args:
-        gold: the runs of the tasks' own completions.
+        gold: the runs of the tasks' own completions; None where there are none.
         original: the original's.
         candidate: the candidate's, task by task.
 
@@ -161,7 +161,7 @@ def compare_runs(gold: Sequence[Run], original: Sequence[Run], candidate: Sequen
         tasks=len(passed),
         pass_original=wilson(sum(first for first, _ in passed), len(passed)),
         pass_candidate=wilson(sum(second for _, second in passed), len(passed)),
-        pass_gold=sum(run.outcome == "passed" for run in gold) / len(gold),
+        pass_gold=sum(run.outcome == "passed" for run in gold) / len(gold) if gold else None,
         only_original=only_original,
         only_candidate=only_candidate,
         p_value=mcnemar(only_original, only_candidate),
