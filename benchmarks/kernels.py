@@ -7,14 +7,14 @@ or bfloat16 matrix product rate (for those that multiply), both measured first i
 weights stand beside autoawq's Triton kernels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import triton
 from awq.modules.triton.gemm import awq_dequantize_triton, awq_gemm_triton
-from triton.testing import do_bench
+from triton.testing import do_bench, do_bench_cudagraph
 
 from dsquant.kernels import (
     clipping,
@@ -29,13 +29,14 @@ from dsquant.kernels import (
     packing,
     packing_triton,
     rounding_triton,
-    w4a16,
     w4a16_triton,
 )
 
 SHRINKS = tuple(1 - step / 25 for step in range(10))
 HIDDEN, INTERMEDIATE = 7168, 2048
 GROUP, BITS = 128, 4
+# Together larger than the second-level cache.
+WEIGHTS = 10
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,13 @@ class Case:
 
 
 def median_ms(run: Callable[[], object]) -> float:
-    """The median time of a call on the GPU, in milliseconds."""
-    return float(do_bench(run, warmup=20, rep=60, return_mode="median"))
+    """The median time of a call on the GPU with a cold cache, in milliseconds, short calls' launches included."""
+    return float(do_bench(run, warmup=10, rep=40, return_mode="median"))
+
+
+def replayed_ms(runs: Sequence[Callable[[], object]]) -> float:
+    """The median time of calls on different weights, replayed from a CUDA graph, by the number of calls."""
+    return float(do_bench_cudagraph(lambda: [run() for run in runs], rep=10, return_mode="median")) / len(runs)
 
 
 def searches() -> Iterator[Case]:
@@ -153,35 +159,39 @@ class Product:
     """Of x."""
     shape: tuple[int, int]
     """[O, I]."""
-    runs: dict[str, Callable[[], object]]
-    """Column of the table -> what is timed."""
+    runs: dict[str, list[Callable[[], object]]]
+    """Column of the table -> what is timed, a call for each of several weights that no cache holds together."""
 
 
 def products() -> Iterator[Product]:
     """gate_proj and down_proj of an expert, from one token to a long text, beside autoawq's two ways (float16)."""
     for shape in ((INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)):
-        rounded = grids.round_rows(torch.randn(*shape, device="cuda"), GROUP, BITS, True)
-        qweight, qzeros = (packing.pack_awq(part) for part in (rounded.codes_OI, rounded.zero_points_OG))
-        scales_GO = rounded.scales_OG.T.half().contiguous()
-        packed, scales_OG = packing.pack_rows(rounded.codes_OI, BITS), rounded.scales_OG.bfloat16()
-        for rows in (1, 16, 64, 256, 1024, 8192):
+        weights = [_packed_weight(*shape) for _ in range(WEIGHTS)]
+        for rows in (1, 16, 64, 128, 256, 1024, 8192):
             single_MI = torch.randn(rows, shape[1], device="cuda")
-            half_MI = single_MI.half()
-            awq, dense = (qweight, qzeros, scales_GO), (packed, scales_OG)
-            autoawq = (qweight, scales_GO, qzeros)
-            yield Product(
-                rows,
-                shape,
-                {
-                    "PyTorch": partial(w4a16.matmul_awq_reference, half_MI, *awq),
-                    "autoawq gemm": partial(awq_gemm_triton, half_MI, *autoawq, split_k_iters=8),
-                    "autoawq dequantize + matmul": partial(_dequantized_product, half_MI, *autoawq),
-                    "awq f16": partial(w4a16_triton.matmul_awq, half_MI, *awq),
-                    "awq bf16": partial(w4a16_triton.matmul_awq, single_MI.bfloat16(), *awq),
-                    "awq f32": partial(w4a16_triton.matmul_awq, single_MI, *awq),
-                    "pack-quantized f16": partial(w4a16_triton.matmul_pack_quantized, half_MI, *dense),
-                },
-            )
+            half_MI, brain_MI = single_MI.half(), single_MI.bfloat16()
+            runs: dict[str, list[Callable[[], object]]] = {
+                "autoawq gemm": [partial(awq_gemm_triton, half_MI, *peer, split_k_iters=8) for peer, _, _ in weights],
+                "autoawq dequantize + matmul": [
+                    partial(_dequantized_product, half_MI, *peer) for peer, _, _ in weights
+                ],
+                "awq f16": [partial(w4a16_triton.matmul_awq, half_MI, *awq) for _, awq, _ in weights],
+                "awq bf16": [partial(w4a16_triton.matmul_awq, brain_MI, *awq) for _, awq, _ in weights],
+                "awq f32": [partial(w4a16_triton.matmul_awq, single_MI, *awq) for _, awq, _ in weights],
+                "pack-quantized f16": [
+                    partial(w4a16_triton.matmul_pack_quantized, half_MI, *dense) for _, _, dense in weights
+                ],
+            }
+            yield Product(rows, shape, runs)
+
+
+def _packed_weight(rows: int, columns: int) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """A rounded weight as autoawq's Triton functions take it, and in AWQ's and in compressed-tensors' layout."""
+    rounded = grids.round_rows(torch.randn(rows, columns, device="cuda"), GROUP, BITS, True)
+    qweight, qzeros = (packing.pack_awq(part) for part in (rounded.codes_OI, rounded.zero_points_OG))
+    scales_GO = rounded.scales_OG.T.half().contiguous()
+    dense = (packing.pack_rows(rounded.codes_OI, BITS), rounded.scales_OG.bfloat16())
+    return (qweight, scales_GO, qzeros), (qweight, qzeros, scales_GO), dense
 
 
 def _dequantized_product(inputs_MI: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
@@ -196,11 +206,11 @@ def print_products(cases: Iterator[Product], copied: float, multiplied: float) -
             print(f"\n| x rows | [O, I] | {' ms | '.join(case.runs)} ms | limit ms |")
             print("|---" * (len(case.runs) + 3) + "|")
             header = False
-        times = " | ".join(f"{median_ms(run):.3f}" for run in case.runs.values())
+        times = " | ".join(f"{replayed_ms(runs):.4f}" for runs in case.runs.values())
         size = case.shape[0] * case.shape[1]
         moved_bytes = size // 2 + 2 * case.rows * sum(case.shape)
         limit_ms = max(2 * case.rows * size / multiplied, moved_bytes / copied) * 1e3
-        print(f"| {case.rows} | {list(case.shape)} | {times} | {limit_ms:.3f} |", flush=True)
+        print(f"| {case.rows} | {list(case.shape)} | {times} | {limit_ms:.4f} |", flush=True)
 
 
 def _gram(width: int) -> torch.Tensor:

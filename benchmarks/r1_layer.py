@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 import dsquant
+from benchmarks.peers.autoawq_search import search_seconds
 from benchmarks.r1_width import make_checkpoint
 
 GIB = 2**30
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--memory-budget", default="24GiB")
     parser.add_argument("--gpu-memory-budget", default="16GiB")
     parser.add_argument("--stages", action="store_true", help="wait between stages, print the time of each")
+    parser.add_argument("--peer-experts", type=int, default=0, help="experts to run AutoAWQ's search on, in this run")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -188,6 +190,15 @@ def main() -> None:
         for name, seconds in row["stages"].items():
             print(f"    {name:40} {seconds:7.2f} s")
     last = found[-1]["layer_s"]
+    if options.peer_experts:
+        rows = found[-1]["tokens"] * 8 // options.experts
+        peer = search_seconds(options.peer_experts, rows)
+        whole = sum(peer.values()) * (options.experts + 1) / options.peer_experts
+        print(f"AutoAWQ's own searches on {options.peer_experts} such experts with {rows} tokens each (float16):")
+        print("    " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in peer.items()))
+        print(
+            f"    scaled to {options.experts + 1} MLPs: {whole:.0f} s, {whole / last:.0f} times dsquant's whole layer"
+        )
     print(f"{MIXTURES} such layers: {MIXTURES * last / 60:.1f} min; the 3 dense layers and the head are not in this")
     if options.json:
         options.json.write_text(json.dumps(found, indent=2))

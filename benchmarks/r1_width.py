@@ -1,6 +1,7 @@
-"""Peak resident memory of `dsquant awq` on one mixture layer of R1's width, measured by the kernel.
+"""Peak resident memory of `dsquant awq` or `dsquant gguf` on one mixture layer of R1's width, measured by the kernel.
 
     python benchmarks/r1_width.py --folder /tmp/r1-width --experts 64 --memory-budget 6GiB
+    python benchmarks/r1_width.py --folder /tmp/r1-width --experts 256 --memory-budget 2GiB --gguf Q4_K_M
 
 makes a checkpoint of one layer with R1's own shapes (hidden 7168, 128 heads, experts of 2048, FP8 128x128), runs the
 command on it as a user would, and prints what `getrusage` says of that process. Weights are random: this measures
@@ -117,19 +118,39 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--preset", default="compact")
+    parser.add_argument("--gguf", metavar="TYPE", help="convert to this GGUF type without calibration instead")
     options = parser.parse_args()
     model = options.folder / "model"
     if not model.exists():
         make_checkpoint(model, options.experts)
-    arguments = ["awq", str(model), "--output", str(options.folder / "out"), "--restart", "--no-evaluate", "--json"]
-    arguments += ["--to", "compressed-tensors", "--preset", options.preset, "--memory-budget", options.memory_budget]
-    arguments += ["--samples", str(options.samples), "--seq-len", str(options.seq_len), "--calibration", "code"]
     started = time.monotonic()
-    subprocess.run([sys.executable, "-c", "from dsquant.cli import main; main()", *arguments], check=True)
+    subprocess.run(
+        [sys.executable, "-c", "from dsquant.cli import main; main()", *arguments(options, model)], check=True
+    )
     elapsed = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"experts {options.experts}, {options.samples} x {options.seq_len} tokens, preset {options.preset}:")
+    what = f"gguf {options.gguf}" if options.gguf else f"{options.samples} x {options.seq_len} tokens, {options.preset}"
+    print(f"experts {options.experts}, {what}:")
     print(f"peak resident memory {peak:.2f} GiB of a budget of {options.memory_budget}, {elapsed:.0f} s")
+
+
+def arguments(options: argparse.Namespace, model: Path) -> list[str]:
+    """dsquant's arguments.
+
+    Args:
+        options: of this script.
+        model: the checkpoint.
+
+    Returns:
+        The arguments.
+    """
+    common = [str(model), "--output", str(options.folder / "out"), "--restart", "--no-evaluate", "--json"]
+    common += ["--memory-budget", options.memory_budget]
+    if options.gguf:
+        return ["gguf", *common, "--type", options.gguf, "--calibration", "none"]
+    common += ["--to", "compressed-tensors", "--preset", options.preset]
+    common += ["--samples", str(options.samples), "--seq-len", str(options.seq_len), "--calibration", "code"]
+    return ["awq", *common]
 
 
 if __name__ == "__main__":

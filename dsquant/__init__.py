@@ -10,7 +10,7 @@
 Importing this package imports no torch; the first call does.
 """
 
-from dsquant.api import apply_patch, awq, delta, evaluate, gguf, inspect, verify
+from dsquant.api import apply_patch, awq, delta, evaluate, gguf, inspect, plan, verify
 from dsquant.errors import DsquantError, GateError, InconclusiveError, InputError, Interrupted, UsageError
 
 __version__ = "0.1.0"
@@ -27,5 +27,6 @@ __all__ = [
     "evaluate",
     "gguf",
     "inspect",
+    "plan",
     "verify",
 ]

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsquant.errors import UsageError
+
 if TYPE_CHECKING:
-    from dsquant.comparison import Evaluation
+    from dsquant.deployment.forecast import Forecast
+    from dsquant.evaluation.results import Evaluation
     from dsquant.incremental.patch import AppliedPatch
     from dsquant.incremental.release import Delta
     from dsquant.inspection import Inspection
@@ -136,6 +139,7 @@ def gguf(
     seq_len: int = 512,
     seed: int = 0,
     mtp: str = "drop",
+    device: str = "auto",
     memory_budget: str | int | None = None,
     evaluate: bool = True,
     resume: bool = False,
@@ -159,6 +163,7 @@ def gguf(
         seq_len: tokens of a sample.
         seed: of the choice of texts.
         mtp: `keep` or `drop` the multi-token-prediction layer.
+        device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
         memory_budget: the most resident memory, such as `16GiB`.
         evaluate: whether the output is compared with the original at the end.
         resume: go on with an interrupted job in `output`, or begin one.
@@ -192,6 +197,7 @@ def gguf(
         seq_len=seq_len,
         seed=seed,
         mtp=mtp,
+        device=device,
         memory_budget=_size(memory_budget),
         evaluate=evaluate,
     )
@@ -201,36 +207,104 @@ def gguf(
 
 def evaluate(
     reference: str | Path,
-    candidate: str | Path,
-    *,
+    *candidates: str | Path,
     texts: Sequence[str | Path] = (),
-    seq_len: int = 512,
+    prompts: str | Path | None = None,
+    max_tokens: int = 64,
+    execute: bool = False,
+    allow_code_execution: bool = False,
+    gates: str | Path | None = None,
+    output: str | Path | None = None,
     samples: int = 8,
+    seq_len: int = 512,
+    seed: int = 0,
+    device: str = "auto",
+    memory_budget: str | int | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Measures how far a quantized model is from the original, layer by layer.
+    """Measures what quantized models cost against the original, layer by layer.
 
     Args:
-        reference: the original: a folder, a hub id, or `tiny-r1`.
-        candidate: an AWQ, compressed-tensors, FP8 or BF16 checkpoint of the same model.
-        texts: text files; the shipped held-out texts where there are none.
+        reference: the original: a folder, a hub id, `tiny-r1`, or a GGUF file.
+        *candidates: the same, of the same model: FP8, BF16, AWQ, compressed-tensors or GGUF.
+        texts: shipped texts (code, wiki, reasoning) or text files; every shipped one where there are none.
+        prompts: prompts for code: `python` (shipped), a .jsonl file (also HumanEval's and MBPP's), or `none`; None
+            takes the shipped ones where the models fit in memory.
+        max_tokens: tokens of a completion.
+        execute: whether to run the completions with the prompts' tests.
+        allow_code_execution: needed beside `execute`: code that a model wrote will run on this machine, under limits
+            that are no security boundary.
+        gates: a YAML file of limits; the outcome is in `verdict` and in each candidate's `gates`.
+        output: a folder for the report.
+        samples: the most samples of each text.
         seq_len: tokens of a sample.
-        samples: samples of each text.
+        seed: of the intervals' random draws.
+        device: `auto`, `cpu` or `cuda`.
+        memory_budget: the most resident memory, such as `16GiB`.
         progress: whether to show a progress bar.
 
     Returns:
-        Perplexity, KL divergence and top-1 agreement on each text; a table in a notebook.
+        Perplexity, KL divergence, agreement, routing, weight errors and findings of every candidate.
 
     Raises:
-        InputError: where a model or text cannot be used, or the two are not the same model.
+        UsageError: where the arguments cannot work.
+        InputError: where a model or text cannot be used, or a candidate is not the same model.
     """
     from dsquant import comparison
+    from dsquant.code_drift import DriftRequest
     from dsquant.display import progress_bar
+    from dsquant.recipe import parse_size
 
+    if not candidates:
+        raise UsageError("name at least one candidate")
+    request = comparison.EvaluationRequest(
+        reference=str(reference),
+        candidates=tuple(str(candidate) for candidate in candidates),
+        texts=tuple(str(text) for text in texts),
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        drift=DriftRequest(None if prompts is None else str(prompts), max_tokens, execute, allow_code_execution),
+        gates=None if gates is None else Path(gates),
+        output=None if output is None else Path(output),
+        device=device,
+        memory_budget=parse_size(memory_budget) if isinstance(memory_budget, str) else memory_budget,
+    )
     with progress_bar(progress) as report:
-        return comparison.evaluate(
-            str(reference), str(candidate), [str(text) for text in texts], seq_len, samples, report
-        )
+        return comparison.evaluate(request, report)
+
+
+def plan(
+    model: str | Path = "tiny-r1",
+    *,
+    gpu: str | None = None,
+    ram: str | None = None,
+    disk: str | None = None,
+    disk_read: str | None = None,
+    gpu_price: float | None = None,
+    context: int = 32768,
+) -> Forecast:
+    """Says what a model becomes in every format, what runs where and how fast, before a weight is read.
+
+    Args:
+        model: `tiny-r1`, a folder, a hub id (its headers are fetched, no weights), or a config.json.
+        gpu: the GPUs, such as `4x24GiB` or `4x24GiB@936GB/s`.
+        ram: such as `64GiB`.
+        disk: room for the weights, such as `2TiB`.
+        disk_read: such as `7GB/s`.
+        gpu_price: of one GPU for an hour.
+        context: tokens of KV cache.
+
+    Returns:
+        Sizes, memory, hours, placements and commands; tables in a notebook.
+
+    Raises:
+        InputError: where the model cannot be had, or is not of a family that dsquant knows.
+        UsageError: where the machine's description cannot be read.
+    """
+    from dsquant.deployment.forecast import forecast
+
+    return forecast(str(model), gpu, ram, disk, disk_read, gpu_price, context)
 
 
 def delta(

@@ -29,6 +29,9 @@ HUB_SPEC = re.compile(
 )
 
 
+HELD_OUT_TEXTS = ("code", "wiki", "reasoning")
+
+
 @dataclass(frozen=True)
 class CalibrationTokens:
     """Calibration samples and where they come from."""
@@ -118,7 +121,7 @@ def calibration_tokens(
     random.Random(seed).shuffle(samples)
     tokens = torch.tensor(samples[:num_samples], dtype=torch.int64)
     counts = tuple({"name": source.name, "samples": len(found[source])} for source in sources)
-    return CalibrationTokens(tokens, _hash(tokens), counts)
+    return CalibrationTokens(tokens, tokens_sha256(tokens), counts)
 
 
 def held_out_tokens(text: str, tokenizer: Any, seq_len: int, max_samples: int) -> torch.Tensor:
@@ -143,7 +146,44 @@ def held_out_tokens(text: str, tokenizer: Any, seq_len: int, max_samples: int) -
     return torch.tensor(samples, dtype=torch.int64)
 
 
-def _hash(tokens: torch.Tensor) -> str:
+def text_tokens(text: str, tokenizer: Any, seq_len: int, max_samples: int) -> torch.Tensor:
+    """Samples of a text to evaluate on, in the order of the text.
+
+    Args:
+        text: a shipped held-out text (`code`, `wiki`, `reasoning`), a file, or `hf:NAME[/CONFIG][:SPLIT][#COLUMN]`.
+        tokenizer: the model's.
+        seq_len: tokens of a sample.
+        max_samples: the most samples.
+
+    Returns:
+        int64 [N, seq_len].
+
+    Raises:
+        InputError: where the text is missing, or too short for one sample.
+    """
+    if text in HELD_OUT_TEXTS:
+        return held_out_tokens(text, tokenizer, seq_len, max_samples)
+    if not text.startswith("hf:") and not Path(text).expanduser().is_file():
+        raise InputError(f"--text {text!r}: no such file, and none of the shipped texts {', '.join(HELD_OUT_TEXTS)}")
+    found = 0
+
+    def counted() -> Iterator[Any]:
+        nonlocal found
+        for document in _documents(text):
+            found += len(_encode(document, tokenizer))
+            yield document
+
+    samples = _take(_samples(counted(), tokenizer, seq_len), max_samples)
+    if not samples:
+        raise InputError(
+            f"--text {text!r}: it has {found} tokens with those that begin and end a document, a sample needs "
+            f"{seq_len}; give more text or a smaller --seq-len"
+        )
+    return torch.tensor(samples, dtype=torch.int64)
+
+
+def tokens_sha256(tokens: torch.Tensor) -> str:
+    """SHA-256 of tokens as little-endian int64, after their shape as text."""
     content = str(tuple(tokens.shape)).encode() + tokens.numpy().astype("<i8").tobytes()
     return hashlib.sha256(content).hexdigest()
 
@@ -164,7 +204,7 @@ def _ready_tokens(specs: Sequence[str], num_samples: int, seq_len: int, tokenize
     tokens = tokens[:num_samples, :seq_len].to(torch.int64).contiguous()
     if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= len(tokenizer):
         raise InputError(f"{specs[0]}: 'tokens' is empty or holds numbers outside 0..{len(tokenizer) - 1}")
-    return CalibrationTokens(tokens, _hash(tokens), ({"name": Path(specs[0]).name, "samples": len(tokens)},))
+    return CalibrationTokens(tokens, tokens_sha256(tokens), ({"name": Path(specs[0]).name, "samples": len(tokens)},))
 
 
 def _sources(spec: str, share: float) -> list[_Source]:

@@ -1,182 +1,338 @@
-"""Compares models on texts: what `dsquant eval` does, and every job at its end."""
+"""Compares candidates with a reference on texts, in one pass over the disk: what `dsquant eval` does."""
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from dsquant.calibration import calibration_tokens, held_out_tokens, load_tokenizer
-from dsquant.errors import InputError
-from dsquant.evaluation.divergence import Divergence, compare
-from dsquant.jobs import stop_on_signals
-from dsquant.model.families import family_of
-from dsquant.model.skeleton import Skeleton
-from dsquant.planning import BATCH_TOKENS, check_complete
-from dsquant.source.checkpoint import Checkpoint, open_checkpoint
-from dsquant.source.gguf_weights import GgufWeights, gguf_file
-from dsquant.source.locate import locate
-from dsquant.source.weights import Weights
-from dsquant.telemetry import Progress, Report, Stage, silent
+import torch
 
-EVALUATION_TEXTS = ("code", "wiki", "reasoning")
-EVALUATION_SAMPLES = 8
-EVALUATION_SEQ_LEN = 512
+from dsquant.calibration import HELD_OUT_TEXTS, text_tokens, tokens_sha256
+from dsquant.code_drift import DriftRequest, drift_caveats, plan_drift, run_drift
+from dsquant.errors import GateError, InconclusiveError, InputError, Interrupted, UsageError
+from dsquant.evaluation.diagnosis import diagnose
+from dsquant.evaluation.drift import CodeDrift
+from dsquant.evaluation.gates import Gates, check_measured, decide, read_gates
+from dsquant.evaluation.intervals import BLOCK_TOKENS, CONFIDENCE
+from dsquant.evaluation.lockstep import LENS_TOKENS, Lockstep
+from dsquant.evaluation.measure_drift import DriftPlan
+from dsquant.evaluation.measures import Measures
+from dsquant.evaluation.needs import needs
+from dsquant.evaluation.report.files import write_reports
+from dsquant.evaluation.results import SCHEMA_VERSION, Candidate, Evaluation, Identity, Reference, Text
+from dsquant.evaluation.summary import layer_scores, routers_of, scores_by_text
+from dsquant.evaluation.weights import by_kind, worst
+from dsquant.jobs import stop_on_signals
+from dsquant.opening import Opened, Original, open_candidate, open_original
+from dsquant.planning import BATCH_TOKENS
+from dsquant.preparation import check_disk, default_memory_budget, resolved_device
+from dsquant.recipe import format_size
+from dsquant.telemetry import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
+
+PACKAGES = ("dsquant", "torch", "transformers", "accelerate", "autoawq", "compressed-tensors", "gguf")
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """How far a candidate is from a reference."""
+class EvaluationRequest:
+    """What to evaluate and how."""
 
     reference: str
-    candidate: str
-    texts: dict[str, Divergence]
+    """A folder, a hub id, `tiny-r1`, or a GGUF file."""
+    candidates: tuple[str, ...]
+    """The same, of the same model."""
+    texts: tuple[str, ...] = ()
+    """Shipped texts or files; every shipped one where empty."""
+    samples: int = 8
+    """The most of each text."""
+    seq_len: int = 512
+    seed: int = 0
+    """Of the bootstrap's draws."""
+    gates: Path | None = None
+    drift: DriftRequest = field(default_factory=DriftRequest)
+    """Whether and how code is generated."""
+    output: Path | None = None
+    """Folder for report.json, report.md and report.html."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    memory_budget: int | None = None
+    """Bytes; None is 80 % of what is available, at most 16 GiB."""
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**vars(self), "texts": {name: vars(found) for name, found in self.texts.items()}}
+
+@dataclass(frozen=True)
+class _Texts:
+    """The samples of all texts, one after another."""
+
+    tokens_NT: torch.Tensor
+    samples: Mapping[str, slice]
+    described: tuple[Text, ...]
 
 
-def evaluate(
-    reference: str, candidate: str, texts: list[str], seq_len: int, samples: int, report: Report = silent
-) -> Evaluation:
-    """Compares a candidate with a reference, layer by layer.
+def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
+    """Measures what candidates cost against a reference.
 
     Args:
-        reference: the original: a folder, a hub id, or `tiny-r1`.
-        candidate: a checkpoint of the same model.
-        texts: text files; the shipped held-out texts where there are none.
-        seq_len: tokens of a sample.
-        samples: the most samples of each text.
+        request: what to evaluate.
         report: gets the progress.
 
     Returns:
-        The distance on each text.
+        The evaluation; its reports are written where a folder is named.
 
     Raises:
-        InputError: where a model or a text cannot be used, or the two are not the same model.
+        InputError: where a model, text or file of gates cannot be used, or a candidate is not the same model.
+        UsageError: where the memory budget cannot work, or a gate is on what is not measured.
         Interrupted: where a signal stopped it.
     """
-    original = open_checkpoint(locate(reference))
-    other = open_candidate(candidate, original)
-    skeleton = Skeleton(original)
-    check_complete(original, skeleton)
-    _check_same_model(skeleton, candidate, other)
-    tokenizer = load_tokenizer(original.folder)
-    found = {}
-    with stop_on_signals() as request, tempfile.TemporaryDirectory(prefix="dsquant-") as work:
-        chosen = texts or list(EVALUATION_TEXTS)
-        for number, text in enumerate(chosen):
-            if texts:
-                tokens_NT = calibration_tokens([text], tokenizer, samples, seq_len, 0).tokens
-            else:
-                tokens_NT = held_out_tokens(text, tokenizer, seq_len, samples)
+    started = time.monotonic()
+    gates = None if request.gates is None else read_gates(request.gates)
+    confidence = CONFIDENCE if gates is None else gates.confidence
+    if request.output is not None and request.output.exists() and not request.output.is_dir():
+        raise InputError(f"{request.output} is a file; name a folder for the report")
+    original = open_original(request.reference, torch.device(resolved_device(request.device)))
+    candidates = {name: open_candidate(path, original) for name, path in _names(request.candidates).items()}
+    texts = _read_texts(request, original.tokenizer)
+    plan = plan_drift(request.drift, original, _budget(request) - resident_bytes())
+    if gates is not None:
+        check_measured(gates, list(texts.samples), () if plan is None else plan.measures)
+    noise, measures, drifts = _measure(request, original, candidates, texts, plan, report)
+    layers = original.skeleton.layers[: original.skeleton.num_layers]
+    found = [
+        _candidate(name, opened, measures[name], drifts.get(name), original, texts, confidence, request.seed, gates)
+        for name, opened in candidates.items()
+    ]
+    noise_overlaps = [
+        one.router_overlap.estimate
+        for one in layer_scores(noise, layers, confidence, request.seed)
+        if one.router_overlap is not None
+    ]
+    evaluation = Evaluation(
+        schema_version=SCHEMA_VERSION,
+        identity=_identity(request, original, candidates, texts, confidence, started),
+        reference=_reference(original),
+        texts=texts.described,
+        noise_floor=scores_by_text(noise, texts.samples, confidence, request.seed),
+        noise_router_overlap=min(noise_overlaps, default=None),
+        candidates=tuple(found),
+        caveats=_caveats(original, texts, plan),
+    )
+    if request.output is not None:
+        write_reports(evaluation, request.output)
+    return evaluation
 
-            def safe_point(done: int, total: int, what: str, number: int = number) -> None:
-                request.safe_point()
-                report(Progress("evaluate", number * total + done, len(chosen) * total, what))
 
-            scores = compare(
-                skeleton,
-                original.weights,
-                {"candidate": other},
-                tokens_NT,
-                Path(work),
-                max(1, BATCH_TOKENS // seq_len),
-                safe_point,
-            )
-            found[Path(text).name] = scores["candidate"].summary()
-    return Evaluation(reference, candidate, found)
-
-
-def open_candidate(candidate: str, original: Checkpoint) -> Weights:
-    """Opens a candidate's weights under the original's names.
+def raise_verdict(evaluation: Evaluation) -> None:
+    """Turns gates that did not pass into an error.
 
     Args:
-        candidate: a checkpoint's folder or hub id, a GGUF file, or a folder with one.
-        original: the original.
-
-    Returns:
-        The weights, decoded on access.
+        evaluation: the evaluation.
 
     Raises:
-        InputError: where it cannot be read, or is of another architecture.
+        GateError: where a gate failed.
+        InconclusiveError: where none failed, but more samples are needed.
     """
-    file = gguf_file(Path(candidate).expanduser())
-    if file is None:
-        return open_checkpoint(locate(candidate)).weights
-    family_of(original.folder, original.config)
-    return open_gguf(file, original)
+    if evaluation.verdict in (None, "pass"):
+        return
+    lines = [
+        f"{candidate.name}: {gate.message}"
+        for candidate in evaluation.candidates
+        for gate in candidate.gates
+        if gate.verdict == evaluation.verdict
+    ]
+    if evaluation.verdict == "fail":
+        raise GateError("gates failed:\n" + "\n".join(lines))
+    raise InconclusiveError("undecided, more samples are needed:\n" + "\n".join(lines))
 
 
-def open_gguf(file: Path, original: Checkpoint) -> Weights:
-    """Opens a GGUF file's weights under the names of the checkpoint that it was made from.
-
-    Args:
-        file: the file, or the first of a split one.
-        original: the checkpoint.
-
-    Returns:
-        The weights, decoded on access.
-    """
-    weights = original.weights
-    return GgufWeights(file, {name: weights.shape(name) for name in weights}, original.config)
-
-
-def _check_same_model(skeleton: Skeleton, candidate: str, other: Weights) -> None:
-    """Refuses a candidate whose weights are not the reference's in other storage."""
-    for name, shape in skeleton.expected_shapes().items():
-        if int(name.split(".")[2]) >= skeleton.num_layers if name.startswith("model.layers.") else False:
-            continue  # the candidate may have dropped the MTP layer
-        if name not in other:
-            raise InputError(f"{candidate}: tensor {name!r} is missing, which the reference has; not the same model")
-        if other.shape(name) != shape:
-            raise InputError(
-                f"{candidate}: tensor {name!r} has shape {list(other.shape(name))}, the reference's has "
-                f"{list(shape)}; not the same model"
-            )
+def _names(paths: tuple[str, ...]) -> dict[str, str]:
+    """A short name for each candidate: its folder's or file's, or the whole path where two would be the same."""
+    if len(set(paths)) < len(paths):
+        twice = next(path for path, count in Counter(paths).items() if count > 1)
+        raise UsageError(f"candidate {twice!r} is named twice")
+    short = Counter(Path(path).stem if path.endswith(".gguf") else Path(path).name for path in paths)
+    names = {}
+    for path in paths:
+        name = Path(path).stem if path.endswith(".gguf") else Path(path).name
+        names[name if name and short[name] == 1 else path] = path
+    return names
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The models that an evaluation at the end of a job compares."""
+def _read_texts(request: EvaluationRequest, tokenizer: Any) -> _Texts:
+    chosen = request.texts or HELD_OUT_TEXTS
+    if len(set(chosen)) < len(chosen):
+        raise UsageError("name each --text once")
+    short = Counter(Path(text).name for text in chosen)
+    parts, samples, described, start = [], {}, [], 0
+    for text in chosen:
+        name = Path(text).name if short[Path(text).name] == 1 else text
+        tokens_NT = text_tokens(text, tokenizer, request.seq_len, request.samples)
+        parts.append(tokens_NT)
+        samples[name] = slice(start, start + len(tokens_NT))
+        described.append(Text(name, len(tokens_NT), request.seq_len, tokens_sha256(tokens_NT)))
+        start += len(tokens_NT)
+    return _Texts(torch.cat(parts), samples, tuple(described))
 
-    skeleton: Skeleton
-    original: Weights
-    candidates: dict[str, Weights]
-    work: Path
-    batch_samples: int
-    safe_point: Callable[[Stage, int, int, str], None]
 
-
-def compare_on_texts(models: Comparison, tokenizer: Any, seq_len: int) -> dict[str, dict[str, Any]]:
-    """Compares models on the shipped held-out texts.
-
-    Args:
-        models: the models.
-        tokenizer: the original's.
-        seq_len: tokens of a sample, at the most.
-
-    Returns:
-        Candidate -> text -> the fields of a `Divergence`.
-    """
-    seq_len = min(EVALUATION_SEQ_LEN, seq_len)
-    found: dict[str, dict[str, Any]] = {name: {} for name in models.candidates}
-    for number, text in enumerate(EVALUATION_TEXTS):
-        tokens_NT = held_out_tokens(text, tokenizer, seq_len, EVALUATION_SAMPLES)
-
-        def safe_point(done: int, total: int, what: str, number: int = number) -> None:
-            models.safe_point("evaluate", number * total + done, len(EVALUATION_TEXTS) * total, what)
-
-        scores = compare(
-            models.skeleton,
-            models.original,
-            models.candidates,
-            tokens_NT,
-            models.work,
-            models.batch_samples,
-            safe_point,
+def _measure(
+    request: EvaluationRequest,
+    original: Original,
+    candidates: Mapping[str, Opened],
+    texts: _Texts,
+    plan: DriftPlan | None,
+    report: Report,
+) -> tuple[Measures, dict[str, Measures], dict[str, CodeDrift]]:
+    """Checks memory and disk, and runs everything."""
+    num_samples, seq_len = texts.tokens_NT.shape
+    batch, noise_batch = _batches(seq_len)
+    weights = original.checkpoint.weights
+    need = needs(original.skeleton, weights, num_samples, seq_len, len(candidates), batch)
+    budget = _budget(request)
+    if need.memory + resident_bytes() > budget:
+        raise UsageError(
+            f"--memory-budget {format_size(budget)} is too small: these models and texts need "
+            f"{format_size(need.memory + resident_bytes())}; raise the budget, evaluate fewer candidates at once, or "
+            "lower --samples or --seq-len"
         )
-        for name, token_scores in scores.items():
-            found[name][text] = vars(token_scores.summary())
-    return found
+    with _not_resumable(), stop_on_signals() as request_to_stop, _work_folder(request.output) as work:
+        check_disk(work, need.disk)
+        opened = (original.opened, *candidates.values())
+
+        def safe_point(done: int, total: int, what: str, stage: Stage = "evaluate") -> None:
+            request_to_stop.safe_point()
+            if resident_bytes() > budget:
+                raise UsageError(
+                    f"resident memory is {format_size(resident_bytes())}, above --memory-budget "
+                    f"{format_size(budget)}; raise the budget, or lower --samples or --seq-len"
+                )
+            report(Progress(stage, done, total, what, sum(model.bytes_read for model in opened)))
+
+        lanes = {name: model.weights for name, model in candidates.items()}
+        lockstep = Lockstep(original.skeleton, weights, lanes, texts.tokens_NT, work, batch, noise_batch, safe_point)
+        noise, measures = lockstep.run()
+        if plan is None:
+            return noise, measures, {}
+        return noise, measures, run_drift(plan, original, candidates, work, partial(safe_point, stage="generate"))
+
+
+def _budget(request: EvaluationRequest) -> int:
+    return request.memory_budget or default_memory_budget()
+
+
+def _batches(seq_len: int) -> tuple[int, int]:
+    """Samples that pass attention together, and the same for the noise floor."""
+    batch = max(1, BATCH_TOKENS // seq_len)
+    return batch, batch // 2 or 2
+
+
+@contextmanager
+def _not_resumable() -> Iterator[None]:
+    try:
+        yield
+    except Interrupted as error:
+        raise Interrupted("stopped by a signal; an evaluation keeps nothing: run it again") from error
+
+
+@contextmanager
+def _work_folder(output: Path | None) -> Iterator[Path]:
+    """A folder for hidden states, on the disk of the output where one is named: /tmp may be memory."""
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".dsquant-", dir=output) as work:
+        yield Path(work)
+
+
+def _candidate(
+    name: str,
+    opened: Opened,
+    measures: Measures,
+    drift: CodeDrift | None,
+    original: Original,
+    texts: _Texts,
+    confidence: float,
+    seed: int,
+    gates: Gates | None,
+) -> Candidate:
+    layers = original.skeleton.layers[: original.skeleton.num_layers]
+    scores = layer_scores(measures, layers, confidence, seed)
+    candidate = Candidate(
+        name=name,
+        path=opened.path,
+        format=opened.format,
+        size_bytes=opened.size_bytes,
+        bits_per_weight=opened.bits_per_weight,
+        fingerprint=opened.fingerprint,
+        texts=scores_by_text(measures, texts.samples, confidence, seed),
+        layers=scores,
+        weights=worst(measures.weights),
+        weight_error_by_kind=by_kind(measures.weights, fmean),
+        findings=diagnose(scores, measures.weights, routers_of(layers)),
+        drift=drift,
+        gates=(),
+    )
+    if gates is None:
+        return candidate
+    blocks_per_sample = -(-(texts.tokens_NT.shape[1] - 1) // BLOCK_TOKENS)
+    return replace(candidate, gates=decide(gates, candidate, blocks_per_sample))
+
+
+def _reference(original: Original) -> Reference:
+    opened, config = original.opened, original.skeleton.config
+    return Reference(
+        path=opened.path,
+        format=opened.format,
+        architecture=original.checkpoint.architecture,
+        size_bytes=opened.size_bytes,
+        fingerprint=opened.fingerprint,
+        num_layers=original.skeleton.num_layers,
+        num_experts=int(config.get("n_routed_experts") or 0),
+        vocabulary=int(config["vocab_size"]),
+    )
+
+
+def _identity(
+    request: EvaluationRequest,
+    original: Original,
+    candidates: Mapping[str, Opened],
+    texts: _Texts,
+    confidence: float,
+    started: float,
+) -> Identity:
+    batch, noise_batch = _batches(texts.tokens_NT.shape[1])
+    return Identity(
+        versions={name: version(name) for name in PACKAGES},
+        seed=request.seed,
+        confidence=confidence,
+        block_tokens=BLOCK_TOKENS,
+        dtype="float32",
+        device=str(original.checkpoint.weights.device),
+        batch_samples=batch,
+        noise_batch_samples=noise_batch,
+        lens_tokens=min(LENS_TOKENS, texts.tokens_NT.numel()),
+        elapsed_s=time.monotonic() - started,
+        peak_resident_bytes=peak_resident_bytes(),
+        bytes_read=sum(model.bytes_read for model in (original.opened, *candidates.values())),
+    )
+
+
+def _caveats(original: Original, texts: _Texts, plan: DriftPlan | None) -> tuple[str, ...]:
+    """What the numbers do not tell, in words."""
+    words = [
+        "both models were run in float32 by one implementation: what an engine's kernels add is not in these numbers",
+        f"intervals rest on blocks of {BLOCK_TOKENS} tokens of these texts; other texts may differ by more",
+    ]
+    few = [f"{text.name} ({text.samples})" for text in texts.described if text.samples < 4]
+    if few:
+        words.append(f"few samples: {', '.join(few)}; more text or a smaller --seq-len makes its intervals trustworthy")
+    words += drift_caveats(plan)
+    if original.skeleton.num_mtp_layers:
+        words.append("the multi-token-prediction layer was not evaluated")
+    words.append(
+        "weight errors are measured after undoing scales folded into norms and projections; other transformations of "
+        "the weights, such as rotations, would show as errors"
+    )
+    return tuple(words)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -17,7 +18,7 @@ from dsquant.telemetry import Progress as Step
 from dsquant.telemetry import Report, silent
 
 if TYPE_CHECKING:
-    from dsquant.comparison import Evaluation
+    from dsquant.evaluation.results import Candidate, Evaluation
     from dsquant.incremental.patch import AppliedPatch
     from dsquant.incremental.release import Delta
     from dsquant.records import Result
@@ -27,6 +28,7 @@ STAGES = {
     "scan": "checking",
     "quantize": "quantizing",
     "evaluate": "evaluating",
+    "generate": "generating",
     "hash": "hashing",
     "verify": "verifying",
 }
@@ -113,6 +115,87 @@ def print_result(result: "Result", console: Console | None = None) -> None:
         console.print(f"Done in {result.elapsed_s:.0f} s, with at most {peak}.")
 
 
+def print_evaluation(evaluation: "Evaluation", console: Console | None = None) -> None:
+    """Prints an evaluation: candidates side by side, then each one's scores, what is broken in it, and its gates."""
+    console = console or Console()
+    reference = evaluation.reference
+    table = Table(title=f"against {reference.path} ({reference.format}, {format_size(reference.size_bytes)})")
+    for heading in ("candidate", "format", "size", "bits a weight", "mean KL", "verdict"):
+        table.add_column(heading, justify="left" if heading in ("candidate", "format", "verdict") else "right")
+    for one in evaluation.candidates:
+        broken = None if one.first_broken_layer is None else f"layer {one.first_broken_layer} broken"
+        row = (one.name, one.format, format_size(one.size_bytes), f"{one.bits_per_weight:.2f}", f"{one.mean_kl:.4f}")
+        table.add_row(*row, ", ".join(filter(None, (one.verdict, broken))) or "no gates")
+    console.print(table)
+    for one in evaluation.candidates:
+        console.print(_texts_table(one))
+        _print_details(one, console)
+    _print_code(evaluation, console)
+    noise = max(scores.mean_kl.estimate for scores in evaluation.noise_floor.values())
+    console.print(f"Noise floor: the original against itself in batches of another size has a mean KL of {noise:.2g}.")
+    for caveat in evaluation.caveats:
+        console.print(f"Note: {caveat}.", soft_wrap=True)
+
+
+def _print_code(evaluation: "Evaluation", console: Console) -> None:
+    """What generated code tells of every candidate."""
+    drifts = [(one.name, one.drift) for one in evaluation.candidates if one.drift is not None]
+    table = Table(title="Generated code against the original's")
+    for heading in ("candidate", "BLEU", "chrF", "CodeBLEU", "same text", "BLEU lost to gold", "pass@1"):
+        table.add_column(heading, justify="left" if heading == "candidate" else "right")
+    for name, drift in drifts:
+        found, lost, run = drift.candidate_vs_original, drift.measures.get("code_bleu_drop"), drift.execution
+        if found is None:
+            assert drift.agreement is not None
+            console.print(f"{name}: ranks {drift.agreement.estimate:.1%} of the original's greedy tokens first too.")
+            continue
+        scores = (found.bleu, found.chrf, found.code_bleu.total)
+        table.add_row(
+            name,
+            *(f"{100 * score:.1f}" for score in scores),
+            f"{found.exact_match:.0%}",
+            "" if lost is None else f"{lost.estimate:.2f}",
+            "" if run is None else f"{run.pass_candidate.estimate:.1%} ({run.pass_original.estimate:.1%})",
+        )
+    if table.rows:
+        console.print(table)
+
+
+def _texts_table(candidate: "Candidate") -> Table:
+    """Perplexities with the interval of their ratio, divergence and agreement on every text."""
+    table = Table(title=f"{candidate.name}: perplexity, KL divergence in nats, agreement", box=SIMPLE_HEAD)
+    for heading in ("text", "original", "candidate", "ratio", "interval", "mean KL", "99 % KL", "top 1"):
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    for text, found in candidate.texts.items():
+        ratio = found.perplexity_ratio
+        table.add_row(
+            text,
+            f"{found.perplexity_original:.3f}",
+            f"{found.perplexity:.3f}",
+            f"{ratio.estimate:.4f}",
+            f"{ratio.low:.3f}–{ratio.high:.3f}",
+            f"{found.mean_kl.estimate:.4f}",
+            f"{found.kl.p99:.4f}",
+            f"{found.top1_agreement.estimate:.1%}",
+        )
+    return table
+
+
+def _print_details(candidate: "Candidate", console: Console) -> None:
+    """Router overlap, findings and gates of one candidate."""
+    overlaps = [layer for layer in candidate.layers if layer.router_overlap is not None]
+    if overlaps:
+        worst = min(overlaps, key=lambda layer: layer.router_overlap.estimate if layer.router_overlap else 1.0)
+        assert worst.router_overlap is not None
+        overlap = f"{worst.router_overlap.estimate:.1%}"
+        console.print(f"{candidate.name}: layer {worst.index} chooses the fewest of the original's experts, {overlap}.")
+    for finding in candidate.findings:
+        console.print(f"{candidate.name}: broken? {finding.message}.", soft_wrap=True, style="red", markup=False)
+    for gate in candidate.gates:
+        style = {"pass": "green", "fail": "red", "inconclusive": "yellow"}[gate.verdict]
+        console.print(f"{candidate.name}: gate {gate.message}", soft_wrap=True, style=style, markup=False)
+
+
 def print_delta(made: "Delta") -> None:
     """Prints what a delta made."""
     console = Console()
@@ -156,11 +239,6 @@ def print_verification(found: "Verification") -> None:
         console.print(f"{name}: {count} parameters decoded and compared with {found.source}.")
     for note in found.notes:
         console.print(f"Note: {escape(note)}.")
-
-
-def print_evaluation(evaluation: "Evaluation") -> None:
-    """Prints an evaluation's table."""
-    Console().print(divergence_table(f"{evaluation.candidate} against {evaluation.reference}", evaluation.texts))
 
 
 def divergence_table(title: str, texts: dict[str, Divergence]) -> Table:

@@ -79,7 +79,7 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
     """Opens and validates everything a conversion reads, and plans its files to the byte.
 
     Args:
-        recipe: the conversion.
+        recipe: the conversion, its device resolved.
 
     Returns:
         The plan.
@@ -92,7 +92,7 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
         raise UsageError(f"type {recipe.type!r} is unknown; dsquant writes {', '.join(MIXTURES)}")
     if recipe.imatrix and recipe.texts:
         raise UsageError("give an imatrix file or a calibration text, not both")
-    checkpoint, skeleton = open_model(recipe.model)
+    checkpoint, skeleton = open_model(recipe.model, torch.device(recipe.device))
     check_complete(checkpoint, skeleton)
     units = plan_units(recipe.mtp, checkpoint, skeleton)
     num_mtp_layers = skeleton.num_mtp_layers if recipe.mtp == "keep" else 0
@@ -115,14 +115,12 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
         notes += found
     tokenizer = open_tokenizer(checkpoint)
     tokens_NT, calibration = open_calibration(recipe, recipe.texts, tokenizer) if recipe.texts else (None, None)
-    memory = 6 * FLOAT32_BYTES * max(ELEMENTS_AT_ONCE, target.largest_whole)
     linears = frozenset[str]()
     if recipe.texts and recipe.scales:
-        linears, found = _scalable_linears(checkpoint, skeleton)
+        linears, found = scalable_linears(checkpoint, skeleton)
         notes += found
-    if tokens_NT is not None:
-        layer = layer_memory_bytes(tokens_NT.numel(), recipe.seq_len, checkpoint, skeleton, linears)
-        memory = max(memory, layer + host_memory_bytes(tokens_NT.numel() * skeleton.config["hidden_size"]))
+    tokens = None if tokens_NT is None else (tokens_NT.shape[0], tokens_NT.shape[1])
+    memory = gguf_memory_bytes(checkpoint, skeleton, target.largest_whole, tokens, linears)
     return GgufPlan(
         checkpoint,
         skeleton,
@@ -138,8 +136,43 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
     )
 
 
-def _scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozenset[str], list[str]]:
-    """Every linear of every layer where scales can be searched for all of them, and what to tell where not."""
+def gguf_memory_bytes(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    largest_whole: int,
+    tokens: tuple[int, int] | None,
+    linears: frozenset[str],
+) -> int:
+    """What a conversion needs beyond what the process has when it starts.
+
+    Args:
+        checkpoint: the source.
+        skeleton: its network.
+        largest_whole: weights of the largest parameter that is not stored in parts.
+        tokens: calibration samples, and tokens of each; None without calibration.
+        linears: those whose inputs are scaled.
+
+    Returns:
+        Bytes of resident memory.
+    """
+    memory = 6 * FLOAT32_BYTES * max(ELEMENTS_AT_ONCE, largest_whole)
+    if tokens is None:
+        return memory
+    samples, seq_len = tokens
+    layer = layer_memory_bytes(samples * seq_len, seq_len, checkpoint, skeleton, linears)
+    return max(memory, layer + host_memory_bytes(samples * seq_len * skeleton.config["hidden_size"]))
+
+
+def scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozenset[str], list[str]]:
+    """Finds the linears that GGUF's scales are searched for: those of every layer, or none.
+
+    Args:
+        checkpoint: the source.
+        skeleton: its network.
+
+    Returns:
+        The linears, and what to tell where scales cannot be searched for all of them.
+    """
     linears = frozenset(linear for layer in skeleton.layers for linear in layer.linears)
     for linear in sorted(linears):
         columns = checkpoint.weights.shape(f"{linear}.weight")[1]
@@ -200,7 +233,7 @@ class GgufRun:
         tokens_NT = self.plan.tokens_NT
         assert tokens_NT is not None
         shape = (*tokens_NT.shape, int(self.plan.skeleton.config["hidden_size"]))
-        return Activations.in_file(self.job.work / name, shape)
+        return Activations.in_file(self.job.work / name, shape, self.plan.checkpoint.weights.device)
 
 
 def convert_to_gguf(run: GgufRun) -> None:

@@ -10,9 +10,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dsquant import card
-from dsquant.comparison import Comparison, compare_on_texts, open_gguf
 from dsquant.conversion import Run, convert
-from dsquant.errors import InputError
+from dsquant.errors import InputError, UsageError
+from dsquant.final_comparison import Comparison, compare_on_texts
 from dsquant.gguf_conversion import (
     GgufRun,
     convert_to_gguf,
@@ -30,8 +30,17 @@ from dsquant.jobs import (
     write_atomically,
 )
 from dsquant.manifest import gguf_tensors, run_tensors, write_record
+from dsquant.opening import open_gguf
 from dsquant.planning import Plan, Target, check_memory
-from dsquant.preparation import check_disk, gpu_memory_budget, gpu_within_budget, memory_budget, open_source, resolved
+from dsquant.preparation import (
+    check_disk,
+    gpu_memory_budget,
+    gpu_within_budget,
+    memory_budget,
+    open_source,
+    resolved,
+    resolved_device,
+)
 from dsquant.recipe import GgufRecipe, Recipe, format_size
 from dsquant.records import (
     Preview,
@@ -196,6 +205,7 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
         Interrupted: where the job stopped and can be resumed.
     """
     started = time.monotonic()
+    recipe = recipe.model_copy(update={"device": resolved_device(recipe.device)})
     state = claim(recipe.output, recipe, resume, restart)
     if state == "finished":
         return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
@@ -220,7 +230,9 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
                 "shards": shard_times(index),
                 "files": gguf_output_files(plan),
             }
+            notes["quantizer"] = quantizer_name(recipe.device == "cuda")
         with open_job(recipe.output, recipe, state, notes) as job:
+            _check_same_quantizer(recipe, job.notes["quantizer"])
             _check_unchanged(index, job.notes, report, check)
             files = GgufFiles(recipe.output, plan.target.files, resume=state == "resume" and bool(job.journal.units))
             run = GgufRun(recipe, plan, job, report, check, files)
@@ -238,6 +250,16 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
     return result_of(recipe, record, elapsed_s=time.monotonic() - started, peak_resident_bytes=peak_resident_bytes())
 
 
+def _check_same_quantizer(recipe: GgufRecipe, before: str) -> None:
+    """A resumed job must not mix the bytes of two quantizers."""
+    now = quantizer_name(recipe.device == "cuda")
+    if now != before:
+        raise UsageError(
+            f"{recipe.output} was begun with the quantizer {before}, here is {now}; install what it had, or begin anew "
+            "with --restart"
+        )
+
+
 def preview_gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False) -> Preview:
     """Validates everything that headers tell and says what a conversion would write; writes nothing.
 
@@ -253,6 +275,7 @@ def preview_gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False
         UsageError: where the recipe cannot work.
         InputError: where model, texts, imatrix or output folder cannot be used.
     """
+    recipe = recipe.model_copy(update={"device": resolved_device(recipe.device)})
     state = claim(recipe.output, recipe, resume, restart)
     plan = plan_gguf(recipe)
     budget, resident = memory_budget(recipe), resident_bytes()
@@ -266,7 +289,7 @@ def preview_gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False
         state=state,
         source_bytes=plan.checkpoint.index.num_bytes,
         output_bytes={file.file_name: file.num_bytes for file in plan.target.files},
-        details={"type": recipe.type, "quantizer": quantizer_name(), **sizes},
+        details={"type": recipe.type, "quantizer": quantizer_name(recipe.device == "cuda"), **sizes},
         calibration=plan.calibration,
         notes=list(plan.notes),
         memory_bytes=plan.memory_bytes + resident,

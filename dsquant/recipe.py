@@ -125,6 +125,7 @@ class GgufRecipe(JobRecipe):
         seq_len: tokens of a sample.
         seed: of the choice of texts.
         mtp: whether the multi-token-prediction layer is kept as `nextn` tensors or dropped.
+        device: where to calibrate and quantize; auto is a GPU where there is one. The bytes differ between devices.
         split_max_bytes: the most tensor data in one file, as far as single tensors allow; 0 makes one file.
         memory_budget: bytes of resident memory; None is 80 % of what is available, at most 16 GiB.
         evaluate: whether the output is compared with the original at the end.
@@ -139,6 +140,7 @@ class GgufRecipe(JobRecipe):
     seq_len: int = Field(default=512, ge=8)
     seed: int = Field(default=0, ge=0)
     mtp: Literal["keep", "drop"] = "drop"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     split_max_bytes: int = Field(default=0, ge=0)
     memory_budget: int | None = Field(default=None, ge=1)
     evaluate: bool = True

@@ -225,7 +225,7 @@ def gguf_record(run: GgufRun, divergence: dict[str, dict[str, Any]]) -> dict[str
         "recipe": run.recipe.lasting(),
         "recipe_sha256": run.recipe.hash,
         "versions": {name: version(name) for name in (*PACKAGES, "gguf")},
-        "quantizer": quantizer_name(),
+        "quantizer": quantizer_name(run.recipe.device == "cuda"),
         "source": {
             "architecture": plan.checkpoint.architecture,
             "bytes": plan.checkpoint.index.num_bytes,

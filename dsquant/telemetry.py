@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Stage = Literal["scan", "quantize", "evaluate", "hash", "verify"]
+Stage = Literal["scan", "quantize", "evaluate", "generate", "hash", "verify"]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from llama_cpp import llama_cpp
 
 import dsquant
 from dsquant.calibration import held_out_tokens, load_tokenizer
+from dsquant.opening import open_gguf
 from dsquant.source.checkpoint import open_checkpoint
 
 POSITIONS = range(8, 256)
@@ -94,9 +95,7 @@ def test_our_perplexity_of_a_gguf_file_is_llama_cpps(tiny_r1: Path, tmp_path: Pa
             losses.append(-found[tokens[position]])
     theirs = math.exp(sum(losses) / len(losses))
     original = open_checkpoint(tiny_r1)
-    from dsquant.comparison import open_candidate
-
-    weights = open_candidate(str(file), original)
+    weights = open_gguf(file, original)
     with torch.no_grad():
         logits_TV = full_model(tiny_r1, weights)(torch.tensor([tokens])).logits[0].log_softmax(-1)
     ours = math.exp(-sum(float(logits_TV[position - 1, tokens[position]]) for position in POSITIONS) / len(POSITIONS))

@@ -8,6 +8,8 @@ from dsquant.cli.delta import delta
 from dsquant.cli.evaluate import evaluate
 from dsquant.cli.gguf import gguf
 from dsquant.cli.inspect import inspect
+from dsquant.cli.plan import plan
+from dsquant.cli.run import run
 from dsquant.cli.verify import verify
 
 
@@ -22,5 +24,5 @@ def main() -> None:
     """
 
 
-for command in (awq, gguf, evaluate, inspect, verify, delta):
+for command in (awq, gguf, evaluate, inspect, plan, run, verify, delta):
     main.add_command(command)

@@ -1,6 +1,7 @@
 """The command `dsquant eval`."""
 
 import json
+from pathlib import Path
 
 import click
 
@@ -9,20 +10,82 @@ from dsquant.cli.process import dsquant_command, quiet_libraries
 
 @click.command("eval")
 @click.argument("reference")
-@click.argument("candidate")
-@click.option("--text", "texts", multiple=True, help="Text file; may be repeated.  [default: shipped held-out texts]")
-@click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="Samples of each text.")
+@click.argument("candidates", nargs=-1, required=True, metavar="CANDIDATE...")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    help="Shipped text (code, wiki, reasoning) or text file; may be repeated.  [default: all shipped texts]",
+)
+@click.option(
+    "--prompts",
+    help="Prompts for code: python (shipped), a .jsonl file (also HumanEval's and MBPP's), or none.  [default: python, "
+    "where the models fit in memory]",
+)
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens of a completion.")
+@click.option("--execute", is_flag=True, help="Run the completions with the prompts' tests, and report pass@1.")
+@click.option(
+    "--allow-code-execution",
+    is_flag=True,
+    help="Needed beside --execute: code that a model wrote will run on this machine, under limits that are no security "
+    "boundary.",
+)
+@click.option("--gates", type=click.Path(path_type=Path), help="YAML file of limits; they decide the exit code.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder for the report.")
+@click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="The most samples of each text.")
 @click.option("--seq-len", type=click.IntRange(8), default=512, show_default=True, help="Tokens of a sample.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the intervals' random draws.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--memory-budget",
+    help="Most resident memory, such as 16GiB.  [default: 80 % of what is free, at most 16GiB]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress bar.")
 @dsquant_command
-def evaluate(reference: str, candidate: str, texts: tuple[str, ...], samples: int, seq_len: int, as_json: bool) -> None:
-    """Measures how far CANDIDATE is from REFERENCE: perplexity, KL divergence, top-1 agreement."""
-    from dsquant import comparison
-    from dsquant.display import print_evaluation, progress_bar
+def evaluate(
+    reference: str,
+    candidates: tuple[str, ...],
+    texts: tuple[str, ...],
+    prompts: str | None,
+    max_tokens: int,
+    execute: bool,
+    allow_code_execution: bool,
+    gates: Path | None,
+    output: Path | None,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    device: str,
+    memory_budget: str | None,
+    as_json: bool,
+) -> None:
+    """Measures what each CANDIDATE costs against REFERENCE: perplexity, KL divergence, routing, weights, code.
 
+    Both are a folder, a hub id, tiny-r1, or a GGUF file: FP8, BF16, AWQ, compressed-tensors or GGUF of one model.
+    With --gates the exit code is 4 where a gate failed, and 5 where none failed but more samples are needed.
+    """
+    from dsquant import comparison
+    from dsquant.code_drift import DriftRequest
+    from dsquant.display import print_evaluation, progress_bar
+    from dsquant.recipe import parse_size
+
+    request = comparison.EvaluationRequest(
+        reference=reference,
+        candidates=candidates,
+        texts=texts,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        drift=DriftRequest(prompts, max_tokens, execute, allow_code_execution),
+        gates=gates,
+        output=output,
+        device=device,
+        memory_budget=parse_size(memory_budget) if memory_budget else None,
+    )
     with quiet_libraries(), progress_bar(not as_json) as report:
-        evaluation = comparison.evaluate(reference, candidate, list(texts), seq_len, samples, report)
+        evaluation = comparison.evaluate(request, report)
     if as_json:
         click.echo(json.dumps(evaluation.as_json(), indent=2))
     else:
         print_evaluation(evaluation)
+    comparison.raise_verdict(evaluation)

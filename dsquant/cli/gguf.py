@@ -52,6 +52,7 @@ from dsquant.cli.process import dsquant_command, metrics_options, reporting
     show_default=True,
     help="Multi-token-prediction layer: keep as llama.cpp's nextn tensors, or drop.",
 )
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--evaluate/--no-evaluate", default=True, show_default=True, help="Compare with the original at the end.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted job in the output folder, or begin one.")
 @click.option("--restart", is_flag=True, help="Begin anew where the output folder holds a job or a result of dsquant.")

@@ -1,14 +1,14 @@
-"""Perplexity, KL divergence and top-1 agreement of a candidate against the original, layer by layer.
+"""What each token's prediction tells: loss, KL divergence both ways and agreement of candidates with the original.
 
-Both models run in lockstep on the same tokens, so neither needs to fit in memory; the scores over the vocabulary are
-summed up part by part, so neither do they.
+Scores over the vocabulary are summed up part by part, so that neither a model's head nor a token's scores over the
+whole vocabulary need to fit in memory for all tokens.
 
-Shape legend: N samples, T tokens of a sample, H hidden size, R tokens of all samples, V tokens of the vocabulary.
+Shape legend: N samples, T tokens of a sample, H hidden size, R rows (tokens, one after another), V tokens of the
+vocabulary, K likeliest tokens.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +27,9 @@ from dsquant.model.streaming import (
 )
 from dsquant.source.weights import Weights
 
-# Tokens whose scores over a part of the vocabulary are in memory together.
+# Rows whose scores over a part of the vocabulary are in memory together.
 ROWS_AT_ONCE = 512
+LIKELIEST = 5
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,23 @@ class TokenScores:
     """The same under the candidate."""
     kl_NT: torch.Tensor
     """float64 [N, T - 1]: KL(original || candidate) of the next token's distribution, in nats."""
+    kl_reverse_NT: torch.Tensor
+    """float64 [N, T - 1]: KL(candidate || original)."""
     same_top_NT: torch.Tensor
     """bool [N, T - 1]: whether both rank the same token first."""
+    top5_overlap_NT: torch.Tensor
+    """float64 [N, T - 1]: share of the original's five likeliest tokens among the candidate's five."""
 
     def of_samples(self, start: int, stop: int) -> "TokenScores":
         """The scores of samples start..stop-1."""
-        parts = (self.nll_original_NT, self.nll_candidate_NT, self.kl_NT, self.same_top_NT)
-        return TokenScores(*(part[start:stop] for part in parts))
+        return TokenScores(*(getattr(self, field.name)[start:stop] for field in fields(self)))
 
     def summary(self) -> "Divergence":
         """The means."""
         return Divergence(
             tokens=self.kl_NT.numel(),
-            perplexity_original=math.exp(float(self.nll_original_NT.mean())),
-            perplexity=math.exp(float(self.nll_candidate_NT.mean())),
+            perplexity_original=float(self.nll_original_NT.mean().exp()),
+            perplexity=float(self.nll_candidate_NT.mean().exp()),
             mean_kl=float(self.kl_NT.mean()),
             top1_agreement=float(self.same_top_NT.double().mean()),
         )
@@ -62,7 +66,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a candidate is from the original on one text."""
+    """How far a candidate is from the original on one text: what the table at the end of a job shows."""
 
     tokens: int
     """Predicted tokens."""
@@ -74,6 +78,123 @@ class Divergence:
     """Share of tokens, 0 to 1."""
 
 
+class _Sums:
+    """Running sums over the vocabulary of one model's scores, for every row."""
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.maximum_R = torch.full((num_rows,), -torch.inf, dtype=torch.float64, device=device)
+        self.exponentials_R = torch.zeros_like(self.maximum_R)
+        self.target_R = torch.zeros_like(self.maximum_R)
+        self.top_RK = torch.full((num_rows, LIKELIEST), -1, device=device)
+        self.top_scores_RK = self.maximum_R.unsqueeze(1).repeat(1, LIKELIEST)
+        # sum of exp(own score) * (own score - the other model's), shrunk along with the exponentials
+        self.cross_R = torch.zeros_like(self.maximum_R)
+
+    def add(
+        self, rows: slice, start: int, scores_RV: torch.Tensor, other_RV: torch.Tensor, targets_R: torch.Tensor
+    ) -> None:
+        """Takes a part of the vocabulary in."""
+        before_R = self.maximum_R[rows]
+        maximum_R = torch.maximum(scores_RV.amax(1), before_R)
+        shrink_R = torch.exp(before_R - maximum_R)
+        weight_RV = torch.exp(scores_RV - maximum_R.unsqueeze(1))
+        self.exponentials_R[rows] = self.exponentials_R[rows] * shrink_R + weight_RV.sum(1)
+        self.cross_R[rows] = self.cross_R[rows] * shrink_R + (weight_RV.mul_(scores_RV - other_RV)).sum(1)
+        self.maximum_R[rows] = maximum_R
+        inside_R = (targets_R >= start) & (targets_R < start + scores_RV.shape[1])
+        picked_R = scores_RV.gather(1, (targets_R - start).clamp(0, scores_RV.shape[1] - 1).unsqueeze(1)).squeeze(1)
+        self.target_R[rows] = torch.where(inside_R, picked_R, self.target_R[rows])
+        self._rank(rows, start, scores_RV)
+
+    def _rank(self, rows: slice, start: int, scores_RV: torch.Tensor) -> None:
+        best_RK, places_RK = scores_RV.topk(min(LIKELIEST, scores_RV.shape[1]))
+        scores = torch.cat([self.top_scores_RK[rows], best_RK], 1)
+        tokens = torch.cat([self.top_RK[rows], places_RK + start], 1)
+        self.top_scores_RK[rows], kept_RK = scores.topk(LIKELIEST)
+        self.top_RK[rows] = tokens.gather(1, kept_RK)
+
+    @property
+    def log_sum_R(self) -> torch.Tensor:
+        """log of the sum of exponentials of all scores."""
+        return self.maximum_R + self.exponentials_R.log()
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's table of the vocabulary and the normed hidden states that it scores."""
+
+    weights: Weights
+    name: str
+    """Of the table's tensor."""
+    hidden: Activations
+    """[.., .., H], R rows in all."""
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """The fields of `TokenScores`, row by row: float64 [R]."""
+
+    nll_original_R: torch.Tensor
+    nll_candidate_R: torch.Tensor
+    kl_R: torch.Tensor
+    kl_reverse_R: torch.Tensor
+    same_top_R: torch.Tensor
+    top5_overlap_R: torch.Tensor
+
+    def tokens(self, shape: tuple[int, int]) -> TokenScores:
+        """The first rows as samples of tokens, without each sample's last, which predicts nothing."""
+        num_rows = shape[0] * shape[1]
+        return TokenScores(*(getattr(self, field.name)[:num_rows].view(shape)[:, :-1].cpu() for field in fields(self)))
+
+
+def score(
+    original: Head,
+    candidates: Sequence[Head],
+    targets_R: torch.Tensor,
+    observer: Callable[[Sequence[torch.Tensor]], None] = lambda tables: None,
+) -> list[RowScores]:
+    """Scores rows of hidden states, with each part of each head read once.
+
+    Args:
+        original: the original's head.
+        candidates: the others', for as many rows.
+        targets_R: int64 [R], the token that came after each row.
+        observer: gets each part of the tables, float32 [V, H], the original's first.
+
+    Returns:
+        The scores of each candidate.
+    """
+    num_rows = len(targets_R)
+    device = targets_R.device
+    pairs = [(_Sums(num_rows, device), _Sums(num_rows, device)) for _ in candidates]
+    heads = (original, *candidates)
+    for parts in zip(*(table_parts(head.weights, head.name) for head in heads), strict=True):
+        start = parts[0][0]
+        observer([table_VH for _, table_VH in parts])
+        for first in range(0, num_rows, ROWS_AT_ONCE):
+            rows = slice(first, min(first + ROWS_AT_ONCE, num_rows))
+            numbers_R = torch.arange(rows.start, rows.stop)
+            wanted_RV = (original.hidden.rows(numbers_R) @ parts[0][1].T).double()
+            for head, (_, table_VH), (forward, reverse) in zip(candidates, parts[1:], pairs, strict=True):
+                found_RV = (head.hidden.rows(numbers_R) @ table_VH.T).double()
+                forward.add(rows, start, wanted_RV, found_RV, targets_R[rows])
+                reverse.add(rows, start, found_RV, wanted_RV, targets_R[rows])
+    return [_row_scores(forward, reverse) for forward, reverse in pairs]
+
+
+def _row_scores(original: _Sums, candidate: _Sums) -> RowScores:
+    difference_R = original.log_sum_R - candidate.log_sum_R
+    same_RKK = original.top_RK.unsqueeze(2) == candidate.top_RK.unsqueeze(1)
+    return RowScores(
+        nll_original_R=original.log_sum_R - original.target_R,
+        nll_candidate_R=candidate.log_sum_R - candidate.target_R,
+        kl_R=(original.cross_R / original.exponentials_R - difference_R).clamp(min=0),
+        kl_reverse_R=(candidate.cross_R / candidate.exponentials_R + difference_R).clamp(min=0),
+        same_top_R=original.top_RK[:, 0] == candidate.top_RK[:, 0],
+        top5_overlap_R=same_RKK.any(2).double().mean(1),
+    )
+
+
 def compare(
     skeleton: Skeleton,
     original: Weights,
@@ -83,12 +204,12 @@ def compare(
     batch_samples: int,
     safe_point: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> dict[str, TokenScores]:
-    """Runs the original and candidates on the same tokens.
+    """Runs the original and candidates on the same tokens and scores them, nothing else.
 
     Args:
         skeleton: the original's network, which the candidates share.
         original: its weights.
-        candidates: name -> weights, with the original's parameter names.
+        candidates: name -> weights, with the original's parameter names, on its device.
         tokens_NT: int64 [N, T].
         work: a folder for hidden states, 4 * N * T * H bytes three times for each model.
         batch_samples: samples that pass attention together.
@@ -98,18 +219,25 @@ def compare(
         Candidate name -> its scores.
     """
     shape = (tokens_NT.shape[0], tokens_NT.shape[1], skeleton.config["hidden_size"])
-    models = {"": original, **candidates}
-    streams = []
+    heads, device = [], original.device
     try:
-        for number, weights in enumerate(models.values()):
+        models = []
+        for number, weights in enumerate((original, *candidates.values())):
             even, odd, mlp_inputs = (
-                Activations.in_file(work / f"evaluate-{number}-{part}.f32", shape) for part in range(3)
+                Activations.in_file(work / f"evaluate-{number}-{part}.f32", shape, device, torch.float32)
+                for part in range(3)
             )
-            streams.append((weights, even, odd, mlp_inputs))
+            models.append((weights, even, odd, mlp_inputs))
             embed(skeleton, weights, tokens_NT, even)
-        finals = _run_layers(skeleton, streams, batch_samples, safe_point)
+        _run_layers(skeleton, models, batch_samples, safe_point)
+        for weights, even, odd, normed in models:
+            last = odd if skeleton.num_layers % 2 else even
+            for sample in range(last.shape[0]):
+                normed.set_samples(sample, final_norm(skeleton, weights, last.samples(sample, sample + 1)))
+            heads.append(Head(weights, head_name(skeleton), normed))
         safe_point(skeleton.num_layers, skeleton.num_layers, "lm_head")
-        return _score(skeleton, models, finals, tokens_NT)
+        scores = score(heads[0], heads[1:], torch.roll(tokens_NT.flatten(), -1).to(device))
+        return {name: rows.tokens(shape[:2]) for name, rows in zip(candidates, scores, strict=True)}
     finally:
         for path in work.glob("evaluate-*.f32"):
             path.unlink()
@@ -120,8 +248,7 @@ def _run_layers(
     models: Sequence[tuple[Weights, Activations, Activations, Activations]],
     batch_samples: int,
     safe_point: Callable[[int, int, str], None],
-) -> list[Activations]:
-    """Every model's normed final hidden states."""
+) -> None:
     for layer in skeleton.layers[: skeleton.num_layers]:
         swap = layer.index % 2
         runs = []
@@ -134,83 +261,3 @@ def _run_layers(
                 runs.append((stream, mlp_inputs, routing))
         if runs:
             add_experts(skeleton, layer, runs, partial(safe_point, layer.index, skeleton.num_layers, layer.prefix))
-    finals = []
-    for weights, even, odd, normed in models:
-        last = odd if skeleton.num_layers % 2 else even
-        for sample in range(last.shape[0]):
-            normed.set_samples(sample, final_norm(skeleton, weights, last.samples(sample, sample + 1)))
-        finals.append(normed)
-    return finals
-
-
-class _Sums:
-    """Running sums over the vocabulary of one model's scores, for every token."""
-
-    def __init__(self, num_rows: int) -> None:
-        self.maximum_R = torch.full((num_rows,), -torch.inf, dtype=torch.float64)
-        self.exponentials_R = torch.zeros(num_rows, dtype=torch.float64)
-        self.target_R = torch.zeros(num_rows, dtype=torch.float64)
-        self.top_R = torch.zeros(num_rows, dtype=torch.int64)
-
-    def add(self, rows: slice, start: int, scores_RV: torch.Tensor, targets_R: torch.Tensor) -> torch.Tensor:
-        """Takes a part of the vocabulary in; returns the factor by which older sums shrink, float64 [rows]."""
-        values_R, places_R = scores_RV.max(1)
-        before_R = self.maximum_R[rows]
-        higher_R = values_R > before_R
-        self.top_R[rows] = torch.where(higher_R, places_R + start, self.top_R[rows])
-        maximum_R = torch.where(higher_R, values_R, before_R)
-        shrink_R = torch.exp(before_R - maximum_R)
-        sums_R = torch.exp(scores_RV - maximum_R.unsqueeze(1)).sum(1)
-        self.exponentials_R[rows] = self.exponentials_R[rows] * shrink_R + sums_R
-        self.maximum_R[rows] = maximum_R
-        inside_R = (targets_R >= start) & (targets_R < start + scores_RV.shape[1])
-        picked_R = scores_RV.gather(1, (targets_R - start).clamp(0, scores_RV.shape[1] - 1).unsqueeze(1)).squeeze(1)
-        self.target_R[rows] = torch.where(inside_R, picked_R, self.target_R[rows])
-        return shrink_R
-
-    @property
-    def log_sum_R(self) -> torch.Tensor:
-        """log of the sum of exponentials of all scores."""
-        return self.maximum_R + self.exponentials_R.log()
-
-
-def _score(
-    skeleton: Skeleton, models: Mapping[str, Weights], finals: Sequence[Activations], tokens_NT: torch.Tensor
-) -> dict[str, TokenScores]:
-    """Scores every token, with each part of each model's head read once."""
-    num_rows = tokens_NT.numel()
-    targets_R = torch.roll(tokens_NT.flatten(), -1)
-    sums = [_Sums(num_rows) for _ in models]
-    # sum over V of exp(original's score) * (original's score - candidate's), shrunk along with the original's sums
-    cross = [torch.zeros(num_rows, dtype=torch.float64) for _ in models]
-    head = head_name(skeleton)
-    for parts in zip(*(table_parts(weights, head) for weights in models.values()), strict=True):
-        start = parts[0][0]
-        for first in range(0, num_rows, ROWS_AT_ONCE):
-            rows = slice(first, min(first + ROWS_AT_ONCE, num_rows))
-            numbers_R = torch.arange(rows.start, rows.stop)
-            scores = [
-                (final.rows(numbers_R) @ table_VH.T).double()
-                for final, (_, table_VH) in zip(finals, parts, strict=True)
-            ]
-            shrinks = [
-                one.add(rows, start, scores_RV, targets_R[rows]) for one, scores_RV in zip(sums, scores, strict=True)
-            ]
-            weight_RV = torch.exp(scores[0] - sums[0].maximum_R[rows].unsqueeze(1))
-            for total, scores_RV in zip(cross, scores, strict=True):
-                total[rows] = total[rows] * shrinks[0] + (weight_RV * (scores[0] - scores_RV)).sum(1)
-    return {
-        name: _token_scores(sums[0], candidate, total, tokens_NT)
-        for name, candidate, total in zip(list(models)[1:], sums[1:], cross[1:], strict=True)
-    }
-
-
-def _token_scores(original: _Sums, candidate: _Sums, cross_R: torch.Tensor, tokens_NT: torch.Tensor) -> TokenScores:
-    kl_R = cross_R / original.exponentials_R - original.log_sum_R + candidate.log_sum_R
-    values = (
-        original.log_sum_R - original.target_R,
-        candidate.log_sum_R - candidate.target_R,
-        kl_R.clamp(min=0),
-        original.top_R == candidate.top_R,
-    )
-    return TokenScores(*(value_R.view(tokens_NT.shape)[:, :-1] for value_R in values))

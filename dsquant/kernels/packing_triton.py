@@ -11,8 +11,8 @@ import triton.language as tl
 from dsquant.kernels.packing import WORD_BITS
 
 AWQ_WORDS = 32
-AWQ_ROWS = 32
-WORDS = 512
+AWQ_ROWS = 64
+WORDS = 256
 WARPS = 4
 
 

@@ -1,6 +1,7 @@
 """y = x W^T with W in 4 bits: AutoAWQ's GEMM layout, and compressed-tensors' symmetric pack-quantized layout.
 
-W's values are exact, `scale * (code - zero point)` in float32, unlike where they are first rounded to x's type.
+W's values are exact, `scale * (code - zero point)` in float32, except that on a GPU many rows of a 16-bit x meet W
+rounded to x's type once.
 
 Shape legend: M rows of x, O out features, I in features, G groups along I.
 """

@@ -4,6 +4,9 @@ Codes minus zero points are small integers, exact in every 16-bit type; the scal
 product of its columns. x in float32 is the sum of two bfloat16 parts, two products for one. Where few rows of x give
 too few programs, the columns are shared out and the parts summed in a fixed order.
 
+For many rows of a 16-bit x, unpacking for every tile of rows costs more than writing W out once, in x's type, for
+PyTorch's product.
+
 Shape legend: M rows of x, O out features, I in features, N and K columns and depth of a tile, W words.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -17,6 +20,9 @@ from dsquant.kernels.w4a16 import MIDDLE
 
 # Programs that keep an H100's or H200's 132 multiprocessors busy.
 ENOUGH_PROGRAMS = 264
+# From more rows of a 16-bit x on, W is written out.
+FUSED_ROWS = 128
+DEQUANTIZED_COLUMNS = 64
 
 
 def matmul_awq(
@@ -34,7 +40,11 @@ def matmul_awq(
         As `w4a16.matmul_awq`.
     """
     group_size = len(qweight) // len(qzeros)
-    return _matmul(inputs_MI, qweight.contiguous(), qzeros.contiguous(), scales_GO.contiguous(), group_size, True)
+    tensors = (qweight.contiguous(), qzeros.contiguous(), scales_GO.contiguous())
+    if len(inputs_MI) > FUSED_ROWS and inputs_MI.dtype != torch.float32:
+        weight_IO = torch.empty(len(qweight), scales_GO.shape[1], dtype=inputs_MI.dtype, device=inputs_MI.device)
+        return inputs_MI @ _dequantized(weight_IO, *tensors, group_size, True)
+    return _matmul(inputs_MI, *tensors, group_size, True)
 
 
 def matmul_pack_quantized(inputs_MI: torch.Tensor, packed: torch.Tensor, scales_OG: torch.Tensor) -> torch.Tensor:
@@ -49,8 +59,11 @@ def matmul_pack_quantized(inputs_MI: torch.Tensor, packed: torch.Tensor, scales_
         As `w4a16.matmul_pack_quantized`.
     """
     group_size = packed.shape[1] * 8 // scales_OG.shape[1]
-    scales_GO = scales_OG.T.contiguous()
-    return _matmul(inputs_MI, packed.contiguous(), packed, scales_GO, group_size, False)
+    tensors = (packed.contiguous(), packed, scales_OG.T.contiguous())
+    if len(inputs_MI) > FUSED_ROWS and inputs_MI.dtype != torch.float32:
+        weight_OI = torch.empty(len(packed), packed.shape[1] * 8, dtype=inputs_MI.dtype, device=inputs_MI.device)
+        return inputs_MI @ _dequantized(weight_OI.T, *tensors, group_size, False)
+    return _matmul(inputs_MI, *tensors, group_size, False)
 
 
 def tiles(num_rows: int) -> tuple[int, int, int, int]:
@@ -86,12 +99,86 @@ def _matmul(
     return products[0] if parts == 1 else products.sum(0).to(inputs_MI.dtype)
 
 
+def _dequantized(
+    weight_IO: torch.Tensor,
+    words: torch.Tensor,
+    zeros: torch.Tensor,
+    scales_GO: torch.Tensor,
+    group_size: int,
+    awq: bool,
+) -> torch.Tensor:
+    num_columns, out_features = weight_IO.shape
+    programs = (num_columns // group_size, triton.cdiv(out_features, DEQUANTIZED_COLUMNS))
+    shape = (*weight_IO.stride(), out_features, num_columns, group_size, DEQUANTIZED_COLUMNS)
+    _dequantize[programs](words, zeros, scales_GO, weight_IO, *shape, awq, MIDDLE, num_warps=4)
+    return weight_IO
+
+
 @triton.jit
 def _awq_codes(words_KW, K: tl.constexpr, N: tl.constexpr):
     """The codes of AWQ words, [K, N]: eight columns of a word, the even ones in its lower half."""
     places = tl.arange(0, 8)
     shifts = (places // 2 + places % 2 * 4) * 4
     return tl.reshape((words_KW[:, :, None] >> shifts[None, None, :]) & 15, [K, N])
+
+
+@triton.jit
+def _centred_codes(
+    words,
+    zeros,
+    group,
+    tile,
+    out_features,
+    num_columns,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    AWQ: tl.constexpr,
+    MIDDLE: tl.constexpr,
+):
+    """Codes minus zero points of one group and one tile of columns, int32 [K, N]."""
+    if AWQ:
+        row_words = out_features // 8
+        words_W = tile * (N // 8) + tl.arange(0, N // 8)
+        inside_1W = (words_W < row_words)[None, :]
+        depths_K = group * K + tl.arange(0, K)
+        places_KW = depths_K.to(tl.int64)[:, None] * row_words + words_W[None, :]
+        codes_KN = _awq_codes(tl.load(words + places_KW, mask=inside_1W, other=0), K, N)
+        zeros_1W = tl.load(zeros + group * row_words + words_W[None, :], mask=inside_1W, other=0)
+        codes_KN -= _awq_codes(zeros_1W, 1, N)
+    else:
+        columns_N = tile * N + tl.arange(0, N)
+        words_D = group * (K // 8) + tl.arange(0, K // 8)
+        places_ND = columns_N.to(tl.int64)[:, None] * (num_columns // 8) + words_D[None, :]
+        words_ND = tl.load(words + places_ND, mask=(columns_N < out_features)[:, None], other=0)
+        codes_NK = tl.reshape((words_ND[:, :, None] >> (tl.arange(0, 8) * 4)[None, None, :]) & 15, [N, K])
+        codes_KN = tl.trans(codes_NK) - MIDDLE
+    return codes_KN
+
+
+@triton.jit
+def _dequantize(
+    words,
+    zeros,
+    scales,
+    weight,
+    row_stride,
+    column_stride,
+    out_features,
+    num_columns,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    AWQ: tl.constexpr,
+    MIDDLE: tl.constexpr,
+):
+    group, tile = tl.program_id(0), tl.program_id(1)
+    codes_KN = _centred_codes(words, zeros, group, tile, out_features, num_columns, K, N, AWQ, MIDDLE)
+    columns_N = tile * N + tl.arange(0, N)
+    inside_N = columns_N < out_features
+    scales_N = tl.load(scales + group * out_features + columns_N, mask=inside_N, other=0.0).to(tl.float32)
+    depths_K = (group * K + tl.arange(0, K)).to(tl.int64)
+    places_KN = depths_K[:, None] * row_stride + columns_N.to(tl.int64)[None, :] * column_stride
+    values_KN = codes_KN.to(tl.float32) * scales_N[None, :]
+    tl.store(weight + places_KN, values_KN.to(weight.dtype.element_ty), mask=inside_N[None, :])
 
 
 @triton.jit
@@ -116,9 +203,9 @@ def _product(
     row_tiles = tl.cdiv(num_rows, M)
     # Rows run fastest: programs side by side unpack the same words.
     rows_M = (tl.program_id(0) % row_tiles) * M + tl.arange(0, M)
-    columns_N = (tl.program_id(0) // row_tiles) * N + tl.arange(0, N)
-    words_W = (tl.program_id(0) // row_tiles) * (N // 8) + tl.arange(0, N // 8)
-    inside_M, inside_N, inside_W = rows_M < num_rows, columns_N < out_features, words_W < out_features // 8
+    tile = tl.program_id(0) // row_tiles
+    columns_N = tile * N + tl.arange(0, N)
+    inside_M, inside_N = rows_M < num_rows, columns_N < out_features
     sums_MN = tl.zeros([M, N], tl.float32)
     num_groups = num_columns // K
     first = tl.program_id(1) * groups_each
@@ -127,18 +214,7 @@ def _product(
         inputs_MK = tl.load(
             inputs + rows_M.to(tl.int64)[:, None] * num_columns + depths_K[None, :], mask=inside_M[:, None], other=0.0
         )
-        if AWQ:
-            row_words = out_features // 8
-            places_KW = depths_K.to(tl.int64)[:, None] * row_words + words_W[None, :]
-            codes_KN = _awq_codes(tl.load(words + places_KW, mask=inside_W[None, :], other=0), K, N)
-            zeros_1W = tl.load(zeros + group * row_words + words_W[None, :], mask=inside_W[None, :], other=0)
-            codes_KN = codes_KN - _awq_codes(zeros_1W, 1, N)
-        else:
-            words_D = group * (K // 8) + tl.arange(0, K // 8)
-            places_ND = columns_N.to(tl.int64)[:, None] * (num_columns // 8) + words_D[None, :]
-            words_ND = tl.load(words + places_ND, mask=inside_N[:, None], other=0)
-            codes_NK = tl.reshape((words_ND[:, :, None] >> (tl.arange(0, 8) * 4)[None, None, :]) & 15, [N, K])
-            codes_KN = tl.trans(codes_NK) - MIDDLE
+        codes_KN = _centred_codes(words, zeros, group, tile, out_features, num_columns, K, N, AWQ, MIDDLE)
         if FLOAT32:
             centred_KN = codes_KN.to(tl.float32).to(OPERAND)
             high_MK, low_MK = split(inputs_MK, OPERAND)

@@ -43,18 +43,21 @@ class Activations:
         self._touched = 0
 
     @classmethod
-    def in_file(cls, path: Path, shape: tuple[int, int, int], device: torch.device = CPU) -> "Activations":
+    def in_file(
+        cls, path: Path, shape: tuple[int, int, int], device: torch.device = CPU, dtype: torch.dtype | None = None
+    ) -> "Activations":
         """Opens a file of activations, which is made (filled with zeros) where it does not exist.
 
         Args:
             path: the file.
             shape: samples, tokens of a sample, hidden size.
             device: where reads go.
+            dtype: how they are stored; None is `stored_dtype`.
 
         Returns:
             The activations.
         """
-        dtype = stored_dtype(device)
+        dtype = dtype or stored_dtype(device)
         num_bytes = dtype.itemsize * shape[0] * shape[1] * shape[2]
         with path.open("ab") as file:
             file.truncate(num_bytes)

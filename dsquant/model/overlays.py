@@ -80,6 +80,11 @@ class MovedWeights(Overlay):
         return self.base.rows(name, start_row, stop_row).to(self.device)
 
 
+def on_device(weights: Weights, device: torch.device) -> Weights:
+    """The weights as they are where they are on the device already, moved otherwise."""
+    return weights if weights.device == device else MovedWeights(weights, device)
+
+
 class ReplacedWeights(Overlay):
     """The base's weights with some in memory instead."""
 

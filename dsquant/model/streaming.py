@@ -1,7 +1,7 @@
 """Runs decoder layers whose weights lie on disk, for many samples, one expert in memory at a time.
 
-A layer is attention, norms, router, the shared expert or dense MLP (all of it transformers' forward, its weights moved
-in by accelerate's hooks) plus the sum of the routed experts' contributions. So it runs in two sweeps: `run_dense_part`
+A layer is attention, norms, router, the shared expert or dense MLP (all of it transformers' forward, its weights put
+in by accelerate) plus the sum of the routed experts' contributions. So it runs in two sweeps: `run_dense_part`
 over batches of samples, which also notes every token's experts, and `add_experts` over experts, each fetched once for
 all its tokens.
 
@@ -18,9 +18,8 @@ from torch import nn
 
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
-from dsquant.model.overlays import ResidentWeights
 from dsquant.model.skeleton import RoutingTap, Skeleton
-from dsquant.model.structure import DecoderLayer, Mlp
+from dsquant.model.structure import DecoderLayer
 from dsquant.source.weights import Weights
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -68,22 +67,18 @@ class Stream:
 
 @contextmanager
 def _loaded(skeleton: Skeleton, name: str, weights: Weights) -> Iterator[nn.Module]:
-    """Hooks a module to the weights: each submodule's parameters come when it runs and go afterwards."""
-    from accelerate.hooks import attach_align_device_hook, remove_hook_from_module
+    """Puts the weights into a module, and takes them out again afterwards."""
+    from accelerate.utils import set_module_tensor_to_device
 
     module = skeleton.module(name)
-    attach_align_device_hook(
-        module,
-        execution_device=weights.device,
-        offload=True,
-        weights_map=ResidentWeights(weights),
-        offload_buffers=True,
-        module_name=name,
-    )
+    inside = [*dict(module.named_parameters()), *dict(module.named_buffers())]
     try:
+        for part in inside:
+            set_module_tensor_to_device(module, part, weights.device, value=weights[f"{name}.{part}"])
         yield module
     finally:
-        remove_hook_from_module(module, recurse=True)
+        for part in inside:
+            set_module_tensor_to_device(module, part, "meta")
 
 
 def embed(skeleton: Skeleton, weights: Weights, tokens_NT: torch.Tensor, outputs: Activations) -> None:
@@ -192,22 +187,33 @@ def add_experts(
     for mlp in layer.experts:
         assert mlp.expert is not None
         for stream, mlp_inputs, routing in streams:
-            rows_R, share_R = routing.tokens_of(mlp.expert)
-            if len(rows_R):
-                _add_expert(skeleton, stream, mlp, mlp_inputs, rows_R, share_R)
+            if (routing.expert_RK == mlp.expert).any():
+                add_expert(skeleton, mlp.expert, GatedWeights.read(stream.weights, mlp), stream, mlp_inputs, routing)
         after_expert()
 
 
-def _add_expert(
+def add_expert(
     skeleton: Skeleton,
+    expert: int,
+    weights: GatedWeights,
     stream: Stream,
-    mlp: Mlp,
     mlp_inputs: Activations,
-    rows_R: torch.Tensor,
-    share_R: torch.Tensor,
+    routing: Routing,
+    rows_at_once: int = ROWS_AT_ONCE,
 ) -> None:
-    weights = GatedWeights.read(stream.weights, mlp)
-    for part_R, part_share_R in zip(rows_R.split(ROWS_AT_ONCE), share_R.split(ROWS_AT_ONCE), strict=True):
+    """Adds one expert's contributions to the outputs of the tokens that reach it.
+
+    Args:
+        skeleton: the network.
+        expert: its number.
+        weights: its weights.
+        stream: where the outputs are.
+        mlp_inputs: the experts' inputs [N, T, H].
+        routing: of all tokens.
+        rows_at_once: tokens that pass together.
+    """
+    rows_R, share_R = routing.tokens_of(expert)
+    for part_R, part_share_R in zip(rows_R.split(rows_at_once), share_R.split(rows_at_once), strict=True):
         contribution = weights.output(skeleton, mlp_inputs.rows(part_R))
         stream.outputs.add_rows(part_R, contribution.mul_(part_share_R.unsqueeze(1)))
 

@@ -6,6 +6,7 @@ Shape legend: O out features, I in features, G groups, S = group size.
 import torch
 
 from dsquant.kernels.clipping import best_shrinks
+from dsquant.kernels.precision import fast_matmuls
 from dsquant.quantization.statistics import InputMoments
 from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
 
@@ -45,7 +46,8 @@ def clipped_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments) -
 def _clip_rows(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments, grams_GSS: torch.Tensor) -> QuantizedWeight:
     shrink_OG = best_shrinks(weight_OI, grams_GSS, SHRINKS, grid.bits, grid.symmetric)
     plain, clipped = (round_to_nearest(weight_OI, grid, shrink) for shrink in (1.0, shrink_OG))
-    plain_O, clipped_O = (moments.loss_O(part.dequantize().sub_(weight_OI)) for part in (plain, clipped))
+    with fast_matmuls(weight_OI.device):
+        plain_O, clipped_O = (moments.loss_O(part.dequantize().sub_(weight_OI)) for part in (plain, clipped))
     keep_O1 = (clipped_O < plain_O).unsqueeze(1)
     return QuantizedWeight(
         torch.where(keep_O1, clipped.codes_OI, plain.codes_OI),

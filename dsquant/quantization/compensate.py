@@ -13,6 +13,7 @@ Shape legend: O out features, I in features, G groups, S = group size, C shrinks
 import torch
 
 from dsquant.kernels.compensation import compensate_group
+from dsquant.kernels.precision import fast_matmuls
 from dsquant.quantization.clip import GPU_ELEMENTS_AT_ONCE, SHRINKS, clipped_weight
 from dsquant.quantization.statistics import InputMoments
 from dsquant.rounding import Grid, QuantizedWeight
@@ -72,12 +73,16 @@ def _order(energy_I: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def _inverse_factor(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
-    """U, upper triangular float32 [I, I], with U^T U the inverse of the damped Gram matrix."""
+    """U, upper triangular float32 [I, I], with U^T U the inverse of the damped Gram matrix H.
+
+    With H = V V^T and V upper triangular (the Cholesky factor of H with rows and columns in reverse order), U = V^-1.
+    """
     damped_II = gram_II.double()
     mean = float(damped_II.diagonal().mean()) or 1.0
     damped_II.diagonal().add_(damping * mean)
-    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
-    return torch.linalg.cholesky(inverse_II, upper=True).float()
+    upper_II = torch.linalg.cholesky(damped_II.flip(0, 1)).flip(0, 1)
+    identity_II = torch.eye(len(upper_II), dtype=torch.float64, device=upper_II.device)
+    return torch.linalg.solve_triangular(upper_II, identity_II, upper=True).float()
 
 
 def _better_rows(
@@ -89,8 +94,10 @@ def _better_rows(
     factor_II: torch.Tensor,
 ) -> QuantizedWeight:
     """Each row compensated or clipped, whichever errs less."""
-    compensated = _compensate(weight_OI, grid, order_I, factor_II)
-    clipped_O, compensated_O = (moments.loss_O(part.dequantize().sub_(weight_OI)) for part in (clipped, compensated))
+    with fast_matmuls(weight_OI.device):
+        compensated = _compensate(weight_OI, grid, order_I, factor_II)
+        differences = (part.dequantize().sub_(weight_OI) for part in (clipped, compensated))
+        clipped_O, compensated_O = (moments.loss_O(difference_OI) for difference_OI in differences)
     keep_O1 = (compensated_O < clipped_O).unsqueeze(1)
     return QuantizedWeight(
         torch.where(keep_O1, compensated.codes_OI, clipped.codes_OI),

@@ -200,7 +200,9 @@ def quantize_mlp(
     norm = float(wanted_RH.square().double().sum()) or 1.0
 
     def error(weights: GatedWeights, scales_H: torch.Tensor | float) -> float:
-        return float((weights.output(skeleton, inputs_RH / scales_H) - wanted_RH).square().double().sum()) / norm
+        with fast_matmuls(inputs_RH.device):
+            found_RH = weights.output(skeleton, inputs_RH / scales_H)
+        return float((found_RH - wanted_RH).square().double().sum()) / norm
 
     error_searched = error(GatedWeights(*(weight.dequantize() for weight in linears)), norm_scales_H)
     error_unscaled = error(_plainly_rounded(unscaled, grid), norm_scales_H)

@@ -9,7 +9,7 @@ L latent width, E experts.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,6 +55,7 @@ _MODULES = {
     "shared_head.head": "nextn.shared_head_head",
 }
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias|e_score_correction_bias)")
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj")
 
 Transform = Literal["same", "keys", "values", "rotary"]
@@ -99,6 +100,38 @@ def placements(parameter: str, architecture: str) -> tuple[Placement, ...]:
         return ()
     rotary = architecture == "LlamaForCausalLM" and module in ("self_attn.q_proj", "self_attn.k_proj")
     return (Placement(f"{block}.{_MODULES[module]}.{kind}", "rotary" if rotary else "same"),)
+
+
+def parameters(tensor: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The parameters that a GGUF tensor holds: the reverse of `placements`.
+
+    Args:
+        tensor: its name.
+        shape: its shape, the fastest dimension last.
+        config: the model's.
+
+    Yields:
+        Names and shapes; none for tensors that are computed or unknown. kv_b_proj comes with its keys.
+    """
+    outside = {stored: name for name, stored in _OUTSIDE_LAYERS.items()}
+    if tensor in outside:
+        yield outside[tensor], shape
+    match = _BLOCK.fullmatch(tensor)
+    if match is None:
+        return
+    prefix, part, kind = f"model.layers.{match[1]}", match[2], match[3]
+    modules = {stored: module for module, stored in _MODULES.items()}
+    if part == "exp_probs_b":
+        yield f"{prefix}.mlp.gate.e_score_correction_bias", shape
+    elif part == "attn_k_b":
+        rows = config["num_attention_heads"] * (config["qk_nope_head_dim"] + config["v_head_dim"])
+        yield f"{prefix}.self_attn.kv_b_proj.weight", (rows, config["kv_lora_rank"])
+    elif part.endswith("_exps"):
+        projection = part.removeprefix("ffn_").removesuffix("_exps")
+        for expert in range(shape[0]):
+            yield f"{prefix}.mlp.experts.{expert}.{projection}_proj.{kind}", shape[1:]
+    elif part in modules:
+        yield f"{prefix}.{modules[part]}.{kind}", shape
 
 
 def stored_shape(shape: tuple[int, ...], placement: Placement, config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ class GgufWeights(Weights):
         self._tensors: dict[str, Any] = {}
         self._config = config
         architecture = str(config["architectures"][0])
-        for part in _parts(path):
+        for part in gguf_parts(path):
             self._read_header(part, ARCHITECTURES[architecture])
         found = {name: placements(name, architecture) for name in names}
         self._placements = {
@@ -126,7 +126,15 @@ def gguf_file(path: Path) -> Path | None:
     return firsts[0] if firsts else None
 
 
-def _parts(path: Path) -> list[Path]:
+def gguf_parts(path: Path) -> list[Path]:
+    """The files of a model: the file itself, or all of a split one, which carry their number in their names.
+
+    Args:
+        path: the file, or one of a split model's.
+
+    Returns:
+        The files in their order.
+    """
     match = _SPLIT.fullmatch(path.name)
     if match is None:
         return [path]

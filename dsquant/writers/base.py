@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class StoredTensor:
     """The safetensors name: I32, BF16 ..."""
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Size of its data."""
         return tensor_bytes(self.dtype, self.shape)
@@ -65,7 +66,7 @@ class Shard:
         raw += b" " * (-len(raw) % ALIGNMENT)
         return struct.pack("<Q", len(raw)) + raw
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Size of the file."""
         return len(self.header) + sum(tensor.num_bytes for tensor in self.tensors)

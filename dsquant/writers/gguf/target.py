@@ -88,17 +88,12 @@ def plan_target(
         InputError: where a parameter has no place in GGUF, or the tokenizer is unknown to llama.cpp.
         UsageError: where nothing installed can quantize to a type.
     """
-    shapes = _shapes(checkpoint, parameters)
-    tied = "output.weight" not in shapes
-    layers = int(checkpoint.config["num_hidden_layers"]) + num_mtp_layers
-    facts = model_facts(checkpoint.config, layers, tied)
-    tensors, replaced = {}, Counter[tuple[str, str]]()
-    for name, shape in shapes.items():
-        chosen, wanted = choose_type(name, shape, type_name, facts, has_imatrix, overrides)
-        tensors[name] = GgufTensor(name, chosen, shape)
-        if wanted:
-            replaced[wanted, chosen] += 1
-    check_quantizer({tensor.type_name for tensor in tensors.values()})
+    tensors, replaced = choose_tensors(
+        checkpoint.config, stored_shapes(checkpoint, parameters), type_name, num_mtp_layers, has_imatrix, overrides
+    )
+    missing = check_quantizer(
+        {tensor.type_name for tensor in tensors.values()}, checkpoint.weights.device.type == "cuda"
+    )
 
     def add_keys(writer: Any) -> None:
         add_model_keys(writer, checkpoint.config, model_name, num_mtp_layers)
@@ -113,10 +108,54 @@ def plan_target(
         f"{count} tensors are {chosen} instead of {wanted}: their rows are no multiple of {wanted}'s block"
         for (wanted, chosen), count in replaced.items()
     )
-    return GgufTarget(type_name, tensors, files, notes, _largest_whole(checkpoint, parameters))
+    notes += (missing,) if missing else ()
+    return GgufTarget(type_name, tensors, files, notes, largest_whole(checkpoint, parameters))
 
 
-def _shapes(checkpoint: Checkpoint, parameters: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def choose_tensors(
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    type_name: str,
+    num_mtp_layers: int,
+    has_imatrix: bool,
+    overrides: Sequence[tuple[re.Pattern[str], str]] = (),
+) -> tuple[dict[str, GgufTensor], Counter[tuple[str, str]]]:
+    """Gives every tensor of a GGUF model its type.
+
+    Args:
+        config: config.json's content.
+        shapes: tensor -> shape, from `stored_shapes`.
+        type_name: a key of `MIXTURES`.
+        num_mtp_layers: multi-token-prediction layers among them.
+        has_imatrix: whether measured importances are used.
+        overrides: types by pattern, from `parse_overrides`.
+
+    Returns:
+        The tensors in order, and how often a type was replaced: (wanted, chosen) -> tensors.
+    """
+    facts = model_facts(config, int(config["num_hidden_layers"]) + num_mtp_layers, "output.weight" not in shapes)
+    tensors, replaced = {}, Counter[tuple[str, str]]()
+    for name, shape in shapes.items():
+        chosen, wanted = choose_type(name, shape, type_name, facts, has_imatrix, overrides)
+        tensors[name] = GgufTensor(name, chosen, shape)
+        if wanted:
+            replaced[wanted, chosen] += 1
+    return tensors, replaced
+
+
+def stored_shapes(checkpoint: Checkpoint, parameters: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The tensors that parameters become in a GGUF model.
+
+    Args:
+        checkpoint: the source.
+        parameters: names of its parameters, in order.
+
+    Returns:
+        GGUF tensor -> shape, rows last but one as in the checkpoint.
+
+    Raises:
+        InputError: where a parameter has no place in GGUF.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     factors = rope_factors(checkpoint.config)
     if factors is not None:
@@ -155,7 +194,8 @@ def error_step(shape: tuple[int, ...], placement: Placement) -> int:
     return max(1, -(-shape[0] // ERROR_ROWS)) if placement.transform == "same" and len(shape) > 1 else 1
 
 
-def _largest_whole(checkpoint: Checkpoint, parameters: Sequence[str]) -> int:
+def largest_whole(checkpoint: Checkpoint, parameters: Sequence[str]) -> int:
+    """The weights of the largest parameter that is not stored in parts of bounded size."""
     sizes = (
         prod(checkpoint.weights.shape(name))
         for name in parameters

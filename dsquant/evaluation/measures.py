@@ -1,0 +1,56 @@
+"""What is measured of a model that runs beside the original, before it is summed up.
+
+Shape legend: N samples, T tokens of a sample.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dsquant.evaluation.divergence import TokenScores
+from dsquant.evaluation.results import WeightError
+from dsquant.evaluation.weights import relative_error
+
+
+@dataclass(frozen=True)
+class LayerMeasures:
+    """One model against the original in one layer; the names are those of `results.LayerScores`."""
+
+    hidden_error: float
+    local_error: float
+    local_attention_error: float
+    local_mlp_error: float
+    overlap_NT: torch.Tensor | None = None
+    """float64 [N, T]: share of the original's experts chosen too, by token."""
+    local_overlap: float | None = None
+    weight_distance: float | None = None
+    load_shift: float | None = None
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Everything measured of one model."""
+
+    tokens: TokenScores
+    layers: tuple[LayerMeasures, ...]
+    lens_kl: tuple[float, ...]
+    """Mean KL behind every layer."""
+    weights: tuple[WeightError, ...]
+    """Of every tensor."""
+
+
+class Distance:
+    """Running sums of squares: |candidate - original| / |original|."""
+
+    def __init__(self) -> None:
+        self.error, self.size = 0.0, 0.0
+
+    def add(self, original: torch.Tensor, candidate: torch.Tensor) -> None:
+        """Takes a part of both in."""
+        self.error += float((candidate - original).double().square().sum())
+        self.size += float(original.double().square().sum())
+
+    @property
+    def relative(self) -> float:
+        """The root of the ratio."""
+        return relative_error(self.error, self.size)

@@ -1,0 +1,295 @@
+"""What an evaluation found, as data: what report.json holds and every report is made from.
+
+    Evaluation
+    ├─ reference, identity, texts
+    ├─ noise_floor: text -> TextScores, of the original against itself at another batch size
+    ├─ candidates: Candidate
+    │  ├─ texts: TextScores     perplexity, KL, agreement, Δp; KL by position
+    │  ├─ layers: LayerScores   errors, router overlap, KL through the head after each layer
+    │  ├─ weights: WeightError  the worst tensors
+    │  ├─ findings: Finding     what is broken, the first layer first
+    │  ├─ drift: CodeDrift      what generated code tells, where prompts were given
+    │  └─ gates: GateOutcome    pass, fail or inconclusive
+    └─ caveats
+
+All numbers are shares (0 to 1), nats or bytes, never per cent.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dsquant.evaluation.drift import CodeDrift
+from dsquant.evaluation.intervals import Interval
+
+# report.json's layout. 1: first.
+SCHEMA_VERSION = 1
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+FindingKind = Literal["weight", "router", "layer"]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """How a quantity is spread over tokens, in the steps that llama.cpp's users know."""
+
+    mean: float
+    median: float
+    p90: float
+    p95: float
+    p99: float
+    p999: float
+    maximum: float
+    minimum: float
+    p01: float
+    p05: float
+    p10: float
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """A candidate against the original on one text; the last token of each sample predicts nothing."""
+
+    tokens: int
+    """Predicted tokens."""
+    perplexity_original: float
+    perplexity: float
+    log_ratio: Interval
+    """Mean of log(perplexity / original's), paired token by token, nats."""
+    perplexity_ratio: Interval
+    """exp of `log_ratio`."""
+    mean_kl: Interval
+    """KL(original || candidate), nats a token."""
+    mean_kl_reverse: Interval
+    """KL(candidate || original), nats a token."""
+    kl: Ladder
+    kl_reverse: Ladder
+    top1_agreement: Interval
+    """Share of tokens where both rank the same token first."""
+    top5_agreement: Interval
+    """Mean share of the original's five likeliest tokens among the candidate's five."""
+    delta_p: Ladder
+    """Probability of the token that came, candidate's less original's; skewed to the left is damage."""
+    delta_p_rms: float
+    kl_by_position: tuple[tuple[int, float], ...]
+    """(first position of a bin in the sample, mean KL in it)."""
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """A candidate against the original in and behind one decoder layer, over all texts.
+
+    `local` numbers come from the candidate's layer run on the original's own inputs, so that they tell of this layer
+    alone; the others add up over the layers before.
+    """
+
+    index: int
+    name: str
+    """model.layers.3"""
+    hidden_error: float
+    """|candidate's hidden states - original's| / |original's| behind the layer (Frobenius norms)."""
+    local_error: float
+    """The same of what the layer adds to its input, on the original's input."""
+    local_attention_error: float
+    """Of what attention adds."""
+    local_mlp_error: float
+    """Of what MLP or experts add."""
+    router_overlap: Interval | None
+    """Mean share of the original's experts among the candidate's, each on its own hidden states; None without one."""
+    local_router_overlap: float | None
+    """On the original's hidden states."""
+    router_weight_distance: float | None
+    """Mean L1 distance of the experts' shares in the mixture, divided by the sum of the original's shares."""
+    load_shift: float | None
+    """Share of routed tokens that would have to change experts to give the original's loads (total variation)."""
+    kl: float
+    """Mean KL(original || candidate) of what final norm and head make of the hidden states behind the layer, on a
+    subset of tokens (`Identity.lens_tokens`)."""
+
+
+@dataclass(frozen=True)
+class WeightError:
+    """A tensor against the original's, folded scales undone."""
+
+    name: str
+    layer: int | None
+    """None outside the decoder layers."""
+    relative: float
+    """|candidate - original| / |original| (Frobenius norms)."""
+    activation_weighted: float | None
+    """The same with each column weighted by the root mean square of the original's inputs; None where no token
+    reached it."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is broken."""
+
+    kind: FindingKind
+    layer: int | None
+    name: str
+    """Tensor or layer."""
+    value: float
+    expected: float
+    """What a healthy one would have had at the most (overlap: at the least)."""
+    message: str
+
+
+@dataclass(frozen=True)
+class GateOutcome:
+    """What became of one gate."""
+
+    metric: str
+    text: str | None
+    """None where the metric is of the whole model."""
+    bound: Literal["at_most", "at_least"]
+    limit: float
+    found: Interval
+    verdict: Verdict
+    needed: int | None
+    """Samples (of a text) or prompts in all that would settle it; None where it is settled or no number would do."""
+    unit: str
+    """Of `needed`: samples or prompts."""
+    message: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Everything about one candidate."""
+
+    name: str
+    """As a heading: unique among the candidates."""
+    path: str
+    """As the caller gave it."""
+    format: str
+    """FP8, BF16, AWQ, compressed-tensors or GGUF, with what it says about itself, such as `GGUF Q4_K_M`."""
+    size_bytes: int
+    bits_per_weight: float
+    fingerprint: str
+    """SHA-256 of names, sizes and headers of its files."""
+    texts: Mapping[str, TextScores]
+    layers: tuple[LayerScores, ...]
+    weights: tuple[WeightError, ...]
+    """The worst twenty, the worst first."""
+    weight_error_by_kind: Mapping[str, float]
+    """Module kind, such as `mlp.experts.down_proj` -> mean relative error."""
+    findings: tuple[Finding, ...]
+    """Ordered by layer; empty where nothing stands out."""
+    drift: CodeDrift | None
+    gates: tuple[GateOutcome, ...]
+
+    @property
+    def first_broken_layer(self) -> int | None:
+        """The first layer that a finding names."""
+        return next((finding.layer for finding in self.findings if finding.layer is not None), None)
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean over the texts."""
+        return sum(text.mean_kl.estimate for text in self.texts.values()) / len(self.texts)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """fail where a gate failed, inconclusive where one is undecided; None without gates."""
+        verdicts = [gate.verdict for gate in self.gates]
+        ordered: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
+        return next((verdict for verdict in ordered if verdict in verdicts), None)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that was scored."""
+
+    name: str
+    samples: int
+    seq_len: int
+    tokens_sha256: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The original."""
+
+    path: str
+    format: str
+    architecture: str
+    size_bytes: int
+    fingerprint: str
+    num_layers: int
+    num_experts: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Identity:
+    """How the numbers came about."""
+
+    versions: Mapping[str, str]
+    seed: int
+    """Of the bootstrap's draws."""
+    confidence: float
+    """Of every interval."""
+    block_tokens: int
+    """Tokens of a block of the bootstrap."""
+    dtype: str
+    device: str
+    batch_samples: int
+    """Samples that pass attention together; the noise floor has another number."""
+    noise_batch_samples: int
+    lens_tokens: int
+    """Tokens that `LayerScores.kl` is the mean of."""
+    elapsed_s: float
+    peak_resident_bytes: int
+    bytes_read: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the candidates cost against the original."""
+
+    schema_version: int
+    identity: Identity
+    reference: Reference
+    texts: tuple[Text, ...]
+    noise_floor: Mapping[str, TextScores]
+    """Text -> the original against itself at another batch size."""
+    noise_router_overlap: float | None
+    """Lowest of the layers."""
+    candidates: tuple[Candidate, ...]
+    caveats: tuple[str, ...]
+    """What these numbers do not tell."""
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The worst of the candidates'; None without gates."""
+        verdicts = [candidate.verdict for candidate in self.candidates]
+        ordered: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
+        return next((verdict for verdict in ordered if verdict in verdicts), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values: what report.json holds. Numbers that are not finite become null."""
+        found: dict[str, Any] = _plain(self)
+        for plain, candidate in zip(found["candidates"], self.candidates, strict=True):
+            plain["verdict"] = candidate.verdict
+            plain["first_broken_layer"] = candidate.first_broken_layer
+        return found | {"verdict": self.verdict}
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the page, as report.html has it."""
+        from dsquant.evaluation.report.page import part
+
+        return part(self)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

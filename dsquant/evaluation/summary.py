@@ -1,0 +1,67 @@
+"""Turns measures into results: what a candidate's report shows, made from what was measured token by token."""
+
+from collections.abc import Mapping, Sequence
+
+from dsquant.evaluation.intervals import bootstrap_mean
+from dsquant.evaluation.ladders import text_scores
+from dsquant.evaluation.measures import Measures
+from dsquant.evaluation.results import LayerScores, TextScores
+from dsquant.model.structure import DecoderLayer
+
+
+def scores_by_text(
+    measures: Measures, samples: Mapping[str, slice], confidence: float, seed: int
+) -> dict[str, TextScores]:
+    """Sums up the scores of every text.
+
+    Args:
+        measures: of one model.
+        samples: text -> its samples.
+        confidence: of the intervals.
+        seed: of the bootstrap's draws.
+
+    Returns:
+        Text -> scores.
+    """
+    return {
+        text: text_scores(measures.tokens.of_samples(part.start, part.stop), confidence, seed)
+        for text, part in samples.items()
+    }
+
+
+def layer_scores(
+    measures: Measures, layers: Sequence[DecoderLayer], confidence: float, seed: int
+) -> tuple[LayerScores, ...]:
+    """Sums up what was measured in every layer.
+
+    Args:
+        measures: of one model.
+        layers: the decoder layers that ran.
+        confidence: of the intervals.
+        seed: of the bootstrap's draws.
+
+    Returns:
+        The scores of every layer.
+    """
+    return tuple(
+        LayerScores(
+            index=layer.index,
+            name=layer.prefix,
+            hidden_error=one.hidden_error,
+            local_error=one.local_error,
+            local_attention_error=one.local_attention_error,
+            local_mlp_error=one.local_mlp_error,
+            router_overlap=None if one.overlap_NT is None else bootstrap_mean(one.overlap_NT.numpy(), confidence, seed),
+            local_router_overlap=one.local_overlap,
+            router_weight_distance=one.weight_distance,
+            load_shift=one.load_shift,
+            kl=kl,
+        )
+        for layer, one, kl in zip(layers, measures.layers, measures.lens_kl, strict=True)
+    )
+
+
+def routers_of(layers: Sequence[DecoderLayer]) -> frozenset[str]:
+    """The tensors of all routers."""
+    prefixes = [layer.router.removesuffix(".weight") for layer in layers if layer.router is not None]
+    return frozenset(f"{prefix}.{kind}" for prefix in prefixes for kind in ("weight", "e_score_correction_bias"))

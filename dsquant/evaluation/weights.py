@@ -1,0 +1,219 @@
+"""How far a candidate's tensors are from the original's, with folded scales undone.
+
+AWQ divides what a norm (or linear) puts out by s and multiplies the columns of every consumer by s: the function stays,
+the tensors do not. What was folded can be read off the tensors themselves: a norm's s is its old gain over its new one,
+a linear's the factor that fits its row best. Consumers are compared after dividing their columns by it; one that was
+left out of the folding, as routers have been, then shows.
+
+Shape legend: O out features, I in features.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dsquant.evaluation.results import WeightError
+from dsquant.model.gated import GatedWeights
+from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup
+from dsquant.source.weights import Weights
+
+# Below this cosine a row is not the original's times a factor but something else, and no factor is read off it.
+LEAST_ROW_COSINE = 0.8
+# Elements of a tensor that are compared together, in float64.
+ELEMENTS_AT_ONCE = 2**22
+_NUMBERS = re.compile(r"^model\.layers\.\d+\.|\.\d+(?=\.)")
+
+
+@dataclass
+class Moments:
+    """Sums of squares of a linear's inputs, column by column."""
+
+    sum_I: torch.Tensor | None = None
+    """float64 [I]; None before the first rows."""
+
+    def add(self, inputs_RI: torch.Tensor) -> None:
+        """Takes rows in."""
+        squares_I = inputs_RI.double().square().sum(0)
+        self.sum_I = squares_I if self.sum_I is None else self.sum_I + squares_I
+
+
+@dataclass
+class Unfolding:
+    """What a candidate's folding multiplied and divided."""
+
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Linear or router -> float32 [I], what each of its columns was multiplied by."""
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Linear -> float32 [O], what each of its rows was divided by."""
+
+    def apply(self, name: str, weight_OI: torch.Tensor) -> torch.Tensor:
+        """A weight without its factors, as far as they are known."""
+        if name in self.columns:
+            weight_OI = weight_OI / self.columns[name]
+        return weight_OI * self.rows[name].unsqueeze(1) if name in self.rows else weight_OI
+
+
+def norm_factor(original_I: torch.Tensor, candidate_I: torch.Tensor) -> torch.Tensor:
+    """The scale that was folded into a norm: old gain over new gain; 1 where either is 0 or no number.
+
+    Args:
+        original_I: float32 [I].
+        candidate_I: float32 [I].
+
+    Returns:
+        float32 [I].
+    """
+    factor_I = original_I / candidate_I
+    return torch.where(torch.isfinite(factor_I) & (factor_I != 0), factor_I, 1.0)
+
+
+def row_factor(original_OI: torch.Tensor, candidate_OI: torch.Tensor) -> torch.Tensor:
+    """The factor on each of the candidate's rows that brings it closest to the original's (least squares).
+
+    Args:
+        original_OI: float32 [O, I].
+        candidate_OI: float32 [O, I], its columns unfolded.
+
+    Returns:
+        float32 [O]; 1 where the rows point in different directions.
+    """
+    dot_O = (original_OI * candidate_OI).sum(1)
+    squares_O, candidate_squares_O = original_OI.square().sum(1), candidate_OI.square().sum(1)
+    alike_O = dot_O > LEAST_ROW_COSINE * (squares_O * candidate_squares_O).sqrt()
+    return torch.where(alike_O & (candidate_squares_O > 0), dot_O / candidate_squares_O, 1.0)
+
+
+def weight_error(
+    name: str, layer: int | None, original: torch.Tensor, candidate: torch.Tensor, moments: Moments | None = None
+) -> WeightError:
+    """Compares two tensors.
+
+    Args:
+        name: of the tensor.
+        layer: its decoder layer.
+        original: float32, any shape.
+        candidate: float32, the same shape, unfolded.
+        moments: of the original's inputs, for a weight [O, I].
+
+    Returns:
+        Relative errors; 0 where both are zero, infinite where only the original is.
+    """
+    weights_I = None if moments is None else moments.sum_I
+    plain, weighted = [0.0, 0.0], [0.0, 0.0]
+    rows = max(1, ELEMENTS_AT_ONCE // max(1, math.prod(original.shape[1:])))
+    for wanted, found in zip(original.split(rows), candidate.split(rows), strict=True):
+        for number, values in enumerate((found - wanted, wanted)):
+            squares = values.double().square_()
+            plain[number] += float(squares.sum())
+            weighted[number] += 0.0 if weights_I is None else float((squares @ weights_I).sum())
+    return WeightError(name, layer, relative_error(*plain), None if weights_I is None else relative_error(*weighted))
+
+
+def relative_error(error: float, size: float) -> float:
+    """The root of a ratio of sums of squares; 0 where both are 0, infinite where only `size` is."""
+    if size == 0:
+        return 0.0 if error == 0 else float("inf")
+    return (error / size) ** 0.5
+
+
+@dataclass
+class LayerComparison:
+    """Compares the tensors of one layer, in the order of the data flow."""
+
+    layer: DecoderLayer
+    unfolding: Unfolding = field(default_factory=Unfolding)
+    errors: list[WeightError] = field(default_factory=list)
+
+    def dense_part(self, original: Weights, candidate: Weights, moments: Mapping[str, Moments]) -> None:
+        """Attention, router, and every MLP that is not routed.
+
+        Args:
+            original: the original's weights.
+            candidate: the candidate's.
+            moments: linear (or router) -> moments of the original's inputs.
+        """
+        for group in self.layer.attention:
+            self._unfold(group, original, candidate)
+            for consumer in group.consumers:
+                self._compare(f"{consumer}.weight", original, candidate, moments)
+        inputs = [linear for mlp in self.layer.mlps for linear in (mlp.gate, mlp.up)]
+        router = "" if self.layer.router is None else self.layer.router.removesuffix(".weight")
+        self._unfold(ScaleGroup(self.layer.norm, (*inputs, router)), original, candidate)
+        for name in (f"{router}.weight", f"{router}.e_score_correction_bias") if router else ():
+            if name in original and name in candidate:
+                self._compare(name, original, candidate, moments)
+        for mlp in self.layer.mlps:
+            if mlp.kind != "routed":
+                self.mlp(mlp, GatedWeights.read(original, mlp), GatedWeights.read(candidate, mlp), moments)
+
+    def mlp(self, mlp: Mlp, original: GatedWeights, candidate: GatedWeights, moments: Mapping[str, Moments]) -> None:
+        """One gated MLP.
+
+        Args:
+            mlp: the MLP.
+            original: its weights.
+            candidate: the candidate's.
+            moments: linear -> moments of the original's inputs.
+        """
+        up_WH = self.unfolding.apply(mlp.up, candidate.up_WH)
+        rows_W = row_factor(original.up_WH, up_WH)
+        gate_WH = self.unfolding.apply(mlp.gate, candidate.gate_WH)
+        for linear, wanted, found in (
+            (mlp.gate, original.gate_WH, gate_WH),
+            (mlp.up, original.up_WH, up_WH * rows_W.unsqueeze(1)),
+            (mlp.down, original.down_HW, candidate.down_HW / rows_W),
+        ):
+            name = f"{linear}.weight"
+            self.errors.append(weight_error(name, self.layer.index, wanted, found, moments.get(linear)))
+
+    def _unfold(self, group: ScaleGroup, original: Weights, candidate: Weights) -> None:
+        """Reads off what a group's producer was divided by."""
+        name = f"{group.producer}.weight"
+        wanted, found = original[name], self.unfolding.apply(group.producer, candidate[name])
+        if wanted.dim() == 1:
+            factor = norm_factor(wanted, found)
+        else:
+            factor_O = row_factor(wanted, found)
+            rows = list(group.producer_rows or range(len(factor_O)))
+            factor = factor_O[rows]
+            scaled_O = torch.ones_like(factor_O)
+            scaled_O[rows] = factor
+            self.unfolding.rows[group.producer] = scaled_O
+        self.unfolding.columns.update(dict.fromkeys(group.consumers, factor))
+
+    def _compare(self, name: str, original: Weights, candidate: Weights, moments: Mapping[str, Moments]) -> None:
+        linear = name.removesuffix(".weight")
+        found = self.unfolding.apply(linear, candidate[name])
+        self.errors.append(weight_error(name, self.layer.index, original[name], found, moments.get(linear)))
+
+
+def worst(errors: Sequence[WeightError], count: int = 20) -> tuple[WeightError, ...]:
+    """The tensors with the largest errors, plain or activation-weighted, whichever is larger."""
+    return tuple(
+        sorted(errors, key=lambda one: max(one.relative, one.activation_weighted or 0.0), reverse=True)[:count]
+    )
+
+
+def kind_of(name: str) -> str:
+    """`mlp.experts.down_proj` for `model.layers.3.mlp.experts.17.down_proj.weight`."""
+    return _NUMBERS.sub("", name).removesuffix(".weight")
+
+
+def by_kind(errors: Sequence[WeightError], total: Callable[[Sequence[float]], float]) -> dict[str, float]:
+    """Sums up relative errors by kind of module.
+
+    Args:
+        errors: of all tensors.
+        total: such as mean or median.
+
+    Returns:
+        Kind -> number.
+    """
+    groups: dict[str, list[float]] = defaultdict(list)
+    for error in errors:
+        groups[kind_of(error.name)].append(error.relative)
+    return {kind: total(values) for kind, values in groups.items()}

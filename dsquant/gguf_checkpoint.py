@@ -1,0 +1,288 @@
+"""A GGUF file as a checkpoint of its own: config, parameter names and tokenizer made from its keys.
+
+The reverse of `writers.gguf.metadata` and `source.gguf_layout`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsquant.errors import InputError
+from dsquant.model.overlays import on_device
+from dsquant.source.checkpoint import Checkpoint
+from dsquant.source.gguf_layout import ARCHITECTURES, parameters
+from dsquant.source.gguf_weights import GgufWeights, gguf_parts
+from dsquant.source.locate import ASSETS, EMBEDDED_MODEL
+from dsquant.source.shards import ShardIndex
+from dsquant.source.weights import CPU
+from dsquant.writers.gguf.metadata import CONTROL, UNUSED, USER_DEFINED, YARN_LOG_FACTOR, rope_factors
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# llama.cpp's name of a pre-tokenizer -> the regular expression by which it cuts text (src/llama-vocab.cpp).
+EXPRESSIONS = {
+    "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST,
+    "qwen2": _WORDS + r"\p{N}" + _REST,
+    "deepseek-r1-qwen": _WORDS + r"\p{N}" + _REST,
+}
+# Llama 3.1's and 3.3's scaling of rotary frequencies; GGUF stores only what comes of it.
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a GGUF file says about itself."""
+
+    file: Path
+    """The file, or the first of a split one."""
+    keys: Mapping[str, Any]
+    tensors: Mapping[str, Any]
+    """Name -> gguf-py's tensor, of all parts."""
+
+    @property
+    def architecture(self) -> str:
+        """The checkpoint's name for it, llama.cpp's where dsquant does not know it."""
+        name = str(self.keys.get("general.architecture"))
+        return next((found for found, stored in ARCHITECTURES.items() if stored == name), name)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the embedding; none where there is none."""
+        table = self.tensors.get("token_embd.weight")
+        return 0 if table is None else int(table.shape[1])
+
+    @property
+    def format(self) -> str:
+        """`GGUF Q4_K_M`, from the file's own type number."""
+        from gguf import LlamaFileType
+
+        try:
+            name = LlamaFileType(self.keys.get("general.file_type")).name
+        except ValueError:
+            return "GGUF"
+        return f"GGUF {name.removeprefix('MOSTLY_').removeprefix('ALL_')}"
+
+    @property
+    def tokens(self) -> dict[str, int] | None:
+        """Token -> id of the vocabulary without unused places; None where the file holds none."""
+        tokens, types = self.keys.get("tokenizer.ggml.tokens"), self.keys.get("tokenizer.ggml.token_type")
+        if tokens is None or types is None:
+            return None
+        return {token: number for number, token in enumerate(tokens) if types[number] != UNUSED}
+
+
+def read_header(file: Path) -> GgufHeader:
+    """Reads the keys of a file and the directory of its tensors.
+
+    Args:
+        file: the file, or the first of a split one.
+
+    Returns:
+        The header.
+
+    Raises:
+        InputError: where a file is missing or damaged.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise InputError(f"{file}: reading GGUF files needs the package gguf: pip install gguf") from error
+
+    keys: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for part in gguf_parts(file):
+        try:
+            reader = GGUFReader(part)
+            keys = {name: field.contents() for name, field in reader.fields.items()} | keys
+        except FileNotFoundError as error:
+            raise InputError(f"{part} is missing; all parts of a split file must lie in one folder") from error
+        except Exception as error:  # gguf-py raises whatever numpy does on damaged files
+            raise InputError(f"{part} is damaged or no GGUF file: {error}") from error
+        tensors |= {tensor.name: tensor for tensor in reader.tensors}
+    return GgufHeader(file, keys, tensors)
+
+
+def gguf_checkpoint(header: GgufHeader, device: torch.device = CPU) -> Checkpoint:
+    """Makes a checkpoint of a GGUF file alone; multi-token-prediction layers are left out.
+
+    Args:
+        header: of the file.
+        device: where its weights go when they are read.
+
+    Returns:
+        The checkpoint; its index of shards is empty.
+
+    Raises:
+        InputError: where the file is damaged, or of an architecture that dsquant does not know.
+    """
+    config = _config(header)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in header.tensors.items():
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        for parameter, found in parameters(name, shape, config):
+            parts = parameter.split(".")
+            if parts[1] != "layers" or int(parts[2]) < config["num_hidden_layers"]:
+                shapes[parameter] = found
+    config["tie_word_embeddings"] = "lm_head.weight" not in shapes
+    config["vocab_size"] = shapes.get("model.embed_tokens.weight", (0,))[0]
+    if "rope_freqs.weight" in header.tensors:
+        config["rope_scaling"] = _llama3_rope(header, config)
+    weights = on_device(GgufWeights(header.file, shapes, config), device)
+    return Checkpoint(header.file, config, ShardIndex(header.file.parent, {}), weights)
+
+
+def gguf_tokenizer(header: GgufHeader) -> Any:
+    """Builds the tokenizer that a file holds.
+
+    Args:
+        header: of the file.
+
+    Returns:
+        A transformers tokenizer.
+
+    Raises:
+        InputError: where the file holds none, or one of a kind that dsquant cannot build.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    keys, vocabulary = header.keys, header.tokens
+    kind = keys.get("tokenizer.ggml.model")
+    if vocabulary is None or kind != "gpt2" or "tokenizer.ggml.merges" not in keys:
+        raise InputError(
+            f"{header.file}: it holds no byte-level BPE tokenizer (tokenizer.ggml.model is {kind!r}); name the "
+            "checkpoint that it was made from as the reference"
+        )
+    merges = [tuple(merge.split(" ")) for merge in keys["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = _pre_tokenizer(header.file, str(keys.get("tokenizer.ggml.pre")))
+    tokenizer.decoder = decoders.ByteLevel()
+    types = keys["tokenizer.ggml.token_type"]
+    for token, number in vocabulary.items():
+        if types[number] in (CONTROL, USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, special=types[number] == CONTROL, normalized=False)])
+    names = {value: key for key, value in vocabulary.items()}
+    special = {
+        f"{kind}_token": names[keys[f"tokenizer.ggml.{kind}_token_id"]]
+        for kind in ("bos", "eos")
+        if keys.get(f"tokenizer.ggml.{kind}_token_id") in names
+    }
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    found.chat_template = keys.get("tokenizer.chat_template")
+    return found
+
+
+def _pre_tokenizer(file: Path, name: str) -> Any:
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+
+    if name == "deepseek-v3":
+        return Tokenizer.from_file(str(ASSETS / EMBEDDED_MODEL / "tokenizer.json")).pre_tokenizer
+    if name == "gpt-2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if name not in EXPRESSIONS:
+        raise InputError(
+            f"{file}: pre-tokenizer {name!r} is none of deepseek-v3, gpt-2, {', '.join(EXPRESSIONS)}; name the "
+            "checkpoint that it was made from as the reference"
+        )
+    split = pre_tokenizers.Split(Regex(EXPRESSIONS[name]), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _config(header: GgufHeader) -> dict[str, Any]:
+    file, keys = header.file, header.keys
+    names = {name: architecture for architecture, name in ARCHITECTURES.items()}
+    architecture = keys.get("general.architecture")
+    if architecture not in names:
+        raise InputError(f"{file}: architecture {architecture!r} is not supported; dsquant knows {', '.join(names)}")
+
+    def key(name: str, default: Any = None) -> Any:
+        value = keys.get(f"{architecture}.{name}", default)
+        if value is None:
+            raise InputError(
+                f"{file}: key '{architecture}.{name}' is missing; name the checkpoint that it was made from as the "
+                "reference"
+            )
+        return value
+
+    heads = key("attention.head_count")
+    mtp = key("nextn_predict_layers", 0)
+    config: dict[str, Any] = {
+        "architectures": [names[architecture]],
+        "hidden_size": key("embedding_length"),
+        "intermediate_size": key("feed_forward_length"),
+        "num_hidden_layers": key("block_count") - mtp,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key("attention.head_count_kv", heads),
+        "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
+        "rope_theta": key("rope.freq_base", 10000.0),
+        "max_position_embeddings": key("context_length"),
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    if architecture == "deepseek2":
+        config |= _deepseek(file, key)
+    else:
+        config["head_dim"] = key("attention.key_length", config["hidden_size"] // heads)
+    if keys.get(f"{architecture}.rope.scaling.type") == "yarn":
+        config["rope_scaling"] = _yarn(key)
+    return config
+
+
+def _deepseek(file: Path, key: Any) -> dict[str, Any]:
+    from gguf import ExpertGatingFuncType
+
+    if key("expert_gating_func", 0) != ExpertGatingFuncType.SIGMOID:
+        raise InputError(f"{file}: routing that is not DeepSeek-V3's (expert_gating_func is not sigmoid)")
+    rope = key("rope.dimension_count")
+    return {
+        "num_key_value_heads": key("attention.head_count"),
+        "num_nextn_predict_layers": 0,
+        "q_lora_rank": key("attention.q_lora_rank", 0) or None,
+        "kv_lora_rank": key("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rope,
+        "qk_nope_head_dim": key("attention.key_length_mla") - rope,
+        "v_head_dim": key("attention.value_length_mla"),
+        "first_k_dense_replace": key("leading_dense_block_count"),
+        "moe_layer_freq": 1,
+        "moe_intermediate_size": key("expert_feed_forward_length"),
+        "n_routed_experts": key("expert_count"),
+        "n_shared_experts": key("expert_shared_count"),
+        "num_experts_per_tok": key("expert_used_count"),
+        "routed_scaling_factor": key("expert_weights_scale", 1.0),
+        "norm_topk_prob": bool(key("expert_weights_norm", False)),
+        # Without these keys llama.cpp chooses from all experts, and so does this.
+        "n_group": key("expert_group_count", 1),
+        "topk_group": key("expert_group_used_count", 1),
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    }
+
+
+def _yarn(key: Any) -> dict[str, Any]:
+    mscale = key("rope.scaling.yarn_log_multiplier", 0.0) / YARN_LOG_FACTOR
+    found = {
+        "type": "yarn",
+        "factor": key("rope.scaling.factor"),
+        "original_max_position_embeddings": key("rope.scaling.original_context_length"),
+        "beta_fast": key("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": key("rope.scaling.yarn_beta_slow", 1.0),
+    }
+    return found | ({"mscale": mscale, "mscale_all_dim": mscale} if mscale else {})
+
+
+def _llama3_rope(header: GgufHeader, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Llama 3's scaling, if it gives the frequency factors that the file holds."""
+    found = torch.from_numpy(header.tensors["rope_freqs.weight"].data.copy()).float().flatten()
+    wanted = rope_factors({**config, "rope_scaling": LLAMA3_ROPE})
+    if wanted is None or not torch.allclose(found, wanted, rtol=1e-3):
+        raise InputError(
+            f"{header.file}: 'rope_freqs.weight' is not Llama 3.1's scaling; name the checkpoint that it was made from "
+            "as the reference"
+        )
+    return LLAMA3_ROPE
