@@ -273,8 +273,7 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
     )
     report = quantize_layer(layer_job)
     if run.source.plan.gpu_resident:
-        stored = run.activations(run.hidden_path(layer.index + 1))
-        outputs.copy_to(stored)
-        outputs = stored
-    outputs.flush()
+        outputs.save(run.hidden_path(layer.index + 1))
+    else:
+        outputs.flush()
     return {"layer": layer.index, **asdict(report)}
