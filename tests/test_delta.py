@@ -4,8 +4,6 @@ import hashlib
 import json
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,19 +11,19 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import make_pico_r1
+from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import dsquant
+from dsquant.cli import main
 from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.incremental.release import full_run
 from dsquant.incremental.rule import rounded_as_recorded
 from dsquant.rounding import Grid, round_to_nearest
 from dsquant.source.shards import read_index
 from dsquant.writers.formats import FORMATS
-
-DSQUANT = [sys.executable, "-c", "from dsquant.cli import main; main()"]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -201,19 +199,19 @@ def test_a_patch_is_applied_to_its_own_output_only_and_not_when_damaged(
 def test_the_commands_do_what_the_functions_do(
     old: Path, new: tuple[Path, list[str]], pico_r1: Path, tmp_path: Path
 ) -> None:
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*DSQUANT, *map(str, arguments)], capture_output=True, text=True)
+    def run(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
     delta = run("delta", pico_r1, new[0], "--quantized", old, "--output", tmp_path / "delta", "--json")
-    assert delta.returncode == 0, delta.stderr
+    assert delta.exit_code == 0, delta.stderr
     assert len(json.loads(delta.stdout)["changed"]) == len(new[1])
     full = run("awq", new[0], "--scales-from", old, "--output", tmp_path / "full", "--json")
-    assert full.returncode == 0, full.stderr
+    assert full.exit_code == 0, full.stderr
     applied = run("delta", "--apply", tmp_path / "delta.patch", old, "--output", tmp_path / "applied")
-    assert applied.returncode == 0, applied.stderr
+    assert applied.exit_code == 0, applied.stderr
     assert contents(tmp_path / "delta") == contents(tmp_path / "full") == contents(tmp_path / "applied")
     refused = run("awq", new[0], "--scales-from", old, "--bits", "8", "--output", tmp_path / "no")
-    assert refused.returncode == 2 and "--bits" in refused.stderr
+    assert refused.exit_code == 2 and "--bits" in refused.stderr
 
 
 @given(st.sampled_from([(4, True), (4, False), (3, True), (8, True)]), st.integers(0, 2**32 - 1))
