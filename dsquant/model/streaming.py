@@ -148,7 +148,9 @@ def run_dense_part(
             tap.sink = note
         position_ids = torch.arange(num_tokens, device=stream.weights.device).unsqueeze(0)
         for start in range(0, num_samples, batch_samples):
-            hidden_NTH = stream.inputs.samples(start, min(start + batch_samples, num_samples))
+            stop = min(start + batch_samples, num_samples)
+            hidden_NTH = stream.inputs.samples(start, stop)
+            stream.inputs.prefetch(stop, min(stop + batch_samples, num_samples))
             positions = skeleton.model.model.rotary_emb(hidden_NTH, position_ids)
             with torch.no_grad():
                 output = module(hidden_NTH, position_embeddings=positions, position_ids=position_ids)

@@ -24,6 +24,8 @@ from dsquant.source.shards import DTYPE_NAMES, INDEX_FILE, tensor_bytes
 
 # The data begin at a multiple of this, as the safetensors library has it.
 ALIGNMENT = 8
+# Bytes that may wait in memory for the disk.
+SYNC_EVERY = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class ShardFile:
         self._file = self._partial.open("wb")
         header = plan.header
         self._file.write(header)
+        self._unsynced = 0
         self._tensors = {tensor.name: tensor for tensor in plan.tensors}
         self._offsets: dict[str, int] = {}
         offset = len(header)
@@ -157,6 +160,11 @@ class ShardFile:
         row_bytes = planned.num_bytes // max(1, planned.shape[0])
         self._file.seek(self._offsets[name] + start_row * row_bytes)
         self._file.write(raw)
+        self._unsynced += len(raw)
+        if self._unsynced > SYNC_EVERY:  # so that the disk works all the time, and not at the end alone
+            self._unsynced = 0
+            self._file.flush()
+            os.fdatasync(self._file.fileno())
         self._digests[name].update(raw)
         self._rows_done[name] += rows.shape[0]
 
