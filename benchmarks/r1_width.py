@@ -1,6 +1,7 @@
-"""Peak resident memory of `dsquant awq` on one mixture layer of R1's width, measured by the kernel.
+"""Peak resident memory of `dsquant awq` or `dsquant gguf` on one mixture layer of R1's width, measured by the kernel.
 
     python benchmarks/r1_width.py --folder /tmp/r1-width --experts 64 --memory-budget 6GiB
+    python benchmarks/r1_width.py --folder /tmp/r1-width --experts 256 --memory-budget 2GiB --gguf Q4_K_M
 
 makes a checkpoint of one layer with R1's own shapes (hidden 7168, 128 heads, experts of 2048, FP8 128x128), runs the
 command on it as a user would, and prints what `getrusage` says of that process. Weights are random: this measures
@@ -22,11 +23,11 @@ from safetensors.torch import save_file
 
 TINY_R1 = Path(__file__).parent.parent / "dsquant" / "assets" / "tiny-r1"
 BLOCK = 128
-HIDDEN, HEADS, QUERY, LATENT, NOPE, ROPE, VALUE, WIDTH = 7168, 128, 1536, 512, 128, 64, 128, 2048
+HIDDEN, HEADS, QUERY, LATENT, NOPE, ROPE, VALUE, WIDTH, DENSE_WIDTH = 7168, 128, 1536, 512, 128, 64, 128, 2048, 18432
 
 
-def config(experts: int) -> dict[str, Any]:
-    """R1's config with one layer, fewer experts and tiny-r1's vocabulary."""
+def config(experts: int, layers: int, dense: int) -> dict[str, Any]:
+    """R1's config with few layers, the first of them dense, fewer experts and tiny-r1's vocabulary."""
     changes = {
         "hidden_size": HIDDEN,
         "num_attention_heads": HEADS,
@@ -41,16 +42,17 @@ def config(experts: int) -> dict[str, Any]:
         "num_experts_per_tok": 8,
         "n_group": 8,
         "topk_group": 4,
-        "first_k_dense_replace": 0,
-        "num_hidden_layers": 1,
+        "intermediate_size": DENSE_WIDTH,
+        "first_k_dense_replace": dense,
+        "num_hidden_layers": layers,
         "num_nextn_predict_layers": 0,
     }
     return {**json.loads((TINY_R1 / "config.json").read_text()), **changes}
 
 
-def linears(experts: int) -> dict[str, tuple[int, int]]:
-    """FP8 linears of the layer."""
-    attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
+def linears(layer: int, experts: int, dense: bool) -> dict[str, tuple[int, int]]:
+    """FP8 linears of a layer."""
+    attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
     shapes = {
         f"{attention}.q_a_proj": (QUERY, HIDDEN),
         f"{attention}.q_b_proj": (HEADS * (NOPE + ROPE), QUERY),
@@ -58,34 +60,42 @@ def linears(experts: int) -> dict[str, tuple[int, int]]:
         f"{attention}.kv_b_proj": (HEADS * (NOPE + VALUE), LATENT),
         f"{attention}.o_proj": (HIDDEN, HEADS * VALUE),
     }
+    if dense:
+        shapes |= {f"{mlp}.{part}_proj": (DENSE_WIDTH, HIDDEN) for part in ("gate", "up")}
+        return shapes | {f"{mlp}.down_proj": (HIDDEN, DENSE_WIDTH)}
     for name in (f"{mlp}.shared_experts", *(f"{mlp}.experts.{expert}" for expert in range(experts))):
         shapes |= {f"{name}.gate_proj": (WIDTH, HIDDEN), f"{name}.up_proj": (WIDTH, HIDDEN)}
         shapes[f"{name}.down_proj"] = (HIDDEN, WIDTH)
     return shapes
 
 
-def make_checkpoint(folder: Path, experts: int) -> None:
-    """Writes the layer, 8 experts to a shard."""
+def make_checkpoint(folder: Path, experts: int, layers: int = 1, dense: int = 0, device: str = "cpu") -> None:
+    """Writes the layers, 8 experts to a shard; the numbers come from a GPU where one is named."""
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = config(experts)["vocab_size"]
+    generator = torch.Generator(device).manual_seed(0)
+    vocabulary = config(experts, layers, dense)["vocab_size"]
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
     plain = {
-        "model.embed_tokens.weight": torch.randn(vocabulary, HIDDEN, generator=generator),
-        "lm_head.weight": torch.randn(vocabulary, HIDDEN, generator=generator) / HIDDEN**0.5,
-        "model.layers.0.mlp.gate.weight": torch.randn(experts, HIDDEN, generator=generator) / HIDDEN**0.5,
+        "model.embed_tokens.weight": normal(vocabulary, HIDDEN),
+        "lm_head.weight": normal(vocabulary, HIDDEN) / HIDDEN**0.5,
+        "model.norm.weight": torch.ones(HIDDEN),
     }
     norms = {"input_layernorm": HIDDEN, "post_attention_layernorm": HIDDEN}
     norms |= {"self_attn.q_a_layernorm": QUERY, "self_attn.kv_a_layernorm": LATENT}
-    plain |= {f"model.layers.0.{norm}.weight": torch.ones(size) for norm, size in norms.items()}
-    plain["model.norm.weight"] = torch.ones(HIDDEN)
-    shard = {name: tensor.to(torch.bfloat16) for name, tensor in plain.items()}
-    shard["model.layers.0.mlp.gate.e_score_correction_bias"] = torch.zeros(experts)
+    biases = {}
+    for layer in range(layers):
+        plain |= {f"model.layers.{layer}.{norm}.weight": torch.ones(size) for norm, size in norms.items()}
+        if layer >= dense:
+            plain[f"model.layers.{layer}.mlp.gate.weight"] = normal(experts, HIDDEN) / HIDDEN**0.5
+            biases[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"] = torch.zeros(experts)
     weight_map: dict[str, str] = {}
-    pending: dict[str, torch.Tensor] = dict(shard)
-    shapes = linears(experts)
+    pending = {name: tensor.to(torch.bfloat16).cpu() for name, tensor in plain.items()} | biases
+    shapes = {name: shape for layer in range(layers) for name, shape in linears(layer, experts, layer < dense).items()}
     for number, (name, shape) in enumerate(shapes.items(), start=1):
-        values = torch.randn(shape, generator=generator) * 100
-        pending[f"{name}.weight"] = values.to(torch.float8_e4m3fn)
+        pending[f"{name}.weight"] = (normal(*shape) * 100).clamp(-448, 448).to(torch.float8_e4m3fn).cpu()
         blocks = (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
         pending[f"{name}.weight_scale_inv"] = torch.full(blocks, 0.01 / shape[1] ** 0.5)
         if number % 24 == 0 or number == len(shapes):
@@ -94,7 +104,7 @@ def make_checkpoint(folder: Path, experts: int) -> None:
             weight_map |= dict.fromkeys(pending, file_name)
             pending = {}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config(experts)))
+    (folder / "config.json").write_text(json.dumps(config(experts, layers, dense)))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY_R1 / name, folder / name)
 
@@ -108,19 +118,39 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--preset", default="compact")
+    parser.add_argument("--gguf", metavar="TYPE", help="convert to this GGUF type without calibration instead")
     options = parser.parse_args()
     model = options.folder / "model"
     if not model.exists():
         make_checkpoint(model, options.experts)
-    arguments = ["awq", str(model), "--output", str(options.folder / "out"), "--restart", "--no-evaluate", "--json"]
-    arguments += ["--to", "compressed-tensors", "--preset", options.preset, "--memory-budget", options.memory_budget]
-    arguments += ["--samples", str(options.samples), "--seq-len", str(options.seq_len), "--calibration", "code"]
     started = time.monotonic()
-    subprocess.run([sys.executable, "-c", "from dsquant.cli import main; main()", *arguments], check=True)
+    subprocess.run(
+        [sys.executable, "-c", "from dsquant.cli import main; main()", *arguments(options, model)], check=True
+    )
     elapsed = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"experts {options.experts}, {options.samples} x {options.seq_len} tokens, preset {options.preset}:")
+    what = f"gguf {options.gguf}" if options.gguf else f"{options.samples} x {options.seq_len} tokens, {options.preset}"
+    print(f"experts {options.experts}, {what}:")
     print(f"peak resident memory {peak:.2f} GiB of a budget of {options.memory_budget}, {elapsed:.0f} s")
+
+
+def arguments(options: argparse.Namespace, model: Path) -> list[str]:
+    """dsquant's arguments.
+
+    Args:
+        options: of this script.
+        model: the checkpoint.
+
+    Returns:
+        The arguments.
+    """
+    common = [str(model), "--output", str(options.folder / "out"), "--restart", "--no-evaluate", "--json"]
+    common += ["--memory-budget", options.memory_budget]
+    if options.gguf:
+        return ["gguf", *common, "--type", options.gguf, "--calibration", "none"]
+    common += ["--to", "compressed-tensors", "--preset", options.preset]
+    common += ["--samples", str(options.samples), "--seq-len", str(options.seq_len), "--calibration", "code"]
+    return ["awq", *common]
 
 
 if __name__ == "__main__":

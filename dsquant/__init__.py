@@ -10,7 +10,7 @@
 Importing this package imports no torch; the first call does.
 """
 
-from dsquant.api import awq, evaluate, gguf, inspect
+from dsquant.api import apply_patch, awq, delta, evaluate, gguf, inspect, plan, run, verify
 from dsquant.errors import DsquantError, GateError, InconclusiveError, InputError, Interrupted, UsageError
 
 __version__ = "0.1.0"
@@ -21,8 +21,13 @@ __all__ = [
     "InputError",
     "Interrupted",
     "UsageError",
+    "apply_patch",
     "awq",
+    "delta",
     "evaluate",
     "gguf",
     "inspect",
+    "plan",
+    "run",
+    "verify",
 ]

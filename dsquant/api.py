@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsquant.errors import UsageError
 
 if TYPE_CHECKING:
+    from dsquant.deployment.forecast import Forecast
     from dsquant.evaluation.results import Evaluation
+    from dsquant.incremental.patch import AppliedPatch
+    from dsquant.incremental.release import Delta
     from dsquant.inspection import Inspection
     from dsquant.records import Result
+    from dsquant.releases.job import Release
+    from dsquant.telemetry import Report
+    from dsquant.verification.checks import Verification
 
 
 def awq(
@@ -36,6 +43,8 @@ def awq(
     resume: bool = False,
     restart: bool = False,
     progress: bool = True,
+    metrics_file: str | Path | None = None,
+    metrics_port: int | None = None,
 ) -> Result:
     """Quantizes a model.
 
@@ -60,6 +69,8 @@ def awq(
         resume: go on with an interrupted job in `output`, or begin one.
         restart: begin anew where `output` holds an interrupted or finished job.
         progress: whether to show a progress bar.
+        metrics_file: a file NAME.prom for node_exporter's textfile collector.
+        metrics_port: the port of a page for Prometheus, for as long as the job runs.
 
     Returns:
         Where the files are and what quantization cost; a table in a notebook.
@@ -70,7 +81,6 @@ def awq(
         Interrupted: where the job stopped and can be resumed.
     """
     from dsquant import pipeline
-    from dsquant.display import progress_bar
     from dsquant.recipe import Recipe
 
     recipe = Recipe.checked(
@@ -92,8 +102,18 @@ def awq(
         memory_budget=_size(memory_budget),
         evaluate=evaluate,
     )
-    with progress_bar(progress) as report:
+    with _reporting(progress, metrics_file, metrics_port) as report:
         return pipeline.awq(recipe, resume, restart, report)
+
+
+@contextmanager
+def _reporting(visible: bool, metrics_file: str | Path | None, metrics_port: int | None) -> Iterator[Report]:
+    from dsquant.display import progress_bar
+    from dsquant.monitoring import monitored
+
+    file = None if metrics_file is None else Path(metrics_file)
+    with progress_bar(visible) as bar, monitored(bar, file, metrics_port) as report:
+        yield report
 
 
 def _several(values: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
@@ -120,11 +140,14 @@ def gguf(
     seq_len: int = 512,
     seed: int = 0,
     mtp: str = "drop",
+    device: str = "auto",
     memory_budget: str | int | None = None,
     evaluate: bool = True,
     resume: bool = False,
     restart: bool = False,
     progress: bool = True,
+    metrics_file: str | Path | None = None,
+    metrics_port: int | None = None,
 ) -> Result:
     """Converts a model to GGUF files that llama.cpp runs, straight from its shards.
 
@@ -141,11 +164,14 @@ def gguf(
         seq_len: tokens of a sample.
         seed: of the choice of texts.
         mtp: `keep` or `drop` the multi-token-prediction layer.
+        device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
         memory_budget: the most resident memory, such as `16GiB`.
         evaluate: whether the output is compared with the original at the end.
         resume: go on with an interrupted job in `output`, or begin one.
         restart: begin anew where `output` holds an interrupted or finished job.
         progress: whether to show a progress bar.
+        metrics_file: a file NAME.prom for node_exporter's textfile collector.
+        metrics_port: the port of a page for Prometheus, for as long as the job runs.
 
     Returns:
         Where the files are and what the conversion cost; a table in a notebook.
@@ -156,7 +182,6 @@ def gguf(
         Interrupted: where the job stopped and can be resumed.
     """
     from dsquant import pipeline
-    from dsquant.display import progress_bar
     from dsquant.recipe import GgufRecipe
 
     texts = None if calibration is None else _several(calibration)
@@ -173,10 +198,11 @@ def gguf(
         seq_len=seq_len,
         seed=seed,
         mtp=mtp,
+        device=device,
         memory_budget=_size(memory_budget),
         evaluate=evaluate,
     )
-    with progress_bar(progress) as report:
+    with _reporting(progress, metrics_file, metrics_port) as report:
         return pipeline.gguf(recipe, resume, restart, report)
 
 
@@ -184,6 +210,10 @@ def evaluate(
     reference: str | Path,
     *candidates: str | Path,
     texts: Sequence[str | Path] = (),
+    prompts: str | Path | None = None,
+    max_tokens: int = 64,
+    execute: bool = False,
+    allow_code_execution: bool = False,
     gates: str | Path | None = None,
     output: str | Path | None = None,
     samples: int = 8,
@@ -199,6 +229,12 @@ def evaluate(
         reference: the original: a folder, a hub id, `tiny-r1`, or a GGUF file.
         *candidates: the same, of the same model: FP8, BF16, AWQ, compressed-tensors or GGUF.
         texts: shipped texts (code, wiki, reasoning) or text files; every shipped one where there are none.
+        prompts: prompts for code: `python` (shipped), a .jsonl file (also HumanEval's and MBPP's), or `none`; None
+            takes the shipped ones where the models fit in memory.
+        max_tokens: tokens of a completion.
+        execute: whether to run the completions with the prompts' tests.
+        allow_code_execution: needed beside `execute`: code that a model wrote will run on this machine, under limits
+            that are no security boundary.
         gates: a YAML file of limits; the outcome is in `verdict` and in each candidate's `gates`.
         output: a folder for the report.
         samples: the most samples of each text.
@@ -216,6 +252,7 @@ def evaluate(
         InputError: where a model or text cannot be used, or a candidate is not the same model.
     """
     from dsquant import comparison
+    from dsquant.code_drift import DriftRequest
     from dsquant.display import progress_bar
     from dsquant.recipe import parse_size
 
@@ -228,6 +265,7 @@ def evaluate(
         samples=samples,
         seq_len=seq_len,
         seed=seed,
+        drift=DriftRequest(None if prompts is None else str(prompts), max_tokens, execute, allow_code_execution),
         gates=None if gates is None else Path(gates),
         output=None if output is None else Path(output),
         device=device,
@@ -235,6 +273,165 @@ def evaluate(
     )
     with progress_bar(progress) as report:
         return comparison.evaluate(request, report)
+
+
+def plan(
+    model: str | Path = "tiny-r1",
+    *,
+    gpu: str | None = None,
+    ram: str | None = None,
+    disk: str | None = None,
+    disk_read: str | None = None,
+    gpu_price: float | None = None,
+    context: int = 32768,
+) -> Forecast:
+    """Says what a model becomes in every format, what runs where and how fast, before a weight is read.
+
+    Args:
+        model: `tiny-r1`, a folder, a hub id (its headers are fetched, no weights), or a config.json.
+        gpu: the GPUs, such as `4x24GiB` or `4x24GiB@936GB/s`.
+        ram: such as `64GiB`.
+        disk: room for the weights, such as `2TiB`.
+        disk_read: such as `7GB/s`.
+        gpu_price: of one GPU for an hour.
+        context: tokens of KV cache.
+
+    Returns:
+        Sizes, memory, hours, placements and commands; tables in a notebook.
+
+    Raises:
+        InputError: where the model cannot be had, or is not of a family that dsquant knows.
+        UsageError: where the machine's description cannot be read.
+    """
+    from dsquant.deployment.forecast import forecast
+
+    return forecast(str(model), gpu, ram, disk, disk_read, gpu_price, context)
+
+
+def run(
+    recipe: str | Path,
+    *,
+    model: str | Path | None = None,
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> Release:
+    """Runs a recipe file: calibrate, quantize to several formats, evaluate, gate, publish.
+
+    Args:
+        recipe: a YAML file, such as recipes/tiny-r1-all.yaml.
+        model: instead of the recipe's.
+        output: instead of the recipe's.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What is published; a table in a notebook.
+
+    Raises:
+        UsageError: where the recipe cannot be meant.
+        InputError: where model, texts or output cannot be used, or another run works on the output.
+        GateError: where a gate failed; nothing is published.
+        InconclusiveError: where a gate is undecided; nothing is published.
+        Interrupted: where the run stopped; the same recipe goes on with it.
+    """
+    from dsquant.releases.job import published, run_recipe
+    from dsquant.releases.recipe import read_recipe
+
+    read = read_recipe(Path(recipe), None if model is None else str(model), None if output is None else Path(output))
+    release = published(read)
+    if release is not None:
+        return release
+    from dsquant.display import progress_bar
+
+    with progress_bar(progress) as report:
+        return run_recipe(read, report, str(recipe))
+
+
+def delta(
+    old: str | Path,
+    new: str | Path,
+    *,
+    output: str | Path,
+    quantized: str | Path | None = None,
+    patch: str | Path | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    progress: bool = True,
+) -> Delta:
+    """Makes the output of a new release from the old release's, and the patch between the two outputs.
+
+    Args:
+        old: the old release; or its output, whose recorded hashes then stand for the release.
+        new: the new release.
+        output: the folder to make.
+        quantized: the old output; None where `old` is it, or where it lies under its default name.
+        patch: the patch to write; None is the output's name with .patch behind.
+        resume: go on with an interrupted job in `output`, or begin one.
+        restart: begin anew where `output` holds an interrupted or finished job.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What changed, what was reused, and the patch's size.
+
+    Raises:
+        InputError: where a release or output cannot be used, or they do not belong together.
+        UsageError: where the old output is not named, or holds GGUF files.
+        Interrupted: where the job stopped and can be resumed.
+    """
+    from dsquant.display import progress_bar
+    from dsquant.incremental import release
+
+    from_, to = (None if path is None else Path(path) for path in (quantized, patch))
+    with progress_bar(progress) as report:
+        return release.delta(str(old), str(new), Path(output), from_, to, resume, restart, report)
+
+
+def apply_patch(
+    patch: str | Path, old_output: str | Path, *, output: str | Path, progress: bool = True
+) -> AppliedPatch:
+    """Makes a new output from an old one and the patch that `delta` wrote.
+
+    Args:
+        patch: the patch.
+        old_output: the old output.
+        output: the folder to make.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What was made.
+
+    Raises:
+        InputError: where patch or output are damaged, or do not belong together.
+    """
+    from dsquant.display import progress_bar
+    from dsquant.incremental import release
+
+    with progress_bar(progress) as report:
+        return release.apply(Path(patch), Path(old_output), Path(output), report)
+
+
+def verify(
+    folder: str | Path, *, source: str | Path | None = None, everything: bool = False, progress: bool = True
+) -> Verification:
+    """Checks every byte of an output, its coverage of the source, and its values.
+
+    Args:
+        folder: the output folder, or one format's folder of it.
+        source: the model that it was made from; None takes the recorded one where it is on this machine.
+        everything: whether every parameter is compared with the source, not a sample.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What was checked, and the findings: file, tensor or region, problem.
+
+    Raises:
+        InputError: where it is no finished output of dsquant, or the source is another one.
+        UsageError: where every value is asked for and the source is not there.
+    """
+    from dsquant.display import progress_bar
+    from dsquant.verification import checks
+
+    with progress_bar(progress) as report:
+        return checks.verify(Path(folder), None if source is None else str(source), everything, report)
 
 
 def inspect(model: str | Path = "tiny-r1") -> Inspection:

@@ -78,7 +78,7 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
     recipe, output = record["recipe"], record["outputs"][format_name]
     grid = output["grid"]
     kind = "symmetric" if grid["symmetric"] else "asymmetric"
-    quantized = sum(name.endswith((".qweight", ".weight_packed")) for name in output["tensors_sha256"])
+    quantized = len(output["weight_errors"])
     made = (
         f"Quantized by dsquant {record['versions']['dsquant']}: {quantized} linears at {grid['bits']} bits, {kind}, "
         f"groups of {grid['group_size']}, in the format {format_name}; the rest in its original precision (FP8 as "

@@ -1,12 +1,12 @@
 """Compares candidates with a reference on texts, in one pass over the disk: what `dsquant eval` does."""
 
-import json
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -15,24 +15,27 @@ from typing import Any
 import torch
 
 from dsquant.calibration import HELD_OUT_TEXTS, text_tokens, tokens_sha256
+from dsquant.code_drift import DriftRequest, drift_caveats, plan_drift, run_drift
 from dsquant.errors import GateError, InconclusiveError, InputError, Interrupted, UsageError
 from dsquant.evaluation.diagnosis import diagnose
+from dsquant.evaluation.drift import CodeDrift
 from dsquant.evaluation.gates import Gates, check_measured, decide, read_gates
 from dsquant.evaluation.intervals import BLOCK_TOKENS, CONFIDENCE
 from dsquant.evaluation.lockstep import LENS_TOKENS, Lockstep
+from dsquant.evaluation.measure_drift import DriftPlan
 from dsquant.evaluation.measures import Measures
 from dsquant.evaluation.needs import needs
+from dsquant.evaluation.report.files import write_reports
 from dsquant.evaluation.results import SCHEMA_VERSION, Candidate, Evaluation, Identity, Reference, Text
 from dsquant.evaluation.summary import layer_scores, routers_of, scores_by_text
 from dsquant.evaluation.weights import by_kind, worst
-from dsquant.jobs import stop_on_signals, write_atomically
+from dsquant.jobs import stop_on_signals
 from dsquant.opening import Opened, Original, open_candidate, open_original
 from dsquant.planning import BATCH_TOKENS
 from dsquant.preparation import check_disk, default_memory_budget, resolved_device
 from dsquant.recipe import format_size
-from dsquant.telemetry import Progress, Report, peak_resident_bytes, resident_bytes, silent
+from dsquant.telemetry import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
 
-REPORT_FILE = "report.json"
 PACKAGES = ("dsquant", "torch", "transformers", "accelerate", "autoawq", "compressed-tensors", "gguf")
 
 
@@ -52,8 +55,10 @@ class EvaluationRequest:
     seed: int = 0
     """Of the bootstrap's draws."""
     gates: Path | None = None
+    drift: DriftRequest = field(default_factory=DriftRequest)
+    """Whether and how code is generated."""
     output: Path | None = None
-    """Folder for report.json."""
+    """Folder for report.json, report.md and report.html."""
     device: str = "auto"
     """auto, cpu or cuda."""
     memory_budget: int | None = None
@@ -77,7 +82,7 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
         report: gets the progress.
 
     Returns:
-        The evaluation; report.json is written where a folder is named.
+        The evaluation; its reports are written where a folder is named.
 
     Raises:
         InputError: where a model, text or file of gates cannot be used, or a candidate is not the same model.
@@ -92,12 +97,13 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
     original = open_original(request.reference, torch.device(resolved_device(request.device)))
     candidates = {name: open_candidate(path, original) for name, path in _names(request.candidates).items()}
     texts = _read_texts(request, original.tokenizer)
+    plan = plan_drift(request.drift, original, _budget(request) - resident_bytes())
     if gates is not None:
-        check_measured(gates, list(texts.samples), has_prompts=False)
-    noise, measures = _measure(request, original, candidates, texts, report)
+        check_measured(gates, list(texts.samples), () if plan is None else plan.measures)
+    noise, measures, drifts = _measure(request, original, candidates, texts, plan, report)
     layers = original.skeleton.layers[: original.skeleton.num_layers]
     found = [
-        _candidate(name, opened, measures[name], original, texts, confidence, request.seed, gates)
+        _candidate(name, opened, measures[name], drifts.get(name), original, texts, confidence, request.seed, gates)
         for name, opened in candidates.items()
     ]
     noise_overlaps = [
@@ -113,12 +119,22 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
         noise_floor=scores_by_text(noise, texts.samples, confidence, request.seed),
         noise_router_overlap=min(noise_overlaps, default=None),
         candidates=tuple(found),
-        caveats=_caveats(original, texts),
+        caveats=_caveats(original, texts, plan),
     )
+    report(Progress("evaluate", 1, 1, "", gates=_decided(evaluation)))
     if request.output is not None:
-        request.output.mkdir(parents=True, exist_ok=True)
-        write_atomically(request.output / REPORT_FILE, _json(evaluation.as_json()))
+        write_reports(evaluation, request.output)
     return evaluation
+
+
+def _decided(evaluation: Evaluation) -> dict[str, bool]:
+    """Gate -> whether it passed; without those that need more samples."""
+    return {
+        " ".join(part for part in (candidate.name, gate.metric, gate.text) if part): gate.verdict == "pass"
+        for candidate in evaluation.candidates
+        for gate in candidate.gates
+        if gate.verdict != "inconclusive"
+    }
 
 
 def raise_verdict(evaluation: Evaluation) -> None:
@@ -178,14 +194,15 @@ def _measure(
     original: Original,
     candidates: Mapping[str, Opened],
     texts: _Texts,
+    plan: DriftPlan | None,
     report: Report,
-) -> tuple[Measures, dict[str, Measures]]:
+) -> tuple[Measures, dict[str, Measures], dict[str, CodeDrift]]:
     """Checks memory and disk, and runs everything."""
     num_samples, seq_len = texts.tokens_NT.shape
     batch, noise_batch = _batches(seq_len)
     weights = original.checkpoint.weights
     need = needs(original.skeleton, weights, num_samples, seq_len, len(candidates), batch)
-    budget = request.memory_budget or default_memory_budget()
+    budget = _budget(request)
     if need.memory + resident_bytes() > budget:
         raise UsageError(
             f"--memory-budget {format_size(budget)} is too small: these models and texts need "
@@ -196,18 +213,25 @@ def _measure(
         check_disk(work, need.disk)
         opened = (original.opened, *candidates.values())
 
-        def safe_point(done: int, total: int, what: str) -> None:
+        def safe_point(done: int, total: int, what: str, stage: Stage = "evaluate") -> None:
             request_to_stop.safe_point()
             if resident_bytes() > budget:
                 raise UsageError(
                     f"resident memory is {format_size(resident_bytes())}, above --memory-budget "
                     f"{format_size(budget)}; raise the budget, or lower --samples or --seq-len"
                 )
-            report(Progress("evaluate", done, total, what, sum(model.bytes_read for model in opened)))
+            report(Progress(stage, done, total, what, sum(model.bytes_read for model in opened)))
 
         lanes = {name: model.weights for name, model in candidates.items()}
         lockstep = Lockstep(original.skeleton, weights, lanes, texts.tokens_NT, work, batch, noise_batch, safe_point)
-        return lockstep.run()
+        noise, measures = lockstep.run()
+        if plan is None:
+            return noise, measures, {}
+        return noise, measures, run_drift(plan, original, candidates, work, partial(safe_point, stage="generate"))
+
+
+def _budget(request: EvaluationRequest) -> int:
+    return request.memory_budget or default_memory_budget()
 
 
 def _batches(seq_len: int) -> tuple[int, int]:
@@ -237,6 +261,7 @@ def _candidate(
     name: str,
     opened: Opened,
     measures: Measures,
+    drift: CodeDrift | None,
     original: Original,
     texts: _Texts,
     confidence: float,
@@ -257,7 +282,7 @@ def _candidate(
         weights=worst(measures.weights),
         weight_error_by_kind=by_kind(measures.weights, fmean),
         findings=diagnose(scores, measures.weights, routers_of(layers)),
-        drift=None,
+        drift=drift,
         gates=(),
     )
     if gates is None:
@@ -305,7 +330,7 @@ def _identity(
     )
 
 
-def _caveats(original: Original, texts: _Texts) -> tuple[str, ...]:
+def _caveats(original: Original, texts: _Texts, plan: DriftPlan | None) -> tuple[str, ...]:
     """What the numbers do not tell, in words."""
     words = [
         "both models were run in float32 by one implementation: what an engine's kernels add is not in these numbers",
@@ -314,6 +339,7 @@ def _caveats(original: Original, texts: _Texts) -> tuple[str, ...]:
     few = [f"{text.name} ({text.samples})" for text in texts.described if text.samples < 4]
     if few:
         words.append(f"few samples: {', '.join(few)}; more text or a smaller --seq-len makes its intervals trustworthy")
+    words += drift_caveats(plan)
     if original.skeleton.num_mtp_layers:
         words.append("the multi-token-prediction layer was not evaluated")
     words.append(
@@ -321,7 +347,3 @@ def _caveats(original: Original, texts: _Texts) -> tuple[str, ...]:
         "the weights, such as rotations, would show as errors"
     )
     return tuple(words)
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

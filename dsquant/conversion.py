@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,11 +19,13 @@ from dsquant.quantization.layer import LayerJob, quantize_layer
 from dsquant.quantization.statistics import Importance
 from dsquant.recipe import Recipe
 from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.scales import keep_scales
 from dsquant.source.shards import DTYPES
 from dsquant.telemetry import Progress, Report, Stage
 from dsquant.writers.base import ShardFile
 from dsquant.writers.gguf.files import GgufFiles
 from dsquant.writers.gguf.target import GgufUnitWriter
+from dsquant.writers.write_behind import WriteBehind
 
 # Tables are copied in parts of this many rows: a multiple of the FP8 block, 112 MiB for R1's embedding.
 ROWS_AT_ONCE = 4096
@@ -40,14 +43,20 @@ class Run:
     """Raises where the job has to stop here."""
     gguf_files: dict[PurePosixPath, GgufFiles] = field(default_factory=dict)
     """Folder inside the output folder -> its open GGUF files."""
+    write_behind: WriteBehind | None = None
+    """Writes what comes from a GPU."""
     bytes_written: int = 0
     tokens_done: int = 0
 
     def safe_point(self, stage: Stage, done: int, total: int, what: str) -> None:
         """Tells where the job is, and stops it if it must."""
         self.check()
-        read = self.source.checkpoint.index.bytes_read
-        self.report(Progress(stage, done, total, what, read, self.bytes_written, self.tokens_done))
+        self.tell(stage, done, total, what)
+
+    def tell(self, stage: Stage, done: int, total: int, what: str, layer: dict[str, Any] | None = None) -> None:
+        """Tells where the job is, and what came of a finished layer."""
+        counts = (self.source.checkpoint.index.bytes_read, self.bytes_written, self.tokens_done)
+        self.report(Progress(stage, done, total, what, *counts, layer=layer))
 
     @property
     def batch_samples(self) -> int:
@@ -67,9 +76,9 @@ class Run:
         """The activations in a file of the work folder."""
         return Activations.in_file(path, self._hidden_shape, self.device)
 
-    def passing(self, path: Path, dtype: torch.dtype) -> Activations:
+    def passing(self, layer: int, path: Path, dtype: torch.dtype) -> Activations:
         """Activations of one layer: on the GPU where the plan has room for them there, else in a file."""
-        if not self.source.plan.gpu_resident:
+        if layer not in self.source.plan.gpu_resident:
             return self.activations(path)
         return Activations(torch.zeros(self._hidden_shape, dtype=dtype, device=self.device))
 
@@ -103,7 +112,11 @@ class UnitWriter:
         self._written.add(name)
 
     def _write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
-        self._shard_of[name].write_rows(name, start, rows)
+        shard = self._shard_of[name]
+        if rows.is_cuda and self._run.write_behind is not None:
+            self._run.write_behind.write(rows, partial(shard.write_rows, name, start))
+        else:
+            shard.write_rows(name, start, rows)
         self._run.bytes_written += rows.nbytes
 
     def copy_rest(self, safe_point: Callable[[str], None]) -> None:
@@ -120,6 +133,8 @@ class UnitWriter:
 
     def commit(self) -> dict[str, str]:
         """Brings every shard to disk under its final name; returns tensor name -> SHA-256."""
+        if self._run.write_behind is not None:
+            self._run.write_behind.wait()
         hashes: dict[str, str] = {}
         for shard in self._shards:
             hashes |= shard.commit()
@@ -127,6 +142,8 @@ class UnitWriter:
 
     def discard(self) -> None:
         """Removes what was written."""
+        if self._run.write_behind is not None:
+            self._run.write_behind.drop()
         for shard in self._shards:
             shard.discard()
 
@@ -137,6 +154,8 @@ class _Writers:
 
     checkpoints: list[UnitWriter]
     gguf: dict[PurePosixPath, GgufUnitWriter]
+    scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """Folder -> producer -> the scales that were folded."""
 
     def emit(self, grid: Grid, name: str, value: QuantizedWeight | torch.Tensor) -> None:
         for writer in self.checkpoints:
@@ -151,6 +170,11 @@ class _Writers:
         for writer in self.gguf.values():
             note_importance(writer, linear, importance)
 
+    def keep_scales(self, grid: Grid, producer: str, scales_I: torch.Tensor) -> None:
+        folders = [writer.target.folder for writer in self.checkpoints if writer.target.grid == grid]
+        for folder in folders if grid.rounded else self.gguf:
+            self.scales.setdefault(str(folder), {})[producer] = scales_I.cpu()
+
     def finish(self, run: Run, unit: Unit, safe_point: Callable[[str], None]) -> dict[str, dict[str, str]]:
         """Writes the rest and brings all to disk; returns folder -> tensor -> SHA-256."""
         for writer in self.checkpoints:
@@ -161,6 +185,7 @@ class _Writers:
             hashes[str(folder)] = gguf_writer.commit()
             keep_observed(run.job.work, unit.name, gguf_writer.observed)
             run.bytes_written += gguf_writer.bytes_written
+        keep_scales(run.job.work, unit.name, self.scales)
         return hashes
 
 
@@ -200,6 +225,7 @@ def convert(run: Run) -> None:
             _make_unit(run, unit, safe_point)
         if unit.action == "quantize":
             run.tokens_done += run.source.tokens_NT.numel()
+            run.tell("quantize", number + 1, len(units), unit.name, run.job.journal.units[unit.name]["layer"])
     run.safe_point("quantize", len(units), len(units), "")
 
 
@@ -213,6 +239,7 @@ def _make_unit(run: Run, unit: Unit, safe_point: Callable[[str], None]) -> None:
         elif unit.action == "quantize":
             notes["layer"] = _quantize_layer(run, unit, writers, safe_point)
         notes["tensors"] = writers.finish(run, unit, safe_point)
+        notes["weight_errors"] = {str(folder): writer.weight_errors for folder, writer in writers.gguf.items()}
     sync_folder(run.job.work)
     run.job.journal.append(unit.name, **notes)
     if unit.action == "quantize" and unit.layer is not None:
@@ -228,25 +255,25 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
         stream = Stream(source.checkpoint.weights, inputs, prepared)
         mtp_inputs(source.skeleton, source.checkpoint.weights, layer, source.tokens_NT, stream)
         inputs = prepared
-    outputs = run.passing(run.hidden_path(layer.index + 1), torch.float32)
+    outputs = run.passing(layer.index, run.hidden_path(layer.index + 1), torch.float32)
     layer_job = LayerJob(
         skeleton=source.skeleton,
         layer=layer,
         weights=source.checkpoint.weights,
         inputs=inputs,
         outputs=outputs,
-        mlp_inputs=run.passing(run.job.work / "mlp-inputs.f32", torch.bfloat16),
+        mlp_inputs=run.passing(layer.index, run.job.work / "mlp-inputs.f32", torch.bfloat16),
         linears=source.plan.linears_of(layer),
         batch_samples=run.batch_samples,
         seed=run.recipe.seed,
         emit=writers.emit,
         safe_point=safe_point,
         note=writers.note,
+        keep_scales=writers.keep_scales,
     )
     report = quantize_layer(layer_job)
-    if run.source.plan.gpu_resident:
-        stored = run.activations(run.hidden_path(layer.index + 1))
-        outputs.copy_to(stored)
-        outputs = stored
-    outputs.flush()
+    if layer.index in run.source.plan.gpu_resident:
+        outputs.save(run.hidden_path(layer.index + 1))
+    else:
+        outputs.flush()
     return {"layer": layer.index, **asdict(report)}

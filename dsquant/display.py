@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from dsquant.evaluation.results import Candidate, Evaluation
     from dsquant.records import Result
 
-STAGES = {"scan": "checking", "quantize": "quantizing", "evaluate": "evaluating"}
+STAGES = {
+    "scan": "checking",
+    "quantize": "quantizing",
+    "evaluate": "evaluating",
+    "generate": "generating",
+    "hash": "hashing",
+    "verify": "verifying",
+}
 
 
 @contextmanager
@@ -119,10 +126,35 @@ def print_evaluation(evaluation: "Evaluation", console: Console | None = None) -
     for one in evaluation.candidates:
         console.print(_texts_table(one))
         _print_details(one, console)
+    _print_code(evaluation, console)
     noise = max(scores.mean_kl.estimate for scores in evaluation.noise_floor.values())
     console.print(f"Noise floor: the original against itself in batches of another size has a mean KL of {noise:.2g}.")
     for caveat in evaluation.caveats:
         console.print(f"Note: {caveat}.", soft_wrap=True)
+
+
+def _print_code(evaluation: "Evaluation", console: Console) -> None:
+    """What generated code tells of every candidate."""
+    drifts = [(one.name, one.drift) for one in evaluation.candidates if one.drift is not None]
+    table = Table(title="Generated code against the original's")
+    for heading in ("candidate", "BLEU", "chrF", "CodeBLEU", "same text", "BLEU lost to gold", "pass@1"):
+        table.add_column(heading, justify="left" if heading == "candidate" else "right")
+    for name, drift in drifts:
+        found, lost, run = drift.candidate_vs_original, drift.measures.get("code_bleu_drop"), drift.execution
+        if found is None:
+            assert drift.agreement is not None
+            console.print(f"{name}: ranks {drift.agreement.estimate:.1%} of the original's greedy tokens first too.")
+            continue
+        scores = (found.bleu, found.chrf, found.code_bleu.total)
+        table.add_row(
+            name,
+            *(f"{100 * score:.1f}" for score in scores),
+            f"{found.exact_match:.0%}",
+            "" if lost is None else f"{lost.estimate:.2f}",
+            "" if run is None else f"{run.pass_candidate.estimate:.1%} ({run.pass_original.estimate:.1%})",
+        )
+    if table.rows:
+        console.print(table)
 
 
 def _texts_table(candidate: "Candidate") -> Table:

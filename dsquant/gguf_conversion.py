@@ -20,6 +20,7 @@ from dsquant.planning import (
     GGUF_GRID,
     Unit,
     check_complete,
+    head_memory_bytes,
     host_memory_bytes,
     layer_memory_bytes,
     plan_units,
@@ -30,6 +31,7 @@ from dsquant.quantization.layer import KEYS_SUFFIX, LayerJob, quantize_layer
 from dsquant.quantization.statistics import Importance
 from dsquant.recipe import GgufRecipe
 from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.scales import keep_scales
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.weights import Weights
 from dsquant.telemetry import Progress, Report, Stage
@@ -78,7 +80,7 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
     """Opens and validates everything a conversion reads, and plans its files to the byte.
 
     Args:
-        recipe: the conversion.
+        recipe: the conversion, its device resolved.
 
     Returns:
         The plan.
@@ -91,7 +93,7 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
         raise UsageError(f"type {recipe.type!r} is unknown; dsquant writes {', '.join(MIXTURES)}")
     if recipe.imatrix and recipe.texts:
         raise UsageError("give an imatrix file or a calibration text, not both")
-    checkpoint, skeleton = open_model(recipe.model)
+    checkpoint, skeleton = open_model(recipe.model, torch.device(recipe.device))
     check_complete(checkpoint, skeleton)
     units = plan_units(recipe.mtp, checkpoint, skeleton)
     num_mtp_layers = skeleton.num_mtp_layers if recipe.mtp == "keep" else 0
@@ -114,14 +116,12 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
         notes += found
     tokenizer = open_tokenizer(checkpoint)
     tokens_NT, calibration = open_calibration(recipe, recipe.texts, tokenizer) if recipe.texts else (None, None)
-    memory = 6 * FLOAT32_BYTES * max(ELEMENTS_AT_ONCE, target.largest_whole)
     linears = frozenset[str]()
     if recipe.texts and recipe.scales:
-        linears, found = _scalable_linears(checkpoint, skeleton)
+        linears, found = scalable_linears(checkpoint, skeleton)
         notes += found
-    if tokens_NT is not None:
-        layer = layer_memory_bytes(tokens_NT.numel(), recipe.seq_len, checkpoint, skeleton, linears)
-        memory = max(memory, layer + host_memory_bytes(tokens_NT.numel() * skeleton.config["hidden_size"]))
+    tokens = None if tokens_NT is None else (tokens_NT.shape[0], tokens_NT.shape[1])
+    memory = gguf_memory_bytes(checkpoint, skeleton, target.largest_whole, tokens, linears)
     return GgufPlan(
         checkpoint,
         skeleton,
@@ -137,8 +137,44 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
     )
 
 
-def _scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozenset[str], list[str]]:
-    """Every linear of every layer where scales can be searched for all of them, and what to tell where not."""
+def gguf_memory_bytes(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    largest_whole: int,
+    tokens: tuple[int, int] | None,
+    linears: frozenset[str],
+) -> int:
+    """What a conversion needs beyond what the process has when it starts.
+
+    Args:
+        checkpoint: the source.
+        skeleton: its network.
+        largest_whole: weights of the largest parameter that is not stored in parts.
+        tokens: calibration samples, and tokens of each; None without calibration.
+        linears: those whose inputs are scaled.
+
+    Returns:
+        Bytes of resident memory.
+    """
+    memory = 6 * FLOAT32_BYTES * max(ELEMENTS_AT_ONCE, largest_whole)
+    if tokens is None:
+        return memory
+    samples, seq_len = tokens
+    needs = layer_memory_bytes(samples * seq_len, seq_len, checkpoint, skeleton, linears)
+    layer = max(head_memory_bytes(skeleton), *needs.values())
+    return max(memory, layer + host_memory_bytes(samples * seq_len * skeleton.config["hidden_size"]))
+
+
+def scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozenset[str], list[str]]:
+    """Finds the linears that GGUF's scales are searched for: those of every layer, or none.
+
+    Args:
+        checkpoint: the source.
+        skeleton: its network.
+
+    Returns:
+        The linears, and what to tell where scales cannot be searched for all of them.
+    """
     linears = frozenset(linear for layer in skeleton.layers for linear in layer.linears)
     for linear in sorted(linears):
         columns = checkpoint.weights.shape(f"{linear}.weight")[1]
@@ -177,11 +213,17 @@ class GgufRun:
     check: Callable[[], None]
     files: GgufFiles
     bytes_written: int = 0
+    tokens_done: int = 0
 
     def safe_point(self, stage: Stage, done: int, total: int, what: str) -> None:
         """Tells where the job is, and stops it if it must."""
         self.check()
-        self.report(Progress(stage, done, total, what, self.plan.checkpoint.index.bytes_read, self.bytes_written))
+        self.tell(stage, done, total, what)
+
+    def tell(self, stage: Stage, done: int, total: int, what: str, layer: dict[str, Any] | None = None) -> None:
+        """Tells where the job is, and what came of a finished layer."""
+        counts = (self.plan.checkpoint.index.bytes_read, self.bytes_written, self.tokens_done)
+        self.report(Progress(stage, done, total, what, *counts, layer=layer))
 
     @property
     def batch_samples(self) -> int:
@@ -193,7 +235,7 @@ class GgufRun:
         tokens_NT = self.plan.tokens_NT
         assert tokens_NT is not None
         shape = (*tokens_NT.shape, int(self.plan.skeleton.config["hidden_size"]))
-        return Activations.in_file(self.job.work / name, shape)
+        return Activations.in_file(self.job.work / name, shape, self.plan.checkpoint.weights.device)
 
 
 def convert_to_gguf(run: GgufRun) -> None:
@@ -213,21 +255,28 @@ def convert_to_gguf(run: GgufRun) -> None:
                 run.safe_point("quantize", number, len(units), what)
 
             _make_unit(run, unit, safe_point)
+        layer = run.job.journal.units[unit.name].get("layer")
+        if layer is not None and run.plan.tokens_NT is not None:
+            run.tokens_done += run.plan.tokens_NT.numel()
+            run.tell("quantize", number + 1, len(units), unit.name, layer)
     run.safe_point("quantize", len(units), len(units), "")
 
 
 def _make_unit(run: GgufRun, unit: Unit, safe_point: Callable[[str], None]) -> None:
     plan, notes = run.plan, dict[str, Any]()
     writer = GgufUnitWriter(plan.checkpoint, plan.target, run.files, unit.parameters, plan.imatrix)
+    scales: dict[str, torch.Tensor] = {}
     if plan.tokens_NT is not None and unit.name == "embedding":
         outputs = run.activations("hidden-0.f32")
         embed(plan.skeleton, plan.checkpoint.weights, plan.tokens_NT, outputs)
         outputs.flush()
     elif plan.tokens_NT is not None and unit.layer is not None:
-        notes["layer"] = _run_layer(run, unit.layer, writer, safe_point)
+        notes["layer"] = _run_layer(run, unit.layer, writer, scales, safe_point)
     writer.copy_rest(safe_point)
     notes["tensors"] = {".": writer.commit()}
+    notes["weight_errors"] = {".": writer.weight_errors}
     keep_observed(run.job.work, unit.name, writer.observed)
+    keep_scales(run.job.work, unit.name, {".": scales})
     sync_folder(run.job.work)
     run.bytes_written += writer.bytes_written
     run.job.journal.append(unit.name, **notes)
@@ -239,7 +288,11 @@ _Surroundings = tuple[Skeleton, DecoderLayer, Weights, Activations, Activations,
 
 
 def _run_layer(
-    run: GgufRun, layer: DecoderLayer, writer: GgufUnitWriter, safe_point: Callable[[str], None]
+    run: GgufRun,
+    layer: DecoderLayer,
+    writer: GgufUnitWriter,
+    scales: dict[str, torch.Tensor],
+    safe_point: Callable[[str], None],
 ) -> dict[str, Any]:
     """Runs the original layer; stores its weights as they pass through memory."""
     plan = run.plan
@@ -254,14 +307,18 @@ def _run_layer(
     surroundings = (plan.skeleton, layer, weights, inputs, outputs, run.activations("mlp-inputs.f32"))
     try:
         if plan.linears:
-            return _scale(run, surroundings, writer, safe_point)
+            return _scale(run, surroundings, writer, scales, safe_point)
         return _observe_importance(run, surroundings, writer, safe_point)
     finally:
         outputs.flush()
 
 
 def _scale(
-    run: GgufRun, surroundings: _Surroundings, writer: GgufUnitWriter, safe_point: Callable[[str], None]
+    run: GgufRun,
+    surroundings: _Surroundings,
+    writer: GgufUnitWriter,
+    scales: dict[str, torch.Tensor],
+    safe_point: Callable[[str], None],
 ) -> dict[str, Any]:
     """Searches AWQ's scales and stores the folded weights."""
 
@@ -272,9 +329,12 @@ def _scale(
     def note(_: Grid, linear: str, importance: Importance) -> None:
         note_importance(writer, linear, importance)
 
+    def keep(_: Grid, producer: str, scales_I: torch.Tensor) -> None:
+        scales[producer] = scales_I.cpu()
+
     layer = surroundings[1]
     linears = {GGUF_GRID: run.plan.linears.intersection(layer.linears)}
-    job = LayerJob(*surroundings, linears, run.batch_samples, run.recipe.seed, emit, safe_point, note)
+    job = LayerJob(*surroundings, linears, run.batch_samples, run.recipe.seed, emit, safe_point, note, keep)
     return {"layer": layer.index, **asdict(quantize_layer(job))}
 
 

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from dsquant.model.kinds import kind_of
 from dsquant.model.skeleton import Skeleton
 from dsquant.planning import check_complete
 from dsquant.recipe import format_size
@@ -24,7 +25,7 @@ class Inspection:
     parameters: int
     """Weights, packed ones counted as what they stand for; without scales and zero points."""
     bytes_by_kind: dict[str, int]
-    """routed experts, shared experts, dense MLP, attention, embedding and head, MTP, other."""
+    """Kinds as `dsquant.model.kinds` has them, the largest first."""
     dtypes: dict[str, int]
     """Stored dtype -> bytes."""
 
@@ -59,10 +60,9 @@ def describe(model: str) -> Inspection:
     check_complete(checkpoint, skeleton)
     sizes: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
-    mtp = tuple(f"{layer.prefix}." for layer in skeleton.layers[skeleton.num_layers :])
     parameters = sum(math.prod(checkpoint.weights.shape(name)) for name in checkpoint.weights)
     for name, info in checkpoint.index.items():
-        sizes[_kind(name, mtp)] += info.num_bytes
+        sizes[kind_of(name, skeleton.num_layers)] += info.num_bytes
         dtypes[info.dtype] += info.num_bytes
     return Inspection(
         folder=str(checkpoint.folder),
@@ -74,18 +74,3 @@ def describe(model: str) -> Inspection:
         bytes_by_kind=dict(sizes.most_common()),
         dtypes=dict(dtypes.most_common()),
     )
-
-
-def _kind(name: str, mtp: tuple[str, ...]) -> str:
-    if mtp and name.startswith(mtp):
-        return "MTP"
-    marks = {
-        ".mlp.experts.": "routed experts",
-        ".shared_experts.": "shared experts",
-        ".mlp.gate.": "router",
-        ".mlp.": "dense MLP",
-        ".self_attn.": "attention",
-        "embed_tokens": "embedding and head",
-        "lm_head": "embedding and head",
-    }
-    return next((kind for mark, kind in marks.items() if mark in name), "norms")

@@ -16,13 +16,13 @@ from types import FrameType
 from typing import Any
 
 from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
 from dsquant.recipe import CHANGEABLE_ON_RESUME, JobRecipe, format_size
 
 WORK_FOLDER = ".dsquant-work"
 RECORD_FILE = "dsquant.json"
 JOB_FILE = "job.json"
 JOURNAL_FILE = "journal.jsonl"
-LOCK_FILE = "lock"
 # Ending of a file that is being written; it is renamed when it is whole.
 PARTIAL = ".partial"
 
@@ -148,16 +148,9 @@ def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any])
     Raises:
         InputError: where another run works on the folder.
     """
-    from filelock import FileLock, Timeout
-
     work = output / WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(f"{output}: another dsquant run is working on this folder") from error
-    try:
+    with exclusive(work, output):
         if state == "restart":
             _remove_recorded_files(output)
         if state == "resume":
@@ -166,8 +159,6 @@ def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any])
             notes = {"recipe": recipe.lasting(), **notes}
             write_atomically(work / JOB_FILE, json.dumps(notes).encode())
         yield Job(output, work, notes)
-    finally:
-        lock.release()
 
 
 def _remove_recorded_files(output: Path) -> None:
@@ -181,7 +172,7 @@ def _remove_recorded_files(output: Path) -> None:
                 path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
     (output / RECORD_FILE).unlink(missing_ok=True)
     for path in (output / WORK_FOLDER).iterdir():
-        if path.name != LOCK_FILE:
+        if path.name not in (LOCK_FILE, HOLDER_FILE):
             path.unlink()
 
 
@@ -244,6 +235,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
+        return
+    outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if isinstance(outer, StopRequest):  # inside a longer job: what was asked of that is asked of this
+        yield outer
         return
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, request._note) for number in numbers}

@@ -5,13 +5,13 @@ Nothing is written before the whole input has been found good.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from dsquant import card
 from dsquant.conversion import Run, convert
-from dsquant.errors import InputError
+from dsquant.errors import InputError, UsageError
 from dsquant.final_comparison import Comparison, compare_on_texts
 from dsquant.gguf_conversion import (
     GgufRun,
@@ -29,9 +29,18 @@ from dsquant.jobs import (
     stop_on_signals,
     write_atomically,
 )
+from dsquant.manifest import gguf_tensors, run_tensors, write_record
 from dsquant.opening import open_gguf
 from dsquant.planning import Plan, Target, check_memory
-from dsquant.preparation import check_disk, gpu_memory_budget, gpu_within_budget, memory_budget, open_source, resolved
+from dsquant.preparation import (
+    check_disk,
+    gpu_memory_budget,
+    gpu_within_budget,
+    memory_budget,
+    open_source,
+    resolved,
+    resolved_device,
+)
 from dsquant.recipe import GgufRecipe, Recipe, format_size
 from dsquant.records import (
     Preview,
@@ -46,10 +55,20 @@ from dsquant.records import (
 from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.scan import scan
 from dsquant.source.shards import ShardIndex
-from dsquant.telemetry import Progress, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
+from dsquant.telemetry import (
+    Limits,
+    Progress,
+    Report,
+    Stage,
+    peak_gpu_bytes,
+    peak_resident_bytes,
+    resident_bytes,
+    silent,
+)
 from dsquant.writers.base import write_index
 from dsquant.writers.gguf.files import GgufFiles
 from dsquant.writers.gguf.store import quantizer_name
+from dsquant.writers.write_behind import WriteBehind
 
 
 def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Report = silent) -> Result:
@@ -76,9 +95,11 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
         return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
     with stop_on_signals() as request, full_disk_is_resumable():
         source = open_source(recipe)
-        budget = memory_budget(recipe)
+        budget, gpu_budget = memory_budget(recipe), gpu_memory_budget(recipe)
+        limits = Limits(recipe.output, budget, source.plan.disk_bytes, gpu_budget)
+        report(Progress("scan", 0, len(source.checkpoint.index), "", limits=limits))
         check_memory(source.plan.memory_bytes, budget, resident_bytes())
-        check_memory(source.plan.gpu_memory_bytes, gpu_memory_budget(recipe), 0, "--gpu-memory-budget")
+        check_memory(source.plan.gpu_memory_bytes, gpu_budget, 0, "--gpu-memory-budget")
         check_disk(recipe.output, source.plan.disk_bytes)
         within_budget = memory_guard(budget, resident_bytes)
 
@@ -89,15 +110,22 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
         index = source.checkpoint.index
         notes: dict[str, Any] = {}
         if state != "resume":
-            notes = {"tensors": _scan(index, report, check), "shards": _shards(index), "files": output_files(source)}
+            notes = {
+                "tensors": _scan(index, report, check),
+                "shards": shard_times(index),
+                "files": output_files(source),
+            }
         with open_job(recipe.output, recipe, state, notes) as job:
             _check_unchanged(index, job.notes, report, check)
             run = Run(recipe, source, job, report, check, _open_files(recipe, source.plan, state, job))
+            run.write_behind = WriteBehind() if recipe.device == "cuda" else None
             try:
-                with gpu_within_budget(gpu_memory_budget(recipe)):
+                with gpu_within_budget(gpu_budget):
                     convert(run)
-                record = _finish(run)
+                record = finish(run)
             finally:
+                if run.write_behind is not None:
+                    run.write_behind.close()
                 for files in run.gguf_files.values():
                     files.close()
             job.finish()
@@ -177,12 +205,15 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
         Interrupted: where the job stopped and can be resumed.
     """
     started = time.monotonic()
+    recipe = recipe.model_copy(update={"device": resolved_device(recipe.device)})
     state = claim(recipe.output, recipe, resume, restart)
     if state == "finished":
         return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
     with stop_on_signals() as request, full_disk_is_resumable():
         plan = plan_gguf(recipe)
         budget = memory_budget(recipe)
+        limits = Limits(recipe.output, budget, plan.disk_bytes)
+        report(Progress("scan", 0, len(plan.checkpoint.index), "", limits=limits))
         check_memory(plan.memory_bytes, budget, resident_bytes())
         check_disk(recipe.output, plan.disk_bytes)
         within_budget = memory_guard(budget, resident_bytes)
@@ -194,8 +225,14 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
         index = plan.checkpoint.index
         notes: dict[str, Any] = {}
         if state != "resume":
-            notes = {"tensors": _scan(index, report, check), "shards": _shards(index), "files": gguf_output_files(plan)}
+            notes = {
+                "tensors": _scan(index, report, check),
+                "shards": shard_times(index),
+                "files": gguf_output_files(plan),
+            }
+            notes["quantizer"] = quantizer_name(recipe.device == "cuda")
         with open_job(recipe.output, recipe, state, notes) as job:
+            _check_same_quantizer(recipe, job.notes["quantizer"])
             _check_unchanged(index, job.notes, report, check)
             files = GgufFiles(recipe.output, plan.target.files, resume=state == "resume" and bool(job.journal.units))
             run = GgufRun(recipe, plan, job, report, check, files)
@@ -207,9 +244,20 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
             if plan.calibration is not None:
                 write_observed_imatrix(job.work, recipe.output, plan.units, plan.calibration)
             record = gguf_record(run, _evaluate_gguf(run) if recipe.evaluate else {})
-            write_atomically(recipe.output / RECORD_FILE, _json(record))
+            names, after_file = gguf_output_files(plan), _hashing(gguf_output_files(plan), run.safe_point)
+            record = write_record(recipe.output, record, names, gguf_tensors(run), after_file)
             job.finish()
     return result_of(recipe, record, elapsed_s=time.monotonic() - started, peak_resident_bytes=peak_resident_bytes())
+
+
+def _check_same_quantizer(recipe: GgufRecipe, before: str) -> None:
+    """A resumed job must not mix the bytes of two quantizers."""
+    now = quantizer_name(recipe.device == "cuda")
+    if now != before:
+        raise UsageError(
+            f"{recipe.output} was begun with the quantizer {before}, here is {now}; install what it had, or begin anew "
+            "with --restart"
+        )
 
 
 def preview_gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False) -> Preview:
@@ -227,6 +275,7 @@ def preview_gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False
         UsageError: where the recipe cannot work.
         InputError: where model, texts, imatrix or output folder cannot be used.
     """
+    recipe = recipe.model_copy(update={"device": resolved_device(recipe.device)})
     state = claim(recipe.output, recipe, resume, restart)
     plan = plan_gguf(recipe)
     budget, resident = memory_budget(recipe), resident_bytes()
@@ -240,7 +289,7 @@ def preview_gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False
         state=state,
         source_bytes=plan.checkpoint.index.num_bytes,
         output_bytes={file.file_name: file.num_bytes for file in plan.target.files},
-        details={"type": recipe.type, "quantizer": quantizer_name(), **sizes},
+        details={"type": recipe.type, "quantizer": quantizer_name(recipe.device == "cuda"), **sizes},
         calibration=plan.calibration,
         notes=list(plan.notes),
         memory_bytes=plan.memory_bytes + resident,
@@ -269,15 +318,14 @@ def _evaluate(run: Run) -> dict[str, dict[str, Any]]:
     for folder, target in source.plan.gguf.items():
         file = run.job.output / folder / target.files[0].file_name
         candidates[target.name] = open_gguf(file, source.checkpoint)
-    compared = Comparison(
-        source.skeleton, source.checkpoint.weights, candidates, run.job.work, run.batch_samples, run.safe_point
-    )
+    original = open_checkpoint(source.checkpoint.folder).weights
+    compared = Comparison(source.skeleton, original, candidates, run.job.work, run.batch_samples, run.safe_point)
     return compare_on_texts(compared, source.tokenizer, run.recipe.seq_len)
 
 
 def _check_unchanged(index: ShardIndex, notes: dict[str, Any], report: Report, check: Callable[[], None]) -> None:
     """Refuses a source that is not what it was when the job began."""
-    if notes["shards"] != _shards(index) and notes["tensors"] != _scan(index, report, check):
+    if notes["shards"] != shard_times(index) and notes["tensors"] != _scan(index, report, check):
         raise InputError(
             f"{index.folder}: the source is not what it was when the job began; restore it, or begin anew with "
             "--restart"
@@ -296,14 +344,23 @@ def _scan(index: ShardIndex, report: Report, check: Callable[[], None]) -> dict[
     return scan(index, after_tensor)
 
 
-def _shards(index: ShardIndex) -> dict[str, list[int]]:
+def shard_times(index: ShardIndex) -> dict[str, list[int]]:
     """Size and time of change of every source file: where these are as before, a resumed job need not hash again."""
     found = {info.path.name: info.path.stat() for info in index.values()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(found.items())}
 
 
-def _finish(run: Run) -> dict[str, Any]:
-    """Writes what makes the shards a checkpoint, evaluates it, and writes the record last."""
+def finish(run: Run, more: Mapping[str, Any] | None = None, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Writes what makes the shards a checkpoint, evaluates it, and writes the record last.
+
+    Args:
+        run: the run, with every unit made.
+        more: further sections of the record.
+        notes: further warnings.
+
+    Returns:
+        The record.
+    """
     source, plan = run.source, run.source.plan
     for target in plan.targets:
         folder = run.job.output / target.folder
@@ -314,13 +371,25 @@ def _finish(run: Run) -> dict[str, Any]:
         files.finish()
         write_observed_imatrix(run.job.work, run.job.output / gguf_folder, plan.units, source.calibration)
     record = run_record(run, _evaluate(run) if run.recipe.evaluate else {})
+    record |= more or {}
+    record["warnings"] = [*record["warnings"], *notes]
     for target in plan.targets:
         folder = run.job.output / target.folder
         write_atomically(folder / card.CARD_FILE, card.model_card(record, target.format.name).encode())
-        write_atomically(folder / RECORD_FILE, _json(record))
-    for folder in (*(run.job.output / inside for inside in plan.gguf), run.job.output):
-        write_atomically(folder / RECORD_FILE, _json(record))
-    return record
+    names = output_files(source)
+    return write_record(run.job.output, record, names, run_tensors(run), _hashing(names, run.safe_point))
+
+
+def _hashing(names: list[str], safe_point: Callable[[Stage, int, int, str], None]) -> Callable[[str], None]:
+    """Tells of hashed files."""
+    done = 0
+
+    def after_file(name: str) -> None:
+        nonlocal done
+        done += 1
+        safe_point("hash", done, len(names), name)
+
+    return after_file
 
 
 def _json(data: Any) -> bytes:

@@ -110,12 +110,24 @@ def open_model(model: str, device: torch.device = CPU) -> tuple[Checkpoint, Skel
         InputError: where it is missing, damaged, or quantized already.
     """
     checkpoint = open_checkpoint(locate(model), device)
+    check_unquantized(checkpoint)
+    return checkpoint, Skeleton(checkpoint)
+
+
+def check_unquantized(checkpoint: Checkpoint) -> None:
+    """Refuses a checkpoint that is quantized already.
+
+    Args:
+        checkpoint: the checkpoint.
+
+    Raises:
+        InputError: where its weights are neither FP8 nor floats.
+    """
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method", "fp8")
     if method != "fp8":
         raise InputError(
             f"{checkpoint.folder}: the model is already quantized ({method}); start from the FP8 or BF16 release"
         )
-    return checkpoint, Skeleton(checkpoint)
 
 
 def open_calibration(

@@ -78,6 +78,7 @@ class Recipe(JobRecipe):
         memory_budget: bytes of resident memory; None is 80 % of what is available, at most 16 GiB.
         gpu_memory_budget: bytes of GPU memory; None is 90 % of what is free, at most 16 GiB.
         evaluate: whether the output is compared with the original at the end.
+        scales_from: SHA-256 of the record of the output whose scales, grids and codes are used; None calibrates.
     """
 
     to: tuple[str, ...] = ("awq",)
@@ -95,6 +96,7 @@ class Recipe(JobRecipe):
     memory_budget: int | None = Field(default=None, ge=1)
     gpu_memory_budget: int | None = Field(default=None, ge=1)
     evaluate: bool = True
+    scales_from: str | None = None
 
     @field_validator("to")
     @classmethod
@@ -113,7 +115,7 @@ class GgufRecipe(JobRecipe):
     Attributes:
         model: a folder, a hub id, or `tiny-r1`.
         output: the folder to make.
-        type: a type or mixture of `dsquant.writers.gguf.types.MIXTURES`.
+        type: a type or mixture of `dsquant.writers.gguf.types.MIXTURES`; Q4_K is Q4_K_M, as for llama-quantize.
         tensor_types: overrides `REGEX=TYPE`; the first that is found in a tensor's GGUF name counts.
         imatrix: a file of importances to use.
         calibration: texts, mixes or hub sets to take scales and importances from; none where empty. None is r1-mix,
@@ -123,6 +125,7 @@ class GgufRecipe(JobRecipe):
         seq_len: tokens of a sample.
         seed: of the choice of texts.
         mtp: whether the multi-token-prediction layer is kept as `nextn` tensors or dropped.
+        device: where to calibrate and quantize; auto is a GPU where there is one. The bytes differ between devices.
         split_max_bytes: the most tensor data in one file, as far as single tensors allow; 0 makes one file.
         memory_budget: bytes of resident memory; None is 80 % of what is available, at most 16 GiB.
         evaluate: whether the output is compared with the original at the end.
@@ -137,9 +140,16 @@ class GgufRecipe(JobRecipe):
     seq_len: int = Field(default=512, ge=8)
     seed: int = Field(default=0, ge=0)
     mtp: Literal["keep", "drop"] = "drop"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     split_max_bytes: int = Field(default=0, ge=0)
     memory_budget: int | None = Field(default=None, ge=1)
     evaluate: bool = True
+
+    @field_validator("type")
+    @classmethod
+    def _as_llama_quantize_names_it(cls, name: str) -> str:
+        name = name.upper()
+        return f"{name}_M" if name in ("Q3_K", "Q4_K", "Q5_K") else name
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """What a finished job tells: the record in its output folder, dsquant.json, and the result that callers get."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -13,11 +14,12 @@ from dsquant.gguf_conversion import IMATRIX_FILE, GgufPlan, GgufRun
 from dsquant.jobs import RECORD_FILE
 from dsquant.preparation import Source
 from dsquant.recipe import JobRecipe, Recipe, format_size
+from dsquant.scales import SCALES_FILE
 from dsquant.writers.gguf.store import quantizer_name
 from dsquant.writers.gguf.target import GgufTarget
 
-# The record's layout. 1: first.
-RECORD_VERSION = 1
+# The record's layout. 1: first. 2: hashes of all files and of its own sections; errors of single weights.
+RECORD_VERSION = 2
 PACKAGES = ("dsquant", "torch", "transformers", "accelerate", "autoawq", "compressed-tensors")
 
 
@@ -131,18 +133,18 @@ def output_files(source: Source) -> list[str]:
     names = [RECORD_FILE]
     for target in source.plan.targets:
         inside = [shard.file_name for shard in target.shards.shards]
-        inside += [*card.copied_files(source.checkpoint.folder), *card.WRITTEN_FILES]
+        inside += [*card.copied_files(source.checkpoint.folder), *card.WRITTEN_FILES, SCALES_FILE]
         names += [str(target.folder / name) for name in inside]
     for folder, gguf_target in source.plan.gguf.items():
         inside = [file.file_name for file in gguf_target.files]
-        names += [str(folder / name) for name in (*inside, IMATRIX_FILE, RECORD_FILE)]
+        names += [str(folder / name) for name in (*inside, IMATRIX_FILE, SCALES_FILE, RECORD_FILE)]
     return sorted(set(names))
 
 
 def gguf_output_files(plan: GgufPlan) -> list[str]:
     """Every file that a conversion to GGUF makes."""
     names = [file.file_name for file in plan.target.files] + [RECORD_FILE]
-    return sorted(names + ([IMATRIX_FILE] if plan.calibration else []))
+    return sorted(names + ([IMATRIX_FILE, SCALES_FILE] if plan.calibration else []))
 
 
 def run_record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -157,11 +159,8 @@ def run_record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any
     """
     source, journal = run.source, run.job.journal.units
     weights = source.checkpoint.weights
-    layers = [entry["layer"] for entry in journal.values() if "layer" in entry]
-    tensors: dict[str, dict[str, str]] = {}
-    for entry in journal.values():
-        for folder, hashes in entry["tensors"].items():
-            tensors.setdefault(folder, {}).update(hashes)
+    layers, errors = _layers(journal)
+    grids = list(source.plan.linears)
     return {
         "record_version": RECORD_VERSION,
         "recipe": run.recipe.lasting(),
@@ -179,7 +178,7 @@ def run_record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any
                 "folder": str(target.folder),
                 "bytes": target.shards.num_bytes,
                 "grid": vars(target.grid),
-                "tensors_sha256": tensors[str(target.folder)],
+                "weight_errors": errors[grids.index(target.grid)],
             }
             for target in source.plan.targets
         }
@@ -187,8 +186,21 @@ def run_record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any
         "layers": layers,
         "divergence": divergence,
         "warnings": _warnings(run, layers),
-        "files": output_files(source),
     }
+
+
+def _layers(journal: Mapping[str, Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[int, dict[str, float]]]:
+    """The layers' reports, and grid -> linear -> error, which is told by output and not by layer."""
+    layers, errors = [], dict[int, dict[str, float]]()
+    for entry in journal.values():
+        if "layer" in entry:
+            grids = entry["layer"].get("grids", [])
+            layers.append({key: value for key, value in entry["layer"].items() if key != "grids"})
+            if grids:
+                layers[-1]["grids"] = [{k: v for k, v in grid.items() if k != "weight_errors"} for grid in grids]
+            for number, grid in enumerate(grids):
+                errors.setdefault(number, {}).update(grid["weight_errors"])
+    return layers, errors
 
 
 def gguf_record(run: GgufRun, divergence: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -203,7 +215,7 @@ def gguf_record(run: GgufRun, divergence: dict[str, dict[str, Any]]) -> dict[str
     """
     plan, journal = run.plan, run.job.journal.units
     weights = plan.checkpoint.weights
-    layers = [entry["layer"] for entry in journal.values() if "layer" in entry]
+    layers, _ = _layers(journal)
     rare = sum(len(layer["topped_up"]) for layer in layers)
     warnings = list(plan.notes)
     if rare:
@@ -213,7 +225,7 @@ def gguf_record(run: GgufRun, divergence: dict[str, dict[str, Any]]) -> dict[str
         "recipe": run.recipe.lasting(),
         "recipe_sha256": run.recipe.hash,
         "versions": {name: version(name) for name in (*PACKAGES, "gguf")},
-        "quantizer": quantizer_name(),
+        "quantizer": quantizer_name(run.recipe.device == "cuda"),
         "source": {
             "architecture": plan.checkpoint.architecture,
             "bytes": plan.checkpoint.index.num_bytes,
@@ -225,22 +237,19 @@ def gguf_record(run: GgufRun, divergence: dict[str, dict[str, Any]]) -> dict[str
         "layers": layers,
         "divergence": divergence,
         "warnings": warnings,
-        "files": gguf_output_files(plan),
     }
 
 
 def _gguf_output(target: GgufTarget, folder: PurePosixPath, journal: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the record tells of a GGUF model; `folder` is its first file, which is what llama.cpp is given."""
-    hashes: dict[str, str] = {}
+    errors: dict[str, float] = {}
     for entry in journal.values():
-        hashes |= entry["tensors"].get(str(folder), {})
+        errors |= entry["weight_errors"].get(str(folder), {})
     return {
         "folder": str(folder / target.files[0].file_name),
         "bytes": target.num_bytes,
-        "files": {file.file_name: file.num_bytes for file in target.files},
         "bytes_by_type": target.bytes_by_type,
-        "tensors": {name: [tensor.type_name, list(tensor.shape)] for name, tensor in target.tensors.items()},
-        "tensors_sha256": hashes,
+        "weight_errors": errors,
     }
 
 

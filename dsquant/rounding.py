@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-# The smallest scale that float16 and bfloat16 both hold with bfloat16's full precision.
-SMALLEST_SCALE = 2.0**-16
+from dsquant.kernels import grids
 
 
 @dataclass(frozen=True)
@@ -57,20 +56,10 @@ class QuantizedWeight:
         centred_OGS = codes_OGS - self.zero_points_OG.float().unsqueeze(-1)
         return (centred_OGS * self.scales_OG.unsqueeze(-1)).flatten(1)
 
-
-def storable_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Rounds scales to values that float16 and bfloat16 both hold.
-
-    Engines read an AWQ checkpoint's float16 scales as float16 or bfloat16; with these values every one of them
-    computes with the same number, the one the codes were chosen for.
-
-    Args:
-        scales: positive float32, any shape.
-
-    Returns:
-        float32 of the same shape, at least `SMALLEST_SCALE`.
-    """
-    return scales.clamp(SMALLEST_SCALE, 65280.0).to(torch.bfloat16).float()
+    def relative_error(self, weight_OI: torch.Tensor) -> float:
+        """The distance from the weight that was rounded, over that weight's norm; 0 for a weight of zeros."""
+        norm = float(weight_OI.norm())
+        return float(self.dequantize().sub_(weight_OI).norm()) / norm if norm else 0.0
 
 
 def grid_parameters(
@@ -90,15 +79,7 @@ def grid_parameters(
     Returns:
         scales float32 [O, G] and zero points float32 [O, G] holding integers.
     """
-    weight_OGS = weight_OI.unflatten(1, (-1, grid.group_size))
-    if grid.symmetric:
-        scales_OG = storable_scales(weight_OGS.abs().amax(-1) * shrink_OG / (grid.maximum_code / 2))
-        return scales_OG, torch.full_like(scales_OG, grid.middle)
-    low_OG = weight_OGS.amin(-1).clamp(max=0) * shrink_OG
-    high_OG = weight_OGS.amax(-1).clamp(min=0) * shrink_OG
-    scales_OG = storable_scales((high_OG - low_OG) / grid.maximum_code)
-    zero_points_OG = (-low_OG / scales_OG).round().clamp(0, grid.maximum_code)
-    return scales_OG, zero_points_OG
+    return grids.grid_parameters(weight_OI, grid.group_size, grid.bits, grid.symmetric, shrink_OG)
 
 
 def round_to_grid(
@@ -146,4 +127,5 @@ def round_to_nearest(weight_OI: torch.Tensor, grid: Grid, shrink_OG: torch.Tenso
     Returns:
         The quantized weight.
     """
-    return round_to_grid(weight_OI, grid, *grid_parameters(weight_OI, grid, shrink_OG))
+    rounded = grids.round_rows(weight_OI, grid.group_size, grid.bits, grid.symmetric, shrink_OG)
+    return QuantizedWeight(rounded.codes_OI, rounded.scales_OG, rounded.zero_points_OG, grid)

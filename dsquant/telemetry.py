@@ -2,11 +2,26 @@
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-Stage = Literal["scan", "quantize", "evaluate"]
+Stage = Literal["scan", "quantize", "evaluate", "generate", "hash", "verify"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a job may use and will need."""
+
+    output: Path
+    """The folder that it makes."""
+    memory_bytes: int
+    """Resident memory at the most."""
+    disk_bytes: int
+    """Disk for the output and for what the job keeps while it runs."""
+    gpu_memory_bytes: int = 0
+    """GPU memory at the most; 0 where none is used."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,12 @@ class Progress:
     bytes_written: int = 0
     tokens: int = 0
     """Calibration tokens passed through finished layers."""
+    limits: Limits | None = None
+    """At the beginning of a job."""
+    layer: Mapping[str, Any] | None = None
+    """What the record will tell of a layer, where this step is its end."""
+    gates: Mapping[str, bool] | None = None
+    """Quality gates, and whether each passed, where this step is their evaluation."""
 
 
 Report = Callable[[Progress], None]
@@ -36,6 +57,13 @@ def resident_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def gpu_bytes() -> int:
+    """The GPU memory that PyTorch holds in this process now; 0 where it has used no GPU."""
+    import torch
+
+    return int(torch.cuda.memory_reserved()) if torch.cuda.is_initialized() else 0
 
 
 def peak_gpu_bytes() -> int:

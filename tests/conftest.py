@@ -6,6 +6,12 @@ from pathlib import Path
 # The tests' matrices are small: several threads, or several runs on one machine, would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# Where there is no GPU, Triton's kernels run in its interpreter, which must be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 from checkpoints import add_tokenizer, make_pico_r1
 

@@ -13,10 +13,10 @@ from dsquant.source.weights import Weights
 
 
 def stream_logits(
-    folder: Path, weights: Weights, tokens: torch.Tensor, batch_samples: int = 2
+    folder: Path, weights: Weights, tokens: torch.Tensor, batch_samples: int = 2, skeleton: Skeleton | None = None
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits [N, T, V], and each mixture layer's routed experts, sorted for each token."""
-    skeleton = Skeleton(open_checkpoint(folder))
+    skeleton = skeleton or Skeleton(open_checkpoint(folder))
     shape = (*tokens.shape, skeleton.config["hidden_size"])
     inputs, outputs, mlp_inputs = (Activations(torch.zeros(shape)) for _ in range(3))
     embed(skeleton, weights, tokens, inputs)

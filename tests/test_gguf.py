@@ -469,14 +469,45 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(tmp_path: Path) -> 
         dsquant.gguf(model, type="Q8_0", output=tmp_path / "out", **PLAIN)
 
 
-def test_types_that_need_ggml_are_refused_without_it(
+def test_without_ggml_dsquants_own_code_quantizes_and_says_so_and_other_types_are_refused(
     tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store.ggml, "library", lambda: None)
-    dsquant.gguf(tiny_r1, type="Q8_0", output=tmp_path / "q8", **PLAIN)
-    assert json.loads((tmp_path / "q8" / "dsquant.json").read_text())["quantizer"] == "gguf-py"
+    result = dsquant.gguf(tiny_r1, type="Q8_0", output=tmp_path / "q8", **PLAIN)
+    assert json.loads((tmp_path / "q8" / "dsquant.json").read_text())["quantizer"] == "PyTorch and gguf-py"
+    assert any("Q8_0 by dsquant's PyTorch code" in warning for warning in result.warnings)
+    dsquant.gguf(tiny_r1, type="Q4_K_M", output=tmp_path / "q4", **PLAIN)
+    wanted = expected(tiny_r1, 4)
+    for name, tensor in tensors_of(tmp_path / "q4").items():
+        limit = 2 * LARGEST_ERROR[tensor.tensor_type.name]
+        assert float((decoded(tensor) - wanted[name]).norm()) <= limit * float(wanted[name].norm()), name
     with pytest.raises(UsageError, match=r"IQ4_XS.*pip install 'dsquant\[gguf\]'"):
         dsquant.gguf(tiny_r1, type="IQ4_XS", output=tmp_path / "iq4", **PLAIN)
+
+
+def test_a_job_is_not_resumed_with_another_quantizer(
+    tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsquant import pipeline
+    from dsquant.recipe import GgufRecipe
+
+    recipe = GgufRecipe.checked(
+        model=str(tiny_r1), type="Q8_0", output=tmp_path / "out", calibration=(), evaluate=False
+    )
+    with pytest.raises(Interrupted):
+        pipeline.gguf(recipe, report=_StopAfter(len(open_checkpoint(tiny_r1).index) + 20))
+    monkeypatch.setattr(store.ggml, "library", lambda: None)
+    with pytest.raises(UsageError, match=r"quantizer ggml .*here is PyTorch"):
+        pipeline.gguf(recipe, resume=True)
+    monkeypatch.undo()
+    pipeline.gguf(recipe, resume=True)
+
+
+def test_a_gpu_that_is_not_there_is_refused(tiny_r1: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    with pytest.raises(UsageError, match="finds no GPU"):
+        dsquant.gguf(tiny_r1, type="Q8_0", output=tmp_path / "out", device="cuda", **PLAIN)
 
 
 def test_a_damaged_gguf_candidate_is_refused(tiny_r1: Path, text_file: Path, tmp_path: Path) -> None:

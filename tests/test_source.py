@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from dsquant.kernels.fp8 import dequantize_fp8
 from dsquant.source.checkpoint import open_checkpoint
-from dsquant.source.fp8 import dequantize_fp8
 from dsquant.source.locate import locate
 from dsquant.source.scan import all_finite, scan
 from dsquant.source.shards import read_header

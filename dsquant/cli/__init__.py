@@ -4,9 +4,13 @@ import click
 
 from dsquant import __version__
 from dsquant.cli.awq import awq
+from dsquant.cli.delta import delta
 from dsquant.cli.evaluate import evaluate
 from dsquant.cli.gguf import gguf
 from dsquant.cli.inspect import inspect
+from dsquant.cli.plan import plan
+from dsquant.cli.run import run
+from dsquant.cli.verify import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -20,5 +24,5 @@ def main() -> None:
     """
 
 
-for command in (awq, gguf, evaluate, inspect):
+for command in (awq, gguf, evaluate, inspect, plan, run, verify, delta):
     main.add_command(command)

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from dsquant.cli.process import dsquant_command, quiet_libraries
+from dsquant.cli.process import dsquant_command, metrics_options, reporting
 
 
 @click.command()
@@ -62,26 +63,53 @@ from dsquant.cli.process import dsquant_command, quiet_libraries
 @click.option("--restart", is_flag=True, help="Begin anew where the output folder holds a job or a result of dsquant.")
 @click.option("--dry-run", is_flag=True, help="Validate everything, print the plan, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress bar.")
+@click.option(
+    "--scales-from",
+    type=click.Path(path_type=Path),
+    help="Quantize under the scales and grids that this output of an earlier release recorded, without calibration; "
+    "every other setting comes from there.",
+)
+@metrics_options
 @dsquant_command
 def awq(**options: Any) -> None:
     """Quantizes MODEL (a folder, a hub id, or tiny-r1) with AWQ and writes a checkpoint that engines load."""
     if options["resume"] and options["restart"]:
         raise click.UsageError("--resume and --restart exclude each other")
     flags = {name: options.pop(name) for name in ("resume", "restart", "dry_run", "as_json")}
+    metrics = (options.pop("metrics_file"), options.pop("metrics_port"))
+    scales_from = options.pop("scales_from")
+    if scales_from is not None:
+        _check_alone()
     recipe = _recipe(options)
     from dsquant import pipeline
-    from dsquant.display import print_result, progress_bar
+    from dsquant.display import print_result
 
     if flags["dry_run"]:
         plan = pipeline.preview(recipe, flags["resume"], flags["restart"])
         click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else str(plan))
         return
-    with quiet_libraries(), progress_bar(not flags["as_json"]) as report:
-        result = pipeline.awq(recipe, flags["resume"], flags["restart"], report)
+    with reporting(not flags["as_json"], *metrics) as report:
+        if scales_from is None:
+            result = pipeline.awq(recipe, flags["resume"], flags["restart"], report)
+        else:
+            from dsquant.incremental.release import full_run
+
+            again = (flags["resume"], flags["restart"])
+            result = full_run(recipe.model, scales_from, recipe.output, *again, report)
     if flags["as_json"]:
         click.echo(json.dumps(result.as_json(), indent=2))
     else:
         print_result(result)
+
+
+def _check_alone() -> None:
+    """Refuses settings beside --scales-from: they all come from there."""
+    context = click.get_current_context()
+    allowed = ("model", "output", "scales_from", "resume", "restart", "as_json", "metrics_file", "metrics_port")
+    given = ParameterSource.COMMANDLINE
+    others = [name for name in context.params if name not in allowed and context.get_parameter_source(name) == given]
+    if others:
+        raise click.UsageError(f"--scales-from settles --{others[0].replace('_', '-')}; leave it out")
 
 
 def _recipe(options: dict[str, Any]) -> Any:

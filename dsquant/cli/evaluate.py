@@ -17,6 +17,19 @@ from dsquant.cli.process import dsquant_command, quiet_libraries
     multiple=True,
     help="Shipped text (code, wiki, reasoning) or text file; may be repeated.  [default: all shipped texts]",
 )
+@click.option(
+    "--prompts",
+    help="Prompts for code: python (shipped), a .jsonl file (also HumanEval's and MBPP's), or none.  [default: python, "
+    "where the models fit in memory]",
+)
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens of a completion.")
+@click.option("--execute", is_flag=True, help="Run the completions with the prompts' tests, and report pass@1.")
+@click.option(
+    "--allow-code-execution",
+    is_flag=True,
+    help="Needed beside --execute: code that a model wrote will run on this machine, under limits that are no security "
+    "boundary.",
+)
 @click.option("--gates", type=click.Path(path_type=Path), help="YAML file of limits; they decide the exit code.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder for the report.")
 @click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="The most samples of each text.")
@@ -33,6 +46,10 @@ def evaluate(
     reference: str,
     candidates: tuple[str, ...],
     texts: tuple[str, ...],
+    prompts: str | None,
+    max_tokens: int,
+    execute: bool,
+    allow_code_execution: bool,
     gates: Path | None,
     output: Path | None,
     samples: int,
@@ -42,12 +59,13 @@ def evaluate(
     memory_budget: str | None,
     as_json: bool,
 ) -> None:
-    """Measures what each CANDIDATE costs against REFERENCE: perplexity, KL divergence, routing, weights.
+    """Measures what each CANDIDATE costs against REFERENCE: perplexity, KL divergence, routing, weights, code.
 
     Both are a folder, a hub id, tiny-r1, or a GGUF file: FP8, BF16, AWQ, compressed-tensors or GGUF of one model.
     With --gates the exit code is 4 where a gate failed, and 5 where none failed but more samples are needed.
     """
     from dsquant import comparison
+    from dsquant.code_drift import DriftRequest
     from dsquant.display import print_evaluation, progress_bar
     from dsquant.recipe import parse_size
 
@@ -58,6 +76,7 @@ def evaluate(
         samples=samples,
         seq_len=seq_len,
         seed=seed,
+        drift=DriftRequest(prompts, max_tokens, execute, allow_code_execution),
         gates=gates,
         output=output,
         device=device,

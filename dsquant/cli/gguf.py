@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dsquant.cli.process import dsquant_command, quiet_libraries
+from dsquant.cli.process import dsquant_command, metrics_options, reporting
 
 
 @click.command()
@@ -52,26 +52,29 @@ from dsquant.cli.process import dsquant_command, quiet_libraries
     show_default=True,
     help="Multi-token-prediction layer: keep as llama.cpp's nextn tensors, or drop.",
 )
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--evaluate/--no-evaluate", default=True, show_default=True, help="Compare with the original at the end.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted job in the output folder, or begin one.")
 @click.option("--restart", is_flag=True, help="Begin anew where the output folder holds a job or a result of dsquant.")
 @click.option("--dry-run", is_flag=True, help="Validate everything, print the plan, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress bar.")
+@metrics_options
 @dsquant_command
 def gguf(**options: Any) -> None:
     """Converts MODEL (a folder, a hub id, or tiny-r1) to GGUF files that llama.cpp runs, straight from its shards."""
     if options["resume"] and options["restart"]:
         raise click.UsageError("--resume and --restart exclude each other")
     flags = {name: options.pop(name) for name in ("resume", "restart", "dry_run", "as_json")}
+    metrics = (options.pop("metrics_file"), options.pop("metrics_port"))
     recipe = _gguf_recipe(options)
     from dsquant import pipeline
-    from dsquant.display import print_result, progress_bar
+    from dsquant.display import print_result
 
     if flags["dry_run"]:
         plan = pipeline.preview_gguf(recipe, flags["resume"], flags["restart"])
         click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else str(plan))
         return
-    with quiet_libraries(), progress_bar(not flags["as_json"]) as report:
+    with reporting(not flags["as_json"], *metrics) as report:
         result = pipeline.gguf(recipe, flags["resume"], flags["restart"], report)
     if flags["as_json"]:
         click.echo(json.dumps(result.as_json(), indent=2))

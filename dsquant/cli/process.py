@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
@@ -43,6 +44,27 @@ def _prepare_process() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(mmap_threshold, MALLOC_MMAP_THRESHOLD)
+
+
+def metrics_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options of every command that runs a job: where its metrics go."""
+    port = click.option("--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics on this port.")
+    file = click.option(
+        "--metrics-file",
+        type=click.Path(path_type=Path),
+        help="Write metrics for node_exporter's textfile collector; the name ends in .prom.",
+    )
+    return port(file(function))
+
+
+@contextmanager
+def reporting(visible: bool, metrics_file: Path | None, metrics_port: int | None) -> Iterator[Any]:
+    """Shows a progress bar and publishes metrics while a job runs; yields what it reports to."""
+    from dsquant.display import progress_bar
+    from dsquant.monitoring import monitored
+
+    with quiet_libraries(), progress_bar(visible) as bar, monitored(bar, metrics_file, metrics_port) as report:
+        yield report
 
 
 @contextmanager

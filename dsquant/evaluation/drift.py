@@ -1,14 +1,125 @@
-"""Code drift: what generated code tells. Placeholder, replaced by the branch eval-code."""
+"""What generated code tells about a candidate, as data: a part of `results`.
+
+Scores are shares, 0 to 1. "Against gold" compares with the prompts' own completions, "against the original" with what
+the original generated from the same prompt.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from dsquant.evaluation.intervals import Interval
+
+DriftMethod = Literal["generated", "teacher_forced"]
+
+
+@dataclass(frozen=True)
+class CodeBleu:
+    """CodeBLEU and its components (arXiv 2009.10297, as `code_bleu` defines them)."""
+
+    total: float
+    """Mean of the components that are not None."""
+    ngram: float
+    weighted_ngram: float
+    syntax: float | None
+    """None where neither side has a syntax tree to compare."""
+    data_flow: float | None
+    """None where neither side has data flow."""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How near one set of completions is to another."""
+
+    bleu: float
+    """Corpus BLEU-4 on Python tokens."""
+    chrf: float
+    code_bleu: CodeBleu
+    exact_match: float
+    """Share of completions that are the same text."""
+    first_divergence: float
+    """Mean number of the model's tokens before the first difference; completions that agree count in full."""
+    length_ratio: float
+    """Tokens of all completions, divided by the reference's."""
+
+
+@dataclass(frozen=True)
+class Health:
+    """What can be told from one model's completions alone."""
+
+    parse_rate: float
+    """Share of prompts that are Python with their completion; an unfinished last line of a cut one does not count."""
+    loop_rate: float
+    """Share of completions that end in one block repeated three times or more."""
+    truncation_rate: float
+    """Share of completions that reached the most tokens allowed."""
+    mean_tokens: float
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What the prompts' tests said of the completions; original and candidate in the same limits."""
+
+    tasks: int
+    pass_original: Interval
+    """pass@1 of greedy completions, with Wilson's interval."""
+    pass_candidate: Interval
+    pass_gold: float | None
+    """Of the prompts' own completions: below 1, tests or limits are at fault. None where some prompt has none."""
+    only_original: int
+    """Tasks that the original alone passes."""
+    only_candidate: int
+    p_value: float
+    """McNemar's exact test, two-sided: how likely so uneven a split of the differing tasks is by chance."""
+    outcomes_original: Mapping[str, int]
+    """passed, failed, error, time limit, memory limit, killed -> tasks."""
+    outcomes_candidate: Mapping[str, int]
+    protections: tuple[str, ...]
+    """What held the code back, in words."""
+
+
+@dataclass(frozen=True)
+class PromptDrift:
+    """One prompt and what became of it."""
+
+    name: str
+    prompt: str
+    gold: str | None
+    original: str
+    candidate: str
+    first_divergence: int | None
+    """The model's tokens before the first difference; None where the completions agree."""
 
 
 @dataclass(frozen=True)
 class CodeDrift:
-    """What generation from fixed prompts tells about one candidate."""
+    """What completions of fixed prompts tell about one candidate."""
 
+    method: DriftMethod
+    """teacher_forced where the model does not fit in memory and nothing was generated."""
+    note: str
+    """How the completions came about, in one sentence."""
+    prompts: int
+    max_tokens: int
+    """The most tokens of a completion."""
+    signatures: Mapping[str, str]
+    """Metric -> the signature to publish beside it."""
+    original_vs_gold: Similarity | None
+    """None where a prompt has no completion, and where nothing was generated."""
+    candidate_vs_gold: Similarity | None
+    candidate_vs_original: Similarity | None
+    noise_floor: Similarity | None
+    """The original against itself at another batch size."""
+    original: Health | None
+    candidate: Health | None
+    agreement: Interval | None
+    """Teacher-forced: share of the original's greedy tokens that the candidate ranks first too, `units` are prompts."""
+    execution: Execution | None
+    examples: tuple[PromptDrift, ...]
     measures: Mapping[str, Interval] = field(default_factory=dict)
-    """What gates can be set on, such as `code_bleu_drop` and `accuracy_retained`; `units` are prompts."""
+    """What gates can be set on; `units` are prompts. Drops are the original's less the candidate's.
+
+    code_bleu_drop, codebleu_drop: BLEU and CodeBLEU against gold, in points (of 100, as they are published).
+    code_exact_match: share of completions that are the original's. parse_rate_drop, loop_rate_rise: shares.
+    pass_rate_drop: share. accuracy_retained: the candidate's pass@1 divided by the original's.
+    greedy_agreement: `agreement`, where nothing was generated."""

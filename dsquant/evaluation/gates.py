@@ -13,7 +13,7 @@ samples are needed, and the outcome says how many.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal, Self
 
@@ -43,8 +43,15 @@ MODEL_METRICS: dict[str, Bound] = {
 """router_overlap, layer_error (local) and weight_error (relative) are those of the worst layer or tensor."""
 CODE_METRICS: dict[str, Bound] = {
     "code_bleu_drop": "at_most",
+    "codebleu_drop": "at_most",
+    "code_exact_match": "at_least",
+    "parse_rate_drop": "at_most",
+    "loop_rate_rise": "at_most",
+    "pass_rate_drop": "at_most",
     "accuracy_retained": "at_least",
+    "greedy_agreement": "at_least",
 }
+"""See `drift.CodeDrift.measures`."""
 METRICS = {**TEXT_METRICS, **MODEL_METRICS, **CODE_METRICS}
 
 
@@ -131,13 +138,13 @@ def read_gates(path: Path) -> Gates:
         raise InputError(f"{path}: {problems}") from error
 
 
-def check_measured(gates: Gates, texts: list[str], has_prompts: bool) -> None:
+def check_measured(gates: Gates, texts: list[str], code_measures: Collection[str]) -> None:
     """Refuses gates on what the evaluation will not measure.
 
     Args:
         gates: the gates.
         texts: names of the texts.
-        has_prompts: whether code is generated.
+        code_measures: what is measured of generated code.
 
     Raises:
         UsageError: naming the gate.
@@ -145,8 +152,12 @@ def check_measured(gates: Gates, texts: list[str], has_prompts: bool) -> None:
     for gate in gates.gates:
         if gate.text is not None and gate.text not in texts:
             raise UsageError(f"gate on {gate.metric}: no text {gate.text!r} is evaluated, only {', '.join(texts)}")
-        if gate.metric in CODE_METRICS and not has_prompts:
-            raise UsageError(f"gate on {gate.metric}: nothing is generated without --prompts")
+        if gate.metric in CODE_METRICS and gate.metric not in code_measures:
+            measured = ", ".join(code_measures) or "nothing, no code is generated"
+            raise UsageError(
+                f"gate on {gate.metric}: this evaluation does not measure it; of code it measures {measured} "
+                "(accuracy needs --execute, BLEU prompts that all have a completion)"
+            )
 
 
 def decide(gates: Gates, candidate: Candidate, units_per_sample: float) -> tuple[GateOutcome, ...]:

@@ -276,6 +276,12 @@ class Evaluation:
             plain["first_broken_layer"] = candidate.first_broken_layer
         return found | {"verdict": self.verdict}
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the page, as report.html has it."""
+        from dsquant.evaluation.report.page import part
+
+        return part(self)
+
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):

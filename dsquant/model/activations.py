@@ -6,7 +6,9 @@ Shape legend: N samples, T tokens of a sample, H hidden size, R rows (tokens of 
 """
 
 import mmap
+import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -41,6 +43,8 @@ class Activations:
         self._values_RH = values_NTH.view(-1, values_NTH.shape[2])
         self._map = mapped
         self._touched = 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: dict[tuple[int, int], Future[torch.Tensor]] = {}
 
     @classmethod
     def in_file(
@@ -70,13 +74,28 @@ class Activations:
         """Tokens of all samples."""
         return self._values_RH.shape[0]
 
+    def prefetch(self, start: int, stop: int) -> None:
+        """Begins to read samples that a GPU wants next, into page-locked memory; elsewhere does nothing."""
+        if self._map is None or self.device.type != "cuda" or start >= stop:
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="dsquant-hidden")
+        self._ahead[start, stop] = self._pool.submit(self._pinned, start, stop)
+
+    def _pinned(self, start: int, stop: int) -> torch.Tensor:
+        part_NTH = self._values_NTH[start:stop]
+        return torch.empty(part_NTH.shape, dtype=part_NTH.dtype, pin_memory=True).copy_(part_NTH)
+
     def samples(self, start: int, stop: int) -> torch.Tensor:
         """A copy of samples start..stop-1, [stop - start, T, H]."""
+        begun = self._ahead.pop((start, stop), None)
+        if begun is not None:
+            return self._handed_out(begun.result().to(self.device, non_blocking=True))
         return self._handed_out(self._values_NTH[start:stop].to(self.device, copy=True))
 
     def set_samples(self, start: int, values_NTH: torch.Tensor) -> None:
         """Stores samples from number `start` on."""
-        self._values_NTH[start : start + len(values_NTH)] = values_NTH
+        self._values_NTH[start : start + len(values_NTH)] = values_NTH.to(self._values_NTH.dtype)
         self._release(values_NTH)
 
     def rows(self, rows_R: torch.Tensor) -> torch.Tensor:
@@ -105,11 +124,20 @@ class Activations:
 
         return record
 
-    def copy_to(self, other: "Activations") -> None:
-        """Stores everything in another array of the same shape, some samples at a time."""
+    def save(self, path: Path) -> None:
+        """Writes everything to a file that `in_file` opens; when this returns it is on disk.
+
+        Args:
+            path: the file; what was in it is gone.
+        """
+        dtype = stored_dtype(self.device)
         at_once = max(1, RELEASE_BYTES // (4 * self.shape[1] * self.shape[2]))
-        for start in range(0, self.shape[0], at_once):
-            other.set_samples(start, self._values_NTH[start : start + at_once])
+        with path.open("wb") as file:
+            for start in range(0, self.shape[0], at_once):
+                part_NTH = self._values_NTH[start : start + at_once].to(dtype).cpu()
+                file.write(memoryview(part_NTH.view(-1).view(torch.uint8).numpy().data))
+                file.flush()
+                os.fdatasync(file.fileno())  # the disk works while the next part crosses the bus
 
     def flush(self) -> None:
         """Writes everything to disk; after it a kill loses nothing of the file."""

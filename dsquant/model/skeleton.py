@@ -19,6 +19,8 @@ from dsquant.source.checkpoint import Checkpoint
 ATTENTION = "dsquant_fused"
 # Config keys that name remote code or a storage format; the skeleton wants neither.
 IGNORED_CONFIG = ("quantization_config", "auto_map", "torch_dtype", "dtype")
+# The largest count in a config without tensors that could contradict it; Kimi-K2 has 384 experts.
+LARGEST_COUNT = 1024
 
 RoutingSink = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -46,8 +48,9 @@ def fused_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention through PyTorch's fused kernel, for samples of equal length without padding.
+    """Causal attention through PyTorch's fused kernel.
 
+    On a GPU, where matrix products may be fast rather than exact (kernels.precision), it computes in bfloat16.
     MLA's values are narrower than its keys (128 against 192 in R1), which the fused CPU kernel refuses: it would fall
     back to a full score matrix (2 GiB for 2,048 tokens and 128 heads). Padding the values with zeros keeps it fused.
 
@@ -56,21 +59,25 @@ def fused_attention(
         query: [batch, heads, tokens, key dimension].
         key: [batch, key-value heads, tokens, key dimension].
         value: [batch, key-value heads, tokens, value dimension].
-        attention_mask: must be None.
+        attention_mask: bool [batch, 1, tokens, keys], True where a key is seen; None for samples of equal length
+            without padding, whose queries see the keys up to themselves.
         scaling: factor on the scores.
         **kwargs: what transformers passes beside; unused.
 
     Returns:
         The output [batch, tokens, heads, value dimension], and no weights.
     """
-    assert attention_mask is None
-    width = value.shape[-1]
-    padded = F.pad(value, (0, query.shape[-1] - width))
-    causal = query.shape[2] > 1
+    dtype, width = query.dtype, value.shape[-1]
+    if query.is_cuda and torch.get_float32_matmul_precision() != "highest":  # what the flash kernel takes
+        query, key, value = (part.to(torch.bfloat16) for part in (query, key, value))
+    # A single query's score matrix is small whatever the kernel.
+    padded = F.pad(value, (0, query.shape[-1] - width)) if query.shape[2] > 1 else value
+    causal = attention_mask is None and query.shape[2] > 1
+    grouped = key.shape[1] != query.shape[1]
     output = F.scaled_dot_product_attention(
-        query, key, padded, is_causal=causal, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+        query, key, padded, attention_mask, is_causal=causal, scale=scaling, enable_gqa=grouped
     )
-    return output[..., :width].transpose(1, 2).contiguous(), None
+    return output[..., :width].transpose(1, 2).to(dtype).contiguous(), None
 
 
 class Skeleton:
@@ -152,7 +159,7 @@ class Skeleton:
 
 def _check_counts(checkpoint: Checkpoint) -> None:
     """Refuses counts that the tensors cannot bear out, before anything is built in such numbers."""
-    tensors = len(checkpoint.weights)
+    tensors = len(checkpoint.weights) or LARGEST_COUNT
     for key in ("num_hidden_layers", "n_routed_experts", "num_nextn_predict_layers"):
         count = checkpoint.config.get(key)
         if count is not None and not (isinstance(count, int) and 0 <= count <= tensors):
@@ -183,13 +190,17 @@ def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
 
 
 def _meta_model(hf_config: Any) -> Any:
-    from accelerate import init_empty_weights
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ATTENTION, fused_attention)
-    # Rotary buffers are computed, not loaded: they stay real.
-    with init_empty_weights(include_buffers=False):
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    # Not accelerate's init_empty_weights: it allocates each parameter before it drops it, and the fused experts of one
+    # R1 layer are 30 GB, more than many a machine gives.
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             hf_config, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
         )
+    # Rotary buffers are computed, not loaded: they are real.
+    model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
     return model.eval()

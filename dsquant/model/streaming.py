@@ -1,7 +1,7 @@
 """Runs decoder layers whose weights lie on disk, for many samples, one expert in memory at a time.
 
-A layer is attention, norms, router, the shared expert or dense MLP (all of it transformers' forward, its weights moved
-in by accelerate's hooks) plus the sum of the routed experts' contributions. So it runs in two sweeps: `run_dense_part`
+A layer is attention, norms, router, the shared expert or dense MLP (all of it transformers' forward, its weights put
+in by accelerate) plus the sum of the routed experts' contributions. So it runs in two sweeps: `run_dense_part`
 over batches of samples, which also notes every token's experts, and `add_experts` over experts, each fetched once for
 all its tokens.
 
@@ -18,7 +18,6 @@ from torch import nn
 
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
-from dsquant.model.overlays import ResidentWeights
 from dsquant.model.skeleton import RoutingTap, Skeleton
 from dsquant.model.structure import DecoderLayer
 from dsquant.source.weights import Weights
@@ -68,22 +67,18 @@ class Stream:
 
 @contextmanager
 def _loaded(skeleton: Skeleton, name: str, weights: Weights) -> Iterator[nn.Module]:
-    """Hooks a module to the weights: each submodule's parameters come when it runs and go afterwards."""
-    from accelerate.hooks import attach_align_device_hook, remove_hook_from_module
+    """Puts the weights into a module, and takes them out again afterwards."""
+    from accelerate.utils import set_module_tensor_to_device
 
     module = skeleton.module(name)
-    attach_align_device_hook(
-        module,
-        execution_device=weights.device,
-        offload=True,
-        weights_map=ResidentWeights(weights),
-        offload_buffers=True,
-        module_name=name,
-    )
+    inside = [*dict(module.named_parameters()), *dict(module.named_buffers())]
     try:
+        for part in inside:
+            set_module_tensor_to_device(module, part, weights.device, value=weights[f"{name}.{part}"])
         yield module
     finally:
-        remove_hook_from_module(module, recurse=True)
+        for part in inside:
+            set_module_tensor_to_device(module, part, "meta")
 
 
 def embed(skeleton: Skeleton, weights: Weights, tokens_NT: torch.Tensor, outputs: Activations) -> None:
@@ -153,7 +148,9 @@ def run_dense_part(
             tap.sink = note
         position_ids = torch.arange(num_tokens, device=stream.weights.device).unsqueeze(0)
         for start in range(0, num_samples, batch_samples):
-            hidden_NTH = stream.inputs.samples(start, min(start + batch_samples, num_samples))
+            stop = min(start + batch_samples, num_samples)
+            hidden_NTH = stream.inputs.samples(start, stop)
+            stream.inputs.prefetch(stop, min(stop + batch_samples, num_samples))
             positions = skeleton.model.model.rotary_emb(hidden_NTH, position_ids)
             with torch.no_grad():
                 output = module(hidden_NTH, position_embeddings=positions, position_ids=position_ids)

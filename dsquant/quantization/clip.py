@@ -5,12 +5,16 @@ Shape legend: O out features, I in features, G groups, S = group size.
 
 import torch
 
+from dsquant.kernels.clipping import best_shrinks
+from dsquant.kernels.precision import fast_matmuls
 from dsquant.quantization.statistics import InputMoments
 from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
 
 # AutoAWQ goes down to 0.55 in steps of 0.05; less than 0.65 was never chosen, so the same number of steps is finer.
 SHRINKS = tuple(1 - step / 25 for step in range(10))
 ELEMENTS_AT_ONCE = 2**24
+# A GPU has work for all its cores only where many rows are rounded together.
+GPU_ELEMENTS_AT_ONCE = 2**25
 
 
 def clipped_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments) -> QuantizedWeight:
@@ -28,7 +32,8 @@ def clipped_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments) -
         The rounded weight, no row of which errs more than under plain rounding.
     """
     grams_GSS = moments.group_grams_GSS(grid.group_size)
-    rows_at_once = max(1, ELEMENTS_AT_ONCE // weight_OI.shape[1])
+    at_once = GPU_ELEMENTS_AT_ONCE if weight_OI.is_cuda else ELEMENTS_AT_ONCE
+    rows_at_once = max(1, at_once // weight_OI.shape[1])
     parts = [_clip_rows(rows_OI, grid, moments, grams_GSS) for rows_OI in weight_OI.split(rows_at_once)]
     return QuantizedWeight(
         torch.cat([part.codes_OI for part in parts]),
@@ -39,9 +44,10 @@ def clipped_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments) -
 
 
 def _clip_rows(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments, grams_GSS: torch.Tensor) -> QuantizedWeight:
-    shrink_OG = _best_shrink(weight_OI, grid, grams_GSS)
+    shrink_OG = best_shrinks(weight_OI, grams_GSS, SHRINKS, grid.bits, grid.symmetric)
     plain, clipped = (round_to_nearest(weight_OI, grid, shrink) for shrink in (1.0, shrink_OG))
-    plain_O, clipped_O = (moments.loss_O(part.dequantize().sub_(weight_OI)) for part in (plain, clipped))
+    with fast_matmuls(weight_OI.device):
+        plain_O, clipped_O = (moments.loss_O(part.dequantize().sub_(weight_OI)) for part in (plain, clipped))
     keep_O1 = (clipped_O < plain_O).unsqueeze(1)
     return QuantizedWeight(
         torch.where(keep_O1, clipped.codes_OI, plain.codes_OI),
@@ -49,18 +55,3 @@ def _clip_rows(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments, grams
         torch.where(keep_O1, clipped.zero_points_OG, plain.zero_points_OG),
         grid,
     )
-
-
-def _best_shrink(weight_OI: torch.Tensor, grid: Grid, grams_GSS: torch.Tensor) -> torch.Tensor:
-    """The shrink factor of each (row, group) with the least error inside the group, float32 [O, G]."""
-    num_groups = weight_OI.shape[1] // grid.group_size
-    best_OG = torch.ones(len(weight_OI), num_groups, device=weight_OI.device)
-    least_OG = torch.full_like(best_OG, torch.inf)
-    for shrink in SHRINKS:
-        difference_OI = round_to_nearest(weight_OI, grid, shrink).dequantize().sub_(weight_OI)
-        difference_GOS = difference_OI.unflatten(1, (-1, grid.group_size)).transpose(0, 1)
-        loss_OG = torch.bmm(difference_GOS, grams_GSS).mul_(difference_GOS).sum(2).T
-        better_OG = loss_OG < least_OG
-        best_OG[better_OG] = shrink
-        least_OG = torch.minimum(least_OG, loss_OG)
-    return best_OG

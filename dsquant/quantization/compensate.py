@@ -10,20 +10,18 @@ error.
 Shape legend: O out features, I in features, G groups, S = group size, C shrinks, P = C * O.
 """
 
-from dataclasses import dataclass
-
 import torch
 
-from dsquant.quantization.clip import SHRINKS, clipped_weight
+from dsquant.kernels.compensation import compensate_group
+from dsquant.kernels.precision import fast_matmuls
+from dsquant.quantization.clip import GPU_ELEMENTS_AT_ONCE, SHRINKS, clipped_weight
 from dsquant.quantization.statistics import InputMoments
-from dsquant.rounding import Grid, QuantizedWeight, grid_parameters
+from dsquant.rounding import Grid, QuantizedWeight
 
 # The Gram matrix's diagonal is raised by this share of its mean, for each feature over a token: of few tokens it knows
 # little, and compensation would fit their noise (docs/decisions/0006).
 DAMPING = 0.2
 LEAST_DAMPING = 0.005
-# Columns that are updated one by one before the rest of their group is, by one product.
-COLUMNS_AT_ONCE = 16
 # Rows are rounded in parts of at most this many weights, times the number of shrinks.
 ELEMENTS_AT_ONCE = 2**22
 
@@ -46,7 +44,8 @@ def compensated_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoment
     order_I = _order(moments.gram_II.diagonal(), grid.group_size)
     damping = max(LEAST_DAMPING, DAMPING * len(order_I) / moments.count)
     factor_II = _inverse_factor(moments.gram_II[order_I][:, order_I], damping)
-    rows_at_once = max(1, ELEMENTS_AT_ONCE // weight_OI.shape[1])
+    at_once = GPU_ELEMENTS_AT_ONCE if weight_OI.is_cuda else ELEMENTS_AT_ONCE
+    rows_at_once = max(1, at_once // weight_OI.shape[1])
     parts = [
         _better_rows(rows_OI, _rows_of(clipped, start, rows_at_once), grid, moments, order_I, factor_II)
         for start, rows_OI in zip(range(0, len(weight_OI), rows_at_once), weight_OI.split(rows_at_once), strict=True)
@@ -74,12 +73,16 @@ def _order(energy_I: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def _inverse_factor(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
-    """U, upper triangular float32 [I, I], with U^T U the inverse of the damped Gram matrix."""
+    """U, upper triangular float32 [I, I], with U^T U the inverse of the damped Gram matrix H.
+
+    With H = V V^T and V upper triangular (the Cholesky factor of H with rows and columns in reverse order), U = V^-1.
+    """
     damped_II = gram_II.double()
     mean = float(damped_II.diagonal().mean()) or 1.0
     damped_II.diagonal().add_(damping * mean)
-    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
-    return torch.linalg.cholesky(inverse_II, upper=True).float()
+    upper_II = torch.linalg.cholesky(damped_II.flip(0, 1)).flip(0, 1)
+    identity_II = torch.eye(len(upper_II), dtype=torch.float64, device=upper_II.device)
+    return torch.linalg.solve_triangular(upper_II, identity_II, upper=True).float()
 
 
 def _better_rows(
@@ -91,8 +94,10 @@ def _better_rows(
     factor_II: torch.Tensor,
 ) -> QuantizedWeight:
     """Each row compensated or clipped, whichever errs less."""
-    compensated = _compensate(weight_OI, grid, order_I, factor_II)
-    clipped_O, compensated_O = (moments.loss_O(part.dequantize().sub_(weight_OI)) for part in (clipped, compensated))
+    with fast_matmuls(weight_OI.device):
+        compensated = _compensate(weight_OI, grid, order_I, factor_II)
+        differences = (part.dequantize().sub_(weight_OI) for part in (clipped, compensated))
+        clipped_O, compensated_O = (moments.loss_O(difference_OI) for difference_OI in differences)
     keep_O1 = (compensated_O < clipped_O).unsqueeze(1)
     return QuantizedWeight(
         torch.where(keep_O1, compensated.codes_OI, clipped.codes_OI),
@@ -111,40 +116,10 @@ def _compensate(weight_OI: torch.Tensor, grid: Grid, order_I: torch.Tensor, fact
     places = (order_I[::size] // size).tolist()
     for place, start in zip(places, range(0, len(working_IO), size), strict=True):
         stop = start + size
-        group = _round_group(working_IO[start:stop], grid, factor_II[start:stop, start:stop])
+        factor_SS = factor_II[start:stop, start:stop]
+        group = compensate_group(working_IO[start:stop], factor_SS, SHRINKS, grid.bits, grid.symmetric)
         working_IO[stop:].addmm_(factor_II[start:stop, stop:].T, group.errors_SO, alpha=-1)
-        codes_OI[:, order_I[start:stop]] = group.codes_SO.T.to(torch.uint8)
+        codes_OI[:, order_I[start:stop]] = group.codes_SO.T
         scales_OG[:, place] = group.scales_O
-        zero_points_OG[:, place] = group.zero_points_O.to(torch.uint8)
+        zero_points_OG[:, place] = group.zero_points_O
     return QuantizedWeight(codes_OI, scales_OG, zero_points_OG, grid)
-
-
-@dataclass(frozen=True)
-class _Group:
-    codes_SO: torch.Tensor
-    errors_SO: torch.Tensor
-    """Each column's error over its U_jj: what later columns are changed by."""
-    scales_O: torch.Tensor
-    zero_points_O: torch.Tensor
-
-
-def _round_group(weight_SO: torch.Tensor, grid: Grid, factor_SS: torch.Tensor) -> _Group:
-    """Rounds a group's columns one after the other, under every shrink, and keeps each row's best."""
-    num_rows = weight_SO.shape[1]
-    shrinks_P1 = weight_SO.new_tensor(SHRINKS).repeat_interleave(num_rows).unsqueeze(1)
-    working_SP = weight_SO.repeat(1, len(SHRINKS))
-    scales_P, zero_points_P = (part_P1[:, 0] for part_P1 in grid_parameters(working_SP.T, grid, shrinks_P1))
-    codes_SP, errors_SP = torch.empty_like(working_SP), torch.empty_like(working_SP)
-    for start in range(0, grid.group_size, COLUMNS_AT_ONCE):
-        stop = start + COLUMNS_AT_ONCE
-        for column in range(start, stop):
-            values_P = working_SP[column]
-            codes_P = (values_P / scales_P).round_().add_(zero_points_P).clamp_(0, grid.maximum_code)
-            rounded_P = (codes_P - zero_points_P).mul_(scales_P)
-            errors_P = (values_P - rounded_P).div_(factor_SS[column, column])
-            working_SP[column + 1 : stop].addr_(factor_SS[column, column + 1 : stop], errors_P, alpha=-1)
-            codes_SP[column], errors_SP[column] = codes_P, errors_P
-        working_SP[stop:].addmm_(factor_SS[start:stop, stop:].T, errors_SP[start:stop], alpha=-1)
-    best_O = errors_SP.square().sum(0).view(len(SHRINKS), num_rows).argmin(0)
-    chosen_O = best_O * num_rows + torch.arange(num_rows, device=best_O.device)
-    return _Group(codes_SP[:, chosen_O], errors_SP[:, chosen_O], scales_P[chosen_O], zero_points_P[chosen_O])

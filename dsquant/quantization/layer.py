@@ -40,6 +40,8 @@ Emit = Callable[[Grid, str, QuantizedWeight | torch.Tensor], None]
 What is not emitted has not changed."""
 
 Note = Callable[[Grid, str, Importance], None]
+KeepScales = Callable[[Grid, str, torch.Tensor], None]
+"""Gets the grid, a producer (a norm or a linear) and the scales that its output is divided by, float32 [I]."""
 # Behind kv_b_proj's name: the importance of its keys, which in llama.cpp multiply queries and not the latent.
 KEYS_SUFFIX = ".keys"
 
@@ -66,6 +68,8 @@ class LayerJob:
     """Called with a module's name before its work begins; may raise to stop."""
     note: Note = lambda grid, linear, importance: None
     """Gets the importance of each linear's inputs under the scales, for grids that are not rounded."""
+    keep_scales: KeepScales = lambda grid, producer, scales: None
+    """Gets all scales that are folded in, so that a later release can be quantized under them."""
 
     @property
     def grids(self) -> tuple[Grid, ...]:
@@ -87,6 +91,8 @@ class GridReport:
     mlp_error_plain: float | None = None
     fallbacks: list[str] = field(default_factory=list)
     """Modules where the search did not beat plain rounding."""
+    weight_errors: dict[str, float] = field(default_factory=dict)
+    """Linear -> the rounded weight's distance from the folded one, over the folded one's norm."""
 
 
 @dataclass
@@ -130,13 +136,17 @@ def quantize_layer(job: LayerJob) -> LayerReport:
         if not grid.rounded:
             _note_attention(job, grid, attention_moments, attention)
         norm_fold, norm_scales_H = _norm_fold(job, grid, inputs, norm_moments)
-        _emit_dense_part(job, grid, attention, norm_fold)
+        _emit_dense_part(job, grid, attention, norm_fold, report)
+        for group, scales_I in attention.scales.items():
+            job.keep_scales(grid, group.producer, scales_I)
+        if norm_fold.rows:
+            job.keep_scales(grid, job.layer.norm, norm_scales_H)
         folds.append(norm_scales_H)
         reports.append(report)
     errors: list[list[MlpErrors]] = [[] for _ in job.grids]
     for number, mlp in enumerate(job.layer.mlps):
         job.safe_point(mlp.up.rsplit(".", 1)[0])
-        _quantize_mlp(job, mlp, number, inputs[mlp], folds, routing, errors)
+        _quantize_mlp(job, mlp, number, inputs[mlp], folds, routing, errors, reports)
     for report, found in zip(reports, errors, strict=True):
         _sum_up(report, found)
     counts = routing.counts(len(job.layer.experts)).tolist() if routing else []
@@ -284,7 +294,9 @@ def _norm_fold(
     return fold_of(job.weights, ScaleGroup(layer.norm, consumers, followers), choice.scales_I), choice.scales_I
 
 
-def _emit_dense_part(job: LayerJob, grid: Grid, attention: AttentionResult, norm_fold: Fold) -> None:
+def _emit_dense_part(
+    job: LayerJob, grid: Grid, attention: AttentionResult, norm_fold: Fold, report: GridReport
+) -> None:
     """Proves that the folds change nothing, then emits what changed outside the MLPs."""
     fold = Fold()
     fold.update(attention.fold)
@@ -301,6 +313,7 @@ def _emit_dense_part(job: LayerJob, grid: Grid, attention: AttentionResult, norm
     emitted = attention.linears if grid.rounded else {}
     for linear, weight in emitted.items():
         job.emit(grid, linear, weight)
+        report.weight_errors[linear] = weight.relative_error(folded[f"{linear}.weight"])
     for name in dict.fromkeys((*fold.rows, *fold.columns)):
         if name not in in_mlps and name.removesuffix(".weight") not in emitted:
             job.emit(grid, name, folded[name])
@@ -314,6 +327,7 @@ def _quantize_mlp(
     norm_scales: list[torch.Tensor],
     routing: Routing | None,
     errors: list[list[MlpErrors]],
+    reports: list[GridReport],
 ) -> None:
     """Runs one MLP of the original, quantizes it onto every grid, emits it and notes its errors for each grid."""
     original = GatedWeights.read(job.weights, mlp)
@@ -322,7 +336,7 @@ def _quantize_mlp(
         assert routing is not None
         _add_contribution(job, original, *routing.tokens_of(mlp.expert))
     moments = _moments(job, original, inputs, job.seed + number) if job.anywhere(mlp.up) else None
-    for grid, norm_scales_H, found in zip(job.grids, norm_scales, errors, strict=True):
+    for grid, norm_scales_H, found, report in zip(job.grids, norm_scales, errors, reports, strict=True):
         if moments is None or mlp.up not in job.linears[grid]:
             if job.linears[grid]:
                 unscaled = scaled(original, norm_scales_H, original.up_WH.new_ones(len(original.up_WH)))
@@ -330,9 +344,13 @@ def _quantize_mlp(
             continue
         result = quantize_mlp(job.skeleton, mlp, original, inputs, moments, norm_scales_H, grid)
         found.append(result.errors)
+        if not result.errors.plain:
+            job.keep_scales(grid, mlp.up, result.up_scales_W)
         if grid.rounded:
-            for linear, quantized in result.linears.items():
+            parts = (result.folded.gate_WH, result.folded.up_WH, result.folded.down_HW)
+            for (linear, quantized), folded in zip(result.linears.items(), parts, strict=True):
                 job.emit(grid, linear, quantized)
+                report.weight_errors[linear] = quantized.relative_error(folded)
             continue
         of_input, of_hidden = (part.importance for part in result.moments)
         for linear, importance in zip(mlp.linears, (of_input, of_input, of_hidden), strict=True):

@@ -152,6 +152,8 @@ class MlpResult:
     """By linear, ready for a writer."""
     moments: tuple[InputMoments, InputMoments]
     """Of the inputs of gate and up, and of down, under the scales."""
+    up_scales_W: torch.Tensor
+    """What up's rows are divided by and down's columns multiplied with, float32 [W]."""
     errors: MlpErrors
 
 
@@ -198,7 +200,9 @@ def quantize_mlp(
     norm = float(wanted_RH.square().double().sum()) or 1.0
 
     def error(weights: GatedWeights, scales_H: torch.Tensor | float) -> float:
-        return float((weights.output(skeleton, inputs_RH / scales_H) - wanted_RH).square().double().sum()) / norm
+        with fast_matmuls(inputs_RH.device):
+            found_RH = weights.output(skeleton, inputs_RH / scales_H)
+        return float((found_RH - wanted_RH).square().double().sum()) / norm
 
     error_searched = error(GatedWeights(*(weight.dequantize() for weight in linears)), norm_scales_H)
     error_unscaled = error(_plainly_rounded(unscaled, grid), norm_scales_H)
@@ -216,7 +220,11 @@ def quantize_mlp(
     )
     hidden = hidden_moments if plain else hidden_moments.divided(up_scales_W)
     return MlpResult(
-        unscaled if plain else folded, dict(zip(mlp.linears, linears, strict=True)), (divided, hidden), errors
+        unscaled if plain else folded,
+        dict(zip(mlp.linears, linears, strict=True)),
+        (divided, hidden),
+        torch.ones_like(up_scales_W) if plain else up_scales_W,
+        errors,
     )
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from dsquant.kernels.grids import fake_quantize_difference
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.overlays import Fold
 from dsquant.model.structure import ScaleGroup
 from dsquant.quantization.statistics import InputMoments
-from dsquant.rounding import Grid, fake_quantize
+from dsquant.rounding import Grid
 from dsquant.source.weights import Weights
 
 NUM_RATIOS = 20
@@ -88,7 +89,7 @@ def scale_losses(weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Grid, m
     weight_OI = weight_OI[:: -(-len(weight_OI) // SEARCH_ROWS)]
     with fast_matmuls(weight_OI.device):
         losses = [
-            moments.loss(fake_quantize(weight_OI * scales_I, grid).div_(scales_I).sub_(weight_OI))
+            moments.loss(fake_quantize_difference(weight_OI, scales_I, grid.group_size, grid.bits, grid.symmetric))
             for scales_I in scales_CI
         ]
     return torch.stack(losses)

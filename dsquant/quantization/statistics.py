@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dsquant.kernels.losses import gram_losses
 from dsquant.source.weights import CPU
 
 # Up to this many tokens are kept as they are; of more, this many random combinations.
@@ -128,7 +129,7 @@ class InputMoments:
         if self.factor_KI is not None:
             return (difference_OI @ self.factor_KI.T).square_().sum(1)
         assert self.gram_II is not None
-        return (difference_OI @ self.gram_II).mul_(difference_OI).sum(1).clamp_(min=0)
+        return gram_losses(difference_OI, self.gram_II).clamp_(min=0)
 
     def loss(self, difference_OI: torch.Tensor) -> torch.Tensor:
         """The sum of `loss_O` over all rows, float64 []."""

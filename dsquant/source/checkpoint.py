@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
-from dsquant.source.fp8 import SCALE_SUFFIX, dequantize_fp8, scale_shape
+from dsquant.kernels.fp8 import dequantize_fp8
+from dsquant.source.fp8 import SCALE_SUFFIX, scale_shape
 from dsquant.source.quantized import decoded_weights
 from dsquant.source.read_ahead import ReadAhead
 from dsquant.source.shards import ShardIndex, TensorInfo, read_index
@@ -143,19 +144,35 @@ def open_checkpoint(folder: Path, device: torch.device = CPU) -> Checkpoint:
     Raises:
         InputError: where config.json or the shards are missing, damaged, or contradict each other.
     """
-    config = read_config(folder)
-    index = read_index(folder)
+    return checkpoint_of(folder, read_config(folder), read_index(folder), device)
+
+
+def checkpoint_of(folder: Path, config: dict[str, Any], index: ShardIndex, device: torch.device = CPU) -> Checkpoint:
+    """Puts a config and an index together.
+
+    Args:
+        folder: the checkpoint's folder.
+        config: config.json's content.
+        index: the tensors.
+        device: where its weights go when they are read.
+
+    Returns:
+        The checkpoint, whose weights are read on access.
+
+    Raises:
+        InputError: where config and tensors contradict each other.
+    """
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, dict):
         raise InputError(f"{folder / CONFIG_FILE}: quantization_config must be an object, found {quantization!r:.80}")
     method = quantization.get("quant_method")
     if method in (None, "fp8"):
-        return Checkpoint(folder, config, index, StoredWeights(index, _block_size(folder, quantization), device))
+        return Checkpoint(folder, config, index, StoredWeights(index, block_size(folder, quantization), device))
     return Checkpoint(folder, config, index, decoded_weights(index, quantization, device))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json.
+    """Reads a checkpoint folder's config.json.
 
     Args:
         folder: the checkpoint's folder.
@@ -166,9 +183,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: where it is missing or not a JSON object.
     """
-    path = folder / CONFIG_FILE
+    return read_config_file(folder / CONFIG_FILE)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Reads a config.json that may lie anywhere and have any name; as `read_config`."""
     if not path.is_file():
-        raise InputError(f"{path} is missing; is {folder} a model folder?")
+        raise InputError(f"{path} is missing; is {path.parent} a model folder?")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -178,7 +199,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _block_size(folder: Path, quantization: dict[str, Any]) -> tuple[int, int] | None:
+def block_size(folder: Path, quantization: dict[str, Any]) -> tuple[int, int] | None:
+    """Reads the FP8 block from a config's quantization_config.
+
+    Args:
+        folder: the checkpoint's folder, for the message.
+        quantization: the quantization_config, empty where there is none.
+
+    Returns:
+        Rows and columns of a block; None where the config names none.
+
+    Raises:
+        InputError: where it is not two positive numbers.
+    """
     block = quantization.get("weight_block_size")
     if block is None:
         return None

@@ -47,7 +47,7 @@ def scan(index: ShardIndex, after_tensor: Callable[[str], None]) -> dict[str, st
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
             for info, found in zip(
-                index.values(), pool.map(lambda info: _scan_tensor(index, info), index.values()), strict=True
+                index.values(), pool.map(lambda info: scan_tensor(index, info), index.values()), strict=True
             ):
                 hashes[info.name] = found
                 after_tensor(info.name)
@@ -57,7 +57,19 @@ def scan(index: ShardIndex, after_tensor: Callable[[str], None]) -> dict[str, st
     return hashes
 
 
-def _scan_tensor(index: ShardIndex, info: TensorInfo) -> str:
+def scan_tensor(index: ShardIndex, info: TensorInfo) -> str:
+    """Reads one tensor.
+
+    Args:
+        index: the checkpoint.
+        info: the tensor.
+
+    Returns:
+        SHA-256 of its stored bytes, hexadecimal.
+
+    Raises:
+        InputError: where it holds NaN or infinity.
+    """
     digest = hashlib.sha256()
     num_rows = info.shape[0] if info.shape else 1
     step = max(1, BYTES_AT_ONCE * num_rows // max(1, info.num_bytes))

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from dsquant.errors import UsageError
+from dsquant.kernels.packing import pack_awq, unpack_awq
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.writers.base import StoredTensor
 from dsquant.writers.skip_lists import skipped_modules
 
-PACKED_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 BITS = 4
 # vLLM's and autoawq's kernels work on this many output columns at a time.
 OUT_MULTIPLE = 64
@@ -77,10 +77,28 @@ class AwqGemm:
             Tensor name -> tensor.
         """
         return {
-            f"{linear}.qweight": _pack_columns(weight.codes_OI.T),
-            f"{linear}.qzeros": _pack_columns(weight.zero_points_OG.T),
+            f"{linear}.qweight": pack_awq(weight.codes_OI),
+            f"{linear}.qzeros": pack_awq(weight.zero_points_OG),
             f"{linear}.scales": weight.scales_OG.T.contiguous().to(torch.float16),
         }
+
+    def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
+        """Undoes `pack`.
+
+        Args:
+            linear: its module name.
+            tensors: tensor name -> tensor, as `stored` announced.
+            grid: the quantization grid.
+
+        Returns:
+            The weight.
+        """
+        return QuantizedWeight(
+            unpack_awq(tensors[f"{linear}.qweight"]),
+            tensors[f"{linear}.scales"].float().T.contiguous(),
+            unpack_awq(tensors[f"{linear}.qzeros"]),
+            grid,
+        )
 
     def quantization_config(self, grid: Grid, linears: Mapping[str, bool]) -> dict[str, Any]:
         """AutoAWQ's config. `zero_point` is true for symmetric grids too: qzeros are there, all 8.
@@ -100,11 +118,3 @@ class AwqGemm:
             "version": "gemm",
             "modules_to_not_convert": skipped_modules(linears),
         }
-
-
-def _pack_columns(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [rows, columns] of 4-bit codes to int32 [rows, columns / 8]."""
-    words = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int32, device=codes.device)
-    for place, column in enumerate(PACKED_COLUMNS):
-        words |= codes[:, column::8].to(torch.int32) << (BITS * place)
-    return words

@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from dsquant.source.shards import DTYPE_NAMES, INDEX_FILE, tensor_bytes
 
 # The data begin at a multiple of this, as the safetensors library has it.
 ALIGNMENT = 8
+# Bytes that may wait in memory for the disk.
+SYNC_EVERY = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class StoredTensor:
     """The safetensors name: I32, BF16 ..."""
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Size of its data."""
         return tensor_bytes(self.dtype, self.shape)
@@ -65,7 +68,7 @@ class Shard:
         raw += b" " * (-len(raw) % ALIGNMENT)
         return struct.pack("<Q", len(raw)) + raw
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Size of the file."""
         return len(self.header) + sum(tensor.num_bytes for tensor in self.tensors)
@@ -131,6 +134,7 @@ class ShardFile:
         self._file = self._partial.open("wb")
         header = plan.header
         self._file.write(header)
+        self._unsynced = 0
         self._tensors = {tensor.name: tensor for tensor in plan.tensors}
         self._offsets: dict[str, int] = {}
         offset = len(header)
@@ -156,6 +160,11 @@ class ShardFile:
         row_bytes = planned.num_bytes // max(1, planned.shape[0])
         self._file.seek(self._offsets[name] + start_row * row_bytes)
         self._file.write(raw)
+        self._unsynced += len(raw)
+        if self._unsynced > SYNC_EVERY:  # so that the disk works all the time, and not at the end alone
+            self._unsynced = 0
+            self._file.flush()
+            os.fdatasync(self._file.fileno())
         self._digests[name].update(raw)
         self._rows_done[name] += rows.shape[0]
 
@@ -187,7 +196,19 @@ def write_index(folder: Path, plan: ShardPlan) -> None:
         folder: the checkpoint's folder.
         plan: its shards.
     """
+    write_atomically(folder / INDEX_FILE, index_content(plan))
+
+
+def index_content(plan: ShardPlan) -> bytes:
+    """The content of model.safetensors.index.json.
+
+    Args:
+        plan: the shards.
+
+    Returns:
+        JSON.
+    """
     total = sum(tensor.num_bytes for shard in plan.shards for tensor in shard.tensors)
     weight_map = {tensor.name: shard.file_name for shard in plan.shards for tensor in shard.tensors}
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_atomically(folder / INDEX_FILE, (json.dumps(content, indent=2) + "\n").encode())
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from dsquant.errors import UsageError
+from dsquant.kernels.packing import WORD_BITS, pack_rows, unpack_rows
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.writers.base import StoredTensor
 from dsquant.writers.skip_lists import ignored_modules
-
-WORD_BITS = 32
 
 
 class CompressedTensors:
@@ -83,14 +82,34 @@ class CompressedTensors:
             Tensor name -> tensor.
         """
         tensors = {
-            f"{linear}.weight_packed": _pack_rows(weight.codes_OI, weight.grid.bits),
+            f"{linear}.weight_packed": pack_rows(weight.codes_OI, weight.grid.bits),
             f"{linear}.weight_scale": weight.scales_OG.to(torch.bfloat16),
             f"{linear}.weight_shape": torch.tensor(weight.codes_OI.shape, dtype=torch.int64),
         }
         if not weight.grid.symmetric:
-            packed = _pack_rows(weight.zero_points_OG.T, weight.grid.bits)
+            packed = pack_rows(weight.zero_points_OG.T, weight.grid.bits)
             tensors[f"{linear}.weight_zero_point"] = packed.T.contiguous()
         return tensors
+
+    def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
+        """Undoes `pack`.
+
+        Args:
+            linear: its module name.
+            tensors: tensor name -> tensor, as `stored` announced.
+            grid: the quantization grid.
+
+        Returns:
+            The weight.
+        """
+        rows, columns = tensors[f"{linear}.weight_shape"].tolist()
+        scales_OG = tensors[f"{linear}.weight_scale"].float()
+        zero_points_OG = torch.full(scales_OG.shape, grid.middle, dtype=torch.uint8)
+        if not grid.symmetric:
+            packed = tensors[f"{linear}.weight_zero_point"].T.contiguous()
+            zero_points_OG = unpack_rows(packed, rows, grid.bits).T.contiguous()
+        codes_OI = unpack_rows(tensors[f"{linear}.weight_packed"], columns, grid.bits)
+        return QuantizedWeight(codes_OI, scales_OG, zero_points_OG, grid)
 
     def quantization_config(self, grid: Grid, linears: Mapping[str, bool]) -> dict[str, Any]:
         """The config that compressed-tensors 0.20 writes for weights only.
@@ -130,16 +149,3 @@ class CompressedTensors:
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
-
-
-def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [rows, columns] to int32 [rows, ceil(columns * bits / 32)]: 32 codes fill `bits` words."""
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % WORD_BITS)).unflatten(1, (-1, WORD_BITS))
-    words = torch.zeros(*padded.shape[:2], bits, dtype=torch.int32, device=codes.device)
-    for place in range(WORD_BITS):
-        word, shift = divmod(place * bits, WORD_BITS)
-        code = padded[:, :, place].to(torch.int32)
-        words[:, :, word] |= code << shift
-        if shift + bits > WORD_BITS:
-            words[:, :, word + 1] |= code >> (WORD_BITS - shift)
-    return words.flatten(1)[:, : math.ceil(codes.shape[1] * bits / WORD_BITS)].contiguous()

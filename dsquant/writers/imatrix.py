@@ -6,10 +6,12 @@ dsquant's calibration too. Reference: tools/imatrix/imatrix.cpp and `load_imatri
 Shape legend: M matrices of a tensor (experts, or heads), I columns.
 """
 
+import hashlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -84,6 +86,27 @@ def write_imatrix(
     writer.write_tensors_to_file()
     writer.close()
     partial.replace(path)
+
+
+def stored_tensors(path: Path) -> dict[str, list[Any]]:
+    """What an imatrix file of the newer format holds.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Tensor -> type, SHA-256 of its bytes and extents, columns last; in the order of the file.
+    """
+    from gguf import GGUFReader
+
+    return {
+        tensor.name: [
+            tensor.tensor_type.name,
+            hashlib.sha256(tensor.data.tobytes()).hexdigest(),
+            *(int(extent) for extent in reversed(tensor.shape)),
+        ]
+        for tensor in GGUFReader(path).tensors
+    }
 
 
 def read_imatrix(path: Path) -> dict[str, TensorImportance]:

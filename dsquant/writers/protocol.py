@@ -50,6 +50,18 @@ class Format(Protocol):
             Tensor name -> tensor, as `stored` announced.
         """
 
+    def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
+        """Undoes `pack`.
+
+        Args:
+            linear: its module name.
+            tensors: tensor name -> tensor, as `stored` announced.
+            grid: the quantization grid.
+
+        Returns:
+            The weight.
+        """
+
     def quantization_config(self, grid: Grid, linears: Mapping[str, bool]) -> dict[str, Any]:
         """The `quantization_config` of config.json.
 

@@ -14,7 +14,7 @@ from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.gguf_layout import ARCHITECTURES, Placement, encode, placements, stored_shape
 from dsquant.writers.gguf.files import GgufFile, GgufFiles, GgufTensor, plan_files
 from dsquant.writers.gguf.metadata import add_model_keys, add_tokenizer_keys, rope_factors
-from dsquant.writers.gguf.store import check_quantizer, stored_rows
+from dsquant.writers.gguf.store import check_quantizer, decoded_rows, stored_rows
 from dsquant.writers.gguf.types import MIXTURES, choose_type, model_facts, row_bytes
 from dsquant.writers.imatrix import TensorImportance, column_importance
 
@@ -23,6 +23,8 @@ EMBEDDING = "model.embed_tokens.weight"
 QUANTIZATION_VERSION = 2
 # Weights that are in memory together while a matrix is stored.
 ELEMENTS_AT_ONCE = 2**24
+# A parameter's error is measured on this many rows, evenly spaced: gguf-py decodes slowly.
+ERROR_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,12 @@ def plan_target(
         InputError: where a parameter has no place in GGUF, or the tokenizer is unknown to llama.cpp.
         UsageError: where nothing installed can quantize to a type.
     """
-    shapes = _shapes(checkpoint, parameters)
-    tied = "output.weight" not in shapes
-    layers = int(checkpoint.config["num_hidden_layers"]) + num_mtp_layers
-    facts = model_facts(checkpoint.config, layers, tied)
-    tensors, replaced = {}, Counter[tuple[str, str]]()
-    for name, shape in shapes.items():
-        chosen, wanted = choose_type(name, shape, type_name, facts, has_imatrix, overrides)
-        tensors[name] = GgufTensor(name, chosen, shape)
-        if wanted:
-            replaced[wanted, chosen] += 1
-    check_quantizer({tensor.type_name for tensor in tensors.values()})
+    tensors, replaced = choose_tensors(
+        checkpoint.config, stored_shapes(checkpoint, parameters), type_name, num_mtp_layers, has_imatrix, overrides
+    )
+    missing = check_quantizer(
+        {tensor.type_name for tensor in tensors.values()}, checkpoint.weights.device.type == "cuda"
+    )
 
     def add_keys(writer: Any) -> None:
         add_model_keys(writer, checkpoint.config, model_name, num_mtp_layers)
@@ -111,10 +108,54 @@ def plan_target(
         f"{count} tensors are {chosen} instead of {wanted}: their rows are no multiple of {wanted}'s block"
         for (wanted, chosen), count in replaced.items()
     )
-    return GgufTarget(type_name, tensors, files, notes, _largest_whole(checkpoint, parameters))
+    notes += (missing,) if missing else ()
+    return GgufTarget(type_name, tensors, files, notes, largest_whole(checkpoint, parameters))
 
 
-def _shapes(checkpoint: Checkpoint, parameters: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def choose_tensors(
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    type_name: str,
+    num_mtp_layers: int,
+    has_imatrix: bool,
+    overrides: Sequence[tuple[re.Pattern[str], str]] = (),
+) -> tuple[dict[str, GgufTensor], Counter[tuple[str, str]]]:
+    """Gives every tensor of a GGUF model its type.
+
+    Args:
+        config: config.json's content.
+        shapes: tensor -> shape, from `stored_shapes`.
+        type_name: a key of `MIXTURES`.
+        num_mtp_layers: multi-token-prediction layers among them.
+        has_imatrix: whether measured importances are used.
+        overrides: types by pattern, from `parse_overrides`.
+
+    Returns:
+        The tensors in order, and how often a type was replaced: (wanted, chosen) -> tensors.
+    """
+    facts = model_facts(config, int(config["num_hidden_layers"]) + num_mtp_layers, "output.weight" not in shapes)
+    tensors, replaced = {}, Counter[tuple[str, str]]()
+    for name, shape in shapes.items():
+        chosen, wanted = choose_type(name, shape, type_name, facts, has_imatrix, overrides)
+        tensors[name] = GgufTensor(name, chosen, shape)
+        if wanted:
+            replaced[wanted, chosen] += 1
+    return tensors, replaced
+
+
+def stored_shapes(checkpoint: Checkpoint, parameters: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The tensors that parameters become in a GGUF model.
+
+    Args:
+        checkpoint: the source.
+        parameters: names of its parameters, in order.
+
+    Returns:
+        GGUF tensor -> shape, rows last but one as in the checkpoint.
+
+    Raises:
+        InputError: where a parameter has no place in GGUF.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     factors = rope_factors(checkpoint.config)
     if factors is not None:
@@ -148,7 +189,13 @@ def places_of(checkpoint: Checkpoint, parameter: str) -> tuple[Placement, ...]:
     return found
 
 
-def _largest_whole(checkpoint: Checkpoint, parameters: Sequence[str]) -> int:
+def error_step(shape: tuple[int, ...], placement: Placement) -> int:
+    """Every how many rows of a parameter its error is measured; 1 where the file has them in another order."""
+    return max(1, -(-shape[0] // ERROR_ROWS)) if placement.transform == "same" and len(shape) > 1 else 1
+
+
+def largest_whole(checkpoint: Checkpoint, parameters: Sequence[str]) -> int:
+    """The weights of the largest parameter that is not stored in parts of bounded size."""
     sizes = (
         prod(checkpoint.weights.shape(name))
         for name in parameters
@@ -171,6 +218,8 @@ class GgufUnitWriter:
     observed: dict[str, TensorImportance] = field(default_factory=dict)
     """Tensor -> importance, noted before the tensor is written."""
     bytes_written: int = 0
+    _losses: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Parameter -> squared error and squared norm of the rows that were measured."""
     _written: set[str] = field(default_factory=set)
 
     def note(self, parameter: str, squares: torch.Tensor, count: int, keys: bool = False) -> None:
@@ -207,12 +256,28 @@ class GgufUnitWriter:
             start = 0
             if placement.expert is not None:
                 start = placement.expert * tensor.shape[-2] * row_bytes(tensor.type_name, tensor.shape[-1])
+            step, row = error_step(self.checkpoint.weights.shape(parameter), placement), 0
             for number, rows_RI in parts:
                 stored = stored_rows(rows_RI, tensor.type_name, self._importance(tensor.name, placement, number))
                 self.files.write(tensor.name, start, stored)
+                measured = slice(-row % step, None, step)
+                self._measure(parameter, tensor.type_name, rows_RI[measured].cpu(), stored[measured].cpu())
                 start += stored.numel()
+                row += len(rows_RI)
                 self.bytes_written += stored.numel()
         self._written.add(parameter)
+
+    def _measure(self, parameter: str, type_name: str, rows_RI: torch.Tensor, stored: torch.Tensor) -> None:
+        if not len(rows_RI):
+            return
+        error, norm = self._losses.get(parameter, (0.0, 0.0))
+        error += float((decoded_rows(stored, type_name) - rows_RI).square().double().sum())
+        self._losses[parameter] = error, norm + float(rows_RI.square().double().sum())
+
+    @property
+    def weight_errors(self) -> dict[str, float]:
+        """Parameter -> the stored rows' distance from the folded ones, over their norm, on the rows that count."""
+        return {name: (error / norm) ** 0.5 if norm else 0.0 for name, (error, norm) in self._losses.items()}
 
     def _rows(self, parameter: str, weight: torch.Tensor | None) -> Iterable[tuple[int, torch.Tensor]]:
         num_rows, num_columns = self.checkpoint.weights.shape(parameter)

@@ -6,7 +6,7 @@ keeps them, the shared experts and the dense layers at 8.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ class ModelFacts:
     is_70b: bool
 
 
-def model_facts(config: dict[str, Any], num_layers: int, tied: bool) -> ModelFacts:
+def model_facts(config: Mapping[str, Any], num_layers: int, tied: bool) -> ModelFacts:
     """Reads the facts from config.json's content."""
     heads = int(config["num_attention_heads"])
     key_value_heads = 1 if "kv_lora_rank" in config else int(config.get("num_key_value_heads") or heads)

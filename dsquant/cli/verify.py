@@ -1,0 +1,34 @@
+"""The command `dsquant verify`."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from dsquant.cli.process import dsquant_command, quiet_libraries
+from dsquant.errors import InputError
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--source", help="The model that DIR was made from.  [default: the recorded one, where it is here]")
+@click.option("--all", "everything", is_flag=True, help="Compare every parameter with the source, not a sample.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON, and no progress bar.")
+@dsquant_command
+def verify(folder: Path, source: str | None, everything: bool, as_json: bool) -> None:
+    """Checks every byte of the output DIR, its coverage of the source, and its values; exit code 3 on damage."""
+    from rich.console import Console
+
+    from dsquant.display import progress_bar
+    from dsquant.verification.checks import verify as check
+    from dsquant.verification.tables import verification_tables
+
+    with quiet_libraries(), progress_bar(not as_json) as report:
+        found = check(folder, source, everything, report)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=2))
+    else:
+        Console().print(*verification_tables(found), sep="\n")
+    if not found.ok:
+        sys.exit(InputError.exit_code)

@@ -1,0 +1,83 @@
+"""The command that serves an output where it has been placed.
+
+Read in the engines' documentation (November 2026): vLLM and SGLang divide attention heads among tensor-parallel ranks;
+llama.cpp takes the first `-ot` pattern that is found in a tensor's name; KTransformers keeps routed experts in RAM and
+the rest in one GPU.
+"""
+
+from dsquant.deployment.facts import ENGINE_SHARE, GPU_RESERVE_BYTES
+from dsquant.deployment.hardware import Machine
+from dsquant.deployment.placement import Network, Placement
+from dsquant.deployment.sizes import OutputSize
+
+
+def launch_commands(
+    output: OutputSize, network: Network, machine: Machine, placement: Placement, context: int, source: str, name: str
+) -> dict[str, str]:
+    """The commands of every engine that runs a placement.
+
+    Args:
+        output: what runs.
+        network: its model.
+        machine: on what.
+        placement: how it lies there.
+        context: tokens of a sequence.
+        source: the original model, whose config and tokenizer KTransformers wants.
+        name: the model's, for file names.
+
+    Returns:
+        Engine -> command; empty where nothing runs it.
+    """
+    if placement.kind == "none":
+        return {}
+    if not output.format.startswith("gguf:"):
+        return _parallel_commands(output, placement, context, source)
+    commands = {"llama.cpp": _llama_cpp(output, network, machine, placement, context, name)}
+    base = output.served_bytes - output.by_kind.get("routed experts", 0) + placement.kv_bytes
+    holds_base = machine.gpus is not None and machine.gpus.memory_bytes - GPU_RESERVE_BYTES >= base
+    if network.has_experts and network.shared_kv and holds_base and placement.kind == "split":
+        experts = output.by_kind.get("routed experts", 0)
+        if experts < machine.ram_bytes:
+            commands["ktransformers"] = (
+                f"python -m ktransformers.local_chat --model_path {source} --gguf_path DIR "
+                "--cpu_infer $(($(nproc) - 1)) --max_new_tokens 4096"
+            )
+    return commands
+
+
+def _parallel_commands(output: OutputSize, placement: Placement, context: int, source: str) -> dict[str, str]:
+    folder = source if output.format == "source" else "DIR"
+    sizes = f"--tensor-parallel-size {placement.tensor_parallel}"
+    if placement.pipeline_parallel > 1:
+        sizes += f" --pipeline-parallel-size {placement.pipeline_parallel}"
+    # bfloat16: float16 overflows in DeepSeek's deeper layers
+    vllm = f"vllm serve {folder} {sizes} --dtype bfloat16 --max-model-len {context}"
+    sglang = (
+        f"python -m sglang.launch_server --model-path {folder} --tp {placement.tensor_parallel}"
+        + (f" --pp-size {placement.pipeline_parallel}" if placement.pipeline_parallel > 1 else "")
+        + f" --dtype bfloat16 --context-length {context}"
+    )
+    return {
+        "vLLM": f"{vllm} --gpu-memory-utilization {ENGINE_SHARE}",
+        "SGLang": f"{sglang} --mem-fraction-static {ENGINE_SHARE}",
+    }
+
+
+def _llama_cpp(
+    output: OutputSize, network: Network, machine: Machine, placement: Placement, context: int, name: str
+) -> str:
+    command = f"llama-server -m DIR/{name}-{output.format.removeprefix('gguf:')}.gguf -c {context}"
+    if placement.kind == "cpu":
+        return f"{command} -ngl 0"
+    if placement.kind == "gpu":
+        return f"{command} -ngl 99"
+    if not network.has_experts:
+        return f"{command} -ngl {placement.gpu_layers}"
+    assert machine.gpus is not None
+    each = placement.gpu_layers // machine.gpus.count
+    patterns = []
+    for card in range(machine.gpus.count if each else 0):
+        first = network.first_split + card * each
+        layers = "|".join(str(layer) for layer in range(first, first + each))
+        patterns.append(f"-ot 'blk\\.({layers})\\.ffn_.*_exps=CUDA{card}'")
+    return " ".join([command, "-ngl 99", *patterns, "-ot 'ffn_.*_exps=CPU'"])

@@ -1,0 +1,97 @@
+"""What others and dsquant itself have measured, with where it is written; everything a forecast multiplies by."""
+
+from dataclasses import dataclass
+
+GB = 10**9
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number that is known between two bounds."""
+
+    low: float
+    high: float
+
+    def __mul__(self, factor: "float | Range") -> "Range":
+        other = factor if isinstance(factor, Range) else Range(factor, factor)
+        return Range(self.low * other.low, self.high * other.high)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A measured share or rate."""
+
+    name: str
+    value: Range
+    source: str
+
+
+@dataclass(frozen=True)
+class GpuClass:
+    """Cards of one memory size."""
+
+    memory_gib: int
+    bandwidth_gbs: Range
+    """Memory bandwidth in GB/s of the slowest and the fastest of them."""
+    cards: str
+
+
+# Data sheets.
+GPU_CLASSES = (
+    GpuClass(16, Range(288, 960), "RTX 4060 Ti to RTX 5080"),
+    GpuClass(24, Range(600, 1008), "A10 to RTX 4090; RTX 3090 has 936, L4 only 300"),
+    GpuClass(32, Range(1134, 1792), "V100S to RTX 5090"),
+    GpuClass(48, Range(696, 960), "A40, L40S 864, RTX 6000 Ada"),
+    GpuClass(80, Range(1935, 3352), "A100 PCIe to H100 SXM"),
+    GpuClass(96, Range(1792, 4022), "RTX PRO 6000 to H20"),
+    GpuClass(141, Range(4800, 4800), "H200"),
+    GpuClass(192, Range(5300, 8000), "MI300X to B200"),
+    GpuClass(288, Range(6000, 8000), "MI325X to B300"),
+)
+# Up to this much RAM a machine is taken for a desktop.
+DESKTOP_RAM_GIB = 192
+DESKTOP_RAM = Fact("RAM, two channels", Range(51, 90), "DDR4-3200 to DDR5-5600, 8 bytes a channel and transfer")
+SERVER_RAM = Fact("RAM, eight to twelve channels", Range(205, 538), "8 x DDR4-3200 to 12 x DDR5-5600")
+DEFAULT_DISK = Fact("disk", Range(3.5, 7.0), "assumed: one NVMe drive of PCIe 3 to 4; give --disk-read")
+
+# Share of the bandwidth's bound that decoding one sequence reaches.
+TENSOR_PARALLEL = Fact(
+    "several GPUs, tensor-parallel",
+    Range(0.045, 0.14),
+    "model card of cognitivecomputations/DeepSeek-R1-AWQ, one sequence: 61.5 tokens/s on 8xH100 of a bound of 1,300; "
+    "46.3 on 8xL40S of 335",
+)
+ONE_GPU = Fact(
+    "one GPU, or layers one GPU after another",
+    Range(0.32, 0.77),
+    "pavlokhmel.com, 7 June 2026, llama.cpp Q4_K_M of 5.7 GB: 190 tokens/s on H100 SXM (32 %), 137 on RTX 4090 (77 %)",
+)
+RAM = Fact(
+    "CPU and RAM",
+    Range(0.33, 0.52),
+    "KTransformers' R1 report: 8.73 of 26.7 tokens/s on one socket; Tencent X-Lab: Q8_0 at 7.17 of 13.8 on 12 channels",
+)
+DISK = Fact(
+    "disk, read through mmap",
+    Range(0.3, 1.0),
+    "assumed; level1techs' R1 thread reports that llama.cpp's buffered reads, not the drives, are the limit",
+)
+EFFICIENCIES = (TENSOR_PARALLEL, ONE_GPU, RAM, DISK)
+
+# What compressed swap (zram) really gains on weights: entropy of their bytes.
+SWAP_GAIN = {"source": 1.23, "awq": 1.10, "compressed-tensors": 1.10, "gguf": 1.08}
+SWAP_SOURCE = "entropy of INT4 g128 codes 1.10, Q4_K 1.05 to 1.08, FP8 1.23 (arXiv 2508.19263 has 83 % for FP8)"
+
+# Reserves. Assumed: what engines take beside weights and KV cache.
+GPU_RESERVE_BYTES = int(1.5 * GIB)
+ENGINE_SHARE = 0.95  # what vLLM and SGLang are told to use of a GPU
+RAM_RESERVE_BYTES = 4 * GIB
+
+# Making an output: seconds of one core for each weight, from benchmarks/planning_cpu_202611.md.
+SCAN_S, READ_S, RUN_S = 2.6e-9, 5.0e-9, 9.1e-9
+SEARCH_S = 5.3e-7
+STORE_S = {"Q8_0": 3.1e-9, "Q6_K": 3.0e-8, "F32": 0.0, "F16": 0.0, "BF16": 0.0}
+STORE_OTHER_S = 1.2e-7  # as Q4_K
+MEASURED_CORES = 2
+MEASURED_IN = "benchmarks/planning_cpu_202611.md"

@@ -1,0 +1,247 @@
+"""`dsquant plan`: sizes of every output, what runs where and how fast, what it costs, what cannot work."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dsquant.deployment import facts
+from dsquant.deployment.engines import launch_commands
+from dsquant.deployment.facts import Fact, Range
+from dsquant.deployment.hardware import REFERENCE_MACHINES, Machine, parse_machine
+from dsquant.deployment.making import Making, making_of
+from dsquant.deployment.placement import Network, Placement, network_of, place
+from dsquant.deployment.sizes import OutputSize, output_sizes
+from dsquant.deployment.statements import statements_about
+from dsquant.deployment.subject import Subject, open_subject
+from dsquant.notebook import as_html
+
+DEFAULT_CONTEXT = 32768
+# From the best to what loses most; only these are placed on a machine.
+CANDIDATES = (
+    "source",
+    "compressed-tensors quality",
+    "awq quality",
+    "compressed-tensors compact",
+    "awq compact",
+    "gguf:Q8_0",
+    "gguf:Q6_K",
+    "gguf:Q5_K_M",
+    "gguf:Q4_K_M+",
+    "gguf:Q4_K_M",
+    "gguf:IQ4_XS",
+    "gguf:Q3_K_M",
+    "gguf:Q2_K",
+)
+# Below this, overheads and not bandwidth decide how fast tokens come.
+SMALL_BYTES = 2**30
+# Where experts come from disk, more bits than these only cost speed.
+FOR_DISK = ("gguf:Q4_K_M", "gguf:IQ4_XS")
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """One output on one machine."""
+
+    output: OutputSize
+    placement: Placement
+    commands: dict[str, str]
+    """Engine -> command."""
+    price_per_million: Range | None
+    """For a million generated tokens, one sequence at a time; None where no price was given or nothing runs."""
+
+
+@dataclass(frozen=True)
+class MachineForecast:
+    """Every candidate on one machine."""
+
+    machine: Machine
+    deployments: tuple[Deployment, ...]
+    best: Deployment | None
+    statements: tuple[str, ...]
+    """What works and what cannot, in words."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a model before a weight is read."""
+
+    model: str
+    architecture: str
+    from_config_alone: bool
+    num_tensors: int
+    source_bytes: int
+    network: Network
+    context: int
+    sizes: tuple[OutputSize, ...]
+    refused: tuple[str, ...]
+    """Outputs that cannot be made, and why."""
+    notes: tuple[str, ...]
+    makings: tuple[Making, ...]
+    machines: tuple[MachineForecast, ...]
+    gpu_price: float | None
+    facts: tuple[Fact, ...] = facts.EFFICIENCIES
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        named = {"machines": [_machine_json(found) for found in self.machines]}
+        sizes = [{"name": size.name, **asdict(size), "served_bytes": size.served_bytes} for size in self.sizes]
+        makings = [
+            {**asdict(making), "output": making.output.name, "mtp": making.output.mtp, "hours": asdict(making.hours)}
+            for making in self.makings
+        ]
+        network = {**asdict(self.network), "kv_bytes_per_token": self.network.kv_bytes_per_token}
+        plain = {key: value for key, value in vars(self).items() if key not in ("sizes", "makings", "machines")}
+        plain["facts"] = [asdict(fact) for fact in self.facts]
+        return {**plain, "network": network, "sizes": sizes, "makings": makings, **named}
+
+    def _repr_html_(self) -> str:
+        from dsquant.deployment.tables import forecast_tables
+
+        return as_html(forecast_tables(self))
+
+
+def _machine_json(found: MachineForecast) -> dict[str, Any]:
+    rows = [
+        {**asdict(row), "output": row.output.name, "served_bytes": row.output.served_bytes} for row in found.deployments
+    ]
+    return {
+        "machine": asdict(found.machine),
+        "deployments": rows,
+        "best": found.best.output.name if found.best else None,
+        "statements": list(found.statements),
+    }
+
+
+def forecast(
+    model: str,
+    gpu: str | None = None,
+    ram: str | None = None,
+    disk: str | None = None,
+    disk_read: str | None = None,
+    gpu_price: float | None = None,
+    context: int = DEFAULT_CONTEXT,
+) -> Forecast:
+    """Plans everything about a model from its headers or its config.
+
+    Args:
+        model: `tiny-r1`, a folder, a config.json, or a hub id.
+        gpu: the GPUs, such as `4x24GiB` or `4x24GiB@936GB/s`; machines people ask about where neither gpu nor ram.
+        ram: such as `64GiB`.
+        disk: room for the weights.
+        disk_read: such as `7GB/s`.
+        gpu_price: of one GPU for an hour.
+        context: tokens of KV cache.
+
+    Returns:
+        The forecast.
+
+    Raises:
+        InputError: where the model cannot be had or is not supported.
+        UsageError: where the machine's description cannot be read.
+    """
+    machines = [parse_machine(gpu, ram, disk, disk_read)] if gpu or ram else reference_machines(disk, disk_read)
+    subject = open_subject(model)
+    return forecast_of(subject, output_sizes(subject), machines, gpu_price, context)
+
+
+def forecast_of(
+    subject: Subject,
+    outputs: tuple[tuple[OutputSize, ...], tuple[str, ...]],
+    machines: Sequence[Machine],
+    gpu_price: float | None = None,
+    context: int = DEFAULT_CONTEXT,
+) -> Forecast:
+    """Plans everything but the sizes, which are known.
+
+    Args:
+        subject: the model.
+        outputs: from `output_sizes`.
+        machines: what it is to run on.
+        gpu_price: of one GPU for an hour.
+        context: tokens of KV cache.
+
+    Returns:
+        The forecast.
+    """
+    sizes, refused = outputs
+    network = network_of(subject.skeleton.config)
+    return Forecast(
+        model=subject.model,
+        architecture=subject.checkpoint.architecture,
+        from_config_alone=not subject.has_headers,
+        num_tensors=len(subject.checkpoint.index),
+        source_bytes=subject.checkpoint.index.num_bytes,
+        network=network,
+        context=context,
+        sizes=sizes,
+        refused=refused,
+        notes=_notes(subject),
+        makings=tuple(making_of(size, subject, machines[0]) for size in _candidates(sizes)[1:]),
+        machines=tuple(_on_machine(subject, network, sizes, found, context, gpu_price) for found in machines),
+        gpu_price=gpu_price,
+    )
+
+
+def reference_machines(disk: str | None = None, disk_read: str | None = None) -> list[Machine]:
+    """The machines that a plan is about where nobody names one."""
+    return [parse_machine(gpu, ram, disk, disk_read) for gpu, ram in REFERENCE_MACHINES]
+
+
+def _candidates(sizes: Sequence[OutputSize]) -> list[OutputSize]:
+    """One of each name, as its command makes it by default: safetensors with the MTP layer, GGUF without."""
+    by_name: dict[str, OutputSize] = {}
+    for size in sizes:
+        by_name.setdefault(size.name, size)
+    return [by_name[name] for name in CANDIDATES if name in by_name]
+
+
+def _notes(subject: Subject) -> tuple[str, ...]:
+    notes = []
+    if not subject.has_headers:
+        notes.append(
+            "from config.json alone: sizes of tensor data are exact; safetensors files differ by the order of names in "
+            "their headers, some kilobytes in all"
+        )
+    if not subject.has_tokenizer:
+        notes.append("no tokenizer.json: GGUF sizes are those of the tensors; the file's header adds the vocabulary")
+    if subject.checkpoint.index.num_bytes < SMALL_BYTES:
+        notes.append("so small a model is bound by an engine's overheads: take its speeds as bounds nobody reaches")
+    notes.append("beside the weight files lie tokenizer, config, model card and dsquant.json, a few megabytes")
+    return tuple(notes)
+
+
+def _on_machine(
+    subject: Subject,
+    network: Network,
+    sizes: Sequence[OutputSize],
+    machine: Machine,
+    context: int,
+    gpu_price: float | None,
+) -> MachineForecast:
+    rows = []
+    for size in _candidates(sizes):
+        placement = place(size, network, machine, context)
+        commands = launch_commands(size, network, machine, placement, context, subject.model, subject.name)
+        price = _price(placement, machine, gpu_price)
+        rows.append(Deployment(size, placement, commands, price))
+    best = min((row for row in rows if row.commands), key=_rank, default=None)
+    statements = statements_about(machine, network, [(row.output, row.placement) for row in rows])
+    return MachineForecast(machine, tuple(rows), best, statements)
+
+
+def _rank(row: Deployment) -> tuple[int, int]:
+    """GPUs alone, then RAM too, then disk too; inside these the output that loses least."""
+    order = CANDIDATES.index(row.output.name)
+    if row.placement.kind == "gpu":
+        return 0, order
+    if not row.placement.disk_bytes:
+        return 1, order
+    return 2, FOR_DISK.index(row.output.name) if row.output.name in FOR_DISK else len(FOR_DISK) + order
+
+
+def _price(placement: Placement, machine: Machine, gpu_price: float | None) -> Range | None:
+    if gpu_price is None or placement.tokens_per_s is None or machine.gpus is None:
+        return None
+    an_hour = gpu_price * machine.gpus.count
+    speed = placement.tokens_per_s
+    return Range(an_hour / 3600 / speed.high * 1e6, an_hour / 3600 / speed.low * 1e6)

@@ -1,0 +1,115 @@
+"""A machine as the command line describes it: `--gpu 4x24GiB --ram 64GiB --disk-read 7GB/s`."""
+
+import re
+from dataclasses import dataclass
+
+from dsquant.deployment.facts import DEFAULT_DISK, DESKTOP_RAM, DESKTOP_RAM_GIB, GB, GIB, GPU_CLASSES, SERVER_RAM, Range
+from dsquant.errors import UsageError
+from dsquant.recipe import parse_size
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """Equal cards."""
+
+    count: int
+    memory_bytes: int
+    """Of one card."""
+    bandwidth: Range
+    """Bytes a second of one card."""
+    source: str
+    """Where the bandwidth is from."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a model is to run on."""
+
+    gpus: Gpus | None
+    ram_bytes: int
+    ram_bandwidth: Range
+    ram_source: str
+    disk_bytes: int | None
+    """Room for the weights; None where nobody said."""
+    disk_read: Range
+    disk_source: str
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Memory of all cards."""
+        return self.gpus.count * self.gpus.memory_bytes if self.gpus else 0
+
+    def __str__(self) -> str:
+        cards = f"{self.gpus.count}x{self.gpus.memory_bytes / GIB:g} GiB GPU" if self.gpus else "no GPU"
+        disk = f", disk {self.disk_bytes / GIB:g} GiB" if self.disk_bytes is not None else ""
+        return f"{cards}, {self.ram_bytes / GIB:g} GiB RAM{disk}"
+
+
+def parse_machine(gpu: str | None, ram: str | None, disk: str | None = None, disk_read: str | None = None) -> Machine:
+    """Reads a machine's description.
+
+    Args:
+        gpu: `4x24GiB`, or with its bandwidth `4x24GiB@936GB/s`; None for no GPU.
+        ram: `64GiB`, or `64GiB@80GB/s`; None for what an engine needs beside GPUs that hold everything.
+        disk: room for the weights, such as `2TiB`.
+        disk_read: `7GB/s`.
+
+    Returns:
+        The machine; bandwidths that nobody gave are those of the cards and memories of that size.
+
+    Raises:
+        UsageError: where one of them cannot be read.
+    """
+    gpus = _parse_gpus(gpu) if gpu else None
+    size, _, speed = (ram or "32GiB").partition("@")
+    ram_bytes = parse_size(size)
+    known = DESKTOP_RAM if ram_bytes <= DESKTOP_RAM_GIB * GIB else SERVER_RAM
+    ram_bandwidth = parse_speed(speed) if speed else known.value * GB
+    ram_source = "given" if speed else f"{known.name}: {known.source}"
+    disk_bytes = parse_size(disk) if disk else None
+    read = parse_speed(disk_read) if disk_read else DEFAULT_DISK.value * GB
+    return Machine(
+        gpus, ram_bytes, ram_bandwidth, ram_source, disk_bytes, read, "given" if disk_read else DEFAULT_DISK.source
+    )
+
+
+def _parse_gpus(text: str) -> Gpus:
+    match = re.fullmatch(r"\s*(?:(\d+)\s*[xX×*]\s*)?([^@]+?)\s*(?:@(.+))?", text)
+    if match is None or match[1] == "0":
+        raise UsageError(f"--gpu {text!r}: write the number and memory of equal cards, such as 4x24GiB or 8x80GiB")
+    memory = parse_size(match[2])
+    if match[3]:
+        return Gpus(int(match[1] or 1), memory, parse_speed(match[3]), "given")
+    closest = min(GPU_CLASSES, key=lambda known: abs(known.memory_gib - memory / GIB))
+    source = f"cards of {closest.memory_gib} GB: {closest.cards}"
+    return Gpus(int(match[1] or 1), memory, closest.bandwidth_gbs * GB, source)
+
+
+def parse_speed(text: str) -> Range:
+    """Reads a speed such as `7GB/s` or `936`, which is GB/s.
+
+    Args:
+        text: a number, with a unit MB/s, GB/s, GiB/s or TB/s.
+
+    Returns:
+        Bytes a second, with equal bounds.
+
+    Raises:
+        UsageError: where it is no speed.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([MGT])(i?)B?(?:/s|ps)?)?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"{text!r} is not a speed; write it as 7GB/s")
+    power = "MGT".index((match[2] or "G").upper()) + 2
+    value = float(match[1]) * (1024 if match[3] else 1000) ** power
+    return Range(value, value)
+
+
+# Machines that people ask about, for a plan that names none.
+REFERENCE_MACHINES = (
+    ("8x141GiB", "1TiB"),
+    ("8x80GiB", "512GiB"),
+    ("8x48GiB", "256GiB"),
+    ("1x24GiB", "512GiB"),
+    ("4x24GiB", "64GiB"),
+)

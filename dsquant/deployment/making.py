@@ -1,0 +1,110 @@
+"""What making an output takes: memory, disk, and hours for each stage, with what each number assumes."""
+
+import os
+from dataclasses import dataclass
+from math import prod
+
+from dsquant.deployment import facts
+from dsquant.deployment.facts import Range
+from dsquant.deployment.hardware import Machine
+from dsquant.deployment.sizes import OutputSize
+from dsquant.deployment.subject import Subject
+from dsquant.telemetry import resident_bytes
+from dsquant.writers.gguf.types import MIXTURES
+
+SEARCHED = "AWQ's scales, clips and rounding of every weight, as in a compact run"
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage of a job."""
+
+    name: str
+    hours: Range
+    assumption: str
+
+
+@dataclass(frozen=True)
+class Making:
+    """What it takes to make an output."""
+
+    output: OutputSize
+    memory_bytes: int
+    """Resident memory at the peak."""
+    memory_assumption: str
+    disk_bytes: int
+    """For the source, the output and hidden states together."""
+    disk_assumption: str
+    stages: tuple[StageCost, ...]
+
+    @property
+    def hours(self) -> Range:
+        """Of all stages."""
+        return Range(sum(stage.hours.low for stage in self.stages), sum(stage.hours.high for stage in self.stages))
+
+
+def making_of(output: OutputSize, subject: Subject, machine: Machine) -> Making:
+    """Forecasts a job.
+
+    Args:
+        output: what it makes.
+        subject: from what.
+        machine: whose disk the source is read from; cores are this machine's.
+
+    Returns:
+        Memory, disk and hours.
+    """
+    weights = sum(prod(subject.checkpoint.weights.shape(name)) for name in subject.checkpoint.weights)
+    source_bytes = subject.checkpoint.index.num_bytes
+    return Making(
+        output=output,
+        memory_bytes=output.memory_bytes + resident_bytes(),
+        memory_assumption="samples of 512 tokens; the largest stage of any layer, and this process as it is now",
+        disk_bytes=source_bytes + output.num_bytes + output.work_bytes,
+        disk_assumption=f"64 samples of 512 tokens; source {source_bytes / 2**30:,.2f} GiB, output beside it",
+        stages=(
+            _scan(weights, source_bytes, machine),
+            *_quantize(output, weights),
+            _cores("evaluate", 2 * weights * (facts.READ_S + facts.RUN_S), "original and output, 24 x 512 tokens"),
+        ),
+    )
+
+
+def _scan(weights: int, source_bytes: int, machine: Machine) -> StageCost:
+    processor = facts.SCAN_S * weights / _num_cores() / 3600
+    hours = Range(
+        max(processor, source_bytes / machine.disk_read.high / 3600),
+        max(processor, source_bytes / machine.disk_read.low / 3600),
+    )
+    return StageCost("scan", hours, f"every byte read and hashed once; disk {machine.disk_source}")
+
+
+def _quantize(output: OutputSize, weights: int) -> tuple[StageCost, ...]:
+    if not output.format.startswith("gguf:"):
+        return (
+            _cores(
+                "search",
+                weights * facts.SEARCH_S,
+                "AWQ's scales, clips and rounding, for every weight as in a compact run",
+            ),
+        )
+    base = MIXTURES[output.format.removeprefix("gguf:")][0]
+    store = _cores(
+        "store", weights * facts.STORE_S.get(base, facts.STORE_OTHER_S), "ggml's quantizers with weighted columns"
+    )
+    if base in ("F32", "F16", "BF16"):
+        return (store,)
+    return (_cores("search", weights * facts.SEARCH_S, SEARCHED + "; none with --calibration none"), store)
+
+
+def _cores(name: str, core_seconds: float, what: str) -> StageCost:
+    """From all cores perfectly used to the two that were measured."""
+    cores = _num_cores()
+    hours = Range(core_seconds / max(cores, facts.MEASURED_CORES) / 3600, core_seconds / facts.MEASURED_CORES / 3600)
+    return StageCost(
+        name, hours, f"{what}; CPU, {facts.MEASURED_CORES} cores as measured to {cores} here ({facts.MEASURED_IN})"
+    )
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

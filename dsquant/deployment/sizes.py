@@ -1,0 +1,208 @@
+"""The size of a model in every format and preset: each planned exactly as the job that makes it plans its files."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dsquant.deployment.subject import Subject
+from dsquant.errors import UsageError
+from dsquant.gguf_conversion import gguf_memory_bytes, scalable_linears
+from dsquant.model.kinds import kind_of
+from dsquant.planning import FLOAT32_BYTES, Plan, plan_run, plan_units
+from dsquant.recipe import GgufRecipe, Recipe
+from dsquant.writers.gguf.files import GgufFile
+from dsquant.writers.gguf.target import choose_tensors, largest_whole, plan_target, stored_shapes
+from dsquant.writers.gguf.types import FLOAT_TYPES, MIXTURES
+
+PRESETS = ("quality", "compact")
+# Format -> the bits it can be asked for, the default first.
+BITS = {"awq": (4,), "compressed-tensors": (4, 8, 3)}
+# Only planned, never written: a recipe has to name some folder.
+NOWHERE = Path("planned")
+DEFAULTS = GgufRecipe(output=NOWHERE, type="Q4_K_M")
+
+
+@dataclass(frozen=True)
+class OutputSize:
+    """One output of dsquant, or the source."""
+
+    format: str
+    """`source`, `awq`, `compressed-tensors`, or `gguf:TYPE`."""
+    preset: str | None
+    bits: int | None
+    """What `--bits` says, where the format has a choice."""
+    mtp: str
+    """What becomes of the multi-token-prediction layer: keep, quantize, drop; none where the model has none."""
+    num_bytes: int
+    """Of the weight files; of their tensors alone where `exact` is false."""
+    exact: bool
+    """Whether the files have this size to the byte."""
+    by_kind: dict[str, int]
+    """Kind -> bytes of tensor data, as `dsquant.model.kinds` names them."""
+    memory_bytes: int
+    """Resident memory that making it needs, beyond the process itself."""
+    work_bytes: int
+    """Disk for hidden states while it is made."""
+    command: str | None
+    """What makes it; None for the source."""
+
+    @property
+    def name(self) -> str:
+        """Short, for tables: `compressed-tensors quality`."""
+        bits = f" {self.bits}-bit" if self.bits not in (None, 4) else ""
+        return self.format + (f" {self.preset}" if self.preset else "") + bits
+
+    @property
+    def served_bytes(self) -> int:
+        """What an engine loads: everything but the multi-token-prediction layer."""
+        return sum(self.by_kind.values()) - self.by_kind.get("MTP", 0)
+
+
+def output_sizes(subject: Subject) -> tuple[tuple[OutputSize, ...], tuple[str, ...]]:
+    """Plans every output.
+
+    Args:
+        subject: the model.
+
+    Returns:
+        The source and every output, and what cannot be made, in words.
+    """
+    refused: list[str] = []
+    sizes = [_source_size(subject)]
+    presets = PRESETS if any(layer.experts for layer in subject.skeleton.layers) else ("compact",)
+    mtp = subject.skeleton.num_mtp_layers > 0
+    copied = None
+    for name, preset, bits in ((n, p, b) for n, widths in BITS.items() for p in presets for b in widths):
+        try:
+            if mtp and copied is None:
+                copied = _mtp_copied(subject, _plan(subject, name, preset, bits, "keep"))
+            plan = _plan(subject, name, preset, bits, "quantize")
+        except UsageError as error:
+            refused.append(f"{name} {preset} {bits} bit: {error}")
+            continue
+        sizes += _safetensors_sizes(subject, plan, preset, copied)
+    sizes += _gguf_sizes(subject)
+    return tuple(sizes), tuple(refused)
+
+
+def _source_size(subject: Subject) -> OutputSize:
+    index = subject.checkpoint.index
+    kinds = _by_kind(subject, ((name, info.num_bytes) for name, info in index.items()))
+    mtp = "keep" if subject.skeleton.num_mtp_layers else "none"
+    return OutputSize("source", None, None, mtp, index.num_bytes, False, kinds, 0, 0, None)
+
+
+def _by_kind(subject: Subject, tensors: Iterable[tuple[str, int]]) -> dict[str, int]:
+    sizes: Counter[str] = Counter()
+    for name, num_bytes in tensors:
+        sizes[kind_of(name, subject.skeleton.num_layers)] += num_bytes
+    return dict(sizes.most_common())
+
+
+def _mtp_units(subject: Subject) -> set[str]:
+    return {layer.prefix for layer in subject.skeleton.layers[subject.skeleton.num_layers :]}
+
+
+def _mtp_copied(subject: Subject, plan: Plan) -> tuple[int, int]:
+    """Bytes of the MTP layer's files and of its tensors where it is kept as it is, which no format changes."""
+    units = _mtp_units(subject)
+    (target,) = plan.targets
+    shards = [shard for shard in target.shards.shards if shard.unit in units]
+    tensors = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors)
+    return sum(shard.num_bytes for shard in shards), tensors
+
+
+def _safetensors_sizes(
+    subject: Subject, plan: Plan, preset: str, copied: tuple[int, int] | None
+) -> Iterator[OutputSize]:
+    """What becomes of the MTP layer changes its own shards and no other: no shard spans two units."""
+    quantized = _safetensors_size(subject, plan, preset)
+    if copied is None:
+        yield replace(quantized, mtp="none", command=_awq_command(subject, plan, preset, "keep"))
+        return
+    units = _mtp_units(subject)
+    (target,) = plan.targets
+    rest = sum(shard.num_bytes for shard in target.shards.shards if shard.unit not in units)
+    kinds = {kind: size for kind, size in quantized.by_kind.items() if kind != "MTP"}
+    kept = dict(sorted((kinds | {"MTP": copied[1]}).items(), key=lambda item: -item[1]))
+    keep, drop = (_awq_command(subject, plan, preset, mtp) for mtp in ("keep", "drop"))
+    yield replace(quantized, mtp="keep", num_bytes=rest + copied[0], by_kind=kept, command=keep)
+    yield quantized
+    yield replace(quantized, mtp="drop", num_bytes=rest, by_kind=kinds, command=drop)
+
+
+def _plan(subject: Subject, name: str, preset: str, bits: int, mtp: str) -> Plan:
+    fields = {"to": (name,), "preset": preset, "bits": bits, "mtp": mtp, "device": "cpu"}
+    recipe = Recipe.checked(model=subject.model, output=NOWHERE, **fields)
+    return plan_run(recipe, subject.checkpoint, subject.skeleton)
+
+
+def _safetensors_size(subject: Subject, plan: Plan, preset: str) -> OutputSize:
+    (target,) = plan.targets
+    tensors = ((tensor.name, tensor.num_bytes) for shard in target.shards.shards for tensor in shard.tensors)
+    return OutputSize(
+        format=target.format.name,
+        preset=preset,
+        bits=target.grid.bits,
+        mtp="quantize",
+        num_bytes=target.shards.num_bytes,
+        exact=subject.has_headers,
+        by_kind=_by_kind(subject, tensors),
+        memory_bytes=plan.memory_bytes,
+        work_bytes=plan.work_bytes,
+        command=_awq_command(subject, plan, preset, "quantize"),
+    )
+
+
+def _awq_command(subject: Subject, plan: Plan, preset: str, mtp: str) -> str:
+    (target,) = plan.targets
+    options = f"--to {target.format.name} --preset {preset} --bits {target.grid.bits}"
+    return f"dsquant awq {subject.model} {options}{'' if mtp == 'keep' else f' --mtp {mtp}'} --output DIR"
+
+
+def _gguf_sizes(subject: Subject) -> Iterator[OutputSize]:
+    has_mtp = subject.skeleton.num_mtp_layers > 0
+    for mtp in ("drop", "keep") if has_mtp else ("none",):
+        yield from _gguf_sizes_with(subject, mtp)
+
+
+def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
+    checkpoint, skeleton = subject.checkpoint, subject.skeleton
+    units = plan_units("drop" if mtp == "drop" else "keep", checkpoint, skeleton)
+    parameters = [name for unit in units if unit.action != "drop" for name in unit.parameters]
+    num_mtp_layers = skeleton.num_mtp_layers if mtp == "keep" else 0
+    shapes = stored_shapes(checkpoint, parameters)
+    linears, _ = scalable_linears(checkpoint, skeleton)
+    largest = largest_whole(checkpoint, parameters)
+    header = _gguf_header(subject, parameters, num_mtp_layers)
+    memory = {
+        False: gguf_memory_bytes(checkpoint, skeleton, largest, None, frozenset()),
+        True: gguf_memory_bytes(checkpoint, skeleton, largest, (DEFAULTS.samples, DEFAULTS.seq_len), linears),
+    }
+    work = 3 * DEFAULTS.samples * DEFAULTS.seq_len * int(skeleton.config["hidden_size"]) * FLOAT32_BYTES
+    for type_name in MIXTURES:
+        calibrated = type_name not in FLOAT_TYPES
+        tensors, _ = choose_tensors(checkpoint.config, shapes, type_name, num_mtp_layers, calibrated)
+        sizes = {name: tensor.num_bytes for name, tensor in tensors.items()}
+        options = f"--type {type_name}" + (" --mtp keep" if mtp == "keep" else "")
+        yield OutputSize(
+            format=f"gguf:{type_name}",
+            preset=None,
+            bits=None,
+            mtp=mtp,
+            num_bytes=GgufFile("planned", header, tuple(tensors.values())).num_bytes if header else sum(sizes.values()),
+            exact=subject.has_headers and bool(header),
+            by_kind=_by_kind(subject, sizes.items()),
+            memory_bytes=memory[calibrated],
+            work_bytes=work if calibrated else 0,
+            command=f"dsquant gguf {subject.model} {options} --output DIR",
+        )
+
+
+def _gguf_header(subject: Subject, parameters: list[str], num_mtp_layers: int) -> bytes:
+    """A header of the size that every type's has: only numbers of fixed width differ. Empty without a tokenizer."""
+    if not subject.has_tokenizer:
+        return b""
+    target = plan_target(subject.checkpoint, subject.name, "F32", parameters, num_mtp_layers, False)
+    return target.files[0].header

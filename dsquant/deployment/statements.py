@@ -1,0 +1,71 @@
+"""What works on a machine and what cannot, said in words."""
+
+from collections.abc import Sequence
+
+from dsquant.deployment.facts import SWAP_GAIN, SWAP_SOURCE
+from dsquant.deployment.hardware import Machine
+from dsquant.deployment.placement import Network, Placement
+from dsquant.deployment.sizes import OutputSize
+from dsquant.recipe import format_size
+
+Placed = Sequence[tuple[OutputSize, Placement]]
+
+
+def statements_about(machine: Machine, network: Network, placed: Placed) -> tuple[str, ...]:
+    """Says what does not fit and why, and which ways out do not help.
+
+    Args:
+        machine: the machine.
+        network: the model's numbers.
+        placed: every output and where it lies.
+
+    Returns:
+        Whole sentences.
+    """
+    words: list[str] = []
+    four_bits = [(size, found) for size, found in placed if size.format == "compressed-tensors" and size.bits == 4]
+    if four_bits and all(found.kind == "none" for _, found in four_bits):
+        words.append(_four_bits_do_not_fit(machine, network, [size.served_bytes for size, _ in four_bits]))
+    on_disk = [(size, found) for size, found in placed if size.format == "gguf:Q4_K_M" and found.disk_bytes]
+    for size, found in on_disk:
+        words.append(_disk_bound(machine, size, found))
+    if on_disk:
+        gain, held = SWAP_GAIN["awq"], format_size(machine.ram_bytes * SWAP_GAIN["awq"])
+        words.append(
+            f"Compressed swap (zram) does not make up for it: 4-bit weights shrink by a factor of {gain:.1f}, not 3 "
+            f"({SWAP_SOURCE}); {format_size(machine.ram_bytes)} of RAM would hold {held} of them at the "
+            "most, less the time to unpack them for every token."
+        )
+    if network.is_fp8 and any(size.format == "source" and found.kind == "gpu" for size, found in placed):
+        words.append(
+            "The FP8 source needs GPUs with FP8 units (Ada, Hopper, Blackwell): on Ampere vLLM runs it weight-only, "
+            "SGLang does not."
+        )
+    return tuple(words)
+
+
+def _four_bits_do_not_fit(machine: Machine, network: Network, sizes: list[int]) -> str:
+    between = f"{min(sizes) / 2**30:,.0f} to {max(sizes) / 2**30:,.0f} GiB"
+    if max(sizes) < 2**30:
+        between = f"{format_size(min(sizes))} to {format_size(max(sizes))}"
+    cards = "there is no GPU"
+    if machine.gpus is not None:
+        cards = (
+            f"{machine.gpus.count}x{machine.gpus.memory_bytes / 2**30:.0f} GiB of GPU memory are "
+            f"{machine.gpu_bytes / 2**30:.0f} GiB"
+        )
+    way_out = "its routed experts have to lie" if network.has_experts else "part of its layers has to lie"
+    return (
+        f"At 4 bits (compressed-tensors) this model takes {between}; {cards}: {way_out} in RAM or on disk, which "
+        "llama.cpp does."
+    )
+
+
+def _disk_bound(machine: Machine, size: OutputSize, found: Placement) -> str:
+    assert found.tokens_per_s is not None
+    return (
+        f"GPUs and RAM hold {format_size(found.gpu_bytes + found.ram_bytes)} of Q4_K_M's "
+        f"{format_size(size.served_bytes)}; {format_size(found.disk_bytes)} stay on disk and are read anew for every "
+        f"token that needs them: at {machine.disk_read.high / 1e9:g} GB/s no engine decodes more than "
+        f"{found.tokens_per_s.high:.2g} tokens/s."
+    )

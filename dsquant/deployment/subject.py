@@ -1,0 +1,82 @@
+"""The model that a plan is about, opened without reading a weight."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsquant.model.planned import planned_checkpoint
+from dsquant.model.skeleton import Skeleton
+from dsquant.planning import check_complete
+from dsquant.preparation import check_unquantized
+from dsquant.source.checkpoint import (
+    CONFIG_FILE,
+    Checkpoint,
+    checkpoint_of,
+    open_checkpoint,
+    read_config,
+    read_config_file,
+)
+from dsquant.source.hub import fetch_headers
+from dsquant.source.locate import EMBEDDED_MODEL, locate
+from dsquant.source.shards import INDEX_FILE, SINGLE_FILE
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model known from headers, or from config.json alone."""
+
+    model: str
+    """As the user named it."""
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    has_headers: bool
+    """False where everything follows from config.json."""
+
+    @property
+    def name(self) -> str:
+        """For file names."""
+        path = Path(self.model)
+        return path.resolve().parent.name if path.name == CONFIG_FILE else path.name
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether GGUF files can be planned to the byte: they hold the tokenizer."""
+        return (self.checkpoint.folder / "tokenizer.json").is_file()
+
+
+def open_subject(model: str) -> Subject:
+    """Opens a model from its headers or its config.
+
+    Args:
+        model: `tiny-r1`, a folder, a config.json (or a folder with nothing else), or a hub id.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: where it cannot be had, is damaged, quantized already or not supported.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return _from_config(model, path.parent, path)
+    if path.is_dir() or model == EMBEDDED_MODEL or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        folder = locate(model)
+        if not any((folder / name).exists() for name in (INDEX_FILE, SINGLE_FILE)):
+            return _from_config(model, folder, folder / CONFIG_FILE)
+        return _from_headers(model, open_checkpoint(folder))
+    folder, index = fetch_headers(model)
+    if index is None:
+        return _from_config(model, folder, folder / CONFIG_FILE)
+    return _from_headers(model, checkpoint_of(folder, read_config(folder), index))
+
+
+def _from_config(model: str, folder: Path, path: Path) -> Subject:
+    checkpoint, skeleton = planned_checkpoint(folder, read_config_file(path))
+    return Subject(model, checkpoint, skeleton, has_headers=False)
+
+
+def _from_headers(model: str, checkpoint: Checkpoint) -> Subject:
+    check_unquantized(checkpoint)
+    skeleton = Skeleton(checkpoint)
+    check_complete(checkpoint, skeleton)
+    return Subject(model, checkpoint, skeleton, has_headers=True)

@@ -1,0 +1,217 @@
+"""Completes prompts with a model whose weights come from a lazy mapping.
+
+The network is transformers' own, its cache and its `generate` too. The weights of everything but the routed experts are
+put into the modules for as long as completions are made; experts run one after the other, each with the tokens that
+chose it. Both need memory for the whole model in float32: a larger one is not generated with (`resident_size`).
+
+Shape legend: N prompts, T tokens, R tokens of all samples, H hidden size, K experts of a token.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsquant.model.gated import GatedWeights
+from dsquant.model.skeleton import Skeleton
+from dsquant.model.streaming import head_name
+from dsquant.model.structure import DecoderLayer
+from dsquant.source.weights import Weights
+
+BYTES_OF_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote behind one prompt."""
+
+    text: str
+    """Without what a stop rule cut off."""
+    tokens: tuple[int, ...]
+    """The model's tokens, with the end of text or the stop string that came last."""
+    truncated: bool
+    """Whether the most tokens allowed ended it, and no stop rule did."""
+
+
+def resident_size(skeleton: Skeleton) -> int:
+    """Memory that generation needs for weights.
+
+    Args:
+        skeleton: the network.
+
+    Returns:
+        Bytes: every weight of the decoder in float32, without multi-token-prediction layers.
+    """
+    beyond = tuple(f"{layer.prefix}." for layer in skeleton.layers[skeleton.num_layers :])
+    shapes = [shape for name, shape in skeleton.expected_shapes().items() if not name.startswith(beyond or "\n")]
+    return BYTES_OF_FLOAT32 * sum(torch.Size(shape).numel() for shape in shapes)
+
+
+class _Experts(nn.Module):
+    """A layer's routed experts, run one by one."""
+
+    def __init__(self, skeleton: Skeleton, layer: DecoderLayer, weights: Weights) -> None:
+        super().__init__()
+        self._skeleton = (skeleton,)  # in a tuple, or its modules would become this module's
+        self._experts = [GatedWeights.read(weights, mlp) for mlp in layer.experts]
+
+    def forward(self, hidden_RH: torch.Tensor, expert_RK: torch.Tensor, share_RK: torch.Tensor) -> torch.Tensor:
+        """The mixture's output [R, H]."""
+        output_RH = torch.zeros_like(hidden_RH)
+        for expert in expert_RK.unique().tolist():
+            rows_R, places_R = torch.where(expert_RK == expert)
+            contribution = self._experts[expert].output(self._skeleton[0], hidden_RH[rows_R])
+            output_RH[rows_R] += contribution * share_RK[rows_R, places_R].unsqueeze(1).to(contribution.dtype)
+        return output_RH
+
+
+@contextmanager
+def resident_model(skeleton: Skeleton, weights: Weights) -> Iterator[Any]:
+    """Puts weights into the network's modules; takes them out again afterwards.
+
+    Args:
+        skeleton: the network; its multi-token-prediction layers are left out meanwhile.
+        weights: its weights.
+
+    Yields:
+        transformers' model, ready for `generate`.
+    """
+    from accelerate.utils import set_module_tensor_to_device
+
+    model = skeleton.model
+    all_layers = model.model.layers
+    taps = {
+        layer: skeleton.module(f"{layer.prefix}.mlp.experts")
+        for layer in skeleton.layers[: skeleton.num_layers]
+        if layer.router is not None
+    }
+    model.model.layers = all_layers[: skeleton.num_layers]
+    before: dict[str, torch.Tensor] = {}
+    try:
+        for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+            if name in weights or tensor.is_meta:
+                stored = name if name in weights else head_name(skeleton)
+                set_module_tensor_to_device(model, name, weights.device, value=weights[stored])
+                before[name] = tensor
+        for layer in taps:
+            model.set_submodule(f"{layer.prefix}.mlp.experts", _Experts(skeleton, layer, weights))
+        yield model
+    finally:
+        for layer, tap in taps.items():
+            model.set_submodule(f"{layer.prefix}.mlp.experts", tap)
+        for name, tensor in before.items():
+            set_module_tensor_to_device(model, name, tensor.device, value=tensor)
+        model.model.layers = all_layers
+
+
+def complete(
+    skeleton: Skeleton,
+    weights: Weights,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    stops: Sequence[Sequence[str]],
+    max_tokens: int,
+    batch_prompts: int,
+    safe_point: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Completion]:
+    """Completes prompts greedily: the likeliest token each time.
+
+    Args:
+        skeleton: the network.
+        weights: its weights.
+        tokenizer: the model's.
+        prompts: texts.
+        stops: for each prompt the strings that end its completion.
+        max_tokens: the most tokens of a completion.
+        batch_prompts: prompts that are completed together. Another number may change a completion: sums in another
+            order differ in their last bits, and where two tokens are nearly as likely the other one may win.
+        safe_point: called before each token of a batch with tokens done and tokens in all; it may raise to stop.
+
+    Returns:
+        A completion for each prompt.
+    """
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    # Prompts of like length together: less padding.
+    order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
+    batches = [order[start : start + batch_prompts] for start in range(0, len(order), batch_prompts)]
+    found: dict[int, Completion] = {}
+    with resident_model(skeleton, weights) as model, torch.no_grad():
+        for number, batch in enumerate(batches):
+            rule = _StopRule(tokenizer, [stops[one] for one in batch], max(len(encoded[one]) for one in batch))
+            before, in_all = number * max_tokens, len(batches) * max_tokens
+
+            def note(done: int, before: int = before, in_all: int = in_all) -> None:
+                safe_point(before + done, in_all)
+
+            rows = _generate(model, tokenizer, [encoded[one] for one in batch], max_tokens, rule, note)
+            for row, one in enumerate(batch):
+                found[one] = rule.completion(row, rows[row], max_tokens)
+    return [found[number] for number in range(len(prompts))]
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    rule: "_StopRule",
+    note: Callable[[int], None],
+) -> list[list[int]]:
+    """The new tokens of each prompt of a batch; padding behind those that ended early."""
+    width = max(len(prompt) for prompt in prompts)
+    padding = _padding(tokenizer)
+    tokens_NT = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask_NT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+    def stopped(tokens_NT: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        note(tokens_NT.shape[1] - width)
+        ended = [rule(row, tokens) for row, tokens in enumerate(tokens_NT[:, width:].tolist())]
+        return torch.tensor(ended, device=tokens_NT.device)
+
+    output_NT = model.generate(
+        tokens_NT.to(model.device),
+        attention_mask=mask_NT.to(model.device),
+        use_cache=True,
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=padding,
+        stopping_criteria=[stopped],
+    )
+    return output_NT[:, width:].tolist()
+
+
+def _padding(tokenizer: Any) -> int:
+    """Any token will do: it is masked in front, and cut off behind."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in known if token is not None)
+
+
+class _StopRule:
+    """Ends a completion at the end of text or behind a stop string."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[Sequence[str]], width: int) -> None:
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._width = width
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def __call__(self, row: int, tokens: Sequence[int]) -> bool:
+        return tokens[-1] == self._tokenizer.eos_token_id or self._cut(row, self.text(tokens)) is not None
+
+    def _cut(self, row: int, text: str) -> int | None:
+        """Where the first stop string begins."""
+        places = [text.find(stop) for stop in self._stops[row]]
+        return min((place for place in places if place >= 0), default=None)
+
+    def completion(self, row: int, tokens: Sequence[int], max_tokens: int) -> Completion:
+        """What a row of new tokens says."""
+        length = next((end for end in range(1, len(tokens) + 1) if self(row, tokens[:end])), len(tokens))
+        kept, text = tuple(tokens[:length]), self.text(tokens[:length])
+        ended = bool(kept) and self(row, kept)
+        return Completion(text[: self._cut(row, text)], kept, truncated=not ended)

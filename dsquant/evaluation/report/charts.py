@@ -1,0 +1,274 @@
+"""Charts as inline SVG, drawn with the page's CSS variables, so that light and dark both look right.
+
+Colours are classes: `s0` .. `s7` for series, everything else is `axis`, `grid` and text. Numbers that are not finite
+are left out.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 640, 280
+LEFT, RIGHT, TOP, BOTTOM = 74, 16, 14, 42
+NUM_COLOURS = 8
+LABEL_HEIGHT = 15
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line, or one set of points."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    colour: int
+    dashed: bool = False
+
+    @property
+    def finite(self) -> list[tuple[float, float]]:
+        """The points that can be drawn."""
+        return [(x, y) for x, y in self.points if math.isfinite(x) and math.isfinite(y)]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where numbers lie on an axis."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    """Pixels."""
+    logarithmic: bool = False
+
+    def place(self, value: float) -> float:
+        """The pixel of a number."""
+        low, high, value = (math.log10(one) if self.logarithmic else one for one in (self.low, self.high, value))
+        return self.start + (self.stop - self.start) * (value - low) / (high - low)
+
+    def ticks(self) -> list[float]:
+        """Round numbers on the axis, some five of them."""
+        if self.logarithmic:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            steps = (1, 2, 5) if math.log10(self.high / self.low) < 2.5 else (1,)
+            values = [step * 10.0**power for power in powers for step in steps]
+            return [value for value in values if self.low <= value <= self.high]
+        step = _round_step((self.high - self.low) / 5)
+        first = math.ceil(self.low / step - 1e-9)
+        return [number * step for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def _round_step(width: float) -> float:
+    power = 10.0 ** math.floor(math.log10(width))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= width * 0.999)
+
+
+def axis_of(values: Sequence[float], start: float, stop: float, from_zero: bool = False) -> Axis:
+    """An axis that holds numbers; logarithmic where all are positive and the largest is 10 times the smallest.
+
+    Args:
+        values: the numbers.
+        start: pixel of the axis's low end.
+        stop: pixel of its high end.
+        from_zero: whether a linear axis begins at 0.
+
+    Returns:
+        The axis, a little longer than the numbers need.
+    """
+    low, high = min(values), max(values)
+    if low > 0 and high / low > 10:
+        return Axis(low / 1.3, high * 1.3, start, stop, logarithmic=True)
+    low = min(0.0, low) if from_zero else low
+    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return Axis(low if from_zero and low == 0 else low - room, high + room, start, stop)
+
+
+def number(value: float) -> str:
+    """A number for an axis: three digits that count."""
+    return f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    """A share for an axis."""
+    return f"{100 * value:.3g}%"
+
+
+def line_chart(series: Sequence[Series], x_label: str, y_label: str, shares: bool = False, whole_x: bool = True) -> str:
+    """Lines over a common x.
+
+    Args:
+        series: the lines.
+        x_label: words under the x axis.
+        y_label: words above the y axis.
+        shares: whether y are shares, written in per cent.
+        whole_x: whether x are whole numbers, each of which may have a tick.
+
+    Returns:
+        SVG; empty where there is nothing to draw.
+    """
+    points = [point for one in series for point in one.finite]
+    if not points:
+        return ""
+    write = percent if shares else number
+    y_axis = axis_of([y for _, y in points], HEIGHT - BOTTOM, TOP, from_zero=not shares)
+    xs = [x for x, _ in points]
+    x_axis = Axis(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, LEFT + 10, WIDTH - RIGHT - 8)
+    ticks = [tick for tick in x_axis.ticks() if not whole_x or float(tick).is_integer()]
+    parts = _frame(x_axis, y_axis, ticks, write, x_label, y_label)
+    for one in series:
+        places = [(x_axis.place(x), y_axis.place(y)) for x, y in one.finite]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        dashed = " dashed" if one.dashed else ""
+        parts.append(f'<polyline class="line s{one.colour % NUM_COLOURS}{dashed}" points="{path}"/>')
+        for (x, y), (px, py) in zip(one.finite, places, strict=True):
+            words = escape(f"{one.name}, {x_label} {number(x)}: {write(y)}")
+            dot = f'<circle class="dot s{one.colour % NUM_COLOURS}" cx="{px:.1f}" cy="{py:.1f}" r="3">'
+            parts.append(f"{dot}<title>{words}</title></circle>")
+    return _svg(parts, HEIGHT, f"{y_label} by {x_label}")
+
+
+def scatter_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
+    """Named points; the first point of each series counts.
+
+    Args:
+        series: one for each point.
+        x_label: words under the x axis.
+        y_label: words above the y axis.
+
+    Returns:
+        SVG; empty where there is nothing to draw.
+    """
+    points = [(one, one.finite[0]) for one in series if one.finite]
+    if not points:
+        return ""
+    y_axis = axis_of([y for _, (_, y) in points], HEIGHT - BOTTOM, TOP + 10, from_zero=True)
+    xs = [x for _, (x, _) in points]
+    room = max((max(xs) - min(xs)) * 0.15, max(xs) * 0.1) or 1.0
+    x_axis = Axis(max(0.0, min(xs) - room), max(xs) + room, LEFT, WIDTH - RIGHT)
+    parts = _frame(x_axis, y_axis, x_axis.ticks(), number, x_label, y_label)
+    taken: list[tuple[float, float, float]] = []
+    for one, (x, y) in sorted(points, key=lambda pair: pair[1][1]):
+        px, py = x_axis.place(x), y_axis.place(y)
+        colour = f"s{one.colour % NUM_COLOURS}"
+        words = escape(f"{one.name}: {number(x)}, {number(y)}")
+        parts.append(f'<circle class="dot {colour}" cx="{px:.1f}" cy="{py:.1f}" r="6"><title>{words}</title></circle>')
+        width, left = 6.8 * len(one.name), px > WIDTH * 0.62
+        start = px - 11 - width if left else px + 11
+        label = _free_place(taken, start, start + width, py + 4)
+        taken.append((start, start + width, label))
+        anchor = "end" if left else "start"
+        place = f'x="{px + (-11 if left else 11):.1f}" y="{label:.1f}" text-anchor="{anchor}"'
+        parts.append(f'<text class="label" {place}>{escape(one.name)}</text>')
+    return _svg(parts, HEIGHT, f"{y_label} against {x_label}")
+
+
+def _free_place(taken: Sequence[tuple[float, float, float]], start: float, stop: float, wanted: float) -> float:
+    """The height next to the wanted one where a label covers no other."""
+
+    def free(height: float) -> bool:
+        return not any(
+            start < other_stop and other_start < stop and abs(height - other) < LABEL_HEIGHT
+            for other_start, other_stop, other in taken
+        )
+
+    shifts = [sign * 3 * step for step in range(60) for sign in (-1, 1)]
+    heights = (wanted + shift for shift in shifts if TOP + 8 < wanted + shift < HEIGHT - BOTTOM)
+    return next((height for height in heights if free(height)), wanted)
+
+
+def bar_chart(rows: Sequence[tuple[str, float, float | None]], colour: int, marker: str) -> str:
+    """Horizontal bars with names in front and numbers behind.
+
+    Args:
+        rows: name, length of the bar, and where a marker stands; None for none.
+        colour: of the bars.
+        marker: what the markers are, in words.
+
+    Returns:
+        SVG; empty where there is nothing to draw.
+    """
+    drawn = [row for row in rows if math.isfinite(row[1])]
+    if not drawn:
+        return ""
+    longest = max(max(length, mark or 0.0) for _, length, mark in drawn) or 1.0
+    start, stop, step = 262, WIDTH - 70, 21
+    parts = []
+    for place, (name, length, mark) in enumerate(drawn):
+        top, width = 6 + place * step, (stop - start) * length / longest
+        words = f"{name}: {percent(length)}" + (f", {marker} {percent(mark)}" if mark is not None else "")
+        parts.append(f'<text class="label" x="{start - 8}" y="{top + 12}" text-anchor="end">{escape(name)}</text>')
+        bar = (
+            f'<rect class="bar s{colour % NUM_COLOURS}" x="{start}" y="{top}" width="{max(1.0, width):.1f}" height="15"'
+        )
+        parts.append(f'{bar} rx="2"><title>{escape(words)}</title></rect>')
+        if mark is not None and math.isfinite(mark):
+            at = start + (stop - start) * mark / longest
+            parts.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{top - 1}" y2="{top + 16}"/>')
+        behind = start + max(width, (stop - start) * (mark or 0.0) / longest) + 7
+        parts.append(f'<text class="tick" x="{behind:.1f}" y="{top + 12}">{percent(length)}</text>')
+    return _svg(parts, 10 + len(drawn) * step, "bars")
+
+
+def interval_chart(estimate: float, low: float, high: float, limit: float, verdict: str) -> str:
+    """An interval beside its limit, on a line of its own scale.
+
+    Args:
+        estimate: the number found.
+        low: the interval's low end.
+        high: its high end.
+        limit: the gate's limit.
+        verdict: pass, fail or inconclusive; the colour.
+
+    Returns:
+        SVG; empty where the interval has no ends.
+    """
+    if not all(math.isfinite(value) for value in (estimate, low, high)):
+        return ""
+    width, height = 180, 22
+    least, most = min(low, limit), max(high, limit)
+    room = (most - least) * 0.12 or abs(most) * 0.1 or 1.0
+    axis = Axis(least - room, most + room, 4, width - 4)
+    ends, middle, at = (axis.place(low), axis.place(high)), axis.place(estimate), axis.place(limit)
+    parts = [
+        f'<line class="grid" x1="4" x2="{width - 4}" y1="11" y2="11"/>',
+        f'<line class="range {verdict}" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="11" y2="11"/>',
+        f'<circle class="{verdict}" cx="{middle:.1f}" cy="11" r="4"/>',
+        f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="2" y2="20"/>',
+    ]
+    words = escape(f"{number(estimate)} [{number(low)}, {number(high)}], limit {number(limit)}")
+    return (
+        f'<svg class="interval" viewBox="0 0 {width} {height}" role="img"><title>{words}</title>{"".join(parts)}</svg>'
+    )
+
+
+def _frame(
+    x_axis: Axis,
+    y_axis: Axis,
+    x_ticks: Sequence[float],
+    write_y: Callable[[float], str],
+    x_label: str,
+    y_label: str,
+) -> list[str]:
+    """Grid, ticks and the axes' names."""
+    parts = []
+    for tick in y_axis.ticks():
+        y = y_axis.place(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{write_y(tick)}</text>')
+    for tick in x_ticks:
+        x = x_axis.place(tick)
+        place = f'x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle"'
+        parts.append(f'<text class="tick" {place}>{number(tick)}</text>')
+    bottom = HEIGHT - BOTTOM
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="name" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    y_label += ", log scale" if y_axis.logarithmic else ""
+    turned = f'transform="translate(13 {(TOP + bottom) / 2}) rotate(-90)" text-anchor="middle"'
+    parts.append(f'<text class="name" {turned}>{escape(y_label)}</text>')
+    return parts
+
+
+def _svg(parts: Sequence[str], height: int, words: str) -> str:
+    box = f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(words)}"'
+    return f'<svg class="chart" {box}>{"".join(parts)}</svg>'

@@ -1,0 +1,39 @@
+"""Writes the three reports."""
+
+import json
+from pathlib import Path
+
+from dsquant.errors import InputError
+from dsquant.evaluation.report.markdown import markdown
+from dsquant.evaluation.report.page import page
+from dsquant.evaluation.results import Evaluation
+from dsquant.jobs import write_atomically
+
+JSON_FILE, MARKDOWN_FILE, PAGE_FILE = "report.json", "report.md", "report.html"
+
+
+def write_reports(evaluation: Evaluation, folder: Path) -> list[Path]:
+    """Writes report.json, report.md and report.html.
+
+    Args:
+        evaluation: what was found.
+        folder: where to; made where it does not exist, files of these names are replaced.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: where the folder cannot be written to.
+    """
+    texts = {
+        JSON_FILE: json.dumps(evaluation.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        MARKDOWN_FILE: markdown(evaluation),
+        PAGE_FILE: page(evaluation),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_atomically(folder / name, text.encode())
+    except OSError as error:
+        raise InputError(f"{folder}: the reports cannot be written there: {error}") from error
+    return [folder / name for name in texts]

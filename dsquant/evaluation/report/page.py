@@ -1,0 +1,132 @@
+"""report.html: one file with everything in it, and the same for a notebook."""
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dsquant.evaluation.report import figures, tables
+from dsquant.evaluation.report.charts import interval_chart
+from dsquant.evaluation.results import Evaluation
+
+TEMPLATE = "page.html.jinja"
+EXAMPLES = 8
+
+
+def page(evaluation: Evaluation) -> str:
+    """An evaluation as a page.
+
+    Args:
+        evaluation: what was found.
+
+    Returns:
+        The text of report.html; it loads nothing from anywhere.
+    """
+    title = escape(f"{_names(evaluation)} against {evaluation.reference.path}")
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    body = f'<body style="margin:0">\n{part(evaluation)}\n</body>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n'
+
+
+def part(evaluation: Evaluation) -> str:
+    """An evaluation as a part of a page, such as a notebook's cell.
+
+    Args:
+        evaluation: what was found.
+
+    Returns:
+        HTML with its own style, which reaches nothing outside.
+    """
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    execution = tables.execution(evaluation)
+    return environment.get_template(TEMPLATE).render(
+        evaluation=evaluation,
+        names=_names(evaluation),
+        subtitle=_subtitle(evaluation),
+        verdicts=("pass", "fail", "inconclusive"),
+        verdict_words=_verdict_words(evaluation),
+        findings=[(one.name, finding) for one in evaluation.candidates for finding in one.findings],
+        summary=tables.summary(evaluation),
+        gates=_gates(evaluation),
+        size_figures=figures.size_against_drift(evaluation),
+        place_figures=[*figures.by_layer(evaluation), *figures.kl_by_position(evaluation)],
+        texts=tables.texts(evaluation),
+        drift=[*tables.drift(evaluation), *([execution] if execution else [])],
+        example_groups=_examples(evaluation),
+        tensor_figures=figures.worst_tensors(evaluation),
+        details=[
+            *tables.ladders(evaluation),
+            *(tables.layers(one) for one in evaluation.candidates),
+            *(tables.weights(one) for one in evaluation.candidates),
+        ],
+        identity=tables.identity(evaluation),
+    )
+
+
+def _names(evaluation: Evaluation) -> str:
+    return ", ".join(one.name for one in evaluation.candidates)
+
+
+def _subtitle(evaluation: Evaluation) -> str:
+    tokens = sum(next(iter(evaluation.candidates)).texts[text.name].tokens for text in evaluation.texts)
+    names = ", ".join(text.name for text in evaluation.texts)
+    reference = evaluation.reference
+    experts = f", {reference.num_experts} experts" if reference.num_experts else ""
+    return (
+        f"{reference.architecture}, {reference.num_layers} layers{experts}; {tokens} tokens of {names}; "
+        f"intervals of {evaluation.identity.confidence:.0%}"
+    )
+
+
+def _verdict_words(evaluation: Evaluation) -> str:
+    """Why: for each candidate the gates that make the verdict, and the first broken layer."""
+    gates = [gate for one in evaluation.candidates for gate in one.gates]
+    if evaluation.verdict == "pass":
+        return f"{len(gates)} of {len(gates)} gates pass."
+    words = []
+    for one in evaluation.candidates:
+        deciding = dict.fromkeys(gate.metric for gate in one.gates if gate.verdict == evaluation.verdict)
+        layer = one.first_broken_layer
+        broken = "" if layer is None else f" (breaks first in layer {layer})"
+        if deciding:
+            words.append(f"{one.name}: {', '.join(deciding)}{broken}")
+    return "; ".join(words) + "."
+
+
+def _gates(evaluation: Evaluation) -> list[dict[str, Any]]:
+    return [
+        {
+            "candidate": one.name,
+            "name": gate.metric + (f" on {gate.text}" if gate.text else ""),
+            "found": tables.interval(gate.found),
+            "limit": f"{'≤' if gate.bound == 'at_most' else '≥'} {gate.limit:g}",
+            "svg": interval_chart(gate.found.estimate, gate.found.low, gate.found.high, gate.limit, gate.verdict),
+            "verdict": gate.verdict,
+            "needed": f"{gate.needed} {gate.unit}" if gate.needed else "",
+        }
+        for one, gate in tables.ordered_gates(evaluation)
+    ]
+
+
+def _examples(evaluation: Evaluation) -> list[tuple[str, list[dict[str, str]]]]:
+    """Completions side by side, from where they part; those that part first come first."""
+    groups = []
+    for one in evaluation.candidates:
+        if one.drift is None:
+            continue
+        differing = [example for example in one.drift.examples if example.first_divergence is not None]
+        differing.sort(key=lambda example: example.first_divergence or 0)
+        shown = []
+        for example in differing[:EXAMPLES]:
+            same = _common_beginning(example.original, example.candidate)
+            rest = {"original": example.original[len(same) :], "candidate": example.candidate[len(same) :]}
+            shown.append({"name": example.name, "prompt": example.prompt, "same": same, **rest})
+        if shown:
+            groups.append((one.name, shown))
+    return groups
+
+
+def _common_beginning(one: str, other: str) -> str:
+    places = (place for place, (ours, theirs) in enumerate(zip(one, other, strict=False)) if ours != theirs)
+    return one[: next(places, min(len(one), len(other)))]

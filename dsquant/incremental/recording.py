@@ -1,0 +1,139 @@
+"""An earlier output as a recording: what its source was, its scales, and how every weight was rounded."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dsquant.errors import InputError, UsageError
+from dsquant.jobs import RECORD_FILE, WORK_FOLDER
+from dsquant.planning import Plan, Target
+from dsquant.recipe import Recipe
+from dsquant.rounding import QuantizedWeight
+from dsquant.scales import open_scales
+from dsquant.sealing import broken_sections, hash_files
+from dsquant.source.shards import ShardIndex, read_index
+from dsquant.verification.contents import read_record
+from dsquant.verification.damage import recorded_shards
+
+
+@dataclass(frozen=True)
+class Recording:
+    """An opened output."""
+
+    output: Path
+    record: dict[str, Any]
+    sha256: str
+    """Of dsquant.json."""
+
+    @property
+    def source_hashes(self) -> dict[str, str]:
+        """Source tensor -> SHA-256."""
+        hashes: dict[str, str] = self.record["source"]["tensors_sha256"]
+        return hashes
+
+    def recipe(self, model: str, output: Path) -> Recipe:
+        """The recipe for another release under this recording's scales: computed on the CPU, and not evaluated."""
+        fields = {**self.record["recipe"], "device": "cpu", "evaluate": False, "scales_from": self.sha256}
+        return Recipe.checked(**{**fields, "model": model, "output": output})
+
+
+@dataclass(frozen=True)
+class RecordedTarget:
+    """One format of a recording."""
+
+    recording: Recording
+    target: Target
+    index: ShardIndex
+    scales: ShardIndex
+    errors: dict[str, float]
+    """Linear -> recorded error."""
+
+    def weight(self, linear: str) -> QuantizedWeight:
+        """A linear as it was rounded."""
+        names = [tensor.name for tensor in self.target.format.stored(linear, (0, 0), self.target.grid)]
+        tensors = {name: self.index.read(name) for name in names}
+        return self.target.format.unpack(linear, tensors, self.target.grid)
+
+    def hashes(self, file_name: str) -> dict[str, str]:
+        """The tensors of a shard -> SHA-256."""
+        tensors = self.recording.record["files"][str(self.target.folder / file_name)]["tensors"]
+        return {name: entry[1] for name, entry in tensors.items()}
+
+    def intact(self, file_name: str) -> Path:
+        """A shard that is as it was written.
+
+        Args:
+            file_name: its name.
+
+        Returns:
+            Its path.
+
+        Raises:
+            InputError: where it is damaged.
+        """
+        name = str(self.target.folder / file_name)
+        path = self.recording.output / name
+        entry = self.recording.record["files"][name]
+        found = hash_files(self.recording.output, [name], lambda _: None) if path.is_file() else {}
+        if found.get(name) != {key: entry[key] for key in ("bytes", "sha256")}:
+            raise InputError(f"{path} is not what was written; see `dsquant verify {self.recording.output}`")
+        return path
+
+
+def open_recording(output: Path) -> Recording:
+    """Opens an output.
+
+    Args:
+        output: the output folder of `dsquant awq` or `delta`.
+
+    Returns:
+        The recording.
+
+    Raises:
+        InputError: where it is no finished output, or its record is damaged.
+        UsageError: where it holds GGUF files, which are not requantized.
+    """
+    path = output / RECORD_FILE
+    if not path.is_file() or (output / WORK_FOLDER).is_dir():
+        raise InputError(f"{output} is no finished output of dsquant ({RECORD_FILE} is missing, or a job is under way)")
+    raw = path.read_bytes()
+    if broken_sections(raw):
+        raise InputError(f"{path} is damaged; see `dsquant verify {output}`")
+    record = read_record(path)
+    gguf = [name for name, entry in record["outputs"].items() if entry["folder"].endswith(".gguf")]
+    if gguf:
+        raise UsageError(
+            f"{output} holds {', '.join(gguf)}: a delta of GGUF files is not there yet; convert them again"
+        )
+    return Recording(output, record, hashlib.sha256(raw).hexdigest())
+
+
+def recorded_targets(recording: Recording, plan: Plan) -> list[RecordedTarget]:
+    """Pairs the formats of a new plan with those of a recording.
+
+    Args:
+        recording: the earlier output.
+        plan: what the new release becomes under the same recipe.
+
+    Returns:
+        One for each format.
+
+    Raises:
+        InputError: where the new release has other tensors, shapes or files.
+    """
+    paired = []
+    for target in plan.targets:
+        folder = PurePosixPath(target.folder)
+        before, now = recorded_shards(recording.record["files"], folder), target.shards
+        if [(shard.file_name, shard.tensors) for shard in before.shards] != [
+            (shard.file_name, shard.tensors) for shard in now.shards
+        ]:
+            raise InputError(
+                f"{recording.output / folder}: the new release has other tensors or shapes than the one that this was "
+                "made from; quantize it anew with `dsquant awq`"
+            )
+        directory = recording.output / folder
+        errors = recording.record["outputs"][target.format.name]["weight_errors"]
+        paired.append(RecordedTarget(recording, target, read_index(directory), open_scales(directory), errors))
+    return paired

@@ -1,0 +1,192 @@
+"""What `dsquant delta` does: two releases compared, the new one's output made from the old one's, and a patch."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsquant.errors import InputError, UsageError
+from dsquant.incremental.patch import AppliedPatch, apply_patch, write_patch
+from dsquant.incremental.recording import Recording, open_recording
+from dsquant.incremental.requantize import requantize
+from dsquant.jobs import RECORD_FILE, full_disk_is_resumable, stop_on_signals
+from dsquant.notebook import as_html
+from dsquant.records import Result, result_of
+from dsquant.source.checkpoint import open_checkpoint
+from dsquant.source.locate import locate
+from dsquant.source.scan import scan
+from dsquant.telemetry import Progress, Report, silent
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a delta made."""
+
+    output: Path
+    patch: Path
+    patch_bytes: int
+    """The patch's size on disk."""
+    output_bytes: int
+    """Size of all files of the output."""
+    parameters: int
+    changed: list[str]
+    """Parameters whose source has changed."""
+    anew: list[str]
+    """Format and linear: what got a new grid, since the recorded one no longer fits."""
+    old_read_bytes: int
+    """Tensor data read of the old release; 0 where its recorded hashes were taken."""
+    new_read_bytes: int
+    """Tensor data read of the new release."""
+    reused: dict[str, int] = field(default_factory=dict)
+    """How files were reused (reflink, hard link, copy) -> number of files."""
+    reused_bytes: int = 0
+    already_finished: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**vars(self), "output": str(self.output), "patch": str(self.patch)}
+
+    def _repr_html_(self) -> str:
+        from dsquant.incremental.tables import delta_tables
+
+        return as_html(delta_tables(self))
+
+
+def delta(
+    old: str,
+    new: str,
+    output: Path,
+    quantized: Path | None = None,
+    patch: Path | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    report: Report = silent,
+) -> Delta:
+    """Makes the output of a new release from the old release's, and the patch between the two outputs.
+
+    Args:
+        old: the old release, which is read once and compared with what the old output recorded; or the old output
+            itself, whose recorded hashes then stand for the release.
+        new: the new release.
+        output: the folder to make.
+        quantized: the old output; None where `old` is it, or where it lies under its default name.
+        patch: the patch to write; None is the output's name with .patch behind.
+        resume: go on with an interrupted job, or begin one.
+        restart: begin anew where there is an interrupted or finished one.
+        report: gets the progress.
+
+    Returns:
+        What changed, what was reused, and the patch's size.
+
+    Raises:
+        InputError: where a release or output cannot be used, or they do not belong together.
+        UsageError: where the old output is not named, or holds GGUF files.
+        Interrupted: where the job stopped and can be resumed.
+    """
+    folder = Path(old).expanduser()
+    is_output = (folder / RECORD_FILE).is_file()
+    recording = open_recording(folder if is_output else quantized or _default_output(old))
+    old_read_bytes = 0 if is_output else _check_old(old, recording, report)
+    done = requantize(recording.recipe(new, output), recording, True, resume, restart, report)
+    patch = patch or output.with_name(output.name + ".patch")
+
+    def safe_point(name: str) -> None:
+        request.safe_point()
+        report(Progress("hash", 0, 1, name))
+
+    with stop_on_signals() as request, full_disk_is_resumable():
+        write_patch(recording.output, output, patch, safe_point)
+    return Delta(
+        output=output,
+        patch=patch,
+        patch_bytes=patch.stat().st_size,
+        output_bytes=sum(path.stat().st_size for path in output.rglob("*") if path.is_file()),
+        parameters=done.record["changes"]["parameters"],
+        changed=done.record["changes"]["changed"],
+        anew=done.record["changes"]["anew"],
+        old_read_bytes=old_read_bytes,
+        new_read_bytes=done.read_bytes,
+        reused=dict(done.reused),
+        reused_bytes=done.reused_bytes,
+        already_finished=done.already_finished,
+    )
+
+
+def _default_output(old: str) -> Path:
+    """Where `dsquant awq` has put the old release's output when it was not told."""
+    found = [path for path in sorted(Path().glob(f"{Path(old).name}-*-*bit")) if (path / RECORD_FILE).is_file()]
+    made = [path for path in found if json.loads((path / RECORD_FILE).read_bytes())["recipe"]["model"] == old]
+    if len(made) != 1:
+        raise UsageError(f"name the output that was made from {old} with --quantized; its scales are needed")
+    return made[0]
+
+
+def _check_old(old: str, recording: Recording, report: Report) -> int:
+    """Reads the old release once; returns the bytes."""
+    index = open_checkpoint(locate(old)).index
+    done = 0
+
+    def after_tensor(name: str) -> None:
+        nonlocal done
+        request.safe_point()
+        done += 1
+        report(Progress("scan", done, len(index), name, index.bytes_read))
+
+    with stop_on_signals() as request:
+        hashes = scan(index, after_tensor)
+    before = recording.source_hashes
+    other = next((name for name in hashes.keys() | before.keys() if hashes.get(name) != before.get(name)), None)
+    if other is not None:
+        raise InputError(f"{recording.output} was not made from {old}: tensor {other!r} is another there")
+    return index.bytes_read
+
+
+def apply(patch: Path, old: Path, output: Path, report: Report = silent) -> AppliedPatch:
+    """Makes the new output from the old one and a patch.
+
+    Args:
+        patch: the patch.
+        old: the old output.
+        output: the folder to make.
+        report: gets the progress.
+
+    Returns:
+        What was made.
+
+    Raises:
+        InputError: where patch or output are damaged, or do not belong together.
+    """
+    with stop_on_signals() as request, full_disk_is_resumable():
+
+        def safe_point(name: str) -> None:
+            request.safe_point()
+            report(Progress("hash", 0, 1, name))
+
+        return apply_patch(patch, old, output, safe_point)
+
+
+def full_run(
+    model: str, scales_from: Path, output: Path, resume: bool = False, restart: bool = False, report: Report = silent
+) -> Result:
+    """Quantizes a whole release under an earlier output's scales: what a delta is measured against.
+
+    Args:
+        model: the release.
+        scales_from: the earlier output.
+        output: the folder to make.
+        resume: go on with an interrupted job, or begin one.
+        restart: begin anew where there is an interrupted or finished one.
+        report: gets the progress.
+
+    Returns:
+        Where the files are.
+
+    Raises:
+        InputError: where the release or the earlier output cannot be used.
+        UsageError: where the earlier output holds GGUF files.
+        Interrupted: where the job stopped and can be resumed.
+    """
+    recording = open_recording(scales_from)
+    recipe = recording.recipe(model, output)
+    done = requantize(recipe, recording, False, resume, restart, report)
+    return result_of(recipe, done.record, already_finished=done.already_finished)

@@ -1,0 +1,58 @@
+"""A file in a second place without a second copy of its bytes, where the disk can do that."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from dsquant.jobs import PARTIAL
+
+# ioctl of Linux: the new file shares the old one's blocks until one of them is written to (btrfs, XFS).
+FICLONE = 0x40049409
+
+
+def reuse_file(old: Path, new: Path) -> str:
+    """Makes `new` the same as `old`: by reflink, else hard link, else copy.
+
+    A reflink is better than a hard link: a change of one file in place does not change the other.
+
+    Args:
+        old: an existing file.
+        new: the name to make; what is there is replaced.
+
+    Returns:
+        `reflink`, `hard link` or `copy`.
+    """
+    partial = new.with_name(new.name + PARTIAL)
+    partial.unlink(missing_ok=True)
+    how = "reflink" if _reflink(old, partial) else "hard link" if _link(old, partial) else "copy"
+    if how == "copy":
+        shutil.copyfile(old, partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+    partial.replace(new)
+    return how
+
+
+def _reflink(old: Path, new: Path) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    with old.open("rb") as source, new.open("wb") as target:
+        try:
+            fcntl.ioctl(target.fileno(), FICLONE, source.fileno())
+        except OSError:
+            new.unlink()
+            return False
+    return True
+
+
+def _link(old: Path, new: Path) -> bool:
+    try:
+        os.link(old.resolve(), new)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
+            raise
+        return False
+    return True

@@ -1,0 +1,33 @@
+"""How a changed weight is rounded with nothing but what an earlier output recorded (docs/decisions).
+
+Shape legend: O out features, I in features.
+"""
+
+import torch
+
+from dsquant.rounding import QuantizedWeight, round_to_grid, round_to_nearest
+
+# The recorded grid serves as long as the weight's error is at most this many times the recorded one.
+LARGEST_GROWTH = 1.25
+
+
+def rounded_as_recorded(
+    weight_OI: torch.Tensor, recorded: QuantizedWeight, recorded_error: float
+) -> tuple[QuantizedWeight, bool]:
+    """Rounds a changed weight.
+
+    Args:
+        weight_OI: the new weight under the recorded scales, float32 [O, I].
+        recorded: the old weight as it was rounded; its grid (scales and zero points of each group) is used again.
+        recorded_error: the old weight's distance from its rounded values, over its norm.
+
+    Returns:
+        The nearest points of the recorded grid; or of a new grid over each group's range, where the recorded one no
+        longer fits and the new one errs less. And whether the grid is new.
+    """
+    kept = round_to_grid(weight_OI, recorded.grid, recorded.scales_OG, recorded.zero_points_OG)
+    error = kept.relative_error(weight_OI)
+    if error <= LARGEST_GROWTH * recorded_error:
+        return kept, False
+    anew = round_to_nearest(weight_OI, recorded.grid)
+    return (anew, True) if anew.relative_error(weight_OI) < error else (kept, False)

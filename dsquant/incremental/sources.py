@@ -1,0 +1,70 @@
+"""A new release whose tensors are read once each: hashed, and kept as long as they are worked on."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+
+from dsquant.errors import InputError
+from dsquant.source.checkpoint import Checkpoint, StoredWeights
+from dsquant.source.fp8 import SCALE_SUFFIX
+from dsquant.source.scan import all_finite
+from dsquant.source.shards import ShardIndex
+
+
+class HeldTensors(ShardIndex):
+    """An index that reads a tensor from disk when it is held, and from memory until it is released."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        super().__init__(index.folder, dict(index))
+        self._held: dict[str, torch.Tensor] = {}
+
+    def hold(self, names: Iterable[str]) -> dict[str, str]:
+        """Reads tensors and keeps them in place of those held before.
+
+        Args:
+            names: the tensors.
+
+        Returns:
+            Tensor -> SHA-256 of its bytes.
+
+        Raises:
+            InputError: where one holds NaN or infinity.
+        """
+        self._held = {}
+        hashes = {}
+        for name in names:
+            stored = self.read(name)
+            if not all_finite(stored):
+                raise InputError(f"{self[name].path}: tensor {name!r} holds NaN or infinity; download the file again")
+            hashes[name] = hashlib.sha256(memoryview(stored.view(-1).view(torch.uint8).numpy().data)).hexdigest()
+            self._held[name] = stored
+        return hashes
+
+    def read(self, name: str, start_row: int = 0, stop_row: int | None = None, pinned: bool = False) -> torch.Tensor:
+        """Reads a tensor or some of its rows, from memory where it is held."""
+        held = self._held.get(name)
+        if held is None:
+            return super().read(name, start_row, stop_row, pinned)
+        return held[start_row:stop_row] if held.dim() else held
+
+
+def held_once(checkpoint: Checkpoint) -> tuple[Checkpoint, HeldTensors]:
+    """A checkpoint whose weights are read through `HeldTensors`.
+
+    Args:
+        checkpoint: an FP8 or BF16 release.
+
+    Returns:
+        The same, and its index.
+    """
+    assert isinstance(checkpoint.weights, StoredWeights)
+    index = HeldTensors(checkpoint.index)
+    return Checkpoint(
+        checkpoint.folder, checkpoint.config, index, StoredWeights(index, checkpoint.weights.block)
+    ), index
+
+
+def stored_parts(index: ShardIndex, parameter: str) -> list[str]:
+    """The stored tensors of a parameter: itself, and its FP8 scales where it has them."""
+    return [name for name in (parameter, parameter + SCALE_SUFFIX) if name in index]

@@ -1,0 +1,33 @@
+"""What part of a network a tensor belongs to, by its name in a checkpoint or in a GGUF file."""
+
+import re
+
+# In the order in which names are tried: `.mlp.` and `.ffn_` are dense MLPs where nothing before them fits.
+_MARKS = {
+    "routed experts": (".mlp.experts.", "_exps."),
+    "shared experts": (".shared_experts.", "_shexp."),
+    "router": (".mlp.gate.", ".ffn_gate_inp.", ".exp_probs_b."),
+    "norms": ("norm.",),
+    "dense MLP": (".mlp.", ".ffn_"),
+    "attention": (".self_attn.", ".attn_"),
+    "embedding": ("embed_tokens", "token_embd"),
+    "head": ("lm_head", "output."),
+}
+KINDS = (*_MARKS, "MTP")
+_LAYER = re.compile(r"(?:model\.layers|blk)\.(\d+)\.")
+
+
+def kind_of(name: str, num_layers: int) -> str:
+    """Finds what a tensor belongs to.
+
+    Args:
+        name: the tensor's.
+        num_layers: decoder layers; those behind them are for multi-token prediction.
+
+    Returns:
+        One of `KINDS`.
+    """
+    layer = _LAYER.match(name)
+    if layer is not None and int(layer[1]) >= num_layers:
+        return "MTP"
+    return next((kind for kind, marks in _MARKS.items() if any(mark in name for mark in marks)), "norms")

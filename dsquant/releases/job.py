@@ -1,0 +1,210 @@
+"""`dsquant run`: does what of a recipe is not done yet, and publishes.
+
+Beside OUTPUT lies `.OUTPUT.dsquant`: the lock, the journal, and the folder that is being built. A run that was killed
+anywhere is gone on with by running the same recipe again; the published bytes are those of an uninterrupted run.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsquant.errors import DsquantError, Interrupted
+from dsquant.jobs import Journal, stop_on_signals, write_atomically
+from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
+from dsquant.releases.inputs import inputs_of, key_of
+from dsquant.releases.publication import (
+    RELEASE_FILE,
+    check_publishable,
+    is_complete,
+    publish,
+    published_folder,
+    published_release,
+)
+from dsquant.releases.recipe import WITHOUT_INFLUENCE, ReleaseRecipe
+from dsquant.telemetry import Report, silent
+
+JOURNAL_FILE = "journal.jsonl"
+BUILD_FOLDER = "build"
+# The layout of release.json. 1: first.
+RELEASE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a run published."""
+
+    output: Path
+    """Where it can be read: the output folder, or its link `current`."""
+    key: str
+    """Of recipe and inputs."""
+    outputs: dict[str, dict[str, Any]]
+    """Step -> folders, bytes and warnings."""
+    evaluation: dict[str, Any]
+    """Output -> its distance from the original; empty without evaluation."""
+    gates: dict[str, Any]
+    """What became of the gates; empty without gates."""
+    already_published: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**vars(self), "output": str(self.output)}
+
+    def _repr_html_(self) -> str:
+        from dsquant.notebook import as_html
+        from dsquant.releases.tables import release_tables
+
+        return as_html(release_tables(self))
+
+
+def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str = "") -> Release:
+    """Runs a recipe.
+
+    Args:
+        recipe: the recipe.
+        report: gets the progress.
+        recipe_name: its file, for `on_failure`'s command.
+
+    Returns:
+        What is published.
+
+    Raises:
+        UsageError: where the recipe cannot work.
+        InputError: where model, texts or output cannot be used, or another run works on the output.
+        GateError: where a gate failed; nothing is published.
+        InconclusiveError: where a gate is undecided; nothing is published.
+        Interrupted: where the run stopped; the same recipe goes on with it.
+    """
+    inputs = inputs_of(recipe)
+    key = key_of(recipe.hash, inputs)
+    check_publishable(recipe)
+    work = recipe.output.absolute().parent / f".{recipe.output.name}.dsquant"
+    work.mkdir(parents=True, exist_ok=True)
+    with exclusive(work, recipe.output):
+        if _is_published(recipe, key):  # by the run that held the lock until now
+            return _release(recipe, key, already_published=True)
+        stage = ["prepare"]
+        try:
+            _run(recipe, inputs, key, work, report, stage)
+        except (DsquantError, OSError) as error:
+            _after_failure(recipe, recipe_name, work, stage[-1], error)
+            if isinstance(error, Interrupted):
+                words = str(error).replace("go on with --resume", "run the same recipe again to go on")
+                raise Interrupted(f"{stage[-1]}: {words}") from error
+            raise
+    return _release(recipe, key, already_published=False)
+
+
+def published(recipe: ReleaseRecipe) -> Release | None:
+    """What a recipe has published already, if nothing has changed since; imports no torch.
+
+    Args:
+        recipe: the recipe.
+
+    Returns:
+        The release; None where there is something to do.
+
+    Raises:
+        InputError: where the source is neither here nor on the hub.
+    """
+    key = key_of(recipe.hash, inputs_of(recipe))
+    return _release(recipe, key, already_published=True) if _is_published(recipe, key) else None
+
+
+def _is_published(recipe: ReleaseRecipe, key: str) -> bool:
+    found = published_release(recipe)
+    return found is not None and found.get("key") == key
+
+
+def _release(recipe: ReleaseRecipe, key: str, already_published: bool) -> Release:
+    record = published_release(recipe)
+    assert record is not None
+    stages = record["stages"]
+    outputs = {step.name: stages[f"quantize {step.name}"] for step in recipe.quantize}
+    return Release(
+        published_folder(recipe), key, outputs, stages.get("evaluate", {}), stages.get("gate", {}), already_published
+    )
+
+
+def _run(
+    recipe: ReleaseRecipe, inputs: dict[str, Any], key: str, work: Path, report: Report, entered: list[str]
+) -> None:
+    """Does every stage that the journal does not have; `entered` gets the names of those that begin."""
+    from dsquant.releases.stages import Workshop, stages_of
+
+    build, journal = work / BUILD_FOLDER, Journal(work / JOURNAL_FILE)
+    if _is_left_over(recipe, journal):
+        _tidy(work)
+        journal = Journal(work / JOURNAL_FILE)
+    if is_complete(recipe, key):  # killed before the link was switched, or a recipe that was there before
+        publish(recipe, None, key)
+        _tidy(work)
+        return
+    build.mkdir(exist_ok=True)
+    stages = stages_of(Workshop(recipe, inputs, build, journal, report))
+    with stop_on_signals() as request:
+        for stage in stages:
+            entered.append(stage.name)
+            if journal.units.get(stage.name, {}).get("key") == stage.key:
+                continue
+            begun = journal.units.get(f"begin {stage.name}", {}).get("key") == stage.key
+            if not begun:
+                journal.append(f"begin {stage.name}", key=stage.key)
+            request.safe_point()
+            journal.append(stage.name, key=stage.key, result=stage.work(begun))
+        request.safe_point()
+        entered.append("publish")
+        _remove_foreign(recipe, build)
+        results = {stage.name: journal.units[stage.name]["result"] for stage in stages}
+        record = {
+            "release_version": RELEASE_VERSION,
+            "key": key,
+            "recipe": recipe.model_dump(mode="json", exclude=set(WITHOUT_INFLUENCE)),
+            "recipe_sha256": recipe.hash,
+            "inputs": inputs,
+            "stages": results,
+        }
+        write_atomically(build / RELEASE_FILE, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+        journal.append("publish", key=key)
+        publish(recipe, build, key)
+        _tidy(work)
+
+
+def _tidy(work: Path) -> None:
+    """Leaves the lock alone in the folder."""
+    for path in work.iterdir():
+        if path.name not in (LOCK_FILE, HOLDER_FILE):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_left_over(recipe: ReleaseRecipe, journal: Journal) -> bool:
+    """Whether a run was killed after it had published and before it had tidied up."""
+    entry = journal.units.get("publish")
+    return entry is not None and (published_release(recipe) or {}).get("key") == entry["key"]
+
+
+def _remove_foreign(recipe: ReleaseRecipe, build: Path) -> None:
+    """Removes what steps of an earlier version of the recipe have left in the folder that will be published."""
+    wanted = {step.name for step in recipe.quantize} | ({"evaluation"} if recipe.evaluate else set())
+    for path in build.iterdir():
+        if path.name not in wanted:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _after_failure(recipe: ReleaseRecipe, recipe_name: str, work: Path, stage: str, error: Exception) -> None:
+    """Does what `on_failure` says. What an interruption has left is always kept: the next run goes on from there."""
+    exit_code = error.exit_code if isinstance(error, DsquantError) else 1
+    if recipe.on_failure.outputs == "remove" and not isinstance(error, Interrupted):
+        _tidy(work)
+    if recipe.on_failure.command:
+        told = {
+            "DSQUANT_RECIPE": recipe_name,
+            "DSQUANT_OUTPUT": str(recipe.output),
+            "DSQUANT_STAGE": stage,
+            "DSQUANT_ERROR": str(error),
+            "DSQUANT_EXIT_CODE": str(exit_code),
+        }
+        subprocess.run(recipe.on_failure.command, shell=True, env=os.environ | told, check=False)

@@ -1,0 +1,129 @@
+"""Puts a finished folder where readers find it, by one rename: they see the old result or the new one, never a mixture.
+
+`rename`: OUTPUT is the result. An older one is exchanged with it in one step (Linux `renameat2`), then removed.
+`symlink`: results lie in OUTPUT/releases; the link OUTPUT/current is replaced in one step. Older ones stay.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dsquant.errors import InputError
+from dsquant.jobs import sync_folder
+from dsquant.releases.recipe import ReleaseRecipe
+
+RELEASE_FILE = "release.json"
+CURRENT = "current"
+RELEASES = "releases"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def published_folder(recipe: ReleaseRecipe) -> Path:
+    """Where readers look."""
+    return recipe.output if recipe.publish == "rename" else recipe.output / CURRENT
+
+
+def published_release(recipe: ReleaseRecipe) -> dict[str, Any] | None:
+    """The record of what is published now; None where nothing is."""
+    return read_release(published_folder(recipe))
+
+
+def read_release(folder: Path) -> dict[str, Any] | None:
+    """The record of a finished result; None where the folder holds none."""
+    try:
+        record = json.loads((folder / RELEASE_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def check_publishable(recipe: ReleaseRecipe) -> None:
+    """Refuses an output that is somebody else's, before hours are spent.
+
+    Args:
+        recipe: the recipe.
+
+    Raises:
+        InputError: where the output holds something that no `dsquant run` published.
+    """
+    output = recipe.output
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; name a folder to publish")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if recipe.publish == "rename" and read_release(output) is None:
+        raise InputError(
+            f"{output} is not empty and no result of `dsquant run` (publish: rename); name another folder, or empty it"
+        )
+    if recipe.publish == "symlink" and not (output / RELEASES).is_dir():
+        raise InputError(
+            f"{output} is not empty and holds no {RELEASES}/ of `dsquant run` (publish: symlink); name another folder"
+        )
+
+
+def is_complete(recipe: ReleaseRecipe, key: str) -> bool:
+    """Whether a result already lies among the releases that a link can point to."""
+    found = read_release(recipe.output / RELEASES / key[:16]) if recipe.publish == "symlink" else None
+    return found is not None and found.get("key") == key
+
+
+def publish(recipe: ReleaseRecipe, build: Path | None, key: str) -> None:
+    """Publishes a finished folder.
+
+    Args:
+        recipe: says where and how.
+        build: the folder, on the same file system; gone afterwards. None where `is_complete`.
+        key: names the result in `releases`.
+
+    Raises:
+        InputError: where an older result cannot be exchanged in one step here.
+    """
+    if recipe.publish == "symlink":
+        _switch_link(recipe.output, build, key)
+        return
+    assert build is not None
+    output = recipe.output
+    if output.exists() and any(output.iterdir()):
+        _exchange(build, output)
+        sync_folder(output.parent)
+        shutil.rmtree(build)
+    else:
+        build.rename(output)  # replaces an empty folder
+        sync_folder(output.parent)
+
+
+def _switch_link(output: Path, build: Path | None, key: str) -> None:
+    releases = output / RELEASES
+    releases.mkdir(parents=True, exist_ok=True)
+    name = key[:16]
+    if build is not None:
+        if (releases / name).exists():
+            shutil.rmtree(releases / name)
+        build.rename(releases / name)
+        sync_folder(releases)
+    link = output / f".{CURRENT}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(RELEASES, name))
+    link.replace(output / CURRENT)
+    sync_folder(output)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swaps two folders in one step."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    failed: int | None = None
+    if hasattr(libc, "renameat2"):
+        names = os.fsencode(one), os.fsencode(other)
+        if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+            return
+        failed = ctypes.get_errno()
+    if failed not in (None, errno.ENOSYS, errno.EINVAL):
+        raise OSError(failed, os.strerror(failed), str(other))
+    raise InputError(
+        f"{other} holds an older result, and this system cannot exchange two folders in one step; the new one is "
+        f"complete in {one}: move the old one away and run again, or use publish: symlink"
+    )

@@ -1,0 +1,131 @@
+"""The stages of a run, each resumable by itself: a stage counts as done when its journal line is on disk."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsquant.jobs import Journal
+from dsquant.recipe import GgufRecipe, Recipe
+from dsquant.releases.evaluation import decide_gates, evaluate_outputs, read_recipe_gates
+from dsquant.releases.inputs import key_of
+from dsquant.releases.recipe import AwqStep, GgufStep, ReleaseRecipe
+from dsquant.telemetry import Report
+
+if TYPE_CHECKING:
+    from dsquant.evaluation.gates import Gates
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where a run works until it publishes."""
+
+    recipe: ReleaseRecipe
+    inputs: dict[str, Any]
+    build: Path
+    """The folder that is published in the end."""
+    journal: Journal
+    report: Report
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of a run."""
+
+    name: str
+    key: str
+    """Of everything that its result depends on: a line in the journal counts only with this key."""
+    work: Callable[[bool], dict[str, Any]]
+    """Does it, given whether it was begun before with this key; returns what the journal notes."""
+
+
+def stages_of(shop: Workshop) -> list[Stage]:
+    """Everything between reading the recipe and publishing, in order.
+
+    Args:
+        shop: the run.
+
+    Returns:
+        calibrate, quantize and evaluate for each step, gate.
+    """
+    recipe = shop.recipe
+    source = key_of(recipe.model, shop.inputs)
+    stages = []
+    if any(not isinstance(step, GgufStep) or _texts(recipe, step) for step in recipe.quantize):
+        calibration = recipe.calibration.model_dump(mode="json")
+        stages.append(Stage("calibrate", key_of(source, calibration), lambda _: _calibrate(shop)))
+    for step in recipe.quantize:
+        key = key_of(source, recipe.calibration.model_dump(mode="json"), step.model_dump(mode="json"))
+        stages.append(Stage(f"quantize {step.name}", key, partial(_quantize, shop, step)))
+    if recipe.evaluate is not None:
+        gates = read_recipe_gates(recipe)
+        confidence = None if gates is None else gates.confidence
+        evaluated = key_of([stage.key for stage in stages], recipe.evaluate.model_dump(mode="json"), confidence)
+        stages.append(Stage("evaluate", evaluated, partial(_evaluate, shop, gates)))
+        if gates is not None:
+            key = key_of(evaluated, gates.model_dump(mode="json"))
+            stages.append(Stage("gate", key, partial(_gate, gates, shop.build)))
+    return stages
+
+
+def _texts(recipe: ReleaseRecipe, step: GgufStep) -> tuple[str, ...]:
+    """What a GGUF step is calibrated on."""
+    if not step.calibrate or step.imatrix is not None or step.type in ("F32", "F16", "BF16"):
+        return ()
+    return recipe.calibration.texts
+
+
+def _calibrate(shop: Workshop) -> dict[str, Any]:
+    """Finds out that the texts are there, and which they are, before hours are spent."""
+    from dsquant.preparation import open_calibration, open_model, open_tokenizer
+
+    checkpoint, _ = open_model(shop.recipe.model)
+    recipe = _job_fields(shop.recipe) | {"calibration": shop.recipe.calibration.texts, "output": shop.build}
+    _, found = open_calibration(Recipe.checked(**recipe), shop.recipe.calibration.texts, open_tokenizer(checkpoint))
+    return found
+
+
+def _job_fields(recipe: ReleaseRecipe) -> dict[str, Any]:
+    """What every job takes from the recipe. Jobs do not evaluate themselves: the stage does it for all at once."""
+    calibration = recipe.calibration.model_dump(exclude={"texts"})
+    return {**calibration, "model": recipe.model, "memory_budget": recipe.memory_budget, "evaluate": False}
+
+
+def _quantize(shop: Workshop, step: AwqStep | GgufStep, begun: bool) -> dict[str, Any]:
+    from dsquant import pipeline
+
+    fields, output = _job_fields(shop.recipe), shop.build / step.name
+    # An older attempt that was to become something else is begun anew.
+    resume, restart = begun or not output.exists(), not begun and output.exists()
+    if isinstance(step, AwqStep):
+        own = step.model_dump(exclude={"name", "max_shard_size"}) | {"max_shard_bytes": step.max_shard_size}
+        own |= {"device": shop.recipe.device, "gpu_memory_budget": shop.recipe.gpu_memory_budget}
+        job = Recipe.checked(**fields, **own, output=output, calibration=shop.recipe.calibration.texts)
+        result = pipeline.awq(job, resume, restart, shop.report)
+    else:
+        own = step.model_dump(exclude={"name", "split_max_size", "calibrate"}) | {
+            "split_max_bytes": step.split_max_size
+        }
+        conversion = GgufRecipe.checked(**fields, **own, output=output, calibration=_texts(shop.recipe, step))
+        result = pipeline.gguf(conversion, resume, restart, shop.report)
+    folders = {name: str(folder.relative_to(shop.build)) for name, folder in result.folders.items()}
+    return {"folders": folders, "bytes": result.output_bytes, "warnings": result.warnings}
+
+
+def _evaluate(shop: Workshop, gates: "Gates | None", _: bool) -> dict[str, Any]:
+    return evaluate_outputs(shop.recipe, gates, _folders(shop), shop.build, shop.report)
+
+
+def _gate(gates: "Gates", build: Path, _: bool) -> dict[str, Any]:
+    return decide_gates(gates, build)
+
+
+def _folders(shop: Workshop) -> dict[str, Path]:
+    """Name of an output -> its folder, from the journal."""
+    found: dict[str, Path] = {}
+    for step in shop.recipe.quantize:
+        folders = shop.journal.units[f"quantize {step.name}"]["result"]["folders"]
+        for name, folder in folders.items():
+            found[step.name if len(folders) == 1 else f"{step.name}/{name}"] = shop.build / folder
+    return found

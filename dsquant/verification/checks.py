@@ -1,0 +1,255 @@
+"""Verifies an output: its record, every byte of every file, its contents, and its values against the source."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dsquant.errors import InputError, UsageError
+from dsquant.jobs import RECORD_FILE, WORK_FOLDER, stop_on_signals
+from dsquant.model.skeleton import Skeleton
+from dsquant.notebook import as_html
+from dsquant.scales import open_scales
+from dsquant.sealing import broken_sections, hash_files
+from dsquant.source.checkpoint import Checkpoint, open_checkpoint
+from dsquant.source.gguf_layout import placements
+from dsquant.source.gguf_weights import GgufWeights
+from dsquant.source.locate import EMBEDDED_MODEL, locate
+from dsquant.source.weights import Weights
+from dsquant.telemetry import Progress, Report, silent
+from dsquant.verification.contents import check_checkpoint, check_gguf, read_record
+from dsquant.verification.damage import damaged_parts, wrong_tensors
+from dsquant.verification.values import Candidate, Comparison, chosen_parameters, wrong_values
+
+# What lies in a folder that came from a hub or out of git, beside the output; no engine reads it.
+FOREIGN = (".git", ".gitattributes", ".gitignore", ".cache")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it was written."""
+
+    file: str
+    """Path in the output folder."""
+    where: str
+    """The tensor, or the region of the file."""
+    problem: str
+
+
+@dataclass
+class Verification:
+    """What a verification found."""
+
+    folder: str
+    num_files: int = 0
+    num_bytes: int = 0
+    source: str | None = None
+    """What values were compared with; None where nothing was."""
+    compared: dict[str, int] = field(default_factory=dict)
+    """Format -> parameters whose values were compared."""
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"ok": self.ok, **asdict(self)}
+
+    def _repr_html_(self) -> str:
+        from dsquant.verification.tables import verification_tables
+
+        return as_html(verification_tables(self))
+
+
+def verify(folder: Path, source: str | None = None, everything: bool = False, report: Report = silent) -> Verification:
+    """Checks an output, wherever it lies now.
+
+    Args:
+        folder: the output folder, or one format's folder of it.
+        source: the model that it was made from; None takes the recorded one where it is on this machine.
+        everything: whether every parameter's values are compared with the source's, not a sample.
+        report: gets the progress.
+
+    Returns:
+        What was checked and found.
+
+    Raises:
+        InputError: where it is no finished output of dsquant, or the source is another one.
+        UsageError: where every value is asked for and the source is not there.
+    """
+    if (folder / WORK_FOLDER).is_dir():
+        raise InputError(f"{folder} holds an interrupted job; finish it with --resume")
+    if not (folder / RECORD_FILE).is_file():
+        raise InputError(f"{folder / RECORD_FILE} is missing; is this an output of dsquant?")
+    found = Verification(str(folder))
+    raw = (folder / RECORD_FILE).read_bytes()
+    found.findings += [Finding(RECORD_FILE, part, "the record is damaged") for part in broken_sections(raw)]
+    if found.findings:
+        found.notes.append("nothing else was checked: the hashes of all files stand in the damaged record")
+        return found
+    record = read_record(folder / RECORD_FILE)
+    with stop_on_signals() as request:
+
+        def safe_point(done: int, total: int, what: str) -> None:
+            request.safe_point()
+            report(Progress("verify", done, total, what, found.num_bytes))
+
+        original = _open_source(source, record, everything, found)
+        damaged = _check_files(folder, record, everything, found, safe_point)
+        for name, output in record["outputs"].items():
+            inside = PurePosixPath(output["folder"])
+            home = inside.parent if inside.suffix == ".gguf" else inside
+            if not any(PurePosixPath(file).parent == home for file in damaged):
+                _check_output(folder, name, record, original, everything, source is not None, found, safe_point)
+    return found
+
+
+def _open_source(
+    source: str | None, record: dict[str, Any], everything: bool, found: Verification
+) -> Checkpoint | None:
+    """The model to compare with; a recorded hub id is not downloaded."""
+    recorded = record["recipe"]["model"]
+    here = Path(recorded).expanduser().is_dir() or recorded == EMBEDDED_MODEL
+    if source is None and not here:
+        if everything:
+            raise UsageError(f"--all compares with the source, and {recorded!r} is not here; name it with --source")
+        found.notes.append(f"values were not compared: the source {recorded!r} is not here; name it with --source")
+        return None
+    if source is not None:
+        found.source = source
+        return open_checkpoint(locate(source))
+    try:
+        original = open_checkpoint(locate(recorded))
+    except InputError as error:
+        found.notes.append(f"values were not compared: {error}")
+        return None
+    found.source = recorded
+    return original
+
+
+def _check_files(
+    folder: Path,
+    record: dict[str, Any],
+    everything: bool,
+    found: Verification,
+    safe_point: Callable[[int, int, str], None],
+) -> set[str]:
+    """Every byte of every file; returns the files that are damaged or missing."""
+    files: dict[str, dict[str, Any]] = record["files"]
+    there = [name for name in files if (folder / name).is_file()]
+    bad = [name for name in files if name not in there]
+    found.findings += [Finding(name, "file", "missing") for name in bad]
+    present = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    names = (path.relative_to(folder) for path in present)
+    extra = [str(name) for name in names if str(name) not in {*files, RECORD_FILE} and name.parts[0] not in FOREIGN]
+    found.findings += [Finding(name, "file", "not part of the output") for name in extra]
+    done = 0
+
+    def after_file(name: str) -> None:
+        nonlocal done
+        done += 1
+        found.num_files, found.num_bytes = done, found.num_bytes + (folder / name).stat().st_size
+        safe_point(done, len(there), name)
+
+    for name, entry in hash_files(folder, there, after_file).items():
+        if any(entry[key] != files[name][key] for key in ("bytes", "sha256")):
+            parts = damaged_parts(folder, name, files)
+        else:
+            parts = wrong_tensors(folder / name, files[name]) if everything else []
+        found.findings += [Finding(name, *part) for part in parts]
+        bad += [name] if parts else []
+    return {*bad, *extra}
+
+
+def _check_output(
+    folder: Path,
+    name: str,
+    record: dict[str, Any],
+    original: Checkpoint | None,
+    everything: bool,
+    named: bool,
+    found: Verification,
+    safe_point: Callable[[int, int, str], None],
+) -> None:
+    """Contents and values of one format, whose files are intact."""
+    output = record["outputs"][name]
+    inside = PurePosixPath(output["folder"])
+    is_gguf = inside.suffix == ".gguf"
+    weights: Weights | None = None
+    if is_gguf:
+        problems = check_gguf(folder, inside, record)
+        if original is not None and not problems:
+            shapes = {parameter: original.weights.shape(parameter) for parameter in original.weights}
+            weights = GgufWeights(folder / inside, shapes, original.config)
+    else:
+        checkpoint, problems = check_checkpoint(folder, inside, record)
+        weights = checkpoint.weights if checkpoint else None
+    found.findings += [Finding(*problem) for problem in problems]
+    if weights is None or problems:
+        return
+    home = inside.parent if is_gguf else inside
+    candidate = Candidate(weights, open_scales(folder / home), output["weight_errors"], is_gguf)
+    chosen = chosen_parameters(candidate, everything)
+    done = 0
+
+    def before(parameter: str) -> None:
+        nonlocal done
+        safe_point(done, len(chosen), parameter)
+        done += 1
+
+    comparison = _comparison(original, record, chosen, named, found)
+    if comparison is None:
+        wrong = _undecodable(candidate, chosen, before)
+    else:
+        wrong = wrong_values(comparison, candidate, chosen, before)
+        found.compared[name] = len(chosen)
+    found.findings += [Finding(_file_of(record, home, parameter), repr(parameter), text) for parameter, text in wrong]
+
+
+def _comparison(
+    original: Checkpoint | None, record: dict[str, Any], chosen: list[str], named: bool, found: Verification
+) -> Comparison | None:
+    """The source, if it still is the recorded one; an error where the caller has named another."""
+    if original is None:
+        return None
+    layers = {layer.index: layer for layer in Skeleton(original).layers}
+    comparison = Comparison(original, layers, record["source"]["tensors_sha256"])
+    other = next((name for name in chosen if not comparison.is_recorded_source(name)), None)
+    if other is None:
+        return comparison
+    problem = f"{original.folder}: tensor {other!r} is not the one that the output was made from (another hash)"
+    if named:
+        raise InputError(f"{problem}; name the original release")
+    found.source = None
+    found.notes.append(f"values were not compared: {problem}; name the original release with --source")
+    return None
+
+
+def _undecodable(candidate: Candidate, names: list[str], before: Callable[[str], None]) -> list[tuple[str, str]]:
+    """Without the source: what the format's own package does not decode to finite numbers."""
+    wrong = []
+    for name in names:
+        before(name)
+        try:
+            finite = bool(candidate.weights[name].isfinite().all())
+        except Exception as problem:  # whatever the format's own package raises
+            wrong.append((name, f"does not decode: {problem}"))
+            continue
+        if not finite:
+            wrong.append((name, "decodes to NaN or infinity"))
+    return wrong
+
+
+def _file_of(record: dict[str, Any], home: PurePosixPath, parameter: str) -> str:
+    """The file that holds a parameter, or the first of the tensors that it became."""
+    prefix = parameter.removesuffix("weight")
+    places = {place.tensor for place in placements(parameter, record["source"]["architecture"])}
+    for name, entry in record["files"].items():
+        held = entry.get("tensors", {}) if PurePosixPath(name).parent == home else {}
+        if places.intersection(held) or any(tensor.startswith(prefix) for tensor in held):
+            return str(name)
+    return str(home)

@@ -1,0 +1,162 @@
+"""Whether an intact output holds what its source holds: every tensor, in the shapes and files that the record tells."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dsquant.errors import InputError
+from dsquant.model.skeleton import Skeleton
+from dsquant.planning import COMPUTED_SUFFIX, check_complete
+from dsquant.source.checkpoint import Checkpoint, open_checkpoint
+from dsquant.source.fp8 import SCALE_SUFFIX
+from dsquant.source.gguf_layout import placements
+from dsquant.source.shards import INDEX_FILE, read_header
+from dsquant.verification.damage import recorded_shards
+from dsquant.writers.base import index_content
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+Problem = tuple[str, str, str]
+"""File, where in it, and what is wrong."""
+
+
+def source_parameters(record: Mapping[str, Any]) -> list[str]:
+    """The parameters that the source has: its tensors without the scales of FP8, and what engines compute."""
+    tensors = record["source"]["tensors_sha256"]
+    return [
+        name
+        for name in tensors
+        if not (name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in tensors)
+        and not name.endswith(COMPUTED_SUFFIX)
+    ]
+
+
+def check_checkpoint(
+    output: Path, folder: PurePosixPath, record: Mapping[str, Any]
+) -> tuple[Checkpoint | None, list[Problem]]:
+    """Checks index, headers, config and coverage of a safetensors output.
+
+    Args:
+        output: the output folder.
+        folder: the checkpoint's folder in it.
+        record: the output's record.
+
+    Returns:
+        The opened checkpoint, None where it cannot be opened; and what is wrong.
+    """
+    plan = recorded_shards(record["files"], folder)
+    problems = _check_headers(output / folder, folder, record)
+    if (output / folder / INDEX_FILE).read_bytes() != index_content(plan):
+        problems.append((str(folder / INDEX_FILE), "weight_map", "not the tensors and files that the record tells"))
+    try:
+        checkpoint = open_checkpoint(output / folder)
+        check_complete(checkpoint, Skeleton(checkpoint))
+    except InputError as error:
+        return None, [*problems, (str(folder), "network", str(error))]
+    layers = int(checkpoint.config["num_hidden_layers"])
+    wanted = [name for name in source_parameters(record) if not _dropped(name, record, layers)]
+    where = str(folder / INDEX_FILE)
+    problems += _check_covered(where, wanted, checkpoint.weights)
+    problems += [
+        (where, repr(name), "the source has no such tensor") for name in checkpoint.weights if name not in set(wanted)
+    ]
+    return checkpoint, problems
+
+
+def _check_headers(directory: Path, folder: PurePosixPath, record: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    for shard in recorded_shards(record["files"], folder).shards:
+        try:
+            header = read_header(directory / shard.file_name)
+        except InputError as error:
+            problems.append((str(folder / shard.file_name), "header", str(error)))
+            continue
+        planned = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
+        found = {name: (info.dtype, info.shape) for name, info in header.items()}
+        problems += [
+            (
+                str(folder / shard.file_name),
+                repr(name),
+                f"dtype and shape are {found.get(name)}, the record says {planned.get(name)}",
+            )
+            for name in planned.keys() | found.keys()
+            if planned.get(name) != found.get(name)
+        ]
+    return problems
+
+
+def _dropped(name: str, record: Mapping[str, Any], layers: int) -> bool:
+    """Whether a tensor belongs to a multi-token-prediction layer that the job was told to drop."""
+    parts = name.split(".")
+    return record["recipe"]["mtp"] == "drop" and name.startswith("model.layers.") and int(parts[2]) >= layers
+
+
+def _check_covered(where: str, wanted: Iterable[str], found: Iterable[str]) -> list[Problem]:
+    there = set(found)
+    return [(where, repr(name), "the source's tensor is not in the output") for name in wanted if name not in there]
+
+
+def check_gguf(output: Path, first: PurePosixPath, record: Mapping[str, Any]) -> list[Problem]:
+    """Checks headers and coverage of a GGUF output.
+
+    Args:
+        output: the output folder.
+        first: its first file.
+        record: the output's record.
+
+    Returns:
+        What is wrong.
+    """
+    from gguf import GGUFReader
+
+    problems: list[Problem] = []
+    found: dict[str, tuple[int, ...]] = {}
+    layers = 0
+    for name, entry in record["files"].items():
+        path = PurePosixPath(name)
+        if path.parent != first.parent or path.suffix != ".gguf" or path.name.startswith("imatrix"):
+            continue
+        try:
+            reader = GGUFReader(output / name)
+        except Exception as error:  # gguf-py raises whatever numpy does on damaged files
+            problems.append((name, "header", f"gguf-py does not read it: {error}"))
+            continue
+        for tensor in reader.tensors:
+            shape = tuple(int(extent) for extent in reversed(tensor.shape))
+            found[tensor.name] = shape
+            recorded = entry["tensors"].get(tensor.name)
+            if recorded is None or [tensor.tensor_type.name, *shape] != [recorded[0], *recorded[2:]]:
+                problems.append((name, repr(tensor.name), f"{tensor.tensor_type.name} {shape}, recorded: {recorded}"))
+        counts = [field for key, field in reader.fields.items() if key.endswith(".block_count")]
+        layers = max([layers, *(int(field.contents()) for field in counts)])
+    hashes = record["source"]["tensors_sha256"]
+    tied = hashes.get(HEAD) == hashes.get(EMBEDDING)
+    wanted = [name for name in source_parameters(record) if not _dropped(name, record, layers)]
+    covered = [name for name in wanted if _has_place(name, record, found) or (name == HEAD and tied)]
+    return problems + _check_covered(str(first), wanted, covered)
+
+
+def _has_place(name: str, record: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]) -> bool:
+    places = placements(name, record["source"]["architecture"])
+    return bool(places) and all(
+        place.tensor in found and (place.expert is None or place.expert < found[place.tensor][0]) for place in places
+    )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads an intact record.
+
+    Args:
+        path: dsquant.json.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InputError: where it was written before records held the hashes of files.
+    """
+    record: dict[str, Any] = json.loads(path.read_bytes())
+    if not isinstance(record.get("files"), dict) or "weight_errors" not in next(iter(record["outputs"].values())):
+        raise InputError(f"{path} is of an older dsquant, whose records hold no hashes of files; convert again")
+    return record

@@ -1,0 +1,225 @@
+"""Where a file is damaged, once its hash has told that it is: the tensor, or the region that belongs to none.
+
+The headers of safetensors and the tensor infos of GGUF files follow from what the record tells of their tensors, so a
+damaged header is compared with the right one, byte by byte.
+"""
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from dsquant.jobs import RECORD_FILE
+from dsquant.scales import SCALES_FILE
+from dsquant.sealing import BYTES_AT_ONCE, broken_sections
+from dsquant.source.shards import INDEX_FILE
+from dsquant.writers.base import Shard, ShardPlan, StoredTensor, index_content
+from dsquant.writers.gguf.files import ALIGNMENT, GgufTensor
+
+GGUF_PREFIX = struct.Struct("<4sIQQ")
+GGUF_VERSION = 3
+
+
+@dataclass(frozen=True)
+class Region:
+    """Some bytes of a file in a row."""
+
+    where: str
+    """A tensor's name in quotes, or what else the bytes are."""
+    start: int
+    num_bytes: int
+    sha256: str | None
+    """What they should be; None for zeros."""
+
+
+def damaged_parts(folder: Path, name: str, files: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """Finds the damage in a file whose hash is wrong.
+
+    Args:
+        folder: the output folder.
+        name: the file's path in it.
+        files: the record's files.
+
+    Returns:
+        Where, and what is wrong there; at least one.
+    """
+    path, entry = folder / name, files[name]
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        found = [("size", f"{size} bytes, {entry['bytes']} were written")]
+        return found + wrong_tensors(path, entry)
+    wrong = wrong_tensors(path, entry)
+    if not wrong and PurePosixPath(name).name == INDEX_FILE:
+        wrong = _wrong_lines(path, index_content(recorded_shards(files, PurePosixPath(name).parent)))
+    if not wrong and PurePosixPath(name).name == RECORD_FILE:
+        wrong = [(part, "the record is damaged") for part in broken_sections(path.read_bytes())]
+    if not wrong and name.endswith(".json"):
+        wrong = _no_json(path)
+    rest = "keys" if name.endswith(".gguf") else "content"  # nothing in the record repeats a GGUF file's keys
+    return wrong or [(rest, "not the bytes that were written")]
+
+
+def recorded_shards(files: dict[str, dict[str, Any]], folder: PurePosixPath) -> ShardPlan:
+    """The safetensors files of a folder as the record has them.
+
+    Args:
+        files: the record's files.
+        folder: inside the output folder.
+
+    Returns:
+        Their plan.
+    """
+    names = [PurePosixPath(name) for name in files if name.endswith(".safetensors")]
+    return ShardPlan(tuple(_shard(name.name, files[str(name)]) for name in names if name.parent == folder))
+
+
+def _shard(file_name: str, entry: dict[str, Any]) -> Shard:
+    tensors = (StoredTensor(name, dtype, tuple(shape)) for name, (dtype, _, *shape) in entry["tensors"].items())
+    return Shard(file_name, "", tuple(tensors))
+
+
+def wrong_tensors(path: Path, entry: dict[str, Any]) -> list[tuple[str, str]]:
+    """Compares a file that holds tensors with what the record tells of each, and of what lies between them.
+
+    Args:
+        path: the file.
+        entry: its entry in the record.
+
+    Returns:
+        Where, and what is wrong there; empty for a file without tensors.
+    """
+    if "tensors" not in entry:
+        return []
+    with path.open("rb") as file:
+        if path.suffix == ".gguf":
+            return _wrong_in_gguf(file, entry)
+        if path.suffix == ".safetensors" or path.name == SCALES_FILE:
+            return _wrong_in_safetensors(file, _shard(path.name, entry), entry)
+    return []
+
+
+def _wrong_in_safetensors(file: BinaryIO, shard: Shard, entry: dict[str, Any]) -> list[tuple[str, str]]:
+    wanted = shard.header
+    found = []
+    place = _first_difference(file.read(len(wanted)), wanted)
+    if place is not None:
+        found.append(_in_header(wanted, place, entry["tensors"]))
+    regions, start = [], len(wanted)
+    for tensor in shard.tensors:
+        regions.append(Region(repr(tensor.name), start, tensor.num_bytes, entry["tensors"][tensor.name][1]))
+        start += tensor.num_bytes
+    return found + _wrong_regions(file, regions)
+
+
+def _in_header(header: bytes, place: int, tensors: Iterable[str]) -> tuple[str, str]:
+    problem = f"byte {place} of the file's header"
+    if place < 8:
+        return "header length", problem
+    starts = {name: header.index(f"{json.dumps(name)}:".encode()) for name in tensors}
+    before = [name for name, start in starts.items() if start <= place]
+    if not before:
+        return "header metadata", problem
+    if place >= len(header.rstrip(b" ")) - 1:
+        return "header padding", problem
+    return f"header entry of {before[-1]!r}", problem
+
+
+def _wrong_in_gguf(file: BinaryIO, entry: dict[str, Any]) -> list[tuple[str, str]]:
+    tensors = [GgufTensor(name, dtype, tuple(shape)) for name, (dtype, _, *shape) in entry["tensors"].items()]
+    sizes = {tensor.name: tensor.num_bytes for tensor in tensors}
+    padded = {name: size + -size % ALIGNMENT for name, size in sizes.items()}
+    header_bytes = entry["bytes"] - sum(padded.values())
+    found = _wrong_in_gguf_header(file.read(header_bytes), tensors, padded)
+    regions, start = [], header_bytes
+    for name, size in sizes.items():
+        regions.append(Region(repr(name), start, size, entry["tensors"][name][1]))
+        regions.append(Region(f"padding behind {name!r}", start + size, padded[name] - size, None))
+        start += padded[name]
+    return found + _wrong_regions(file, regions)
+
+
+def _wrong_in_gguf_header(header: bytes, tensors: list[GgufTensor], padded: dict[str, int]) -> list[tuple[str, str]]:
+    """Magic, tensor infos and padding; what lies between, the keys, no record repeats."""
+    prefix = GGUF_PREFIX.pack(b"GGUF", GGUF_VERSION, len(tensors), 0)[:16]
+    if header[:16] != prefix:
+        return [("magic, version or number of tensors", f"byte {_first_difference(header[:16], prefix)} of the file")]
+    infos, offset = [], 0
+    for tensor in tensors:
+        infos.append(_gguf_info(tensor, offset))
+        offset += padded[tensor.name]
+    wanted = b"".join(infos)
+    # The infos end where the padding begins, whose length the record does not tell: where they fit best.
+    ends = range(max(len(wanted), len(header) - ALIGNMENT + 1), len(header) + 1)
+    end = min(ends, key=lambda end: (_num_differences(header[end - len(wanted) : end], wanted), -end))
+    place = _first_difference(header[end - len(wanted) : end], wanted)
+    if place is not None:
+        for tensor, info in zip(tensors, infos, strict=True):
+            if place < len(info):
+                return [(f"info of {tensor.name!r}", f"byte {end - len(wanted) + place} of the file")]
+            place -= len(info)
+    if any(header[end:]):
+        return [("padding behind the header", f"byte {end} and on of the file")]
+    return []
+
+
+def _gguf_info(tensor: GgufTensor, offset: int) -> bytes:
+    from gguf import GGMLQuantizationType
+
+    name, shape = tensor.name.encode(), tensor.shape
+    kind = int(GGMLQuantizationType[tensor.type_name])
+    return struct.pack(f"<Q{len(name)}sI{len(shape)}QIQ", len(name), name, len(shape), *reversed(shape), kind, offset)
+
+
+def _wrong_regions(file: BinaryIO, regions: Iterable[Region]) -> list[tuple[str, str]]:
+    wrong = []
+    for region in regions:
+        file.seek(region.start)
+        digest, zeros = hashlib.sha256(), True
+        for block in _blocks(file, region.num_bytes):
+            digest.update(block)
+            zeros = zeros and (region.sha256 is not None or not any(block))
+        if not zeros or (region.sha256 is not None and digest.hexdigest() != region.sha256):
+            wrong.append((region.where, f"bytes {region.start} to {region.start + region.num_bytes - 1} of the file"))
+    return wrong
+
+
+def _blocks(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
+    while num_bytes and (block := file.read(min(num_bytes, BYTES_AT_ONCE))):
+        num_bytes -= len(block)
+        yield block
+
+
+def _wrong_lines(path: Path, wanted: bytes) -> list[tuple[str, str]]:
+    lines = zip(path.read_bytes().splitlines(), wanted.splitlines(), strict=False)
+    for number, (found, line) in enumerate(lines, 1):
+        if found != line:
+            entry = re.match(rb'\s+"(.+)": "', line)
+            where = f"entry of {entry[1].decode()!r}" if entry else f"line {number}"
+            return [(where, f"{found[:160].decode(errors='replace')!r} instead of {line[:160].decode()!r}")]
+    return []
+
+
+def _no_json(path: Path) -> list[tuple[str, str]]:
+    try:
+        json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        return [(f"line {error.lineno}", f"no JSON: {error.msg}")]
+    except ValueError as error:
+        return [("content", f"no UTF-8: {error}")]
+    return []
+
+
+def _first_difference(found: bytes, wanted: bytes) -> int | None:
+    if found == wanted:
+        return None
+    return next(
+        (place for place, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), len(found)
+    )
+
+
+def _num_differences(found: bytes, wanted: bytes) -> int:
+    return sum(a != b for a, b in zip(found, wanted, strict=True))

@@ -1,0 +1,141 @@
+"""Whether an output's weights are the source's: decoded by the format's own package, as near as the record says."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dsquant.model.overlays import Fold
+from dsquant.model.structure import DecoderLayer
+from dsquant.scales import recorded_fold
+from dsquant.source.checkpoint import Checkpoint
+from dsquant.source.fp8 import SCALE_SUFFIX
+from dsquant.source.gguf_layout import placements
+from dsquant.source.scan import scan_tensor
+from dsquant.source.shards import ShardIndex
+from dsquant.source.weights import Weights
+from dsquant.writers.gguf.target import error_step
+
+# How many parameters are decoded where not all are asked for, evenly spaced over quantized and other ones.
+SAMPLED_QUANTIZED, SAMPLED_OTHER = 24, 8
+# The recorded error is of the same numbers; sums of other order differ by less than this.
+RELATIVE_TOLERANCE, TOLERANCE = 1e-3, 1e-6
+# A parameter that is stored as it is differs by its storage type's rounding at the most, in relation to its norm.
+ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 1e-6, "F64": 1e-6}
+ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An opened output."""
+
+    weights: Weights
+    """Under the source's names, decoded by the format's package."""
+    scales: ShardIndex
+    errors: Mapping[str, float]
+    """Linear, or in GGUF parameter -> recorded error."""
+    is_gguf: bool = False
+
+
+@dataclass
+class Comparison:
+    """The source, and what compares an output with it."""
+
+    original: Checkpoint
+    layers: Mapping[int, DecoderLayer]
+    hashes: Mapping[str, str]
+    """Source tensor -> recorded SHA-256."""
+    _folds: dict[int, Fold] = field(default_factory=dict)
+
+    def fold(self, candidate: Candidate, name: str) -> Fold:
+        """The fold of the layer that a parameter belongs to."""
+        if not name.startswith("model.layers."):
+            return Fold()
+        index = int(name.split(".")[2])
+        if index not in self._folds:
+            self._folds = {index: recorded_fold(self.layers[index], self.original.weights, candidate.scales)}
+        return self._folds[index]
+
+    def is_recorded_source(self, name: str) -> bool:
+        """Whether a parameter of the source is still the one that was quantized."""
+        index = self.original.index
+        parts = [part for part in (name, name + SCALE_SUFFIX) if part in index]
+        return bool(parts) and all(scan_tensor(index, index[part]) == self.hashes.get(part) for part in parts)
+
+
+def chosen_parameters(candidate: Candidate, everything: bool) -> list[str]:
+    """The parameters to compare, in the order of the model."""
+    names = list(candidate.weights)
+    if everything:
+        return names
+    quantized = [name for name in names if _recorded_error(candidate, name) is not None]
+    other = [name for name in names if _recorded_error(candidate, name) is None]
+    picked = {*_spread(quantized, SAMPLED_QUANTIZED), *_spread(other, SAMPLED_OTHER)}
+    return [name for name in names if name in picked]
+
+
+def _spread(names: list[str], count: int) -> list[str]:
+    return [names[len(names) * place // count] for place in range(count)] if len(names) > count else names
+
+
+def _recorded_error(candidate: Candidate, name: str) -> float | None:
+    found = candidate.errors.get(name)
+    return candidate.errors.get(name.removesuffix(".weight")) if found is None else found
+
+
+def wrong_values(
+    comparison: Comparison, candidate: Candidate, names: Iterable[str], before: Callable[[str], None]
+) -> list[tuple[str, str]]:
+    """Decodes parameters and compares them with the source.
+
+    Args:
+        comparison: the source.
+        candidate: the output.
+        names: the parameters.
+        before: called with each name before it is read; may raise to stop.
+
+    Returns:
+        Parameter and what is wrong with it.
+    """
+    wrong = []
+    for name in names:
+        before(name)
+        recorded = _recorded_error(candidate, name)
+        dtype = comparison.original.index[name].dtype
+        try:
+            error = _error(comparison, candidate, name)
+        except Exception as problem:  # whatever the format's own package raises
+            wrong.append((name, f"does not decode: {problem}"))
+            continue
+        if recorded is None:
+            limit = ROUNDING["BF16" if dtype.startswith("F8") else dtype]
+            if not error <= limit:
+                wrong.append((name, f"differs from the source by {error:.2e} of its norm, at most {limit:.1e} is due"))
+        elif not abs(error - recorded) <= RELATIVE_TOLERANCE * recorded + TOLERANCE:
+            wrong.append((name, f"its error is {error:.6f} of the source's norm, recorded are {recorded:.6f}"))
+    return wrong
+
+
+def _error(comparison: Comparison, candidate: Candidate, name: str) -> float:
+    """The distance of the decoded parameter from the folded source, over the norm of that."""
+    original, fold = comparison.original, comparison.fold(candidate, name)
+    squared_error = squared_norm = 0.0
+    for wanted, found in _parts(original, candidate, name, fold):
+        squared_error += float((found - wanted).square().sum(dtype=torch.float64))
+        squared_norm += float(wanted.square().sum(dtype=torch.float64))
+    return (squared_error / squared_norm) ** 0.5 if squared_norm else squared_error**0.5
+
+
+def _parts(original: Checkpoint, candidate: Candidate, name: str, fold: Fold) -> Iterable[tuple[Any, Any]]:
+    shape = original.weights.shape(name)
+    step = error_step(shape, placements(name, original.architecture)[0]) if candidate.is_gguf else 1
+    if name in fold or name.removesuffix(".weight") in candidate.errors or len(shape) < 2:
+        yield fold.apply(name, original.weights[name])[::step], candidate.weights[name][::step]
+    elif step > 1:
+        for row in range(0, shape[0], step):
+            yield original.weights.rows(name, row, row + 1), candidate.weights.rows(name, row, row + 1)
+    else:
+        for row in range(0, shape[0], ROWS_AT_ONCE):
+            rows = (row, min(row + ROWS_AT_ONCE, shape[0]))
+            yield original.weights.rows(name, *rows), candidate.weights.rows(name, *rows)

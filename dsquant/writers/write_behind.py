@@ -1,0 +1,58 @@
+"""Writes in the background, so that hashing and the disk do not hold up the GPU."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import torch
+
+# Tensors that wait to be written; they keep their GPU memory until then.
+MOST_WAITING = 8
+
+
+class WriteBehind:
+    """One thread that does what it is given, in order; the first error comes out of the next call."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="dsquant-write")
+        self._waiting: list[Future[None]] = []
+        self._stream: torch.cuda.Stream | None = None
+
+    def write(self, tensor: torch.Tensor, sink: Callable[[torch.Tensor], None]) -> None:
+        """Hands a tensor's values to `sink` in the background, in host memory.
+
+        Args:
+            tensor: on a GPU; nobody changes it any more.
+            sink: gets the values.
+        """
+        ready = torch.cuda.Event()
+        ready.record()
+        self._waiting.append(self._pool.submit(self._write, tensor, ready, sink))
+        while len(self._waiting) > MOST_WAITING:
+            self._waiting.pop(0).result()
+
+    def _write(self, tensor: torch.Tensor, ready: torch.cuda.Event, sink: Callable[[torch.Tensor], None]) -> None:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        with torch.cuda.stream(self._stream):  # beside the computation, not behind it
+            self._stream.wait_event(ready)
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            host.copy_(tensor, non_blocking=True)
+            self._stream.synchronize()
+        sink(host)
+
+    def wait(self) -> None:
+        """Returns when everything is written."""
+        while self._waiting:
+            self._waiting.pop(0).result()
+
+    def drop(self) -> None:
+        """Gives up what has not been written; returns when nothing is being written any more."""
+        for waiting in self._waiting:
+            waiting.cancel()
+        wait([waiting for waiting in self._waiting if not waiting.cancelled()])
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self.drop()
+        self._pool.shutdown()

@@ -1,0 +1,170 @@
+"""dsquant's own K-quantizers, in PyTorch and Triton: beside ggml's, decoded by gguf-py."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gguf as gguf_py
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from dsquant.kernels import ggml, k_quants
+
+TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
+KINDS = ("gauss", "heavy tails", "outlier columns", "positive", "tiny", "huge")
+
+
+def weights(kind: str, num_rows: int = 32, num_columns: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of a kind, and importances of their columns that differ by e squared."""
+    generator = torch.Generator().manual_seed(KINDS.index(kind))
+    rows_RI = torch.randn(num_rows, num_columns, generator=generator) * 0.02
+    if kind == "heavy tails":
+        rows_RI *= torch.randn(num_rows, num_columns, generator=generator).exp()
+    elif kind == "outlier columns":
+        rows_RI *= torch.randn(num_columns, generator=generator).exp()
+    elif kind == "positive":
+        rows_RI = rows_RI.abs() + 0.01
+    elif kind in ("tiny", "huge"):
+        rows_RI *= 1e-3 if kind == "tiny" else 1e5
+    return rows_RI, torch.randn(num_columns, generator=generator).exp()
+
+
+def awkward_rows() -> torch.Tensor:
+    """Zero rows, blocks and super-blocks; constant blocks of either sign; one weight alone; ties of rounding."""
+    rows_RI = torch.randn(7, 768, generator=torch.Generator().manual_seed(9)) * 0.02
+    rows_RI[0], rows_RI[1, :256], rows_RI[2, 32:64] = 0, 0, 0
+    rows_RI[3, :32], rows_RI[3, 32:64] = 0.25, -0.25
+    rows_RI[4], rows_RI[4, 100] = 0, -3.0
+    rows_RI[5, :32] = torch.arange(32) - 15.5
+    rows_RI[5, 0] = 127
+    rows_RI[6, 256:512] = rows_RI[6, 256:512].abs()
+    return rows_RI
+
+
+def decoded(stored: torch.Tensor, type_name: str) -> torch.Tensor:
+    values = dequantize(stored.cpu().numpy(), gguf_py.GGMLQuantizationType[type_name])
+    return torch.from_numpy(np.array(values, dtype=np.float32))
+
+
+def weighted_error(stored: torch.Tensor, type_name: str, rows_RI: torch.Tensor, importance_I: torch.Tensor) -> float:
+    """By the weights that ggml gives the columns, relative to the rows."""
+    weights_RI = importance_I.expand_as(rows_RI)
+    if type_name in ("Q4_K", "Q5_K"):
+        squares = rows_RI.unflatten(1, (-1, 256)).square()
+        weights_RI = weights_RI * (2 * squares.mean(2, keepdim=True) + squares).sqrt().flatten(1)
+    errors_RI = decoded(stored, type_name) - rows_RI
+    return float((weights_RI * errors_RI.square()).sum() / (weights_RI * rows_RI.square()).sum()) ** 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("type_name", TYPES)
+def test_the_weighted_error_is_within_one_percent_of_ggmls(type_name: str, kind: str) -> None:
+    rows_RI, importance_I = weights(kind)
+    ours, theirs = (
+        weighted_error(quantize(rows_RI, type_name, importance_I), type_name, rows_RI, importance_I)
+        for quantize in (k_quants.quantize, ggml.quantize)
+    )
+    assert ours <= 1.01 * theirs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_q8_0_is_ggmls_to_the_byte(kind: str) -> None:
+    for rows_RI in (weights(kind)[0], awkward_rows()):
+        ones_I = torch.ones(rows_RI.shape[1])
+        assert torch.equal(k_quants.quantize(rows_RI, "Q8_0", ones_I), ggml.quantize(rows_RI, "Q8_0", ones_I))
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_awkward_blocks_decode_to_what_they_were(type_name: str) -> None:
+    rows_RI, ones_I = awkward_rows(), torch.ones(768)
+    values_RI = decoded(k_quants.quantize(rows_RI, type_name, ones_I), type_name)
+    assert bool((values_RI[0] == 0).all()) and bool((values_RI[1, :256] == 0).all())
+    assert torch.allclose(values_RI[3, :64], rows_RI[3, :64], rtol=0.02)
+    assert torch.allclose(values_RI[4], rows_RI[4], atol=1e-3)
+    by_ggml_RI = decoded(ggml.quantize(rows_RI, type_name, ones_I), type_name)
+    for ours, theirs, wanted in zip(values_RI, by_ggml_RI, rows_RI, strict=True):
+        assert float((ours - wanted).norm()) <= 1.1 * float((theirs - wanted).norm()) + 1e-3
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    scale=st.floats(1e-2, 1e3),
+    importance=st.floats(1e-18, 1e18),
+    type_name=st.sampled_from(TYPES),
+)
+def test_the_unit_of_importances_changes_nothing(seed: int, scale: float, importance: float, type_name: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows_RI = torch.randn(3, 512, generator=generator) * scale
+    importance_I = torch.rand(512, generator=generator) + 0.01
+    stored = k_quants.quantize(rows_RI, type_name, importance_I)
+    other = k_quants.quantize(rows_RI, type_name, importance_I * importance)
+    errors = [weighted_error(found, type_name, rows_RI, importance_I) for found in (stored, other)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
+    assert errors[0] < {"Q4_K": 0.1, "Q5_K": 0.05, "Q6_K": 0.03, "Q8_0": 0.01}[type_name]
+
+
+def test_rows_that_are_worked_on_apart_are_those_worked_on_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_RI, importance_I = weights("gauss")
+    together = k_quants.quantize(rows_RI, "Q4_K", importance_I)
+    monkeypatch.setattr(k_quants, "WEIGHTS_AT_ONCE", 3000)
+    assert float((k_quants.quantize(rows_RI, "Q4_K", importance_I) == together).float().mean()) > 0.999
+
+
+def test_the_kernels_in_tritons_interpreter_do_what_the_reference_does(tmp_path: Path) -> None:
+    rows_RI = awkward_rows()
+    importance_I = torch.randn(768, generator=torch.Generator().manual_seed(3)).exp()
+    save_file({"rows": rows_RI, "importance": importance_I}, tmp_path / "inputs.safetensors")
+    script = Path(__file__).parent / "interpreted_kernels.py"
+    subprocess.run([sys.executable, "-W", "ignore", script, tmp_path / "inputs.safetensors"], check=True)
+    for type_name, stored in load_file(tmp_path / "stored.safetensors").items():
+        check_against_reference(stored, type_name, rows_RI, importance_I)
+
+
+def check_against_reference(
+    stored: torch.Tensor, type_name: str, rows_RI: torch.Tensor, importance_I: torch.Tensor
+) -> None:
+    """A kernel rounds its sums otherwise, so that a tie between candidates can end otherwise; no error grows by it."""
+    reference = k_quants.quantize(rows_RI, type_name, importance_I)
+    if type_name == "Q8_0":
+        assert torch.equal(stored.cpu(), reference)
+        return
+    errors = [weighted_error(found, type_name, rows_RI, importance_I) for found in (stored, reference)]
+    assert errors[0] <= 1.002 * errors[1]
+    assert float((stored.cpu() == reference).float().mean()) > 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("type_name", TYPES)
+def test_a_gpu_quantizes_as_the_reference_and_within_one_percent_of_ggml(type_name: str, kind: str) -> None:
+    from dsquant.kernels import k_quants_triton
+
+    awkward, (rows_RI, importance_I) = awkward_rows(), weights(kind, 129, 7168)
+    stored = k_quants_triton.quantize(awkward.cuda(), type_name, torch.ones(768))
+    check_against_reference(stored, type_name, awkward, torch.ones(768))
+    stored = k_quants_triton.quantize(rows_RI.cuda(), type_name, importance_I)
+    check_against_reference(stored, type_name, rows_RI, importance_I)
+    theirs = ggml.quantize(rows_RI, type_name, importance_I)
+    limit = 1.01 * weighted_error(theirs, type_name, rows_RI, importance_I)
+    assert weighted_error(stored, type_name, rows_RI, importance_I) <= limit
+    assert torch.equal(k_quants_triton.quantize(rows_RI.cuda(), type_name, importance_I), stored)
+
+
+@pytest.mark.gpu
+def test_a_gpu_quantizes_five_gigabytes_a_second_to_q4_k() -> None:
+    from dsquant.kernels import k_quants_triton
+
+    rows_RI, importance_I = torch.randn(2**15, 7168, device="cuda"), torch.rand(7168, device="cuda") + 0.1
+    k_quants_triton.quantize(rows_RI, "Q4_K", importance_I)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    k_quants_triton.quantize(rows_RI, "Q4_K", importance_I)
+    torch.cuda.synchronize()
+    assert rows_RI.numel() * 4 / (time.perf_counter() - started) > 5e9

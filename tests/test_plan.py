@@ -1,0 +1,239 @@
+"""`dsquant plan`: sizes against what is written, R1 from its config alone, a hub by ranges, machines, words."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import LLAMA, make_dense
+from hub_server import hub_of
+from r1_config import R1_CONFIG
+
+import dsquant
+from dsquant.deployment.facts import GIB
+from dsquant.deployment.forecast import Forecast, MachineForecast, forecast, forecast_of, reference_machines
+from dsquant.deployment.hardware import parse_machine, parse_speed
+from dsquant.deployment.sizes import BITS, PRESETS, OutputSize, output_sizes
+from dsquant.deployment.subject import open_subject
+from dsquant.errors import InputError, UsageError
+from dsquant.writers.gguf.types import MIXTURES
+
+FAST = {"samples": 2, "seq_len": 16, "calibration": "code", "evaluate": False, "progress": False}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from dsquant.cli import main; main()", "plan", *arguments]
+
+
+@pytest.fixture(scope="module")
+def tiny_sizes(tiny_r1: Path) -> dict[tuple[str, str], OutputSize]:
+    sizes, refused = output_sizes(open_subject("tiny-r1"))
+    assert not refused
+    return {(size.name, size.mtp): size for size in sizes}
+
+
+@pytest.fixture(scope="module")
+def r1() -> Callable[..., Forecast]:
+    """R1's forecast from its config alone; its sizes are worked out once."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.json")
+        path.write_text(json.dumps(R1_CONFIG))
+        subject = open_subject(str(path))
+    outputs = output_sizes(subject)
+
+    def of(gpu_price: float | None = None, **machine: Any) -> Forecast:
+        named = [parse_machine(machine.pop("gpu"), machine.pop("ram"), **machine)] if machine else []
+        return forecast_of(subject, outputs, named or reference_machines(), gpu_price)
+
+    return of
+
+
+def written(folder: Path) -> int:
+    files = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".gguf")]
+    return sum(path.stat().st_size for path in files if path.name != "imatrix.gguf")
+
+
+@pytest.mark.parametrize(
+    ("preset", "mtp", "bits"),
+    [
+        ("compact", "quantize", 4),
+        *(
+            pytest.param(preset, mtp, bits, marks=pytest.mark.slow)
+            for preset in PRESETS
+            for bits in BITS["compressed-tensors"]
+            for mtp in ("keep", "drop", "quantize")
+            if (preset, mtp, bits) != ("compact", "quantize", 4)
+        ),
+    ],
+)
+def test_the_planned_size_of_a_safetensors_output_is_what_is_written(
+    tiny_sizes: dict[tuple[str, str], OutputSize], tmp_path: Path, preset: Any, mtp: Any, bits: Any
+) -> None:
+    formats = [name for name, widths in BITS.items() if bits in widths]
+    result = dsquant.awq("tiny-r1", output=tmp_path / "out", to=formats, preset=preset, mtp=mtp, bits=bits, **FAST)
+    for name in formats:
+        size = tiny_sizes[f"{name} {preset}{'' if bits == 4 else f' {bits}-bit'}", mtp]
+        assert size.exact
+        assert size.num_bytes == written(result.folders[name])
+
+
+@pytest.mark.parametrize(
+    ("type_name", "mtp"),
+    [
+        ("Q4_K_M", "drop"),
+        ("Q2_K", "keep"),
+        ("BF16", "drop"),
+        *(pytest.param(name, mtp, marks=pytest.mark.slow) for name in MIXTURES for mtp in ("drop", "keep")),
+    ],
+)
+def test_the_planned_size_of_a_gguf_output_is_what_is_written(
+    tiny_sizes: dict[tuple[str, str], OutputSize], tmp_path: Path, type_name: str, mtp: str
+) -> None:
+    options = FAST if MIXTURES[type_name][0] not in ("F32", "F16", "BF16") else {"evaluate": False, "progress": False}
+    dsquant.gguf("tiny-r1", type=type_name, output=tmp_path / "out", mtp=mtp, **options)
+    size = tiny_sizes[f"gguf:{type_name}", mtp]
+    assert size.exact
+    assert size.num_bytes == written(tmp_path / "out")
+
+
+def test_r1s_release_follows_from_its_config_alone_to_the_byte(r1: Callable[..., Forecast]) -> None:
+    found = r1()
+    assert found.num_tensors == 91_991
+    assert found.source_bytes == 688_574_839_360
+    assert found.source_bytes / GIB == pytest.approx(641.3, abs=0.05)
+    assert found.network.kv_bytes_per_token == 70_272
+
+
+def test_r1s_outputs_have_the_sizes_that_were_published_for_them(r1: Callable[..., Forecast]) -> None:
+    sizes = {(size.name, size.mtp): size for size in r1().sizes}
+    assert sizes["gguf:Q4_K_M", "drop"].num_bytes / 1e9 == pytest.approx(404.5, rel=0.001)
+    for name in BITS:
+        assert sizes[f"{name} compact", "drop"].num_bytes / GIB == pytest.approx(325, rel=0.01)
+        assert sizes[f"{name} quality", "drop"].num_bytes / GIB == pytest.approx(346, rel=0.01)
+    mtp = sizes["awq quality", "keep"].num_bytes - sizes["awq quality", "drop"].num_bytes
+    assert mtp == pytest.approx(2 * 13_463_426_304, rel=0.001)  # BF16, with the copies of embedding and head
+
+
+def test_a_bare_config_gives_the_tensor_bytes_that_headers_give(tiny_r1: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((tiny_r1 / "config.json").read_text())
+    bare, whole = (open_subject(model) for model in (str(tmp_path), "tiny-r1"))
+    stored = {name: (info.dtype, info.shape) for name, info in whole.checkpoint.index.items()}
+    assert {name: (info.dtype, info.shape) for name, info in bare.checkpoint.index.items()} == stored
+    for planned, exact in zip(output_sizes(bare)[0], output_sizes(whole)[0], strict=True):
+        assert (planned.name, planned.mtp, planned.by_kind) == (exact.name, exact.mtp, exact.by_kind)
+    found = forecast(str(tmp_path / "config.json"))
+    assert any("no tokenizer.json" in note for note in found.notes)
+    assert not any(size.exact for size in found.sizes)
+
+
+def test_a_dense_model_has_one_preset_and_no_mtp_column(tmp_path: Path) -> None:
+    found = forecast(str(make_dense(tmp_path / "model", LLAMA)), gpu="1x24GiB", ram="32GiB")
+    assert {size.preset for size in found.sizes} == {None, "compact"}
+    assert {size.mtp for size in found.sizes} == {"none"}
+    assert found.machines[0].best is not None and "vLLM" in found.machines[0].best.commands
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "not supported"),
+        ({**R1_CONFIG, "n_routed_experts": 10**9}, "n_routed_experts"),
+        ({**R1_CONFIG, "quantization_config": {"quant_method": "awq"}}, "already quantized"),
+        ([1], "JSON object"),
+    ],
+)
+def test_a_config_that_cannot_be_planned_is_refused(tmp_path: Path, config: Any, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        open_subject(str(tmp_path / "config.json"))
+
+
+def test_a_hub_model_is_planned_from_its_headers_without_its_weights(tiny_r1: Path, tmp_path: Path) -> None:
+    with hub_of({"someone/tiny": tiny_r1}) as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        found = subprocess.run(command("someone/tiny", "--json"), env=environment, capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+        missing = subprocess.run(command("someone/else"), env=environment, capture_output=True, text=True)
+    remote, local = json.loads(found.stdout), forecast("tiny-r1").as_json()
+    keys = ("name", "mtp", "num_bytes", "exact")
+    assert [{key: size[key] for key in keys} for size in remote["sizes"]] == [
+        {key: size[key] for key in keys} for size in local["sizes"]
+    ]
+    shards = [path.name for path in tiny_r1.glob("*.safetensors")]
+    assert sum(hub.bytes_sent[name] for name in shards) <= 100_001 * len(shards)
+    assert missing.returncode == 3 and "'someone/else'" in missing.stderr
+
+
+def on(found: Forecast, name: str) -> Any:
+    (machine,) = found.machines
+    return next(row for row in machine.deployments if row.output.name == name)
+
+
+def the(found: Forecast) -> MachineForecast:
+    (machine,) = found.machines
+    return machine
+
+
+def test_r1_at_four_bits_does_not_fit_four_small_cards_and_the_plan_says_why(r1: Callable[..., Forecast]) -> None:
+    found = r1(gpu="4x24GiB", ram="64GiB", disk_read="7GB/s", gpu_price=0.4)
+    words = " ".join(the(found).statements)
+    assert "325 to 346 GiB" in words and "4x24 GiB" in words and "in RAM or on disk" in words
+    assert "factor of 1.1, not 3" in words
+    assert on(found, "awq compact").placement.kind == "none"
+    offloaded = on(found, "gguf:Q4_K_M")
+    assert offloaded.placement.disk_bytes > 200 * GIB
+    assert 0.05 < offloaded.placement.tokens_per_s.low < offloaded.placement.tokens_per_s.high < 1.5
+    assert "_exps=CUDA3" in offloaded.commands["llama.cpp"] and "_exps=CPU" in offloaded.commands["llama.cpp"]
+    assert offloaded.price_per_million.low > 100
+
+
+def test_machines_run_what_people_have_run_on_them(r1: Callable[..., Forecast]) -> None:
+    best = {str(found.machine): found.best for found in r1().machines}
+    names = {machine: row.output.name for machine, row in best.items() if row is not None}
+    assert names["8x141 GiB GPU, 1024 GiB RAM"] == "source"
+    assert names["8x80 GiB GPU, 512 GiB RAM"] == "compressed-tensors quality"
+    assert names["8x48 GiB GPU, 256 GiB RAM"] == "compressed-tensors compact"
+    assert names["1x24 GiB GPU, 512 GiB RAM"].startswith("gguf:")
+    h100 = best["8x80 GiB GPU, 512 GiB RAM"]
+    assert h100 is not None and h100.placement.tokens_per_s is not None
+    assert "--tensor-parallel-size 8" in h100.commands["vLLM"] and "--tp 8" in h100.commands["SGLang"]
+
+
+def test_the_speed_range_holds_what_was_measured(r1: Callable[..., Forecast]) -> None:
+    awq = on(r1(gpu="8x80GiB@3350GB/s", ram="512GiB"), "awq compact").placement.tokens_per_s
+    assert awq.low < 61.5 < awq.high  # 8xH100, cognitivecomputations' model card
+    transformers = on(r1(gpu="1x24GiB", ram="512GiB@307GB/s"), "gguf:Q4_K_M")
+    assert transformers.placement.tokens_per_s.low < 8.73 < transformers.placement.tokens_per_s.high
+    assert "ktransformers" in transformers.commands
+
+
+def test_a_disk_that_is_too_small_is_named(r1: Callable[..., Forecast]) -> None:
+    found = on(r1(gpu="4x24GiB", ram="64GiB", disk="200GiB"), "gguf:Q4_K_M")
+    assert found.placement.kind == "none" and "the disk 200" in found.placement.reason
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("7GB/s", 7e9), ("936", 936e9), ("3.35 TB/s", 3.35e12), ("500MB/s", 5e8), ("1GiB/s", 2**30)]
+)
+def test_speeds_are_read(text: str, expected: float) -> None:
+    assert parse_speed(text).low == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("gpu", ["0x24GiB", "4x", "x", "4x24GiB@fast", "-1x24GiB"])
+def test_a_machine_that_cannot_be_meant_is_refused(gpu: str) -> None:
+    with pytest.raises(UsageError):
+        parse_machine(gpu, "64GiB")
+
+
+def test_the_table_the_json_and_the_notebook_tell_the_same(tiny_r1: Path) -> None:
+    shown = subprocess.run(command("--gpu", "1x24GiB", "--ram", "64GiB"), capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "12,169,064 bytes" in shown.stdout and "█" in shown.stdout and "vllm serve" in shown.stdout
+    found = dsquant.plan("tiny-r1", gpu="1x24GiB", ram="64GiB")
+    json.dumps(found.as_json())
+    assert "12,169,064 bytes" in found._repr_html_()

@@ -1,0 +1,94 @@
+"""Files of prompts: three formats, and every kind of broken line with its number."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsquant.code_drift import SHIPPED_PROMPTS, _prompts_file
+from dsquant.errors import InputError
+from dsquant.evaluation.execution import run_all
+from dsquant.evaluation.tasks import read_tasks
+
+HUMAN_EVAL = {
+    "task_id": "HumanEval/x",
+    "prompt": 'def double(x):\n    """Twice x."""\n',
+    "canonical_solution": "    return 2 * x\n",
+    "test": "def check(candidate):\n    assert candidate(3) == 6\n",
+    "entry_point": "double",
+}
+MBPP = {
+    "task_id": 11,
+    "text": "Write a function to double a number.",
+    "code": "def double(x):\r\n    return 2 * x",
+    "test_list": ["assert double(3) == 6", "assert double(limit) == 20"],
+    "test_setup_code": "limit = 10",
+    "challenge_test_list": [],
+}
+
+
+def lines(path: Path, *records: Any) -> Path:
+    path.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in records))
+    return path
+
+
+def test_each_formats_gold_passes_its_own_test(tmp_path: Path) -> None:
+    own = {"prompt": "def double(x):\n", "completion": "    return 2 * x\n", "test": "assert double(2) == 4"}
+    sanitized = {key: value for key, value in MBPP.items() if key not in ("text", "test_setup_code")}
+    sanitized |= {"prompt": MBPP["text"], "test_imports": ["limit = 10"]}
+    tasks = read_tasks(lines(tmp_path / "a.jsonl", own, HUMAN_EVAL, MBPP, sanitized))
+    assert [task.name for task in tasks] == ["1", "HumanEval/x", "11", "11"]
+    assert [task.prompt_is_code for task in tasks] == [True, True, False, False]
+    assert {run.outcome for run in run_all([task.program(task.gold or "") for task in tasks])} == {"passed"}
+    assert all(run.outcome != "passed" for run in run_all([task.program("    return 3\n") for task in tasks]))
+
+
+def test_every_shipped_prompt_has_a_completion_that_passes_its_test() -> None:
+    tasks = read_tasks(_prompts_file(SHIPPED_PROMPTS))
+    assert len(tasks) == 24 and len({task.name for task in tasks}) == 24
+    runs = run_all([task.program(task.gold or "") for task in tasks])
+    assert [task.name for task, run in zip(tasks, runs, strict=True) if run.outcome != "passed"] == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ('{"prompt": "x"', "not JSON"),
+        ("[1]", "expected an object"),
+        ('{"prompt": 3}', "`prompt` must be text"),
+        ('{"prompt": " "}', "not empty"),
+        ('{"completion": "x"}', "`prompt` must be text"),
+        ('{"prompt": "x", "stop": "y"}', "`stop` must be a list"),
+        (json.dumps({**HUMAN_EVAL, "test": None}), "`test` must be text"),
+        (json.dumps({**MBPP, "test_list": []}), "`test_list` is empty"),
+        (json.dumps({**MBPP, "test_list": [1]}), "`test_list` must be a list of texts"),
+        (json.dumps({**MBPP, "code": ""}), "`code` must be text"),
+    ],
+)
+def test_a_broken_line_is_named_by_its_number(tmp_path: Path, broken: str, words: str) -> None:
+    path = lines(tmp_path / "a.jsonl", {"prompt": "x"}, "", broken)
+    with pytest.raises(InputError, match=r"a\.jsonl, line 3: ") as error:
+        read_tasks(path)
+    assert words in str(error.value)
+
+
+def test_a_file_without_prompts_or_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no prompt"):
+        read_tasks(lines(tmp_path / "empty.jsonl", "", ""))
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_tasks(tmp_path / "binary.jsonl")
+    with pytest.raises(InputError, match="no such file; the shipped prompts are called python"):
+        _prompts_file("nowhere.jsonl")
+
+
+MBPP_FILE = Path("/work/shared/data/mbpp.jsonl")
+
+
+@pytest.mark.skipif(not MBPP_FILE.is_file(), reason="the shared data are not on this machine")
+def test_mbpp_itself_is_read_and_its_solutions_pass() -> None:
+    tasks = read_tasks(MBPP_FILE)
+    assert len(tasks) == 974
+    runs = run_all([task.program(task.gold or "") for task in tasks[10:34]])
+    assert sum(run.outcome == "passed" for run in runs) >= 23

@@ -1,0 +1,248 @@
+"""Verification: a changed bit anywhere, missing and foreign files, values that are not the source's."""
+
+import hashlib
+import json
+import random
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import dsquant
+from dsquant.cli import main
+from dsquant.errors import InputError, UsageError
+from dsquant.sealing import seal
+from dsquant.verification.checks import Verification
+
+OUTPUTS = ("awq", "compressed-tensors", "gguf")
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-r1 in three formats; tests leave it as they found it."""
+    folder = tmp_path_factory.mktemp("verify") / "out"
+    dsquant.awq(
+        "tiny-r1", output=folder, to=["awq", "compressed-tensors", "gguf:Q4_K_M"], preset="quality",
+        samples=2, seq_len=64, evaluate=False, progress=False,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def damaged(output: Path) -> Iterator[Callable[[str, int, int], Verification]]:
+    """Changes one bit of a file and verifies its format's folder; the bit is changed back afterwards."""
+    before: dict[Path, bytes] = {}
+
+    def verify(name: str, byte: int, bit: int = 0) -> Verification:
+        path = output / name
+        before.setdefault(path, path.read_bytes())
+        content = bytearray(before[path])
+        content[byte] ^= 1 << bit
+        path.write_bytes(content)
+        folder = path.parent if path.parent != output else output
+        try:
+            return dsquant.verify(folder, progress=False)
+        finally:
+            path.write_bytes(before[path])
+
+    yield verify
+    for path, content in before.items():
+        path.write_bytes(content)
+
+
+def reseal(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrites a record as a faulty writer would have: sealed, with the true hashes of all files."""
+    record = json.loads((folder / "dsquant.json").read_text())
+    for name, entry in record["files"].items():
+        content = (folder / name).read_bytes()
+        entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    change(record)
+    del record["sections_sha256"]
+    (folder / "dsquant.json").write_bytes(seal(record))
+
+
+def test_an_undamaged_output_passes_with_every_value_compared(output: Path) -> None:
+    found = dsquant.verify(output, everything=True, progress=False)
+    assert found.ok and found.source == "tiny-r1" and not found.notes
+    assert set(found.compared) == {"awq", "compressed-tensors", "gguf:Q4_K_M"}
+    assert min(found.compared.values()) > 100
+
+
+@pytest.mark.parametrize("flips", [24, pytest.param(200, marks=pytest.mark.slow)])
+def test_every_random_bit_flip_is_found_and_named(
+    output: Path, damaged: Callable[[str, int, int], Verification], flips: int
+) -> None:
+    chance = random.Random(flips)
+    files = [path for path in sorted(output.rglob("*")) if path.is_file()]
+    for _ in range(flips):
+        path = chance.choice(files)
+        place, bit = chance.randrange(path.stat().st_size), chance.randrange(8)
+        found = damaged(str(path.relative_to(output)), place, bit)
+        assert path.name in [finding.file for finding in found.findings], (path, place, bit)
+        assert all(finding.where for finding in found.findings)
+
+
+def test_a_flip_in_a_tensor_names_the_tensor(output: Path, damaged: Callable[..., Verification]) -> None:
+    for name in OUTPUTS:
+        record = json.loads((output / name / "dsquant.json").read_text())
+        weights = {file: entry for file, entry in record["files"].items() if "tensors" in entry}
+        for file, entry in weights.items():
+            last = list(entry["tensors"])[-1]
+            found = damaged(f"{name}/{file}", _place(output / name / file, last)[0] + 1)
+            assert [(finding.file, finding.where) for finding in found.findings] == [(file, repr(last))]
+
+
+def test_a_flip_outside_of_tensors_names_the_region(output: Path, damaged: Callable[..., Verification]) -> None:
+    shard = next(iter(sorted((output / "awq").glob("*.safetensors"))))
+    raw = shard.read_bytes()
+    header_bytes = 8 + struct.unpack("<Q", raw[:8])[0]
+    wanted = {
+        3: "header length",
+        12: "header metadata",
+        raw.index(b'"model.embed_tokens.weight"') + 4: "header entry of 'model.embed_tokens.weight'",
+        raw.index(b'"data_offsets"') + 16: "header entry of 'model.embed_tokens.weight'",
+    }
+    if raw[header_bytes - 1] == 32:
+        wanted[header_bytes - 1] = "header padding"
+    for byte, where in wanted.items():
+        assert [finding.where for finding in damaged(f"awq/{shard.name}", byte).findings] == [where]
+    index = (output / "awq" / "model.safetensors.index.json").read_bytes()
+    place = index.index(b'"model.norm.weight"') + 3
+    (finding,) = damaged("awq/model.safetensors.index.json", place).findings
+    assert finding.where == "entry of 'model.norm.weight'"
+
+
+def test_a_flip_in_a_gguf_header_or_its_padding_is_named(output: Path, damaged: Callable[..., Verification]) -> None:
+    path = next(path for path in (output / "gguf").glob("tiny*.gguf"))
+    raw, name = path.read_bytes(), f"gguf/{path.name}"
+    tensors = json.loads((output / "gguf" / "dsquant.json").read_text())["files"][path.name]["tensors"]
+    first, padded = next(iter(tensors)), None
+    for byte, where in {
+        1: "magic, version or number of tensors",
+        raw.index(b"general.architecture") + 2: "keys",
+        raw.index(first.encode()) + 2: f"info of {first!r}",
+    }.items():
+        assert [finding.where for finding in damaged(name, byte).findings] == [where]
+    from gguf import GGUFReader
+
+    for tensor in GGUFReader(path).tensors:
+        end = int(tensor.data_offset) + int(tensor.n_bytes)
+        if end % 32:
+            padded = damaged(name, end)
+            assert [finding.where for finding in padded.findings] == [f"padding behind {tensor.name!r}"]
+            break
+
+
+def test_missing_foreign_and_renamed_files_are_found(output: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(output / "awq", tmp_path / "moved"))
+    (copy / ".gitattributes").write_text("*.safetensors filter=lfs")
+    assert dsquant.verify(copy, progress=False).ok
+    (copy / "tokenizer.json").rename(copy / "tokenizer.jsom")
+    (copy / "model.safetensors").write_bytes(b"x")
+    found = {(finding.file, finding.problem) for finding in dsquant.verify(copy, progress=False).findings}
+    foreign = "not part of the output"
+    assert found == {("tokenizer.json", "missing"), ("tokenizer.jsom", foreign), ("model.safetensors", foreign)}
+
+
+def test_a_truncated_shard_names_what_it_lost(output: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(output / "awq", tmp_path / "moved"))
+    shard = sorted(copy.glob("*.safetensors"))[1]
+    last = list(json.loads((copy / "dsquant.json").read_text())["files"][shard.name]["tensors"])[-1]
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 1)
+    found = dsquant.verify(copy, progress=False).findings
+    assert [finding.where for finding in found] == ["size", repr(last)]
+
+
+def test_an_output_without_its_source_is_verified_as_far_as_it_goes(output: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(output / "awq", tmp_path / "moved"))
+    reseal(copy, lambda record: record["recipe"].update(model="/no/such/model"))
+    found = dsquant.verify(copy, progress=False)
+    assert found.ok and not found.compared and "--source" in found.notes[0]
+    assert dsquant.verify(copy, source="tiny-r1", progress=False).compared
+    with pytest.raises(UsageError, match="--source"):
+        dsquant.verify(copy, everything=True, progress=False)
+
+
+def test_another_source_than_the_recorded_one_is_refused(output: Path, tiny_r1: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tiny_r1, tmp_path / "other"))
+    for shard in other.glob("*.safetensors"):
+        content = bytearray(shard.read_bytes())
+        for byte in range(len(content) - 4096, len(content)):
+            content[byte] ^= 0x80
+        shard.write_bytes(content)
+    with pytest.raises(InputError, match="not the one that the output was made from"):
+        dsquant.verify(output / "awq", source=other, everything=True, progress=False)
+
+
+def test_a_tensor_that_the_source_has_and_the_output_not_is_found(output: Path, tmp_path: Path) -> None:
+    for name in ("awq", "gguf"):
+        copy = Path(shutil.copytree(output / name, tmp_path / name))
+        more = {"model.layers.1.mlp.experts.99.up_proj.weight": "0" * 64}
+        reseal(copy, lambda record, more=more: record["source"]["tensors_sha256"].update(more))
+        found = dsquant.verify(copy, progress=False).findings
+        assert [finding.where for finding in found] == ["'model.layers.1.mlp.experts.99.up_proj.weight'"]
+
+
+@pytest.mark.parametrize(("name", "tensor"), [
+    ("awq", "model.layers.2.mlp.experts.3.down_proj.qweight"),
+    ("compressed-tensors", "model.layers.2.mlp.experts.3.down_proj.weight_packed"),
+    ("gguf", "blk.2.ffn_down_shexp.weight"),
+])  # fmt: skip
+def test_values_that_are_not_the_sources_are_found_although_all_hashes_match(
+    output: Path, tmp_path: Path, name: str, tensor: str
+) -> None:
+    copy = Path(shutil.copytree(output / name, tmp_path / name))
+    files = json.loads((copy / "dsquant.json").read_text())["files"]
+    file = next(file for file, entry in files.items() if tensor in entry.get("tensors", {}))
+    content = bytearray((copy / file).read_bytes())
+    start, size = _place(copy / file, tensor)
+    for byte in range(start, start + size):
+        content[byte] ^= 0x11
+    (copy / file).write_bytes(content)
+    wrong = hashlib.sha256(content[start : start + size]).hexdigest()
+
+    def change(record: dict[str, Any]) -> None:
+        record["files"][file]["tensors"][tensor][1] = wrong
+
+    reseal(copy, change)
+    (finding,) = dsquant.verify(copy, everything=True, progress=False).findings
+    assert "recorded" in finding.problem and finding.file == file
+    assert finding.where.strip("'").endswith("down_proj.weight")
+
+
+def _place(path: Path, tensor: str) -> tuple[int, int]:
+    if path.suffix == ".gguf":
+        from gguf import GGUFReader
+
+        return next((int(t.data_offset), int(t.n_bytes)) for t in GGUFReader(path).tensors if t.name == tensor)
+    raw = path.read_bytes()
+    header_bytes = struct.unpack("<Q", raw[:8])[0]
+    begin, end = json.loads(raw[8 : 8 + header_bytes])[tensor]["data_offsets"]
+    return 8 + header_bytes + int(begin), int(end) - int(begin)
+
+
+def test_an_interrupted_output_or_a_foreign_folder_is_refused(output: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="output of dsquant"):
+        dsquant.verify(tmp_path, progress=False)
+    copy = Path(shutil.copytree(output / "awq", tmp_path / "copy"))
+    (copy / ".dsquant-work").mkdir()
+    with pytest.raises(InputError, match="--resume"):
+        dsquant.verify(copy, progress=False)
+
+
+def test_the_command_ends_with_3_on_damage_and_prints_findings(output: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(output / "awq", tmp_path / "copy"))
+    whole = CliRunner().invoke(main, ["verify", str(copy), "--json"])
+    assert whole.exit_code == 0 and json.loads(whole.stdout)["ok"]
+    content = bytearray((copy / "config.json").read_bytes())
+    content[-3] ^= 4
+    (copy / "config.json").write_bytes(content)
+    broken = CliRunner().invoke(main, ["verify", str(copy), "--json"])
+    assert broken.exit_code == 3 and json.loads(broken.stdout)["findings"][0]["file"] == "config.json"
+    assert "config.json" in CliRunner().invoke(main, ["verify", str(copy)]).stdout
+    assert "config.json" in dsquant.verify(copy, progress=False)._repr_html_()
