@@ -51,8 +51,10 @@ def needs(
     layers = [
         _layer(skeleton, weights, layer, batch_samples * seq_len) for layer in skeleton.layers[: skeleton.num_layers]
     ]
-    tables = FLOAT * VOCABULARY_AT_ONCE * hidden * (num_candidates + 2)
-    parts = 8 * DOUBLE * SCORED_AT_ONCE * min(VOCABULARY_AT_ONCE, skeleton.config["vocab_size"])
+    vocabulary = min(VOCABULARY_AT_ONCE, skeleton.config["vocab_size"])
+    # While a part of every table is read, the parts before it are still there.
+    tables = FLOAT * vocabulary * hidden * (2 * (num_candidates + 1) + 1)
+    parts = 8 * DOUBLE * SCORED_AT_ONCE * vocabulary
     sums = scored * (num_candidates + 1) * 2 * 14 * DOUBLE
     mapped = sum(min(size, RELEASE_BYTES) for size in files)
     return Needs(max(*layers, tables + parts + sums) + mapped + LIBRARIES, sum(files))
