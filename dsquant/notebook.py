@@ -1,8 +1,33 @@
 """How results look in a notebook: the terminal's tables as HTML."""
 
 import io
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def table_of(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> "Table":
+    """Makes a table for rich; text is on the left, numbers are on the right.
+
+    Args:
+        title: above it.
+        headings: of the columns.
+        rows: their cells.
+        numbers: whether the columns behind the first hold numbers.
+
+    Returns:
+        The table.
+    """
+    from rich.table import Table
+
+    table = Table(title=title)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number and numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def as_html(renderables: Iterable[Any]) -> str:
