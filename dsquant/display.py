@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -41,7 +42,8 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
     Yields:
         What a job reports to.
     """
-    if not visible:
+    console = Console(stderr=True)
+    if not visible or (console.is_jupyter and find_spec("ipywidgets") is None):  # rich draws nothing without it
         yield silent
         return
     columns = (
@@ -51,7 +53,7 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         TextColumn("{task.fields[what]}{task.fields[rates]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=console) as progress:
         tasks: dict[str, TaskID] = {}
         started: dict[str, float] = {}
 

@@ -45,9 +45,13 @@ def test_the_quickstart_notebook_runs_and_shows_tables_and_plots(kernel: str, tm
     for wanted in ("12,169,064 bytes", "compressed-tensors", "<svg", "findings", "q8: gguf:Q8_0"):
         assert wanted in html, wanted
     assert cells[-2].outputs[0]["data"]["text/plain"] == "True"
-    assert "InputError\n3\n" in cells[-1].outputs[0]["text"]
+    printed = [output for output in cells[-1].outputs if output.output_type == "stream" and output.name == "stdout"]
+    assert printed[0].text.startswith("InputError\n3\n")
+    assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in cells[3].outputs)
     errors = [output for cell in cells for output in cell.outputs if output.output_type == "error"]
     assert not errors
+    warned = [output.text for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
+    assert not warned
 
 
 def test_the_notebook_in_the_repository_holds_no_outputs() -> None:
