@@ -1,13 +1,13 @@
 """How a run looks on a terminal: a progress bar, and the closing table."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -17,10 +17,7 @@ from dsquant.telemetry import Report, silent
 
 if TYPE_CHECKING:
     from dsquant.evaluation.results import Candidate, Evaluation
-    from dsquant.incremental.patch import AppliedPatch
-    from dsquant.incremental.release import Delta
     from dsquant.records import Result
-    from dsquant.verification.checks import Verification
 
 STAGES = {
     "scan": "checking",
@@ -90,7 +87,9 @@ def _short_name(name: str) -> str:
 
 def print_result(result: "Result", console: Console | None = None) -> None:
     """Prints the closing table."""
-    _print_all(result.tables(), console)
+    console = console or Console()
+    for renderable in result.tables():
+        console.print(renderable)
 
 
 def print_evaluation(evaluation: "Evaluation", console: Console | None = None) -> None:
@@ -172,24 +171,3 @@ def _print_details(candidate: "Candidate", console: Console) -> None:
     for gate in candidate.gates:
         style = {"pass": "green", "fail": "red", "inconclusive": "yellow"}[gate.verdict]
         console.print(f"{candidate.name}: gate {gate.message}", soft_wrap=True, style=style, markup=False)
-
-
-def print_delta(made: "Delta") -> None:
-    """Prints what a delta made."""
-    _print_all(made.tables())
-
-
-def print_patched(made: "AppliedPatch") -> None:
-    """Prints what applying a patch made."""
-    Console().print(str(made))
-
-
-def print_verification(found: "Verification") -> None:
-    """Prints what a verification found."""
-    _print_all(found.tables())
-
-
-def _print_all(renderables: Iterable[RenderableType], console: Console | None = None) -> None:
-    console = console or Console()
-    for renderable in renderables:
-        console.print(renderable)

@@ -8,14 +8,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def table_of(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> "Table":
-    """Makes a table for rich; text is on the left, numbers are on the right.
+def table_of(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
+    """Makes a table for rich: names on the left, numbers on the right.
 
     Args:
         title: above it.
         headings: of the columns.
         rows: their cells.
-        numbers: whether the columns behind the first hold numbers.
 
     Returns:
         The table.
@@ -24,7 +23,7 @@ def table_of(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]],
 
     table = Table(title=title)
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number and numbers else "left", overflow="fold")
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

@@ -20,7 +20,6 @@ from dsquant.errors import InputError
 from dsquant.incremental.reuse import reuse_file
 from dsquant.jobs import PARTIAL, RECORD_FILE, sync_folder, write_atomically
 from dsquant.notebook import as_html
-from dsquant.recipe import format_size
 from dsquant.sealing import BYTES_AT_ONCE, hash_files
 from dsquant.source.shards import read_header
 
@@ -119,12 +118,10 @@ class AppliedPatch:
         """Plain JSON values."""
         return {**vars(self), "output": str(self.output)}
 
-    def __str__(self) -> str:
-        ways = ", ".join(f"{count} by {way}" for way, count in self.reused.items()) or "none"
-        return f"{self.output}: {self.num_files} files, {format_size(self.num_bytes)}; reused: {ways}."
-
     def _repr_html_(self) -> str:
-        return as_html([str(self)])
+        from dsquant.incremental.tables import patch_tables
+
+        return as_html(patch_tables(self))
 
 
 def apply_patch(patch: Path, old: Path, output: Path, safe_point: Callable[[str], None]) -> AppliedPatch:

@@ -1,10 +1,9 @@
 """What `dsquant delta` does: two releases compared, the new one's output made from the old one's, and a patch."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsquant.errors import InputError, UsageError
 from dsquant.incremental.patch import AppliedPatch, apply_patch, write_patch
@@ -12,15 +11,11 @@ from dsquant.incremental.recording import Recording, open_recording
 from dsquant.incremental.requantize import requantize
 from dsquant.jobs import RECORD_FILE, full_disk_is_resumable, stop_on_signals
 from dsquant.notebook import as_html
-from dsquant.recipe import format_size
 from dsquant.records import Result, result_of
 from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.locate import locate
 from dsquant.source.scan import scan
 from dsquant.telemetry import Progress, Report, silent
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
@@ -51,30 +46,10 @@ class Delta:
         """Plain JSON values."""
         return {**vars(self), "output": str(self.output), "patch": str(self.patch)}
 
-    def tables(self) -> "Iterator[RenderableType]":
-        """What rich prints of it."""
-        from rich.text import Text
-
-        if self.already_finished:
-            yield f"{self.output} is finished already; only the patch was written."
-        yield (
-            f"{len(self.changed)} of {self.parameters} parameters have changed and were quantized under the recorded "
-            f"scales, {len(self.anew)} of them on a new grid."
-        )
-        ways = ", ".join(f"{count} by {way}" for way, count in self.reused.items()) or "none"
-        yield f"Files reused: {ways} ({format_size(self.reused_bytes)})."
-        read = f"{format_size(self.new_read_bytes)} of the new release"
-        if self.old_read_bytes:
-            read += f", {format_size(self.old_read_bytes)} of the old one"
-        yield f"Read: {read}."
-        share = self.patch_bytes / self.output_bytes
-        yield (
-            f"The output has {format_size(self.output_bytes)}, the patch {format_size(self.patch_bytes)} ({share:.1%})."
-        )
-        yield Text(f"{self.patch} turns the old output into {self.output}.", overflow="fold", no_wrap=True)
-
     def _repr_html_(self) -> str:
-        return as_html(self.tables())
+        from dsquant.incremental.tables import delta_tables
+
+        return as_html(delta_tables(self))
 
 
 def delta(

@@ -1,15 +1,14 @@
 """Verifies an output: its record, every byte of every file, its contents, and its values against the source."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsquant.errors import InputError, UsageError
 from dsquant.jobs import RECORD_FILE, WORK_FOLDER, stop_on_signals
 from dsquant.model.skeleton import Skeleton
-from dsquant.notebook import as_html, table_of
-from dsquant.recipe import format_size
+from dsquant.notebook import as_html
 from dsquant.scales import open_scales
 from dsquant.sealing import broken_sections, hash_files
 from dsquant.source.checkpoint import Checkpoint, open_checkpoint
@@ -21,9 +20,6 @@ from dsquant.telemetry import Progress, Report, silent
 from dsquant.verification.contents import check_checkpoint, check_gguf, read_record
 from dsquant.verification.damage import damaged_parts, wrong_tensors
 from dsquant.verification.values import Candidate, Comparison, chosen_parameters, wrong_values
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 # What lies in a folder that came from a hub or out of git, beside the output; no engine reads it.
 FOREIGN = (".git", ".gitattributes", ".gitignore", ".cache")
@@ -63,20 +59,10 @@ class Verification:
         """Plain JSON values."""
         return {"ok": self.ok, **asdict(self)}
 
-    def tables(self) -> "Iterator[RenderableType]":
-        """What rich prints of it."""
-        from rich.markup import escape
-
-        if not self.ok:
-            rows = [[escape(part) for part in (one.file, one.where, one.problem)] for one in self.findings]
-            yield table_of(f"{self.folder} is not what was written", ("file", "where", "problem"), rows, numbers=False)
-        yield f"{self.num_files} files, {format_size(self.num_bytes)} read; {len(self.findings)} findings."
-        for name, count in self.compared.items():
-            yield f"{name}: {count} parameters decoded and compared with {self.source}."
-        yield from (f"Note: {escape(note)}." for note in self.notes)
-
     def _repr_html_(self) -> str:
-        return as_html(self.tables())
+        from dsquant.verification.tables import verification_tables
+
+        return as_html(verification_tables(self))
 
 
 def verify(folder: Path, source: str | None = None, everything: bool = False, report: Report = silent) -> Verification:
