@@ -40,7 +40,7 @@ def as_html(renderables: Iterable[Any]) -> str:
     """
     from rich.console import Console
 
-    console = Console(record=True, file=io.StringIO(), width=110, force_jupyter=False)
+    console = Console(record=True, file=io.StringIO(), width=140, force_jupyter=False)
     for renderable in renderables:
         console.print(renderable)
     return console.export_html(inline_styles=True, code_format="<pre style='line-height:1.2'>{code}</pre>")
