@@ -2,8 +2,8 @@
 
     python -m benchmarks.r1_resume --folder /tmp/r1-four [--experts 64]
 
-makes two dense layers and two mixtures on disk (FP8), runs `dsquant awq --device cuda` on them twice, kills the second run
-with SIGKILL once its third unit is journaled, resumes it, and compares every file.
+makes two dense layers and two mixtures on disk (FP8), runs `dsquant awq --device cuda` on them twice, kills the second
+run with SIGKILL once its third unit is journaled, resumes it, and compares every file.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
         time.sleep(0.05)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    print(f"killed with {journal.read_bytes().count(b'\n')} units journaled")
+    print(f"killed with {len(journal.read_bytes().splitlines())} units journaled")
     subprocess.run(killed, check=True, stdout=subprocess.DEVNULL)
     hashes = [
         {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in sorted(folder.iterdir())}

@@ -76,9 +76,9 @@ class Run:
         """The activations in a file of the work folder."""
         return Activations.in_file(path, self._hidden_shape, self.device)
 
-    def passing(self, path: Path, dtype: torch.dtype) -> Activations:
+    def passing(self, layer: int, path: Path, dtype: torch.dtype) -> Activations:
         """Activations of one layer: on the GPU where the plan has room for them there, else in a file."""
-        if not self.source.plan.gpu_resident:
+        if layer not in self.source.plan.gpu_resident:
             return self.activations(path)
         return Activations(torch.zeros(self._hidden_shape, dtype=dtype, device=self.device))
 
@@ -255,14 +255,14 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
         stream = Stream(source.checkpoint.weights, inputs, prepared)
         mtp_inputs(source.skeleton, source.checkpoint.weights, layer, source.tokens_NT, stream)
         inputs = prepared
-    outputs = run.passing(run.hidden_path(layer.index + 1), torch.float32)
+    outputs = run.passing(layer.index, run.hidden_path(layer.index + 1), torch.float32)
     layer_job = LayerJob(
         skeleton=source.skeleton,
         layer=layer,
         weights=source.checkpoint.weights,
         inputs=inputs,
         outputs=outputs,
-        mlp_inputs=run.passing(run.job.work / "mlp-inputs.f32", torch.bfloat16),
+        mlp_inputs=run.passing(layer.index, run.job.work / "mlp-inputs.f32", torch.bfloat16),
         linears=source.plan.linears_of(layer),
         batch_samples=run.batch_samples,
         seed=run.recipe.seed,
@@ -272,7 +272,7 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
         keep_scales=writers.keep_scales,
     )
     report = quantize_layer(layer_job)
-    if run.source.plan.gpu_resident:
+    if layer.index in run.source.plan.gpu_resident:
         outputs.save(run.hidden_path(layer.index + 1))
     else:
         outputs.flush()

@@ -20,6 +20,7 @@ from dsquant.planning import (
     GGUF_GRID,
     Unit,
     check_complete,
+    head_memory_bytes,
     host_memory_bytes,
     layer_memory_bytes,
     plan_units,
@@ -159,7 +160,8 @@ def gguf_memory_bytes(
     if tokens is None:
         return memory
     samples, seq_len = tokens
-    layer = layer_memory_bytes(samples * seq_len, seq_len, checkpoint, skeleton, linears)
+    needs = layer_memory_bytes(samples * seq_len, seq_len, checkpoint, skeleton, linears)
+    layer = max(head_memory_bytes(skeleton), *needs.values())
     return max(memory, layer + host_memory_bytes(samples * seq_len * skeleton.config["hidden_size"]))
 
 

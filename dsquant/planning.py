@@ -78,8 +78,8 @@ class Plan:
     """Resident memory that the run needs beyond what the process has when it starts."""
     gpu_memory_bytes: int
     """GPU memory that the run needs; 0 on a CPU."""
-    gpu_resident: bool
-    """Whether a layer's hidden states stay on the GPU while its experts pass."""
+    gpu_resident: frozenset[int]
+    """The layers whose hidden states stay on the GPU while their experts pass."""
     work_bytes: int
     """Disk for hidden states while the run lasts."""
 
@@ -132,12 +132,15 @@ def plan_run(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton, gpu_bud
         by_grid[GGUF_GRID] = frozenset(linear for layer in _touched(recipe, skeleton) for linear in layer.linears)
     everything = frozenset().union(*by_grid.values())
     num_hidden = recipe.samples * recipe.seq_len * skeleton.config["hidden_size"]
-    layer = layer_memory_bytes(recipe.samples * recipe.seq_len, recipe.seq_len, checkpoint, skeleton, everything)
-    memory, gpu_memory, resident = layer + host_memory_bytes(num_hidden), 0, False
+    head = head_memory_bytes(skeleton)
+    needs = layer_memory_bytes(recipe.samples * recipe.seq_len, recipe.seq_len, checkpoint, skeleton, everything)
+    memory, gpu_memory = max(head, *needs.values()) + host_memory_bytes(num_hidden), 0
+    resident = frozenset[int]()
     if recipe.device == "cuda":
-        memory, gpu_memory = CUDA_HOST_BYTES + host_memory_bytes(num_hidden), layer
-        resident = layer + RESIDENT_BYTES * num_hidden <= gpu_budget_bytes
-        gpu_memory += RESIDENT_BYTES * num_hidden if resident else 0
+        hidden = RESIDENT_BYTES * num_hidden
+        resident = frozenset(layer for layer, need in needs.items() if need + hidden <= gpu_budget_bytes)
+        gpu_memory = max(head, *(need + hidden * (layer in resident) for layer, need in needs.items()))
+        memory = CUDA_HOST_BYTES + host_memory_bytes(num_hidden)
     work_bytes = 3 * num_hidden * stored_dtype(torch.device(recipe.device)).itemsize
     return Plan(units, targets, gguf, by_grid, dtypes, memory, gpu_memory, resident, work_bytes)
 
@@ -286,8 +289,8 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def layer_memory_bytes(
     num_tokens: int, seq_len: int, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str]
-) -> int:
-    """The largest stage's need; benchmarks/r1_width.py compares it with what a run really takes.
+) -> dict[int, int]:
+    """The need of each layer's largest stage; benchmarks/r1_width.py compares it with what a run really takes.
 
     Args:
         num_tokens: calibration tokens.
@@ -297,28 +300,46 @@ def layer_memory_bytes(
         linears: those that are quantized onto a grid.
 
     Returns:
-        Bytes on the device that computes.
+        Layer -> bytes on the device that computes.
     """
-    hidden, vocabulary = skeleton.config["hidden_size"], skeleton.config["vocab_size"]
-    largest_linear = max(_num_elements(checkpoint, linear) for layer in skeleton.layers for linear in layer.linears)
+    return {
+        layer.index: _layer_bytes(layer, num_tokens, seq_len, checkpoint, skeleton, linears)
+        for layer in skeleton.layers
+    }
+
+
+def _layer_bytes(
+    layer: DecoderLayer,
+    num_tokens: int,
+    seq_len: int,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    linears: frozenset[str],
+) -> int:
+    hidden = skeleton.config["hidden_size"]
+    sizes = {linear: _num_elements(checkpoint, linear) for linear in layer.linears}
+    quantized = [size for linear, size in sizes.items() if linear in linears]
     # clip and rounding work on parts with about 8 temporaries
-    rounds = 8 * FLOAT32_BYTES * min(ELEMENTS_AT_ONCE, len(SHRINKS) * largest_linear)
+    rounds = 8 * FLOAT32_BYTES * min(ELEMENTS_AT_ONCE, len(SHRINKS) * max(quantized, default=0))
+    routed = {linear for mlp in layer.experts for linear in mlp.linears}
+    dense = FLOAT32_BYTES * sum(size for linear, size in sizes.items() if linear not in routed)
+    folded_and_rounded = 1.5 if layer.attention_linears[0] in linears else 1
+    mlps = [
+        sum(sizes[linear] for linear in mlp.linears) * FLOAT32_BYTES * (5 if mlp.up in linears else 1)
+        for mlp in layer.mlps
+    ]
+    widths = [checkpoint.weights.shape(f"{linear}.weight")[1] for linear in layer.attention_linears]
+    statistics = FLOAT32_BYTES * FACTOR_ROWS * (sum(widths) + 4 * hidden)
     batch_tokens = min(num_tokens, max(BATCH_TOKENS, seq_len))
-    layer_needs = []
-    for layer in skeleton.layers:
-        sizes = {linear: _num_elements(checkpoint, linear) for linear in layer.linears}
-        routed = {linear for mlp in layer.experts for linear in mlp.linears}
-        dense = FLOAT32_BYTES * sum(size for linear, size in sizes.items() if linear not in routed)
-        folded_and_rounded = 1.5 if layer.attention_linears[0] in linears else 1
-        largest = max(sum(sizes[linear] for linear in mlp.linears) for mlp in layer.mlps) * FLOAT32_BYTES
-        widths = [checkpoint.weights.shape(f"{linear}.weight")[1] for linear in layer.attention_linears]
-        statistics = FLOAT32_BYTES * FACTOR_ROWS * (sum(widths) + 4 * hidden)
-        attention = 6 * FLOAT32_BYTES * batch_tokens * _widest_attention(checkpoint, layer)
-        rows = 6 * FLOAT32_BYTES * min(ROWS_AT_ONCE, num_tokens) * hidden
-        layer_needs += [int(dense * (1 + folded_and_rounded)) + statistics + max(attention, rounds)]
-        layer_needs += [5 * largest + statistics + rounds + rows]
-    head = FLOAT32_BYTES * min(VOCABULARY_AT_ONCE, vocabulary) * (2 * hidden + 4 * 1024)
-    return max(*layer_needs, head)
+    attention = 6 * FLOAT32_BYTES * batch_tokens * _widest_attention(checkpoint, layer)
+    rows = 6 * FLOAT32_BYTES * min(ROWS_AT_ONCE, num_tokens) * hidden
+    return statistics + max(int(dense * (1 + folded_and_rounded)) + max(attention, rounds), max(mlps) + rounds + rows)
+
+
+def head_memory_bytes(skeleton: Skeleton) -> int:
+    """What a part of a vocabulary-sized table takes with its scores."""
+    hidden, vocabulary = skeleton.config["hidden_size"], skeleton.config["vocab_size"]
+    return FLOAT32_BYTES * min(VOCABULARY_AT_ONCE, vocabulary) * (2 * hidden + 4 * 1024)
 
 
 def host_memory_bytes(num_hidden: int) -> int:
