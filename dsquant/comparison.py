@@ -121,9 +121,20 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
         candidates=tuple(found),
         caveats=_caveats(original, texts, plan),
     )
+    report(Progress("evaluate", 1, 1, "", gates=_decided(evaluation)))
     if request.output is not None:
         write_reports(evaluation, request.output)
     return evaluation
+
+
+def _decided(evaluation: Evaluation) -> dict[str, bool]:
+    """Gate -> whether it passed; without those that need more samples."""
+    return {
+        " ".join(part for part in (candidate.name, gate.metric, gate.text) if part): gate.verdict == "pass"
+        for candidate in evaluation.candidates
+        for gate in candidate.gates
+        if gate.verdict != "inconclusive"
+    }
 
 
 def raise_verdict(evaluation: Evaluation) -> None:

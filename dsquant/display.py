@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -19,10 +18,7 @@ from dsquant.telemetry import Report, silent
 
 if TYPE_CHECKING:
     from dsquant.evaluation.results import Candidate, Evaluation
-    from dsquant.incremental.patch import AppliedPatch
-    from dsquant.incremental.release import Delta
     from dsquant.records import Result
-    from dsquant.verification.checks import Verification
 
 STAGES = {
     "scan": "checking",
@@ -194,51 +190,6 @@ def _print_details(candidate: "Candidate", console: Console) -> None:
     for gate in candidate.gates:
         style = {"pass": "green", "fail": "red", "inconclusive": "yellow"}[gate.verdict]
         console.print(f"{candidate.name}: gate {gate.message}", soft_wrap=True, style=style, markup=False)
-
-
-def print_delta(made: "Delta") -> None:
-    """Prints what a delta made."""
-    console = Console()
-    if made.already_finished:
-        console.print(f"{made.output} is finished already; only the patch was written.")
-    console.print(
-        f"{len(made.changed)} of {made.parameters} parameters have changed and were quantized under the recorded "
-        f"scales, {len(made.anew)} of them on a new grid."
-    )
-    ways = ", ".join(f"{count} by {way}" for way, count in made.reused.items()) or "none"
-    console.print(f"Files reused: {ways} ({format_size(made.reused_bytes)}).")
-    read = f"{format_size(made.new_read_bytes)} of the new release"
-    if made.old_read_bytes:
-        read += f", {format_size(made.old_read_bytes)} of the old one"
-    console.print(f"Read: {read}.")
-    share = made.patch_bytes / made.output_bytes
-    console.print(
-        f"The output has {format_size(made.output_bytes)}, the patch {format_size(made.patch_bytes)} ({share:.1%})."
-    )
-    console.print(f"{made.patch} turns the old output into {made.output}.", soft_wrap=True)
-
-
-def print_patched(made: "AppliedPatch") -> None:
-    """Prints what applying a patch made."""
-    ways = ", ".join(f"{count} by {way}" for way, count in made.reused.items()) or "none"
-    Console().print(f"{made.output}: {made.num_files} files, {format_size(made.num_bytes)}; reused: {ways}.")
-
-
-def print_verification(found: "Verification") -> None:
-    """Prints what a verification found."""
-    console = Console()
-    if not found.ok:
-        table = Table(title=f"{found.folder} is not what was written")
-        for heading in ("file", "where", "problem"):
-            table.add_column(heading, overflow="fold")
-        for finding in found.findings:
-            table.add_row(escape(finding.file), escape(finding.where), escape(finding.problem))
-        console.print(table)
-    console.print(f"{found.num_files} files, {format_size(found.num_bytes)} read; {len(found.findings)} findings.")
-    for name, count in found.compared.items():
-        console.print(f"{name}: {count} parameters decoded and compared with {found.source}.")
-    for note in found.notes:
-        console.print(f"Note: {escape(note)}.")
 
 
 def divergence_table(title: str, texts: dict[str, Divergence]) -> Table:

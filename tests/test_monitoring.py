@@ -68,6 +68,10 @@ def test_a_failing_job_keeps_the_time_of_the_last_success(tmp_path: Path) -> Non
     assert after["dsquant_last_success_timestamp_seconds",] == before
     assert (after["dsquant_gate_passed", "mean_kl"], after["dsquant_gate_passed", "perplexity"]) == (0, 1)
     assert after["dsquant_running",] == 0
+    with monitored(silent, file):  # a finished recipe: nothing to do is a success
+        pass
+    again = samples(file)
+    assert again["dsquant_last_success_timestamp_seconds",] > before and again["dsquant_gate_passed", "mean_kl"] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["dsquant.prom"]
 
 

@@ -64,7 +64,7 @@ def test_the_page_is_well_formed_loads_nothing_and_shows_the_verdict_first() -> 
     found = outline(html)
     words = " ".join(" ".join(found.words).split())
     assert not found.outside and "url(" not in html and "@import" not in html and "<script" not in html
-    assert words.index("broken breaks first in layer 2") < words.index("At a glance") < words.index("Gates")
+    assert words.index("broken: mean_kl (breaks first in layer 2)") < words.index("At a glance") < words.index("Gates")
     assert "prefers-color-scheme: dark" in html
     for svg in re.findall(r"<svg.*?</svg>", html, flags=re.S):
         ET.fromstring(svg)

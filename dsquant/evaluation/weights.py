@@ -138,8 +138,8 @@ class LayerComparison:
         """
         for group in self.layer.attention:
             self._unfold(group, original, candidate)
-            for consumer in group.consumers:
-                self._compare(f"{consumer}.weight", original, candidate, moments)
+        for linear in self.layer.attention_linears:
+            self._compare(f"{linear}.weight", original, candidate, moments)
         inputs = [linear for mlp in self.layer.mlps for linear in (mlp.gate, mlp.up)]
         router = "" if self.layer.router is None else self.layer.router.removesuffix(".weight")
         self._unfold(ScaleGroup(self.layer.norm, (*inputs, router)), original, candidate)

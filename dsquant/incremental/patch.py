@@ -19,6 +19,7 @@ import numpy as np
 from dsquant.errors import InputError
 from dsquant.incremental.reuse import reuse_file
 from dsquant.jobs import PARTIAL, RECORD_FILE, sync_folder, write_atomically
+from dsquant.notebook import as_html
 from dsquant.sealing import BYTES_AT_ONCE, hash_files
 from dsquant.source.shards import read_header
 
@@ -116,6 +117,11 @@ class AppliedPatch:
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**vars(self), "output": str(self.output)}
+
+    def _repr_html_(self) -> str:
+        from dsquant.incremental.tables import patch_tables
+
+        return as_html(patch_tables(self))
 
 
 def apply_patch(patch: Path, old: Path, output: Path, safe_point: Callable[[str], None]) -> AppliedPatch:

@@ -10,6 +10,7 @@ from dsquant.incremental.patch import AppliedPatch, apply_patch, write_patch
 from dsquant.incremental.recording import Recording, open_recording
 from dsquant.incremental.requantize import requantize
 from dsquant.jobs import RECORD_FILE, full_disk_is_resumable, stop_on_signals
+from dsquant.notebook import as_html
 from dsquant.records import Result, result_of
 from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.locate import locate
@@ -44,6 +45,11 @@ class Delta:
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**vars(self), "output": str(self.output), "patch": str(self.patch)}
+
+    def _repr_html_(self) -> str:
+        from dsquant.incremental.tables import delta_tables
+
+        return as_html(delta_tables(self))
 
 
 def delta(

@@ -8,6 +8,7 @@ from typing import Any
 from dsquant.errors import InputError, UsageError
 from dsquant.jobs import RECORD_FILE, WORK_FOLDER, stop_on_signals
 from dsquant.model.skeleton import Skeleton
+from dsquant.notebook import as_html
 from dsquant.scales import open_scales
 from dsquant.sealing import broken_sections, hash_files
 from dsquant.source.checkpoint import Checkpoint, open_checkpoint
@@ -57,6 +58,11 @@ class Verification:
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {"ok": self.ok, **asdict(self)}
+
+    def _repr_html_(self) -> str:
+        from dsquant.verification.tables import verification_tables
+
+        return as_html(verification_tables(self))
 
 
 def verify(folder: Path, source: str | None = None, everything: bool = False, report: Report = silent) -> Verification:
