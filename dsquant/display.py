@@ -140,7 +140,12 @@ def _print_code(evaluation: "Evaluation", console: Console) -> None:
 
 def _texts_table(candidate: "Candidate") -> Table:
     """Perplexities with the interval of their ratio, divergence and agreement on every text."""
-    table = Table(title=f"{candidate.name}: perplexity, KL divergence in nats, agreement", box=SIMPLE_HEAD)
+    table = Table(
+        title=f"{candidate.name}: perplexity, KL divergence in nats, agreement",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for heading in ("text", "original", "candidate", "ratio", "interval", "mean KL", "99 % KL", "top 1"):
         table.add_column(heading, justify="left" if heading == "text" else "right")
     for text, found in candidate.texts.items():
