@@ -193,10 +193,12 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, dsquant {dsquant.__version__}, torch {torch.__version__}")
     print(f"disk: {read / 1e9:.2f} GB/s read, {written / 1e9:.2f} GB/s written and synced")
     print("matrix products: " + ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in rates.items()))
-    found = [run(options, samples) for samples in options.samples]
+    found = []
     print("| tokens | seconds a layer | scan | GiB written | GPU GiB | host GiB |")
     print("|---|---|---|---|---|---|")
-    for row in found:
+    for samples in options.samples:
+        row = run(options, samples)
+        found.append(row)
         print(
             f"| {row['tokens']} | {row['layer_s']:.1f} | {row['scan_s']:.1f} | {row['written_gib']:.2f} | "
             f"{row['gpu_gib']:.2f} | {row['host_gib']:.2f} |"

@@ -10,7 +10,7 @@
 Importing this package imports no torch; the first call does.
 """
 
-from dsquant.api import apply_patch, awq, delta, evaluate, gguf, inspect, plan, verify
+from dsquant.api import apply_patch, awq, delta, evaluate, gguf, inspect, plan, run, verify
 from dsquant.errors import DsquantError, GateError, InconclusiveError, InputError, Interrupted, UsageError
 
 __version__ = "0.1.0"
@@ -28,5 +28,6 @@ __all__ = [
     "gguf",
     "inspect",
     "plan",
+    "run",
     "verify",
 ]

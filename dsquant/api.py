@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dsquant.incremental.release import Delta
     from dsquant.inspection import Inspection
     from dsquant.records import Result
+    from dsquant.releases.job import Release
     from dsquant.telemetry import Report
     from dsquant.verification.checks import Verification
 
@@ -305,6 +306,44 @@ def plan(
     from dsquant.deployment.forecast import forecast
 
     return forecast(str(model), gpu, ram, disk, disk_read, gpu_price, context)
+
+
+def run(
+    recipe: str | Path,
+    *,
+    model: str | Path | None = None,
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> Release:
+    """Runs a recipe file: calibrate, quantize to several formats, evaluate, gate, publish.
+
+    Args:
+        recipe: a YAML file, such as recipes/tiny-r1-all.yaml.
+        model: instead of the recipe's.
+        output: instead of the recipe's.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What is published; a table in a notebook.
+
+    Raises:
+        UsageError: where the recipe cannot be meant.
+        InputError: where model, texts or output cannot be used, or another run works on the output.
+        GateError: where a gate failed; nothing is published.
+        InconclusiveError: where a gate is undecided; nothing is published.
+        Interrupted: where the run stopped; the same recipe goes on with it.
+    """
+    from dsquant.releases.job import published, run_recipe
+    from dsquant.releases.recipe import read_recipe
+
+    read = read_recipe(Path(recipe), None if model is None else str(model), None if output is None else Path(output))
+    release = published(read)
+    if release is not None:
+        return release
+    from dsquant.display import progress_bar
+
+    with progress_bar(progress) as report:
+        return run_recipe(read, report, str(recipe))
 
 
 def delta(

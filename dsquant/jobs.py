@@ -236,6 +236,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
+    outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if isinstance(outer, StopRequest):  # inside a longer job: what was asked of that is asked of this
+        yield outer
+        return
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, request._note) for number in numbers}
     try:

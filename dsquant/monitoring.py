@@ -24,6 +24,7 @@ from dsquant.telemetry import Limits, Progress, Report, gpu_bytes, resident_byte
 # The file is written at most this often, and at once where a layer is finished or the job ends.
 SECONDS_BETWEEN_WRITES = 5.0
 LAST_SUCCESS = "dsquant_last_success_timestamp_seconds"
+GATE_PASSED = "dsquant_gate_passed"
 LOSSES = {"attention": "attention_error", "mlp": "mlp_error"}
 
 
@@ -46,7 +47,8 @@ def monitored(report: Report, metrics_file: Path | None = None, metrics_port: in
     if metrics_file is None and metrics_port is None:
         yield report
         return
-    state = _State(last_success=_last_success(metrics_file))
+    last_success, gates = _earlier(metrics_file)
+    state = _State(last_success, earlier_gates=gates)
     registry = CollectorRegistry()
     registry.register(state)
     server = None if metrics_port is None else _serve(metrics_port, registry)
@@ -85,22 +87,23 @@ def _serve(port: int, registry: CollectorRegistry) -> Any:
     return server
 
 
-def _last_success(metrics_file: Path | None) -> float | None:
-    """When the last job that wrote this file succeeded: it must not be forgotten while the next one runs."""
+def _earlier(metrics_file: Path | None) -> tuple[float | None, dict[str, bool]]:
+    """When the last job that wrote this file succeeded, and its gates: not to be forgotten before there is news."""
     if metrics_file is None:
-        return None
+        return None, {}
     if metrics_file.suffix != ".prom":
         raise UsageError(f"--metrics-file {metrics_file}: node_exporter reads only files whose name ends in .prom")
     if not metrics_file.parent.is_dir():
         raise InputError(f"--metrics-file {metrics_file}: the folder {metrics_file.parent} is missing")
     if not metrics_file.is_file():
-        return None
+        return None, {}
     try:
         families = list(text_string_to_metric_families(metrics_file.read_text()))
     except ValueError as error:
         raise InputError(f"{metrics_file} is there already and holds no metrics ({error}); name another") from error
-    samples = (sample for family in families for sample in family.samples)
-    return next((float(sample.value) for sample in samples if sample.name == LAST_SUCCESS), None)
+    samples = [sample for family in families for sample in family.samples]
+    gates = {sample.labels["gate"]: bool(sample.value) for sample in samples if sample.name == GATE_PASSED}
+    return next((float(sample.value) for sample in samples if sample.name == LAST_SUCCESS), None), gates
 
 
 @dataclass(eq=False)
@@ -108,6 +111,8 @@ class _State(Collector):
     """The latest that a job has told, and the metrics made of it."""
 
     last_success: float | None
+    earlier_gates: Mapping[str, bool]
+    """Of the last job; they stand where this one had nothing to do."""
     running: bool = True
     last_progress: float = field(default_factory=time.time)
     progress: Progress | None = None
@@ -142,10 +147,11 @@ class _State(Collector):
         yield from self._progress()
         yield from self._losses()
         yield from self._resources()
-        if self.gates:
-            passed = GaugeMetricFamily("dsquant_gate_passed", "1 where a quality gate passed, 0 where it failed.",
+        gates = self.earlier_gates if self.progress is None else self.gates
+        if gates:
+            passed = GaugeMetricFamily(GATE_PASSED, "1 where a quality gate passed, 0 where it failed.",
                                        labels=["gate"])  # fmt: skip
-            for gate, outcome in self.gates.items():
+            for gate, outcome in gates.items():
                 passed.add_metric([gate], float(outcome))
             yield passed
 

@@ -115,7 +115,7 @@ class GgufRecipe(JobRecipe):
     Attributes:
         model: a folder, a hub id, or `tiny-r1`.
         output: the folder to make.
-        type: a type or mixture of `dsquant.writers.gguf.types.MIXTURES`.
+        type: a type or mixture of `dsquant.writers.gguf.types.MIXTURES`; Q4_K is Q4_K_M, as for llama-quantize.
         tensor_types: overrides `REGEX=TYPE`; the first that is found in a tensor's GGUF name counts.
         imatrix: a file of importances to use.
         calibration: texts, mixes or hub sets to take scales and importances from; none where empty. None is r1-mix,
@@ -144,6 +144,12 @@ class GgufRecipe(JobRecipe):
     split_max_bytes: int = Field(default=0, ge=0)
     memory_budget: int | None = Field(default=None, ge=1)
     evaluate: bool = True
+
+    @field_validator("type")
+    @classmethod
+    def _as_llama_quantize_names_it(cls, name: str) -> str:
+        name = name.upper()
+        return f"{name}_M" if name in ("Q3_K", "Q4_K", "Q5_K") else name
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -87,10 +87,11 @@ def test_inspect_counts_every_byte(pico_r1: Path) -> None:
 
 
 def test_eval_compares_two_checkpoints_on_a_text(pico_r1: Path, text_file: Path) -> None:
-    code, output = invoke("eval", str(pico_r1), str(pico_r1), "--text", str(text_file), "--seq-len", "32", "--json")
+    arguments = ["--text", str(text_file), "--seq-len", "32", "--prompts", "none", "--json"]
+    code, output = invoke("eval", str(pico_r1), str(pico_r1), *arguments)
     assert code == 0, output
-    (found,) = json.loads(output)["texts"].values()
-    assert found["mean_kl"] < 1e-9 and found["tokens"] == 8 * 31
+    (found,) = json.loads(output)["candidates"][0]["texts"].values()
+    assert found["mean_kl"]["estimate"] < 1e-9 and found["tokens"] == 8 * 31
 
 
 def test_a_hub_model_that_cannot_be_had_is_refused_with_the_reason(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_a_hub_model_that_cannot_be_had_is_refused_with_the_reason(tmp_path: Pat
 
 def test_eval_refuses_another_model(pico_r1: Path, tiny_r1: Path) -> None:
     code, output = invoke("eval", str(pico_r1), str(tiny_r1))
-    assert code == 3 and "not the same model" in output
+    assert code == 3 and "a vocabulary of 1280 tokens, the reference's has 300" in output
 
 
 @pytest.mark.parametrize(("text", "size"), [("16GiB", 2**34), ("512 MiB", 2**29), ("1.5g", 3 * 2**29), ("1000", 1000)])
@@ -118,3 +119,30 @@ def test_sizes_are_read(text: str, size: int) -> None:
 def test_a_recipe_that_cannot_be_meant_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=next(iter(fields))):
         Recipe.checked(output=tmp_path, **fields)
+
+
+def test_eval_generates_code_and_writes_three_reports(tiny_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    records = [
+        {"prompt": "def add(a, b):\n", "completion": "    return a + b\n", "test": "assert add(1, 2) == 3"},
+        {"prompt": "def twice(a):\n", "completion": "    return 2 * a\n", "test": "assert twice(1) == 2"},
+    ]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = ["eval", "tiny-r1", str(tiny_r1), "--text", str(text_file), "--samples", "1", "--seq-len", "32"]
+    arguments += ["--prompts", str(prompts), "--max-tokens", "8", "--output", str(tmp_path / "report"), "--execute"]
+    code, output = invoke(*arguments)
+    assert code == 2 and "--allow-code-execution" in output and not (tmp_path / "report").exists()
+    code, output = invoke(*arguments, "--allow-code-execution")
+    assert code == 0, output
+    assert "Generated code against the original's" in output
+    found = json.loads((tmp_path / "report" / "report.json").read_text())["candidates"][0]["drift"]
+    assert found["candidate_vs_original"]["bleu"] == 1 and found["execution"]["tasks"] == 2
+    assert found["execution"]["pass_gold"] == 1 and found["execution"]["p_value"] == 1
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.json", "report.md", "report.html"}
+
+
+def test_eval_names_the_line_of_a_broken_prompt(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt" "c"}\n')
+    code, output = invoke("eval", "tiny-r1", "tiny-r1", "--prompts", str(prompts))
+    assert code == 3 and "prompts.jsonl, line 3: not JSON" in output

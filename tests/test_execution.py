@@ -38,6 +38,7 @@ LINUX = sys.platform == "linux"
         ("x = [0] * 10 ** 9", "memory limit", "MemoryError"),
         ("open('a', 'w').write('x' * 3_000_000)", "error", "OSError"),
         ("if __name__ == '__main__':\n    1 / 0", "passed", ""),
+        ("import os, tempfile\ntempfile.TemporaryFile().write(b'a')\nopen(os.devnull, 'w').write('b')", "passed", ""),
         ("import math, collections, re, heapq, itertools, functools, string, random, datetime, bisect", "passed", ""),
     ],
 )
@@ -69,7 +70,21 @@ def test_sockets_processes_and_changes_outside_are_refused(program: str) -> None
 def test_the_kernel_refuses_sockets_and_threads_where_the_audit_hook_sees_nothing() -> None:
     # _socket.socket raises the audit event; a thread raises none that is refused.
     run = run_program("import _thread; _thread.start_new_thread(print, ())")
-    assert run.error == "RuntimeError" and "seccomp" in run.protections[1]
+    assert run.error == "RuntimeError" and "seccomp" in run.protections[2]
+
+
+@pytest.mark.skipif(not LINUX, reason="Landlock is Linux's")
+def test_the_kernel_refuses_files_that_are_neither_pythons_nor_its_own(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("key")
+    run = run_program(f"open({str(secret)!r}).read()")
+    if "Landlock" not in run.protections[1]:
+        pytest.skip("this kernel has no Landlock")
+    assert (run.outcome, run.error) == ("error", "PermissionError")
+    assert run_program(f"import os\nos.listdir({str(tmp_path)!r})").error == "PermissionError"
+    assert run_program(
+        "import os\nos.mkdir('a')\nopen('a/b', 'w').write('c')\nassert os.listdir('a') == ['b']"
+    ).outcome == ("passed")
 
 
 def test_a_program_gets_an_empty_folder_and_no_environment() -> None:

@@ -5,15 +5,15 @@ import json
 import random
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import dsquant
+from dsquant.cli import main
 from dsquant.errors import InputError, UsageError
 from dsquant.sealing import seal
 from dsquant.verification.checks import Verification
@@ -237,12 +237,12 @@ def test_an_interrupted_output_or_a_foreign_folder_is_refused(output: Path, tmp_
 
 def test_the_command_ends_with_3_on_damage_and_prints_findings(output: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(output / "awq", tmp_path / "copy"))
-    command = [sys.executable, "-c", "from dsquant.cli import main; main()", "verify", str(copy)]
-    whole = subprocess.run([*command, "--json"], capture_output=True, text=True)
-    assert whole.returncode == 0 and json.loads(whole.stdout)["ok"]
+    whole = CliRunner().invoke(main, ["verify", str(copy), "--json"])
+    assert whole.exit_code == 0 and json.loads(whole.stdout)["ok"]
     content = bytearray((copy / "config.json").read_bytes())
     content[-3] ^= 4
     (copy / "config.json").write_bytes(content)
-    broken = subprocess.run([*command, "--json"], capture_output=True, text=True)
-    assert broken.returncode == 3 and json.loads(broken.stdout)["findings"][0]["file"] == "config.json"
-    assert "config.json" in subprocess.run(command, capture_output=True, text=True).stdout
+    broken = CliRunner().invoke(main, ["verify", str(copy), "--json"])
+    assert broken.exit_code == 3 and json.loads(broken.stdout)["findings"][0]["file"] == "config.json"
+    assert "config.json" in CliRunner().invoke(main, ["verify", str(copy)]).stdout
+    assert "config.json" in dsquant.verify(copy, progress=False)._repr_html_()

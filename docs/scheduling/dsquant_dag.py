@@ -1,4 +1,4 @@
-"""Airflow: `dsquant run` every night, tried again where it stopped resumably (exit code 75), failed at once else."""
+"""Airflow: `dsquant run` every night; tried again where it stopped resumably (exit code 75), else failed at once."""
 
 import subprocess
 from datetime import datetime, timedelta

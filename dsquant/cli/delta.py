@@ -46,8 +46,9 @@ def delta(
         raise click.UsageError("name OLD and NEW; with --apply PATCH the old output alone")
     if resume and restart:
         raise click.UsageError("--resume and --restart exclude each other")
-    from dsquant.display import print_delta, print_patched
-    from dsquant.incremental import release
+    from rich.console import Console
+
+    from dsquant.incremental import release, tables
 
     with reporting(not as_json, metrics_file, metrics_port) as report:
         if apply_:
@@ -58,6 +59,6 @@ def delta(
     if as_json:
         click.echo(json.dumps((applied if apply_ else made).as_json(), indent=2))
     elif apply_:
-        print_patched(applied)
+        Console().print(*tables.patch_tables(applied), sep="\n")
     else:
-        print_delta(made)
+        Console().print(*tables.delta_tables(made), sep="\n")

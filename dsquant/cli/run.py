@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from dsquant.cli.process import dsquant_command, quiet_libraries
+from dsquant.cli.process import dsquant_command, metrics_options, reporting
 
 
 @click.command()
@@ -13,8 +13,16 @@ from dsquant.cli.process import dsquant_command, quiet_libraries
 @click.option("--model", help="Instead of the recipe's.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Instead of the recipe's.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress bar.")
+@metrics_options
 @dsquant_command
-def run(recipe: Path, model: str | None, output: Path | None, as_json: bool) -> None:
+def run(
+    recipe: Path,
+    model: str | None,
+    output: Path | None,
+    as_json: bool,
+    metrics_file: Path | None,
+    metrics_port: int | None,
+) -> None:
     """Runs RECIPE (YAML): calibrate, quantize to several formats, evaluate, gate, publish.
 
     A finished recipe is left alone; one that was stopped anywhere goes on where it was.
@@ -25,10 +33,14 @@ def run(recipe: Path, model: str | None, output: Path | None, as_json: bool) -> 
     read = read_recipe(recipe, model, output)
     release = published(read)
     if release is None:  # only now is torch imported
-        from dsquant.display import progress_bar
-
-        with quiet_libraries(), progress_bar(not as_json) as report:
+        with reporting(not as_json, metrics_file, metrics_port) as report:
             release = run_recipe(read, report, str(recipe))
+    elif metrics_file is not None:  # nothing to do is a success too
+        from dsquant.monitoring import monitored
+        from dsquant.telemetry import silent
+
+        with monitored(silent, metrics_file):
+            pass
     if as_json:
         click.echo(json.dumps(release.as_json(), indent=2))
         return

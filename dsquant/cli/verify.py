@@ -18,14 +18,17 @@ from dsquant.errors import InputError
 @dsquant_command
 def verify(folder: Path, source: str | None, everything: bool, as_json: bool) -> None:
     """Checks every byte of the output DIR, its coverage of the source, and its values; exit code 3 on damage."""
-    from dsquant.display import print_verification, progress_bar
+    from rich.console import Console
+
+    from dsquant.display import progress_bar
     from dsquant.verification.checks import verify as check
+    from dsquant.verification.tables import verification_tables
 
     with quiet_libraries(), progress_bar(not as_json) as report:
         found = check(folder, source, everything, report)
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=2))
     else:
-        print_verification(found)
+        Console().print(*verification_tables(found), sep="\n")
     if not found.ok:
         sys.exit(InputError.exit_code)

@@ -64,8 +64,8 @@ class Execution:
     pass_original: Interval
     """pass@1 of greedy completions, with Wilson's interval."""
     pass_candidate: Interval
-    pass_gold: float
-    """Of the prompts' own completions: below 1, tests or limits are at fault."""
+    pass_gold: float | None
+    """Of the prompts' own completions: below 1, tests or limits are at fault. None where some prompt has none."""
     only_original: int
     """Tasks that the original alone passes."""
     only_candidate: int

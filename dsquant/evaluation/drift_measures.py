@@ -22,6 +22,8 @@ from dsquant.evaluation.tasks import Task
 
 LOOP_REPEATS = 3
 LOOP_TOKENS = 12
+# BLEU and CodeBLEU are published on a scale of 100.
+POINTS = 100.0
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def _measures(
 
     def shares(values: Sequence[bool] | Sequence[float]) -> Interval:
         values_N1 = np.asarray(values, dtype=np.float64)[:, None]
-        return _bootstrap([values_N1], chosen_DN, lambda sums: float(sums[0][0]) / len(tasks))
+        return _bootstrap([values_N1], chosen_DN, lambda sums: float(sums[0][0]) / len(tasks), widest=1.0)
 
     same = [one.rstrip() == two.rstrip() for one, two in zip(first.texts, second.texts, strict=True)]
     found["code_exact_match"] = shares(same)
@@ -239,14 +241,18 @@ def _measures(
     found["loop_rate_rise"] = shares([one - two for one, two in zip(*loops, strict=True)])
     if gold:
         sides_NC = [_pair_counts(side.texts, gold.texts, prefixes) for side in (first, second)]
-        found["code_bleu_drop"] = _bootstrap(sides_NC, chosen_DN, lambda sums: 100 * (_bleu(sums[0]) - _bleu(sums[1])))
-        found["codebleu_drop"] = _bootstrap(sides_NC, chosen_DN, lambda sums: 100 * (_total(sums[0]) - _total(sums[1])))
+        found["code_bleu_drop"] = _bootstrap(
+            sides_NC, chosen_DN, lambda sums: POINTS * (_bleu(sums[0]) - _bleu(sums[1]))
+        )
+        found["codebleu_drop"] = _bootstrap(
+            sides_NC, chosen_DN, lambda sums: POINTS * (_total(sums[0]) - _total(sums[1]))
+        )
     if passed:
         both, only, other = (list(passed).count(kind) for kind in ((True, True), (True, False), (False, True)))
         neither = len(passed) - both - only - other
         found["pass_rate_drop"] = paired_difference(both, only, other, neither)
         # Where the original passes nothing, any share may have been retained.
-        unknown = Interval(1.0, 0.0, np.inf, len(passed))
+        unknown = Interval(1.0, 0.0, float(len(passed)), len(passed))
         found["accuracy_retained"] = paired_ratio(both, only, other, neither) if both + only else unknown
     return found
 
@@ -264,13 +270,19 @@ def _total(counts: np.ndarray) -> float:
 
 
 def _bootstrap(
-    sides_NC: Sequence[np.ndarray], chosen_DN: np.ndarray, statistic: Callable[[Sequence[np.ndarray]], float]
+    sides_NC: Sequence[np.ndarray],
+    chosen_DN: np.ndarray,
+    statistic: Callable[[Sequence[np.ndarray]], float],
+    widest: float = POINTS,
 ) -> Interval:
-    """A statistic of sums over prompts, with percentiles over draws of prompts (with replacement)."""
+    """A statistic of sums over prompts, with percentiles over draws of prompts (with replacement).
+
+    One prompt tells nothing of others: the interval is then the widest that there can be.
+    """
     prompts = len(sides_NC[0])
     estimate = statistic([side.sum(0) for side in sides_NC])
     if prompts < 2:
-        return Interval(estimate, -np.inf, np.inf, prompts)
+        return Interval(estimate, -widest, widest, prompts)
     drawn = [statistic([side[chosen_N].sum(0) for side in sides_NC]) for chosen_N in chosen_DN]
     low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(estimate, float(low), float(high), prompts)

@@ -2,14 +2,14 @@
 
 Running what a language model wrote is dangerous. Each program gets: a new Python without site-packages, an empty
 temporary folder, no environment, no standard input, its output thrown away; limits on CPU and wall-clock time, memory,
-size of files, open files and processes; on Linux a seccomp filter under which the kernel refuses sockets, processes and
-threads; and an audit hook that refuses those and every change to files outside its folder.
+size of files, open files and processes. On Linux the kernel refuses it sockets, processes and threads (seccomp), and
+every file but those of its folder and of Python's library (Landlock). An audit hook refuses the same once more.
 
-What is not covered: this is no security boundary. The program runs as the same user and can *read* every file that the
-user can; the audit hook, which alone guards files against writing and deleting, is Python's and can be got round by
-code that means to; where seccomp is missing (macOS, other processors) the hook alone closes network and processes. Code
-that wants to can also forge the reply that it passed. For models or prompts that you do not trust, run dsquant itself
-in a container or a virtual machine without a network.
+What is not covered: this is no security boundary. The program runs as the same user on the same kernel. Where seccomp
+or Landlock are missing (macOS, other processors, kernels before 5.13) the audit hook stands alone: it is Python's,
+code that means to gets round it, and it stops no reading of files. `Execution.protections` says what held. A program
+can fill the disk with many small files in its folder, and code that wants to can forge the reply that it passed. For
+models or prompts that you do not trust, run dsquant itself in a container or a virtual machine without a network.
 """
 
 import json
@@ -79,7 +79,7 @@ def run_program(program: str) -> Run:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd=folder,
-                env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},
+                env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "TMPDIR": folder},
                 pass_fds=[writing],
                 start_new_session=True,
             )
@@ -142,11 +142,11 @@ def run_all(programs: Sequence[str], safe_point: Callable[[int, int], None] = la
     return found
 
 
-def compare_runs(gold: Sequence[Run], original: Sequence[Run], candidate: Sequence[Run]) -> Execution:
+def compare_runs(gold: Sequence[Run] | None, original: Sequence[Run], candidate: Sequence[Run]) -> Execution:
     """What the runs of two models' completions of the same tasks say.
 
     Args:
-        gold: the runs of the tasks' own completions.
+        gold: the runs of the tasks' own completions; None where there are none.
         original: the original's.
         candidate: the candidate's, task by task.
 
@@ -161,7 +161,7 @@ def compare_runs(gold: Sequence[Run], original: Sequence[Run], candidate: Sequen
         tasks=len(passed),
         pass_original=wilson(sum(first for first, _ in passed), len(passed)),
         pass_candidate=wilson(sum(second for _, second in passed), len(passed)),
-        pass_gold=sum(run.outcome == "passed" for run in gold) / len(gold),
+        pass_gold=sum(run.outcome == "passed" for run in gold) / len(gold) if gold else None,
         only_original=only_original,
         only_candidate=only_candidate,
         p_value=mcnemar(only_original, only_candidate),

@@ -107,7 +107,7 @@ def measure_drift(
         execution, passed = None, []
         if runs is not None:
             ours, theirs = runs[1], runs[2 + number]
-            execution = compare_runs(runs[0], ours, theirs)
+            execution = compare_runs(runs[0] if gold else None, ours, theirs)
             passed = [(one.outcome == "passed", two.outcome == "passed") for one, two in zip(ours, theirs, strict=True)]
         found[name] = code_drift(
             plan.tasks, gold, first, others[number], noise, execution, passed, note, plan.max_tokens

@@ -19,7 +19,7 @@ from dsquant.evaluation.python_tokens import normalized
 # What cannot belong to the function any more that a prompt began, as HumanEval's paper cuts (arXiv 2107.03374).
 BODY_STOPS = ("\ndef ", "\nclass ", "\n@", "\n#", "\nif ", "\nfor ", "\nprint(", "\nimport ", "\nfrom ", "\nassert ")
 # What follows a whole program.
-PROGRAM_STOPS = ("\nassert ", "\nprint(", "\nif __name__", '\n"""', "\n#")
+PROGRAM_STOPS = ("\nassert ", "\nprint(", "\nif __name__", '\n"""')
 FORMATS = "`prompt` (and maybe `completion`), or HumanEval's or MBPP's keys"
 
 

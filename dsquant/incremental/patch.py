@@ -19,6 +19,7 @@ import numpy as np
 from dsquant.errors import InputError
 from dsquant.incremental.reuse import reuse_file
 from dsquant.jobs import PARTIAL, RECORD_FILE, sync_folder, write_atomically
+from dsquant.notebook import as_html
 from dsquant.sealing import BYTES_AT_ONCE, hash_files
 from dsquant.source.shards import read_header
 
@@ -117,6 +118,11 @@ class AppliedPatch:
         """Plain JSON values."""
         return {**vars(self), "output": str(self.output)}
 
+    def _repr_html_(self) -> str:
+        from dsquant.incremental.tables import patch_tables
+
+        return as_html(patch_tables(self))
+
 
 def apply_patch(patch: Path, old: Path, output: Path, safe_point: Callable[[str], None]) -> AppliedPatch:
     """Makes the new output from the earlier one and a patch; every file of it is hashed.
@@ -166,6 +172,11 @@ def _apply(
             _patch_tensors(archive, old / name, work / name, name, entry["tensors"])
         else:
             write_atomically(work / name, archive.read(f"new/{name}"))
+    foreign = sorted(
+        str(path) for path in work.rglob("*") if path.is_file() and str(path.relative_to(work)) not in files
+    )
+    if foreign:
+        raise InputError(f"{foreign[0]} is left over from something else; remove {work} and apply the patch again")
     found = hash_files(work, files, safe_point)
     for name, entry in found.items():
         if entry["sha256"] != files[name]["sha256"]:

@@ -10,6 +10,7 @@ from dsquant.incremental.patch import AppliedPatch, apply_patch, write_patch
 from dsquant.incremental.recording import Recording, open_recording
 from dsquant.incremental.requantize import requantize
 from dsquant.jobs import RECORD_FILE, full_disk_is_resumable, stop_on_signals
+from dsquant.notebook import as_html
 from dsquant.records import Result, result_of
 from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.locate import locate
@@ -44,6 +45,11 @@ class Delta:
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**vars(self), "output": str(self.output), "patch": str(self.patch)}
+
+    def _repr_html_(self) -> str:
+        from dsquant.incremental.tables import delta_tables
+
+        return as_html(delta_tables(self))
 
 
 def delta(
@@ -90,6 +96,7 @@ def delta(
 
     with stop_on_signals() as request, full_disk_is_resumable():
         write_patch(recording.output, output, patch, safe_point)
+        report(Progress("hash", 1, 1, ""))
     return Delta(
         output=output,
         patch=patch,
@@ -156,7 +163,9 @@ def apply(patch: Path, old: Path, output: Path, report: Report = silent) -> Appl
             request.safe_point()
             report(Progress("hash", 0, 1, name))
 
-        return apply_patch(patch, old, output, safe_point)
+        applied = apply_patch(patch, old, output, safe_point)
+        report(Progress("hash", 1, 1, ""))
+        return applied
 
 
 def full_run(

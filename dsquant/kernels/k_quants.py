@@ -2,8 +2,8 @@
 
 The searches are ggml's: some thirty candidate scales for each block, the best one by weighted least squares, then
 scales of 6 or 8 bits for each super-block. A candidate's error follows from three sums over its codes, in units of the
-block's range and around its mean, so no second pass over the weights is needed and nothing cancels. The 6-bit scales
-are searched with more candidates instead of ggml's passes over single scales.
+block's range and around its mean, so no second pass over the weights is needed and nothing cancels. Two things differ
+and leave less error: 6-bit scales are judged as float16 will hold them, and offsets are fitted to those stored scales.
 Reference: `quantize_q4_K`, `quantize_q5_K`, `quantize_q6_K` and `quantize_row_q8_0_ref` in ggml-quants.c,
 https://github.com/ggml-org/ggml
 
@@ -83,12 +83,14 @@ def _affine(weight_SW: torch.Tensor, importance_SW: torch.Tensor, steps: int) ->
     spread_S1 = 2 * weight_SW.square().mean(1, keepdim=True)
     weights_SBW = (importance_SW * (spread_S1 + weight_SW.square()).sqrt()).unflatten(1, (8, 32))
     weight_SBW = weight_SW.unflatten(1, (8, 32))
-    scale_N, offset_N = _affine_search(_blocks_last(weight_SBW), _blocks_last(weights_SBW), steps)
     shares_SB = weights_SBW.sum(2)
-    scale_S1, scale_codes_SB = _scale_search(scale_N.view_as(shares_SB), shares_SB)
-    offset_S1, offset_codes_SB = _scale_search(offset_N.view_as(shares_SB), shares_SB)
-    scale_SB1 = (scale_S1.float() * scale_codes_SB).unsqueeze(2)
-    offset_SB1 = (offset_S1.float() * offset_codes_SB).unsqueeze(2)
+    found = _affine_search(_blocks_last(weight_SBW), _blocks_last(weights_SBW), steps)
+    scale_SB, code_SB, mean_SB = (values_N.view_as(shares_SB) for values_N in found)
+    scale_S1, scale_codes_SB = _scale_search(scale_SB, shares_SB)
+    scale_SB = scale_S1.float() * scale_codes_SB
+    # The offset that fits the scale as it is stored. Where the line would start above zero it starts at zero.
+    offset_S1, offset_codes_SB = _scale_search((scale_SB * code_SB - mean_SB).clamp_(min=0), shares_SB)
+    scale_SB1, offset_SB1 = scale_SB.unsqueeze(2), (offset_S1.float() * offset_codes_SB).unsqueeze(2)
     codes_SBW = ((weight_SBW + offset_SB1) / torch.where(scale_SB1 > 0, scale_SB1, torch.inf)).round().clamp(0, steps)
     low, high = scale_codes_SB.byte().chunk(2, 1)
     low_offsets, high_offsets = offset_codes_SB.byte().chunk(2, 1)
@@ -106,8 +108,8 @@ def _blocks_last(values_SBW: torch.Tensor) -> torch.Tensor:
     return values_SBW.flatten(0, 1).T.contiguous()
 
 
-def _affine_search(weight_WN: torch.Tensor, weights_WN: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and offset (≥ 0) of each block, so that scale * code - offset has the least weighted squared error."""
+def _affine_search(weight_WN: torch.Tensor, weights_WN: torch.Tensor, steps: int) -> tuple[torch.Tensor, ...]:
+    """Each block's scale, so that scale * code - offset has the least weighted squared error, mean code and mean."""
     low_N = weight_WN.amin(0).clamp_(max=0)
     range_N = weight_WN.amax(0) - low_N
     safe_range_N = range_N.clamp(min=LEAST)
@@ -115,9 +117,13 @@ def _affine_search(weight_WN: torch.Tensor, weights_WN: torch.Tensor, steps: int
     weights_WN = weights_WN / weights_WN.sum(0).clamp_(min=LEAST)
     mean_N = (weights_WN * unit_WN).sum(0)
     centred_WN = unit_WN - mean_N
-    # A line that would start above zero starts at zero: offsets have no sign.
-    above_N = mean_N + low_N / safe_range_N
-    best_N, slope_N, start_N = torch.zeros_like(mean_N), torch.full_like(mean_N, 1 / steps), torch.zeros_like(mean_N)
+    # A line that would start above zero starts at zero: offsets are not negative.
+    above_N = (mean_N + low_N / safe_range_N).clamp_(min=0)
+    best_N, slope_N, best_code_N = (
+        torch.zeros_like(mean_N),
+        torch.full_like(mean_N, 1 / steps),
+        torch.zeros_like(mean_N),
+    )
     codes_WN, weighted_WN = torch.empty_like(unit_WN), torch.empty_like(unit_WN)
     for number in range(AFFINE_TRIES):
         torch.mul(unit_WN, steps + AFFINE_FIRST + AFFINE_STEP * number, out=codes_WN).round_().clamp_(max=steps)
@@ -130,11 +136,10 @@ def _affine_search(weight_WN: torch.Tensor, weights_WN: torch.Tensor, steps: int
         product_N = torch.where(fixed, product_N + above_N * code_N, product_N)
         slope = torch.where(fixed, product_N / square_N, slope)
         gain_N = torch.where(fixed, slope * product_N - above_N.square(), slope * product_N)
-        start = mean_N - torch.where(fixed, above_N, slope * code_N)
         better = gain_N > best_N
-        for kept, found in ((best_N, gain_N), (slope_N, slope), (start_N, start)):
+        for kept, found in ((best_N, gain_N), (slope_N, slope), (best_code_N, code_N)):
             torch.where(better, found, kept, out=kept)
-    return slope_N * range_N, (0 - (low_N + start_N * range_N)).clamp_(min=0)
+    return slope_N * range_N, best_code_N, low_N + mean_N * range_N
 
 
 def _scale_search(values_SB: torch.Tensor, shares_SB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

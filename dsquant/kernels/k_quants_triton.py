@@ -50,13 +50,15 @@ def quantize(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor) 
     stored_RN = torch.empty(num_rows, num_columns // block * size, dtype=torch.uint8, device=rows_RI.device)
     num_supers = triton.cdiv(rows_RI.numel(), k_quants.SUPER_BLOCK)
     grid = (triton.cdiv(num_supers, SUPER_BLOCKS),)
+    # Said outright: the default, and with it the last bits, changes between releases of Triton.
+    options = {"num_warps": WARPS, "enable_fp_fusion": True}
     if type_name == "Q8_0":
-        _q8_0[grid](rows_RI, stored_RN, rows_RI.numel() // 32, SUPER_BLOCKS * 8, num_warps=WARPS)
+        _q8_0[grid](rows_RI, stored_RN, rows_RI.numel() // 32, SUPER_BLOCKS * 8, **options)
     elif type_name == "Q6_K":
-        _q6_k[grid](rows_RI, importance_I, stored_RN, num_columns, num_supers, SUPER_BLOCKS, num_warps=WARPS)
+        _q6_k[grid](rows_RI, importance_I, stored_RN, num_columns, num_supers, SUPER_BLOCKS, **options)
     else:
         high = type_name == "Q5_K"
-        _affine[grid](rows_RI, importance_I, stored_RN, num_columns, num_supers, SUPER_BLOCKS, high, num_warps=WARPS)
+        _affine[grid](rows_RI, importance_I, stored_RN, num_columns, num_supers, SUPER_BLOCKS, high, **options)
     return stored_RN
 
 
@@ -86,12 +88,14 @@ def _affine(rows, importance, stored, num_columns, num_supers, S: tl.constexpr, 
     spread_N = tl.reshape(tl.broadcast_to(squares_S[:, None], [S, 8]), [N]) * (2 / 256)
     weights_NW = importance_NW * tl.sqrt(spread_N[:, None] + weight_NW * weight_NW)
     shares_N = tl.sum(weights_NW, 1)
-    scale_N, offset_N = _affine_search(weight_NW, weights_NW / tl.maximum(shares_N, LEAST)[:, None], N, STEPS)
+    weights_NW = weights_NW / tl.maximum(shares_N, LEAST)[:, None]
+    scale_N, code_N, mean_N = _affine_search(weight_NW, weights_NW, N, STEPS)
     shares_SB = tl.reshape(shares_N, [S, 8])
     shares_SB = shares_SB / tl.maximum(tl.sum(shares_SB, 1), LEAST)[:, None]
     scale_S, scale_codes_SB = _scale_search(tl.reshape(scale_N, [S, 8]), shares_SB, S)
-    offset_S, offset_codes_SB = _scale_search(tl.reshape(offset_N, [S, 8]), shares_SB, S)
     scale_N = tl.reshape(scale_S.to(tl.float32)[:, None] * scale_codes_SB, [N])
+    offset_SB = tl.reshape(tl.maximum(scale_N * code_N - mean_N, 0.0), [S, 8])
+    offset_S, offset_codes_SB = _scale_search(offset_SB, shares_SB, S)
     offset_N = tl.reshape(offset_S.to(tl.float32)[:, None] * offset_codes_SB, [N])
     inverse_N = tl.where(scale_N > 0, 1 / tl.where(scale_N > 0, scale_N, 1.0), 0.0)
     codes_NW = _rounded((weight_NW + offset_N[:, None]) * inverse_N[:, None])
@@ -124,10 +128,10 @@ def _affine_search(weight_NW, weights_NW, N: tl.constexpr, STEPS: tl.constexpr):
     unit_NW = (weight_NW - low_N[:, None]) / safe_range_N[:, None]
     mean_N = tl.sum(weights_NW * unit_NW, 1)
     centred_NW = unit_NW - mean_N[:, None]
-    above_N = mean_N + low_N / safe_range_N
+    above_N = tl.maximum(mean_N + low_N / safe_range_N, 0.0)
     best_N = tl.zeros([N], tl.float32)
     slope_N = tl.full([N], 1 / STEPS, tl.float32)
-    start_N = tl.zeros([N], tl.float32)
+    best_code_N = tl.zeros([N], tl.float32)
     for number in range(AFFINE_TRIES):
         codes_NW = tl.minimum(_rounded(unit_NW * (STEPS + AFFINE_FIRST + AFFINE_STEP * number)), STEPS)
         weighted_NW = weights_NW * codes_NW
@@ -139,12 +143,11 @@ def _affine_search(weight_NW, weights_NW, N: tl.constexpr, STEPS: tl.constexpr):
         product_N = tl.where(fixed, product_N + above_N * code_N, product_N)
         slope = tl.where(fixed, product_N / square_N, slope)
         gain_N = slope * product_N - tl.where(fixed, above_N * above_N, 0.0)
-        start = mean_N - tl.where(fixed, above_N, slope * code_N)
         better = gain_N > best_N
         best_N = tl.where(better, gain_N, best_N)
         slope_N = tl.where(better, slope, slope_N)
-        start_N = tl.where(better, start, start_N)
-    return slope_N * range_N, tl.maximum(-(low_N + start_N * range_N), 0.0)
+        best_code_N = tl.where(better, code_N, best_code_N)
+    return slope_N * range_N, best_code_N, low_N + mean_N * range_N
 
 
 @triton.jit

@@ -70,7 +70,8 @@ def fused_attention(
     dtype, width = query.dtype, value.shape[-1]
     if query.is_cuda and torch.get_float32_matmul_precision() != "highest":  # what the flash kernel takes
         query, key, value = (part.to(torch.bfloat16) for part in (query, key, value))
-    padded = F.pad(value, (0, query.shape[-1] - width))
+    # A single query's score matrix is small whatever the kernel.
+    padded = F.pad(value, (0, query.shape[-1] - width)) if query.shape[2] > 1 else value
     causal = attention_mask is None and query.shape[2] > 1
     grouped = key.shape[1] != query.shape[1]
     output = F.scaled_dot_product_attention(

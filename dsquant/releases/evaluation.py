@@ -1,56 +1,175 @@
-"""Compares everything a run has made with the original, and decides the gates."""
+"""Compares everything a run has made with the original, and decides the gates.
 
+The report is published with the outputs, so it holds nothing that two runs would not have in common: no times, no
+memory, and the outputs' names instead of the folder they were made in.
+"""
+
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from dsquant.errors import UsageError
 from dsquant.jobs import write_atomically
 from dsquant.releases.recipe import ReleaseRecipe
-from dsquant.telemetry import Report
+from dsquant.telemetry import Progress, Report
+
+if TYPE_CHECKING:
+    from dsquant.evaluation.gates import Gates
+    from dsquant.evaluation.results import Candidate, Evaluation
 
 EVALUATION_FOLDER = "evaluation"
-REPORT_FILE = "report.json"
+# For the gates, beside the folder that is published: unlike the report it keeps bounds that are infinite.
+MEASURED_FILE = "measured.json"
+# What an evaluation is made with; the gates decide on its intervals.
+GATES_FILE = "gates.json"
 
 
-def evaluate_outputs(recipe: ReleaseRecipe, folders: Mapping[str, Path], build: Path, report: Report) -> dict[str, Any]:
-    """Compares every output with the original.
+def read_recipe_gates(recipe: ReleaseRecipe) -> "Gates | None":
+    """The recipe's gates, or those of the file it names.
 
     Args:
         recipe: the recipe.
+
+    Returns:
+        The gates; None where there are none.
+
+    Raises:
+        InputError: where the file cannot be read.
+        UsageError: where they cannot be meant.
+    """
+    if recipe.gates is None:
+        return None
+    from pydantic import ValidationError
+
+    from dsquant.evaluation.gates import Gates, read_gates
+
+    if isinstance(recipe.gates, Path):
+        return read_gates(recipe.gates)
+    try:
+        return Gates.model_validate(recipe.gates)
+    except ValidationError as error:
+        problems = (f"gates.{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        raise UsageError("; ".join(problems)) from error
+
+
+def evaluate_outputs(
+    recipe: ReleaseRecipe, gates: "Gates | None", folders: Mapping[str, Path], build: Path, report: Report
+) -> dict[str, Any]:
+    """Compares every output with the original, and writes the report.
+
+    Args:
+        recipe: the recipe.
+        gates: its gates.
         folders: output -> its folder or GGUF file.
         build: the folder that is published in the end.
         report: gets the progress.
 
     Returns:
-        Output -> text -> distance, as plain JSON values.
+        Output -> text -> its main numbers, as plain JSON values.
     """
-    from dsquant import comparison
+    from dsquant.code_drift import DriftRequest
+    from dsquant.comparison import EvaluationRequest, evaluate
 
-    assert recipe.evaluate is not None
-    texts, seq_len, samples = list(recipe.evaluate.texts), recipe.evaluate.seq_len, recipe.evaluate.samples
-    found: dict[str, Any] = {}
-    for name, folder in folders.items():
-        evaluation = comparison.evaluate(recipe.model, str(folder), texts, seq_len, samples, report)
-        found[name] = evaluation.as_json()["texts"]
+    wanted = recipe.evaluate
+    assert wanted is not None
+    gates_file = None if gates is None else build.parent / GATES_FILE
+    if gates is not None and gates_file is not None:  # YAML reads JSON
+        write_atomically(gates_file, gates.model_dump_json().encode())
+    request = EvaluationRequest(
+        reference=recipe.model,
+        candidates=tuple(str(folder) for folder in folders.values()),
+        texts=wanted.texts,
+        samples=wanted.samples,
+        seq_len=wanted.seq_len,
+        gates=gates_file,
+        drift=DriftRequest(wanted.prompts, wanted.max_tokens, wanted.execute, wanted.execute),
+        device=recipe.device,
+        memory_budget=recipe.memory_budget,
+    )
+    evaluation = _publishable(evaluate(request, report), {str(folder): name for name, folder in folders.items()})
+    _write(evaluation, build)
+    write_atomically(build.parent / MEASURED_FILE, json.dumps(dataclasses.asdict(evaluation)).encode())
+    return {candidate.name: _summary(candidate) for candidate in evaluation.candidates}
+
+
+def _write(evaluation: "Evaluation", build: Path) -> None:
+    """Replaces the reports one by one: a kill must not leave half a report that a finished stage answers for."""
+    from dsquant.evaluation.report.files import write_reports
+
     (build / EVALUATION_FOLDER).mkdir(exist_ok=True)
-    write_atomically(build / EVALUATION_FOLDER / REPORT_FILE, (json.dumps(found, indent=2) + "\n").encode())
-    return found
+    for path in write_reports(evaluation, build.parent / EVALUATION_FOLDER):
+        path.replace(build / EVALUATION_FOLDER / path.name)
 
 
-def gates_content(recipe: ReleaseRecipe) -> Any:
-    """The gates as plain values, from the recipe or its file."""
-    if isinstance(recipe.gates, Path):
-        try:
-            return yaml.safe_load(recipe.gates.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"{recipe.gates}: the gates cannot be read: {' '.join(str(error).split())}") from error
-    return recipe.gates
+def _publishable(evaluation: "Evaluation", names: Mapping[str, str]) -> "Evaluation":
+    """Without what differs from run to run."""
+    identity = dataclasses.replace(evaluation.identity, elapsed_s=0.0, peak_resident_bytes=0, bytes_read=0)
+    candidates = tuple(
+        dataclasses.replace(candidate, name=names[candidate.path], path=names[candidate.path])
+        for candidate in evaluation.candidates
+    )
+    return dataclasses.replace(evaluation, identity=identity, candidates=candidates)
 
 
-def check_gates(recipe: ReleaseRecipe, build: Path) -> dict[str, Any]:
-    """Decides the gates."""
-    raise UsageError("gates: not there yet")
+def _summary(candidate: "Candidate") -> dict[str, Any]:
+    return {
+        text: {
+            "perplexity_original": scores.perplexity_original,
+            "perplexity": scores.perplexity,
+            "mean_kl": scores.mean_kl.estimate,
+            "top1_agreement": scores.top1_agreement.estimate,
+        }
+        for text, scores in candidate.texts.items()
+    }
+
+
+def decide_gates(gates: "Gates", build: Path, report: Report) -> dict[str, Any]:
+    """Decides the gates on what the evaluation has measured, and writes the report with the outcomes.
+
+    Args:
+        gates: the gates.
+        build: the folder with the report.
+        report: is told which passed.
+
+    Returns:
+        The verdict and every outcome, in words.
+
+    Raises:
+        GateError: where a gate failed.
+        InconclusiveError: where none failed, but more samples are needed.
+        UsageError: where a gate is on what was not measured.
+    """
+    from dsquant.comparison import raise_verdict
+    from dsquant.evaluation.gates import check_measured, decide
+    from dsquant.evaluation.intervals import BLOCK_TOKENS
+
+    evaluation = _read_measured(build.parent / MEASURED_FILE)
+    drift = evaluation.candidates[0].drift
+    check_measured(gates, [text.name for text in evaluation.texts], () if drift is None else tuple(drift.measures))
+    blocks_per_sample = -(-(max(text.seq_len for text in evaluation.texts) - 1) // BLOCK_TOKENS)
+    candidates = tuple(
+        dataclasses.replace(candidate, gates=decide(gates, candidate, blocks_per_sample))
+        for candidate in evaluation.candidates
+    )
+    decided = dataclasses.replace(evaluation, candidates=candidates)
+    _write(decided, build)
+    passed: dict[str, bool] = {}
+    for candidate in candidates:
+        for gate in candidate.gates:
+            name = " ".join(filter(None, (candidate.name, gate.metric, gate.text)))
+            passed[name] = passed.get(name, True) and gate.verdict == "pass"
+    report(Progress("evaluate", 1, 1, "gates", gates=passed))
+    raise_verdict(decided)
+    outcomes = [f"{candidate.name}: {gate.message}" for candidate in candidates for gate in candidate.gates]
+    return {"verdict": decided.verdict, "outcomes": outcomes}
+
+
+def _read_measured(path: Path) -> "Evaluation":
+    """The evaluation that the stage before has left."""
+    from pydantic import TypeAdapter
+
+    from dsquant.evaluation.results import Evaluation
+
+    return TypeAdapter(Evaluation).validate_python(json.loads(path.read_text(encoding="utf-8")))

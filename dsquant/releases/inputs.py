@@ -27,6 +27,7 @@ def inputs_of(recipe: ReleaseRecipe) -> dict[str, Any]:
         InputError: where the source is neither here nor on the hub.
     """
     files = [*recipe.calibration.texts, *(recipe.evaluate.texts if recipe.evaluate else ())]
+    files += [recipe.evaluate.prompts] if recipe.evaluate else []
     files += [str(step.imatrix) for step in recipe.quantize if isinstance(step, GgufStep) and step.imatrix]
     if isinstance(recipe.gates, Path):
         files.append(str(recipe.gates))

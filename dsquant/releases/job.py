@@ -14,7 +14,7 @@ from typing import Any
 
 from dsquant.errors import DsquantError, Interrupted
 from dsquant.jobs import Journal, stop_on_signals, write_atomically
-from dsquant.locks import exclusive
+from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
 from dsquant.releases.inputs import inputs_of, key_of
 from dsquant.releases.publication import (
     RELEASE_FILE,
@@ -53,6 +53,12 @@ class Release:
         """Plain JSON values."""
         return {**vars(self), "output": str(self.output)}
 
+    def _repr_html_(self) -> str:
+        from dsquant.notebook import as_html
+        from dsquant.releases.tables import release_tables
+
+        return as_html(release_tables(self))
+
 
 def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str = "") -> Release:
     """Runs a recipe.
@@ -75,7 +81,8 @@ def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str 
     inputs = inputs_of(recipe)
     key = key_of(recipe.hash, inputs)
     check_publishable(recipe)
-    work = recipe.output.absolute().parent / f".{recipe.output.name}.dsquant"
+    output = recipe.output.resolve()  # beside the folder itself, where a link names it: renames stay on its disk
+    work = output.parent / f".{output.name}.dsquant"
     work.mkdir(parents=True, exist_ok=True)
     with exclusive(work, recipe.output):
         if _is_published(recipe, key):  # by the run that held the lock until now
@@ -83,7 +90,7 @@ def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str 
         stage = ["prepare"]
         try:
             _run(recipe, inputs, key, work, report, stage)
-        except (DsquantError, OSError) as error:
+        except Exception as error:
             _after_failure(recipe, recipe_name, work, stage[-1], error)
             if isinstance(error, Interrupted):
                 words = str(error).replace("go on with --resume", "run the same recipe again to go on")
@@ -131,12 +138,11 @@ def _run(
 
     build, journal = work / BUILD_FOLDER, Journal(work / JOURNAL_FILE)
     if _is_left_over(recipe, journal):
-        shutil.rmtree(build, ignore_errors=True)
-        (work / JOURNAL_FILE).unlink(missing_ok=True)
+        _tidy(work)
         journal = Journal(work / JOURNAL_FILE)
     if is_complete(recipe, key):  # killed before the link was switched, or a recipe that was there before
         publish(recipe, None, key)
-        (work / JOURNAL_FILE).unlink(missing_ok=True)
+        _tidy(work)
         return
     build.mkdir(exist_ok=True)
     stages = stages_of(Workshop(recipe, inputs, build, journal, report))
@@ -165,7 +171,14 @@ def _run(
         write_atomically(build / RELEASE_FILE, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
         journal.append("publish", key=key)
         publish(recipe, build, key)
-        (work / JOURNAL_FILE).unlink()
+        _tidy(work)
+
+
+def _tidy(work: Path) -> None:
+    """Leaves the lock alone in the folder."""
+    for path in work.iterdir():
+        if path.name not in (LOCK_FILE, HOLDER_FILE):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_left_over(recipe: ReleaseRecipe, journal: Journal) -> bool:
@@ -186,8 +199,7 @@ def _after_failure(recipe: ReleaseRecipe, recipe_name: str, work: Path, stage: s
     """Does what `on_failure` says. What an interruption has left is always kept: the next run goes on from there."""
     exit_code = error.exit_code if isinstance(error, DsquantError) else 1
     if recipe.on_failure.outputs == "remove" and not isinstance(error, Interrupted):
-        shutil.rmtree(work / BUILD_FOLDER, ignore_errors=True)
-        (work / JOURNAL_FILE).unlink(missing_ok=True)
+        _tidy(work)
     if recipe.on_failure.command:
         told = {
             "DSQUANT_RECIPE": recipe_name,

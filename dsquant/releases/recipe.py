@@ -137,11 +137,18 @@ class EvaluateStep(Part):
         texts: text files; the shipped held-out texts where there are none.
         samples: of each text.
         seq_len: tokens of each.
+        prompts: code to complete: `python` (shipped), a .jsonl file, or `none`.
+        max_tokens: of a completion.
+        execute: whether completions are run with the prompts' tests: code that a model wrote runs on this machine,
+            under limits that are no security boundary.
     """
 
     texts: Texts = ()
     samples: int = Field(default=8, ge=1)
     seq_len: int = Field(default=512, ge=8)
+    prompts: str = "none"
+    max_tokens: int = Field(default=64, ge=1)
+    execute: bool = False
 
 
 class OnFailure(Part):

@@ -4,14 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsquant.jobs import Journal
 from dsquant.recipe import GgufRecipe, Recipe
-from dsquant.releases.evaluation import check_gates, evaluate_outputs, gates_content
+from dsquant.releases.evaluation import decide_gates, evaluate_outputs, read_recipe_gates
 from dsquant.releases.inputs import key_of
 from dsquant.releases.recipe import AwqStep, GgufStep, ReleaseRecipe
 from dsquant.telemetry import Report
+
+if TYPE_CHECKING:
+    from dsquant.evaluation.gates import Gates
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,14 @@ def stages_of(shop: Workshop) -> list[Stage]:
     for step in recipe.quantize:
         key = key_of(source, recipe.calibration.model_dump(mode="json"), step.model_dump(mode="json"))
         stages.append(Stage(f"quantize {step.name}", key, partial(_quantize, shop, step)))
-    made = [stage.key for stage in stages]
     if recipe.evaluate is not None:
-        evaluated = key_of(made, recipe.evaluate.model_dump(mode="json"))
-        stages.append(
-            Stage("evaluate", evaluated, lambda _: evaluate_outputs(recipe, _folders(shop), shop.build, shop.report))
-        )
-        if recipe.gates is not None:
-            stages.append(
-                Stage("gate", key_of(evaluated, gates_content(recipe)), lambda _: check_gates(recipe, shop.build))
-            )
+        gates = read_recipe_gates(recipe)
+        confidence = None if gates is None else gates.confidence
+        evaluated = key_of([stage.key for stage in stages], recipe.evaluate.model_dump(mode="json"), confidence)
+        stages.append(Stage("evaluate", evaluated, partial(_evaluate, shop, gates)))
+        if gates is not None:
+            key = key_of(evaluated, gates.model_dump(mode="json"))
+            stages.append(Stage("gate", key, partial(_gate, shop, gates)))
     return stages
 
 
@@ -110,6 +111,14 @@ def _quantize(shop: Workshop, step: AwqStep | GgufStep, begun: bool) -> dict[str
         result = pipeline.gguf(conversion, resume, restart, shop.report)
     folders = {name: str(folder.relative_to(shop.build)) for name, folder in result.folders.items()}
     return {"folders": folders, "bytes": result.output_bytes, "warnings": result.warnings}
+
+
+def _evaluate(shop: Workshop, gates: "Gates | None", _: bool) -> dict[str, Any]:
+    return evaluate_outputs(shop.recipe, gates, _folders(shop), shop.build, shop.report)
+
+
+def _gate(shop: Workshop, gates: "Gates", _: bool) -> dict[str, Any]:
+    return decide_gates(gates, shop.build, shop.report)
 
 
 def _folders(shop: Workshop) -> dict[str, Path]:

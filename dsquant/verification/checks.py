@@ -8,6 +8,7 @@ from typing import Any
 from dsquant.errors import InputError, UsageError
 from dsquant.jobs import RECORD_FILE, WORK_FOLDER, stop_on_signals
 from dsquant.model.skeleton import Skeleton
+from dsquant.notebook import as_html
 from dsquant.scales import open_scales
 from dsquant.sealing import broken_sections, hash_files
 from dsquant.source.checkpoint import Checkpoint, open_checkpoint
@@ -58,6 +59,11 @@ class Verification:
         """Plain JSON values."""
         return {"ok": self.ok, **asdict(self)}
 
+    def _repr_html_(self) -> str:
+        from dsquant.verification.tables import verification_tables
+
+        return as_html(verification_tables(self))
+
 
 def verify(folder: Path, source: str | None = None, everything: bool = False, report: Report = silent) -> Verification:
     """Checks an output, wherever it lies now.
@@ -78,7 +84,9 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
     if (folder / WORK_FOLDER).is_dir():
         raise InputError(f"{folder} holds an interrupted job; finish it with --resume")
     if not (folder / RECORD_FILE).is_file():
-        raise InputError(f"{folder / RECORD_FILE} is missing; is this an output of dsquant?")
+        known = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{RECORD_FILE}")))
+        advice = f"verify {known}" if known else "is this an output of dsquant?"
+        raise InputError(f"{folder / RECORD_FILE} is missing; {advice}")
     found = Verification(str(folder))
     raw = (folder / RECORD_FILE).read_bytes()
     found.findings += [Finding(RECORD_FILE, part, "the record is damaged") for part in broken_sections(raw)]

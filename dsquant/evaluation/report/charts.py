@@ -143,7 +143,7 @@ def scatter_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
         return ""
     y_axis = axis_of([y for _, (_, y) in points], HEIGHT - BOTTOM, TOP + 10, from_zero=True)
     xs = [x for _, (x, _) in points]
-    room = (max(xs) - min(xs)) * 0.15 or max(xs) * 0.3 or 1.0
+    room = max((max(xs) - min(xs)) * 0.15, max(xs) * 0.1) or 1.0
     x_axis = Axis(max(0.0, min(xs) - room), max(xs) + room, LEFT, WIDTH - RIGHT)
     parts = _frame(x_axis, y_axis, x_axis.ticks(), number, x_label, y_label)
     taken: list[tuple[float, float, float]] = []

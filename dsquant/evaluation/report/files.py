@@ -7,6 +7,7 @@ from dsquant.errors import InputError
 from dsquant.evaluation.report.markdown import markdown
 from dsquant.evaluation.report.page import page
 from dsquant.evaluation.results import Evaluation
+from dsquant.jobs import write_atomically
 
 JSON_FILE, MARKDOWN_FILE, PAGE_FILE = "report.json", "report.md", "report.html"
 
@@ -32,7 +33,7 @@ def write_reports(evaluation: Evaluation, folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            write_atomically(folder / name, text.encode())
     except OSError as error:
         raise InputError(f"{folder}: the reports cannot be written there: {error}") from error
     return [folder / name for name in texts]

@@ -80,21 +80,18 @@ def _subtitle(evaluation: Evaluation) -> str:
 
 
 def _verdict_words(evaluation: Evaluation) -> str:
-    """Why: the gates that make the verdict, and the first broken layer."""
-    deciding = [
-        f"{one.name}: {gate.metric}" + (f" on {gate.text}" if gate.text else "")
-        for one in evaluation.candidates
-        for gate in one.gates
-        if gate.verdict == evaluation.verdict
-    ]
+    """Why: for each candidate the gates that make the verdict, and the first broken layer."""
+    gates = [gate for one in evaluation.candidates for gate in one.gates]
     if evaluation.verdict == "pass":
-        return f"{len(deciding)} of {len(deciding)} gates pass."
-    broken = [
-        f"{one.name} breaks first in layer {one.first_broken_layer}"
-        for one in evaluation.candidates
-        if one.first_broken_layer is not None
-    ]
-    return "; ".join(deciding + broken) + "."
+        return f"{len(gates)} of {len(gates)} gates pass."
+    words = []
+    for one in evaluation.candidates:
+        deciding = dict.fromkeys(gate.metric for gate in one.gates if gate.verdict == evaluation.verdict)
+        layer = one.first_broken_layer
+        broken = "" if layer is None else f" (breaks first in layer {layer})"
+        if deciding:
+            words.append(f"{one.name}: {', '.join(deciding)}{broken}")
+    return "; ".join(words) + "."
 
 
 def _gates(evaluation: Evaluation) -> list[dict[str, Any]]:

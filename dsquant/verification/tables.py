@@ -1,0 +1,34 @@
+"""A verification for people."""
+
+from collections.abc import Iterator
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dsquant.recipe import format_size
+from dsquant.verification.checks import Verification
+
+
+def verification_tables(found: Verification) -> Iterator[RenderableType]:
+    """What `dsquant verify` prints.
+
+    Args:
+        found: what was found.
+
+    Yields:
+        What rich prints.
+    """
+    if not found.ok:
+        table = Table(title=f"{found.folder} is not what was written", title_justify="left")
+        for heading in ("file", "where", "problem"):
+            table.add_column(heading, overflow="fold")
+        for finding in found.findings:
+            table.add_row(Text(finding.file), Text(finding.where), Text(finding.problem))
+        yield table
+    count = f"{len(found.findings)} finding{'' if len(found.findings) == 1 else 's'}"
+    yield Text(f"{found.num_files} files, {format_size(found.num_bytes)} read; {count}.")
+    for name, number in found.compared.items():
+        yield Text(f"{name}: {number} parameters decoded and compared with {found.source}.")
+    for note in found.notes:
+        yield Text(f"Note: {note}.")

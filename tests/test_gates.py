@@ -1,0 +1,91 @@
+"""Gates: three outcomes, the number of samples that would settle one, and files that say what is wrong with them."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+
+from dsquant.comparison import raise_verdict
+from dsquant.errors import GateError, InconclusiveError, InputError
+from dsquant.evaluation.gates import Gates, decide, read_gates
+from dsquant.evaluation.intervals import Interval
+from dsquant.evaluation.results import Candidate, Evaluation, Finding, Ladder, TextScores
+
+LADDER = Ladder(*(0.0,) * 11)
+
+
+def scores(kl: Interval, ratio: Interval) -> TextScores:
+    one = Interval(1.0, 1.0, 1.0, 64)
+    return TextScores(
+        tokens=4088, perplexity_original=5.0, perplexity=5.1, log_ratio=ratio, perplexity_ratio=ratio, mean_kl=kl,
+        mean_kl_reverse=kl, kl=LADDER, kl_reverse=LADDER, top1_agreement=one, top5_agreement=one, delta_p=LADDER,
+        delta_p_rms=0.0, kl_by_position=(),
+    )  # fmt: skip
+
+
+def candidate(kl: Interval, findings: tuple[Finding, ...] = ()) -> Candidate:
+    return Candidate(
+        name="awq", path="awq", format="AWQ", size_bytes=1, bits_per_weight=4.0, fingerprint="",
+        texts=MappingProxyType({"code": scores(kl, Interval(1.01, 1.0, 1.02, 64))}), layers=(), weights=(),
+        weight_error_by_kind={}, findings=findings, drift=None, gates=(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("limit", "verdict", "needed"), [(0.03, "pass", None), (0.01, "fail", None), (0.021, "inconclusive", 200)]
+)
+def test_a_gate_passes_fails_or_says_how_many_samples_it_needs(limit: float, verdict: str, needed: int | None) -> None:
+    gates = Gates.model_validate({"gates": [{"metric": "mean_kl", "at_most": limit}]})
+    found = decide(gates, candidate(Interval(0.02, 0.015, 0.025, 64)), units_per_sample=8)[0]
+    assert (found.verdict, found.needed, found.text) == (verdict, needed, "code")
+
+
+def test_scores_that_are_no_numbers_fail() -> None:
+    nan = float("nan")
+    gates = Gates.model_validate({"gates": [{"metric": "mean_kl", "at_most": 100}]})
+    assert decide(gates, candidate(Interval(nan, nan, nan, 64)), 8)[0].verdict == "fail"
+
+
+def test_findings_fail_the_gate_on_broken_layers() -> None:
+    finding = Finding("layer", 2, "model.layers.2", 1.0, 0.2, "layer 2 is off")
+    gates = Gates.model_validate({"gates": [{"metric": "broken_layers", "at_most": 0}]})
+    kl = Interval(0.02, 0.015, 0.025, 64)
+    assert decide(gates, candidate(kl), 8)[0].verdict == "pass"
+    assert decide(gates, candidate(kl, (finding,)), 8)[0].verdict == "fail"
+
+
+def test_the_worst_verdict_decides_the_exit_code(tmp_path: Path) -> None:
+    path = tmp_path / "gates.yaml"
+    path.write_text("gates:\n- {metric: mean_kl, at_most: 0.021}\n- {metric: perplexity_ratio, at_most: 2}\n")
+    undecided = candidate(Interval(0.02, 0.015, 0.025, 64))
+    undecided = replace(undecided, gates=decide(read_gates(path), undecided, 8))
+    failed = candidate(Interval(0.2, 0.15, 0.25, 64))
+    failed = replace(failed, gates=decide(read_gates(path), failed, 8))
+    evaluation = Evaluation(1, None, None, (), {}, None, (undecided,), ())  # type: ignore[arg-type]
+    with pytest.raises(InconclusiveError, match="about 200 samples would settle it"):
+        raise_verdict(evaluation)
+    with pytest.raises(GateError, match=r"mean_kl on code is 0.2 .* fail"):
+        raise_verdict(replace(evaluation, candidates=(undecided, failed)))
+    assert (InconclusiveError.exit_code, GateError.exit_code) == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("gates: []", "at least 1 item"),
+        ("{}", "gates: Field required"),
+        ("gates:\n- {metric: mean_kul, at_most: 1}", "unknown metric 'mean_kul'"),
+        ("gates:\n- {metric: mean_kl, at_least: 1}", "mean_kl needs at_most"),
+        ("gates:\n- {metric: top1_agreement}", "top1_agreement needs at_least"),
+        ("gates:\n- {metric: mean_kl, at_most: 1, texts: code}", "Extra inputs"),
+        ("gates:\n- {metric: broken_layers, text: code, at_most: 1}", "not measured by text"),
+        ("confidence: 95\ngates:\n- {metric: mean_kl, at_most: 1}", "less than 1"),
+        ("gates: [", "cannot be read"),
+    ],
+)
+def test_a_file_of_gates_says_what_is_wrong_with_it(tmp_path: Path, content: str, problem: str) -> None:
+    path = tmp_path / "gates.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=f"gates.yaml: .*{problem}"):
+        read_gates(path)

@@ -1,0 +1,386 @@
+"""`dsquant run`: recipes, locks, kills at every stage, publication, failures."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import dsquant
+from dsquant.errors import GateError, InconclusiveError, InputError, UsageError
+from dsquant.jobs import Journal
+from dsquant.monitoring import monitored
+from dsquant.releases.evaluation import read_recipe_gates
+from dsquant.releases.job import Release, published, run_recipe
+from dsquant.releases.recipe import ReleaseRecipe, read_recipe
+from dsquant.telemetry import silent
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
+def content(pico_r1: Path, text_file: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    recipe = {
+        "model": str(pico_r1),
+        "output": str(output),
+        "calibration": {"texts": [str(text_file)], "samples": 4, "seq_len": 32},
+        "quantize": [
+            {"name": "awq", "to": ["awq", "compressed-tensors"], "group_size": 64},
+            {"name": "q4", "type": "Q8_0", "calibrate": False},
+        ],
+        "evaluate": {"texts": [str(text_file)], "samples": 1, "seq_len": 32},
+    }
+    return recipe | changes
+
+
+def recipe_of(pico_r1: Path, text_file: Path, output: Path, **changes: Any) -> ReleaseRecipe:
+    return ReleaseRecipe.model_validate(content(pico_r1, text_file, output, **changes))
+
+
+def write(path: Path, recipe: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def command(recipe: Path, *options: str) -> list[str]:
+    return [sys.executable, "-c", "from dsquant.cli import main; main()", "run", str(recipe), "--json", *options]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(pico_r1: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Release, dict[str, bytes]]:
+    """An uninterrupted run, and its files."""
+    release = run_recipe(recipe_of(pico_r1, text_file, tmp_path_factory.mktemp("whole") / "out"))
+    return release, files(release.output)
+
+
+def test_a_recipe_makes_every_output_evaluates_and_publishes_them(whole: tuple[Release, dict[str, bytes]]) -> None:
+    release, found = whole
+    assert not release.already_published
+    for name in ("awq/awq/config.json", "awq/compressed-tensors/dsquant.json", "q4/pico-r1-Q8_0.gguf", "release.json"):
+        assert name in found
+    assert "evaluation/report.json" in found
+    assert set(release.evaluation) == {"awq/awq", "awq/compressed-tensors", "q4"}
+    assert not [path for path in release.output.parent.rglob("*.partial")]
+    assert "awq" in release._repr_html_()
+
+
+def test_a_finished_recipe_is_a_no_op_without_torch(
+    whole: tuple[Release, dict[str, bytes]], pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    release, before = whole
+    path = write(tmp_path / "recipe.yaml", content(pico_r1, text_file, release.output))
+    script = (
+        "import sys, time; started = time.perf_counter(); from dsquant.cli import main\n"
+        f"main(['run', {str(path)!r}], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules; print(time.perf_counter() - started, file=sys.stderr)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.returncode == 0 and "nothing to do" in found.stdout, found.stderr
+    assert float(found.stderr) < 1 or os.getloadavg()[0] > 2
+    assert files(release.output) == before
+
+
+class Killed(BaseException):
+    """Ends a run as a kill would: nothing of dsquant catches it."""
+
+
+@pytest.mark.parametrize("after_the_line", [False, True])
+def test_killed_at_every_line_of_the_journal_the_published_bytes_are_the_same(
+    whole: tuple[Release, dict[str, bytes]],
+    pico_r1: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after_the_line: bool,
+) -> None:
+    recipe = recipe_of(pico_r1, text_file, tmp_path / "out")
+    append, reached = Journal.append, set[str]()
+
+    def dying(journal: Journal, unit: str, **notes: Any) -> None:
+        first_time = unit not in reached
+        reached.add(unit)
+        if first_time and not after_the_line:
+            raise Killed
+        append(journal, unit, **notes)
+        if first_time:
+            raise Killed
+
+    monkeypatch.setattr(Journal, "append", dying)
+    for _ in range(60):
+        try:
+            run_recipe(recipe)
+            break
+        except Killed:
+            assert not (tmp_path / "out").exists()
+    assert {"begin quantize awq", "model.layers.1", "evaluate", "publish"} <= reached
+    assert files(tmp_path / "out") == whole[1]
+
+
+def wait_for(path: Path, process: subprocess.Popen[Any]) -> None:
+    while process.poll() is None and not path.exists():
+        time.sleep(0.01)
+
+
+def journal_has(path: Path, line: str) -> bool:
+    return path.exists() and line in path.read_text()
+
+
+@pytest.mark.slow
+def test_killed_by_the_kernel_in_every_stage_the_published_bytes_are_the_same(
+    whole: tuple[Release, dict[str, bytes]], pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "recipe.yaml", content(pico_r1, text_file, tmp_path / "out"))
+    journal = tmp_path / ".out.dsquant" / "journal.jsonl"
+    for stage in ("calibrate", "quantize awq", "quantize q4", "evaluate"):
+        process = subprocess.Popen(command(path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not journal_has(journal, f"begin {stage}"):
+            time.sleep(0.005)
+        time.sleep(0.05)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert subprocess.run(command(path), capture_output=True).returncode == 0
+    assert files(tmp_path / "out") == whole[1]
+
+
+def test_of_two_runs_at_once_one_works_and_the_other_says_who_holds_the_lock(
+    whole: tuple[Release, dict[str, bytes]], pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "recipe.yaml", content(pico_r1, text_file, tmp_path / "out"))
+    first = subprocess.Popen(command(path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / ".out.dsquant" / "holder.json", first)
+    first.send_signal(signal.SIGSTOP)
+    with pytest.raises(InputError, match=rf"process {first.pid} on {socket.gethostname()}, since 20\d\d-"):
+        run_recipe(read_recipe(path))
+    first.send_signal(signal.SIGCONT)
+    _, errors = first.communicate(timeout=300)
+    assert first.returncode == 0, errors
+    assert files(tmp_path / "out") == whole[1]
+
+
+def test_sigterm_ends_with_75_and_the_next_run_goes_on(
+    whole: tuple[Release, dict[str, bytes]], pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    told = f"echo $DSQUANT_STAGE $DSQUANT_EXIT_CODE > {tmp_path}/told"
+    recipe = content(pico_r1, text_file, tmp_path / "out", on_failure={"outputs": "remove", "command": told})
+    path = write(tmp_path / "recipe.yaml", recipe)
+    process = subprocess.Popen(command(path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not journal_has(tmp_path / ".out.dsquant" / "journal.jsonl", "begin quantize awq"):
+        time.sleep(0.005)
+    process.terminate()
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 75 and "run the same recipe again" in errors, errors
+    assert (tmp_path / "told").read_text().split() == ["quantize", "awq", "75"]
+    assert files(run_recipe(read_recipe(path)).output) == whole[1]
+
+
+def small(pico_r1: Path, text_file: Path, output: Path, **changes: Any) -> ReleaseRecipe:
+    step = {"name": "q", "type": "Q8_0", "calibrate": False}
+    return recipe_of(pico_r1, text_file, output, **{"quantize": [step], "evaluate": None, **changes})
+
+
+def test_a_link_is_switched_to_each_new_result_and_back(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    first = small(pico_r1, text_file, tmp_path / "out", publish="symlink")
+    step = {"name": "q", "type": "BF16"}
+    second = small(pico_r1, text_file, tmp_path / "out", publish="symlink", quantize=[step])
+    one = files(run_recipe(first).output)
+    target = (tmp_path / "out" / "current").readlink()
+    assert (tmp_path / "out" / target / "q" / "pico-r1-Q8_0.gguf").is_file()
+    assert files(run_recipe(second).output) != one
+    assert (tmp_path / "out" / target).is_dir(), "the older result stays"
+    assert published(first) is None
+    assert files(run_recipe(first).output) == one
+    assert (tmp_path / "out" / "current").readlink() == target
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2")
+def test_an_output_behind_a_link_is_exchanged_where_it_lies(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    run_recipe(small(pico_r1, text_file, tmp_path / "out"))
+    run_recipe(small(pico_r1, text_file, tmp_path / "out", quantize=[{"name": "b", "type": "BF16"}]))
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "real" / "b").is_dir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2")
+def test_an_older_result_is_exchanged_and_nothing_of_it_stays(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    run_recipe(small(pico_r1, text_file, tmp_path / "out"))
+    run_recipe(small(pico_r1, text_file, tmp_path / "out", quantize=[{"name": "b", "type": "BF16"}]))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"b", "release.json"}
+    assert {path.name for path in (tmp_path / ".out.dsquant").iterdir()} <= {"lock", "holder.json"}
+
+
+def test_a_step_that_has_not_changed_is_not_made_again(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    steps = [{"name": "q", "type": "Q8_0", "calibrate": False}, {"name": "bad", "type": "Q9_Z"}]
+    with pytest.raises(UsageError, match="Q9_Z"):
+        run_recipe(small(pico_r1, text_file, tmp_path / "out", quantize=steps))
+    made = tmp_path / ".out.dsquant" / "build" / "q" / "pico-r1-Q8_0.gguf"
+    before = made.stat().st_mtime_ns
+    steps[1] = {"name": "good", "type": "BF16"}
+    release = run_recipe(small(pico_r1, text_file, tmp_path / "out", quantize=steps))
+    assert (release.output / "q" / "pico-r1-Q8_0.gguf").stat().st_mtime_ns == before
+    assert {path.name for path in release.output.iterdir()} == {"q", "good", "release.json"}
+
+
+def test_a_source_that_changed_makes_the_recipe_run_again(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(pico_r1, tmp_path / "model")
+    recipe = small(model, text_file, tmp_path / "out")
+    one = files(run_recipe(recipe).output)
+    assert published(recipe) is not None
+    shard = sorted(model.glob("*.safetensors"))[0]
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    assert published(recipe) is None
+    assert files(run_recipe(recipe).output) != one
+
+
+@pytest.mark.parametrize("publish", ["rename", "symlink"])
+def test_a_folder_that_is_somebody_elses_is_refused(
+    pico_r1: Path, text_file: Path, tmp_path: Path, publish: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        run_recipe(small(pico_r1, text_file, tmp_path / "out", publish=publish))
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("outputs", ["keep", "remove"])
+def test_a_failure_keeps_or_removes_and_tells(pico_r1: Path, text_file: Path, tmp_path: Path, outputs: str) -> None:
+    told = tmp_path / "told"
+    failure = {"outputs": outputs, "command": f'echo "$DSQUANT_STAGE|$DSQUANT_EXIT_CODE|$DSQUANT_ERROR" > {told}'}
+    steps = [{"name": "q", "type": "Q8_0", "calibrate": False}, {"name": "bad", "type": "Q9_Z"}]
+    with pytest.raises(UsageError):
+        run_recipe(small(pico_r1, text_file, tmp_path / "out", quantize=steps, on_failure=failure))
+    assert told.read_text().startswith("quantize bad|2|type 'Q9_Z' is unknown")
+    assert (tmp_path / ".out.dsquant" / "build" / "q").exists() == (outputs == "keep")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gate_that_fails_publishes_nothing_and_a_wider_one_needs_no_second_evaluation(
+    whole: tuple[Release, dict[str, bytes]], pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def with_limit(limit: float) -> ReleaseRecipe:
+        gates = {"gates": [{"metric": "mean_kl", "at_most": limit}]}
+        step = {"name": "q", "type": "Q8_0", "calibrate": False}
+        evaluate = {"texts": [str(text_file)], "samples": 3, "seq_len": 80}
+        return recipe_of(pico_r1, text_file, tmp_path / "out", quantize=[step], evaluate=evaluate, gates=gates)
+
+    with pytest.raises(GateError, match="mean_kl"):
+        run_recipe(with_limit(0.0))
+    assert not (tmp_path / "out").exists()
+    journal = tmp_path / ".out.dsquant" / "journal.jsonl"
+    made = journal.read_text()
+    report = json.loads((tmp_path / ".out.dsquant" / "build" / "evaluation" / "report.json").read_text())
+    (estimate,) = (text["mean_kl"]["estimate"] for text in report["candidates"][0]["texts"].values())
+    metrics = tmp_path / "dsquant.prom"
+    with pytest.raises(GateError, match="mean_kl"), monitored(silent, metrics) as report:
+        run_recipe(with_limit(estimate * 0.01), report)
+    assert 'dsquant_gate_passed{gate="q mean_kl text.txt"} 0.0' in metrics.read_text()
+    added = journal.read_text().removeprefix(made)
+    assert "begin gate" in added and "begin evaluate" not in added
+    release = run_recipe(with_limit(10.0))
+    assert release.gates["verdict"] == "pass"
+    published_report = json.loads((release.output / "evaluation" / "report.json").read_text())
+    assert published_report["verdict"] == "pass"
+    assert published_report["candidates"][0]["gates"][0]["limit"] == 10.0
+
+
+def test_an_undecided_gate_ends_with_5(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    step = {"name": "q", "to": "awq", "group_size": 64, "preset": "compact"}
+    changes: dict[str, Any] = {"quantize": [step], "gates": {"gates": [{"metric": "top1_agreement", "at_least": 0.0}]}}
+    evaluate = {"texts": [str(text_file)], "samples": 3, "seq_len": 80}
+    release = run_recipe(recipe_of(pico_r1, text_file, tmp_path / "one", evaluate=evaluate, **changes))
+    found = json.loads((release.output / "evaluation" / "report.json").read_text())
+    (agreement,) = (text["top1_agreement"] for text in found["candidates"][0]["texts"].values())
+    assert agreement["low"] < agreement["high"]
+    changes["gates"] = {"gates": [{"metric": "top1_agreement", "at_least": agreement["estimate"]}]}
+    path = write(tmp_path / "r.yaml", content(pico_r1, text_file, tmp_path / "two", evaluate=evaluate, **changes))
+    with pytest.raises(InconclusiveError, match="top1_agreement") as caught:
+        run_recipe(read_recipe(path))
+    assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    "gates", [{"gates": [{"metric": "mean_k", "at_most": 1}]}, {"gates": [{"metric": "mean_kl", "at_least": 1}]}]
+)
+def test_gates_that_cannot_be_meant_are_refused_before_anything_is_made(
+    pico_r1: Path, text_file: Path, tmp_path: Path, gates: Any
+) -> None:
+    with pytest.raises(UsageError, match="gates"):
+        run_recipe(recipe_of(pico_r1, text_file, tmp_path / "out", gates=gates))
+    assert not list((tmp_path / ".out.dsquant" / "build").iterdir())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    recipe = read_recipe(path)
+    gates = read_recipe_gates(recipe)
+    assert (gates is None) == (recipe.gates is None)
+
+
+def test_the_shipped_recipes_are_those_that_the_issue_names() -> None:
+    assert {path.stem for path in RECIPES} == {"r1-awq-4bit", "r1-compact", "r1-gguf", "r1-distill", "tiny-r1-all"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"calibraton": {}}, r"recipe\.yaml: calibraton: unknown key; did you mean 'calibration'\?"),
+        ({"evaluate": {"sample": 3}}, r"evaluate\.sample: unknown key; did you mean 'samples'\?"),
+        ({"on_failure": {"comand": "x"}}, r"on_failure\.comand: unknown key; did you mean 'command'\?"),
+        (
+            {"quantize": [{"name": "a", "to": "awq", "presett": "quality"}]},
+            r"quantize\.0\.presett: unknown key; did you mean 'preset'\?",
+        ),
+        (
+            {"quantize": [{"name": "a", "type": "Q8_0", "imatrx": "x"}]},
+            r"quantize\.0\.imatrx: unknown key; did you mean 'imatrix'\?",
+        ),
+        ({"zzz": 1}, r"zzz: unknown key; there are calibration, device"),
+        ({"quantize": [{"name": "a b", "to": "awq"}]}, r"quantize\.0\.name"),
+        ({"quantize": [{"name": "a", "to": "awq"}, {"name": "a", "type": "Q8_0"}]}, "a is there twice"),
+        ({"quantize": []}, "quantize: Tuple should have at least 1 item"),
+        ({"evaluate": None, "gates": {"gates": []}}, "gates need an evaluate section"),
+        ({"memory_budget": "lots"}, r"memory_budget: 'lots' is not a size"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_the_keys_path(
+    pico_r1: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = write(tmp_path / "recipe.yaml", content(pico_r1, text_file, tmp_path / "out", **changes))
+    with pytest.raises(UsageError, match=message):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("raw", ["[1", "- a\n- b\n", "\x00"])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, raw: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(raw)
+    with pytest.raises((InputError, UsageError), match=r"recipe\.yaml"):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_the_python_function_takes_a_file_and_changes(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    step = {"name": "q", "type": "Q8_0", "calibrate": False}
+    path = write(tmp_path / "r.yaml", content(pico_r1, text_file, Path("x"), quantize=[step], evaluate=None))
+    release = dsquant.run(path, output=tmp_path / "out", progress=False)
+    assert release.output == tmp_path / "out" and not release.already_published
+    assert dsquant.run(path, output=tmp_path / "out", progress=False).already_published
+    json.dumps(release.as_json())
+
+
+@pytest.mark.slow
+def test_the_recipe_for_everything_runs_on_tiny_r1(tmp_path: Path) -> None:
+    release = dsquant.run(RECIPES[0].parent / "tiny-r1-all.yaml", output=tmp_path / "out", progress=False)
+    assert len(release.evaluation) == 7
