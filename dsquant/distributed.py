@@ -8,7 +8,7 @@ Every rank runs the dense part of a layer on its share of the calibration sample
 the experts. The output folder lies on a file system that all ranks share and see alike: one machine's disk, Lustre,
 GPFS, CephFS; this is checked at the start. The model may lie anywhere, and be a copy on each machine.
 
-The bytes written do not depend on the number of ranks (docs/decisions/0007), given the same kind of processor and the
+The bytes written do not depend on the number of ranks (docs/decisions/0013), given the same kind of processor and the
 same OMP_NUM_THREADS everywhere; torchrun sets it to 1 where it is not set.
 
 Rank 0 alone holds the folder's lock and writes the journal. A unit counts once all its parts are on disk, so a lost

@@ -100,8 +100,8 @@ def awq(
     if state == "finished":
         return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
     with stop_on_signals() as request, full_disk_is_resumable():
-        source = ranks.together(lambda: open_source(recipe))
-        budget, gpu_budget = memory_budget(recipe), gpu_memory_budget(recipe)
+        budget, gpu_budget = memory_budget(recipe), min(ranks.gather(gpu_memory_budget(recipe)))
+        source = ranks.together(lambda: open_source(recipe, gpu_budget, ranks.size))
         limits = Limits(recipe.output, budget, source.plan.disk_bytes, gpu_budget)
         report(Progress("scan", 0, len(source.checkpoint.index), "", limits=limits))
         ranks.together(lambda: check_memory(source.plan.memory_bytes, budget, resident_bytes()))

@@ -97,7 +97,7 @@ def test_a_lost_rank_stops_the_other_with_75_and_any_number_of_ranks_goes_on(
 
 @pytest.mark.slow
 def test_torchrun_starts_the_ranks(model: Path, text_file: Path, whole: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     what = command(model, text_file, tmp_path / "out", "--preset", "compact")[1:]
     subprocess.run([*launcher, *what], check=True, capture_output=True)
     assert contents(tmp_path / "out") == contents(whole)

@@ -1,7 +1,7 @@
 """What ranks tell one another of a layer, so that its bytes do not depend on their number.
 
 Sums over samples are made chunk by chunk and added in the order of chunks; sums over a token's experts are made where
-the token is, in the order of experts (docs/decisions/0007).
+the token is, in the order of experts (docs/decisions/0013).
 
 Shape legend: N samples, T tokens of a sample, H hidden size, I in features, R tokens of all samples, K experts of a
 token.

@@ -197,7 +197,10 @@ class ShardFile:
         for name, tensor in self._tensors.items():
             done = self._rows_done[name]
             assert done in (0, tensor.shape[0]), f"{name}: {done} of {tensor.shape} rows"
-        return {name: self._digests[name].hexdigest() for name, done in self._rows_done.items() if done}
+        return {name: self._digests[name].hexdigest() for name in self._tensors if self._wrote(name)}
+
+    def _wrote(self, name: str) -> bool:
+        return self._rows_done[name] == self._tensors[name].shape[0]
 
     def publish(self, hashes: Collection[str]) -> None:
         """Gives the file its name.
