@@ -132,6 +132,8 @@ class GgufFiles:
     def _open(self, file: GgufFile, resume: bool) -> Any:
         path = self._folder / (file.file_name + PARTIAL)
         if resume:
+            if not path.is_file():  # stopped when everything was written: while it was compared or hashed
+                path = self._folder / file.file_name
             if not path.is_file() or path.stat().st_size != file.num_bytes:
                 raise InputError(f"{path} of the interrupted job is gone or damaged; begin anew with --restart")
             stream = path.open("r+b")
