@@ -246,6 +246,7 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
             record = gguf_record(run, _evaluate_gguf(run) if recipe.evaluate else {})
             names, after_file = gguf_output_files(plan), _hashing(gguf_output_files(plan), run.safe_point)
             record = write_record(recipe.output, record, names, gguf_tensors(run), after_file)
+            run.tell("hash", len(names), len(names), "")
             job.finish()
     return result_of(recipe, record, elapsed_s=time.monotonic() - started, peak_resident_bytes=peak_resident_bytes())
 
@@ -377,7 +378,9 @@ def finish(run: Run, more: Mapping[str, Any] | None = None, notes: Sequence[str]
         folder = run.job.output / target.folder
         write_atomically(folder / card.CARD_FILE, card.model_card(record, target.format.name).encode())
     names = output_files(source)
-    return write_record(run.job.output, record, names, run_tensors(run), _hashing(names, run.safe_point))
+    record = write_record(run.job.output, record, names, run_tensors(run), _hashing(names, run.safe_point))
+    run.tell("hash", len(names), len(names), "")
+    return record
 
 
 def _hashing(names: list[str], safe_point: Callable[[Stage, int, int, str], None]) -> Callable[[str], None]:

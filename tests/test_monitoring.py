@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
 import dsquant
+from dsquant.cli import main
 from dsquant.errors import InputError, UsageError
 from dsquant.monitoring import monitored
 from dsquant.telemetry import Limits, Progress, silent
@@ -48,7 +50,7 @@ def test_a_jobs_textfile_tells_all_there_is_to_tell(pico_r1: Path, text_file: Pa
     assert found["dsquant_tokens_total",] == 5 * 6 * 32
     assert found["dsquant_read_bytes_total",] > found["dsquant_written_bytes_total",] > 1e6
     assert found["dsquant_stage_seconds_total", "quantize"] > 0
-    assert found["dsquant_stage_done_ratio", "hash"] > 0.9
+    assert found["dsquant_stage_done_ratio", "hash"] == 1
     assert 0 < found["dsquant_loss_after_ratio", "0", "1", "mlp"] <= found["dsquant_loss_before_ratio", "0", "1", "mlp"]
     assert 0 < found["dsquant_experts_undercovered",] <= found["dsquant_experts",] == 4 * 8
     assert found["dsquant_memory_used_bytes", "host"] < found["dsquant_memory_budget_bytes", "host"]
@@ -166,3 +168,22 @@ def query(port: int, expression: str) -> list[float]:
     answer: dict[str, Any] = json.loads(get(port, "/api/v1/query?" + urllib.parse.urlencode({"query": expression})))
     assert answer["status"] == "success", answer
     return [float(found["value"][1]) for found in answer["data"]["result"]]
+
+
+def test_a_recipes_run_tells_its_gates(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = {
+        "model": str(pico_r1),
+        "output": str(tmp_path / "out"),
+        "calibration": {"texts": [str(text_file)], "samples": 4, "seq_len": 32},
+        "quantize": [{"name": "awq", "to": ["awq"], "group_size": 64}],
+        "evaluate": {"texts": [str(text_file)], "samples": 4, "seq_len": 32},
+        "gates": {"gates": [{"metric": "mean_kl", "at_most": 1e-9}]},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    file = tmp_path / "dsquant.prom"
+    failed = CliRunner().invoke(main, ["run", str(tmp_path / "recipe.yaml"), "--metrics-file", str(file), "--json"])
+    assert failed.exit_code == 4, failed.output
+    found = samples(file)
+    passed = {key: value for key, value in found.items() if key[0] == "dsquant_gate_passed"}
+    assert list(passed.values()) == [0] and "mean_kl" in next(iter(passed))[1]
+    assert ("dsquant_last_success_timestamp_seconds",) not in found

@@ -172,6 +172,11 @@ def _apply(
             _patch_tensors(archive, old / name, work / name, name, entry["tensors"])
         else:
             write_atomically(work / name, archive.read(f"new/{name}"))
+    foreign = sorted(
+        str(path) for path in work.rglob("*") if path.is_file() and str(path.relative_to(work)) not in files
+    )
+    if foreign:
+        raise InputError(f"{foreign[0]} is left over from something else; remove {work} and apply the patch again")
     found = hash_files(work, files, safe_point)
     for name, entry in found.items():
         if entry["sha256"] != files[name]["sha256"]:

@@ -96,6 +96,7 @@ def delta(
 
     with stop_on_signals() as request, full_disk_is_resumable():
         write_patch(recording.output, output, patch, safe_point)
+        report(Progress("hash", 1, 1, ""))
     return Delta(
         output=output,
         patch=patch,
@@ -162,7 +163,9 @@ def apply(patch: Path, old: Path, output: Path, report: Report = silent) -> Appl
             request.safe_point()
             report(Progress("hash", 0, 1, name))
 
-        return apply_patch(patch, old, output, safe_point)
+        applied = apply_patch(patch, old, output, safe_point)
+        report(Progress("hash", 1, 1, ""))
+        return applied
 
 
 def full_run(

@@ -104,10 +104,14 @@ def requantize(
 def _make_units(work: _Work) -> None:
     run = work.run
     units = [unit for unit in run.source.plan.units if unit.action != "drop"]
+    num_hashed = 0
     for number, unit in enumerate(units):
         run.safe_point("quantize", number, len(units), unit.name)
         if unit.name not in run.job.journal.units:
             _make_unit(work, unit)
+        num_hashed += len(run.job.journal.units[unit.name]["source"])
+        run.tell("scan", num_hashed, len(work.held), unit.name)
+    run.tell("quantize", len(units), len(units), "")
     hashes = {name: found for entry in run.job.journal.units.values() for name, found in entry["source"].items()}
     for name in work.held:
         if name not in hashes:  # dropped layers, and what engines compute

@@ -84,7 +84,9 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
     if (folder / WORK_FOLDER).is_dir():
         raise InputError(f"{folder} holds an interrupted job; finish it with --resume")
     if not (folder / RECORD_FILE).is_file():
-        raise InputError(f"{folder / RECORD_FILE} is missing; is this an output of dsquant?")
+        known = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{RECORD_FILE}")))
+        advice = f"verify {known}" if known else "is this an output of dsquant?"
+        raise InputError(f"{folder / RECORD_FILE} is missing; {advice}")
     found = Verification(str(folder))
     raw = (folder / RECORD_FILE).read_bytes()
     found.findings += [Finding(RECORD_FILE, part, "the record is damaged") for part in broken_sections(raw)]

@@ -132,9 +132,8 @@ class GgufFiles:
     def _open(self, file: GgufFile, resume: bool) -> Any:
         path = self._folder / (file.file_name + PARTIAL)
         if resume:
-            whole = path.with_name(file.file_name)
-            if whole.is_file() and not path.exists():
-                path = whole  # the job was killed after it had renamed this one
+            if not path.is_file():  # stopped when everything was written: while it was compared or hashed
+                path = self._folder / file.file_name
             if not path.is_file() or path.stat().st_size != file.num_bytes:
                 raise InputError(f"{path} of the interrupted job is gone or damaged; begin anew with --restart")
             stream = path.open("r+b")
