@@ -283,10 +283,8 @@ def test_an_interrupted_conversion_resumes_to_the_same_bytes(
         except Interrupted:
             stops += 1
             steps = 25 + stops  # a resumed job does not scan; a layer has fewer reports than this
-            unfinished = list((tmp_path / "parts").glob("*.gguf.partial"))
-            assert not unfinished or not list((tmp_path / "parts").glob("*.gguf")), (
-                "all get their names when all are done"
-            )
+            finished, unfinished = (list((tmp_path / "parts").glob(ending)) for ending in ("*.gguf", "*.partial"))
+            assert not (finished and unfinished), "nothing unfinished may bear its final name"
     assert 2 <= stops < 30
 
     def hashes(folder: Path) -> dict[str, str]:
