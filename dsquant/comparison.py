@@ -34,6 +34,7 @@ from dsquant.opening import Opened, Original, open_candidate, open_original
 from dsquant.planning import BATCH_TOKENS
 from dsquant.preparation import check_disk, default_memory_budget, resolved_device
 from dsquant.recipe import format_size
+from dsquant.source.gguf_weights import RELEASE_BYTES
 from dsquant.telemetry import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
 
 MEMORY_STEP = 16 * 2**20
@@ -203,11 +204,12 @@ def _measure(
     batch, noise_batch = _batches(seq_len)
     weights = original.checkpoint.weights
     need = needs(original.skeleton, weights, num_samples, seq_len, len(candidates), batch)
-    budget = _budget(request)
-    if need.memory + resident_bytes() > budget:
+    mapped = [min(one.size_bytes, RELEASE_BYTES) for one in candidates.values() if one.index is None]
+    memory, budget = need.memory + sum(mapped) + resident_bytes(), _budget(request)
+    if memory > budget:
         raise UsageError(
             f"--memory-budget {format_size(budget)} is too small: these models and texts need "
-            f"{format_size(_rounded_up(need.memory + resident_bytes()))}; raise the budget, evaluate fewer candidates "
+            f"{format_size(_rounded_up(memory))}; raise the budget, evaluate fewer candidates "
             "at once, or lower --samples or --seq-len"
         )
     with _not_resumable(), stop_on_signals() as request_to_stop, _work_folder(request.output) as work:
