@@ -3,8 +3,9 @@
     python -m benchmarks.gguf [--rows 512] [--repeats 3]
 
 prints a table in Markdown. Each number is the best of several runs on Gaussian rows of R1's width with random
-importances. The error is the root of the weighted mean square, beside that of ggml's quantizer on the same rows, by the
-weights that ggml gives a column. AutoRound's torch packer is measured too where the package `auto_round` is installed.
+importances; on one core, of the seconds that the core worked. The error is the root of the weighted mean square, beside
+that of ggml's quantizer on the same rows, by the weights that ggml gives a column. AutoRound's torch packer is measured
+too where the package `auto_round` can be imported.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import cache
 
 import gguf
 import numpy as np
@@ -67,7 +68,7 @@ def quantizers(type_name: str, place: str) -> Iterator[tuple[str, Quantizer]]:
     if place == "one core" and type_name in ("Q8_0", "Q4_0", "Q5_0"):
         number = gguf.GGMLQuantizationType[type_name]
         yield "gguf-py", lambda rows, _: torch.from_numpy(gguf.quants.quantize(rows.numpy(), number))
-    if find_spec("auto_round") is not None and type_name in k_quants.ROW_BLOCKS:
+    if type_name in k_quants.ROW_BLOCKS and _has_auto_round():
         from auto_round.export.export_to_gguf.packing import ggml_quant
 
         def by_auto_round(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -75,6 +76,15 @@ def quantizers(type_name: str, place: str) -> Iterator[tuple[str, Quantizer]]:
             return torch.from_numpy(np.asarray(stored))
 
         yield "AutoRound", by_auto_round
+
+
+@cache
+def _has_auto_round() -> bool:
+    try:
+        import auto_round.export.export_to_gguf.packing  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def weighted_error(stored: torch.Tensor, type_name: str, rows_RI: torch.Tensor, importance_I: torch.Tensor) -> float:
@@ -98,24 +108,26 @@ def weighted_error(stored: torch.Tensor, type_name: str, rows_RI: torch.Tensor, 
     return float(((weights_RI * (values_RI - rows_RI).square()).sum() / (weights_RI * rows_RI.square()).sum()).sqrt())
 
 
-def best_seconds(run: Callable[[], object], repeats: int, on_gpu: bool) -> float:
+def best_seconds(run: Callable[[], object], repeats: int, place: str) -> float:
     """Seconds of the fastest of several runs, after one that warms up.
 
     Args:
         run: what to time.
         repeats: runs.
-        on_gpu: whether the GPU must have finished.
+        place: as `quantizers` takes it; on one core the seconds are those that the core worked, so that other programs
+            on the machine count little.
 
     Returns:
         Seconds.
     """
+    clock = time.process_time if place == "one core" else time.perf_counter
     times = []
     for _ in range(repeats + 1):
-        started = time.perf_counter()
+        started = clock()
         run()
-        if on_gpu:
+        if place.startswith("GPU"):
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return min(times[1:])
 
 
@@ -137,7 +149,7 @@ def measure(rows_RI: torch.Tensor, importance_I: torch.Tensor, place: str, repea
     compared = min(64, len(rows_RI))
     for type_name in TYPES:
         for name, quantizer in quantizers(type_name, place):
-            seconds = best_seconds(lambda run=quantizer: run(rows, weights), repeats, place.startswith("GPU"))
+            seconds = best_seconds(lambda run=quantizer: run(rows, weights), repeats, place)
             stored = quantizer(rows[:compared], weights)
             error = weighted_error(stored, type_name, rows_RI[:compared], importance_I)
             yield Measurement(type_name, name, place, rows.numel() * 4 / seconds / 1e6, error)

@@ -34,8 +34,10 @@ from dsquant.opening import Opened, Original, open_candidate, open_original
 from dsquant.planning import BATCH_TOKENS
 from dsquant.preparation import check_disk, default_memory_budget, resolved_device
 from dsquant.recipe import format_size
+from dsquant.source.gguf_weights import RELEASE_BYTES
 from dsquant.telemetry import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
 
+MEMORY_STEP = 16 * 2**20
 PACKAGES = ("dsquant", "torch", "transformers", "accelerate", "autoawq", "compressed-tensors", "gguf")
 
 
@@ -202,12 +204,13 @@ def _measure(
     batch, noise_batch = _batches(seq_len)
     weights = original.checkpoint.weights
     need = needs(original.skeleton, weights, num_samples, seq_len, len(candidates), batch)
-    budget = _budget(request)
-    if need.memory + resident_bytes() > budget:
+    mapped = [min(one.size_bytes, RELEASE_BYTES) for one in candidates.values() if one.index is None]
+    memory, budget = need.memory + sum(mapped) + resident_bytes(), _budget(request)
+    if memory > budget:
         raise UsageError(
             f"--memory-budget {format_size(budget)} is too small: these models and texts need "
-            f"{format_size(need.memory + resident_bytes())}; raise the budget, evaluate fewer candidates at once, or "
-            "lower --samples or --seq-len"
+            f"{format_size(_rounded_up(memory))}; raise the budget, evaluate fewer candidates "
+            "at once, or lower --samples or --seq-len"
         )
     with _not_resumable(), stop_on_signals() as request_to_stop, _work_folder(request.output) as work:
         check_disk(work, need.disk)
@@ -232,6 +235,11 @@ def _measure(
 
 def _budget(request: EvaluationRequest) -> int:
     return request.memory_budget or default_memory_budget()
+
+
+def _rounded_up(size_bytes: int) -> int:
+    """A number to state: what a process holds at the start differs by some MiB from run to run."""
+    return (size_bytes // MEMORY_STEP + 2) * MEMORY_STEP
 
 
 def _batches(seq_len: int) -> tuple[int, int]:

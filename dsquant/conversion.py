@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from dsquant.distributed import ALONE, Ranks
 from dsquant.gguf_conversion import keep_observed, note_importance
 from dsquant.jobs import Job, sync_folder
 from dsquant.model.activations import Activations
 from dsquant.model.streaming import Stream, embed, mtp_inputs
+from dsquant.model.structure import DecoderLayer
 from dsquant.planning import BATCH_TOKENS, Target, Unit
 from dsquant.preparation import Source
 from dsquant.quantization.layer import LayerJob, quantize_layer
@@ -45,6 +47,8 @@ class Run:
     """Folder inside the output folder -> its open GGUF files."""
     write_behind: WriteBehind | None = None
     """Writes what comes from a GPU."""
+    ranks: Ranks = ALONE
+    """Who does the job."""
     bytes_written: int = 0
     tokens_done: int = 0
 
@@ -66,6 +70,11 @@ class Run:
     def hidden_path(self, layer: int) -> Path:
         """The file of a layer's inputs."""
         return self.job.work / f"hidden-{layer}.f32"
+
+    @property
+    def mtp_path(self) -> Path:
+        """The file of a multi-token-prediction layer's inputs."""
+        return self.job.work / "mtp.f32"
 
     @property
     def device(self) -> torch.device:
@@ -97,7 +106,7 @@ class UnitWriter:
         self._run = run
         folder = run.job.output / target.folder
         folder.mkdir(exist_ok=True)
-        self._shards = [ShardFile(folder, shard) for shard in target.shards.shards_of(unit.name)]
+        self._shards = [ShardFile(folder, shard, run.ranks.first) for shard in target.shards.shards_of(unit.name)]
         self._shard_of = {tensor.name: shard for shard in self._shards for tensor in shard.plan.tensors}
         self._written: set[str] = set()
 
@@ -122,9 +131,9 @@ class UnitWriter:
     def copy_rest(self, safe_point: Callable[[str], None]) -> None:
         """Copies the unit's parameters that nothing has changed, in parts of bounded size."""
         weights, dtypes = self._run.source.checkpoint.weights, self._run.source.plan.dtypes
-        for name in self._unit.parameters:
-            if name in self._written:
-                continue
+        written = set[str]().union(*self._run.ranks.gather(self._written))
+        rest = [name for name in self._unit.parameters if name not in written]
+        for name in rest[self._run.ranks.rank :: self._run.ranks.size]:
             safe_point(name)
             num_rows = weights.shape(name)[0]
             for start in range(0, num_rows, ROWS_AT_ONCE):
@@ -135,10 +144,12 @@ class UnitWriter:
         """Brings every shard to disk under its final name; returns tensor name -> SHA-256."""
         if self._run.write_behind is not None:
             self._run.write_behind.wait()
-        hashes: dict[str, str] = {}
+        own = [shard.sync() for shard in self._shards]
+        found = [hashes for part in self._run.ranks.gather(own) for hashes in part]
+        hashes = {name: digest for hashes in found for name, digest in hashes.items()}
         for shard in self._shards:
-            hashes |= shard.commit()
-        return hashes
+            shard.publish(hashes)
+        return {tensor.name: hashes[tensor.name] for shard in self._shards for tensor in shard.plan.tensors}
 
     def discard(self) -> None:
         """Removes what was written."""
@@ -185,7 +196,11 @@ class _Writers:
             hashes[str(folder)] = gguf_writer.commit()
             keep_observed(run.job.work, unit.name, gguf_writer.observed)
             run.bytes_written += gguf_writer.bytes_written
-        keep_scales(run.job.work, unit.name, self.scales)
+        scales: dict[str, dict[str, torch.Tensor]] = {}
+        for part in run.ranks.gather(self.scales):
+            for name, found in part.items():
+                scales.setdefault(name, {}).update(found)
+        run.ranks.once(lambda: keep_scales(run.job.work, unit.name, scales))
         return hashes
 
 
@@ -197,9 +212,13 @@ def _unit_writers(run: Run, unit: Unit) -> Iterator[_Writers]:
         for folder, target in plan.gguf.items()
     }
     writers = _Writers([], gguf)
-    try:
+
+    def begin() -> None:
         for target in plan.targets:
             writers.checkpoints.append(UnitWriter(run, target, unit))
+
+    try:
+        run.ranks.after_first(begin)
         yield writers
     finally:
         for writer in writers.checkpoints:
@@ -216,34 +235,61 @@ def convert(run: Run) -> None:
         Interrupted: at a safe point, where the job has to stop; finished units are kept.
     """
     units = [unit for unit in run.source.plan.units if unit.action != "drop"]
+    done = run.ranks.once(lambda: run.job.journal.units)
+    run.ranks.once(lambda: _remove_leftovers(run, [unit for unit in units if unit.name not in done]))
     for number, unit in enumerate(units):
-        if unit.name not in run.job.journal.units:
+        if unit.name not in done:
 
             def safe_point(what: str, number: int = number) -> None:
                 run.safe_point("quantize", number, len(units), what)
 
-            _make_unit(run, unit, safe_point)
+            done[unit.name] = _make_unit(run, unit, safe_point)
         if unit.action == "quantize":
             run.tokens_done += run.source.tokens_NT.numel()
-            run.tell("quantize", number + 1, len(units), unit.name, run.job.journal.units[unit.name]["layer"])
+            run.tell("quantize", number + 1, len(units), unit.name, done[unit.name]["layer"])
     run.safe_point("quantize", len(units), len(units), "")
 
 
-def _make_unit(run: Run, unit: Unit, safe_point: Callable[[str], None]) -> None:
+def _remove_leftovers(run: Run, units: list[Unit]) -> None:
+    """Removes the files of an interrupted unit: a rank that was lost then may still have them open."""
+    layers = [unit.layer.index for unit in units if unit.action == "quantize" and unit.layer is not None]
+    needed = run.hidden_path(layers[0]) if layers and units[0].name != "embedding" else None
+    for path in run.job.work.glob("*.f32"):
+        if path != needed:
+            path.unlink()
+
+
+def _make_unit(run: Run, unit: Unit, safe_point: Callable[[str], None]) -> dict[str, Any]:
     notes: dict[str, Any] = {}
     with _unit_writers(run, unit) as writers:
         if unit.name == "embedding":
-            outputs = run.activations(run.hidden_path(0))
-            embed(run.source.skeleton, run.source.checkpoint.weights, run.source.tokens_NT, outputs)
-            outputs.flush()
+            run.ranks.once(lambda: _embed(run))
         elif unit.action == "quantize":
             notes["layer"] = _quantize_layer(run, unit, writers, safe_point)
         notes["tensors"] = writers.finish(run, unit, safe_point)
         notes["weight_errors"] = {str(folder): writer.weight_errors for folder, writer in writers.gguf.items()}
+    run.ranks.once(lambda: _journal(run, unit, notes))
+    return notes
+
+
+def _journal(run: Run, unit: Unit, notes: dict[str, Any]) -> None:
     sync_folder(run.job.work)
     run.job.journal.append(unit.name, **notes)
     if unit.action == "quantize" and unit.layer is not None:
         run.hidden_path(unit.layer.index).unlink(missing_ok=True)
+
+
+def _embed(run: Run) -> None:
+    outputs = run.activations(run.hidden_path(0))
+    embed(run.source.skeleton, run.source.checkpoint.weights, run.source.tokens_NT, outputs)
+    outputs.flush()
+
+
+def _prepare_mtp(run: Run, layer: DecoderLayer, inputs: Activations) -> None:
+    """Writes the inputs of a multi-token-prediction layer."""
+    prepared = run.activations(run.mtp_path)
+    stream = Stream(run.source.checkpoint.weights, inputs, prepared)
+    mtp_inputs(run.source.skeleton, run.source.checkpoint.weights, layer, run.source.tokens_NT, stream)
 
 
 def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callable[[str], None]) -> dict[str, Any]:
@@ -251,10 +297,8 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
     assert layer is not None
     inputs = run.activations(run.hidden_path(layer.index))
     if layer.index >= source.skeleton.num_layers:
-        prepared = run.activations(run.job.work / "mtp.f32")
-        stream = Stream(source.checkpoint.weights, inputs, prepared)
-        mtp_inputs(source.skeleton, source.checkpoint.weights, layer, source.tokens_NT, stream)
-        inputs = prepared
+        run.ranks.once(lambda: _prepare_mtp(run, layer, inputs))
+        inputs = run.activations(run.mtp_path)
     outputs = run.passing(layer.index, run.hidden_path(layer.index + 1), torch.float32)
     layer_job = LayerJob(
         skeleton=source.skeleton,
@@ -270,10 +314,11 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
         safe_point=safe_point,
         note=writers.note,
         keep_scales=writers.keep_scales,
+        ranks=run.ranks,
     )
     report = quantize_layer(layer_job)
     if layer.index in run.source.plan.gpu_resident:
-        outputs.save(run.hidden_path(layer.index + 1))
+        outputs.save(run.hidden_path(layer.index + 1), layer_job.shares.samples(run.ranks.rank))
     else:
         outputs.flush()
     return {"layer": layer.index, **asdict(report)}

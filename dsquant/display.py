@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -10,8 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dsquant.card import serve_command
-from dsquant.evaluation.divergence import Divergence
 from dsquant.recipe import format_size
 from dsquant.telemetry import Progress as Step
 from dsquant.telemetry import Report, silent
@@ -40,7 +39,8 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
     Yields:
         What a job reports to.
     """
-    if not visible:
+    console = Console(stderr=True)
+    if not visible or (console.is_jupyter and find_spec("ipywidgets") is None):  # rich draws nothing without it
         yield silent
         return
     columns = (
@@ -50,7 +50,7 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         TextColumn("{task.fields[what]}{task.fields[rates]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=console) as progress:
         tasks: dict[str, TaskID] = {}
         started: dict[str, float] = {}
 
@@ -88,27 +88,8 @@ def _short_name(name: str) -> str:
 def print_result(result: "Result", console: Console | None = None) -> None:
     """Prints the closing table."""
     console = console or Console()
-    if result.already_finished:
-        console.print(f"{result.output} is finished already; nothing to do")
-    table = Table(title=f"{result.output}")
-    for heading in ("checkpoint", "size", "of original"):
-        table.add_column(heading, justify="left" if heading == "checkpoint" else "right")
-    table.add_row("original", format_size(result.source_bytes), "100.0%")
-    table.add_row("original as BF16", format_size(result.bf16_bytes), f"{result.bf16_bytes / result.source_bytes:.1%}")
-    for name, size in result.output_bytes.items():
-        table.add_row(name, format_size(size), f"{size / result.source_bytes:.1%}")
-    console.print(table)
-    for name, texts in result.divergence.items():
-        console.print(divergence_table(f"{name} against the original, on held-out texts", texts))
-    for warning in result.warnings:
-        console.print(f"Note: {warning}.")
-    for name, folder in result.folders.items():
-        console.print(f"{name} is in {folder}; serve it with:\n  {serve_command(folder)}", soft_wrap=True)
-    if not result.already_finished:
-        peak = f"{format_size(result.peak_resident_bytes)} of memory"
-        if result.peak_gpu_bytes:
-            peak += f" and {format_size(result.peak_gpu_bytes)} of GPU memory"
-        console.print(f"Done in {result.elapsed_s:.0f} s, with at most {peak}.")
+    for renderable in result.tables():
+        console.print(renderable)
 
 
 def print_evaluation(evaluation: "Evaluation", console: Console | None = None) -> None:
@@ -159,7 +140,12 @@ def _print_code(evaluation: "Evaluation", console: Console) -> None:
 
 def _texts_table(candidate: "Candidate") -> Table:
     """Perplexities with the interval of their ratio, divergence and agreement on every text."""
-    table = Table(title=f"{candidate.name}: perplexity, KL divergence in nats, agreement", box=SIMPLE_HEAD)
+    table = Table(
+        title=f"{candidate.name}: perplexity, KL divergence in nats, agreement",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for heading in ("text", "original", "candidate", "ratio", "interval", "mean KL", "99 % KL", "top 1"):
         table.add_column(heading, justify="left" if heading == "text" else "right")
     for text, found in candidate.texts.items():
@@ -190,21 +176,3 @@ def _print_details(candidate: "Candidate", console: Console) -> None:
     for gate in candidate.gates:
         style = {"pass": "green", "fail": "red", "inconclusive": "yellow"}[gate.verdict]
         console.print(f"{candidate.name}: gate {gate.message}", soft_wrap=True, style=style, markup=False)
-
-
-def divergence_table(title: str, texts: dict[str, Divergence]) -> Table:
-    """A table of perplexity, KL divergence and agreement, one row for each text."""
-    table = Table(title=title)
-    headings = ("text", "tokens", "perplexity, original", "perplexity", "mean KL, nats", "same top token")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "text" else "right")
-    for name, found in texts.items():
-        table.add_row(
-            name,
-            str(found.tokens),
-            f"{found.perplexity_original:.3f}",
-            f"{found.perplexity:.3f}",
-            f"{found.mean_kl:.4f}",
-            f"{found.top1_agreement:.1%}",
-        )
-    return table

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dsquant.model.kinds import kind_of
 from dsquant.model.skeleton import Skeleton
+from dsquant.notebook import as_html
 from dsquant.planning import check_complete
 from dsquant.recipe import format_size
 from dsquant.source.checkpoint import open_checkpoint
@@ -41,6 +42,9 @@ class Inspection:
             f"  {kind:20} {format_size(size):>12} {size / total:7.2%}" for kind, size in self.bytes_by_kind.items()
         ]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return as_html([str(self)])
 
 
 def describe(model: str) -> Inspection:

@@ -1,8 +1,32 @@
 """How results look in a notebook: the terminal's tables as HTML."""
 
 import io
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def table_of(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
+    """Makes a table for rich: names on the left, numbers on the right.
+
+    Args:
+        title: above it.
+        headings: of the columns.
+        rows: their cells.
+
+    Returns:
+        The table.
+    """
+    from rich.table import Table
+
+    table = Table(title=title)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def as_html(renderables: Iterable[Any]) -> str:
@@ -16,7 +40,7 @@ def as_html(renderables: Iterable[Any]) -> str:
     """
     from rich.console import Console
 
-    console = Console(record=True, file=io.StringIO(), width=110)
+    console = Console(record=True, file=io.StringIO(), width=140, force_jupyter=False)
     for renderable in renderables:
         console.print(renderable)
     return console.export_html(inline_styles=True, code_format="<pre style='line-height:1.2'>{code}</pre>")

@@ -5,12 +5,14 @@ Nothing is written before the whole input has been found good.
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
 from dsquant import card
 from dsquant.conversion import Run, convert
+from dsquant.distributed import ALONE, Ranks
 from dsquant.errors import InputError, UsageError
 from dsquant.final_comparison import Comparison, compare_on_texts
 from dsquant.gguf_conversion import (
@@ -21,6 +23,7 @@ from dsquant.gguf_conversion import (
 )
 from dsquant.jobs import (
     RECORD_FILE,
+    WORK_FOLDER,
     Job,
     claim,
     full_disk_is_resumable,
@@ -71,7 +74,9 @@ from dsquant.writers.gguf.store import quantizer_name
 from dsquant.writers.write_behind import WriteBehind
 
 
-def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Report = silent) -> Result:
+def awq(
+    recipe: Recipe, resume: bool = False, restart: bool = False, report: Report = silent, ranks: Ranks = ALONE
+) -> Result:
     """Quantizes a model as the recipe says.
 
     Args:
@@ -79,6 +84,7 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
         resume: go on with an interrupted job, or begin one.
         restart: begin anew where there is an interrupted or finished one.
         report: gets the progress.
+        ranks: who does it; all of them call this.
 
     Returns:
         Where the files are, and what quantization cost.
@@ -89,18 +95,18 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
         Interrupted: where the job stopped and can be resumed.
     """
     started = time.monotonic()
-    recipe = resolved(recipe)
-    state = claim(recipe.output, recipe, resume, restart)
+    recipe = ranks.together(lambda: _resolved_for(recipe, ranks))
+    state = ranks.once(lambda: claim(recipe.output, recipe, resume, restart))
     if state == "finished":
         return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
     with stop_on_signals() as request, full_disk_is_resumable():
-        source = open_source(recipe)
-        budget, gpu_budget = memory_budget(recipe), gpu_memory_budget(recipe)
+        budget, gpu_budget = memory_budget(recipe), min(ranks.gather(gpu_memory_budget(recipe)))
+        source = ranks.together(lambda: open_source(recipe, gpu_budget, ranks.size))
         limits = Limits(recipe.output, budget, source.plan.disk_bytes, gpu_budget)
         report(Progress("scan", 0, len(source.checkpoint.index), "", limits=limits))
-        check_memory(source.plan.memory_bytes, budget, resident_bytes())
-        check_memory(source.plan.gpu_memory_bytes, gpu_budget, 0, "--gpu-memory-budget")
-        check_disk(recipe.output, source.plan.disk_bytes)
+        ranks.together(lambda: check_memory(source.plan.memory_bytes, budget, resident_bytes()))
+        ranks.together(lambda: check_memory(source.plan.gpu_memory_bytes, gpu_budget, 0, "--gpu-memory-budget"))
+        ranks.once(lambda: check_disk(recipe.output, source.plan.disk_bytes))
         within_budget = memory_guard(budget, resident_bytes)
 
         def check() -> None:
@@ -111,24 +117,23 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
         notes: dict[str, Any] = {}
         if state != "resume":
             notes = {
-                "tensors": _scan(index, report, check),
+                "tensors": _scan(index, report, check, ranks),
                 "shards": shard_times(index),
                 "files": output_files(source),
             }
-        with open_job(recipe.output, recipe, state, notes) as job:
-            _check_unchanged(index, job.notes, report, check)
-            run = Run(recipe, source, job, report, check, _open_files(recipe, source.plan, state, job))
+        with _shared_job(recipe, state, notes, ranks) as job:
+            _check_unchanged(index, job.notes, report, check, ranks)
+            run = Run(recipe, source, job, report, check, _open_files(recipe, source.plan, state, job), ranks=ranks)
             run.write_behind = WriteBehind() if recipe.device == "cuda" else None
             try:
                 with gpu_within_budget(gpu_budget):
                     convert(run)
-                record = finish(run)
+                record = ranks.alone(lambda beat: _finish_and_remove(run, check, beat))
             finally:
                 if run.write_behind is not None:
                     run.write_behind.close()
                 for files in run.gguf_files.values():
                     files.close()
-            job.finish()
     return result_of(
         recipe,
         record,
@@ -136,6 +141,38 @@ def awq(recipe: Recipe, resume: bool = False, restart: bool = False, report: Rep
         peak_resident_bytes=peak_resident_bytes(),
         peak_gpu_bytes=peak_gpu_bytes(),
     )
+
+
+def _resolved_for(recipe: Recipe, ranks: Ranks) -> Recipe:
+    gguf = [name for name in recipe.to if name.startswith("gguf")]
+    if gguf and ranks.size > 1:
+        raise UsageError(
+            f"--to {gguf[0]}: {ranks.size} processes cannot share the writing of GGUF; start one, or leave this out "
+            "and run `dsquant gguf` afterwards"
+        )
+    return resolved(recipe)
+
+
+@contextmanager
+def _shared_job(recipe: Recipe, state: str, notes: dict[str, Any], ranks: Ranks) -> Iterator[Job]:
+    """The job, whose lock rank 0 takes for all."""
+    with ExitStack() as held:
+        notes = ranks.once(lambda: held.enter_context(open_job(recipe.output, recipe, state, notes)).notes)
+        work = recipe.output / WORK_FOLDER
+        if ranks.size > 1:
+            ranks.check_shared(work)
+        yield Job(recipe.output, work, notes)
+
+
+def _finish_and_remove(run: Run, check: Callable[[], None], beat: Callable[[], None]) -> dict[str, Any]:
+    def check_and_beat() -> None:
+        check()
+        beat()
+
+    run.check = check_and_beat
+    record = finish(run)
+    run.job.finish()
+    return record
 
 
 def _open_files(recipe: Recipe, plan: Plan, state: str, job: Job) -> dict[PurePosixPath, GgufFiles]:
@@ -324,25 +361,31 @@ def _evaluate(run: Run) -> dict[str, dict[str, Any]]:
     return compare_on_texts(compared, source.tokenizer, run.recipe.seq_len)
 
 
-def _check_unchanged(index: ShardIndex, notes: dict[str, Any], report: Report, check: Callable[[], None]) -> None:
+def _check_unchanged(
+    index: ShardIndex, notes: dict[str, Any], report: Report, check: Callable[[], None], ranks: Ranks = ALONE
+) -> None:
     """Refuses a source that is not what it was when the job began."""
-    if notes["shards"] != shard_times(index) and notes["tensors"] != _scan(index, report, check):
+    touched = ranks.once(lambda: bool(notes["shards"] != shard_times(index)))
+    if touched and notes["tensors"] != _scan(index, report, check, ranks):
         raise InputError(
             f"{index.folder}: the source is not what it was when the job began; restore it, or begin anew with "
             "--restart"
         )
 
 
-def _scan(index: ShardIndex, report: Report, check: Callable[[], None]) -> dict[str, str]:
+def _scan(index: ShardIndex, report: Report, check: Callable[[], None], ranks: Ranks = ALONE) -> dict[str, str]:
+    own = list(index.values())[ranks.rank :: ranks.size]
     done = 0
 
     def after_tensor(name: str) -> None:
         nonlocal done
         check()
         done += 1
-        report(Progress("scan", done, len(index), name, index.bytes_read))
+        report(Progress("scan", done, len(own), name, index.bytes_read))
 
-    return scan(index, after_tensor)
+    parts = ranks.gather(ranks.together(lambda: scan(index, after_tensor, own)))
+    found = {name: digest for part in parts for name, digest in part.items()}
+    return {name: found[name] for name in index}
 
 
 def shard_times(index: ShardIndex) -> dict[str, list[int]]:

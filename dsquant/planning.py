@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from dsquant.distributed import CHUNKS
 from dsquant.errors import InputError, UsageError
 from dsquant.model.activations import RELEASE_BYTES, stored_dtype
 from dsquant.model.skeleton import Skeleton
@@ -94,7 +95,9 @@ class Plan:
         return {grid: linears.intersection(layer.linears) for grid, linears in self.linears.items()}
 
 
-def plan_run(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton, gpu_budget_bytes: int = 0) -> Plan:
+def plan_run(
+    recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton, gpu_budget_bytes: int = 0, num_ranks: int = 1
+) -> Plan:
     """Plans a quantization run.
 
     Args:
@@ -102,6 +105,7 @@ def plan_run(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton, gpu_bud
         checkpoint: the source.
         skeleton: its network.
         gpu_budget_bytes: the most GPU memory; where it suffices, hidden states stay there.
+        num_ranks: how many processes share the run; memory is planned for one of them.
 
     Returns:
         The plan.
@@ -134,6 +138,8 @@ def plan_run(recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton, gpu_bud
     num_hidden = recipe.samples * recipe.seq_len * skeleton.config["hidden_size"]
     head = head_memory_bytes(skeleton)
     needs = layer_memory_bytes(recipe.samples * recipe.seq_len, recipe.seq_len, checkpoint, skeleton, everything)
+    shared = sharing_memory_bytes(recipe.samples * recipe.seq_len, checkpoint, skeleton, everything, num_ranks)
+    needs = {layer: need + shared for layer, need in needs.items()}
     memory, gpu_memory = max(head, *needs.values()) + host_memory_bytes(num_hidden), 0
     resident = frozenset[int]()
     if recipe.device == "cuda":
@@ -329,11 +335,42 @@ def _layer_bytes(
         for mlp in layer.mlps
     ]
     widths = [checkpoint.weights.shape(f"{linear}.weight")[1] for linear in layer.attention_linears]
-    statistics = FLOAT32_BYTES * FACTOR_ROWS * (sum(widths) + 4 * hidden)
+    sums = 2 if layer.attention_linears[0] in linears else 1  # attention's: of all samples, and of a chunk of them
+    statistics = FLOAT32_BYTES * FACTOR_ROWS * (sums * sum(widths) + 4 * hidden)
     batch_tokens = min(num_tokens, max(BATCH_TOKENS, seq_len))
     attention = 6 * FLOAT32_BYTES * batch_tokens * _widest_attention(checkpoint, layer)
     rows = 6 * FLOAT32_BYTES * min(ROWS_AT_ONCE, num_tokens) * hidden
     return statistics + max(int(dense * (1 + folded_and_rounded)) + max(attention, rounds), max(mlps) + rounds + rows)
+
+
+def sharing_memory_bytes(
+    num_tokens: int, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str], num_ranks: int
+) -> int:
+    """What a rank keeps and passes on for the others; planned for experts with up to 4 times their share of tokens.
+
+    Args:
+        num_tokens: calibration tokens.
+        checkpoint: the source.
+        skeleton: its network.
+        linears: those that are quantized onto a grid.
+        num_ranks: how many ranks share a layer.
+
+    Returns:
+        Bytes on the device that computes; 0 for one rank.
+    """
+    if num_ranks == 1:
+        return 0
+    hidden, layer = skeleton.config["hidden_size"], skeleton.layers[-1]
+    widths = hidden + sum(
+        checkpoint.weights.shape(f"{group.consumers[0]}.weight")[1]
+        for group in layer.attention
+        if group.consumers[0] in linears
+    )
+    sums = -(-CHUNKS // num_ranks) * FLOAT32_BYTES * FACTOR_ROWS * widths
+    if not layer.experts:
+        return sums
+    rows = min(num_tokens, 4 * num_tokens * skeleton.config["num_experts_per_tok"] // len(layer.experts))
+    return sums + 3 * FLOAT32_BYTES * rows * hidden  # made, put together, received
 
 
 def head_memory_bytes(skeleton: Skeleton) -> int:

@@ -76,11 +76,13 @@ def resolved_device(device: str) -> str:
     return device if device != "auto" else ("cuda" if found else "cpu")
 
 
-def open_source(recipe: Recipe) -> Source:
+def open_source(recipe: Recipe, gpu_budget_bytes: int | None = None, num_ranks: int = 1) -> Source:
     """Opens and validates everything a run reads, from headers, tokenizer and calibration texts alone.
 
     Args:
         recipe: the run's recipe.
+        gpu_budget_bytes: the most GPU memory; None is `gpu_memory_budget`.
+        num_ranks: how many processes share the run.
 
     Returns:
         The source.
@@ -90,7 +92,8 @@ def open_source(recipe: Recipe) -> Source:
         UsageError: where a format cannot store what the recipe asks for.
     """
     checkpoint, skeleton = open_model(recipe.model, torch.device(recipe.device))
-    plan = plan_run(recipe, checkpoint, skeleton, gpu_memory_budget(recipe))
+    gpu_budget = gpu_memory_budget(recipe) if gpu_budget_bytes is None else gpu_budget_bytes
+    plan = plan_run(recipe, checkpoint, skeleton, gpu_budget, num_ranks)
     tokenizer = open_tokenizer(checkpoint)
     tokens_NT, calibration = open_calibration(recipe, recipe.calibration, tokenizer)
     return Source(checkpoint, skeleton, tokenizer, tokens_NT, calibration, plan)
@@ -176,10 +179,11 @@ def memory_budget(recipe: Recipe | GgufRecipe) -> int:
 
 
 def default_memory_budget() -> int:
-    """80 % of what is available now, at most 16 GiB."""
+    """80 % of what is available now, divided among this machine's ranks, at most 16 GiB."""
     import psutil
 
-    return min(LARGEST_DEFAULT_BUDGET, int(psutil.virtual_memory().available * 0.8))
+    available = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(LARGEST_DEFAULT_BUDGET, int(available * 0.8))
 
 
 def gpu_memory_budget(recipe: Recipe) -> int:

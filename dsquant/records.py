@@ -1,22 +1,27 @@
 """What a finished job tells: the record in its output folder, dsquant.json, and the result that callers get."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsquant import card
+from dsquant.card import serve_command
 from dsquant.conversion import Run
 from dsquant.evaluation.divergence import Divergence
 from dsquant.gguf_conversion import IMATRIX_FILE, GgufPlan, GgufRun
 from dsquant.jobs import RECORD_FILE
+from dsquant.notebook import as_html, table_of
 from dsquant.preparation import Source
 from dsquant.recipe import JobRecipe, Recipe, format_size
 from dsquant.scales import SCALES_FILE
 from dsquant.writers.gguf.store import quantizer_name
 from dsquant.writers.gguf.target import GgufTarget
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 # The record's layout. 1: first. 2: hashes of all files and of its own sections; errors of single weights.
 RECORD_VERSION = 2
@@ -53,6 +58,44 @@ class Result:
                 name: {text: vars(found) for text, found in texts.items()} for name, texts in self.divergence.items()
             },
         }
+
+    def tables(self) -> "Iterator[RenderableType]":
+        """What rich prints of it: sizes, distances from the original, notes, and how to serve it."""
+        from rich.text import Text
+
+        if self.already_finished:
+            yield f"{self.output} is finished already; nothing to do"
+        sizes = {"original": self.source_bytes, "original as BF16": self.bf16_bytes, **self.output_bytes}
+        rows = [(name, format_size(size), f"{size / self.source_bytes:.1%}") for name, size in sizes.items()]
+        yield table_of(f"{self.output}", ("checkpoint", "size", "of original"), rows)
+        for name, texts in self.divergence.items():
+            title = f"{name} against the original, on held-out texts"
+            yield table_of(title, DISTANCES, [(text, *_distances(found)) for text, found in texts.items()])
+        yield from (f"Note: {warning}." for warning in self.warnings)
+        for name, folder in self.folders.items():
+            command = serve_command(folder)
+            yield Text(f"{name} is in {folder}; serve it with:\n  {command}", overflow="fold", no_wrap=True)
+        if not self.already_finished:
+            peak = f"{format_size(self.peak_resident_bytes)} of memory"
+            if self.peak_gpu_bytes:
+                peak += f" and {format_size(self.peak_gpu_bytes)} of GPU memory"
+            yield f"Done in {self.elapsed_s:.0f} s, with at most {peak}."
+
+    def _repr_html_(self) -> str:
+        return as_html(self.tables())
+
+
+DISTANCES = ("text", "tokens", "perplexity, original", "perplexity", "mean KL, nats", "same top token")
+
+
+def _distances(found: Divergence) -> tuple[str, ...]:
+    return (
+        str(found.tokens),
+        f"{found.perplexity_original:.3f}",
+        f"{found.perplexity:.3f}",
+        f"{found.mean_kl:.4f}",
+        f"{found.top1_agreement:.1%}",
+    )
 
 
 @dataclass(frozen=True)
@@ -99,6 +142,9 @@ class Preview:
         return "\n".join(
             [f"{name:{width}}{value}" for name, value in rows.items()] + [f"Note: {n}." for n in self.notes]
         )
+
+    def _repr_html_(self) -> str:
+        return as_html([str(self)])
 
 
 def result_of(recipe: JobRecipe, record: dict[str, Any], **changes: Any) -> Result:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,14 @@ PICO_R1: dict[str, Any] = {
     "eos_token_id": 1,
     "torch_dtype": "bfloat16",
 }
+R1: dict[str, Any] = PICO_R1 | {
+    "hidden_size": 7168, "num_hidden_layers": 61, "first_k_dense_replace": 3, "intermediate_size": 18432,
+    "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
+    "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 129280,
+}  # fmt: skip
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+PLAIN = ("embed_tokens", "lm_head", "mlp.gate.", "eh_proj", "shared_head")
 DENSE = {
     "hidden_size": 256,
     "num_hidden_layers": 2,
@@ -199,7 +207,7 @@ def stored(weights: dict[str, torch.Tensor], fp8: bool) -> dict[str, torch.Tenso
     """The tensors as a release stores them: FP8 linears with scales, F32 router bias, the rest BF16."""
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():
-        plain = any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate.", "eh_proj", "shared_head"))
+        plain = any(part in name for part in PLAIN)
         if name.endswith("e_score_correction_bias"):
             tensors[name] = weight
         elif fp8 and weight.dim() == 2 and not plain:
@@ -231,6 +239,37 @@ def make_pico_r1(folder: Path, outliers: bool = False, seed: int = 0, **changes:
     if outliers:
         put_outliers_into_norms(config, weights)
     return save_checkpoint(folder, config, stored(weights, fp8=True))
+
+
+def make_r1_headers(folder: Path) -> Path:
+    """R1's 61 layers and MTP layer as files of headers with holes where the weights would be: 689 GB in 20 MB."""
+    folder.mkdir()
+    config = {**R1, "quantization_config": FP8}
+    weight_map: dict[str, str] = {}
+    headers: dict[str, dict[str, Any]] = {}
+    ends: dict[str, int] = {}
+    for name, shape in r1_shapes(config).items():
+        scales = tuple(-(-extent // 128) for extent in shape)
+        parts = {name: ("BF16", 2, shape)}
+        if name.endswith("e_score_correction_bias"):
+            parts = {name: ("F32", 4, shape)}
+        elif len(shape) == 2 and not any(part in name for part in PLAIN):
+            parts = {name: ("F8_E4M3", 1, shape), f"{name}_scale_inv": ("F32", 4, scales)}
+        layer = name.split(".")[2] if ".layers." in name else "others"
+        for part, (dtype, size, extents) in parts.items():
+            weight_map[part] = file_name = f"model-{layer}.safetensors"
+            start = ends.get(file_name, 0)
+            ends[file_name] = start + size * prod(extents)
+            offsets = [start, ends[file_name]]
+            headers.setdefault(file_name, {})[part] = {"dtype": dtype, "shape": extents, "data_offsets": offsets}
+    for file_name, header in headers.items():
+        raw = json.dumps(header).encode()
+        with (folder / file_name).open("wb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            file.truncate(8 + len(raw) + ends[file_name])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config))
+    return add_tokenizer(folder)
 
 
 def make_dense(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:

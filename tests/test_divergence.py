@@ -1,6 +1,5 @@
 """Streamed perplexity, KL divergence and agreement equal a direct calculation with transformers' whole model."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from checkpoints import full_model
 
 from dsquant.calibration import held_out_tokens, load_tokenizer
 from dsquant.evaluation.divergence import compare
+from dsquant.evaluation.ladders import text_scores
 from dsquant.model import streaming
 from dsquant.model.overlays import ReplacedWeights
 from dsquant.model.skeleton import Skeleton
@@ -37,13 +37,25 @@ def test_streamed_scores_equal_the_whole_models(
             for weights in (checkpoint.weights, candidate)
         )
     targets = tokens[:, 1:].unsqueeze(-1)
-    summary = scores.summary()
-    assert summary.mean_kl == pytest.approx(float((wanted.exp() * (wanted - found)).sum(-1).mean()), rel=1e-4)
-    assert summary.perplexity == pytest.approx(math.exp(-found.gather(-1, targets).mean()), rel=1e-4)
-    assert summary.perplexity_original == pytest.approx(math.exp(-wanted.gather(-1, targets).mean()), rel=1e-4)
+    summary = text_scores(scores)
+    exactly = {
+        summary.mean_kl.estimate: (wanted.exp() * (wanted - found)).sum(-1).mean(),
+        summary.kl.p99: (wanted.exp() * (wanted - found)).sum(-1).quantile(0.99),
+        summary.mean_kl_reverse.estimate: (found.exp() * (found - wanted)).sum(-1).mean(),
+        summary.perplexity: (-found.gather(-1, targets).mean()).exp(),
+        summary.perplexity_original: (-wanted.gather(-1, targets).mean()).exp(),
+        summary.log_ratio.estimate: (wanted - found).gather(-1, targets).mean(),
+        summary.delta_p_rms: (found.exp() - wanted.exp()).gather(-1, targets).square().mean().sqrt(),
+    }
+    for ours, theirs in exactly.items():
+        assert ours == pytest.approx(float(theirs), rel=1e-4)
     agreement = (wanted.argmax(-1) == found.argmax(-1)).double().mean()
-    assert summary.top1_agreement == pytest.approx(float(agreement), abs=3e-3)
-    assert summary.tokens == 3 * 127 and summary.mean_kl > 0.01
+    assert summary.top1_agreement.estimate == pytest.approx(float(agreement), abs=3e-3)
+    fives = [one.topk(5).indices.flatten(0, 1).tolist() for one in (wanted, found)]
+    shares = [len({*ours} & {*theirs}) / 5 for ours, theirs in zip(*fives, strict=True)]
+    assert summary.top5_agreement.estimate == pytest.approx(sum(shares) / len(shares), abs=3e-3)
+    assert summary.tokens == 3 * 127 and summary.mean_kl.estimate > 0.01
+    assert scores.summary().mean_kl == pytest.approx(summary.mean_kl.estimate)
     assert not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,18 @@ import gguf as gguf_py
 import numpy as np
 import pytest
 import torch
-from checkpoints import LLAMA, PICO_R1, QWEN2, QWEN3, add_tokenizer, make_dense, make_pico_r1, r1_shapes
+from checkpoints import (
+    LLAMA,
+    PICO_R1,
+    QWEN2,
+    QWEN3,
+    R1,
+    add_tokenizer,
+    make_dense,
+    make_pico_r1,
+    make_r1_headers,
+    r1_shapes,
+)
 from click.testing import CliRunner
 from gguf.quants import dequantize
 from hypothesis import given, settings
@@ -19,7 +30,9 @@ from hypothesis import strategies as st
 import dsquant
 from dsquant.cli import main
 from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.gguf_conversion import plan_gguf
 from dsquant.kernels import ggml
+from dsquant.recipe import GgufRecipe
 from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.gguf_layout import placements, stored_shape
 from dsquant.writers.gguf import store
@@ -128,12 +141,7 @@ def test_odd_rows_become_f16() -> None:
 )
 def test_r1_gets_the_types_and_the_size_that_llama_quantize_gives_it(mixture: str, gigabytes: float) -> None:
     """The sizes are `llama-quantize --dry-run`'s on R1's shapes."""
-    config = PICO_R1 | {
-        "hidden_size": 7168, "num_hidden_layers": 61, "first_k_dense_replace": 3, "intermediate_size": 18432,
-        "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_experts_per_tok": 8, "num_attention_heads": 128,
-        "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-        "vocab_size": 129280, "num_nextn_predict_layers": 0,
-    }  # fmt: skip
+    config = R1 | {"num_nextn_predict_layers": 0}
     facts, total, seen = model_facts(config, 61, False), 0, dict[str, str]()
     for name, shape in r1_shapes(config).items():
         for placement in placements(name, "DeepseekV3ForCausalLM"):
@@ -149,6 +157,16 @@ def test_r1_gets_the_types_and_the_size_that_llama_quantize_gives_it(mixture: st
         assert total / 2**20 == pytest.approx(385_750.62, abs=0.01)
         raised = [name for name, chosen in seen.items() if "ffn_down_exps" in name and chosen == "Q6_K"]
         assert len(raised) == 27 and seen["blk.0.attn_k_b.weight"] == "Q5_0" and seen["output.weight"] == "Q6_K"
+
+
+def test_r1_is_planned_from_headers_alone(tmp_path: Path) -> None:
+    """In memory that any machine has: the fused experts of a layer of the network would be 30 GB."""
+    model = make_r1_headers(tmp_path / "r1")
+    recipe = GgufRecipe.checked(model=str(model), type="Q4_K_M", output=tmp_path / "out", calibration=(), device="cpu")
+    target = plan_gguf(recipe.model_copy(update={"split_max_bytes": 48 * 2**30})).target
+    assert len(target.tensors) == 1086 and len(target.files) == 8
+    assert sum(tensor.num_bytes for tensor in target.tensors.values()) / 2**20 == pytest.approx(385_750.62, abs=0.01)
+    assert all(sum(t.num_bytes for t in file.tensors) <= 48 * 2**30 for file in target.files)
 
 
 def test_q4_k_m_plus_keeps_what_every_token_uses_at_8_bits(tiny_r1: Path, tmp_path: Path) -> None:
@@ -249,7 +267,6 @@ def test_an_interrupted_conversion_resumes_to_the_same_bytes(
     pico_r1: Path, text_file: Path, tmp_path: Path, scales: bool
 ) -> None:
     from dsquant import pipeline
-    from dsquant.recipe import GgufRecipe
 
     def recipe(output: str) -> GgufRecipe:
         return GgufRecipe.checked(
@@ -266,10 +283,8 @@ def test_an_interrupted_conversion_resumes_to_the_same_bytes(
         except Interrupted:
             stops += 1
             steps = 25 + stops  # a resumed job does not scan; a layer has fewer reports than this
-            unfinished = list((tmp_path / "parts").glob("*.gguf.partial"))
-            assert not unfinished or not list((tmp_path / "parts").glob("*.gguf")), (
-                "all get their names when all are done"
-            )
+            finished, unfinished = (list((tmp_path / "parts").glob(ending)) for ending in ("*.gguf", "*.partial"))
+            assert not (finished and unfinished), "nothing unfinished may bear its final name"
     assert 2 <= stops < 30
 
     def hashes(folder: Path) -> dict[str, str]:
@@ -285,7 +300,9 @@ def test_scales_lower_the_drift_where_channels_have_outliers(text_file: Path, tm
         out = tmp_path / str(scales)
         options = CALIBRATED | {"samples": 32}
         dsquant.gguf(model, type="Q4_K_M", output=out, calibration=str(text_file), scales=scales, **options)
-        evaluation = dsquant.evaluate(model, out, texts=[text_file], seq_len=64, samples=4, progress=False)
+        evaluation = dsquant.evaluate(
+            model, out, texts=[text_file], seq_len=64, samples=4, prompts="none", progress=False
+        )
         errors[scales] = evaluation.candidates[0].texts["text.txt"].mean_kl.estimate
     assert errors[True] < errors[False] / 2
 
@@ -488,11 +505,34 @@ def test_without_ggml_dsquants_own_code_quantizes_and_says_so_and_other_types_ar
         dsquant.gguf(tiny_r1, type="IQ4_XS", output=tmp_path / "iq4", **PLAIN)
 
 
+def test_a_job_that_was_killed_while_its_files_got_their_names_resumes(pico_r1: Path, tmp_path: Path) -> None:
+    from dsquant import pipeline
+    from dsquant.telemetry import Progress
+
+    out = tmp_path / "out"
+    options = {"calibration": (), "evaluate": False, "split_max_bytes": 400_000}
+    recipe = GgufRecipe.checked(model=str(pico_r1), type="Q4_K_M", output=out, **options)
+
+    def stop_at_the_end(progress: Progress) -> None:
+        if progress.stage == "quantize" and progress.done == progress.total:
+            raise Interrupted("the test stopped it")
+
+    with pytest.raises(Interrupted):
+        pipeline.gguf(recipe, report=stop_at_the_end)
+    files = sorted(out.glob("*.partial"))
+    assert len(files) > 2
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    for file in files[1:]:
+        file.rename(file.with_suffix(""))
+    pipeline.gguf(recipe, resume=True)
+    assert [hashlib.sha256(file.with_suffix("").read_bytes()).hexdigest() for file in files] == hashes
+    assert (out / "dsquant.json").is_file() and not list(out.glob("*.partial"))
+
+
 def test_a_job_is_not_resumed_with_another_quantizer(
     tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dsquant import pipeline
-    from dsquant.recipe import GgufRecipe
 
     recipe = GgufRecipe.checked(
         model=str(tiny_r1), type="Q8_0", output=tmp_path / "out", calibration=(), evaluate=False
@@ -531,5 +571,6 @@ def test_dense_families_survive_the_way_to_gguf_and_back(
 ) -> None:
     model = add_tokenizer(make_dense(tmp_path / "model", config), vocabulary=280)
     dsquant.gguf(model, type="F32", output=tmp_path / "out", evaluate=False, progress=False)
-    evaluation = dsquant.evaluate(model, tmp_path / "out", texts=[text_file], seq_len=32, samples=2, progress=False)
+    options = {"texts": [text_file], "seq_len": 32, "samples": 2, "prompts": "none", "progress": False}
+    evaluation = dsquant.evaluate(model, tmp_path / "out", **options)
     assert evaluation.candidates[0].texts["text.txt"].mean_kl.estimate < 1e-9

@@ -1,7 +1,6 @@
 """What a real llama.cpp makes of our files: loading, tokens, predictions, perplexity."""
 
 import json
-import math
 import random
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from llama_cpp import llama_cpp
 
 import dsquant
 from dsquant.calibration import held_out_tokens, load_tokenizer
-from dsquant.opening import open_gguf
+from dsquant.evaluation.divergence import compare
+from dsquant.opening import open_candidate, open_original
 from dsquant.source.checkpoint import open_checkpoint
 
 POSITIONS = range(8, 256)
@@ -85,21 +85,28 @@ def test_llama_cpp_cuts_awkward_strings_into_the_same_tokens(tiny_r1: Path, tmp_
     assert not different
 
 
-def test_our_perplexity_of_a_gguf_file_is_llama_cpps(tiny_r1: Path, tmp_path: Path, reference: Any) -> None:
-    tokens, _ = reference
-    file = make(tiny_r1, tmp_path / "out", "Q4_K_M")
-    with llama_cpp(file) as llama:
-        losses = []
-        for position in POSITIONS:
-            found = llama.next_token(tokens[:position], 1280)
-            losses.append(-found[tokens[position]])
-    theirs = math.exp(sum(losses) / len(losses))
-    original = open_checkpoint(tiny_r1)
-    weights = open_gguf(file, original)
-    with torch.no_grad():
-        logits_TV = full_model(tiny_r1, weights)(torch.tensor([tokens])).logits[0].log_softmax(-1)
-    ours = math.exp(-sum(float(logits_TV[position - 1, tokens[position]]) for position in POSITIONS) / len(POSITIONS))
-    assert theirs == pytest.approx(ours, rel=0.02)
+def test_our_perplexity_and_divergence_of_gguf_files_are_llama_cpps(tiny_r1: Path, tmp_path: Path) -> None:
+    original = open_original(str(make(tiny_r1, tmp_path / "bf16", "BF16")))
+    candidate = open_candidate(str(make(tiny_r1, tmp_path / "q4", "Q4_K_M")), original)
+    tokens_NT = held_out_tokens("code", original.tokenizer, 256, 1)
+    scores = compare(original.skeleton, original.checkpoint.weights, {"c": candidate.weights}, tokens_NT, tmp_path, 1)[
+        "c"
+    ]
+    theirs = []
+    for file in (original.opened.files[0], candidate.files[0]):
+        rows_TV = torch.full((len(POSITIONS), 1280), -60.0, dtype=torch.float64)
+        with llama_cpp(file) as llama:
+            for row, position in enumerate(POSITIONS):
+                for token, value in llama.next_token(tokens_NT[0, :position].tolist(), 1280).items():
+                    rows_TV[row, token] = value
+        theirs.append(rows_TV)
+    positions = torch.tensor(POSITIONS)
+    targets = tokens_NT[0, positions].unsqueeze(1)
+    for ours_NT, rows_TV in zip((scores.nll_original_NT, scores.nll_candidate_NT), theirs, strict=True):
+        wanted = float((-rows_TV.gather(1, targets).mean()).exp())
+        assert float(ours_NT[0, positions - 1].mean().exp()) == pytest.approx(wanted, rel=0.02)
+    wanted = float((theirs[0].exp() * (theirs[0] - theirs[1])).sum(1).mean())
+    assert float(scores.kl_NT[0, positions - 1].mean()) == pytest.approx(wanted, rel=0.02)
 
 
 def with_pre_tokenizer(model: Path, regex: str) -> Path:

@@ -42,7 +42,9 @@ def test_the_same_seed_draws_the_same_interval() -> None:
 
 
 @given(st.floats(0.01, 10), st.floats(0.01, 10), st.integers(2, 1000))
-def test_with_the_units_asked_for_the_interval_ends_at_the_limit(distance: float, width: float, units: int) -> None:
+def test_with_the_units_asked_for_the_interval_would_end_at_the_limit(
+    distance: float, width: float, units: int
+) -> None:
     found = Interval(0.0, -width, width, units)
     wanted = units_to_settle(found, distance)
     assert wanted is not None

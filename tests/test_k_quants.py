@@ -1,9 +1,9 @@
 """dsquant's own K-quantizers, in PyTorch and Triton: beside ggml's, decoded by gguf-py."""
 
+import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import gguf as gguf_py
 import numpy as np
@@ -12,7 +12,6 @@ import torch
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 from dsquant.kernels import ggml, k_quants
 
@@ -117,14 +116,36 @@ def test_rows_that_are_worked_on_apart_are_those_worked_on_together(monkeypatch:
     assert float((k_quants.quantize(rows_RI, "Q4_K", importance_I) == together).float().mean()) > 0.999
 
 
-def test_the_kernels_in_tritons_interpreter_do_what_the_reference_does(tmp_path: Path) -> None:
-    rows_RI = awkward_rows()
-    importance_I = torch.randn(768, generator=torch.Generator().manual_seed(3)).exp()
-    save_file({"rows": rows_RI, "importance": importance_I}, tmp_path / "inputs.safetensors")
-    script = Path(__file__).parent / "interpreted_kernels.py"
-    subprocess.run([sys.executable, "-W", "ignore", script, tmp_path / "inputs.safetensors"], check=True)
-    for type_name, stored in load_file(tmp_path / "stored.safetensors").items():
-        check_against_reference(stored, type_name, rows_RI, importance_I)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here, see the tests for a GPU")
+@pytest.mark.parametrize("type_name", TYPES)
+def test_the_kernels_in_tritons_interpreter_do_what_the_reference_does(type_name: str) -> None:
+    from dsquant.kernels import k_quants_triton
+
+    rows_RI, importance_I = awkward_rows(), torch.randn(768, generator=torch.Generator().manual_seed(3)).exp()
+    stored = k_quants_triton.quantize(rows_RI, type_name, importance_I)
+    check_against_reference(stored, type_name, rows_RI, importance_I)
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
+    """In a process of its own, where Triton does not interpret."""
+    program = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from dsquant.kernels import k_quants_triton as kernels
+
+types = {"rows": "*fp32", "importance": "*fp32", "stored": "*u8"}
+constants = [("_affine", {"S": 2, "HIGH": False}), ("_affine", {"S": 2, "HIGH": True}), ("_q6_k", {"S": 2})]
+for name, chosen in [*constants, ("_q8_0", {"N": 16})]:
+    function = getattr(kernels, name)
+    signature = {name: "constexpr" if name in chosen else types.get(name, "i32") for name in function.arg_names}
+    places = {(function.arg_names.index(name),): value for name, value in chosen.items()}
+    source = ASTSource(function, signature, places)
+    options = {"num_warps": kernels.WARPS, "enable_fp_fusion": True}
+    assert triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["cubin"]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"TRITON_INTERPRET": "0"})
 
 
 def check_against_reference(

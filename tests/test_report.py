@@ -156,3 +156,23 @@ def test_numbers_are_written_with_the_digits_that_count() -> None:
     assert interval(Interval(0.5, 0.25, 0.75, 3), shares=True) == "50.0% [25.0%, 75.0%]"
     assert short_name("model.layers.3.mlp.experts.17.down_proj.weight") == "3 · experts.17.down"
     assert short_name("lm_head.weight") == "lm_head.weight"
+
+
+def test_a_model_that_was_only_read_says_so() -> None:
+    one = candidate("awq", 0.02, 9_000_000)
+    assert one.drift is not None
+    nothing = dict.fromkeys(
+        ("original_vs_gold", "candidate_vs_gold", "candidate_vs_original", "noise_floor", "original", "candidate")
+    )
+    agreement = Interval(0.9, 0.85, 0.95, 24)
+    read = dataclasses.replace(
+        one.drift, method="teacher_forced", note="nothing was generated: a model takes 1 TiB", agreement=agreement,
+        execution=None, examples=(), measures={"greedy_agreement": agreement}, **nothing,
+    )  # fmt: skip
+    html, text = (
+        page(evaluation(dataclasses.replace(one, drift=read))),
+        markdown(evaluation(dataclasses.replace(one, drift=read))),
+    )
+    outline(html)
+    assert all(words in text for words in ("90.0% [85.0%, 95.0%]", "Nothing was generated: a model takes 1 TiB"))
+    assert "Nothing was generated: a model takes 1 TiB" in html and "Generated code" not in text

@@ -17,9 +17,11 @@ import yaml
 import dsquant
 from dsquant.errors import GateError, InconclusiveError, InputError, UsageError
 from dsquant.jobs import Journal
+from dsquant.monitoring import monitored
 from dsquant.releases.evaluation import read_recipe_gates
 from dsquant.releases.job import Release, published, run_recipe
 from dsquant.releases.recipe import ReleaseRecipe, read_recipe
+from dsquant.telemetry import silent
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -202,6 +204,15 @@ def test_a_link_is_switched_to_each_new_result_and_back(pico_r1: Path, text_file
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="renameat2")
+def test_an_output_behind_a_link_is_exchanged_where_it_lies(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    run_recipe(small(pico_r1, text_file, tmp_path / "out"))
+    run_recipe(small(pico_r1, text_file, tmp_path / "out", quantize=[{"name": "b", "type": "BF16"}]))
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "real" / "b").is_dir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2")
 def test_an_older_result_is_exchanged_and_nothing_of_it_stays(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
     run_recipe(small(pico_r1, text_file, tmp_path / "out"))
     run_recipe(small(pico_r1, text_file, tmp_path / "out", quantize=[{"name": "b", "type": "BF16"}]))
@@ -273,8 +284,10 @@ def test_a_gate_that_fails_publishes_nothing_and_a_wider_one_needs_no_second_eva
     made = journal.read_text()
     report = json.loads((tmp_path / ".out.dsquant" / "build" / "evaluation" / "report.json").read_text())
     (estimate,) = (text["mean_kl"]["estimate"] for text in report["candidates"][0]["texts"].values())
-    with pytest.raises(GateError, match="mean_kl"):
-        run_recipe(with_limit(estimate * 0.01))
+    metrics = tmp_path / "dsquant.prom"
+    with pytest.raises(GateError, match="mean_kl"), monitored(silent, metrics) as report:
+        run_recipe(with_limit(estimate * 0.01), report)
+    assert 'dsquant_gate_passed{gate="q mean_kl text.txt"} 0.0' in metrics.read_text()
     added = journal.read_text().removeprefix(made)
     assert "begin gate" in added and "begin evaluate" not in added
     release = run_recipe(with_limit(10.0))

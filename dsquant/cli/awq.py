@@ -7,7 +7,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dsquant.cli.process import dsquant_command, metrics_options, reporting
+from dsquant.cli.process import dsquant_command, metrics_options, reporting, several_ranks
+from dsquant.errors import UsageError
 
 
 @click.command()
@@ -84,22 +85,29 @@ def awq(**options: Any) -> None:
     from dsquant import pipeline
     from dsquant.display import print_result
 
+    if scales_from is not None and several_ranks():
+        raise UsageError("--scales-from runs in one process; start it without a launcher")
     if flags["dry_run"]:
+        if several_ranks():
+            raise UsageError("--dry-run runs in one process; start it without a launcher")
         plan = pipeline.preview(recipe, flags["resume"], flags["restart"])
         click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else str(plan))
         return
-    with reporting(not flags["as_json"], *metrics) as report:
+    from dsquant.distributed import joined
+
+    with joined() as ranks, reporting(not flags["as_json"], *metrics, ranks.first) as report:
         if scales_from is None:
-            result = pipeline.awq(recipe, flags["resume"], flags["restart"], report)
+            result = pipeline.awq(recipe, flags["resume"], flags["restart"], report, ranks)
         else:
             from dsquant.incremental.release import full_run
 
             again = (flags["resume"], flags["restart"])
             result = full_run(recipe.model, scales_from, recipe.output, *again, report)
-    if flags["as_json"]:
-        click.echo(json.dumps(result.as_json(), indent=2))
-    else:
-        print_result(result)
+    if ranks.first:
+        if flags["as_json"]:
+            click.echo(json.dumps(result.as_json(), indent=2))
+        else:
+            print_result(result)
 
 
 def _check_alone() -> None:

@@ -6,6 +6,8 @@ import click
 
 from dsquant.cli.process import dsquant_command, quiet_libraries
 
+WIDTH_OF_A_FILE = 140
+
 
 @click.command()
 @click.argument("model", default="tiny-r1")
@@ -43,5 +45,7 @@ def plan(
     from dsquant.deployment.tables import forecast_tables
 
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH_OF_A_FILE
     for renderable in forecast_tables(found):
         console.print(renderable)

@@ -10,11 +10,13 @@ from typing import Any
 
 import click
 
-from dsquant.errors import DsquantError
+from dsquant.errors import DsquantError, UsageError
 
 # Past this size glibc maps memory of its own for a block and gives it back at once; without it the heap keeps what a
 # few large tensors once needed.
 MALLOC_MMAP_THRESHOLD = 2**20
+# What a launcher (torchrun, accelerate) may start as several processes; the others would all do the same.
+SHARED_COMMANDS = ("awq",)
 
 
 def dsquant_command(function: Callable[..., None]) -> Callable[..., None]:
@@ -24,12 +26,31 @@ def dsquant_command(function: Callable[..., None]) -> Callable[..., None]:
     def run(*arguments: Any, **options: Any) -> None:
         _prepare_process()
         try:
+            if several_ranks() and function.__name__ not in SHARED_COMMANDS:
+                raise UsageError(
+                    f"{function.__name__} runs in one process; of all commands only `dsquant awq` shares its work"
+                )
             function(*arguments, **options)
         except DsquantError as error:
-            click.echo(f"dsquant: {error}", err=True)
+            rank = f" (rank {os.environ.get('RANK')})" if several_ranks() else ""
+            click.echo(f"dsquant{rank}: {error}", err=True)
             sys.exit(error.exit_code)
 
     return run
+
+
+def several_ranks() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _take_own_gpu() -> None:
+    """Leaves this rank its own GPU alone, so that `cuda` means it in every thread."""
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else []
+    if visible is None or len(devices) > 1:  # a scheduler may have given each rank one already
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)] if devices else str(place)
 
 
 def _prepare_process() -> None:
@@ -40,6 +61,8 @@ def _prepare_process() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a shared machine, waiting threads must not spin
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # a budget has no room for gaps
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if several_ranks():
+        _take_own_gpu()
     mmap_threshold = -3
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -58,11 +81,13 @@ def metrics_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def reporting(visible: bool, metrics_file: Path | None, metrics_port: int | None) -> Iterator[Any]:
-    """Shows a progress bar and publishes metrics while a job runs; yields what it reports to."""
+def reporting(visible: bool, metrics_file: Path | None, metrics_port: int | None, first: bool = True) -> Iterator[Any]:
+    """Shows a progress bar and publishes metrics while a job runs, of several ranks the first; yields the report."""
     from dsquant.display import progress_bar
     from dsquant.monitoring import monitored
 
+    if not first:
+        visible, metrics_file, metrics_port = False, None, None
     with quiet_libraries(), progress_bar(visible) as bar, monitored(bar, metrics_file, metrics_port) as report:
         yield report
 

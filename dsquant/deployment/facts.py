@@ -95,3 +95,6 @@ STORE_S = {"Q8_0": 3.1e-9, "Q6_K": 3.0e-8, "F32": 0.0, "F16": 0.0, "BF16": 0.0}
 STORE_OTHER_S = 1.2e-7  # as Q4_K
 MEASURED_CORES = 2
 MEASURED_IN = "benchmarks/planning_cpu_202611.md"
+# benchmarks/r1_layer_h100_202611.md: 29.0 and 30.1 s for a layer of 11,507,286,272 weights, 262,144 tokens.
+SEARCH_ON_GPU_S = Range(2.52e-9, 2.62e-9)
+MEASURED_ON_GPU_IN = "one H100, 262,144 tokens, from files to files (benchmarks/r1_layer_h100_202611.md)"

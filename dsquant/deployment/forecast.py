@@ -205,7 +205,7 @@ def _notes(subject: Subject) -> tuple[str, ...]:
     if not subject.has_tokenizer:
         notes.append("no tokenizer.json: GGUF sizes are those of the tensors; the file's header adds the vocabulary")
     if subject.checkpoint.index.num_bytes < SMALL_BYTES:
-        notes.append("so small a model is bound by an engine's overheads: take its speeds as bounds nobody reaches")
+        notes.append("so small a model is bound by overheads: take its times and speeds as bounds that nobody reaches")
     notes.append("beside the weight files lie tokenizer, config, model card and dsquant.json, a few megabytes")
     return tuple(notes)
 

@@ -36,6 +36,9 @@ class Making:
     """For the source, the output and hidden states together."""
     disk_assumption: str
     stages: tuple[StageCost, ...]
+    """On this machine's processor."""
+    search_on_gpu: StageCost | None
+    """Instead of `search`, where there is a GPU; None where a GPU has not been measured for this format."""
 
     @property
     def hours(self) -> Range:
@@ -67,7 +70,13 @@ def making_of(output: OutputSize, subject: Subject, machine: Machine) -> Making:
             *_quantize(output, weights),
             _cores("evaluate", 2 * weights * (facts.READ_S + facts.RUN_S), "original and output, 24 x 512 tokens"),
         ),
+        search_on_gpu=None if output.format.startswith("gguf:") else _search_on_gpu(weights),
     )
+
+
+def _search_on_gpu(weights: int) -> StageCost:
+    hours = facts.SEARCH_ON_GPU_S * (weights / 3600)
+    return StageCost("search on a GPU", hours, f"{SEARCHED}; {facts.MEASURED_ON_GPU_IN}")
 
 
 def _scan(weights: int, source_bytes: int, machine: Machine) -> StageCost:

@@ -63,7 +63,7 @@ def _range(values: Range) -> str:
 def _table(title: str, *headings: str, left: int = 1) -> Table:
     table = Table(title=title, title_justify="left")
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < left else "right", overflow="fold")
+        table.add_column(heading, justify="left" if number < left else "right", overflow="fold", no_wrap=number == 0)
     return table
 
 
@@ -104,6 +104,9 @@ def _duration(hours: Range) -> str:
 def _assumptions(forecast: Forecast) -> Iterator[str]:
     stages = {stage.name: stage.assumption for making in forecast.makings for stage in making.stages}
     yield from (f"{name}: {assumption}" for name, assumption in stages.items())
+    on_gpu = next((making.search_on_gpu for making in forecast.makings if making.search_on_gpu), None)
+    if on_gpu is not None:
+        yield f"{on_gpu.name}: {_duration(on_gpu.hours)} instead of the search above ({on_gpu.assumption})"
     yield f"memory: {forecast.makings[0].memory_assumption}"
     yield f"disk: {forecast.makings[0].disk_assumption}"
 

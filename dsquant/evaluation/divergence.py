@@ -7,7 +7,7 @@ Shape legend: N samples, T tokens of a sample, H hidden size, R rows (tokens, on
 vocabulary, K likeliest tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -167,19 +167,25 @@ def score(
     num_rows = len(targets_R)
     device = targets_R.device
     pairs = [(_Sums(num_rows, device), _Sums(num_rows, device)) for _ in candidates]
-    heads = (original, *candidates)
-    for parts in zip(*(table_parts(head.weights, head.name) for head in heads), strict=True):
-        start = parts[0][0]
-        observer([table_VH for _, table_VH in parts])
+    for start, tables in _tables((original, *candidates)):
+        observer(tables)
         for first in range(0, num_rows, ROWS_AT_ONCE):
             rows = slice(first, min(first + ROWS_AT_ONCE, num_rows))
             numbers_R = torch.arange(rows.start, rows.stop)
-            wanted_RV = (original.hidden.rows(numbers_R) @ parts[0][1].T).double()
-            for head, (_, table_VH), (forward, reverse) in zip(candidates, parts[1:], pairs, strict=True):
+            wanted_RV = (original.hidden.rows(numbers_R) @ tables[0].T).double()
+            for head, table_VH, (forward, reverse) in zip(candidates, tables[1:], pairs, strict=True):
                 found_RV = (head.hidden.rows(numbers_R) @ table_VH.T).double()
                 forward.add(rows, start, wanted_RV, found_RV, targets_R[rows])
                 reverse.add(rows, start, found_RV, wanted_RV, targets_R[rows])
     return [_row_scores(forward, reverse) for forward, reverse in pairs]
+
+
+def _tables(heads: Sequence[Head]) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """The parts of all heads' tables with their first row; heads with the same weights share what is read."""
+    models = {id(head.weights): table_parts(head.weights, head.name) for head in heads}
+    for parts in zip(*models.values(), strict=True):
+        read = dict(zip(models, (table_VH for _, table_VH in parts), strict=True))
+        yield parts[0][0], [read[id(head.weights)] for head in heads]
 
 
 def _row_scores(original: _Sums, candidate: _Sums) -> RowScores:

@@ -9,7 +9,7 @@ import torch
 
 from dsquant.evaluation.divergence import TokenScores
 from dsquant.evaluation.results import WeightError
-from dsquant.evaluation.weights import relative_error
+from dsquant.evaluation.weights import in_parts, relative_error
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Distance:
 
     def add(self, original: torch.Tensor, candidate: torch.Tensor) -> None:
         """Takes a part of both in."""
-        self.error += float((candidate - original).double().square().sum())
-        self.size += float(original.double().square().sum())
+        for wanted, found in zip(in_parts(original), in_parts(candidate), strict=True):
+            self.error += float((found - wanted).double().square_().sum())
+            self.size += float(wanted.double().square_().sum())
 
     @property
     def relative(self) -> float:

@@ -104,8 +104,7 @@ def weight_error(
     """
     weights_I = None if moments is None else moments.sum_I
     plain, weighted = [0.0, 0.0], [0.0, 0.0]
-    rows = max(1, ELEMENTS_AT_ONCE // max(1, math.prod(original.shape[1:])))
-    for wanted, found in zip(original.split(rows), candidate.split(rows), strict=True):
+    for wanted, found in zip(in_parts(original), in_parts(candidate), strict=True):
         for number, values in enumerate((found - wanted, wanted)):
             squares = values.double().square_()
             plain[number] += float(squares.sum())
@@ -113,10 +112,17 @@ def weight_error(
     return WeightError(name, layer, relative_error(*plain), None if weights_I is None else relative_error(*weighted))
 
 
+def in_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A tensor's rows, as many at once as may be in memory in float64."""
+    return tensor.split(max(1, ELEMENTS_AT_ONCE // max(1, math.prod(tensor.shape[1:]))))
+
+
 def relative_error(error: float, size: float) -> float:
-    """The root of a ratio of sums of squares; 0 where both are 0, infinite where only `size` is."""
+    """The root of a ratio of sums of squares; 0 for 0 / 0, infinite for anything else over 0 and for NaN."""
+    if not (math.isfinite(error) and math.isfinite(size)):
+        return math.inf
     if size == 0:
-        return 0.0 if error == 0 else float("inf")
+        return 0.0 if error == 0 else math.inf
     return (error / size) ** 0.5
 
 

@@ -118,7 +118,7 @@ def _affine_search(weight_WN: torch.Tensor, weights_WN: torch.Tensor, steps: int
     mean_N = (weights_WN * unit_WN).sum(0)
     centred_WN = unit_WN - mean_N
     # A line that would start above zero starts at zero: offsets are not negative.
-    above_N = mean_N + low_N / safe_range_N
+    above_N = (mean_N + low_N / safe_range_N).clamp_(min=0)
     best_N, slope_N, best_code_N = (
         torch.zeros_like(mean_N),
         torch.full_like(mean_N, 1 / steps),

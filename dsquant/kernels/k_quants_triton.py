@@ -50,13 +50,15 @@ def quantize(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor) 
     stored_RN = torch.empty(num_rows, num_columns // block * size, dtype=torch.uint8, device=rows_RI.device)
     num_supers = triton.cdiv(rows_RI.numel(), k_quants.SUPER_BLOCK)
     grid = (triton.cdiv(num_supers, SUPER_BLOCKS),)
+    # Said outright: the default, and with it the last bits, changes between releases of Triton.
+    options = {"num_warps": WARPS, "enable_fp_fusion": True}
     if type_name == "Q8_0":
-        _q8_0[grid](rows_RI, stored_RN, rows_RI.numel() // 32, SUPER_BLOCKS * 8, num_warps=WARPS)
+        _q8_0[grid](rows_RI, stored_RN, rows_RI.numel() // 32, SUPER_BLOCKS * 8, **options)
     elif type_name == "Q6_K":
-        _q6_k[grid](rows_RI, importance_I, stored_RN, num_columns, num_supers, SUPER_BLOCKS, num_warps=WARPS)
+        _q6_k[grid](rows_RI, importance_I, stored_RN, num_columns, num_supers, SUPER_BLOCKS, **options)
     else:
         high = type_name == "Q5_K"
-        _affine[grid](rows_RI, importance_I, stored_RN, num_columns, num_supers, SUPER_BLOCKS, high, num_warps=WARPS)
+        _affine[grid](rows_RI, importance_I, stored_RN, num_columns, num_supers, SUPER_BLOCKS, high, **options)
     return stored_RN
 
 
@@ -126,7 +128,7 @@ def _affine_search(weight_NW, weights_NW, N: tl.constexpr, STEPS: tl.constexpr):
     unit_NW = (weight_NW - low_N[:, None]) / safe_range_N[:, None]
     mean_N = tl.sum(weights_NW * unit_NW, 1)
     centred_NW = unit_NW - mean_N[:, None]
-    above_N = mean_N + low_N / safe_range_N
+    above_N = tl.maximum(mean_N + low_N / safe_range_N, 0.0)
     best_N = tl.zeros([N], tl.float32)
     slope_N = tl.full([N], 1 / STEPS, tl.float32)
     best_code_N = tl.zeros([N], tl.float32)

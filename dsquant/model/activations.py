@@ -74,6 +74,15 @@ class Activations:
         """Tokens of all samples."""
         return self._values_RH.shape[0]
 
+    @property
+    def in_a_file(self) -> bool:
+        """Whether a file is behind it."""
+        return self._map is not None
+
+    def stored(self, start: int, stop: int) -> torch.Tensor:
+        """Samples start..stop-1 themselves, as they are stored."""
+        return self._values_NTH[start:stop]
+
     def prefetch(self, start: int, stop: int) -> None:
         """Begins to read samples that a GPU wants next, into page-locked memory; elsewhere does nothing."""
         if self._map is None or self.device.type != "cuda" or start >= stop:
@@ -112,9 +121,9 @@ class Activations:
         self._values_RH[self._local(rows_R)] += values_RH.to(self._values_RH)
         self._release(values_RH)
 
-    def recorder(self) -> Callable[[torch.Tensor], None]:
+    def recorder(self, first_row: int = 0) -> Callable[[torch.Tensor], None]:
         """Returns a function that stores each call's rows [r, H] behind those of the calls before."""
-        next_row = 0
+        next_row = first_row
 
         def record(values_RH: torch.Tensor) -> None:
             nonlocal next_row
@@ -124,17 +133,20 @@ class Activations:
 
         return record
 
-    def save(self, path: Path) -> None:
-        """Writes everything to a file that `in_file` opens; when this returns it is on disk.
+    def save(self, path: Path, samples: tuple[int, int]) -> None:
+        """Writes samples to their place in a file that `in_file` opens; when this returns they are on disk.
 
         Args:
-            path: the file; what was in it is gone.
+            path: the file, which may be there already.
+            samples: the first, and the one behind the last.
         """
-        dtype = stored_dtype(self.device)
+        dtype, (begin, end) = stored_dtype(self.device), samples
         at_once = max(1, RELEASE_BYTES // (4 * self.shape[1] * self.shape[2]))
-        with path.open("wb") as file:
-            for start in range(0, self.shape[0], at_once):
-                part_NTH = self._values_NTH[start : start + at_once].to(dtype).cpu()
+        path.touch()
+        with path.open("r+b") as file:
+            file.seek(begin * dtype.itemsize * self.shape[1] * self.shape[2])
+            for start in range(begin, end, at_once):
+                part_NTH = self._values_NTH[start : min(start + at_once, end)].to(dtype).cpu()
                 file.write(memoryview(part_NTH.view(-1).view(torch.uint8).numpy().data))
                 file.flush()
                 os.fdatasync(file.fileno())  # the disk works while the next part crosses the bus

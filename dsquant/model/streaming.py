@@ -118,6 +118,8 @@ def run_dense_part(
     stream: Stream,
     batch_samples: int,
     observers: Mapping[str, Observer] | None = None,
+    samples: tuple[int, int] | None = None,
+    after_batch: Callable[[int], None] = lambda stop: None,
 ) -> Routing | None:
     """Runs a layer without its routed experts' contributions.
 
@@ -127,9 +129,11 @@ def run_dense_part(
         stream: its weights, the layer's inputs, and where its outputs go.
         batch_samples: samples that pass together.
         observers: module name -> what gets every input of that module, [rows, features], in the order of samples.
+        samples: the first sample, and the one behind the last; None is all.
+        after_batch: called after every batch with the number of the sample that comes next.
 
     Returns:
-        The routing of all tokens; None where the layer has no experts.
+        The routing of these samples' tokens; None where the layer has no experts.
     """
     indices: list[torch.Tensor] = []
     shares: list[torch.Tensor] = []
@@ -147,14 +151,16 @@ def run_dense_part(
             assert isinstance(tap, RoutingTap)
             tap.sink = note
         position_ids = torch.arange(num_tokens, device=stream.weights.device).unsqueeze(0)
-        for start in range(0, num_samples, batch_samples):
-            stop = min(start + batch_samples, num_samples)
+        begin, end = samples or (0, num_samples)
+        for start in range(begin, end, batch_samples):
+            stop = min(start + batch_samples, end)
             hidden_NTH = stream.inputs.samples(start, stop)
-            stream.inputs.prefetch(stop, min(stop + batch_samples, num_samples))
+            stream.inputs.prefetch(stop, min(stop + batch_samples, end))
             positions = skeleton.model.model.rotary_emb(hidden_NTH, position_ids)
             with torch.no_grad():
                 output = module(hidden_NTH, position_embeddings=positions, position_ids=position_ids)
             stream.outputs.set_samples(start, output)
+            after_batch(stop)
     return Routing(torch.cat(indices), torch.cat(shares)) if indices else None
 
 

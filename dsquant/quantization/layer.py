@@ -6,11 +6,12 @@ the scales that all of them share. The next layer's inputs are the original laye
 Shape legend: N samples, T tokens, H hidden size, R tokens of all samples, E experts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from dsquant.distributed import ALONE, Ranks, Shares
 from dsquant.errors import InputError
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.activations import Activations
@@ -22,6 +23,7 @@ from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup
 from dsquant.quantization.attention import AttentionResult, quantize_attention, round_attention
 from dsquant.quantization.mlp import MlpErrors, MlpInputs, prove_same, quantize_mlp, scaled, search_norm_scales
 from dsquant.quantization.scale import fold_of
+from dsquant.quantization.sharing import SampleStatistics, exchange_contributions, share_routing, share_rows
 from dsquant.quantization.statistics import Importance, InputMoments, InputStatistics
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.source.weights import Weights
@@ -71,6 +73,14 @@ class LayerJob:
     keep_scales: KeepScales = lambda grid, producer, scales: None
     """Gets all scales that are folded in, so that a later release can be quantized under them."""
 
+    ranks: Ranks = ALONE
+    """Who shares the layer. Each emits what it has made; rank 0 has all that is not an MLP."""
+
+    @property
+    def shares(self) -> Shares:
+        """Which rank has which samples."""
+        return Shares(self.inputs.shape[0], self.batch_samples, self.ranks.size)
+
     @property
     def grids(self) -> tuple[Grid, ...]:
         """The grids."""
@@ -119,8 +129,8 @@ def quantize_layer(job: LayerJob) -> LayerReport:
         InputError: where the original's hidden states are not finite.
     """
     job.safe_point(f"{job.layer.prefix}.self_attn")
-    attention_moments, norm_moments, routing = _run_original(job)
-    if not bool(norm_moments.rms_I.isfinite().all()):
+    attention_moments, norm_rms_H, routing = _run_original(job)
+    if not bool(norm_rms_H.isfinite().all()):
         raise InputError(
             f"{job.layer.norm}: the hidden states are not finite here; the weights of this or an earlier layer are out "
             "of any sensible range"
@@ -129,54 +139,64 @@ def quantize_layer(job: LayerJob) -> LayerReport:
     if routing and job.anywhere(job.layer.experts[0].up):
         added = top_up(job.layer, job.weights, job.mlp_inputs, routing)
     inputs = {mlp: _inputs_of(job, mlp, routing, added) for mlp in job.layer.mlps}
-    folds, reports = [], []
+    folds: list[torch.Tensor] = []
+    reports: list[GridReport] = []
     for grid in job.grids:
         report = GridReport()
-        attention = _attention(job, grid, attention_moments, report)
-        if not grid.rounded:
-            _note_attention(job, grid, attention_moments, attention)
-        norm_fold, norm_scales_H = _norm_fold(job, grid, inputs, norm_moments)
-        _emit_dense_part(job, grid, attention, norm_fold, report)
-        for group, scales_I in attention.scales.items():
-            job.keep_scales(grid, group.producer, scales_I)
-        if norm_fold.rows:
-            job.keep_scales(grid, job.layer.norm, norm_scales_H)
+        norm_fold, norm_scales_H = _norm_fold(job, grid, inputs, norm_rms_H)
+        if job.ranks.first:
+            _quantize_dense_part(job, grid, attention_moments, norm_fold, report)
+            if norm_fold.rows:
+                job.keep_scales(grid, job.layer.norm, norm_scales_H)
         folds.append(norm_scales_H)
         reports.append(report)
-    errors: list[list[MlpErrors]] = [[] for _ in job.grids]
-    for number, mlp in enumerate(job.layer.mlps):
-        job.safe_point(mlp.up.rsplit(".", 1)[0])
-        _quantize_mlp(job, mlp, number, inputs[mlp], folds, routing, errors, reports)
-    for report, found in zip(reports, errors, strict=True):
-        _sum_up(report, found)
+    found = _quantize_mlps(job, inputs, folds, routing)
+    reports = job.ranks.once(lambda: reports)
+    for place, report in enumerate(reports):
+        _sum_up(report, [outcomes[place] for outcomes in found])
     counts = routing.counts(len(job.layer.experts)).tolist() if routing else []
     return LayerReport(counts, {expert: len(rows_R) for expert, rows_R in added.items()}, reports)
 
 
-def _run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], InputMoments, Routing | None]:
-    """The original's dense part: fills outputs (still without experts) and mlp_inputs, collects statistics."""
-    device = job.weights.device
+def _run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], torch.Tensor, Routing | None]:
+    """The original's dense part: fills outputs (still without experts) and mlp_inputs, collects statistics.
+
+    Returns the moments of attention's inputs (on rank 0), the root mean square of the MLPs' input [H] and the routing.
+    """
+    device, ranks, shares = job.weights.device, job.ranks, job.shares
+    num_tokens, own = job.inputs.shape[1], shares.samples(job.ranks.rank)
     statistics = {
-        group: InputStatistics(job.weights.shape(f"{group.consumers[0]}.weight")[1], job.seed, device)
+        group: SampleStatistics(job.weights.shape(f"{group.consumers[0]}.weight")[1], job.seed, device, ranks, shares)
         for group in job.layer.attention
         if job.anywhere(group.consumers[0])
     }
-    norm_statistics = InputStatistics(job.inputs.shape[2], job.seed, device)
+    norm_statistics = SampleStatistics(job.inputs.shape[2], job.seed, device, ranks, shares)
     observers: dict[str, Observer] = {
         group.consumers[0]: group_statistics.add for group, group_statistics in statistics.items()
     }
-    record = job.mlp_inputs.recorder()
+    record = job.mlp_inputs.recorder(own[0] * num_tokens)
+    chunk_ends = {stop for _, stop in shares.chunks(ranks.rank)}
 
     def note_mlp_inputs(inputs_RH: torch.Tensor) -> None:
         record(inputs_RH)
         norm_statistics.add(inputs_RH)
 
+    def after_batch(stop: int) -> None:
+        for collected in (*statistics.values(), norm_statistics):
+            if stop in chunk_ends:
+                collected.end_chunk()
+
     observers[f"{job.layer.prefix}.mlp"] = note_mlp_inputs
     stream = Stream(job.weights, job.inputs, job.outputs)
-    with fast_matmuls(device):
-        routing = run_dense_part(job.skeleton, job.layer, stream, job.batch_samples, observers)
-    moments = {group: group_statistics.moments() for group, group_statistics in statistics.items()}
-    return moments, norm_statistics.moments(), routing
+    routing = None
+    if own[0] < own[1]:
+        with fast_matmuls(device):
+            routing = run_dense_part(job.skeleton, job.layer, stream, job.batch_samples, observers, own, after_batch)
+    moments = {group: group_statistics.moments(num_tokens) for group, group_statistics in statistics.items()}
+    norm_rms_H = norm_statistics.moments(num_tokens).rms_I
+    ranks.broadcast(norm_rms_H)
+    share_rows(job.mlp_inputs, ranks, shares)
+    return moments, norm_rms_H, share_routing(routing, ranks, device)
 
 
 def top_up(layer: DecoderLayer, weights: Weights, mlp_inputs: Activations, routing: Routing) -> dict[int, torch.Tensor]:
@@ -214,6 +234,18 @@ def _inputs_of(job: LayerJob, mlp: Mlp, routing: Routing | None, added: dict[int
     assert routing is not None
     own_R, _ = routing.tokens_of(mlp.expert)
     return MlpInputs(job.mlp_inputs, torch.cat([own_R, added.get(mlp.expert, own_R[:0])]))
+
+
+def _quantize_dense_part(
+    job: LayerJob, grid: Grid, moments: dict[ScaleGroup, InputMoments], norm_fold: Fold, report: GridReport
+) -> None:
+    """Quantizes attention and emits all that changes outside the MLPs."""
+    attention = _attention(job, grid, moments, report)
+    if not grid.rounded:
+        _note_attention(job, grid, moments, attention)
+    _emit_dense_part(job, grid, attention, norm_fold, report)
+    for group, scales_I in attention.scales.items():
+        job.keep_scales(grid, group.producer, scales_I)
 
 
 def _attention(
@@ -270,7 +302,7 @@ def _few_samples(job: LayerJob, weights: Weights) -> tuple[torch.Tensor, Routing
 
 
 def _norm_fold(
-    job: LayerJob, grid: Grid, inputs: dict[Mlp, MlpInputs], norm_moments: InputMoments
+    job: LayerJob, grid: Grid, inputs: dict[Mlp, MlpInputs], norm_rms_H: torch.Tensor
 ) -> tuple[Fold, torch.Tensor]:
     """The fold of the norm before the MLPs, and its scales [H]; identity where no MLP is quantized."""
     layer = job.layer
@@ -284,10 +316,11 @@ def _norm_fold(
         job.weights,
         [(mlp, inputs[mlp]) for mlp in judges],
         job.weights[f"{layer.norm}.weight"],
-        norm_moments.rms_I,
+        norm_rms_H,
         grid,
         layer.router is not None,
         job.seed,
+        job.ranks,
     )
     consumers = tuple(linear for mlp in layer.mlps for linear in (mlp.gate, mlp.up))
     followers = () if layer.router is None else (layer.router,)
@@ -319,47 +352,63 @@ def _emit_dense_part(
             job.emit(grid, name, folded[name])
 
 
+@dataclass(frozen=True)
+class _MlpOutcome:
+    """What quantizing an MLP onto one grid cost; nothing where it is not quantized."""
+
+    errors: MlpErrors | None = None
+    weight_errors: dict[str, float] = field(default_factory=dict)
+
+
+def _quantize_mlps(
+    job: LayerJob, inputs: dict[Mlp, MlpInputs], norm_scales: list[torch.Tensor], routing: Routing | None
+) -> list[list[_MlpOutcome]]:
+    """Runs, quantizes and emits the MLPs, each rank one of them at a time; returns MLP -> grid -> what it cost."""
+    mlps, ranks = job.layer.mlps, job.ranks
+    own: list[list[_MlpOutcome]] = []
+    for begin in range(0, len(mlps), ranks.size):
+        number, original = begin + ranks.rank, None
+        if number < len(mlps):
+            job.safe_point(mlps[number].up.rsplit(".", 1)[0])
+            original = GatedWeights.read(job.weights, mlps[number])
+            ahead = mlps[number + ranks.size :: ranks.size][:MLPS_AHEAD]
+            job.weights.prefetch([f"{linear}.weight" for mlp in ahead for linear in mlp.linears])
+        if routing is not None:
+            _add_contributions(job, mlps[begin : begin + ranks.size], original, routing)
+        if original is not None:
+            own.append(_quantize_mlp(job, number, original, inputs[mlps[number]], norm_scales))
+    parts = ranks.gather(own)
+    return [parts[number % ranks.size][number // ranks.size] for number in range(len(mlps))]
+
+
 def _quantize_mlp(
-    job: LayerJob,
-    mlp: Mlp,
-    number: int,
-    inputs: MlpInputs,
-    norm_scales: list[torch.Tensor],
-    routing: Routing | None,
-    errors: list[list[MlpErrors]],
-    reports: list[GridReport],
-) -> None:
-    """Runs one MLP of the original, quantizes it onto every grid, emits it and notes its errors for each grid."""
-    original = GatedWeights.read(job.weights, mlp)
-    job.weights.prefetch([f"{linear}.weight" for ahead in _next_mlps(job.layer, number) for linear in ahead.linears])
-    if mlp.expert is not None:
-        assert routing is not None
-        _add_contribution(job, original, *routing.tokens_of(mlp.expert))
+    job: LayerJob, number: int, original: GatedWeights, inputs: MlpInputs, norm_scales: list[torch.Tensor]
+) -> list[_MlpOutcome]:
+    """Quantizes one MLP onto every grid and emits it; returns what it cost on each grid."""
+    mlp, outcomes = job.layer.mlps[number], list[_MlpOutcome]()
     moments = _moments(job, original, inputs, job.seed + number) if job.anywhere(mlp.up) else None
-    for grid, norm_scales_H, found, report in zip(job.grids, norm_scales, errors, reports, strict=True):
+    for grid, norm_scales_H in zip(job.grids, norm_scales, strict=True):
         if moments is None or mlp.up not in job.linears[grid]:
             if job.linears[grid]:
                 unscaled = scaled(original, norm_scales_H, original.up_WH.new_ones(len(original.up_WH)))
                 _emit_folded(job, grid, mlp, unscaled)
+            outcomes.append(_MlpOutcome())
             continue
         result = quantize_mlp(job.skeleton, mlp, original, inputs, moments, norm_scales_H, grid)
-        found.append(result.errors)
+        outcomes.append(_MlpOutcome(result.errors))
         if not result.errors.plain:
             job.keep_scales(grid, mlp.up, result.up_scales_W)
         if grid.rounded:
             parts = (result.folded.gate_WH, result.folded.up_WH, result.folded.down_HW)
             for (linear, quantized), folded in zip(result.linears.items(), parts, strict=True):
                 job.emit(grid, linear, quantized)
-                report.weight_errors[linear] = quantized.relative_error(folded)
+                outcomes[-1].weight_errors[linear] = quantized.relative_error(folded)
             continue
         of_input, of_hidden = (part.importance for part in result.moments)
         for linear, importance in zip(mlp.linears, (of_input, of_input, of_hidden), strict=True):
             job.note(grid, linear, importance)
         _emit_folded(job, grid, mlp, result.folded)
-
-
-def _next_mlps(layer: DecoderLayer, number: int) -> tuple[Mlp, ...]:
-    return layer.mlps[number + 1 : number + 1 + MLPS_AHEAD]
+    return outcomes
 
 
 def _emit_folded(job: LayerJob, grid: Grid, mlp: Mlp, folded: GatedWeights) -> None:
@@ -367,11 +416,26 @@ def _emit_folded(job: LayerJob, grid: Grid, mlp: Mlp, folded: GatedWeights) -> N
         job.emit(grid, f"{linear}.weight", weight)
 
 
-def _add_contribution(job: LayerJob, original: GatedWeights, rows_R: torch.Tensor, share_R: torch.Tensor) -> None:
+def _add_contributions(job: LayerJob, turn: Sequence[Mlp], original: GatedWeights | None, routing: Routing) -> None:
+    """Adds what a turn's experts, one for each rank, contribute to the outputs of the tokens that reach them."""
+    expert = None if original is None else turn[job.ranks.rank].expert
+    parts = _contribution(job, original, *routing.tokens_of(expert)) if original and expert is not None else iter(())
+    if job.ranks.size == 1:
+        for part_R, output_RH in parts:
+            job.outputs.add_rows(part_R, output_RH)
+        return
+    none_RH = torch.empty(0, job.inputs.shape[2], device=job.weights.device)
+    own_RH = torch.cat([none_RH, *(output_RH for _, output_RH in parts)])
+    exchange_contributions(job.outputs, turn, own_RH, routing, job.ranks, job.shares)
+
+
+def _contribution(
+    job: LayerJob, original: GatedWeights, rows_R: torch.Tensor, share_R: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for part_R, part_share_R in zip(rows_R.split(ROWS_AT_ONCE), share_R.split(ROWS_AT_ONCE), strict=True):
         with fast_matmuls(job.weights.device):
             output_RH = original.output(job.skeleton, job.mlp_inputs.rows(part_R))
-        job.outputs.add_rows(part_R, output_RH.mul_(part_share_R.unsqueeze(1)))
+        yield part_R, output_RH.mul_(part_share_R.unsqueeze(1))
 
 
 def _moments(job: LayerJob, original: GatedWeights, inputs: MlpInputs, seed: int) -> tuple[InputMoments, InputMoments]:
@@ -385,7 +449,10 @@ def _moments(job: LayerJob, original: GatedWeights, inputs: MlpInputs, seed: int
     return of_input.moments(), of_hidden.moments()
 
 
-def _sum_up(report: GridReport, results: list[MlpErrors]) -> None:
+def _sum_up(report: GridReport, outcomes: list[_MlpOutcome]) -> None:
+    for outcome in outcomes:
+        report.weight_errors |= outcome.weight_errors
+    results = [outcome.errors for outcome in outcomes if outcome.errors is not None]
     if not results:
         return
     energy = sum(result.energy for result in results) or 1.0

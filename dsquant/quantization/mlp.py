@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dsquant.distributed import Ranks
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
@@ -83,6 +84,7 @@ def search_norm_scales(
     grid: Grid,
     exact: bool,
     seed: int,
+    ranks: Ranks,
 ) -> ScaleChoice:
     """Finds the scales of the norm that feeds a layer's MLPs.
 
@@ -96,6 +98,7 @@ def search_norm_scales(
         exact: whether something unquantized (the router) reads the norm; scales are then powers of two, so that it
             stays exact in its storage type.
         seed: of the statistics.
+        ranks: they share the MLPs.
 
     Returns:
         The scales with the least summed error, where the MLPs' own outputs agree that they are better than none.
@@ -105,13 +108,20 @@ def search_norm_scales(
     del ups
     scales_CI = powers_of_two(wanted_CI) if exact else torch.stack([foldable_scales(s_I, norm_I) for s_I in wanted_CI])
     scales_CI[0] = 1
-    losses_C = torch.zeros(len(scales_CI), dtype=torch.float64, device=activation_I.device)
-    for mlp, inputs in mlps:
+    ranks.broadcast(scales_CI)
+
+    def losses(judge: tuple[Mlp, MlpInputs]) -> list[torch.Tensor]:
+        mlp, inputs = judge
         moments = inputs.moments(seed)
-        for linear in (mlp.gate, mlp.up):
-            losses_C += moments.count * scale_losses(weights[f"{linear}.weight"], scales_CI, grid, moments)
+        gate, up = (weights[f"{linear}.weight"] for linear in (mlp.gate, mlp.up))
+        return [(moments.count * scale_losses(weight, scales_CI, grid, moments)).cpu() for weight in (gate, up)]
+
+    losses_C = torch.zeros(len(scales_CI), dtype=torch.float64)
+    for found in ranks.spread(losses, mlps):
+        for losses_of_one_C in found:
+            losses_C += losses_of_one_C
     best = int(losses_C.argmin())
-    if best and not _outputs_improve(skeleton, weights, mlps[:8], scales_CI[best], grid):
+    if best and not _outputs_improve(skeleton, weights, mlps[:8], scales_CI[best], grid, ranks):
         best = 0
     return ScaleChoice(scales_CI[best], float(losses_C[0]), float(losses_C[best]))
 
@@ -122,24 +132,27 @@ def _outputs_improve(
     mlps: list[tuple[Mlp, MlpInputs]],
     scales_I: torch.Tensor,
     grid: Grid,
+    ranks: Ranks,
 ) -> bool:
     """Whether gate and up rounded under the scales bring the MLPs' outputs nearer than rounded without."""
-    plain_error = scaled_error = 0.0
-    for mlp, inputs in mlps:
+
+    def errors(judge: tuple[Mlp, MlpInputs]) -> tuple[float, float]:
+        mlp, inputs = judge
         original = GatedWeights.read(weights, mlp)
         inputs_RH = inputs.few()
         wanted_RH = original.output(skeleton, inputs_RH)
-        for scales in (torch.ones_like(scales_I), scales_I):
+
+        def error(scales: torch.Tensor) -> float:
             gate, up = (
                 fake_quantize(weight * scales, grid).div_(scales) for weight in (original.gate_WH, original.up_WH)
             )
             found_RH = GatedWeights(gate, up, original.down_HW).output(skeleton, inputs_RH)
-            error = float((found_RH - wanted_RH).square().double().sum())
-            if scales is scales_I:
-                scaled_error += error
-            else:
-                plain_error += error
-    return scaled_error < plain_error
+            return float((found_RH - wanted_RH).square().double().sum())
+
+        return error(torch.ones_like(scales_I)), error(scales_I)
+
+    plain, under_scales = zip(*ranks.spread(errors, mlps), strict=True)
+    return sum(under_scales) < sum(plain)
 
 
 @dataclass(frozen=True)

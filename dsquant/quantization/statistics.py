@@ -3,6 +3,7 @@
 Shape legend: R tokens, I in features, O out features, G blocks of B channels, K rows of the factor.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,36 @@ class InputStatistics:
             self._blocks_GBB.baddbmm_(inputs_GRB.transpose(1, 2), inputs_GRB)
             self._add_to_factor(inputs_RI)
         self.count += len(inputs_RI)
+
+    def merge(self, other: "InputStatistics") -> None:
+        """Takes another's sums into these, as if its tokens came now."""
+        if self._gram_II is not None and other._gram_II is not None:
+            self._gram_II += other._gram_II
+        else:
+            self._blocks_GBB += other._blocks_GBB
+            if other.count <= FACTOR_ROWS:
+                self._add_to_factor(other._factor_KI)
+            else:
+                if self.count <= FACTOR_ROWS:
+                    self._factor_KI = self._combined(self._factor_KI)
+                self._factor_KI += other._factor_KI
+        self.count += other.count
+
+    def travel(self, count: int, carry: Callable[[torch.Tensor], None]) -> None:
+        """Lets the sums pass between processes, which all call this.
+
+        Args:
+            count: the tokens behind the sums.
+            carry: called with each tensor; the receivers' are overwritten.
+        """
+        if self.count != count:  # here they arrive
+            self.count = count
+            self._factor_KI = self._factor_KI.new_zeros(min(count, FACTOR_ROWS), self._factor_KI.shape[1])
+        if self._gram_II is not None:
+            carry(self._gram_II)
+        else:
+            carry(self._blocks_GBB)
+            carry(self._factor_KI)
 
     def _add_to_factor(self, inputs_RI: torch.Tensor) -> None:
         if self.count + len(inputs_RI) <= FACTOR_ROWS:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dsquant.errors import UsageError
 from dsquant.jobs import write_atomically
 from dsquant.releases.recipe import ReleaseRecipe
-from dsquant.telemetry import Report
+from dsquant.telemetry import Progress, Report
 
 if TYPE_CHECKING:
     from dsquant.evaluation.gates import Gates
@@ -125,12 +125,13 @@ def _summary(candidate: "Candidate") -> dict[str, Any]:
     }
 
 
-def decide_gates(gates: "Gates", build: Path) -> dict[str, Any]:
+def decide_gates(gates: "Gates", build: Path, report: Report) -> dict[str, Any]:
     """Decides the gates on what the evaluation has measured, and writes the report with the outcomes.
 
     Args:
         gates: the gates.
         build: the folder with the report.
+        report: is told which passed.
 
     Returns:
         The verdict and every outcome, in words.
@@ -154,6 +155,12 @@ def decide_gates(gates: "Gates", build: Path) -> dict[str, Any]:
     )
     decided = dataclasses.replace(evaluation, candidates=candidates)
     _write(decided, build)
+    passed: dict[str, bool] = {}
+    for candidate in candidates:
+        for gate in candidate.gates:
+            name = " ".join(filter(None, (candidate.name, gate.metric, gate.text)))
+            passed[name] = passed.get(name, True) and gate.verdict == "pass"
+    report(Progress("evaluate", 1, 1, "gates", gates=passed))
     raise_verdict(decided)
     outcomes = [f"{candidate.name}: {gate.message}" for candidate in candidates for gate in candidate.gates]
     return {"verdict": decided.verdict, "outcomes": outcomes}

@@ -81,7 +81,8 @@ def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str 
     inputs = inputs_of(recipe)
     key = key_of(recipe.hash, inputs)
     check_publishable(recipe)
-    work = recipe.output.absolute().parent / f".{recipe.output.name}.dsquant"
+    output = recipe.output.resolve()  # beside the folder itself, where a link names it: renames stay on its disk
+    work = output.parent / f".{output.name}.dsquant"
     work.mkdir(parents=True, exist_ok=True)
     with exclusive(work, recipe.output):
         if _is_published(recipe, key):  # by the run that held the lock until now
@@ -89,7 +90,7 @@ def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str 
         stage = ["prepare"]
         try:
             _run(recipe, inputs, key, work, report, stage)
-        except (DsquantError, OSError) as error:
+        except Exception as error:
             _after_failure(recipe, recipe_name, work, stage[-1], error)
             if isinstance(error, Interrupted):
                 words = str(error).replace("go on with --resume", "run the same recipe again to go on")

@@ -50,9 +50,13 @@ def check_publishable(recipe: ReleaseRecipe) -> None:
     Raises:
         InputError: where the output holds something that no `dsquant run` published.
     """
-    output = recipe.output
+    output = recipe.output.resolve()
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file; name a folder to publish")
+    if output.exists() and output.stat().st_dev != output.parent.stat().st_dev:
+        raise InputError(
+            f"{output} is where another file system is mounted, and results come there by a rename; name a folder in it"
+        )
     if not output.exists() or not any(output.iterdir()):
         return
     if recipe.publish == "rename" and read_release(output) is None:
@@ -82,11 +86,11 @@ def publish(recipe: ReleaseRecipe, build: Path | None, key: str) -> None:
     Raises:
         InputError: where an older result cannot be exchanged in one step here.
     """
+    output = recipe.output.resolve()
     if recipe.publish == "symlink":
-        _switch_link(recipe.output, build, key)
+        _switch_link(output, build, key)
         return
     assert build is not None
-    output = recipe.output
     if output.exists() and any(output.iterdir()):
         _exchange(build, output)
         sync_folder(output.parent)

@@ -65,7 +65,7 @@ def stages_of(shop: Workshop) -> list[Stage]:
         stages.append(Stage("evaluate", evaluated, partial(_evaluate, shop, gates)))
         if gates is not None:
             key = key_of(evaluated, gates.model_dump(mode="json"))
-            stages.append(Stage("gate", key, partial(_gate, gates, shop.build)))
+            stages.append(Stage("gate", key, partial(_gate, shop, gates)))
     return stages
 
 
@@ -117,8 +117,8 @@ def _evaluate(shop: Workshop, gates: "Gates | None", _: bool) -> dict[str, Any]:
     return evaluate_outputs(shop.recipe, gates, _folders(shop), shop.build, shop.report)
 
 
-def _gate(gates: "Gates", build: Path, _: bool) -> dict[str, Any]:
-    return decide_gates(gates, build)
+def _gate(shop: Workshop, gates: "Gates", _: bool) -> dict[str, Any]:
+    return decide_gates(gates, shop.build, shop.report)
 
 
 def _folders(shop: Workshop) -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -30,12 +30,15 @@ def all_finite(values: torch.Tensor) -> bool:
     return not bool(((values.view(integer) & mask) == mask).any())
 
 
-def scan(index: ShardIndex, after_tensor: Callable[[str], None]) -> dict[str, str]:
+def scan(
+    index: ShardIndex, after_tensor: Callable[[str], None], tensors: Collection[TensorInfo] | None = None
+) -> dict[str, str]:
     """Reads every tensor once.
 
     Args:
         index: the checkpoint.
         after_tensor: called with each finished tensor's name, from the calling thread; may raise to stop.
+        tensors: those to read; None is all.
 
     Returns:
         Tensor name -> SHA-256 of its stored bytes, hexadecimal.
@@ -46,9 +49,8 @@ def scan(index: ShardIndex, after_tensor: Callable[[str], None]) -> dict[str, st
     hashes = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
-            for info, found in zip(
-                index.values(), pool.map(lambda info: scan_tensor(index, info), index.values()), strict=True
-            ):
+            infos = index.values() if tensors is None else tensors
+            for info, found in zip(infos, pool.map(lambda info: scan_tensor(index, info), infos), strict=True):
                 hashes[info.name] = found
                 after_tensor(info.name)
         except BaseException:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,21 +119,28 @@ def _split(tensors: Sequence[StoredTensor], max_bytes: int) -> list[list[StoredT
 
 
 class ShardFile:
-    """A planned shard being written; its tensors may come in any order, each row once and in ascending order."""
+    """A planned shard being written; its tensors may come in any order, each row once and in ascending order.
 
-    def __init__(self, folder: Path, plan: Shard) -> None:
-        """Begins the file under its temporary name.
+    Several processes may write into one shard, each of them whole tensors.
+    """
+
+    def __init__(self, folder: Path, plan: Shard, begins: bool = True) -> None:
+        """Begins the file under its temporary name, or joins the process that has begun it.
 
         Args:
             folder: where it goes.
             plan: what it will hold.
+            begins: whether this process begins it, names it when it is whole and removes it when it is given up.
         """
         self.plan = plan
         self._path = folder / plan.file_name
         self._partial = folder / (plan.file_name + PARTIAL)
-        self._file = self._partial.open("wb")
+        self._begins = begins
         header = plan.header
-        self._file.write(header)
+        if begins:
+            self._partial.unlink(missing_ok=True)  # a process of an earlier run may still have that one open
+            self._partial.write_bytes(header)
+        self._file = self._partial.open("r+b")
         self._unsynced = 0
         self._tensors = {tensor.name: tensor for tensor in plan.tensors}
         self._offsets: dict[str, int] = {}
@@ -169,24 +176,49 @@ class ShardFile:
         self._rows_done[name] += rows.shape[0]
 
     def commit(self) -> dict[str, str]:
-        """Brings the file to disk and gives it its name.
+        """Brings the whole file to disk and gives it its name.
 
         Returns:
             Tensor name -> SHA-256 of its bytes, hexadecimal.
         """
-        for name, tensor in self._tensors.items():
-            assert self._rows_done[name] == tensor.shape[0], f"{name}: {self._rows_done[name]} of {tensor.shape} rows"
+        hashes = self.sync()
+        self.publish(hashes)
+        return hashes
+
+    def sync(self) -> dict[str, str]:
+        """Brings what this process has written to disk.
+
+        Returns:
+            Tensor name -> SHA-256 of its bytes, hexadecimal; those that this process has written.
+        """
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._partial.replace(self._path)
-        sync_folder(self._path.parent)
-        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+        for name, tensor in self._tensors.items():
+            done = self._rows_done[name]
+            assert done in (0, tensor.shape[0]), f"{name}: {done} of {tensor.shape} rows"
+        return {name: self._digests[name].hexdigest() for name in self._tensors if self._wrote(name)}
+
+    def _wrote(self, name: str) -> bool:
+        return self._rows_done[name] == self._tensors[name].shape[0]
+
+    def publish(self, hashes: Collection[str]) -> None:
+        """Gives the file its name.
+
+        Args:
+            hashes: the tensors that all processes have brought to disk.
+        """
+        missing = [name for name in self._tensors if name not in hashes]
+        assert not missing, f"{self._path}: {missing[:3]} are not written"
+        if self._begins:
+            self._partial.replace(self._path)
+            sync_folder(self._path.parent)
 
     def discard(self) -> None:
         """Removes the unfinished file; does nothing after `commit`."""
         self._file.close()
-        self._partial.unlink(missing_ok=True)
+        if self._begins:
+            self._partial.unlink(missing_ok=True)
 
 
 def write_index(folder: Path, plan: ShardPlan) -> None:

@@ -1,0 +1,272 @@
+"""Several ranks - processes, each with a GPU of its own, on one machine or on several - that do one job together.
+
+    accelerate launch --num_processes 8 -m dsquant.cli awq MODEL --output DIR
+    torchrun --nproc-per-node 8 -m dsquant.cli awq MODEL --output DIR
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m dsquant.cli awq ...
+
+Every rank runs the dense part of a layer on its share of the calibration samples and quantizes and writes its share of
+the experts. The output folder lies on a file system that all ranks share and see alike: one machine's disk, Lustre,
+GPFS, CephFS; this is checked at the start. The model may lie anywhere, and be a copy on each machine.
+
+The bytes written do not depend on the number of ranks (docs/decisions/0013), given the same kind of processor and the
+same OMP_NUM_THREADS everywhere; torchrun sets it to 1 where it is not set.
+
+Rank 0 alone holds the folder's lock and writes the journal. A unit counts once all its parts are on disk, so a lost
+rank costs the unit at work: every other rank ends with exit code 75 (at once where a process has died, after
+`SILENCE_S` where a machine has fallen silent), and `--resume` goes on, on any number of ranks.
+
+Memory budgets are for one rank. What is not covered: GGUF targets; more than `CHUNKS` ranks in a layer's dense part;
+attention's own search and the evaluation at the end, which rank 0 does alone.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from dsquant.errors import DsquantError, InputError, Interrupted
+
+# Samples are summed in this many chunks, whatever the number of ranks, and the chunks' sums in their order.
+CHUNKS = 16
+# A rank that says nothing for so long is lost; the search of one layer's attention or of one expert takes less.
+SILENCE_S = 30 * 60
+# While one rank works alone it tells the others this often that it is alive.
+BEAT_S = 20.0
+TOKEN_FILE = "ranks"
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all that do the job, which all call the same methods in the same order."""
+
+    rank: int = 0
+    size: int = 1
+    control: Any = None
+    """The gloo group for everything but tensors on a GPU: it notices a dead process at once."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which holds the lock and writes the journal."""
+        return self.rank == 0
+
+    def gather(self, value: Value) -> list[Value]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with self._exchange():
+            dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def spread(self, function: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
+        """The function's value for every item, in their order; each is computed by one rank."""
+        own = [function(item) for item in items[self.rank :: self.size]]
+        parts = self.gather(own)
+        return [parts[number % self.size][number // self.size] for number in range(len(items))]
+
+    def together(self, function: Callable[[], Value]) -> Value:
+        """Every rank does it, or none: where one fails, all raise the first rank's error."""
+        if self.size == 1:
+            return function()
+        value, error = None, None
+        try:
+            value = function()
+        except DsquantError as found:
+            error = found
+        errors = [found for found in self.gather(error) if found is not None]
+        if errors:
+            raise errors[0]
+        return cast(Value, value)
+
+    def once(self, function: Callable[[], Value]) -> Value:
+        """Rank 0 does it; every rank gets what comes of it, errors as well."""
+        return self.alone(lambda beat: function())
+
+    def alone(self, function: Callable[[Callable[[], None]], Value]) -> Value:
+        """Like `once` for what may take longer than `SILENCE_S`: the function calls what it is given now and then."""
+        if self.size == 1:
+            return function(lambda: None)
+        if not self.first:
+            done, value, error = False, None, None
+            while not done:
+                done, value, error = self._from_first(None)
+            if error is not None:
+                raise error
+            return cast(Value, value)
+        last = time.monotonic()
+
+        def beat() -> None:
+            nonlocal last
+            if time.monotonic() - last > BEAT_S:
+                last = time.monotonic()
+                self._from_first((False, None, None))
+
+        try:
+            value = function(beat)
+        except DsquantError as error:
+            self._from_first((True, None, error))
+            raise
+        self._from_first((True, value, None))
+        return value
+
+    def after_first(self, function: Callable[[], Value]) -> Value:
+        """Rank 0 does it, then all others do."""
+        if self.first:
+            value = function()
+        self.barrier()
+        return value if self.first else function()
+
+    def barrier(self) -> None:
+        """No rank goes on before all are here."""
+        self.gather(None)
+
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
+        """Overwrites a tensor with that of another rank."""
+        if self.size > 1:
+            with self._exchange(tensor):
+                dist.broadcast(_raw(tensor), source)
+
+    def hand_to_first(self, tensor: torch.Tensor, source: int) -> None:
+        """Overwrites rank 0's tensor with that of another rank."""
+        if source == 0:
+            return
+        with self._exchange():
+            if self.rank == source:
+                dist.send(_raw(tensor), 0)
+            elif self.first:
+                dist.recv(_raw(tensor), source)
+
+    def deliver(self, rows_RH: torch.Tensor, to: Sequence[int], come: Sequence[int]) -> torch.Tensor:
+        """Sends rows to all ranks and returns those that come from them.
+
+        Args:
+            rows_RH: float32 [R, H], rank 0's rows first.
+            to: how many of them are for each rank.
+            come: how many come from each rank.
+
+        Returns:
+            float32 [sum of come, H], those from rank 0 first.
+        """
+        found_RH = rows_RH.new_empty(sum(come), rows_RH.shape[1])
+        with self._exchange(rows_RH):
+            dist.all_to_all_single(found_RH, rows_RH.contiguous(), list(come), list(to))
+        return found_RH
+
+    def check_shared(self, folder: Path) -> None:
+        """Refuses a folder that not all ranks see.
+
+        Args:
+            folder: the job's work folder, which rank 0 has made.
+
+        Raises:
+            InputError: naming the rank and its machine.
+        """
+        path = folder / TOKEN_FILE
+        token = self.once(lambda: _new_token(path))
+        seen = path.is_file() and path.read_text() == token
+        for rank, (sees, host) in enumerate(self.gather((seen, socket.gethostname()))):
+            if not sees:
+                raise InputError(
+                    f"{folder.parent}: rank {rank} on {host} does not see this folder as rank 0 does; name an output "
+                    "folder on a file system that all ranks share"
+                )
+
+    def _from_first(self, message: Any) -> Any:
+        box = [message]
+        with self._exchange():
+            dist.broadcast_object_list(box, 0, group=self.control)
+        return box[0]
+
+    @contextmanager
+    def _exchange(self, tensor: torch.Tensor | None = None) -> Iterator[None]:
+        """Turns a lost rank into a stop that can be resumed."""
+        try:
+            if tensor is not None and tensor.is_cuda:  # NCCL would wait for a dead process until its timeout
+                dist.barrier(self.control)
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise Interrupted(
+                f"rank {self.rank} of {self.size}: another rank is lost ({str(error).splitlines()[0][:200]}); finished "
+                "units are kept: go on with --resume, on any number of ranks"
+            ) from error
+
+
+ALONE = Ranks()
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How samples are divided: batches into chunks, whatever the number of ranks, and chunks among ranks."""
+
+    num_samples: int
+    batch_samples: int
+    size: int = 1
+    """How many ranks."""
+
+    def chunks(self, rank: int) -> list[tuple[int, int]]:
+        """A rank's chunks that are not empty, each its first sample and the one behind its last."""
+        begin, end = (-(-edge * CHUNKS // self.size) for edge in (rank, rank + 1))
+        edges = [self._edge(chunk) for chunk in range(begin, end + 1)]
+        return [(start, stop) for start, stop in pairwise(edges) if start < stop]
+
+    def samples(self, rank: int) -> tuple[int, int]:
+        """A rank's samples: the first, and the one behind the last."""
+        begin, end = (-(-edge * CHUNKS // self.size) for edge in (rank, rank + 1))
+        return self._edge(begin), self._edge(end)
+
+    def _edge(self, chunk: int) -> int:
+        num_batches = -(-self.num_samples // self.batch_samples)
+        return min(self.num_samples, chunk * num_batches // CHUNKS * self.batch_samples)
+
+
+def several() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Joins the ranks that accelerate's launcher or torchrun has started.
+
+    Yields:
+        This rank; the only one where no launcher has started this process.
+
+    Raises:
+        Interrupted: where the others do not come.
+    """
+    if not several():
+        yield ALONE
+        return
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a timeout is then an error here, not the process's end
+    silence = timedelta(seconds=SILENCE_S)
+    here = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    with here._exchange():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=silence)
+        control = dist.new_group(backend="gloo", timeout=silence)
+    yield Ranks(dist.get_rank(), dist.get_world_size(), control)
+    dist.destroy_process_group()  # after an error the end of the process does it, which waits for nobody
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's bytes: NCCL does not know every type."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _new_token(path: Path) -> str:
+    token = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
+    path.write_text(token)
+    return token

@@ -1,0 +1,143 @@
+"""What ranks tell one another of a layer, so that its bytes do not depend on their number.
+
+Sums over samples are made chunk by chunk and added in the order of chunks; sums over a token's experts are made where
+the token is, in the order of experts (docs/decisions/0013).
+
+Shape legend: N samples, T tokens of a sample, H hidden size, I in features, R tokens of all samples, K experts of a
+token.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+
+import torch
+
+from dsquant.distributed import CHUNKS, Ranks, Shares
+from dsquant.kernels.precision import fast_matmuls
+from dsquant.model.activations import Activations
+from dsquant.model.streaming import Routing
+from dsquant.model.structure import Mlp
+from dsquant.quantization.statistics import InputMoments, InputStatistics
+
+# Apart from one another, so that no two chunks combine their tokens with the same signs.
+SEED_STEP = 7919
+
+
+class SampleStatistics:
+    """The statistics of a linear's inputs over all samples of all ranks."""
+
+    def __init__(self, num_features: int, seed: int, device: torch.device, ranks: Ranks, shares: Shares) -> None:
+        """Starts with this rank's first chunk.
+
+        Args:
+            num_features: I.
+            seed: of the random signs that combine tokens.
+            device: where the inputs are.
+            ranks: all ranks.
+            shares: who has which samples.
+        """
+        self._ranks, self._shares, self._device = ranks, shares, device
+        self._features, self._seed = num_features, seed
+        self._number = sum(len(shares.chunks(rank)) for rank in range(ranks.rank))
+        self._total = self._empty(CHUNKS)
+        self._chunk = self._empty(self._number)
+        self._kept: list[InputStatistics] = []
+
+    def _empty(self, chunk: int) -> InputStatistics:
+        return InputStatistics(self._features, self._seed + SEED_STEP * chunk, self._device)
+
+    def add(self, inputs_RI: torch.Tensor) -> None:
+        """Takes more tokens of the chunk into the sums, float32 [R, I]."""
+        self._chunk.add(inputs_RI)
+
+    def end_chunk(self) -> None:
+        """What comes now belongs to the next chunk."""
+        if self._ranks.first:  # the order begins with its chunks
+            self._merge(self._chunk)
+        else:
+            self._kept.append(self._chunk)
+        self._number += 1
+        self._chunk = self._empty(self._number)
+
+    def moments(self, num_tokens: int) -> InputMoments:
+        """The means over the tokens of all ranks; only on rank 0, elsewhere there is nothing in them.
+
+        Args:
+            num_tokens: T.
+
+        Returns:
+            The moments.
+        """
+        for rank in range(1, self._ranks.size):
+            for start, stop in self._shares.chunks(rank):
+                if self._ranks.rank in (0, rank):
+                    part = self._kept.pop(0) if self._ranks.rank == rank else self._empty(CHUNKS)
+                    part.travel((stop - start) * num_tokens, partial(self._ranks.hand_to_first, source=rank))
+                    if self._ranks.first:
+                        self._merge(part)
+        return self._total.moments()
+
+    def _merge(self, part: InputStatistics) -> None:
+        with fast_matmuls(self._device):
+            self._total.merge(part)
+
+
+def share_rows(activations: Activations, ranks: Ranks, shares: Shares) -> None:
+    """Lets every rank have all samples, of which each has made its share.
+
+    Args:
+        activations: in a file that all ranks have open, or each rank's own in memory.
+        ranks: all ranks.
+        shares: who has made which samples.
+    """
+    if activations.in_a_file:
+        ranks.barrier()
+        return
+    for rank in range(ranks.size):
+        ranks.broadcast(activations.stored(*shares.samples(rank)), rank)
+
+
+def share_routing(routing: Routing | None, ranks: Ranks, device: torch.device) -> Routing | None:
+    """The routing of all samples' tokens.
+
+    Args:
+        routing: that of this rank's samples; None where it has none, or the layer has no experts.
+        ranks: all ranks.
+        device: where the routing is used.
+
+    Returns:
+        The routing on every rank; None where the layer has no experts.
+    """
+    if ranks.size == 1:
+        return routing
+    found = ranks.gather(None if routing is None else (routing.expert_RK.cpu(), routing.share_RK.cpu()))
+    parts = [part for part in found if part is not None]
+    if not parts:
+        return None
+    return Routing(*(torch.cat(columns).to(device) for columns in zip(*parts, strict=True)))
+
+
+def exchange_contributions(
+    outputs: Activations, turn: Sequence[Mlp], own_RH: torch.Tensor, routing: Routing, ranks: Ranks, shares: Shares
+) -> None:
+    """Adds the contributions of a turn's experts, one for each rank, to this rank's samples in the order of experts.
+
+    Args:
+        outputs: the layer's outputs [N, T, H].
+        turn: the MLPs of this turn, in order; rank r has the r-th.
+        own_RH: what this rank's expert adds to each of its tokens, in their order; [0, H] where it has none.
+        routing: of all tokens.
+        ranks: all ranks.
+        shares: who has which samples.
+    """
+    edges = [shares.samples(rank)[0] for rank in range(ranks.size)] + [shares.num_samples]
+    edges_S = torch.tensor(edges, device=routing.expert_RK.device) * outputs.shape[1]
+    tokens = [routing.tokens_of(-1 if mlp.expert is None else mlp.expert)[0] for mlp in turn]
+    cuts = [torch.searchsorted(rows_R, edges_S).tolist() for rows_R in tokens]
+    cuts += [[0] * len(edges)] * (ranks.size - len(turn))
+    to = [stop - start for start, stop in pairwise(cuts[ranks.rank])]
+    come = [cut[ranks.rank + 1] - cut[ranks.rank] for cut in cuts]
+    found = ranks.deliver(own_RH, to, come).split(come)
+    for rows_R, cut, added_RH in zip(tokens, cuts, found, strict=False):
+        outputs.add_rows(rows_R[cut[ranks.rank] : cut[ranks.rank + 1]], added_RH)

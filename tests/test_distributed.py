@@ -1,0 +1,143 @@
+"""Several processes that do one job (gloo on the CPU): the bytes of one, and what happens when one is lost."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import add_tokenizer, make_pico_r1
+from hypothesis import given
+from hypothesis import strategies as st
+from test_awq_job import contents
+
+from dsquant.distributed import CHUNKS, Shares
+from dsquant.quantization.statistics import FACTOR_ROWS, InputStatistics
+
+# Three batches, the last of them short: each rank gets one, or one of two gets two.
+SETTINGS = ["--samples", "5", "--seq-len", "500", "--group-size", "64", "--no-evaluate", "--json"]
+
+
+def command(model: Path, text: Path, output: Path, *more: str) -> list[str]:
+    options = [*SETTINGS, "--calibration", str(text), *more]
+    return [sys.executable, "-m", "dsquant.cli", "awq", str(model), "--output", str(output), *options]
+
+
+def start(size: int, *what: Any) -> list[subprocess.Popen[str]]:
+    """Starts ranks as a launcher does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            command(*what),
+            env=os.environ | {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a dense layer, a mixture layer, and a layer for multi-token prediction."""
+    folder = tmp_path_factory.mktemp("ranks") / "model"
+    return add_tokenizer(make_pico_r1(folder, outliers=True, num_hidden_layers=2))
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one uninterrupted process, every linear quantized."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    subprocess.run(command(model, text_file, output, "--preset", "compact"), check=True, capture_output=True)
+    return output
+
+
+def test_two_ranks_write_the_bytes_of_one_in_both_formats(model: Path, text_file: Path, tmp_path: Path) -> None:
+    more = ("--to", "awq", "--to", "compressed-tensors", "--preset", "quality", "--mtp", "quantize")
+    subprocess.run(command(model, text_file, tmp_path / "one", *more), check=True, capture_output=True)
+    finish(start(2, model, text_file, tmp_path / "two", *more))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize(("lost", "resumed_on"), [(1, 1), (0, 3)])
+def test_a_lost_rank_stops_the_other_with_75_and_any_number_of_ranks_goes_on(
+    model: Path, text_file: Path, whole: Path, tmp_path: Path, lost: int, resumed_on: int
+) -> None:
+    output = tmp_path / "out"
+    processes = start(2, model, text_file, output, "--preset", "compact")
+    journal = output / ".dsquant-work" / "journal.jsonl"
+    while not (journal.exists() and journal.read_text().count("\n")):
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
+        time.sleep(0.01)
+    processes[lost].kill()
+    _, errors = processes[1 - lost].communicate(timeout=60)
+    processes[lost].communicate()
+    assert processes[1 - lost].returncode == 75, errors
+    assert "another rank is lost" in errors and "--resume" in errors
+    assert not (output / "dsquant.json").exists()
+    again = (model, text_file, output, "--preset", "compact", "--resume")
+    if resumed_on == 1:
+        subprocess.run(command(*again), check=True, capture_output=True)
+    else:
+        finish(start(resumed_on, *again))
+    assert contents(output) == contents(whole)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks(model: Path, text_file: Path, whole: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    what = command(model, text_file, tmp_path / "out", "--preset", "compact")[1:]
+    subprocess.run([*launcher, *what], check=True, capture_output=True)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_what_ranks_cannot_share_is_refused_by_all_of_them(model: Path, text_file: Path, tmp_path: Path) -> None:
+    for process in start(2, model, text_file, tmp_path / "out", "--to", "gguf:Q4_K_M"):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2 and "dsquant gguf" in errors
+    assert not (tmp_path / "out").exists()
+
+
+@given(st.integers(1, 300), st.integers(1, 8), st.integers(1, 40))
+def test_chunks_do_not_depend_on_the_number_of_ranks(num_samples: int, batch_samples: int, size: int) -> None:
+    shares = Shares(num_samples, batch_samples, size)
+    chunks = [chunk for rank in range(size) for chunk in shares.chunks(rank)]
+    assert chunks == Shares(num_samples, batch_samples).chunks(0)
+    assert len(chunks) == min(CHUNKS, -(-num_samples // batch_samples))
+    assert [sample for start, stop in chunks for sample in range(start, stop)] == list(range(num_samples))
+    assert all(start % batch_samples == 0 for start, _ in chunks)
+    for rank in range(size):
+        own = shares.chunks(rank)
+        assert shares.samples(rank) == (own[0][0], own[-1][1]) if own else len(set(shares.samples(rank))) == 1
+
+
+@given(st.lists(st.integers(1, FACTOR_ROWS + 200), min_size=1, max_size=4))
+def test_sums_of_chunks_tell_what_sums_of_all_tokens_tell(counts: list[int]) -> None:
+    features = 2048 + 128  # too wide for a Gram matrix
+    generator = torch.Generator().manual_seed(sum(counts))
+    inputs = [torch.randn(count, features, generator=generator) for count in counts]
+    total = InputStatistics(features, seed=99)
+    for number, inputs_RI in enumerate(inputs):
+        chunk = InputStatistics(features, seed=number)
+        chunk.add(inputs_RI)
+        total.merge(chunk)
+    merged, everything = total.moments(), torch.cat(inputs)
+    wanted_I = everything.square().mean(0)
+    assert merged.count == sum(counts)
+    assert torch.allclose(merged.rms_I.square(), wanted_I, rtol=1e-4)
+    assert merged.factor_KI is not None and len(merged.factor_KI) == min(sum(counts), FACTOR_ROWS)
+    few_OI = torch.randn(64, features, generator=generator)
+    exact = float((few_OI @ everything.T).square().sum() / len(everything))
+    assert abs(float(merged.loss(few_OI)) / exact - 1) < (1e-3 if sum(counts) <= FACTOR_ROWS else 0.2)

@@ -1,0 +1,86 @@
+"""examples/quickstart.ipynb runs, and every result shows itself."""
+
+import dataclasses
+import os
+import sys
+import typing
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+import dsquant
+import dsquant.api
+
+QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart.ipynb"
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A kernel of this very interpreter, with this tree's dsquant."""
+    folder = tmp_path / "kernels" / "here"
+    folder.mkdir(parents=True)
+    argv = f'["{sys.executable}", "-m", "ipykernel_launcher", "-f", "{{connection_file}}"]'
+    (folder / "kernel.json").write_text(f'{{"argv": {argv}, "display_name": "here", "language": "python"}}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{QUICKSTART.parent.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return "here"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_quickstart_notebook_runs_and_shows_tables_and_plots(kernel: str, tmp_path: Path) -> None:
+    notebook = nbformat.read(QUICKSTART, as_version=4)
+    client = NotebookClient(notebook, timeout=600, kernel_name=kernel, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    shown = [
+        output["data"].get("text/html", "")
+        for cell in cells
+        for output in cell.outputs
+        if output.output_type == "execute_result"
+    ]
+    html = "\n".join(shown)
+    for wanted in ("12,169,064 bytes", "compressed-tensors", "<svg", "findings", "q8: gguf:Q8_0"):
+        assert wanted in html, wanted
+    assert cells[-2].outputs[0]["data"]["text/plain"] == "True"
+    printed = [output for output in cells[-1].outputs if output.output_type == "stream" and output.name == "stdout"]
+    assert printed[0].text.startswith("InputError\n3\n")
+    assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in cells[3].outputs)
+    errors = [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    assert not errors
+    warned = [output.text for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
+    assert not warned
+
+
+def test_the_notebook_in_the_repository_holds_no_outputs() -> None:
+    notebook = nbformat.read(QUICKSTART, as_version=4)
+    assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_every_command_is_a_function_whose_result_has_a_type_and_shows_itself() -> None:
+    from dsquant.cli import main
+
+    names = {"eval": "evaluate"}
+    for command in main.commands:
+        function = getattr(dsquant, names.get(command, command))
+        result = typing.get_type_hints(function, vars(dsquant.api) | _result_types())["return"]
+        assert dataclasses.is_dataclass(result), command
+        assert hasattr(result, "_repr_html_"), result
+        assert hasattr(result, "as_json") or command == "inspect"
+
+
+def _result_types() -> dict[str, type]:
+    """What api.py imports for type checkers alone."""
+    from dsquant.deployment.forecast import Forecast
+    from dsquant.evaluation.results import Evaluation
+    from dsquant.incremental.patch import AppliedPatch
+    from dsquant.incremental.release import Delta
+    from dsquant.inspection import Inspection
+    from dsquant.records import Result
+    from dsquant.releases.job import Release
+    from dsquant.verification.checks import Verification
+
+    types = (Forecast, Evaluation, AppliedPatch, Delta, Inspection, Result, Release, Verification)
+    return {found.__name__: found for found in types} | {"Sequence": typing.Sequence}
