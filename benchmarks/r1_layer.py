@@ -43,7 +43,7 @@ def stage_timers(seconds: dict[str, float]) -> None:
         ("search of the norm's scales", layer, "_norm_fold"),
         ("proof of the fold", layer, "_emit_dense_part"),
         ("reading experts", GatedWeights, "read"),
-        ("experts' forward", layer, "_add_contribution"),
+        ("experts' forward", layer, "_add_contributions"),
         ("experts' statistics", layer, "_moments"),
         ("search, clip, rounding", layer, "quantize_mlp"),
         ("packing, handing to the writer", conversion.UnitWriter, "write"),

@@ -254,11 +254,12 @@ def evaluate(
     from dsquant import comparison
     from dsquant.code_drift import DriftRequest
     from dsquant.display import progress_bar
+    from dsquant.evaluation_request import EvaluationRequest
     from dsquant.recipe import parse_size
 
     if not candidates:
         raise UsageError("name at least one candidate")
-    request = comparison.EvaluationRequest(
+    request = EvaluationRequest(
         reference=str(reference),
         candidates=tuple(str(candidate) for candidate in candidates),
         texts=tuple(str(text) for text in texts),

@@ -2,20 +2,17 @@
 
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 
-from dsquant.calibration import HELD_OUT_TEXTS, text_tokens, tokens_sha256
-from dsquant.code_drift import DriftRequest, drift_caveats, plan_drift, run_drift
+from dsquant.code_drift import drift_caveats, plan_drift, run_drift
 from dsquant.errors import GateError, InconclusiveError, InputError, Interrupted, UsageError
 from dsquant.evaluation.diagnosis import diagnose
 from dsquant.evaluation.drift import CodeDrift
@@ -26,53 +23,20 @@ from dsquant.evaluation.measure_drift import DriftPlan
 from dsquant.evaluation.measures import Measures
 from dsquant.evaluation.needs import needs
 from dsquant.evaluation.report.files import write_reports
-from dsquant.evaluation.results import SCHEMA_VERSION, Candidate, Evaluation, Identity, Reference, Text
+from dsquant.evaluation.results import SCHEMA_VERSION, Candidate, Evaluation, Identity, Reference
 from dsquant.evaluation.summary import layer_scores, routers_of, scores_by_text
 from dsquant.evaluation.weights import by_kind, worst
+from dsquant.evaluation_request import EvaluationRequest, Texts, candidate_names, read_texts
 from dsquant.jobs import stop_on_signals
 from dsquant.opening import Opened, Original, open_candidate, open_original
 from dsquant.planning import BATCH_TOKENS
 from dsquant.preparation import check_disk, default_memory_budget, resolved_device
 from dsquant.recipe import format_size
+from dsquant.source.gguf_weights import RELEASE_BYTES
 from dsquant.telemetry import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
 
 MEMORY_STEP = 16 * 2**20
 PACKAGES = ("dsquant", "torch", "transformers", "accelerate", "autoawq", "compressed-tensors", "gguf")
-
-
-@dataclass(frozen=True)
-class EvaluationRequest:
-    """What to evaluate and how."""
-
-    reference: str
-    """A folder, a hub id, `tiny-r1`, or a GGUF file."""
-    candidates: tuple[str, ...]
-    """The same, of the same model."""
-    texts: tuple[str, ...] = ()
-    """Shipped texts or files; every shipped one where empty."""
-    samples: int = 8
-    """The most of each text."""
-    seq_len: int = 512
-    seed: int = 0
-    """Of the bootstrap's draws."""
-    gates: Path | None = None
-    drift: DriftRequest = field(default_factory=DriftRequest)
-    """Whether and how code is generated."""
-    output: Path | None = None
-    """Folder for report.json, report.md and report.html."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    memory_budget: int | None = None
-    """Bytes; None is 80 % of what is available, at most 16 GiB."""
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """The samples of all texts, one after another."""
-
-    tokens_NT: torch.Tensor
-    samples: Mapping[str, slice]
-    described: tuple[Text, ...]
 
 
 def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
@@ -96,8 +60,8 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
     if request.output is not None and request.output.exists() and not request.output.is_dir():
         raise InputError(f"{request.output} is a file; name a folder for the report")
     original = open_original(request.reference, torch.device(resolved_device(request.device)))
-    candidates = {name: open_candidate(path, original) for name, path in _names(request.candidates).items()}
-    texts = _read_texts(request, original.tokenizer)
+    candidates = {name: open_candidate(path, original) for name, path in candidate_names(request.candidates).items()}
+    texts = read_texts(request, original.tokenizer)
     plan = plan_drift(request.drift, original, _budget(request) - resident_bytes())
     if gates is not None:
         check_measured(gates, list(texts.samples), () if plan is None else plan.measures)
@@ -161,40 +125,11 @@ def raise_verdict(evaluation: Evaluation) -> None:
     raise InconclusiveError("undecided, more samples are needed:\n" + "\n".join(lines))
 
 
-def _names(paths: tuple[str, ...]) -> dict[str, str]:
-    """A short name for each candidate: its folder's or file's, or the whole path where two would be the same."""
-    if len(set(paths)) < len(paths):
-        twice = next(path for path, count in Counter(paths).items() if count > 1)
-        raise UsageError(f"candidate {twice!r} is named twice")
-    short = Counter(Path(path).stem if path.endswith(".gguf") else Path(path).name for path in paths)
-    names = {}
-    for path in paths:
-        name = Path(path).stem if path.endswith(".gguf") else Path(path).name
-        names[name if name and short[name] == 1 else path] = path
-    return names
-
-
-def _read_texts(request: EvaluationRequest, tokenizer: Any) -> _Texts:
-    chosen = request.texts or HELD_OUT_TEXTS
-    if len(set(chosen)) < len(chosen):
-        raise UsageError("name each --text once")
-    short = Counter(Path(text).name for text in chosen)
-    parts, samples, described, start = [], {}, [], 0
-    for text in chosen:
-        name = Path(text).name if short[Path(text).name] == 1 else text
-        tokens_NT = text_tokens(text, tokenizer, request.seq_len, request.samples)
-        parts.append(tokens_NT)
-        samples[name] = slice(start, start + len(tokens_NT))
-        described.append(Text(name, len(tokens_NT), request.seq_len, tokens_sha256(tokens_NT)))
-        start += len(tokens_NT)
-    return _Texts(torch.cat(parts), samples, tuple(described))
-
-
 def _measure(
     request: EvaluationRequest,
     original: Original,
     candidates: Mapping[str, Opened],
-    texts: _Texts,
+    texts: Texts,
     plan: DriftPlan | None,
     report: Report,
 ) -> tuple[Measures, dict[str, Measures], dict[str, CodeDrift]]:
@@ -203,11 +138,12 @@ def _measure(
     batch, noise_batch = _batches(seq_len)
     weights = original.checkpoint.weights
     need = needs(original.skeleton, weights, num_samples, seq_len, len(candidates), batch)
-    budget = _budget(request)
-    if need.memory + resident_bytes() > budget:
+    mapped = [min(one.size_bytes, RELEASE_BYTES) for one in candidates.values() if one.index is None]
+    memory, budget = need.memory + sum(mapped) + resident_bytes(), _budget(request)
+    if memory > budget:
         raise UsageError(
             f"--memory-budget {format_size(budget)} is too small: these models and texts need "
-            f"{format_size(_rounded_up(need.memory + resident_bytes()))}; raise the budget, evaluate fewer candidates "
+            f"{format_size(_rounded_up(memory))}; raise the budget, evaluate fewer candidates "
             "at once, or lower --samples or --seq-len"
         )
     with _not_resumable(), stop_on_signals() as request_to_stop, _work_folder(request.output) as work:
@@ -269,7 +205,7 @@ def _candidate(
     measures: Measures,
     drift: CodeDrift | None,
     original: Original,
-    texts: _Texts,
+    texts: Texts,
     confidence: float,
     seed: int,
     gates: Gates | None,
@@ -315,7 +251,7 @@ def _identity(
     request: EvaluationRequest,
     original: Original,
     candidates: Mapping[str, Opened],
-    texts: _Texts,
+    texts: Texts,
     confidence: float,
     started: float,
 ) -> Identity:
@@ -336,7 +272,7 @@ def _identity(
     )
 
 
-def _caveats(original: Original, texts: _Texts, plan: DriftPlan | None) -> tuple[str, ...]:
+def _caveats(original: Original, texts: Texts, plan: DriftPlan | None) -> tuple[str, ...]:
     """What the numbers do not tell, in words."""
     words = [
         "both models were run in float32 by one implementation: what an engine's kernels add is not in these numbers",

@@ -56,3 +56,14 @@ def nibbles_swapped(layer: int, module: str) -> Change:
             tensors[name] = ((bytes_ << 4) | (bytes_ >> 4)).view(torch.int32).contiguous()
 
     return change
+
+
+def scale_not_a_number(layer: int, module: str) -> Change:
+    """One scale of one linear is NaN."""
+    name = f"model.layers.{layer}.{module}.scales"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if name in tensors:
+            tensors[name][0, 0] = float("nan")
+
+    return change

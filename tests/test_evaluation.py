@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from broken import changed_copy, expert_zeroed, nibbles_swapped, router_not_compensated
+from broken import changed_copy, expert_zeroed, nibbles_swapped, router_not_compensated, scale_not_a_number
 from checkpoints import LLAMA, add_tokenizer, make_dense
 from click.testing import CliRunner
 from test_divergence import plainly_rounded
@@ -26,7 +26,7 @@ from dsquant.model.skeleton import Skeleton
 from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.weights import Weights
 
-SMALL: dict[str, Any] = {"texts": ["code"], "samples": 4, "seq_len": 256, "progress": False}
+SMALL: dict[str, Any] = {"texts": ["code"], "samples": 4, "seq_len": 256, "prompts": "none", "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,16 @@ def test_a_broken_candidate_fails_and_the_report_names_the_layer(
     assert f"layer {layer}" in found.findings[0].message and tensor in found.findings[0].message
     worst = max(found.layers, key=lambda one: one.local_error)
     assert worst.index == layer and found.weights[0].name.startswith(tensor)
+
+
+def test_a_candidate_whose_scores_are_no_numbers_fails_and_is_reported(tiny_r1: Path, awq: Path) -> None:
+    broken = changed_copy(awq, awq.parent / "nan", scale_not_a_number(1, "mlp.experts.2.up_proj"))
+    gates = awq.parent / "kl.yaml"
+    gates.write_text("gates:\n- {metric: mean_kl, at_most: 1}\n")
+    found = dsquant.evaluate(tiny_r1, broken, gates=gates, output=awq.parent / "nan-report", **SMALL).candidates[0]
+    assert found.verdict == "fail" and found.first_broken_layer == 1
+    assert "model.layers.1.mlp.experts.2.up_proj.weight" in found.findings[0].message
+    assert "NaN" not in (awq.parent / "nan-report" / "report.json").read_text()
 
 
 def test_a_router_that_was_not_compensated_shows_in_its_overlap(evaluation: Evaluation) -> None:
@@ -142,7 +152,7 @@ def test_a_gguf_file_can_be_the_reference(tiny_r1: Path, awq: Path, tmp_path: Pa
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(main, ["eval", *map(str, arguments)])
+    result = CliRunner().invoke(main, ["eval", *map(str, arguments), "--prompts", "none"])
     return result.exit_code, result.output
 
 

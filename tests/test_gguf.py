@@ -300,7 +300,9 @@ def test_scales_lower_the_drift_where_channels_have_outliers(text_file: Path, tm
         out = tmp_path / str(scales)
         options = CALIBRATED | {"samples": 32}
         dsquant.gguf(model, type="Q4_K_M", output=out, calibration=str(text_file), scales=scales, **options)
-        evaluation = dsquant.evaluate(model, out, texts=[text_file], seq_len=64, samples=4, progress=False)
+        evaluation = dsquant.evaluate(
+            model, out, texts=[text_file], seq_len=64, samples=4, prompts="none", progress=False
+        )
         errors[scales] = evaluation.candidates[0].texts["text.txt"].mean_kl.estimate
     assert errors[True] < errors[False] / 2
 
@@ -569,5 +571,6 @@ def test_dense_families_survive_the_way_to_gguf_and_back(
 ) -> None:
     model = add_tokenizer(make_dense(tmp_path / "model", config), vocabulary=280)
     dsquant.gguf(model, type="F32", output=tmp_path / "out", evaluate=False, progress=False)
-    evaluation = dsquant.evaluate(model, tmp_path / "out", texts=[text_file], seq_len=32, samples=2, progress=False)
+    options = {"texts": [text_file], "seq_len": 32, "samples": 2, "prompts": "none", "progress": False}
+    evaluation = dsquant.evaluate(model, tmp_path / "out", **options)
     assert evaluation.candidates[0].texts["text.txt"].mean_kl.estimate < 1e-9

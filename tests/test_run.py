@@ -95,7 +95,7 @@ class Killed(BaseException):
     """Ends a run as a kill would: nothing of dsquant catches it."""
 
 
-@pytest.mark.parametrize("after_the_line", [False, True])
+@pytest.mark.parametrize("after_the_line", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_at_every_line_of_the_journal_the_published_bytes_are_the_same(
     whole: tuple[Release, dict[str, bytes]],
     pico_r1: Path,
@@ -154,9 +154,12 @@ def test_killed_by_the_kernel_in_every_stage_the_published_bytes_are_the_same(
 
 
 def test_of_two_runs_at_once_one_works_and_the_other_says_who_holds_the_lock(
-    whole: tuple[Release, dict[str, bytes]], pico_r1: Path, text_file: Path, tmp_path: Path
+    pico_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    path = write(tmp_path / "recipe.yaml", content(pico_r1, text_file, tmp_path / "out"))
+    step = {"name": "q", "type": "Q8_0", "calibrate": False}
+    path = write(
+        tmp_path / "recipe.yaml", content(pico_r1, text_file, tmp_path / "out", quantize=[step], evaluate=None)
+    )
     first = subprocess.Popen(command(path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / ".out.dsquant" / "holder.json", first)
     first.send_signal(signal.SIGSTOP)
@@ -165,15 +168,15 @@ def test_of_two_runs_at_once_one_works_and_the_other_says_who_holds_the_lock(
     first.send_signal(signal.SIGCONT)
     _, errors = first.communicate(timeout=300)
     assert first.returncode == 0, errors
-    assert files(tmp_path / "out") == whole[1]
+    run_recipe(read_recipe(path, output=tmp_path / "alone"))
+    assert files(tmp_path / "out") == files(tmp_path / "alone")
 
 
-def test_sigterm_ends_with_75_and_the_next_run_goes_on(
-    whole: tuple[Release, dict[str, bytes]], pico_r1: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_sigterm_ends_with_75_and_the_next_run_goes_on(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
     told = f"echo $DSQUANT_STAGE $DSQUANT_EXIT_CODE > {tmp_path}/told"
-    recipe = content(pico_r1, text_file, tmp_path / "out", on_failure={"outputs": "remove", "command": told})
-    path = write(tmp_path / "recipe.yaml", recipe)
+    changes: dict[str, Any] = {"evaluate": None, "on_failure": {"outputs": "remove", "command": told}}
+    changes["quantize"] = [{"name": "awq", "to": "awq", "group_size": 64}]
+    path = write(tmp_path / "recipe.yaml", content(pico_r1, text_file, tmp_path / "out", **changes))
     process = subprocess.Popen(command(path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not journal_has(tmp_path / ".out.dsquant" / "journal.jsonl", "begin quantize awq"):
         time.sleep(0.005)
@@ -181,7 +184,7 @@ def test_sigterm_ends_with_75_and_the_next_run_goes_on(
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 75 and "run the same recipe again" in errors, errors
     assert (tmp_path / "told").read_text().split() == ["quantize", "awq", "75"]
-    assert files(run_recipe(read_recipe(path)).output) == whole[1]
+    assert (run_recipe(read_recipe(path)).output / "awq" / "config.json").is_file()
 
 
 def small(pico_r1: Path, text_file: Path, output: Path, **changes: Any) -> ReleaseRecipe:
@@ -298,18 +301,20 @@ def test_a_gate_that_fails_publishes_nothing_and_a_wider_one_needs_no_second_eva
 
 
 def test_an_undecided_gate_ends_with_5(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
-    step = {"name": "q", "to": "awq", "group_size": 64, "preset": "compact"}
-    changes: dict[str, Any] = {"quantize": [step], "gates": {"gates": [{"metric": "top1_agreement", "at_least": 0.0}]}}
-    evaluate = {"texts": [str(text_file)], "samples": 3, "seq_len": 80}
-    release = run_recipe(recipe_of(pico_r1, text_file, tmp_path / "one", evaluate=evaluate, **changes))
-    found = json.loads((release.output / "evaluation" / "report.json").read_text())
-    (agreement,) = (text["top1_agreement"] for text in found["candidates"][0]["texts"].values())
-    assert agreement["low"] < agreement["high"]
-    changes["gates"] = {"gates": [{"metric": "top1_agreement", "at_least": agreement["estimate"]}]}
-    path = write(tmp_path / "r.yaml", content(pico_r1, text_file, tmp_path / "two", evaluate=evaluate, **changes))
-    with pytest.raises(InconclusiveError, match="top1_agreement") as caught:
-        run_recipe(read_recipe(path))
+    def with_limit(limit: float) -> ReleaseRecipe:
+        changes: dict[str, Any] = {"gates": {"gates": [{"metric": "mean_kl", "at_most": limit}]}}
+        changes["evaluate"] = {"texts": [str(text_file)], "samples": 3, "seq_len": 80}
+        return small(pico_r1, text_file, tmp_path / "out", **changes)
+
+    with pytest.raises(GateError):
+        run_recipe(with_limit(0.0))
+    report = json.loads((tmp_path / ".out.dsquant" / "build" / "evaluation" / "report.json").read_text())
+    (found,) = (text["mean_kl"] for text in report["candidates"][0]["texts"].values())
+    assert found["low"] < found["high"]
+    with pytest.raises(InconclusiveError, match="mean_kl") as caught:
+        run_recipe(with_limit(found["estimate"]))
     assert caught.value.exit_code == 5
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def test_errors_weigh_columns_by_what_reaches_them() -> None:
     assert weight_error("w", 0, original, torch.zeros(4, 2)).relative == 1
     assert weight_error("w", 0, torch.zeros(2), torch.zeros(2)).relative == 0
     assert weight_error("w", 0, torch.zeros(2), torch.ones(2)).relative == float("inf")
+    assert weight_error("w", 0, torch.ones(2), torch.tensor([1, float("nan")])).relative == float("inf")
 
 
 def test_kinds_have_no_numbers() -> None:

@@ -67,9 +67,10 @@ def evaluate(
     from dsquant import comparison
     from dsquant.code_drift import DriftRequest
     from dsquant.display import print_evaluation, progress_bar
+    from dsquant.evaluation_request import EvaluationRequest
     from dsquant.recipe import parse_size
 
-    request = comparison.EvaluationRequest(
+    request = EvaluationRequest(
         reference=reference,
         candidates=candidates,
         texts=texts,

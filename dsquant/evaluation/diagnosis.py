@@ -57,6 +57,8 @@ def _tensors(errors: Sequence[WeightError], routers: frozenset[str]) -> list[Fin
 
 def _of_tensor(error: WeightError, limit: float, routers: frozenset[str]) -> str:
     where = "" if error.layer is None else f"layer {error.layer}: "
+    if not math.isfinite(error.relative):
+        return f"{where}tensor {error.name!r} holds values that are no numbers, or differs where the original is zero"
     words = f"{where}tensor {error.name!r} is off by {error.relative:.0%} of its size with folded scales undone "
     words += f"(expected at most {limit:.0%})"
     if error.name in routers:
@@ -85,11 +87,19 @@ def _layers(layers: Sequence[LayerScores]) -> list[Finding]:
     typical = median(finite) if finite else 0.0
     limit = max(LAYER_FACTOR * typical, LAYER_FLOOR)
     return [
-        Finding(
-            "layer", layer.index, layer.name, layer.local_error, limit,
-            f"layer {layer.index}: on the original's inputs what it adds is off by {layer.local_error:.0%} (attention "
-            f"{layer.local_attention_error:.0%}, MLP {layer.local_mlp_error:.0%}; the layers' median is {typical:.0%})",
-        )
+        Finding("layer", layer.index, layer.name, layer.local_error, limit, _of_layer(layer, typical))
         for layer in layers
         if not layer.local_error <= limit
-    ]  # fmt: skip
+    ]
+
+
+def _of_layer(layer: LayerScores, typical: float) -> str:
+    attention, mlp = _share(layer.local_attention_error), _share(layer.local_mlp_error)
+    return (
+        f"layer {layer.index}: on the original's inputs what it adds is off by {_share(layer.local_error)} (attention "
+        f"{attention}, MLP {mlp}; the layers' median is {typical:.0%})"
+    )
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}" if math.isfinite(value) else "no number"

@@ -118,9 +118,11 @@ def in_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def relative_error(error: float, size: float) -> float:
-    """The root of a ratio of sums of squares; 0 where both are 0, infinite where only `size` is."""
+    """The root of a ratio of sums of squares; 0 for 0 / 0, infinite for anything else over 0 and for NaN."""
+    if not (math.isfinite(error) and math.isfinite(size)):
+        return math.inf
     if size == 0:
-        return 0.0 if error == 0 else float("inf")
+        return 0.0 if error == 0 else math.inf
     return (error / size) ** 0.5
 
 

@@ -70,7 +70,8 @@ def evaluate_outputs(
         Output -> text -> its main numbers, as plain JSON values.
     """
     from dsquant.code_drift import DriftRequest
-    from dsquant.comparison import EvaluationRequest, evaluate
+    from dsquant.comparison import evaluate
+    from dsquant.evaluation_request import EvaluationRequest
 
     wanted = recipe.evaluate
     assert wanted is not None

@@ -1,5 +1,6 @@
 """A GGUF file as lazy weights under the checkpoint's names, decoded by gguf-py."""
 
+import mmap
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from dsquant.errors import InputError
 from dsquant.source.gguf_layout import ARCHITECTURES, Placement, decode_rotary, join_keys_and_values, placements
 from dsquant.source.weights import Weights
 
+# Pages of a file that may stay mapped: many times a tensor's, little beside what evaluation needs.
+RELEASE_BYTES = 64 * 2**20
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -30,6 +33,8 @@ class GgufWeights(Weights):
             InputError: where a file is missing or damaged, or of another architecture.
         """
         self._tensors: dict[str, Any] = {}
+        self._maps: list[mmap.mmap] = []
+        self._touched = 0
         self._config = config
         architecture = str(config["architectures"][0])
         for part in gguf_parts(path):
@@ -58,6 +63,7 @@ class GgufWeights(Weights):
         if found is not None and found != architecture:
             raise InputError(f"{path}: architecture {found!r}, the reference is {architecture!r}; not the same model")
         self._tensors |= {tensor.name: tensor for tensor in reader.tensors}
+        self._maps.append(reader.data._mmap)
 
     def _check_shape(self, path: Path, name: str, shape: tuple[int, ...]) -> None:
         places = self._placements[name]
@@ -100,7 +106,17 @@ class GgufWeights(Weights):
         tensor = self._tensors[place.tensor]
         stored = tensor.data if place.expert is None else tensor.data[place.expert]
         stored = np.ascontiguousarray(stored[start_row:stop_row])
-        return torch.from_numpy(np.array(dequantize(stored, tensor.tensor_type), dtype=np.float32))
+        decoded = torch.from_numpy(np.array(dequantize(stored, tensor.tensor_type), dtype=np.float32))
+        self._release(stored.nbytes)
+        return decoded
+
+    def _release(self, num_bytes: int) -> None:
+        """Hands back the pages of the files now and then: they would count as this process's memory."""
+        self._touched += num_bytes
+        if self._touched > RELEASE_BYTES:
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
+            self._touched = 0
 
 
 def gguf_file(path: Path) -> Path | None:
