@@ -200,7 +200,7 @@ class Ranks:
             raise
         except RuntimeError as error:
             raise Interrupted(
-                f"rank {self.rank} of {self.size}: another rank is lost ({str(error).splitlines()[0][:200]}); finished "
+                f"rank {self.rank} of {self.size}: another rank is lost ({str(error).splitlines()[0][-120:]}); finished "
                 "units are kept: go on with --resume, on any number of ranks"
             ) from error
 
