@@ -201,7 +201,7 @@ class Ranks:
         except RuntimeError as error:
             reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
             raise Interrupted(
-                f"rank {self.rank} of {self.size}: another rank is lost ({reason[:120]}); finished units are kept: go "
+                f"of {self.size} ranks another is lost ({reason[:120]}); finished units are kept: go "
                 "on with --resume, on any number of ranks"
             ) from error
 
