@@ -17,7 +17,8 @@ from dsquant.model.streaming import Stream, embed, mtp_inputs
 from dsquant.model.structure import DecoderLayer
 from dsquant.planning import BATCH_TOKENS, Target, Unit
 from dsquant.preparation import Source
-from dsquant.quantization.layer import LayerJob, quantize_layer
+from dsquant.quantization.layer import quantize_layer
+from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.statistics import Importance
 from dsquant.recipe import Recipe
 from dsquant.rounding import Grid, QuantizedWeight

@@ -199,9 +199,10 @@ class Ranks:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
             raise Interrupted(
-                f"rank {self.rank} of {self.size}: another rank is lost ({str(error).splitlines()[0][:200]}); finished "
-                "units are kept: go on with --resume, on any number of ranks"
+                f"rank {self.rank} of {self.size}: another rank is lost ({reason[:120]}); finished units are kept: go "
+                "on with --resume, on any number of ranks"
             ) from error
 
 

@@ -27,7 +27,8 @@ from dsquant.planning import (
 )
 from dsquant.preparation import open_calibration, open_model, open_tokenizer
 from dsquant.quantization.importance import ObservationJob, observe_layer
-from dsquant.quantization.layer import KEYS_SUFFIX, LayerJob, quantize_layer
+from dsquant.quantization.layer import KEYS_SUFFIX, quantize_layer
+from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.statistics import Importance
 from dsquant.recipe import GgufRecipe
 from dsquant.rounding import Grid, QuantizedWeight

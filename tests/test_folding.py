@@ -12,7 +12,8 @@ from dsquant.model.activations import Activations
 from dsquant.model.overlays import ReplacedWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import embed
-from dsquant.quantization.layer import LayerJob, quantize_layer
+from dsquant.quantization.layer import quantize_layer
+from dsquant.quantization.layer_job import LayerJob
 from dsquant.rounding import Grid
 from dsquant.source.checkpoint import open_checkpoint
 

@@ -6,114 +6,34 @@ the scales that all of them share. The next layer's inputs are the original laye
 Shape legend: N samples, T tokens, H hidden size, R tokens of all samples, E experts.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import torch
 
-from dsquant.distributed import ALONE, Ranks, Shares
 from dsquant.errors import InputError
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.activations import Activations
-from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights
-from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import ROWS_AT_ONCE, Observer, Routing, Stream, run_dense_part
 from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup
 from dsquant.quantization.attention import AttentionResult, quantize_attention, round_attention
-from dsquant.quantization.mlp import MlpErrors, MlpInputs, prove_same, quantize_mlp, scaled, search_norm_scales
+from dsquant.quantization.layer_job import GridReport, LayerJob, LayerReport
+from dsquant.quantization.layer_mlps import MlpOutcome, quantize_mlps
+from dsquant.quantization.mlp import MlpInputs, prove_same, search_norm_scales
 from dsquant.quantization.scale import fold_of
-from dsquant.quantization.sharing import SampleStatistics, exchange_contributions, share_routing, share_rows
-from dsquant.quantization.statistics import Importance, InputMoments, InputStatistics
-from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.quantization.sharing import SampleStatistics, share_routing, share_rows
+from dsquant.quantization.statistics import Importance, InputMoments
+from dsquant.rounding import Grid
 from dsquant.source.weights import Weights
 
 # An expert with fewer tokens than this gets those that the router scores highest for it besides its own.
 FEWEST_TOKENS = 256
 # The scales of the norm before the MLPs are judged by at most this many experts, those with the most tokens.
 SCALE_EXPERTS = 32
-# Experts that are read from disk while one is computed.
-MLPS_AHEAD = 2
 # The fold is proven, and attention's output error measured, on at most this many samples.
 CHECK_SAMPLES = 2
-
-Emit = Callable[[Grid, str, QuantizedWeight | torch.Tensor], None]
-"""Gets the grid, and a linear's name with its quantized weight or a folded parameter's name with its float32 values.
-What is not emitted has not changed."""
-
-Note = Callable[[Grid, str, Importance], None]
-KeepScales = Callable[[Grid, str, torch.Tensor], None]
-"""Gets the grid, a producer (a norm or a linear) and the scales that its output is divided by, float32 [I]."""
 # Behind kv_b_proj's name: the importance of its keys, which in llama.cpp multiply queries and not the latent.
 KEYS_SUFFIX = ".keys"
-
-
-@dataclass(frozen=True)
-class LayerJob:
-    """Everything that quantizing a layer needs."""
-
-    skeleton: Skeleton
-    layer: DecoderLayer
-    weights: Weights
-    inputs: Activations
-    """The original layer's inputs [N, T, H]."""
-    outputs: Activations
-    """Gets the original layer's outputs."""
-    mlp_inputs: Activations
-    """Gets what the MLPs read."""
-    linears: Mapping[Grid, frozenset[str]]
-    """Grid -> the layer's linears that are quantized onto it."""
-    batch_samples: int
-    seed: int
-    emit: Emit
-    safe_point: Callable[[str], None]
-    """Called with a module's name before its work begins; may raise to stop."""
-    note: Note = lambda grid, linear, importance: None
-    """Gets the importance of each linear's inputs under the scales, for grids that are not rounded."""
-    keep_scales: KeepScales = lambda grid, producer, scales: None
-    """Gets all scales that are folded in, so that a later release can be quantized under them."""
-
-    ranks: Ranks = ALONE
-    """Who shares the layer. Each emits what it has made; rank 0 has all that is not an MLP."""
-
-    @property
-    def shares(self) -> Shares:
-        """Which rank has which samples."""
-        return Shares(self.inputs.shape[0], self.batch_samples, self.ranks.size)
-
-    @property
-    def grids(self) -> tuple[Grid, ...]:
-        """The grids."""
-        return tuple(self.linears)
-
-    def anywhere(self, linear: str) -> bool:
-        """Whether a linear is quantized onto any grid."""
-        return any(linear in linears for linears in self.linears.values())
-
-
-@dataclass
-class GridReport:
-    """What quantizing a layer onto one grid cost: squared output errors relative to the output."""
-
-    attention_error: float | None = None
-    attention_error_plain: float | None = None
-    mlp_error: float | None = None
-    mlp_error_plain: float | None = None
-    fallbacks: list[str] = field(default_factory=list)
-    """Modules where the search did not beat plain rounding."""
-    weight_errors: dict[str, float] = field(default_factory=dict)
-    """Linear -> the rounded weight's distance from the folded one, over the folded one's norm."""
-
-
-@dataclass
-class LayerReport:
-    """What happened in a layer."""
-
-    tokens_per_expert: list[int]
-    """Empty for a dense layer."""
-    topped_up: dict[int, int]
-    """Expert -> tokens added to its own because it had fewer than `FEWEST_TOKENS`."""
-    grids: list[GridReport]
 
 
 def quantize_layer(job: LayerJob) -> LayerReport:
@@ -150,7 +70,7 @@ def quantize_layer(job: LayerJob) -> LayerReport:
                 job.keep_scales(grid, job.layer.norm, norm_scales_H)
         folds.append(norm_scales_H)
         reports.append(report)
-    found = _quantize_mlps(job, inputs, folds, routing)
+    found = quantize_mlps(job, inputs, folds, routing)
     reports = job.ranks.once(lambda: reports)
     for place, report in enumerate(reports):
         _sum_up(report, [outcomes[place] for outcomes in found])
@@ -352,104 +272,7 @@ def _emit_dense_part(
             job.emit(grid, name, folded[name])
 
 
-@dataclass(frozen=True)
-class _MlpOutcome:
-    """What quantizing an MLP onto one grid cost; nothing where it is not quantized."""
-
-    errors: MlpErrors | None = None
-    weight_errors: dict[str, float] = field(default_factory=dict)
-
-
-def _quantize_mlps(
-    job: LayerJob, inputs: dict[Mlp, MlpInputs], norm_scales: list[torch.Tensor], routing: Routing | None
-) -> list[list[_MlpOutcome]]:
-    """Runs, quantizes and emits the MLPs, each rank one of them at a time; returns MLP -> grid -> what it cost."""
-    mlps, ranks = job.layer.mlps, job.ranks
-    own: list[list[_MlpOutcome]] = []
-    for begin in range(0, len(mlps), ranks.size):
-        number, original = begin + ranks.rank, None
-        if number < len(mlps):
-            job.safe_point(mlps[number].up.rsplit(".", 1)[0])
-            original = GatedWeights.read(job.weights, mlps[number])
-            ahead = mlps[number + ranks.size :: ranks.size][:MLPS_AHEAD]
-            job.weights.prefetch([f"{linear}.weight" for mlp in ahead for linear in mlp.linears])
-        if routing is not None:
-            _add_contributions(job, mlps[begin : begin + ranks.size], original, routing)
-        if original is not None:
-            own.append(_quantize_mlp(job, number, original, inputs[mlps[number]], norm_scales))
-    parts = ranks.gather(own)
-    return [parts[number % ranks.size][number // ranks.size] for number in range(len(mlps))]
-
-
-def _quantize_mlp(
-    job: LayerJob, number: int, original: GatedWeights, inputs: MlpInputs, norm_scales: list[torch.Tensor]
-) -> list[_MlpOutcome]:
-    """Quantizes one MLP onto every grid and emits it; returns what it cost on each grid."""
-    mlp, outcomes = job.layer.mlps[number], list[_MlpOutcome]()
-    moments = _moments(job, original, inputs, job.seed + number) if job.anywhere(mlp.up) else None
-    for grid, norm_scales_H in zip(job.grids, norm_scales, strict=True):
-        if moments is None or mlp.up not in job.linears[grid]:
-            if job.linears[grid]:
-                unscaled = scaled(original, norm_scales_H, original.up_WH.new_ones(len(original.up_WH)))
-                _emit_folded(job, grid, mlp, unscaled)
-            outcomes.append(_MlpOutcome())
-            continue
-        result = quantize_mlp(job.skeleton, mlp, original, inputs, moments, norm_scales_H, grid)
-        outcomes.append(_MlpOutcome(result.errors))
-        if not result.errors.plain:
-            job.keep_scales(grid, mlp.up, result.up_scales_W)
-        if grid.rounded:
-            parts = (result.folded.gate_WH, result.folded.up_WH, result.folded.down_HW)
-            for (linear, quantized), folded in zip(result.linears.items(), parts, strict=True):
-                job.emit(grid, linear, quantized)
-                outcomes[-1].weight_errors[linear] = quantized.relative_error(folded)
-            continue
-        of_input, of_hidden = (part.importance for part in result.moments)
-        for linear, importance in zip(mlp.linears, (of_input, of_input, of_hidden), strict=True):
-            job.note(grid, linear, importance)
-        _emit_folded(job, grid, mlp, result.folded)
-    return outcomes
-
-
-def _emit_folded(job: LayerJob, grid: Grid, mlp: Mlp, folded: GatedWeights) -> None:
-    for linear, weight in zip(mlp.linears, (folded.gate_WH, folded.up_WH, folded.down_HW), strict=True):
-        job.emit(grid, f"{linear}.weight", weight)
-
-
-def _add_contributions(job: LayerJob, turn: Sequence[Mlp], original: GatedWeights | None, routing: Routing) -> None:
-    """Adds what a turn's experts, one for each rank, contribute to the outputs of the tokens that reach them."""
-    expert = None if original is None else turn[job.ranks.rank].expert
-    parts = _contribution(job, original, *routing.tokens_of(expert)) if original and expert is not None else iter(())
-    if job.ranks.size == 1:
-        for part_R, output_RH in parts:
-            job.outputs.add_rows(part_R, output_RH)
-        return
-    none_RH = torch.empty(0, job.inputs.shape[2], device=job.weights.device)
-    own_RH = torch.cat([none_RH, *(output_RH for _, output_RH in parts)])
-    exchange_contributions(job.outputs, turn, own_RH, routing, job.ranks, job.shares)
-
-
-def _contribution(
-    job: LayerJob, original: GatedWeights, rows_R: torch.Tensor, share_R: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for part_R, part_share_R in zip(rows_R.split(ROWS_AT_ONCE), share_R.split(ROWS_AT_ONCE), strict=True):
-        with fast_matmuls(job.weights.device):
-            output_RH = original.output(job.skeleton, job.mlp_inputs.rows(part_R))
-        yield part_R, output_RH.mul_(part_share_R.unsqueeze(1))
-
-
-def _moments(job: LayerJob, original: GatedWeights, inputs: MlpInputs, seed: int) -> tuple[InputMoments, InputMoments]:
-    """The moments of the MLP's input and of its down projection's."""
-    of_input = InputStatistics(job.inputs.shape[2], seed, job.weights.device)
-    of_hidden = InputStatistics(len(original.up_WH), seed, job.weights.device)
-    with fast_matmuls(job.weights.device):
-        for inputs_RH in inputs.parts():
-            of_input.add(inputs_RH)
-            of_hidden.add(original.hidden(job.skeleton, inputs_RH))
-    return of_input.moments(), of_hidden.moments()
-
-
-def _sum_up(report: GridReport, outcomes: list[_MlpOutcome]) -> None:
+def _sum_up(report: GridReport, outcomes: list[MlpOutcome]) -> None:
     for outcome in outcomes:
         report.weight_errors |= outcome.weight_errors
     results = [outcome.errors for outcome in outcomes if outcome.errors is not None]

@@ -1,0 +1,93 @@
+"""What quantizing a decoder layer needs, and what it tells.
+
+Shape legend: N samples, T tokens, H hidden size, I in features.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from dsquant.distributed import ALONE, Ranks, Shares
+from dsquant.model.activations import Activations
+from dsquant.model.skeleton import Skeleton
+from dsquant.model.structure import DecoderLayer
+from dsquant.quantization.statistics import Importance
+from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.source.weights import Weights
+
+Emit = Callable[[Grid, str, QuantizedWeight | torch.Tensor], None]
+"""Gets the grid, and a linear's name with its quantized weight or a folded parameter's name with its float32 values.
+What is not emitted has not changed."""
+
+Note = Callable[[Grid, str, Importance], None]
+KeepScales = Callable[[Grid, str, torch.Tensor], None]
+"""Gets the grid, a producer (a norm or a linear) and the scales that its output is divided by, float32 [I]."""
+
+
+@dataclass(frozen=True)
+class LayerJob:
+    """Everything that quantizing a layer needs."""
+
+    skeleton: Skeleton
+    layer: DecoderLayer
+    weights: Weights
+    inputs: Activations
+    """The original layer's inputs [N, T, H]."""
+    outputs: Activations
+    """Gets the original layer's outputs."""
+    mlp_inputs: Activations
+    """Gets what the MLPs read."""
+    linears: Mapping[Grid, frozenset[str]]
+    """Grid -> the layer's linears that are quantized onto it."""
+    batch_samples: int
+    seed: int
+    emit: Emit
+    safe_point: Callable[[str], None]
+    """Called with a module's name before its work begins; may raise to stop."""
+    note: Note = lambda grid, linear, importance: None
+    """Gets the importance of each linear's inputs under the scales, for grids that are not rounded."""
+    keep_scales: KeepScales = lambda grid, producer, scales: None
+    """Gets all scales that are folded in, so that a later release can be quantized under them."""
+
+    ranks: Ranks = ALONE
+    """Who shares the layer. Each emits what it has made; rank 0 has all that is not an MLP."""
+
+    @property
+    def shares(self) -> Shares:
+        """Which rank has which samples."""
+        return Shares(self.inputs.shape[0], self.batch_samples, self.ranks.size)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The grids."""
+        return tuple(self.linears)
+
+    def anywhere(self, linear: str) -> bool:
+        """Whether a linear is quantized onto any grid."""
+        return any(linear in linears for linears in self.linears.values())
+
+
+@dataclass
+class GridReport:
+    """What quantizing a layer onto one grid cost: squared output errors relative to the output."""
+
+    attention_error: float | None = None
+    attention_error_plain: float | None = None
+    mlp_error: float | None = None
+    mlp_error_plain: float | None = None
+    fallbacks: list[str] = field(default_factory=list)
+    """Modules where the search did not beat plain rounding."""
+    weight_errors: dict[str, float] = field(default_factory=dict)
+    """Linear -> the rounded weight's distance from the folded one, over the folded one's norm."""
+
+
+@dataclass
+class LayerReport:
+    """What happened in a layer."""
+
+    tokens_per_expert: list[int]
+    """Empty for a dense layer."""
+    topped_up: dict[int, int]
+    """Expert -> tokens added to its own because it had fewer than `FEWEST_TOKENS`."""
+    grids: list[GridReport]

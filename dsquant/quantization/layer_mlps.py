@@ -1,0 +1,129 @@
+"""How a layer's MLPs pass through memory, one at a time on each rank: run, quantized, emitted.
+
+Shape legend: H hidden size, R tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dsquant.kernels.precision import fast_matmuls
+from dsquant.model.gated import GatedWeights
+from dsquant.model.streaming import ROWS_AT_ONCE, Routing
+from dsquant.model.structure import Mlp
+from dsquant.quantization.layer_job import LayerJob
+from dsquant.quantization.mlp import MlpErrors, MlpInputs, quantize_mlp, scaled
+from dsquant.quantization.sharing import exchange_contributions
+from dsquant.quantization.statistics import InputMoments, InputStatistics
+from dsquant.rounding import Grid
+
+# Experts that are read from disk while one is computed.
+MLPS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class MlpOutcome:
+    """What quantizing an MLP onto one grid cost; nothing where it is not quantized."""
+
+    errors: MlpErrors | None = None
+    weight_errors: dict[str, float] = field(default_factory=dict)
+
+
+def quantize_mlps(
+    job: LayerJob, inputs: dict[Mlp, MlpInputs], norm_scales: list[torch.Tensor], routing: Routing | None
+) -> list[list[MlpOutcome]]:
+    """Runs the original's MLPs, quantizes them onto every grid and emits them; each rank has one of them at a time.
+
+    Args:
+        job: the layer and its surroundings.
+        inputs: the tokens that each MLP is judged on.
+        norm_scales: by grid, the scales folded into the norm before the MLPs, float32 [H].
+        routing: of all tokens; None where the layer has no experts.
+
+    Returns:
+        By MLP and grid, on every rank.
+    """
+    mlps, ranks = job.layer.mlps, job.ranks
+    own: list[list[MlpOutcome]] = []
+    for begin in range(0, len(mlps), ranks.size):
+        number, original = begin + ranks.rank, None
+        if number < len(mlps):
+            job.safe_point(mlps[number].up.rsplit(".", 1)[0])
+            original = GatedWeights.read(job.weights, mlps[number])
+            ahead = mlps[number + ranks.size :: ranks.size][:MLPS_AHEAD]
+            job.weights.prefetch([f"{linear}.weight" for mlp in ahead for linear in mlp.linears])
+        if routing is not None:
+            _add_contributions(job, mlps[begin : begin + ranks.size], original, routing)
+        if original is not None:
+            own.append(_quantize_mlp(job, number, original, inputs[mlps[number]], norm_scales))
+    parts = ranks.gather(own)
+    return [parts[number % ranks.size][number // ranks.size] for number in range(len(mlps))]
+
+
+def _quantize_mlp(
+    job: LayerJob, number: int, original: GatedWeights, inputs: MlpInputs, norm_scales: list[torch.Tensor]
+) -> list[MlpOutcome]:
+    """Quantizes one MLP onto every grid and emits it; returns what it cost on each grid."""
+    mlp, outcomes = job.layer.mlps[number], list[MlpOutcome]()
+    moments = _moments(job, original, inputs, job.seed + number) if job.anywhere(mlp.up) else None
+    for grid, norm_scales_H in zip(job.grids, norm_scales, strict=True):
+        if moments is None or mlp.up not in job.linears[grid]:
+            if job.linears[grid]:
+                unscaled = scaled(original, norm_scales_H, original.up_WH.new_ones(len(original.up_WH)))
+                _emit_folded(job, grid, mlp, unscaled)
+            outcomes.append(MlpOutcome())
+            continue
+        result = quantize_mlp(job.skeleton, mlp, original, inputs, moments, norm_scales_H, grid)
+        outcomes.append(MlpOutcome(result.errors))
+        if not result.errors.plain:
+            job.keep_scales(grid, mlp.up, result.up_scales_W)
+        if grid.rounded:
+            parts = (result.folded.gate_WH, result.folded.up_WH, result.folded.down_HW)
+            for (linear, quantized), folded in zip(result.linears.items(), parts, strict=True):
+                job.emit(grid, linear, quantized)
+                outcomes[-1].weight_errors[linear] = quantized.relative_error(folded)
+            continue
+        of_input, of_hidden = (part.importance for part in result.moments)
+        for linear, importance in zip(mlp.linears, (of_input, of_input, of_hidden), strict=True):
+            job.note(grid, linear, importance)
+        _emit_folded(job, grid, mlp, result.folded)
+    return outcomes
+
+
+def _emit_folded(job: LayerJob, grid: Grid, mlp: Mlp, folded: GatedWeights) -> None:
+    for linear, weight in zip(mlp.linears, (folded.gate_WH, folded.up_WH, folded.down_HW), strict=True):
+        job.emit(grid, f"{linear}.weight", weight)
+
+
+def _add_contributions(job: LayerJob, turn: Sequence[Mlp], original: GatedWeights | None, routing: Routing) -> None:
+    """Adds what a turn's experts, one for each rank, contribute to the outputs of the tokens that reach them."""
+    expert = None if original is None else turn[job.ranks.rank].expert
+    parts = _contribution(job, original, *routing.tokens_of(expert)) if original and expert is not None else iter(())
+    if job.ranks.size == 1:
+        for part_R, output_RH in parts:
+            job.outputs.add_rows(part_R, output_RH)
+        return
+    none_RH = torch.empty(0, job.inputs.shape[2], device=job.weights.device)
+    own_RH = torch.cat([none_RH, *(output_RH for _, output_RH in parts)])
+    exchange_contributions(job.outputs, turn, own_RH, routing, job.ranks, job.shares)
+
+
+def _contribution(
+    job: LayerJob, original: GatedWeights, rows_R: torch.Tensor, share_R: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for part_R, part_share_R in zip(rows_R.split(ROWS_AT_ONCE), share_R.split(ROWS_AT_ONCE), strict=True):
+        with fast_matmuls(job.weights.device):
+            output_RH = original.output(job.skeleton, job.mlp_inputs.rows(part_R))
+        yield part_R, output_RH.mul_(part_share_R.unsqueeze(1))
+
+
+def _moments(job: LayerJob, original: GatedWeights, inputs: MlpInputs, seed: int) -> tuple[InputMoments, InputMoments]:
+    """The moments of the MLP's input and of its down projection's."""
+    of_input = InputStatistics(job.inputs.shape[2], seed, job.weights.device)
+    of_hidden = InputStatistics(len(original.up_WH), seed, job.weights.device)
+    with fast_matmuls(job.weights.device):
+        for inputs_RH in inputs.parts():
+            of_input.add(inputs_RH)
+            of_hidden.add(original.hidden(job.skeleton, inputs_RH))
+    return of_input.moments(), of_hidden.moments()
