@@ -35,7 +35,7 @@ def stage_timers(seconds: dict[str, float]) -> None:
     from dsquant import conversion, pipeline
     from dsquant.model.activations import Activations
     from dsquant.model.gated import GatedWeights
-    from dsquant.quantization import layer
+    from dsquant.quantization import layer, layer_mlps
 
     stages: list[tuple[str, Any, str]] = [
         ("scan of the source (once for a model)", pipeline, "_scan"),
@@ -43,9 +43,9 @@ def stage_timers(seconds: dict[str, float]) -> None:
         ("search of the norm's scales", layer, "_norm_fold"),
         ("proof of the fold", layer, "_emit_dense_part"),
         ("reading experts", GatedWeights, "read"),
-        ("experts' forward", layer, "_add_contributions"),
-        ("experts' statistics", layer, "_moments"),
-        ("search, clip, rounding", layer, "quantize_mlp"),
+        ("experts' forward", layer_mlps, "_add_contributions"),
+        ("experts' statistics", layer_mlps, "_moments"),
+        ("search, clip, rounding", layer_mlps, "quantize_mlp"),
         ("packing, handing to the writer", conversion.UnitWriter, "write"),
         ("end of the unit: rest, fsync", conversion._Writers, "finish"),
         ("hidden states to disk", Activations, "save"),
