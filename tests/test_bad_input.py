@@ -13,7 +13,11 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+import dsquant
 from dsquant.cli import main
+from dsquant.errors import InputError
+from dsquant.model.skeleton import Skeleton
+from dsquant.source.checkpoint import open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
@@ -185,7 +189,50 @@ def no_block_size(folder: Path) -> None:
     edit_json(folder / "config.json", lambda config: config.pop("quantization_config"))
 
 
-BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+def change_config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", lambda config: config.update(changes))
+
+
+def change_fp8(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(
+        folder / "config.json", lambda config: config["quantization_config"].update(changes)
+    )
+
+
+def set_scale(value: float) -> Callable[[Path], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{EXPERT}_scale_inv"][0, 0] = value
+
+    return lambda folder: edit_tensors(folder, f"{EXPERT}_scale_inv", change)
+
+
+def edit_header(change: Callable[[str], str]) -> Callable[[Path], None]:
+    """Changes the text of a shard's header."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "model-00001.safetensors"
+        raw = path.read_bytes()
+        length = struct.unpack("<Q", raw[:8])[0]
+        changed = change(raw[8 : 8 + length].decode()).encode()
+        path.write_bytes(struct.pack("<Q", len(changed)) + changed + raw[8 + length :])
+
+    return damage
+
+
+def extent(text: str) -> Callable[[Path], None]:
+    """Puts something else in the place of the first extent of the first shape."""
+    return edit_header(lambda header: re.sub(r'("shape":\s*\[)\d+', rf"\g<1>{text}", header, count=1))
+
+
+def empty_shard(folder: Path) -> None:
+    (folder / "model-00001.safetensors").write_bytes(b"")
+
+
+def a_name_of_300_letters(folder: Path) -> None:
+    edit_json(folder / INDEX, lambda index: index["weight_map"].update({EXPERT: "x" * 300 + ".safetensors"}))
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing shard": (remove_shard, r"model-00002\.safetensors"),
     "truncated shard": (truncate_shard, r"model-00002\.safetensors.*truncated.*tensor 'model\."),
     "missing scale": (remove_scale, rf"model-.*{re.escape(EXPERT)}"),
@@ -213,6 +260,24 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "routing that cannot be": (impossible_routing, r"config\.json.*7 of 8 experts"),
     "absurd number of layers": (a_thousand_million_layers, r"config\.json.*num_hidden_layers is 1000000000"),
     "size that is no number": (a_size_that_is_no_number, r"config\.json"),
+    "NaN in the config": (change_config(routed_scaling_factor=float("nan")), r"config\.json.*NaN.*not finite"),
+    "yarn factor 0": (change_config(rope_scaling={"type": "yarn", "factor": 0}), r"config\.json.*factor 0"),
+    "unknown dtype": (change_config(torch_dtype="float99"), r"config\.json.*torch_dtype 'float99'"),
+    "end of text outside the vocabulary": (change_config(eos_token_id=300), r"config\.json.*eos_token_id is 300"),
+    "static FP8": (change_fp8(activation_scheme="static"), r"config\.json.*activation_scheme 'static'"),
+    "another FP8": (change_fp8(fmt="e5m2"), r"config\.json.*fmt 'e5m2'"),
+    "negative scale": (set_scale(-1), rf"model-.*{re.escape(EXPERT)}_scale_inv.*negative"),
+    "scale out of range": (set_scale(1e38), rf"model-.*{re.escape(EXPERT)}_scale_inv.*overflow"),
+    "header given twice": (
+        edit_header(lambda header: header.strip()[:-1] + "," + header.strip()[1:]),
+        r"model-00001\.safetensors.*given twice",
+    ),
+    "shape of texts": (extent('"256"'), r"model-00001\.safetensors.*malformed"),
+    "infinite shape": (extent("1e400"), r"model-00001\.safetensors.*not finite"),
+    "deep header": (edit_header(lambda header: "[" * 100_000), r"model-00001\.safetensors.*deeply"),
+    "empty shard": (empty_shard, r"model-00001\.safetensors.*0 bytes"),
+    "shard with a name too long": (a_name_of_300_letters, r"index\.json.*xxx"),
+    "deep config": (lambda folder: (folder / "config.json").write_text("[" * 100_000), r"config\.json.*deeply"),
     "no block size": (no_block_size, r"config\.json.*weight_block_size|weight_block_size"),
 }
 
@@ -261,3 +326,69 @@ def test_an_output_folder_with_something_in_it_is_refused_and_left_alone(
 def test_a_model_that_is_nowhere_is_refused(text_file: Path, tmp_path: Path) -> None:
     code, output = run(tmp_path / "nowhere", text_file, tmp_path / "out")
     assert code == 3 and "nowhere" in output
+
+
+@pytest.mark.parametrize("name", ["file/below", "x" * 300])
+def test_an_output_that_cannot_be_a_folder_is_refused(
+    name: str, pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, output = run(pico_r1, text_file, tmp_path / name)
+    assert code == 3 and ("is a file" in output or "folder's name" in output), output
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_output_with_a_null_byte_is_refused(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="folder's name"):
+        dsquant.awq(pico_r1, output=f"{tmp_path}/out\0", calibration=str(text_file), progress=False)
+
+
+def test_numbers_that_overflow_in_a_layer_name_it_and_how_to_begin_anew(
+    pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pico_r1, tmp_path / "model")
+    change_config(routed_scaling_factor=1e39)(tmp_path / "model")
+    code, output = run(tmp_path / "model", text_file, tmp_path / "out")
+    assert code == 3 and re.search(r"layers\.\d.*not finite.*--restart", output, re.DOTALL), output
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {".dsquant-work", "awq"}
+
+
+def test_the_network_leaves_the_config_as_it_stands(pico_r1: Path) -> None:
+    checkpoint = open_checkpoint(pico_r1)
+    before = json.dumps(checkpoint.config)
+    Skeleton(checkpoint)
+    assert json.dumps(checkpoint.config) == before
+
+
+BAD_TEXTS = {
+    "half a surrogate pair": (b'{"text": "\\ud800"}\n', r"line 1.*surrogate"),
+    "nested too deeply": (b"[" * 100_000, r"line 1.*deeply"),
+    "a number of 5000 digits": (b'{"text": ' + b"9" * 5000 + b"}", r"line 1"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TEXTS)
+def test_a_bad_line_of_calibration_is_refused(kind: str, pico_r1: Path, tmp_path: Path) -> None:
+    content, message = BAD_TEXTS[kind]
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    code, output = run(pico_r1, tmp_path / "bad.jsonl", tmp_path / "out")
+    assert code == 3 and re.search(rf"bad\.jsonl, {message}", output, re.DOTALL), output
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_tokens_without_columns_are_refused(pico_r1: Path, tmp_path: Path) -> None:
+    save_file({"tokens": torch.zeros(2, 0, dtype=torch.int64)}, tmp_path / "tokens.safetensors")
+    code, output = run(pico_r1, tmp_path / "tokens.safetensors", tmp_path / "out")
+    assert code == 3 and "tokens.safetensors" in output and not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="Linux")
+def test_a_text_that_cannot_be_read_is_refused(pico_r1: Path, tmp_path: Path) -> None:
+    code, output = run(pico_r1, Path("/proc/self/mem"), tmp_path / "out")
+    assert code == 3 and "/proc/self/mem" in output and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["hf:../texts", "hf:owner/.."])
+def test_a_hub_set_that_is_a_path_is_refused(name: str, pico_r1: Path, tmp_path: Path) -> None:
+    code, output = run(pico_r1, Path(name), tmp_path / "out")
+    assert code == 3 and "hub" in output and not (tmp_path / "out").exists()

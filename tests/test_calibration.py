@@ -148,3 +148,10 @@ def test_no_thirteen_words_of_a_held_out_text_are_in_a_calibration_text(kind: st
         seen |= {tuple(text[i : i + 13]) for i in range(len(text) - 12)}
     held_out = words(CALIBRATION / "held-out" / kind)
     assert not [held_out[i : i + 13] for i in range(len(held_out) - 12) if tuple(held_out[i : i + 13]) in seen]
+
+
+def test_jsonl_may_hold_line_separators_and_begin_with_a_byte_order_mark(tokenizer: Any, tmp_path: Path) -> None:
+    texts = [f"x = {number}\u2028y = {number}\x85" * 20 for number in range(3)]
+    lines = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "texts.jsonl").write_text("\ufeff" + lines, encoding="utf-8")
+    assert len(calibration_tokens([str(tmp_path / "texts.jsonl")], tokenizer, 2, 8, 0).tokens) == 2

@@ -1,0 +1,108 @@
+"""A resumed job checks what its earlier run has left: damage ends with exit code 3 and the name of the file."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader
+
+from dsquant import pipeline
+from dsquant.errors import InputError, Interrupted
+from dsquant.recipe import Recipe
+
+WORK = ".dsquant-work"
+
+
+def recipe(model: Path, text: Path, output: Path) -> Recipe:
+    return Recipe.checked(
+        model=str(model), to=("awq", "gguf:Q4_K_M"), output=output, calibration=(str(text),), samples=2, seq_len=16,
+        group_size=64, evaluate=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def interrupted(pico_r1: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job that stopped behind its first layer."""
+    output = tmp_path_factory.mktemp("interrupted") / "out"
+
+    def stop(progress: Any) -> None:
+        if progress.layer is not None:
+            raise Interrupted("the test stopped it")
+
+    with pytest.raises(Interrupted):
+        pipeline.awq(recipe(pico_r1, text_file, output), report=stop)
+    return output
+
+
+def overwrite(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
+        file.write(b"\xa5" * 8)
+
+
+def overwrite_embedding(path: Path) -> None:
+    overwrite(
+        path, next(tensor.data_offset for tensor in GGUFReader(path).tensors if tensor.name == "token_embd.weight")
+    )
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 64)
+
+
+def edit_journal(output: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
+    path = output / WORK / "journal.jsonl"
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+
+
+def only_the_recipe(output: Path) -> None:
+    path = output / WORK / "job.json"
+    path.write_text(json.dumps({"recipe": json.loads(path.read_text())["recipe"]}))
+
+
+def first_shard(output: Path) -> Path:
+    return min((output / "awq").glob("*.safetensors"))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "hidden states overwritten": (lambda out: overwrite(out / WORK / "hidden-1.f32", 100), r"hidden-1\.f32.*damaged"),
+    "hidden states cut": (lambda out: cut(out / WORK / "hidden-1.f32"), r"hidden-1\.f32.*size"),
+    "hidden states gone": (lambda out: (out / WORK / "hidden-1.f32").unlink(), r"hidden-1\.f32.*gone"),
+    "shard overwritten": (lambda out: overwrite(first_shard(out), -40), r"model-00001.*tensor 'model\.embed_tokens"),
+    "shard cut": (lambda out: cut(first_shard(out)), r"model-00001.*size"),
+    "shard gone": (lambda out: first_shard(out).unlink(), r"model-00001.*gone"),
+    "GGUF tensor overwritten": (
+        lambda out: overwrite_embedding(next((out / "gguf").glob("*.partial"))),
+        r"\.partial: tensor '.*damaged",
+    ),
+    "scales overwritten": (
+        lambda out: overwrite(out / WORK / "scales-model.layers.0.safetensors", -40),
+        r"scales-model\.layers\.0.*damaged",
+    ),
+    "importances cut": (lambda out: cut(out / WORK / "imatrix-model.layers.0.safetensors"), r"imatrix-model.*size"),
+    "first line gone": (lambda out: edit_journal(out, lambda lines: lines[1:]), r"journal.*first units"),
+    "line that is no JSON": (lambda out: edit_journal(out, lambda lines: [b"{bad}\n"]), r"journal\.jsonl, line 1"),
+    "line that is no object": (lambda out: edit_journal(out, lambda lines: [b"[1]\n"]), r"journal\.jsonl, line 1"),
+    "line nested too deeply": (
+        lambda out: edit_journal(out, lambda lines: [b"[" * 100_000 + b"\n"]),
+        r"journal\.jsonl, line 1.*deeply",
+    ),
+    "job record without its sources": (only_the_recipe, r"job\.json.*shards"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_work_file_is_refused(
+    kind: str, interrupted: Path, pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    damage, message = DAMAGE[kind]
+    output = tmp_path / "out"
+    shutil.copytree(interrupted, output)
+    damage(output)
+    with pytest.raises(InputError, match=message) as refused:
+        pipeline.awq(recipe(pico_r1, text_file, output), resume=True)
+    assert "--restart" in str(refused.value) or "remove the folder" in str(refused.value)
