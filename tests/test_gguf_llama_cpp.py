@@ -85,7 +85,7 @@ def test_llama_cpp_cuts_awkward_strings_into_the_same_tokens(tiny_r1: Path, tmp_
     assert not different
 
 
-# llama.cpp rounds activations to 8 bits before it multiplies K-quants; where the weights' own error is small, that shows.
+# llama.cpp rounds activations to 8 bits before it multiplies K-quants; where the weights err little, that shows.
 @pytest.mark.parametrize(("type_name", "tolerance"), [("Q3_K_M", 0.02), ("Q4_K_M", 0.04)])
 def test_our_perplexity_and_divergence_of_gguf_files_are_llama_cpps(
     type_name: str, tolerance: float, tiny_r1: Path, tmp_path: Path
