@@ -233,7 +233,7 @@ def test_a_machine_that_cannot_be_meant_is_refused(gpu: str) -> None:
 def test_the_table_the_json_and_the_notebook_tell_the_same(tiny_r1: Path) -> None:
     shown = subprocess.run(command("--gpu", "1x24GiB", "--ram", "64GiB"), capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    assert "12,169,064 bytes" in shown.stdout and "█" in shown.stdout and "vllm serve" in shown.stdout
+    assert "11.6 MiB" in shown.stdout and "█" in shown.stdout and "vllm serve" in shown.stdout
     found = dsquant.plan("tiny-r1", gpu="1x24GiB", ram="64GiB")
     json.dumps(found.as_json())
-    assert "12,169,064 bytes" in found._repr_html_()
+    assert "11.6 MiB" in found._repr_html_()

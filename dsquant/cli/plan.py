@@ -6,8 +6,6 @@ import click
 
 from dsquant.cli.process import dsquant_command, quiet_libraries
 
-WIDTH_OF_A_FILE = 140
-
 
 @click.command()
 @click.argument("model", default="tiny-r1")
@@ -45,7 +43,5 @@ def plan(
     from dsquant.deployment.tables import forecast_tables
 
     console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH_OF_A_FILE
     for renderable in forecast_tables(found):
-        console.print(renderable)
+        console.print(renderable, crop=False)  # a command is copied whole
