@@ -8,7 +8,7 @@ from dsquant.cli.process import dsquant_command, quiet_libraries
 
 
 @click.command()
-@click.argument("model", default="tiny-r1")
+@click.argument("model", default="tiny-r1", metavar="[MODEL=tiny-r1]")
 @click.option("--gpu", metavar="4x24GiB", help="GPUs, with their bandwidth if known: 4x24GiB@936GB/s.")
 @click.option("--ram", metavar="64GiB", help="Memory, with its bandwidth if known: 64GiB@80GB/s.")
 @click.option("--disk", metavar="2TiB", help="Room for the weights.")

@@ -193,9 +193,9 @@ def _bar(name: str, used: int, room: int, largest: int, color: str) -> Text:
 
 def _sizes_table(forecast: Forecast) -> Table:
     choices = [mtp for mtp in ("none", "keep", "quantize", "drop") if any(size.mtp == mtp for size in forecast.sizes)]
-    heads = ["files" if mtp == "none" else f"MTP: {mtp}" for mtp in choices]
+    heads = ["files" if mtp == "none" else f"MTP {mtp}" for mtp in choices]
     unit, factor = _unit(size.num_bytes for size in forecast.sizes)
-    table = _table(f"Sizes of the weight files in {unit} (MTP: as --mtp says; loaded: without it)", "output", *heads, "loaded")
+    table = _table(f"Sizes of the weight files in {unit} by --mtp; loaded: without MTP", "output", *heads, "loaded")
     by_name: dict[str, dict[str, OutputSize]] = {}
     for size in forecast.sizes:
         by_name.setdefault(size.name, {})[size.mtp] = size
