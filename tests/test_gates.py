@@ -73,7 +73,7 @@ def test_the_worst_verdict_decides_the_exit_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("gates: []", "at least 1 item"),
+        ("gates: []", "gates has no limits"),
         ("{}", "gates: Field required"),
         ("gates:\n- {metric: mean_kul, at_most: 1}", "unknown metric 'mean_kul'"),
         ("gates:\n- {metric: mean_kl, at_least: 1}", "mean_kl needs at_most"),
