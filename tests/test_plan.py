@@ -224,7 +224,7 @@ def test_speeds_are_read(text: str, expected: float) -> None:
     assert parse_speed(text).low == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("gpu", ["0x24GiB", "4x", "x", "4x24GiB@fast", "-1x24GiB"])
+@pytest.mark.parametrize("gpu", ["0x24GiB", "4x", "x", "4x24GiB@fast", "-1x24GiB", "1000000000x1TiB", "٣x24GiB"])
 def test_a_machine_that_cannot_be_meant_is_refused(gpu: str) -> None:
     with pytest.raises(UsageError):
         parse_machine(gpu, "64GiB")

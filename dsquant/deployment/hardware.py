@@ -7,6 +7,9 @@ from dsquant.deployment.facts import DEFAULT_DISK, DESKTOP_RAM, DESKTOP_RAM_GIB,
 from dsquant.errors import UsageError
 from dsquant.recipe import parse_size
 
+# More than any engine spreads one model over.
+MOST_GPUS = 1024
+
 
 @dataclass(frozen=True)
 class Gpus:
@@ -74,9 +77,11 @@ def parse_machine(gpu: str | None, ram: str | None, disk: str | None = None, dis
 
 
 def _parse_gpus(text: str) -> Gpus:
-    match = re.fullmatch(r"\s*(?:(\d+)\s*[xX×*]\s*)?([^@]+?)\s*(?:@(.+))?", text)
-    if match is None or match[1] == "0":
-        raise UsageError(f"--gpu {text!r}: write the number and memory of equal cards, such as 4x24GiB or 8x80GiB")
+    match = re.fullmatch(r"\s*(?:([0-9]+)\s*[xX×*]\s*)?([^@]+?)\s*(?:@(.+))?", text)
+    if match is None or len(match[1] or "1") > len(str(MOST_GPUS)) or not 0 < int(match[1] or 1) <= MOST_GPUS:
+        raise UsageError(
+            f"--gpu {text!r}: write the number (at most {MOST_GPUS}) and memory of equal cards, such as 4x24GiB"
+        )
     memory = parse_size(match[2])
     if match[3]:
         return Gpus(int(match[1] or 1), memory, parse_speed(match[3]), "given")
