@@ -7,7 +7,6 @@ What is not covered: audio or images in messages, and tool calls; such messages 
 """
 
 import hashlib
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError, UsageError
+from dsquant.strict_json import parse_json
 
 _PACKAGE = Path(__file__).parent
 # Beside the package in a checkout, inside it in a wheel.
@@ -99,6 +99,8 @@ def calibration_tokens(
         InputError: where a source is missing, damaged or empty, or all of them yield no sample.
         UsageError: where a spec is none of the above.
     """
+    if not specs:
+        raise UsageError("calibration names no text; name a file, a mix such as r1-mix, or a hub set as hf:NAME")
     if any(spec.endswith(".safetensors") for spec in specs):
         return _ready_tokens(specs, num_samples, seq_len, tokenizer)
     sources = [source for spec in specs for source in _sources(spec, 1 / len(specs))]
@@ -202,7 +204,7 @@ def _ready_tokens(specs: Sequence[str], num_samples: int, seq_len: int, tokenize
         found = f"{tokens.dtype} {list(tokens.shape)}"
         raise InputError(f"{specs[0]}: 'tokens' must be int64 [samples, tokens of a sample], found {found}")
     tokens = tokens[:num_samples, :seq_len].to(torch.int64).contiguous()
-    if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= len(tokenizer):
+    if not tokens.numel() or int(tokens.min()) < 0 or int(tokens.max()) >= len(tokenizer):
         raise InputError(f"{specs[0]}: 'tokens' is empty or holds numbers outside 0..{len(tokenizer) - 1}")
     return CalibrationTokens(tokens, tokens_sha256(tokens), ({"name": Path(specs[0]).name, "samples": len(tokens)},))
 
@@ -259,20 +261,20 @@ def _paths(spec: str) -> list[Path]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # editors put a byte order mark before UTF-8
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error})") from error
+    except (OSError, MemoryError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); name a text file") from error
 
 
 def _lines(path: Path) -> Iterator[Any]:
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    # Not splitlines: a JSON text may hold U+2028 and its like as they are.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
-        yield _document(record, f"{path}, line {number}")
+        where = f"{path}, line {number}"
+        yield _document(parse_json(line, where, "mend the line or leave it out"), where)
 
 
 def _document(record: Any, where: str) -> Any:
@@ -314,10 +316,13 @@ def _hub_documents(spec: str, columns: dict[str, str]) -> Iterator[Any]:
     match = HUB_SPEC.fullmatch(spec)
     if match is None:
         raise UsageError(f"text {spec!r}: write hub sets as hf:NAME[/CONFIG][:SPLIT][#COLUMN]")
+    name = match["name"]
+    if any(set(part) == {"."} for part in name.split("/")) or Path(name).is_dir():
+        raise InputError(f"text {spec!r}: hf: is for sets on the hub, {name} is a folder here; name its files instead")
     import datasets
 
     try:
-        records = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train", streaming=True)
+        records = datasets.load_dataset(name, match["config"], split=match["split"] or "train", streaming=True)
         for number, record in enumerate(records):
             if match["column"]:
                 record = {"text": record[match["column"]]}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dsquant.distributed import ALONE, Ranks
-from dsquant.gguf_conversion import keep_observed, note_importance
+from dsquant.gguf_conversion import keep_observed, note_importance, work_files
 from dsquant.jobs import Job, sync_folder
 from dsquant.model.activations import Activations
 from dsquant.model.streaming import Stream, embed, mtp_inputs
@@ -21,6 +21,7 @@ from dsquant.quantization.layer import quantize_layer
 from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.statistics import Importance
 from dsquant.recipe import Recipe
+from dsquant.resumption import check_gguf, check_kept, check_shards, check_units, kept_files
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.scales import keep_scales
 from dsquant.source.shards import DTYPES
@@ -233,11 +234,14 @@ def convert(run: Run) -> None:
         run: the running job.
 
     Raises:
+        InputError: where what finished units have left is damaged.
         Interrupted: at a safe point, where the job has to stop; finished units are kept.
     """
     units = [unit for unit in run.source.plan.units if unit.action != "drop"]
     done = run.ranks.once(lambda: run.job.journal.units)
-    run.ranks.once(lambda: _remove_leftovers(run, [unit for unit in units if unit.name not in done]))
+    if done:
+        run.ranks.alone(lambda beat: _check_left(run, units, beat))
+    run.ranks.once(lambda: _remove_leftovers(run, units))
     for number, unit in enumerate(units):
         if unit.name not in done:
 
@@ -251,10 +255,34 @@ def convert(run: Run) -> None:
     run.safe_point("quantize", len(units), len(units), "")
 
 
+def _needed(run: Run, units: list[Unit]) -> Path | None:
+    """The hidden states that the first layer without a line in the journal reads; None where there are none yet."""
+    left = [unit for unit in units if unit.name not in run.job.journal.units]
+    layers = [unit.layer.index for unit in left if unit.action == "quantize" and unit.layer is not None]
+    return run.hidden_path(layers[0]) if layers and left[0].name != "embedding" else None
+
+
+def _check_left(run: Run, units: list[Unit], beat: Callable[[], None]) -> None:
+    """Checks all that the finished units of a resumed job have left."""
+
+    def safe_point() -> None:
+        run.check()
+        beat()
+
+    job, plan = run.job, run.source.plan
+    check_units(job, [unit.name for unit in units])
+    needed = _needed(run, units)
+    check_kept(job, needed.name if needed else None, safe_point)
+    for target in plan.targets:
+        finished = [shard for name in job.journal.units for shard in target.shards.shards_of(name)]
+        check_shards(job, target.folder, finished, safe_point)
+    for folder, gguf_target in plan.gguf.items():
+        check_gguf(job, folder, gguf_target.files, safe_point)
+
+
 def _remove_leftovers(run: Run, units: list[Unit]) -> None:
     """Removes the files of an interrupted unit: a rank that was lost then may still have them open."""
-    layers = [unit.layer.index for unit in units if unit.action == "quantize" and unit.layer is not None]
-    needed = run.hidden_path(layers[0]) if layers and units[0].name != "embedding" else None
+    needed = _needed(run, units)
     for path in run.job.work.glob("*.f32"):
         if path != needed:
             path.unlink()
@@ -274,6 +302,8 @@ def _make_unit(run: Run, unit: Unit, safe_point: Callable[[str], None]) -> dict[
 
 
 def _journal(run: Run, unit: Unit, notes: dict[str, Any]) -> None:
+    made = run.hidden_path(unit.layer.index + 1 if unit.layer is not None else 0)
+    notes["kept"] = kept_files(run.job.work, [*work_files(unit.name), made.name])
     sync_folder(run.job.work)
     run.job.journal.append(unit.name, **notes)
     if unit.action == "quantize" and unit.layer is not None:

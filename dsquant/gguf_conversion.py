@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from dsquant.quantization.layer import KEYS_SUFFIX, quantize_layer
 from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.statistics import Importance
 from dsquant.recipe import GgufRecipe
+from dsquant.resumption import check_gguf, check_kept, check_units, kept_files
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.scales import keep_scales
 from dsquant.source.checkpoint import Checkpoint
@@ -246,9 +247,12 @@ def convert_to_gguf(run: GgufRun) -> None:
         run: the running job.
 
     Raises:
+        InputError: where what finished units have left is damaged.
         Interrupted: at a safe point, where the job has to stop; finished units are kept.
     """
     units = [unit for unit in run.plan.units if unit.action != "drop"]
+    if run.job.journal.units:
+        _check_left(run, units)
     for number, unit in enumerate(units):
         if unit.name not in run.job.journal.units:
 
@@ -261,6 +265,22 @@ def convert_to_gguf(run: GgufRun) -> None:
             run.tokens_done += run.plan.tokens_NT.numel()
             run.tell("quantize", number + 1, len(units), unit.name, layer)
     run.safe_point("quantize", len(units), len(units), "")
+
+
+def _check_left(run: GgufRun, units: list[Unit]) -> None:
+    """Checks all that the finished units of a resumed job have left."""
+    done = run.job.journal.units
+    check_units(run.job, [unit.name for unit in units])
+    left = [unit for unit in units if unit.name not in done]
+    layers = [unit.layer.index for unit in left if unit.layer is not None]
+    reads = run.plan.tokens_NT is not None and layers and left[0].name != "embedding"
+    check_kept(run.job, f"hidden-{layers[0]}.f32" if reads else None, run.check)
+    check_gguf(run.job, PurePosixPath("."), run.plan.target.files, run.check)
+
+
+def work_files(unit: str) -> list[str]:
+    """The files in the work folder that hold a unit's scales and importances, where it has any."""
+    return [f"scales-{unit}.safetensors", f"imatrix-{unit}.safetensors"]
 
 
 def _make_unit(run: GgufRun, unit: Unit, safe_point: Callable[[str], None]) -> None:
@@ -278,6 +298,8 @@ def _make_unit(run: GgufRun, unit: Unit, safe_point: Callable[[str], None]) -> N
     notes["weight_errors"] = {".": writer.weight_errors}
     keep_observed(run.job.work, unit.name, writer.observed)
     keep_scales(run.job.work, unit.name, {".": scales})
+    made = f"hidden-{unit.layer.index + 1 if unit.layer is not None else 0}.f32"
+    notes["kept"] = kept_files(run.job.work, [*work_files(unit.name), made])
     sync_folder(run.job.work)
     run.bytes_written += writer.bytes_written
     run.job.journal.append(unit.name, **notes)

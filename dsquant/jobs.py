@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ from typing import Any
 from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
 from dsquant.recipe import CHANGEABLE_ON_RESUME, JobRecipe, format_size
+from dsquant.strict_json import parse_json, read_json_object
 
 WORK_FOLDER = ".dsquant-work"
 RECORD_FILE = "dsquant.json"
@@ -25,6 +26,11 @@ JOB_FILE = "job.json"
 JOURNAL_FILE = "journal.jsonl"
 # Ending of a file that is being written; it is renamed when it is whole.
 PARTIAL = ".partial"
+# What to do where an interrupted job is damaged.
+BEGIN_ANEW = "begin anew with --restart"
+# What a job's own record holds at least; more is its own affair.
+JOB_NOTES = ("recipe", "tensors", "shards", "files")
+LONGEST_NAME_BYTES = 255
 
 
 class Journal:
@@ -35,13 +41,17 @@ class Journal:
 
         Args:
             path: the journal's file.
+
+        Raises:
+            InputError: where a line is damaged.
         """
         self._path = path
         raw = path.read_bytes() if path.exists() else b""
         complete = raw[: raw.rfind(b"\n") + 1]
         if complete != raw:
             os.truncate(path, len(complete))
-        self._entries: list[dict[str, Any]] = [json.loads(line) for line in complete.splitlines()]
+        lines = complete.split(b"\n")[:-1]
+        self._entries = [_entry(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
     @property
     def units(self) -> dict[str, dict[str, Any]]:
@@ -56,6 +66,13 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self._entries.append(entry)
+
+
+def _entry(line: bytes, where: str) -> dict[str, Any]:
+    entry = parse_json(line, where, BEGIN_ANEW, finite=False)
+    if not isinstance(entry, dict) or not isinstance(entry.get("unit"), str):
+        raise InputError(f"{where}: no line of a journal, which names a 'unit': {entry!r:.80}; {BEGIN_ANEW}")
+    return entry
 
 
 class Job:
@@ -89,8 +106,7 @@ def claim(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
         InputError: where the folder holds something this run may not touch.
         UsageError: where the recipe differs from the interrupted job's.
     """
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file; name a folder to make")
+    check_name(output)
     if not output.exists() or not any(output.iterdir()):
         return "new"
     interrupted = (output / WORK_FOLDER).is_dir()
@@ -99,10 +115,9 @@ def claim(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
     if restart:
         return "restart"
     if not resume:
-        state = "an interrupted job" if interrupted else "a finished output"
+        state, advice = ("an interrupted job", "go on with --resume, ") if interrupted else ("a finished output", "")
         raise InputError(
-            f"{output} is not empty: it holds {state}; go on with --resume, begin anew with --restart, "
-            "or name another folder"
+            f"{output} is not empty: it holds {state}; {advice}begin anew with --restart, or name another folder"
         )
     if interrupted and not (output / WORK_FOLDER / JOB_FILE).is_file():
         return "restart"  # killed before the job's own record was on disk: nothing to continue
@@ -111,18 +126,56 @@ def claim(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
     return "resume" if interrupted else "finished"
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text())
-        if not isinstance(record, dict):
-            raise ValueError(f"expected an object, found {type(record).__name__}")
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); remove the folder yourself, or name another") from error
+def found_state(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
+    """As `claim`, for a preview: dsquant's own output in the way is a state to tell of, not an error.
+
+    Args:
+        output: the folder.
+        recipe: the run's recipe.
+        resume: as in `claim`.
+        restart: as in `claim`.
+
+    Returns:
+        What `claim` returns, or `interrupted, in the way` or `finished, in the way`.
+    """
+    check_name(output)
+    if not resume and not restart and output.is_dir():
+        if (output / WORK_FOLDER).is_dir():
+            return "interrupted, in the way"
+        if (output / RECORD_FILE).is_file():
+            return "finished, in the way"
+    return claim(output, recipe, resume, restart)
+
+
+def check_name(output: Path) -> None:
+    """Refuses a path where no folder can be made.
+
+    Args:
+        output: the path.
+
+    Raises:
+        InputError: where its name cannot be one, or it or what it lies in is a file.
+    """
+    if "\0" in str(output) or any(len(os.fsencode(part)) > LONGEST_NAME_BYTES for part in output.parts):
+        raise InputError(f"{str(output)!r:.300} cannot be a folder's name; give one that file systems allow")
+    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"{existing} is a file; name a folder to make")
+
+
+def _read_record(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
+    then = "remove the folder yourself, or name another"
+    record = read_json_object(path, then, finite=False)
+    missing = [key for key in keys if key not in record]
+    if missing:
+        raise InputError(f"{path} is damaged: {', '.join(missing)} are not in it; {then}")
     return record
 
 
 def _check_same_recipe(output: Path, recipe: JobRecipe, record: dict[str, Any]) -> None:
-    before, now = record.get("recipe", {}), recipe.lasting()
+    before, now = record.get("recipe"), recipe.lasting()
+    if not isinstance(before, dict):
+        raise InputError(f"{output}: its job's record has no recipe; remove the folder yourself, or name another")
     changed = [key for key in now if before.get(key) != now[key]]
     if changed:
         details = ", ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
@@ -154,7 +207,7 @@ def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any])
         if state == "restart":
             _remove_recorded_files(output)
         if state == "resume":
-            notes = _read_record(work / JOB_FILE)
+            notes = _read_record(work / JOB_FILE, JOB_NOTES)
         else:
             notes = {"recipe": recipe.lasting(), **notes}
             write_atomically(work / JOB_FILE, json.dumps(notes).encode())

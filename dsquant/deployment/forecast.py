@@ -225,7 +225,7 @@ def _on_machine(
     rows = []
     for size in _candidates(sizes):
         placement = place(size, network, machine, context)
-        commands = launch_commands(size, network, machine, placement, context, subject.model, subject.name)
+        commands = launch_commands(size, network, machine, placement, context, subject.servable, subject.name)
         price = _price(placement, machine, gpu_price)
         rows.append(Deployment(size, placement, commands, price))
     best = min((row for row in rows if row.commands), key=_rank, default=None)

@@ -4,7 +4,9 @@ transformers 5 fuses a layer's experts into 3-D parameters (23 GB for one layer 
 place: it notes which token goes to which expert and leaves the experts' work to `streaming`, one expert at a time.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -94,6 +96,7 @@ class Skeleton:
         """
         self.family: Family = family_of(checkpoint.folder, checkpoint.config)
         _check_counts(checkpoint)
+        _check_values(checkpoint)
         try:
             self._build(checkpoint)
         except InputError:
@@ -169,6 +172,25 @@ def _check_counts(checkpoint: Checkpoint) -> None:
             )
 
 
+def _check_values(checkpoint: Checkpoint) -> None:
+    """Refuses values that transformers takes but that cannot be meant."""
+    path, config = checkpoint.folder / "config.json", checkpoint.config
+    for key in ("torch_dtype", "dtype"):
+        name = config.get(key)
+        if name is not None and not isinstance(getattr(torch, str(name).removeprefix("torch."), None), torch.dtype):
+            raise InputError(f"{path}: {key} {name!r:.80} is no type of PyTorch; write bfloat16, or leave it out")
+    rope = config.get("rope_scaling")
+    factor = rope.get("factor", 1) if isinstance(rope, dict) else 1
+    if not isinstance(factor, int | float) or not (math.isfinite(factor) and factor > 0):
+        raise InputError(f"{path}: rope_scaling has the factor {factor!r:.80}, expected a number above 0")
+    rows = config.get("vocab_size")
+    for key in ("bos_token_id", "eos_token_id"):
+        found = config.get(key)
+        for number in found if isinstance(found, list) else [found]:
+            if number is not None and not (isinstance(number, int) and 0 <= number < (rows or 0)):
+                raise InputError(f"{path}: {key} is {number!r:.80}, the vocabulary has the tokens 0 to vocab_size - 1")
+
+
 def network_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with transformers' defaults filled in and its older keys brought into today's form.
 
@@ -185,7 +207,8 @@ def network_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
 def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
     import transformers
 
-    plain = {key: value for key, value in config.items() if key not in IGNORED_CONFIG}
+    # A copy to the bottom: from_dict writes into rope_scaling.
+    plain = {key: deepcopy(value) for key, value in config.items() if key not in IGNORED_CONFIG}
     return getattr(transformers, family.config_class).from_dict(plain)
 
 

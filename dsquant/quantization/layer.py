@@ -48,13 +48,34 @@ def quantize_layer(job: LayerJob) -> LayerReport:
     Raises:
         InputError: where the original's hidden states are not finite.
     """
+    try:
+        report = _quantize(job)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise _out_of_range(job.layer.prefix) from error
+    job.ranks.together(lambda: _check_outputs(job))
+    return report
+
+
+def _out_of_range(where: str) -> InputError:
+    return InputError(
+        f"{where}: the hidden states are not finite here; the weights of this or an earlier layer, or numbers in "
+        "config.json, are out of any sensible range. Nothing but an unfinished output was made; mend the model and "
+        "begin anew with --restart, or remove the output folder."
+    )
+
+
+def _check_outputs(job: LayerJob) -> None:
+    first, end = job.shares.samples(job.ranks.rank)
+    for start in range(first, end, job.batch_samples):
+        if not bool(job.outputs.samples(start, min(start + job.batch_samples, end)).isfinite().all()):
+            raise _out_of_range(f"{job.layer.prefix}, its outputs")
+
+
+def _quantize(job: LayerJob) -> LayerReport:
     job.safe_point(f"{job.layer.prefix}.self_attn")
     attention_moments, norm_rms_H, routing = _run_original(job)
     if not bool(norm_rms_H.isfinite().all()):
-        raise InputError(
-            f"{job.layer.norm}: the hidden states are not finite here; the weights of this or an earlier layer are out "
-            "of any sensible range"
-        )
+        raise _out_of_range(job.layer.norm)
     added = {}
     if routing and job.anywhere(job.layer.experts[0].up):
         added = top_up(job.layer, job.weights, job.mlp_inputs, routing)

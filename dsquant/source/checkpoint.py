@@ -4,7 +4,6 @@ The mapping hides how the weights are stored: FP8 with block scales is dequantiz
 may lie in different shards), BF16 is widened, AWQ and compressed-tensors are decoded by the formats' own packages.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from dsquant.source.quantized import decoded_weights
 from dsquant.source.read_ahead import ReadAhead
 from dsquant.source.shards import ShardIndex, TensorInfo, read_index
 from dsquant.source.weights import CPU, Weights
+from dsquant.strict_json import read_json_object
 
 CONFIG_FILE = "config.json"
 FP8 = "F8_E4M3"
@@ -190,13 +190,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """Reads a config.json that may lie anywhere and have any name; as `read_config`."""
     if not path.is_file():
         raise InputError(f"{path} is missing; is {path.parent} a model folder?")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} must hold a JSON object, found {type(config).__name__}")
-    return config
+    return read_json_object(path, "take config.json from the same release as the weights")
 
 
 def block_size(folder: Path, quantization: dict[str, Any]) -> tuple[int, int] | None:
@@ -210,8 +204,14 @@ def block_size(folder: Path, quantization: dict[str, Any]) -> tuple[int, int] | 
         Rows and columns of a block; None where the config names none.
 
     Raises:
-        InputError: where it is not two positive numbers.
+        InputError: where it is not two positive numbers, or the FP8 is of a kind that is not read.
     """
+    for key, known in (("activation_scheme", "dynamic"), ("fmt", "e4m3")):
+        if quantization.get("quant_method") == "fp8" and quantization.get(key, known) != known:
+            raise InputError(
+                f"{folder / CONFIG_FILE}: quantization_config has {key} {quantization[key]!r:.80}, dsquant reads "
+                f"{known!r} alone; start from the release with block scales, or from BF16"
+            )
     block = quantization.get("weight_block_size")
     if block is None:
         return None

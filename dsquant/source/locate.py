@@ -27,7 +27,7 @@ def locate(model: str) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith(("/", ".")):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or any(set(part) == {"."} for part in model.split("/")):
         raise InputError(f"{model!r}: no such folder, and not a hub id such as 'deepseek-ai/DeepSeek-R1'")
     return _download(model)
 

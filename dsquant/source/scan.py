@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from dsquant.errors import InputError
+from dsquant.source.fp8 import SCALE_SUFFIX
 from dsquant.source.shards import ShardIndex, TensorInfo
 
 BYTES_AT_ONCE = 32 * 2**20
+LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 # The exponent bits that are all ones in NaN and infinity (in NaN alone for e4m3fn, which has no infinity).
 _INTEGER_VIEWS = {
     torch.float8_e4m3fn: (torch.uint8, 0x7F),
@@ -44,7 +46,7 @@ def scan(
         Tensor name -> SHA-256 of its stored bytes, hexadecimal.
 
     Raises:
-        InputError: at the first NaN or infinity, naming file and tensor.
+        InputError: at the first NaN, infinity or impossible FP8 scale, naming file and tensor.
     """
     hashes = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -70,11 +72,12 @@ def scan_tensor(index: ShardIndex, info: TensorInfo) -> str:
         SHA-256 of its stored bytes, hexadecimal.
 
     Raises:
-        InputError: where it holds NaN or infinity.
+        InputError: where it holds NaN or infinity, or FP8 scales that are negative or give infinite weights.
     """
     digest = hashlib.sha256()
     num_rows = info.shape[0] if info.shape else 1
     step = max(1, BYTES_AT_ONCE * num_rows // max(1, info.num_bytes))
+    of_fp8 = info.name.endswith(SCALE_SUFFIX) and info.name.removesuffix(SCALE_SUFFIX) in index
     for start in range(0, num_rows, step):
         values = index.read(info.name, start, start + step) if info.shape else index.read(info.name)
         if not all_finite(values):
@@ -82,5 +85,16 @@ def scan_tensor(index: ShardIndex, info: TensorInfo) -> str:
                 f"{info.path}: tensor {info.name!r} holds NaN or infinity in rows {start} to "
                 f"{min(start + step, num_rows) - 1}; download the file again or ask its publisher"
             )
+        if of_fp8:
+            _check_scales(info, values.float())
         digest.update(memoryview(values.contiguous().view(torch.uint8).flatten().numpy().data))
     return digest.hexdigest()
+
+
+def _check_scales(info: TensorInfo, scales: torch.Tensor) -> None:
+    lowest, highest = float(scales.min()), float(scales.max())
+    if lowest < 0 or (LARGEST_FP8 * highest) ** 2 > torch.finfo(torch.float32).max:
+        raise InputError(
+            f"{info.path}: tensor {info.name!r} has scales from {lowest:.3g} to {highest:.3g}; FP8 scales are not "
+            "negative, and the squares of weights must not overflow; download the file again or ask its publisher"
+        )

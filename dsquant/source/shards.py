@@ -7,7 +7,6 @@ memory is what the caller keeps.
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
 """
 
-import json
 import math
 import re
 import struct
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
+from dsquant.strict_json import parse_json, read_json_object
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -41,6 +41,9 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # The same bound as the safetensors library: a longer header is a damaged or hostile file.
 LONGEST_HEADER_BYTES = 100_000_000
+SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")
+# What file systems allow.
+LONGEST_NAME_BYTES = 255
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -162,17 +165,19 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
-        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
-        if header_bytes is None or header_bytes > min(size_bytes - 8, LONGEST_HEADER_BYTES):
+        if len(prefix) < 8:
+            raise InputError(
+                f"{path}: not a complete safetensors file (it has {size_bytes} bytes, fewer than any header); download "
+                "it again"
+            )
+        header_bytes = struct.unpack("<Q", prefix)[0]
+        if header_bytes > min(size_bytes - 8, LONGEST_HEADER_BYTES):
             raise InputError(
                 f"{path}: not a complete safetensors file (its header claims {header_bytes} bytes, the file has "
                 f"{size_bytes}); download it again"
             )
         raw = file.read(header_bytes)
-    try:
-        header = json.loads(raw)
-    except ValueError as error:
-        raise InputError(f"{path}: the safetensors header is not valid JSON ({error}); download it again") from error
+    header = parse_json(raw, f"{path}: the safetensors header", "download it again")
     if not isinstance(header, dict):
         raise InputError(f"{path}: the safetensors header is not a JSON object; download it again")
     header.pop("__metadata__", None)
@@ -192,8 +197,8 @@ def _check_no_overlap(path: Path, tensors: dict[str, TensorInfo]) -> None:
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int, size_bytes: int) -> TensorInfo:
     try:
-        dtype, shape = str(entry["dtype"]), tuple(int(extent) for extent in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
+        dtype, shape = str(entry["dtype"]), tuple(_integer(extent) for extent in entry["shape"])
+        begin, end = (_integer(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: the header entry of tensor {name!r} is malformed: {entry!r:.200}") from error
     if dtype not in DTYPES:
@@ -209,6 +214,12 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int, size_bytes:
             "download it again"
         )
     return TensorInfo(name, dtype, shape, path, data_start + begin)
+
+
+def _integer(number: Any) -> int:
+    if type(number) is not int:
+        raise TypeError(f"{number!r} is no integer")
+    return number
 
 
 def read_index(folder: Path) -> ShardIndex:
@@ -243,10 +254,7 @@ def read_index(folder: Path) -> ShardIndex:
 
 
 def _read_weight_map(index_path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index_path.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index_path}: not a safetensors index with a 'weight_map' ({error!r})") from error
+    weight_map = read_json_object(index_path, "download it again").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index_path}: 'weight_map' must map tensor names to file names")
     if not weight_map:
@@ -255,9 +263,9 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
 
 
 def _shard_path(folder: Path, index_path: Path, file_name: str) -> Path:
-    if not re.fullmatch(r"[^/\\\0]+\.safetensors", file_name):
+    if not SHARD_NAME.fullmatch(file_name) or len(file_name.encode()) > LONGEST_NAME_BYTES:
         raise InputError(
-            f"{index_path}: {file_name!r} is not the name of a .safetensors file in the same folder; refused"
+            f"{index_path}: {file_name!r:.300} is not the name of a .safetensors file in the same folder; refused"
         )
     path = folder / file_name
     if not path.is_file():
