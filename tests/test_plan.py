@@ -224,7 +224,9 @@ def test_speeds_are_read(text: str, expected: float) -> None:
     assert parse_speed(text).low == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("gpu", ["0x24GiB", "4x", "x", "4x24GiB@fast", "-1x24GiB", "24", "4x3090", "4x24KiB"])
+@pytest.mark.parametrize(
+    "gpu", ["0x24GiB", "4x", "x", "4x24GiB@fast", "-1x24GiB", "24", "4x3090", "4x24KiB", "1000000000x1TiB", "٣x24GiB"]
+)
 def test_a_machine_that_cannot_be_meant_is_refused(gpu: str) -> None:
     with pytest.raises(UsageError):
         parse_machine(gpu, "64GiB")

@@ -11,6 +11,8 @@ from dsquant.recipe import format_size, parse_size
 SMALLEST_MEMORY = 2**20
 # A number without a unit up to this is taken for GiB in the advice; a larger one is a card's name, such as 3090.
 LARGEST_BARE_NUMBER = 2000
+# More than any engine spreads one model over.
+MOST_GPUS = 1024
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,11 @@ def parse_machine(gpu: str | None, ram: str | None, disk: str | None = None, dis
 
 
 def _parse_gpus(text: str) -> Gpus:
-    match = re.fullmatch(r"\s*(?:(\d+)\s*[xX×*]\s*)?([^@]+?)\s*(?:@(.+))?", text)
-    if match is None or match[1] == "0":
-        raise UsageError(f"--gpu {text!r}: write the number and memory of equal cards, such as 4x24GiB or 8x80GiB")
+    match = re.fullmatch(r"\s*(?:([0-9]+)\s*[xX×*]\s*)?([^@]+?)\s*(?:@(.+))?", text)
+    if match is None or len(match[1] or "1") > len(str(MOST_GPUS)) or not 0 < int(match[1] or 1) <= MOST_GPUS:
+        raise UsageError(
+            f"--gpu {text!r}: write the number (at most {MOST_GPUS}) and memory of equal cards, such as 4x24GiB"
+        )
     count = f"{match[1]}x" if match[1] else ""
     memory = _memory("--gpu", match[2], "24GiB", count)
     if match[3]:
