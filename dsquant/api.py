@@ -12,7 +12,7 @@ from dsquant.errors import UsageError
 if TYPE_CHECKING:
     from dsquant.deployment.forecast import Forecast
     from dsquant.evaluation.results import Evaluation
-    from dsquant.incremental.patch import AppliedPatch
+    from dsquant.incremental.applying import AppliedPatch
     from dsquant.incremental.release import Delta
     from dsquant.inspection import Inspection
     from dsquant.records import Result

@@ -92,6 +92,24 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
     return evaluation
 
 
+def check_request(request: EvaluationRequest, gates: Gates | None) -> None:
+    """Refuses what `evaluate` would refuse of texts, prompts and gates, where the candidates are still to be made.
+
+    Args:
+        request: what will be evaluated; candidates do not count.
+        gates: what will be decided.
+
+    Raises:
+        InputError: where the reference, a text or a prompt cannot be used.
+        UsageError: where code cannot be run as wanted, or a gate is on what is not measured.
+    """
+    original = open_original(request.reference, torch.device(resolved_device(request.device)))
+    texts = read_texts(request, original.tokenizer)
+    plan = plan_drift(request.drift, original, _budget(request) - resident_bytes())
+    if gates is not None:
+        check_measured(gates, list(texts.samples), () if plan is None else plan.measures)
+
+
 def _decided(evaluation: Evaluation) -> dict[str, bool]:
     """Gate -> whether it passed; without those that need more samples."""
     return {

@@ -56,7 +56,7 @@ def candidate_names(paths: tuple[str, ...]) -> dict[str, str]:
         paths: as the caller gave them.
 
     Returns:
-        Name -> path; the name is the folder's or file's, or the whole path where two would be the same.
+        Name -> path; the name is as much of the path's end as no other candidate has.
 
     Raises:
         UsageError: where a candidate is named twice.
@@ -64,12 +64,15 @@ def candidate_names(paths: tuple[str, ...]) -> dict[str, str]:
     if len(set(paths)) < len(paths):
         twice = next(path for path, count in Counter(paths).items() if count > 1)
         raise UsageError(f"candidate {twice!r} is named twice")
-    short = Counter(Path(path).stem if path.endswith(".gguf") else Path(path).name for path in paths)
-    names = {}
-    for path in paths:
-        name = Path(path).stem if path.endswith(".gguf") else Path(path).name
-        names[name if name and short[name] == 1 else path] = path
-    return names
+    ends = {path: _ends(path) for path in paths}
+    counts = Counter(end for found in ends.values() for end in dict.fromkeys(found))
+    return {next((end for end in found if counts[end] == 1), path): path for path, found in ends.items()}
+
+
+def _ends(path: str) -> list[str]:
+    """The path's last part, its last two, and so on."""
+    parts = Path(path.removesuffix(".gguf")).parts
+    return [str(Path(*parts[-count:])) for count in range(1, len(parts) + 1)]
 
 
 def read_texts(request: EvaluationRequest, tokenizer: Any) -> Texts:

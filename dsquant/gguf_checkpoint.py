@@ -103,7 +103,10 @@ def read_header(file: Path) -> GgufHeader:
         except FileNotFoundError as error:
             raise InputError(f"{part} is missing; all parts of a split file must lie in one folder") from error
         except Exception as error:  # gguf-py raises whatever numpy does on damaged files
-            raise InputError(f"{part} is damaged or no GGUF file: {error}") from error
+            raise InputError(
+                f"{part} is damaged or no GGUF file: header and tensors do not fit its {part.stat().st_size} bytes; "
+                "fetch or make it again"
+            ) from error
         tensors |= {tensor.name: tensor for tensor in reader.tensors}
     return GgufHeader(file, keys, tensors)
 

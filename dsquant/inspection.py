@@ -3,14 +3,18 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
+from dsquant.errors import InputError
 from dsquant.model.kinds import kind_of
 from dsquant.model.skeleton import Skeleton
 from dsquant.notebook import as_html
 from dsquant.planning import check_complete
 from dsquant.recipe import format_size
-from dsquant.source.checkpoint import open_checkpoint
+from dsquant.source.checkpoint import CONFIG_FILE, open_checkpoint
 from dsquant.source.locate import locate
+
+IMATRIX_FILE = "imatrix.gguf"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,21 @@ class Inspection:
         return as_html([str(self)])
 
 
+def _check_one_checkpoint(folder: Path) -> None:
+    """Says what to name instead of a folder of several outputs, or of GGUF files."""
+    if (folder / CONFIG_FILE).exists():
+        return
+    inside = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG_FILE}"))
+    if inside:
+        raise InputError(f"{folder} holds several checkpoints; inspect one of {', '.join(inside)}")
+    files = sorted(str(path) for path in folder.glob("*.gguf") if path.name != IMATRIX_FILE)
+    if files:
+        raise InputError(
+            f"{folder} holds GGUF ({files[0]}), which inspect does not describe; `dsquant verify {folder}` checks it, "
+            "`dsquant eval` measures it"
+        )
+
+
 def describe(model: str) -> Inspection:
     """Describes a checkpoint.
 
@@ -59,7 +78,9 @@ def describe(model: str) -> Inspection:
     Raises:
         InputError: where it cannot be read, or its tensors contradict its config.
     """
-    checkpoint = open_checkpoint(locate(model))
+    folder = locate(model)
+    _check_one_checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     skeleton = Skeleton(checkpoint)
     check_complete(checkpoint, skeleton)
     sizes: Counter[str] = Counter()

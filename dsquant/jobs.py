@@ -115,16 +115,36 @@ def claim(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
     if restart:
         return "restart"
     if not resume:
-        state = "an interrupted job" if interrupted else "a finished output"
+        state, advice = ("an interrupted job", "go on with --resume, ") if interrupted else ("a finished output", "")
         raise InputError(
-            f"{output} is not empty: it holds {state}; go on with --resume, begin anew with --restart, "
-            "or name another folder"
+            f"{output} is not empty: it holds {state}; {advice}begin anew with --restart, or name another folder"
         )
     if interrupted and not (output / WORK_FOLDER / JOB_FILE).is_file():
         return "restart"  # killed before the job's own record was on disk: nothing to continue
     record = _read_record(output / WORK_FOLDER / JOB_FILE if interrupted else output / RECORD_FILE)
     _check_same_recipe(output, recipe, record)
     return "resume" if interrupted else "finished"
+
+
+def found_state(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
+    """As `claim`, for a preview: dsquant's own output in the way is a state to tell of, not an error.
+
+    Args:
+        output: the folder.
+        recipe: the run's recipe.
+        resume: as in `claim`.
+        restart: as in `claim`.
+
+    Returns:
+        What `claim` returns, or `interrupted, in the way` or `finished, in the way`.
+    """
+    check_name(output)
+    if not resume and not restart and output.is_dir():
+        if (output / WORK_FOLDER).is_dir():
+            return "interrupted, in the way"
+        if (output / RECORD_FILE).is_file():
+            return "finished, in the way"
+    return claim(output, recipe, resume, restart)
 
 
 def check_name(output: Path) -> None:

@@ -29,6 +29,25 @@ def table_of(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]])
     return table
 
 
+def as_text(renderables: Iterable[Any], width: int = 100) -> str:
+    """Renders what rich can print, without colours.
+
+    Args:
+        renderables: tables and texts.
+        width: columns.
+
+    Returns:
+        Plain text.
+    """
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width, force_jupyter=False, force_terminal=False, color_system=None)
+    with console.capture() as capture:
+        for renderable in renderables:
+            console.print(renderable, crop=False)
+    return capture.get().rstrip()
+
+
 def as_html(renderables: Iterable[Any]) -> str:
     """Renders what rich can print.
 

@@ -29,8 +29,11 @@ NETWORK_KEYS = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
     "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group",
     "topk_group", "routed_scaling_factor", "norm_topk_prob", "scoring_func", "topk_method", "rms_norm_eps",
-    "hidden_act", "rope_parameters", "tie_word_embeddings", "vocab_size",
+    "hidden_act", "rope_parameters", "rope_interleave", "tie_word_embeddings", "vocab_size", "attention_bias",
+    "mlp_bias", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
 )  # fmt: skip
+# Where an engine begins and ends a text.
+TOKEN_KEYS = ("bos_token_id", "eos_token_id")
 ENDS_BYTES = 2**20
 
 
@@ -194,18 +197,20 @@ def _check_network(checkpoint: Checkpoint, original: Original) -> None:
         found = network_config(original.skeleton.family, checkpoint.config)
     except Exception as error:  # transformers raises of every kind for a config that makes no sense
         raise InputError(f"{checkpoint.folder / 'config.json'}: {type(error).__name__}: {error}") from error
-    for key in NETWORK_KEYS:
-        if not _same(found.get(key), original.skeleton.config.get(key)):
+    from_gguf = gguf_file(Path(original.opened.path).expanduser()) is not None
+    for key in NETWORK_KEYS if from_gguf else NETWORK_KEYS + TOKEN_KEYS:
+        if not _same(found.get(key), original.skeleton.config.get(key), from_gguf):
             raise InputError(
                 f"{checkpoint.folder / 'config.json'}: {key} is {found.get(key)!r}, the reference's is "
                 f"{original.skeleton.config.get(key)!r}; not the same model"
             )
 
 
-def _same(found: Any, wanted: Any) -> bool:
+def _same(found: Any, wanted: Any, from_gguf: bool) -> bool:
     """Whether two values of a config mean the same: GGUF stores single precision and leaves defaults out."""
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        return all(_same(found[key], wanted[key]) for key in found.keys() & wanted.keys())
+        keys = found.keys() & wanted.keys() if from_gguf else (found.keys() | wanted.keys()) - {"type"}  # of rope_type
+        return all(_same(found.get(key), wanted.get(key), from_gguf) for key in keys)
     if isinstance(found, float) or isinstance(wanted, float):
         return found is not None and wanted is not None and math.isclose(found, wanted, rel_tol=1e-5)
     return bool(found == wanted)

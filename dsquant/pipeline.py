@@ -26,6 +26,7 @@ from dsquant.jobs import (
     WORK_FOLDER,
     Job,
     claim,
+    found_state,
     full_disk_is_resumable,
     memory_guard,
     open_job,
@@ -200,8 +201,8 @@ def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> Prev
         InputError: where model, texts or output folder cannot be used.
     """
     recipe = resolved(recipe)
-    state = claim(recipe.output, recipe, resume, restart)
     source = open_source(recipe)
+    state = found_state(recipe.output, recipe, resume, restart)
     budget, resident = memory_budget(recipe), resident_bytes()
     check_memory(source.plan.memory_bytes, budget, resident)
     check_memory(source.plan.gpu_memory_bytes, gpu_memory_budget(recipe), 0, "--gpu-memory-budget")
@@ -314,8 +315,8 @@ def preview_gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False
         InputError: where model, texts, imatrix or output folder cannot be used.
     """
     recipe = recipe.model_copy(update={"device": resolved_device(recipe.device)})
-    state = claim(recipe.output, recipe, resume, restart)
     plan = plan_gguf(recipe)
+    state = found_state(recipe.output, recipe, resume, restart)
     budget, resident = memory_budget(recipe), resident_bytes()
     check_memory(plan.memory_bytes, budget, resident)
     check_disk(recipe.output, plan.disk_bytes)

@@ -42,7 +42,8 @@ class JobRecipe(BaseModel):
             return cls(**fields)
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in error.errors()
+                f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}"
+                for problem in error.errors()
             )
             raise UsageError(problems) from error
 

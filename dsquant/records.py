@@ -13,7 +13,7 @@ from dsquant.conversion import Run
 from dsquant.evaluation.divergence import Divergence
 from dsquant.gguf_conversion import IMATRIX_FILE, GgufPlan, GgufRun
 from dsquant.jobs import RECORD_FILE
-from dsquant.notebook import as_html, table_of
+from dsquant.notebook import as_html, as_text, table_of
 from dsquant.preparation import Source
 from dsquant.recipe import JobRecipe, Recipe, format_size
 from dsquant.scales import SCALES_FILE
@@ -72,6 +72,12 @@ class Result:
             title = f"{name} against the original, on held-out texts"
             yield table_of(title, DISTANCES, [(text, *_distances(found)) for text, found in texts.items()])
         yield from (f"Note: {warning}." for warning in self.warnings)
+        larger = [name for name, size in self.output_bytes.items() if size > self.source_bytes]
+        if larger:
+            yield (
+                f"Note: {', '.join(larger)} is larger than the original: what is not quantized (attention, embedding, "
+                "head, a kept MTP layer) lies in BF16, twice its size in FP8."
+            )
         for name, folder in self.folders.items():
             command = serve_command(folder)
             yield Text(f"{name} is in {folder}; serve it with:\n  {command}", overflow="fold", no_wrap=True)
@@ -81,10 +87,21 @@ class Result:
                 peak += f" and {format_size(self.peak_gpu_bytes)} of GPU memory"
             yield f"Done in {self.elapsed_s:.0f} s, with at most {peak}."
 
+    def __str__(self) -> str:
+        return as_text(self.tables())
+
     def _repr_html_(self) -> str:
         return as_html(self.tables())
 
 
+STATES = {
+    "new": "new",
+    "resume": "exists: an interrupted job, which will be continued",
+    "restart": "exists: will be begun anew",
+    "finished": "exists: a finished output; nothing to do",
+    "interrupted, in the way": "exists: an interrupted job; go on with --resume, begin anew with --restart",
+    "finished, in the way": "exists: a finished output; begin anew with --restart, or name another folder",
+}
 DISTANCES = ("text", "tokens", "perplexity, original", "perplexity", "mean KL, nats", "same top token")
 
 
@@ -131,7 +148,7 @@ class Preview:
             texts = f"{self.calibration['samples']} samples of {self.calibration['seq_len']} tokens ({parts})"
         rows = {
             "model": f"{self.model} ({self.architecture}, {format_size(self.source_bytes)})",
-            "output folder": f"{self.output} ({self.state})",
+            "output folder": f"{self.output} ({STATES[self.state]})",
             **{f"  {name}": format_size(size) for name, size in self.output_bytes.items()},
             **self.details,
             "calibration": texts,

@@ -67,7 +67,7 @@ def broken_sections(raw: bytes) -> list[str]:
         return [f"line {raw.count(10, 0, error.start) + 1}, no UTF-8"]
     except json.JSONDecodeError as error:
         return [f"line {error.lineno}, no JSON"]
-    except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
+    except (KeyError, TypeError, AttributeError, UnicodeEncodeError, RecursionError):
         return [SECTIONS]
     if broken:
         return [f"section {key!r}" for key in broken]

@@ -23,6 +23,7 @@ from dsquant.evaluation.lockstep import Lockstep
 from dsquant.evaluation.results import Evaluation
 from dsquant.model.overlays import Overlay
 from dsquant.model.skeleton import Skeleton
+from dsquant.opening import open_candidate, open_original
 from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.weights import Weights
 
@@ -213,3 +214,24 @@ def test_gates_on_what_is_not_measured_are_refused_at_once(tiny_r1: Path, awq: P
     (tmp_path / "gates.yaml").write_text("gates:\n- {metric: mean_kl, text: poems, at_most: 1}\n")
     with pytest.raises(UsageError, match="no text 'poems' is evaluated, only code"):
         dsquant.evaluate(tiny_r1, awq, gates=tmp_path / "gates.yaml", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_interleave": False}, "rope_interleave is False, the reference's is True"),
+        ({"eos_token_id": 7}, "eos_token_id is 7"),
+        ({"rope_scaling": "beta_fast"}, "rope_parameters is"),
+        ({"rope_scaling": "mscale_all_dim"}, "rope_parameters is"),
+    ],
+)
+def test_a_config_that_engines_would_obey_is_the_references(
+    tiny_r1: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    other = changed_copy(tiny_r1, tmp_path / "other", lambda tensors: None)
+    config = json.loads((other / "config.json").read_text())
+    if isinstance(lost := change.get("rope_scaling"), str):
+        change = {"rope_scaling": {key: value for key, value in config["rope_scaling"].items() if key != lost}}
+    (other / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=message):
+        open_candidate(str(other), open_original(str(tiny_r1)))

@@ -148,3 +148,37 @@ def test_what_two_models_pass_is_counted_task_by_task() -> None:
     assert (found.tasks, found.only_original, found.only_candidate, found.p_value) == (4, 1, 1, 1)
     assert found.pass_original.estimate == found.pass_candidate.estimate == 0.5 and found.pass_gold == 1
     assert found.outcomes_original == {"passed": 2, "failed": 2}
+
+
+@pytest.mark.skipif(not LINUX, reason="seccomp is Linux's")
+@pytest.mark.parametrize(
+    "call",
+    [
+        "resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (9, 9))",
+        "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+        "os.sched_setaffinity(os.getppid(), os.sched_getaffinity(0))",
+        "os.sched_setscheduler(os.getppid(), os.SCHED_BATCH, os.sched_param(0))",
+    ],
+)
+def test_limits_and_priorities_of_other_processes_are_out_of_reach(call: str) -> None:
+    run = run_program(f"import os, resource\n{call}\n")
+    assert (run.outcome, run.error) == ("error", "PermissionError")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"[" * 60000,
+        b"[]",
+        b'{"outcome": [], "error": "", "protections": []}',
+        b'{"outcome": "passed", "error": {}, "protections": []}',
+        b'{"outcome": "passed", "error": "", "protections": [[]]}',
+        b'{"outcome": "passed", "error": "", "protections": 3}',
+        b'{"outcome": "won", "error": "", "protections": []}',
+    ],
+)
+def test_a_forged_reply_that_makes_no_sense_counts_as_killed(reply: bytes) -> None:
+    run = run_program(
+        f"import os\nfor fd in range(3, 32):\n try: os.write(fd, {reply!r})\n except OSError: pass\nos._exit(0)"
+    )
+    assert run == Run("killed", "exit code 0")

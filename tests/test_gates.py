@@ -73,12 +73,12 @@ def test_the_worst_verdict_decides_the_exit_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("gates: []", "at least 1 item"),
-        ("{}", "gates: Field required"),
+        ("gates: []", "gates has no limits"),
+        ("{}", "gates is missing"),
         ("gates:\n- {metric: mean_kul, at_most: 1}", "unknown metric 'mean_kul'"),
         ("gates:\n- {metric: mean_kl, at_least: 1}", "mean_kl needs at_most"),
         ("gates:\n- {metric: top1_agreement}", "top1_agreement needs at_least"),
-        ("gates:\n- {metric: mean_kl, at_most: 1, texts: code}", "Extra inputs"),
+        ("gates:\n- {metric: mean_kl, at_most: 1, texts: code}", "texts is unknown"),
         ("gates:\n- {metric: broken_layers, text: code, at_most: 1}", "not measured by text"),
         ("confidence: 95\ngates:\n- {metric: mean_kl, at_most: 1}", "less than 1"),
         ("gates: [", "cannot be read"),

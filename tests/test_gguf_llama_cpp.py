@@ -85,9 +85,13 @@ def test_llama_cpp_cuts_awkward_strings_into_the_same_tokens(tiny_r1: Path, tmp_
     assert not different
 
 
-def test_our_perplexity_and_divergence_of_gguf_files_are_llama_cpps(tiny_r1: Path, tmp_path: Path) -> None:
+# llama.cpp rounds activations to 8 bits before it multiplies K-quants; where the weights err little, that shows.
+@pytest.mark.parametrize(("type_name", "tolerance"), [("Q3_K_M", 0.02), ("Q4_K_M", 0.04)])
+def test_our_perplexity_and_divergence_of_gguf_files_are_llama_cpps(
+    type_name: str, tolerance: float, tiny_r1: Path, tmp_path: Path
+) -> None:
     original = open_original(str(make(tiny_r1, tmp_path / "bf16", "BF16")))
-    candidate = open_candidate(str(make(tiny_r1, tmp_path / "q4", "Q4_K_M")), original)
+    candidate = open_candidate(str(make(tiny_r1, tmp_path / "quantized", type_name)), original)
     tokens_NT = held_out_tokens("code", original.tokenizer, 256, 1)
     scores = compare(original.skeleton, original.checkpoint.weights, {"c": candidate.weights}, tokens_NT, tmp_path, 1)[
         "c"
@@ -106,7 +110,7 @@ def test_our_perplexity_and_divergence_of_gguf_files_are_llama_cpps(tiny_r1: Pat
         wanted = float((-rows_TV.gather(1, targets).mean()).exp())
         assert float(ours_NT[0, positions - 1].mean().exp()) == pytest.approx(wanted, rel=0.02)
     wanted = float((theirs[0].exp() * (theirs[0] - theirs[1])).sum(1).mean())
-    assert float(scores.kl_NT[0, positions - 1].mean()) == pytest.approx(wanted, rel=0.02)
+    assert float(scores.kl_NT[0, positions - 1].mean()) == pytest.approx(wanted, rel=tolerance)
 
 
 def with_pre_tokenizer(model: Path, regex: str) -> Path:

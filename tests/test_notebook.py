@@ -75,7 +75,7 @@ def _result_types() -> dict[str, type]:
     """What api.py imports for type checkers alone."""
     from dsquant.deployment.forecast import Forecast
     from dsquant.evaluation.results import Evaluation
-    from dsquant.incremental.patch import AppliedPatch
+    from dsquant.incremental.applying import AppliedPatch
     from dsquant.incremental.release import Delta
     from dsquant.inspection import Inspection
     from dsquant.records import Result

@@ -323,7 +323,7 @@ def test_an_undecided_gate_ends_with_5(pico_r1: Path, text_file: Path, tmp_path:
 def test_gates_that_cannot_be_meant_are_refused_before_anything_is_made(
     pico_r1: Path, text_file: Path, tmp_path: Path, gates: Any
 ) -> None:
-    with pytest.raises(UsageError, match="gates"):
+    with pytest.raises(InputError, match="gates"):
         run_recipe(recipe_of(pico_r1, text_file, tmp_path / "out", gates=gates))
     assert not list((tmp_path / ".out.dsquant" / "build").iterdir())
 
@@ -353,6 +353,9 @@ def test_the_shipped_recipes_are_those_that_the_issue_names() -> None:
             {"quantize": [{"name": "a", "type": "Q8_0", "imatrx": "x"}]},
             r"quantize\.0\.imatrx: unknown key; did you mean 'imatrix'\?",
         ),
+        ({"quantize": [{"name": "a", "to": "awq", "type": "Q8_0"}]}, r"quantize\.0: a step has either `to`.*not both"),
+        ({"quantize": [{"name": "a" * 300, "to": "awq"}]}, r"quantize\.0\.name: String should have at most 100"),
+        ({"evaluate": {"prompts": "python", "execute": True}}, r"evaluate: execute runs code .* allow_code_execution"),
         ({"zzz": 1}, r"zzz: unknown key; there are calibration, device"),
         ({"quantize": [{"name": "a b", "to": "awq"}]}, r"quantize\.0\.name"),
         ({"quantize": [{"name": "a", "to": "awq"}, {"name": "a", "type": "Q8_0"}]}, "a is there twice"),
@@ -369,7 +372,7 @@ def test_what_cannot_be_meant_is_refused_with_the_keys_path(
         read_recipe(path)
 
 
-@pytest.mark.parametrize("raw", ["[1", "- a\n- b\n", "\x00"])
+@pytest.mark.parametrize("raw", ["[1", "- a\n- b\n", "\x00", "[" * 20000, "a: " + "9" * 5000])
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, raw: str) -> None:
     (tmp_path / "recipe.yaml").write_text(raw)
     with pytest.raises((InputError, UsageError), match=r"recipe\.yaml"):
@@ -389,3 +392,29 @@ def test_the_python_function_takes_a_file_and_changes(pico_r1: Path, text_file: 
 def test_the_recipe_for_everything_runs_on_tiny_r1(tmp_path: Path) -> None:
     release = dsquant.run(RECIPES[0].parent / "tiny-r1-all.yaml", output=tmp_path / "out", progress=False)
     assert len(release.evaluation) == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluate": {"texts": ["nowhere.txt"]}}, "nowhere.txt"),
+        ({"evaluate": {"texts": ["code"], "seq_len": 32, "prompts": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        (
+            {
+                "evaluate": {"texts": ["code"], "seq_len": 32},
+                "gates": {"gates": [{"metric": "code_bleu_drop", "at_most": 1}]},
+            },
+            "code_bleu_drop",
+        ),
+        (
+            {"quantize": [{"name": "a", "type": "Q8_0"}, {"name": "b", "type": "F32", "tensor_types": ["zzz=Q9"]}]},
+            "step b: .*Q9",
+        ),
+    ],
+)
+def test_a_mistake_in_a_later_step_is_found_before_the_first(
+    pico_r1: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((InputError, UsageError), match=message):
+        run_recipe(recipe_of(pico_r1, text_file, tmp_path / "out", **changes))
+    assert not list((tmp_path / ".out.dsquant" / "build").iterdir())

@@ -1,6 +1,7 @@
 """Checkpoints are read as DeepSeek stores them: FP8 in ragged blocks, scales in other shards, ue8m0."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from dsquant.errors import InputError
 from dsquant.kernels.fp8 import dequantize_fp8
 from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.locate import locate
+from dsquant.source.quantized import decoded_weights
 from dsquant.source.scan import all_finite, scan
-from dsquant.source.shards import read_header
+from dsquant.source.shards import ShardIndex, read_header, read_index
 
 
 def test_fp8_is_multiplied_by_its_blocks_scale() -> None:
@@ -77,3 +80,61 @@ def test_a_scan_hashes_every_tensor_and_differs_where_a_byte_differs(pico_r1: Pa
 def test_the_embedded_model_a_folder_and_nothing_else_are_found(pico_r1: Path, tiny_r1: Path) -> None:
     assert locate("tiny-r1").resolve() == tiny_r1.resolve()
     assert locate(str(pico_r1)) == pico_r1
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
+SCHEME = {"num_bits": 4, "group_size": 32, "symmetric": True, "strategy": "group", "type": "int"}
+PACKED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"g": {"targets": ["Linear"], "weights": SCHEME}},
+}
+
+
+def packed_linear(folder: Path, **changes: torch.Tensor) -> ShardIndex:
+    """A checkpoint of one linear in both layouts, `awq.` and `packed.`."""
+    tensors = {
+        "awq.qweight": torch.zeros(128, 8, dtype=torch.int32),
+        "awq.qzeros": torch.zeros(1, 8, dtype=torch.int32),
+        "awq.scales": torch.ones(1, 64, dtype=torch.float16),
+        "packed.weight_packed": torch.zeros(64, 8, dtype=torch.int32),
+        "packed.weight_scale": torch.ones(64, 2, dtype=torch.bfloat16),
+        "packed.weight_shape": torch.tensor([64, 64]),
+    }
+    tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return read_index(folder)
+
+
+def test_packed_linears_of_both_layouts_are_decoded(tmp_path: Path) -> None:
+    index = packed_linear(tmp_path)
+    assert decoded_weights(index, AWQ)["awq.weight"].shape == (64, 128)
+    assert decoded_weights(index, PACKED)["packed.weight"].shape == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors"),
+    [
+        (AWQ | {"bits": "x"}, {}),
+        (AWQ | {"bits": 0}, {}),
+        (AWQ | {"bits": None}, {}),
+        (AWQ | {"group_size": 0}, {}),
+        (AWQ | {"group_size": "x"}, {}),
+        (AWQ, {"awq__qweight": torch.zeros(128, dtype=torch.int32)}),
+        (AWQ, {"awq__qweight": torch.zeros(128, 8)}),
+        (AWQ, {"awq__qzeros": torch.zeros(2, 8, dtype=torch.int32)}),
+        (AWQ, {"awq__scales": torch.ones(2, 64, dtype=torch.float16)}),
+        (PACKED | {"config_groups": [1]}, {}),
+        (PACKED | {"config_groups": 3}, {}),
+        (PACKED | {"config_groups": {"g": {}}}, {}),
+        (PACKED | {"config_groups": {"g": {"weights": SCHEME | {"num_bits": 0}}}}, {}),
+        (PACKED, {"packed__weight_scale": torch.ones(64, 3, dtype=torch.bfloat16)}),
+        (PACKED, {"packed__weight_packed": torch.zeros(64, 8)}),
+    ],
+)
+def test_a_quantized_checkpoint_that_contradicts_itself_is_refused_by_name(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    index = packed_linear(tmp_path, **tensors)
+    with pytest.raises(InputError, match=r"config\.json|tensor '"):
+        decoded_weights(index, config)

@@ -226,6 +226,23 @@ def _place(path: Path, tensor: str) -> tuple[int, int]:
     return 8 + header_bytes + int(begin), int(end) - int(begin)
 
 
+@pytest.mark.parametrize("num_bytes", [0, 10, 100])
+def test_a_gguf_file_that_ends_in_its_header_is_found(output: Path, tmp_path: Path, num_bytes: int) -> None:
+    copy = Path(shutil.copytree(output / "gguf", tmp_path / "copy"))
+    path = next(copy.glob("tiny*.gguf"))
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    findings = dsquant.verify(copy, progress=False).findings
+    assert findings[0].where == "size" and {finding.file for finding in findings} == {path.name}
+
+
+@pytest.mark.parametrize("name", ["config.json", "dsquant.json"])
+def test_json_that_is_nested_too_deeply_is_found(output: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(output / "awq", tmp_path / "copy"))
+    entry = json.loads((copy / "dsquant.json").read_text())["files"]["config.json"]
+    (copy / name).write_bytes(b"[" * max(entry["bytes"], 100_000 if name == "dsquant.json" else 0))
+    assert {finding.file for finding in dsquant.verify(copy, progress=False).findings} == {name}
+
+
 def test_an_interrupted_output_or_a_foreign_folder_is_refused(output: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="output of dsquant"):
         dsquant.verify(tmp_path, progress=False)

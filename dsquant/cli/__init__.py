@@ -19,8 +19,14 @@ def main() -> None:
     """Quantizes DeepSeek-R1 and its family: streamed from disk, resumable, measured against the original.
 
     \b
-    Exit codes: 0 done, 2 wrong usage, 3 bad input (nothing written), 4 a gate failed, 5 inconclusive,
-    75 stopped but resumable (SIGTERM, disk full, memory budget exceeded).
+    Exit codes:
+      0   done
+      2   wrong usage
+      3   bad input (nothing written), damage found (verify), or the output
+          folder is locked by another run
+      4   a gate failed
+      5   no gate failed, but more samples are needed
+      75  stopped but resumable (SIGTERM, disk full, memory budget exceeded)
     """
 
 

@@ -12,7 +12,7 @@ from dsquant.errors import UsageError
 
 
 @click.command()
-@click.argument("model", default="tiny-r1")
+@click.argument("model", default="tiny-r1", metavar="[MODEL=tiny-r1]")
 @click.option("--bits", type=click.Choice(["3", "4", "8"]), default="4", show_default=True, help="Bits of a weight.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to make.  [default: ./NAME-FORMAT-Nbit]")
 @click.option(

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from dsquant.cli.process import dsquant_command, quiet_libraries
+from dsquant.errors import GateError, InconclusiveError
 
 
 @click.command("eval")
@@ -30,7 +31,11 @@ from dsquant.cli.process import dsquant_command, quiet_libraries
     help="Needed beside --execute: code that a model wrote will run on this machine, under limits that are no security "
     "boundary.",
 )
-@click.option("--gates", type=click.Path(path_type=Path), help="YAML file of limits; they decide the exit code.")
+@click.option(
+    "--gates",
+    type=click.Path(path_type=Path),
+    help="YAML file of limits that decide the exit code; its form stands above.",
+)
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder for the report.")
 @click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="The most samples of each text.")
 @click.option("--seq-len", type=click.IntRange(8), default=512, show_default=True, help="Tokens of a sample.")
@@ -63,6 +68,19 @@ def evaluate(
 
     Both are a folder, a hub id, tiny-r1, or a GGUF file: FP8, BF16, AWQ, compressed-tensors or GGUF of one model.
     With --gates the exit code is 4 where a gate failed, and 5 where none failed but more samples are needed.
+
+    \b
+    A file of gates:
+      gates:
+        - {metric: mean_kl, at_most: 0.02}
+        - {metric: perplexity_ratio, text: code, at_most: 1.01}
+        - {metric: top1_agreement, at_least: 0.95}
+    at_most: mean_kl, mean_kl_reverse, perplexity_ratio (of a text or all);
+      layer_error, weight_error, broken_layers; of code: code_bleu_drop,
+      codebleu_drop, parse_rate_drop, loop_rate_rise, pass_rate_drop
+    at_least: top1_agreement, top5_agreement (of a text or all);
+      router_overlap; of code: code_exact_match, accuracy_retained,
+      greedy_agreement
     """
     from dsquant import comparison
     from dsquant.code_drift import DriftRequest
@@ -88,5 +106,10 @@ def evaluate(
     if as_json:
         click.echo(json.dumps(evaluation.as_json(), indent=2))
     else:
-        print_evaluation(evaluation)
-    comparison.raise_verdict(evaluation)
+        print_evaluation(evaluation, output)
+    try:
+        comparison.raise_verdict(evaluation)
+    except (GateError, InconclusiveError) as error:
+        if as_json:
+            raise
+        raise type(error)(str(error).partition(":")[0]) from error  # which ones has been printed

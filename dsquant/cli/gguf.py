@@ -10,7 +10,7 @@ from dsquant.cli.process import dsquant_command, metrics_options, reporting
 
 
 @click.command()
-@click.argument("model", default="tiny-r1")
+@click.argument("model", default="tiny-r1", metavar="[MODEL=tiny-r1]")
 @click.option(
     "--type",
     "type_name",

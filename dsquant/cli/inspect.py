@@ -8,7 +8,7 @@ from dsquant.cli.process import dsquant_command
 
 
 @click.command()
-@click.argument("model", default="tiny-r1")
+@click.argument("model", default="tiny-r1", metavar="[MODEL=tiny-r1]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @dsquant_command
 def inspect(model: str, as_json: bool) -> None:

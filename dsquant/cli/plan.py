@@ -6,11 +6,9 @@ import click
 
 from dsquant.cli.process import dsquant_command, quiet_libraries
 
-WIDTH_OF_A_FILE = 140
-
 
 @click.command()
-@click.argument("model", default="tiny-r1")
+@click.argument("model", default="tiny-r1", metavar="[MODEL=tiny-r1]")
 @click.option("--gpu", metavar="4x24GiB", help="GPUs, with their bandwidth if known: 4x24GiB@936GB/s.")
 @click.option("--ram", metavar="64GiB", help="Memory, with its bandwidth if known: 64GiB@80GB/s.")
 @click.option("--disk", metavar="2TiB", help="Room for the weights.")
@@ -45,7 +43,5 @@ def plan(
     from dsquant.deployment.tables import forecast_tables
 
     console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH_OF_A_FILE
     for renderable in forecast_tables(found):
-        console.print(renderable)
+        console.print(renderable, crop=False)  # a command is copied whole

@@ -5,6 +5,8 @@ llama.cpp takes the first `-ot` pattern that is found in a tensor's name; KTrans
 the rest in one GPU.
 """
 
+import shlex
+
 from dsquant.deployment.facts import ENGINE_SHARE, GPU_RESERVE_BYTES
 from dsquant.deployment.hardware import Machine
 from dsquant.deployment.placement import Network, Placement
@@ -22,7 +24,7 @@ def launch_commands(
         machine: on what.
         placement: how it lies there.
         context: tokens of a sequence.
-        source: the original model, whose config and tokenizer KTransformers wants.
+        source: the original model's folder or hub id, whose config and tokenizer KTransformers wants.
         name: the model's, for file names.
 
     Returns:
@@ -31,7 +33,7 @@ def launch_commands(
     if placement.kind == "none":
         return {}
     if not output.format.startswith("gguf:"):
-        return _parallel_commands(output, placement, context, source)
+        return _parallel_commands(output, placement, context)
     commands = {"llama.cpp": _llama_cpp(output, network, machine, placement, context, name)}
     base = output.served_bytes - output.by_kind.get("routed experts", 0) + placement.kv_bytes
     holds_base = machine.gpus is not None and machine.gpus.memory_bytes - GPU_RESERVE_BYTES >= base
@@ -39,21 +41,20 @@ def launch_commands(
         experts = output.by_kind.get("routed experts", 0)
         if experts < machine.ram_bytes:
             commands["ktransformers"] = (
-                f"python -m ktransformers.local_chat --model_path {source} --gguf_path DIR "
+                f"python -m ktransformers.local_chat --model_path {source} --gguf_path {output.folder} "
                 "--cpu_infer $(($(nproc) - 1)) --max_new_tokens 4096"
             )
     return commands
 
 
-def _parallel_commands(output: OutputSize, placement: Placement, context: int, source: str) -> dict[str, str]:
-    folder = source if output.format == "source" else "DIR"
+def _parallel_commands(output: OutputSize, placement: Placement, context: int) -> dict[str, str]:
     sizes = f"--tensor-parallel-size {placement.tensor_parallel}"
     if placement.pipeline_parallel > 1:
         sizes += f" --pipeline-parallel-size {placement.pipeline_parallel}"
     # bfloat16: float16 overflows in DeepSeek's deeper layers
-    vllm = f"vllm serve {folder} {sizes} --dtype bfloat16 --max-model-len {context}"
+    vllm = f"vllm serve {output.folder} {sizes} --dtype bfloat16 --max-model-len {context}"
     sglang = (
-        f"python -m sglang.launch_server --model-path {folder} --tp {placement.tensor_parallel}"
+        f"python -m sglang.launch_server --model-path {output.folder} --tp {placement.tensor_parallel}"
         + (f" --pp-size {placement.pipeline_parallel}" if placement.pipeline_parallel > 1 else "")
         + f" --dtype bfloat16 --context-length {context}"
     )
@@ -66,7 +67,8 @@ def _parallel_commands(output: OutputSize, placement: Placement, context: int, s
 def _llama_cpp(
     output: OutputSize, network: Network, machine: Machine, placement: Placement, context: int, name: str
 ) -> str:
-    command = f"llama-server -m DIR/{name}-{output.format.removeprefix('gguf:')}.gguf -c {context}"
+    file = shlex.quote(f"{name}-{output.format.removeprefix('gguf:')}.gguf")
+    command = f"llama-server -m {output.folder}/{file} -c {context}"
     if placement.kind == "cpu":
         return f"{command} -ngl 0"
     if placement.kind == "gpu":

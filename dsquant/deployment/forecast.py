@@ -1,5 +1,6 @@
 """`dsquant plan`: sizes of every output, what runs where and how fast, what it costs, what cannot work."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from dsquant.deployment.placement import Network, Placement, network_of, place
 from dsquant.deployment.sizes import OutputSize, output_sizes
 from dsquant.deployment.statements import statements_about
 from dsquant.deployment.subject import Subject, open_subject
+from dsquant.errors import UsageError
 from dsquant.notebook import as_html
 
 DEFAULT_CONTEXT = 32768
@@ -137,8 +139,10 @@ def forecast(
 
     Raises:
         InputError: where the model cannot be had or is not supported.
-        UsageError: where the machine's description cannot be read.
+        UsageError: where the machine's description cannot be read, or the price is none.
     """
+    if gpu_price is not None and not 0 <= gpu_price < math.inf:
+        raise UsageError(f"--gpu-price {gpu_price} is no price; give a number from 0 on")
     machines = [parse_machine(gpu, ram, disk, disk_read)] if gpu or ram else reference_machines(disk, disk_read)
     subject = open_subject(model)
     return forecast_of(subject, output_sizes(subject), machines, gpu_price, context)
@@ -221,7 +225,7 @@ def _on_machine(
     rows = []
     for size in _candidates(sizes):
         placement = place(size, network, machine, context)
-        commands = launch_commands(size, network, machine, placement, context, subject.model, subject.name)
+        commands = launch_commands(size, network, machine, placement, context, subject.servable, subject.name)
         price = _price(placement, machine, gpu_price)
         rows.append(Deployment(size, placement, commands, price))
     best = min((row for row in rows if row.commands), key=_rank, default=None)

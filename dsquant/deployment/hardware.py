@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 from dsquant.deployment.facts import DEFAULT_DISK, DESKTOP_RAM, DESKTOP_RAM_GIB, GB, GIB, GPU_CLASSES, SERVER_RAM, Range
 from dsquant.errors import UsageError
-from dsquant.recipe import parse_size
+from dsquant.recipe import format_size, parse_size
+
+# Less than this cannot be meant: a typing error in the unit.
+SMALLEST_MEMORY = 2**20
+# A number without a unit up to this is taken for GiB in the advice; a larger one is a card's name, such as 3090.
+LARGEST_BARE_NUMBER = 2000
+# More than any engine spreads one model over.
+MOST_GPUS = 1024
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,11 @@ def parse_machine(gpu: str | None, ram: str | None, disk: str | None = None, dis
     """
     gpus = _parse_gpus(gpu) if gpu else None
     size, _, speed = (ram or "32GiB").partition("@")
-    ram_bytes = parse_size(size)
+    ram_bytes = _memory("--ram", size, "64GiB")
     known = DESKTOP_RAM if ram_bytes <= DESKTOP_RAM_GIB * GIB else SERVER_RAM
     ram_bandwidth = parse_speed(speed) if speed else known.value * GB
     ram_source = "given" if speed else f"{known.name}: {known.source}"
-    disk_bytes = parse_size(disk) if disk else None
+    disk_bytes = _memory("--disk", disk, "2TiB") if disk else None
     read = parse_speed(disk_read) if disk_read else DEFAULT_DISK.value * GB
     return Machine(
         gpus, ram_bytes, ram_bandwidth, ram_source, disk_bytes, read, "given" if disk_read else DEFAULT_DISK.source
@@ -74,15 +81,30 @@ def parse_machine(gpu: str | None, ram: str | None, disk: str | None = None, dis
 
 
 def _parse_gpus(text: str) -> Gpus:
-    match = re.fullmatch(r"\s*(?:(\d+)\s*[xX×*]\s*)?([^@]+?)\s*(?:@(.+))?", text)
-    if match is None or match[1] == "0":
-        raise UsageError(f"--gpu {text!r}: write the number and memory of equal cards, such as 4x24GiB or 8x80GiB")
-    memory = parse_size(match[2])
+    match = re.fullmatch(r"\s*(?:([0-9]+)\s*[xX×*]\s*)?([^@]+?)\s*(?:@(.+))?", text)
+    if match is None or len(match[1] or "1") > len(str(MOST_GPUS)) or not 0 < int(match[1] or 1) <= MOST_GPUS:
+        raise UsageError(
+            f"--gpu {text!r}: write the number (at most {MOST_GPUS}) and memory of equal cards, such as 4x24GiB"
+        )
+    count = f"{match[1]}x" if match[1] else ""
+    memory = _memory("--gpu", match[2], "24GiB", count)
     if match[3]:
         return Gpus(int(match[1] or 1), memory, parse_speed(match[3]), "given")
     closest = min(GPU_CLASSES, key=lambda known: abs(known.memory_gib - memory / GIB))
     source = f"cards of {closest.memory_gib} GB: {closest.cards}"
     return Gpus(int(match[1] or 1), memory, closest.bandwidth_gbs * GB, source)
+
+
+def _memory(option: str, text: str, example: str, count: str = "") -> int:
+    """A size whose unit is written: a bare number would be bytes, which nobody means."""
+    number = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*", text)
+    if number:
+        suggested = f"{count}{number[1]}GiB" if float(number[1]) <= LARGEST_BARE_NUMBER else f"{count}{example}"
+        raise UsageError(f"{option} {count}{text}: the size has no unit; write it as {suggested}")
+    num_bytes = parse_size(text)
+    if num_bytes < SMALLEST_MEMORY:
+        raise UsageError(f"{option} {count}{text}: that is only {format_size(num_bytes)}; write it as {count}{example}")
+    return num_bytes
 
 
 def parse_speed(text: str) -> Range:

@@ -1,5 +1,6 @@
 """The size of a model in every format and preset: each planned exactly as the job that makes it plans its files."""
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -44,6 +45,8 @@ class OutputSize:
     """Resident memory that making it needs, beyond the process itself."""
     work_bytes: int
     """Disk for hidden states while it is made."""
+    folder: str
+    """Where its command writes it, or where the source is: what an engine is given."""
     command: str | None
     """What makes it; None for the source."""
 
@@ -90,7 +93,7 @@ def _source_size(subject: Subject) -> OutputSize:
     index = subject.checkpoint.index
     kinds = _by_kind(subject, ((name, info.num_bytes) for name, info in index.items()))
     mtp = "keep" if subject.skeleton.num_mtp_layers else "none"
-    return OutputSize("source", None, None, mtp, index.num_bytes, False, kinds, 0, 0, None)
+    return OutputSize("source", None, None, mtp, index.num_bytes, False, kinds, 0, 0, subject.servable, None)
 
 
 def _by_kind(subject: Subject, tensors: Iterable[tuple[str, int]]) -> dict[str, int]:
@@ -151,6 +154,7 @@ def _safetensors_size(subject: Subject, plan: Plan, preset: str) -> OutputSize:
         by_kind=_by_kind(subject, tensors),
         memory_bytes=plan.memory_bytes,
         work_bytes=plan.work_bytes,
+        folder=_awq_folder(subject, plan, preset),
         command=_awq_command(subject, plan, preset, "quantize"),
     )
 
@@ -158,7 +162,13 @@ def _safetensors_size(subject: Subject, plan: Plan, preset: str) -> OutputSize:
 def _awq_command(subject: Subject, plan: Plan, preset: str, mtp: str) -> str:
     (target,) = plan.targets
     options = f"--to {target.format.name} --preset {preset} --bits {target.grid.bits}"
-    return f"dsquant awq {subject.model} {options}{'' if mtp == 'keep' else f' --mtp {mtp}'} --output DIR"
+    chosen = "" if mtp == "keep" else f" --mtp {mtp}"
+    return f"dsquant awq {subject.argument} {options}{chosen} --output {_awq_folder(subject, plan, preset)}"
+
+
+def _awq_folder(subject: Subject, plan: Plan, preset: str) -> str:
+    (target,) = plan.targets
+    return shlex.quote(f"{subject.name}-{target.format.name}-{preset}-{target.grid.bits}bit")
 
 
 def _gguf_sizes(subject: Subject) -> Iterator[OutputSize]:
@@ -186,6 +196,7 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
         tensors, _ = choose_tensors(checkpoint.config, shapes, type_name, num_mtp_layers, calibrated)
         sizes = {name: tensor.num_bytes for name, tensor in tensors.items()}
         options = f"--type {type_name}" + (" --mtp keep" if mtp == "keep" else "")
+        folder = shlex.quote(f"{subject.name}-{type_name}-GGUF")
         yield OutputSize(
             format=f"gguf:{type_name}",
             preset=None,
@@ -196,7 +207,8 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
             by_kind=_by_kind(subject, sizes.items()),
             memory_bytes=memory[calibrated],
             work_bytes=work if calibrated else 0,
-            command=f"dsquant gguf {subject.model} {options} --output DIR",
+            folder=folder,
+            command=f"dsquant gguf {subject.argument} {options} --output {folder}",
         )
 
 

@@ -1,6 +1,7 @@
 """The model that a plan is about, opened without reading a weight."""
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +36,19 @@ class Subject:
     @property
     def name(self) -> str:
         """For file names."""
-        path = Path(self.model)
-        return path.resolve().parent.name if path.name == CONFIG_FILE else path.name
+        path = Path(self.model).expanduser()
+        return path.resolve().parent.name if path.is_file() else path.name
+
+    @property
+    def argument(self) -> str:
+        """What dsquant's other commands are given: beside a config.json, its folder, where the weights belong."""
+        path = Path(self.model).expanduser()
+        return shlex.quote(str(path.parent) if path.is_file() else self.model)
+
+    @property
+    def servable(self) -> str:
+        """What an engine is given, which knows no embedded model."""
+        return shlex.quote(str(self.checkpoint.folder)) if self.model == EMBEDDED_MODEL else self.argument
 
     @property
     def has_tokenizer(self) -> bool:

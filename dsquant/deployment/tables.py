@@ -1,17 +1,22 @@
-"""A forecast for people: tables, and a picture of where the bytes lie."""
+"""A forecast for people, in 80 columns: the answer first, then a table for each question, sources last."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
+from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dsquant.deployment.facts import Range
+from dsquant.deployment.facts import GIB, Range
 from dsquant.deployment.forecast import Deployment, Forecast, MachineForecast
+from dsquant.deployment.hardware import Machine
+from dsquant.deployment.making import Making
 from dsquant.deployment.sizes import OutputSize
 from dsquant.recipe import format_size
 
-BAR_WIDTH = 44
+BAR_WIDTH = 36
+COMMAND_WIDTH = 76
 COLORS = {"GPU": "green", "RAM": "yellow", "disk": "red"}
 
 
@@ -26,32 +31,30 @@ def forecast_tables(forecast: Forecast) -> Iterator[RenderableType]:
     """
     origin = "config.json alone" if forecast.from_config_alone else "headers"
     yield Text(
-        f"{forecast.model}: {forecast.architecture}, from {origin}: {forecast.num_tensors:,} tensors, "
-        f"{forecast.source_bytes:,} bytes ({_size(forecast.source_bytes)})"
-    )
-    yield _sizes_table(forecast)
-    for note in (*forecast.refused, *forecast.notes):
-        yield Text(f"Note: {note}.")
-    yield _makings_table(forecast)
-    for assumption in _assumptions(forecast):
-        yield Text(f"  {assumption}")
-    network = forecast.network
-    yield Text(
-        f"KV cache: {network.kv_values} values a token and layer, {network.kv_bytes_per_token:,} bytes a token in "
-        f"BF16; {forecast.context:,} tokens take {_size(forecast.context * network.kv_bytes_per_token)}"
+        f"{forecast.model}: {forecast.architecture}, {forecast.num_tensors:,} tensors in "
+        f"{_size(forecast.source_bytes)} (from {origin})\n"
     )
     if len(forecast.machines) > 1:
-        yield _overview_table(forecast)
-        yield Text("Name your own with --gpu 4x24GiB --ram 64GiB --disk-read 7GB/s.")
+        yield from _overview(forecast)
     else:
-        yield from _machine_tables(forecast, forecast.machines[0])
-    yield Text("Decoding speed: bytes a token over bandwidth, times the share of it that was reached:")
-    for fact in forecast.facts:
-        yield Text(f"  {fact.name}: {fact.value.low:.0%} to {fact.value.high:.0%} ({fact.source})")
+        yield from _machine(forecast, forecast.machines[0])
+    yield _sizes_table(forecast)
+    yield _makings_table(forecast)
+    network = forecast.network
+    yield Text(
+        f"KV cache: {network.kv_bytes_per_token:,} bytes a token in BF16; {forecast.context:,} tokens take "
+        f"{_size(forecast.context * network.kv_bytes_per_token)}.\n"
+    )
+    yield from _notes(forecast)
 
 
 def _size(num_bytes: float) -> str:
-    return format_size(num_bytes) if num_bytes < 2**40 else f"{num_bytes / 2**40:.2f} TiB"
+    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else format_size(num_bytes)
+
+
+def _unit(sizes: Iterable[int]) -> tuple[str, int]:
+    """One unit for a whole table."""
+    return ("GiB", GIB) if max(sizes, default=0) >= GIB else ("MiB", 2**20)
 
 
 def _range(values: Range) -> str:
@@ -61,35 +64,155 @@ def _range(values: Range) -> str:
 
 
 def _table(title: str, *headings: str, left: int = 1) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number < left else "right", overflow="fold", no_wrap=number == 0)
     return table
 
 
+def _overview(forecast: Forecast) -> Iterator[RenderableType]:
+    table = _table("Best that runs where", "machine", "output", "where", "tokens/s", left=3)
+    made: dict[str, OutputSize] = {}
+    for found in forecast.machines:
+        if found.best is None:
+            table.add_row(_short(found.machine), "nothing", "", "")
+            continue
+        placement, output = found.best.placement, found.best.output
+        places = {"GPU": placement.gpu_bytes, "RAM": placement.ram_bytes, "disk": placement.disk_bytes}
+        where = ", ".join(place for place, size in places.items() if size)
+        speed = _range(placement.tokens_per_s) if placement.tokens_per_s else ""
+        table.add_row(_short(found.machine), output.name, where, speed)
+        made[output.name] = output
+    yield table
+    yield Text("Name your own machine, for the commands to type: --gpu 4x24GiB --ram 64GiB\n")
+    for output in made.values():
+        if output.command is not None:
+            yield Text(f"To make {output.name}:")
+            yield _command(output.command)
+    yield Text("")
+
+
+def _short(machine: Machine) -> str:
+    cards = f"{machine.gpus.count}x{machine.gpus.memory_bytes / GIB:g} GiB" if machine.gpus else "no GPU"
+    return f"{cards}, {machine.ram_bytes / GIB:g} GiB RAM"
+
+
+def _machine(forecast: Forecast, found: MachineForecast) -> Iterator[RenderableType]:
+    if found.best is None:
+        yield Text(f"Nothing runs on {found.machine}.\n")
+    else:
+        yield from _best(found.best, found)
+    runs = [row for row in found.deployments if row.placement.tokens_per_s is not None]
+    if runs:
+        yield _runs_table(found.machine, runs)
+    costs = [(row.output.name, row.price_per_million) for row in runs if row.price_per_million is not None]
+    if costs:
+        table = _table("Price of a million tokens", "output", "price")
+        for name, price in costs:
+            table.add_row(name, _range(price))
+        yield table
+    table = _table("What does not run there", "output", "why", left=2)
+    for row in found.deployments:
+        if row.placement.tokens_per_s is None:
+            table.add_row(row.output.name, row.placement.reason)
+    if table.rows:
+        yield table
+    for sentence in found.statements:
+        yield Text(f"{sentence}\n")
+
+
+def _runs_table(machine: Machine, runs: list[Deployment]) -> Table:
+    unit, factor = _unit(row.output.served_bytes for row in runs)
+    table = _table(
+        f"On {machine} (sizes in {unit})", "output", "loaded", "GPU", "RAM", "disk", "tokens/s", "context", "remark"
+    )
+    table.columns[-1].justify = "left"
+    for row in runs:
+        placement = row.placement
+        places = (placement.gpu_bytes, placement.ram_bytes, placement.disk_bytes)
+        sizes = [f"{size / factor:,.1f}" if size else "" for size in (row.output.served_bytes, *places)]
+        speed = _range(placement.tokens_per_s) if placement.tokens_per_s else ""
+        context = f"{placement.max_context:,}" if placement.max_context else ""
+        remark = "" if placement.disk_bytes else placement.reason
+        table.add_row(row.output.name, *sizes, speed, context, remark)
+    if all(row.placement.disk_bytes or not row.placement.reason for row in runs):
+        table.columns.pop()
+    return table
+
+
+def _best(best: Deployment, found: MachineForecast) -> Iterator[RenderableType]:
+    speed = f", {_range(best.placement.tokens_per_s)} tokens/s" if best.placement.tokens_per_s else ""
+    yield Text(f"Best that runs here: {best.output.name}{speed}", style="bold")
+    if best.output.command is not None:
+        yield Text("make it:")
+        yield _command(best.output.command)
+    for engine, command in best.commands.items():
+        yield Text(f"serve it with {engine}:")
+        yield _command(command)
+    yield Text("\nWhere its bytes lie:")
+    placement, machine = best.placement, found.machine
+    places = {
+        "GPU": (placement.gpu_bytes + (placement.kv_bytes if placement.gpu_bytes else 0), machine.gpu_bytes),
+        "RAM": (placement.ram_bytes + (0 if placement.gpu_bytes else placement.kv_bytes), machine.ram_bytes),
+        "disk": (placement.disk_bytes, machine.disk_bytes or 0),
+    }
+    largest = max(max(used, room) for used, room in places.values())
+    for place, (used, room) in places.items():
+        yield _bar(place, used, room, largest, COLORS[place])
+    yield Text("What they are:")
+    whole = max(best.output.by_kind.values())
+    for kind, size in best.output.by_kind.items():
+        yield _bar(kind, size, 0, whole, "cyan")
+    yield Text("")
+
+
+def _command(command: str) -> Text:
+    """A command to copy, its options on lines of their own where it is long."""
+    lines: list[str] = []
+    for part in re.split(r" (?=--?[a-z])", command):
+        if lines and len(lines[-1]) + len(part) < COMMAND_WIDTH - 4:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(part)
+    return Text("  " + " \\\n    ".join(lines), no_wrap=True, overflow="ignore", style="cyan")
+
+
+def _bar(name: str, used: int, room: int, largest: int, color: str) -> Text:
+    """A bar of the used bytes in front of the free ones."""
+    filled = round(BAR_WIDTH * used / largest) if largest else 0
+    if used and not filled:
+        filled = 1
+    free = max(0, round(BAR_WIDTH * room / largest) - filled) if largest else 0
+    size = f"{_size(used)} of {_size(room)}" if room else _size(used)
+    text = Text(f"  {name:15} ")
+    text.append("█" * filled, style=color)
+    text.append("░" * free, style="dim")
+    text.append(" " * (BAR_WIDTH - filled - free) + f" {size}")
+    return text
+
+
 def _sizes_table(forecast: Forecast) -> Table:
     choices = [mtp for mtp in ("none", "keep", "quantize", "drop") if any(size.mtp == mtp for size in forecast.sizes)]
-    heads = ["weight files" if mtp == "none" else f"--mtp {mtp}" for mtp in choices]
-    table = _table("Sizes of the weight files, in bytes", "output", *heads, "without MTP")
+    heads = ["files" if mtp == "none" else f"MTP {mtp}" for mtp in choices]
+    unit, factor = _unit(size.num_bytes for size in forecast.sizes)
+    table = _table(f"Sizes of the weight files in {unit} by --mtp; loaded: without MTP", "output", *heads, "loaded")
     by_name: dict[str, dict[str, OutputSize]] = {}
     for size in forecast.sizes:
         by_name.setdefault(size.name, {})[size.mtp] = size
     for name, found in by_name.items():
-        cells = [f"{found[mtp].num_bytes:,}" if mtp in found else "" for mtp in choices]
+        cells = [f"{found[mtp].num_bytes / factor:,.1f}" if mtp in found else "" for mtp in choices]
         smallest = found.get("drop") or next(iter(found.values()))
-        table.add_row(name, *cells, _size(smallest.served_bytes))
+        table.add_row(name, *cells, f"{smallest.served_bytes / factor:,.1f}")
     return table
 
 
 def _makings_table(forecast: Forecast) -> Table:
-    names = list(dict.fromkeys(stage.name for making in forecast.makings for stage in making.stages))
-    table = _table("What making it takes", "output", "memory", "disk", *names, "together")
-    for making in forecast.makings:
-        hours = {stage.name: _duration(stage.hours) for stage in making.stages}
-        stages = [hours.get(name, "") for name in names]
-        table.add_row(
-            making.output.name, _size(making.memory_bytes), _size(making.disk_bytes), *stages, _duration(making.hours)
-        )
+    makings = forecast.makings
+    unit, factor = _unit(making.disk_bytes for making in makings)
+    table = _table("What making it takes", "output", f"memory, {unit}", f"disk, {unit}", "time")
+    for making in makings:
+        sizes = (f"{size / factor:,.1f}" for size in (making.memory_bytes, making.disk_bytes))
+        table.add_row(making.output.name, *sizes, _duration(making.hours))
     return table
 
 
@@ -101,91 +224,40 @@ def _duration(hours: Range) -> str:
     return f"{_range(hours * 3600)} s"
 
 
-def _assumptions(forecast: Forecast) -> Iterator[str]:
-    stages = {stage.name: stage.assumption for making in forecast.makings for stage in making.stages}
-    yield from (f"{name}: {assumption}" for name, assumption in stages.items())
-    on_gpu = next((making.search_on_gpu for making in forecast.makings if making.search_on_gpu), None)
+def _notes(forecast: Forecast) -> Iterator[Text]:
+    yield Text("Notes and sources", style="bold")
+    for note in (*forecast.refused, *forecast.notes, *_assumptions(forecast.makings), *_speeds(forecast)):
+        yield Text(f"- {note}")
+
+
+def _assumptions(makings: tuple[Making, ...]) -> Iterator[str]:
+    stages: dict[str, list[Range]] = {}
+    words = {stage.name: stage.assumption for making in makings for stage in making.stages}
+    for making in makings:
+        for stage in making.stages:
+            stages.setdefault(stage.name, []).append(stage.hours)
+    for name, hours in stages.items():
+        whole = Range(min(one.low for one in hours), max(one.high for one in hours))
+        yield f"{name}, {_duration(whole)}: {words[name]}"
+    on_gpu = next((making.search_on_gpu for making in makings if making.search_on_gpu), None)
     if on_gpu is not None:
-        yield f"{on_gpu.name}: {_duration(on_gpu.hours)} instead of the search above ({on_gpu.assumption})"
-    yield f"memory: {forecast.makings[0].memory_assumption}"
-    yield f"disk: {forecast.makings[0].disk_assumption}"
+        yield f"{on_gpu.name}: {_duration(on_gpu.hours)} instead ({on_gpu.assumption})"
+    if makings:
+        yield f"memory: {makings[0].memory_assumption}"
+        yield f"disk: {makings[0].disk_assumption}"
 
 
-def _overview_table(forecast: Forecast) -> Table:
-    table = _table("What runs where", "machine", "best that fits", "where", "tokens/s", "engines", left=3)
-    for found in forecast.machines:
-        if found.best is None:
-            table.add_row(str(found.machine), "nothing", "", "", "")
-            continue
-        placement = found.best.placement
-        speed = _range(placement.tokens_per_s) if placement.tokens_per_s else ""
-        engines = ", ".join(found.best.commands)
-        table.add_row(str(found.machine), found.best.output.name, _where(found.best), speed, engines)
-    return table
-
-
-def _where(row: Deployment) -> str:
-    placement = row.placement
-    places = {"GPU": placement.gpu_bytes, "RAM": placement.ram_bytes, "disk": placement.disk_bytes}
-    return ", ".join(f"{place} {_size(size)}" for place, size in places.items() if size)
-
-
-def _machine_tables(forecast: Forecast, found: MachineForecast) -> Iterator[RenderableType]:
-    machine = found.machine
-    yield Text(f"Bandwidths: RAM {_speed(machine.ram_bandwidth)} ({machine.ram_source}); ", end="")
-    if machine.gpus is not None:
-        yield Text(f"each GPU {_speed(machine.gpus.bandwidth)} ({machine.gpus.source}); ", end="")
-    yield Text(f"disk {_speed(machine.disk_read)} ({machine.disk_source})")
-    priced = forecast.gpu_price is not None
-    price = ("price a million tokens",) if priced else ()
-    table = _table(f"On {machine}", "output", "loaded", "where", "tokens/s", *price, "tokens of context", "remark")
-    for row in found.deployments:
-        placement = row.placement
-        speed = _range(placement.tokens_per_s) if placement.tokens_per_s else "no"
-        cost = (_range(row.price_per_million) if row.price_per_million else "",) if priced else ()
-        context = f"{placement.max_context:,}" if placement.max_context else ""
-        table.add_row(
-            row.output.name, _size(row.output.served_bytes), _where(row), speed, *cost, context, placement.reason
-        )
-    yield table
-    for sentence in found.statements:
-        yield Text(sentence)
-    if found.best is not None:
-        yield from _best(found.best, found)
-
-
-def _best(best: Deployment, found: MachineForecast) -> Iterator[RenderableType]:
-    yield Text(f"\nBest that runs here: {best.output.name}")
-    yield Text("  where its bytes lie:")
-    placement, machine = best.placement, found.machine
-    places = {
-        "GPU": (placement.gpu_bytes + (placement.kv_bytes if placement.gpu_bytes else 0), machine.gpu_bytes),
-        "RAM": (placement.ram_bytes + (0 if placement.gpu_bytes else placement.kv_bytes), machine.ram_bytes),
-        "disk": (placement.disk_bytes, machine.disk_bytes or 0),
-    }
-    largest = max(max(used, room) for used, room in places.values())
-    for place, (used, room) in places.items():
-        yield _bar(place, used, room, largest, COLORS[place])
-    yield Text("  what they are:")
-    whole = max(best.output.by_kind.values())
-    for kind, size in best.output.by_kind.items():
-        yield _bar(kind, size, 0, whole, "cyan")
-    for engine, command in best.commands.items():
-        yield Text(f"  {engine}: {command}", overflow="fold", no_wrap=True)
-
-
-def _bar(name: str, used: int, room: int, largest: int, color: str) -> Text:
-    """A bar of the used bytes in front of the free ones."""
-    filled = round(BAR_WIDTH * used / largest) if largest else 0
-    if used and not filled:
-        filled = 1
-    free = max(0, round(BAR_WIDTH * room / largest) - filled) if largest else 0
-    size = f"{_size(used)} of {_size(room)}" if room else _size(used)
-    text = Text(f"    {name:15} ")
-    text.append("█" * filled, style=color)
-    text.append("░" * free, style="dim")
-    text.append(" " * (BAR_WIDTH - filled - free) + f" {size}")
-    return text
+def _speeds(forecast: Forecast) -> Iterator[str]:
+    if len(forecast.machines) == 1:
+        machine = forecast.machines[0].machine
+        yield f"RAM: {_speed(machine.ram_bandwidth)} ({machine.ram_source})"
+        if machine.gpus is not None:
+            yield f"each GPU: {_speed(machine.gpus.bandwidth)} ({machine.gpus.source})"
+        yield f"disk: {_speed(machine.disk_read)} ({machine.disk_source})"
+    yield "tokens/s: bandwidth over the bytes of a token, times the share of it that was reached:"
+    yield from (
+        f"{fact.name}: {fact.value.low:.0%} to {fact.value.high:.0%} ({fact.source})" for fact in forecast.facts
+    )
 
 
 def _speed(values: Range) -> str:

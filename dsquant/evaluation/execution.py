@@ -34,6 +34,8 @@ from dsquant.evaluation.drift import Execution
 from dsquant.evaluation.intervals import CONFIDENCE, Interval
 
 Outcome = Literal["passed", "failed", "error", "time limit", "memory limit", "killed"]
+# What a program can end with that lived to reply.
+REPLIES = ("passed", "failed", "error", "memory limit")
 
 CPU_SECONDS = 5
 # Beside a busy machine a program gets less than a whole processor.
@@ -114,11 +116,23 @@ def _read(reading: int) -> bytes:
 def _outcome(return_code: int, reply: bytes) -> Run:
     if return_code == -signal.SIGXCPU:
         return Run("time limit", "")
+    found = _reply(reply)
+    if found is None:
+        return Run("killed", signal.Signals(-return_code).name if return_code < 0 else f"exit code {return_code}")
+    return found
+
+
+def _reply(reply: bytes) -> Run | None:
+    """What the sandbox wrote; None for anything else, which the program may have written in its place."""
     try:
         found = json.loads(reply)
-        return Run(found["outcome"], found["error"], tuple(found["protections"]))
-    except (ValueError, KeyError, TypeError):
-        return Run("killed", signal.Signals(-return_code).name if return_code < 0 else f"exit code {return_code}")
+        outcome, error, protections = found["outcome"], found["error"], found["protections"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    texts = [outcome, error, *protections] if isinstance(protections, list) else [None]
+    if not all(isinstance(text, str) for text in texts) or outcome not in REPLIES:
+        return None
+    return Run(outcome, error, tuple(protections))
 
 
 def run_all(programs: Sequence[str], safe_point: Callable[[int, int], None] = lambda done, total: None) -> list[Run]:

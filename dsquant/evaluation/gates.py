@@ -53,6 +53,10 @@ CODE_METRICS: dict[str, Bound] = {
 }
 """See `drift.CodeDrift.measures`."""
 METRICS = {**TEXT_METRICS, **MODEL_METRICS, **CODE_METRICS}
+FORM = (
+    "Write a list `gates:` of limits such as `- {metric: mean_kl, at_most: 0.02}`, each with metric, one of at_most "
+    f"and at_least, and text if it is of one text; metrics are {', '.join(METRICS)}"
+)
 
 
 class Gate(BaseModel):
@@ -75,7 +79,7 @@ class Gate(BaseModel):
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         if self.metric not in METRICS:
-            raise ValueError(f"unknown metric {self.metric!r}; there are {', '.join(METRICS)}")
+            raise ValueError(f"unknown metric {self.metric!r}")
         bound = METRICS[self.metric]
         wrong = self.at_least if bound == "at_most" else self.at_most
         if getattr(self, bound) is None or wrong is not None:
@@ -125,17 +129,27 @@ def read_gates(path: Path) -> Gates:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: the gates cannot be read: {reason}") from error
     try:
         return Gates.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc']) or 'file'}: {problem['msg']}"
-            for problem in error.errors()
-        )
-        raise InputError(f"{path}: {problems}") from error
+        found = [_problem(problem["loc"], problem["type"], problem["msg"]) for problem in error.errors()]
+        problems = "; ".join(found[:-1] if len(found) > 1 and error.errors()[-1]["type"] == "too_short" else found)
+        raise InputError(f"{path}: {problems}. {FORM}") from error
+
+
+def _problem(where: tuple[str | int, ...], kind: str, message: str) -> str:
+    """A problem in words of this file instead of the library's."""
+    words = {
+        "missing": "is missing",
+        "extra_forbidden": "is unknown",
+        "model_type": "is no mapping",
+        "too_short": "has no limits",
+    }
+    place = ".".join(str(part) for part in where) or "the file"
+    return f"{place} {words[kind]}" if kind in words else f"{place}: {message.removeprefix('Value error, ')}"
 
 
 def check_measured(gates: Gates, texts: list[str], code_measures: Collection[str]) -> None:

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-# Calls of the kernel that make sockets or processes, or reach into other ones: (x86-64, aarch64).
+# Calls of the kernel that make sockets or processes, or reach into other ones, their limits and priorities included:
+# (x86-64, aarch64).
 DENIED_CALLS = {
     "socket": (41, 198),
     "socketpair": (53, 199),
@@ -26,7 +27,22 @@ DENIED_CALLS = {
     "tkill": (200, 130),
     "tgkill": (234, 131),
     "ptrace": (101, 117),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_send_signal": (424, 424),
+    "pidfd_getfd": (438, 438),
+    "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    "prlimit64": (302, 261),
+    "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "sched_setattr": (314, 274),
+    "sched_setaffinity": (203, 122),
     "unshare": (272, 97),
     "setns": (308, 268),
     "mount": (165, 40),

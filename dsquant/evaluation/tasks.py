@@ -73,8 +73,9 @@ def read_tasks(path: Path) -> list[Task]:
 def _task(line: str, where: str, number: int) -> Task:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error}; each line must be one whole object") from error
+        json.dumps(record, ensure_ascii=False).encode()  # no tokenizer takes half a surrogate pair
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON in UTF-8: {error}; each line must be one whole object") from error
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected an object with {FORMATS}, found {type(record).__name__}")
     if "canonical_solution" in record or "entry_point" in record:

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError, UsageError
-from dsquant.incremental.patch import AppliedPatch, apply_patch, write_patch
+from dsquant.incremental.applying import AppliedPatch, apply_patch
+from dsquant.incremental.patch import write_patch
+from dsquant.incremental.places import beside, check_output, check_patch
 from dsquant.incremental.recording import Recording, open_recording
 from dsquant.incremental.requantize import requantize
-from dsquant.jobs import RECORD_FILE, full_disk_is_resumable, stop_on_signals
+from dsquant.jobs import RECORD_FILE, claim, full_disk_is_resumable, stop_on_signals
 from dsquant.notebook import as_html
 from dsquant.records import Result, result_of
+from dsquant.sealing import broken_sections
 from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.locate import locate
 from dsquant.source.scan import scan
@@ -79,16 +82,21 @@ def delta(
         What changed, what was reused, and the patch's size.
 
     Raises:
-        InputError: where a release or output cannot be used, or they do not belong together.
+        InputError: where a release or output cannot be used, they do not belong together, or something that is not
+            this job's lies where the patch or the output shall be.
         UsageError: where the old output is not named, or holds GGUF files.
         Interrupted: where the job stopped and can be resumed.
     """
     folder = Path(old).expanduser()
     is_output = (folder / RECORD_FILE).is_file()
     recording = open_recording(folder if is_output else quantized or _default_output(old))
+    recipe = recording.recipe(new, output)
+    patch = patch or beside(output, ".patch")
+    check_output(output, recording.output)
+    claim(output, recipe, resume, restart)
+    check_patch(patch, output, recording, again=resume or restart)
     old_read_bytes = 0 if is_output else _check_old(old, recording, report)
-    done = requantize(recording.recipe(new, output), recording, True, resume, restart, report)
-    patch = patch or output.with_name(output.name + ".patch")
+    done = requantize(recipe, recording, True, resume, restart, report)
 
     def safe_point(name: str) -> None:
         request.safe_point()
@@ -115,8 +123,9 @@ def delta(
 
 def _default_output(old: str) -> Path:
     """Where `dsquant awq` has put the old release's output when it was not told."""
-    found = [path for path in sorted(Path().glob(f"{Path(old).name}-*-*bit")) if (path / RECORD_FILE).is_file()]
-    made = [path for path in found if json.loads((path / RECORD_FILE).read_bytes())["recipe"]["model"] == old]
+    records = [path / RECORD_FILE for path in sorted(Path().glob(f"{Path(old).name}-*-*bit"))]
+    whole = [path for path in records if path.is_file() and not broken_sections(path.read_bytes())]
+    made = [path.parent for path in whole if json.loads(path.read_bytes())["recipe"]["model"] == old]
     if len(made) != 1:
         raise UsageError(f"name the output that was made from {old} with --quantized; its scales are needed")
     return made[0]

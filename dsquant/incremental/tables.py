@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from rich.console import RenderableType
 from rich.text import Text
 
-from dsquant.incremental.patch import AppliedPatch
+from dsquant.incremental.applying import AppliedPatch
 from dsquant.incremental.release import Delta
 from dsquant.recipe import format_size
 

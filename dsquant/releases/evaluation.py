@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsquant.errors import UsageError
+from dsquant.errors import InputError
 from dsquant.jobs import write_atomically
 from dsquant.releases.recipe import ReleaseRecipe
 from dsquant.telemetry import Progress, Report
@@ -18,6 +18,7 @@ from dsquant.telemetry import Progress, Report
 if TYPE_CHECKING:
     from dsquant.evaluation.gates import Gates
     from dsquant.evaluation.results import Candidate, Evaluation
+    from dsquant.evaluation_request import EvaluationRequest
 
 EVALUATION_FOLDER = "evaluation"
 # For the gates, beside the folder that is published: unlike the report it keeps bounds that are infinite.
@@ -36,8 +37,7 @@ def read_recipe_gates(recipe: ReleaseRecipe) -> "Gates | None":
         The gates; None where there are none.
 
     Raises:
-        InputError: where the file cannot be read.
-        UsageError: where they cannot be meant.
+        InputError: where the file cannot be read, or they cannot be meant.
     """
     if recipe.gates is None:
         return None
@@ -51,7 +51,7 @@ def read_recipe_gates(recipe: ReleaseRecipe) -> "Gates | None":
         return Gates.model_validate(recipe.gates)
     except ValidationError as error:
         problems = (f"gates.{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
-        raise UsageError("; ".join(problems)) from error
+        raise InputError("; ".join(problems)) from error
 
 
 def evaluate_outputs(
@@ -69,30 +69,51 @@ def evaluate_outputs(
     Returns:
         Output -> text -> its main numbers, as plain JSON values.
     """
-    from dsquant.code_drift import DriftRequest
     from dsquant.comparison import evaluate
-    from dsquant.evaluation_request import EvaluationRequest
 
-    wanted = recipe.evaluate
-    assert wanted is not None
     gates_file = None if gates is None else build.parent / GATES_FILE
     if gates is not None and gates_file is not None:  # YAML reads JSON
         write_atomically(gates_file, gates.model_dump_json().encode())
-    request = EvaluationRequest(
-        reference=recipe.model,
-        candidates=tuple(str(folder) for folder in folders.values()),
-        texts=wanted.texts,
-        samples=wanted.samples,
-        seq_len=wanted.seq_len,
-        gates=gates_file,
-        drift=DriftRequest(wanted.prompts, wanted.max_tokens, wanted.execute, wanted.execute),
-        device=recipe.device,
-        memory_budget=recipe.memory_budget,
-    )
+    request = _request(recipe, tuple(str(folder) for folder in folders.values()), gates_file)
     evaluation = _publishable(evaluate(request, report), {str(folder): name for name, folder in folders.items()})
     _write(evaluation, build)
     write_atomically(build.parent / MEASURED_FILE, json.dumps(dataclasses.asdict(evaluation)).encode())
     return {candidate.name: _summary(candidate) for candidate in evaluation.candidates}
+
+
+def check_evaluation(recipe: ReleaseRecipe, gates: "Gates | None") -> None:
+    """Refuses an evaluation that could not be made, before anything is quantized for it.
+
+    Args:
+        recipe: the recipe, with an evaluate section.
+        gates: its gates.
+
+    Raises:
+        InputError: where the model, a text or a prompt cannot be used.
+        UsageError: where code cannot be run as wanted, or a gate is on what is not measured.
+    """
+    from dsquant.comparison import check_request
+
+    check_request(_request(recipe, (), None), gates)
+
+
+def _request(recipe: ReleaseRecipe, candidates: tuple[str, ...], gates_file: Path | None) -> "EvaluationRequest":
+    from dsquant.code_drift import DriftRequest
+    from dsquant.evaluation_request import EvaluationRequest
+
+    wanted = recipe.evaluate
+    assert wanted is not None
+    return EvaluationRequest(
+        reference=recipe.model,
+        candidates=candidates,
+        texts=wanted.texts,
+        samples=wanted.samples,
+        seq_len=wanted.seq_len,
+        gates=gates_file,
+        drift=DriftRequest(wanted.prompts, wanted.max_tokens, wanted.execute, wanted.allow_code_execution),
+        device=recipe.device,
+        memory_budget=recipe.memory_budget,
+    )
 
 
 def _write(evaluation: "Evaluation", build: Path) -> None:

@@ -134,7 +134,7 @@ def _run(
     recipe: ReleaseRecipe, inputs: dict[str, Any], key: str, work: Path, report: Report, entered: list[str]
 ) -> None:
     """Does every stage that the journal does not have; `entered` gets the names of those that begin."""
-    from dsquant.releases.stages import Workshop, stages_of
+    from dsquant.releases.stages import Workshop, check_all, stages_of
 
     build, journal = work / BUILD_FOLDER, Journal(work / JOURNAL_FILE)
     if _is_left_over(recipe, journal):
@@ -145,7 +145,10 @@ def _run(
         _tidy(work)
         return
     build.mkdir(exist_ok=True)
-    stages = stages_of(Workshop(recipe, inputs, build, journal, report))
+    shop = Workshop(recipe, inputs, build, journal, report)
+    stages = stages_of(shop)
+    if not journal.units:  # what was begun had been checked
+        check_all(shop)
     with stop_on_signals() as request:
         for stage in stages:
             entered.append(stage.name)

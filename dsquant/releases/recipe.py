@@ -39,6 +39,8 @@ from dsquant.errors import InputError, UsageError
 from dsquant.recipe import Preset, parse_size
 
 NAME = r"^[a-z0-9][a-z0-9._-]*$"
+# A step is a folder, and file names beside it get endings.
+LONGEST_NAME = 100
 
 
 def _size(value: Any) -> Any:
@@ -96,7 +98,7 @@ class AwqStep(Part):
         max_shard_size: of one file.
     """
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=NAME, max_length=LONGEST_NAME)
     to: Texts
     bits: Literal[3, 4, 8] = 4
     group_size: Literal[32, 64, 128] = 128
@@ -120,7 +122,7 @@ class GgufStep(Part):
         split_max_size: of one file; 0 makes one.
     """
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=NAME, max_length=LONGEST_NAME)
     type: str
     tensor_types: Texts = ()
     imatrix: Path | None = None
@@ -141,6 +143,7 @@ class EvaluateStep(Part):
         max_tokens: of a completion.
         execute: whether completions are run with the prompts' tests: code that a model wrote runs on this machine,
             under limits that are no security boundary.
+        allow_code_execution: the author's word that it may.
     """
 
     texts: Texts = ()
@@ -149,6 +152,20 @@ class EvaluateStep(Part):
     prompts: str = "none"
     max_tokens: int = Field(default=64, ge=1)
     execute: bool = False
+    allow_code_execution: bool = False
+
+    @model_validator(mode="after")
+    def _consent(self) -> Self:
+        if self.execute and not self.allow_code_execution:
+            raise ValueError(
+                "execute runs code that a language model wrote on this machine, in a process with limits that are no "
+                "security boundary; add allow_code_execution: true if you mean it"
+            )
+        if self.allow_code_execution and not self.execute:
+            raise ValueError("allow_code_execution does nothing without execute: true")
+        if self.execute and self.prompts == "none":
+            raise ValueError("execute needs prompts to complete, such as prompts: python")
+        return self
 
 
 class OnFailure(Part):
@@ -167,6 +184,8 @@ class OnFailure(Part):
 def _kind(step: Any) -> str:
     """What a step of `quantize` is."""
     if isinstance(step, dict):
+        if "type" in step and "to" in step:
+            return "both"  # no kind; the refusal says so
         return "gguf" if "type" in step and "to" not in step else "awq"
     return "gguf" if isinstance(step, GgufStep) else "awq"
 
@@ -245,7 +264,7 @@ def read_recipe(path: Path, model: str | None = None, output: Path | None = None
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path}: the recipe cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a recipe is a mapping with model, output and quantize, found {content!r:.80}")
@@ -266,6 +285,8 @@ def _problem(problem: Any) -> str:
     """One problem, with the key's path, and for an unknown key the nearest one that there is."""
     location = tuple(part for part in problem["loc"] if part not in ("awq", "gguf") or problem["loc"][0] != "quantize")
     where = ".".join(str(part) for part in location) or "recipe"
+    if problem["type"] == "union_tag_invalid":
+        return f"{where}: a step has either `to` (formats of an AWQ step) or `type` (of a GGUF step), not both"
     if problem["type"] != "extra_forbidden":
         return f"{where}: {problem['msg'].removeprefix('Value error, ')}"
     known = sorted(_part_at(problem["loc"][:-1]).model_fields)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsquant.jobs import Journal
 from dsquant.recipe import GgufRecipe, Recipe
-from dsquant.releases.evaluation import decide_gates, evaluate_outputs, read_recipe_gates
+from dsquant.releases.evaluation import check_evaluation, decide_gates, evaluate_outputs, read_recipe_gates
 from dsquant.releases.inputs import key_of
 from dsquant.releases.recipe import AwqStep, GgufStep, ReleaseRecipe
 from dsquant.telemetry import Report
@@ -95,22 +95,52 @@ def _job_fields(recipe: ReleaseRecipe) -> dict[str, Any]:
 def _quantize(shop: Workshop, step: AwqStep | GgufStep, begun: bool) -> dict[str, Any]:
     from dsquant import pipeline
 
-    fields, output = _job_fields(shop.recipe), shop.build / step.name
+    job = _job(shop, step)
     # An older attempt that was to become something else is begun anew.
-    resume, restart = begun or not output.exists(), not begun and output.exists()
+    resume, restart = begun or not job.output.exists(), not begun and job.output.exists()
+    if isinstance(job, Recipe):
+        result = pipeline.awq(job, resume, restart, shop.report)
+    else:
+        result = pipeline.gguf(job, resume, restart, shop.report)
+    folders = {name: str(folder.relative_to(shop.build)) for name, folder in result.folders.items()}
+    return {"folders": folders, "bytes": result.output_bytes, "warnings": result.warnings}
+
+
+def _job(shop: Workshop, step: AwqStep | GgufStep) -> Recipe | GgufRecipe:
+    """What `dsquant awq` or `dsquant gguf` would be asked for."""
+    fields, output = _job_fields(shop.recipe), shop.build / step.name
     if isinstance(step, AwqStep):
         own = step.model_dump(exclude={"name", "max_shard_size"}) | {"max_shard_bytes": step.max_shard_size}
         own |= {"device": shop.recipe.device, "gpu_memory_budget": shop.recipe.gpu_memory_budget}
-        job = Recipe.checked(**fields, **own, output=output, calibration=shop.recipe.calibration.texts)
-        result = pipeline.awq(job, resume, restart, shop.report)
-    else:
-        own = step.model_dump(exclude={"name", "split_max_size", "calibrate"}) | {
-            "split_max_bytes": step.split_max_size
-        }
-        conversion = GgufRecipe.checked(**fields, **own, output=output, calibration=_texts(shop.recipe, step))
-        result = pipeline.gguf(conversion, resume, restart, shop.report)
-    folders = {name: str(folder.relative_to(shop.build)) for name, folder in result.folders.items()}
-    return {"folders": folders, "bytes": result.output_bytes, "warnings": result.warnings}
+        return Recipe.checked(**fields, **own, output=output, calibration=shop.recipe.calibration.texts)
+    own = step.model_dump(exclude={"name", "split_max_size", "calibrate"}) | {"split_max_bytes": step.split_max_size}
+    return GgufRecipe.checked(**fields, **own, output=output, calibration=_texts(shop.recipe, step))
+
+
+def check_all(shop: Workshop) -> None:
+    """Plans every step from headers, and reads what the evaluation will read, before the first step.
+
+    Args:
+        shop: the run.
+
+    Raises:
+        InputError: where the model, a text, a prompt or a gate cannot be used.
+        UsageError: where a step cannot work, or a gate is on what is not measured.
+    """
+    from dsquant.errors import DsquantError
+    from dsquant.gguf_conversion import plan_gguf
+    from dsquant.preparation import open_source, resolved, resolved_device
+
+    for step in shop.recipe.quantize:
+        try:
+            job = _job(shop, step)
+            open_source(resolved(job)) if isinstance(job, Recipe) else plan_gguf(
+                job.model_copy(update={"device": resolved_device(job.device)})
+            )
+        except DsquantError as error:
+            raise type(error)(f"step {step.name}: {error}") from error
+    if shop.recipe.evaluate is not None:
+        check_evaluation(shop.recipe, read_recipe_gates(shop.recipe))
 
 
 def _evaluate(shop: Workshop, gates: "Gates | None", _: bool) -> dict[str, Any]:

@@ -59,7 +59,10 @@ class GgufWeights(Weights):
             field = reader.fields.get("general.architecture")
             found = None if field is None else field.contents()
         except Exception as error:  # gguf-py raises whatever numpy does on damaged files
-            raise InputError(f"{path} is damaged or no GGUF file: {error}") from error
+            raise InputError(
+                f"{path} is damaged or no GGUF file: header and tensors do not fit its {path.stat().st_size} bytes; "
+                "fetch or make it again"
+            ) from error
         if found is not None and found != architecture:
             raise InputError(f"{path}: architecture {found!r}, the reference is {architecture!r}; not the same model")
         self._tensors |= {tensor.name: tensor for tensor in reader.tensors}

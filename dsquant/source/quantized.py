@@ -7,13 +7,39 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsquant.errors import InputError
-from dsquant.source.shards import ShardIndex
+from dsquant.source.shards import ShardIndex, TensorInfo
 from dsquant.source.weights import CPU, Weights
+
+AWQ_GROUP_SIZES = (16, 32, 64, 128, 256)
+
+
+def _whole_number(
+    config: Path, values: Mapping[str, Any], key: str, default: int, allowed: tuple[int, ...] | None
+) -> int:
+    """A positive number of config.json, one of those allowed where they are named."""
+    found = values.get(key, default)
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1 or (allowed and found not in allowed):
+        wanted = f"one of {', '.join(map(str, allowed))}" if allowed else "a positive number"
+        raise InputError(f"{config}: quantization_config has {key} {found!r:.40}; expected {wanted}")
+    return found
+
+
+def _checked(index: ShardIndex, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None) -> TensorInfo:
+    """A matrix's place, refused where its dtype or shape is not what the layout has."""
+    info = index[name]
+    if info.dtype not in dtypes or (len(info.shape) != 2 if shape is None else info.shape != shape):
+        wanted = "two dimensions" if shape is None else f"shape {list(shape)}"
+        raise InputError(
+            f"{info.path}: tensor {name!r} is {info.dtype} of shape {list(info.shape)}; expected "
+            f"{' or '.join(dtypes)} with {wanted}, as its companions and config.json have it"
+        )
+    return info
 
 
 class DecodedWeights(Weights):
@@ -106,18 +132,15 @@ class AwqWeights(DecodedWeights):
         version = str(quantization.get("version", "gemm")).lower()
         if version != "gemm":
             raise InputError(f"{index.folder}/config.json: awq version {version!r} is not supported, only 'gemm' is")
-        self._bits, self._group_size = (
-            int(quantization.get("bits", 4)),
-            int(quantization.get("group_size", 128)),
-        )
+        config = index.folder / "config.json"
+        self._bits = _whole_number(config, quantization, "bits", 4, (4,))
+        self._group_size = _whole_number(config, quantization, "group_size", 128, AWQ_GROUP_SIZES)
         for prefix in self._packed.values():
-            rows, columns = self.packed_shape(prefix)
-            info = index[prefix + "scales"]
-            if info.shape != (columns // self._group_size, rows):
-                raise InputError(
-                    f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}; qweight and group size "
-                    f"{self._group_size} need [{columns // self._group_size}, {rows}]"
-                )
+            qweight = _checked(index, prefix + "qweight", ("I32",), None)
+            columns, words = qweight.shape
+            groups = columns // self._group_size
+            _checked(index, prefix + "qzeros", ("I32",), (groups, words))
+            _checked(index, prefix + "scales", ("F16", "BF16", "F32"), (groups, words * 32 // self._bits))
 
     def packed_shape(self, prefix: str) -> tuple[int, int]:
         """[O, I]."""
@@ -153,26 +176,30 @@ class CompressedTensorsWeights(DecodedWeights):
         Raises:
             InputError: where the config has not one group of pack-quantized weights.
         """
-        groups = quantization.get("config_groups") or {}
-        if len(groups) != 1 or quantization.get("format") != "pack-quantized":
+        config = index.folder / "config.json"
+        groups = quantization.get("config_groups")
+        if not isinstance(groups, dict) or len(groups) != 1 or quantization.get("format") != "pack-quantized":
             raise InputError(
-                f"{index.folder}/config.json: only compressed-tensors of format 'pack-quantized' with one config group "
-                f"can be read, found {quantization.get('format')!r} with {len(groups)}"
+                f"{config}: only compressed-tensors of format 'pack-quantized' with one config group can be read, "
+                f"found format {quantization.get('format')!r} with config_groups {groups!r:.80}"
             )
         self._group = next(iter(groups.values()))
-        symmetric = self._group["weights"].get("symmetric", True)
-        zero_points = () if symmetric else ("weight_zero_point",)
+        weights = self._group.get("weights") if isinstance(self._group, dict) else None
+        if not isinstance(weights, dict):
+            raise InputError(f"{config}: the config group has no object 'weights', found {self._group!r:.80}")
+        bits = _whole_number(config, weights, "num_bits", 4, tuple(range(2, 9)))
+        self._group_size = _whole_number(config, weights, "group_size", 128, None)
+        zero_points = () if weights.get("symmetric", True) else ("weight_zero_point",)
         self.companions = ("weight_scale", "weight_shape", *zero_points)
         super().__init__(index, device)
         for prefix in self._packed.values():
-            columns = self.packed_shape(prefix)[1]
-            info, packed = index[prefix + "weight_scale"], index[prefix + self.marker]
-            words = -(-columns * int(self._group["weights"]["num_bits"]) // 32)
-            if packed.shape != (info.shape[0], words):
-                raise InputError(
-                    f"{packed.path}: tensor {packed.name!r} has shape {list(packed.shape)}; its scales of shape "
-                    f"{list(info.shape)} need [{info.shape[0]}, {words}]"
-                )
+            scales = _checked(index, prefix + "weight_scale", ("BF16", "F16", "F32"), None)
+            rows, groups_of_row = scales.shape
+            words = -(-groups_of_row * self._group_size * bits // 32)
+            _checked(index, prefix + self.marker, ("I32",), (rows, words))
+            _checked(index, prefix + "weight_shape", ("I64", "I32"), (2,))
+            for part in zero_points:
+                _checked(index, prefix + part, ("I32",), (-(-rows * bits // 32), groups_of_row))
 
     @cached_property
     def _scheme(self) -> Any:
@@ -183,7 +210,7 @@ class CompressedTensorsWeights(DecodedWeights):
     def packed_shape(self, prefix: str) -> tuple[int, int]:
         """[O, I]; I as the scales and the group size have it."""
         groups = self.index[prefix + "weight_scale"].shape[-1]
-        return self.index[prefix + self.marker].shape[0], groups * int(self._group["weights"]["group_size"])
+        return self.index[prefix + self.marker].shape[0], groups * self._group_size
 
     def decode(self, prefix: str) -> torch.Tensor:
         """Decodes through compressed-tensors' own decompressor, in float32."""

@@ -152,6 +152,8 @@ def _wrong_in_gguf_header(header: bytes, tensors: list[GgufTensor], padded: dict
         infos.append(_gguf_info(tensor, offset))
         offset += padded[tensor.name]
     wanted = b"".join(infos)
+    if len(header) < len(wanted):
+        return [("header", f"the file ends in it, at byte {len(header)}")]
     # The infos end where the padding begins, whose length the record does not tell: where they fit best.
     ends = range(max(len(wanted), len(header) - ALIGNMENT + 1), len(header) + 1)
     end = min(ends, key=lambda end: (_num_differences(header[end - len(wanted) : end], wanted), -end))
@@ -210,6 +212,8 @@ def _no_json(path: Path) -> list[tuple[str, str]]:
         return [(f"line {error.lineno}", f"no JSON: {error.msg}")]
     except ValueError as error:
         return [("content", f"no UTF-8: {error}")]
+    except RecursionError:
+        return [("content", "no JSON that can be read: nested too deeply")]
     return []
 
 

@@ -22,7 +22,8 @@ def page(evaluation: Evaluation) -> str:
         The text of report.html; it loads nothing from anywhere.
     """
     title = escape(f"{_names(evaluation)} against {evaluation.reference.path}")
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f'<meta name="color-scheme" content="light dark"><title>{title}</title>'
     body = f'<body style="margin:0">\n{part(evaluation)}\n</body>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n'
 

@@ -58,12 +58,13 @@ def interval(found: Interval | None, shares: bool = False) -> str:
 
 def summary(evaluation: Evaluation) -> Table:
     """One row for each candidate: the numbers to look at first."""
-    headings = ["candidate", "format", "size", "of original", "bits", "mean KL", "perplexity ×", "same top token"]
-    headings += ["router overlap", "code BLEU lost", "pass@1", "verdict"]
+    headings = ["candidate", "verdict", "format", "size", "of original", "bits", "mean KL", "perplexity ×"]
+    headings += ["same top token", "router overlap", "code BLEU lost", "pass@1"]
     original = evaluation.reference.size_bytes
     rows = tuple(
         (
             one.name,
+            one.verdict or "no gates",
             one.format,
             format_size(one.size_bytes),
             share(one.size_bytes / original),
@@ -74,7 +75,6 @@ def summary(evaluation: Evaluation) -> Table:
             share(lowest_overlap(one)),
             _bleu_drop(one),
             share(one.drift.execution.pass_candidate.estimate) if one.drift and one.drift.execution else NOTHING,
-            one.verdict or "no gates",
         )
         for one in evaluation.candidates
     )
@@ -120,15 +120,15 @@ def gates(evaluation: Evaluation) -> Table | None:
     rows = tuple(
         (
             one.name,
+            gate.verdict,
             gate.metric + (f" on {gate.text}" if gate.text else ""),
             interval(gate.found),
             f"{'at most' if gate.bound == 'at_most' else 'at least'} {gate.limit:g}",
-            gate.verdict,
             f"{gate.needed} {gate.unit}" if gate.needed else NOTHING,
         )
         for one, gate in ordered_gates(evaluation)
     )
-    headings = ("candidate", "gate", "found", "limit", "verdict", "needed to settle it")
+    headings = ("candidate", "verdict", "gate", "found", "limit", "needed to settle it")
     return _without_empty_columns(Table("Gates", headings, rows)) if rows else None
 
 

@@ -1,0 +1,180 @@
+"""The new output from the earlier one and a patch: all that the patch tells is checked before anything is written."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsquant.errors import InputError
+from dsquant.incremental.manifest import PatchManifest, open_patch, read_manifest
+from dsquant.incremental.patch import block_sizes, xored
+from dsquant.incremental.places import beside, check_output, lies_in
+from dsquant.incremental.reuse import reuse_file
+from dsquant.jobs import PARTIAL, RECORD_FILE, WORK_FOLDER, sync_folder, write_atomically
+from dsquant.locks import exclusive
+from dsquant.notebook import as_html
+from dsquant.sealing import broken_sections, hash_files
+
+
+@dataclass(frozen=True)
+class AppliedPatch:
+    """What applying a patch made."""
+
+    output: Path
+    num_files: int
+    num_bytes: int
+    reused: dict[str, int]
+    """How files were reused -> number of files."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**vars(self), "output": str(self.output)}
+
+    def _repr_html_(self) -> str:
+        from dsquant.incremental.tables import patch_tables
+
+        return as_html(patch_tables(self))
+
+
+def apply_patch(patch: Path, old: Path, output: Path, safe_point: Callable[[str], None]) -> AppliedPatch:
+    """Makes the new output from the earlier one and a patch; every file of it is hashed.
+
+    Args:
+        patch: the patch.
+        old: the earlier output.
+        output: the folder to make; where this fails or is stopped, nothing of it is left.
+        safe_point: called with each file's name; may raise to stop.
+
+    Returns:
+        What was made.
+
+    Raises:
+        InputError: where the patch is damaged or of another output, an old file is damaged, or the folder is in use.
+    """
+    try:
+        with open_patch(patch) as archive:
+            return _apply(archive, patch, old, output, safe_point)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"{patch} cannot be applied to {old}: {error}") from error
+
+
+def _apply(
+    archive: zipfile.ZipFile, patch: Path, old: Path, output: Path, safe_point: Callable[[str], None]
+) -> AppliedPatch:
+    manifest = read_manifest(archive, patch)
+    _check_old(manifest, patch, old)
+    _check_record(archive, manifest, patch, old)
+    reused: Counter[str] = Counter()
+    with _new_folder(patch, old, output) as work:
+        for name, entry in manifest.files.items():
+            safe_point(name)
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            if entry.how == "same":
+                reused[reuse_file(old / name, work / name)] += 1
+            elif entry.how == "tensors":
+                _patch_tensors(archive, old / name, work / name, name, entry.tensors)
+            else:
+                write_atomically(work / name, archive.read(f"new/{name}"))
+        for name, found in hash_files(work, manifest.files, safe_point).items():
+            if found != manifest.files[name].model_dump(include={"bytes", "sha256"}):
+                raise InputError(
+                    f"{old / name} or {patch} is damaged: {name} would not be what it should be; "
+                    f"see `dsquant verify {old}`"
+                )
+    return AppliedPatch(
+        output, len(manifest.files), sum(entry.bytes for entry in manifest.files.values()), dict(reused)
+    )
+
+
+def _check_old(manifest: PatchManifest, patch: Path, old: Path) -> None:
+    """Whether the old output is the patch's, and the files that the patch builds on are there."""
+    record = old / RECORD_FILE
+    if not record.is_file() or hashlib.sha256(record.read_bytes()).hexdigest() != manifest.old_record_sha256:
+        raise InputError(f"{old} is not the output that {patch} was made from (its {RECORD_FILE} is another)")
+    for name, entry in manifest.files.items():
+        if entry.how == "new":
+            continue
+        found = f"has {(old / name).stat().st_size} bytes" if (old / name).is_file() else "is missing"
+        if found != f"has {entry.bytes} bytes":
+            raise InputError(
+                f"{old / name} {found}, {patch} builds on {entry.bytes} bytes of it; see `dsquant verify {old}`"
+            )
+
+
+def _check_record(archive: zipfile.ZipFile, manifest: PatchManifest, patch: Path, old: Path) -> None:
+    """Whether the patch makes the files that the new output's own record tells of."""
+    entry = manifest.files.get(RECORD_FILE)
+    if entry is None or entry.how == "tensors":
+        raise InputError(f"{patch} does not hold the new output's {RECORD_FILE}; make the patch again")
+    raw = (old / RECORD_FILE).read_bytes() if entry.how == "same" else archive.read(f"new/{RECORD_FILE}")
+    if hashlib.sha256(raw).hexdigest() != entry.sha256 or broken_sections(raw):
+        raise InputError(f"{patch}: the new output's {RECORD_FILE} is damaged; make the patch again")
+    recorded = json.loads(raw).get("files")
+    if not isinstance(recorded, dict):
+        raise InputError(f"{patch}: the new output's {RECORD_FILE} tells of no files; make the patch again")
+    for name in sorted({*manifest.files, *recorded} - {RECORD_FILE}):
+        made, told = manifest.files.get(name), recorded.get(name)
+        if (
+            made is None
+            or not isinstance(told, dict)
+            or (made.bytes, made.sha256) != (told.get("bytes"), told.get("sha256"))
+        ):
+            raise InputError(f"{patch} makes {name} otherwise than the new output's record tells; make the patch again")
+
+
+@contextmanager
+def _new_folder(patch: Path, old: Path, output: Path) -> Iterator[Path]:
+    """A folder that becomes the output when it is whole, and goes away with all in it otherwise."""
+    check_output(output, old)
+    if output.exists() and any(output.iterdir()):
+        raise InputError(f"{output} is not empty; name a folder to make")
+    work = beside(output, PARTIAL)
+    mark = work / WORK_FOLDER  # what a killed run has left is known by it
+    if lies_in(old, work) or lies_in(patch, work) or (work.exists() and not mark.is_dir()):
+        raise InputError(f"{work} is in the way; move it, or name another folder with --output")
+    parents = [folder for folder in work.absolute().parents if not folder.exists()]
+    mark.mkdir(parents=True, exist_ok=True)
+    with exclusive(mark, output):
+        try:
+            for path in work.iterdir():
+                if path != mark:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            yield work
+        except BaseException:
+            shutil.rmtree(work)
+            for folder in parents:
+                folder.rmdir()
+            raise
+    shutil.rmtree(mark)
+    if output.exists():
+        output.rmdir()
+    work.rename(output)
+    sync_folder(output.absolute().parent)
+
+
+def _patch_tensors(
+    archive: zipfile.ZipFile, old: Path, new: Path, name: str, places: tuple[tuple[int, int], ...]
+) -> None:
+    shutil.copyfile(old, new)
+    with new.open("r+b") as file:
+        for number, (start, num_bytes) in enumerate(places):
+            with archive.open(f"xor/{name}/{number}") as member:
+                place = start
+                for size in block_sizes(num_bytes):
+                    file.seek(place)
+                    changed = xored(file.read(size), member.read(size))
+                    file.seek(place)
+                    file.write(changed)
+                    place += size
+        file.flush()
+        os.fsync(file.fileno())

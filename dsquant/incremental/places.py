@@ -1,0 +1,93 @@
+"""Where an output and a patch may be written, found out before any work."""
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+from dsquant.errors import InputError
+from dsquant.incremental.manifest import open_patch, read_manifest
+from dsquant.incremental.recording import Recording
+from dsquant.jobs import PARTIAL, RECORD_FILE
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or something in it, links followed."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def beside(output: Path, ending: str) -> Path:
+    """The path whose name is an output's with an ending behind.
+
+    Args:
+        output: a folder.
+        ending: such as .patch.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: where the folder is the root.
+    """
+    named = output if output.name.strip(".") else output.resolve()
+    if not named.name:
+        raise InputError(f"{output} cannot be the folder to make; name another one with --output")
+    return named.with_name(named.name + ending)
+
+
+def check_output(output: Path, old: Path) -> None:
+    """Checks that a folder can be made without touching the old output.
+
+    Args:
+        output: the folder to make.
+        old: the old output.
+
+    Raises:
+        InputError: where it would lie in the old output or around it, or there is a file in the way.
+    """
+    if lies_in(output, old) or lies_in(old, output):
+        raise InputError(f"{output} and the old output {old} lie in each other; name a folder beside it with --output")
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"{output} cannot be made: {there} is a file; name another folder with --output")
+
+
+def check_patch(patch: Path, output: Path, recording: Recording, again: bool) -> None:
+    """Checks that a patch can be written, and overwrites nothing but itself.
+
+    Args:
+        patch: the patch to write.
+        output: the folder to make.
+        recording: the old output.
+        again: whether a job is resumed or begun anew, whose own patch may be there.
+
+    Raises:
+        InputError: where it cannot.
+    """
+    for folder in (output, recording.output):
+        if lies_in(patch, folder):
+            raise InputError(f"the patch {patch} would lie in the output {folder}; name a place beside it with --patch")
+    partial = patch.with_name(patch.name + PARTIAL)
+    try:
+        for path in (patch, partial):
+            mine = again and path.is_file() and (path == partial or _is_own(patch, output, recording))
+            if path.exists() and not mine:
+                raise InputError(f"{path} exists already; remove it, or name another patch with --patch")
+        with tempfile.TemporaryFile(dir=patch.absolute().parent):
+            pass
+    except OSError as error:
+        raise InputError(f"the patch {patch} cannot be written ({error}); name another place with --patch") from error
+
+
+def _is_own(patch: Path, output: Path, recording: Recording) -> bool:
+    """Whether a patch is the one from the old output to the one that is there."""
+    record = output / RECORD_FILE
+    if not record.is_file():
+        return False
+    try:
+        with open_patch(patch) as archive:
+            manifest = read_manifest(archive, patch)
+    except InputError:
+        return False
+    entry = manifest.files.get(RECORD_FILE)
+    same_old = manifest.old_record_sha256 == recording.sha256
+    return same_old and entry is not None and entry.sha256 == hashlib.sha256(record.read_bytes()).hexdigest()

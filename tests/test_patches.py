@@ -1,0 +1,181 @@
+"""Patches from anywhere: what they tell is checked, what is not theirs stays, and a failure leaves nothing."""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_delta import changed_copy, contents, noise
+
+import dsquant
+from dsquant.errors import InputError
+from dsquant.incremental import applying
+
+Parts = dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def made(pico_r1: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an old output, a new release, its output and the patch; tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("patches")
+    dsquant.awq(
+        pico_r1, output=folder / "old", calibration=text_file, samples=2, seq_len=16, group_size=64, evaluate=False,
+        progress=False,
+    )  # fmt: skip
+    changed_copy(pico_r1, folder / "release", noise(0.05, seed=7))
+    dsquant.delta(folder / "old", folder / "release", output=folder / "new", progress=False)
+    return folder
+
+
+def rewritten(patch: Path, target: Path, change: Callable[[dict[str, Any], Parts], object]) -> Path:
+    with zipfile.ZipFile(patch) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    manifest = json.loads(parts.pop("patch.json"))
+    changed = change(manifest, parts)
+    content = changed if isinstance(changed, str) else json.dumps(manifest)
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, part in {**parts, "patch.json": content}.items():
+            archive.writestr(name, part)
+    return target
+
+
+def renamed(name: str) -> Callable[[dict[str, Any], Parts], None]:
+    def change(manifest: dict[str, Any], parts: Parts) -> None:
+        manifest["files"][name] = manifest["files"].pop("README.md")
+        parts[f"new/{name}"] = parts.pop("new/README.md")
+
+    return change
+
+
+def with_places(places: object) -> Callable[[dict[str, Any], Parts], None]:
+    def change(manifest: dict[str, Any], parts: Parts) -> None:
+        next(entry for entry in manifest["files"].values() if entry["how"] == "tensors")["tensors"] = places
+
+    return change
+
+
+def without_shards(manifest: dict[str, Any], parts: Parts) -> None:
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if "safetensors" not in name}
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any], Parts], object], str]] = {
+    "unknown version": (lambda manifest, _: manifest.update(patch_version=2), "patch_version"),
+    "no version": (lambda manifest, _: bool(manifest.pop("patch_version")), "patch_version"),
+    "no shards": (without_shards, "otherwise than the new output's record"),
+    "no record": (lambda manifest, _: bool(manifest["files"].pop("dsquant.json")), "does not hold"),
+    "wrong size": (lambda manifest, _: manifest["files"]["README.md"].update(bytes=1), "tells of 1"),
+    "short part": (lambda _, parts: parts.update({"new/README.md": b"x"}), "has 1 bytes"),
+    "missing part": (lambda _, parts: bool(parts.pop("new/README.md")), "README.md"),
+    "a list": (lambda *_: "[]", "object"),
+    "deep": (lambda *_: "[" * 100_000, "recursion"),
+    "files null": (lambda manifest, _: manifest.update(files=None), "files"),
+    "entry a number": (lambda manifest, _: manifest["files"].update({"README.md": 5}), "README.md"),
+    "no name": (renamed(""), "no plain path"),
+    "dot": (renamed("."), "no plain path"),
+    "outside": (renamed("a/../../evil"), "no plain path"),
+    "absolute": (renamed("/evil"), "no plain path"),
+    "long name": (renamed("a" * 300), "255"),
+    "file and folder": (renamed("config.json/x"), "cannot be a file and hold"),
+    "negative place": (with_places([[-5, 10]]), "greater than or equal to 0"),
+    "place behind the end": (with_places([[2**62, 10]]), "end behind"),
+    "old file absent": (
+        lambda manifest, _: manifest["files"].update(gone={"bytes": 1, "sha256": "0" * 64, "how": "same"}),
+        "gone is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_patch_that_tells_something_wrong_is_refused_before_anything_is_written(
+    made: Path, tmp_path: Path, damage: str
+) -> None:
+    change, message = DAMAGES[damage]
+    patch = rewritten(made / "new.patch", tmp_path / "bad.patch", change)
+    with pytest.raises(InputError, match=message):
+        dsquant.apply_patch(patch, made / "old", output=tmp_path / "a" / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.patch"]
+
+
+def test_a_failure_halfway_leaves_nothing(made: Path, tmp_path: Path) -> None:
+    raw = bytearray((made / "new.patch").read_bytes())
+    with zipfile.ZipFile(made / "new.patch") as archive:
+        info = archive.getinfo("new/README.md")
+    raw[info.header_offset + 30 + len("new/README.md") + info.compress_size // 2] ^= 255
+    bad = tmp_path / "bad.patch"
+    bad.write_bytes(raw)
+    with pytest.raises(InputError, match="damaged"):
+        dsquant.apply_patch(bad, made / "old", output=tmp_path / "a" / "out", progress=False)
+    assert list(tmp_path.iterdir()) == [bad]
+
+
+def test_an_old_output_that_lacks_or_spoils_a_file_is_named(made: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(made / "old", tmp_path / "old"))
+    shard = sorted(old.glob("*.safetensors"))[0]
+    raw = bytearray(shard.read_bytes())
+    raw[-5] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(InputError, match=f"{shard}.* is damaged"):
+        dsquant.apply_patch(made / "new.patch", old, output=tmp_path / "out", progress=False)
+    shard.unlink()
+    with pytest.raises(InputError, match=f"{shard} is missing"):
+        dsquant.apply_patch(made / "new.patch", old, output=tmp_path / "out", progress=False)
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_a_patch_is_applied_only_where_nothing_is_in_the_way(made: Path, tmp_path: Path) -> None:
+    def refused(output: Path, match: str, patch: Path = made / "new.patch") -> None:
+        with pytest.raises(InputError, match=match):
+            dsquant.apply_patch(patch, made / "old", output=output, progress=False)
+
+    file = tmp_path / "file"
+    file.write_text("mine")
+    refused(file, "is a file")
+    refused(file / "x", "is a file")
+    refused(made / "old" / "x", "lie in each other")
+    refused(tmp_path / "out", "does not exist", tmp_path / "absent.patch")
+    refused(tmp_path / "out", "is a folder", tmp_path)
+    (tmp_path / "out.partial").mkdir()
+    refused(tmp_path / "out", "in the way")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "out.partial"}
+
+
+def test_what_a_killed_run_has_left_is_no_hindrance(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(applying.shutil, "rmtree", lambda _: None)  # as if there had been no time to clean up
+        patch.setattr(applying, "hash_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        dsquant.apply_patch(made / "new.patch", made / "old", output=output, progress=False)
+    assert (tmp_path / "out.partial").is_dir()
+    dsquant.apply_patch(made / "new.patch", made / "old", output=output, progress=False)
+    assert contents(output) == contents(made / "new") and list(tmp_path.iterdir()) == [output]
+
+
+def test_a_delta_overwrites_nothing_but_its_own_patch(made: Path, tmp_path: Path) -> None:
+    def delta(output: Path, patch: Path | None = None, **options: bool) -> object:
+        return dsquant.delta(made / "old", made / "release", output=output, patch=patch, progress=False, **options)
+
+    before, mine = contents(made), tmp_path / "mine"
+    mine.write_text("mine")
+    for output, patch, match in (
+        (tmp_path / "out", mine, "exists already"),
+        (tmp_path / "out", tmp_path, "exists already"),
+        (tmp_path / "out", tmp_path / "absent" / "x", "cannot be written"),
+        (tmp_path / "out", tmp_path / ("x" * 300), "cannot be written"),
+        (tmp_path / "out", tmp_path / "out" / "x", "would lie in the output"),
+        (tmp_path / "out", made / "old" / "x", "would lie in the output"),
+        (made / "old" / "x", tmp_path / "x", "lie in each other"),
+    ):
+        with pytest.raises(InputError, match=match):
+            delta(output, patch)
+    with pytest.raises(InputError, match="lie in each other"):
+        delta(made / "old", restart=True)
+    with pytest.raises(InputError, match="exists already"):
+        delta(made / "new", mine, resume=True)
+    assert list(tmp_path.iterdir()) == [mine] and mine.read_text() == "mine"
+    delta(made / "new", resume=True)
+    assert {*contents(made)} == {*before}
