@@ -350,7 +350,7 @@ def test_numbers_that_overflow_in_a_layer_name_it_and_how_to_begin_anew(
     change_config(routed_scaling_factor=1e39)(tmp_path / "model")
     code, output = run(tmp_path / "model", text_file, tmp_path / "out")
     assert code == 3 and re.search(r"layers\.\d.*not finite.*--restart", output, re.DOTALL), output
-    assert {path.name for path in (tmp_path / "out").iterdir()} <= {".dsquant-work", "awq"}
+    assert (tmp_path / "out" / ".dsquant-work").is_dir() and not (tmp_path / "out" / "dsquant.json").exists()
 
 
 def test_the_network_leaves_the_config_as_it_stands(pico_r1: Path) -> None:
