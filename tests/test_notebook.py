@@ -42,7 +42,7 @@ def test_the_quickstart_notebook_runs_and_shows_tables_and_plots(kernel: str, tm
         if output.output_type == "execute_result"
     ]
     html = "\n".join(shown)
-    for wanted in ("12,169,064 bytes", "compressed-tensors", "<svg", "findings", "q8: gguf:Q8_0"):
+    for wanted in ("11.6 MiB", "compressed-tensors", "<svg", "findings", "q8: gguf:Q8_0"):
         assert wanted in html, wanted
     assert cells[-2].outputs[0]["data"]["text/plain"] == "True"
     printed = [output for output in cells[-1].outputs if output.output_type == "stream" and output.name == "stdout"]
