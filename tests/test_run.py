@@ -223,13 +223,22 @@ def test_an_older_result_is_exchanged_and_nothing_of_it_stays(pico_r1: Path, tex
     assert {path.name for path in (tmp_path / ".out.dsquant").iterdir()} <= {"lock", "holder.json"}
 
 
+Q8 = {"name": "q", "type": "Q8_0", "calibrate": False}
+
+
+def failing_late(model: Path, text: Path, output: Path, **changes: Any) -> ReleaseRecipe:
+    """A recipe whose gate fails after everything has been made."""
+    evaluate = {"texts": [str(text)], "samples": 2, "seq_len": 80}
+    gates = {"gates": [{"metric": "mean_kl", "at_most": 0.0}]}
+    return recipe_of(model, text, output, quantize=[Q8], evaluate=evaluate, gates=gates, **changes)
+
+
 def test_a_step_that_has_not_changed_is_not_made_again(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
-    steps = [{"name": "q", "type": "Q8_0", "calibrate": False}, {"name": "bad", "type": "Q9_Z"}]
-    with pytest.raises(UsageError, match="Q9_Z"):
-        run_recipe(small(pico_r1, text_file, tmp_path / "out", quantize=steps))
+    with pytest.raises(GateError):
+        run_recipe(failing_late(pico_r1, text_file, tmp_path / "out"))
     made = tmp_path / ".out.dsquant" / "build" / "q" / "pico-r1-Q8_0.gguf"
     before = made.stat().st_mtime_ns
-    steps[1] = {"name": "good", "type": "BF16"}
+    steps = [Q8, {"name": "good", "type": "BF16"}]
     release = run_recipe(small(pico_r1, text_file, tmp_path / "out", quantize=steps))
     assert (release.output / "q" / "pico-r1-Q8_0.gguf").stat().st_mtime_ns == before
     assert {path.name for path in release.output.iterdir()} == {"q", "good", "release.json"}
@@ -263,10 +272,9 @@ def test_a_folder_that_is_somebody_elses_is_refused(
 def test_a_failure_keeps_or_removes_and_tells(pico_r1: Path, text_file: Path, tmp_path: Path, outputs: str) -> None:
     told = tmp_path / "told"
     failure = {"outputs": outputs, "command": f'echo "$DSQUANT_STAGE|$DSQUANT_EXIT_CODE|$DSQUANT_ERROR" > {told}'}
-    steps = [{"name": "q", "type": "Q8_0", "calibrate": False}, {"name": "bad", "type": "Q9_Z"}]
-    with pytest.raises(UsageError):
-        run_recipe(small(pico_r1, text_file, tmp_path / "out", quantize=steps, on_failure=failure))
-    assert told.read_text().startswith("quantize bad|2|type 'Q9_Z' is unknown")
+    with pytest.raises(GateError):
+        run_recipe(failing_late(pico_r1, text_file, tmp_path / "out", on_failure=failure))
+    assert told.read_text().startswith("gate|4|") and "mean_kl" in told.read_text()
     assert (tmp_path / ".out.dsquant" / "build" / "q").exists() == (outputs == "keep")
     assert not (tmp_path / "out").exists()
 
