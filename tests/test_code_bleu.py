@@ -12,7 +12,7 @@ from dsquant.evaluation.drift_measures import corpus_bleu
 from dsquant.evaluation.python_tokens import parsed, python_tokens
 
 REFERENCE = "def f(a, b):\n    c = a + b\n    return c\n"
-CODEXGLUE = Path("/work/shared/data/codexglue")
+CODEXGLUE = Path(__file__).parents[2] / "shared" / "data" / "codexglue"
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_a_file_without_prompts_or_that_is_no_text_is_refused(tmp_path: Path) ->
         _prompts_file("nowhere.jsonl")
 
 
-MBPP_FILE = Path("/work/shared/data/mbpp.jsonl")
+MBPP_FILE = Path(__file__).parents[2] / "shared" / "data" / "mbpp.jsonl"
 
 
 @pytest.mark.skipif(not MBPP_FILE.is_file(), reason="the shared data are not on this machine")
