@@ -3,8 +3,9 @@
     python -m benchmarks.r1_layer --folder /tmp/r1-layer [--experts 256] [--samples 128] [--seq-len 2048]
 
 makes the layer on disk (FP8, hidden 7168, 256 experts of 2048, one dense part), runs the real pipeline on it as a user
-would, and prints what the clock, the kernel and PyTorch say. `--stages` waits for the GPU at the border of every stage:
-its sum is larger than the plain run's time, where stages overlap. Weights are random: this measures time and memory.
+would, and prints what the clock, the kernel and PyTorch say. The disk's own seconds are the bytes that the kernel counted
+over the rates measured in the same run. `--stages` waits for the GPU at the border of every stage: its sum is larger than
+the plain run's time, where stages overlap. Weights are random: this measures time and memory.
 """
 
 import argparse
@@ -104,6 +105,12 @@ def disk_rates(folder: Path) -> tuple[float, float]:
     return read, written
 
 
+def disk_bytes() -> tuple[int, int]:
+    """Bytes that this process has made the disk read and will have made it write, as the kernel counts them."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["read_bytes"]), int(counts["write_bytes"])
+
+
 def matmul_rates() -> dict[str, float]:
     """Operations a second of an 8192-wide matrix product, by precision."""
     rates = {}
@@ -130,7 +137,7 @@ def run(options: argparse.Namespace, samples: int) -> dict[str, Any]:
     save_file({"tokens": tokens}, options.folder / "tokens.safetensors")
     output = options.folder / "out"
     shutil.rmtree(output, ignore_errors=True)
-    marks: list[tuple[float, str]] = []
+    marks: list[tuple[float, str, tuple[int, int]]] = []
     seconds: dict[str, float] = defaultdict(float)
     if options.stages:
         stage_timers(seconds)
@@ -152,17 +159,20 @@ def run(options: argparse.Namespace, samples: int) -> dict[str, Any]:
         gpu_memory_budget=parse_size(options.gpu_memory_budget),
         evaluate=False,
     )
-    result = pipeline.awq(recipe, report=lambda step: marks.append((time.monotonic(), f"{step.stage} {step.done}")))
-    first = {what: moment for moment, what in reversed(marks)}
-    layer = first["quantize 2"] - first["quantize 1"]
+    result = pipeline.awq(
+        recipe, report=lambda step: marks.append((time.monotonic(), f"{step.stage} {step.done}", disk_bytes()))
+    )
+    first = {what: (moment, done) for moment, what, done in reversed(marks)}
+    (begun, before), (ended, after) = first["quantize 1"], first["quantize 2"]
     return {
         "tokens": samples * options.seq_len,
-        "layer_s": layer,
-        "scan_s": first["quantize 0"] - marks[0][0],
+        "layer_s": ended - begun,
+        "disk_read_gib": (after[0] - before[0]) / GIB,
+        "disk_written_gib": (after[1] - before[1]) / GIB,
+        "scan_s": first["quantize 0"][0] - marks[0][0],
         "all_s": result.elapsed_s,
         "gpu_gib": result.peak_gpu_bytes / GIB,
         "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "written_gib": sum(result.output_bytes.values()) / GIB,
         "stages": dict(seconds),
     }
 
@@ -194,13 +204,15 @@ def main() -> None:
     print(f"disk: {read / 1e9:.2f} GB/s read, {written / 1e9:.2f} GB/s written and synced")
     print("matrix products: " + ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in rates.items()))
     found = []
-    print("| tokens | seconds a layer | scan | GiB written | GPU GiB | host GiB |")
-    print("|---|---|---|---|---|---|")
+    print("| tokens | seconds a layer | of these the disk's | GiB read / written | scan | GPU GiB | host GiB |")
+    print("|---|---|---|---|---|---|---|")
     for samples in options.samples:
         row = run(options, samples)
         found.append(row)
+        row["disk_s"] = (row["disk_read_gib"] / read + row["disk_written_gib"] / written) * GIB
         print(
-            f"| {row['tokens']} | {row['layer_s']:.1f} | {row['scan_s']:.1f} | {row['written_gib']:.2f} | "
+            f"| {row['tokens']} | {row['layer_s']:.1f} | {row['disk_s']:.1f} | "
+            f"{row['disk_read_gib']:.2f} / {row['disk_written_gib']:.2f} | {row['scan_s']:.1f} | "
             f"{row['gpu_gib']:.2f} | {row['host_gib']:.2f} |"
         )
         for name, seconds in row["stages"].items():

@@ -53,7 +53,7 @@ def quantizer() -> Any:
         from awq.quantize.quantizer import AwqQuantizer
     made = object.__new__(AwqQuantizer)
     made.w_bit, made.group_size, made.zero_point, made.duo_scaling = 4, 128, True, True
-    made.max_chunk_memory = 1024**3
+    made.max_chunk_memory, made.n_parallel_calib_samples = 1024**3, None
     return made
 
 
