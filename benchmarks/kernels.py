@@ -115,7 +115,7 @@ def single_passes() -> Iterator[Case]:
         lambda: grids.round_rows_reference(*rounded),
         moved_bytes=5 * size,
     )
-    scaled = (weight_OI, torch.rand(HIDDEN, device="cuda") + 0.5, GROUP, BITS, True)
+    scaled = (weight_OI, torch.rand(1, HIDDEN, device="cuda") + 0.5, GROUP, BITS, True)
     yield Case(
         "fake_quantize_difference",
         shape,

@@ -3,9 +3,9 @@
     python -m benchmarks.r1_layer --folder /tmp/r1-layer [--experts 256] [--samples 128] [--seq-len 2048]
 
 makes the layer on disk (FP8, hidden 7168, 256 experts of 2048, one dense part), runs the real pipeline on it as a user
-would, and prints what the clock, the kernel and PyTorch say. The disk's own seconds are the bytes that the kernel counted
-over the rates measured in the same run. `--stages` waits for the GPU at the border of every stage: its sum is larger than
-the plain run's time, where stages overlap. Weights are random: this measures time and memory.
+would, and prints what the clock, the kernel and PyTorch say. The disk's own seconds are the bytes that the kernel
+counted over the rates measured in the same run. `--stages` waits for the GPU at the border of every stage: its sum is
+larger than the plain run's time, where stages overlap. Weights are random: this measures time and memory.
 """
 
 import argparse

@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dsquant.jobs import PARTIAL, RECORD_FILE
+from dsquant.disk import PARTIAL
+from dsquant.jobs import RECORD_FILE
 from dsquant.recipe import format_size
 from dsquant.source.shards import INDEX_FILE
 

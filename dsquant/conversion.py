@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from dsquant.disk import sync_folder
 from dsquant.distributed import ALONE, Ranks
 from dsquant.gguf_conversion import keep_observed, note_importance, work_files
-from dsquant.jobs import Job, sync_folder
+from dsquant.jobs import Job
 from dsquant.model.activations import Activations
 from dsquant.model.streaming import Stream, embed, mtp_inputs
 from dsquant.model.structure import DecoderLayer

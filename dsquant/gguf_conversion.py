@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsquant.disk import PARTIAL, sync_folder
 from dsquant.errors import InputError, UsageError
-from dsquant.jobs import PARTIAL, Job, sync_folder
+from dsquant.jobs import Job
 from dsquant.model.activations import Activations
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import Stream, embed, mtp_inputs

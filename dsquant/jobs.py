@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dsquant.disk import PARTIAL, write_atomically
 from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
 from dsquant.recipe import CHANGEABLE_ON_RESUME, JobRecipe, format_size
@@ -24,8 +25,6 @@ WORK_FOLDER = ".dsquant-work"
 RECORD_FILE = "dsquant.json"
 JOB_FILE = "job.json"
 JOURNAL_FILE = "journal.jsonl"
-# Ending of a file that is being written; it is renamed when it is whole.
-PARTIAL = ".partial"
 # What to do where an interrupted job is damaged.
 BEGIN_ANEW = "begin anew with --restart"
 # What a job's own record holds at least; more is its own affair.
@@ -227,31 +226,6 @@ def _remove_recorded_files(output: Path) -> None:
     for path in (output / WORK_FOLDER).iterdir():
         if path.name not in (LOCK_FILE, HOLDER_FILE):
             path.unlink()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there as a whole or not at all, also after a power cut.
-
-    Args:
-        path: the file.
-        content: its content.
-    """
-    temporary = path.with_name(path.name + PARTIAL)
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings renames inside a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class StopRequest:

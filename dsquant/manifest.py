@@ -5,8 +5,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.conversion import Run
+from dsquant.disk import write_atomically
 from dsquant.gguf_conversion import IMATRIX_FILE, GgufRun
-from dsquant.jobs import RECORD_FILE, Job, write_atomically
+from dsquant.jobs import RECORD_FILE, Job
 from dsquant.planning import Unit
 from dsquant.scales import SCALES_FILE, open_scales, write_scales
 from dsquant.sealing import hash_files, seal

@@ -12,6 +12,7 @@ from typing import Any
 
 from dsquant import card
 from dsquant.conversion import Run, convert
+from dsquant.disk import write_atomically
 from dsquant.distributed import ALONE, Ranks
 from dsquant.errors import InputError, UsageError
 from dsquant.final_comparison import Comparison, compare_on_texts
@@ -31,7 +32,6 @@ from dsquant.jobs import (
     memory_guard,
     open_job,
     stop_on_signals,
-    write_atomically,
 )
 from dsquant.manifest import gguf_tensors, run_tensors, write_record
 from dsquant.opening import open_gguf

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dsquant.disk import PARTIAL
 from dsquant.errors import InputError
-from dsquant.jobs import BEGIN_ANEW, PARTIAL, Job
+from dsquant.jobs import BEGIN_ANEW, Job
 from dsquant.sealing import hash_files
 from dsquant.writers.base import Shard
 from dsquant.writers.gguf.files import GgufFile

@@ -52,14 +52,20 @@ class QuantizedWeight:
 
     def dequantize(self) -> torch.Tensor:
         """Returns the weight that the codes stand for, float32 [O, I]."""
-        codes_OGS = self.codes_OI.unflatten(1, (-1, self.grid.group_size)).float()
-        centred_OGS = codes_OGS - self.zero_points_OG.float().unsqueeze(-1)
-        return (centred_OGS * self.scales_OG.unsqueeze(-1)).flatten(1)
+        return grids.dequantize_rows(self._rows, self.grid.group_size)
 
-    def relative_error(self, weight_OI: torch.Tensor) -> float:
-        """The distance from the weight that was rounded, over that weight's norm; 0 for a weight of zeros."""
-        norm = float(weight_OI.norm())
-        return float(self.dequantize().sub_(weight_OI).norm()) / norm if norm else 0.0
+    def difference(self, weight_OI: torch.Tensor) -> torch.Tensor:
+        """How far the weight that the codes stand for is from another, float32 [O, I]."""
+        return grids.dequantize_rows(self._rows, self.grid.group_size, weight_OI)
+
+    def relative_error(self, weight_OI: torch.Tensor) -> torch.Tensor:
+        """The distance from the weight that was rounded, over that weight's norm, float64 []; 0 for one of zeros."""
+        norm = weight_OI.norm().double()
+        return torch.where(norm > 0, self.difference(weight_OI).norm().double() / norm, 0.0)
+
+    @property
+    def _rows(self) -> grids.RoundedRows:
+        return grids.RoundedRows(self.codes_OI, self.scales_OG, self.zero_points_OG)
 
 
 def grid_parameters(

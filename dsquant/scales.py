@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsquant.jobs import PARTIAL
+from dsquant.disk import PARTIAL
 from dsquant.model.overlays import Fold
 from dsquant.model.structure import DecoderLayer, ScaleGroup
 from dsquant.quantization.scale import fold_of

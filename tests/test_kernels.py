@@ -124,7 +124,10 @@ def _same_rounding(rows: int, size: int, num_groups: int, bits: int, symmetric: 
 
     weight_OI = _weight(rows, num_groups * size, seed).bfloat16().float()  # coarse: exact halves occur
     generator = torch.Generator().manual_seed(seed)
-    shrink_OG, scales_I = torch.rand(rows, num_groups, generator=generator) + 0.01, torch.rand(num_groups * size) + 0.1
+    shrink_OG = torch.rand(rows, num_groups, generator=generator) + 0.01
+    scales_CI = torch.cat(
+        [torch.ones(1, num_groups * size), torch.rand(2, num_groups * size, generator=generator) + 0.1]
+    )
     for shrink in (1.0, 0.96, shrink_OG):
         expected = round_to_nearest(weight_OI, Grid(bits, size, symmetric), shrink)
         on_device = shrink.to(DEVICE) if isinstance(shrink, torch.Tensor) else shrink
@@ -135,15 +138,22 @@ def _same_rounding(rows: int, size: int, num_groups: int, bits: int, symmetric: 
             assert torch.equal(found.codes_OI.cpu(), expected.codes_OI)
             assert torch.equal(found.scales_OG.cpu(), expected.scales_OG)
             assert torch.equal(found.zero_points_OG.cpu(), expected.zero_points_OG)
+            for minus_OI in (None, weight_OI):
+                wanted_OI = grids.dequantize_rows_reference(expected, size, minus_OI)
+                minus = None if minus_OI is None else minus_OI.to(DEVICE)
+                assert torch.equal(rounding_triton.dequantize_rows(_on(DEVICE, found), size, minus).cpu(), wanted_OI)
     grid = Grid(bits, size, symmetric)
-    for scales in (None, scales_I):
-        factors = torch.ones_like(scales_I) if scales is None else scales
-        expected_OI = fake_quantize(weight_OI * factors, grid).div_(factors).sub_(weight_OI)
-        assert torch.equal(
-            grids.fake_quantize_difference_reference(weight_OI, scales, size, bits, symmetric), expected_OI
-        )
-        arguments = (weight_OI.to(DEVICE), None if scales is None else scales.to(DEVICE), size, bits, symmetric)
-        assert torch.equal(rounding_triton.fake_quantize_difference(*arguments).cpu(), expected_OI)
+    expected_COI = torch.stack([fake_quantize(weight_OI * s_I, grid).div_(s_I).sub_(weight_OI) for s_I in scales_CI])
+    shape = (size, bits, symmetric)
+    assert torch.equal(grids.fake_quantize_difference_reference(weight_OI, scales_CI, *shape), expected_COI)
+    found_COI = rounding_triton.fake_quantize_difference(weight_OI.to(DEVICE), scales_CI.to(DEVICE), *shape)
+    assert torch.equal(found_COI.cpu(), expected_COI)
+
+
+def _on(device: str, rounded: grids.RoundedRows) -> grids.RoundedRows:
+    return grids.RoundedRows(
+        rounded.codes_OI.to(device), rounded.scales_OG.to(device), rounded.zero_points_OG.to(device)
+    )
 
 
 @interpreted

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsquant.disk import PARTIAL, sync_folder, write_atomically
 from dsquant.errors import InputError
 from dsquant.incremental.manifest import PatchManifest, open_patch, read_manifest
 from dsquant.incremental.patch import block_sizes, xored
 from dsquant.incremental.places import beside, check_output, lies_in
 from dsquant.incremental.reuse import reuse_file
-from dsquant.jobs import PARTIAL, RECORD_FILE, WORK_FOLDER, sync_folder, write_atomically
+from dsquant.jobs import RECORD_FILE, WORK_FOLDER
 from dsquant.locks import exclusive
 from dsquant.notebook import as_html
 from dsquant.sealing import broken_sections, hash_files

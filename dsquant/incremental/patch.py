@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from dsquant.disk import PARTIAL, sync_folder
 from dsquant.incremental.manifest import MANIFEST, PatchedFile, PatchManifest
-from dsquant.jobs import PARTIAL, RECORD_FILE, sync_folder
+from dsquant.jobs import RECORD_FILE
 from dsquant.sealing import BYTES_AT_ONCE
 from dsquant.source.shards import read_header
 

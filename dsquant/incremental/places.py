@@ -4,10 +4,11 @@ import hashlib
 import tempfile
 from pathlib import Path
 
+from dsquant.disk import PARTIAL
 from dsquant.errors import InputError
 from dsquant.incremental.manifest import open_patch, read_manifest
 from dsquant.incremental.recording import Recording
-from dsquant.jobs import PARTIAL, RECORD_FILE
+from dsquant.jobs import RECORD_FILE
 
 
 def lies_in(path: Path, folder: Path) -> bool:

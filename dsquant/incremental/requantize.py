@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from dsquant.conversion import ROWS_AT_ONCE, Run
+from dsquant.disk import sync_folder
 from dsquant.errors import InputError
 from dsquant.incremental.recording import RecordedTarget, Recording, recorded_targets
 from dsquant.incremental.reuse import reuse_file
 from dsquant.incremental.rule import rounded_as_recorded
 from dsquant.incremental.sources import HeldTensors, held_once, stored_parts
-from dsquant.jobs import claim, full_disk_is_resumable, open_job, stop_on_signals, sync_folder
+from dsquant.jobs import claim, full_disk_is_resumable, open_job, stop_on_signals
 from dsquant.model.overlays import Fold
 from dsquant.pipeline import finish, shard_times
 from dsquant.planning import Unit, plan_run
@@ -189,7 +190,7 @@ class _UnitWriter:
             name = f"{linear}.weight"
             folded = self._fold.apply(name, self._work.run.source.checkpoint.weights[name])
             weight, anew = rounded_as_recorded(folded, weight, self.target.errors[linear])
-            self.errors[linear] = weight.relative_error(folded)
+            self.errors[linear] = float(weight.relative_error(folded))
             self.anew += [linear] if anew else []
         for name, tensor in self.target.target.format.pack(linear, weight).items():
             self._write(name, 0, tensor)

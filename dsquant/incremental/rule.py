@@ -26,8 +26,8 @@ def rounded_as_recorded(
         longer fits and the new one errs less. And whether the grid is new.
     """
     kept = round_to_grid(weight_OI, recorded.grid, recorded.scales_OG, recorded.zero_points_OG)
-    error = kept.relative_error(weight_OI)
+    error = float(kept.relative_error(weight_OI))
     if error <= LARGEST_GROWTH * recorded_error:
         return kept, False
     anew = round_to_nearest(weight_OI, recorded.grid)
-    return (anew, True) if anew.relative_error(weight_OI) < error else (kept, False)
+    return (anew, True) if float(anew.relative_error(weight_OI)) < error else (kept, False)

@@ -114,36 +114,73 @@ def round_rows_reference(
     return RoundedRows(codes_OGS.flatten(1).to(torch.uint8), scales_OG, zero_points_OG.to(torch.uint8))
 
 
-def fake_quantize_difference(
-    weight_OI: torch.Tensor, column_scales_I: torch.Tensor | None, group_size: int, bits: int, symmetric: bool
+def dequantize_rows(rounded: RoundedRows, group_size: int, minus_OI: torch.Tensor | None = None) -> torch.Tensor:
+    """The weight that codes stand for, or how far it is from another.
+
+    Args:
+        rounded: codes, scales and zero points.
+        group_size: S, on a GPU a power of two.
+        minus_OI: what is subtracted, float32 [O, I]; None is nothing.
+
+    Returns:
+        float32 [O, I], the same bits on every device.
+    """
+    if rounded.codes_OI.is_cuda:
+        from dsquant.kernels import rounding_triton
+
+        return rounding_triton.dequantize_rows(rounded, group_size, minus_OI)
+    return dequantize_rows_reference(rounded, group_size, minus_OI)
+
+
+def dequantize_rows_reference(
+    rounded: RoundedRows, group_size: int, minus_OI: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The error of plain rounding with columns scaled: Q(W diag(s)) diag(s)^-1 - W.
+    """`dequantize_rows` in PyTorch, on any device.
+
+    Args:
+        rounded: as for `dequantize_rows`.
+        group_size: as for `dequantize_rows`.
+        minus_OI: as for `dequantize_rows`.
+
+    Returns:
+        As `dequantize_rows`.
+    """
+    centred_OGS = rounded.codes_OI.unflatten(1, (-1, group_size)).float()
+    centred_OGS -= rounded.zero_points_OG.float().unsqueeze(-1)
+    weight_OI = centred_OGS.mul_(rounded.scales_OG.unsqueeze(-1)).flatten(1)
+    return weight_OI if minus_OI is None else weight_OI.sub_(minus_OI)
+
+
+def fake_quantize_difference(
+    weight_OI: torch.Tensor, column_scales_CI: torch.Tensor, group_size: int, bits: int, symmetric: bool
+) -> torch.Tensor:
+    """The error of plain rounding with columns scaled, Q(W diag(s)) diag(s)^-1 - W, for each of several scales s.
 
     Args:
         weight_OI: W, float32 [O, I].
-        column_scales_I: s, positive float32 [I]; None for all ones.
+        column_scales_CI: in each row an s, positive float32 [C, I].
         group_size: S, on a GPU a power of two.
         bits: of a code.
         symmetric: whether the zero point is constant.
 
     Returns:
-        float32 [O, I], the same bits on every device.
+        float32 [C, O, I], the same bits on every device.
     """
     if weight_OI.is_cuda:
         from dsquant.kernels import rounding_triton
 
-        return rounding_triton.fake_quantize_difference(weight_OI, column_scales_I, group_size, bits, symmetric)
-    return fake_quantize_difference_reference(weight_OI, column_scales_I, group_size, bits, symmetric)
+        return rounding_triton.fake_quantize_difference(weight_OI, column_scales_CI, group_size, bits, symmetric)
+    return fake_quantize_difference_reference(weight_OI, column_scales_CI, group_size, bits, symmetric)
 
 
 def fake_quantize_difference_reference(
-    weight_OI: torch.Tensor, column_scales_I: torch.Tensor | None, group_size: int, bits: int, symmetric: bool
+    weight_OI: torch.Tensor, column_scales_CI: torch.Tensor, group_size: int, bits: int, symmetric: bool
 ) -> torch.Tensor:
     """`fake_quantize_difference` in PyTorch, on any device.
 
     Args:
         weight_OI: as for `fake_quantize_difference`.
-        column_scales_I: as for `fake_quantize_difference`.
+        column_scales_CI: as for `fake_quantize_difference`.
         group_size: as for `fake_quantize_difference`.
         bits: as for `fake_quantize_difference`.
         symmetric: as for `fake_quantize_difference`.
@@ -151,11 +188,8 @@ def fake_quantize_difference_reference(
     Returns:
         As `fake_quantize_difference`.
     """
-    scaled_OI = weight_OI if column_scales_I is None else weight_OI * column_scales_I
-    rounded = round_rows_reference(scaled_OI, group_size, bits, symmetric)
-    centred_OGS = rounded.codes_OI.unflatten(1, (-1, group_size)).float()
-    centred_OGS -= rounded.zero_points_OG.float().unsqueeze(-1)
-    rounded_OI = centred_OGS.mul_(rounded.scales_OG.unsqueeze(-1)).flatten(1)
-    if column_scales_I is not None:
-        rounded_OI /= column_scales_I
-    return rounded_OI.sub_(weight_OI)
+    differences = []
+    for scales_I in column_scales_CI:
+        rounded = round_rows_reference(weight_OI * scales_I, group_size, bits, symmetric)
+        differences.append(dequantize_rows_reference(rounded, group_size).div_(scales_I).sub_(weight_OI))
+    return torch.stack(differences)

@@ -48,14 +48,35 @@ def round_rows(
     return rounded
 
 
+def dequantize_rows(rounded: RoundedRows, group_size: int, minus_OI: torch.Tensor | None = None) -> torch.Tensor:
+    """Dequantizes on the codes' GPU.
+
+    Args:
+        rounded: as for `grids.dequantize_rows`.
+        group_size: as for `grids.dequantize_rows`.
+        minus_OI: as for `grids.dequantize_rows`.
+
+    Returns:
+        As `grids.dequantize_rows`.
+    """
+    codes_OI = rounded.codes_OI.contiguous()
+    weight_OI = torch.empty_like(codes_OI, dtype=torch.float32)
+    num_groups, groups = codes_OI.numel() // group_size, max(1, WEIGHTS // group_size)
+    grid = (rounded.scales_OG.contiguous(), rounded.zero_points_OG.contiguous())
+    minus = weight_OI if minus_OI is None else minus_OI.contiguous()
+    shape = (num_groups, group_size, groups, minus_OI is not None)
+    _dequantize[triton.cdiv(num_groups, groups),](codes_OI, *grid, minus, weight_OI, *shape, num_warps=WARPS)
+    return weight_OI
+
+
 def fake_quantize_difference(
-    weight_OI: torch.Tensor, column_scales_I: torch.Tensor | None, group_size: int, bits: int, symmetric: bool
+    weight_OI: torch.Tensor, column_scales_CI: torch.Tensor, group_size: int, bits: int, symmetric: bool
 ) -> torch.Tensor:
     """The error of plain rounding on the weight's GPU.
 
     Args:
         weight_OI: as for `grids.fake_quantize_difference`.
-        column_scales_I: as for `grids.fake_quantize_difference`.
+        column_scales_CI: as for `grids.fake_quantize_difference`.
         group_size: as for `grids.fake_quantize_difference`.
         bits: as for `grids.fake_quantize_difference`.
         symmetric: as for `grids.fake_quantize_difference`.
@@ -64,14 +85,13 @@ def fake_quantize_difference(
         As `grids.fake_quantize_difference`.
     """
     weight_OI = weight_OI.contiguous()
-    difference_OI = torch.empty_like(weight_OI)
-    num_groups, per_row = weight_OI.numel() // group_size, weight_OI.shape[1] // group_size
-    groups = max(1, WEIGHTS // group_size)
-    scaled = column_scales_I is not None
-    tensors = (weight_OI, weight_OI if column_scales_I is None else column_scales_I.contiguous(), difference_OI)
-    shape = (num_groups, per_row, group_size, groups, bits, symmetric, scaled)
-    _difference[triton.cdiv(num_groups, groups),](*tensors, *shape, num_warps=WARPS)
-    return difference_OI
+    num_scales, per_row = len(column_scales_CI), weight_OI.shape[1] // group_size
+    difference_COI = weight_OI.new_empty(num_scales, *weight_OI.shape)
+    num_groups, groups = weight_OI.numel() // group_size, max(1, WEIGHTS // group_size)
+    tensors = (weight_OI, column_scales_CI.contiguous(), difference_COI)
+    shape = (num_groups, per_row, group_size, groups, bits, symmetric)
+    _difference[triton.cdiv(num_groups, groups), num_scales](*tensors, *shape, num_warps=WARPS)
+    return difference_COI
 
 
 @triton.jit
@@ -101,6 +121,23 @@ def _round(
 
 
 @triton.jit
+def _dequantize(
+    codes, scales, zero_points, minus, weight, num_groups, S: tl.constexpr, N: tl.constexpr, SUBTRACT: tl.constexpr
+):
+    groups_N = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    inside_N = groups_N < num_groups
+    places_NS = groups_N[:, None] * S + tl.arange(0, S)[None, :]
+    scales_N = tl.load(scales + groups_N, mask=inside_N, other=0.0)
+    zeros_N = tl.load(zero_points + groups_N, mask=inside_N, other=0).to(tl.float32)
+    codes_NS = tl.load(codes + places_NS, mask=inside_N[:, None], other=0).to(tl.float32)
+    # The product is exact (8 bits times 8), so it does not matter that the compiler fuses it with the difference.
+    weight_NS = (codes_NS - zeros_N[:, None]) * scales_N[:, None]
+    if SUBTRACT:
+        weight_NS -= tl.load(minus + places_NS, mask=inside_N[:, None], other=0.0)
+    tl.store(weight + places_NS, weight_NS, mask=inside_N[:, None])
+
+
+@triton.jit
 def _difference(
     weight,
     column_scales,
@@ -111,19 +148,17 @@ def _difference(
     N: tl.constexpr,
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
-    SCALED: tl.constexpr,
 ):
     groups_N = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     inside_N1 = (groups_N < num_groups)[:, None]
-    places_NS = groups_N[:, None] * S + tl.arange(0, S)[None, :]
+    columns_S = tl.arange(0, S)[None, :]
+    places_NS = groups_N[:, None] * S + columns_S
     weight_NS = tl.load(weight + places_NS, mask=inside_N1, other=0.0)
-    scaled_NS = weight_NS
-    if SCALED:
-        columns_NS = (groups_N % per_row)[:, None] * S + tl.arange(0, S)[None, :]
-        column_scales_NS = tl.load(column_scales + columns_NS)
-        scaled_NS = weight_NS * column_scales_NS
+    scales_of_row = tl.program_id(1) * per_row * S
+    column_scales_NS = tl.load(column_scales + scales_of_row + (groups_N % per_row)[:, None] * S + columns_S)
+    scaled_NS = weight_NS * column_scales_NS
     scales_N, zeros_N = grid_of_range(tl.min(scaled_NS, 1), tl.max(scaled_NS, 1), 1.0, BITS, SYMMETRIC)
     rounded_NS = centred_codes(scaled_NS, scales_N[:, None], zeros_N[:, None], BITS) * scales_N[:, None]
-    if SCALED:
-        rounded_NS = tl.div_rn(rounded_NS, column_scales_NS)
+    rounded_NS = tl.div_rn(rounded_NS, column_scales_NS)
+    difference += tl.program_id(1).to(tl.int64) * num_groups * S
     tl.store(difference + places_NS, rounded_NS - weight_NS, mask=inside_N1)

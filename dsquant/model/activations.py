@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from dsquant.disk import begin_writing
 from dsquant.source.weights import CPU
 
 # Pages touched by this many bytes of access are handed back: resident memory stays small, the page cache keeps them.
@@ -149,7 +150,8 @@ class Activations:
                 part_NTH = self._values_NTH[start : min(start + at_once, end)].to(dtype).cpu()
                 file.write(memoryview(part_NTH.view(-1).view(torch.uint8).numpy().data))
                 file.flush()
-                os.fdatasync(file.fileno())  # the disk works while the next part crosses the bus
+                begin_writing(file.fileno(), file.tell() - part_NTH.nbytes, part_NTH.nbytes)
+            os.fdatasync(file.fileno())
 
     def flush(self) -> None:
         """Writes everything to disk; after it a kill loses nothing of the file."""

@@ -21,6 +21,11 @@ class GatedWeights:
     up_WH: torch.Tensor
     down_HW: torch.Tensor
 
+    @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gate, up and down."""
+        return self.gate_WH, self.up_WH, self.down_HW
+
     @classmethod
     def read(cls, weights: Weights, mlp: Mlp) -> "GatedWeights":
         """Reads an MLP's weights."""

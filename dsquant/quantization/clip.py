@@ -7,14 +7,12 @@ import torch
 
 from dsquant.kernels.clipping import best_shrinks
 from dsquant.kernels.precision import fast_matmuls
-from dsquant.quantization.statistics import InputMoments
+from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments
 from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
 
 # AutoAWQ goes down to 0.55 in steps of 0.05; less than 0.65 was never chosen, so the same number of steps is finer.
 SHRINKS = tuple(1 - step / 25 for step in range(10))
 ELEMENTS_AT_ONCE = 2**24
-# A GPU has work for all its cores only where many rows are rounded together.
-GPU_ELEMENTS_AT_ONCE = 2**25
 
 
 def clipped_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments) -> QuantizedWeight:
@@ -47,7 +45,7 @@ def _clip_rows(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments, grams
     shrink_OG = best_shrinks(weight_OI, grams_GSS, SHRINKS, grid.bits, grid.symmetric)
     plain, clipped = (round_to_nearest(weight_OI, grid, shrink) for shrink in (1.0, shrink_OG))
     with fast_matmuls(weight_OI.device):
-        plain_O, clipped_O = (moments.loss_O(part.dequantize().sub_(weight_OI)) for part in (plain, clipped))
+        plain_O, clipped_O = (moments.loss_O(part.difference(weight_OI)) for part in (plain, clipped))
     keep_O1 = (clipped_O < plain_O).unsqueeze(1)
     return QuantizedWeight(
         torch.where(keep_O1, clipped.codes_OI, plain.codes_OI),

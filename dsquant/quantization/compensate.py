@@ -14,8 +14,8 @@ import torch
 
 from dsquant.kernels.compensation import compensate_group
 from dsquant.kernels.precision import fast_matmuls
-from dsquant.quantization.clip import GPU_ELEMENTS_AT_ONCE, SHRINKS, clipped_weight
-from dsquant.quantization.statistics import InputMoments
+from dsquant.quantization.clip import SHRINKS, clipped_weight
+from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments
 from dsquant.rounding import Grid, QuantizedWeight
 
 # The Gram matrix's diagonal is raised by this share of its mean, for each feature over a token: of few tokens it knows
@@ -76,11 +76,13 @@ def _inverse_factor(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
     """U, upper triangular float32 [I, I], with U^T U the inverse of the damped Gram matrix H.
 
     With H = V V^T and V upper triangular (the Cholesky factor of H with rows and columns in reverse order), U = V^-1.
+    Where H is not finite U is not either, its losses compare as false, and rows stay clipped. Nothing here waits for a
+    GPU.
     """
     damped_II = gram_II.double()
-    mean = float(damped_II.diagonal().mean()) or 1.0
-    damped_II.diagonal().add_(damping * mean)
-    upper_II = torch.linalg.cholesky(damped_II.flip(0, 1)).flip(0, 1)
+    mean = damped_II.diagonal().mean()
+    damped_II.diagonal().add_(damping * torch.where(mean > 0, mean, 1.0))
+    upper_II = torch.linalg.cholesky_ex(damped_II.flip(0, 1)).L.flip(0, 1)
     identity_II = torch.eye(len(upper_II), dtype=torch.float64, device=upper_II.device)
     return torch.linalg.solve_triangular(upper_II, identity_II, upper=True).float()
 
@@ -96,8 +98,7 @@ def _better_rows(
     """Each row compensated or clipped, whichever errs less."""
     with fast_matmuls(weight_OI.device):
         compensated = _compensate(weight_OI, grid, order_I, factor_II)
-        differences = (part.dequantize().sub_(weight_OI) for part in (clipped, compensated))
-        clipped_O, compensated_O = (moments.loss_O(difference_OI) for difference_OI in differences)
+        clipped_O, compensated_O = (moments.loss_O(part.difference(weight_OI)) for part in (clipped, compensated))
     keep_O1 = (compensated_O < clipped_O).unsqueeze(1)
     return QuantizedWeight(
         torch.where(keep_O1, compensated.codes_OI, clipped.codes_OI),
@@ -110,16 +111,16 @@ def _better_rows(
 def _compensate(weight_OI: torch.Tensor, grid: Grid, order_I: torch.Tensor, factor_II: torch.Tensor) -> QuantizedWeight:
     size = grid.group_size
     working_IO = weight_OI[:, order_I].T.contiguous()
-    codes_OI = torch.empty_like(weight_OI, dtype=torch.uint8)
-    scales_OG = weight_OI.new_empty(len(weight_OI), weight_OI.shape[1] // size)
-    zero_points_OG = torch.empty_like(scales_OG, dtype=torch.uint8)
-    places = (order_I[::size] // size).tolist()
-    for place, start in zip(places, range(0, len(working_IO), size), strict=True):
+    groups = []
+    for start in range(0, len(working_IO), size):
         stop = start + size
         factor_SS = factor_II[start:stop, start:stop]
-        group = compensate_group(working_IO[start:stop], factor_SS, SHRINKS, grid.bits, grid.symmetric)
-        working_IO[stop:].addmm_(factor_II[start:stop, stop:].T, group.errors_SO, alpha=-1)
-        codes_OI[:, order_I[start:stop]] = group.codes_SO.T
-        scales_OG[:, place] = group.scales_O
-        zero_points_OG[:, place] = group.zero_points_O
-    return QuantizedWeight(codes_OI, scales_OG, zero_points_OG, grid)
+        groups.append(compensate_group(working_IO[start:stop], factor_SS, SHRINKS, grid.bits, grid.symmetric))
+        working_IO[stop:].addmm_(factor_II[start:stop, stop:].T, groups[-1].errors_SO, alpha=-1)
+    place_I, place_G = order_I.argsort(), (order_I[::size] // size).argsort()
+    return QuantizedWeight(
+        torch.cat([group.codes_SO for group in groups])[place_I].T.contiguous(),
+        torch.stack([group.scales_O for group in groups])[place_G].T.contiguous(),
+        torch.stack([group.zero_points_O for group in groups])[place_G].T.contiguous(),
+        grid,
+    )

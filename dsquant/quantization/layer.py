@@ -50,7 +50,7 @@ def quantize_layer(job: LayerJob) -> LayerReport:
     """
     try:
         report = _quantize(job)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+    except FloatingPointError as error:
         raise _out_of_range(job.layer.prefix) from error
     job.ranks.together(lambda: _check_outputs(job))
     return report
@@ -287,7 +287,7 @@ def _emit_dense_part(
     emitted = attention.linears if grid.rounded else {}
     for linear, weight in emitted.items():
         job.emit(grid, linear, weight)
-        report.weight_errors[linear] = weight.relative_error(folded[f"{linear}.weight"])
+        report.weight_errors[linear] = float(weight.relative_error(folded[f"{linear}.weight"]))
     for name in dict.fromkeys((*fold.rows, *fold.columns)):
         if name not in in_mlps and name.removesuffix(".weight") not in emitted:
             job.emit(grid, name, folded[name])

@@ -75,14 +75,12 @@ def _quantize_mlp(
             outcomes.append(MlpOutcome())
             continue
         result = quantize_mlp(job.skeleton, mlp, original, inputs, moments, norm_scales_H, grid)
-        outcomes.append(MlpOutcome(result.errors))
+        outcomes.append(MlpOutcome(result.errors, result.weight_errors if grid.rounded else {}))
         if not result.errors.plain:
             job.keep_scales(grid, mlp.up, result.up_scales_W)
         if grid.rounded:
-            parts = (result.folded.gate_WH, result.folded.up_WH, result.folded.down_HW)
-            for (linear, quantized), folded in zip(result.linears.items(), parts, strict=True):
+            for linear, quantized in result.linears.items():
                 job.emit(grid, linear, quantized)
-                outcomes[-1].weight_errors[linear] = quantized.relative_error(folded)
             continue
         of_input, of_hidden = (part.importance for part in result.moments)
         for linear, importance in zip(mlp.linears, (of_input, of_input, of_hidden), strict=True):
@@ -92,7 +90,7 @@ def _quantize_mlp(
 
 
 def _emit_folded(job: LayerJob, grid: Grid, mlp: Mlp, folded: GatedWeights) -> None:
-    for linear, weight in zip(mlp.linears, (folded.gate_WH, folded.up_WH, folded.down_HW), strict=True):
+    for linear, weight in zip(mlp.linears, folded.parts, strict=True):
         job.emit(grid, f"{linear}.weight", weight)
 
 

@@ -3,6 +3,7 @@
 Shape legend: R tokens, H hidden size, W width of the MLP.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ from dsquant.source.weights import Weights
 
 # A gated MLP's own output error is measured on at most this many tokens, evenly spaced.
 CHECK_ROWS = 512
+# Whether folding has changed its function is seen on these.
+PROOF_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,8 @@ class MlpResult:
     up_scales_W: torch.Tensor
     """What up's rows are divided by and down's columns multiplied with, float32 [W]."""
     errors: MlpErrors
+    weight_errors: dict[str, float]
+    """By linear: the distance of the rounded weight from the folded one, over its norm."""
 
 
 def quantize_mlp(
@@ -195,6 +200,9 @@ def quantize_mlp(
 
     Returns:
         The quantized weights and what they cost.
+
+    Raises:
+        FloatingPointError: where the MLP's outputs are not finite.
     """
     input_moments, hidden_moments = moments
     up_scales_W = _search_up_scales(original, hidden_moments, grid)
@@ -207,28 +215,38 @@ def quantize_mlp(
     )
     unscaled = scaled(original, norm_scales_H, torch.ones_like(up_scales_W))
     inputs_RH = inputs.few()
-    wanted_RH = original.output(skeleton, inputs_RH)
-    name = mlp.up.rsplit(".", 1)[0]
-    prove_same(name, wanted_RH, folded.output(skeleton, inputs_RH / norm_scales_H))
-    norm = float(wanted_RH.square().double().sum()) or 1.0
+    few_RH, name = inputs_RH[:PROOF_ROWS], mlp.up.rsplit(".", 1)[0]
+    change = relative_change(original.output(skeleton, few_RH), folded.output(skeleton, few_RH / norm_scales_H))
+    with fast_matmuls(inputs_RH.device):
+        wanted_RH = original.output(skeleton, inputs_RH)
 
-    def error(weights: GatedWeights, scales_H: torch.Tensor | float) -> float:
+    def error(weights: GatedWeights, scales_H: torch.Tensor | float) -> torch.Tensor:
         with fast_matmuls(inputs_RH.device):
             found_RH = weights.output(skeleton, inputs_RH / scales_H)
-        return float((found_RH - wanted_RH).square().double().sum()) / norm
+        return (found_RH - wanted_RH).square().double().sum()
 
-    error_searched = error(GatedWeights(*(weight.dequantize() for weight in linears)), norm_scales_H)
-    error_unscaled = error(_plainly_rounded(unscaled, grid), norm_scales_H)
-    error_plain = error(_plainly_rounded(original, grid), 1.0)
-    plain = error_unscaled < error_searched
+    figures = (
+        wanted_RH.square().double().sum(),
+        error(GatedWeights(*(weight.dequantize() for weight in linears)), norm_scales_H),
+        error(_plainly_rounded(unscaled, grid), norm_scales_H),
+        error(_plainly_rounded(original, grid), 1.0),
+        change,
+        *(weight.relative_error(part) for weight, part in zip(linears, folded.parts, strict=True)),
+    )
+    energy, searched, unsearched, untouched, changed, *weight_errors = torch.stack(figures).tolist()  # waits for a GPU
+    if not math.isfinite(energy + searched + unsearched + untouched):
+        raise FloatingPointError(f"{name}: outputs are not finite")
+    check_same(name, changed)
+    energy, plain = energy or 1.0, unsearched < searched
     if plain:
-        parts = (unscaled.gate_WH, unscaled.up_WH, unscaled.down_HW)
-        linears = tuple(round_to_nearest(weight, grid) for weight in parts)
+        linears = tuple(round_to_nearest(weight, grid) for weight in unscaled.parts)
+        pairs = zip(linears, unscaled.parts, strict=True)
+        weight_errors = [float(weight.relative_error(part)) for weight, part in pairs]
     errors = MlpErrors(
         name=name,
-        error=min(error_searched, error_unscaled),
-        error_plain=error_plain,
-        energy=norm * len(inputs.rows_R) / max(1, len(inputs_RH)),
+        error=min(searched, unsearched) / energy,
+        error_plain=untouched / energy,
+        energy=energy * len(inputs.rows_R) / max(1, len(inputs_RH)),
         plain=plain,
     )
     hidden = hidden_moments if plain else hidden_moments.divided(up_scales_W)
@@ -238,6 +256,7 @@ def quantize_mlp(
         (divided, hidden),
         torch.ones_like(up_scales_W) if plain else up_scales_W,
         errors,
+        dict(zip(mlp.linears, weight_errors, strict=True)),
     )
 
 
@@ -251,13 +270,13 @@ def scaled(original: GatedWeights, norm_scales_H: torch.Tensor, up_scales_W: tor
 
 
 def _plainly_rounded(weights: GatedWeights, grid: Grid) -> GatedWeights:
-    return GatedWeights(*(fake_quantize(part, grid) for part in (weights.gate_WH, weights.up_WH, weights.down_HW)))
+    return GatedWeights(*(fake_quantize(part, grid) for part in weights.parts))
 
 
 def _search_up_scales(original: GatedWeights, hidden_moments: InputMoments, grid: Grid) -> torch.Tensor:
     scales_CW = candidate_scales(hidden_moments.rms_I, rms_of_columns([original.down_HW]))
     losses_C = scale_losses(original.down_HW, scales_CW, grid, hidden_moments)
-    return scales_CW[int(losses_C.argmin())]
+    return scales_CW[losses_C.argmin().unsqueeze(0)].squeeze(0)  # a number would have to come from the GPU
 
 
 def prove_same(what: str, wanted: torch.Tensor, found: torch.Tensor) -> None:
@@ -268,5 +287,19 @@ def prove_same(what: str, wanted: torch.Tensor, found: torch.Tensor) -> None:
         wanted: its output before.
         found: its output after, on the same input.
     """
-    error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
-    assert error < 1e-3, f"{what}: folding the scales changed its output by {error:.2e}; please report this"
+    check_same(what, float(relative_change(wanted, found)))
+
+
+def relative_change(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """The distance of two outputs over the norm of the first, float64 []."""
+    return (found - wanted).norm().double() / wanted.norm().clamp(min=1e-30)
+
+
+def check_same(what: str, change: float) -> None:
+    """Checks that folding scales has not changed a function; this guards against our own bugs.
+
+    Args:
+        what: name of the module, for the message.
+        change: the `relative_change` of its output.
+    """
+    assert change < 1e-3, f"{what}: folding the scales changed its output by {change:.2e}; please report this"

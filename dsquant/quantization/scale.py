@@ -12,7 +12,7 @@ from dsquant.kernels.grids import fake_quantize_difference
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.overlays import Fold
 from dsquant.model.structure import ScaleGroup
-from dsquant.quantization.statistics import InputMoments
+from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments
 from dsquant.rounding import Grid
 from dsquant.source.weights import Weights
 
@@ -62,8 +62,8 @@ def candidate_scales(activation_I: torch.Tensor, weight_I: torch.Tensor) -> torc
 
 def _relative_to_mean(values_I: torch.Tensor) -> torch.Tensor:
     """Values over their mean, at least 1e-4: a dead channel gets a finite scale; all ones where every one is dead."""
-    mean = float(values_I.mean())
-    return (values_I / mean).clamp(min=1e-4) if mean > 0 else torch.ones_like(values_I)
+    mean = values_I.mean()
+    return torch.where(mean > 0, (values_I / mean).clamp(min=1e-4), 1.0)
 
 
 def powers_of_two(scales: torch.Tensor) -> torch.Tensor:
@@ -87,12 +87,13 @@ def scale_losses(weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Grid, m
         float64 [C].
     """
     weight_OI = weight_OI[:: -(-len(weight_OI) // SEARCH_ROWS)]
+    at_once = max(1, GPU_ELEMENTS_AT_ONCE // weight_OI.numel()) if weight_OI.is_cuda else 1
+    losses = []
     with fast_matmuls(weight_OI.device):
-        losses = [
-            moments.loss(fake_quantize_difference(weight_OI, scales_I, grid.group_size, grid.bits, grid.symmetric))
-            for scales_I in scales_CI
-        ]
-    return torch.stack(losses)
+        for part_CI in scales_CI.split(at_once):
+            difference_COI = fake_quantize_difference(weight_OI, part_CI, grid.group_size, grid.bits, grid.symmetric)
+            losses.append(moments.loss(difference_COI))
+    return torch.cat(losses)
 
 
 def search_group(weights: Weights, group: ScaleGroup, grid: Grid, moments: InputMoments) -> ScaleChoice:

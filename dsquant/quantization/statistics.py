@@ -15,6 +15,8 @@ from dsquant.source.weights import CPU
 FACTOR_ROWS = 1024
 # Inputs up to this width are kept as their Gram matrix; of wider ones that would cost more than the factor does.
 WIDEST_GRAM = 2048
+# A GPU has work for all its cores only where this many weights pass together.
+GPU_ELEMENTS_AT_ONCE = 2**25
 # Gram matrices of neighbouring channels are kept in blocks of this many, the largest group size.
 BLOCK = 128
 
@@ -162,9 +164,9 @@ class InputMoments:
         assert self.gram_II is not None
         return gram_losses(difference_OI, self.gram_II).clamp_(min=0)
 
-    def loss(self, difference_OI: torch.Tensor) -> torch.Tensor:
-        """The sum of `loss_O` over all rows, float64 []."""
-        return self.loss_O(difference_OI).double().sum()
+    def loss(self, difference: torch.Tensor) -> torch.Tensor:
+        """The sum of `loss_O` over all rows: float64 [] for a difference [O, I], [C] for several [C, O, I]."""
+        return self.loss_O(difference.flatten(0, -2)).double().view(difference.shape[:-1]).sum(-1)
 
     def group_grams_GSS(self, group_size: int) -> torch.Tensor:
         """The diagonal blocks of the Gram matrix, one for each quantization group, float32 [G, S, S]."""

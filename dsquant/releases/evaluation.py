@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsquant.disk import write_atomically
 from dsquant.errors import InputError
-from dsquant.jobs import write_atomically
 from dsquant.releases.recipe import ReleaseRecipe
 from dsquant.telemetry import Progress, Report
 

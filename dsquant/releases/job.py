@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsquant.disk import write_atomically
 from dsquant.errors import DsquantError, Interrupted
-from dsquant.jobs import Journal, stop_on_signals, write_atomically
+from dsquant.jobs import Journal, stop_on_signals
 from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
 from dsquant.releases.inputs import inputs_of, key_of
 from dsquant.releases.publication import (

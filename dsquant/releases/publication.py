@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dsquant.disk import sync_folder
 from dsquant.errors import InputError
-from dsquant.jobs import sync_folder
 from dsquant.releases.recipe import ReleaseRecipe
 
 RELEASE_FILE = "release.json"

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from dsquant.jobs import PARTIAL, sync_folder, write_atomically
+from dsquant.disk import PARTIAL, begin_writing, sync_folder, write_atomically
 from dsquant.source.shards import DTYPE_NAMES, INDEX_FILE, tensor_bytes
 
 # The data begin at a multiple of this, as the safetensors library has it.
 ALIGNMENT = 8
-# Bytes that may wait in memory for the disk.
-SYNC_EVERY = 256 * 2**20
+# So many bytes are written before the disk is told to begin with them.
+BEGIN_AT = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class ShardFile:
             self._partial.unlink(missing_ok=True)  # a process of an earlier run may still have that one open
             self._partial.write_bytes(header)
         self._file = self._partial.open("r+b")
-        self._unsynced = 0
+        self._waiting: list[tuple[int, int]] = []
         self._tensors = {tensor.name: tensor for tensor in plan.tensors}
         self._offsets: dict[str, int] = {}
         offset = len(header)
@@ -165,15 +165,21 @@ class ShardFile:
         assert start_row == self._rows_done[name], (name, start_row, self._rows_done[name])
         raw = memoryview(rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         row_bytes = planned.num_bytes // max(1, planned.shape[0])
-        self._file.seek(self._offsets[name] + start_row * row_bytes)
+        start = self._offsets[name] + start_row * row_bytes
+        self._file.seek(start)
         self._file.write(raw)
-        self._unsynced += len(raw)
-        if self._unsynced > SYNC_EVERY:  # so that the disk works all the time, and not at the end alone
-            self._unsynced = 0
-            self._file.flush()
-            os.fdatasync(self._file.fileno())
+        self._let_the_disk_begin(start, len(raw))
         self._digests[name].update(raw)
         self._rows_done[name] += rows.shape[0]
+
+    def _let_the_disk_begin(self, start: int, count: int) -> None:
+        """Has the disk work all the time, and not at the end alone."""
+        self._waiting.append((start, start + count))
+        if sum(end - begin for begin, end in self._waiting) >= BEGIN_AT:
+            self._file.flush()
+            first, last = min(begin for begin, _ in self._waiting), max(end for _, end in self._waiting)
+            begin_writing(self._file.fileno(), first, last - first)
+            self._waiting.clear()
 
     def commit(self) -> dict[str, str]:
         """Brings the whole file to disk and gives it its name.

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from dsquant.disk import PARTIAL
 from dsquant.errors import InputError
-from dsquant.jobs import PARTIAL
 
 # An expert's own statistic counts against its layer's as this many tokens of the layer.
 PRIOR_TOKENS = 32

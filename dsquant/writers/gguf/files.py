@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from dsquant.disk import PARTIAL, sync_folder
 from dsquant.errors import InputError
-from dsquant.jobs import PARTIAL, sync_folder
 from dsquant.writers.gguf.types import row_bytes
 
 ALIGNMENT = 32
