@@ -34,7 +34,7 @@ def main() -> None:
     if count == 0:
         parser.error(f"{options.text} has {len(ids)} tokens, fewer than one sample of {options.seq_len}")
     tokens = torch.tensor(ids[: count * options.seq_len]).view(count, options.seq_len)
-    model = TinyR1()
+    model = TinyR1(export.load_config(options.folder))
     model.load_named_weights(export.load(options.folder))
     losses = measure(model, tokens)
     sys.stdout.write(f"{count} samples of {options.seq_len} tokens\n")

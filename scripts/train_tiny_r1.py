@@ -4,9 +4,16 @@
 
 writes out/tiny-r1 (with outlier channels) and out/tiny-r1-smooth (the same without), each also as a .tar,
 out/heldout-python.txt and out/training.json. See dsquant/assets/tiny-r1/README.md for what came of it.
+
+    python scripts/train_tiny_r1.py --size medium --output out --tokens 400000000 --seconds 250 --parts parts
+
+writes out/medium-r1, four times as large, for benchmarks/quality.py, not shipped; parts/medium-r1.tar.00, .01 ...
+are the pieces of one .tar of it and the two files: `cat parts/medium-r1.tar.* | tar x`. smooth_tiny_r1.py makes the
+model without outlier channels from it.
 """
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -16,8 +23,11 @@ from pathlib import Path
 
 import torch
 from tiny_r1 import corpus, export, tokenizer, training
-from tiny_r1.network import CONFIG, TinyR1
+from tiny_r1.network import MEDIUM, SMALL, Config, TinyR1
 
+SIZES = {"small": ("tiny-r1", SMALL, 2e-3), "medium": ("medium-r1", MEDIUM, 1.5e-3)}
+"""Size -> folder name, config, highest learning rate."""
+PART_BYTES = 15 * 2**20
 HELD_OUT_CHARS = 1_500_000
 LARGEST_CHANGE = 1e-3
 
@@ -26,12 +36,16 @@ def main() -> None:
     """Runs all steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--parts", type=Path, help="folder for a .tar in pieces of 15 MiB")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="train no longer, on fewer tokens if need be")
     parser.add_argument("--tokens", type=int, default=130_000_000)
     parser.add_argument("--chars", type=int, default=220_000_000, help="characters of the corpus")
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    name, config, rate = SIZES[options.size]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
@@ -40,39 +54,58 @@ def main() -> None:
     started = time.monotonic()
     train_texts, held_out, licences = corpus.read(options.chars, options.seed)
     log(f"{len(train_texts)} files to train on, {len(held_out)} held out, {time.monotonic() - started:.0f} s")
-    trained = tokenizer.train((text for text in train_texts[:2000]), CONFIG["vocab_size"])
+    trained = tokenizer.train((text for text in train_texts[:2000]), config["vocab_size"])
     stream, held_out_stream = (encode(trained, texts).to(device) for texts in (train_texts, held_out))
     log(f"{len(stream)} tokens, {len(held_out_stream)} held out, {time.monotonic() - started:.0f} s")
 
-    model = TinyR1().to(device)
+    model = TinyR1(config).to(device)
+    log(f"{sum(weight.numel() for weight in model.parameters())} parameters, those of the MTP layer included")
     if device.type == "cuda":
         model.model.set_experts_implementation("grouped_mm")
-    training.train(model, stream, options.tokens, options.batch, options.seq_len, 2e-3, log)
+    trained_tokens = training.train(
+        model, stream, options.tokens, options.batch, options.seq_len, rate, log, options.seconds
+    )
     first, second = training.evaluate(model, held_out_stream, options.seq_len, 400)
     log(f"held-out perplexity {math.exp(first):.3f}, of the token after next {math.exp(second):.3f}")
 
     weights = model.named_weights()
     changed = export.add_outliers(weights, options.seed)
-    difference = largest_difference(weights, changed, held_out_stream[: options.seq_len].long().cpu().unsqueeze(0))
-    log(f"outlier channels change logits by {difference:.1e} at most")
-    if difference > LARGEST_CHANGE:
-        raise RuntimeError(f"outlier channels changed the function: logits by {difference}, at most {LARGEST_CHANGE}")
-    save(changed, trained, options.output / "tiny-r1")
-    save(weights, trained, options.output / "tiny-r1-smooth")
+    save(changed, trained, options.output / name, config)
+    save(weights, trained, options.output / f"{name}-smooth", config)
     (options.output / "heldout-python.txt").write_text("\n".join(held_out)[:HELD_OUT_CHARS])
     facts = {
         "perplexity_before_fp8": math.exp(first),
         "mtp_perplexity_before_fp8": math.exp(second),
-        "tokens": options.tokens,
+        "tokens": trained_tokens,
         "corpus_tokens": len(stream),
         "seconds": time.monotonic() - started,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "packages": licences,
     }
     (options.output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    for name in ("tiny-r1", "tiny-r1-smooth"):
-        with tarfile.open(options.output / f"{name}.tar", "w") as archive:
-            archive.add(options.output / name, name)
+    for folder in (name, f"{name}-smooth"):
+        with tarfile.open(options.output / f"{folder}.tar", "w") as archive:
+            archive.add(options.output / folder, folder)
+    if options.parts:
+        pack(options.output, [name, "heldout-python.txt", "training.json"], options.parts / f"{name}.tar")
+    # After all is written: what took minutes of a GPU is not lost to a near tie in some router.
+    sample = held_out_stream[: options.seq_len].long().cpu().unsqueeze(0)
+    difference = largest_difference(config, weights, changed, sample)
+    log(f"outlier channels change logits by {difference:.1e} at most")
+    if difference > LARGEST_CHANGE:
+        raise RuntimeError(f"outlier channels changed the function: logits by {difference}, at most {LARGEST_CHANGE}")
+
+
+def pack(folder: Path, names: list[str], archive: Path) -> None:
+    """Writes the named files and folders of a folder as one .tar, cut into pieces ARCHIVE.00, ARCHIVE.01, ..."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for name in names:
+            tar.add(folder / name, name)
+    whole = content.getbuffer()
+    for piece, start in enumerate(range(0, len(whole), PART_BYTES)):
+        Path(f"{archive}.{piece:02d}").write_bytes(whole[start : start + PART_BYTES])
 
 
 def encode(trained: tokenizer.Tokenizer, texts: list[str]) -> torch.Tensor:
@@ -86,10 +119,10 @@ def encode(trained: tokenizer.Tokenizer, texts: list[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def largest_difference(
-    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], tokens_NT: torch.Tensor
+    config: Config, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], tokens_NT: torch.Tensor
 ) -> float:
     """How far apart two sets of weights bring any score, the MTP layer's included; float32 on the CPU."""
-    model = TinyR1()
+    model = TinyR1(config)
     scores = []
     for weights in (before, after):
         model.load_named_weights(weights)
@@ -97,10 +130,10 @@ def largest_difference(
     return max((one - other).abs().max().item() for one, other in zip(*scores, strict=True))
 
 
-def save(weights: dict[str, torch.Tensor], trained: tokenizer.Tokenizer, folder: Path) -> None:
+def save(weights: dict[str, torch.Tensor], trained: tokenizer.Tokenizer, folder: Path, config: Config) -> None:
     """Writes a whole model folder."""
-    export.save(weights, folder)
-    tokenizer.save(trained, folder, CONFIG["max_position_embeddings"])
+    export.save(weights, folder, config)
+    tokenizer.save(trained, folder, config["max_position_embeddings"])
 
 
 def log(line: str) -> None:

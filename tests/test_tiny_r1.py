@@ -129,7 +129,7 @@ def test_putting_outlier_channels_in_changes_no_score(tiny_r1: Path, monkeypatch
     changed = export.add_outliers(weights, seed=3)
     assert not torch.equal(changed["model.layers.1.mlp.gate.weight"], weights["model.layers.1.mlp.gate.weight"])
     tokens = held_out_tokens("code", load_tokenizer(tiny_r1), 256, 1)
-    model, scores = TinyR1(), []
+    model, scores = TinyR1(export.load_config(tiny_r1)), []
     with torch.no_grad():
         for version in (weights, changed):
             model.load_named_weights(version)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tiny_r1.network import CONFIG, NUM_LAYERS
+from tiny_r1.network import Config
 
 BLOCK = 128
 LARGEST_FP8 = 448.0
@@ -29,7 +29,8 @@ def add_outliers(weights: dict[str, torch.Tensor], seed: int, remove: bool = Fal
     """
     generator = torch.Generator().manual_seed(seed)
     changed = dict(weights)
-    for layer in range(NUM_LAYERS + 1):
+    layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
+    for layer in range(len(layers)):
         prefix = f"model.layers.{layer}."
         for norm, consumers in CONSUMERS.items():
             gain = changed[f"{prefix}{norm}.weight"]
@@ -74,7 +75,7 @@ def stored(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def save(weights: dict[str, torch.Tensor], folder: Path) -> None:
+def save(weights: dict[str, torch.Tensor], folder: Path, config: Config) -> None:
     """Writes shards of about equal size in the order of names, index, config.json and generation_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = stored(weights)
@@ -103,8 +104,15 @@ def save(weights: dict[str, torch.Tensor], folder: Path) -> None:
     generation = {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 1, "do_sample": True}
     generation |= {"temperature": 0.6, "top_p": 0.95}
     _write_json(folder / "model.safetensors.index.json", index)
-    _write_json(folder / "config.json", dict(sorted({**CONFIG, "quantization_config": quantization}.items())))
+    _write_json(folder / "config.json", dict(sorted({**config, "quantization_config": quantization}.items())))
     _write_json(folder / "generation_config.json", generation)
+
+
+def load_config(folder: Path) -> Config:
+    """The config that a folder was written with."""
+    config: Config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config", None)
+    return config
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-NUM_LAYERS = 4
-CONFIG: dict[str, Any] = {
+Config = dict[str, Any]
+SMALL: Config = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
     "attention_bias": False,
@@ -35,7 +35,7 @@ CONFIG: dict[str, Any] = {
     "norm_topk_prob": True,
     "num_attention_heads": 4,
     "num_experts_per_tok": 2,
-    "num_hidden_layers": NUM_LAYERS,
+    "num_hidden_layers": 4,
     "num_key_value_heads": 4,
     "num_nextn_predict_layers": 1,
     "q_lora_rank": 128,
@@ -63,19 +63,34 @@ CONFIG: dict[str, Any] = {
     "v_head_dim": 64,
     "vocab_size": 1280,
 }
+# Wide and deep enough that errors add up over layers and that some experts are rare; widths in multiples of 256,
+# the block of llama.cpp's K-quants, but for kv_lora_rank.
+MEDIUM: Config = SMALL | {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "n_routed_experts": 16,
+    "num_attention_heads": 8,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 6,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 256,
+    "vocab_size": 2048,
+}
 
 
 class TinyR1(nn.Module):
-    """The decoder's four layers and the MTP layer, which is built as a fifth."""
+    """The decoder's layers and the MTP layer, which is built as one more of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         from transformers import AutoModelForCausalLM, DeepseekV3Config
 
+        self.config = config
+        self.num_layers: int = config["num_hidden_layers"]
         # A deep copy, since transformers adds keys of its own to the rope_scaling it is given.
-        config = DeepseekV3Config.from_dict({**copy.deepcopy(CONFIG), "num_hidden_layers": NUM_LAYERS + 1})
-        self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        hidden = CONFIG["hidden_size"]
+        built = DeepseekV3Config.from_dict({**copy.deepcopy(config), "num_hidden_layers": self.num_layers + 1})
+        self.model = AutoModelForCausalLM.from_config(built, dtype=torch.float32, attn_implementation="sdpa")
+        hidden = config["hidden_size"]
         self.enorm, self.hnorm, self.head_norm = (nn.RMSNorm(hidden, eps=1e-6) for _ in range(3))
         self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
         nn.init.normal_(self.eh_proj.weight, std=0.02)
@@ -86,7 +101,7 @@ class TinyR1(nn.Module):
 
     def _counter(self, number: int) -> Any:
         def count(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            self.loads[number] = torch.bincount(arguments[1].flatten(), minlength=CONFIG["n_routed_experts"])
+            self.loads[number] = torch.bincount(arguments[1].flatten(), minlength=self.config["n_routed_experts"])
 
         return count
 
@@ -101,9 +116,9 @@ class TinyR1(nn.Module):
         """Scores of the next token [N, T, V], and the MTP layer's of the token after next [N, T - 1, V]."""
         decoder = self.model.model
         embedded = decoder.embed_tokens(tokens_NT)
-        hidden = decoder.norm(self._run(embedded, decoder.layers[:NUM_LAYERS]))
+        hidden = decoder.norm(self._run(embedded, decoder.layers[: self.num_layers]))
         both = torch.cat([self.enorm(embedded[:, 1:]), self.hnorm(hidden[:, :-1])], dim=-1)
-        ahead = self.head_norm(self._run(self.eh_proj(both), decoder.layers[NUM_LAYERS:]))
+        ahead = self.head_norm(self._run(self.eh_proj(both), decoder.layers[self.num_layers :]))
         return self.model.lm_head(hidden), self.model.lm_head(ahead)
 
     def losses(self, tokens_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,7 +148,7 @@ class TinyR1(nn.Module):
                 weights |= {f"{prefix}.{expert}.down_proj.weight": down for expert, down in enumerate(tensor)}
             elif "rotary" not in name:
                 weights[name] = tensor
-        mtp = f"model.layers.{NUM_LAYERS}"
+        mtp = f"model.layers.{self.num_layers}"
         weights |= {
             f"{mtp}.enorm.weight": self.enorm.weight,
             f"{mtp}.hnorm.weight": self.hnorm.weight,
@@ -147,7 +162,7 @@ class TinyR1(nn.Module):
     def load_named_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Takes weights under their R1 names back in: the inverse of `named_weights`."""
         state: dict[str, torch.Tensor] = {}
-        experts = range(CONFIG["n_routed_experts"])
+        experts = range(self.config["n_routed_experts"])
         for name in self.model.state_dict():
             prefix, _, part = name.rpartition(".")
             if part == "gate_up_proj":
@@ -160,7 +175,7 @@ class TinyR1(nn.Module):
         self.model.load_state_dict(state)
         own = {"enorm": self.enorm, "hnorm": self.hnorm, "eh_proj": self.eh_proj, "shared_head.norm": self.head_norm}
         for name, module in own.items():
-            module.load_state_dict({"weight": weights[f"model.layers.{NUM_LAYERS}.{name}.weight"]})
+            module.load_state_dict({"weight": weights[f"model.layers.{self.num_layers}.{name}.weight"]})
 
 
 def _cross_entropy(logits_NTV: torch.Tensor, targets_NT: torch.Tensor) -> torch.Tensor:

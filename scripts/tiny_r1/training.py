@@ -11,6 +11,8 @@ from tiny_r1.network import TinyR1
 MTP_SHARE = 0.2
 WARMUP = 100
 BIAS_STEP = 0.003
+# The first steps compile and warm up; those up to TIMED_STEPS tell what a step takes.
+SLOW_STEPS, TIMED_STEPS = 10, 40
 
 
 def train(
@@ -21,7 +23,8 @@ def train(
     seq_len: int,
     rate: float,
     log: Callable[[str], None],
-) -> None:
+    seconds: float = math.inf,
+) -> int:
     """Trains on random windows of a stream of tokens.
 
     Args:
@@ -32,6 +35,10 @@ def train(
         seq_len: tokens of a sample.
         rate: the highest learning rate.
         log: gets a line from time to time.
+        seconds: how long to train at most; a shorter run still ends at the schedule's end.
+
+    Returns:
+        How many tokens it trained on.
     """
     device = tokens.device
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
@@ -41,7 +48,15 @@ def train(
     steps = max(1, num_tokens // (batch * seq_len))
     started = time.monotonic()
     offsets = torch.arange(seq_len, device=device)
-    for step in range(steps):
+    step = 0
+    while step < steps:
+        if step == SLOW_STEPS:
+            settled = _now(device)
+        elif step == TIMED_STEPS:
+            per_step = (_now(device) - settled) / (TIMED_STEPS - SLOW_STEPS)
+            left = seconds - (_now(device) - started)
+            log(f"{1000 * per_step:.0f} ms a step, {batch * seq_len / per_step:.0f} tokens a second")
+            steps = min(steps, step + max(1, int(left / per_step))) if left < math.inf else steps
         scale = min(1.0, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate * scale
@@ -56,6 +71,14 @@ def train(
         if step % 100 == 0 or step == steps - 1:
             elapsed = time.monotonic() - started
             log(f"step {step}/{steps} loss {first.item():.3f} mtp {second.item():.3f} {elapsed:.0f} s")
+        step += 1
+    return steps * batch * seq_len
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
 
 
 @torch.no_grad()
