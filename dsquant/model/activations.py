@@ -29,7 +29,11 @@ class Activations:
     """An array [N, T, H] in memory, on a GPU or in a memory-mapped file, read and written as float32 on a device."""
 
     def __init__(
-        self, values_NTH: torch.Tensor, mapped: mmap.mmap | None = None, device: torch.device | None = None
+        self,
+        values_NTH: torch.Tensor,
+        mapped: mmap.mmap | None = None,
+        device: torch.device | None = None,
+        path: Path | None = None,
     ) -> None:
         """Wraps an array.
 
@@ -37,12 +41,13 @@ class Activations:
             values_NTH: float32 or bfloat16 [N, T, H]; changed in place by the setters.
             mapped: the file mapping behind it, if there is one.
             device: where reads go; None is where the array is.
+            path: the file that is mapped.
         """
         self.shape = (values_NTH.shape[0], values_NTH.shape[1], values_NTH.shape[2])
         self.device = device or values_NTH.device
         self._values_NTH = values_NTH
         self._values_RH = values_NTH.view(-1, values_NTH.shape[2])
-        self._map = mapped
+        self._map, self._path = mapped, path
         self._touched = 0
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: dict[tuple[int, int], Future[torch.Tensor]] = {}
@@ -68,7 +73,7 @@ class Activations:
             file.truncate(num_bytes)
         with path.open("r+b") as file:
             mapped = mmap.mmap(file.fileno(), num_bytes)
-        return cls(torch.frombuffer(mapped, dtype=dtype).view(shape), mapped, device)
+        return cls(torch.frombuffer(mapped, dtype=dtype).view(shape), mapped, device, path)
 
     @property
     def num_rows(self) -> int:
@@ -94,7 +99,15 @@ class Activations:
 
     def _pinned(self, start: int, stop: int) -> torch.Tensor:
         part_NTH = self._values_NTH[start:stop]
-        return torch.empty(part_NTH.shape, dtype=part_NTH.dtype, pin_memory=True).copy_(part_NTH)
+        pinned_NTH = torch.empty(part_NTH.shape, dtype=part_NTH.dtype, pin_memory=True)
+        assert self._path is not None
+        with self._path.open("rb", buffering=0) as file:  # a mapping would fault once for every page
+            file.seek(start * part_NTH[0].nbytes)
+            unread = memoryview(pinned_NTH.view(-1).view(torch.uint8).numpy().data)
+            while count := file.readinto(unread):
+                unread = unread[count:]
+        assert not unread, f"{self._path}: {len(unread)} bytes are missing"
+        return pinned_NTH
 
     def samples(self, start: int, stop: int) -> torch.Tensor:
         """A copy of samples start..stop-1, [stop - start, T, H]."""
