@@ -1,0 +1,60 @@
+"""How bytes get to a disk: whole files or none, renames that last, and writing that begins at once."""
+
+import os
+from pathlib import Path
+
+# Ending of a file that is being written; it is renamed when it is whole.
+PARTIAL = ".partial"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that it is there as a whole or not at all, also after a power cut.
+
+    Args:
+        path: the file.
+        content: its content.
+    """
+    temporary = path.with_name(path.name + PARTIAL)
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings renames inside a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_at(descriptor: int, content: memoryview, start: int) -> None:
+    """Writes bytes at a place of a file, whatever other threads write elsewhere in it.
+
+    Args:
+        descriptor: of the file.
+        content: the bytes.
+        start: the place of the first.
+    """
+    while content:  # one call writes at most 2 GiB
+        written = os.pwrite(descriptor, content, start)
+        content, start = content[written:], start + written
+
+
+def begin_writing(descriptor: int, start: int, count: int) -> None:
+    """Lets the disk begin with bytes that have been written to a file; returns at once.
+
+    Linux starts to write dirty pages when it is told that they are not needed, and keeps them until they are on disk.
+    Where that call is missing the bytes wait for the next sync.
+
+    Args:
+        descriptor: of the file.
+        start: the first byte.
+        count: how many.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)
