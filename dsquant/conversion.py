@@ -125,7 +125,7 @@ class UnitWriter:
 
     def _write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
         shard = self._shard_of[name]
-        if rows.is_cuda and self._run.write_behind is not None:
+        if self._run.write_behind is not None:  # all of a shard in one thread
             self._run.write_behind.write(rows, partial(shard.write_rows, name, start))
         else:
             shard.write_rows(name, start, rows)

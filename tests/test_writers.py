@@ -3,7 +3,9 @@
 import json
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import current_thread
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from dsquant.source.shards import read_index
 from dsquant.writers.base import ShardFile, StoredTensor, plan_shards, write_index
 from dsquant.writers.formats import FORMATS
 from dsquant.writers.skip_lists import ignored_modules, skipped_modules
+from dsquant.writers.write_behind import WriteBehind
 
 LINEAR = "model.layers.0.self_attn.o_proj"
 
@@ -250,3 +253,41 @@ def test_every_engine_skips_exactly_what_is_not_quantized(quantized: tuple[str, 
         for part, fused in (("gate_proj", "gate_up_proj"), ("q_a_proj", "fused_qkv_a_proj")):
             if name.endswith(part) and ".experts." not in name:
                 assert any(entry in name.replace(part, fused) for entry in skipped) == (not is_quantized), name
+
+
+def test_threads_write_tensors_of_one_shard_at_the_same_time(tmp_path: Path) -> None:
+    planned = [StoredTensor(f"t{number}", "F32", (257, 1024)) for number in range(16)]
+    plan = plan_shards([("unit", planned)], 2**30)
+    shard = ShardFile(tmp_path, plan.shards[0])
+    tensors = {tensor.name: torch.full(tensor.shape, float(place)) for place, tensor in enumerate(planned)}
+
+    def write_all(name: str) -> None:
+        for start in range(257):
+            shard.write_rows(name, start, tensors[name][start : start + 1])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write_all, tensors))
+    shard.commit()
+    found = load_file(tmp_path / plan.shards[0].file_name)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_what_is_written_behind_arrives_in_order_in_one_thread() -> None:
+    behind, seen = WriteBehind(), list[tuple[int, str]]()
+    for number in range(50):
+        behind.write(torch.tensor(number), lambda tensor: seen.append((int(tensor), current_thread().name)))
+    behind.wait()
+    behind.close()
+    assert [number for number, _ in seen] == list(range(50))
+    assert len({name for _, name in seen}) == 1 and seen[0][1] != current_thread().name
+
+
+def test_an_error_behind_comes_out_at_the_next_wait() -> None:
+    def fail(_: torch.Tensor) -> None:
+        raise OSError("no space left")
+
+    behind = WriteBehind()
+    behind.write(torch.tensor(0), fail)
+    with pytest.raises(OSError, match="no space left"):
+        behind.wait()
+    behind.close()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dsquant.disk import PARTIAL, begin_writing, sync_folder, write_atomically
+from dsquant.disk import PARTIAL, begin_writing, sync_folder, write_at, write_atomically
 from dsquant.source.shards import DTYPE_NAMES, INDEX_FILE, tensor_bytes
 
 # The data begin at a multiple of this, as the safetensors library has it.
@@ -121,7 +121,7 @@ def _split(tensors: Sequence[StoredTensor], max_bytes: int) -> list[list[StoredT
 class ShardFile:
     """A planned shard being written; its tensors may come in any order, each row once and in ascending order.
 
-    Several processes may write into one shard, each of them whole tensors.
+    Several processes and threads may write into one shard, each of them whole tensors.
     """
 
     def __init__(self, folder: Path, plan: Shard, begins: bool = True) -> None:
@@ -140,7 +140,7 @@ class ShardFile:
         if begins:
             self._partial.unlink(missing_ok=True)  # a process of an earlier run may still have that one open
             self._partial.write_bytes(header)
-        self._file = self._partial.open("r+b")
+        self._file = self._partial.open("r+b", buffering=0)
         self._waiting: list[tuple[int, int]] = []
         self._tensors = {tensor.name: tensor for tensor in plan.tensors}
         self._offsets: dict[str, int] = {}
@@ -166,8 +166,7 @@ class ShardFile:
         raw = memoryview(rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         row_bytes = planned.num_bytes // max(1, planned.shape[0])
         start = self._offsets[name] + start_row * row_bytes
-        self._file.seek(start)
-        self._file.write(raw)
+        write_at(self._file.fileno(), raw, start)
         self._let_the_disk_begin(start, len(raw))
         self._digests[name].update(raw)
         self._rows_done[name] += rows.shape[0]
@@ -176,7 +175,6 @@ class ShardFile:
         """Has the disk work all the time, and not at the end alone."""
         self._waiting.append((start, start + count))
         if sum(end - begin for begin, end in self._waiting) >= BEGIN_AT:
-            self._file.flush()
             first, last = min(begin for begin, _ in self._waiting), max(end for _, end in self._waiting)
             begin_writing(self._file.fileno(), first, last - first)
             self._waiting.clear()
@@ -197,7 +195,6 @@ class ShardFile:
         Returns:
             Tensor name -> SHA-256 of its bytes, hexadecimal; those that this process has written.
         """
-        self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         for name, tensor in self._tensors.items():

@@ -21,16 +21,22 @@ class WriteBehind:
         """Hands a tensor's values to `sink` in the background, in host memory.
 
         Args:
-            tensor: on a GPU; nobody changes it any more.
-            sink: gets the values.
+            tensor: on a GPU or not; nobody changes it any more.
+            sink: gets the values, in the thread that gets all others.
         """
-        ready = torch.cuda.Event()
-        ready.record()
+        ready = torch.cuda.Event() if tensor.is_cuda else None
+        if ready is not None:
+            ready.record()
         self._waiting.append((self._pool.submit(self._write, tensor, ready, sink), tensor.nbytes))
         while len(self._waiting) > 1 and sum(size for _, size in self._waiting) > MOST_WAITING_BYTES:
             self._waiting.pop(0)[0].result()
 
-    def _write(self, tensor: torch.Tensor, ready: torch.cuda.Event, sink: Callable[[torch.Tensor], None]) -> None:
+    def _write(
+        self, tensor: torch.Tensor, ready: torch.cuda.Event | None, sink: Callable[[torch.Tensor], None]
+    ) -> None:
+        sink(tensor if ready is None else self._on_host(tensor, ready))
+
+    def _on_host(self, tensor: torch.Tensor, ready: torch.cuda.Event) -> torch.Tensor:
         if self._stream is None:
             self._stream = torch.cuda.Stream()
         with torch.cuda.stream(self._stream):  # beside the computation, not behind it
@@ -38,7 +44,7 @@ class WriteBehind:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             host.copy_(tensor, non_blocking=True)
             self._stream.synchronize()
-        sink(host)
+        return host
 
     def wait(self) -> None:
         """Returns when everything is written."""
