@@ -95,7 +95,7 @@ STORE_S = {"Q8_0": 3.1e-9, "Q6_K": 3.0e-8, "F32": 0.0, "F16": 0.0, "BF16": 0.0}
 STORE_OTHER_S = 1.2e-7  # as Q4_K
 MEASURED_CORES = 2
 MEASURED_IN = "benchmarks/planning_cpu_202611.md"
-# benchmarks/r1_layer_h200_202611.md, a layer of 11,507,286,272 weights and 262,144 tokens: 17.2 s on an H200, 26.1 s on an
-# H100 that had to compile its kernels too.
+# benchmarks/r1_layer_h200_202611.md, a layer of 11,507,286,272 weights and 262,144 tokens: 17.2 s on an H200, 26.1 s on
+# an H100 that had to compile its kernels too.
 SEARCH_ON_GPU_S = Range(1.49e-9, 2.27e-9)
 MEASURED_ON_GPU_IN = "H100 and H200, 262,144 tokens, from files to files (benchmarks/r1_layer_h200_202611.md)"
