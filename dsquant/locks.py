@@ -56,5 +56,5 @@ def _holder(path: Path) -> str:
     try:
         found = json.loads(path.read_text())
         return f"process {found['pid']} on {found['host']}, since {found['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "a process that has only just begun"

@@ -57,6 +57,7 @@ def test_the_public_names_are_there() -> None:
         ["awq", "--resume", "--restart"],
         ["awq", "--memory-budget", "much"],
         ["awq", "--no-such-option"],
+        ["delta", "--apply", "a.patch", "old", "--output", "/tmp/never-made", "--restart"],
         ["awq", "--bits", "8", "--output", "/tmp/never-made"],
     ],
 )

@@ -44,6 +44,8 @@ def delta(
     """
     if len(releases) != (1 if apply_ else 2):
         raise click.UsageError("name OLD and NEW; with --apply PATCH the old output alone")
+    if apply_ and (quantized or patch or resume or restart):
+        raise click.UsageError("--apply PATCH takes --output and nothing of --quantized, --patch, --resume, --restart")
     if resume and restart:
         raise click.UsageError("--resume and --restart exclude each other")
     from rich.console import Console

@@ -36,7 +36,7 @@ def read_release(folder: Path) -> dict[str, Any] | None:
     """The record of a finished result; None where the folder holds none."""
     try:
         record = json.loads((folder / RELEASE_FILE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
