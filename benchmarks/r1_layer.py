@@ -33,13 +33,13 @@ LAYERS, MIXTURES = 61, 58
 
 def stage_timers(seconds: dict[str, float]) -> None:
     """Makes each stage of the pipeline add its time to `seconds`; the GPU is waited for at its borders."""
-    from dsquant import conversion, pipeline
+    from dsquant import conversion, supervision
     from dsquant.model.activations import Activations
     from dsquant.model.gated import GatedWeights
     from dsquant.quantization import layer, layer_mlps
 
     stages: list[tuple[str, Any, str]] = [
-        ("scan of the source (once for a model)", pipeline, "_scan"),
+        ("scan of the source (once for a model)", supervision, "scan_source"),
         ("attention, router, shared statistics", layer, "_run_original"),
         ("search of the norm's scales", layer, "_norm_fold"),
         ("proof of the fold", layer, "_emit_dense_part"),
@@ -142,10 +142,12 @@ def run(options: argparse.Namespace, samples: int) -> dict[str, Any]:
     if options.stages:
         stage_timers(seconds)
     torch.cuda.reset_peak_memory_stats()
-    from dsquant import pipeline
+    from dsquant import pipeline, supervision
     from dsquant.recipe import Recipe, parse_size
 
-    pipeline._scan = once(pipeline._scan)  # the hashes of the source are the same for every number of tokens
+    supervision.scan_source = once(
+        supervision.scan_source
+    )  # the hashes of the source are the same for every number of tokens
     recipe = Recipe.checked(
         model=str(options.folder / "model"),
         output=output,

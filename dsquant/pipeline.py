@@ -1,41 +1,21 @@
-"""Composes the stages into a job: validate, scan, calibrate, quantize layer by layer, evaluate, finish.
+"""Composes the stages into a job: validate, scan, calibrate, quantize layer by layer, finish.
 
 Nothing is written before the whole input has been found good.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 
-from dsquant import card
 from dsquant.conversion import Run, convert
-from dsquant.disk import write_atomically
 from dsquant.distributed import ALONE, Ranks
-from dsquant.errors import InputError, UsageError
-from dsquant.final_comparison import Comparison, compare_on_texts
-from dsquant.gguf_conversion import (
-    GgufRun,
-    convert_to_gguf,
-    plan_gguf,
-    write_observed_imatrix,
-)
-from dsquant.jobs import (
-    RECORD_FILE,
-    WORK_FOLDER,
-    Job,
-    claim,
-    found_state,
-    full_disk_is_resumable,
-    memory_guard,
-    open_job,
-    stop_on_signals,
-)
-from dsquant.manifest import gguf_tensors, run_tensors, write_record
-from dsquant.opening import open_gguf
-from dsquant.planning import Plan, Target, check_memory
+from dsquant.errors import UsageError
+from dsquant.finishing import finish, finish_gguf
+from dsquant.gguf_conversion import GgufRun, convert_to_gguf, plan_gguf
+from dsquant.jobs import RECORD_FILE, Job, claim, found_state, full_disk_is_resumable, stop_on_signals
+from dsquant.planning import Plan, check_memory
 from dsquant.preparation import (
     check_disk,
     gpu_memory_budget,
@@ -46,30 +26,9 @@ from dsquant.preparation import (
     resolved_device,
 )
 from dsquant.recipe import GgufRecipe, Recipe, format_size
-from dsquant.records import (
-    Preview,
-    Result,
-    gguf_output_files,
-    gguf_record,
-    output_files,
-    planned_warnings,
-    result_of,
-    run_record,
-)
-from dsquant.source.checkpoint import open_checkpoint
-from dsquant.source.scan import scan
-from dsquant.source.shards import ShardIndex
-from dsquant.telemetry import (
-    Limits,
-    Progress,
-    Report,
-    Stage,
-    peak_gpu_bytes,
-    peak_resident_bytes,
-    resident_bytes,
-    silent,
-)
-from dsquant.writers.base import write_index
+from dsquant.records import Preview, Result, gguf_output_files, output_files, planned_warnings, result_of
+from dsquant.supervision import Supervised
+from dsquant.telemetry import Limits, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
 from dsquant.writers.gguf.files import GgufFiles
 from dsquant.writers.gguf.store import quantizer_name
 from dsquant.writers.write_behind import WriteBehind
@@ -104,26 +63,9 @@ def awq(
         budget, gpu_budget = memory_budget(recipe), min(ranks.gather(gpu_memory_budget(recipe)))
         source = ranks.together(lambda: open_source(recipe, gpu_budget, ranks.size))
         limits = Limits(recipe.output, budget, source.plan.disk_bytes, gpu_budget)
-        report(Progress("scan", 0, len(source.checkpoint.index), "", limits=limits))
-        ranks.together(lambda: check_memory(source.plan.memory_bytes, budget, resident_bytes()))
-        ranks.together(lambda: check_memory(source.plan.gpu_memory_bytes, gpu_budget, 0, "--gpu-memory-budget"))
-        ranks.once(lambda: check_disk(recipe.output, source.plan.disk_bytes))
-        within_budget = memory_guard(budget, resident_bytes)
-
-        def check() -> None:
-            request.safe_point()
-            within_budget()
-
-        index = source.checkpoint.index
-        notes: dict[str, Any] = {}
-        if state != "resume":
-            notes = {
-                "tensors": _scan(index, report, check, ranks),
-                "shards": shard_times(index),
-                "files": output_files(source),
-            }
-        with _shared_job(recipe, state, notes, ranks) as job:
-            _check_unchanged(index, job.notes, report, check, ranks)
+        supervised = Supervised(recipe, state, source.checkpoint.index, limits, request, report, ranks)
+        supervised.check(source.plan.memory_bytes, source.plan.gpu_memory_bytes)
+        with supervised.job({"files": output_files(source)}) as (job, check):
             run = Run(recipe, source, job, report, check, _open_files(recipe, source.plan, state, job), ranks=ranks)
             run.write_behind = WriteBehind() if recipe.device == "cuda" else None
             try:
@@ -152,17 +94,6 @@ def _resolved_for(recipe: Recipe, ranks: Ranks) -> Recipe:
             "and run `dsquant gguf` afterwards"
         )
     return resolved(recipe)
-
-
-@contextmanager
-def _shared_job(recipe: Recipe, state: str, notes: dict[str, Any], ranks: Ranks) -> Iterator[Job]:
-    """The job, whose lock rank 0 takes for all."""
-    with ExitStack() as held:
-        notes = ranks.once(lambda: held.enter_context(open_job(recipe.output, recipe, state, notes)).notes)
-        work = recipe.output / WORK_FOLDER
-        if ranks.size > 1:
-            ranks.check_shared(work)
-        yield Job(recipe.output, work, notes)
 
 
 def _finish_and_remove(run: Run, check: Callable[[], None], beat: Callable[[], None]) -> dict[str, Any]:
@@ -249,42 +180,19 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
         return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
     with stop_on_signals() as request, full_disk_is_resumable():
         plan = plan_gguf(recipe)
-        budget = memory_budget(recipe)
-        limits = Limits(recipe.output, budget, plan.disk_bytes)
-        report(Progress("scan", 0, len(plan.checkpoint.index), "", limits=limits))
-        check_memory(plan.memory_bytes, budget, resident_bytes())
-        check_disk(recipe.output, plan.disk_bytes)
-        within_budget = memory_guard(budget, resident_bytes)
-
-        def check() -> None:
-            request.safe_point()
-            within_budget()
-
-        index = plan.checkpoint.index
-        notes: dict[str, Any] = {}
-        if state != "resume":
-            notes = {
-                "tensors": _scan(index, report, check),
-                "shards": shard_times(index),
-                "files": gguf_output_files(plan),
-            }
-            notes["quantizer"] = quantizer_name(recipe.device == "cuda")
-        with open_job(recipe.output, recipe, state, notes) as job:
+        limits = Limits(recipe.output, memory_budget(recipe), plan.disk_bytes)
+        supervised = Supervised(recipe, state, plan.checkpoint.index, limits, request, report)
+        supervised.check(plan.memory_bytes)
+        notes = {"files": gguf_output_files(plan), "quantizer": quantizer_name(recipe.device == "cuda")}
+        with supervised.job(notes) as (job, check):
             _check_same_quantizer(recipe, job.notes["quantizer"])
-            _check_unchanged(index, job.notes, report, check)
             files = GgufFiles(recipe.output, plan.target.files, resume=state == "resume" and bool(job.journal.units))
             run = GgufRun(recipe, plan, job, report, check, files)
             try:
                 convert_to_gguf(run)
-                files.finish()
+                record = finish_gguf(run)
             finally:
                 files.close()
-            if plan.calibration is not None:
-                write_observed_imatrix(job.work, recipe.output, plan.units, plan.calibration)
-            record = gguf_record(run, _evaluate_gguf(run) if recipe.evaluate else {})
-            names, after_file = gguf_output_files(plan), _hashing(gguf_output_files(plan), run.safe_point)
-            record = write_record(recipe.output, record, names, gguf_tensors(run), after_file)
-            run.tell("hash", len(names), len(names), "")
             job.finish()
     return result_of(recipe, record, elapsed_s=time.monotonic() - started, peak_resident_bytes=peak_resident_bytes())
 
@@ -335,124 +243,3 @@ def preview_gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False
         memory_budget_bytes=budget,
         work_disk_bytes=plan.work_bytes,
     )
-
-
-def _evaluate_gguf(run: GgufRun) -> dict[str, dict[str, Any]]:
-    """Compares the files with the original on the shipped held-out texts."""
-    plan = run.plan
-    candidate = open_gguf(run.job.output / plan.target.files[0].file_name, plan.checkpoint)
-    candidates = {plan.target.name: candidate}
-    compared = Comparison(
-        plan.skeleton, plan.checkpoint.weights, candidates, run.job.work, run.batch_samples, run.safe_point
-    )
-    return compare_on_texts(compared, plan.tokenizer, run.recipe.seq_len)
-
-
-def _evaluate(run: Run) -> dict[str, dict[str, Any]]:
-    """Compares every output with the original on the shipped held-out texts."""
-    source = run.source
-    candidates = {
-        target.format.name: open_checkpoint(run.job.output / target.folder).weights for target in source.plan.targets
-    }
-    for folder, target in source.plan.gguf.items():
-        file = run.job.output / folder / target.files[0].file_name
-        candidates[target.name] = open_gguf(file, source.checkpoint)
-    original = open_checkpoint(source.checkpoint.folder).weights
-    compared = Comparison(source.skeleton, original, candidates, run.job.work, run.batch_samples, run.safe_point)
-    return compare_on_texts(compared, source.tokenizer, run.recipe.seq_len)
-
-
-def _check_unchanged(
-    index: ShardIndex, notes: dict[str, Any], report: Report, check: Callable[[], None], ranks: Ranks = ALONE
-) -> None:
-    """Refuses a source that is not what it was when the job began."""
-    touched = ranks.once(lambda: bool(notes["shards"] != shard_times(index)))
-    if touched and notes["tensors"] != _scan(index, report, check, ranks):
-        raise InputError(
-            f"{index.folder}: the source is not what it was when the job began; restore it, or begin anew with "
-            "--restart"
-        )
-
-
-def _scan(index: ShardIndex, report: Report, check: Callable[[], None], ranks: Ranks = ALONE) -> dict[str, str]:
-    own = list(index.values())[ranks.rank :: ranks.size]
-    done = 0
-
-    def after_tensor(name: str) -> None:
-        nonlocal done
-        check()
-        done += 1
-        report(Progress("scan", done, len(own), name, index.bytes_read))
-
-    parts = ranks.gather(ranks.together(lambda: scan(index, after_tensor, own)))
-    found = {name: digest for part in parts for name, digest in part.items()}
-    return {name: found[name] for name in index}
-
-
-def shard_times(index: ShardIndex) -> dict[str, list[int]]:
-    """Size and time of change of every source file: where these are as before, a resumed job need not hash again."""
-    found = {info.path.name: info.path.stat() for info in index.values()}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(found.items())}
-
-
-def finish(run: Run, more: Mapping[str, Any] | None = None, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """Writes what makes the shards a checkpoint, evaluates it, and writes the record last.
-
-    Args:
-        run: the run, with every unit made.
-        more: further sections of the record.
-        notes: further warnings.
-
-    Returns:
-        The record.
-    """
-    source, plan = run.source, run.source.plan
-    for target in plan.targets:
-        folder = run.job.output / target.folder
-        card.copy_files(source.checkpoint.folder, folder)
-        write_atomically(folder / card.CONFIG_FILE, _json(_config(run, target)))
-        write_index(folder, target.shards)
-    for gguf_folder, files in run.gguf_files.items():
-        files.finish()
-        write_observed_imatrix(run.job.work, run.job.output / gguf_folder, plan.units, source.calibration)
-    record = run_record(run, _evaluate(run) if run.recipe.evaluate else {})
-    record |= more or {}
-    record["warnings"] = [*record["warnings"], *notes]
-    for target in plan.targets:
-        folder = run.job.output / target.folder
-        write_atomically(folder / card.CARD_FILE, card.model_card(record, target.format.name).encode())
-    names = output_files(source)
-    record = write_record(run.job.output, record, names, run_tensors(run), _hashing(names, run.safe_point))
-    run.tell("hash", len(names), len(names), "")
-    return record
-
-
-def _hashing(names: list[str], safe_point: Callable[[Stage, int, int, str], None]) -> Callable[[str], None]:
-    """Tells of hashed files."""
-    done = 0
-
-    def after_file(name: str) -> None:
-        nonlocal done
-        done += 1
-        safe_point("hash", done, len(names), name)
-
-    return after_file
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _config(run: Run, target: Target) -> dict[str, Any]:
-    """The source's config.json with the target's quantization_config in place of the FP8 one."""
-    source = run.source
-    dropped = ("quantization_config", "auto_map")
-    config = {key: value for key, value in source.checkpoint.config.items() if key not in dropped}
-    layers = source.skeleton.layers
-    if run.recipe.mtp == "drop" and source.skeleton.num_mtp_layers:
-        config["num_nextn_predict_layers"] = 0
-        layers = layers[: source.skeleton.num_layers]
-    chosen = source.plan.linears[target.grid]
-    linears = {linear: linear in chosen for layer in layers for linear in layer.linears}
-    config["quantization_config"] = target.format.quantization_config(target.grid, linears)
-    return config

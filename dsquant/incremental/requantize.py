@@ -14,19 +14,20 @@ import torch
 from dsquant.conversion import ROWS_AT_ONCE, Run
 from dsquant.disk import sync_folder
 from dsquant.errors import InputError
+from dsquant.finishing import finish
 from dsquant.incremental.recording import RecordedTarget, Recording, recorded_targets
 from dsquant.incremental.reuse import reuse_file
 from dsquant.incremental.rule import rounded_as_recorded
 from dsquant.incremental.sources import HeldTensors, held_once, stored_parts
 from dsquant.jobs import claim, full_disk_is_resumable, open_job, stop_on_signals
 from dsquant.model.overlays import Fold
-from dsquant.pipeline import finish, shard_times
 from dsquant.planning import Unit, plan_run
 from dsquant.preparation import Source, check_disk, memory_budget, open_model
 from dsquant.recipe import Recipe
 from dsquant.records import output_files
 from dsquant.scales import keep_scales, recorded_fold
 from dsquant.source.shards import DTYPES
+from dsquant.supervision import shard_times
 from dsquant.telemetry import Limits, Progress, Report
 from dsquant.verification.contents import read_record
 from dsquant.writers.base import Shard, ShardFile
