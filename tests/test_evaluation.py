@@ -104,6 +104,12 @@ def test_the_report_file_holds_everything(evaluation: Evaluation, awq: Path) -> 
     assert not list((awq.parent / "report").glob(".dsquant*"))
 
 
+def test_the_original_has_one_size_in_plan_job_and_evaluation(evaluation: Evaluation, tiny_r1: Path, awq: Path) -> None:
+    recorded = json.loads((awq / "dsquant.json").read_text())["source"]["bytes"]
+    assert evaluation.reference.size_bytes == recorded == dsquant.plan(tiny_r1).source_bytes
+    assert evaluation.candidates[0].size_bytes == open_checkpoint(awq).index.num_bytes
+
+
 class CountedWeights(Overlay):
     """Counts how often each weight is read."""
 
