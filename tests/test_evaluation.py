@@ -1,6 +1,7 @@
 """`dsquant eval` as a whole: one pass, several candidates, broken ones with their layer, exit codes, bad input."""
 
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from broken import changed_copy, expert_zeroed, nibbles_swapped, router_not_compensated, scale_not_a_number
+from broken import Change, changed_copy, expert_zeroed, nibbles_swapped, router_not_compensated, scale_not_a_number
 from checkpoints import LLAMA, add_tokenizer, make_dense
 from click.testing import CliRunner
 from test_divergence import plainly_rounded
@@ -86,6 +87,28 @@ def test_a_candidate_whose_scores_are_no_numbers_fails_and_is_reported(tiny_r1: 
     assert found.verdict == "fail" and found.first_broken_layer == 1
     assert "model.layers.1.mlp.experts.2.up_proj.weight" in found.findings[0].message
     assert "NaN" not in (awq.parent / "nan-report" / "report.json").read_text()
+
+
+def put_nan(name: str) -> Change:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if name in tensors:
+            tensors[name].view(-1)[1] = math.nan
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.2.self_attn.kv_a_layernorm.weight", "lm_head.weight"]
+)
+def test_a_tensor_with_nan_is_named_in_a_candidate_and_refused_in_a_reference(
+    tiny_r1: Path, tmp_path: Path, name: str
+) -> None:
+    broken = changed_copy(tiny_r1, tmp_path / "nan", put_nan(name))
+    small = SMALL | {"samples": 1, "seq_len": 64}
+    found = dsquant.evaluate(tiny_r1, broken, **small).candidates[0]
+    assert f"tensor {name!r} holds values that are no numbers" in found.findings[0].message
+    with pytest.raises(InputError, match=f"the reference's tensor '{name}' holds NaN or infinity"):
+        dsquant.evaluate(broken, tiny_r1, **small)
 
 
 def test_a_router_that_was_not_compensated_shows_in_its_overlap(evaluation: Evaluation) -> None:
