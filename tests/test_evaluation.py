@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,7 @@ def test_a_gguf_file_can_be_the_reference(tiny_r1: Path, awq: Path, tmp_path: Pa
     by_file = dsquant.evaluate(tmp_path / "bf16", awq, tmp_path / "q8", **small)
     by_checkpoint = dsquant.evaluate(tiny_r1, awq, tmp_path / "q8", **small)
     assert by_file.texts == by_checkpoint.texts and by_file.reference.format == "GGUF BF16"
+    assert any("rounds activations" in caveat for caveat in by_file.caveats)
     for one, other in zip(by_file.candidates, by_checkpoint.candidates, strict=True):
         assert one.mean_kl == pytest.approx(other.mean_kl, abs=1e-3) and not one.findings
 
@@ -203,6 +205,8 @@ def test_gates_decide_the_exit_code(tiny_r1: Path, awq: Path, tmp_path: Path, ga
 def test_bad_input_ends_with_code_3_and_says_what_is_wrong(tiny_r1: Path, awq: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(b"GGUF")
     other = changed_copy(awq, tmp_path / "other", lambda tensors: None)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
@@ -213,12 +217,32 @@ def test_bad_input_ends_with_code_3_and_says_what_is_wrong(tiny_r1: Path, awq: P
         (tiny_r1, other): "num_experts_per_tok is 1, the reference's is 2",
         (tiny_r1, llama): "architecture LlamaForCausalLM, the reference .* is DeepseekV3ForCausalLM",
         (tiny_r1, tmp_path / "nowhere"): "no such folder",
+        (tiny_r1, tmp_path / "nowhere.gguf"): "no such file",
+        (tiny_r1, cut): "cut.gguf is damaged or no GGUF file: header and tensors do not fit its 4 bytes",
         (tiny_r1, awq, "--output", empty): "empty.txt is a file",
     }
     for arguments, message in cases.items():
         code, output = run(*arguments)
         assert code == 3, (arguments, output)
         assert re.search(message, output), output
+
+
+def test_a_gguf_file_without_the_package_that_reads_it_is_refused(
+    tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for models in ((tiny_r1, tmp_path), (tmp_path, tiny_r1)):
+        with pytest.raises(
+            InputError, match=r"model\.gguf: reading GGUF files needs the package gguf: pip install gguf"
+        ):
+            dsquant.evaluate(*models, **SMALL)
+
+
+def test_a_broken_line_of_prompts_is_named_by_its_number(tiny_r1: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "def f():\\n"}\n{"prompt": \n')
+    with pytest.raises(InputError, match=r"prompts\.jsonl, line 2: not JSON"):
+        dsquant.evaluate(tiny_r1, tiny_r1, **SMALL | {"prompts": str(tmp_path / "prompts.jsonl")})
 
 
 def test_other_vocabularies_are_refused(tiny_r1: Path, awq: Path, pico_r1: Path, tmp_path: Path) -> None:
