@@ -58,6 +58,11 @@ class GgufHeader:
         return 0 if table is None else int(table.shape[1])
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of tensor data in all parts."""
+        return sum(int(tensor.n_bytes) for tensor in self.tensors.values())
+
+    @property
     def format(self) -> str:
         """`GGUF Q4_K_M`, from the file's own type number."""
         from gguf import LlamaFileType

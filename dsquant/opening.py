@@ -46,6 +46,9 @@ class Opened:
     format: str
     """FP8, BF16, AWQ, compressed-tensors or GGUF, with what it says about itself."""
     weights: Weights
+    size_bytes: int
+    """Of the data of all its tensors, as the headers tell it: what `plan` and a job's tables call a source's size. The
+    files are larger by their headers."""
     files: tuple[Path, ...]
     """With tensors."""
     index: ShardIndex | None = None
@@ -57,13 +60,8 @@ class Opened:
         return 0 if self.index is None else self.index.bytes_read
 
     @property
-    def size_bytes(self) -> int:
-        """Of the files."""
-        return sum(file.stat().st_size for file in self.files)
-
-    @property
     def bits_per_weight(self) -> float:
-        """Bits of the files for each weight in them."""
+        """Bits of its tensors' data for each weight in them."""
         return 8 * self.size_bytes / sum(math.prod(self.weights.shape(name)) for name in self.weights)
 
     @property
@@ -111,7 +109,7 @@ def open_original(path: str, device: torch.device = CPU) -> Original:
     else:
         header = read_header(file)
         checkpoint = gguf_checkpoint(header, device)
-        opened = Opened(path, header.format, checkpoint.weights, tuple(gguf_parts(file)))
+        opened = Opened(path, header.format, checkpoint.weights, header.num_bytes, tuple(gguf_parts(file)))
         tokenizer = gguf_tokenizer(header)
     skeleton = Skeleton(checkpoint)
     check_complete(checkpoint, skeleton)
@@ -144,7 +142,7 @@ def open_candidate(path: str, original: Original) -> Opened:
         _check_architecture(path, header.architecture, original)
         _check_vocabulary(path, header.num_tokens, header.tokens, original)
         weights = open_gguf(file, original.checkpoint)
-        opened = Opened(path, header.format, weights, tuple(gguf_parts(file)))
+        opened = Opened(path, header.format, weights, header.num_bytes, tuple(gguf_parts(file)))
     _check_shapes(path, opened.weights, original.skeleton)
     return opened
 
@@ -165,7 +163,8 @@ def open_gguf(file: Path, original: Checkpoint) -> Weights:
 
 def _opened(path: str, checkpoint: Checkpoint) -> Opened:
     files = tuple(sorted({info.path for info in checkpoint.index.values()}))
-    return Opened(path, _stored_format(checkpoint), checkpoint.weights, files, checkpoint.index)
+    index = checkpoint.index
+    return Opened(path, _stored_format(checkpoint), checkpoint.weights, index.num_bytes, files, index)
 
 
 def _stored_format(checkpoint: Checkpoint) -> str:

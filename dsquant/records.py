@@ -36,6 +36,7 @@ class Result:
     folders: dict[str, Path]
     """Format -> checkpoint folder."""
     source_bytes: int
+    """Of the data of the source's tensors, without the files' headers."""
     bf16_bytes: int
     """What the source would take in BF16: the 4-bit formats keep in BF16 what they do not quantize."""
     output_bytes: dict[str, int]

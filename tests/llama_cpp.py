@@ -1,11 +1,20 @@
-"""A real llama.cpp, through the package xllamacpp: loads a GGUF file, tokenizes, predicts."""
+"""A real llama.cpp, through the package xllamacpp: loads a GGUF file, tokenizes, predicts.
 
+The server tells of one next token at a time; `every_position` calls the library's C functions for whole samples.
+Of their structs only `llama_batch` is laid out here; parameters are passed on as they come, with their defaults.
+"""
+
+import ctypes
 import json
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import gguf
+import numpy as np
+import torch
 
 
 class LlamaCpp:
@@ -54,3 +63,119 @@ def llama_cpp(path: Path) -> Iterator[LlamaCpp]:
     parameters.cpuparams.n_threads = 1
     server = xllamacpp.Server(parameters)
     yield LlamaCpp(server)
+
+
+class _Parameters(ctypes.Structure):
+    """Any of llama.cpp's structs of parameters, with room for more than they hold."""
+
+    _fields_ = (("content", ctypes.c_byte * 4096),)
+
+
+class _Batch(ctypes.Structure):
+    """llama.h's `llama_batch`."""
+
+    _fields_ = (
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
+        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    )
+
+
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_SILENT = _LOG(lambda *_: None)
+
+
+def _library() -> ctypes.CDLL:
+    """llama.cpp's C functions that `every_position` calls."""
+    import xllamacpp
+
+    llama = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+    pointer, count = ctypes.c_void_p, ctypes.c_int32
+    for name, result, *arguments in (
+        ("llama_log_set", None, _LOG, pointer),
+        ("llama_backend_init", None),
+        ("llama_model_default_params", _Parameters),
+        ("llama_context_default_params", _Parameters),
+        ("llama_model_load_from_file", pointer, ctypes.c_char_p, _Parameters),
+        ("llama_init_from_model", pointer, pointer, _Parameters),
+        ("llama_set_n_threads", None, pointer, count, count),
+        ("llama_model_get_vocab", pointer, pointer),
+        ("llama_vocab_n_tokens", count, pointer),
+        ("llama_get_memory", pointer, pointer),
+        ("llama_memory_clear", None, pointer, ctypes.c_bool),
+        ("llama_batch_init", _Batch, count, count, count),
+        ("llama_batch_free", None, _Batch),
+        ("llama_decode", count, pointer, _Batch),
+        ("llama_get_logits", ctypes.POINTER(ctypes.c_float), pointer),
+        ("llama_free", None, pointer),
+        ("llama_model_free", None, pointer),
+    ):
+        function = getattr(llama, name)
+        function.restype, function.argtypes = result, arguments
+    llama.llama_log_set(_SILENT, None)
+    llama.llama_backend_init()
+    return llama
+
+
+def every_position(path: Path, tokens_NT: torch.Tensor, tokens_at_once: int = 512) -> torch.Tensor:
+    """What llama.cpp predicts after every token, with its defaults and one thread.
+
+    Args:
+        path: a GGUF file.
+        tokens_NT: int64 [N, T]; T at most 512, the default context.
+        tokens_at_once: tokens of a batch, all of one sample.
+
+    Returns:
+        Log-probabilities, float64 [N, T, V].
+    """
+    llama = _library()
+    model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+    context = llama.llama_init_from_model(model, llama.llama_context_default_params())
+    assert model and context, f"llama.cpp does not load {path}"
+    llama.llama_set_n_threads(context, 1, 1)
+    vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+    batch = llama.llama_batch_init(tokens_at_once, 0, 1)
+    found = []
+    for sample_T in tokens_NT:
+        llama.llama_memory_clear(llama.llama_get_memory(context), True)
+        for start, part_T in enumerate(sample_T.split(tokens_at_once)):
+            batch.n_tokens = len(part_T)
+            for place, token in enumerate(part_T.tolist()):
+                batch.token[place], batch.pos[place], batch.logits[place] = token, start * tokens_at_once + place, 1
+                batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+            assert llama.llama_decode(context, batch) == 0
+            logits_TV = np.ctypeslib.as_array(llama.llama_get_logits(context), shape=(len(part_T), vocabulary))
+            found.append(torch.from_numpy(logits_TV.copy()).double().log_softmax(-1))
+    llama.llama_batch_free(batch)
+    llama.llama_free(context)
+    llama.llama_model_free(model)
+    return torch.cat(found).view(*tokens_NT.shape, vocabulary)
+
+
+def decoded(path: Path, copy: Path) -> Path:
+    """Writes the weights of a GGUF file as float32: llama.cpp then multiplies them without rounding activations.
+
+    Args:
+        path: a GGUF file.
+        copy: the file to write.
+
+    Returns:
+        `copy`.
+    """
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(copy, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=element)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return copy

@@ -1,14 +1,16 @@
 """`dsquant eval` as a whole: one pass, several candidates, broken ones with their layer, exit codes, bad input."""
 
 import json
+import math
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from broken import changed_copy, expert_zeroed, nibbles_swapped, router_not_compensated, scale_not_a_number
+from broken import Change, changed_copy, expert_zeroed, nibbles_swapped, router_not_compensated, scale_not_a_number
 from checkpoints import LLAMA, add_tokenizer, make_dense
 from click.testing import CliRunner
 from test_divergence import plainly_rounded
@@ -88,6 +90,28 @@ def test_a_candidate_whose_scores_are_no_numbers_fails_and_is_reported(tiny_r1: 
     assert "NaN" not in (awq.parent / "nan-report" / "report.json").read_text()
 
 
+def put_nan(name: str) -> Change:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if name in tensors:
+            tensors[name].view(-1)[1] = math.nan
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.2.self_attn.kv_a_layernorm.weight", "lm_head.weight"]
+)
+def test_a_tensor_with_nan_is_named_in_a_candidate_and_refused_in_a_reference(
+    tiny_r1: Path, tmp_path: Path, name: str
+) -> None:
+    broken = changed_copy(tiny_r1, tmp_path / "nan", put_nan(name))
+    small = SMALL | {"samples": 1, "seq_len": 64}
+    found = dsquant.evaluate(tiny_r1, broken, **small).candidates[0]
+    assert f"tensor {name!r} holds values that are no numbers" in found.findings[0].message
+    with pytest.raises(InputError, match=f"the reference's tensor '{name}' holds NaN or infinity"):
+        dsquant.evaluate(broken, tiny_r1, **small)
+
+
 def test_a_router_that_was_not_compensated_shows_in_its_overlap(evaluation: Evaluation) -> None:
     layers = {candidate.name: candidate.layers[2] for candidate in evaluation.candidates}
     healthy, broken = layers["awq"].router_overlap, layers["router"].router_overlap
@@ -102,6 +126,12 @@ def test_the_report_file_holds_everything(evaluation: Evaluation, awq: Path) -> 
     assert [one["first_broken_layer"] for one in report["candidates"]] == [None, 2, 3, 1]
     assert len(report["candidates"][0]["weights"]) == 20 and len(report["candidates"][0]["fingerprint"]) == 64
     assert not list((awq.parent / "report").glob(".dsquant*"))
+
+
+def test_the_original_has_one_size_in_plan_job_and_evaluation(evaluation: Evaluation, tiny_r1: Path, awq: Path) -> None:
+    recorded = json.loads((awq / "dsquant.json").read_text())["source"]["bytes"]
+    assert evaluation.reference.size_bytes == recorded == dsquant.plan(tiny_r1).source_bytes
+    assert evaluation.candidates[0].size_bytes == open_checkpoint(awq).index.num_bytes
 
 
 class CountedWeights(Overlay):
@@ -148,6 +178,7 @@ def test_a_gguf_file_can_be_the_reference(tiny_r1: Path, awq: Path, tmp_path: Pa
     by_file = dsquant.evaluate(tmp_path / "bf16", awq, tmp_path / "q8", **small)
     by_checkpoint = dsquant.evaluate(tiny_r1, awq, tmp_path / "q8", **small)
     assert by_file.texts == by_checkpoint.texts and by_file.reference.format == "GGUF BF16"
+    assert any("rounds activations" in caveat for caveat in by_file.caveats)
     for one, other in zip(by_file.candidates, by_checkpoint.candidates, strict=True):
         assert one.mean_kl == pytest.approx(other.mean_kl, abs=1e-3) and not one.findings
 
@@ -174,6 +205,8 @@ def test_gates_decide_the_exit_code(tiny_r1: Path, awq: Path, tmp_path: Path, ga
 def test_bad_input_ends_with_code_3_and_says_what_is_wrong(tiny_r1: Path, awq: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(b"GGUF")
     other = changed_copy(awq, tmp_path / "other", lambda tensors: None)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
@@ -184,12 +217,32 @@ def test_bad_input_ends_with_code_3_and_says_what_is_wrong(tiny_r1: Path, awq: P
         (tiny_r1, other): "num_experts_per_tok is 1, the reference's is 2",
         (tiny_r1, llama): "architecture LlamaForCausalLM, the reference .* is DeepseekV3ForCausalLM",
         (tiny_r1, tmp_path / "nowhere"): "no such folder",
+        (tiny_r1, tmp_path / "nowhere.gguf"): "no such file",
+        (tiny_r1, cut): "cut.gguf is damaged or no GGUF file: header and tensors do not fit its 4 bytes",
         (tiny_r1, awq, "--output", empty): "empty.txt is a file",
     }
     for arguments, message in cases.items():
         code, output = run(*arguments)
         assert code == 3, (arguments, output)
         assert re.search(message, output), output
+
+
+def test_a_gguf_file_without_the_package_that_reads_it_is_refused(
+    tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for models in ((tiny_r1, tmp_path), (tmp_path, tiny_r1)):
+        with pytest.raises(
+            InputError, match=r"model\.gguf: reading GGUF files needs the package gguf: pip install gguf"
+        ):
+            dsquant.evaluate(*models, **SMALL)
+
+
+def test_a_broken_line_of_prompts_is_named_by_its_number(tiny_r1: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "def f():\\n"}\n{"prompt": \n')
+    with pytest.raises(InputError, match=r"prompts\.jsonl, line 2: not JSON"):
+        dsquant.evaluate(tiny_r1, tiny_r1, **SMALL | {"prompts": str(tmp_path / "prompts.jsonl")})
 
 
 def test_other_vocabularies_are_refused(tiny_r1: Path, awq: Path, pico_r1: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The reports: everything is in them, and nothing that would break a page."""
 
 import dataclasses
+import io
 import json
 import math
 import re
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from evaluations import candidate, evaluation, text_scores
+from rich.console import Console
 
+from dsquant.display import print_evaluation
 from dsquant.evaluation.intervals import Interval
 from dsquant.evaluation.report.charts import Series, axis_of, line_chart, scatter_chart
 from dsquant.evaluation.report.figures import short_name
@@ -125,6 +128,14 @@ def test_a_notebook_shows_the_page_without_touching_the_rest_of_it() -> None:
     assert style is not None and "<html" not in html
     selectors = re.findall(r"^([^@\s{}][^{}]*)\{", style[1], flags=re.M)
     assert selectors and all(".dsquant-report" in part for selector in selectors for part in selector.split(","))
+
+
+def test_printing_an_evaluation_shows_what_the_command_line_shows() -> None:
+    terminal = Console(file=io.StringIO(), width=100, color_system=None)
+    print_evaluation(SEVERAL, console=terminal)
+    printed = str(SEVERAL)
+    assert printed == terminal.file.getvalue().rstrip()  # type: ignore[attr-defined]
+    assert "mean KL" in printed and all(one.name in printed for one in SEVERAL.candidates) and "\x1b" not in printed
 
 
 def test_axes_have_round_ticks_inside_and_are_logarithmic_for_magnitudes() -> None:

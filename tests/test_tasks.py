@@ -11,11 +11,14 @@ from dsquant.errors import InputError
 from dsquant.evaluation.execution import run_all
 from dsquant.evaluation.tasks import read_tasks
 
+# As in the published file: blank lines and imports in front, metadata before the checks, a test that calls a helper.
 HUMAN_EVAL = {
     "task_id": "HumanEval/x",
-    "prompt": 'def double(x):\n    """Twice x."""\n',
-    "canonical_solution": "    return 2 * x\n",
-    "test": "def check(candidate):\n    assert candidate(3) == 6\n",
+    "prompt": '\n\nfrom typing import List\n\n\ndef double(x: int) -> List[int]:\n    """ Twice x.\n    >>> double(1)\n'
+    '    [2]\n    """\n',
+    "canonical_solution": "    return [2 * x]\n",
+    "test": "\n\nMETADATA = {\n    'author': 'x',\n    'dataset': 'test'\n}\n\n\ndef check(candidate):\n"
+    "    assert candidate(3) == [6]\n    assert double(0) == [0]\n\n",
     "entry_point": "double",
 }
 MBPP = {
@@ -86,12 +89,21 @@ def test_a_file_without_prompts_or_that_is_no_text_is_refused(tmp_path: Path) ->
         _prompts_file("nowhere.jsonl")
 
 
-MBPP_FILE = Path(__file__).parents[2] / "shared" / "data" / "mbpp.jsonl"
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
-@pytest.mark.skipif(not MBPP_FILE.is_file(), reason="the shared data are not on this machine")
-def test_mbpp_itself_is_read_and_its_solutions_pass() -> None:
-    tasks = read_tasks(MBPP_FILE)
-    assert len(tasks) == 974
-    runs = run_all([task.program(task.gold or "") for task in tasks[10:34]])
-    assert sum(run.outcome == "passed" for run in runs) >= 23
+@pytest.mark.parametrize(
+    ("file", "count", "some"),
+    [
+        pytest.param("mbpp.jsonl", 974, slice(10, 34)),
+        pytest.param("mbpp.jsonl", 974, slice(None), marks=pytest.mark.slow),
+        pytest.param("HumanEval.jsonl", 164, slice(None), marks=pytest.mark.slow),
+    ],
+)
+def test_the_published_tasks_are_read_and_their_solutions_pass(file: str, count: int, some: slice) -> None:
+    if not (SHARED_DATA / file).is_file():
+        pytest.skip(f"{file} is not among the shared data of this machine")
+    tasks = read_tasks(SHARED_DATA / file)
+    assert len(tasks) == count and not any(stop in (task.gold or "") for task in tasks for stop in task.stops)
+    runs = run_all([task.program(task.gold or "") for task in tasks[some]])
+    assert [task.name for task, run in zip(tasks[some], runs, strict=True) if run.outcome != "passed"] == []

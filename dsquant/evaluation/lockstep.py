@@ -6,12 +6,14 @@ states and on the original's: the first shows what errors add up to, the second 
 Shape legend: N samples, T tokens of a sample, H hidden size, R tokens of all samples, L decoder layers.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from dsquant.errors import InputError
 from dsquant.evaluation import router
 from dsquant.evaluation.divergence import Head, score
 from dsquant.evaluation.measures import Distance, LayerMeasures, Measures
@@ -19,7 +21,7 @@ from dsquant.evaluation.results import WeightError
 from dsquant.evaluation.weights import LayerComparison, Moments
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
-from dsquant.model.overlays import ResidentWeights
+from dsquant.model.overlays import ResidentWeights, WatchedWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import (
     EMBEDDING,
@@ -68,6 +70,19 @@ class _Lane:
         return self.inputs.shape[0] > self.num_own
 
 
+def _refuse(name: str) -> None:
+    raise InputError(
+        f"the reference's tensor {name!r} holds NaN or infinity, so that nothing can be measured against it; download "
+        "or make the reference again"
+    )
+
+
+def _without_numbers(name: str) -> WeightError:
+    """Of a tensor that is not compared, such as a norm: AWQ folds scales into it."""
+    parts = name.split(".")
+    return WeightError(name, int(parts[2]) if parts[1] == "layers" else None, math.inf, None)
+
+
 class Lockstep:
     """The models on their way through the network."""
 
@@ -97,9 +112,12 @@ class Lockstep:
         self.skeleton, self.tokens_NT, self.safe_point = skeleton, tokens_NT, safe_point
         self._work, self._num_files, self.device = work, 0, original.device
         self.lens_R = torch.linspace(0, tokens_NT.numel() - 1, min(LENS_TOKENS, tokens_NT.numel())).long()
+        original = WatchedWeights(original, _refuse)
         self.original = self._lane(original, batch_samples, 1)
         self.noise = self._lane(original, noise_batch_samples, 1)
-        self.candidates = {name: self._lane(weights, batch_samples, 2) for name, weights in candidates.items()}
+        self._not_finite: dict[str, set[str]] = {name: set() for name in candidates}
+        watched = {name: WatchedWeights(one, self._not_finite[name].add) for name, one in candidates.items()}
+        self.candidates = {name: self._lane(weights, batch_samples, 2) for name, weights in watched.items()}
 
     def _lane(self, weights: Weights, batch_samples: int, times: int) -> _Lane:
         num_samples, num_tokens = self.tokens_NT.shape
@@ -123,6 +141,9 @@ class Lockstep:
 
         Returns:
             The noise floor, and each candidate's measures.
+
+        Raises:
+            InputError: where a tensor of the original holds NaN or infinity.
         """
         total = self.skeleton.num_layers
         self._embed()
@@ -277,6 +298,9 @@ class Lockstep:
         if name != EMBEDDING:
             for number, error in tables.items():
                 self.lanes[number].errors.append(WeightError(name, None, error.relative, None))
+        for candidate, lane in self.candidates.items():
+            compared = {error.name for error in lane.errors}
+            lane.errors += map(_without_numbers, sorted(self._not_finite[candidate] - compared))
         measures = [
             Measures(
                 tokens=rows.tokens((shape[0], shape[1])),

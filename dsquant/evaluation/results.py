@@ -17,12 +17,16 @@ All numbers are shares (0 to 1), nats or bytes, never per cent.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsquant.evaluation.drift import CodeDrift
 from dsquant.evaluation.intervals import Interval
+from dsquant.notebook import as_text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 # report.json's layout. 1: first.
 SCHEMA_VERSION = 1
@@ -166,7 +170,9 @@ class Candidate:
     format: str
     """FP8, BF16, AWQ, compressed-tensors or GGUF, with what it says about itself, such as `GGUF Q4_K_M`."""
     size_bytes: int
+    """Of the data of all its tensors, without the files' headers."""
     bits_per_weight: float
+    """Of `size_bytes`."""
     fingerprint: str
     """SHA-256 of names, sizes and headers of its files."""
     texts: Mapping[str, TextScores]
@@ -216,6 +222,7 @@ class Reference:
     format: str
     architecture: str
     size_bytes: int
+    """Of the data of all its tensors, without the files' headers: what `dsquant plan` tells."""
     fingerprint: str
     num_layers: int
     num_experts: int
@@ -275,6 +282,15 @@ class Evaluation:
             plain["verdict"] = candidate.verdict
             plain["first_broken_layer"] = candidate.first_broken_layer
         return found | {"verdict": self.verdict}
+
+    def tables(self) -> "Iterator[RenderableType]":
+        """What the command line shows: candidates, texts, code, findings, gates."""
+        from dsquant.evaluation.report.terminal import tables
+
+        return tables(self)
+
+    def __str__(self) -> str:
+        return as_text(self.tables())
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the page, as report.html has it."""

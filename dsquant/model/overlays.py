@@ -3,7 +3,7 @@
 A mapping over a mapping: the layer that runs on it is always the same transformers code.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -94,6 +94,26 @@ class ReplacedWeights(Overlay):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.replaced[name] if name in self.replaced else self.base[name]
+
+
+class WatchedWeights(Overlay):
+    """The base's weights; whoever asked for it hears of each tensor that holds NaN or infinity when it is read."""
+
+    def __init__(self, base: Weights, not_finite: Callable[[str], None]) -> None:
+        super().__init__(base)
+        self.not_finite = not_finite
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._watched(name, self.base[name])
+
+    def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
+        """Reads some rows of a tensor."""
+        return self._watched(name, self.base.rows(name, start_row, stop_row))
+
+    def _watched(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):  # a sum needs no memory
+            self.not_finite(name)
+        return values
 
 
 class FoldedWeights(Overlay):

@@ -28,7 +28,8 @@ def locate(model: str) -> Path:
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or any(set(part) == {"."} for part in model.split("/")):
-        raise InputError(f"{model!r}: no such folder, and not a hub id such as 'deepseek-ai/DeepSeek-R1'")
+        kind = "file" if model.endswith(".gguf") else "folder"
+        raise InputError(f"{model!r}: no such {kind}, and not a hub id such as 'deepseek-ai/DeepSeek-R1'")
     return _download(model)
 
 

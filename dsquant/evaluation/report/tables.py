@@ -81,8 +81,8 @@ def summary(evaluation: Evaluation) -> Table:
     reference = evaluation.reference
     code = any(_bleu_drop(one) != NOTHING for one in evaluation.candidates)
     note = (
-        f"Reference: {reference.path} ({reference.format}, {format_size(original)}). Means over the texts; router "
-        "overlap of the worst layer"
+        f"Reference: {reference.path} ({reference.format}, {format_size(original)}). Sizes are those of the tensors' "
+        "data, without headers. Means over the texts; router overlap of the worst layer"
         + ("; code BLEU: points that the candidate loses to the original, both against gold." if code else ".")
     )
     return _without_empty_columns(Table("Candidates", tuple(headings), rows, note))

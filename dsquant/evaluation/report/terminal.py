@@ -1,0 +1,127 @@
+"""An evaluation in a few tables and lines: what the command line and `print` show."""
+
+from collections.abc import Iterator
+
+from rich.box import SIMPLE_HEAD
+from rich.console import JustifyMethod, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dsquant.evaluation.results import Candidate, Evaluation
+from dsquant.recipe import format_size
+
+
+def tables(evaluation: Evaluation) -> Iterator[RenderableType]:
+    """Shows candidates side by side, then each one's scores, what is broken in it, and its gates.
+
+    Args:
+        evaluation: what was found.
+
+    Yields:
+        What rich prints.
+    """
+    yield _candidates_table(evaluation)
+    for one in evaluation.candidates:
+        yield _texts_table(one)
+        yield from _details(one)
+    yield from _code(evaluation)
+    noise = max(scores.mean_kl.estimate for scores in evaluation.noise_floor.values())
+    yield Text(f"Noise floor: the original against itself in batches of another size has a mean KL of {noise:.2g}.")
+    for caveat in evaluation.caveats:
+        yield Text(f"Note: {caveat}.")
+    for one in evaluation.candidates:
+        yield from _gates(one)
+
+
+def _candidates_table(evaluation: Evaluation) -> Table:
+    reference = evaluation.reference
+    table = _table(f"Against {reference.path} ({reference.format}, {format_size(reference.size_bytes)})")
+    for heading in ("candidate", "verdict", "format", "size", "bits", "mean KL"):
+        _add_column(table, heading, 3)
+    for one in evaluation.candidates:
+        broken = None if one.first_broken_layer is None else f"layer {one.first_broken_layer} broken"
+        verdict = ", ".join(filter(None, (one.verdict, broken))) or "no gates"
+        size = format_size(one.size_bytes)
+        table.add_row(one.name, verdict, one.format, size, f"{one.bits_per_weight:.2f}", f"{one.mean_kl:.4f}")
+    return table
+
+
+def _table(title: str) -> Table:
+    """A table that is narrow enough for 80 columns."""
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+
+
+def _add_column(table: Table, heading: str, left: int = 1) -> None:
+    justify: JustifyMethod = "left" if len(table.columns) < left else "right"
+    table.add_column(heading, justify=justify, overflow="fold")
+
+
+def _code(evaluation: Evaluation) -> Iterator[RenderableType]:
+    """What generated code tells of every candidate."""
+    drifts = [(one.name, one.drift) for one in evaluation.candidates if one.drift is not None]
+    table = _table("Generated code against the original's")
+    for heading in ("candidate", "BLEU", "chrF", "CodeBLEU", "same text", "BLEU lost", "pass@1 (original's)"):
+        _add_column(table, heading)
+    for name, drift in drifts:
+        found, lost, run = drift.candidate_vs_original, drift.measures.get("code_bleu_drop"), drift.execution
+        if found is None:
+            assert drift.agreement is not None
+            yield Text(f"{name}: ranks {drift.agreement.estimate:.1%} of the original's greedy tokens first too.")
+            continue
+        scores = (found.bleu, found.chrf, found.code_bleu.total)
+        table.add_row(
+            name,
+            *(f"{100 * score:.1f}" for score in scores),
+            f"{found.exact_match:.0%}",
+            "" if lost is None else f"{lost.estimate:.2f}",
+            "" if run is None else f"{run.pass_candidate.estimate:.1%} ({run.pass_original.estimate:.1%})",
+        )
+    if not table.rows:
+        return
+    if all(drift.execution is None for _, drift in drifts):
+        table.columns.pop()
+    yield table
+    yield Text("BLEU lost: points that the candidate loses to the original, both against the reference solutions.")
+
+
+def _texts_table(candidate: Candidate) -> Table:
+    """Perplexities with the interval of their ratio, divergence and agreement on every text."""
+    table = _table(f"{candidate.name}: perplexity, KL divergence in nats, agreement")
+    for heading in ("text", "original", "candidate", "ratio", "interval", "mean KL", "99 % KL", "top 1"):
+        _add_column(table, heading)
+    for text, found in candidate.texts.items():
+        ratio = found.perplexity_ratio
+        table.add_row(
+            text,
+            f"{found.perplexity_original:.3f}",
+            f"{found.perplexity:.3f}",
+            f"{ratio.estimate:.4f}",
+            f"{ratio.low:.3f}–{ratio.high:.3f}",
+            f"{found.mean_kl.estimate:.4f}",
+            f"{found.kl.p99:.4f}",
+            f"{found.top1_agreement.estimate:.1%}",
+        )
+    return table
+
+
+def _details(candidate: Candidate) -> Iterator[Text]:
+    """Router overlap and findings of one candidate."""
+    overlaps = [layer for layer in candidate.layers if layer.router_overlap is not None]
+    if overlaps:
+        worst = min(overlaps, key=lambda layer: layer.router_overlap.estimate if layer.router_overlap else 1.0)
+        assert worst.router_overlap is not None
+        overlap = f"{worst.router_overlap.estimate:.1%}"
+        yield Text(f"{candidate.name}: layer {worst.index} chooses the fewest of the original's experts, {overlap}.")
+    for finding in candidate.findings:
+        yield Text(f"{candidate.name}: broken? {finding.message}.", style="red")
+
+
+def _gates(candidate: Candidate) -> Iterator[Text]:
+    """The gates that did not pass, and how many did."""
+    for gate in candidate.gates:
+        if gate.verdict != "pass":
+            yield Text(f"{candidate.name}: gate {gate.message}", style="red" if gate.verdict == "fail" else "yellow")
+    if candidate.gates:
+        passed = sum(gate.verdict == "pass" for gate in candidate.gates)
+        style = "green" if passed == len(candidate.gates) else ""
+        yield Text(f"{candidate.name}: {passed} of {len(candidate.gates)} gates pass", style=style)
