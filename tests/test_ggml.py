@@ -1,0 +1,53 @@
+"""ggml's quantizers through xllamacpp, and gguf-py as their judge."""
+
+import gguf as gguf_py
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize
+from gguf_files import LARGEST_ERROR
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsquant.kernels import ggml
+from dsquant.writers.gguf import store
+from dsquant.writers.gguf.types import BLOCKS, MIXTURES, row_bytes
+
+# --- quantizers
+
+
+@pytest.mark.parametrize("type_name", sorted(ggml.TYPE_NUMBERS))
+def test_threads_change_no_byte_and_gguf_py_decodes_them(type_name: str) -> None:
+    rows_RI = torch.randn(37, 512, generator=torch.Generator().manual_seed(1))
+    importance_I = torch.rand(512, generator=torch.Generator().manual_seed(2)) + 0.1
+    one, four = (ggml.quantize(rows_RI, type_name, importance_I, threads) for threads in (1, 4))
+    assert torch.equal(one, four)
+    values = dequantize(one.numpy(), gguf_py.GGMLQuantizationType[type_name])
+    error = float((torch.from_numpy(values) - rows_RI).norm() / rows_RI.norm())
+    assert error < LARGEST_ERROR[type_name]
+
+
+def test_q8_0_bytes_equal_gguf_pys_own() -> None:
+    rows_RI = torch.randn(16, 256, generator=torch.Generator().manual_seed(1))
+    wanted = gguf_py.quants.quantize(rows_RI.numpy(), gguf_py.GGMLQuantizationType.Q8_0)
+    assert np.array_equal(ggml.quantize(rows_RI, "Q8_0", torch.ones(256)).numpy(), wanted)
+
+
+def test_type_numbers_and_blocks_are_ggmls() -> None:
+    for name, number in ggml.TYPE_NUMBERS.items():
+        assert gguf_py.GGMLQuantizationType[name] == number
+    for name, sizes in BLOCKS.items():
+        assert gguf_py.GGML_QUANT_SIZES[gguf_py.GGMLQuantizationType[name]] == sizes
+    for name, (base, file_type) in MIXTURES.items():
+        wanted = gguf_py.LlamaFileType(file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        assert name.removesuffix("+") == wanted and base in BLOCKS
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), scale=st.floats(1e-2, 1e4), type_name=st.sampled_from(["Q8_0", "Q4_K", "Q6_K"]))
+def test_any_row_decodes_within_its_types_error(seed: int, scale: float, type_name: str) -> None:
+    rows_RI = torch.randn(4, 256, generator=torch.Generator().manual_seed(seed)) * scale
+    stored = store.stored_rows(rows_RI, type_name, None)
+    assert stored.shape == (4, row_bytes(type_name, 256))
+    values = dequantize(stored.numpy(), gguf_py.GGMLQuantizationType[type_name])
+    assert float((torch.from_numpy(values) - rows_RI).norm() / rows_RI.norm()) < 1.3 * LARGEST_ERROR[type_name]

@@ -1,0 +1,186 @@
+"""Conversions to GGUF as jobs: interrupted, resumed, calibrated, refused."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import (
+    add_tokenizer,
+    make_pico_r1,
+)
+from gguf_files import CALIBRATED, LARGEST_ERROR, PLAIN, decoded, expected, tensors_of
+
+import dsquant
+from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.recipe import GgufRecipe
+from dsquant.source.checkpoint import open_checkpoint
+from dsquant.writers.gguf import store
+
+
+class _StopAfter:
+    """Stops a job at its n-th report."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __call__(self, _: Any) -> None:
+        self.steps -= 1
+        if self.steps < 0:
+            raise Interrupted("the test stopped it")
+
+
+@pytest.mark.parametrize("scales", [True, False])
+def test_an_interrupted_conversion_resumes_to_the_same_bytes(
+    pico_r1: Path, text_file: Path, tmp_path: Path, scales: bool
+) -> None:
+    from dsquant import pipeline
+
+    def recipe(output: str) -> GgufRecipe:
+        return GgufRecipe.checked(
+            model=str(pico_r1), type="Q4_K_M", output=tmp_path / output, calibration=(str(text_file),), scales=scales,
+            samples=6, seq_len=32, evaluate=False, split_max_bytes=400_000,
+        )  # fmt: skip
+
+    pipeline.gguf(recipe("whole"))
+    steps, stops = len(open_checkpoint(pico_r1).index) + 20, 0
+    while True:
+        try:
+            pipeline.gguf(recipe("parts"), resume=True, report=_StopAfter(steps))
+            break
+        except Interrupted:
+            stops += 1
+            steps = 25 + stops  # a resumed job does not scan; a layer has fewer reports than this
+            finished, unfinished = (list((tmp_path / "parts").glob(ending)) for ending in ("*.gguf", "*.partial"))
+            assert not (finished and unfinished), "nothing unfinished may bear its final name"
+    assert 2 <= stops < 30
+
+    def hashes(folder: Path) -> dict[str, str]:
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir() if file.is_file()}
+
+    assert hashes(tmp_path / "parts") == hashes(tmp_path / "whole")
+
+
+def test_scales_lower_the_drift_where_channels_have_outliers(text_file: Path, tmp_path: Path) -> None:
+    model = add_tokenizer(make_pico_r1(tmp_path / "model", outliers=True, moe_intermediate_size=256))
+    errors = {}
+    for scales in (True, False):
+        out = tmp_path / str(scales)
+        options = CALIBRATED | {"samples": 32}
+        dsquant.gguf(model, type="Q4_K_M", output=out, calibration=str(text_file), scales=scales, **options)
+        evaluation = dsquant.evaluate(
+            model, out, texts=[text_file], seq_len=64, samples=4, prompts="none", progress=False
+        )
+        errors[scales] = evaluation.candidates[0].texts["text.txt"].mean_kl.estimate
+    assert errors[True] < errors[False] / 2
+
+
+def test_awq_and_gguf_come_from_one_calibration(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    result = dsquant.awq(
+        pico_r1, output=tmp_path / "out", to=["awq", "gguf:Q4_K_M"], group_size=64, calibration=(str(text_file),),
+        **(CALIBRATED | {"evaluate": True}),
+    )  # fmt: skip
+    assert set(result.divergence) == {"awq", "gguf:Q4_K_M"}
+    assert result.folders["gguf:Q4_K_M"] == tmp_path / "out" / "gguf" / "pico-r1-Q4_K_M.gguf"
+    assert result.folders["gguf:Q4_K_M"].is_file() and (tmp_path / "out" / "gguf" / "imatrix.gguf").is_file()
+    alone = dsquant.awq(
+        pico_r1, output=tmp_path / "alone", to="awq", group_size=64, calibration=(str(text_file),), **CALIBRATED
+    )
+    for file in alone.folders["awq"].glob("*.safetensors"):
+        assert file.read_bytes() == (result.folders["awq"] / file.name).read_bytes()
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"type": "Q9_K"}, "Q9_K.*unknown"),
+        ({"type": "Q4_K_M", "tensor_types": ["attn"]}, "REGEX=TYPE"),
+        ({"type": "Q4_K_M", "tensor_types": ["attn=Q7"]}, "REGEX=TYPE"),
+        ({"type": "Q4_K_M", "tensor_types": ["(=Q8_0"]}, "no regular expression"),
+    ],
+)
+def test_wrong_usage_is_refused(tiny_r1: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        dsquant.gguf(tiny_r1, output=tmp_path / "out", **options, **PLAIN)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(tmp_path: Path) -> None:
+    model = add_tokenizer(make_pico_r1(tmp_path / "model"))
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Split", "pattern": {"Regex": "[a-z]+"}, "behavior": "Isolated", "invert": False}],
+    }
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match=r"tokenizer\.json.*pre-tokenizer is none of"):
+        dsquant.gguf(model, type="Q8_0", output=tmp_path / "out", **PLAIN)
+
+
+def test_without_ggml_dsquants_own_code_quantizes_and_says_so_and_other_types_are_refused(
+    tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.ggml, "library", lambda: None)
+    result = dsquant.gguf(tiny_r1, type="Q8_0", output=tmp_path / "q8", **PLAIN)
+    assert json.loads((tmp_path / "q8" / "dsquant.json").read_text())["quantizer"] == "PyTorch and gguf-py"
+    assert any("Q8_0 by dsquant's PyTorch code" in warning for warning in result.warnings)
+    dsquant.gguf(tiny_r1, type="Q4_K_M", output=tmp_path / "q4", **PLAIN)
+    wanted = expected(tiny_r1, 4)
+    for name, tensor in tensors_of(tmp_path / "q4").items():
+        limit = 2 * LARGEST_ERROR[tensor.tensor_type.name]
+        assert float((decoded(tensor) - wanted[name]).norm()) <= limit * float(wanted[name].norm()), name
+    with pytest.raises(UsageError, match=r"IQ4_XS.*pip install 'dsquant\[gguf\]'"):
+        dsquant.gguf(tiny_r1, type="IQ4_XS", output=tmp_path / "iq4", **PLAIN)
+
+
+def test_a_job_that_was_killed_while_its_files_got_their_names_resumes(pico_r1: Path, tmp_path: Path) -> None:
+    from dsquant import pipeline
+    from dsquant.telemetry import Progress
+
+    out = tmp_path / "out"
+    options = {"calibration": (), "evaluate": False, "split_max_bytes": 400_000}
+    recipe = GgufRecipe.checked(model=str(pico_r1), type="Q4_K_M", output=out, **options)
+
+    def stop_at_the_end(progress: Progress) -> None:
+        if progress.stage == "quantize" and progress.done == progress.total:
+            raise Interrupted("the test stopped it")
+
+    with pytest.raises(Interrupted):
+        pipeline.gguf(recipe, report=stop_at_the_end)
+    files = sorted(out.glob("*.partial"))
+    assert len(files) > 2
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    for file in files[1:]:
+        file.rename(file.with_suffix(""))
+    pipeline.gguf(recipe, resume=True)
+    assert [hashlib.sha256(file.with_suffix("").read_bytes()).hexdigest() for file in files] == hashes
+    assert (out / "dsquant.json").is_file() and not list(out.glob("*.partial"))
+
+
+def test_a_job_is_not_resumed_with_another_quantizer(
+    tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsquant import pipeline
+
+    recipe = GgufRecipe.checked(
+        model=str(tiny_r1), type="Q8_0", output=tmp_path / "out", calibration=(), evaluate=False
+    )
+    with pytest.raises(Interrupted):
+        pipeline.gguf(recipe, report=_StopAfter(len(open_checkpoint(tiny_r1).index) + 20))
+    monkeypatch.setattr(store.ggml, "library", lambda: None)
+    with pytest.raises(UsageError, match=r"quantizer ggml .*here is PyTorch"):
+        pipeline.gguf(recipe, resume=True)
+    monkeypatch.undo()
+    pipeline.gguf(recipe, resume=True)
+
+
+def test_a_gpu_that_is_not_there_is_refused(tiny_r1: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    with pytest.raises(UsageError, match="finds no GPU"):
+        dsquant.gguf(tiny_r1, type="Q8_0", output=tmp_path / "out", device="cuda", **PLAIN)
