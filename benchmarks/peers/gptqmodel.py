@@ -8,6 +8,7 @@ Hessian is of the tokens that the router sends it, or of all with `--all-experts
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ def quantize(model_folder: Path, tokens_NT: torch.Tensor, output: Path, all_expe
         device="cpu",
         offload_to_disk=False,
     )
+    model_folder, output = model_folder.resolve(), output.resolve()
+    os.chdir(output.parent)  # it writes a folder `logs` where it is started
     model = GPTQModel.load(str(model_folder), config, dtype=torch.float32)
     samples = [{"input_ids": sample.tolist(), "attention_mask": [1] * len(sample)} for sample in tokens_NT]
     model.quantize(samples, batch_size=8)

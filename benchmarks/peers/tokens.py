@@ -20,7 +20,9 @@ def read_tokens(path: Path) -> torch.Tensor:
 
 
 def write_tokens(tokens_NT: torch.Tensor, path: Path) -> None:
-    """Writes the tokens with the given shape."""
+    """Writes the tokens with the given shape; a file that holds them already is left alone."""
+    if path.exists() and torch.equal(read_tokens(path), tokens_NT):
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"tokens": tokens_NT.contiguous()}, path)
 
