@@ -10,7 +10,7 @@ llama.cpp's Q4_K_M has its own types. The figures come from `benchmarks/peers/re
 dsquant. Run it from the repository's root; `benchmarks/peers/make_environments DIR` makes the peers' environments.
 
 What is finished in DIR is not done again: the same command again goes on where it was stopped, and more seeds, methods
-or models only add to it. dsquant's results hold for its source files as they are.
+or models only add to it; `--only-report` shows what there is. dsquant's results hold for its source files as they are.
 """
 
 import argparse
@@ -62,7 +62,6 @@ PEERS = [
     Method("llmcompressor-gptq", "llm-compressor AWQ + GPTQ, symmetric", "llmcompressor", ("--gptq",)),
     Method("gptqmodel", "GPTQModel GPTQ, symmetric", "gptqmodel"),
     Method("gptqmodel-mse", "GPTQModel GPTQ, range search, symmetric", "gptqmodel", ("--mse", "2.4")),
-    Method("gptqmodel-all", "GPTQModel GPTQ, all experts see all, symmetric", "gptqmodel", ("--all-experts",)),
     Method("autoround", "AutoRound, 200 steps, symmetric", "autoround"),
     Method("autoround-asym", "AutoRound, 200 steps, asymmetric", "autoround", ("--asymmetric",)),
     Method("llamacpp", "llama.cpp Q4_K_M, imatrix", "llamacpp"),
@@ -189,9 +188,7 @@ class Bench:
         seed_work = self.work / f"seed-{seed}"
         output, path = seed_work / method.name, seed_work / f"{method.name}.json"
         command = command_of(method, self.model, self.work, seed_work, self.arguments)
-        source = hash_of_dsquant() if method.environment is None else method.environment
-        options = " ".join([*method.options, *(self.arguments.dsquant_option if method.environment is None else [])])
-        fingerprint = hash_of(options, source, self.model_hash, seed_work / "calibration.safetensors")
+        fingerprint = self._made_from(method, seed)
         result = read_json(path)
         if result.get("made") != fingerprint:
             path.unlink(missing_ok=True)
@@ -208,10 +205,17 @@ class Bench:
             tell(f"{self.model.name}, {method.label}, seed {seed}: {result['seconds']:.0f} s, mean KL {kl}")
         return result
 
+    def _made_from(self, method: Method, seed: int) -> str:
+        """What a quantized checkpoint depends on; a peer's code is known by its environment's name alone."""
+        source = hash_of_dsquant() if method.environment is None else method.environment
+        options = " ".join([*method.options, *(self.arguments.dsquant_option if method.environment is None else [])])
+        return hash_of(options, source, self.model_hash, self.work / f"seed-{seed}" / "calibration.safetensors")
+
     def finished(self, method: Method, seed: int) -> dict | None:
-        """A result as it lies there, made with these tokens or None."""
+        """A result as it lies there, if it is of this model, these tokens and this dsquant."""
         result = read_json(self.work / f"seed-{seed}" / f"{method.name}.json")
-        return result if result.get("measured") == self.evaluation_hash() else None
+        current = (self._made_from(method, seed), self.evaluation_hash())
+        return result if (result.get("made"), result.get("measured")) == current else None
 
 
 def as_json(figures: dict[str, Divergence]) -> dict[str, dict[str, float]]:
@@ -308,6 +312,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dsquant-option", action="append", default=[], metavar="OPTION", help="one more word for dsquant"
     )
+    parser.add_argument("--only-report", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of each method")
     parser.add_argument("--write", type=Path, help="Markdown file for the tables; printed in any case")
     return parser.parse_args(argv)
@@ -335,21 +340,23 @@ def main() -> None:
     benches = [Bench(model, arguments) for model in arguments.models]
     told = conditions(arguments, methods)
     failed = False
-    report = ""
-    for seed in arguments.seeds:
-        for bench in benches:
-            for method in methods:
-                try:
-                    bench.result(method, seed)
-                except RuntimeError as error:
-                    tell(f"{bench.model.name}, {method.label}, seed {seed}: {error}")
-                    failed = True
-                tables = [table(one, methods, arguments.seeds) for one in benches]
-                report = "\n\n".join([told, *tables]) + "\n"
-                if arguments.write:
-                    arguments.write.parent.mkdir(parents=True, exist_ok=True)
-                    arguments.write.write_text(report)
-    print(report)
+
+    def report() -> str:
+        text = "\n\n".join([told, *(table(bench, methods, arguments.seeds) for bench in benches)]) + "\n"
+        if arguments.write:
+            arguments.write.parent.mkdir(parents=True, exist_ok=True)
+            arguments.write.write_text(text)
+        return text
+
+    runs = [(seed, bench, method) for seed in arguments.seeds for bench in benches for method in methods]
+    for seed, bench, method in [] if arguments.only_report else runs:
+        try:
+            bench.result(method, seed)
+        except RuntimeError as error:
+            tell(f"{bench.model.name}, {method.label}, seed {seed}: {error}")
+            failed = True
+        report()
+    print(report())
     if failed:
         raise SystemExit(1)
 
