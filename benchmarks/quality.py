@@ -16,12 +16,13 @@ or models only add to it; `--only-report` shows what there is. dsquant's results
 import argparse
 import hashlib
 import json
+import math
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -90,18 +91,24 @@ def command_of(method: Method, model: Path, work: Path, seed_work: Path, argumen
     return [python, "-m", module, str(work / "float32"), tokens, output, *method.options]
 
 
-def run_logged(command: list[str], log: Path, threads: int) -> None:
+def run_logged(command: list[str], log: Path, threads: int) -> float:
     """Runs a command from the repository's root and sends what it prints to a file.
+
+    Returns:
+        Seconds that the processors worked: on a shared machine the clock tells little.
 
     Raises:
         RuntimeError: it failed; holds the end of the log.
     """
     own = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "GPTQMODEL_CPU_WORKERS": "2"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with log.open("w") as stream:
         code = subprocess.run(command, cwd=ROOT, env=os.environ | own, stdout=stream, stderr=stream).returncode
     if code != 0:
         end = log.read_text(errors="replace")[-2000:]
         raise RuntimeError(f"{' '.join(command)}: exit code {code}, log in {log}, which ends:\n{end}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def hash_of(*parts: str | bytes | Path) -> str:
@@ -194,15 +201,15 @@ class Bench:
             path.unlink(missing_ok=True)
             if output.exists():
                 shutil.rmtree(output)
-            started = time.monotonic()
-            run_logged(command, seed_work / f"{method.name}.log", self.arguments.threads)
-            result = {"made": fingerprint, "seconds": time.monotonic() - started, "bits": stored_bits(output)}
+            seconds = run_logged(command, seed_work / f"{method.name}.log", self.arguments.threads)
+            result = {"made": fingerprint, "cpu_seconds": seconds, "bits": stored_bits(output)}
             path.write_text(json.dumps(result, indent=2))
         if result.get("measured") != self.evaluation_hash():
             result |= {"measured": self.evaluation_hash(), "texts": as_json(self.evaluator().of_folder(output))}
             path.write_text(json.dumps(result, indent=2))
             kl = {text: round(figures["mean_kl"], 4) for text, figures in result["texts"].items()}
-            tell(f"{self.model.name}, {method.label}, seed {seed}: {result['seconds']:.0f} s, mean KL {kl}")
+            spent = f"{result.get('cpu_seconds', math.nan):.0f} CPU s"
+            tell(f"{self.model.name}, {method.label}, seed {seed}: {spent}, mean KL {kl}")
         return result
 
     def _made_from(self, method: Method, seed: int) -> str:
@@ -238,7 +245,8 @@ def cell(values: list[float], digits: int) -> str:
 def row(label: str, results: list[dict], texts: list[str]) -> str:
     """One line of the table."""
     bits = f"{results[0]['bits']:.2f}" if "bits" in results[0] else ""
-    seconds = f"{statistics.mean(one['seconds'] for one in results):.0f}" if "seconds" in results[0] else ""
+    measured = [one["cpu_seconds"] for one in results if "cpu_seconds" in one]
+    seconds = f"{statistics.mean(measured):.0f}" if measured else ""
     cells = []
     for text in texts:
         figures = [one["texts"][text] for one in results]
@@ -247,7 +255,7 @@ def row(label: str, results: list[dict], texts: list[str]) -> str:
             cell([one["perplexity"] for one in figures], 3),
             f"{statistics.mean(one['top_1_agreement'] for one in figures):.2%}",
         ]
-    seeds = str(len(results)) if seconds else ""
+    seeds = str(len(results)) if bits else ""
     return "| " + " | ".join([label, bits, *cells, seconds, seeds]) + " |"
 
 
@@ -256,7 +264,7 @@ def table(bench: Bench, methods: list[Method], seeds: list[int]) -> str:
     head = ["method", "bits"]
     for text in bench.texts:
         head += [f"{text}: mean KL", "perplexity", "same top token"]
-    head += ["seconds", "seeds"]
+    head += ["CPU seconds", "seeds"]
     lines = [f"### {bench.model.name}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     lines.append(row("original", [bench.baseline("original")], bench.texts))
     for form in ("symmetric", "asymmetric"):
@@ -287,7 +295,7 @@ def conditions(arguments: argparse.Namespace, methods: list[Method]) -> str:
         f"Text: {arguments.text.name}, SHA-256 {hash_of(arguments.text)[:16]}….",
         f"Calibration: {calibration} tokens from its first half, chosen by seeds {arguments.seeds}.",
         f"Evaluation: {evaluation} tokens from its second half{other}.",
-        "± is the standard deviation over seeds; seconds are of one thread on a shared CPU.",
+        "± is the standard deviation over seeds; CPU seconds: the processors' work to quantize, one thread.",
         f"Evaluator: {evaluator}.",
     ]
     for environment in dict.fromkeys(method.environment for method in methods if method.environment):
