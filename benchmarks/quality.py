@@ -1,184 +1,306 @@
-"""4-bit quantizers side by side: the same model, the same calibration tokens, one independent evaluator.
+"""4-bit quantizers side by side: the same models, the same calibration tokens, one independent evaluator.
 
-    python -m benchmarks.quality MODEL [MODEL]... --text FILE --work DIR \\
-        --autoawq-python VENV/bin/python --llmcompressor-python VENV/bin/python [--write FILE]
+    python -m benchmarks.quality MODEL [MODEL]... --text FILE --wiki FILE --work DIR --peers DIR \\
+        [--seeds 0 1 2] [--methods NAME...] [--write FILE]
 
-MODEL is a folder with an FP8 DeepSeek-V3 checkpoint that fits in memory. Calibration takes 64 windows of 256
-tokens from the first half of the text, evaluation 32 windows of 512 from the second. Each method quantizes
-every linear of the decoder but the router, in groups of 128. The figures come from
-`benchmarks/peers/reference.py`, which shares no code with dsquant. Run it from the repository's root;
-benchmarks/peers/README.md tells how to make the peers' environments.
+MODEL is a folder with a DeepSeek-V3 checkpoint, FP8 or not, that fits in memory. Calibration takes 64 windows of 256
+tokens from the first half of the text, other ones for each seed; evaluation 32 windows of 512 from its second half, and
+as many from the other text. Each method quantizes every linear of the decoder but the router, in groups of 128; only
+llama.cpp's Q4_K_M has its own types. The figures come from `benchmarks/peers/reference.py`, which shares no code with
+dsquant. Run it from the repository's root; `benchmarks/peers/make_environments DIR` makes the peers' environments.
+
+What is finished in DIR is not done again: the same command again goes on where it was stopped, and more seeds, methods
+or models only add to it; `--only-report` shows what there is. dsquant's results hold for its source files as they are.
 """
 
 import argparse
 import hashlib
+import json
+import math
 import os
+import resource
 import shutil
+import statistics
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import get_args
 
-from benchmarks.peers.reference import Divergence, evaluate
-from benchmarks.peers.tokens import halves_of_text, read_tokens, write_tokens
+from benchmarks.peers.decoding import stored_bits
+from benchmarks.peers.reference import Divergence, Evaluator
+from benchmarks.peers.tokens import chosen_windows, halves, read_tokens, spaced_windows, tokens_of, write_tokens
+from dsquant.recipe import Preset
 
 CALIBRATION_SHAPE = (64, 256)
 EVALUATION_SHAPE = (32, 512)
 ROOT = Path(__file__).resolve().parent.parent
+VERSIONS = {
+    "autoawq": ["autoawq", "transformers", "torch"],
+    "llmcompressor": ["llmcompressor", "compressed-tensors", "transformers", "torch"],
+    "gptqmodel": ["gptqmodel", "transformers", "torch"],
+    "autoround": ["auto-round", "transformers", "torch"],
+    "llamacpp": ["llama_cpp_python", "transformers", "torch"],
+}
+"""Environment of a peer -> packages whose versions are told; llama.cpp is the one in llama-cpp-python's source."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One quantizer to run as a process of its own."""
+    """One quantizer with its options, run as a process of its own."""
 
+    name: str
     label: str
-    folder: str
-    """The name of its output under the model's work folder."""
-    command: list[str]
-    is_peer: bool
+    environment: str | None
+    """The peer's, and the module in benchmarks/peers that runs in it; None for dsquant."""
+    options: tuple[str, ...] = ()
 
 
-def peer_methods(arguments: argparse.Namespace, full_precision: Path, tokens: Path, work: Path) -> list[Method]:
-    """The peers whose environments were given."""
-    peers = [
-        ("AutoAWQ, asymmetric", "autoawq", arguments.autoawq_python),
-        ("llm-compressor AWQ, symmetric", "llmcompressor", arguments.llmcompressor_python),
-    ]
+PEERS = [
+    Method("autoawq", "AutoAWQ, asymmetric", "autoawq"),
+    Method("llmcompressor", "llm-compressor AWQ, symmetric", "llmcompressor"),
+    Method("llmcompressor-gptq", "llm-compressor AWQ + GPTQ, symmetric", "llmcompressor", ("--gptq",)),
+    Method("gptqmodel", "GPTQModel GPTQ, symmetric", "gptqmodel"),
+    Method("gptqmodel-mse", "GPTQModel GPTQ, range search, symmetric", "gptqmodel", ("--mse", "2.4")),
+    Method("autoround", "AutoRound, 200 steps, symmetric", "autoround"),
+    Method("autoround-asym", "AutoRound, 200 steps, asymmetric", "autoround", ("--asymmetric",)),
+    Method("llamacpp", "llama.cpp Q4_K_M, imatrix", "llamacpp"),
+]
+
+
+def own_methods() -> list[Method]:
+    """dsquant's presets that quantize every linear, in both forms."""
+    forms = {"asymmetric": ("--to", "awq"), "symmetric": ("--to", "compressed-tensors", "--symmetric")}
+    presets = [preset for preset in get_args(Preset) if preset != "quality"]
     return [
-        Method(
-            label,
-            module,
-            [
-                *(python, "-m", f"benchmarks.peers.{module}"),
-                *(str(full_precision), str(tokens), str(work / module)),
-            ],
-            is_peer=True,
-        )
-        for label, module, python in peers
-        if python
+        Method(f"dsquant-{preset}-{form}", f"dsquant {preset}, {form}", None, ("--preset", preset, *options))
+        for preset in presets
+        for form, options in forms.items()
     ]
 
 
-def dsquant_methods(arguments: argparse.Namespace, model: Path, tokens: Path, work: Path) -> list[Method]:
-    """dsquant in both forms, unless it is skipped."""
-    forms = [
-        ("dsquant, asymmetric", "dsquant-awq", ["--to", "awq"]),
-        ("dsquant, symmetric", "dsquant-compressed-tensors", ["--to", "compressed-tensors", "--symmetric"]),
-    ]
-    common = ["--bits", "4", "--preset", "compact", "--calibration", str(tokens), *arguments.dsquant_option]
-    return [
-        Method(
-            label,
-            folder,
-            [arguments.dsquant, "awq", str(model), *form, *common, "--output", str(work / folder)],
-            is_peer=False,
-        )
-        for label, folder, form in forms
-        if not arguments.skip_dsquant
-    ]
+def command_of(method: Method, model: Path, work: Path, seed_work: Path, arguments: argparse.Namespace) -> list[str]:
+    """How a method is run."""
+    tokens, output = str(seed_work / "calibration.safetensors"), str(seed_work / method.name)
+    if method.environment is None:
+        common = ["--bits", "4", "--calibration", tokens, *arguments.dsquant_option]
+        return [arguments.dsquant, "awq", str(model), *method.options, *common, "--output", output]
+    python = str(arguments.peers.resolve() / method.environment / "bin" / "python")
+    module = f"benchmarks.peers.{method.environment}"
+    return [python, "-m", module, str(work / "float32"), tokens, output, *method.options]
 
 
-def run_logged(command: list[str], log: Path, threads: int) -> None:
+def run_logged(command: list[str], log: Path, threads: int) -> float:
     """Runs a command from the repository's root and sends what it prints to a file.
+
+    Returns:
+        Seconds that the processors worked: on a shared machine the clock tells little.
 
     Raises:
         RuntimeError: it failed; holds the end of the log.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    own = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "GPTQMODEL_CPU_WORKERS": "2"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with log.open("w") as stream:
-        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream).returncode
+        code = subprocess.run(command, cwd=ROOT, env=os.environ | own, stdout=stream, stderr=stream).returncode
     if code != 0:
         end = log.read_text(errors="replace")[-2000:]
         raise RuntimeError(f"{' '.join(command)}: exit code {code}, log in {log}, which ends:\n{end}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def run_method(method: Method, work: Path, arguments: argparse.Namespace) -> Path:
-    """Quantizes with one method, or finds a peer's finished output where that was asked for.
-
-    Returns:
-        The folder of the quantized checkpoint.
-    """
-    output, done = work / method.folder, work / f"{method.folder}.done"
-    fingerprint = hashlib.sha256(" ".join(method.command).encode() + calibration_bytes(work)).hexdigest()
-    if method.is_peer and arguments.reuse and done.exists() and done.read_text() == fingerprint:
-        return output
-    done.unlink(missing_ok=True)
-    if output.exists():
-        shutil.rmtree(output)
-    started = time.monotonic()
-    run_logged(method.command, work / f"{method.folder}.log", arguments.threads)
-    print(f"{method.label}: {time.monotonic() - started:.0f} s", file=sys.stderr)
-    done.write_text(fingerprint)
-    return output
+def hash_of(*parts: str | bytes | Path) -> str:
+    """SHA-256 of texts, bytes and files' contents."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.read_bytes() if isinstance(part, Path) else part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()
 
 
-def calibration_bytes(work: Path) -> bytes:
-    """The calibration file as it lies on disk."""
-    return (work / "calibration.safetensors").read_bytes()
+@cache
+def hash_of_dsquant() -> str:
+    """SHA-256 of dsquant's source files."""
+    return hash_of(*sorted((ROOT / "dsquant").rglob("*.py")))
 
 
-def measure(model: Path, arguments: argparse.Namespace) -> dict[str, Divergence]:
-    """Quantizes one model with every method and evaluates the results.
-
-    Returns:
-        Label -> figures, the original first.
-    """
-    work = arguments.work.resolve() / model.name
-    work.mkdir(parents=True, exist_ok=True)
-    calibration, evaluation = work / "calibration.safetensors", work / "evaluation.safetensors"
-    shapes = (CALIBRATION_SHAPE, EVALUATION_SHAPE)
-    for path, tokens_NT in zip((calibration, evaluation), halves_of_text(model, arguments.text, shapes), strict=True):
-        write_tokens(tokens_NT, path)
-    full_precision = work / "float32"
-    convert = [sys.executable, "-m", "benchmarks.peers.to_bf16", str(model), str(full_precision)]
-    run_logged([*convert, "--dtype", "float32"], work / "float32.log", arguments.threads)
-    methods = [
-        *peer_methods(arguments, full_precision, calibration, work),
-        *dsquant_methods(arguments, model, calibration, work),
-    ]
-    candidates = {method.label: run_method(method, work, arguments) for method in methods}
-    return evaluate(model, read_tokens(evaluation), candidates, rounding=True)
+def read_json(path: Path) -> dict:
+    """A JSON file's object, empty if there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def table(model: Path, rows: dict[str, Divergence]) -> str:
-    """A Markdown table of one model's figures."""
-    lines = [
-        f"### {model.name}",
-        "",
-        "| method | perplexity | mean KL (nats per token) | same top token |",
-        "|---|---|---|---|",
-    ]
-    for label, row in rows.items():
-        kl = "0" if label == "original" else f"{row.mean_kl:.4f} ± {row.mean_kl_standard_error:.4f}"
-        lines.append(f"| {label} | {row.perplexity:.3f} | {kl} | {row.top_1_agreement:.2%} |")
+class Bench:
+    """One model's work folder: its tokens, its checkpoints by seed and method, the figures."""
+
+    def __init__(self, model: Path, arguments: argparse.Namespace) -> None:
+        """Writes tokens and the full-precision checkpoint, unless they are there."""
+        self.model, self.arguments = model, arguments
+        self.work = arguments.work.resolve() / model.name
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.model_hash = hash_of(*sorted(model.glob("*.safetensors")))
+        calibration_text, evaluation_text = halves(arguments.text)
+        texts = {"code": evaluation_text}
+        if arguments.wiki:
+            texts["wiki"] = arguments.wiki.read_text(encoding="utf-8")
+        for name, text in texts.items():
+            write_tokens(spaced_windows(tokens_of(model, text), *EVALUATION_SHAPE), self._evaluation(name))
+        self.texts = list(texts)
+        tokens = tokens_of(model, calibration_text)
+        for seed in arguments.seeds:
+            path = self.work / f"seed-{seed}" / "calibration.safetensors"
+            write_tokens(chosen_windows(tokens, *CALIBRATION_SHAPE, seed), path)
+        self._convert()
+        self._evaluator: Evaluator | None = None
+
+    def _evaluation(self, text: str) -> Path:
+        return self.work / f"evaluation-{text}.safetensors"
+
+    def _convert(self) -> None:
+        """The checkpoint that the peers read."""
+        target, made = self.work / "float32", self.work / "float32.made"
+        if made.exists() and made.read_text() == self.model_hash:
+            return
+        command = [sys.executable, "-m", "benchmarks.peers.to_bf16", str(self.model), str(target), "--dtype", "float32"]
+        run_logged(command, self.work / "float32.log", self.arguments.threads)
+        made.write_text(self.model_hash)
+
+    def evaluator(self) -> Evaluator:
+        """The evaluator; the original runs when it is first asked for."""
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self.model, {name: read_tokens(self._evaluation(name)) for name in self.texts})
+        return self._evaluator
+
+    def evaluation_hash(self) -> str:
+        """What figures depend on besides the candidate."""
+        return hash_of(self.model_hash, *(self._evaluation(name) for name in self.texts))
+
+    def baseline(self, name: str) -> dict:
+        """Figures of the original or of plain rounding."""
+        path = self.work / f"{name}.json"
+        result = read_json(path)
+        if result.get("measured") != self.evaluation_hash():
+            evaluator = self.evaluator()
+            figures = evaluator.of_original() if name == "original" else evaluator.of_rounding(name == "symmetric")
+            result = {"measured": self.evaluation_hash(), "texts": as_json(figures)}
+            path.write_text(json.dumps(result, indent=2))
+        return result
+
+    def result(self, method: Method, seed: int) -> dict:
+        """Quantizes and measures, unless that is done.
+
+        Raises:
+            RuntimeError: the method failed.
+        """
+        seed_work = self.work / f"seed-{seed}"
+        output, path = seed_work / method.name, seed_work / f"{method.name}.json"
+        command = command_of(method, self.model, self.work, seed_work, self.arguments)
+        fingerprint = self._made_from(method, seed)
+        result = read_json(path)
+        if result.get("made") != fingerprint:
+            path.unlink(missing_ok=True)
+            if output.exists():
+                shutil.rmtree(output)
+            seconds = run_logged(command, seed_work / f"{method.name}.log", self.arguments.threads)
+            result = {"made": fingerprint, "cpu_seconds": seconds, "bits": stored_bits(output)}
+            path.write_text(json.dumps(result, indent=2))
+        if result.get("measured") != self.evaluation_hash():
+            result |= {"measured": self.evaluation_hash(), "texts": as_json(self.evaluator().of_folder(output))}
+            path.write_text(json.dumps(result, indent=2))
+            kl = {text: round(figures["mean_kl"], 4) for text, figures in result["texts"].items()}
+            spent = f"{result.get('cpu_seconds', math.nan):.0f} CPU s"
+            tell(f"{self.model.name}, {method.label}, seed {seed}: {spent}, mean KL {kl}")
+        return result
+
+    def _made_from(self, method: Method, seed: int) -> str:
+        """What a quantized checkpoint depends on; a peer's code is known by its environment's name alone."""
+        source = hash_of_dsquant() if method.environment is None else method.environment
+        options = " ".join([*method.options, *(self.arguments.dsquant_option if method.environment is None else [])])
+        return hash_of(options, source, self.model_hash, self.work / f"seed-{seed}" / "calibration.safetensors")
+
+    def finished(self, method: Method, seed: int) -> dict | None:
+        """A result as it lies there, if it is of this model, these tokens and this dsquant."""
+        result = read_json(self.work / f"seed-{seed}" / f"{method.name}.json")
+        current = (self._made_from(method, seed), self.evaluation_hash())
+        return result if (result.get("made"), result.get("measured")) == current else None
+
+
+def as_json(figures: dict[str, Divergence]) -> dict[str, dict[str, float]]:
+    """Figures by text as a JSON object."""
+    return {text: asdict(row) for text, row in figures.items()}
+
+
+def tell(line: str) -> None:
+    """Says how far it is."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def cell(values: list[float], digits: int) -> str:
+    """The mean over seeds and, of several, the standard deviation."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def row(label: str, results: list[dict], texts: list[str]) -> str:
+    """One line of the table."""
+    bits = f"{results[0]['bits']:.2f}" if "bits" in results[0] else ""
+    measured = [one["cpu_seconds"] for one in results if "cpu_seconds" in one]
+    seconds = f"{statistics.mean(measured):.0f}" if measured else ""
+    cells = []
+    for text in texts:
+        figures = [one["texts"][text] for one in results]
+        cells += [
+            cell([one["mean_kl"] for one in figures], 4),
+            cell([one["perplexity"] for one in figures], 3),
+            f"{statistics.mean(one['top_1_agreement'] for one in figures):.2%}",
+        ]
+    seeds = str(len(results)) if bits else ""
+    return "| " + " | ".join([label, bits, *cells, seconds, seeds]) + " |"
+
+
+def table(bench: Bench, methods: list[Method], seeds: list[int]) -> str:
+    """A Markdown table of one model's figures, as far as they are there."""
+    head = ["method", "bits"]
+    for text in bench.texts:
+        head += [f"{text}: mean KL", "perplexity", "same top token"]
+    head += ["CPU seconds", "seeds"]
+    lines = [f"### {bench.model.name}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines.append(row("original", [bench.baseline("original")], bench.texts))
+    for form in ("symmetric", "asymmetric"):
+        lines.append(row(f"plain rounding, {form}", [bench.baseline(form)], bench.texts))
+    for method in methods:
+        found = [result for seed in seeds if (result := bench.finished(method, seed))]
+        if found:
+            lines.append(row(method.label, found, bench.texts))
     return "\n".join(lines)
 
 
 def installed(python: str, packages: list[str]) -> str:
     """The versions of packages in an interpreter's environment, in one line."""
-    code = "import sys, importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in sys.argv[1:]), sep=', ')"
+    code = (
+        "import sys, importlib.metadata as m; have = {d.name.lower().replace('-', '_') for d in m.distributions()}; "
+        "print(*(f'{p} {m.version(p)}' for p in sys.argv[1:] if p.lower().replace('-', '_') in have), sep=', ')"
+    )
     return subprocess.run([python, "-c", code, *packages], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def conditions(arguments: argparse.Namespace) -> str:
-    """What the figures hold for: text, windows, versions."""
-    text_hash = hashlib.sha256(arguments.text.read_bytes()).hexdigest()[:16]
+def conditions(arguments: argparse.Namespace, methods: list[Method]) -> str:
+    """What the figures hold for: texts, windows, versions."""
     calibration, evaluation = ("x".join(map(str, shape)) for shape in (CALIBRATION_SHAPE, EVALUATION_SHAPE))
-    evaluator = installed(sys.executable, ["torch", "transformers", "autoawq", "compressed-tensors"])
+    other = f" and of {arguments.wiki.name}" if arguments.wiki else ""
+    evaluator = installed(sys.executable, ["torch", "transformers", "autoawq", "compressed-tensors", "gguf"])
     lines = [
-        "4 bits, groups of 128, every linear of the decoder but the router and lm_head.",
-        f"Text: {arguments.text.name}, SHA-256 {text_hash}….",
-        f"Calibration: {calibration} tokens from its first half; evaluation: {evaluation} from its second.",
-        "± is one standard error over the evaluation windows.",
+        "4 bits, groups of 128, every linear of the decoder but the router and lm_head; bits: stored for each weight.",
+        f"Text: {arguments.text.name}, SHA-256 {hash_of(arguments.text)[:16]}….",
+        f"Calibration: {calibration} tokens from its first half, chosen by seeds {arguments.seeds}.",
+        f"Evaluation: {evaluation} tokens from its second half{other}.",
+        "± is the standard deviation over seeds; CPU seconds: the processors' work to quantize, one thread.",
         f"Evaluator: {evaluator}.",
     ]
-    if arguments.autoawq_python:
-        packages = ["autoawq", "transformers", "torch"]
-        lines.append(f"AutoAWQ's environment: {installed(arguments.autoawq_python, packages)}.")
-    if arguments.llmcompressor_python:
-        packages = ["llmcompressor", "compressed-tensors", "transformers", "torch"]
-        lines.append(f"llm-compressor's environment: {installed(arguments.llmcompressor_python, packages)}.")
+    for environment in dict.fromkeys(method.environment for method in methods if method.environment):
+        python = str(arguments.peers / environment / "bin" / "python")
+        lines.append(f"{environment}: {installed(python, VERSIONS[environment])}.")
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -186,30 +308,65 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text no model was trained on")
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 code that no model was trained on")
+    parser.add_argument("--wiki", type=Path, help="UTF-8 text of another kind, for evaluation only")
     parser.add_argument("--work", type=Path, required=True, help="folder for tokens, checkpoints and logs")
-    parser.add_argument("--autoawq-python", help="interpreter with AutoAWQ; left out, not run")
-    parser.add_argument("--llmcompressor-python", help="interpreter with llm-compressor; left out, not run")
+    parser.add_argument("--peers", type=Path, default=Path("peers"), help="folder of the peers' environments")
+    parser.add_argument(
+        "--methods", nargs="+", help="names; left out, dsquant's and every peer whose environment is there"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration windows")
     parser.add_argument("--dsquant", default="dsquant", help="dsquant's command")
     parser.add_argument(
         "--dsquant-option", action="append", default=[], metavar="OPTION", help="one more word for dsquant"
     )
-    parser.add_argument("--skip-dsquant", action="store_true")
-    parser.add_argument("--reuse", action="store_true", help="keep peers' outputs made from these tokens")
+    parser.add_argument("--only-report", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of each method")
     parser.add_argument("--write", type=Path, help="Markdown file for the tables; printed in any case")
     return parser.parse_args(argv)
 
 
+def chosen_methods(arguments: argparse.Namespace) -> list[Method]:
+    """The methods asked for, in the order of the table.
+
+    Raises:
+        SystemExit: a name that there is no method for.
+    """
+    methods = [*PEERS, *own_methods()]
+    if not arguments.methods:
+        return [one for one in methods if not one.environment or (arguments.peers / one.environment).exists()]
+    unknown = set(arguments.methods) - {method.name for method in methods}
+    if unknown:
+        raise SystemExit(f"no method {', '.join(sorted(unknown))}; there are {', '.join(one.name for one in methods)}")
+    return [method for method in methods if method.name in arguments.methods]
+
+
 def main() -> None:
-    """Measures every model and prints the tables."""
+    """Measures every model seed by seed, and writes the tables anew after each result."""
     arguments = parse()
-    tables = [table(model, measure(model, arguments)) for model in arguments.models]
-    report = "\n\n".join([conditions(arguments), *tables]) + "\n"
-    print(report)
-    if arguments.write:
-        arguments.write.parent.mkdir(parents=True, exist_ok=True)
-        arguments.write.write_text(report)
+    methods = chosen_methods(arguments)
+    benches = [Bench(model, arguments) for model in arguments.models]
+    told = conditions(arguments, methods)
+    failed = False
+
+    def report() -> str:
+        text = "\n\n".join([told, *(table(bench, methods, arguments.seeds) for bench in benches)]) + "\n"
+        if arguments.write:
+            arguments.write.parent.mkdir(parents=True, exist_ok=True)
+            arguments.write.write_text(text)
+        return text
+
+    runs = [(seed, bench, method) for seed in arguments.seeds for bench in benches for method in methods]
+    for seed, bench, method in [] if arguments.only_report else runs:
+        try:
+            bench.result(method, seed)
+        except RuntimeError as error:
+            tell(f"{bench.model.name}, {method.label}, seed {seed}: {error}")
+            failed = True
+        report()
+    print(report())
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

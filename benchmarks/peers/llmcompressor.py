@@ -1,6 +1,8 @@
 """Quantizes with llm-compressor 0.14's AWQ, symmetric 4 bits, groups of 128, every linear, from given tokens.
 
-    python -m benchmarks.peers.llmcompressor MODEL TOKENS OUTPUT
+    python -m benchmarks.peers.llmcompressor MODEL TOKENS OUTPUT [--gptq]
+
+With `--gptq` the rounding after AWQ's scales is its GPTQ, with its defaults (static activation order).
 
 Runs in llm-compressor's environment (README.md here), from the repository's root: started by its path, this
 file would shadow the package of the same name. MODEL is what `to_bf16 --dtype float32` wrote. The mappings
@@ -15,6 +17,7 @@ import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import linearize_moe
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
@@ -57,16 +60,17 @@ def mappings(config: DeepseekV3Config) -> list[AWQMapping]:
     return groups
 
 
-def quantize(model_folder: Path, tokens_NT: torch.Tensor, output: Path) -> None:
+def quantize(model_folder: Path, tokens_NT: torch.Tensor, output: Path, gptq: bool = False) -> None:
     """Quantizes the model with these very tokens and saves it as compressed-tensors pack-quantized."""
     if not torch.accelerator.is_available():
         IntermediatesCache.pin_memory = lambda *_: None  # raises where there is no accelerator
     # Not `with load_quantizable_moe()`: it lists all of transformers' modules and so needs torchvision.
     model = linearize_moe(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32))
     data = Dataset.from_dict({"input_ids": tokens_NT.tolist(), "attention_mask": torch.ones_like(tokens_NT).tolist()})
+    rounding = GPTQModifier if gptq else QuantizationModifier
     recipe = [
         AWQModifier(mappings=mappings(model.config)),
-        QuantizationModifier(targets=["Linear"], scheme="W4A16", ignore=["lm_head"]),
+        rounding(targets=["Linear"], scheme="W4A16", ignore=["lm_head"]),
     ]
     oneshot(
         model=model,
@@ -86,8 +90,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("tokens", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--gptq", action="store_true", help="round with GPTQ after AWQ's scales")
     arguments = parser.parse_args()
-    quantize(arguments.model, read_tokens(arguments.tokens), arguments.output)
+    quantize(arguments.model, read_tokens(arguments.tokens), arguments.output, arguments.gptq)
 
 
 if __name__ == "__main__":

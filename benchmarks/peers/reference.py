@@ -3,10 +3,8 @@
     python -m benchmarks.peers.reference ORIGINAL TOKENS [CANDIDATE]... [--rounding]
 
 It prints, for the original and each candidate folder, perplexity, the mean KL divergence from the original
-and how often both prefer the same token. A candidate is AWQ GEMM (decoded by autoawq's `dequantize_gemm`),
-compressed-tensors pack-quantized (decoded by that package's own compressor), FP8 (decoded here) or plain.
-Scales are widened to float32 before decoding, so a weight is exactly code times scale and no engine's
-rounding enters.
+and how often both prefer the same token. A candidate is AWQ GEMM, compressed-tensors pack-quantized, GPTQ, GGUF
+(`decoding.py` here reads these), FP8 or plain.
 
 Use it for models that fit in memory; in tests `reference_logits` is the oracle for dsquant's streamed
 evaluation.
@@ -15,13 +13,13 @@ evaluation.
 import argparse
 import json
 import re
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from benchmarks.peers.decoding import DECODERS, decode_gguf
 from benchmarks.peers.to_bf16 import dequantized_tensors, is_mtp, read_config, read_tensors
 from benchmarks.peers.tokens import read_tokens
 
@@ -41,67 +39,6 @@ class Divergence:
     top_1_agreement: float
 
 
-def decode_awq(stored: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
-    """The weights of an AWQ GEMM checkpoint in float32, through autoawq.
-
-    Args:
-        stored: tensors as stored.
-        config: the checkpoint's quantization_config.
-
-    Returns:
-        Name -> float32, quantized linears as `*.weight` [O, I].
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # autoawq announces its end on import
-        from awq.utils.packing_utils import dequantize_gemm
-
-    weights = {}
-    for name, tensor in stored.items():
-        module, _, kind = name.rpartition(".")
-        if kind == "qweight":
-            scales_GO = stored[f"{module}.scales"].float()
-            weight_IO = dequantize_gemm(
-                tensor, stored[f"{module}.qzeros"], scales_GO, config["bits"], config["group_size"]
-            )
-            weights[f"{module}.weight"] = weight_IO.t().contiguous()
-        elif kind not in ("qzeros", "scales"):
-            weights[name] = tensor.float()
-    return weights
-
-
-def decode_compressed_tensors(stored: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
-    """The weights of a pack-quantized checkpoint in float32, through compressed-tensors.
-
-    Args:
-        stored: tensors as stored.
-        config: the checkpoint's quantization_config.
-
-    Returns:
-        Name -> float32, quantized linears as `*.weight` [O, I].
-    """
-    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
-    from compressed_tensors.quantization import QuantizationConfig
-    from compressed_tensors.utils.match import is_match
-
-    parsed = QuantizationConfig.model_validate(config)
-    linear = torch.nn.Linear(1, 1)
-    parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-    weights = {}
-    for name, tensor in stored.items():
-        module, _, kind = name.rpartition(".")
-        if kind == "weight_packed":
-            groups = [g for g in parsed.config_groups.values() if is_match(module, linear, g.targets, parsed.ignore)]
-            if len(groups) != 1:
-                raise ValueError(f"{module}: packed, but {len(groups)} config_groups match it, expected 1")
-            state = {part: stored[f"{module}.{part}"] for part in parts if f"{module}.{part}" in stored}
-            state["weight_scale"] = state["weight_scale"].float()
-            decoded = PackedQuantizationCompressor.decompress(state, groups[0])
-            weights[f"{module}.weight"] = decoded["weight"].float()
-        elif kind not in parts:
-            weights[name] = tensor.float()
-    return weights
-
-
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The decoder's weights in float32, without the MTP layer, whatever the checkpoint's format.
 
@@ -113,12 +50,12 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     method = quantization.get("quant_method", "fp8")
     if method == "fp8":
         weights = dequantized_tensors(folder)
-    elif method == "awq":
-        weights = decode_awq(read_tensors(folder), quantization)
-    elif method == "compressed-tensors":
-        weights = decode_compressed_tensors(read_tensors(folder), quantization)
+    elif method == "gguf":
+        weights = decode_gguf(folder)
+    elif method in DECODERS:
+        weights = DECODERS[method](read_tensors(folder), quantization)
     else:
-        raise ValueError(f"{folder}: quant_method {method!r}, expected fp8, awq or compressed-tensors")
+        raise ValueError(f"{folder}: quant_method {method!r}, expected fp8, gguf or one of {sorted(DECODERS)}")
     return {name: w for name, w in weights.items() if not is_mtp(name, config["num_hidden_layers"])}
 
 
@@ -238,30 +175,40 @@ def divergence(original_NTV: torch.Tensor, candidate_NTV: torch.Tensor, tokens_N
     )
 
 
-def evaluate(
-    original: Path, tokens_NT: torch.Tensor, candidates: dict[str, Path], rounding: bool
-) -> dict[str, Divergence]:
-    """Compares every candidate with the original on the same tokens.
+class Evaluator:
+    """Compares candidates with one original on named texts; the original's predictions are computed once."""
 
-    Args:
-        original: the folder of the original.
-        tokens_NT: int64 [N, T].
-        candidates: label -> folder.
-        rounding: whether to compare plain rounding too, symmetric and asymmetric.
+    def __init__(self, original: Path, texts: dict[str, torch.Tensor]) -> None:
+        """Runs the original.
 
-    Returns:
-        Label -> figures; the first is the original itself.
-    """
-    weights = read_weights(original)
-    original_NTV = model_logits(build_model(original, weights), tokens_NT)
-    rows = {"original": divergence(original_NTV, original_NTV, tokens_NT)}
-    for symmetric in (True, False) if rounding else ():
-        label = f"plain rounding, {'symmetric' if symmetric else 'asymmetric'}"
-        logits_NTV = model_logits(build_model(original, rounded_weights(weights, symmetric)), tokens_NT)
-        rows[label] = divergence(original_NTV, logits_NTV, tokens_NT)
-    for label, folder in candidates.items():
-        rows[label] = divergence(original_NTV, reference_logits(folder, tokens_NT), tokens_NT)
-    return rows
+        Args:
+            original: the folder of the original.
+            texts: name -> tokens, int64 [N, T].
+        """
+        self.original, self.texts = original, texts
+        self.weights = read_weights(original)
+        model = build_model(original, self.weights)
+        self.predictions = {name: model_logits(model, tokens_NT) for name, tokens_NT in texts.items()}
+
+    def of_original(self) -> dict[str, Divergence]:
+        """The original's own figures by text."""
+        return {
+            name: divergence(self.predictions[name], self.predictions[name], self.texts[name]) for name in self.texts
+        }
+
+    def of_rounding(self, symmetric: bool) -> dict[str, Divergence]:
+        """Plain rounding's figures by text."""
+        return self._compare(build_model(self.original, rounded_weights(self.weights, symmetric)))
+
+    def of_folder(self, folder: Path) -> dict[str, Divergence]:
+        """A candidate's figures by text."""
+        return self._compare(build_model(folder, read_weights(folder)))
+
+    def _compare(self, model: DeepseekV3ForCausalLM) -> dict[str, Divergence]:
+        return {
+            name: divergence(self.predictions[name], model_logits(model, tokens_NT), tokens_NT)
+            for name, tokens_NT in self.texts.items()
+        }
 
 
 def main() -> None:
@@ -272,9 +219,12 @@ def main() -> None:
     parser.add_argument("candidates", type=Path, nargs="*")
     parser.add_argument("--rounding", action="store_true", help="plain rounding of the original too")
     arguments = parser.parse_args()
-    candidates = {str(folder): folder for folder in arguments.candidates}
-    rows = evaluate(arguments.original, read_tokens(arguments.tokens), candidates, arguments.rounding)
-    print(json.dumps({label: asdict(row) for label, row in rows.items()}, indent=2))
+    evaluator = Evaluator(arguments.original, {"text": read_tokens(arguments.tokens)})
+    rows = {"original": evaluator.of_original()}
+    for symmetric in (True, False) if arguments.rounding else ():
+        rows[f"plain rounding, {'symmetric' if symmetric else 'asymmetric'}"] = evaluator.of_rounding(symmetric)
+    rows |= {str(folder): evaluator.of_folder(folder) for folder in arguments.candidates}
+    print(json.dumps({label: asdict(row["text"]) for label, row in rows.items()}, indent=2))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ def read_tokens(path: Path) -> torch.Tensor:
 
 
 def write_tokens(tokens_NT: torch.Tensor, path: Path) -> None:
-    """Writes the tokens with the given shape."""
+    """Writes the tokens with the given shape; a file that holds them already is left alone."""
+    if path.exists() and torch.equal(read_tokens(path), tokens_NT):
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"tokens": tokens_NT.contiguous()}, path)
 
@@ -38,26 +40,36 @@ def spaced_windows(token_ids: list[int], count: int, length: int) -> torch.Tenso
     return torch.stack([ids[start : start + length] for start in range(0, count * step, step)][:count])
 
 
-def halves_of_text(model: Path, text: Path, shapes: tuple[tuple[int, int], tuple[int, int]]) -> list[torch.Tensor]:
-    """Calibration windows from the first half of a text, evaluation windows from the second.
+def chosen_windows(token_ids: list[int], count: int, length: int, seed: int) -> torch.Tensor:
+    """`count` windows that do not overlap, chosen at random among all that fit one behind the other.
 
-    The halves meet at a line's end, so no line is in both. No token is put before a window.
+    Raises:
+        ValueError: too few tokens.
+    """
+    places = len(token_ids) // length
+    if places < count:
+        raise ValueError(f"{len(token_ids)} tokens of text, expected at least {count} x {length}")
+    chosen = torch.randperm(places, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return torch.tensor(token_ids, dtype=torch.int64)[: places * length].view(places, length)[chosen]
+
+
+def tokens_of(model: Path, text: str) -> list[int]:
+    """A text's tokens, none put before it.
 
     Args:
         model: folder that holds tokenizer.json.
-        text: UTF-8 text.
-        shapes: windows and their length, for calibration and for evaluation.
+        text: the text.
 
     Returns:
-        Two int64 tensors of these shapes.
+        Their numbers.
     """
     from tokenizers import Tokenizer  # not at the top: the peers' runners only read files
 
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    return Tokenizer.from_file(str(model / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+
+
+def halves(text: Path) -> tuple[str, str]:
+    """A UTF-8 text's halves, which meet at a line's end, so that no line is in both."""
     content = text.read_text(encoding="utf-8")
     middle = content.index("\n", len(content) // 2) + 1
-    parts = (content[:middle], content[middle:])
-    return [
-        spaced_windows(tokenizer.encode(part, add_special_tokens=False).ids, *shape)
-        for part, shape in zip(parts, shapes, strict=True)
-    ]
+    return content[:middle], content[middle:]

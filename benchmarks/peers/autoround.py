@@ -1,0 +1,63 @@
+"""Quantizes with AutoRound 0.16's sign gradient descent, 4 bits, groups of 128, from given tokens.
+
+    python -m benchmarks.peers.autoround MODEL TOKENS OUTPUT [--iters 200] [--asymmetric] [--awq]
+
+Runs in AutoRound's environment (README.md here). MODEL is what `to_bf16 --dtype float32` wrote. The recipe is its
+default: 200 steps for each decoder layer, rounding offsets and ranges learned, inputs from the layers already
+quantized, the best step kept. Everything is computed in float32 (`amp=False`): a CPU is faster so, and no worse.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from auto_round import AutoRound
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.algorithms.transforms.awq.config import AWQConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.peers.tokens import read_tokens
+
+BATCH_SIZE = 8
+
+
+def quantize(model_folder: Path, tokens_NT: torch.Tensor, output: Path, iters: int, symmetric: bool, awq: bool) -> None:
+    """Quantizes the model with these very tokens and saves it in GPTQ's layout."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    quantizer = AutoRound(
+        model,
+        tokenizer=AutoTokenizer.from_pretrained(model_folder),
+        scheme="W4A16",
+        sym=symmetric,
+        alg_configs=[*([AWQConfig(skip_moe=False)] if awq else []), SignRoundConfig(iters=iters)],
+        dataset=list(tokens_NT.split(BATCH_SIZE)),
+        nsamples=len(tokens_NT),
+        seqlen=tokens_NT.shape[1],
+        batch_size=BATCH_SIZE,
+        amp=False,
+        scale_dtype="fp32",
+        device_map="cpu",
+    )
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        quantizer.quantize_and_save(folder, format="auto_gptq")
+        [made] = Path(folder).iterdir()  # it names a folder inside the one that it is given
+        made.rename(output)
+
+
+def main() -> None:
+    """Parses the command line and quantizes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("tokens", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--iters", type=int, default=200, help="steps for each decoder layer")
+    parser.add_argument("--asymmetric", action="store_true", help="with zero points")
+    parser.add_argument("--awq", action="store_true", help="its AWQ first")
+    arguments = parser.parse_args()
+    tokens_NT = read_tokens(arguments.tokens)
+    quantize(arguments.model, tokens_NT, arguments.output, arguments.iters, not arguments.asymmetric, arguments.awq)
+
+
+if __name__ == "__main__":
+    main()

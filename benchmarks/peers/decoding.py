@@ -1,0 +1,222 @@
+"""Quantized checkpoints back to float32 weights, sharing no code with dsquant.
+
+Formats go through their own packages where these decode on a CPU. Scales are widened to float32 first, so a weight is
+exactly code times scale and no engine's rounding enters.
+"""
+
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+from benchmarks.peers.to_bf16 import read_config
+
+
+def decode_awq(stored: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
+    """The weights of an AWQ GEMM checkpoint in float32, through autoawq.
+
+    Args:
+        stored: tensors as stored.
+        config: the checkpoint's quantization_config.
+
+    Returns:
+        Name -> float32, quantized linears as `*.weight` [O, I].
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # autoawq announces its end on import
+        from awq.utils.packing_utils import dequantize_gemm
+
+    weights = {}
+    for name, tensor in stored.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "qweight":
+            scales_GO = stored[f"{module}.scales"].float()
+            weight_IO = dequantize_gemm(
+                tensor, stored[f"{module}.qzeros"], scales_GO, config["bits"], config["group_size"]
+            )
+            weights[f"{module}.weight"] = weight_IO.t().contiguous()
+        elif kind not in ("qzeros", "scales"):
+            weights[name] = tensor.float()
+    return weights
+
+
+def decode_compressed_tensors(stored: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
+    """The weights of a pack-quantized checkpoint in float32, through compressed-tensors.
+
+    Args:
+        stored: tensors as stored.
+        config: the checkpoint's quantization_config.
+
+    Returns:
+        Name -> float32, quantized linears as `*.weight` [O, I].
+    """
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import is_match
+
+    parsed = QuantizationConfig.model_validate(config)
+    linear = torch.nn.Linear(1, 1)
+    parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    weights = {}
+    for name, tensor in stored.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight_packed":
+            groups = [g for g in parsed.config_groups.values() if is_match(module, linear, g.targets, parsed.ignore)]
+            if len(groups) != 1:
+                raise ValueError(f"{module}: packed, but {len(groups)} config_groups match it, expected 1")
+            state = {part: stored[f"{module}.{part}"] for part in parts if f"{module}.{part}" in stored}
+            state["weight_scale"] = state["weight_scale"].float()
+            decoded = PackedQuantizationCompressor.decompress(state, groups[0])
+            weights[f"{module}.weight"] = decoded["weight"].float()
+        elif kind not in parts:
+            weights[name] = tensor.float()
+    return weights
+
+
+def decode_gptq(stored: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
+    """The weights of a GPTQ checkpoint in float32: GPTQModel's and AutoRound's.
+
+    `qweight` int32 [I / 8, O] holds eight rows' codes in a number, the first in its lowest bits; `qzeros` int32
+    [G, O / 8] the zero points less one, likewise along the columns; `g_idx` [I] each input's group.
+
+    Args:
+        stored: tensors as stored.
+        config: the checkpoint's quantization_config.
+
+    Returns:
+        Name -> float32, quantized linears as `*.weight` [O, I].
+
+    Raises:
+        ValueError: not 4 bits, or the later layout, whose zero points are stored as they are.
+    """
+    if config["bits"] != 4 or config.get("checkpoint_format", "gptq") != "gptq":
+        raise ValueError(f"GPTQ of {config['bits']} bits as {config.get('checkpoint_format')}, expected 4 bits, gptq")
+    shifts = torch.arange(0, 32, 4)
+    weights = {}
+    for name, tensor in stored.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "qweight":
+            codes_IO = (tensor.unsqueeze(1) >> shifts[:, None] & 15).flatten(0, 1)
+            zeros_GO = (stored[f"{module}.qzeros"].unsqueeze(2) >> shifts & 15).flatten(1, 2) + 1
+            group_I = stored[f"{module}.g_idx"].long()
+            scales_GO = stored[f"{module}.scales"].float()
+            weight_IO = (codes_IO - zeros_GO[group_I]) * scales_GO[group_I]
+            weights[f"{module}.weight"] = weight_IO.t().contiguous()
+        elif kind not in ("qzeros", "scales", "g_idx"):
+            weights[name] = tensor.float()
+    return weights
+
+
+GGUF_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+
+
+def decode_gguf(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of llama.cpp's `deepseek2` files in float32 under R1's names, through gguf-py.
+
+    llama.cpp keeps `kv_b_proj` in two parts: `attn_k_b` [heads, kv_lora, nope], transposed, and `attn_v_b` [heads, v,
+    kv_lora].
+
+    Args:
+        folder: holds *.gguf and config.json.
+
+    Returns:
+        Name -> float32 [O, I].
+
+    Raises:
+        ValueError: a tensor that no name is known for.
+    """
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    tensors = {
+        tensor.name: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        for path in sorted(folder.glob("*.gguf"))
+        for tensor in GGUFReader(path).tensors
+    }
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        if not match:
+            raise ValueError(f"{folder}: a tensor {name}, for which no name is known")
+        layer, part, _ = match.groups()
+        prefix = f"model.layers.{layer}." if layer else ""
+        if part == "exp_probs_b":
+            weights[f"{prefix}mlp.gate.e_score_correction_bias"] = tensor
+        elif part == "attn_k_b":
+            value = tensors[f"blk.{layer}.attn_v_b.weight"]
+            merged = torch.cat([tensor.transpose(1, 2), value], dim=1)
+            weights[f"{prefix}self_attn.kv_b_proj.weight"] = merged.flatten(0, 1).contiguous()
+        elif part in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"):
+            projection = f"{part.split('_')[1]}_proj"
+            for expert, weight in enumerate(tensor):
+                weights[f"{prefix}mlp.experts.{expert}.{projection}.weight"] = weight.contiguous()
+        elif part in GGUF_NAMES:
+            weights[f"{prefix}{GGUF_NAMES[part]}.weight"] = tensor
+        elif part not in ("attn_v_b", "rope_freqs"):
+            raise ValueError(f"{folder}: a tensor {name}, for which no name is known")
+    return weights
+
+
+def gguf_bits(folder: Path) -> float:
+    """Stored bits for each weight of the layers' matrices in a folder's *.gguf, the routers left out."""
+    from gguf import GGUFReader
+
+    matrices = [
+        tensor
+        for path in sorted(folder.glob("*.gguf"))
+        for tensor in GGUFReader(path).tensors
+        if tensor.name.startswith("blk.") and len(tensor.shape) > 1 and "ffn_gate_inp" not in tensor.name
+    ]
+    return float(8 * sum(int(one.n_bytes) for one in matrices) / sum(int(one.n_elements) for one in matrices))
+
+
+def stored_bits(folder: Path) -> float:
+    """Stored bits for each weight of a quantized checkpoint's 4-bit linears; a scale counts 16 bits.
+
+    Raises:
+        ValueError: nothing in the folder is quantized.
+    """
+    if read_config(folder)["quantization_config"]["quant_method"] == "gguf":
+        return gguf_bits(folder)
+    from safetensors import safe_open
+
+    bits, weights = 0, 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                kind, shape = name.rpartition(".")[2], opened.get_slice(name).get_shape()
+                size = 1
+                for length in shape:
+                    size *= length
+                if kind in ("qweight", "weight_packed"):
+                    bits, weights = bits + 32 * size, weights + 8 * size
+                elif kind in ("qzeros", "weight_zero_point"):
+                    bits += 32 * size
+                elif kind in ("scales", "weight_scale"):
+                    bits += 16 * size
+    if not weights:
+        raise ValueError(f"{folder}: no 4-bit weights")
+    return bits / weights
+
+
+DECODERS = {"awq": decode_awq, "compressed-tensors": decode_compressed_tensors, "gptq": decode_gptq}

@@ -1,0 +1,76 @@
+"""The benches' own decoders, which judge every method: each against weights known from elsewhere."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsquant
+from benchmarks.peers.decoding import decode_gguf, decode_gptq, stored_bits
+from benchmarks.peers.to_bf16 import dequantized_tensors, is_mtp
+from benchmarks.peers.tokens import chosen_windows
+
+
+def packed(codes: torch.Tensor) -> torch.Tensor:
+    """Eight codes along the last axis in one int32, the first in the lowest bits."""
+    shifted = codes.unflatten(-1, (-1, 8)).long() << torch.arange(0, 32, 4)
+    return shifted.sum(-1).to(torch.uint32).view(torch.int32)
+
+
+def test_gptq_codes_zero_points_and_groups_are_decoded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes_IO = torch.randint(0, 16, (32, 16), generator=generator)
+    zeros_GO = torch.randint(1, 17, (2, 16), generator=generator)
+    scales_GO = torch.rand(2, 16, generator=generator)
+    group_I = torch.randperm(32, generator=generator) % 2  # activation order: neighbours in different groups
+    stored = {
+        "a.qweight": packed(codes_IO.t()).t().contiguous(),
+        "a.qzeros": packed(zeros_GO - 1),
+        "a.scales": scales_GO,
+        "a.g_idx": group_I.int(),
+        "b.weight": torch.ones(3),
+    }
+    weights = decode_gptq(stored, {"bits": 4})
+    expected_IO = torch.stack([(codes_IO[i] - zeros_GO[g]) * scales_GO[g] for i, g in enumerate(group_I.tolist())])
+    assert torch.equal(weights["a.weight"], expected_IO.t()) and weights["b.weight"].tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="gptq_v2"):
+        decode_gptq(stored, {"bits": 4, "checkpoint_format": "gptq_v2"})
+
+
+def test_a_gguf_file_is_decoded_under_the_original_names(tiny_r1: Path, tmp_path: Path) -> None:
+    result = dsquant.gguf(
+        tiny_r1, type="BF16", output=tmp_path / "out", calibration="none", mtp="drop", evaluate=False, progress=False
+    )
+    folder = result.folders["gguf:BF16"].parent
+    found, expected = decode_gguf(folder), dequantized_tensors(tiny_r1)
+    expected = {name: weight for name, weight in expected.items() if not is_mtp(name, 4)}
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=2**-8, atol=0)
+
+
+def test_stored_bits_count_codes_zero_points_and_scales(tiny_r1: Path, tmp_path: Path) -> None:
+    for form, bits in (("awq", 4 + 4 / 128 + 16 / 128), ("compressed-tensors", 4 + 16 / 128)):
+        options = {"symmetric": True} if form == "compressed-tensors" else {}
+        output = tmp_path / form
+        dsquant.awq(
+            tiny_r1,
+            to=[form],
+            preset="compact",
+            output=output,
+            samples=4,
+            seq_len=64,
+            evaluate=False,
+            progress=False,
+            **options,
+        )
+        assert stored_bits(output) == pytest.approx(bits)
+
+
+def test_each_seed_chooses_other_windows_that_do_not_overlap() -> None:
+    tokens = list(range(1000))
+    first, again, other = (chosen_windows(tokens, 20, 10, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert len(first.unique()) == 200 and bool((first.diff(dim=1) == 1).all())
+    with pytest.raises(ValueError, match="1000 tokens of text, expected at least 200 x 10"):
+        chosen_windows(tokens, 200, 10, 0)
