@@ -129,6 +129,11 @@ class Head:
     hidden: Activations
     """[.., .., H], R rows in all."""
 
+    def scores(self, rows_R: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor:
+        """What a part of the table makes of some rows, float64 [R, V]."""
+        rounding = self.weights.rounding_beside(self.name)
+        return (rounding(self.hidden.rows(rows_R)) @ table_VH.T).double()
+
 
 @dataclass(frozen=True)
 class RowScores:
@@ -172,9 +177,9 @@ def score(
         for first in range(0, num_rows, ROWS_AT_ONCE):
             rows = slice(first, min(first + ROWS_AT_ONCE, num_rows))
             numbers_R = torch.arange(rows.start, rows.stop)
-            wanted_RV = (original.hidden.rows(numbers_R) @ tables[0].T).double()
+            wanted_RV = original.scores(numbers_R, tables[0])
             for head, table_VH, (forward, reverse) in zip(candidates, tables[1:], pairs, strict=True):
-                found_RV = (head.hidden.rows(numbers_R) @ table_VH.T).double()
+                found_RV = head.scores(numbers_R, table_VH)
                 forward.add(rows, start, wanted_RV, found_RV, targets_R[rows])
                 reverse.add(rows, start, found_RV, wanted_RV, targets_R[rows])
     return [_row_scores(forward, reverse) for forward, reverse in pairs]

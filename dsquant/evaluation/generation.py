@@ -8,13 +8,14 @@ Shape legend: N prompts, T tokens, R tokens of all samples, H hidden size, K exp
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from dsquant.model.engine import rounded_head, rounded_linears
 from dsquant.model.gated import GatedWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import head_name
@@ -98,7 +99,11 @@ def resident_model(skeleton: Skeleton, weights: Weights) -> Iterator[Any]:
                 before[name] = tensor
         for layer in taps:
             model.set_submodule(f"{layer.prefix}.mlp.experts", _Experts(skeleton, layer, weights))
-        yield model
+        with ExitStack() as stack:
+            for layer in skeleton.layers[: skeleton.num_layers]:
+                stack.enter_context(rounded_linears(skeleton, layer, weights))
+            stack.enter_context(rounded_head(skeleton, head_name(skeleton), weights))
+            yield model
     finally:
         for layer, tap in taps.items():
             model.set_submodule(f"{layer.prefix}.mlp.experts", tap)

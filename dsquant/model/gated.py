@@ -3,11 +3,12 @@
 Shape legend: R tokens, H hidden size, W width of the MLP.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
+from dsquant.kernels.activation_rounding import Rounding, unrounded
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import Mlp
 from dsquant.source.weights import Weights
@@ -20,6 +21,8 @@ class GatedWeights:
     gate_WH: torch.Tensor
     up_WH: torch.Tensor
     down_HW: torch.Tensor
+    roundings: tuple[Rounding, Rounding, Rounding] = field(default=(unrounded, unrounded, unrounded), kw_only=True)
+    """Of what gate, up and down are multiplied with."""
 
     @property
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -29,13 +32,18 @@ class GatedWeights:
     @classmethod
     def read(cls, weights: Weights, mlp: Mlp) -> "GatedWeights":
         """Reads an MLP's weights."""
-        return cls(*(weights[f"{linear}.weight"] for linear in mlp.linears))
+        gate, up, down = (f"{linear}.weight" for linear in mlp.linears)
+        roundings = weights.rounding_beside(gate), weights.rounding_beside(up), weights.rounding_beside(down)
+        return cls(weights[gate], weights[up], weights[down], roundings=roundings)
 
     def hidden(self, skeleton: Skeleton, inputs_RH: torch.Tensor) -> torch.Tensor:
-        """The down projection's input: act(gate(x)) * up(x), [R, W]."""
-        gated_RW = skeleton.activation(F.linear(inputs_RH, self.gate_WH))
-        return gated_RW.mul_(F.linear(inputs_RH, self.up_WH))
+        """The down projection's input before it is rounded: act(gate(x)) * up(x), [R, W]."""
+        of_gate, of_up, _ = self.roundings
+        for_gate_RH = of_gate(inputs_RH)
+        for_up_RH = for_gate_RH if of_up is of_gate else of_up(inputs_RH)
+        gated_RW = skeleton.activation(F.linear(for_gate_RH, self.gate_WH))
+        return gated_RW.mul_(F.linear(for_up_RH, self.up_WH))
 
     def output(self, skeleton: Skeleton, inputs_RH: torch.Tensor) -> torch.Tensor:
         """The MLP's output, [R, H]."""
-        return F.linear(self.hidden(skeleton, inputs_RH), self.down_HW)
+        return F.linear(self.roundings[2](self.hidden(skeleton, inputs_RH)), self.down_HW)

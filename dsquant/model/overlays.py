@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dsquant.kernels.activation_rounding import Rounding
 from dsquant.source.weights import Weights
 
 
@@ -66,6 +67,10 @@ class Overlay(Weights):
     def shape(self, name: str) -> tuple[int, ...]:
         """The base's shape."""
         return self.base.shape(name)
+
+    def rounding_beside(self, name: str) -> Rounding:
+        """The base's."""
+        return self.base.rounding_beside(name)
 
 
 class MovedWeights(Overlay):

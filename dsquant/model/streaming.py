@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsquant.model.activations import Activations
+from dsquant.model.engine import rounded_linears
 from dsquant.model.gated import GatedWeights
 from dsquant.model.skeleton import RoutingTap, Skeleton
 from dsquant.model.structure import DecoderLayer
@@ -144,6 +145,7 @@ def run_dense_part(
 
     num_samples, num_tokens, _ = stream.inputs.shape
     with _loaded(skeleton, layer.prefix, stream.weights) as module, ExitStack() as stack:
+        stack.enter_context(rounded_linears(skeleton, layer, stream.weights))
         for name, observer in (observers or {}).items():
             stack.enter_context(_observed(skeleton.module(name), observer))
         if layer.router is not None:

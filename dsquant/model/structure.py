@@ -58,6 +58,9 @@ class DecoderLayer:
     """The router's weight, where there is one."""
     mlps: tuple[Mlp, ...]
     """The dense MLP; or the shared expert and every routed expert."""
+    absorbed: tuple[str, str] | None = None
+    """Of MLA: the linear that makes queries, and the one that makes keys, which engines multiply with queries instead
+    of latents."""
 
     @property
     def prefix(self) -> str:

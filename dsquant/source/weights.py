@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from dsquant.kernels.activation_rounding import Rounding, unrounded
+
 CPU = torch.device("cpu")
 
 
@@ -32,6 +34,17 @@ class Weights(Mapping[str, torch.Tensor]):
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """The weight's shape, from headers alone."""
+
+    def rounding_beside(self, name: str) -> Rounding:
+        """How the engine that runs these weights rounds what it multiplies with one of them; most do not.
+
+        Args:
+            name: the weight's name; beside MLA's kv_b_proj it is queries that meet its keys.
+
+        Returns:
+            The rounding of a linear's inputs.
+        """
+        return unrounded
 
     @abstractmethod
     def __contains__(self, name: object) -> bool:

@@ -51,7 +51,9 @@ def decoder_layer(config: Mapping[str, Any], index: int) -> DecoderLayer:
     linears = tuple(name for group in attention for name in group.consumers)
     mlps = _mlps(prefix, config, index)
     router = None if mlps[0].kind == "dense" else f"{prefix}.mlp.gate.weight"
-    return DecoderLayer(index, attention, linears, f"{prefix}.post_attention_layernorm", router, mlps)
+    queries = "q_proj" if config.get("q_lora_rank") is None else "q_b_proj"
+    absorbed = (f"{prefix}.self_attn.{queries}", f"{prefix}.self_attn.kv_b_proj")
+    return DecoderLayer(index, attention, linears, f"{prefix}.post_attention_layernorm", router, mlps, absorbed)
 
 
 def _refuse(config: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,59 @@
+"""How ggml's CPU kernels round what they multiply with a quantized weight: to 8 bits, in blocks along a row.
+
+What is returned are the rounded numbers in float32, not codes: ggml multiplies codes with codes, sums them up exactly
+in a block and applies both scales then, which is the same product up to the order of sums.
+Reference: ggml-quants.c, `quantize_row_q8_K_ref` and `quantize_row_q8_0_ref`, https://github.com/ggml-org/ggml
+"""
+
+from collections.abc import Callable
+
+import torch
+
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+"""Rounds float32 [..., I]; I is a multiple of its block."""
+
+Q8_K_BLOCK = 256
+Q8_0_BLOCK = 32
+
+
+def unrounded(values: torch.Tensor) -> torch.Tensor:
+    """Beside weights that are not quantized: the values themselves."""
+    return values
+
+
+def q8_k(values: torch.Tensor) -> torch.Tensor:
+    """Blocks of 256 beside K-quants: the largest magnitude becomes 127 (-127 in ggml, which gives the same numbers)."""
+    blocks = values.unflatten(-1, (-1, Q8_K_BLOCK))
+    inverse = 127 / blocks.abs().amax(-1, keepdim=True)
+    scale = torch.where(inverse.isinf(), 0.0, 1 / inverse)
+    return _nothing_in_empty_blocks(blocks * inverse, inverse).round_().mul_(scale).flatten(-2)
+
+
+def q8_0(values: torch.Tensor) -> torch.Tensor:
+    """Blocks of 32 beside all other types: halves away from zero, the scale stored in F16."""
+    blocks = values.unflatten(-1, (-1, Q8_0_BLOCK))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    inverse = 1 / scale
+    codes = _nothing_in_empty_blocks(blocks * inverse, inverse)
+    whole = codes.trunc()
+    whole += codes.sub_(whole).mul_(2).trunc_()
+    return whole.mul_(scale.half().float()).flatten(-2)
+
+
+def _nothing_in_empty_blocks(codes: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Codes of blocks without a number but zero, 0 * infinity, are zero; NaN elsewhere stays."""
+    return codes.masked_fill_(inverse.isinf(), 0.0)
+
+
+def rounding_of_block(size: int) -> Rounding:
+    """What ggml does beside a weight whose type has blocks of that many weights.
+
+    Args:
+        size: 256 of K- and I-quants, 32 of the others, 1 of F32, F16 and BF16.
+
+    Returns:
+        The rounding.
+    """
+    if size == 1:
+        return unrounded
+    return q8_k if size == Q8_K_BLOCK else q8_0
