@@ -30,4 +30,5 @@ def stream_logits(
             experts.append(routing.expert_RK.sort(1).values)
         inputs, outputs = outputs, inputs
     hidden = final_norm(skeleton, weights, inputs.samples(0, len(tokens)))
-    return F.linear(hidden, weights[head_name(skeleton)]), experts
+    head = head_name(skeleton)
+    return F.linear(weights.rounding_beside(head)(hidden), weights[head]), experts

@@ -24,7 +24,8 @@ def unrounded(values: torch.Tensor) -> torch.Tensor:
 def q8_k(values: torch.Tensor) -> torch.Tensor:
     """Blocks of 256 beside K-quants: the largest magnitude becomes 127 (-127 in ggml, which gives the same numbers)."""
     blocks = values.unflatten(-1, (-1, Q8_K_BLOCK))
-    inverse = 127 / blocks.abs().amax(-1, keepdim=True)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.full_like(largest, 127) / largest  # 127 / tensor would be 127 times a rounded reciprocal
     scale = torch.where(inverse.isinf(), 0.0, 1 / inverse)
     return _nothing_in_empty_blocks(blocks * inverse, inverse).round_().mul_(scale).flatten(-2)
 

@@ -1,0 +1,118 @@
+"""Activations beside quantized weights of a GGUF file are rounded as ggml does it, and no others."""
+
+import ctypes
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from checkpoints import full_model
+from streams import stream_logits
+
+import dsquant
+from dsquant.calibration import held_out_tokens, load_tokenizer
+from dsquant.evaluation.generation import resident_model
+from dsquant.kernels.activation_rounding import Rounding, q8_0, q8_k, unrounded
+from dsquant.kernels.ggml import library
+from dsquant.model.overlays import Overlay
+from dsquant.opening import open_candidate, open_original
+from dsquant.source.weights import Weights
+
+Q8_K_BYTES = 4 + 256 + 2 * 16  # a scale in F32, codes, sums of 16 codes
+
+
+@pytest.fixture(scope="module")
+def values() -> torch.Tensor:
+    """Gaussian rows of many magnitudes, one with a block of zeros, one with equal numbers, one with halves."""
+    generator = torch.Generator().manual_seed(0)
+    found = torch.randn(400, 1024, generator=generator) * torch.logspace(-4, 4, 400).unsqueeze(1)
+    found[0, :256], found[1, :256], found[2, :256] = 0, 0.3, (torch.arange(256) - 127) / 2
+    found[2, 31:256:32] = 127
+    return found
+
+
+def test_blocks_of_32_are_rounded_to_the_bit_as_gguf_py_does(values: torch.Tensor) -> None:
+    kind = gguf.GGMLQuantizationType.Q8_0
+    assert np.array_equal(q8_0(values).numpy(), gguf.dequantize(gguf.quantize(values.numpy(), kind), kind))
+
+
+def test_blocks_of_256_are_rounded_to_the_bit_as_ggml_does(values: torch.Tensor) -> None:
+    ggml = library()
+    assert ggml is not None
+    codes = torch.zeros(values.numel() // 256 * Q8_K_BYTES, dtype=torch.uint8)
+    wanted = torch.empty_like(values)
+    pointer, count = ctypes.c_void_p, ctypes.c_int64(values.numel())
+    ggml.quantize_row_q8_K_ref(pointer(values.data_ptr()), pointer(codes.data_ptr()), count)
+    ggml.dequantize_row_q8_K(pointer(codes.data_ptr()), pointer(wanted.data_ptr()), count)
+    assert torch.equal(q8_k(values), wanted)
+
+
+@pytest.mark.parametrize("rounding", [q8_0, q8_k])
+def test_what_is_no_number_stays_none(rounding: Rounding) -> None:
+    values = torch.ones(3, 512)
+    values[0, 5], values[1, 300] = torch.nan, torch.inf
+    assert rounding(values).isfinite().all(1).tolist() == [False, False, True]
+
+
+@pytest.fixture(scope="module")
+def candidates(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
+    """tiny-r1 as AWQ, BF16 and Q4_K_M, without calibration where there is a choice."""
+    out = tmp_path_factory.mktemp("candidates")
+    options = {"evaluate": False, "progress": False}
+    dsquant.awq(tiny_r1, output=out / "AWQ", samples=8, seq_len=128, **options)
+    for name in ("BF16", "Q4_K_M"):
+        dsquant.gguf(tiny_r1, type=name, output=out / name, calibration="none", **options)
+    original = open_original(str(tiny_r1))
+    return {path.name: open_candidate(str(path), original).weights for path in out.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny_r1: Path) -> torch.Tensor:
+    return held_out_tokens("code", load_tokenizer(tiny_r1), 128, 2)
+
+
+@pytest.mark.parametrize("name", ["AWQ", "BF16"])
+def test_other_candidates_score_as_transformers_whole_model_on_their_weights(
+    name: str, candidates: dict[str, Weights], tiny_r1: Path, tokens: torch.Tensor
+) -> None:
+    weights = candidates[name]
+    assert {weights.rounding_beside(one) for one in weights} == {unrounded}
+    with torch.no_grad():
+        wanted = full_model(tiny_r1, weights)(tokens).logits
+    assert torch.allclose(stream_logits(tiny_r1, weights, tokens)[0], wanted, atol=1e-3)
+
+
+def test_the_rounding_follows_the_stored_type(candidates: dict[str, Weights]) -> None:
+    prefix = "model.layers.2"
+    wanted = {
+        "lm_head.weight": q8_k,
+        f"{prefix}.mlp.experts.3.down_proj.weight": q8_k,
+        f"{prefix}.mlp.shared_experts.up_proj.weight": q8_k,
+        f"{prefix}.self_attn.q_b_proj.weight": q8_0,  # 192 columns: Q5_0
+        f"{prefix}.self_attn.kv_b_proj.weight": q8_0,
+        f"{prefix}.mlp.gate.weight": unrounded,
+        f"{prefix}.input_layernorm.weight": unrounded,
+    }
+    assert {name: candidates["Q4_K_M"].rounding_beside(name) for name in wanted} == wanted
+
+
+class Unrounded(Overlay):
+    """The same weights as another engine would run them."""
+
+    def rounding_beside(self, name: str) -> Rounding:
+        return unrounded
+
+
+def test_streaming_and_generation_round_alike(
+    candidates: dict[str, Weights], tiny_r1: Path, tokens: torch.Tensor
+) -> None:
+    weights, skeleton = candidates["Q4_K_M"], open_original(str(tiny_r1)).skeleton
+    rounded, plain = (stream_logits(tiny_r1, one, tokens)[0] for one in (weights, Unrounded(weights)))
+    with torch.no_grad(), resident_model(skeleton, weights) as model:
+        generated = model(tokens).logits
+        assert (model(tokens[:, :40]).logits - generated[:, :40]).abs().mean() < 0.1
+    assert float((generated - rounded).abs().median()) < 0.2 * float((plain - rounded).abs().median())
+    # Nothing is left behind: the same modules run other weights as before.
+    with torch.no_grad(), resident_model(skeleton, Unrounded(weights)) as model:
+        assert torch.allclose(model(tokens).logits, plain, atol=1e-3)
