@@ -1,17 +1,17 @@
-"""What llama.cpp's rounding of activations adds to the divergence that `dsquant eval` reports of a GGUF file.
+"""How near the divergence that `dsquant eval` reports of a GGUF file comes to llama.cpp's own.
 
     python -m benchmarks.activation_rounding Q3_K_M Q4_K_M [--text FILE]...
 
-On a CPU, llama.cpp rounds what it multiplies with a quantized weight to 8 bits: in blocks of 256 beside K-quants
-(ggml's Q8_K), of 32 beside the others (Q8_0). Here the same is done to transformers' own model, with MLA's queries and
-values absorbed as llama.cpp absorbs them, and compared with llama.cpp on the same tokens. Figures:
-activation_rounding_cpu_202611.md.
+On a CPU, llama.cpp rounds what it multiplies with a quantized weight to 8 bits, and so does evaluation. Here both run
+the same tokens; evaluation runs them without rounding too, and once with the mixed latents rounded that MLA's values
+are made of, which it leaves as they are. Figures: activation_rounding_cpu_202611.md.
 
 Shape legend: N samples, T tokens of a sample, V vocabulary, H heads, C latent width.
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -20,47 +20,34 @@ from typing import Any
 import click
 import gguf
 import torch
-import torch.nn.functional as F
 
 import dsquant
 from dsquant.calibration import HELD_OUT_TEXTS, text_tokens
-from dsquant.opening import open_candidate, open_original
+from dsquant.evaluation.divergence import compare
+from dsquant.kernels.activation_rounding import Rounding, rounding_of_block, unrounded
+from dsquant.model.overlays import Overlay
+from dsquant.model.skeleton import Skeleton
+from dsquant.opening import Original, open_candidate, open_original
 from dsquant.source.locate import locate
-from tests.checkpoints import full_model
+from dsquant.source.weights import Weights
 from tests.llama_cpp import decoded, every_position
+from tests.streams import stream_logits
 
 SAMPLES, SEQ_LEN = 10, 256
-Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 
-def q8_k(values: torch.Tensor) -> torch.Tensor:
-    """Blocks of 256: the largest magnitude becomes -127 (ggml-quants.c, `quantize_row_q8_K_ref`)."""
-    blocks = values.reshape(-1, 256)
-    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
-    inverse = torch.where(largest == 0, 0.0, -127 / largest)
-    scale = torch.where(largest == 0, 0.0, 1 / inverse)
-    return ((blocks * inverse).round().clamp(max=127) * scale).reshape(values.shape)
+class Unrounded(Overlay):
+    """The same weights as an engine without rounding runs them."""
 
-
-def q8_0(values: torch.Tensor) -> torch.Tensor:
-    """Blocks of 32, the scale in F16, halves away from zero (ggml-quants.c, `quantize_row_q8_0_ref`)."""
-    blocks = values.reshape(-1, 32)
-    scale = blocks.abs().amax(1, keepdim=True) / 127
-    codes = blocks * torch.where(scale == 0, 0.0, 1 / scale)
-    return (codes.sign() * (codes.abs() + 0.5).floor() * scale.half().float()).reshape(values.shape)
-
-
-def rounding_beside(type_name: str) -> Rounding:
-    """What a weight of this type makes of its activations."""
-    if type_name == "F32":
-        return lambda values: values
-    return q8_k if type_name.endswith("_K") else q8_0
+    def rounding_beside(self, name: str) -> Rounding:
+        """None, beside any weight."""
+        return unrounded
 
 
 def attention(
-    module: Any, hidden_states: torch.Tensor, position_embeddings: Any, keys: Rounding, values: Rounding, **_: Any
+    module: Any, hidden_states: torch.Tensor, position_embeddings: Any, values: Rounding, **_: Any
 ) -> tuple[torch.Tensor, None]:
-    """MLA as llama.cpp computes it: queries meet the latents, which are cached in F16."""
+    """MLA as llama.cpp computes it: queries meet the latents, which are cached in F16; q_b_proj rounds its queries."""
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 
     num_samples, num_tokens, _width = hidden_states.shape
@@ -72,7 +59,7 @@ def attention(
     turned, key = apply_rotary_pos_emb_interleave(turned, key.unsqueeze(1), *position_embeddings)
     weight = module.kv_b_proj.weight.view(module.num_heads, -1, module.kv_lora_rank)
     to_keys, to_values = weight.split([module.qk_nope_head_dim, module.v_head_dim], 1)
-    absorbed = torch.einsum("nhtd,hdc->nhtc", keys(plain.contiguous()), to_keys)
+    absorbed = torch.einsum("nhtd,hdc->nhtc", plain, to_keys)
     scores = torch.einsum("nhtc,nsc->nhts", absorbed, latent) + turned @ key.half().float().transpose(2, 3)
     future = torch.ones(num_tokens, num_tokens).triu(1).bool()
     shares = (scores * module.scaling).masked_fill(future, -torch.inf).softmax(-1)
@@ -81,50 +68,20 @@ def attention(
     return module.o_proj(output.reshape(num_samples, num_tokens, -1)), None
 
 
-def experts(
-    module: Any, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, inner: Rounding, outer: Rounding
-) -> torch.Tensor:
-    """Routed experts, each on its own tokens."""
-    output = torch.zeros_like(hidden)
-    for expert in range(module.num_experts):
-        rows, places = torch.where(chosen == expert)
-        if len(rows):
-            gate, up = F.linear(inner(hidden[rows]), module.gate_up_proj[expert]).chunk(2, -1)
-            found = F.linear(outer(module.act_fn(gate) * up), module.down_proj[expert])
-            output.index_add_(0, rows, found * shares[rows, places, None])
-    return output
-
-
-def rounds_activations(model: Any, types: Mapping[str, str]) -> Any:
-    """Makes transformers' DeepSeek-V3 round activations as llama.cpp does beside weights of these types."""
-
-    def watch(linear: Any, tensor: str) -> None:
-        rounding = rounding_beside(types[tensor])
-        linear.register_forward_pre_hook(lambda _, arguments: (rounding(arguments[0]),))
-
-    watch(model.lm_head, "output.weight")
-    for number, layer in enumerate(model.model.layers):
-        block, own = f"blk.{number}", layer.self_attn
-        for name in ("q_a", "q_b", "output", "kv_a_mqa"):
-            linear = {"output": "o_proj", "kv_a_mqa": "kv_a_proj_with_mqa"}.get(name, f"{name}_proj")
-            watch(getattr(own, linear), f"{block}.attn_{name}.weight")
-        sides = {side: rounding_beside(types[f"{block}.attn_{side[0]}_b.weight"]) for side in ("keys", "values")}
-        own.forward = MethodType(partial(attention, **sides), own)
-        mlp, suffix = layer.mlp, ""
-        if hasattr(mlp, "experts"):
-            inner, outer = (rounding_beside(types[f"{block}.ffn_{side}_exps.weight"]) for side in ("gate", "down"))
-            mlp.experts.forward = MethodType(partial(experts, inner=inner, outer=outer), mlp.experts)
-            mlp, suffix = mlp.shared_experts, "_shexp"
-        for side in ("gate", "up", "down"):
-            watch(getattr(mlp, f"{side}_proj"), f"{block}.ffn_{side}{suffix}.weight")
-    return model
-
-
-@torch.no_grad()
-def run(model: Any, tokens_NT: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities, float64 [N, T, V]."""
-    rows = (model(sample_T.unsqueeze(0), use_cache=False).logits for sample_T in tokens_NT)
-    return torch.cat([logits.double().log_softmax(-1) for logits in rows])
+@contextmanager
+def rounded_values(skeleton: Skeleton, file: Path) -> Iterator[None]:
+    """Lets attention round mixed latents beside a file's attn_v_b, whatever runs meanwhile."""
+    sizes = {one.name: gguf.GGML_QUANT_SIZES[one.tensor_type][0] for one in gguf.GGUFReader(file).tensors}
+    own = {layer.index: skeleton.module(f"{layer.prefix}.self_attn") for layer in skeleton.layers}
+    kept = {number: module.forward for number, module in own.items()}
+    for number in range(skeleton.num_layers):
+        values = rounding_of_block(sizes[f"blk.{number}.attn_v_b.weight"])
+        own[number].forward = MethodType(partial(attention, values=values), own[number])
+    try:
+        yield
+    finally:
+        for number, module in own.items():
+            module.forward = kept[number]
 
 
 def divergence(original_NTV: torch.Tensor, candidate_NTV: torch.Tensor) -> torch.Tensor:
@@ -139,33 +96,44 @@ def against(wanted: torch.Tensor, found: torch.Tensor) -> str:
     return f"{scale * float(difference.mean()):+.2f} ± {error:.2f} %"
 
 
+def streamed(folder: Path, original: Original, weights: Weights, tokens_NT: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities, float64 [N, T, V], as evaluation comes to them."""
+    logits_NTV, _ = stream_logits(folder, weights, tokens_NT, 1, original.skeleton)
+    return logits_NTV.double().log_softmax(-1)
+
+
 @click.command()
 @click.argument("type_names", nargs=-1, required=True)
 @click.option("--text", "texts", multiple=True, help="A text file beside the shipped texts.")
 def main(type_names: tuple[str, ...], texts: tuple[str, ...]) -> None:
     """Prints a row for each type."""
-    folder = locate("tiny-r1")
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
         make = partial(dsquant.gguf, evaluate=False, progress=False)
-        original = open_original(str(make(type="F32", output=Path(work) / "F32").folders["gguf:F32"]))
+        original = open_original(str(make(type="F32", output=work / "F32").folders["gguf:F32"]))
         parts = [text_tokens(text, original.tokenizer, SEQ_LEN, SAMPLES) for text in (*HELD_OUT_TEXTS, *texts)]
         tokens_NT = torch.cat(parts)
-        ours = run(full_model(folder, original.checkpoint.weights), tokens_NT)
+        own = streamed(locate("tiny-r1"), original, original.checkpoint.weights, tokens_NT)
         theirs = every_position(original.opened.files[0], tokens_NT)
         click.echo(
-            "| type | positions | mean KL | decoded to F32 | as it is | rounding emulated | one token at a time |"
+            "| type | positions | eval's mean KL | llama.cpp's | against eval's | not rounded | decoded to F32 "
+            "| values rounded too | one token at a time |"
         )
-        click.echo("|---|---|---|---|---|---|---|")
+        click.echo("|---|---|---|---|---|---|---|---|---|")
         for name in type_names:
-            file = make(type=name, output=Path(work) / name).folders[f"gguf:{name}"]
+            file = make(type=name, output=work / name).folders[f"gguf:{name}"]
             weights = open_candidate(str(file), original).weights
-            types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
-            plain = divergence(ours, run(full_model(folder, weights), tokens_NT))
-            emulated = divergence(ours, run(rounds_activations(full_model(folder, weights), types), tokens_NT))
-            exact = divergence(theirs, every_position(decoded(file, Path(work) / "decoded.gguf"), tokens_NT))
+            candidates = {"rounded": weights, "plain": Unrounded(weights)}
+            scores = compare(original.skeleton, original.checkpoint.weights, candidates, tokens_NT, work, 1)
+            ours, plain = (scores[one].kl_NT.flatten() for one in candidates)
+            with rounded_values(original.skeleton, file):
+                values = divergence(own, streamed(locate("tiny-r1"), original, weights, tokens_NT))
+            exact = divergence(theirs, every_position(decoded(file, work / "decoded.gguf"), tokens_NT))
             batch, single = (divergence(theirs, every_position(file, tokens_NT, at_once)) for at_once in (512, 1))
-            cells = (against(plain, exact), against(plain, batch), against(emulated, batch), against(batch, single))
-            click.echo(f"| {name} | {len(plain)} | {float(plain.mean()):.5f} | {' | '.join(cells)} |")
+            means = f"{float(ours.mean()):.5f} | {float(batch.mean()):.5f}"
+            pairs = ((ours, batch), (plain, batch), (plain, exact), (values, batch), (batch, single))
+            cells = " | ".join(against(wanted, found) for wanted, found in pairs)
+            click.echo(f"| {name} | {len(ours)} | {means} | {cells} |")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from dsquant.calibration import load_tokenizer
 from dsquant.errors import InputError
 from dsquant.gguf_checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
+from dsquant.kernels.activation_rounding import unrounded
 from dsquant.model.overlays import on_device
 from dsquant.model.skeleton import Skeleton, network_config
 from dsquant.model.streaming import EMBEDDING
@@ -63,6 +64,11 @@ class Opened:
     def bits_per_weight(self) -> float:
         """Bits of its tensors' data for each weight in them."""
         return 8 * self.size_bytes / sum(math.prod(self.weights.shape(name)) for name in self.weights)
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether activations are rounded beside some of its weights."""
+        return any(self.weights.rounding_beside(name) is not unrounded for name in self.weights)
 
     @property
     def fingerprint(self) -> str:

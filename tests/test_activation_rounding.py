@@ -116,3 +116,10 @@ def test_streaming_and_generation_round_alike(
     # Nothing is left behind: the same modules run other weights as before.
     with torch.no_grad(), resident_model(skeleton, Unrounded(weights)) as model:
         assert torch.allclose(model(tokens).logits, plain, atol=1e-3)
+
+
+def test_a_jobs_end_and_an_evaluation_say_the_same_of_a_file(tiny_r1: Path, tmp_path: Path) -> None:
+    job = dsquant.gguf(tiny_r1, type="Q8_0", output=tmp_path / "out", calibration="none", progress=False)
+    found = dsquant.evaluate(tiny_r1, tmp_path / "out", texts=["code"], prompts="none", progress=False).candidates[0]
+    (ours,) = job.divergence.values()
+    assert ours["code"].mean_kl == pytest.approx(found.texts["code"].mean_kl.estimate, rel=0.01)
