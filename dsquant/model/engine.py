@@ -6,7 +6,7 @@ experts are no modules: `GatedWeights` rounds for them.
 MLA's keys are rounded where llama.cpp rounds them: it never makes them from latents, but multiplies each head's query
 with kv_b_proj's rows of keys, and the product with the latents. So it is the query that is rounded, and the scores are
 the same. The latents that it mixes and multiplies with kv_b_proj's rows of values stay as they are: rounding them would
-take an attention of our own, and adds too little to be seen (decision 14).
+take an attention of our own, and adds 0.0004 nats to the mean KL at the most (decision 14).
 """
 
 from collections.abc import Iterator, Mapping
