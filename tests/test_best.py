@@ -71,7 +71,8 @@ def _mean_kl(folder: Path, original_NTV: torch.Tensor, tokens_NT: torch.Tensor, 
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
-def test_it_drifts_less_than_compact(tiny_r1: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_it_drifts_less_than_compact(tiny_r1: Path, tmp_path: Path, device: str) -> None:
     tokens_NT = held_out_tokens("code", load_tokenizer(tiny_r1), 256, 24)
     with torch.no_grad():
         original_NTV = full_model(tiny_r1, open_checkpoint(tiny_r1).weights)(tokens_NT).logits
@@ -80,7 +81,7 @@ def test_it_drifts_less_than_compact(tiny_r1: Path, tmp_path: Path) -> None:
         output = tmp_path / preset
         dsquant.awq(
             tiny_r1, output=output, to="compressed-tensors", preset=preset, calibration="code", samples=32,
-            seq_len=256, evaluate=False, progress=False,
+            seq_len=256, device=device, evaluate=False, progress=False,
         )  # fmt: skip
         found[preset] = _mean_kl(output, original_NTV, tokens_NT, tiny_r1)
     assert found["best"] < 0.95 * found["compact"]
