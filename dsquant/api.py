@@ -55,7 +55,8 @@ def awq(
         bits: bits of a weight: 3, 4 or 8, where the format has them.
         group_size: input channels that share a scale: 32, 64 or 128.
         symmetric: without zero points; None takes what each format's engines want.
-        preset: `quality` quantizes routed experts only, `compact` every linear; None is quality for mixtures.
+        preset: `quality` quantizes routed experts only, `compact` every linear, `best` every linear for what the
+            quantized model gives it; None is quality for mixtures.
         calibration: texts, mixes or hub sets, as on the command line.
         samples: calibration samples.
         seq_len: tokens of a sample.

@@ -19,8 +19,9 @@ from dsquant.model.structure import DecoderLayer
 from dsquant.planning import BATCH_TOKENS, Target, Unit
 from dsquant.preparation import Source
 from dsquant.quantization.layer import quantize_layer
-from dsquant.quantization.layer_job import LayerJob
+from dsquant.quantization.layer_job import LayerJob, QuantizedStream
 from dsquant.quantization.statistics import Importance
+from dsquant.quantization.successive import quantize_successively
 from dsquant.recipe import Recipe
 from dsquant.resumption import check_gguf, check_kept, check_shards, check_units, kept_files
 from dsquant.rounding import Grid, QuantizedWeight
@@ -73,6 +74,20 @@ class Run:
     def hidden_path(self, layer: int) -> Path:
         """The file of a layer's inputs."""
         return self.job.work / f"hidden-{layer}.f32"
+
+    def quantized_path(self, layer: int) -> Path:
+        """The file of what a layer gets in the quantized model."""
+        return self.job.work / f"hidden-{layer}-quantized.f32"
+
+    def kept_paths(self, layer: int) -> list[Path]:
+        """The files that a layer reads."""
+        own = [self.hidden_path(layer)]
+        return [*own, self.quantized_path(layer)] if self.follows_quantized else own
+
+    @property
+    def follows_quantized(self) -> bool:
+        """Whether linears are rounded for the inputs that the quantized model gives them."""
+        return self.recipe.preset == "best"
 
     @property
     def mtp_path(self) -> Path:
@@ -187,7 +202,7 @@ class _Writers:
     def keep_scales(self, grid: Grid, producer: str, scales_I: torch.Tensor) -> None:
         folders = [writer.target.folder for writer in self.checkpoints if writer.target.grid == grid]
         for folder in folders if grid.rounded else self.gguf:
-            self.scales.setdefault(str(folder), {})[producer] = scales_I.cpu()
+            self.scales.setdefault(str(folder), {})[producer] = scales_I.to("cpu", copy=True)
 
     def finish(self, run: Run, unit: Unit, safe_point: Callable[[str], None]) -> dict[str, dict[str, str]]:
         """Writes the rest and brings all to disk; returns folder -> tensor -> SHA-256."""
@@ -256,11 +271,11 @@ def convert(run: Run) -> None:
     run.safe_point("quantize", len(units), len(units), "")
 
 
-def _needed(run: Run, units: list[Unit]) -> Path | None:
-    """The hidden states that the first layer without a line in the journal reads; None where there are none yet."""
+def _needed(run: Run, units: list[Unit]) -> list[Path]:
+    """The hidden states that the first layer without a line in the journal reads; empty where there are none yet."""
     left = [unit for unit in units if unit.name not in run.job.journal.units]
     layers = [unit.layer.index for unit in left if unit.action == "quantize" and unit.layer is not None]
-    return run.hidden_path(layers[0]) if layers and left[0].name != "embedding" else None
+    return run.kept_paths(layers[0]) if layers and left[0].name != "embedding" else []
 
 
 def _check_left(run: Run, units: list[Unit], beat: Callable[[], None]) -> None:
@@ -272,8 +287,7 @@ def _check_left(run: Run, units: list[Unit], beat: Callable[[], None]) -> None:
 
     job, plan = run.job, run.source.plan
     check_units(job, [unit.name for unit in units])
-    needed = _needed(run, units)
-    check_kept(job, needed.name if needed else None, safe_point)
+    check_kept(job, [path.name for path in _needed(run, units)], safe_point)
     for target in plan.targets:
         finished = [shard for name in job.journal.units for shard in target.shards.shards_of(name)]
         check_shards(job, target.folder, finished, safe_point)
@@ -285,7 +299,7 @@ def _remove_leftovers(run: Run, units: list[Unit]) -> None:
     """Removes the files of an interrupted unit: a rank that was lost then may still have them open."""
     needed = _needed(run, units)
     for path in run.job.work.glob("*.f32"):
-        if path != needed:
+        if path not in needed:
             path.unlink()
 
 
@@ -303,25 +317,40 @@ def _make_unit(run: Run, unit: Unit, safe_point: Callable[[str], None]) -> dict[
 
 
 def _journal(run: Run, unit: Unit, notes: dict[str, Any]) -> None:
-    made = run.hidden_path(unit.layer.index + 1 if unit.layer is not None else 0)
-    notes["kept"] = kept_files(run.job.work, [*work_files(unit.name), made.name])
+    made = run.kept_paths(unit.layer.index + 1 if unit.layer is not None else 0)
+    notes["kept"] = kept_files(run.job.work, [*work_files(unit.name), *(path.name for path in made)])
     sync_folder(run.job.work)
     run.job.journal.append(unit.name, **notes)
     if unit.action == "quantize" and unit.layer is not None:
-        run.hidden_path(unit.layer.index).unlink(missing_ok=True)
+        for path in run.kept_paths(unit.layer.index):
+            path.unlink(missing_ok=True)
 
 
 def _embed(run: Run) -> None:
-    outputs = run.activations(run.hidden_path(0))
-    embed(run.source.skeleton, run.source.checkpoint.weights, run.source.tokens_NT, outputs)
-    outputs.flush()
+    for path in run.kept_paths(0):
+        outputs = run.activations(path)
+        embed(run.source.skeleton, run.source.checkpoint.weights, run.source.tokens_NT, outputs)
+        outputs.flush()
 
 
-def _prepare_mtp(run: Run, layer: DecoderLayer, inputs: Activations) -> None:
+def _prepare_mtp(run: Run, layer: DecoderLayer, inputs: Activations, prepared: Activations) -> None:
     """Writes the inputs of a multi-token-prediction layer."""
-    prepared = run.activations(run.mtp_path)
     stream = Stream(run.source.checkpoint.weights, inputs, prepared)
     mtp_inputs(run.source.skeleton, run.source.checkpoint.weights, layer, run.source.tokens_NT, stream)
+
+
+def _quantized_stream(run: Run, layer: DecoderLayer) -> QuantizedStream:
+    """The quantized model's hidden states before and behind a layer."""
+    inputs = run.activations(run.quantized_path(layer.index))
+    if layer.index >= run.source.skeleton.num_layers:
+        prepared = run.activations(run.job.work / "mtp-quantized.f32")
+        _prepare_mtp(run, layer, inputs, prepared)
+        inputs = prepared
+    return QuantizedStream(
+        inputs,
+        run.passing(layer.index, run.quantized_path(layer.index + 1), torch.float32),
+        run.passing(layer.index, run.job.work / "mlp-inputs-quantized.f32", torch.bfloat16),
+    )
 
 
 def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callable[[str], None]) -> dict[str, Any]:
@@ -329,7 +358,8 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
     assert layer is not None
     inputs = run.activations(run.hidden_path(layer.index))
     if layer.index >= source.skeleton.num_layers:
-        run.ranks.once(lambda: _prepare_mtp(run, layer, inputs))
+        prepared = run.activations(run.mtp_path)
+        run.ranks.once(lambda: _prepare_mtp(run, layer, inputs, prepared))
         inputs = run.activations(run.mtp_path)
     outputs = run.passing(layer.index, run.hidden_path(layer.index + 1), torch.float32)
     layer_job = LayerJob(
@@ -346,11 +376,14 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
         safe_point=safe_point,
         note=writers.note,
         keep_scales=writers.keep_scales,
+        quantized=_quantized_stream(run, layer) if run.follows_quantized else None,
         ranks=run.ranks,
     )
-    report = quantize_layer(layer_job)
-    if layer.index in run.source.plan.gpu_resident:
-        outputs.save(run.hidden_path(layer.index + 1), layer_job.shares.samples(run.ranks.rank))
-    else:
-        outputs.flush()
+    report = quantize_successively(layer_job) if layer_job.quantized else quantize_layer(layer_job)
+    made = [outputs, layer_job.quantized.outputs] if layer_job.quantized else [outputs]
+    for path, activations in zip(run.kept_paths(layer.index + 1), made, strict=True):
+        if layer.index in run.source.plan.gpu_resident:
+            activations.save(path, layer_job.shares.samples(run.ranks.rank))
+        else:
+            activations.flush()
     return {"layer": layer.index, **asdict(report)}

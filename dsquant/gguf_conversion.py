@@ -275,7 +275,7 @@ def _check_left(run: GgufRun, units: list[Unit]) -> None:
     left = [unit for unit in units if unit.name not in done]
     layers = [unit.layer.index for unit in left if unit.layer is not None]
     reads = run.plan.tokens_NT is not None and layers and left[0].name != "embedding"
-    check_kept(run.job, f"hidden-{layers[0]}.f32" if reads else None, run.check)
+    check_kept(run.job, [f"hidden-{layers[0]}.f32"] if reads else [], run.check)
     check_gguf(run.job, PurePosixPath("."), run.plan.target.files, run.check)
 
 

@@ -93,6 +93,11 @@ def _resolved_for(recipe: Recipe, ranks: Ranks) -> Recipe:
             f"--to {gguf[0]}: {ranks.size} processes cannot share the writing of GGUF; start one, or leave this out "
             "and run `dsquant gguf` afterwards"
         )
+    if recipe.preset == "best" and ranks.size > 1:
+        raise UsageError(
+            f"--preset best: {ranks.size} processes cannot share a layer that is rounded linear by linear; "
+            "start one, or take --preset compact"
+        )
     return resolved(recipe)
 
 

@@ -14,6 +14,7 @@ from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import EMBEDDING, ROWS_AT_ONCE, VOCABULARY_AT_ONCE
 from dsquant.model.structure import DecoderLayer
 from dsquant.quantization.clip import ELEMENTS_AT_ONCE, SHRINKS
+from dsquant.quantization.pairs import WIDEST_PAIRS
 from dsquant.quantization.statistics import FACTOR_ROWS
 from dsquant.recipe import Recipe, format_size
 from dsquant.rounding import Grid
@@ -134,21 +135,37 @@ def plan_run(
     by_grid = {target.grid: linears for target in targets}
     if gguf:
         by_grid[GGUF_GRID] = frozenset(linear for layer in _touched(recipe, skeleton) for linear in layer.linears)
+    _check_best(recipe, by_grid)
     everything = frozenset().union(*by_grid.values())
+    streams = 2 if recipe.preset == "best" else 1
     num_hidden = recipe.samples * recipe.seq_len * skeleton.config["hidden_size"]
     head = head_memory_bytes(skeleton)
     needs = layer_memory_bytes(recipe.samples * recipe.seq_len, recipe.seq_len, checkpoint, skeleton, everything)
     shared = sharing_memory_bytes(recipe.samples * recipe.seq_len, checkpoint, skeleton, everything, num_ranks)
-    needs = {layer: need + shared for layer, need in needs.items()}
-    memory, gpu_memory = max(head, *needs.values()) + host_memory_bytes(num_hidden), 0
+    pairs = pair_memory_bytes(checkpoint, skeleton) if recipe.preset == "best" else 0
+    needs = {layer: need + shared + pairs for layer, need in needs.items()}
+    memory, gpu_memory = max(head, *needs.values()) + host_memory_bytes(num_hidden, streams), 0
     resident = frozenset[int]()
     if recipe.device == "cuda":
-        hidden = RESIDENT_BYTES * num_hidden
+        hidden = streams * RESIDENT_BYTES * num_hidden
         resident = frozenset(layer for layer, need in needs.items() if need + hidden <= gpu_budget_bytes)
         gpu_memory = max(head, *(need + hidden * (layer in resident) for layer, need in needs.items()))
-        memory = CUDA_HOST_BYTES + host_memory_bytes(num_hidden)
-    work_bytes = 3 * num_hidden * stored_dtype(torch.device(recipe.device)).itemsize
+        memory = CUDA_HOST_BYTES + host_memory_bytes(num_hidden, streams)
+    work_bytes = 3 * streams * num_hidden * stored_dtype(torch.device(recipe.device)).itemsize
     return Plan(units, targets, gguf, by_grid, dtypes, memory, gpu_memory, resident, work_bytes)
+
+
+def _check_best(recipe: Recipe, by_grid: Mapping[Grid, frozenset[str]]) -> None:
+    """Refuses formats that preset `best` cannot make together: it follows one quantized model."""
+    if recipe.preset != "best":
+        return
+    if GGUF_GRID in by_grid:
+        raise UsageError("--preset best: GGUF rounds its weights itself; take --preset compact for it")
+    if len(by_grid) > 1:
+        raise UsageError(
+            f"--preset best follows one quantized model, {' and '.join(recipe.to)} have different grids; add "
+            "--symmetric, or make each in its own run"
+        )
 
 
 def _touched(recipe: Recipe, skeleton: Skeleton) -> tuple[DecoderLayer, ...]:
@@ -343,6 +360,27 @@ def _layer_bytes(
     return statistics + max(int(dense * (1 + folded_and_rounded)) + max(attention, rounds), max(mlps) + rounds + rows)
 
 
+def pair_memory_bytes(checkpoint: Checkpoint, skeleton: Skeleton) -> int:
+    """What preset `best` takes beyond `compact`: whole matrices of the widest inputs, and attention once more.
+
+    Args:
+        checkpoint: the source.
+        skeleton: its network.
+
+    Returns:
+        Bytes on the device that computes.
+    """
+    linears = {linear for layer in skeleton.layers for linear in layer.linears}
+    widths = {checkpoint.weights.shape(f"{linear}.weight")[1] for linear in linears}
+    widest = max((width for width in widths if width <= WIDEST_PAIRS), default=0)
+    # Gram matrix and drift with their divided copies in float32, five double precision matrices for the factor
+    matrices = widest**2 * (6 * FLOAT32_BYTES + 5 * 8)
+    attention = max(
+        sum(_num_elements(checkpoint, linear) for linear in layer.attention_linears) for layer in skeleton.layers
+    )
+    return matrices + 2 * FLOAT32_BYTES * attention
+
+
 def sharing_memory_bytes(
     num_tokens: int, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str], num_ranks: int
 ) -> int:
@@ -379,16 +417,17 @@ def head_memory_bytes(skeleton: Skeleton) -> int:
     return FLOAT32_BYTES * min(VOCABULARY_AT_ONCE, vocabulary) * (2 * hidden + 4 * 1024)
 
 
-def host_memory_bytes(num_hidden: int) -> int:
-    """What a run takes beside its layer: libraries, and touched pages of three files of hidden states.
+def host_memory_bytes(num_hidden: int, streams: int = 1) -> int:
+    """What a run takes beside its layer: libraries, and touched pages of three files of hidden states for each stream.
 
     Args:
         num_hidden: calibration tokens times hidden size.
+        streams: models whose hidden states pass: the original, and with preset `best` the quantized one.
 
     Returns:
         Bytes of resident memory.
     """
-    return 3 * min(RELEASE_BYTES, FLOAT32_BYTES * num_hidden) + LIBRARY_BYTES
+    return 3 * streams * min(RELEASE_BYTES, FLOAT32_BYTES * num_hidden) + LIBRARY_BYTES
 
 
 def _num_elements(checkpoint: Checkpoint, linear: str) -> int:

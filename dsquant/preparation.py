@@ -50,7 +50,9 @@ def resolved(recipe: Recipe) -> Recipe:
         UsageError: where its device is not there.
     """
     mixture = bool(read_config(locate(recipe.model)).get("n_routed_experts"))
-    preset = recipe.preset if recipe.preset and mixture else ("quality" if mixture else "compact")
+    preset = recipe.preset or ("quality" if mixture else "compact")
+    if preset == "quality" and not mixture:
+        preset = "compact"
     symmetric = {default_symmetric(name, mixture) for name in recipe.to if name in FORMATS}
     agreed = symmetric.pop() if len(symmetric) == 1 else None
     chosen = agreed if recipe.symmetric is None else recipe.symmetric

@@ -14,7 +14,7 @@ from dsquant.errors import UsageError
 CHANGEABLE_ON_RESUME = ("output", "memory_budget", "gpu_memory_budget", "evaluate")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
-Preset = Literal["quality", "compact"]
+Preset = Literal["quality", "compact", "best"]
 
 
 class JobRecipe(BaseModel):
@@ -67,8 +67,9 @@ class Recipe(JobRecipe):
         bits: bits of a code.
         group_size: input channels that share a scale.
         symmetric: whether zero points are constant; None takes what each format's engines want.
-        preset: `quality` quantizes routed experts only, `compact` every linear of the decoder; None is quality for
-            mixtures of experts and compact for dense models.
+        preset: `quality` quantizes routed experts only, `compact` every linear of the decoder, `best` every linear
+            for the inputs that the quantized model gives it; None is quality for mixtures of experts and compact for
+            dense models.
         calibration: texts, mixes or hub sets.
         samples: calibration samples.
         seq_len: tokens of a sample.

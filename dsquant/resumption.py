@@ -45,21 +45,24 @@ def check_units(job: Job, units: Sequence[str]) -> None:
         raise InputError(f"{job.work}: the journal does not hold the job's first units in order; {BEGIN_ANEW}")
 
 
-def check_kept(job: Job, hidden: str | None, safe_point: Callable[[], None]) -> None:
+def check_kept(job: Job, hidden: Sequence[str], safe_point: Callable[[], None]) -> None:
     """Checks what finished units have left in the work folder.
 
     Args:
         job: the resumed job.
-        hidden: the file of hidden states that the next unit reads; None where it reads none.
+        hidden: the files of hidden states that the next unit reads.
         safe_point: called now and then; may raise to stop.
 
     Raises:
         InputError: where a file is gone or not what the journal says.
     """
     kept = {name: entry for unit in job.journal.units.values() for name, entry in unit.get("kept", {}).items()}
-    if hidden is not None and hidden not in kept:
-        raise InputError(f"{job.work}: the journal does not tell of {hidden}, which the next unit reads; {BEGIN_ANEW}")
-    wanted = {name: entry for name, entry in kept.items() if name == hidden or not name.endswith(".f32")}
+    missing = [name for name in hidden if name not in kept]
+    if missing:
+        raise InputError(
+            f"{job.work}: the journal does not tell of {missing[0]}, which the next unit reads; {BEGIN_ANEW}"
+        )
+    wanted = {name: entry for name, entry in kept.items() if name in hidden or not name.endswith(".f32")}
     for name, entry in wanted.items():
         path = job.work / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:

@@ -115,7 +115,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"bits": 5}, {"to": ()}, {"to": ("awq", "awq")}, {"samples": 0}, {"colour": "red"}, {"preset": "best"}]
+    "fields", [{"bits": 5}, {"to": ()}, {"to": ("awq", "awq")}, {"samples": 0}, {"colour": "red"}, {"preset": "worst"}]
 )
 def test_a_recipe_that_cannot_be_meant_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=next(iter(fields))):

@@ -24,8 +24,9 @@ from dsquant.errors import UsageError
 )
 @click.option(
     "--preset",
-    type=click.Choice(["quality", "compact"]),
-    help="quality: routed experts only; compact: every linear.  [default: quality; compact for dense models]",
+    type=click.Choice(["quality", "compact", "best"]),
+    help="quality: routed experts only; compact: every linear; best: every linear, each for what the quantized model "
+    "gives it, least drift, slower.  [default: quality; compact for dense models]",
 )
 @click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="128", show_default=True)
 @click.option(

@@ -42,7 +42,7 @@ def compensated_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoment
     if moments.gram_II is None or not moments.count:
         return clipped
     order_I = _order(moments.gram_II.diagonal(), grid.group_size)
-    damping = max(LEAST_DAMPING, DAMPING * len(order_I) / moments.count)
+    damping = damping_of(len(order_I), moments.count)
     factor_II = _inverse_factor(moments.gram_II[order_I][:, order_I], damping)
     at_once = GPU_ELEMENTS_AT_ONCE if weight_OI.is_cuda else ELEMENTS_AT_ONCE
     rows_at_once = max(1, at_once // weight_OI.shape[1])
@@ -56,6 +56,11 @@ def compensated_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoment
         torch.cat([part.zero_points_OG for part in parts]),
         grid,
     )
+
+
+def damping_of(num_features: int, num_tokens: int) -> float:
+    """The share of the Gram matrix's mean diagonal by which the diagonal is raised."""
+    return max(LEAST_DAMPING, DAMPING * num_features / num_tokens)
 
 
 def _rows_of(weight: QuantizedWeight, start: int, count: int) -> QuantizedWeight:

@@ -6,7 +6,7 @@ the scales that all of them share. The next layer's inputs are the original laye
 Shape legend: N samples, T tokens, H hidden size, R tokens of all samples, E experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -48,15 +48,32 @@ def quantize_layer(job: LayerJob) -> LayerReport:
     Raises:
         InputError: where the original's hidden states are not finite.
     """
+    return checked(job, _quantize)
+
+
+def checked(job: LayerJob, quantize: Callable[[LayerJob], LayerReport]) -> LayerReport:
+    """Quantizes a layer and checks that the original's outputs are finite.
+
+    Args:
+        job: the layer and its surroundings.
+        quantize: does it.
+
+    Returns:
+        What `quantize` returns.
+
+    Raises:
+        InputError: where the original's hidden states are not finite.
+    """
     try:
-        report = _quantize(job)
+        report = quantize(job)
     except FloatingPointError as error:
-        raise _out_of_range(job.layer.prefix) from error
+        raise out_of_range(job.layer.prefix) from error
     job.ranks.together(lambda: _check_outputs(job))
     return report
 
 
-def _out_of_range(where: str) -> InputError:
+def out_of_range(where: str) -> InputError:
+    """The error of hidden states that are not finite."""
     return InputError(
         f"{where}: the hidden states are not finite here; the weights of this or an earlier layer, or numbers in "
         "config.json, are out of any sensible range. Nothing but an unfinished output was made; mend the model and "
@@ -68,14 +85,14 @@ def _check_outputs(job: LayerJob) -> None:
     first, end = job.shares.samples(job.ranks.rank)
     for start in range(first, end, job.batch_samples):
         if not bool(job.outputs.samples(start, min(start + job.batch_samples, end)).isfinite().all()):
-            raise _out_of_range(f"{job.layer.prefix}, its outputs")
+            raise out_of_range(f"{job.layer.prefix}, its outputs")
 
 
 def _quantize(job: LayerJob) -> LayerReport:
     job.safe_point(f"{job.layer.prefix}.self_attn")
     attention_moments, norm_rms_H, routing = _run_original(job)
     if not bool(norm_rms_H.isfinite().all()):
-        raise _out_of_range(job.layer.norm)
+        raise out_of_range(job.layer.norm)
     added = {}
     if routing and job.anywhere(job.layer.experts[0].up):
         added = top_up(job.layer, job.weights, job.mlp_inputs, routing)
@@ -84,7 +101,7 @@ def _quantize(job: LayerJob) -> LayerReport:
     reports: list[GridReport] = []
     for grid in job.grids:
         report = GridReport()
-        norm_fold, norm_scales_H = _norm_fold(job, grid, inputs, norm_rms_H)
+        norm_fold, norm_scales_H = search_norm_fold(job, grid, inputs, norm_rms_H)
         if job.ranks.first:
             _quantize_dense_part(job, grid, attention_moments, norm_fold, report)
             if norm_fold.rows:
@@ -94,7 +111,7 @@ def _quantize(job: LayerJob) -> LayerReport:
     found = quantize_mlps(job, inputs, folds, routing)
     reports = job.ranks.once(lambda: reports)
     for place, report in enumerate(reports):
-        _sum_up(report, [outcomes[place] for outcomes in found])
+        sum_up(report, [outcomes[place] for outcomes in found])
     counts = routing.counts(len(job.layer.experts)).tolist() if routing else []
     return LayerReport(counts, {expert: len(rows_R) for expert, rows_R in added.items()}, reports)
 
@@ -184,7 +201,7 @@ def _quantize_dense_part(
     attention = _attention(job, grid, moments, report)
     if not grid.rounded:
         _note_attention(job, grid, moments, attention)
-    _emit_dense_part(job, grid, attention, norm_fold, report)
+    emit_dense_part(job, grid, attention, norm_fold, report)
     for group, scales_I in attention.scales.items():
         job.keep_scales(grid, group.producer, scales_I)
 
@@ -198,12 +215,12 @@ def _attention(
     weights = ResidentWeights(job.weights)
     searched = quantize_attention(job.layer, weights, moments, grid)
     rounded = round_attention(job.layer, weights, grid)
-    wanted, _ = _few_samples(job, weights)
+    wanted, _ = few_samples(job, weights)
     energy = (wanted - job.inputs.samples(0, len(wanted))).square().sum()
 
     def error(result: AttentionResult) -> float:
         quantized = ReplacedWeights(FoldedWeights(weights, result.fold), result.dequantized())
-        found, _ = _few_samples(job, quantized)
+        found, _ = few_samples(job, quantized)
         return float((found - wanted).square().sum() / energy)
 
     report.attention_error, report.attention_error_plain = error(searched), error(rounded)
@@ -234,15 +251,27 @@ def _note_attention(
             job.note(grid, linear, Importance(keys.contiguous(), group_moments.count))
 
 
-def _few_samples(job: LayerJob, weights: Weights) -> tuple[torch.Tensor, Routing | None]:
-    """The dense part's outputs [n, T, H] and the routing of a few samples under other weights."""
-    inputs = Activations(job.inputs.samples(0, min(CHECK_SAMPLES, job.inputs.shape[0])))
+def few_samples(
+    job: LayerJob, weights: Weights, hidden: Activations | None = None
+) -> tuple[torch.Tensor, Routing | None]:
+    """The dense part's outputs and the routing of a few samples under other weights.
+
+    Args:
+        job: the layer and its surroundings.
+        weights: the weights.
+        hidden: the layer's inputs [N, T, H]; None is the original's.
+
+    Returns:
+        float32 [n, T, H], and the routing.
+    """
+    hidden = hidden or job.inputs
+    inputs = Activations(hidden.samples(0, min(CHECK_SAMPLES, hidden.shape[0])))
     outputs = Activations(torch.zeros(inputs.shape, device=job.weights.device))
     routing = run_dense_part(job.skeleton, job.layer, Stream(weights, inputs, outputs), job.batch_samples)
     return outputs.samples(0, inputs.shape[0]), routing
 
 
-def _norm_fold(
+def search_norm_fold(
     job: LayerJob, grid: Grid, inputs: dict[Mlp, MlpInputs], norm_rms_H: torch.Tensor
 ) -> tuple[Fold, torch.Tensor]:
     """The fold of the norm before the MLPs, and its scales [H]; identity where no MLP is quantized."""
@@ -268,17 +297,15 @@ def _norm_fold(
     return fold_of(job.weights, ScaleGroup(layer.norm, consumers, followers), choice.scales_I), choice.scales_I
 
 
-def _emit_dense_part(
-    job: LayerJob, grid: Grid, attention: AttentionResult, norm_fold: Fold, report: GridReport
-) -> None:
+def emit_dense_part(job: LayerJob, grid: Grid, attention: AttentionResult, norm_fold: Fold, report: GridReport) -> None:
     """Proves that the folds change nothing, then emits what changed outside the MLPs."""
     fold = Fold()
     fold.update(attention.fold)
     fold.update(norm_fold)
     weights = ResidentWeights(job.weights)
     folded = FoldedWeights(weights, fold)
-    wanted, wanted_routing = _few_samples(job, weights)
-    found, found_routing = _few_samples(job, folded)
+    wanted, wanted_routing = few_samples(job, weights)
+    found, found_routing = few_samples(job, folded)
     prove_same(job.layer.prefix, wanted, found)
     if wanted_routing is not None and found_routing is not None:
         same = torch.equal(wanted_routing.expert_RK.sort(1).values, found_routing.expert_RK.sort(1).values)
@@ -293,7 +320,8 @@ def _emit_dense_part(
             job.emit(grid, name, folded[name])
 
 
-def _sum_up(report: GridReport, outcomes: list[MlpOutcome]) -> None:
+def sum_up(report: GridReport, outcomes: list[MlpOutcome]) -> None:
+    """Takes what MLPs cost on a grid into its report."""
     for outcome in outcomes:
         report.weight_errors |= outcome.weight_errors
     results = [outcome.errors for outcome in outcomes if outcome.errors is not None]

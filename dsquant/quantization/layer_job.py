@@ -26,6 +26,18 @@ KeepScales = Callable[[Grid, str, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
+class QuantizedStream:
+    """The hidden states of the quantized model, beside the original's."""
+
+    inputs: Activations
+    """What the layer gets from the quantized layers before it [N, T, H]."""
+    outputs: Activations
+    """Gets the quantized layer's outputs."""
+    mlp_inputs: Activations
+    """Gets what the MLPs read behind quantized attention."""
+
+
+@dataclass(frozen=True)
 class LayerJob:
     """Everything that quantizing a layer needs."""
 
@@ -50,6 +62,8 @@ class LayerJob:
     keep_scales: KeepScales = lambda grid, producer, scales: None
     """Gets all scales that are folded in, so that a later release can be quantized under them."""
 
+    quantized: QuantizedStream | None = None
+    """The quantized model's hidden states, where linears are rounded for them; there is one grid then, and one rank."""
     ranks: Ranks = ALONE
     """Who shares the layer. Each emits what it has made; rank 0 has all that is not an MLP."""
 

@@ -205,20 +205,69 @@ def quantize_mlp(
         FloatingPointError: where the MLP's outputs are not finite.
     """
     input_moments, hidden_moments = moments
-    up_scales_W = _search_up_scales(original, hidden_moments, grid)
+    up_scales_W = search_up_scales(original, hidden_moments, grid)
     folded = scaled(original, norm_scales_H, up_scales_W)
-    divided = input_moments.divided(norm_scales_H)
-    linears: tuple[QuantizedWeight, ...] = (
-        compensated_weight(folded.gate_WH, grid, divided),
-        compensated_weight(folded.up_WH, grid, divided),
-        compensated_weight(folded.down_HW, grid, hidden_moments.divided(up_scales_W)),
+    of_input, of_hidden = input_moments.divided(norm_scales_H), hidden_moments.divided(up_scales_W)
+    linears = (
+        compensated_weight(folded.gate_WH, grid, of_input),
+        compensated_weight(folded.up_WH, grid, of_input),
+        compensated_weight(folded.down_HW, grid, of_hidden),
     )
-    unscaled = scaled(original, norm_scales_H, torch.ones_like(up_scales_W))
+    rounded = RoundedMlp(folded, linears, (of_input, of_hidden), up_scales_W)
     inputs_RH = inputs.few()
-    few_RH, name = inputs_RH[:PROOF_ROWS], mlp.up.rsplit(".", 1)[0]
+    return judged(skeleton, mlp, original, rounded, inputs_RH, inputs_RH, len(inputs.rows_R), norm_scales_H, grid)
+
+
+@dataclass(frozen=True)
+class RoundedMlp:
+    """What a search proposes for a gated MLP."""
+
+    folded: GatedWeights
+    """The weights with all scales folded in, not rounded."""
+    linears: tuple[QuantizedWeight, ...]
+    """Gate, up and down."""
+    moments: tuple[InputMoments, InputMoments]
+    """Of the inputs of gate and up, and of down, under the scales."""
+    up_scales_W: torch.Tensor
+    """What up's rows are divided by and down's columns multiplied with, float32 [W]."""
+
+
+def judged(
+    skeleton: Skeleton,
+    mlp: Mlp,
+    original: GatedWeights,
+    rounded: RoundedMlp,
+    original_RH: torch.Tensor,
+    inputs_RH: torch.Tensor,
+    num_rows: int,
+    norm_scales_H: torch.Tensor,
+    grid: Grid,
+) -> MlpResult:
+    """Keeps what a search proposes only where the MLP's output is nearer to the original's than plain rounding gets.
+
+    Args:
+        skeleton: the network.
+        mlp: the MLP.
+        original: its weights.
+        rounded: what was searched.
+        original_RH: some of what the MLP reads in the original, float32 [R, H].
+        inputs_RH: what it reads once it is quantized, for the same tokens.
+        num_rows: all tokens that reach it.
+        norm_scales_H: the scales folded into the norm, [H].
+        grid: the quantization grid.
+
+    Returns:
+        The quantized weights and what they cost.
+
+    Raises:
+        FloatingPointError: where the MLP's outputs are not finite.
+    """
+    folded, linears, up_scales_W = rounded.folded, rounded.linears, rounded.up_scales_W
+    unscaled = scaled(original, norm_scales_H, torch.ones_like(up_scales_W))
+    few_RH, name = original_RH[:PROOF_ROWS], mlp.up.rsplit(".", 1)[0]
     change = relative_change(original.output(skeleton, few_RH), folded.output(skeleton, few_RH / norm_scales_H))
     with fast_matmuls(inputs_RH.device):
-        wanted_RH = original.output(skeleton, inputs_RH)
+        wanted_RH = original.output(skeleton, original_RH)
 
     def error(weights: GatedWeights, scales_H: torch.Tensor | float) -> torch.Tensor:
         with fast_matmuls(inputs_RH.device):
@@ -246,14 +295,14 @@ def quantize_mlp(
         name=name,
         error=min(searched, unsearched) / energy,
         error_plain=untouched / energy,
-        energy=energy * len(inputs.rows_R) / max(1, len(inputs_RH)),
+        energy=energy * num_rows / max(1, len(inputs_RH)),
         plain=plain,
     )
-    hidden = hidden_moments if plain else hidden_moments.divided(up_scales_W)
+    of_input, of_hidden = rounded.moments
     return MlpResult(
         unscaled if plain else folded,
         dict(zip(mlp.linears, linears, strict=True)),
-        (divided, hidden),
+        (of_input, of_hidden.divided(1 / up_scales_W) if plain else of_hidden),
         torch.ones_like(up_scales_W) if plain else up_scales_W,
         errors,
         dict(zip(mlp.linears, weight_errors, strict=True)),
@@ -273,7 +322,8 @@ def _plainly_rounded(weights: GatedWeights, grid: Grid) -> GatedWeights:
     return GatedWeights(*(fake_quantize(part, grid) for part in weights.parts))
 
 
-def _search_up_scales(original: GatedWeights, hidden_moments: InputMoments, grid: Grid) -> torch.Tensor:
+def search_up_scales(original: GatedWeights, hidden_moments: InputMoments, grid: Grid) -> torch.Tensor:
+    """The scales between up and down, float32 [W]: those of least output error of down."""
     scales_CW = candidate_scales(hidden_moments.rms_I, rms_of_columns([original.down_HW]))
     losses_C = scale_losses(original.down_HW, scales_CW, grid, hidden_moments)
     return scales_CW[losses_C.argmin().unsqueeze(0)].squeeze(0)  # a number would have to come from the GPU

@@ -34,18 +34,21 @@ class Importance:
 class InputStatistics:
     """Sums over the inputs of a linear; the cost of every later loss is independent of the number of tokens."""
 
-    def __init__(self, num_features: int, seed: int, device: torch.device = CPU) -> None:
+    def __init__(
+        self, num_features: int, seed: int, device: torch.device = CPU, widest_gram: int = WIDEST_GRAM
+    ) -> None:
         """Starts with no tokens.
 
         Args:
             num_features: I.
             seed: of the random signs that combine tokens.
             device: where the inputs are.
+            widest_gram: inputs up to this width are kept as their Gram matrix.
         """
         self.count = 0
         self._block = BLOCK if num_features % BLOCK == 0 else num_features
         self._blocks_GBB = torch.zeros(num_features // self._block, self._block, self._block, device=device)
-        wide = num_features > WIDEST_GRAM
+        wide = num_features > widest_gram
         self._gram_II = None if wide else torch.zeros(num_features, num_features, device=device)
         self._factor_KI = torch.zeros(0, num_features, device=device)
         self._generator = torch.Generator(device).manual_seed(seed)

@@ -93,7 +93,7 @@ class AwqStep(Part):
         bits: of a weight.
         group_size: input channels that share a scale.
         symmetric: without zero points; None takes what the formats' engines want.
-        preset: quality or compact.
+        preset: quality, compact or best.
         mtp: keep, quantize or drop the multi-token-prediction layer.
         max_shard_size: of one file.
     """

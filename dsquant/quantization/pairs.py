@@ -1,0 +1,106 @@
+"""What a linear reads in the quantized model beside what it read in the original, and the weight that serves there.
+
+In the quantized model a linear reads x~, where it read x in the original. The weight whose outputs on x~ are nearest
+to W x has a closed form, W E[x x~^T] E[x~ x~^T]^-1 = W + W E[(x - x~) x~^T] E[x~ x~^T]^-1 (asymmetric calibration:
+GPTAQ, arXiv 2504.02692). That weight is rounded, on the moments of x~.
+
+Shape legend: R tokens, I in features, O out features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dsquant.quantization.compensate import compensated_weight, damping_of
+from dsquant.quantization.descent import descended_weight
+from dsquant.quantization.statistics import InputMoments, InputStatistics
+from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.source.weights import CPU
+
+# Inputs up to this width are kept as whole matrices here, which takes R1's hidden states (7168).
+WIDEST_PAIRS = 8192
+# The Gram matrix's diagonal is raised by this share of its mean, for each feature over a token, before the drift is
+# followed: of few tokens the drift is mostly noise (docs/decisions/0015).
+DRIFT_DAMPING = 3.0
+
+
+@dataclass(frozen=True)
+class PairMoments:
+    """Second moments of a linear's inputs in two models, each the mean over tokens."""
+
+    moments: InputMoments
+    """Of x~, the quantized model's inputs."""
+    drift_II: torch.Tensor | None
+    """float32 [I, I], the mean of (x - x~)^T x~; None where the inputs are wide."""
+
+    def divided(self, scales_I: torch.Tensor) -> "PairMoments":
+        """The moments of inputs whose channels are divided by `scales_I` in both models."""
+        drift_II = None if self.drift_II is None else self.drift_II / scales_I / scales_I.unsqueeze(1)
+        return PairMoments(self.moments.divided(scales_I), drift_II)
+
+    def followed(self, weight_OI: torch.Tensor) -> torch.Tensor:
+        """W + W C (H + damping)^-1, C the drift and H the Gram matrix.
+
+        Args:
+            weight_OI: W, float32 [O, I].
+
+        Returns:
+            float32 [O, I]; W itself where there is no whole Gram matrix or no token.
+        """
+        gram_II = self.moments.gram_II
+        if gram_II is None or self.drift_II is None or not self.moments.count:
+            return weight_OI
+        damped_II = _damped(gram_II.double(), DRIFT_DAMPING * len(gram_II) / self.moments.count)
+        factor_II, problem = torch.linalg.cholesky_ex(damped_II)
+        correction_II = torch.cholesky_solve(self.drift_II.double().T, factor_II).T.float()
+        return weight_OI + torch.where(problem == 0, weight_OI @ correction_II, 0.0)
+
+    def rounded(self, weight_OI: torch.Tensor, grid: Grid) -> QuantizedWeight:
+        """Rounds a weight so that its outputs in the quantized model are near to the original's.
+
+        Args:
+            weight_OI: float32 [O, I].
+            grid: the quantization grid.
+
+        Returns:
+            The rounded weight; with inputs wider than `WIDEST_PAIRS` clipped only.
+        """
+        wanted_OI, gram_II = self.followed(weight_OI), self.moments.gram_II
+        rounded = compensated_weight(wanted_OI, grid, self.moments)
+        if gram_II is None or not self.moments.count:
+            return rounded
+        damped_II = _damped(gram_II.clone(), damping_of(len(gram_II), self.moments.count))
+        return descended_weight(rounded, wanted_OI, damped_II)
+
+
+def _damped(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
+    mean = gram_II.diagonal().mean()
+    gram_II.diagonal().add_(damping * torch.where(mean > 0, mean, 1.0))
+    return gram_II
+
+
+class PairStatistics:
+    """Sums over the inputs of a linear in the original and in the quantized model."""
+
+    def __init__(self, num_features: int, seed: int, device: torch.device = CPU) -> None:
+        """Starts with no tokens.
+
+        Args:
+            num_features: I.
+            seed: of the random signs that combine tokens of wide inputs.
+            device: where the inputs are.
+        """
+        self._statistics = InputStatistics(num_features, seed, device, WIDEST_PAIRS)
+        wide = num_features > WIDEST_PAIRS
+        self._drift_II = None if wide else torch.zeros(num_features, num_features, device=device)
+
+    def add(self, original_RI: torch.Tensor, quantized_RI: torch.Tensor) -> None:
+        """Takes more tokens into the sums: x and x~ of the same tokens, float32 [R, I]."""
+        self._statistics.add(quantized_RI)
+        if self._drift_II is not None:
+            self._drift_II.addmm_((original_RI - quantized_RI).T, quantized_RI)
+
+    def moments(self) -> PairMoments:
+        """The means over all tokens added so far."""
+        count = max(self._statistics.count, 1)
+        return PairMoments(self._statistics.moments(), None if self._drift_II is None else self._drift_II / count)

@@ -1,0 +1,191 @@
+"""Quantizes one decoder layer for the inputs that the quantized model gives it: preset `best`.
+
+Linears are rounded in the order of the data flow. Each is fitted to what it reads once everything before it is
+quantized, and aims at what the original puts out (`pairs`). So the layer has two streams of hidden states, the
+original's and the quantized model's; its weights still pass through memory once, one expert at a time. Attention runs
+once for each of its scale groups and stream, once more for the scales, and once more for the MLPs' inputs.
+
+Shape legend: N samples, T tokens, H hidden size, R tokens of all samples.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from dsquant.kernels.precision import fast_matmuls
+from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights
+from dsquant.model.streaming import Observer, Routing, Stream, run_dense_part
+from dsquant.model.structure import Mlp, ScaleGroup
+from dsquant.quantization.attention import AttentionResult, round_attention
+from dsquant.quantization.layer import checked, emit_dense_part, few_samples, search_norm_fold, sum_up, top_up
+from dsquant.quantization.layer_job import GridReport, LayerJob, LayerReport, QuantizedStream
+from dsquant.quantization.mlp import MlpInputs
+from dsquant.quantization.pairs import PairMoments, PairStatistics
+from dsquant.quantization.scale import fold_of, search_group
+from dsquant.quantization.statistics import InputStatistics
+from dsquant.quantization.successive_mlps import quantize_mlps
+from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.source.weights import Weights
+
+
+def quantize_successively(job: LayerJob) -> LayerReport:
+    """Runs the original and the quantized layer, quantizing as it goes, and hands everything to `emit`.
+
+    Args:
+        job: the layer and its surroundings, with `quantized` and one grid.
+
+    Returns:
+        Errors before and after, tokens per expert (of the quantized model), fallbacks.
+
+    Raises:
+        InputError: where the original's hidden states are not finite.
+    """
+    return checked(job, _quantize)
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """The layer's dense part in both models."""
+
+    job: LayerJob
+    quantized: QuantizedStream
+    original_weights: Weights
+    folded: Weights
+    """The original's with attention's scales folded in: the same function."""
+
+    def run_original(self, samples: tuple[int, int], observers: Mapping[str, Observer], folded: bool) -> Routing | None:
+        """Runs samples of the original; its outputs lack routed experts."""
+        weights = self.folded if folded else self.original_weights
+        return self._run(Stream(weights, self.job.inputs, self.job.outputs), samples, observers)
+
+    def run_quantized(
+        self, replaced: Mapping[str, torch.Tensor], samples: tuple[int, int], observers: Mapping[str, Observer]
+    ) -> Routing | None:
+        """Runs samples of the quantized model with the given parameters replaced."""
+        weights = ReplacedWeights(self.folded, replaced)
+        return self._run(Stream(weights, self.quantized.inputs, self.quantized.outputs), samples, observers)
+
+    def _run(self, stream: Stream, samples: tuple[int, int], observers: Mapping[str, Observer]) -> Routing | None:
+        job = self.job
+        with fast_matmuls(job.weights.device):
+            return run_dense_part(job.skeleton, job.layer, stream, job.batch_samples, observers, samples)
+
+
+def _quantize(job: LayerJob) -> LayerReport:
+    (grid,), layer, quantized = job.grids, job.layer, job.quantized
+    assert quantized is not None and job.ranks.size == 1
+    everything, report = (0, job.inputs.shape[0]), GridReport()
+    job.safe_point(f"{layer.prefix}.self_attn")
+    streams, attention = _quantize_attention(job, quantized, grid, report)
+    original_routing = streams.run_original(
+        everything, {f"{layer.prefix}.mlp": job.mlp_inputs.recorder()}, folded=False
+    )
+    squares_H = torch.zeros(job.inputs.shape[2], dtype=torch.float64, device=job.weights.device)
+    record = quantized.mlp_inputs.recorder()
+
+    def note_mlp_inputs(inputs_RH: torch.Tensor) -> None:
+        record(inputs_RH)
+        squares_H.add_(inputs_RH.square().sum(0, dtype=torch.float64))
+
+    # What always-read MLPs put out is added once they are quantized, as for an expert.
+    silenced = {f"{mlp.down}.weight": torch.zeros_like(job.weights[f"{mlp.down}.weight"]) for mlp in _unrouted(job)}
+    routing = streams.run_quantized(
+        attention.dequantized() | silenced, everything, {f"{layer.prefix}.mlp": note_mlp_inputs}
+    )
+    rms_H = (squares_H / job.mlp_inputs.num_rows).sqrt().float()
+    if not bool(rms_H.isfinite().all()):
+        raise FloatingPointError(layer.norm)
+    added = top_up(layer, job.weights, quantized.mlp_inputs, routing) if routing else {}
+    inputs = {mlp: _inputs_of(quantized, mlp, routing, added) for mlp in layer.mlps}
+    fold, scales_H = search_norm_fold(job, grid, inputs, rms_H)
+    emit_dense_part(job, grid, attention, fold, report)
+    for group, scales_I in attention.scales.items():
+        job.keep_scales(grid, group.producer, scales_I)
+    job.keep_scales(grid, layer.norm, scales_H)
+    sum_up(report, quantize_mlps(job, quantized, grid, inputs, scales_H, (original_routing, routing)))
+    counts = routing.counts(len(layer.experts)).tolist() if routing else []
+    return LayerReport(counts, {expert: len(rows_R) for expert, rows_R in added.items()}, [report])
+
+
+def _unrouted(job: LayerJob) -> list[Mlp]:
+    return [mlp for mlp in job.layer.mlps if mlp.expert is None]
+
+
+def _inputs_of(
+    quantized: QuantizedStream, mlp: Mlp, routing: Routing | None, added: Mapping[int, torch.Tensor]
+) -> MlpInputs:
+    activations = quantized.mlp_inputs
+    if mlp.expert is None:
+        return MlpInputs(activations, torch.arange(activations.num_rows, device=activations.device))
+    assert routing is not None
+    own_R, _ = routing.tokens_of(mlp.expert)
+    return MlpInputs(activations, torch.cat([own_R, added.get(mlp.expert, own_R[:0])]))
+
+
+def _quantize_attention(
+    job: LayerJob, quantized: QuantizedStream, grid: Grid, report: GridReport
+) -> tuple[_Streams, AttentionResult]:
+    """Attention quantized group by group; plainly rounded where that leaves its output nearer to the original's."""
+    weights = ResidentWeights(job.weights)
+    unfolded = _Streams(job, quantized, weights, weights)
+    fold, scales = Fold(), _search_scales(unfolded, grid)
+    for group in job.layer.attention:
+        fold.update(fold_of(weights, group, scales[group]))
+    streams = _Streams(job, quantized, weights, ResidentWeights(FoldedWeights(weights, fold)))
+    linears: dict[str, QuantizedWeight] = {}
+    dequantized: dict[str, torch.Tensor] = {}
+    for group in job.layer.attention:
+        job.safe_point(group.consumers[0])
+        pairs = _observed_pairs(streams, dequantized, group.consumers[0])
+        for linear in group.consumers:
+            linears[linear] = pairs.rounded(streams.folded[f"{linear}.weight"], grid)
+            dequantized[f"{linear}.weight"] = linears[linear].dequantize()
+    searched, rounded = AttentionResult(fold, linears, scales), round_attention(job.layer, weights, grid)
+    report.attention_error, report.attention_error_plain = _error(streams, searched), _error(unfolded, rounded)
+    if report.attention_error < report.attention_error_plain:
+        return streams, searched
+    report.attention_error = report.attention_error_plain
+    report.fallbacks.append(f"{job.layer.prefix}.self_attn")
+    return unfolded, rounded
+
+
+def _error(streams: _Streams, attention: AttentionResult) -> float:
+    """The squared error of what attention adds to the hidden states of a few samples, relative to what it adds."""
+    job = streams.job
+    wanted, _ = few_samples(job, streams.original_weights)
+    found, _ = few_samples(job, ReplacedWeights(streams.folded, attention.dequantized()), streams.quantized.inputs)
+    wanted -= job.inputs.samples(0, len(wanted))
+    found -= streams.quantized.inputs.samples(0, len(found))
+    return float((found - wanted).square().sum() / wanted.square().sum())
+
+
+def _search_scales(streams: _Streams, grid: Grid) -> dict[ScaleGroup, torch.Tensor]:
+    """The scales of every group, searched on what it reads behind the quantized layers before this one."""
+    job, width_of = streams.job, streams.job.weights.shape
+    statistics = {
+        group: InputStatistics(width_of(f"{group.consumers[0]}.weight")[1], job.seed, job.weights.device)
+        for group in job.layer.attention
+    }
+    observers = {group.consumers[0]: found.add for group, found in statistics.items()}
+    streams.run_quantized({}, (0, job.inputs.shape[0]), observers)
+    return {
+        group: search_group(streams.original_weights, group, grid, found.moments()).scales_I
+        for group, found in statistics.items()
+    }
+
+
+def _observed_pairs(streams: _Streams, replaced: Mapping[str, torch.Tensor], linear: str) -> PairMoments:
+    """What a linear reads in both models, batch by batch."""
+    job = streams.job
+    statistics = PairStatistics(job.weights.shape(f"{linear}.weight")[1], job.seed, job.weights.device)
+    seen: list[torch.Tensor] = []
+    for start in range(0, job.inputs.shape[0], job.batch_samples):
+        samples = (start, min(start + job.batch_samples, job.inputs.shape[0]))
+        streams.run_original(samples, {linear: seen.append}, folded=True)
+        streams.run_quantized(replaced, samples, {linear: seen.append})
+        original_RI, quantized_RI = seen
+        with fast_matmuls(job.weights.device):
+            statistics.add(original_RI, quantized_RI)
+        seen.clear()
+    return statistics.moments()

@@ -1,0 +1,156 @@
+"""Preset `best`: the hidden states it follows are those of its output, which drifts less than `compact`'s."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import QWEN2, add_tokenizer, full_model, make_dense
+from streams import stream_logits
+from test_awq_job import FAST, contents
+
+import dsquant
+from dsquant import conversion, pipeline
+from dsquant.calibration import held_out_tokens, load_tokenizer
+from dsquant.distributed import Ranks
+from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.model.activations import Activations
+from dsquant.model.overlays import ReplacedWeights
+from dsquant.model.skeleton import Skeleton
+from dsquant.model.streaming import embed, final_norm, head_name
+from dsquant.quantization.layer_job import LayerJob, QuantizedStream
+from dsquant.quantization.successive import quantize_successively
+from dsquant.recipe import Recipe
+from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.source.checkpoint import open_checkpoint
+
+
+def _followed(folder: Path, tokens_NT: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """What was emitted, dequantized; and the logits of both streams [N, T, V]."""
+    checkpoint = open_checkpoint(folder)
+    skeleton, weights = Skeleton(checkpoint), checkpoint.weights
+    shape = (*tokens_NT.shape, skeleton.config["hidden_size"])
+    streams = [[Activations(torch.zeros(shape)) for _ in range(3)] for _ in range(2)]
+    for inputs, _, _ in streams:
+        embed(skeleton, weights, tokens_NT, inputs)
+    changed: dict[str, torch.Tensor] = {}
+
+    def emit(_: Grid, name: str, value: QuantizedWeight | torch.Tensor) -> None:
+        quantized = isinstance(value, QuantizedWeight)
+        changed[f"{name}.weight" if quantized else name] = value.dequantize() if quantized else value
+
+    for layer in skeleton.layers[: skeleton.num_layers]:
+        original, quantized = streams
+        quantize_successively(
+            LayerJob(
+                skeleton, layer, weights, *original, {Grid(4, 64, True): frozenset(layer.linears)}, 2, 0, emit,
+                lambda name: None, quantized=QuantizedStream(*quantized),
+            )
+        )  # fmt: skip
+        streams = [[outputs, inputs, mlp_inputs] for inputs, outputs, mlp_inputs in streams]
+    hidden = [final_norm(skeleton, weights, inputs.samples(0, len(tokens_NT))) for inputs, _, _ in streams]
+    wanted, found = (part @ weights[head_name(skeleton)].T for part in hidden)
+    return changed, wanted, found
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["R1", "Qwen2"])
+def test_the_hidden_states_it_follows_are_those_of_its_output(pico_r1: Path, tmp_path: Path, dense: bool) -> None:
+    folder = make_dense(tmp_path / "model", QWEN2) if dense else pico_r1
+    tokens_NT = torch.randint(0, 290, (6, 40), generator=torch.Generator().manual_seed(1))
+    changed, original_NTV, quantized_NTV = _followed(folder, tokens_NT)
+    weights = open_checkpoint(folder).weights
+    for found_NTV, base in ((original_NTV, weights), (quantized_NTV, ReplacedWeights(weights, changed))):
+        wanted_NTV, _ = stream_logits(folder, base, tokens_NT)
+        assert float((found_NTV - wanted_NTV).norm() / wanted_NTV.norm()) < 1e-3
+
+
+def _mean_kl(folder: Path, original_NTV: torch.Tensor, tokens_NT: torch.Tensor, model: Path) -> float:
+    with torch.no_grad():
+        found_NTV = full_model(model, open_checkpoint(folder).weights)(tokens_NT).logits
+    log_p, log_q = original_NTV.double().log_softmax(-1), found_NTV.double().log_softmax(-1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_it_drifts_less_than_compact(tiny_r1: Path, tmp_path: Path, device: str) -> None:
+    tokens_NT = held_out_tokens("code", load_tokenizer(tiny_r1), 256, 24)
+    with torch.no_grad():
+        original_NTV = full_model(tiny_r1, open_checkpoint(tiny_r1).weights)(tokens_NT).logits
+    found = {}
+    for preset in ("compact", "best"):
+        output = tmp_path / preset
+        dsquant.awq(
+            tiny_r1, output=output, to="compressed-tensors", preset=preset, calibration="code", samples=32,
+            seq_len=256, device=device, evaluate=False, progress=False,
+        )  # fmt: skip
+        found[preset] = _mean_kl(output, original_NTV, tokens_NT, tiny_r1)
+    assert found["best"] < 0.95 * found["compact"]
+
+
+def _options(output: Path, text: Path, **more: Any) -> dict[str, Any]:
+    return {"output": output, "preset": "best", "calibration": (str(text),), **FAST, "symmetric": True, **more}
+
+
+def test_interrupted_in_every_layer_and_resumed_it_writes_the_same_bytes(
+    pico_r1: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats = ["awq", "compressed-tensors"]
+    dsquant.awq(pico_r1, **_options(tmp_path / "whole", text_file, to=formats, mtp="quantize"))
+    calls = 0
+
+    def stop_at_times(job: LayerJob) -> Any:
+        nonlocal calls
+        calls += 1
+        report = quantize_successively(job)
+        if calls % 2:  # the layer is computed, and lost
+            raise Interrupted("here")
+        return report
+
+    monkeypatch.setattr(conversion, "quantize_successively", stop_at_times)
+    options = _options(tmp_path / "resumed", text_file, to=formats, mtp="quantize", resume=True)
+    for _ in range(6):
+        with pytest.raises(Interrupted):
+            dsquant.awq(pico_r1, **options)
+    dsquant.awq(pico_r1, **options)
+    assert calls == 12 and contents(tmp_path / "whole") == contents(tmp_path / "resumed")
+
+
+def test_hidden_states_of_the_quantized_model_that_are_damaged_are_refused(
+    pico_r1: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(job: LayerJob) -> None:
+        raise Interrupted("here")
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(conversion, "quantize_successively", stop)
+        dsquant.awq(pico_r1, **_options(tmp_path / "out", text_file))
+    path = tmp_path / "out" / ".dsquant-work" / "hidden-0-quantized.f32"
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"hidden-0-quantized\.f32 of the interrupted job is damaged"):
+        dsquant.awq(pico_r1, **_options(tmp_path / "out", text_file, resume=True))
+
+
+def test_a_dense_model_keeps_the_preset(text_file: Path, tmp_path: Path) -> None:
+    model = add_tokenizer(make_dense(tmp_path / "model", QWEN2), vocabulary=290)
+    dsquant.awq(model, **_options(tmp_path / "out", text_file))
+    index = open_checkpoint(tmp_path / "out").index
+    assert sum(name.endswith(".qweight") for name in index) == 2 * 7
+
+
+@pytest.mark.parametrize(
+    ("to", "message"), [(["awq", "gguf:Q4_K_M"], "GGUF rounds"), (["awq", "compressed-tensors"], "different grids")]
+)
+def test_formats_that_cannot_follow_one_model_are_refused(
+    pico_r1: Path, text_file: Path, tmp_path: Path, to: list[str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        dsquant.awq(pico_r1, **_options(tmp_path / "out", text_file, to=to, symmetric=None))
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_ranks_are_refused(pico_r1: Path, tmp_path: Path) -> None:
+    recipe = Recipe(model=str(pico_r1), output=tmp_path / "out", preset="best")
+    with pytest.raises(UsageError, match="2 processes cannot share"):
+        pipeline._resolved_for(recipe, Ranks(0, 2))

@@ -1,0 +1,84 @@
+"""Following the quantized model's inputs: against ridge regression on the tokens themselves, and what it promises."""
+
+import numpy as np
+import pytest
+import torch
+
+from dsquant.quantization import pairs
+from dsquant.quantization.clip import clipped_weight
+from dsquant.quantization.pairs import DRIFT_DAMPING, PairStatistics
+from dsquant.rounding import Grid
+
+SEED = 5
+
+
+def _inputs(num_tokens: int, num_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs in the original, and with an error that depends on them."""
+    generator = torch.Generator().manual_seed(SEED)
+    mixing_II, error_II = (torch.randn(num_features, num_features, generator=generator) for _ in range(2))
+    original_RI = torch.randn(num_tokens, num_features, generator=generator) @ mixing_II / num_features**0.5
+    noise_RI = torch.randn(num_tokens, num_features, generator=generator)
+    return original_RI, original_RI + 0.2 * original_RI @ error_II / num_features**0.5 + 0.05 * noise_RI
+
+
+def _weight(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(SEED + 1))
+
+
+def _statistics(original_RI: torch.Tensor, quantized_RI: torch.Tensor) -> PairStatistics:
+    statistics = PairStatistics(original_RI.shape[1], SEED)
+    for part in zip(original_RI.split(100), quantized_RI.split(100), strict=True):
+        statistics.add(*part)
+    return statistics
+
+
+def test_the_followed_weight_is_ridge_regression_towards_the_original() -> None:
+    original_RI, quantized_RI = _inputs(500, 64)
+    weight_OI, moments = _weight(16, 64), _statistics(original_RI, quantized_RI).moments()
+    inputs = quantized_RI.double().numpy()
+    penalty = DRIFT_DAMPING * 64 / 500 * (inputs**2).mean() * 500
+    stacked = np.concatenate([inputs, penalty**0.5 * np.eye(64)])
+    weight = weight_OI.double().numpy()
+    wanted = np.concatenate([original_RI.double().numpy() @ weight.T, penalty**0.5 * weight.T])
+    solution = np.linalg.lstsq(stacked, wanted, rcond=None)[0].T
+    assert np.allclose(moments.followed(weight_OI).numpy(), solution, atol=1e-4)
+
+
+def test_equal_inputs_leave_the_weight_as_it_is() -> None:
+    original_RI, _ = _inputs(300, 64)
+    weight_OI = _weight(8, 64)
+    assert torch.equal(_statistics(original_RI, original_RI).moments().followed(weight_OI), weight_OI)
+
+
+def test_dividing_both_inputs_is_dividing_the_moments() -> None:
+    original_RI, quantized_RI = _inputs(300, 64)
+    scales_I = torch.linspace(0.5, 3, 64)
+    divided = _statistics(original_RI, quantized_RI).moments().divided(scales_I)
+    wanted = _statistics(original_RI / scales_I, quantized_RI / scales_I).moments()
+    assert divided.drift_II is not None and wanted.drift_II is not None
+    assert torch.allclose(divided.drift_II, wanted.drift_II, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 64, True), Grid(4, 128, False)], ids=str)
+def test_outputs_come_nearer_to_the_originals_on_unseen_tokens(grid: Grid) -> None:
+    original_RI, quantized_RI = _inputs(4000, 128)
+    weight_OI, seen, unseen = _weight(64, 128), slice(0, 2000), slice(2000, 4000)
+    wanted_RO = original_RI[unseen] @ weight_OI.T
+
+    def error(weight: torch.Tensor) -> float:
+        return float((quantized_RI[unseen] @ weight.T - wanted_RO).square().sum())
+
+    alone = _statistics(quantized_RI[seen], quantized_RI[seen]).moments().rounded(weight_OI, grid)
+    moments = _statistics(original_RI[seen], quantized_RI[seen]).moments()
+    assert error(moments.followed(weight_OI)) < 0.5 * error(weight_OI)
+    assert error(moments.rounded(weight_OI, grid).dequantize()) < 0.6 * error(alone.dequantize())
+
+
+def test_wide_inputs_are_clipped_and_no_token_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_OI, grid = _weight(8, 128), Grid(4, 64, True)
+    assert bool(PairStatistics(128, SEED).moments().rounded(weight_OI, grid).dequantize().isfinite().all())
+    monkeypatch.setattr(pairs, "WIDEST_PAIRS", 64)
+    moments = _statistics(*_inputs(200, 128)).moments()
+    assert moments.drift_II is None
+    wanted = clipped_weight(weight_OI, grid, moments.moments)
+    assert torch.equal(moments.rounded(weight_OI, grid).codes_OI, wanted.codes_OI)
