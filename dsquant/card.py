@@ -81,9 +81,10 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
     kind = "symmetric" if grid["symmetric"] else "asymmetric"
     quantized = len(output["weight_errors"])
     made = (
-        f"Quantized by dsquant {record['versions']['dsquant']}: {quantized} linears at {grid['bits']} bits, {kind}, "
-        f"groups of {grid['group_size']}, in the format {format_name}; the rest in its original precision (FP8 as "
-        f"BF16). {format_size(record['source']['bytes'])} became {format_size(output['bytes'])}."
+        f"Quantized by dsquant {record['versions']['dsquant']}, preset {recipe['preset']}: {quantized} linears at "
+        f"{grid['bits']} bits, {kind}, groups of {grid['group_size']}, in the format {format_name}; the rest in its "
+        f"original precision (FP8 as BF16). {format_size(record['source']['bytes'])} became "
+        f"{format_size(output['bytes'])}."
     )
     parts = [
         f"---\nlibrary_name: transformers\ntags:\n- dsquant\n- awq\n- {grid['bits']}-bit\n---",

@@ -1,4 +1,4 @@
-"""How results look in a notebook: the terminal's tables as HTML."""
+"""How results look: the same tables in a terminal, from `print` and in a notebook."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -6,6 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+class Shown:
+    """A result that `print` and a notebook show as the tables of the command line."""
+
+    def tables(self) -> Iterable[Any]:
+        """What rich prints of it."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return as_text(self.tables())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.tables())
 
 
 def table_of(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":

@@ -13,7 +13,7 @@ from dsquant.conversion import Run
 from dsquant.evaluation.divergence import Divergence
 from dsquant.gguf_conversion import IMATRIX_FILE, GgufPlan, GgufRun
 from dsquant.jobs import RECORD_FILE
-from dsquant.notebook import as_html, as_text, table_of
+from dsquant.notebook import Shown, as_html, table_of
 from dsquant.preparation import Source
 from dsquant.recipe import JobRecipe, Recipe, format_size
 from dsquant.scales import SCALES_FILE
@@ -29,7 +29,7 @@ PACKAGES = ("dsquant", "torch", "transformers", "accelerate", "autoawq", "compre
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Shown):
     """What a quantization run made, and what it cost."""
 
     output: Path
@@ -87,12 +87,6 @@ class Result:
             if self.peak_gpu_bytes:
                 peak += f" and {format_size(self.peak_gpu_bytes)} of GPU memory"
             yield f"Done in {self.elapsed_s:.0f} s, with at most {peak}."
-
-    def __str__(self) -> str:
-        return as_text(self.tables())
-
-    def _repr_html_(self) -> str:
-        return as_html(self.tables())
 
 
 STATES = {

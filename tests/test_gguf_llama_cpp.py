@@ -128,7 +128,7 @@ def against(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Against:
     return Against(original, tokens_NT, every_position(original.opened.files[0], tokens_NT))
 
 
-@pytest.mark.parametrize("type_name", ["Q2_K", "Q3_K_M", "Q4_K_M"])
+@pytest.mark.parametrize("type_name", [pytest.param("Q2_K", marks=pytest.mark.slow), "Q3_K_M", "Q4_K_M"])
 def test_our_perplexity_and_divergence_of_gguf_files_are_llama_cpps(
     type_name: str, against: Against, tiny_r1: Path, tmp_path: Path
 ) -> None:

@@ -238,4 +238,4 @@ def test_the_table_the_json_and_the_notebook_tell_the_same(tiny_r1: Path) -> Non
     assert "11.6 MiB" in shown.stdout and "█" in shown.stdout and "vllm serve" in shown.stdout
     found = dsquant.plan("tiny-r1", gpu="1x24GiB", ram="64GiB")
     json.dumps(found.as_json())
-    assert "11.6 MiB" in found._repr_html_()
+    assert "11.6 MiB" in found._repr_html_() and "11.6 MiB" in str(found)

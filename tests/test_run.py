@@ -72,7 +72,7 @@ def test_a_recipe_makes_every_output_evaluates_and_publishes_them(whole: tuple[R
     assert "evaluation/report.json" in found
     assert set(release.evaluation) == {"awq/awq", "awq/compressed-tensors", "q4"}
     assert not [path for path in release.output.parent.rglob("*.partial")]
-    assert "awq" in release._repr_html_()
+    assert "awq" in release._repr_html_() and "mean KL" in str(release) and "report.html" in str(release)
 
 
 def test_a_finished_recipe_is_a_no_op_without_torch(

@@ -118,7 +118,8 @@ def _check_alone() -> None:
     given = ParameterSource.COMMANDLINE
     others = [name for name in context.params if name not in allowed and context.get_parameter_source(name) == given]
     if others:
-        raise click.UsageError(f"--scales-from settles --{others[0].replace('_', '-')}; leave it out")
+        name = others[0].replace("_", "-")
+        raise click.UsageError(f"--scales-from takes every other setting from there; leave --{name} out")
 
 
 def _recipe(options: dict[str, Any]) -> Any:

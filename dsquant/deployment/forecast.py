@@ -1,7 +1,7 @@
 """`dsquant plan`: sizes of every output, what runs where and how fast, what it costs, what cannot work."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from dsquant.deployment.sizes import OutputSize, output_sizes
 from dsquant.deployment.statements import statements_about
 from dsquant.deployment.subject import Subject, open_subject
 from dsquant.errors import UsageError
-from dsquant.notebook import as_html
+from dsquant.notebook import Shown
 
 DEFAULT_CONTEXT = 32768
 # From the best to what loses most; only these are placed on a machine.
@@ -64,7 +64,7 @@ class MachineForecast:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Shown):
     """What is known of a model before a weight is read."""
 
     model: str
@@ -96,10 +96,11 @@ class Forecast:
         plain["facts"] = [asdict(fact) for fact in self.facts]
         return {**plain, "network": network, "sizes": sizes, "makings": makings, **named}
 
-    def _repr_html_(self) -> str:
+    def tables(self) -> Iterable[Any]:
+        """What the command line shows."""
         from dsquant.deployment.tables import forecast_tables
 
-        return as_html(forecast_tables(self))
+        return forecast_tables(self)
 
 
 def _machine_json(found: MachineForecast) -> dict[str, Any]:

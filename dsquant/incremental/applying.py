@@ -7,7 +7,7 @@ import os
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,12 @@ from dsquant.incremental.places import beside, check_output, lies_in
 from dsquant.incremental.reuse import reuse_file
 from dsquant.jobs import RECORD_FILE, WORK_FOLDER
 from dsquant.locks import exclusive
-from dsquant.notebook import as_html
+from dsquant.notebook import Shown
 from dsquant.sealing import broken_sections, hash_files
 
 
 @dataclass(frozen=True)
-class AppliedPatch:
+class AppliedPatch(Shown):
     """What applying a patch made."""
 
     output: Path
@@ -39,10 +39,11 @@ class AppliedPatch:
         """Plain JSON values."""
         return {**vars(self), "output": str(self.output)}
 
-    def _repr_html_(self) -> str:
+    def tables(self) -> Iterable[Any]:
+        """What the command line shows."""
         from dsquant.incremental.tables import patch_tables
 
-        return as_html(patch_tables(self))
+        return patch_tables(self)
 
 
 def apply_patch(patch: Path, old: Path, output: Path, safe_point: Callable[[str], None]) -> AppliedPatch:

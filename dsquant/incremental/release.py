@@ -1,6 +1,7 @@
 """What `dsquant delta` does: two releases compared, the new one's output made from the old one's, and a patch."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from dsquant.incremental.places import beside, check_output, check_patch
 from dsquant.incremental.recording import Recording, open_recording
 from dsquant.incremental.requantize import requantize
 from dsquant.jobs import RECORD_FILE, claim, full_disk_is_resumable, stop_on_signals
-from dsquant.notebook import as_html
+from dsquant.notebook import Shown
 from dsquant.records import Result, result_of
 from dsquant.sealing import broken_sections
 from dsquant.source.checkpoint import open_checkpoint
@@ -22,7 +23,7 @@ from dsquant.telemetry import Progress, Report, silent
 
 
 @dataclass(frozen=True)
-class Delta:
+class Delta(Shown):
     """What a delta made."""
 
     output: Path
@@ -49,10 +50,11 @@ class Delta:
         """Plain JSON values."""
         return {**vars(self), "output": str(self.output), "patch": str(self.patch)}
 
-    def _repr_html_(self) -> str:
+    def tables(self) -> Iterable[Any]:
+        """What the command line shows."""
         from dsquant.incremental.tables import delta_tables
 
-        return as_html(delta_tables(self))
+        return delta_tables(self)
 
 
 def delta(

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dsquant.disk import write_atomically
 from dsquant.errors import DsquantError, Interrupted
 from dsquant.jobs import Journal, stop_on_signals
 from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
+from dsquant.notebook import Shown
 from dsquant.releases.inputs import inputs_of, key_of
 from dsquant.releases.publication import (
     RELEASE_FILE,
@@ -35,7 +37,7 @@ RELEASE_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Release:
+class Release(Shown):
     """What a run published."""
 
     output: Path
@@ -54,11 +56,11 @@ class Release:
         """Plain JSON values."""
         return {**vars(self), "output": str(self.output)}
 
-    def _repr_html_(self) -> str:
-        from dsquant.notebook import as_html
+    def tables(self) -> Iterable[Any]:
+        """What the command line shows."""
         from dsquant.releases.tables import release_tables
 
-        return as_html(release_tables(self))
+        return release_tables(self)
 
 
 def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str = "") -> Release:

@@ -6,8 +6,16 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dsquant.notebook import table_of
 from dsquant.recipe import format_size
+from dsquant.releases.evaluation import EVALUATION_FOLDER
 from dsquant.releases.job import Release
+
+
+def _distances(release: Release) -> Table:
+    texts = list(next(iter(release.evaluation.values())))
+    rows = ((name, *(f"{found[text]['mean_kl']:.4f}" for text in texts)) for name, found in release.evaluation.items())
+    return table_of("mean KL against the original, nats a token", ("output", *texts), rows)
 
 
 def release_tables(release: Release) -> Iterator[RenderableType]:
@@ -28,6 +36,9 @@ def release_tables(release: Release) -> Iterator[RenderableType]:
         for name, folder in made["folders"].items():
             table.add_row(f"{step}: {name}", folder, format_size(made["bytes"][name]))
     yield table
+    if release.evaluation:
+        yield _distances(release)
+        yield Text(f"The whole comparison: {release.output / EVALUATION_FOLDER / 'report.html'}")
     yield from (Text(line) for line in release.gates.get("outcomes", ()))
     for step, made in release.outputs.items():
         yield from (Text(f"Note: {step}: {warning}.") for warning in made["warnings"])

@@ -1,6 +1,6 @@
 """Verifies an output: its record, every byte of every file, its contents, and its values against the source."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from dsquant.errors import InputError, UsageError
 from dsquant.jobs import RECORD_FILE, WORK_FOLDER, stop_on_signals
 from dsquant.model.skeleton import Skeleton
-from dsquant.notebook import as_html
+from dsquant.notebook import Shown
 from dsquant.scales import open_scales
 from dsquant.sealing import broken_sections, hash_files
 from dsquant.source.checkpoint import Checkpoint, open_checkpoint
@@ -37,7 +37,7 @@ class Finding:
 
 
 @dataclass
-class Verification:
+class Verification(Shown):
     """What a verification found."""
 
     folder: str
@@ -59,10 +59,11 @@ class Verification:
         """Plain JSON values."""
         return {"ok": self.ok, **asdict(self)}
 
-    def _repr_html_(self) -> str:
+    def tables(self) -> Iterable[Any]:
+        """What the command line shows."""
         from dsquant.verification.tables import verification_tables
 
-        return as_html(verification_tables(self))
+        return verification_tables(self)
 
 
 def verify(folder: Path, source: str | None = None, everything: bool = False, report: Report = silent) -> Verification:
