@@ -1,6 +1,7 @@
 """How results look: the same tables in a terminal, from `print` and in a notebook."""
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +9,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-class Shown:
+class Shown(ABC):
     """A result that `print` and a notebook show as the tables of the command line."""
 
+    @abstractmethod
     def tables(self) -> Iterable[Any]:
         """What rich prints of it."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         return as_text(self.tables())

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dsquant.evaluation.drift import CodeDrift
 from dsquant.evaluation.intervals import Interval
-from dsquant.notebook import as_text
+from dsquant.notebook import Shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -253,7 +253,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Shown):
     """What the candidates cost against the original."""
 
     schema_version: int
@@ -288,9 +288,6 @@ class Evaluation:
         from dsquant.evaluation.report.terminal import tables
 
         return tables(self)
-
-    def __str__(self) -> str:
-        return as_text(self.tables())
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the page, as report.html has it."""
