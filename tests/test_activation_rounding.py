@@ -13,7 +13,7 @@ from streams import stream_logits
 import dsquant
 from dsquant.calibration import held_out_tokens, load_tokenizer
 from dsquant.evaluation.generation import resident_model
-from dsquant.kernels.activation_rounding import Rounding, q8_0, q8_k, unrounded
+from dsquant.kernels.activation_rounding import Rounding, bf16, q8_0, q8_k, unrounded
 from dsquant.kernels.ggml import library
 from dsquant.model.overlays import Overlay
 from dsquant.opening import open_candidate, open_original
@@ -57,11 +57,11 @@ def test_what_is_no_number_stays_none(rounding: Rounding) -> None:
 
 @pytest.fixture(scope="module")
 def candidates(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
-    """tiny-r1 as AWQ, BF16 and Q4_K_M, without calibration where there is a choice."""
+    """tiny-r1 as AWQ, F32, BF16 and Q4_K_M, without calibration where there is a choice."""
     out = tmp_path_factory.mktemp("candidates")
     options = {"evaluate": False, "progress": False}
     dsquant.awq(tiny_r1, output=out / "AWQ", samples=8, seq_len=128, **options)
-    for name in ("BF16", "Q4_K_M"):
+    for name in ("F32", "BF16", "Q4_K_M"):
         dsquant.gguf(tiny_r1, type=name, output=out / name, calibration="none", **options)
     original = open_original(str(tiny_r1))
     return {path.name: open_candidate(str(path), original).weights for path in out.iterdir()}
@@ -72,7 +72,7 @@ def tokens(tiny_r1: Path) -> torch.Tensor:
     return held_out_tokens("code", load_tokenizer(tiny_r1), 128, 2)
 
 
-@pytest.mark.parametrize("name", ["AWQ", "BF16"])
+@pytest.mark.parametrize("name", ["AWQ", "F32"])
 def test_other_candidates_score_as_transformers_whole_model_on_their_weights(
     name: str, candidates: dict[str, Weights], tiny_r1: Path, tokens: torch.Tensor
 ) -> None:
@@ -90,17 +90,59 @@ def test_the_rounding_follows_the_stored_type(candidates: dict[str, Weights]) ->
         f"{prefix}.mlp.experts.3.down_proj.weight": q8_k,
         f"{prefix}.mlp.shared_experts.up_proj.weight": q8_k,
         f"{prefix}.self_attn.q_b_proj.weight": q8_0,  # 192 columns: Q5_0
-        f"{prefix}.self_attn.kv_b_proj.weight": q8_0,
         f"{prefix}.mlp.gate.weight": unrounded,
         f"{prefix}.input_layernorm.weight": unrounded,
     }
     assert {name: candidates["Q4_K_M"].rounding_beside(name) for name in wanted} == wanted
+    of_bf16 = dict.fromkeys(wanted, bf16) | {name: unrounded for name in wanted if wanted[name] is unrounded}
+    assert {name: candidates["BF16"].rounding_beside(name) for name in wanted} == of_bf16
+
+
+def test_queries_are_rounded_beside_the_type_of_keys_and_mixed_latents_beside_that_of_values(
+    tiny_r1: Path, tmp_path: Path
+) -> None:
+    file = dsquant.gguf(
+        tiny_r1,
+        type="BF16",
+        tensor_types=["attn_k_b=Q8_0"],
+        output=tmp_path / "out",
+        calibration="none",
+        evaluate=False,
+        progress=False,
+    )
+    weights = open_candidate(str(file.output), open_original(str(tiny_r1))).weights
+    name = "model.layers.2.self_attn.kv_b_proj.weight"
+    assert [weights.rounding_beside(name, values) for values in (False, True)] == [q8_0, bf16]
+
+
+class Copied(Overlay):
+    """The same weights for an engine that goes the way of rounding and keeps all digits."""
+
+    def rounding_beside(self, name: str, values: bool = False) -> Rounding:
+        return torch.clone
+
+
+@pytest.mark.parametrize("name", ["AWQ", "Q4_K_M"])
+def test_mixing_latents_is_the_same_as_mixing_values(
+    name: str, candidates: dict[str, Weights], tiny_r1: Path, tokens: torch.Tensor
+) -> None:
+    skeleton = open_original(str(tiny_r1)).skeleton
+    latents, values = Copied(candidates[name]), Unrounded(candidates[name])
+    wanted = stream_logits(tiny_r1, values, tokens)[0]
+    assert torch.allclose(stream_logits(tiny_r1, latents, tokens)[0], wanted, atol=1e-3)
+    prompts, options = tokens[:, :100], {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    generated = []
+    for weights in (latents, values):  # with a cache, whose latents are those of all tokens before
+        with torch.no_grad(), resident_model(skeleton, weights) as model:
+            generated.append(model.generate(prompts, output_logits=True, return_dict_in_generate=True, **options))
+    assert torch.equal(generated[0].sequences, generated[1].sequences)
+    assert torch.allclose(torch.stack(generated[0].logits), torch.stack(generated[1].logits), atol=1e-3)
 
 
 class Unrounded(Overlay):
     """The same weights as another engine would run them."""
 
-    def rounding_beside(self, name: str) -> Rounding:
+    def rounding_beside(self, name: str, values: bool = False) -> Rounding:
         return unrounded
 
 

@@ -1,4 +1,4 @@
-"""How ggml's CPU kernels round what they multiply with a quantized weight: to 8 bits, in blocks along a row.
+"""How ggml's CPU kernels round what they multiply with a weight: beside quantized ones to 8 bits, block by block.
 
 What is returned are the rounded numbers in float32, not codes: ggml multiplies codes with codes, sums them up exactly
 in a block and applies both scales then, which is the same product up to the order of sums.
@@ -17,7 +17,7 @@ Q8_0_BLOCK = 32
 
 
 def unrounded(values: torch.Tensor) -> torch.Tensor:
-    """Beside weights that are not quantized: the values themselves."""
+    """Beside F32 weights, and in engines that do not round: the values themselves."""
     return values
 
 
@@ -46,15 +46,26 @@ def _nothing_in_empty_blocks(codes: torch.Tensor, inverse: torch.Tensor) -> torc
     return codes.masked_fill_(inverse.isinf(), 0.0)
 
 
-def rounding_of_block(size: int) -> Rounding:
-    """What ggml does beside a weight whose type has blocks of that many weights.
+def f16(values: torch.Tensor) -> torch.Tensor:
+    """Beside F16 weights: to the nearest number of that type."""
+    return values.half().float()
+
+
+def bf16(values: torch.Tensor) -> torch.Tensor:
+    """Beside BF16 weights: to the nearest number of that type."""
+    return values.bfloat16().float()
+
+
+def rounding_of_type(name: str, block: int) -> Rounding:
+    """What ggml does beside a weight of a type.
 
     Args:
-        size: 256 of K- and I-quants, 32 of the others, 1 of F32, F16 and BF16.
+        name: the type's name, such as Q4_K.
+        block: weights of one of its blocks: 256 of K- and I-quants, 32 of the others, 1 of F32, F16 and BF16.
 
     Returns:
         The rounding.
     """
-    if size == 1:
-        return unrounded
-    return q8_k if size == Q8_K_BLOCK else q8_0
+    if block == 1:
+        return {"F16": f16, "BF16": bf16}.get(name, unrounded)
+    return q8_k if block == Q8_K_BLOCK else q8_0

@@ -3,14 +3,15 @@
 Which rounding is the weights' to say (`Weights.rounding_beside`); here it is put into transformers' modules. Routed
 experts are no modules: `GatedWeights` rounds for them.
 
-MLA's keys are rounded where llama.cpp rounds them: it never makes them from latents, but multiplies each head's query
-with kv_b_proj's rows of keys, and the product with the latents. So it is the query that is rounded, and the scores are
-the same. The latents that it mixes and multiplies with kv_b_proj's rows of values stay as they are: rounding them would
-take an attention of our own, and adds 0.0004 nats to the mean KL at the most (decision 14).
+MLA is rounded where llama.cpp rounds it, which makes neither keys nor values: it multiplies each head's query with
+kv_b_proj's rows of keys and the product with the latents, then mixes latents and multiplies them with its rows of
+values. So it is queries that are rounded, which needs no other attention, and mixed latents, which does (decision 14).
+
+Shape legend: N samples, T tokens, K keys, H heads, D head dimension, L latent width, V value dimension.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,11 @@ import torch
 from torch import nn
 
 from dsquant.kernels.activation_rounding import Rounding, unrounded
-from dsquant.model.skeleton import Skeleton
+from dsquant.model.skeleton import Skeleton, attend
 from dsquant.model.structure import DecoderLayer
 from dsquant.source.weights import Weights
+
+HEADS_AT_ONCE = 16
 
 
 @contextmanager
@@ -36,19 +39,64 @@ def rounded_linears(skeleton: Skeleton, layer: DecoderLayer, weights: Weights) -
         Nothing.
     """
     linears = [*layer.attention_linears, *(name for mlp in layer.mlps if mlp.kind != "routed" for name in mlp.linears)]
-    roundings = {name: weights.rounding_beside(f"{name}.weight") for name in linears}
-    queries, keys = layer.absorbed or ("", "")
-    of_queries = roundings.pop(keys, unrounded)
-    with _rounded_inputs(skeleton, roundings):
-        if of_queries is unrounded:
-            yield
-            return
-        heads, width = (int(skeleton.config[key]) for key in ("num_attention_heads", "qk_nope_head_dim"))
-        handle = skeleton.module(queries).register_forward_hook(partial(_round_queries, of_queries, heads, width))
-        try:
-            yield
-        finally:
+    absorbed = layer.absorbed[1:] if layer.absorbed else ()
+    roundings = {name: weights.rounding_beside(f"{name}.weight") for name in linears if name not in absorbed}
+    with ExitStack() as stack:
+        stack.enter_context(_rounded_inputs(skeleton, roundings))
+        if layer.absorbed:
+            stack.enter_context(_rounded_mla(skeleton, layer, weights))
+        yield
+
+
+@contextmanager
+def _rounded_mla(skeleton: Skeleton, layer: DecoderLayer, weights: Weights) -> Iterator[None]:
+    """Rounds what meets kv_b_proj's keys and its values."""
+    assert layer.absorbed is not None
+    queries, keys_and_values = layer.absorbed
+    of_queries, of_latents = (weights.rounding_beside(f"{keys_and_values}.weight", values) for values in (False, True))
+    heads, width = (int(skeleton.config[key]) for key in ("num_attention_heads", "qk_nope_head_dim"))
+    attention, projection = skeleton.module(f"{layer.prefix}.self_attn"), skeleton.module(keys_and_values)
+    handles = []
+    if of_queries is not unrounded:
+        rounding = partial(_round_queries, of_queries, heads, width)
+        handles.append(skeleton.module(queries).register_forward_hook(rounding))
+    if of_latents is not unrounded:
+        mixing = _MixedLatents(of_latents, projection, heads, width)
+        handles.append(projection.register_forward_pre_hook(mixing.note))
+        attention.mix = mixing  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
+        vars(attention).pop("mix", None)
+
+
+class _MixedLatents:
+    """Attention of which latents are the values: mixed, rounded, and only then multiplied with kv_b_proj's values."""
+
+    def __init__(self, rounding: Rounding, projection: nn.Module, num_heads: int, width: int) -> None:
+        self._rounding, self._projection, self._num_heads, self._width = rounding, projection, num_heads, width
+        self._latents_N1KL = torch.empty(0)
+
+    def note(self, _: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        """Keeps the latents of the attention that comes next, kv_b_proj's input."""
+        latents = arguments[0]
+        self._latents_N1KL = latents if latents.ndim == 4 else latents.unsqueeze(1)
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+    ) -> torch.Tensor:
+        """The output [N, T, H, V]; a few heads at a time, as a mixed latent is four times as wide as R1's values."""
+        weight_HVL = self._projection.weight.unflatten(0, (self._num_heads, -1))[:, self._width :]  # type: ignore[operator]
+        outputs = []
+        for first in range(0, self._num_heads, HEADS_AT_ONCE):
+            heads = slice(first, first + HEADS_AT_ONCE)
+            latents = self._latents_N1KL.expand(-1, query[:, heads].shape[1], -1, -1)
+            mixed_NTHL = self._rounding(attend(query[:, heads], key[:, heads], latents, mask, scaling))
+            outputs.append(torch.einsum("nthl,hvl->nthv", mixed_NTHL, weight_HVL[heads]))
+        self._latents_N1KL = torch.empty(0)
+        return torch.cat(outputs, 2)
 
 
 @contextmanager

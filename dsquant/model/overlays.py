@@ -68,9 +68,9 @@ class Overlay(Weights):
         """The base's shape."""
         return self.base.shape(name)
 
-    def rounding_beside(self, name: str) -> Rounding:
+    def rounding_beside(self, name: str, values: bool = False) -> Rounding:
         """The base's."""
-        return self.base.rounding_beside(name)
+        return self.base.rounding_beside(name, values)
 
 
 class MovedWeights(Overlay):

@@ -41,6 +41,44 @@ class RoutingTap(nn.Module):
         return torch.zeros_like(hidden_TH)
 
 
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Causal attention through PyTorch's fused kernel.
+
+    On a GPU, where matrix products may be fast rather than exact (kernels.precision), it computes in bfloat16.
+    MLA's values are narrower than its keys (128 against 192 in R1), which the fused CPU kernel refuses: it would fall
+    back to a full score matrix (2 GiB for 2,048 tokens and 128 heads). Padding the narrower with zeros keeps it fused.
+
+    Args:
+        query: [batch, heads, tokens, key dimension].
+        key: [batch, key-value heads, tokens, key dimension].
+        value: [batch, key-value heads, tokens, value dimension].
+        attention_mask: bool [batch, 1, tokens, keys], True where a key is seen; None for samples of equal length
+            without padding, whose queries see the keys up to themselves.
+        scaling: factor on the scores.
+
+    Returns:
+        The output [batch, tokens, heads, value dimension].
+    """
+    dtype, width = query.dtype, value.shape[-1]
+    if query.is_cuda and torch.get_float32_matmul_precision() != "highest":  # what the flash kernel takes
+        query, key, value = (part.to(torch.bfloat16) for part in (query, key, value))
+    causal = attention_mask is None and query.shape[2] > 1
+    grouped = key.shape[1] != query.shape[1]
+    if query.shape[2] > 1:  # a single query's score matrix is small whatever the kernel
+        widest = max(query.shape[-1], width)
+        query, key, value = (F.pad(part, (0, widest - part.shape[-1])) for part in (query, key, value))
+    output = F.scaled_dot_product_attention(
+        query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=grouped
+    )
+    return output[..., :width].transpose(1, 2).to(dtype).contiguous()
+
+
 def fused_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -50,36 +88,24 @@ def fused_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention through PyTorch's fused kernel.
-
-    On a GPU, where matrix products may be fast rather than exact (kernels.precision), it computes in bfloat16.
-    MLA's values are narrower than its keys (128 against 192 in R1), which the fused CPU kernel refuses: it would fall
-    back to a full score matrix (2 GiB for 2,048 tokens and 128 heads). Padding the values with zeros keeps it fused.
+    """What transformers calls as attention: `attend`, or what an engine has put into the module's place `mix`.
 
     Args:
-        module: the attention module, unused.
-        query: [batch, heads, tokens, key dimension].
-        key: [batch, key-value heads, tokens, key dimension].
-        value: [batch, key-value heads, tokens, value dimension].
-        attention_mask: bool [batch, 1, tokens, keys], True where a key is seen; None for samples of equal length
-            without padding, whose queries see the keys up to themselves.
+        module: the attention module.
+        query: as `attend` takes it, and so the next four.
+        key: keys.
+        value: values.
+        attention_mask: which keys a query sees.
         scaling: factor on the scores.
         **kwargs: what transformers passes beside; unused.
 
     Returns:
         The output [batch, tokens, heads, value dimension], and no weights.
     """
-    dtype, width = query.dtype, value.shape[-1]
-    if query.is_cuda and torch.get_float32_matmul_precision() != "highest":  # what the flash kernel takes
-        query, key, value = (part.to(torch.bfloat16) for part in (query, key, value))
-    # A single query's score matrix is small whatever the kernel.
-    padded = F.pad(value, (0, query.shape[-1] - width)) if query.shape[2] > 1 else value
-    causal = attention_mask is None and query.shape[2] > 1
-    grouped = key.shape[1] != query.shape[1]
-    output = F.scaled_dot_product_attention(
-        query, key, padded, attention_mask, is_causal=causal, scale=scaling, enable_gqa=grouped
-    )
-    return output[..., :width].transpose(1, 2).to(dtype).contiguous(), None
+    mix = getattr(module, "mix", None)
+    if mix is not None:
+        return mix(query, key, attention_mask, scaling), None
+    return attend(query, key, value, attention_mask, scaling), None
 
 
 class Skeleton:

@@ -59,8 +59,8 @@ class DecoderLayer:
     mlps: tuple[Mlp, ...]
     """The dense MLP; or the shared expert and every routed expert."""
     absorbed: tuple[str, str] | None = None
-    """Of MLA: the linear that makes queries, and the one that makes keys, which engines multiply with queries instead
-    of latents."""
+    """Of MLA: the linear that makes queries, and kv_b_proj, whose keys engines multiply with queries and whose values
+    with mixed latents."""
 
     @property
     def prefix(self) -> str:

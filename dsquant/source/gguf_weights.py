@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dsquant.errors import InputError
-from dsquant.kernels.activation_rounding import Rounding, rounding_of_block
+from dsquant.kernels.activation_rounding import Rounding, rounding_of_type
 from dsquant.source.gguf_layout import ARCHITECTURES, Placement, decode_rotary, join_keys_and_values, placements
 from dsquant.source.weights import Weights
 
@@ -104,11 +104,12 @@ class GgufWeights(Weights):
             return decode_rotary(self._decode(places[0]), name, self._config)[start_row:stop_row]
         return self._decode(places[0], start_row, stop_row)
 
-    def rounding_beside(self, name: str) -> Rounding:
-        """What llama.cpp's CPU kernels do beside the type that a parameter is stored in; of kv_b_proj its keys'."""
+    def rounding_beside(self, name: str, values: bool = False) -> Rounding:
+        """What llama.cpp's CPU kernels do beside the type that a parameter is stored in."""
         from gguf import GGML_QUANT_SIZES
 
-        return rounding_of_block(GGML_QUANT_SIZES[self._tensors[self._placements[name][0].tensor].tensor_type][0])
+        kind = self._tensors[self._placements[name][int(values)].tensor].tensor_type
+        return rounding_of_type(kind.name, GGML_QUANT_SIZES[kind][0])
 
     def _decode(self, place: Placement, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
         from gguf.quants import dequantize

@@ -35,14 +35,15 @@ class Weights(Mapping[str, torch.Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         """The weight's shape, from headers alone."""
 
-    def rounding_beside(self, name: str) -> Rounding:
+    def rounding_beside(self, name: str, values: bool = False) -> Rounding:
         """How the engine that runs these weights rounds what it multiplies with one of them; most do not.
 
         Args:
-            name: the weight's name; beside MLA's kv_b_proj it is queries that meet its keys.
+            name: the weight's name.
+            values: of MLA's kv_b_proj, the rows that make values are meant; else those that make keys.
 
         Returns:
-            The rounding of a linear's inputs.
+            The rounding of what meets the weight: a linear's inputs; beside kv_b_proj queries or mixed latents.
         """
         return unrounded
 
