@@ -95,6 +95,10 @@ STORE_S = {"Q8_0": 3.1e-9, "Q6_K": 3.0e-8, "F32": 0.0, "F16": 0.0, "BF16": 0.0}
 STORE_OTHER_S = 1.2e-7  # as Q4_K
 MEASURED_CORES = 2
 MEASURED_IN = "benchmarks/planning_cpu_202611.md"
+PRESET_BEST = (
+    "--preset best makes files of compact's size and layout with a lower drift, in 2.4 to 3.3 times its processor time "
+    "(benchmarks/quality_peers_cpu_202611.md)"
+)
 # benchmarks/r1_layer_h200_202611.md, a layer of 11,507,286,272 weights and 262,144 tokens: 17.2 s on an H200, 26.1 s on
 # an H100 that had to compile its kernels too.
 SEARCH_ON_GPU_S = Range(1.49e-9, 2.27e-9)

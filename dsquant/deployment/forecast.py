@@ -88,7 +88,13 @@ class Forecast(Shown):
         named = {"machines": [_machine_json(found) for found in self.machines]}
         sizes = [{"name": size.name, **asdict(size), "served_bytes": size.served_bytes} for size in self.sizes]
         makings = [
-            {**asdict(making), "output": making.output.name, "mtp": making.output.mtp, "hours": asdict(making.hours)}
+            {
+                **asdict(making),
+                "output": making.output.name,
+                "mtp": making.output.mtp,
+                "hours": asdict(making.hours),
+                "hours_on_gpu": asdict(making.hours_on_gpu) if making.hours_on_gpu else None,
+            }
             for making in self.makings
         ]
         network = {**asdict(self.network), "kv_bytes_per_token": self.network.kv_bytes_per_token}
@@ -211,6 +217,7 @@ def _notes(subject: Subject) -> tuple[str, ...]:
         notes.append("no tokenizer.json: GGUF sizes are those of the tensors; the file's header adds the vocabulary")
     if subject.checkpoint.index.num_bytes < SMALL_BYTES:
         notes.append("so small a model is bound by overheads: take its times and speeds as bounds that nobody reaches")
+    notes.append(facts.PRESET_BEST)
     notes.append("beside the weight files lie tokenizer, config, model card and dsquant.json, a few megabytes")
     return tuple(notes)
 

@@ -43,7 +43,19 @@ class Making:
     @property
     def hours(self) -> Range:
         """Of all stages."""
-        return Range(sum(stage.hours.low for stage in self.stages), sum(stage.hours.high for stage in self.stages))
+        return _sum(self.stages)
+
+    @property
+    def hours_on_gpu(self) -> Range | None:
+        """With the search on a GPU; None where that has not been measured."""
+        searched = self.search_on_gpu
+        if searched is None:
+            return None
+        return _sum(tuple(searched if stage.name == "search" else stage for stage in self.stages))
+
+
+def _sum(stages: tuple[StageCost, ...]) -> Range:
+    return Range(sum(stage.hours.low for stage in stages), sum(stage.hours.high for stage in stages))
 
 
 def making_of(output: OutputSize, subject: Subject, machine: Machine) -> Making:

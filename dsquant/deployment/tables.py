@@ -209,10 +209,11 @@ def _sizes_table(forecast: Forecast) -> Table:
 def _makings_table(forecast: Forecast) -> Table:
     makings = forecast.makings
     unit, factor = _unit(making.disk_bytes for making in makings)
-    table = _table("What making it takes", "output", f"memory, {unit}", f"disk, {unit}", "time")
+    table = _table("What making it takes", "output", f"memory, {unit}", f"disk, {unit}", "time", "on a GPU")
     for making in makings:
         sizes = (f"{size / factor:,.1f}" for size in (making.memory_bytes, making.disk_bytes))
-        table.add_row(making.output.name, *sizes, _duration(making.hours))
+        on_gpu = _duration(making.hours_on_gpu) if making.hours_on_gpu else ""
+        table.add_row(making.output.name, *sizes, _duration(making.hours), on_gpu)
     return table
 
 
@@ -241,7 +242,7 @@ def _assumptions(makings: tuple[Making, ...]) -> Iterator[str]:
         yield f"{name}, {_duration(whole)}: {words[name]}"
     on_gpu = next((making.search_on_gpu for making in makings if making.search_on_gpu), None)
     if on_gpu is not None:
-        yield f"{on_gpu.name}: {_duration(on_gpu.hours)} instead ({on_gpu.assumption})"
+        yield f"{on_gpu.name}: {_duration(on_gpu.hours)} instead, evaluation as above ({on_gpu.assumption})"
     if makings:
         yield f"memory: {makings[0].memory_assumption}"
         yield f"disk: {makings[0].disk_assumption}"
