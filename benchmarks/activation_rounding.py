@@ -9,6 +9,7 @@ Shape legend: N samples, T tokens of a sample, V vocabulary.
 """
 
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from dsquant.calibration import HELD_OUT_TEXTS, text_tokens
 from dsquant.evaluation.divergence import compare
 from dsquant.kernels.activation_rounding import Rounding, unrounded
 from dsquant.model.overlays import Overlay
-from dsquant.opening import open_candidate, open_original
+from dsquant.opening import Original, open_candidate, open_original
 from tests.llama_cpp import decoded, every_position
 
-SEQ_LEN = 256
+SEQ_LEN, SAMPLES_AT_ONCE = 256, 32
 
 
 class Unrounded(Overlay):
@@ -46,6 +47,22 @@ def against(wanted: torch.Tensor, found: torch.Tensor) -> str:
     return f"{scale * float(difference.mean()):+.2f} ± {error:.2f} %"
 
 
+def kl_of_parts(
+    file: Path, decoded_file: Path, original: Original, tokens_NT: torch.Tensor, work: Path
+) -> Iterator[dict[str, torch.Tensor]]:
+    """KL of every predicted position by how it was computed, some samples at a time."""
+    weights = open_candidate(str(file), original).weights
+    candidates = {"rounded": weights, "plain": Unrounded(weights)}
+    for part_NT in tokens_NT.split(SAMPLES_AT_ONCE):
+        own = every_position(original.opened.files[0], part_NT)
+        scores = compare(original.skeleton, original.checkpoint.weights, candidates, part_NT, work, 1)
+        yield {name: scores[name].kl_NT.flatten().double() for name in candidates} | {
+            "exact": divergence(own, every_position(decoded_file, part_NT)),
+            "batch": divergence(own, every_position(file, part_NT)),
+            "single": divergence(own, every_position(file, part_NT, 1)),
+        }
+
+
 @click.command()
 @click.argument("type_names", nargs=-1, required=True)
 @click.option("--text", "texts", multiple=True, help="A text file beside the shipped texts.")
@@ -57,8 +74,6 @@ def main(type_names: tuple[str, ...], texts: tuple[str, ...], samples: int) -> N
         make = partial(dsquant.gguf, evaluate=False, progress=False)
         original = open_original(str(make(type="F32", output=work / "F32").folders["gguf:F32"]))
         parts = [text_tokens(text, original.tokenizer, SEQ_LEN, samples) for text in (*HELD_OUT_TEXTS, *texts)]
-        tokens_NT = torch.cat(parts)
-        theirs = every_position(original.opened.files[0], tokens_NT)
         click.echo(
             "| type | positions | eval's mean KL | llama.cpp's | against eval's | not rounded | decoded to F32 "
             "| one token at a time |"
@@ -66,16 +81,12 @@ def main(type_names: tuple[str, ...], texts: tuple[str, ...], samples: int) -> N
         click.echo("|---|---|---|---|---|---|---|---|")
         for name in type_names:
             file = make(type=name, output=work / name).folders[f"gguf:{name}"]
-            weights = open_candidate(str(file), original).weights
-            candidates = {"rounded": weights, "plain": Unrounded(weights)}
-            scores = compare(original.skeleton, original.checkpoint.weights, candidates, tokens_NT, work, 1)
-            ours, plain = (scores[one].kl_NT.flatten() for one in candidates)
-            exact = divergence(theirs, every_position(decoded(file, work / "decoded.gguf"), tokens_NT))
-            batch, single = (divergence(theirs, every_position(file, tokens_NT, at_once)) for at_once in (512, 1))
-            means = f"{float(ours.mean()):.5f} | {float(batch.mean()):.5f}"
-            pairs = ((ours, batch), (plain, batch), (plain, exact), (batch, single))
-            cells = " | ".join(against(wanted, found) for wanted, found in pairs)
-            click.echo(f"| {name} | {len(ours)} | {means} | {cells} |")
+            found = list(kl_of_parts(file, decoded(file, work / "decoded.gguf"), original, torch.cat(parts), work))
+            kl = {how: torch.cat([part[how] for part in found]) for how in found[0]}
+            pairs = (("rounded", "batch"), ("plain", "batch"), ("plain", "exact"), ("batch", "single"))
+            cells = " | ".join(against(kl[wanted], kl[seen]) for wanted, seen in pairs)
+            means = f"{float(kl['rounded'].mean()):.5f} | {float(kl['batch'].mean()):.5f}"
+            click.echo(f"| {name} | {len(kl['batch'])} | {means} | {cells} |")
 
 
 if __name__ == "__main__":
