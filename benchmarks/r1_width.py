@@ -10,11 +10,13 @@ memory, not quality.
 
 import argparse
 import json
-import resource
+import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +123,16 @@ def main() -> None:
     parser.add_argument("--gguf", metavar="TYPE", help="convert to this GGUF type without calibration instead")
     options = parser.parse_args()
     model = options.folder / "model"
-    if not model.exists():
-        make_checkpoint(model, options.experts)
+    if not model.exists():  # in a process of its own: Linux counts a parent's memory into the peak of its children
+        with ProcessPoolExecutor(1, get_context("spawn")) as maker:
+            maker.submit(make_checkpoint, model, options.experts).result()
     started = time.monotonic()
-    subprocess.run(
-        [sys.executable, "-c", "from dsquant.cli import main; main()", *arguments(options, model)], check=True
-    )
+    command = [sys.executable, "-c", "from dsquant.cli import main; main()", *arguments(options, model)]
+    _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
+    if status != 0:
+        raise SystemExit(f"dsquant ended with {os.waitstatus_to_exitcode(status)}")
     elapsed = time.monotonic() - started
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    peak = usage.ru_maxrss / 2**20
     what = f"gguf {options.gguf}" if options.gguf else f"{options.samples} x {options.seq_len} tokens, {options.preset}"
     print(f"experts {options.experts}, {what}:")
     print(f"peak resident memory {peak:.2f} GiB of a budget of {options.memory_budget}, {elapsed:.0f} s")

@@ -128,12 +128,16 @@ def against(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Against:
     return Against(original, tokens_NT, every_position(original.opened.files[0], tokens_NT))
 
 
-@pytest.mark.parametrize("type_name", [pytest.param("Q2_K", marks=pytest.mark.slow), "Q3_K_M", "Q4_K_M"])
+# Above 4 bits so many positions do not tell 2 %: llama.cpp differs from itself by more, a token at a time.
+@pytest.mark.parametrize(
+    ("type_name", "divergence_within"),
+    [pytest.param("Q2_K", 0.02, marks=pytest.mark.slow), ("Q3_K_M", 0.02), ("Q4_K_M", 0.02), ("Q6_K", 0.1)],
+)
 def test_our_perplexity_and_divergence_of_gguf_files_are_llama_cpps(
-    type_name: str, against: Against, tiny_r1: Path, tmp_path: Path
+    type_name: str, divergence_within: float, against: Against, tiny_r1: Path, tmp_path: Path
 ) -> None:
     file = make(tiny_r1, tmp_path / "out", type_name)
-    against.check(file, tmp_path, 0.02, 0.01)
+    against.check(file, tmp_path, divergence_within, 0.01)
     # The same weights in F32 are multiplied without rounding: what is left is the order of sums, and a cache in F16.
     few = Against(against.original, against.tokens_NT[::4], against.log_probabilities_NTV[::4])
     few.check(decoded(file, tmp_path / "decoded.gguf"), tmp_path, 0.01, 0.002)

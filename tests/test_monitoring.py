@@ -37,6 +37,13 @@ def job(text: Path, output: Path, *more: str) -> list[str]:
     return [*run, "--output", str(output), "--calibration", str(text), *options]
 
 
+def test_a_peak_of_memory_does_not_begin_with_that_of_the_process_that_started_the_job() -> None:
+    code = "from dsquant.telemetry import peak_resident_bytes as peak; print(peak())"
+    ballast = b"1" * 2**29
+    told = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert told < len(ballast) / 4
+
+
 def test_a_jobs_textfile_tells_all_there_is_to_tell(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "dsquant.prom"
     dsquant.awq(
