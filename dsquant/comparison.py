@@ -300,9 +300,9 @@ def _caveats(
     ]
     if any(one.rounds_activations for one in (original.opened, *candidates.values())):
         words.append(
-            "only beside quantized weights of GGUF files activations are rounded to 8 bits, as llama.cpp does on CPUs, "
-            "in all numbers but the errors of weights; on tiny-r1 that is 0.0005 to 0.001 of the mean KL, whatever the "
-            "type: 4 % of Q4_K_M's, half of Q8_0's"
+            "only beside weights of GGUF files activations are rounded as llama.cpp does on CPUs, to 8 bits where the "
+            "weight is quantized, in all numbers but the errors of weights; on tiny-r1 that is 0.0005 to 0.001 of the "
+            "mean KL, whatever the type: 3 % of Q4_K_M's, half of Q8_0's"
         )
     few = [f"{text.name} ({text.samples})" for text in texts.described if text.samples < 4]
     if few:
