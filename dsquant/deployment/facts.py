@@ -99,7 +99,7 @@ PRESET_BEST = (
     "--preset best makes files of compact's size and layout with a lower drift, in 2.4 to 3.3 times its processor time "
     "(benchmarks/quality_peers_cpu_202611.md)"
 )
-# benchmarks/r1_layer_h200_202611.md, a layer of 11,507,286,272 weights and 262,144 tokens: 17.2 s on an H200, 26.1 s on
+# benchmarks/r1_layer_h200_202611.md, a layer of 11,507,286,272 weights and 262,144 tokens: 18.3 s on an H200, 26.1 s on
 # an H100 that had to compile its kernels too.
-SEARCH_ON_GPU_S = Range(1.49e-9, 2.27e-9)
+SEARCH_ON_GPU_S = Range(1.59e-9, 2.27e-9)
 MEASURED_ON_GPU_IN = "H100 and H200, 262,144 tokens, from files to files (benchmarks/r1_layer_h200_202611.md)"
