@@ -1,8 +1,7 @@
 """Coordinate descent after rounding: scales, zero points and codes change one at a time while the output error falls.
 
 With H the (damped) Gram matrix and D = Q - W the rounding error of a row, the error is D H D^T and its half gradient
-R = D H. A change d of one column j alone is best at d = -R_j / H_jj, so the best code is the nearest grid point to
-q_j - R_j / H_jj (QuantEase, arXiv 2309.01885, algorithm 1). A group's scale s with codes less zero point u is best at
+R = D H. Codes are `kernels.descent`'s. A group's scale s with codes less zero point u is best at
 s - (u R_g) / (u H_gg u^T), the weighted least squares of that one number.
 
 Shape legend: O out features, I in features, G groups along I, S = group size.
@@ -10,6 +9,7 @@ Shape legend: O out features, I in features, G groups along I, S = group size.
 
 import torch
 
+from dsquant.kernels.descent import descend_codes
 from dsquant.kernels.grids import storable_scales
 from dsquant.kernels.losses import gram_losses
 from dsquant.rounding import Grid, QuantizedWeight
@@ -99,17 +99,9 @@ class _State:
 
     def fit_codes(self, group: int) -> None:
         """Moves a group's codes to their best values, one column after the other."""
-        columns, scales_O = self._columns(group), self._scales_OG[:, group]
-        gram_SS = self._gram_II[columns, columns].contiguous()
-        steps_S = gram_SS.diagonal().reciprocal()
-        gradient_SO = self._gradient_OI[:, columns].T.contiguous()
-        before_SO = self._codes_OI[:, columns].T.contiguous()
-        codes_SO = before_SO.clone()
-        for column in range(len(codes_SO)):
-            wanted_O = codes_SO[column] - gradient_SO[column] * steps_S[column] / scales_O
-            new_O = wanted_O.round_().clamp_(0, self._grid.maximum_code)
-            gradient_SO[column:].addr_(gram_SS[column, column:], (new_O - codes_SO[column]).mul_(scales_O))
-            codes_SO[column] = new_O
+        columns = self._columns(group)
+        codes_SO, gradient_SO = (part[:, columns].T.contiguous() for part in (self._codes_OI, self._gradient_OI))
+        gram_SS, scales_O = self._gram_II[columns, columns].contiguous(), self._scales_OG[:, group].contiguous()
+        changes_SO = descend_codes(codes_SO, gradient_SO, gram_SS, scales_O, self._grid.maximum_code)
         self._codes_OI[:, columns] = codes_SO.T
-        changes_OS = (codes_SO - before_SO).mul_(scales_O).T
-        self._gradient_OI.addmm_(changes_OS, self._gram_II[columns])
+        self._gradient_OI.addmm_(changes_SO.T, self._gram_II[columns])
