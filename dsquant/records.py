@@ -368,6 +368,12 @@ def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
             f"{rare} of {experts} experts got fewer than 256 calibration tokens and were judged on their router's "
             "next best as well; more --samples help"
         )
+    widths = set(run.source.plan.widths.values())
+    if len(widths) > 1 and any(layer.experts for layer in run.source.skeleton.layers):
+        words.append(
+            f"linears have {' and '.join(map(str, sorted(widths)))} bits, by the names in config.json, which vLLM and "
+            "SGLang follow; transformers (5.24) decodes a mixture's linears as if all were alike: do not load it there"
+        )
     fallbacks = sum(len(grid["fallbacks"]) for layer in layers for grid in layer["grids"])
     if fallbacks:
         words.append(f"{fallbacks} modules are plainly rounded because the search found nothing better")
