@@ -35,6 +35,8 @@ from dsquant.recipe import Preset
 
 CALIBRATION_SHAPE = (64, 256)
 EVALUATION_SHAPE = (32, 512)
+# The last is what llama.cpp's Q4_K_M takes on the models here.
+MIXED_BITS = ("4.25", "4.5", "4.95")
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = {
     "autoawq": ["autoawq", "transformers", "torch"],
@@ -70,14 +72,24 @@ PEERS = [
 
 
 def own_methods() -> list[Method]:
-    """dsquant's presets that quantize every linear, in both forms."""
+    """dsquant's presets that quantize every linear, in both forms, and widths that are chosen for a mean."""
     forms = {"asymmetric": ("--to", "awq"), "symmetric": ("--to", "compressed-tensors", "--symmetric")}
     presets = [preset for preset in get_args(Preset) if preset != "quality"]
-    return [
+    uniform = [
         Method(f"dsquant-{preset}-{form}", f"dsquant {preset}, {form}", None, ("--preset", preset, *options))
         for preset in presets
         for form, options in forms.items()
     ]
+    mixed = [
+        Method(
+            f"dsquant-compact-mixed-{bits}",
+            f"dsquant compact, symmetric, widths chosen for {bits} bits",
+            None,
+            ("--preset", "compact", "--target-bits", bits, *forms["symmetric"]),
+        )
+        for bits in MIXED_BITS
+    ]
+    return [*uniform, *mixed]
 
 
 def command_of(method: Method, model: Path, work: Path, seed_work: Path, arguments: argparse.Namespace) -> list[str]:

@@ -27,6 +27,8 @@ def awq(
     output: str | Path,
     to: str | Sequence[str] = "awq",
     bits: int = 4,
+    target_bits: float | None = None,
+    target_size: str | int | None = None,
     group_size: int = 128,
     symmetric: bool | None = None,
     preset: str | None = None,
@@ -53,6 +55,8 @@ def awq(
         output: the folder to make.
         to: `awq`, `compressed-tensors`, `gguf:TYPE`, or several of them.
         bits: bits of a weight: 3, 4 or 8, where the format has them.
+        target_bits: mean stored bits of what the preset quantizes; widths are chosen by measured sensitivity.
+        target_size: the same, for the size of all tensors, such as `340GiB`.
         group_size: input channels that share a scale: 32, 64 or 128.
         symmetric: without zero points; None takes what each format's engines want.
         preset: `quality` quantizes routed experts only, `compact` every linear, `best` every linear for what the
@@ -89,6 +93,8 @@ def awq(
         output=Path(output),
         to=_several(to),
         bits=bits,
+        target_bits=target_bits,
+        target_size=_size(target_size),
         group_size=group_size,
         symmetric=symmetric,
         preset=preset,

@@ -1,12 +1,15 @@
 """What lies in an output folder beside the weights: copied files, and the model card."""
 
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsquant.disk import PARTIAL
 from dsquant.jobs import RECORD_FILE
+from dsquant.precision import WIDTH_COLUMNS, width_rows
 from dsquant.recipe import format_size
+from dsquant.rounding import UNQUANTIZED
 from dsquant.source.shards import INDEX_FILE
 
 CONFIG_FILE = "config.json"
@@ -66,6 +69,11 @@ def divergence_table(texts: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def model_card(record: dict[str, Any], format_name: str) -> str:
     """The output's README.md.
 
@@ -80,18 +88,23 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
     grid = output["grid"]
     kind = "symmetric" if grid["symmetric"] else "asymmetric"
     quantized = len(output["weight_errors"])
+    chosen = {entry["width"] for entry in record.get("precision", {}).values()} - {UNQUANTIZED}
+    bits = " and ".join(map(str, sorted(chosen))) or str(grid["bits"])
     made = (
         f"Quantized by dsquant {record['versions']['dsquant']}, preset {recipe['preset']}: {quantized} linears at "
-        f"{grid['bits']} bits, {kind}, groups of {grid['group_size']}, in the format {format_name}; the rest in its "
+        f"{bits} bits, {kind}, groups of {grid['group_size']}, in the format {format_name}; the rest in its "
         f"original precision (FP8 as BF16). {format_size(record['source']['bytes'])} became "
         f"{format_size(output['bytes'])}."
     )
     parts = [
         f"---\nlibrary_name: transformers\ntags:\n- dsquant\n- awq\n- {grid['bits']}-bit\n---",
-        f"# {Path(recipe['model']).name}, {grid['bits']} bits",
+        f"# {Path(recipe['model']).name}, {bits} bits",
         made,
         f"```\n{serve_command('.')}\n```",
     ]
+    if record.get("precision"):
+        parts += ["## Widths", "Chosen by measured sensitivity, for the target in the recipe:"]
+        parts += [_markdown_table(WIDTH_COLUMNS, width_rows(record["precision"]))]
     texts = record["divergence"].get(format_name)
     if texts:
         parts += ["## What it cost", "Against the original, on texts that calibration has not seen:"]

@@ -370,6 +370,7 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
         outputs=outputs,
         mlp_inputs=run.passing(layer.index, run.job.work / "mlp-inputs.f32", torch.bfloat16),
         linears=source.plan.linears_of(layer),
+        widths=source.plan.widths,
         batch_samples=run.batch_samples,
         seed=run.recipe.seed,
         emit=writers.emit,

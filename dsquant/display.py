@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 STAGES = {
     "scan": "checking",
+    "sensitivity": "measuring sensitivity",
     "quantize": "quantizing",
     "evaluate": "evaluating",
     "generate": "generating",

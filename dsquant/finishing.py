@@ -121,5 +121,5 @@ def _config(run: Run, target: Target) -> dict[str, Any]:
         layers = layers[: source.skeleton.num_layers]
     chosen = source.plan.linears[target.grid]
     linears = {linear: linear in chosen for layer in layers for linear in layer.linears}
-    config["quantization_config"] = target.format.quantization_config(target.grid, linears)
+    config["quantization_config"] = target.format.quantization_config(target.grid, linears, target.widths)
     return config

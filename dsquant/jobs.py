@@ -84,6 +84,11 @@ class Job:
         """What was noted when the job began: recipe, source, whatever must not be found anew on resume."""
         self.journal = Journal(work / JOURNAL_FILE)
 
+    def note(self, **notes: Any) -> None:
+        """Notes more about the job itself; when this returns it is on disk."""
+        self.notes = {**self.notes, **notes}
+        write_atomically(self.work / JOB_FILE, json.dumps(self.notes).encode())
+
     def finish(self) -> None:
         """Removes the work folder: from here on the output counts as finished."""
         shutil.rmtree(self.work)

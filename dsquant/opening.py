@@ -179,8 +179,9 @@ def _stored_format(checkpoint: Checkpoint) -> str:
     if method == "awq":
         return f"AWQ {quantization.get('bits', 4)} bits, groups of {quantization.get('group_size', 128)}"
     if method == "compressed-tensors":
-        weights = next(iter(quantization["config_groups"].values()))["weights"]
-        return f"compressed-tensors {weights['num_bits']} bits, groups of {weights['group_size']}"
+        schemes = [group["weights"] for group in quantization["config_groups"].values()]
+        bits = " and ".join(str(weights["num_bits"]) for weights in schemes)
+        return f"compressed-tensors {bits} bits, groups of {schemes[0]['group_size']}"
     sizes: Counter[str] = Counter()
     for info in checkpoint.index.values():
         sizes[info.dtype] += info.num_bytes

@@ -15,6 +15,7 @@ from dsquant.errors import UsageError
 from dsquant.finishing import finish, finish_gguf
 from dsquant.gguf_conversion import GgufRun, convert_to_gguf, plan_gguf
 from dsquant.jobs import RECORD_FILE, Job, claim, found_state, full_disk_is_resumable, stop_on_signals
+from dsquant.mixed_precision import choose_widths
 from dsquant.planning import Plan, check_memory
 from dsquant.preparation import (
     check_disk,
@@ -27,6 +28,7 @@ from dsquant.preparation import (
 )
 from dsquant.recipe import GgufRecipe, Recipe, format_size
 from dsquant.records import Preview, Result, gguf_output_files, output_files, planned_warnings, result_of
+from dsquant.rounding import UNQUANTIZED
 from dsquant.supervision import Supervised
 from dsquant.telemetry import Limits, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
 from dsquant.writers.gguf.files import GgufFiles
@@ -70,6 +72,7 @@ def awq(
             run.write_behind = WriteBehind() if recipe.device == "cuda" else None
             try:
                 with gpu_within_budget(gpu_budget):
+                    choose_widths(run, output_files, gpu_budget)
                     convert(run)
                 record = ranks.alone(lambda beat: _finish_and_remove(run, check, beat))
             finally:
@@ -97,6 +100,11 @@ def _resolved_for(recipe: Recipe, ranks: Ranks) -> Recipe:
         raise UsageError(
             f"--preset best: {ranks.size} processes cannot share a layer that is rounded linear by linear; "
             "start one, or take --preset compact"
+        )
+    if recipe.chooses_widths and ranks.size > 1:
+        raise UsageError(
+            f"--target-bits, --target-size: {ranks.size} processes cannot share the measuring of sensitivities yet; "
+            "start one, or leave the target out"
         )
     return resolved(recipe)
 
@@ -145,6 +153,8 @@ def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> Prev
     check_disk(recipe.output, source.plan.disk_bytes)
     plan = source.plan
     outputs = {target.format.name: target.shards.num_bytes for target in plan.targets}
+    if plan.mixed is not None:
+        outputs = dict.fromkeys(outputs, plan.mixed.total_bytes)
     return Preview(
         model=str(source.checkpoint.folder),
         architecture=source.checkpoint.architecture,
@@ -152,13 +162,28 @@ def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> Prev
         state=state,
         source_bytes=source.checkpoint.index.num_bytes,
         output_bytes=outputs | {target.name: target.num_bytes for target in plan.gguf.values()},
-        details={"preset": str(recipe.preset), "quantized linears": len(frozenset().union(*plan.linears.values()))},
+        details=_details(recipe, plan),
         calibration=source.calibration,
         notes=planned_warnings(recipe, source),
         memory_bytes=plan.memory_bytes + resident,
         memory_budget_bytes=budget,
         work_disk_bytes=plan.work_bytes,
     )
+
+
+def _details(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    details: dict[str, Any] = {
+        "preset": str(recipe.preset),
+        "quantized linears": len(frozenset().union(*plan.linears.values())),
+    }
+    if plan.mixed is not None:
+        target = f"{recipe.target_bits} bits" if recipe.target_bits is not None else format_size(plan.mixed.total_bytes)
+        widths = ", ".join("BF16" if width == UNQUANTIZED else str(width) for width in plan.mixed.widths)
+        details["target"] = (
+            f"at most {target}: {len(plan.mixed.groups)} groups of linears get one of the widths {widths}, chosen once "
+            "their sensitivity is measured"
+        )
+    return details
 
 
 def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report: Report = silent) -> Result:

@@ -1,7 +1,7 @@
 """What a run will do and make, worked out from headers alone: units of work, exact output tensors, memory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -13,17 +13,18 @@ from dsquant.model.activations import RELEASE_BYTES, stored_dtype
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import EMBEDDING, ROWS_AT_ONCE, VOCABULARY_AT_ONCE
 from dsquant.model.structure import DecoderLayer
+from dsquant.precision import MixedPlan, plan_mixed
 from dsquant.quantization.clip import ELEMENTS_AT_ONCE, SHRINKS
 from dsquant.quantization.pairs import WIDEST_PAIRS
 from dsquant.quantization.statistics import FACTOR_ROWS
 from dsquant.recipe import Recipe, format_size
-from dsquant.rounding import Grid
+from dsquant.rounding import UNQUANTIZED, Grid
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.writers.base import ShardPlan, StoredTensor, plan_shards
 from dsquant.writers.formats import FORMATS
 from dsquant.writers.gguf.target import GgufTarget, plan_target
 from dsquant.writers.gguf.types import MIXTURES
-from dsquant.writers.protocol import Format
+from dsquant.writers.protocol import NO_WIDTHS, Format
 
 # Tokens that pass attention together. Fixed, since the order of sums, and with it the output's bytes, depends on it.
 BATCH_TOKENS = 1024
@@ -62,6 +63,12 @@ class Target:
     folder: PurePosixPath
     """Inside the output folder; `.` where there is one format."""
     shards: ShardPlan
+    widths: Mapping[str, int] = field(default_factory=dict)
+    """Quantized linear -> bits, where widths were chosen; else all have the grid's."""
+
+    def grid_of(self, linear: str) -> Grid:
+        """The grid of a quantized linear."""
+        return self.grid.with_bits(self.widths.get(linear, self.grid.bits))
 
 
 @dataclass(frozen=True)
@@ -84,12 +91,21 @@ class Plan:
     """The layers whose hidden states stay on the GPU while their experts pass."""
     work_bytes: int
     """Disk for hidden states while the run lasts."""
+    mixed: MixedPlan | None = None
+    """What a target for size or bits leaves to choose."""
 
     @property
     def disk_bytes(self) -> int:
         """Disk for the output and, while the run lasts, for hidden states."""
         files = sum(target.shards.num_bytes for target in self.targets)
+        if self.mixed is not None:
+            files = max(files, self.mixed.total_bytes)
         return self.work_bytes + files + sum(target.num_bytes for target in self.gguf.values())
+
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """Quantized linear -> bits, where widths were chosen; there is one output then."""
+        return self.targets[0].widths if self.targets else NO_WIDTHS
 
     def linears_of(self, layer: DecoderLayer) -> dict[Grid, frozenset[str]]:
         """Grid -> a layer's linears that are quantized onto it."""
@@ -97,7 +113,12 @@ class Plan:
 
 
 def plan_run(
-    recipe: Recipe, checkpoint: Checkpoint, skeleton: Skeleton, gpu_budget_bytes: int = 0, num_ranks: int = 1
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    gpu_budget_bytes: int = 0,
+    num_ranks: int = 1,
+    widths: Mapping[str, int] = NO_WIDTHS,
 ) -> Plan:
     """Plans a quantization run.
 
@@ -107,6 +128,7 @@ def plan_run(
         skeleton: its network.
         gpu_budget_bytes: the most GPU memory; where it suffices, hidden states stay there.
         num_ranks: how many processes share the run; memory is planned for one of them.
+        widths: linear -> bits that were chosen for it, 16 where it stays as it is; nothing before they are.
 
     Returns:
         The plan.
@@ -116,12 +138,14 @@ def plan_run(
         UsageError: where a format cannot store what the recipe asks for.
     """
     check_complete(checkpoint, skeleton)
-    linears = _quantized_linears(recipe, skeleton)
+    _check_choosing(recipe)
+    by_preset = _quantized_linears(recipe, skeleton)
+    linears = by_preset.difference(linear for linear, width in widths.items() if width == UNQUANTIZED)
     units = plan_units(recipe.mtp, checkpoint, skeleton)
     dtypes = {name: _plain_dtype(checkpoint, name) for name in checkpoint.weights}
     folders = {name: PurePosixPath(name.partition(":")[0] if len(recipe.to) > 1 else ".") for name in recipe.to}
     targets = tuple(
-        _target(recipe, name, folder, checkpoint, skeleton, units, linears, dtypes)
+        _target(recipe, name, folder, checkpoint, skeleton, units, linears, dtypes, widths)
         for name, folder in folders.items()
         if name in FORMATS
     )
@@ -136,6 +160,13 @@ def plan_run(
     if gguf:
         by_grid[GGUF_GRID] = frozenset(linear for layer in _touched(recipe, skeleton) for linear in layer.linears)
     _check_best(recipe, by_grid)
+    mixed = None
+    if recipe.chooses_widths:
+        kept = [name for unit in units if unit.action != "drop" for name in unit.parameters]
+        (target,) = targets
+        mixed = plan_mixed(
+            recipe, target.format, target.grid, _touched(recipe, skeleton), by_preset, checkpoint, dtypes, kept
+        )
     everything = frozenset().union(*by_grid.values())
     streams = 2 if recipe.preset == "best" else 1
     num_hidden = recipe.samples * recipe.seq_len * skeleton.config["hidden_size"]
@@ -152,7 +183,20 @@ def plan_run(
         gpu_memory = max(head, *(need + hidden * (layer in resident) for layer, need in needs.items()))
         memory = CUDA_HOST_BYTES + host_memory_bytes(num_hidden, streams)
     work_bytes = 3 * streams * num_hidden * stored_dtype(torch.device(recipe.device)).itemsize
-    return Plan(units, targets, gguf, by_grid, dtypes, memory, gpu_memory, resident, work_bytes)
+    return Plan(units, targets, gguf, by_grid, dtypes, memory, gpu_memory, resident, work_bytes, mixed)
+
+
+def _check_choosing(recipe: Recipe) -> None:
+    """Refuses what widths are not chosen for."""
+    if not recipe.chooses_widths:
+        return
+    option = "--target-bits" if recipe.target_bits is not None else "--target-size"
+    if len(recipe.to) > 1 or recipe.to[0] not in FORMATS:
+        raise UsageError(f"{option} chooses for one format, {' or '.join(FORMATS)}; found --to {', '.join(recipe.to)}")
+    if recipe.preset == "best":
+        raise UsageError(f"{option}: preset best does not choose widths; take --preset compact")
+    if recipe.mtp == "quantize":
+        raise UsageError(f"{option}: no width is chosen for a multi-token-prediction layer; take --mtp keep or drop")
 
 
 def _check_best(recipe: Recipe, by_grid: Mapping[Grid, frozenset[str]]) -> None:
@@ -283,6 +327,7 @@ def _target(
     units: tuple[Unit, ...],
     linears: frozenset[str],
     dtypes: Mapping[str, str],
+    widths: Mapping[str, int],
 ) -> Target:
     output_format = FORMATS[name]
     symmetric = recipe.symmetric
@@ -295,7 +340,7 @@ def _target(
     def stored(parameter: str) -> list[StoredTensor]:
         linear = parameter.removesuffix(".weight")
         if linear in linears:
-            return output_format.stored(linear, shapes[linear], grid)
+            return output_format.stored(linear, shapes[linear], grid.with_bits(widths.get(linear, grid.bits)))
         return [StoredTensor(parameter, dtypes[parameter], checkpoint.weights.shape(parameter))]
 
     tensors = [
@@ -303,7 +348,8 @@ def _target(
         for unit in units
         if unit.action != "drop"
     ]
-    return Target(output_format, grid, folder, plan_shards(tensors, recipe.max_shard_bytes))
+    chosen = {linear: widths[linear] for linear in shapes if linear in widths}
+    return Target(output_format, grid, folder, plan_shards(tensors, recipe.max_shard_bytes), chosen)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dsquant.errors import UsageError
 
@@ -64,7 +64,10 @@ class Recipe(JobRecipe):
         model: a folder, a hub id, or `tiny-r1`.
         output: the folder to make.
         to: formats: `awq`, `compressed-tensors`, and `gguf:TYPE` with a type of llama.cpp.
-        bits: bits of a code.
+        bits: bits of a code; with a target, of the grid that scales are searched for.
+        target_bits: mean stored bits, scales and zero points included, for each weight that the preset quantizes, which
+            the output may have at most; widths are then chosen by measured sensitivity.
+        target_size: bytes of all tensors that the output may have at most; likewise.
         group_size: input channels that share a scale.
         symmetric: whether zero points are constant; None takes what each format's engines want.
         preset: `quality` quantizes routed experts only, `compact` every linear of the decoder, `best` every linear
@@ -85,6 +88,8 @@ class Recipe(JobRecipe):
 
     to: tuple[str, ...] = ("awq",)
     bits: Literal[3, 4, 8] = 4
+    target_bits: float | None = Field(default=None, gt=0)
+    target_size: int | None = Field(default=None, ge=1)
     group_size: Literal[32, 64, 128] = 128
     symmetric: bool | None = None
     preset: Preset | None = None
@@ -109,6 +114,17 @@ class Recipe(JobRecipe):
             if name not in ("awq", "compressed-tensors") and not re.fullmatch(r"gguf:[A-Z0-9_]+\+?", name):
                 raise ValueError(f"{name!r} is none of awq, compressed-tensors, gguf:TYPE")
         return formats
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.target_bits is not None and self.target_size is not None:
+            raise ValueError("--target-bits and --target-size exclude each other; give one")
+        return self
+
+    @property
+    def chooses_widths(self) -> bool:
+        """Whether widths are chosen by measured sensitivity."""
+        return self.target_bits is not None or self.target_size is not None
 
 
 class GgufRecipe(JobRecipe):

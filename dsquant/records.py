@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,9 @@ from dsquant.conversion import Run
 from dsquant.evaluation.divergence import Divergence
 from dsquant.gguf_conversion import IMATRIX_FILE, GgufPlan, GgufRun
 from dsquant.jobs import RECORD_FILE
+from dsquant.mixed_precision import SENSITIVITY
 from dsquant.notebook import Shown, as_html, table_of
+from dsquant.precision import WIDTH_COLUMNS, width_rows
 from dsquant.preparation import Source
 from dsquant.recipe import JobRecipe, Recipe, format_size
 from dsquant.scales import SCALES_FILE
@@ -44,6 +46,8 @@ class Result(Shown):
     divergence: dict[str, dict[str, Divergence]]
     """Format -> text -> distance from the original; empty where evaluation was off."""
     warnings: list[str]
+    precision: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Group of linears -> its width, bytes and error, where widths were chosen."""
     already_finished: bool = False
     elapsed_s: float = 0.0
     peak_resident_bytes: int = 0
@@ -69,6 +73,8 @@ class Result(Shown):
         sizes = {"original": self.source_bytes, "original as BF16": self.bf16_bytes, **self.output_bytes}
         rows = [(name, format_size(size), f"{size / self.source_bytes:.1%}") for name, size in sizes.items()]
         yield table_of(f"{self.output}", ("checkpoint", "size", "of original"), rows)
+        if self.precision:
+            yield table_of("chosen widths", WIDTH_COLUMNS, width_rows(self.precision))
         for name, texts in self.divergence.items():
             title = f"{name} against the original, on held-out texts"
             yield table_of(title, DISTANCES, [(text, *_distances(found)) for text, found in texts.items()])
@@ -182,6 +188,7 @@ def result_of(recipe: JobRecipe, record: dict[str, Any], **changes: Any) -> Resu
             for name, texts in record["divergence"].items()
         },
         warnings=record["warnings"],
+        precision=record.get("precision", {}),
         **changes,
     )
 
@@ -244,6 +251,20 @@ def run_record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any
         "layers": layers,
         "divergence": divergence,
         "warnings": _warnings(run, layers),
+        **({"precision": _chosen(run.job.notes[SENSITIVITY])} if run.recipe.chooses_widths else {}),
+    }
+
+
+def _chosen(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Group -> the width that was chosen, with its bytes and error, and the errors of all widths."""
+    return {
+        group: {
+            "width": entry["width"],
+            "bytes": entry["bytes"][str(entry["width"])],
+            "error": entry["errors"][str(entry["width"])],
+            "errors": entry["errors"],
+        }
+        for group, entry in found.items()
     }
 
 
@@ -327,6 +348,11 @@ def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
             f"the calibration texts yield {source.calibration['samples']} samples of {recipe.seq_len} tokens, "
             f"{recipe.samples} were asked for"
         )
+    if source.plan.mixed is not None and 3 in source.plan.mixed.widths:
+        words.append(
+            "the target needs linears of 3 bits, which compressed-tensors holds and decodes, but vLLM and SGLang have "
+            "no kernels for; they run 4 and 8 bits"
+        )
     words += [note for target in source.plan.gguf.values() for note in target.notes]
     if source.skeleton.num_mtp_layers and recipe.mtp == "drop":
         words.append("the multi-token-prediction layer is dropped: engines cannot draft with it any more")
@@ -341,6 +367,12 @@ def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
         words.append(
             f"{rare} of {experts} experts got fewer than 256 calibration tokens and were judged on their router's "
             "next best as well; more --samples help"
+        )
+    widths = set(run.source.plan.widths.values())
+    if len(widths) > 1 and any(layer.experts for layer in run.source.skeleton.layers):
+        words.append(
+            f"linears have {' and '.join(map(str, sorted(widths)))} bits, by the names in config.json, which vLLM and "
+            "SGLang follow; transformers (5.24) decodes a mixture's linears as if all were alike: do not load it there"
         )
     fallbacks = sum(len(grid["fallbacks"]) for layer in layers for grid in layer["grids"])
     if fallbacks:

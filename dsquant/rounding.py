@@ -7,11 +7,14 @@ symmetric grid is the same with a constant zero point of 2**(bits - 1), as compr
 representation serves both.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dsquant.kernels import grids
+
+# The width of a linear that is left in BF16, where widths are chosen.
+UNQUANTIZED = 16
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,10 @@ class Grid:
     symmetric: bool = False
     rounded: bool = True
     """False: scales are searched for this grid, but weights go on unrounded, to a format that rounds itself."""
+
+    def with_bits(self, bits: int) -> "Grid":
+        """The same grid with codes of other bits."""
+        return replace(self, bits=bits)
 
     @property
     def maximum_code(self) -> int:

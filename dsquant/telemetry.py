@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Stage = Literal["scan", "quantize", "evaluate", "generate", "hash", "verify"]
+Stage = Literal["scan", "sensitivity", "quantize", "evaluate", "generate", "hash", "verify"]
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ Formats go through their own packages where these decode on a CPU. Scales are wi
 exactly code times scale and no engine's rounding enters.
 """
 
+import math
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -191,32 +193,49 @@ def gguf_bits(folder: Path) -> float:
 
 
 def stored_bits(folder: Path) -> float:
-    """Stored bits for each weight of a quantized checkpoint's 4-bit linears; a scale counts 16 bits.
+    """Stored bits for each weight of a checkpoint's quantized linears; a scale counts 16 bits.
+
+    Where linears have several widths, those of the decoder that are not quantized count too.
 
     Raises:
         ValueError: nothing in the folder is quantized.
     """
-    if read_config(folder)["quantization_config"]["quant_method"] == "gguf":
+    config = read_config(folder)
+    if config["quantization_config"]["quant_method"] == "gguf":
         return gguf_bits(folder)
     from safetensors import safe_open
 
+    groups = config["quantization_config"].get("config_groups", {})
+    mixed = any("Linear" not in group["targets"] for group in groups.values())
+    layers = tuple(f"model.layers.{number}." for number in range(config["num_hidden_layers"])) if mixed else ()
     bits, weights = 0, 0
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118
-                kind, shape = name.rpartition(".")[2], opened.get_slice(name).get_shape()
-                size = 1
-                for length in shape:
-                    size *= length
-                if kind in ("qweight", "weight_packed"):
-                    bits, weights = bits + 32 * size, weights + 8 * size
-                elif kind in ("qzeros", "weight_zero_point"):
-                    bits += 32 * size
-                elif kind in ("scales", "weight_scale"):
-                    bits += 16 * size
+                more_bits, more_weights = _bits_and_weights(opened, name, layers)
+                bits, weights = bits + more_bits, weights + more_weights
     if not weights:
-        raise ValueError(f"{folder}: no 4-bit weights")
+        raise ValueError(f"{folder}: no quantized weights")
     return bits / weights
+
+
+def _bits_and_weights(opened: Any, name: str, unquantized: tuple[str, ...]) -> tuple[int, int]:
+    """What a tensor adds to the stored bits and to the weights that they are for.
+
+    Args:
+        opened: a safetensors file.
+        name: the tensor.
+        unquantized: the layers whose unquantized linears count.
+    """
+    kind, shape = name.rpartition(".")[2], opened.get_slice(name).get_shape()
+    size = math.prod(shape)
+    if kind == "qweight":
+        return 32 * size, 8 * size
+    if kind == "weight_packed":
+        return 32 * size, math.prod(opened.get_tensor(name.replace(kind, "weight_shape")).tolist())
+    if kind == "weight" and len(shape) == 2 and name.startswith(unquantized) and not name.endswith(".mlp.gate.weight"):
+        return 16 * size, size
+    return {"qzeros": 32, "weight_zero_point": 32, "scales": 16, "weight_scale": 16}.get(kind, 0) * size, 0
 
 
 DECODERS = {"awq": decode_awq, "compressed-tensors": decode_compressed_tensors, "gptq": decode_gptq}

@@ -14,6 +14,13 @@ from dsquant.errors import UsageError
 @click.command()
 @click.argument("model", default="tiny-r1", metavar="[MODEL=tiny-r1]")
 @click.option("--bits", type=click.Choice(["3", "4", "8"]), default="4", show_default=True, help="Bits of a weight.")
+@click.option(
+    "--target-bits",
+    type=float,
+    help="Mean stored bits of what the preset quantizes, scales included, such as 4.5: widths (4, 8, BF16; 3 where "
+    "nothing else fits; for awq 4 or BF16) are chosen by measured sensitivity.",
+)
+@click.option("--target-size", help="The same, for the size of all tensors, such as 340GiB.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to make.  [default: ./NAME-FORMAT-Nbit]")
 @click.option(
     "--to",
@@ -134,6 +141,8 @@ def _recipe(options: dict[str, Any]) -> Any:
         output=options["output"] or Path(f"{name}-{kind}-{bits}bit"),
         to=formats,
         bits=bits,
+        target_bits=options["target_bits"],
+        target_size=parse_size(options["target_size"]) if options["target_size"] else None,
         group_size=int(options["group_size"]),
         symmetric=options["symmetric"],
         preset=options["preset"],

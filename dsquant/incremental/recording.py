@@ -92,7 +92,7 @@ def open_recording(output: Path) -> Recording:
 
     Raises:
         InputError: where it is no finished output, or its record is damaged.
-        UsageError: where it holds GGUF files, which are not requantized.
+        UsageError: where it holds GGUF files or has chosen widths, which are not requantized.
     """
     path = output / RECORD_FILE
     if not path.is_file() or (output / WORK_FOLDER).is_dir():
@@ -101,6 +101,8 @@ def open_recording(output: Path) -> Recording:
     if broken_sections(raw):
         raise InputError(f"{path} is damaged; see `dsquant verify {output}`")
     record = read_record(path)
+    if record["recipe"].get("target_bits") or record["recipe"].get("target_size"):
+        raise UsageError(f"{output} has chosen widths: a delta of such an output is not there yet; quantize it again")
     gguf = [name for name, entry in record["outputs"].items() if entry["folder"].endswith(".gguf")]
     if gguf:
         raise UsageError(

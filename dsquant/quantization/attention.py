@@ -1,12 +1,12 @@
 """How a layer's attention is quantized: scale groups in the order of the data flow, then clip and rounding."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from dsquant.model.overlays import Fold, FoldedWeights
-from dsquant.model.structure import DecoderLayer, ScaleGroup
+from dsquant.model.structure import ScaleGroup
 from dsquant.quantization.compensate import compensated_weight
 from dsquant.quantization.scale import fold_of, search_group
 from dsquant.quantization.statistics import InputMoments
@@ -30,42 +30,45 @@ class AttentionResult:
 
 
 def quantize_attention(
-    layer: DecoderLayer, weights: Weights, moments: Mapping[ScaleGroup, InputMoments], grid: Grid
+    weights: Weights,
+    moments: Mapping[ScaleGroup, InputMoments],
+    grid: Grid,
+    grid_of: Callable[[str], Grid],
 ) -> AttentionResult:
-    """Searches scales for every group, folds them, clips and rounds.
+    """Searches scales for every group that is quantized, folds them, clips and rounds.
 
     Args:
-        layer: the layer.
-        weights: its weights.
-        moments: of each group's input.
-        grid: the quantization grid.
+        weights: a layer's weights.
+        moments: of each such group's input, in the order of the data flow.
+        grid: the grid that scales are searched for.
+        grid_of: gives the grid that a linear is rounded on.
 
     Returns:
         The quantized attention.
     """
-    scales = {group: search_group(weights, group, grid, moments[group]).scales_I for group in layer.attention}
+    scales = {group: search_group(weights, group, grid, found).scales_I for group, found in moments.items()}
     fold = Fold()
-    for group in layer.attention:
+    for group in moments:
         fold.update(fold_of(weights, group, scales[group]))
     folded = FoldedWeights(weights, fold)
     linears = {
-        linear: compensated_weight(folded[f"{linear}.weight"], grid, moments[group].divided(scales[group]))
-        for group in layer.attention
+        linear: compensated_weight(folded[f"{linear}.weight"], grid_of(linear), found.divided(scales[group]))
+        for group, found in moments.items()
         for linear in group.consumers
     }
     return AttentionResult(fold, linears, scales)
 
 
-def round_attention(layer: DecoderLayer, weights: Weights, grid: Grid) -> AttentionResult:
+def round_attention(linears: Iterable[str], weights: Weights, grid_of: Callable[[str], Grid]) -> AttentionResult:
     """Plain rounding of the attention's linears: what the search is measured against, and its fallback.
 
     Args:
-        layer: the layer.
-        weights: its weights.
-        grid: the quantization grid.
+        linears: those to round.
+        weights: their layer's weights.
+        grid_of: gives the grid that a linear is rounded on.
 
     Returns:
         The rounded attention, with nothing folded.
     """
-    linears = {linear: round_to_nearest(weights[f"{linear}.weight"], grid) for linear in layer.attention_linears}
-    return AttentionResult(Fold(), linears)
+    rounded = {linear: round_to_nearest(weights[f"{linear}.weight"], grid_of(linear)) for linear in linears}
+    return AttentionResult(Fold(), rounded)

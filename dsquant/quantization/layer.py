@@ -7,6 +7,7 @@ Shape legend: N samples, T tokens, H hidden size, R tokens of all samples, E exp
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -90,13 +91,13 @@ def _check_outputs(job: LayerJob) -> None:
 
 def _quantize(job: LayerJob) -> LayerReport:
     job.safe_point(f"{job.layer.prefix}.self_attn")
-    attention_moments, norm_rms_H, routing = _run_original(job)
+    attention_moments, norm_rms_H, routing = run_original(job)
     if not bool(norm_rms_H.isfinite().all()):
         raise out_of_range(job.layer.norm)
     added = {}
     if routing and job.anywhere(job.layer.experts[0].up):
         added = top_up(job.layer, job.weights, job.mlp_inputs, routing)
-    inputs = {mlp: _inputs_of(job, mlp, routing, added) for mlp in job.layer.mlps}
+    inputs = {mlp: inputs_of(job, mlp, routing, added) for mlp in job.layer.mlps}
     folds: list[torch.Tensor] = []
     reports: list[GridReport] = []
     for grid in job.grids:
@@ -116,7 +117,7 @@ def _quantize(job: LayerJob) -> LayerReport:
     return LayerReport(counts, {expert: len(rows_R) for expert, rows_R in added.items()}, reports)
 
 
-def _run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], torch.Tensor, Routing | None]:
+def run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], torch.Tensor, Routing | None]:
     """The original's dense part: fills outputs (still without experts) and mlp_inputs, collects statistics.
 
     Returns the moments of attention's inputs (on rank 0), the root mean square of the MLPs' input [H] and the routing.
@@ -186,7 +187,7 @@ def top_up(layer: DecoderLayer, weights: Weights, mlp_inputs: Activations, routi
     return added
 
 
-def _inputs_of(job: LayerJob, mlp: Mlp, routing: Routing | None, added: dict[int, torch.Tensor]) -> MlpInputs:
+def inputs_of(job: LayerJob, mlp: Mlp, routing: Routing | None, added: dict[int, torch.Tensor]) -> MlpInputs:
     if mlp.expert is None:
         return MlpInputs(job.mlp_inputs, torch.arange(job.mlp_inputs.num_rows, device=job.weights.device))
     assert routing is not None
@@ -210,11 +211,12 @@ def _attention(
     job: LayerJob, grid: Grid, moments: dict[ScaleGroup, InputMoments], report: GridReport
 ) -> AttentionResult:
     """Attention quantized; plainly rounded where the search does not lower its own output's error."""
-    if not job.linears[grid].intersection(job.layer.attention_linears):
+    own = {group: found for group, found in moments.items() if group.consumers[0] in job.linears[grid]}
+    if not own:
         return AttentionResult()
-    weights = ResidentWeights(job.weights)
-    searched = quantize_attention(job.layer, weights, moments, grid)
-    rounded = round_attention(job.layer, weights, grid)
+    weights, grid_of = ResidentWeights(job.weights), partial(job.grid_of, grid)
+    searched = quantize_attention(weights, own, grid, grid_of)
+    rounded = round_attention(searched.linears, weights, grid_of)
     wanted, _ = few_samples(job, weights)
     energy = (wanted - job.inputs.samples(0, len(wanted))).square().sum()
 

@@ -62,6 +62,8 @@ class LayerJob:
     keep_scales: KeepScales = lambda grid, producer, scales: None
     """Gets all scales that are folded in, so that a later release can be quantized under them."""
 
+    widths: Mapping[str, int] = field(default_factory=dict)
+    """Linear -> bits, where they are not its grid's: scales are searched for the grid, codes have these bits."""
     quantized: QuantizedStream | None = None
     """The quantized model's hidden states, where linears are rounded for them; there is one grid then, and one rank."""
     ranks: Ranks = ALONE
@@ -76,6 +78,10 @@ class LayerJob:
     def grids(self) -> tuple[Grid, ...]:
         """The grids."""
         return tuple(self.linears)
+
+    def grid_of(self, grid: Grid, linear: str) -> Grid:
+        """The grid that a linear is rounded on, where scales are searched for a grid."""
+        return grid.with_bits(self.widths.get(linear, grid.bits))
 
     def anywhere(self, linear: str) -> bool:
         """Whether a linear is quantized onto any grid."""

@@ -54,7 +54,7 @@ def quantize_mlps(
             ahead = mlps[number + ranks.size :: ranks.size][:MLPS_AHEAD]
             job.weights.prefetch([f"{linear}.weight" for mlp in ahead for linear in mlp.linears])
         if routing is not None:
-            _add_contributions(job, mlps[begin : begin + ranks.size], original, routing)
+            add_contributions(job, mlps[begin : begin + ranks.size], original, routing)
         if original is not None:
             own.append(_quantize_mlp(job, number, original, inputs[mlps[number]], norm_scales))
     parts = ranks.gather(own)
@@ -66,7 +66,7 @@ def _quantize_mlp(
 ) -> list[MlpOutcome]:
     """Quantizes one MLP onto every grid and emits it; returns what it cost on each grid."""
     mlp, outcomes = job.layer.mlps[number], list[MlpOutcome]()
-    moments = _moments(job, original, inputs, job.seed + number) if job.anywhere(mlp.up) else None
+    moments = moments_of(job, original, inputs, job.seed + number) if job.anywhere(mlp.up) else None
     for grid, norm_scales_H in zip(job.grids, norm_scales, strict=True):
         if moments is None or mlp.up not in job.linears[grid]:
             if job.linears[grid]:
@@ -74,7 +74,8 @@ def _quantize_mlp(
                 _emit_folded(job, grid, mlp, unscaled)
             outcomes.append(MlpOutcome())
             continue
-        result = quantize_mlp(job.skeleton, mlp, original, inputs, moments, norm_scales_H, grid)
+        rounding = job.grid_of(grid, mlp.up)
+        result = quantize_mlp(job.skeleton, mlp, original, inputs, moments, norm_scales_H, grid, rounding)
         outcomes.append(MlpOutcome(result.errors, result.weight_errors if grid.rounded else {}))
         if not result.errors.plain:
             job.keep_scales(grid, mlp.up, result.up_scales_W)
@@ -94,7 +95,7 @@ def _emit_folded(job: LayerJob, grid: Grid, mlp: Mlp, folded: GatedWeights) -> N
         job.emit(grid, f"{linear}.weight", weight)
 
 
-def _add_contributions(job: LayerJob, turn: Sequence[Mlp], original: GatedWeights | None, routing: Routing) -> None:
+def add_contributions(job: LayerJob, turn: Sequence[Mlp], original: GatedWeights | None, routing: Routing) -> None:
     """Adds what a turn's experts, one for each rank, contribute to the outputs of the tokens that reach them."""
     expert = None if original is None else turn[job.ranks.rank].expert
     parts = _contribution(job, original, *routing.tokens_of(expert)) if original and expert is not None else iter(())
@@ -116,7 +117,9 @@ def _contribution(
         yield part_R, output_RH.mul_(part_share_R.unsqueeze(1))
 
 
-def _moments(job: LayerJob, original: GatedWeights, inputs: MlpInputs, seed: int) -> tuple[InputMoments, InputMoments]:
+def moments_of(
+    job: LayerJob, original: GatedWeights, inputs: MlpInputs, seed: int
+) -> tuple[InputMoments, InputMoments]:
     """The moments of the MLP's input and of its down projection's."""
     of_input = InputStatistics(job.inputs.shape[2], seed, job.weights.device)
     of_hidden = InputStatistics(len(original.up_WH), seed, job.weights.device)

@@ -183,6 +183,7 @@ def quantize_mlp(
     moments: tuple[InputMoments, InputMoments],
     norm_scales_H: torch.Tensor,
     grid: Grid,
+    rounding: Grid,
 ) -> MlpResult:
     """Quantizes gate, up and down of one MLP.
 
@@ -196,7 +197,8 @@ def quantize_mlp(
         inputs: the tokens it is judged on.
         moments: of the normed input, and of the down projection's input.
         norm_scales_H: the scales folded into the norm, [H].
-        grid: the quantization grid.
+        grid: the grid that scales are searched for.
+        rounding: the grid that weights are rounded on.
 
     Returns:
         The quantized weights and what they cost.
@@ -209,13 +211,13 @@ def quantize_mlp(
     folded = scaled(original, norm_scales_H, up_scales_W)
     of_input, of_hidden = input_moments.divided(norm_scales_H), hidden_moments.divided(up_scales_W)
     linears = (
-        compensated_weight(folded.gate_WH, grid, of_input),
-        compensated_weight(folded.up_WH, grid, of_input),
-        compensated_weight(folded.down_HW, grid, of_hidden),
+        compensated_weight(folded.gate_WH, rounding, of_input),
+        compensated_weight(folded.up_WH, rounding, of_input),
+        compensated_weight(folded.down_HW, rounding, of_hidden),
     )
     rounded = RoundedMlp(folded, linears, (of_input, of_hidden), up_scales_W)
     inputs_RH = inputs.few()
-    return judged(skeleton, mlp, original, rounded, inputs_RH, inputs_RH, len(inputs.rows_R), norm_scales_H, grid)
+    return judged(skeleton, mlp, original, rounded, inputs_RH, inputs_RH, len(inputs.rows_R), norm_scales_H, rounding)
 
 
 @dataclass(frozen=True)

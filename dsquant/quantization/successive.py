@@ -141,7 +141,7 @@ def _quantize_attention(
         for linear in group.consumers:
             linears[linear] = pairs.rounded(streams.folded[f"{linear}.weight"], grid)
             dequantized[f"{linear}.weight"] = linears[linear].dequantize()
-    searched, rounded = AttentionResult(fold, linears, scales), round_attention(job.layer, weights, grid)
+    searched, rounded = AttentionResult(fold, linears, scales), round_attention(linears, weights, lambda _: grid)
     report.attention_error, report.attention_error_plain = _error(streams, searched), _error(unfolded, rounded)
     if report.attention_error < report.attention_error_plain:
         return streams, searched

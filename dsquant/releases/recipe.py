@@ -91,6 +91,8 @@ class AwqStep(Part):
         name: its folder in the output.
         to: formats.
         bits: of a weight.
+        target_bits: mean stored bits; widths are chosen by measured sensitivity.
+        target_size: the same, for the size of all tensors.
         group_size: input channels that share a scale.
         symmetric: without zero points; None takes what the formats' engines want.
         preset: quality, compact or best.
@@ -101,6 +103,8 @@ class AwqStep(Part):
     name: str = Field(pattern=NAME, max_length=LONGEST_NAME)
     to: Texts
     bits: Literal[3, 4, 8] = 4
+    target_bits: float | None = Field(default=None, gt=0)
+    target_size: Size | None = Field(default=None, ge=1)
     group_size: Literal[32, 64, 128] = 128
     symmetric: bool | None = None
     preset: Preset | None = None

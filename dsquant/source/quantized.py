@@ -3,6 +3,7 @@
 Not by dsquant's own packer: a mistake in that must not cancel out when the output is judged.
 """
 
+import re
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -160,6 +161,24 @@ def _awq_decoder() -> Any:
     return dequantize_gemm
 
 
+def _weights_group(config: Path, group: Any) -> dict[str, Any]:
+    """A config group, refused where it does not say how weights are stored."""
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict):
+        raise InputError(f"{config}: the config group has no object 'weights', found {group!r:.80}")
+    _whole_number(config, weights, "num_bits", 4, tuple(range(2, 9)))
+    if not isinstance(group.get("targets", []), list):
+        raise InputError(f"{config}: a config group's targets are no list, found {group['targets']!r:.80}")
+    return group
+
+
+def _is_target(name: str, target: Any) -> bool:
+    """Whether a group's target is a module's name, or an expression for it."""
+    if not isinstance(target, str):
+        return False
+    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+
+
 class CompressedTensorsWeights(DecodedWeights):
     """compressed-tensors' pack-quantized layout, decoded by compressed-tensors."""
 
@@ -174,25 +193,33 @@ class CompressedTensorsWeights(DecodedWeights):
             device: where the weights go.
 
         Raises:
-            InputError: where the config has not one group of pack-quantized weights.
+            InputError: where the config has no groups of pack-quantized weights, groups of several sizes or kinds of
+                zero points, or none for a packed linear.
         """
         config = index.folder / "config.json"
         groups = quantization.get("config_groups")
-        if not isinstance(groups, dict) or len(groups) != 1 or quantization.get("format") != "pack-quantized":
+        if not isinstance(groups, dict) or not groups or quantization.get("format") != "pack-quantized":
             raise InputError(
-                f"{config}: only compressed-tensors of format 'pack-quantized' with one config group can be read, "
+                f"{config}: only compressed-tensors of format 'pack-quantized' with config groups can be read, "
                 f"found format {quantization.get('format')!r} with config_groups {groups!r:.80}"
             )
-        self._group = next(iter(groups.values()))
-        weights = self._group.get("weights") if isinstance(self._group, dict) else None
-        if not isinstance(weights, dict):
-            raise InputError(f"{config}: the config group has no object 'weights', found {self._group!r:.80}")
-        bits = _whole_number(config, weights, "num_bits", 4, tuple(range(2, 9)))
+        self._groups = [_weights_group(config, group) for group in groups.values()]
+        alike = {
+            (group["weights"].get("group_size"), group["weights"].get("symmetric", True)) for group in self._groups
+        }
+        if len(alike) > 1:
+            raise InputError(
+                f"{config}: config groups that differ in more than bits cannot be read, found group sizes and symmetry "
+                f"{sorted(alike, key=str)}"
+            )
+        weights = self._groups[0]["weights"]
         self._group_size = _whole_number(config, weights, "group_size", 128, None)
         zero_points = () if weights.get("symmetric", True) else ("weight_zero_point",)
         self.companions = ("weight_scale", "weight_shape", *zero_points)
         super().__init__(index, device)
+        self._group_of = {prefix: self._matching_group(config, prefix) for prefix in self._packed.values()}
         for prefix in self._packed.values():
+            bits = self._bits(prefix)
             scales = _checked(index, prefix + "weight_scale", ("BF16", "F16", "F32"), None)
             rows, groups_of_row = scales.shape
             words = -(-groups_of_row * self._group_size * bits // 32)
@@ -201,11 +228,25 @@ class CompressedTensorsWeights(DecodedWeights):
             for part in zero_points:
                 _checked(index, prefix + part, ("I32",), (-(-rows * bits // 32), groups_of_row))
 
+    def _matching_group(self, config: Path, prefix: str) -> int:
+        """The number of the group whose targets name a packed linear, or its class."""
+        name = prefix.removesuffix(".")
+        for number, group in enumerate(self._groups):
+            if any(_is_target(name, target) for target in group.get("targets", ())):
+                return number
+        for number, group in enumerate(self._groups):
+            if "Linear" in group.get("targets", ()) or len(self._groups) == 1:
+                return number
+        raise InputError(f"{config}: {name!r} is packed, but no config group names it")
+
+    def _bits(self, prefix: str) -> int:
+        return int(self._groups[self._group_of[prefix]]["weights"].get("num_bits", 4))
+
     @cached_property
-    def _scheme(self) -> Any:
+    def _schemes(self) -> list[Any]:
         from compressed_tensors.quantization import QuantizationScheme
 
-        return QuantizationScheme.model_validate(self._group)
+        return [QuantizationScheme.model_validate(group) for group in self._groups]
 
     def packed_shape(self, prefix: str) -> tuple[int, int]:
         """[O, I]; I as the scales and the group size have it."""
@@ -218,7 +259,8 @@ class CompressedTensorsWeights(DecodedWeights):
 
         tensors = self._parts(prefix)
         tensors["weight_scale"] = tensors["weight_scale"].float()
-        weight: torch.Tensor = PackedQuantizationCompressor.decompress(tensors, self._scheme)["weight"]
+        scheme = self._schemes[self._group_of[prefix]]
+        weight: torch.Tensor = PackedQuantizationCompressor.decompress(tensors, scheme)["weight"]
         return weight.float()
 
 

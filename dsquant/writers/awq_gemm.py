@@ -13,8 +13,9 @@ import torch
 
 from dsquant.errors import UsageError
 from dsquant.kernels.packing import pack_awq, unpack_awq
-from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.rounding import UNQUANTIZED, Grid, QuantizedWeight
 from dsquant.writers.base import StoredTensor
+from dsquant.writers.protocol import NO_WIDTHS
 from dsquant.writers.skip_lists import skipped_modules
 
 BITS = 4
@@ -26,6 +27,7 @@ class AwqGemm:
     """The format `awq`."""
 
     name = "awq"
+    widths = (BITS, UNQUANTIZED)
 
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Refuses other than 4 bits, and shapes that groups or kernels do not divide.
@@ -100,12 +102,15 @@ class AwqGemm:
             grid,
         )
 
-    def quantization_config(self, grid: Grid, linears: Mapping[str, bool]) -> dict[str, Any]:
+    def quantization_config(
+        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_WIDTHS
+    ) -> dict[str, Any]:
         """AutoAWQ's config. `zero_point` is true for symmetric grids too: qzeros are there, all 8.
 
         Args:
             grid: the quantization grid.
             linears: every linear of the decoder -> whether it is quantized.
+            widths: linear -> bits, where widths were chosen: 4 for all that are quantized.
 
         Returns:
             Plain JSON values.

@@ -9,22 +9,24 @@ asymmetric weight_zero_point int32 [ceil(O * B / 32), G], packed along O. (Layou
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from dsquant.errors import UsageError
 from dsquant.kernels.packing import WORD_BITS, pack_rows, unpack_rows
-from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.rounding import UNQUANTIZED, Grid, QuantizedWeight
 from dsquant.writers.base import StoredTensor
-from dsquant.writers.skip_lists import ignored_modules
+from dsquant.writers.protocol import NO_WIDTHS
+from dsquant.writers.skip_lists import ignored_modules, targets_by_width
 
 
 class CompressedTensors:
     """The format `compressed-tensors`."""
 
     name = "compressed-tensors"
+    widths = (3, 4, 8, UNQUANTIZED)
 
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Refuses groups that do not divide a linear, and zero points in experts.
@@ -111,41 +113,50 @@ class CompressedTensors:
         codes_OI = unpack_rows(tensors[f"{linear}.weight_packed"], columns, grid.bits)
         return QuantizedWeight(codes_OI, scales_OG, zero_points_OG, grid)
 
-    def quantization_config(self, grid: Grid, linears: Mapping[str, bool]) -> dict[str, Any]:
+    def quantization_config(
+        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_WIDTHS
+    ) -> dict[str, Any]:
         """The config that compressed-tensors 0.20 writes for weights only.
 
         Args:
             grid: the quantization grid.
             linears: every linear of the decoder -> whether it is quantized.
+            widths: linear -> bits, where widths were chosen.
 
         Returns:
             Plain JSON values.
         """
-        weights = {
-            "num_bits": grid.bits,
-            "type": "int",
-            "symmetric": grid.symmetric,
-            "strategy": "group",
-            "group_size": grid.group_size,
-            "dynamic": False,
-            "actorder": None,
-            "block_structure": None,
-            "observer": "minmax",
-            "observer_kwargs": {},
-        }
-        group = {
-            "targets": ["Linear"],
-            "weights": weights,
-            "input_activations": None,
-            "output_activations": None,
-            "format": "pack-quantized",
-        }
+        targets = targets_by_width(widths) if widths else {grid.bits: ["Linear"]}
+        groups = [_config_group(grid.with_bits(bits), names) for bits, names in targets.items()]
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
+            "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
             "ignore": ignored_modules(linears),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
+
+
+def _config_group(grid: Grid, targets: Sequence[str]) -> dict[str, Any]:
+    """One scheme and the linears that have it."""
+    weights = {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": grid.symmetric,
+        "strategy": "group",
+        "group_size": grid.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    return {
+        "targets": list(targets),
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": "pack-quantized",
+    }

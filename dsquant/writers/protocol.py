@@ -1,12 +1,16 @@
 """What the rest of dsquant knows of an output format."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.writers.base import StoredTensor
+
+# Where no widths were chosen.
+NO_WIDTHS: Mapping[str, int] = MappingProxyType({})
 
 
 class Format(Protocol):
@@ -15,6 +19,10 @@ class Format(Protocol):
     @property
     def name(self) -> str:
         """What `--to` calls it."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bits of a code that it can hold, and 16 for linears that stay as they are."""
 
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Refuses what the format or the engines that read it cannot hold.
@@ -62,12 +70,15 @@ class Format(Protocol):
             The weight.
         """
 
-    def quantization_config(self, grid: Grid, linears: Mapping[str, bool]) -> dict[str, Any]:
+    def quantization_config(
+        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_WIDTHS
+    ) -> dict[str, Any]:
         """The `quantization_config` of config.json.
 
         Args:
             grid: the quantization grid.
             linears: every linear of the decoder -> whether it is quantized.
+            widths: linear -> bits, where widths were chosen; else all have the grid's.
 
         Returns:
             Plain JSON values.

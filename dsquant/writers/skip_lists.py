@@ -37,12 +37,40 @@ def skipped_modules(linears: Mapping[str, bool]) -> list[str]:
     return sorted(entries)
 
 
+def targets_by_width(widths: Mapping[str, int]) -> dict[int, list[str]]:
+    """compressed-tensors' `targets` of every width, as regular expressions of whole names.
+
+    vLLM and SGLang look for a fused layer's name, then for its class, then for its parts: a group for the class
+    `Linear` would win over names of parts, so each group names its linears.
+
+    Args:
+        widths: every quantized linear -> bits.
+
+    Returns:
+        Bits, in ascending order -> expressions behind `re:`, one for each kind of linear.
+    """
+    layers: dict[tuple[int, str], dict[int, None]] = {}
+    for name, bits in widths.items():
+        _, _, number, inside = name.split(".", 3)
+        kind = re.escape(re.sub(r"\.experts\.\d+\.", ".experts.0.", inside)).replace(r"experts\.0\.", r"experts\.\d+\.")
+        layers.setdefault((bits, kind), {})[int(number)] = None
+    found: dict[int, list[str]] = {}
+    for (bits, kind), numbers in sorted(layers.items()):
+        found.setdefault(bits, []).append(rf"re:.*layers\.({'|'.join(map(str, numbers))})\.{kind}$")
+    return found
+
+
 def _skipping(name: str, kept: Iterable[str]) -> str:
     """The linear's parent module, where nothing in it is quantized; else the linear."""
     parent = name.rsplit(".", 1)[0]
     inside_experts = re.sub(r"\.experts\.\d+$", "", parent)
+    experts = re.sub(r"\.\d+$", "", parent)  # engines ask for a layer's experts as one module
     return next(
-        (entry for entry in (inside_experts, parent) if not any(other.startswith(f"{entry}.") for other in kept)),
+        (
+            entry
+            for entry in (inside_experts, experts, parent)
+            if not any(other.startswith(f"{entry}.") for other in kept)
+        ),
         name,
     )
 

@@ -1,0 +1,118 @@
+"""Divides a budget of bytes among groups that can each be stored at several widths: least summed error.
+
+Each group's widths that lie on the lower convex hull of (bytes, error) are its steps. Steps of all groups, in the order
+of what they gain for each byte, are taken until one does not fit: that is the optimum for the size reached (Shoham and
+Gersho, 1988). What is left is filled with later steps that fit.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A group and what it may become."""
+
+    name: str
+    num_bytes: Mapping[int, int]
+    """Width -> stored bytes."""
+    errors: Mapping[int, float]
+    """Width -> squared error that this width adds."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A group made wider."""
+
+    place: int
+    """The group's."""
+    width: int
+    num_bytes: int
+    """More than before."""
+    gain: float
+    """Less error than before."""
+
+
+def allocate(choices: Sequence[Choice], budget_bytes: int) -> dict[str, int]:
+    """Chooses a width for each group.
+
+    The summed error is never above that of any one width for all groups that fits, and never rises with the budget.
+
+    Args:
+        choices: the groups, each with one width at least.
+        budget_bytes: what all of them may take; at least the sum of their smallest.
+
+    Returns:
+        Group -> width.
+    """
+    hulls = [_hull(choice) for choice in choices]
+    smallest = [hull[0] for hull in hulls]
+    assert _bytes(choices, smallest) <= budget_bytes, "the budget does not hold the smallest widths"
+    steps = sorted(_steps(choices, hulls), key=lambda step: -step.gain / step.num_bytes)
+    candidates = [*_filled(smallest, steps, budget_bytes - _bytes(choices, smallest)), *_uniform(choices, budget_bytes)]
+    best = min(candidates, key=lambda widths: (_error(choices, widths), _bytes(choices, widths)))
+    return {choice.name: width for choice, width in zip(choices, best, strict=True)}
+
+
+def _hull(choice: Choice) -> list[int]:
+    """The widths on the lower convex hull, from the smallest up: each costs more bytes, errs less, and gains less."""
+    hull: list[int] = []
+    for width in sorted(choice.num_bytes, key=lambda width: (choice.num_bytes[width], choice.errors[width])):
+        if hull and choice.errors[width] >= choice.errors[hull[-1]]:
+            continue
+        while len(hull) > 1 and _slope(choice, hull[-2], hull[-1]) <= _slope(choice, hull[-2], width):
+            hull.pop()
+        hull.append(width)
+    return hull
+
+
+def _slope(choice: Choice, width: int, wider: int) -> float:
+    gain = choice.errors[width] - choice.errors[wider]
+    return gain / max(1, choice.num_bytes[wider] - choice.num_bytes[width])
+
+
+def _steps(choices: Sequence[Choice], hulls: Sequence[Sequence[int]]) -> Iterator[_Step]:
+    for place, (choice, hull) in enumerate(zip(choices, hulls, strict=True)):
+        for width, wider in pairwise(hull):
+            more = choice.num_bytes[wider] - choice.num_bytes[width]
+            yield _Step(place, wider, max(1, more), choice.errors[width] - choice.errors[wider])
+
+
+def _filled(smallest: Sequence[int], steps: Sequence[_Step], left: int) -> Iterator[list[int]]:
+    """Steps in their order until one does not fit; then the later ones that fit, up to each size that a step has.
+
+    Only so many sizes and so strict an order keep the result from getting worse when the budget grows.
+    """
+    widths, first = list(smallest), 0
+    while first < len(steps) and steps[first].num_bytes <= left:
+        widths[steps[first].place] = steps[first].width
+        left -= steps[first].num_bytes
+        first += 1
+    yield list(widths)
+    for largest in sorted({step.num_bytes for step in steps[first:] if step.num_bytes <= left}):
+        filled, room, frozen = list(widths), left, set[int]()
+        for step in steps[first:]:
+            if step.num_bytes > largest or step.place in frozen:
+                frozen.add(step.place)  # its later steps begin where this one ends
+                continue
+            if step.num_bytes > room:
+                break
+            filled[step.place] = step.width
+            room -= step.num_bytes
+        yield filled
+
+
+def _uniform(choices: Sequence[Choice], budget_bytes: int) -> Iterator[list[int]]:
+    for width in sorted(set.intersection(*(set(choice.num_bytes) for choice in choices))):
+        widths = [width] * len(choices)
+        if _bytes(choices, widths) <= budget_bytes:
+            yield widths
+
+
+def _bytes(choices: Sequence[Choice], widths: Sequence[int]) -> int:
+    return sum(choice.num_bytes[width] for choice, width in zip(choices, widths, strict=True))
+
+
+def _error(choices: Sequence[Choice], widths: Sequence[int]) -> float:
+    return sum(choice.errors[width] for choice, width in zip(choices, widths, strict=True))

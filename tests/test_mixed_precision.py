@@ -1,0 +1,205 @@
+"""Widths chosen by measured sensitivity: targets are met, readers load the result, a resumed job makes its bytes."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import QWEN2, add_tokenizer, full_model, make_dense, make_pico_r1
+from safetensors.torch import load_file
+from test_awq_job import FAST, contents
+
+import dsquant
+from benchmarks.peers.decoding import decode_compressed_tensors, stored_bits
+from dsquant.errors import Interrupted, UsageError
+from dsquant.recipe import Recipe
+from dsquant.source.checkpoint import open_checkpoint
+from dsquant.writers.skip_lists import skipped_modules, targets_by_width
+
+COMPACT: dict[str, Any] = {**FAST, "preset": "compact"}
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico-r1 of three layers whose channels differ."""
+    return add_tokenizer(make_pico_r1(tmp_path_factory.mktemp("uneven") / "model", outliers=True, num_hidden_layers=3))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Qwen2."""
+    return add_tokenizer(make_dense(tmp_path_factory.mktemp("dense") / "model", QWEN2), vocabulary=290)
+
+
+@pytest.fixture(scope="module")
+def mixed(uneven: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It with 5.5 bits a weight."""
+    output = tmp_path_factory.mktemp("mixed") / "out"
+    dsquant.awq(
+        uneven, output=output, to="compressed-tensors", target_bits=5.5, calibration=(str(text_file),),
+        **COMPACT,
+    )  # fmt: skip
+    return output
+
+
+def test_the_target_is_met_and_told(mixed: Path) -> None:
+    assert 5.0 < stored_bits(mixed) <= 5.5
+    record = json.loads((mixed / "dsquant.json").read_text())
+    widths = {entry["width"] for entry in record["precision"].values()}
+    assert {4, 8} <= widths <= {4, 8, 16}
+    card = (mixed / "README.md").read_text()
+    assert "| group | width | layers | size | of the error |" in card and "| mlp.experts |" in card
+
+
+def test_what_engines_fuse_has_one_width_and_each_group_names_its_linears(mixed: Path) -> None:
+    quantization = json.loads((mixed / "config.json").read_text())["quantization_config"]
+    groups = quantization["config_groups"].values()
+
+    def bits(module: str) -> list[int]:
+        named = [group for group in groups if any(re.match(target[3:], module) for target in group["targets"])]
+        return [group["weights"]["num_bits"] for group in named]
+
+    index = open_checkpoint(mixed).index
+    packed = {name.removesuffix(".weight_packed") for name in index if name.endswith(".weight_packed")}
+    for module in packed:
+        assert len(bits(module)) == 1, module
+        assert module not in quantization["ignore"]
+    for layer in range(3):
+        prefix = f"model.layers.{layer}."
+        fused = [[f"{prefix}self_attn.{name}" for name in ("q_a_proj", "kv_a_proj_with_mqa")]]
+        fused.append([name for name in packed if name.startswith(f"{prefix}mlp.experts.")])
+        for names in fused:
+            assert len({tuple(bits(name)) for name in names}) <= 1
+
+
+def test_compressed_tensors_own_matching_decodes_what_dsquant_reads(mixed: Path) -> None:
+    stored = {name: tensor for path in mixed.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    config = json.loads((mixed / "config.json").read_text())["quantization_config"]
+    theirs, ours = decode_compressed_tensors(stored, config), open_checkpoint(mixed).weights
+    assert set(theirs) == set(ours)
+    for name, values in theirs.items():
+        assert float((ours[name] - values).abs().max()) <= 2**-8 * float(values.abs().max()), name
+    assert not dsquant.verify(mixed).findings
+    assert dsquant.inspect(mixed)
+
+
+def test_transformers_runs_a_dense_model_of_several_widths(dense: Path, text_file: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result = dsquant.awq(
+        dense, output=tmp_path / "out", to="compressed-tensors", target_bits=6.5, calibration=(str(text_file),),
+        symmetric=True, **FAST,
+    )  # fmt: skip
+    assert {4, 8} <= {entry["width"] for entry in result.precision.values()}
+    tokens = torch.randint(0, 290, (2, 24), generator=torch.Generator().manual_seed(5))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(tokens).logits
+        wanted = full_model(tmp_path / "out", open_checkpoint(tmp_path / "out").weights)(tokens).logits
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_more_bits_bring_the_model_nearer(dense: Path, text_file: Path, tmp_path: Path) -> None:
+    tokens = torch.randint(0, 290, (2, 48), generator=torch.Generator().manual_seed(5))
+    errors = []
+    for bits in (3.5, 5.0, 8.0):
+        folder = tmp_path / str(bits)
+        dsquant.awq(
+            dense, output=folder, to="compressed-tensors", target_bits=bits, calibration=(str(text_file),), **FAST
+        )
+        with torch.no_grad():
+            wanted = full_model(dense, open_checkpoint(dense).weights)(tokens).logits
+            found = full_model(dense, open_checkpoint(folder).weights)(tokens).logits
+        errors.append(float((found - wanted).norm() / wanted.norm()))
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_awq_leaves_groups_unquantized_for_a_size(uneven: Path, text_file: Path, tmp_path: Path) -> None:
+    options = {**COMPACT, "calibration": (str(text_file),), "samples": 2}
+    whole = dsquant.awq(uneven, output=tmp_path / "whole", **options).output_bytes["awq"]
+    result = dsquant.awq(uneven, output=tmp_path / "out", target_size=int(1.3 * whole), **options)
+    opened = open_checkpoint(tmp_path / "out")
+    assert whole < opened.index.num_bytes <= 1.3 * whole
+    assert {entry["width"] for entry in result.precision.values()} == {4, 16}
+    skipped = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    for name in opened.index:
+        if name.endswith(".qweight"):
+            assert not any(entry in name for entry in skipped["modules_to_not_convert"]), name
+    tokens = torch.randint(0, 290, (2, 48), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        wanted = full_model(uneven, open_checkpoint(uneven).weights)(tokens).logits
+        found, uniform = (full_model(uneven, open_checkpoint(tmp_path / name).weights)(tokens).logits
+                          for name in ("out", "whole"))  # fmt: skip
+    assert float((found - wanted).norm()) < float((uniform - wanted).norm())
+
+
+def test_a_job_stopped_while_measuring_or_later_makes_the_same_bytes(
+    dense: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"to": "compressed-tensors", "target_bits": 5.0, "calibration": (str(text_file),), **COMPACT}
+    dsquant.awq(dense, output=tmp_path / "whole", **options)
+
+    def stop(*arguments: Any) -> None:
+        raise Interrupted("here")
+
+    for place in ("dsquant.mixed_precision.allocate", "dsquant.conversion._quantize_layer"):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(place, stop)
+            dsquant.awq(dense, output=tmp_path / "out", resume=True, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("dsquant.mixed_precision.measure_layer", stop)  # what was found is kept
+        dsquant.awq(dense, output=tmp_path / "out", resume=True, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    dsquant.awq(dense, output=tmp_path / "out", restart=True, **{**options, "target_bits": 9.0})
+    assert dsquant.verify(tmp_path / "out").findings == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_bits": 2.5}, r"--target-bits 2.5: .* gives from 3\.\d+ to 16.0000 bits"),
+        ({"target_bits": 17.0}, "to 16.0000 bits"),
+        ({"target_size": "1KiB"}, r"--target-size 1.0 KiB: .* gives from .*iB to .*iB"),
+        ({"target_bits": 4.5, "target_size": "1MiB"}, "exclude each other"),
+        ({"target_bits": 4.5, "preset": "best"}, "preset best does not choose widths"),
+        ({"target_bits": 4.5, "mtp": "quantize"}, "--mtp keep or drop"),
+        ({"target_bits": 4.5, "to": ["awq", "compressed-tensors"]}, "chooses for one format"),
+        ({"target_bits": 4.5, "to": "gguf:Q4_K_M"}, "chooses for one format"),
+    ],
+)
+def test_what_cannot_be_met_is_refused_before_any_work(
+    pico_r1: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    options = {"to": "compressed-tensors", "calibration": (str(text_file),), **COMPACT, **changes}
+    with pytest.raises(UsageError, match=message):
+        dsquant.awq(pico_r1, output=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_three_bits_are_chosen_only_where_nothing_else_fits(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    from dsquant import pipeline
+
+    fields = {"model": str(pico_r1), "to": ("compressed-tensors",), "preset": "compact", "group_size": 64}
+    texts = {"calibration": (str(text_file),), "samples": 4, "seq_len": 32}
+    narrow, wide = (
+        pipeline.preview(Recipe.checked(**fields, **texts, output=tmp_path / "out", target_bits=bits))
+        for bits in (4.0, 4.6)
+    )
+    assert "widths 3, 4, 8, BF16" in narrow.details["target"] and any("3 bits" in note for note in narrow.notes)
+    assert "widths 4, 8, BF16" in wide.details["target"] and not any("3 bits" in note for note in wide.notes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lists_name_a_layers_experts_as_engines_ask_for_them() -> None:
+    experts = [f"model.layers.{layer}.mlp.experts.{number}.up_proj" for layer in (3, 13) for number in range(2)]
+    shared = [f"model.layers.{layer}.mlp.shared_experts.up_proj" for layer in (3, 13)]
+    linears = dict.fromkeys([*experts[2:], *shared], True) | dict.fromkeys(experts[:2], False)
+    assert "model.layers.3.mlp.experts" in skipped_modules(linears)
+    targets = targets_by_width(dict.fromkeys(experts, 4) | dict.fromkeys(shared, 8))
+    assert targets == {
+        4: [r"re:.*layers\.(3|13)\.mlp\.experts\.\d+\.up_proj$"],
+        8: [r"re:.*layers\.(3|13)\.mlp\.shared_experts\.up_proj$"],
+    }
