@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 from checkpoints import QWEN2, add_tokenizer, full_model, make_dense, make_pico_r1
 from safetensors.torch import load_file
-from test_awq_job import FAST, contents
+from test_awq_job import FAST, arguments, contents
 
 import dsquant
 from benchmarks.peers.decoding import decode_compressed_tensors, stored_bits
@@ -155,6 +157,20 @@ def test_a_job_stopped_while_measuring_or_later_makes_the_same_bytes(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     dsquant.awq(dense, output=tmp_path / "out", restart=True, **{**options, "target_bits": 9.0})
     assert dsquant.verify(tmp_path / "out").findings == []
+
+
+def test_killed_and_resumed_it_makes_the_same_bytes(dense: Path, text_file: Path, tmp_path: Path) -> None:
+    more = ("--to", "compressed-tensors", "--target-bits", "5.0", "--resume")
+    subprocess.run(arguments(dense, text_file, tmp_path / "whole", *more), check=True, capture_output=True)
+    command, job = arguments(dense, text_file, tmp_path / "out", *more), tmp_path / "out" / ".dsquant-work" / "job.json"
+    for marker in (lambda: job.is_file(), lambda: '"sensitivity"' in job.read_text()):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not marker():
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
