@@ -159,6 +159,7 @@ def test_a_job_stopped_while_measuring_or_later_makes_the_same_bytes(
     assert dsquant.verify(tmp_path / "out").findings == []
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_makes_the_same_bytes(dense: Path, text_file: Path, tmp_path: Path) -> None:
     more = ("--to", "compressed-tensors", "--target-bits", "5.0", "--resume")
     subprocess.run(arguments(dense, text_file, tmp_path / "whole", *more), check=True, capture_output=True)
