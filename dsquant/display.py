@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 STAGES = {
     "scan": "checking",
-    "sensitivity": "measuring sensitivity",
+    "sensitivity": "measuring",
     "quantize": "quantizing",
     "evaluate": "evaluating",
     "generate": "generating",

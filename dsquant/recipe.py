@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,6 +16,12 @@ CHANGEABLE_ON_RESUME = ("output", "memory_budget", "gpu_memory_budget", "evaluat
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 Preset = Literal["quality", "compact", "best"]
+
+
+def _told(problem: Mapping[str, Any]) -> str:
+    """One of pydantic's problems; of a whole recipe it names no field."""
+    field, words = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+    return f"{field}: {words}" if field else words
 
 
 class JobRecipe(BaseModel):
@@ -41,10 +48,7 @@ class JobRecipe(BaseModel):
         try:
             return cls(**fields)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}"
-                for problem in error.errors()
-            )
+            problems = "; ".join(_told(problem) for problem in error.errors())
             raise UsageError(problems) from error
 
     def lasting(self) -> dict[str, Any]:
