@@ -7,7 +7,7 @@ from typing import Any
 
 from dsquant.disk import PARTIAL
 from dsquant.jobs import RECORD_FILE
-from dsquant.precision import WIDTH_COLUMNS, width_rows
+from dsquant.mixed_plan import WIDTH_COLUMNS, width_rows
 from dsquant.recipe import format_size
 from dsquant.rounding import UNQUANTIZED
 from dsquant.source.shards import INDEX_FILE

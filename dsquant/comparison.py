@@ -28,8 +28,8 @@ from dsquant.evaluation.summary import layer_scores, routers_of, scores_by_text
 from dsquant.evaluation.weights import by_kind, worst
 from dsquant.evaluation_request import EvaluationRequest, Texts, candidate_names, read_texts
 from dsquant.jobs import stop_on_signals
+from dsquant.memory import BATCH_TOKENS
 from dsquant.opening import Opened, Original, open_candidate, open_original
-from dsquant.planning import BATCH_TOKENS
 from dsquant.preparation import check_disk, default_memory_budget, resolved_device
 from dsquant.recipe import format_size
 from dsquant.source.gguf_weights import RELEASE_BYTES

@@ -13,10 +13,11 @@ from dsquant.disk import sync_folder
 from dsquant.distributed import ALONE, Ranks
 from dsquant.gguf_conversion import keep_observed, note_importance, work_files
 from dsquant.jobs import Job
+from dsquant.memory import BATCH_TOKENS
 from dsquant.model.activations import Activations
 from dsquant.model.streaming import Stream, embed, mtp_inputs
 from dsquant.model.structure import DecoderLayer
-from dsquant.planning import BATCH_TOKENS, Target, Unit
+from dsquant.planning import Target, Unit
 from dsquant.preparation import Source
 from dsquant.quantization.layer import quantize_layer
 from dsquant.quantization.layer_job import LayerJob, QuantizedStream

@@ -11,21 +11,12 @@ from safetensors.torch import load_file, save_file
 from dsquant.disk import PARTIAL, sync_folder
 from dsquant.errors import InputError, UsageError
 from dsquant.jobs import Job
+from dsquant.memory import BATCH_TOKENS, FLOAT32_BYTES, head_memory_bytes, host_memory_bytes, layer_memory_bytes
 from dsquant.model.activations import Activations
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import Stream, embed, mtp_inputs
 from dsquant.model.structure import DecoderLayer
-from dsquant.planning import (
-    BATCH_TOKENS,
-    FLOAT32_BYTES,
-    GGUF_GRID,
-    Unit,
-    check_complete,
-    head_memory_bytes,
-    host_memory_bytes,
-    layer_memory_bytes,
-    plan_units,
-)
+from dsquant.planning import GGUF_GRID, Unit, check_complete, plan_units
 from dsquant.preparation import open_calibration, open_model, open_tokenizer
 from dsquant.quantization.importance import ObservationJob, observe_layer
 from dsquant.quantization.layer import KEYS_SUFFIX, quantize_layer

@@ -11,11 +11,11 @@ from typing import Any
 
 from dsquant.allocation import Choice, allocate
 from dsquant.conversion import Run
+from dsquant.mixed_plan import MixedPlan
 from dsquant.model.activations import Activations
 from dsquant.model.streaming import embed
 from dsquant.model.structure import DecoderLayer
 from dsquant.planning import plan_run
-from dsquant.precision import MixedPlan
 from dsquant.preparation import Source
 from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.sensitivity import Sensitivity, measure_layer

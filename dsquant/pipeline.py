@@ -15,8 +15,9 @@ from dsquant.errors import UsageError
 from dsquant.finishing import finish, finish_gguf
 from dsquant.gguf_conversion import GgufRun, convert_to_gguf, plan_gguf
 from dsquant.jobs import RECORD_FILE, Job, claim, found_state, full_disk_is_resumable, stop_on_signals
+from dsquant.memory import check_memory
 from dsquant.mixed_precision import choose_widths
-from dsquant.planning import Plan, check_memory
+from dsquant.planning import Plan
 from dsquant.preparation import (
     check_disk,
     gpu_memory_budget,

@@ -13,9 +13,9 @@ from dsquant.conversion import Run
 from dsquant.evaluation.divergence import Divergence
 from dsquant.gguf_conversion import IMATRIX_FILE, GgufPlan, GgufRun
 from dsquant.jobs import RECORD_FILE
+from dsquant.mixed_plan import WIDTH_COLUMNS, width_rows
 from dsquant.mixed_precision import SENSITIVITY
 from dsquant.notebook import Shown, as_html, table_of
-from dsquant.precision import WIDTH_COLUMNS, width_rows
 from dsquant.preparation import Source
 from dsquant.recipe import JobRecipe, Recipe, format_size
 from dsquant.scales import SCALES_FILE

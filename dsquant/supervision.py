@@ -8,7 +8,7 @@ from typing import Any
 from dsquant.distributed import ALONE, Ranks
 from dsquant.errors import InputError
 from dsquant.jobs import WORK_FOLDER, Job, StopRequest, memory_guard, open_job
-from dsquant.planning import check_memory
+from dsquant.memory import check_memory
 from dsquant.preparation import check_disk
 from dsquant.recipe import JobRecipe
 from dsquant.source.scan import scan

@@ -9,8 +9,9 @@ from pathlib import Path
 from dsquant.deployment.subject import Subject
 from dsquant.errors import UsageError
 from dsquant.gguf_conversion import gguf_memory_bytes, scalable_linears
+from dsquant.memory import FLOAT32_BYTES
 from dsquant.model.kinds import kind_of
-from dsquant.planning import FLOAT32_BYTES, Plan, plan_run, plan_units
+from dsquant.planning import Plan, plan_run, plan_units
 from dsquant.recipe import GgufRecipe, Recipe
 from dsquant.writers.gguf.files import GgufFile
 from dsquant.writers.gguf.target import choose_tensors, largest_whole, plan_target, stored_shapes

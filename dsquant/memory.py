@@ -1,0 +1,172 @@
+"""What a run takes at its peak, worked out from headers alone: the largest stage of any layer, head, host."""
+
+from dsquant.distributed import CHUNKS
+from dsquant.errors import UsageError
+from dsquant.model.activations import RELEASE_BYTES
+from dsquant.model.skeleton import Skeleton
+from dsquant.model.streaming import ROWS_AT_ONCE, VOCABULARY_AT_ONCE
+from dsquant.model.structure import DecoderLayer
+from dsquant.quantization.clip import ELEMENTS_AT_ONCE, SHRINKS
+from dsquant.quantization.pairs import WIDEST_PAIRS
+from dsquant.quantization.statistics import FACTOR_ROWS
+from dsquant.recipe import format_size
+from dsquant.source.checkpoint import Checkpoint
+
+# Tokens that pass attention together. Fixed, since the order of sums, and with it the output's bytes, depends on it.
+BATCH_TOKENS = 1024
+FLOAT32_BYTES = 4
+# What transformers, accelerate and the formats' packages take once a run uses them.
+LIBRARY_BYTES = 256 * 2**20
+# CUDA's libraries, page-locked buffers of weights on their way to the GPU and of results on their way to the disk.
+CUDA_HOST_BYTES = 4 * 2**30
+# A hidden value on the GPU: the MLPs' input in bfloat16 and the layer's output in float32.
+RESIDENT_BYTES = 2 + 4
+
+
+def layer_memory_bytes(
+    num_tokens: int, seq_len: int, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str]
+) -> dict[int, int]:
+    """The need of each layer's largest stage; benchmarks/r1_width.py compares it with what a run really takes.
+
+    Args:
+        num_tokens: calibration tokens.
+        seq_len: tokens of a sample.
+        checkpoint: the source.
+        skeleton: its network.
+        linears: those that are quantized onto a grid.
+
+    Returns:
+        Layer -> bytes on the device that computes.
+    """
+    return {
+        layer.index: _layer_bytes(layer, num_tokens, seq_len, checkpoint, skeleton, linears)
+        for layer in skeleton.layers
+    }
+
+
+def _layer_bytes(
+    layer: DecoderLayer,
+    num_tokens: int,
+    seq_len: int,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    linears: frozenset[str],
+) -> int:
+    hidden = skeleton.config["hidden_size"]
+    sizes = {linear: _num_elements(checkpoint, linear) for linear in layer.linears}
+    quantized = [size for linear, size in sizes.items() if linear in linears]
+    # clip and rounding work on parts with about 8 temporaries
+    rounds = 8 * FLOAT32_BYTES * min(ELEMENTS_AT_ONCE, len(SHRINKS) * max(quantized, default=0))
+    routed = {linear for mlp in layer.experts for linear in mlp.linears}
+    dense = FLOAT32_BYTES * sum(size for linear, size in sizes.items() if linear not in routed)
+    folded_and_rounded = 1.5 if layer.attention_linears[0] in linears else 1
+    mlps = [
+        sum(sizes[linear] for linear in mlp.linears) * FLOAT32_BYTES * (5 if mlp.up in linears else 1)
+        for mlp in layer.mlps
+    ]
+    widths = [checkpoint.weights.shape(f"{linear}.weight")[1] for linear in layer.attention_linears]
+    sums = 2 if layer.attention_linears[0] in linears else 1  # attention's: of all samples, and of a chunk of them
+    statistics = FLOAT32_BYTES * FACTOR_ROWS * (sums * sum(widths) + 4 * hidden)
+    batch_tokens = min(num_tokens, max(BATCH_TOKENS, seq_len))
+    attention = 6 * FLOAT32_BYTES * batch_tokens * _widest_attention(checkpoint, layer)
+    rows = 6 * FLOAT32_BYTES * min(ROWS_AT_ONCE, num_tokens) * hidden
+    return statistics + max(int(dense * (1 + folded_and_rounded)) + max(attention, rounds), max(mlps) + rounds + rows)
+
+
+def pair_memory_bytes(checkpoint: Checkpoint, skeleton: Skeleton) -> int:
+    """What preset `best` takes beyond `compact`: whole matrices of the widest inputs, and attention once more.
+
+    Args:
+        checkpoint: the source.
+        skeleton: its network.
+
+    Returns:
+        Bytes on the device that computes.
+    """
+    linears = {linear for layer in skeleton.layers for linear in layer.linears}
+    widths = {checkpoint.weights.shape(f"{linear}.weight")[1] for linear in linears}
+    widest = max((width for width in widths if width <= WIDEST_PAIRS), default=0)
+    # Gram matrix and drift with their divided copies in float32, five double precision matrices for the factor
+    matrices = widest**2 * (6 * FLOAT32_BYTES + 5 * 8)
+    attention = max(
+        sum(_num_elements(checkpoint, linear) for linear in layer.attention_linears) for layer in skeleton.layers
+    )
+    return matrices + 2 * FLOAT32_BYTES * attention
+
+
+def sharing_memory_bytes(
+    num_tokens: int, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str], num_ranks: int
+) -> int:
+    """What a rank keeps and passes on for the others; planned for experts with up to 4 times their share of tokens.
+
+    Args:
+        num_tokens: calibration tokens.
+        checkpoint: the source.
+        skeleton: its network.
+        linears: those that are quantized onto a grid.
+        num_ranks: how many ranks share a layer.
+
+    Returns:
+        Bytes on the device that computes; 0 for one rank.
+    """
+    if num_ranks == 1:
+        return 0
+    hidden, layer = skeleton.config["hidden_size"], skeleton.layers[-1]
+    widths = hidden + sum(
+        checkpoint.weights.shape(f"{group.consumers[0]}.weight")[1]
+        for group in layer.attention
+        if group.consumers[0] in linears
+    )
+    sums = -(-CHUNKS // num_ranks) * FLOAT32_BYTES * FACTOR_ROWS * widths
+    if not layer.experts:
+        return sums
+    rows = min(num_tokens, 4 * num_tokens * skeleton.config["num_experts_per_tok"] // len(layer.experts))
+    return sums + 3 * FLOAT32_BYTES * rows * hidden  # made, put together, received
+
+
+def head_memory_bytes(skeleton: Skeleton) -> int:
+    """What a part of a vocabulary-sized table takes with its scores."""
+    hidden, vocabulary = skeleton.config["hidden_size"], skeleton.config["vocab_size"]
+    return FLOAT32_BYTES * min(VOCABULARY_AT_ONCE, vocabulary) * (2 * hidden + 4 * 1024)
+
+
+def host_memory_bytes(num_hidden: int, streams: int = 1) -> int:
+    """What a run takes beside its layer: libraries, and touched pages of three files of hidden states for each stream.
+
+    Args:
+        num_hidden: calibration tokens times hidden size.
+        streams: models whose hidden states pass: the original, and with preset `best` the quantized one.
+
+    Returns:
+        Bytes of resident memory.
+    """
+    return 3 * streams * min(RELEASE_BYTES, FLOAT32_BYTES * num_hidden) + LIBRARY_BYTES
+
+
+def _num_elements(checkpoint: Checkpoint, linear: str) -> int:
+    rows, columns = checkpoint.weights.shape(f"{linear}.weight")
+    return rows * columns
+
+
+def _widest_attention(checkpoint: Checkpoint, layer: DecoderLayer) -> int:
+    return max(checkpoint.weights.shape(f"{linear}.weight")[0] for linear in layer.attention_linears)
+
+
+def check_memory(needed_bytes: int, budget_bytes: int, resident_bytes: int, option: str = "--memory-budget") -> None:
+    """Refuses a budget that cannot work.
+
+    Args:
+        needed_bytes: what the run needs.
+        budget_bytes: the budget.
+        resident_bytes: what the process holds already.
+        option: where the budget was given.
+
+    Raises:
+        UsageError: where the run needs more, with the number.
+    """
+    needed = needed_bytes + resident_bytes
+    if needed > budget_bytes:
+        raise UsageError(
+            f"{option} {format_size(budget_bytes)} is too small: this model and calibration need "
+            f"{format_size(needed)}; raise the budget or lower --seq-len"
+        )
