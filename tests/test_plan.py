@@ -239,3 +239,10 @@ def test_the_table_the_json_and_the_notebook_tell_the_same(tiny_r1: Path) -> Non
     found = dsquant.plan("tiny-r1", gpu="1x24GiB", ram="64GiB")
     json.dumps(found.as_json())
     assert "11.6 MiB" in found._repr_html_() and "11.6 MiB" in str(found)
+
+
+def test_a_search_on_a_gpu_is_forecast_where_one_was_measured(r1: Callable[..., Forecast]) -> None:
+    makings = {making.output.name: making for making in r1().makings}
+    awq = makings["awq compact"]
+    assert awq.hours_on_gpu is not None and awq.hours_on_gpu.high < awq.hours.low
+    assert makings["gguf:Q4_K_M"].hours_on_gpu is None

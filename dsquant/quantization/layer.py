@@ -188,6 +188,7 @@ def top_up(layer: DecoderLayer, weights: Weights, mlp_inputs: Activations, routi
 
 
 def inputs_of(job: LayerJob, mlp: Mlp, routing: Routing | None, added: dict[int, torch.Tensor]) -> MlpInputs:
+    """The tokens that an MLP is judged on: all of them, or an expert's own and those that were added to it."""
     if mlp.expert is None:
         return MlpInputs(job.mlp_inputs, torch.arange(job.mlp_inputs.num_rows, device=job.weights.device))
     assert routing is not None

@@ -120,7 +120,7 @@ def _contribution(
 def moments_of(
     job: LayerJob, original: GatedWeights, inputs: MlpInputs, seed: int
 ) -> tuple[InputMoments, InputMoments]:
-    """The moments of the MLP's input and of its down projection's."""
+    """The moments of an MLP's input and of its down projection's input, of the tokens that reach it."""
     of_input = InputStatistics(job.inputs.shape[2], seed, job.weights.device)
     of_hidden = InputStatistics(len(original.up_WH), seed, job.weights.device)
     with fast_matmuls(job.weights.device):

@@ -210,14 +210,31 @@ def quantize_mlp(
     up_scales_W = search_up_scales(original, hidden_moments, grid)
     folded = scaled(original, norm_scales_H, up_scales_W)
     of_input, of_hidden = input_moments.divided(norm_scales_H), hidden_moments.divided(up_scales_W)
-    linears = (
-        compensated_weight(folded.gate_WH, rounding, of_input),
-        compensated_weight(folded.up_WH, rounding, of_input),
-        compensated_weight(folded.down_HW, rounding, of_hidden),
-    )
+    linears = rounded_linears(folded, (of_input, of_hidden), rounding)
     rounded = RoundedMlp(folded, linears, (of_input, of_hidden), up_scales_W)
     inputs_RH = inputs.few()
     return judged(skeleton, mlp, original, rounded, inputs_RH, inputs_RH, len(inputs.rows_R), norm_scales_H, rounding)
+
+
+def rounded_linears(
+    folded: GatedWeights, moments: tuple[InputMoments, InputMoments], grid: Grid
+) -> tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]:
+    """Rounds gate, up and down with compensation.
+
+    Args:
+        folded: the weights under their scales.
+        moments: of the input, and of the down projection's input, under the same scales.
+        grid: the grid that weights are rounded on.
+
+    Returns:
+        Gate, up and down.
+    """
+    of_input, of_hidden = moments
+    return (
+        compensated_weight(folded.gate_WH, grid, of_input),
+        compensated_weight(folded.up_WH, grid, of_input),
+        compensated_weight(folded.down_HW, grid, of_hidden),
+    )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dsquant.quantization.compensate import compensated_weight
 from dsquant.quantization.layer import few_samples, inputs_of, out_of_range, run_original, search_norm_fold
 from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.layer_mlps import MLPS_AHEAD, add_contributions, moments_of
-from dsquant.quantization.mlp import CHECK_ROWS, MlpInputs, scaled, search_up_scales
+from dsquant.quantization.mlp import CHECK_ROWS, MlpInputs, rounded_linears, scaled, search_up_scales
 from dsquant.quantization.scale import fold_of, search_group
 from dsquant.quantization.statistics import InputMoments
 from dsquant.rounding import UNQUANTIZED, Grid
@@ -140,8 +140,7 @@ def _mlp_errors(
     with fast_matmuls(inputs_RH.device):
         wanted_RH = original.output(job.skeleton, inputs_RH)
     for rounding in grids:
-        pairs = zip(folded.parts, (of_input, of_input, of_hidden), strict=True)
-        rounded = (compensated_weight(weight, rounding, found).dequantize() for weight, found in pairs)
+        rounded = (weight.dequantize() for weight in rounded_linears(folded, (of_input, of_hidden), rounding))
         with fast_matmuls(inputs_RH.device):
             found_RH = GatedWeights(*rounded).output(job.skeleton, inputs_RH / norm_scales_H)
         error = float(((found_RH - wanted_RH) * share_R1).square().sum(dtype=torch.float64))
