@@ -32,6 +32,7 @@ def awq(
     group_size: int = 128,
     symmetric: bool | None = None,
     preset: str | None = None,
+    steps: str | Sequence[str] | None = None,
     calibration: str | Path | Sequence[str | Path] = "r1-mix",
     samples: int = 64,
     seq_len: int = 512,
@@ -61,6 +62,8 @@ def awq(
         symmetric: without zero points; None takes what each format's engines want.
         preset: `quality` quantizes routed experts only, `compact` every linear, `best` every linear for what the
             quantized model gives it; None is quality for mixtures.
+        steps: of the quantization: some of `scales`, `clip`, `compensate`, `top-up`, `gate-weights`, `follow` and
+            `descend`, or `none`; None takes the preset's.
         calibration: texts, mixes or hub sets, as on the command line.
         samples: calibration samples.
         seq_len: tokens of a sample.
@@ -98,6 +101,7 @@ def awq(
         group_size=group_size,
         symmetric=symmetric,
         preset=preset,
+        steps=steps,
         calibration=_several(calibration),
         samples=samples,
         seq_len=seq_len,

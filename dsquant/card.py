@@ -8,7 +8,7 @@ from typing import Any
 from dsquant.disk import PARTIAL
 from dsquant.jobs import RECORD_FILE
 from dsquant.mixed_plan import WIDTH_COLUMNS, width_rows
-from dsquant.recipe import format_size
+from dsquant.recipe import format_size, preset_and_steps
 from dsquant.rounding import UNQUANTIZED
 from dsquant.source.shards import INDEX_FILE
 
@@ -90,8 +90,9 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
     quantized = len(output["weight_errors"])
     chosen = {entry["width"] for entry in record.get("precision", {}).values()} - {UNQUANTIZED}
     bits = " and ".join(map(str, sorted(chosen))) or str(grid["bits"])
+    preset = preset_and_steps(recipe["preset"], recipe["steps"])
     made = (
-        f"Quantized by dsquant {record['versions']['dsquant']}, preset {recipe['preset']}: {quantized} linears at "
+        f"Quantized by dsquant {record['versions']['dsquant']}, preset {preset}: {quantized} linears at "
         f"{bits} bits, {kind}, groups of {grid['group_size']}, in the format {format_name}; the rest in its "
         f"original precision (FP8 as BF16). {format_size(record['source']['bytes'])} became "
         f"{format_size(output['bytes'])}."

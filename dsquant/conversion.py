@@ -88,7 +88,7 @@ class Run:
     @property
     def follows_quantized(self) -> bool:
         """Whether linears are rounded for the inputs that the quantized model gives them."""
-        return self.recipe.preset == "best"
+        return "follow" in self.recipe.steps
 
     @property
     def mtp_path(self) -> Path:
@@ -372,6 +372,7 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
         mlp_inputs=run.passing(layer.index, run.job.work / "mlp-inputs.f32", torch.bfloat16),
         linears=source.plan.linears_of(layer),
         widths=source.plan.widths,
+        steps=run.recipe.steps,
         batch_samples=run.batch_samples,
         seed=run.recipe.seed,
         emit=writers.emit,

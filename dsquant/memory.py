@@ -74,7 +74,7 @@ def _layer_bytes(
 
 
 def pair_memory_bytes(checkpoint: Checkpoint, skeleton: Skeleton) -> int:
-    """What preset `best` takes beyond `compact`: whole matrices of the widest inputs, and attention once more.
+    """What the step `follow` takes: whole matrices of the widest inputs, and attention once more.
 
     Args:
         checkpoint: the source.
@@ -135,7 +135,7 @@ def host_memory_bytes(num_hidden: int, streams: int = 1) -> int:
 
     Args:
         num_hidden: calibration tokens times hidden size.
-        streams: models whose hidden states pass: the original, and with preset `best` the quantized one.
+        streams: models whose hidden states pass: the original, and with the step `follow` the quantized one.
 
     Returns:
         Bytes of resident memory.

@@ -114,6 +114,7 @@ def _measure(
         seed=run.recipe.seed,
         emit=lambda grid, name, value: None,
         safe_point=safe_point,
+        steps=run.recipe.steps,
     )
     groups = {group.name: group.linears for group in mixed.groups if group.layer == layer.index}
     return measure_layer(job, groups, mixed.widths)

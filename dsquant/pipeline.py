@@ -17,7 +17,7 @@ from dsquant.gguf_conversion import GgufRun, convert_to_gguf, plan_gguf
 from dsquant.jobs import RECORD_FILE, Job, claim, found_state, full_disk_is_resumable, stop_on_signals
 from dsquant.memory import check_memory
 from dsquant.mixed_precision import choose_widths
-from dsquant.planning import Plan
+from dsquant.planning import FOLLOW, WITHOUT_FOLLOW, Plan
 from dsquant.preparation import (
     check_disk,
     gpu_memory_budget,
@@ -27,7 +27,7 @@ from dsquant.preparation import (
     resolved,
     resolved_device,
 )
-from dsquant.recipe import GgufRecipe, Recipe, format_size
+from dsquant.recipe import GgufRecipe, Recipe, format_size, preset_and_steps
 from dsquant.records import Preview, Result, gguf_output_files, output_files, planned_warnings, result_of
 from dsquant.rounding import UNQUANTIZED
 from dsquant.supervision import Supervised
@@ -97,10 +97,10 @@ def _resolved_for(recipe: Recipe, ranks: Ranks) -> Recipe:
             f"--to {gguf[0]}: {ranks.size} processes cannot share the writing of GGUF; start one, or leave this out "
             "and run `dsquant gguf` afterwards"
         )
-    if recipe.preset == "best" and ranks.size > 1:
+    if "follow" in recipe.steps and ranks.size > 1:
         raise UsageError(
-            f"--preset best: {ranks.size} processes cannot share a layer that is rounded linear by linear; "
-            "start one, or take --preset compact"
+            f"{FOLLOW}: {ranks.size} processes cannot share a layer that is rounded linear by linear; start one, or "
+            f"{WITHOUT_FOLLOW}"
         )
     if recipe.chooses_widths and ranks.size > 1:
         raise UsageError(
@@ -174,7 +174,7 @@ def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> Prev
 
 def _details(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     details: dict[str, Any] = {
-        "preset": str(recipe.preset),
+        "preset": preset_and_steps(recipe.preset or "quality", recipe.steps),
         "quantized linears": len(frozenset().union(*plan.linears.values())),
     }
     if plan.mixed is not None:

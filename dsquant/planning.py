@@ -33,6 +33,9 @@ from dsquant.writers.protocol import NO_WIDTHS, Format
 
 # Computed from the config by every engine; old Llama checkpoints store them all the same.
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
+# How the step is named where it is refused, and what to do then.
+FOLLOW = "step follow (of preset best)"
+WITHOUT_FOLLOW = "take --preset compact, or leave the step out of --steps"
 # What scales are searched on for GGUF: 4 bits with scale and minimum for 32 weights, as Q4_K has.
 GGUF_GRID = Grid(4, 32, False, rounded=False)
 
@@ -155,7 +158,7 @@ def plan_run(
     by_grid = {target.grid: linears for target in targets}
     if gguf:
         by_grid[GGUF_GRID] = frozenset(linear for layer in _touched(recipe, skeleton) for linear in layer.linears)
-    _check_best(recipe, by_grid)
+    _check_steps(recipe, by_grid, skeleton)
     mixed = None
     if recipe.chooses_widths:
         kept = [name for unit in units if unit.action != "drop" for name in unit.parameters]
@@ -164,12 +167,13 @@ def plan_run(
             recipe, target.format, target.grid, _touched(recipe, skeleton), by_preset, checkpoint, dtypes, kept
         )
     everything = frozenset().union(*by_grid.values())
-    streams = 2 if recipe.preset == "best" else 1
+    follows = "follow" in recipe.steps
+    streams = 2 if follows else 1
     num_hidden = recipe.samples * recipe.seq_len * skeleton.config["hidden_size"]
     head = head_memory_bytes(skeleton)
     needs = layer_memory_bytes(recipe.samples * recipe.seq_len, recipe.seq_len, checkpoint, skeleton, everything)
     shared = sharing_memory_bytes(recipe.samples * recipe.seq_len, checkpoint, skeleton, everything, num_ranks)
-    pairs = pair_memory_bytes(checkpoint, skeleton) if recipe.preset == "best" else 0
+    pairs = pair_memory_bytes(checkpoint, skeleton) if follows else 0
     needs = {layer: need + shared + pairs for layer, need in needs.items()}
     memory, gpu_memory = max(head, *needs.values()) + host_memory_bytes(num_hidden, streams), 0
     resident = frozenset[int]()
@@ -189,22 +193,29 @@ def _check_choosing(recipe: Recipe) -> None:
     option = "--target-bits" if recipe.target_bits is not None else "--target-size"
     if len(recipe.to) > 1 or recipe.to[0] not in FORMATS:
         raise UsageError(f"{option} chooses for one format, {' or '.join(FORMATS)}; found --to {', '.join(recipe.to)}")
-    if recipe.preset == "best":
-        raise UsageError(f"{option}: preset best does not choose widths; take --preset compact")
+    if "follow" in recipe.steps:
+        raise UsageError(f"{option}: no widths are chosen with {FOLLOW}; {WITHOUT_FOLLOW}")
     if recipe.mtp == "quantize":
         raise UsageError(f"{option}: no width is chosen for a multi-token-prediction layer; take --mtp keep or drop")
 
 
-def _check_best(recipe: Recipe, by_grid: Mapping[Grid, frozenset[str]]) -> None:
-    """Refuses formats that preset `best` cannot make together: it follows one quantized model."""
-    if recipe.preset != "best":
+def _check_steps(recipe: Recipe, by_grid: Mapping[Grid, frozenset[str]], skeleton: Skeleton) -> None:
+    """Refuses steps that do nothing here, and what the step `follow` cannot do: it follows one quantized model."""
+    mixture = any(layer.experts for layer in skeleton.layers)
+    if "gate-weights" in recipe.steps and not mixture:
+        raise UsageError("step gate-weights: this model has no routed experts; leave the step out of --steps")
+    if "descend" in recipe.steps and all(not grid.rounded for grid in by_grid):
+        raise UsageError("step descend: GGUF rounds its weights itself; leave the step out of --steps")
+    if "follow" not in recipe.steps:
         return
     if GGUF_GRID in by_grid:
-        raise UsageError("--preset best: GGUF rounds its weights itself; take --preset compact for it")
+        raise UsageError(f"{FOLLOW}: GGUF rounds its weights itself; {WITHOUT_FOLLOW}")
+    if mixture and recipe.preset != "compact" and recipe.preset != "best":
+        raise UsageError(f"{FOLLOW} rounds every linear, preset quality does not; take --preset best, or compact")
     if len(by_grid) > 1:
         raise UsageError(
-            f"--preset best follows one quantized model, {' and '.join(recipe.to)} have different grids; add "
-            "--symmetric, or make each in its own run"
+            f"{FOLLOW} follows one quantized model, {' and '.join(recipe.to)} have different grids; add --symmetric, "
+            "or make each in its own run"
         )
 
 

@@ -3,11 +3,19 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from dsquant.errors import UsageError
 
@@ -16,6 +24,20 @@ CHANGEABLE_ON_RESUME = ("output", "memory_budget", "gpu_memory_budget", "evaluat
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 Preset = Literal["quality", "compact", "best"]
+Step = Literal["scales", "clip", "compensate", "top-up", "gate-weights", "follow", "descend"]
+"""A step of the quantization. `scales`: AWQ's scales are searched and folded in. `clip`: each group's range is shrunk
+to what costs least. `compensate`: later columns make good what earlier ones lost (GPTQ). `top-up`: experts with few
+tokens get those that the router scores highest for them. `gate-weights`: a token counts in an expert's statistics by
+its squared share in the mixture. `follow`: statistics of the quantized model's inputs, aiming at the original's
+outputs. `descend`: coordinate descent on scales, zero points and codes."""
+STEPS: tuple[Step, ...] = get_args(Step)
+
+_COMPACT: tuple[Step, ...] = ("scales", "clip", "compensate", "top-up")
+PRESET_STEPS: Mapping[Preset, tuple[Step, ...]] = {
+    "quality": _COMPACT,
+    "compact": _COMPACT,
+    "best": (*_COMPACT, "follow", "descend"),
+}
 
 
 def _told(problem: Mapping[str, Any]) -> str:
@@ -77,6 +99,7 @@ class Recipe(JobRecipe):
         preset: `quality` quantizes routed experts only, `compact` every linear of the decoder, `best` every linear
             for the inputs that the quantized model gives it; None is quality for mixtures of experts and compact for
             dense models.
+        steps: of the quantization; also given as names with commas, or `none`. None takes the preset's.
         calibration: texts, mixes or hub sets.
         samples: calibration samples.
         seq_len: tokens of a sample.
@@ -97,6 +120,7 @@ class Recipe(JobRecipe):
     group_size: Literal[32, 64, 128] = 128
     symmetric: bool | None = None
     preset: Preset | None = None
+    steps: tuple[Step, ...] = Field(default=None, validate_default=True)
     calibration: tuple[str, ...] = ("r1-mix",)
     samples: int = Field(default=64, ge=1)
     seq_len: int = Field(default=512, ge=8)
@@ -118,6 +142,20 @@ class Recipe(JobRecipe):
             if name not in ("awq", "compressed-tensors") and not re.fullmatch(r"gguf:[A-Z0-9_]+\+?", name):
                 raise ValueError(f"{name!r} is none of awq, compressed-tensors, gguf:TYPE")
         return formats
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _listed(cls, steps: Any, info: ValidationInfo) -> Any:
+        if steps is None:
+            return PRESET_STEPS[info.data.get("preset") or "quality"]
+        if isinstance(steps, str):
+            return [] if steps == "none" else [name.strip() for name in steps.split(",")]
+        return steps
+
+    @field_validator("steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        return tuple(step for step in STEPS if step in steps)
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -179,6 +217,13 @@ class GgufRecipe(JobRecipe):
         if self.calibration is not None:
             return self.calibration
         return () if self.imatrix or self.type in ("F32", "F16", "BF16") else ("r1-mix",)
+
+
+def preset_and_steps(preset: Preset, steps: Sequence[Step]) -> str:
+    """A preset for people, with the steps where they are not its own: compact, steps scales and clip."""
+    if set(steps) == set(PRESET_STEPS[preset]):
+        return preset
+    return f"{preset}, steps {' and '.join(steps)}" if steps else f"{preset}, no steps"
 
 
 def parse_size(text: str) -> int:

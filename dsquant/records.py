@@ -17,6 +17,7 @@ from dsquant.mixed_plan import WIDTH_COLUMNS, width_rows
 from dsquant.mixed_precision import SENSITIVITY
 from dsquant.notebook import Shown, as_html, table_of
 from dsquant.preparation import Source
+from dsquant.quantization.layer import FEWEST_TOKENS
 from dsquant.recipe import JobRecipe, Recipe, format_size
 from dsquant.scales import SCALES_FILE
 from dsquant.writers.gguf.store import quantizer_name
@@ -361,12 +362,14 @@ def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
 
 def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
     words = planned_warnings(run.recipe, run.source)
-    rare = sum(len(layer["topped_up"]) for layer in layers)
+    counts = [count for layer in layers for count in layer["tokens_per_expert"]]
+    topped_up = sum(len(layer["topped_up"]) for layer in layers)
+    rare = topped_up if "top-up" in run.recipe.steps else sum(count < FEWEST_TOKENS for count in counts)
     if rare:
-        experts = sum(len(layer["tokens_per_expert"]) for layer in layers)
+        on = "their router's next best as well" if topped_up else "these alone"
         words.append(
-            f"{rare} of {experts} experts got fewer than 256 calibration tokens and were judged on their router's "
-            "next best as well; more --samples help"
+            f"{rare} of {len(counts)} experts got fewer than {FEWEST_TOKENS} calibration tokens and were judged on "
+            f"{on}; more --samples help"
         )
     widths = set(run.source.plan.widths.values())
     if len(widths) > 1 and any(layer.experts for layer in run.source.skeleton.layers):

@@ -35,6 +35,12 @@ from dsquant.errors import UsageError
     help="quality: routed experts only; compact: every linear; best: every linear, each for what the quantized model "
     "gives it, least drift, slower.  [default: quality; compact for dense models]",
 )
+@click.option(
+    "--steps",
+    metavar="LIST",
+    help="How the linears are quantized: some of scales, clip, compensate, top-up, gate-weights, follow, descend, with "
+    "commas, or none.  [default: the first four; for best follow and descend too]",
+)
 @click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="128", show_default=True)
 @click.option(
     "--symmetric/--asymmetric",
@@ -146,6 +152,7 @@ def _recipe(options: dict[str, Any]) -> Any:
         group_size=int(options["group_size"]),
         symmetric=options["symmetric"],
         preset=options["preset"],
+        steps=options["steps"],
         calibration=options["calibration"] or ("r1-mix",),
         samples=options["samples"],
         seq_len=options["seq_len"],

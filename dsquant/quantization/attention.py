@@ -1,15 +1,16 @@
 """How a layer's attention is quantized: scale groups in the order of the data flow, then clip and rounding."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from dsquant.model.overlays import Fold, FoldedWeights
 from dsquant.model.structure import ScaleGroup
-from dsquant.quantization.compensate import compensated_weight
 from dsquant.quantization.scale import fold_of, search_group
 from dsquant.quantization.statistics import InputMoments
+from dsquant.quantization.steps import rounded_weight
+from dsquant.recipe import Step
 from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
 from dsquant.source.weights import Weights
 
@@ -34,29 +35,58 @@ def quantize_attention(
     moments: Mapping[ScaleGroup, InputMoments],
     grid: Grid,
     grid_of: Callable[[str], Grid],
+    steps: Collection[Step],
 ) -> AttentionResult:
-    """Searches scales for every group that is quantized, folds them, clips and rounds.
+    """Searches scales for every group that is quantized, folds them and rounds, as far as these are steps.
 
     Args:
         weights: a layer's weights.
         moments: of each such group's input, in the order of the data flow.
         grid: the grid that scales are searched for.
         grid_of: gives the grid that a linear is rounded on.
+        steps: of the quantization.
 
     Returns:
         The quantized attention.
     """
-    scales = {group: search_group(weights, group, grid, found).scales_I for group, found in moments.items()}
-    fold = Fold()
-    for group in moments:
-        fold.update(fold_of(weights, group, scales[group]))
+    fold, scales = search_scales(weights, moments, grid, steps)
     folded = FoldedWeights(weights, fold)
     linears = {
-        linear: compensated_weight(folded[f"{linear}.weight"], grid_of(linear), found.divided(scales[group]))
-        for group, found in moments.items()
+        linear: rounded_weight(folded[f"{linear}.weight"], grid_of(linear), found, steps)
+        for group, found in under_scales(moments, scales).items()
         for linear in group.consumers
     }
     return AttentionResult(fold, linears, scales)
+
+
+def search_scales(
+    weights: Weights, moments: Mapping[ScaleGroup, InputMoments], grid: Grid, steps: Collection[Step]
+) -> tuple[Fold, dict[ScaleGroup, torch.Tensor]]:
+    """Searches the scales of every group.
+
+    Args:
+        weights: a layer's weights.
+        moments: of each group's input.
+        grid: the grid that scales are searched for.
+        steps: of the quantization.
+
+    Returns:
+        The fold, and by group the scales, float32 [I]; nothing in either where `scales` is no step.
+    """
+    fold = Fold()
+    if "scales" not in steps:
+        return fold, {}
+    scales = {group: search_group(weights, group, grid, found).scales_I for group, found in moments.items()}
+    for group in moments:
+        fold.update(fold_of(weights, group, scales[group]))
+    return fold, scales
+
+
+def under_scales(
+    moments: Mapping[ScaleGroup, InputMoments], scales: Mapping[ScaleGroup, torch.Tensor]
+) -> dict[ScaleGroup, InputMoments]:
+    """The moments of every group's input once the scales are folded; as they are for groups without."""
+    return {group: found.divided(scales[group]) if group in scales else found for group, found in moments.items()}
 
 
 def round_attention(linears: Iterable[str], weights: Weights, grid_of: Callable[[str], Grid]) -> AttentionResult:

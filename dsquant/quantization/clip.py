@@ -3,6 +3,8 @@
 Shape legend: O out features, I in features, G groups, S = group size.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from dsquant.kernels.clipping import best_shrinks
@@ -12,10 +14,13 @@ from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
 
 # AutoAWQ goes down to 0.55 in steps of 0.05; less than 0.65 was never chosen, so the same number of steps is finer.
 SHRINKS = tuple(1 - step / 25 for step in range(10))
+FULL_RANGE = (1.0,)
 ELEMENTS_AT_ONCE = 2**24
 
 
-def clipped_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments) -> QuantizedWeight:
+def clipped_weight(
+    weight_OI: torch.Tensor, grid: Grid, moments: InputMoments, shrinks: Sequence[float] = SHRINKS
+) -> QuantizedWeight:
     """Rounds a weight with each group's range shrunk to what serves the output best.
 
     The shrink of a (row, group) minimises dw H_gg dw^T with H_gg the group's block of the Gram matrix; a row keeps its
@@ -25,14 +30,17 @@ def clipped_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments) -
         weight_OI: float32 [O, I].
         grid: the quantization grid.
         moments: the inputs' moments.
+        shrinks: factors in (0, 1] on the range that the grid spans; `FULL_RANGE` rounds plainly.
 
     Returns:
         The rounded weight, no row of which errs more than under plain rounding.
     """
+    if shrinks == FULL_RANGE:
+        return round_to_nearest(weight_OI, grid)
     grams_GSS = moments.group_grams_GSS(grid.group_size)
     at_once = GPU_ELEMENTS_AT_ONCE if weight_OI.is_cuda else ELEMENTS_AT_ONCE
     rows_at_once = max(1, at_once // weight_OI.shape[1])
-    parts = [_clip_rows(rows_OI, grid, moments, grams_GSS) for rows_OI in weight_OI.split(rows_at_once)]
+    parts = [_clip_rows(rows_OI, grid, moments, grams_GSS, shrinks) for rows_OI in weight_OI.split(rows_at_once)]
     return QuantizedWeight(
         torch.cat([part.codes_OI for part in parts]),
         torch.cat([part.scales_OG for part in parts]),
@@ -41,8 +49,10 @@ def clipped_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments) -
     )
 
 
-def _clip_rows(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments, grams_GSS: torch.Tensor) -> QuantizedWeight:
-    shrink_OG = best_shrinks(weight_OI, grams_GSS, SHRINKS, grid.bits, grid.symmetric)
+def _clip_rows(
+    weight_OI: torch.Tensor, grid: Grid, moments: InputMoments, grams_GSS: torch.Tensor, shrinks: Sequence[float]
+) -> QuantizedWeight:
+    shrink_OG = best_shrinks(weight_OI, grams_GSS, shrinks, grid.bits, grid.symmetric)
     plain, clipped = (round_to_nearest(weight_OI, grid, shrink) for shrink in (1.0, shrink_OG))
     with fast_matmuls(weight_OI.device):
         plain_O, clipped_O = (moments.loss_O(part.difference(weight_OI)) for part in (plain, clipped))

@@ -10,6 +10,8 @@ error.
 Shape legend: O out features, I in features, G groups, S = group size, C shrinks, P = C * O.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from dsquant.kernels.compensation import compensate_group
@@ -26,7 +28,9 @@ LEAST_DAMPING = 0.005
 ELEMENTS_AT_ONCE = 2**22
 
 
-def compensated_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments) -> QuantizedWeight:
+def compensated_weight(
+    weight_OI: torch.Tensor, grid: Grid, moments: InputMoments, shrinks: Sequence[float] = SHRINKS
+) -> QuantizedWeight:
     """Rounds a weight so that errors of different columns cancel in the output.
 
     Args:
@@ -34,11 +38,12 @@ def compensated_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoment
         grid: the quantization grid.
         moments: the inputs' moments. Where they hold no whole Gram matrix (wide inputs), or no token, ranges are
             clipped and columns rounded each for itself: errors must not be hidden where a sketch is blind.
+        shrinks: factors in (0, 1] on the range that the grid spans.
 
     Returns:
         The rounded weight, no row of which errs more than with clipping alone.
     """
-    clipped = clipped_weight(weight_OI, grid, moments)
+    clipped = clipped_weight(weight_OI, grid, moments, shrinks)
     if moments.gram_II is None or not moments.count:
         return clipped
     order_I = _order(moments.gram_II.diagonal(), grid.group_size)
@@ -47,7 +52,7 @@ def compensated_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoment
     at_once = GPU_ELEMENTS_AT_ONCE if weight_OI.is_cuda else ELEMENTS_AT_ONCE
     rows_at_once = max(1, at_once // weight_OI.shape[1])
     parts = [
-        _better_rows(rows_OI, _rows_of(clipped, start, rows_at_once), grid, moments, order_I, factor_II)
+        _better_rows(rows_OI, _rows_of(clipped, start, rows_at_once), moments, shrinks, order_I, factor_II)
         for start, rows_OI in zip(range(0, len(weight_OI), rows_at_once), weight_OI.split(rows_at_once), strict=True)
     ]
     return QuantizedWeight(
@@ -61,6 +66,13 @@ def compensated_weight(weight_OI: torch.Tensor, grid: Grid, moments: InputMoment
 def damping_of(num_features: int, num_tokens: int) -> float:
     """The share of the Gram matrix's mean diagonal by which the diagonal is raised."""
     return max(LEAST_DAMPING, DAMPING * num_features / num_tokens)
+
+
+def damped(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
+    """Raises a Gram matrix's diagonal by a share of its mean, in place; by the share itself where all is zero."""
+    mean = gram_II.diagonal().mean()
+    gram_II.diagonal().add_(damping * torch.where(mean > 0, mean, 1.0))
+    return gram_II
 
 
 def _rows_of(weight: QuantizedWeight, start: int, count: int) -> QuantizedWeight:
@@ -84,9 +96,7 @@ def _inverse_factor(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
     Where H is not finite U is not either, its losses compare as false, and rows stay clipped. Nothing here waits for a
     GPU.
     """
-    damped_II = gram_II.double()
-    mean = damped_II.diagonal().mean()
-    damped_II.diagonal().add_(damping * torch.where(mean > 0, mean, 1.0))
+    damped_II = damped(gram_II.double(), damping)
     upper_II = torch.linalg.cholesky_ex(damped_II.flip(0, 1)).L.flip(0, 1)
     identity_II = torch.eye(len(upper_II), dtype=torch.float64, device=upper_II.device)
     return torch.linalg.solve_triangular(upper_II, identity_II, upper=True).float()
@@ -95,32 +105,34 @@ def _inverse_factor(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
 def _better_rows(
     weight_OI: torch.Tensor,
     clipped: QuantizedWeight,
-    grid: Grid,
     moments: InputMoments,
+    shrinks: Sequence[float],
     order_I: torch.Tensor,
     factor_II: torch.Tensor,
 ) -> QuantizedWeight:
     """Each row compensated or clipped, whichever errs less."""
     with fast_matmuls(weight_OI.device):
-        compensated = _compensate(weight_OI, grid, order_I, factor_II)
+        compensated = _compensate(weight_OI, clipped.grid, shrinks, order_I, factor_II)
         clipped_O, compensated_O = (moments.loss_O(part.difference(weight_OI)) for part in (clipped, compensated))
     keep_O1 = (compensated_O < clipped_O).unsqueeze(1)
     return QuantizedWeight(
         torch.where(keep_O1, compensated.codes_OI, clipped.codes_OI),
         torch.where(keep_O1, compensated.scales_OG, clipped.scales_OG),
         torch.where(keep_O1, compensated.zero_points_OG, clipped.zero_points_OG),
-        grid,
+        clipped.grid,
     )
 
 
-def _compensate(weight_OI: torch.Tensor, grid: Grid, order_I: torch.Tensor, factor_II: torch.Tensor) -> QuantizedWeight:
+def _compensate(
+    weight_OI: torch.Tensor, grid: Grid, shrinks: Sequence[float], order_I: torch.Tensor, factor_II: torch.Tensor
+) -> QuantizedWeight:
     size = grid.group_size
     working_IO = weight_OI[:, order_I].T.contiguous()
     groups = []
     for start in range(0, len(working_IO), size):
         stop = start + size
         factor_SS = factor_II[start:stop, start:stop]
-        groups.append(compensate_group(working_IO[start:stop], factor_SS, SHRINKS, grid.bits, grid.symmetric))
+        groups.append(compensate_group(working_IO[start:stop], factor_SS, shrinks, grid.bits, grid.symmetric))
         working_IO[stop:].addmm_(factor_II[start:stop, stop:].T, groups[-1].errors_SO, alpha=-1)
     place_I, place_G = order_I.argsort(), (order_I[::size] // size).argsort()
     return QuantizedWeight(

@@ -6,7 +6,7 @@ the scales that all of them share. The next layer's inputs are the original laye
 Shape legend: N samples, T tokens, H hidden size, R tokens of all samples, E experts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import torch
@@ -17,13 +17,14 @@ from dsquant.model.activations import Activations
 from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights
 from dsquant.model.streaming import ROWS_AT_ONCE, Observer, Routing, Stream, run_dense_part
 from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup
-from dsquant.quantization.attention import AttentionResult, quantize_attention, round_attention
+from dsquant.quantization.attention import AttentionResult, quantize_attention, round_attention, under_scales
 from dsquant.quantization.layer_job import GridReport, LayerJob, LayerReport
 from dsquant.quantization.layer_mlps import MlpOutcome, quantize_mlps
 from dsquant.quantization.mlp import MlpInputs, prove_same, search_norm_scales
 from dsquant.quantization.scale import fold_of
 from dsquant.quantization.sharing import SampleStatistics, share_routing, share_rows
 from dsquant.quantization.statistics import Importance, InputMoments
+from dsquant.recipe import Step
 from dsquant.rounding import Grid
 from dsquant.source.weights import Weights
 
@@ -94,10 +95,7 @@ def _quantize(job: LayerJob) -> LayerReport:
     attention_moments, norm_rms_H, routing = run_original(job)
     if not bool(norm_rms_H.isfinite().all()):
         raise out_of_range(job.layer.norm)
-    added = {}
-    if routing and job.anywhere(job.layer.experts[0].up):
-        added = top_up(job.layer, job.weights, job.mlp_inputs, routing)
-    inputs = {mlp: inputs_of(job, mlp, routing, added) for mlp in job.layer.mlps}
+    inputs, added = read_by_mlps(job, job.mlp_inputs, routing)
     folds: list[torch.Tensor] = []
     reports: list[GridReport] = []
     for grid in job.grids:
@@ -187,13 +185,55 @@ def top_up(layer: DecoderLayer, weights: Weights, mlp_inputs: Activations, routi
     return added
 
 
-def inputs_of(job: LayerJob, mlp: Mlp, routing: Routing | None, added: dict[int, torch.Tensor]) -> MlpInputs:
-    """The tokens that an MLP is judged on: all of them, or an expert's own and those that were added to it."""
+def read_by_mlps(
+    job: LayerJob, mlp_inputs: Activations, routing: Routing | None
+) -> tuple[dict[Mlp, MlpInputs], dict[int, torch.Tensor]]:
+    """The tokens that each MLP is judged on.
+
+    Args:
+        job: the layer and its surroundings.
+        mlp_inputs: what the MLPs read.
+        routing: the tokens of each expert; None where the layer has none.
+
+    Returns:
+        By MLP, its tokens; and by rare expert those that were added to its own, where `top-up` is a step.
+    """
+    added = {}
+    if routing and "top-up" in job.steps and job.anywhere(job.layer.experts[0].up):
+        added = top_up(job.layer, job.weights, mlp_inputs, routing)
+    return {mlp: inputs_of(mlp_inputs, mlp, routing, added, job.steps) for mlp in job.layer.mlps}, added
+
+
+def inputs_of(
+    mlp_inputs: Activations,
+    mlp: Mlp,
+    routing: Routing | None,
+    added: Mapping[int, torch.Tensor],
+    steps: Collection[Step],
+) -> MlpInputs:
+    """The tokens that an MLP is judged on.
+
+    Args:
+        mlp_inputs: what the MLPs read.
+        mlp: the MLP.
+        routing: the tokens of each expert; None where the layer has none.
+        added: by expert, tokens that were added to its own.
+        steps: of the quantization.
+
+    Returns:
+        All tokens; or an expert's own and the added ones, each with the expert's share in it where `gate-weights` is a
+        step. The added ones, of which it has no share, get the least of its shares; 1 where it has no token at all.
+    """
     if mlp.expert is None:
-        return MlpInputs(job.mlp_inputs, torch.arange(job.mlp_inputs.num_rows, device=job.weights.device))
+        return MlpInputs(mlp_inputs, torch.arange(mlp_inputs.num_rows, device=mlp_inputs.device))
     assert routing is not None
-    own_R, _ = routing.tokens_of(mlp.expert)
-    return MlpInputs(job.mlp_inputs, torch.cat([own_R, added.get(mlp.expert, own_R[:0])]))
+    own_R, share_R = routing.tokens_of(mlp.expert)
+    added_R = added.get(mlp.expert, own_R[:0])
+    rows_R = torch.cat([own_R, added_R])
+    if "gate-weights" not in steps:
+        return MlpInputs(mlp_inputs, rows_R)
+    least = share_R.min() if len(share_R) else share_R.new_ones(())
+    return MlpInputs(mlp_inputs, rows_R, torch.cat([share_R, least.expand(len(added_R))]))
 
 
 def _quantize_dense_part(
@@ -216,7 +256,7 @@ def _attention(
     if not own:
         return AttentionResult()
     weights, grid_of = ResidentWeights(job.weights), partial(job.grid_of, grid)
-    searched = quantize_attention(weights, own, grid, grid_of)
+    searched = quantize_attention(weights, own, grid, grid_of, job.steps)
     rounded = round_attention(searched.linears, weights, grid_of)
     wanted, _ = few_samples(job, weights)
     energy = (wanted - job.inputs.samples(0, len(wanted))).square().sum()
@@ -227,7 +267,7 @@ def _attention(
         return float((found - wanted).square().sum() / energy)
 
     report.attention_error, report.attention_error_plain = error(searched), error(rounded)
-    if report.attention_error < report.attention_error_plain:
+    if report.attention_error <= report.attention_error_plain:
         return searched
     report.attention_error = report.attention_error_plain
     report.fallbacks.append(f"{job.layer.prefix}.self_attn")
@@ -239,11 +279,10 @@ def _note_attention(
 ) -> None:
     """Notes the importance of what attention's linears read under the scales."""
     config = job.skeleton.config
+    divided = under_scales(moments, attention.scales)
     for group, group_moments in moments.items():
-        scales_I = attention.scales.get(group)
-        divided = group_moments if scales_I is None else group_moments.divided(scales_I)
         for linear in group.consumers:
-            job.note(grid, linear, divided.importance)
+            job.note(grid, linear, divided[group].importance)
         query = next((name for name in group.consumers if name.endswith((".q_b_proj", ".q_proj"))), None)
         if query is not None and "qk_nope_head_dim" in config:  # folding does not change what comes out of q_b_proj
             squares_HD = group_moments.loss_O(job.weights[f"{query}.weight"]).unflatten(
@@ -277,11 +316,11 @@ def few_samples(
 def search_norm_fold(
     job: LayerJob, grid: Grid, inputs: dict[Mlp, MlpInputs], norm_rms_H: torch.Tensor
 ) -> tuple[Fold, torch.Tensor]:
-    """The fold of the norm before the MLPs, and its scales [H]; identity where no MLP is quantized."""
+    """The fold of the norm before the MLPs, and its scales [H]; identity where no MLP is quantized or scaled."""
     layer = job.layer
     identity_H = torch.ones(job.inputs.shape[2], device=job.weights.device)
     judges = [mlp for mlp in layer.mlps if mlp.up in job.linears[grid] and len(inputs[mlp].rows_R)]
-    if not judges:
+    if not judges or "scales" not in job.steps:
         return Fold(), identity_H
     judges = sorted(judges, key=lambda mlp: -len(inputs[mlp].rows_R))[:SCALE_EXPERTS]
     choice = search_norm_scales(

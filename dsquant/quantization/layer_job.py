@@ -3,7 +3,7 @@
 Shape legend: N samples, T tokens, H hidden size, I in features.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from dsquant.model.activations import Activations
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import DecoderLayer
 from dsquant.quantization.statistics import Importance
+from dsquant.recipe import PRESET_STEPS, Step
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.source.weights import Weights
 
@@ -64,6 +65,8 @@ class LayerJob:
 
     widths: Mapping[str, int] = field(default_factory=dict)
     """Linear -> bits, where they are not its grid's: scales are searched for the grid, codes have these bits."""
+    steps: Collection[Step] = PRESET_STEPS["compact"]
+    """Of the quantization; `follow` is one where there is `quantized`."""
     quantized: QuantizedStream | None = None
     """The quantized model's hidden states, where linears are rounded for them; there is one grid then, and one rank."""
     ranks: Ranks = ALONE

@@ -75,7 +75,7 @@ def _quantize_mlp(
             outcomes.append(MlpOutcome())
             continue
         rounding = job.grid_of(grid, mlp.up)
-        result = quantize_mlp(job.skeleton, mlp, original, inputs, moments, norm_scales_H, grid, rounding)
+        result = quantize_mlp(job.skeleton, mlp, original, inputs, moments, norm_scales_H, grid, rounding, job.steps)
         outcomes.append(MlpOutcome(result.errors, result.weight_errors if grid.rounded else {}))
         if not result.errors.plain:
             job.keep_scales(grid, mlp.up, result.up_scales_W)
@@ -124,7 +124,8 @@ def moments_of(
     of_input = InputStatistics(job.inputs.shape[2], seed, job.weights.device)
     of_hidden = InputStatistics(len(original.up_WH), seed, job.weights.device)
     with fast_matmuls(job.weights.device):
-        for inputs_RH in inputs.parts():
-            of_input.add(inputs_RH)
-            of_hidden.add(original.hidden(job.skeleton, inputs_RH))
+        for rows_R, weights_R in inputs.parts():
+            inputs_RH = inputs.activations.rows(rows_R)
+            of_input.add(inputs_RH, weights_R)
+            of_hidden.add(original.hidden(job.skeleton, inputs_RH), weights_R)
     return of_input.moments(), of_hidden.moments()

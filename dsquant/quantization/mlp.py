@@ -4,7 +4,7 @@ Shape legend: R tokens, H hidden size, W width of the MLP.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,6 @@ from dsquant.model.gated import GatedWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import ROWS_AT_ONCE
 from dsquant.model.structure import Mlp
-from dsquant.quantization.compensate import compensated_weight
 from dsquant.quantization.scale import (
     ScaleChoice,
     candidate_scales,
@@ -26,6 +25,8 @@ from dsquant.quantization.scale import (
     scale_losses,
 )
 from dsquant.quantization.statistics import InputMoments, InputStatistics
+from dsquant.quantization.steps import rounded_weight
+from dsquant.recipe import Step
 from dsquant.rounding import Grid, QuantizedWeight, fake_quantize, round_to_nearest
 from dsquant.source.weights import Weights
 
@@ -43,11 +44,14 @@ class MlpInputs:
     """The normed hidden states of all tokens."""
     rows_R: torch.Tensor
     """int64: the tokens that reach this MLP, and any that were added because too few do."""
+    weights_R: torch.Tensor | None = None
+    """float32: what multiplies each token's inputs in the statistics; None where all count alike."""
 
-    def parts(self) -> Iterator[torch.Tensor]:
-        """All of them, in parts float32 [<= 4096, H]."""
-        for part_R in self.rows_R.split(ROWS_AT_ONCE):
-            yield self.activations.rows(part_R)
+    def parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """All of them and their weights, in parts of at most 4096."""
+        for start in range(0, len(self.rows_R), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            yield self.rows_R[part], None if self.weights_R is None else self.weights_R[part]
 
     def few(self) -> torch.Tensor:
         """At most `CHECK_ROWS` of them, evenly spaced, float32 [R, H]."""
@@ -58,8 +62,8 @@ class MlpInputs:
         """The second moments of all of them."""
         statistics = InputStatistics(self.activations.shape[2], seed, self.activations.device)
         with fast_matmuls(self.activations.device):
-            for inputs_RH in self.parts():
-                statistics.add(inputs_RH)
+            for rows_R, weights_R in self.parts():
+                statistics.add(self.activations.rows(rows_R), weights_R)
         return statistics.moments()
 
 
@@ -184,11 +188,12 @@ def quantize_mlp(
     norm_scales_H: torch.Tensor,
     grid: Grid,
     rounding: Grid,
+    steps: Collection[Step],
 ) -> MlpResult:
     """Quantizes gate, up and down of one MLP.
 
-    Scales between up and down are searched, every group's range is clipped where that helps, and the result is kept
-    only where the MLP's own output is nearer to the original's than plain rounding under the norm's scales gets.
+    Scales between up and down are searched and the weights rounded, as the steps say; the result is kept only where
+    the MLP's own output is nearer to the original's than plain rounding under the norm's scales gets.
 
     Args:
         skeleton: the network.
@@ -199,6 +204,7 @@ def quantize_mlp(
         norm_scales_H: the scales folded into the norm, [H].
         grid: the grid that scales are searched for.
         rounding: the grid that weights are rounded on.
+        steps: of the quantization.
 
     Returns:
         The quantized weights and what they cost.
@@ -207,33 +213,34 @@ def quantize_mlp(
         FloatingPointError: where the MLP's outputs are not finite.
     """
     input_moments, hidden_moments = moments
-    up_scales_W = search_up_scales(original, hidden_moments, grid)
+    up_scales_W = search_up_scales(original, hidden_moments, grid, steps)
     folded = scaled(original, norm_scales_H, up_scales_W)
     of_input, of_hidden = input_moments.divided(norm_scales_H), hidden_moments.divided(up_scales_W)
-    linears = rounded_linears(folded, (of_input, of_hidden), rounding)
+    linears = rounded_linears(folded, (of_input, of_hidden), rounding, steps)
     rounded = RoundedMlp(folded, linears, (of_input, of_hidden), up_scales_W)
     inputs_RH = inputs.few()
     return judged(skeleton, mlp, original, rounded, inputs_RH, inputs_RH, len(inputs.rows_R), norm_scales_H, rounding)
 
 
 def rounded_linears(
-    folded: GatedWeights, moments: tuple[InputMoments, InputMoments], grid: Grid
+    folded: GatedWeights, moments: tuple[InputMoments, InputMoments], grid: Grid, steps: Collection[Step]
 ) -> tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]:
-    """Rounds gate, up and down with compensation.
+    """Rounds gate, up and down as the steps say.
 
     Args:
         folded: the weights under their scales.
         moments: of the input, and of the down projection's input, under the same scales.
         grid: the grid that weights are rounded on.
+        steps: of the quantization.
 
     Returns:
         Gate, up and down.
     """
     of_input, of_hidden = moments
     return (
-        compensated_weight(folded.gate_WH, grid, of_input),
-        compensated_weight(folded.up_WH, grid, of_input),
-        compensated_weight(folded.down_HW, grid, of_hidden),
+        rounded_weight(folded.gate_WH, grid, of_input, steps),
+        rounded_weight(folded.up_WH, grid, of_input, steps),
+        rounded_weight(folded.down_HW, grid, of_hidden, steps),
     )
 
 
@@ -341,8 +348,12 @@ def _plainly_rounded(weights: GatedWeights, grid: Grid) -> GatedWeights:
     return GatedWeights(*(fake_quantize(part, grid) for part in weights.parts))
 
 
-def search_up_scales(original: GatedWeights, hidden_moments: InputMoments, grid: Grid) -> torch.Tensor:
-    """The scales between up and down, float32 [W]: those of least output error of down."""
+def search_up_scales(
+    original: GatedWeights, hidden_moments: InputMoments, grid: Grid, steps: Collection[Step]
+) -> torch.Tensor:
+    """The scales between up and down, float32 [W]: those of least output error of down; 1 without the step `scales`."""
+    if "scales" not in steps:
+        return torch.ones_like(hidden_moments.rms_I)
     scales_CW = candidate_scales(hidden_moments.rms_I, rms_of_columns([original.down_HW]))
     losses_C = scale_losses(original.down_HW, scales_CW, grid, hidden_moments)
     return scales_CW[losses_C.argmin().unsqueeze(0)].squeeze(0)  # a number would have to come from the GPU

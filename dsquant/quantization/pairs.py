@@ -7,13 +7,15 @@ GPTAQ, arXiv 2504.02692). That weight is rounded, on the moments of x~.
 Shape legend: R tokens, I in features, O out features.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
-from dsquant.quantization.compensate import compensated_weight, damping_of
-from dsquant.quantization.descent import descended_weight
+from dsquant.quantization.compensate import damped
 from dsquant.quantization.statistics import InputMoments, InputStatistics
+from dsquant.quantization.steps import rounded_weight
+from dsquant.recipe import Step
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.source.weights import CPU
 
@@ -50,33 +52,23 @@ class PairMoments:
         gram_II = self.moments.gram_II
         if gram_II is None or self.drift_II is None or not self.moments.count:
             return weight_OI
-        damped_II = _damped(gram_II.double(), DRIFT_DAMPING * len(gram_II) / self.moments.count)
+        damped_II = damped(gram_II.double(), DRIFT_DAMPING * len(gram_II) / self.moments.count)
         factor_II, problem = torch.linalg.cholesky_ex(damped_II)
         correction_II = torch.cholesky_solve(self.drift_II.double().T, factor_II).T.float()
         return weight_OI + torch.where(problem == 0, weight_OI @ correction_II, 0.0)
 
-    def rounded(self, weight_OI: torch.Tensor, grid: Grid) -> QuantizedWeight:
+    def rounded(self, weight_OI: torch.Tensor, grid: Grid, steps: Collection[Step]) -> QuantizedWeight:
         """Rounds a weight so that its outputs in the quantized model are near to the original's.
 
         Args:
             weight_OI: float32 [O, I].
             grid: the quantization grid.
+            steps: of the quantization.
 
         Returns:
-            The rounded weight; with inputs wider than `WIDEST_PAIRS` clipped only.
+            The rounded weight; with inputs wider than `WIDEST_PAIRS` clipped at most.
         """
-        wanted_OI, gram_II = self.followed(weight_OI), self.moments.gram_II
-        rounded = compensated_weight(wanted_OI, grid, self.moments)
-        if gram_II is None or not self.moments.count:
-            return rounded
-        damped_II = _damped(gram_II.clone(), damping_of(len(gram_II), self.moments.count))
-        return descended_weight(rounded, wanted_OI, damped_II)
-
-
-def _damped(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
-    mean = gram_II.diagonal().mean()
-    gram_II.diagonal().add_(damping * torch.where(mean > 0, mean, 1.0))
-    return gram_II
+        return rounded_weight(self.followed(weight_OI), grid, self.moments, steps)
 
 
 class PairStatistics:
@@ -94,8 +86,10 @@ class PairStatistics:
         wide = num_features > WIDEST_PAIRS
         self._drift_II = None if wide else torch.zeros(num_features, num_features, device=device)
 
-    def add(self, original_RI: torch.Tensor, quantized_RI: torch.Tensor) -> None:
-        """Takes more tokens into the sums: x and x~ of the same tokens, float32 [R, I]."""
+    def add(self, original_RI: torch.Tensor, quantized_RI: torch.Tensor, weights_R: torch.Tensor | None = None) -> None:
+        """Takes more tokens into the sums: x and x~ of the same tokens, float32 [R, I], and what multiplies them."""
+        if weights_R is not None:
+            original_RI, quantized_RI = (part_RI * weights_R.unsqueeze(1) for part_RI in (original_RI, quantized_RI))
         self._statistics.add(quantized_RI)
         if self._drift_II is not None:
             self._drift_II.addmm_((original_RI - quantized_RI).T, quantized_RI)

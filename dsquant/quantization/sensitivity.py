@@ -14,16 +14,16 @@ import torch
 
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.gated import GatedWeights
-from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights
+from dsquant.model.overlays import FoldedWeights, ReplacedWeights, ResidentWeights
 from dsquant.model.streaming import Routing
 from dsquant.model.structure import Mlp, ScaleGroup
-from dsquant.quantization.compensate import compensated_weight
+from dsquant.quantization.attention import search_scales, under_scales
 from dsquant.quantization.layer import few_samples, inputs_of, out_of_range, run_original, search_norm_fold
 from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.layer_mlps import MLPS_AHEAD, add_contributions, moments_of
 from dsquant.quantization.mlp import CHECK_ROWS, MlpInputs, rounded_linears, scaled, search_up_scales
-from dsquant.quantization.scale import fold_of, search_group
 from dsquant.quantization.statistics import InputMoments
+from dsquant.quantization.steps import rounded_weight
 from dsquant.rounding import UNQUANTIZED, Grid
 
 Errors = dict[str, dict[int, float]]
@@ -63,7 +63,7 @@ def measure_layer(job: LayerJob, groups: Mapping[str, Sequence[str]], widths: Se
     own = {group: found for group, found in moments.items() if group.consumers[0] in group_of}
     for linear, width, error in _attention_errors(job, own, grid, grids):
         errors[group_of[linear]][width] += error
-    inputs = {mlp: inputs_of(job, mlp, routing, {}) for mlp in job.layer.mlps}
+    inputs = {mlp: inputs_of(job.mlp_inputs, mlp, routing, {}, job.steps) for mlp in job.layer.mlps}
     _, norm_scales_H = search_norm_fold(job, grid, inputs, norm_rms_H)
     for number, mlp in enumerate(job.layer.mlps):
         job.safe_point(mlp.up.rsplit(".", 1)[0])
@@ -97,18 +97,14 @@ def _attention_errors(
     if not moments:
         return
     weights = ResidentWeights(job.weights)
-    scales = {group: search_group(weights, group, grid, found).scales_I for group, found in moments.items()}
-    fold = Fold()
-    for group in moments:
-        fold.update(fold_of(weights, group, scales[group]))
+    fold, scales = search_scales(weights, moments, grid, job.steps)
     folded = ResidentWeights(FoldedWeights(weights, fold))
     wanted, _ = few_samples(job, weights)
-    for group, found in moments.items():
+    for group, divided in under_scales(moments, scales).items():
         job.safe_point(group.consumers[0])
-        divided = found.divided(scales[group])
         for rounding in grids:
             replaced = {
-                name: compensated_weight(folded[name], rounding, divided).dequantize()
+                name: rounded_weight(folded[name], rounding, divided, job.steps).dequantize()
                 for name in (f"{linear}.weight" for linear in group.consumers)
             }
             output, _ = few_samples(job, ReplacedWeights(folded, replaced))
@@ -129,7 +125,7 @@ def _mlp_errors(
 ) -> Iterator[tuple[int, float]]:
     """Width, error; of at most `CHECK_ROWS` tokens, as of all."""
     of_input, of_hidden = moments
-    up_scales_W = search_up_scales(original, of_hidden, grid)
+    up_scales_W = search_up_scales(original, of_hidden, grid, job.steps)
     folded = scaled(original, norm_scales_H, up_scales_W)
     of_input, of_hidden = of_input.divided(norm_scales_H), of_hidden.divided(up_scales_W)
     step = max(1, -(-len(inputs.rows_R) // CHECK_ROWS))
@@ -140,7 +136,8 @@ def _mlp_errors(
     with fast_matmuls(inputs_RH.device):
         wanted_RH = original.output(job.skeleton, inputs_RH)
     for rounding in grids:
-        rounded = (weight.dequantize() for weight in rounded_linears(folded, (of_input, of_hidden), rounding))
+        linears = rounded_linears(folded, (of_input, of_hidden), rounding, job.steps)
+        rounded = (weight.dequantize() for weight in linears)
         with fast_matmuls(inputs_RH.device):
             found_RH = GatedWeights(*rounded).output(job.skeleton, inputs_RH / norm_scales_H)
         error = float(((found_RH - wanted_RH) * share_R1).square().sum(dtype=torch.float64))

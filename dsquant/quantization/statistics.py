@@ -53,8 +53,10 @@ class InputStatistics:
         self._factor_KI = torch.zeros(0, num_features, device=device)
         self._generator = torch.Generator(device).manual_seed(seed)
 
-    def add(self, inputs_RI: torch.Tensor) -> None:
-        """Takes more tokens' inputs into the sums, float32 [R, I]."""
+    def add(self, inputs_RI: torch.Tensor, weights_R: torch.Tensor | None = None) -> None:
+        """Takes more tokens into the sums: their inputs, float32 [R, I], and what multiplies each token's, [R]."""
+        if weights_R is not None:
+            inputs_RI = inputs_RI * weights_R.unsqueeze(1)
         if self._gram_II is not None:
             self._gram_II.addmm_(inputs_RI.T, inputs_RI)
         else:

@@ -1,4 +1,4 @@
-"""Quantizes one decoder layer for the inputs that the quantized model gives it: preset `best`.
+"""Quantizes one decoder layer for the inputs that the quantized model gives it: the step `follow`.
 
 Linears are rounded in the order of the data flow. Each is fitted to what it reads once everything before it is
 quantized, and aims at what the original puts out (`pairs`). So the layer has two streams of hidden states, the
@@ -14,16 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from dsquant.kernels.precision import fast_matmuls
-from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights
+from dsquant.model.overlays import FoldedWeights, ReplacedWeights, ResidentWeights
 from dsquant.model.streaming import Observer, Routing, Stream, run_dense_part
 from dsquant.model.structure import Mlp, ScaleGroup
-from dsquant.quantization.attention import AttentionResult, round_attention
-from dsquant.quantization.layer import checked, emit_dense_part, few_samples, search_norm_fold, sum_up, top_up
+from dsquant.quantization.attention import AttentionResult, round_attention, search_scales
+from dsquant.quantization.layer import checked, emit_dense_part, few_samples, read_by_mlps, search_norm_fold, sum_up
 from dsquant.quantization.layer_job import GridReport, LayerJob, LayerReport, QuantizedStream
-from dsquant.quantization.mlp import MlpInputs
 from dsquant.quantization.pairs import PairMoments, PairStatistics
-from dsquant.quantization.scale import fold_of, search_group
-from dsquant.quantization.statistics import InputStatistics
+from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.quantization.successive_mlps import quantize_mlps
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.source.weights import Weights
@@ -96,13 +94,13 @@ def _quantize(job: LayerJob) -> LayerReport:
     rms_H = (squares_H / job.mlp_inputs.num_rows).sqrt().float()
     if not bool(rms_H.isfinite().all()):
         raise FloatingPointError(layer.norm)
-    added = top_up(layer, job.weights, quantized.mlp_inputs, routing) if routing else {}
-    inputs = {mlp: _inputs_of(quantized, mlp, routing, added) for mlp in layer.mlps}
+    inputs, added = read_by_mlps(job, quantized.mlp_inputs, routing)
     fold, scales_H = search_norm_fold(job, grid, inputs, rms_H)
     emit_dense_part(job, grid, attention, fold, report)
     for group, scales_I in attention.scales.items():
         job.keep_scales(grid, group.producer, scales_I)
-    job.keep_scales(grid, layer.norm, scales_H)
+    if fold.rows:
+        job.keep_scales(grid, layer.norm, scales_H)
     sum_up(report, quantize_mlps(job, quantized, grid, inputs, scales_H, (original_routing, routing)))
     counts = routing.counts(len(layer.experts)).tolist() if routing else []
     return LayerReport(counts, {expert: len(rows_R) for expert, rows_R in added.items()}, [report])
@@ -112,26 +110,14 @@ def _unrouted(job: LayerJob) -> list[Mlp]:
     return [mlp for mlp in job.layer.mlps if mlp.expert is None]
 
 
-def _inputs_of(
-    quantized: QuantizedStream, mlp: Mlp, routing: Routing | None, added: Mapping[int, torch.Tensor]
-) -> MlpInputs:
-    activations = quantized.mlp_inputs
-    if mlp.expert is None:
-        return MlpInputs(activations, torch.arange(activations.num_rows, device=activations.device))
-    assert routing is not None
-    own_R, _ = routing.tokens_of(mlp.expert)
-    return MlpInputs(activations, torch.cat([own_R, added.get(mlp.expert, own_R[:0])]))
-
-
 def _quantize_attention(
     job: LayerJob, quantized: QuantizedStream, grid: Grid, report: GridReport
 ) -> tuple[_Streams, AttentionResult]:
     """Attention quantized group by group; plainly rounded where that leaves its output nearer to the original's."""
     weights = ResidentWeights(job.weights)
     unfolded = _Streams(job, quantized, weights, weights)
-    fold, scales = Fold(), _search_scales(unfolded, grid)
-    for group in job.layer.attention:
-        fold.update(fold_of(weights, group, scales[group]))
+    moments = _behind_quantized_layers(unfolded) if "scales" in job.steps else {}
+    fold, scales = search_scales(weights, moments, grid, job.steps)
     streams = _Streams(job, quantized, weights, ResidentWeights(FoldedWeights(weights, fold)))
     linears: dict[str, QuantizedWeight] = {}
     dequantized: dict[str, torch.Tensor] = {}
@@ -139,11 +125,11 @@ def _quantize_attention(
         job.safe_point(group.consumers[0])
         pairs = _observed_pairs(streams, dequantized, group.consumers[0])
         for linear in group.consumers:
-            linears[linear] = pairs.rounded(streams.folded[f"{linear}.weight"], grid)
+            linears[linear] = pairs.rounded(streams.folded[f"{linear}.weight"], grid, job.steps)
             dequantized[f"{linear}.weight"] = linears[linear].dequantize()
     searched, rounded = AttentionResult(fold, linears, scales), round_attention(linears, weights, lambda _: grid)
     report.attention_error, report.attention_error_plain = _error(streams, searched), _error(unfolded, rounded)
-    if report.attention_error < report.attention_error_plain:
+    if report.attention_error <= report.attention_error_plain:
         return streams, searched
     report.attention_error = report.attention_error_plain
     report.fallbacks.append(f"{job.layer.prefix}.self_attn")
@@ -160,8 +146,8 @@ def _error(streams: _Streams, attention: AttentionResult) -> float:
     return float((found - wanted).square().sum() / wanted.square().sum())
 
 
-def _search_scales(streams: _Streams, grid: Grid) -> dict[ScaleGroup, torch.Tensor]:
-    """The scales of every group, searched on what it reads behind the quantized layers before this one."""
+def _behind_quantized_layers(streams: _Streams) -> dict[ScaleGroup, InputMoments]:
+    """The moments of what every group of attention reads behind the quantized layers before this one."""
     job, width_of = streams.job, streams.job.weights.shape
     statistics = {
         group: InputStatistics(width_of(f"{group.consumers[0]}.weight")[1], job.seed, job.weights.device)
@@ -169,10 +155,7 @@ def _search_scales(streams: _Streams, grid: Grid) -> dict[ScaleGroup, torch.Tens
     }
     observers = {group.consumers[0]: found.add for group, found in statistics.items()}
     streams.run_quantized({}, (0, job.inputs.shape[0]), observers)
-    return {
-        group: search_group(streams.original_weights, group, grid, found.moments()).scales_I
-        for group, found in statistics.items()
-    }
+    return {group: found.moments() for group, found in statistics.items()}
 
 
 def _observed_pairs(streams: _Streams, replaced: Mapping[str, torch.Tensor], linear: str) -> PairMoments:

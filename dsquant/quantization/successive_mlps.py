@@ -86,20 +86,20 @@ class _Pairs:
         pairs = PairStatistics(self.job.inputs.shape[2], self.seed, device)
         hidden = InputStatistics(width, self.seed, device)
         with fast_matmuls(device):
-            for rows_R in self.inputs.rows_R.split(ROWS_AT_ONCE):
+            for rows_R, weights_R in self.inputs.parts():
                 inputs_RH = self.quantized.mlp_inputs.rows(rows_R)
-                pairs.add(self.job.mlp_inputs.rows(rows_R), inputs_RH)
-                hidden.add(self.original.hidden(self.job.skeleton, inputs_RH))
+                pairs.add(self.job.mlp_inputs.rows(rows_R), inputs_RH, weights_R)
+                hidden.add(self.original.hidden(self.job.skeleton, inputs_RH), weights_R)
         return pairs.moments(), hidden.moments()
 
     def of_hidden(self, rounded: GatedWeights, norm_scales_H: torch.Tensor, up_scales_W: torch.Tensor) -> PairMoments:
         """The moments of down's input behind rounded gate and up, under the scales."""
         pairs = PairStatistics(len(up_scales_W), self.seed, self.job.weights.device)
         with fast_matmuls(self.job.weights.device):
-            for rows_R in self.inputs.rows_R.split(ROWS_AT_ONCE):
+            for rows_R, weights_R in self.inputs.parts():
                 original_RW = self.original.hidden(self.job.skeleton, self.job.mlp_inputs.rows(rows_R)) / up_scales_W
                 inputs_RH = self.quantized.mlp_inputs.rows(rows_R) / norm_scales_H
-                pairs.add(original_RW, rounded.hidden(self.job.skeleton, inputs_RH))
+                pairs.add(original_RW, rounded.hidden(self.job.skeleton, inputs_RH), weights_R)
         return pairs.moments()
 
     def few(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,14 +109,14 @@ class _Pairs:
 
 
 def _quantize_mlp(pairs: _Pairs, mlp: Mlp, norm_scales_H: torch.Tensor, grid: Grid) -> MlpResult:
-    original = pairs.original
+    original, steps = pairs.original, pairs.job.steps
     of_input, unrounded_hidden = pairs.of_input()
-    up_scales_W = search_up_scales(original, unrounded_hidden, grid)
+    up_scales_W = search_up_scales(original, unrounded_hidden, grid, steps)
     folded, of_input = scaled(original, norm_scales_H, up_scales_W), of_input.divided(norm_scales_H)
-    gate, up = (of_input.rounded(weight_WH, grid) for weight_WH in (folded.gate_WH, folded.up_WH))
+    gate, up = (of_input.rounded(weight_WH, grid, steps) for weight_WH in (folded.gate_WH, folded.up_WH))
     rounded = GatedWeights(gate.dequantize(), up.dequantize(), folded.down_HW)
     of_hidden = pairs.of_hidden(rounded, norm_scales_H, up_scales_W)
-    linears = (gate, up, of_hidden.rounded(folded.down_HW, grid))
+    linears = (gate, up, of_hidden.rounded(folded.down_HW, grid, steps))
     proposed = RoundedMlp(folded, linears, (of_input.moments, of_hidden.moments), up_scales_W)
     num_rows, skeleton = len(pairs.inputs.rows_R), pairs.job.skeleton
     return judged(skeleton, mlp, original, proposed, *pairs.few(), num_rows, norm_scales_H, grid)

@@ -1,0 +1,38 @@
+"""A weight rounded as the steps of a recipe say.
+
+Shape legend: O out features, I in features.
+"""
+
+from collections.abc import Collection
+
+import torch
+
+from dsquant.quantization.clip import FULL_RANGE, SHRINKS, clipped_weight
+from dsquant.quantization.compensate import compensated_weight, damped, damping_of
+from dsquant.quantization.descent import descended_weight
+from dsquant.quantization.statistics import InputMoments
+from dsquant.recipe import Step
+from dsquant.rounding import Grid, QuantizedWeight
+
+
+def rounded_weight(
+    weight_OI: torch.Tensor, grid: Grid, moments: InputMoments, steps: Collection[Step]
+) -> QuantizedWeight:
+    """Rounds a weight with `clip`, `compensate` and `descend`, those of them that are steps; plainly with none.
+
+    Args:
+        weight_OI: float32 [O, I].
+        grid: the quantization grid.
+        moments: the inputs' moments. Where they hold no whole Gram matrix, or no token, nothing is compensated and
+            nothing descends.
+        steps: of the quantization.
+
+    Returns:
+        The rounded weight.
+    """
+    shrinks = SHRINKS if "clip" in steps else FULL_RANGE
+    rounded = (compensated_weight if "compensate" in steps else clipped_weight)(weight_OI, grid, moments, shrinks)
+    if "descend" not in steps or moments.gram_II is None or not moments.count:
+        return rounded
+    damping = damping_of(len(moments.gram_II), moments.count)
+    return descended_weight(rounded, weight_OI, damped(moments.gram_II.clone(), damping))
