@@ -31,7 +31,7 @@ from typing import get_args
 from benchmarks.peers.decoding import stored_bits
 from benchmarks.peers.reference import Divergence, Evaluator
 from benchmarks.peers.tokens import chosen_windows, halves, read_tokens, spaced_windows, tokens_of, write_tokens
-from dsquant.recipe import Preset
+from dsquant.recipe import PRESET_STEPS, STEPS, Preset
 
 CALIBRATION_SHAPE = (64, 256)
 EVALUATION_SHAPE = (32, 512)
@@ -90,6 +90,22 @@ def own_methods() -> list[Method]:
         for bits in MIXED_BITS
     ]
     return [*uniform, *mixed]
+
+
+def step_methods() -> list[Method]:
+    """dsquant's steps: each alone, and what presets give with one step less or more; symmetric, every linear."""
+    chosen: dict[tuple[str, ...], tuple[str, ...]] = {("none",): ("none",)}
+    chosen |= {("only", step): (step,) for step in STEPS}
+    for preset in ("compact", "best"):
+        own = PRESET_STEPS[preset]
+        for step in STEPS:
+            change = "without" if step in own else "with"
+            chosen[preset, change, step] = tuple(one for one in STEPS if (one in own) != (one == step))
+    form = ("--preset", "compact", "--to", "compressed-tensors", "--symmetric", "--steps")
+    return [
+        Method("-".join(("dsquant", *words)), " ".join(("dsquant", *words)), None, (*form, ",".join(steps)))
+        for words, steps in chosen.items()
+    ]
 
 
 def command_of(method: Method, model: Path, work: Path, seed_work: Path, arguments: argparse.Namespace) -> list[str]:
@@ -325,7 +341,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for tokens, checkpoints and logs")
     parser.add_argument("--peers", type=Path, default=Path("peers"), help="folder of the peers' environments")
     parser.add_argument(
-        "--methods", nargs="+", help="names; left out, dsquant's and every peer whose environment is there"
+        "--methods",
+        nargs="+",
+        help="names; left out, dsquant's presets and every peer whose environment is there; single steps only by name",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration windows")
     parser.add_argument("--dsquant", default="dsquant", help="dsquant's command")
@@ -347,6 +365,7 @@ def chosen_methods(arguments: argparse.Namespace) -> list[Method]:
     methods = [*PEERS, *own_methods()]
     if not arguments.methods:
         return [one for one in methods if not one.environment or (arguments.peers / one.environment).exists()]
+    methods += step_methods()
     unknown = set(arguments.methods) - {method.name for method in methods}
     if unknown:
         raise SystemExit(f"no method {', '.join(sorted(unknown))}; there are {', '.join(one.name for one in methods)}")

@@ -204,13 +204,13 @@ def _check_steps(recipe: Recipe, by_grid: Mapping[Grid, frozenset[str]], skeleto
     mixture = any(layer.experts for layer in skeleton.layers)
     if "gate-weights" in recipe.steps and not mixture:
         raise UsageError("step gate-weights: this model has no routed experts; leave the step out of --steps")
-    if "descend" in recipe.steps and all(not grid.rounded for grid in by_grid):
+    if "follow" in recipe.steps and GGUF_GRID in by_grid:
+        raise UsageError(f"{FOLLOW}: GGUF rounds its weights itself; {WITHOUT_FOLLOW}")
+    if "descend" in recipe.steps and not any(grid.rounded for grid in by_grid):
         raise UsageError("step descend: GGUF rounds its weights itself; leave the step out of --steps")
     if "follow" not in recipe.steps:
         return
-    if GGUF_GRID in by_grid:
-        raise UsageError(f"{FOLLOW}: GGUF rounds its weights itself; {WITHOUT_FOLLOW}")
-    if mixture and recipe.preset != "compact" and recipe.preset != "best":
+    if mixture and recipe.preset in (None, "quality"):
         raise UsageError(f"{FOLLOW} rounds every linear, preset quality does not; take --preset best, or compact")
     if len(by_grid) > 1:
         raise UsageError(
