@@ -1,6 +1,7 @@
 """Steps of the quantization behind options: each alone, a preset's spelled out, and what does not go together."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,9 @@ from dsquant.model.structure import Mlp
 from dsquant.pipeline import _resolved_for
 from dsquant.quantization.layer import inputs_of
 from dsquant.quantization.steps import rounded_weight
-from dsquant.recipe import PRESET_STEPS, STEPS, Recipe
+from dsquant.recipe import PRESET_STEPS, STEPS, Recipe, Step
 from dsquant.rounding import Grid, round_to_nearest
 from dsquant.source.checkpoint import open_checkpoint
-
-COMPACT = PRESET_STEPS["compact"]
 
 
 def _run(model: Path, text: Path, output: Path, **more: Any) -> Path:
@@ -35,8 +34,16 @@ def _record(output: Path) -> dict[str, Any]:
     return json.loads((output / "dsquant.json").read_text())
 
 
-def _weights(output: Path) -> dict[str, str]:
-    return {name: digest for name, digest in contents(output).items() if name.endswith(".safetensors")}
+def _changed(one: Path, other: Path) -> set[str]:
+    """The parameters that differ between two outputs."""
+    first, second = (open_checkpoint(output).weights for output in (one, other))
+    return {name for name in first if not torch.equal(first[name], second[name])}
+
+
+def _experts_of(parameters: set[str]) -> set[tuple[int, int]]:
+    """Layer and number of the routed experts that parameters belong to, which all must."""
+    assert all(".mlp.experts." in name for name in parameters)
+    return {(int(name.split(".")[2]), int(name.split(".")[5])) for name in parameters}
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -49,6 +56,16 @@ def test_each_step_alone_makes_an_output_that_verifies(
     assert f"preset compact, steps {steps}: " in (output / "README.md").read_text()
 
 
+@pytest.mark.parametrize("steps", ["scales,clip,gate-weights", "compensate,follow,descend"])
+def test_experts_without_any_token_are_quantized_all_the_same(
+    pico_r1: Path, text_file: Path, tmp_path: Path, steps: str
+) -> None:
+    output = _run(pico_r1, text_file, tmp_path / "out", steps=steps, samples=1, seq_len=8)
+    assert 0 in _record(output)["layers"][1]["tokens_per_expert"]
+    assert any("on these alone" in warning for warning in _record(output)["warnings"])
+    assert not dsquant.verify(output, progress=False).findings
+
+
 @pytest.mark.parametrize("to", ["awq", "compressed-tensors"])
 def test_no_steps_are_plain_rounding(pico_r1: Path, text_file: Path, tmp_path: Path, to: str) -> None:
     output = _run(pico_r1, text_file, tmp_path / "out", steps="none", to=to)
@@ -56,12 +73,9 @@ def test_no_steps_are_plain_rounding(pico_r1: Path, text_file: Path, tmp_path: P
     original, found = open_checkpoint(pico_r1).weights, open_checkpoint(output).weights
     grid, quantized = Grid(4, 64, to == "compressed-tensors"), _record(output)["outputs"][to]["weight_errors"]
     for name in original:
-        wanted = original[name]
-        if name.removesuffix(".weight") in quantized:
-            wanted = round_to_nearest(wanted, grid).dequantize()
-        assert torch.equal(found[name], wanted.to(torch.bfloat16).float() if wanted.dim() == 1 else wanted) or (
-            torch.allclose(found[name], wanted, rtol=2**-8, atol=0)
-        )
+        rounded = name.removesuffix(".weight") in quantized
+        wanted = round_to_nearest(original[name], grid).dequantize() if rounded else original[name]
+        assert torch.allclose(found[name], wanted, rtol=0 if rounded else 2**-8, atol=0), name
 
 
 @pytest.mark.parametrize("preset", PRESET_STEPS)
@@ -74,3 +88,110 @@ def test_a_presets_steps_spelled_out_in_any_order_are_the_same_job(
     ]
     assert contents(outputs[0]) == contents(outputs[1])
     assert f"preset {preset}: " in (outputs[0] / "README.md").read_text()
+
+
+def test_topping_up_changes_starved_experts_only(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    size = {"samples": 24, "seq_len": 64}
+    without, topped_up = (
+        _run(pico_r1, text_file, tmp_path / steps, steps=steps, **size) for steps in ("clip", "clip,top-up")
+    )
+    starved = {(layer["layer"], int(one)) for layer in _record(topped_up)["layers"] for one in layer["topped_up"]}
+    assert 0 < len(starved) < 4 * 8
+    assert _experts_of(_changed(without, topped_up)) == starved
+    assert not any(layer["topped_up"] for layer in _record(without)["layers"])
+
+
+def test_gate_weights_change_routed_experts_only(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    alike, weighted = (
+        _run(pico_r1, text_file, tmp_path / steps, steps=steps) for steps in ("clip", "clip,gate-weights")
+    )
+    assert _experts_of(_changed(alike, weighted))
+
+
+MLP = Mlp("routed expert", "gate", "up", "down", expert=0)
+
+
+def _two_kinds_of_tokens() -> tuple[Activations, Routing, torch.Tensor]:
+    """1000 tokens of which an expert has a share of 0.9, 1000 others with 0.1, and which are the first."""
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.randn(2, 128, 128, generator=generator) / 128**0.5
+    inputs_RH = (torch.randn(2, 1000, 128, generator=generator) @ mixing).flatten(0, 1)
+    heavy_R = torch.arange(2000) < 1000
+    routing = Routing(torch.zeros(2000, 1, dtype=torch.int16), torch.where(heavy_R, 0.9, 0.1).unsqueeze(1))
+    return Activations(inputs_RH.unsqueeze(0)), routing, heavy_R
+
+
+@pytest.mark.parametrize("steps", [("compensate",), ("clip", "compensate", "descend")], ids="-".join)
+def test_gate_weights_shift_errors_to_tokens_with_a_small_share(steps: tuple[Step, ...]) -> None:
+    inputs, routing, heavy_R = _two_kinds_of_tokens()
+    weight_OI = torch.randn(64, 128, generator=torch.Generator().manual_seed(4))
+
+    def errors(chosen: tuple[Step, ...]) -> tuple[float, float]:
+        moments = inputs_of(inputs, MLP, routing, {}, chosen).moments(seed=0)
+        change_OI = rounded_weight(weight_OI, Grid(4, 64, True), moments, chosen).difference(weight_OI)
+        squares_R = (inputs.samples(0, 1)[0] @ change_OI.T).square().sum(1)
+        return float(squares_R[heavy_R].sum()), float(squares_R[~heavy_R].sum())
+
+    alike, weighted = errors(steps), errors((*steps, "gate-weights"))
+    assert weighted[0] < 0.9 * alike[0] and weighted[1] > 1.1 * alike[1]
+
+
+def test_added_tokens_weigh_as_the_least_of_an_experts_own() -> None:
+    inputs, routing, _ = _two_kinds_of_tokens()
+    routing = Routing(torch.tensor([[0], [0], [1]], dtype=torch.int16), torch.tensor([[0.5], [0.2], [0.7]]))
+    added = {0: torch.tensor([2]), 5: torch.tensor([0, 1])}
+    found = inputs_of(inputs, MLP, routing, added, ("gate-weights",))
+    assert found.rows_R.tolist() == [0, 1, 2] and found.weights_R is not None
+    assert torch.equal(found.weights_R, torch.tensor([0.5, 0.2, 0.2]))
+    without_own = inputs_of(inputs, replace(MLP, expert=5), routing, added, ("gate-weights",))
+    assert without_own.weights_R is not None and without_own.weights_R.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"steps": "follow", "to": ["awq", "compressed-tensors"]}, "step follow .* have different grids; add --symm"),
+        ({"steps": "follow", "to": ["awq", "gguf:Q4_K_M"], "group_size": 32}, "step follow .*GGUF rounds .* leave"),
+        ({"steps": "follow", "target_bits": 5.0}, "--target-bits: .* step follow .* leave the step out"),
+        ({"steps": "follow", "preset": "quality"}, "step follow .* rounds every linear, .* take --preset best"),
+        ({"steps": "descend", "to": "gguf:Q4_K_M"}, "step descend: GGUF rounds .* leave the step out"),
+        ({"steps": "clip,fold"}, r"steps\.1: Input should be 'scales', 'clip'"),
+    ],
+)
+def test_steps_that_cannot_be_taken_are_refused(
+    pico_r1: Path, text_file: Path, tmp_path: Path, more: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        _run(pico_r1, text_file, tmp_path / "out", **more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dense_model_takes_all_steps_but_gate_weights(text_file: Path, tmp_path: Path) -> None:
+    model = add_tokenizer(make_dense(tmp_path / "model", QWEN2), vocabulary=290)
+    with pytest.raises(UsageError, match="gate-weights: this model has no routed experts; leave"):
+        _run(model, text_file, tmp_path / "out", steps=STEPS)
+    output = _run(model, text_file, tmp_path / "out", steps="clip,follow,descend", preset=None)
+    assert _record(output)["recipe"]["preset"] == "compact"
+
+
+def test_several_ranks_share_all_steps_but_follow(pico_r1: Path, tmp_path: Path) -> None:
+    options = {"model": str(pico_r1), "output": tmp_path / "out", "preset": "best"}
+    assert "descend" in _resolved_for(Recipe(**options, steps="scales,descend"), Ranks(0, 2)).steps
+    with pytest.raises(UsageError, match=r"2 processes cannot share .* leave the step out of --steps"):
+        _resolved_for(Recipe(**options, steps="follow"), Ranks(0, 2))
+
+
+def test_descent_without_following_serves_several_formats(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    more = {"preset": "quality", "steps": "descend"}
+    both = _run(pico_r1, text_file, tmp_path / "both", to=["awq", "compressed-tensors"], **more)
+    one = _run(pico_r1, text_file, tmp_path / "one", **more)
+    assert not _changed(both / "compressed-tensors", one)
+
+
+def test_widths_are_chosen_for_the_steps_of_the_job(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    errors = []
+    for steps in ("none", "clip"):
+        output = _run(pico_r1, text_file, tmp_path / steps, steps=steps, target_bits=5.0)
+        assert not dsquant.verify(output, progress=False).findings
+        errors.append(sum(group["errors"]["4"] for group in _record(output)["precision"].values()))
+    assert errors[1] < errors[0]
