@@ -52,8 +52,10 @@ def quantize_attention(
     fold, scales = search_scales(weights, moments, grid, steps)
     folded = FoldedWeights(weights, fold)
     linears = {
-        linear: rounded_weight(folded[f"{linear}.weight"], grid_of(linear), found, steps)
-        for group, found in under_scales(moments, scales).items()
+        linear: rounded_weight(
+            folded[f"{linear}.weight"], grid_of(linear), under_scales(found, scales.get(group)), steps
+        )
+        for group, found in moments.items()
         for linear in group.consumers
     }
     return AttentionResult(fold, linears, scales)
@@ -82,11 +84,9 @@ def search_scales(
     return fold, scales
 
 
-def under_scales(
-    moments: Mapping[ScaleGroup, InputMoments], scales: Mapping[ScaleGroup, torch.Tensor]
-) -> dict[ScaleGroup, InputMoments]:
-    """The moments of every group's input once the scales are folded; as they are for groups without."""
-    return {group: found.divided(scales[group]) if group in scales else found for group, found in moments.items()}
+def under_scales(moments: InputMoments, scales_I: torch.Tensor | None) -> InputMoments:
+    """The moments of a group's input once its scales are folded; as they are where it has none."""
+    return moments if scales_I is None else moments.divided(scales_I)
 
 
 def round_attention(linears: Iterable[str], weights: Weights, grid_of: Callable[[str], Grid]) -> AttentionResult:

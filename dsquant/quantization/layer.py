@@ -279,10 +279,10 @@ def _note_attention(
 ) -> None:
     """Notes the importance of what attention's linears read under the scales."""
     config = job.skeleton.config
-    divided = under_scales(moments, attention.scales)
     for group, group_moments in moments.items():
+        divided = under_scales(group_moments, attention.scales.get(group))
         for linear in group.consumers:
-            job.note(grid, linear, divided[group].importance)
+            job.note(grid, linear, divided.importance)
         query = next((name for name in group.consumers if name.endswith((".q_b_proj", ".q_proj"))), None)
         if query is not None and "qk_nope_head_dim" in config:  # folding does not change what comes out of q_b_proj
             squares_HD = group_moments.loss_O(job.weights[f"{query}.weight"]).unflatten(

@@ -100,8 +100,9 @@ def _attention_errors(
     fold, scales = search_scales(weights, moments, grid, job.steps)
     folded = ResidentWeights(FoldedWeights(weights, fold))
     wanted, _ = few_samples(job, weights)
-    for group, divided in under_scales(moments, scales).items():
+    for group, found in moments.items():
         job.safe_point(group.consumers[0])
+        divided = under_scales(found, scales.get(group))
         for rounding in grids:
             replaced = {
                 name: rounded_weight(folded[name], rounding, divided, job.steps).dequantize()
