@@ -7,14 +7,16 @@ GPTAQ, arXiv 2504.02692). That weight is rounded, on the moments of x~.
 Shape legend: R tokens, I in features, O out features.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dsquant.quantization.compensate import compensated_weight, damping_of
+from dsquant.kernels.precision import fast_matmuls
+from dsquant.quantization.compensate import compensated_weight, damping_of, rows_at_once_of
 from dsquant.quantization.descent import descended_weight
 from dsquant.quantization.statistics import InputMoments, InputStatistics
-from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.rounding import Grid, QuantizedWeight, stacked
 from dsquant.source.weights import CPU
 
 # Inputs up to this width are kept as whole matrices here, which takes R1's hidden states (7168).
@@ -52,25 +54,36 @@ class PairMoments:
             return weight_OI
         damped_II = _damped(gram_II.double(), DRIFT_DAMPING * len(gram_II) / self.moments.count)
         factor_II, problem = torch.linalg.cholesky_ex(damped_II)
-        correction_II = torch.cholesky_solve(self.drift_II.double().T, factor_II).T.float()
-        return weight_OI + torch.where(problem == 0, weight_OI @ correction_II, 0.0)
+        with fast_matmuls(weight_OI.device):
+            if len(weight_OI) < len(gram_II):  # the fewer right-hand sides to solve for
+                change_OI = _solved(weight_OI @ self.drift_II, factor_II)
+            else:
+                change_OI = weight_OI @ _solved(self.drift_II, factor_II)
+        return weight_OI + torch.where(problem == 0, change_OI, 0.0)
 
-    def rounded(self, weight_OI: torch.Tensor, grid: Grid) -> QuantizedWeight:
-        """Rounds a weight so that its outputs in the quantized model are near to the original's.
+    def rounded(self, weights: Sequence[torch.Tensor], grid: Grid) -> list[QuantizedWeight]:
+        """Rounds weights that read this input so that their outputs in the quantized model are near to the original's.
 
         Args:
-            weight_OI: float32 [O, I].
+            weights: float32 [O, I], each with its own O.
             grid: the quantization grid.
 
         Returns:
-            The rounded weight; with inputs wider than `WIDEST_PAIRS` clipped only.
+            The rounded weights; with inputs wider than `WIDEST_PAIRS` clipped only.
         """
-        wanted_OI, gram_II = self.followed(weight_OI), self.moments.gram_II
+        wanted_OI, gram_II = self.followed(torch.cat(list(weights))), self.moments.gram_II
         rounded = compensated_weight(wanted_OI, grid, self.moments)
-        if gram_II is None or not self.moments.count:
-            return rounded
-        damped_II = _damped(gram_II.clone(), damping_of(len(gram_II), self.moments.count))
-        return descended_weight(rounded, wanted_OI, damped_II)
+        if gram_II is not None and self.moments.count:
+            damped_II = _damped(gram_II.clone(), damping_of(len(gram_II), self.moments.count))
+            rows_at_once = rows_at_once_of(wanted_OI)
+            parts = zip(rounded.split(rows_at_once), wanted_OI.split(rows_at_once), strict=True)
+            rounded = stacked([descended_weight(*part, damped_II) for part in parts])
+        return rounded.split([len(weight_OI) for weight_OI in weights])
+
+
+def _solved(sides_RI: torch.Tensor, factor_II: torch.Tensor) -> torch.Tensor:
+    """X with X H = sides, H = factor factor^T in float64; X is float32."""
+    return torch.cholesky_solve(sides_RI.double().T, factor_II).T.float()
 
 
 def _damped(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
