@@ -1,4 +1,4 @@
-"""Times coordinate descent on R1's shapes on a GPU: with codes moved by PyTorch, and by the Triton kernel.
+"""Times coordinate descent on R1's shapes on a GPU: with groups moved by PyTorch, and by the Triton kernel.
 
     python -m benchmarks.descent
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from dsquant.kernels.descent import descend_codes, descend_codes_reference
+from dsquant.kernels.descent import descend_group, descend_group_reference
 from dsquant.kernels.losses import gram_losses
 from dsquant.quantization import descent
 from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
@@ -35,7 +35,7 @@ def milliseconds(work: Callable[[], QuantizedWeight], repeats: int) -> tuple[flo
 def main() -> None:
     """Prints a row for each shape and grid."""
     torch.manual_seed(0)
-    print("| weight | grid | codes by | ms | error left |")
+    print("| weight | grid | groups by | ms | error left |")
     print("|---|---|---|---|---|")
     for name, (rows, columns) in SHAPES.items():
         weight_OI = torch.randn(rows, columns, device="cuda")
@@ -44,8 +44,8 @@ def main() -> None:
         gram_II = inputs_RI.T @ inputs_RI / TOKENS + 0.01 * torch.eye(columns, device="cuda")
         for symmetric in (True, False):
             start = round_to_nearest(weight_OI, Grid(4, 128, symmetric))
-            for how, codes, repeats in (("PyTorch", descend_codes_reference, 1), ("Triton", descend_codes, 3)):
-                descent.descend_codes = codes
+            for how, groups, repeats in (("PyTorch", descend_group_reference, 1), ("Triton", descend_group, 3)):
+                descent.descend_group = groups
                 spent, found = milliseconds(lambda: descent.descended_weight(start, weight_OI, gram_II), repeats)  # noqa: B023
                 error = float(gram_losses(found.difference(weight_OI), gram_II).sum())
                 print(f"| {name} | {'symmetric' if symmetric else 'asymmetric'} | {how} | {spent:.1f} | {error:.1f} |")

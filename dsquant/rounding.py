@@ -7,6 +7,7 @@ symmetric grid is the same with a constant zero point of 2**(bits - 1), as compr
 representation serves both.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,9 +71,30 @@ class QuantizedWeight:
         norm = weight_OI.norm().double()
         return torch.where(norm > 0, self.difference(weight_OI).norm().double() / norm, 0.0)
 
+    def split(self, num_rows: int | list[int]) -> list["QuantizedWeight"]:
+        """Parts of so many rows each, as `torch.split` makes them."""
+        parts = zip(*(part.split(num_rows) for part in self._tensors), strict=True)
+        return [QuantizedWeight(codes_OI, scales_OG, zeros_OG, self.grid) for codes_OI, scales_OG, zeros_OG in parts]
+
+    def or_else(self, other: "QuantizedWeight", keep_O: torch.Tensor) -> "QuantizedWeight":
+        """These rows where `keep_O` (bool [O]) is true, and another's on the same grid elsewhere."""
+        pairs = zip(self._tensors, other._tensors, strict=True)
+        codes_OI, scales_OG, zeros_OG = (torch.where(keep_O.unsqueeze(1), own, its) for own, its in pairs)
+        return QuantizedWeight(codes_OI, scales_OG, zeros_OG, self.grid)
+
+    @property
+    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.codes_OI, self.scales_OG, self.zero_points_OG
+
     @property
     def _rows(self) -> grids.RoundedRows:
-        return grids.RoundedRows(self.codes_OI, self.scales_OG, self.zero_points_OG)
+        return grids.RoundedRows(*self._tensors)
+
+
+def stacked(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """One weight of the rows of several, which share a grid and their number of columns."""
+    codes_OI, scales_OG, zeros_OG = (torch.cat(same) for same in zip(*(part._tensors for part in parts), strict=True))
+    return QuantizedWeight(codes_OI, scales_OG, zeros_OG, parts[0].grid)
 
 
 def grid_parameters(

@@ -67,18 +67,20 @@ def _one_sweep(weight: QuantizedWeight, wanted_OI: torch.Tensor, gram_II: torch.
                 inside = 0 <= tried[group] <= grid.maximum_code
                 if inside and loss(code, scale, tried) < loss(code, scale, zero):
                     zero[:] = tried
-        for column in range(len(wanted)):
-            gradient = gram[column] @ difference(code, scale, zero, wanted)
-            best = code[column] - gradient / gram[column, column] / scale[column // size]
-            code[column] = np.clip(np.round(best), 0, grid.maximum_code)
+            for column in range(group * size, (group + 1) * size):
+                gradient = gram[column] @ difference(code, scale, zero, wanted)
+                best = code[column] - gradient / gram[column, column] / scale[group]
+                code[column] = np.clip(np.round(best), 0, grid.maximum_code)
     return [codes, scales, zeros]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("near", [32, 64, 1024])
 def test_a_sweep_moves_one_number_after_the_other_to_its_best_value(
-    symmetric: bool, monkeypatch: pytest.MonkeyPatch
+    near: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(descent, "SWEEPS", 1)
+    monkeypatch.setattr(descent, "NEAR", near)
     grid, gram_II, wanted_OI = Grid(4, 32, symmetric), _gram(96), _weight(8, 96)
     start = round_to_nearest(wanted_OI, grid)
     found = descended_weight(start, wanted_OI, gram_II)

@@ -85,32 +85,41 @@ def test_compensation_in_triton_does_what_the_reference_does(
     _same_compensation(rows, size, bits, symmetric, seed, SHRINKS[::5])
 
 
-def _same_descent(rows: int, size: int, bits: int, seed: int) -> None:
+def _same_descent(rows: int, size: int, bits: int, symmetric: bool, seed: int) -> None:
     from dsquant.kernels import descent_triton
 
     weight_OI, gram_II = _weight(rows, size, seed), _gram(size, seed)
-    rounded = round_to_nearest(weight_OI, Grid(bits, size, False))
-    scales_O = rounded.scales_OG[:, 0]
-    codes_SO = rounded.codes_OI.float().T.contiguous()
+    rounded = round_to_nearest(weight_OI, Grid(bits, size, symmetric))
     gradient_SO = (rounded.difference(weight_OI) @ gram_II).T.contiguous()
-    parts = (gradient_SO, gram_II, scales_O)
-    expected_SO, found_SO = codes_SO.clone(), codes_SO.to(DEVICE, copy=True)
-    descent.descend_codes_reference(expected_SO, *parts, 2**bits - 1)
-    changes_SO = descent_triton.descend_codes(found_SO, *(part.to(DEVICE) for part in parts), 2**bits - 1)
-    found_SO = found_SO.cpu()
-    torch.testing.assert_close(changes_SO.cpu(), (found_SO - codes_SO) * scales_O)
-    assert float((found_SO == expected_SO).all(0).float().mean()) > 0.9
-    losses = []
-    for codes in (codes_SO, expected_SO, found_SO):
-        left_OI = (codes.T - rounded.zero_points_OG.float()) * scales_O.unsqueeze(1) - weight_OI
-        losses.append(float(((left_OI @ gram_II) * left_OI).sum()))
-    assert losses[2] <= losses[0] and losses[2] == pytest.approx(losses[1], rel=1e-2 if rows < 100 else 1e-3)
+
+    def group(device: str) -> descent.DescendingGroup:
+        parts = (rounded.codes_OI.T.float(), rounded.scales_OG[:, 0], rounded.zero_points_OG[:, 0].float())
+        return descent.DescendingGroup(*(part.contiguous().to(device, copy=True) for part in parts))
+
+    def dequantized(group: descent.DescendingGroup) -> torch.Tensor:
+        return ((group.codes_SO - group.zero_points_O) * group.scales_O).cpu()
+
+    def loss(group: descent.DescendingGroup) -> float:
+        left_OI = dequantized(group).T - weight_OI
+        return float(((left_OI @ gram_II) * left_OI).sum())
+
+    before, expected, found = group("cpu"), group("cpu"), group(DEVICE)
+    descent.descend_group_reference(expected, gradient_SO, gram_II, 2**bits - 1, symmetric)
+    on_device = (gradient_SO.to(DEVICE), gram_II.to(DEVICE))
+    changes_SO = descent_triton.descend_group(found, *on_device, 2**bits - 1, symmetric)
+    torch.testing.assert_close(changes_SO.cpu(), dequantized(found) - dequantized(before))
+    same_O = (found.codes_SO.cpu() == expected.codes_SO).all(0) & (found.scales_O.cpu() == expected.scales_O)
+    assert float((same_O & (found.zero_points_O.cpu() == expected.zero_points_O)).float().mean()) > 0.9
+    assert loss(found) <= loss(before)
+    assert loss(found) == pytest.approx(loss(expected), rel=1e-2 if rows < 100 else 1e-3)
 
 
 @interpreted
-@given(rows=few_rows, size=st.sampled_from([32, 64]), bits=st.integers(2, 4), seed=seeds)
-def test_descent_in_triton_does_what_the_reference_does(rows: int, size: int, bits: int, seed: int) -> None:
-    _same_descent(rows, size, bits, seed)
+@given(rows=few_rows, size=st.sampled_from([32, 64]), bits=st.integers(2, 4), symmetric=st.booleans(), seed=seeds)
+def test_descent_in_triton_does_what_the_reference_does(
+    rows: int, size: int, bits: int, symmetric: bool, seed: int
+) -> None:
+    _same_descent(rows, size, bits, symmetric, seed)
 
 
 def _same_shrinks(rows: int, size: int, num_groups: int, bits: int, symmetric: bool, seed: int) -> None:
@@ -313,7 +322,7 @@ def test_products_with_four_bit_weights_are_the_exact_ones_within_the_types_erro
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_searches_on_the_gpu_do_what_the_references_do(size: int, symmetric: bool) -> None:
     _same_compensation(4100, size, 4, symmetric, 5)
-    _same_descent(4100, size, 4, 5)
+    _same_descent(4100, size, 4, symmetric, 5)
     _same_shrinks(1030, size, 9, 4, symmetric, 5)
 
 

@@ -11,6 +11,7 @@ from dsquant.recipe import PRESET_STEPS
 from dsquant.rounding import Grid
 
 SEED = 5
+BEST = PRESET_STEPS["best"]
 
 
 def _inputs(num_tokens: int, num_features: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,19 +70,17 @@ def test_outputs_come_nearer_to_the_originals_on_unseen_tokens(grid: Grid) -> No
     def error(weight: torch.Tensor) -> float:
         return float((quantized_RI[unseen] @ weight.T - wanted_RO).square().sum())
 
-    alone = _statistics(quantized_RI[seen], quantized_RI[seen]).moments().rounded(weight_OI, grid, PRESET_STEPS["best"])
+    alone = _statistics(quantized_RI[seen], quantized_RI[seen]).moments().rounded([weight_OI], grid, BEST)[0]
     moments = _statistics(original_RI[seen], quantized_RI[seen]).moments()
     assert error(moments.followed(weight_OI)) < 0.5 * error(weight_OI)
-    assert error(moments.rounded(weight_OI, grid, PRESET_STEPS["best"]).dequantize()) < 0.6 * error(alone.dequantize())
+    assert error(moments.rounded([weight_OI], grid, BEST)[0].dequantize()) < 0.6 * error(alone.dequantize())
 
 
 def test_wide_inputs_are_clipped_and_no_token_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_OI, grid = _weight(8, 128), Grid(4, 64, True)
-    assert bool(
-        PairStatistics(128, SEED).moments().rounded(weight_OI, grid, PRESET_STEPS["best"]).dequantize().isfinite().all()
-    )
+    assert bool(PairStatistics(128, SEED).moments().rounded([weight_OI], grid, BEST)[0].dequantize().isfinite().all())
     monkeypatch.setattr(pairs, "WIDEST_PAIRS", 64)
     moments = _statistics(*_inputs(200, 128)).moments()
     assert moments.drift_II is None
     wanted = clipped_weight(weight_OI, grid, moments.moments)
-    assert torch.equal(moments.rounded(weight_OI, grid, PRESET_STEPS["best"]).codes_OI, wanted.codes_OI)
+    assert torch.equal(moments.rounded([weight_OI], grid, BEST)[0].codes_OI, wanted.codes_OI)

@@ -18,7 +18,7 @@ from dsquant.kernels.compensation import compensate_group
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.quantization.clip import SHRINKS, clipped_weight
 from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments
-from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.rounding import Grid, QuantizedWeight, stacked
 
 # The Gram matrix's diagonal is raised by this share of its mean, for each feature over a token: of few tokens it knows
 # little, and compensation would fit their noise (docs/decisions/0006).
@@ -49,18 +49,15 @@ def compensated_weight(
     order_I = _order(moments.gram_II.diagonal(), grid.group_size)
     damping = damping_of(len(order_I), moments.count)
     factor_II = _inverse_factor(moments.gram_II[order_I][:, order_I], damping)
+    rows_at_once = rows_at_once_of(weight_OI)
+    parts = zip(weight_OI.split(rows_at_once), clipped.split(rows_at_once), strict=True)
+    return stacked([_better_rows(*part, moments, shrinks, order_I, factor_II) for part in parts])
+
+
+def rows_at_once_of(weight_OI: torch.Tensor) -> int:
+    """How many rows of a weight [O, I] are rounded together, which bounds what rounding takes beside it."""
     at_once = GPU_ELEMENTS_AT_ONCE if weight_OI.is_cuda else ELEMENTS_AT_ONCE
-    rows_at_once = max(1, at_once // weight_OI.shape[1])
-    parts = [
-        _better_rows(rows_OI, _rows_of(clipped, start, rows_at_once), moments, shrinks, order_I, factor_II)
-        for start, rows_OI in zip(range(0, len(weight_OI), rows_at_once), weight_OI.split(rows_at_once), strict=True)
-    ]
-    return QuantizedWeight(
-        torch.cat([part.codes_OI for part in parts]),
-        torch.cat([part.scales_OG for part in parts]),
-        torch.cat([part.zero_points_OG for part in parts]),
-        grid,
-    )
+    return max(1, at_once // weight_OI.shape[1])
 
 
 def damping_of(num_features: int, num_tokens: int) -> float:
@@ -73,11 +70,6 @@ def damped(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
     mean = gram_II.diagonal().mean()
     gram_II.diagonal().add_(damping * torch.where(mean > 0, mean, 1.0))
     return gram_II
-
-
-def _rows_of(weight: QuantizedWeight, start: int, count: int) -> QuantizedWeight:
-    rows = slice(start, start + count)
-    return QuantizedWeight(weight.codes_OI[rows], weight.scales_OG[rows], weight.zero_points_OG[rows], weight.grid)
 
 
 def _order(energy_I: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -114,13 +106,7 @@ def _better_rows(
     with fast_matmuls(weight_OI.device):
         compensated = _compensate(weight_OI, clipped.grid, shrinks, order_I, factor_II)
         clipped_O, compensated_O = (moments.loss_O(part.difference(weight_OI)) for part in (clipped, compensated))
-    keep_O1 = (compensated_O < clipped_O).unsqueeze(1)
-    return QuantizedWeight(
-        torch.where(keep_O1, compensated.codes_OI, clipped.codes_OI),
-        torch.where(keep_O1, compensated.scales_OG, clipped.scales_OG),
-        torch.where(keep_O1, compensated.zero_points_OG, clipped.zero_points_OG),
-        clipped.grid,
-    )
+    return compensated.or_else(clipped, compensated_O < clipped_O)
 
 
 def _compensate(

@@ -7,11 +7,12 @@ GPTAQ, arXiv 2504.02692). That weight is rounded, on the moments of x~.
 Shape legend: R tokens, I in features, O out features.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from dsquant.kernels.precision import fast_matmuls
 from dsquant.quantization.compensate import damped
 from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.quantization.steps import rounded_weight
@@ -54,21 +55,31 @@ class PairMoments:
             return weight_OI
         damped_II = damped(gram_II.double(), DRIFT_DAMPING * len(gram_II) / self.moments.count)
         factor_II, problem = torch.linalg.cholesky_ex(damped_II)
-        correction_II = torch.cholesky_solve(self.drift_II.double().T, factor_II).T.float()
-        return weight_OI + torch.where(problem == 0, weight_OI @ correction_II, 0.0)
+        with fast_matmuls(weight_OI.device):
+            if len(weight_OI) < len(gram_II):  # the fewer right-hand sides to solve for
+                change_OI = _solved(weight_OI @ self.drift_II, factor_II)
+            else:
+                change_OI = weight_OI @ _solved(self.drift_II, factor_II)
+        return weight_OI + torch.where(problem == 0, change_OI, 0.0)
 
-    def rounded(self, weight_OI: torch.Tensor, grid: Grid, steps: Collection[Step]) -> QuantizedWeight:
-        """Rounds a weight so that its outputs in the quantized model are near to the original's.
+    def rounded(self, weights: Sequence[torch.Tensor], grid: Grid, steps: Collection[Step]) -> list[QuantizedWeight]:
+        """Rounds weights that read this input so that their outputs in the quantized model are near to the original's.
 
         Args:
-            weight_OI: float32 [O, I].
+            weights: float32 [O, I], each with its own O.
             grid: the quantization grid.
             steps: of the quantization.
 
         Returns:
-            The rounded weight; with inputs wider than `WIDEST_PAIRS` clipped at most.
+            The rounded weights; with inputs wider than `WIDEST_PAIRS` clipped at most.
         """
-        return rounded_weight(self.followed(weight_OI), grid, self.moments, steps)
+        wanted_OI = self.followed(torch.cat(list(weights)))
+        return rounded_weight(wanted_OI, grid, self.moments, steps).split([len(weight_OI) for weight_OI in weights])
+
+
+def _solved(sides_RI: torch.Tensor, factor_II: torch.Tensor) -> torch.Tensor:
+    """X with X H = sides, H = factor factor^T in float64; X is float32."""
+    return torch.cholesky_solve(sides_RI.double().T, factor_II).T.float()
 
 
 class PairStatistics:

@@ -8,11 +8,11 @@ from collections.abc import Collection
 import torch
 
 from dsquant.quantization.clip import FULL_RANGE, SHRINKS, clipped_weight
-from dsquant.quantization.compensate import compensated_weight, damped, damping_of
+from dsquant.quantization.compensate import compensated_weight, damped, damping_of, rows_at_once_of
 from dsquant.quantization.descent import descended_weight
 from dsquant.quantization.statistics import InputMoments
 from dsquant.recipe import Step
-from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.rounding import Grid, QuantizedWeight, stacked
 
 
 def rounded_weight(
@@ -34,5 +34,7 @@ def rounded_weight(
     rounded = (compensated_weight if "compensate" in steps else clipped_weight)(weight_OI, grid, moments, shrinks)
     if "descend" not in steps or moments.gram_II is None or not moments.count:
         return rounded
-    damping = damping_of(len(moments.gram_II), moments.count)
-    return descended_weight(rounded, weight_OI, damped(moments.gram_II.clone(), damping))
+    damped_II = damped(moments.gram_II.clone(), damping_of(len(moments.gram_II), moments.count))
+    rows_at_once = rows_at_once_of(weight_OI)
+    parts = zip(rounded.split(rows_at_once), weight_OI.split(rows_at_once), strict=True)
+    return stacked([descended_weight(*part, damped_II) for part in parts])

@@ -124,16 +124,16 @@ def _quantize_attention(
     for group in job.layer.attention:
         job.safe_point(group.consumers[0])
         pairs = _observed_pairs(streams, dequantized, group.consumers[0])
-        for linear in group.consumers:
-            linears[linear] = pairs.rounded(streams.folded[f"{linear}.weight"], grid, job.steps)
-            dequantized[f"{linear}.weight"] = linears[linear].dequantize()
-    searched, rounded = AttentionResult(fold, linears, scales), round_attention(linears, weights, lambda _: grid)
-    report.attention_error, report.attention_error_plain = _error(streams, searched), _error(unfolded, rounded)
+        rounded = pairs.rounded([streams.folded[f"{linear}.weight"] for linear in group.consumers], grid, job.steps)
+        for linear, weight in zip(group.consumers, rounded, strict=True):
+            linears[linear], dequantized[f"{linear}.weight"] = weight, weight.dequantize()
+    searched, plain = AttentionResult(fold, linears, scales), round_attention(linears, weights, lambda _: grid)
+    report.attention_error, report.attention_error_plain = _error(streams, searched), _error(unfolded, plain)
     if report.attention_error <= report.attention_error_plain:
         return streams, searched
     report.attention_error = report.attention_error_plain
     report.fallbacks.append(f"{job.layer.prefix}.self_attn")
-    return unfolded, rounded
+    return unfolded, plain
 
 
 def _error(streams: _Streams, attention: AttentionResult) -> float:

@@ -113,11 +113,11 @@ def _quantize_mlp(pairs: _Pairs, mlp: Mlp, norm_scales_H: torch.Tensor, grid: Gr
     of_input, unrounded_hidden = pairs.of_input()
     up_scales_W = search_up_scales(original, unrounded_hidden, grid, steps)
     folded, of_input = scaled(original, norm_scales_H, up_scales_W), of_input.divided(norm_scales_H)
-    gate, up = (of_input.rounded(weight_WH, grid, steps) for weight_WH in (folded.gate_WH, folded.up_WH))
+    gate, up = of_input.rounded([folded.gate_WH, folded.up_WH], grid, steps)
     rounded = GatedWeights(gate.dequantize(), up.dequantize(), folded.down_HW)
     of_hidden = pairs.of_hidden(rounded, norm_scales_H, up_scales_W)
-    linears = (gate, up, of_hidden.rounded(folded.down_HW, grid, steps))
-    proposed = RoundedMlp(folded, linears, (of_input.moments, of_hidden.moments), up_scales_W)
+    (down,) = of_hidden.rounded([folded.down_HW], grid, steps)
+    proposed = RoundedMlp(folded, (gate, up, down), (of_input.moments, of_hidden.moments), up_scales_W)
     num_rows, skeleton = len(pairs.inputs.rows_R), pairs.job.skeleton
     return judged(skeleton, mlp, original, proposed, *pairs.few(), num_rows, norm_scales_H, grid)
 
