@@ -102,7 +102,7 @@ def _resolved_for(recipe: Recipe, ranks: Ranks) -> Recipe:
             f"--preset best: {ranks.size} processes cannot share a layer that is rounded linear by linear; "
             "start one, or take --preset compact"
         )
-    if recipe.chooses_widths and ranks.size > 1:
+    if recipe.target is not None and ranks.size > 1:
         raise UsageError(
             f"--target-bits, --target-size: {ranks.size} processes cannot share the measuring of sensitivities yet; "
             "start one, or leave the target out"

@@ -87,7 +87,7 @@ class Plan:
     """The layers whose hidden states stay on the GPU while their experts pass."""
     work_bytes: int
     """Disk for hidden states while the run lasts."""
-    mixed: MixedPlan | None = None
+    mixed: MixedPlan[int] | None = None
     """What a target for size or bits leaves to choose."""
 
     @property
@@ -157,7 +157,7 @@ def plan_run(
         by_grid[GGUF_GRID] = frozenset(linear for layer in _touched(recipe, skeleton) for linear in layer.linears)
     _check_best(recipe, by_grid)
     mixed = None
-    if recipe.chooses_widths:
+    if recipe.target is not None:
         kept = [name for unit in units if unit.action != "drop" for name in unit.parameters]
         (target,) = targets
         mixed = plan_mixed(
@@ -184,11 +184,14 @@ def plan_run(
 
 def _check_choosing(recipe: Recipe) -> None:
     """Refuses what widths are not chosen for."""
-    if not recipe.chooses_widths:
+    if recipe.target is None:
         return
     option = "--target-bits" if recipe.target_bits is not None else "--target-size"
     if len(recipe.to) > 1 or recipe.to[0] not in FORMATS:
-        raise UsageError(f"{option} chooses for one format, {' or '.join(FORMATS)}; found --to {', '.join(recipe.to)}")
+        raise UsageError(
+            f"{option} chooses for one format, {' or '.join(FORMATS)}; found --to {', '.join(recipe.to)}. "
+            "For GGUF's types run `dsquant gguf` with it"
+        )
     if recipe.preset == "best":
         raise UsageError(f"{option}: preset best does not choose widths; take --preset compact")
     if recipe.mtp == "quantize":
