@@ -205,8 +205,8 @@ def test_three_bits_are_chosen_only_where_nothing_else_fits(pico_r1: Path, text_
         pipeline.preview(Recipe.checked(**fields, **texts, output=tmp_path / "out", target_bits=bits))
         for bits in (4.0, 4.6)
     )
-    assert "widths 3, 4, 8, BF16" in narrow.details["target"] and any("3 bits" in note for note in narrow.notes)
-    assert "widths 4, 8, BF16" in wide.details["target"] and not any("3 bits" in note for note in wide.notes)
+    assert "one of 3, 4, 8, BF16" in narrow.details["target"] and any("3 bits" in note for note in narrow.notes)
+    assert "one of 4, 8, BF16" in wide.details["target"] and not any("3 bits" in note for note in wide.notes)
     assert not (tmp_path / "out").exists()
 
 
