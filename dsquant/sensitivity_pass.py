@@ -1,6 +1,8 @@
 """The pass that precedes a choice: every group of tensors at every width, on a few samples; then the bytes are divided.
 
-What it finds is plain JSON, for the job's record. A pass that was interrupted begins anew.
+Errors of different layers compare by their share of the layer's output: hidden states grow from layer to layer, and
+every norm divides by their size, so that the same squared error costs more behind an early layer (docs/decisions/0016).
+What the pass finds is plain JSON, for the job's record. A pass that was interrupted begins anew.
 
 Shape legend: N samples, T tokens.
 """
@@ -79,7 +81,7 @@ def choose(own: SensitivityPass[Width]) -> dict[str, dict[str, Any]]:
 
 
 def _errors(own: SensitivityPass[Width]) -> Errors[Width]:
-    """Group -> width -> error, 0 where it is not quantized."""
+    """Group -> width -> error over the energy of the layer's output, 0 where it is not quantized."""
     skeleton, tokens_NT = own.skeleton, own.tokens_NT[:SAMPLES]
     shape = (*tokens_NT.shape, int(skeleton.config["hidden_size"]))
     files = [own.work / f"sensitivity-{name}.f32" for name in ("inputs", "outputs", "mlp-inputs")]
@@ -107,8 +109,9 @@ def _errors(own: SensitivityPass[Width]) -> Errors[Width]:
             safe_point=safe_point,
             note=own.note,
         )
-        for name, errors in measure_layer(job, _trial(own, layer)).items():
-            found[name] |= errors
+        measured = measure_layer(job, _trial(own, layer))
+        for name, errors in measured.errors.items():
+            found[name] |= {width: error / (measured.energy or 1.0) for width, error in errors.items()}
         inputs, outputs = outputs, inputs
     own.safe_point("sensitivity", len(layers), len(layers), "")
     del inputs, outputs, mlp_inputs, job

@@ -1,8 +1,8 @@
 """How much a layer's output errs when one group of its linears is stored at one width, the rest left as it is.
 
 Weights are stored as the job will store them, under the scales of its grid, on fewer samples. Errors are summed squares
-in the hidden states between layers, so those of all groups and layers add up and compare. Experts' errors are added as
-if they were independent, as rounding errors of different weights nearly are.
+in the hidden states between layers, so those of a layer's groups add up and compare. Experts' errors are added as if
+they were independent, as rounding errors of different weights nearly are.
 
 Shape legend: R tokens, H hidden size, W width of an MLP, O out features, I in features.
 """
@@ -61,10 +61,20 @@ class Trial(Generic[Width]):
 
 
 Errors = dict[str, dict[Width, float]]
-"""Group -> width -> summed squared error of the layer's output."""
+"""Group -> width -> summed squared error."""
 
 
-def measure_layer(job: LayerJob, trial: Trial[Width]) -> Errors[Width]:
+@dataclass(frozen=True)
+class Sensitivity(Generic[Width]):
+    """What a layer's groups cost."""
+
+    errors: Errors[Width]
+    """Of the layer's output."""
+    energy: float
+    """Summed squares of the layer's outputs."""
+
+
+def measure_layer(job: LayerJob, trial: Trial[Width]) -> Sensitivity[Width]:
     """Runs the original layer, and stores every group at every width while its weights are in memory.
 
     Args:
@@ -101,8 +111,7 @@ def measure_layer(job: LayerJob, trial: Trial[Width]) -> Errors[Width]:
         found = moments_of(job, original, inputs[mlp], job.seed + number)
         for name, width, error in _mlp_errors(job, mlp, original, inputs[mlp], found, routing, norm_scales_H, trial):
             errors[name][width] += error * shares[mlp]
-    _check_outputs(job)
-    return errors
+    return Sensitivity(errors, _energy(job))
 
 
 def _experts(layer: DecoderLayer, inputs: Mapping[Mlp, MlpInputs]) -> dict[Mlp, float]:
@@ -112,11 +121,14 @@ def _experts(layer: DecoderLayer, inputs: Mapping[Mlp, MlpInputs]) -> dict[Mlp, 
     return {mlp: 1.0 for mlp in layer.mlps if mlp.expert is None} | dict.fromkeys(measured, all_tokens / max(1, tokens))
 
 
-def _check_outputs(job: LayerJob) -> None:
+def _energy(job: LayerJob) -> float:
+    energy = 0.0
     for start in range(0, job.outputs.shape[0], job.batch_samples):
         part = job.outputs.samples(start, min(start + job.batch_samples, job.outputs.shape[0]))
-        if not bool(part.isfinite().all()):
-            raise out_of_range(f"{job.layer.prefix}, its outputs")
+        energy += float(part.square().sum(dtype=torch.float64))
+    if not torch.tensor(energy).isfinite():
+        raise out_of_range(f"{job.layer.prefix}, its outputs")
+    return energy
 
 
 def _attention_errors(
