@@ -6,7 +6,7 @@
 MODEL is a folder with a DeepSeek-V3 checkpoint, FP8 or not, that fits in memory. Calibration takes 64 windows of 256
 tokens from the first half of the text, other ones for each seed; evaluation 32 windows of 512 from its second half, and
 as many from the other text. Each method quantizes every linear of the decoder but the router, in groups of 128; only
-llama.cpp's Q4_K_M has its own types. The figures come from `benchmarks/peers/reference.py`, which shares no code with
+GGUF files have their own types. The figures come from `benchmarks/peers/reference.py`, which shares no code with
 dsquant. Run it from the repository's root; `benchmarks/peers/make_environments DIR` makes the peers' environments.
 
 What is finished in DIR is not done again: the same command again goes on where it was stopped, and more seeds, methods
@@ -37,6 +37,7 @@ CALIBRATION_SHAPE = (64, 256)
 EVALUATION_SHAPE = (32, 512)
 # The last is what llama.cpp's Q4_K_M takes on the models here.
 MIXED_BITS = ("4.25", "4.5", "4.95")
+GGUF_BITS = ("3.9", "4.5", "4.95")
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = {
     "autoawq": ["autoawq", "transformers", "torch"],
@@ -57,6 +58,7 @@ class Method:
     environment: str | None
     """The peer's, and the module in benchmarks/peers that runs in it; None for dsquant."""
     options: tuple[str, ...] = ()
+    """Of dsquant's the command is the first."""
 
 
 PEERS = [
@@ -71,12 +73,17 @@ PEERS = [
 ]
 
 
+AWQ = ("awq", "--bits", "4")
+# Embedding and output head stay float32, as everywhere here.
+GGUF = ("gguf", "--type", "Q4_K_M", "--tensor-type", r"^(token_embd|output)\.weight$=F32")
+
+
 def own_methods() -> list[Method]:
-    """dsquant's presets that quantize every linear, in both forms, and widths that are chosen for a mean."""
+    """dsquant's presets that quantize every linear, in both forms; widths, and types, that are chosen for a mean."""
     forms = {"asymmetric": ("--to", "awq"), "symmetric": ("--to", "compressed-tensors", "--symmetric")}
     presets = [preset for preset in get_args(Preset) if preset != "quality"]
     uniform = [
-        Method(f"dsquant-{preset}-{form}", f"dsquant {preset}, {form}", None, ("--preset", preset, *options))
+        Method(f"dsquant-{preset}-{form}", f"dsquant {preset}, {form}", None, (*AWQ, "--preset", preset, *options))
         for preset in presets
         for form, options in forms.items()
     ]
@@ -85,11 +92,24 @@ def own_methods() -> list[Method]:
             f"dsquant-compact-mixed-{bits}",
             f"dsquant compact, symmetric, widths chosen for {bits} bits",
             None,
-            ("--preset", "compact", "--target-bits", bits, *forms["symmetric"]),
+            (*AWQ, "--preset", "compact", "--target-bits", bits, *forms["symmetric"]),
         )
         for bits in MIXED_BITS
     ]
-    return [*uniform, *mixed]
+    gguf = [
+        Method(
+            f"dsquant-gguf-{bits}", f"dsquant GGUF, types chosen for {bits} bits", None, (*GGUF, "--target-bits", bits)
+        )
+        for bits in GGUF_BITS
+    ]
+    return [*uniform, *mixed, Method("dsquant-gguf-q4_k_m", "dsquant GGUF, Q4_K_M", None, GGUF), *gguf]
+
+
+def as_gguf_folder(model: Path, output: Path) -> None:
+    """Makes dsquant's GGUF output what the evaluator reads: the model's .gguf alone, with a config.json."""
+    (output / "imatrix.gguf").unlink()
+    config = read_json(model / "config.json") | {"quantization_config": {"quant_method": "gguf"}}
+    (output / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def step_methods() -> list[Method]:
@@ -112,8 +132,8 @@ def command_of(method: Method, model: Path, work: Path, seed_work: Path, argumen
     """How a method is run."""
     tokens, output = str(seed_work / "calibration.safetensors"), str(seed_work / method.name)
     if method.environment is None:
-        common = ["--bits", "4", "--calibration", tokens, *arguments.dsquant_option]
-        return [arguments.dsquant, "awq", str(model), *method.options, *common, "--output", output]
+        common = ["--calibration", tokens, *arguments.dsquant_option]
+        return [arguments.dsquant, *method.options, *common, "--output", output, str(model)]
     python = str(arguments.peers.resolve() / method.environment / "bin" / "python")
     module = f"benchmarks.peers.{method.environment}"
     return [python, "-m", module, str(work / "float32"), tokens, output, *method.options]
@@ -230,6 +250,8 @@ class Bench:
             if output.exists():
                 shutil.rmtree(output)
             seconds = run_logged(command, seed_work / f"{method.name}.log", self.arguments.threads)
+            if method.options[:1] == GGUF[:1]:
+                as_gguf_folder(self.model, output)
             result = {"made": fingerprint, "cpu_seconds": seconds, "bits": stored_bits(output)}
             path.write_text(json.dumps(result, indent=2))
         if result.get("measured") != self.evaluation_hash():

@@ -1,5 +1,7 @@
 """Divides a budget of bytes among groups that can each be stored at several widths: least summed error.
 
+A width is whatever names a way to store a group: bits of a code, or a type of GGUF.
+
 Each group's widths that lie on the lower convex hull of (bytes, error) are its steps. Steps of all groups, in the order
 of what they gain for each byte, are taken until one does not fit: that is the optimum for the size reached (Shoham and
 Gersho, 1988). What is left is filled with later steps that fit.
@@ -8,33 +10,36 @@ Gersho, 1988). What is left is filled with later steps that fit.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Generic, TypeVar
+
+Width = TypeVar("Width", bound=int | str)
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Generic[Width]):
     """A group and what it may become."""
 
     name: str
-    num_bytes: Mapping[int, int]
+    num_bytes: Mapping[Width, int]
     """Width -> stored bytes."""
-    errors: Mapping[int, float]
+    errors: Mapping[Width, float]
     """Width -> squared error that this width adds."""
 
 
 @dataclass(frozen=True)
-class _Step:
+class _Step(Generic[Width]):
     """A group made wider."""
 
     place: int
     """The group's."""
-    width: int
+    width: Width
     num_bytes: int
     """More than before."""
     gain: float
     """Less error than before."""
 
 
-def allocate(choices: Sequence[Choice], budget_bytes: int) -> dict[str, int]:
+def allocate(choices: Sequence[Choice[Width]], budget_bytes: int) -> dict[str, Width]:
     """Chooses a width for each group.
 
     The summed error is never above that of any one width for all groups that fits, and never rises with the budget.
@@ -55,9 +60,9 @@ def allocate(choices: Sequence[Choice], budget_bytes: int) -> dict[str, int]:
     return {choice.name: width for choice, width in zip(choices, best, strict=True)}
 
 
-def _hull(choice: Choice) -> list[int]:
+def _hull(choice: Choice[Width]) -> list[Width]:
     """The widths on the lower convex hull, from the smallest up: each costs more bytes, errs less, and gains less."""
-    hull: list[int] = []
+    hull: list[Width] = []
     for width in sorted(choice.num_bytes, key=lambda width: (choice.num_bytes[width], choice.errors[width])):
         if hull and choice.errors[width] >= choice.errors[hull[-1]]:
             continue
@@ -67,19 +72,19 @@ def _hull(choice: Choice) -> list[int]:
     return hull
 
 
-def _slope(choice: Choice, width: int, wider: int) -> float:
+def _slope(choice: Choice[Width], width: Width, wider: Width) -> float:
     gain = choice.errors[width] - choice.errors[wider]
     return gain / max(1, choice.num_bytes[wider] - choice.num_bytes[width])
 
 
-def _steps(choices: Sequence[Choice], hulls: Sequence[Sequence[int]]) -> Iterator[_Step]:
+def _steps(choices: Sequence[Choice[Width]], hulls: Sequence[Sequence[Width]]) -> Iterator[_Step[Width]]:
     for place, (choice, hull) in enumerate(zip(choices, hulls, strict=True)):
         for width, wider in pairwise(hull):
             more = choice.num_bytes[wider] - choice.num_bytes[width]
             yield _Step(place, wider, max(1, more), choice.errors[width] - choice.errors[wider])
 
 
-def _filled(smallest: Sequence[int], steps: Sequence[_Step], left: int) -> Iterator[list[int]]:
+def _filled(smallest: Sequence[Width], steps: Sequence[_Step[Width]], left: int) -> Iterator[list[Width]]:
     """Steps in their order until one does not fit; then the later ones that fit, up to each size that a step has.
 
     Only so many sizes and so strict an order keep the result from getting worse when the budget grows.
@@ -103,16 +108,16 @@ def _filled(smallest: Sequence[int], steps: Sequence[_Step], left: int) -> Itera
         yield filled
 
 
-def _uniform(choices: Sequence[Choice], budget_bytes: int) -> Iterator[list[int]]:
-    for width in sorted(set.intersection(*(set(choice.num_bytes) for choice in choices))):
+def _uniform(choices: Sequence[Choice[Width]], budget_bytes: int) -> Iterator[list[Width]]:
+    for width in [width for width in choices[0].num_bytes if all(width in choice.num_bytes for choice in choices)]:
         widths = [width] * len(choices)
         if _bytes(choices, widths) <= budget_bytes:
             yield widths
 
 
-def _bytes(choices: Sequence[Choice], widths: Sequence[int]) -> int:
+def _bytes(choices: Sequence[Choice[Width]], widths: Sequence[Width]) -> int:
     return sum(choice.num_bytes[width] for choice, width in zip(choices, widths, strict=True))
 
 
-def _error(choices: Sequence[Choice], widths: Sequence[int]) -> float:
+def _error(choices: Sequence[Choice[Width]], widths: Sequence[Width]) -> float:
     return sum(choice.errors[width] for choice, width in zip(choices, widths, strict=True))

@@ -142,6 +142,8 @@ def gguf(
     *,
     type: str = "Q4_K_M",
     output: str | Path,
+    target_bits: float | None = None,
+    target_size: str | int | None = None,
     calibration: str | Path | Sequence[str | Path] | None = None,
     scales: bool = True,
     imatrix: str | Path | None = None,
@@ -164,8 +166,10 @@ def gguf(
 
     Args:
         model: a folder, a hub id, or `tiny-r1`.
-        type: a type or mixture of llama.cpp, or Q4_K_M+.
+        type: a type or mixture of llama.cpp, or Q4_K_M+; with a target, of what no type is chosen for.
         output: the folder to make.
+        target_bits: mean stored bits of the decoder's weights; their types are chosen by measured sensitivity.
+        target_size: the same, for the size of all tensors, such as `340GiB`.
         calibration: texts to take scales and importances from; `none` for none, None for r1-mix.
         scales: whether AWQ's scales are folded in.
         imatrix: a file of importances instead of calibration.
@@ -200,6 +204,8 @@ def gguf(
         model=str(model),
         type=type,
         output=Path(output),
+        target_bits=target_bits,
+        target_size=_size(target_size),
         calibration=() if texts == ("none",) else texts,
         scales=scales,
         imatrix=imatrix,

@@ -1,7 +1,8 @@
 """Makes GGUF files: plans every tensor from headers, then fills the files unit by unit; the job can be resumed."""
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,6 +13,7 @@ from dsquant.disk import PARTIAL, sync_folder
 from dsquant.errors import InputError, UsageError
 from dsquant.jobs import Job
 from dsquant.memory import BATCH_TOKENS, FLOAT32_BYTES, head_memory_bytes, host_memory_bytes, layer_memory_bytes
+from dsquant.mixed_plan import MixedPlan
 from dsquant.model.activations import Activations
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import Stream, embed, mtp_inputs
@@ -29,6 +31,7 @@ from dsquant.scales import keep_scales
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.weights import Weights
 from dsquant.telemetry import Progress, Report, Stage
+from dsquant.type_plan import plan_types
 from dsquant.writers.gguf.files import GgufFiles, GgufTensor
 from dsquant.writers.gguf.target import ELEMENTS_AT_ONCE, GgufTarget, GgufUnitWriter, plan_target
 from dsquant.writers.gguf.types import MIXTURES, parse_overrides
@@ -53,14 +56,21 @@ class GgufPlan:
     tokens_NT: torch.Tensor | None
     """Calibration tokens; None without calibration."""
     calibration: dict[str, Any] | None
-    notes: tuple[str, ...]
-    """What a user should know, in words."""
+    other_notes: tuple[str, ...]
     memory_bytes: int
+    mixed: MixedPlan[str] | None = None
+    """What a target for size or bits leaves to choose."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know, in words."""
+        return self.target.notes + self.other_notes
 
     @property
     def disk_bytes(self) -> int:
         """Disk for the files and, while the job lasts, for hidden states."""
-        return self.target.num_bytes + self.work_bytes
+        files = self.target.num_bytes if self.mixed is None else max(self.target.num_bytes, self.mixed.total_bytes)
+        return files + self.work_bytes
 
     @property
     def work_bytes(self) -> int:
@@ -81,7 +91,7 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
 
     Raises:
         InputError: where model, tokenizer, texts or imatrix are missing, damaged or contradict each other.
-        UsageError: where the type is unknown, or nothing installed can make it.
+        UsageError: where the type is unknown, nothing installed can make it, or no types meet a target.
     """
     if recipe.type not in MIXTURES:
         raise UsageError(f"type {recipe.type!r} is unknown; dsquant writes {', '.join(MIXTURES)}")
@@ -90,19 +100,10 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
     checkpoint, skeleton = open_model(recipe.model, torch.device(recipe.device))
     check_complete(checkpoint, skeleton)
     units = plan_units(recipe.mtp, checkpoint, skeleton)
-    num_mtp_layers = skeleton.num_mtp_layers if recipe.mtp == "keep" else 0
-    target = plan_target(
-        checkpoint,
-        Path(recipe.model).name,
-        recipe.type,
-        [name for unit in units if unit.action != "drop" for name in unit.parameters],
-        num_mtp_layers,
-        bool(recipe.imatrix or recipe.texts),
-        parse_overrides(recipe.tensor_types),
-        recipe.split_max_bytes,
-    )
-    notes = list(target.notes)
-    if skeleton.num_mtp_layers and not num_mtp_layers:
+    target = gguf_target(recipe, checkpoint, skeleton, units, {})
+    mixed = plan_types(recipe, checkpoint, skeleton.layers[: skeleton.num_layers], target.tensors)
+    notes = list[str]()
+    if skeleton.num_mtp_layers and recipe.mtp == "drop":
         notes.append("the multi-token-prediction layer is left out (--mtp keep writes it, for llama.cpp of 2026 on)")
     imatrix = None
     if recipe.imatrix:
@@ -128,6 +129,43 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
         calibration,
         tuple(notes),
         memory,
+        mixed,
+    )
+
+
+def gguf_target(
+    recipe: GgufRecipe,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    units: tuple[Unit, ...],
+    types: Mapping[str, str],
+) -> GgufTarget:
+    """Plans the files to the byte.
+
+    Args:
+        recipe: the conversion.
+        checkpoint: the source.
+        skeleton: its network.
+        units: the units of work.
+        types: tensor -> the type that was chosen for it; nothing before any is.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InputError: where a parameter has no place in GGUF, or the tokenizer is unknown to llama.cpp.
+        UsageError: where nothing installed can quantize to a type.
+    """
+    chosen = [(re.compile(f"^{re.escape(name)}$"), type_name) for name, type_name in types.items()]
+    return plan_target(
+        checkpoint,
+        Path(recipe.model).name,
+        recipe.type,
+        [name for unit in units if unit.action != "drop" for name in unit.parameters],
+        skeleton.num_mtp_layers if recipe.mtp == "keep" else 0,
+        bool(recipe.imatrix or recipe.texts),
+        [*parse_overrides(recipe.tensor_types), *chosen],
+        recipe.split_max_bytes,
     )
 
 
@@ -205,7 +243,8 @@ class GgufRun:
     job: Job
     report: Report
     check: Callable[[], None]
-    files: GgufFiles
+    files: GgufFiles = field(init=False)
+    """Open once every tensor has its type."""
     bytes_written: int = 0
     tokens_done: int = 0
 

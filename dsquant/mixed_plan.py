@@ -1,46 +1,51 @@
 """What a target for size or bits leaves to choose: groups of tensors, and what each takes at every width.
 
-Engines fuse linears, and want one scheme for what they fuse: vLLM and SGLang q_a_proj with kv_a_proj_with_mqa, q_proj
-with k_proj and v_proj, gate_proj with up_proj, and all routed experts of a layer. A group never divides these.
+A width is bits of a code, or a type of GGUF. Engines fuse linears, and want one scheme for what they fuse: vLLM and
+SGLang q_a_proj with kv_a_proj_with_mqa, q_proj with k_proj and v_proj, gate_proj with up_proj, and all routed experts
+of a layer. A group never divides these.
 """
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
+from dsquant.allocation import Width
 from dsquant.errors import UsageError
 from dsquant.model.structure import DecoderLayer
-from dsquant.recipe import Recipe, format_size
+from dsquant.recipe import Recipe, TargetedRecipe, format_size
 from dsquant.rounding import UNQUANTIZED, Grid
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.shards import tensor_bytes
 from dsquant.writers.protocol import Format
 
 # What `width_rows` tells.
-WIDTH_COLUMNS = ("group", "width", "layers", "size", "of the error")
+WIDTH_COLUMNS = ("group", "stored as", "layers", "size", "of the error")
+# A group's name: its layer, and what it is in every layer.
+_GROUP = re.compile(r"(?:model\.layers|blk)\.(\d+)\.(.+?)(?:\.weight)?")
 # What vLLM's and SGLang's kernels take; other widths are chosen only where a target cannot be met without them.
 STOCK_WIDTHS = (4, 8, UNQUANTIZED)
 
 
 @dataclass(frozen=True)
-class TensorGroup:
+class TensorGroup(Generic[Width]):
     """Linears of a layer that get one width."""
 
     name: str
     layer: int
     linears: tuple[str, ...]
-    num_bytes: Mapping[int, int]
+    num_bytes: Mapping[Width, int]
     """Width -> stored bytes of all of them, with scales and zero points."""
 
 
 @dataclass(frozen=True)
-class MixedPlan:
+class MixedPlan(Generic[Width]):
     """What a target leaves to choose."""
 
-    groups: tuple[TensorGroup, ...]
-    widths: tuple[int, ...]
-    """What a group may get, bits of a code; 16 is unquantized."""
+    groups: tuple[TensorGroup[Width], ...]
+    widths: tuple[Width, ...]
+    """What groups may get: bits of a code, 16 is unquantized; or types."""
     budget_bytes: int
     """For all groups together."""
     other_bytes: int
@@ -82,7 +87,7 @@ def plan_mixed(
     checkpoint: Checkpoint,
     dtypes: Mapping[str, str],
     kept_parameters: Sequence[str],
-) -> MixedPlan:
+) -> MixedPlan[int]:
     """Works out what a target leaves to choose, from headers alone.
 
     Args:
@@ -110,7 +115,7 @@ def plan_mixed(
         stored = output_format.stored(linear, (rows, columns), grid.with_bits(width))
         return sum(tensor.num_bytes for tensor in stored)
 
-    def groups_of(widths: Sequence[int]) -> tuple[TensorGroup, ...]:
+    def groups_of(widths: Sequence[int]) -> tuple[TensorGroup[int], ...]:
         return tuple(
             TensorGroup(name, layer.index, inside, {w: sum(size(one, w) for one in inside) for w in widths})
             for layer in layers
@@ -121,24 +126,44 @@ def plan_mixed(
     others = sum(tensor_bytes(dtypes[name], checkpoint.weights.shape(name)) for name in rest)
     elements = sum(math.prod(shape) for shape in shapes.values())
     groups = groups_of(output_format.widths)
-    smallest, largest = (sum(pick(group.num_bytes.values()) for group in groups) for pick in (min, max))
-    if recipe.target_size is not None:
-        budget, option = recipe.target_size - others, f"--target-size {format_size(recipe.target_size)}"
-        possible = f"from {format_size(smallest + others)} to {format_size(largest + others)}"
-    else:
-        assert recipe.target_bits is not None
-        budget, option = int(recipe.target_bits * elements / 8), f"--target-bits {recipe.target_bits}"
-        possible = f"from {math.ceil(80000 * smallest / elements) / 10000} to {8 * largest / elements:.4f} bits"
-    if not smallest <= budget <= largest:
-        widths = ", ".join(f"{width} bits" for width in output_format.widths if width != UNQUANTIZED)
-        raise UsageError(
-            f"{option}: {output_format.name} with {widths} or BF16 for what preset {recipe.preset} quantizes gives "
-            f"{possible}; ask for one of these"
-        )
+    widths = ", ".join(f"{width} bits" for width in output_format.widths if width != UNQUANTIZED)
+    what = f"{output_format.name} with {widths} or BF16 for what preset {recipe.preset} quantizes"
+    budget = budget_bytes(recipe, groups, elements, others, what)
     stock = tuple(width for width in output_format.widths if width in STOCK_WIDTHS)
     if sum(min(group.num_bytes[width] for width in stock) for group in groups) <= budget:
         return MixedPlan(groups_of(stock), stock, budget, others)
     return MixedPlan(groups, output_format.widths, budget, others)
+
+
+def budget_bytes(
+    recipe: TargetedRecipe, groups: Sequence[TensorGroup[Width]], elements: int, other_bytes: int, what: str
+) -> int:
+    """What all groups together may take.
+
+    Args:
+        recipe: has the target.
+        groups: the groups.
+        elements: weights that the mean of the bits is over.
+        other_bytes: of all tensors in no group.
+        what: what is chosen, in words.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        UsageError: where no choice of widths meets the target, with the range that can be met.
+    """
+    smallest, largest = (sum(pick(group.num_bytes.values()) for group in groups) for pick in (min, max))
+    if recipe.target_size is not None:
+        budget = recipe.target_size - other_bytes
+        possible = f"from {format_size(smallest + other_bytes)} to {format_size(largest + other_bytes)}"
+    else:
+        assert recipe.target_bits is not None
+        budget = int(recipe.target_bits * elements / 8)
+        possible = f"from {math.ceil(80000 * smallest / elements) / 10000} to {8 * largest / elements:.4f} bits"
+    if not smallest <= budget <= largest:
+        raise UsageError(f"{recipe.target}: {what} gives {possible}; ask for one of these")
+    return budget
 
 
 def width_rows(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -148,23 +173,30 @@ def width_rows(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]
         groups: group -> its width, stored bytes and error, as the record tells them.
 
     Returns:
-        Kind, bits, layers, size and share of the summed error.
+        Kind, bits or type, layers, size and share of the summed error.
     """
     total = sum(entry["error"] for entry in groups.values()) or 1.0
-    found: dict[tuple[str, int], list[tuple[int, Mapping[str, Any]]]] = {}
+    found: dict[tuple[str, int | str], list[tuple[int, Mapping[str, Any]]]] = {}
     for name, entry in groups.items():
-        _, _, layer, kind = name.split(".", 3)
-        found.setdefault((kind, entry["width"]), []).append((int(layer), entry))
+        match = _GROUP.fullmatch(name)
+        assert match is not None, name
+        found.setdefault((match[2], entry["width"]), []).append((int(match[1]), entry))
     return [
         (
             kind,
-            "BF16" if width == UNQUANTIZED else f"{width} bits",
+            _width_words(width),
             _ranges([layer for layer, _ in entries]),
             format_size(sum(entry["bytes"] for _, entry in entries)),
             f"{sum(entry['error'] for _, entry in entries) / total:.1%}",
         )
         for (kind, width), entries in sorted(found.items())
     ]
+
+
+def _width_words(width: int | str) -> str:
+    if isinstance(width, str):
+        return width
+    return "BF16" if width == UNQUANTIZED else f"{width} bits"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -1,29 +1,20 @@
 """Chooses a width for every group of tensors, so that an output meets a target for its size with the least error.
 
-One pass over the original, on a few samples, measures every group at every width (`quantization/sensitivity.py`); then
-`allocation.py` divides the bytes. What came of it is noted in the job's record before any unit is made, and kept on
-resume; a pass that was interrupted begins anew.
+What came of the pass before it is noted in the job's record before any unit is made, and kept on resume.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-from dsquant.allocation import Choice, allocate
+import torch
+
 from dsquant.conversion import Run
 from dsquant.mixed_plan import MixedPlan
-from dsquant.model.activations import Activations
-from dsquant.model.streaming import embed
-from dsquant.model.structure import DecoderLayer
 from dsquant.planning import plan_run
 from dsquant.preparation import Source
-from dsquant.quantization.layer_job import LayerJob
-from dsquant.quantization.sensitivity import Sensitivity, measure_layer
-
-# Sensitivities are measured on at most this many samples.
-SAMPLES = 16
-# Under this the job notes what was found.
-SENSITIVITY = "sensitivity"
+from dsquant.quantization.statistics import InputMoments
+from dsquant.quantization.steps import rounded_weight
+from dsquant.sensitivity_pass import SENSITIVITY, SensitivityPass, choose
 
 
 def choose_widths(run: Run, output_files: Callable[[Source], list[str]], gpu_budget_bytes: int) -> None:
@@ -41,80 +32,33 @@ def choose_widths(run: Run, output_files: Callable[[Source], list[str]], gpu_bud
     mixed, source = run.source.plan.mixed, run.source
     if mixed is None:
         return
-    found = run.job.notes.get(SENSITIVITY) or _measured(run, mixed)
-    widths = {linear: int(entry["width"]) for group, entry in found.items() for linear in _linears(mixed, group)}
+    found = run.job.notes.get(SENSITIVITY) or choose(_pass(run, mixed))
+    widths = {linear: int(found[group.name]["width"]) for group in mixed.groups for linear in group.linears}
     plan = plan_run(run.recipe, source.checkpoint, source.skeleton, gpu_budget_bytes, run.ranks.size, widths)
     run.source = replace(source, plan=plan)
     if SENSITIVITY not in run.job.notes:
         run.job.note(**{SENSITIVITY: found, "files": output_files(run.source)})
 
 
-def _linears(mixed: MixedPlan, name: str) -> tuple[str, ...]:
-    return next(group.linears for group in mixed.groups if group.name == name)
-
-
-def _measured(run: Run, mixed: MixedPlan) -> dict[str, dict[str, Any]]:
-    """Group -> its width, and bytes and error of every width."""
-    errors = _sensitivities(run, mixed)
-    choices = [Choice(group.name, group.num_bytes, errors[group.name]) for group in mixed.groups]
-    widths = allocate(choices, mixed.budget_bytes)
-    return {
-        choice.name: {
-            "width": widths[choice.name],
-            "bytes": {str(width): size for width, size in choice.num_bytes.items()},
-            "errors": {str(width): error for width, error in choice.errors.items()},
-        }
-        for choice in choices
-    }
-
-
-def _sensitivities(run: Run, mixed: MixedPlan) -> Mapping[str, Mapping[int, float]]:
-    source, skeleton = run.source, run.source.skeleton
-    tokens_NT = source.tokens_NT[:SAMPLES]
-    shape = (*tokens_NT.shape, int(skeleton.config["hidden_size"]))
-    files = [run.job.work / f"sensitivity-{name}.f32" for name in ("inputs", "outputs", "mlp-inputs")]
-    inputs, outputs, mlp_inputs = (Activations.in_file(path, shape, run.device) for path in files)
-    embed(skeleton, source.checkpoint.weights, tokens_NT, inputs)
-    found: dict[str, dict[int, float]] = {}
-    layers = skeleton.layers[: skeleton.num_layers]
-    for number, layer in enumerate(layers):
-
-        def safe_point(what: str, number: int = number) -> None:
-            run.safe_point("sensitivity", number, len(layers), what)
-
-        safe_point(layer.prefix)
-        measured = _measure(run, mixed, layer, (inputs, outputs, mlp_inputs), safe_point)
-        found |= measured.errors
-        inputs, outputs = outputs, inputs
-    run.safe_point("sensitivity", len(layers), len(layers), "")
-    del inputs, outputs, mlp_inputs
-    for path in files:
-        path.unlink()
-    return found
-
-
-def _measure(
-    run: Run,
-    mixed: MixedPlan,
-    layer: DecoderLayer,
-    passing: tuple[Activations, Activations, Activations],
-    safe_point: Callable[[str], None],
-) -> Sensitivity:
+def _pass(run: Run, mixed: MixedPlan[int]) -> SensitivityPass[int]:
+    """Weights are rounded as the job will round them."""
     source = run.source
-    inputs, outputs, mlp_inputs = passing
-    job = LayerJob(
-        skeleton=source.skeleton,
-        layer=layer,
-        weights=source.checkpoint.weights,
-        inputs=inputs,
-        outputs=outputs,
-        mlp_inputs=mlp_inputs,
-        linears=source.plan.linears_of(layer),
-        batch_samples=run.batch_samples,
-        seed=run.recipe.seed,
-        emit=lambda grid, name, value: None,
-        safe_point=safe_point,
-        steps=run.recipe.steps,
+    (grid,) = source.plan.linears
+    steps = run.recipe.steps
+
+    def rounded(group: str, width: int, linear: str, weight_OI: torch.Tensor, moments: InputMoments) -> torch.Tensor:
+        return rounded_weight(weight_OI, grid.with_bits(width), moments, steps).dequantize()
+
+    return SensitivityPass(
+        mixed,
+        source.skeleton,
+        source.checkpoint.weights,
+        source.tokens_NT,
+        source.plan.linears_of,
+        rounded,
+        steps,
+        run.job.work,
+        run.batch_samples,
+        run.recipe.seed,
+        run.safe_point,
     )
-    groups = {group.name: group.linears for group in mixed.groups if group.layer == layer.index}
-    return measure_layer(job, groups, mixed.widths)

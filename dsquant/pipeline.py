@@ -16,7 +16,9 @@ from dsquant.finishing import finish, finish_gguf
 from dsquant.gguf_conversion import GgufRun, convert_to_gguf, plan_gguf
 from dsquant.jobs import RECORD_FILE, Job, claim, found_state, full_disk_is_resumable, stop_on_signals
 from dsquant.memory import check_memory
+from dsquant.mixed_plan import MixedPlan
 from dsquant.mixed_precision import choose_widths
+from dsquant.mixed_types import choose_types
 from dsquant.planning import FOLLOW, WITHOUT_FOLLOW, Plan
 from dsquant.preparation import (
     check_disk,
@@ -27,7 +29,7 @@ from dsquant.preparation import (
     resolved,
     resolved_device,
 )
-from dsquant.recipe import GgufRecipe, Recipe, format_size, preset_and_steps
+from dsquant.recipe import GgufRecipe, Recipe, TargetedRecipe, format_size, preset_and_steps
 from dsquant.records import Preview, Result, gguf_output_files, output_files, planned_warnings, result_of
 from dsquant.rounding import UNQUANTIZED
 from dsquant.supervision import Supervised
@@ -102,7 +104,7 @@ def _resolved_for(recipe: Recipe, ranks: Ranks) -> Recipe:
             f"{FOLLOW}: {ranks.size} processes cannot share a layer that is rounded linear by linear; start one, or "
             f"{WITHOUT_FOLLOW}"
         )
-    if recipe.chooses_widths and ranks.size > 1:
+    if recipe.target is not None and ranks.size > 1:
         raise UsageError(
             f"--target-bits, --target-size: {ranks.size} processes cannot share the measuring of sensitivities yet; "
             "start one, or leave the target out"
@@ -178,13 +180,17 @@ def _details(recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "quantized linears": len(frozenset().union(*plan.linears.values())),
     }
     if plan.mixed is not None:
-        target = f"{recipe.target_bits} bits" if recipe.target_bits is not None else format_size(plan.mixed.total_bytes)
-        widths = ", ".join("BF16" if width == UNQUANTIZED else str(width) for width in plan.mixed.widths)
-        details["target"] = (
-            f"at most {target}: {len(plan.mixed.groups)} groups of linears get one of the widths {widths}, chosen once "
-            "their sensitivity is measured"
-        )
+        details["target"] = _target_words(recipe, plan.mixed, "groups of linears")
     return details
+
+
+def _target_words(recipe: TargetedRecipe, mixed: MixedPlan[Any], what: str) -> str:
+    target = f"{recipe.target_bits} bits" if recipe.target_bits is not None else format_size(mixed.total_bytes)
+    widths = ", ".join("BF16" if width == UNQUANTIZED else str(width) for width in mixed.widths)
+    return (
+        f"at most {target}: {len(mixed.groups)} {what} are stored as one of {widths}, chosen once their sensitivity is "
+        "measured"
+    )
 
 
 def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report: Report = silent) -> Result:
@@ -217,13 +223,15 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
         notes = {"files": gguf_output_files(plan), "quantizer": quantizer_name(recipe.device == "cuda")}
         with supervised.job(notes) as (job, check):
             _check_same_quantizer(recipe, job.notes["quantizer"])
-            files = GgufFiles(recipe.output, plan.target.files, resume=state == "resume" and bool(job.journal.units))
-            run = GgufRun(recipe, plan, job, report, check, files)
+            run = GgufRun(recipe, plan, job, report, check)
+            choose_types(run, gguf_output_files)
+            again = state == "resume" and bool(job.journal.units)
+            run.files = GgufFiles(recipe.output, run.plan.target.files, again)
             try:
                 convert_to_gguf(run)
                 record = finish_gguf(run)
             finally:
-                files.close()
+                run.files.close()
             job.finish()
     return result_of(recipe, record, elapsed_s=time.monotonic() - started, peak_resident_bytes=peak_resident_bytes())
 
@@ -259,15 +267,19 @@ def preview_gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False
     budget, resident = memory_budget(recipe), resident_bytes()
     check_memory(plan.memory_bytes, budget, resident)
     check_disk(recipe.output, plan.disk_bytes)
-    sizes = {f"in {type_name}": format_size(size) for type_name, size in plan.target.bytes_by_type.items()}
+    outputs = {file.file_name: file.num_bytes for file in plan.target.files}
+    details = {f"in {type_name}": format_size(size) for type_name, size in plan.target.bytes_by_type.items()}
+    if plan.mixed is not None:
+        outputs = {plan.target.name: plan.mixed.total_bytes}
+        details = {"target": _target_words(recipe, plan.mixed, "tensors")}
     return Preview(
         model=str(plan.checkpoint.folder),
         architecture=plan.checkpoint.architecture,
         output=recipe.output,
         state=state,
         source_bytes=plan.checkpoint.index.num_bytes,
-        output_bytes={file.file_name: file.num_bytes for file in plan.target.files},
-        details={"type": recipe.type, "quantizer": quantizer_name(recipe.device == "cuda"), **sizes},
+        output_bytes=outputs,
+        details={"type": recipe.type, "quantizer": quantizer_name(recipe.device == "cuda"), **details},
         calibration=plan.calibration,
         notes=list(plan.notes),
         memory_bytes=plan.memory_bytes + resident,

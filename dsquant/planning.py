@@ -90,7 +90,7 @@ class Plan:
     """The layers whose hidden states stay on the GPU while their experts pass."""
     work_bytes: int
     """Disk for hidden states while the run lasts."""
-    mixed: MixedPlan | None = None
+    mixed: MixedPlan[int] | None = None
     """What a target for size or bits leaves to choose."""
 
     @property
@@ -160,7 +160,7 @@ def plan_run(
         by_grid[GGUF_GRID] = frozenset(linear for layer in _touched(recipe, skeleton) for linear in layer.linears)
     _check_steps(recipe, by_grid, skeleton)
     mixed = None
-    if recipe.chooses_widths:
+    if recipe.target is not None:
         kept = [name for unit in units if unit.action != "drop" for name in unit.parameters]
         (target,) = targets
         mixed = plan_mixed(
@@ -188,11 +188,14 @@ def plan_run(
 
 def _check_choosing(recipe: Recipe) -> None:
     """Refuses what widths are not chosen for."""
-    if not recipe.chooses_widths:
+    if recipe.target is None:
         return
     option = "--target-bits" if recipe.target_bits is not None else "--target-size"
     if len(recipe.to) > 1 or recipe.to[0] not in FORMATS:
-        raise UsageError(f"{option} chooses for one format, {' or '.join(FORMATS)}; found --to {', '.join(recipe.to)}")
+        raise UsageError(
+            f"{option} chooses for one format, {' or '.join(FORMATS)}; found --to {', '.join(recipe.to)}. "
+            "For GGUF's types run `dsquant gguf` with it"
+        )
     if "follow" in recipe.steps:
         raise UsageError(f"{option}: no widths are chosen with {FOLLOW}; {WITHOUT_FOLLOW}")
     if recipe.mtp == "quantize":

@@ -83,7 +83,30 @@ class JobRecipe(BaseModel):
         return hashlib.sha256(json.dumps(self.lasting(), sort_keys=True).encode()).hexdigest()
 
 
-class Recipe(JobRecipe):
+class TargetedRecipe(JobRecipe):
+    """A job that may have a target: a mean of stored bits, or a size, that the output may have at most.
+
+    Widths, or types of GGUF, are then chosen by measured sensitivity.
+    """
+
+    target_bits: float | None = Field(default=None, gt=0)
+    target_size: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.target_bits is not None and self.target_size is not None:
+            raise ValueError("--target-bits and --target-size exclude each other; give one")
+        return self
+
+    @property
+    def target(self) -> str | None:
+        """The target as the command line gives it; None where there is none."""
+        if self.target_bits is not None:
+            return f"--target-bits {self.target_bits}"
+        return None if self.target_size is None else f"--target-size {format_size(self.target_size)}"
+
+
+class Recipe(TargetedRecipe):
     """Everything that determines a quantization run.
 
     Attributes:
@@ -115,8 +138,6 @@ class Recipe(JobRecipe):
 
     to: tuple[str, ...] = ("awq",)
     bits: Literal[3, 4, 8] = 4
-    target_bits: float | None = Field(default=None, gt=0)
-    target_size: int | None = Field(default=None, ge=1)
     group_size: Literal[32, 64, 128] = 128
     symmetric: bool | None = None
     preset: Preset | None = None
@@ -157,25 +178,18 @@ class Recipe(JobRecipe):
     def _in_order(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
         return tuple(step for step in STEPS if step in steps)
 
-    @model_validator(mode="after")
-    def _one_target(self) -> Self:
-        if self.target_bits is not None and self.target_size is not None:
-            raise ValueError("--target-bits and --target-size exclude each other; give one")
-        return self
 
-    @property
-    def chooses_widths(self) -> bool:
-        """Whether widths are chosen by measured sensitivity."""
-        return self.target_bits is not None or self.target_size is not None
-
-
-class GgufRecipe(JobRecipe):
+class GgufRecipe(TargetedRecipe):
     """Everything that determines a conversion to GGUF.
 
     Attributes:
         model: a folder, a hub id, or `tiny-r1`.
         output: the folder to make.
-        type: a type or mixture of `dsquant.writers.gguf.types.MIXTURES`; Q4_K is Q4_K_M, as for llama-quantize.
+        type: a type or mixture of `dsquant.writers.gguf.types.MIXTURES`; Q4_K is Q4_K_M, as for llama-quantize. With a
+            target it is for the tensors that no type is chosen for.
+        target_bits: mean stored bits of the decoder's quantized weights that the files may have at most; types are then
+            chosen by measured sensitivity.
+        target_size: bytes of all tensors that the files may have at most; likewise.
         tensor_types: overrides `REGEX=TYPE`; the first that is found in a tensor's GGUF name counts.
         imatrix: a file of importances to use.
         calibration: texts, mixes or hub sets to take scales and importances from; none where empty. None is r1-mix,

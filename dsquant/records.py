@@ -12,14 +12,14 @@ from dsquant.card import serve_command
 from dsquant.conversion import Run
 from dsquant.evaluation.divergence import Divergence
 from dsquant.gguf_conversion import IMATRIX_FILE, GgufPlan, GgufRun
-from dsquant.jobs import RECORD_FILE
+from dsquant.jobs import RECORD_FILE, Job
 from dsquant.mixed_plan import WIDTH_COLUMNS, width_rows
-from dsquant.mixed_precision import SENSITIVITY
 from dsquant.notebook import Shown, as_html, table_of
 from dsquant.preparation import Source
 from dsquant.quantization.layer import FEWEST_TOKENS
 from dsquant.recipe import JobRecipe, Recipe, format_size
 from dsquant.scales import SCALES_FILE
+from dsquant.sensitivity_pass import SENSITIVITY
 from dsquant.writers.gguf.store import quantizer_name
 from dsquant.writers.gguf.target import GgufTarget
 
@@ -48,7 +48,7 @@ class Result(Shown):
     """Format -> text -> distance from the original; empty where evaluation was off."""
     warnings: list[str]
     precision: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Group of linears -> its width, bytes and error, where widths were chosen."""
+    """Group of linears, or GGUF tensor -> its width or type, bytes and error, where these were chosen."""
     already_finished: bool = False
     elapsed_s: float = 0.0
     peak_resident_bytes: int = 0
@@ -75,7 +75,7 @@ class Result(Shown):
         rows = [(name, format_size(size), f"{size / self.source_bytes:.1%}") for name, size in sizes.items()]
         yield table_of(f"{self.output}", ("checkpoint", "size", "of original"), rows)
         if self.precision:
-            yield table_of("chosen widths", WIDTH_COLUMNS, width_rows(self.precision))
+            yield table_of("chosen by sensitivity", WIDTH_COLUMNS, width_rows(self.precision))
         for name, texts in self.divergence.items():
             title = f"{name} against the original, on held-out texts"
             yield table_of(title, DISTANCES, [(text, *_distances(found)) for text, found in texts.items()])
@@ -252,21 +252,24 @@ def run_record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any
         "layers": layers,
         "divergence": divergence,
         "warnings": _warnings(run, layers),
-        **({"precision": _chosen(run.job.notes[SENSITIVITY])} if run.recipe.chooses_widths else {}),
+        **_precision(run.job),
     }
 
 
-def _chosen(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Group -> the width that was chosen, with its bytes and error, and the errors of all widths."""
-    return {
+def _precision(job: Job) -> dict[str, dict[str, Any]]:
+    """Where widths were chosen: group -> the width, with its bytes and error, and the errors of all widths."""
+    if SENSITIVITY not in job.notes:
+        return {}
+    chosen = {
         group: {
             "width": entry["width"],
             "bytes": entry["bytes"][str(entry["width"])],
             "error": entry["errors"][str(entry["width"])],
             "errors": entry["errors"],
         }
-        for group, entry in found.items()
+        for group, entry in job.notes[SENSITIVITY].items()
     }
+    return {"precision": chosen}
 
 
 def _layers(journal: Mapping[str, Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[int, dict[str, float]]]:
@@ -317,6 +320,7 @@ def gguf_record(run: GgufRun, divergence: dict[str, dict[str, Any]]) -> dict[str
         "layers": layers,
         "divergence": divergence,
         "warnings": warnings,
+        **_precision(run.job),
     }
 
 

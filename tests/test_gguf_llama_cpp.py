@@ -43,6 +43,7 @@ def make(model: Path, folder: Path, type_name: str, **options: Any) -> Path:
         ("Q8_0", {}, 0.98, 0.2),
         ("Q4_K_M", {}, 0.88, 0.6),
         ("Q4_K_M+", {}, 0.92, 0.4),
+        ("Q4_K_M", {"target_bits": 4.5}, 0.9, 0.6),
         ("Q8_0", {"calibration": "none", "mtp": "keep"}, 0.95, 0.4),
         ("Q4_K_M", {"split_max_size": "2MiB", "calibration": "none"}, 0.75, 2.5),
     ],

@@ -53,7 +53,7 @@ def test_the_target_is_met_and_told(mixed: Path) -> None:
     widths = {entry["width"] for entry in record["precision"].values()}
     assert {4, 8} <= widths <= {4, 8, 16}
     card = (mixed / "README.md").read_text()
-    assert "| group | width | layers | size | of the error |" in card and "| mlp.experts |" in card
+    assert "| group | stored as | layers | size | of the error |" in card and "| mlp.experts |" in card
 
 
 def test_what_engines_fuse_has_one_width_and_each_group_names_its_linears(mixed: Path) -> None:
@@ -147,12 +147,12 @@ def test_a_job_stopped_while_measuring_or_later_makes_the_same_bytes(
     def stop(*arguments: Any) -> None:
         raise Interrupted("here")
 
-    for place in ("dsquant.mixed_precision.allocate", "dsquant.conversion._quantize_layer"):
+    for place in ("dsquant.sensitivity_pass.allocate", "dsquant.conversion._quantize_layer"):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(place, stop)
             dsquant.awq(dense, output=tmp_path / "out", resume=True, **options)
     with monkeypatch.context() as patch:
-        patch.setattr("dsquant.mixed_precision.measure_layer", stop)  # what was found is kept
+        patch.setattr("dsquant.sensitivity_pass.measure_layer", stop)  # what was found is kept
         dsquant.awq(dense, output=tmp_path / "out", resume=True, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     dsquant.awq(dense, output=tmp_path / "out", restart=True, **{**options, "target_bits": 9.0})
@@ -205,8 +205,8 @@ def test_three_bits_are_chosen_only_where_nothing_else_fits(pico_r1: Path, text_
         pipeline.preview(Recipe.checked(**fields, **texts, output=tmp_path / "out", target_bits=bits))
         for bits in (4.0, 4.6)
     )
-    assert "widths 3, 4, 8, BF16" in narrow.details["target"] and any("3 bits" in note for note in narrow.notes)
-    assert "widths 4, 8, BF16" in wide.details["target"] and not any("3 bits" in note for note in wide.notes)
+    assert "one of 3, 4, 8, BF16" in narrow.details["target"] and any("3 bits" in note for note in narrow.notes)
+    assert "one of 4, 8, BF16" in wide.details["target"] and not any("3 bits" in note for note in wide.notes)
     assert not (tmp_path / "out").exists()
 
 

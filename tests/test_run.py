@@ -418,6 +418,10 @@ def test_the_recipe_for_everything_runs_on_tiny_r1(tmp_path: Path) -> None:
             {"quantize": [{"name": "a", "type": "Q8_0"}, {"name": "b", "type": "F32", "tensor_types": ["zzz=Q9"]}]},
             "step b: .*Q9",
         ),
+        (
+            {"quantize": [{"name": "a", "type": "Q8_0"}, {"name": "b", "type": "Q4_K_M", "target_bits": 1}]},
+            "step b: --target-bits 1.0: .* gives from",
+        ),
     ],
 )
 def test_a_mistake_in_a_later_step_is_found_before_the_first(

@@ -19,6 +19,13 @@ from dsquant.cli.process import dsquant_command, metrics_options, reporting
     help="A type or mixture of llama.cpp, such as Q8_0, Q4_K_M, IQ4_XS, BF16; or Q4_K_M+, which keeps MLA attention, "
     "shared experts and dense layers at Q8_0.",
 )
+@click.option(
+    "--target-bits",
+    type=float,
+    help="Mean stored bits of the decoder's weights, such as 4.5: each of their tensors gets a type by measured "
+    "sensitivity; --type is then for the others.",
+)
+@click.option("--target-size", help="The same, for the size of all tensors, such as 340GiB.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to make.  [default: ./NAME-TYPE-GGUF]")
 @click.option(
     "--calibration",
@@ -86,13 +93,14 @@ def _gguf_recipe(options: dict[str, Any]) -> Any:
     from dsquant.recipe import GgufRecipe, parse_size
 
     type_name = options.pop("type_name").upper()
-    split, budget = options.pop("split_max_size"), options.pop("memory_budget")
+    split, budget, size = (options.pop(name) for name in ("split_max_size", "memory_budget", "target_size"))
     output = options.pop("output") or Path(f"{Path(options['model']).name}-{type_name}-GGUF")
     texts = options.pop("calibration")
     return GgufRecipe.checked(
         **options,
         calibration=() if texts == ("none",) else (texts or None),
         type=type_name,
+        target_size=parse_size(size) if size else None,
         output=output,
         split_max_bytes=parse_size(split) if split else 0,
         memory_budget=parse_size(budget) if budget else None,

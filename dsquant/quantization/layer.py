@@ -242,7 +242,7 @@ def _quantize_dense_part(
     """Quantizes attention and emits all that changes outside the MLPs."""
     attention = _attention(job, grid, moments, report)
     if not grid.rounded:
-        _note_attention(job, grid, moments, attention)
+        note_attention(job, grid, moments, attention.scales)
     emit_dense_part(job, grid, attention, norm_fold, report)
     for group, scales_I in attention.scales.items():
         job.keep_scales(grid, group.producer, scales_I)
@@ -274,13 +274,23 @@ def _attention(
     return rounded
 
 
-def _note_attention(
-    job: LayerJob, grid: Grid, moments: Mapping[ScaleGroup, InputMoments], attention: AttentionResult
+def note_attention(
+    job: LayerJob,
+    grid: Grid,
+    moments: Mapping[ScaleGroup, InputMoments],
+    scales: Mapping[ScaleGroup, torch.Tensor],
 ) -> None:
-    """Notes the importance of what attention's linears read under the scales."""
+    """Notes the importance of what attention's linears read under the scales.
+
+    Args:
+        job: the layer and its surroundings.
+        grid: the grid.
+        moments: of each group's input.
+        scales: float32 [I] of each group that has them.
+    """
     config = job.skeleton.config
     for group, group_moments in moments.items():
-        divided = under_scales(group_moments, attention.scales.get(group))
+        divided = under_scales(group_moments, scales.get(group))
         for linear in group.consumers:
             job.note(grid, linear, divided.importance)
         query = next((name for name in group.consumers if name.endswith((".q_b_proj", ".q_proj"))), None)

@@ -117,7 +117,9 @@ class GgufStep(Part):
 
     Attributes:
         name: its folder in the output.
-        type: a type or mixture of llama.cpp.
+        type: a type or mixture of llama.cpp; with a target, of what no type is chosen for.
+        target_bits: mean stored bits of the decoder's weights; their types are chosen by measured sensitivity.
+        target_size: the same, for the size of all tensors.
         tensor_types: overrides REGEX=TYPE.
         imatrix: importances from a file, instead of calibration.
         calibrate: whether importances and scales are taken from the recipe's calibration.
@@ -128,6 +130,8 @@ class GgufStep(Part):
 
     name: str = Field(pattern=NAME, max_length=LONGEST_NAME)
     type: str
+    target_bits: float | None = Field(default=None, gt=0)
+    target_size: Size | None = Field(default=None, ge=1)
     tensor_types: Texts = ()
     imatrix: Path | None = None
     calibrate: bool = True

@@ -42,7 +42,7 @@ def check_quantizer(type_names: Collection[str], on_gpu: bool) -> str | None:
     quantized = sorted(set(type_names) - set(FLOAT_TYPES) - set(k_quants.ROW_BLOCKS if on_gpu else ()))
     if ggml.library() is not None or not quantized:
         return None
-    missing = [name for name in quantized if name not in k_quants.ROW_BLOCKS and name not in _BY_GGUF_PY]
+    missing = [name for name in quantized if not is_available(name)]
     if missing:
         raise UsageError(f"the types {', '.join(missing)} need ggml's quantizers; install them with: {_INSTALL}")
     own = [name for name in quantized if name in k_quants.ROW_BLOCKS]
@@ -50,6 +50,11 @@ def check_quantizer(type_names: Collection[str], on_gpu: bool) -> str | None:
     ways = [f"{', '.join(own)} by dsquant's PyTorch code"] if own else []
     ways += [f"{', '.join(others)} by gguf-py, which weighs all columns alike"] if others else []
     return f"ggml's quantizers are not installed: {'; '.join(ways)}. To have them: {_INSTALL}"
+
+
+def is_available(type_name: str) -> bool:
+    """Whether something installed can quantize to a type."""
+    return ggml.library() is not None or type_name in k_quants.ROW_BLOCKS or type_name in _BY_GGUF_PY
 
 
 def stored_rows(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor | None) -> torch.Tensor:

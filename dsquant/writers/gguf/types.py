@@ -53,6 +53,8 @@ MIXTURES = {
 }
 # The type that takes a row whose length is no multiple of a block of 256.
 _FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+# What a target may choose from: what engines run fast, from the fewest bits to the most.
+CANDIDATES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 _KEPT_AT_8_BITS = re.compile(r"\.(attn_\w+|ffn_(gate|up|down)(_shexp)?|nextn\.eh_proj)\.weight$")
 
 
@@ -139,10 +141,22 @@ def choose_type(
     base = MIXTURES[mixture][0]
     wanted = base if base in FLOAT_TYPES else _preferred(tensor, shape[-1], mixture, base, facts, has_imatrix)
     wanted = next((type_name for pattern, type_name in overrides if pattern.search(tensor)), wanted)
-    if shape[-1] % BLOCKS[wanted][0] == 0:
-        return wanted, None
-    fitting = _FALLBACKS.get(wanted, "F16")
-    return fitting if shape[-1] % BLOCKS[fitting][0] == 0 else "F16", wanted
+    stored = fitting_type(wanted, shape[-1])
+    return stored, None if stored == wanted else wanted
+
+
+def fitting_type(wanted: str, columns: int) -> str:
+    """The type that rows get where one is wanted: its fallback where it does not fit, F16 where that does not either.
+
+    Args:
+        wanted: a key of `BLOCKS`.
+        columns: weights of a row.
+
+    Returns:
+        A key of `BLOCKS`.
+    """
+    fitting = (name for name in (wanted, _FALLBACKS.get(wanted, "F16")) if columns % BLOCKS[name][0] == 0)
+    return next(fitting, "F16")
 
 
 def _preferred(tensor: str, columns: int, mixture: str, base: str, facts: ModelFacts, has_imatrix: bool) -> str:
