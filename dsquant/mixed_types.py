@@ -71,7 +71,7 @@ def _pass(run: GgufRun, mixed: MixedPlan[str]) -> SensitivityPass[str]:
         plan.tokens_NT,
         linears_of,
         store,
-        PRESET_STEPS["compact"] if plan.linears else ("top-up",),
+        PRESET_STEPS["compact"] if plan.linears else (),
         run.job.work,
         run.batch_samples,
         run.recipe.seed,

@@ -10,7 +10,7 @@ import torch
 from dsquant.kernels.clipping import best_shrinks
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments
-from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
+from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest, stacked
 
 # AutoAWQ goes down to 0.55 in steps of 0.05; less than 0.65 was never chosen, so the same number of steps is finer.
 SHRINKS = tuple(1 - step / 25 for step in range(10))
@@ -41,12 +41,7 @@ def clipped_weight(
     at_once = GPU_ELEMENTS_AT_ONCE if weight_OI.is_cuda else ELEMENTS_AT_ONCE
     rows_at_once = max(1, at_once // weight_OI.shape[1])
     parts = [_clip_rows(rows_OI, grid, moments, grams_GSS, shrinks) for rows_OI in weight_OI.split(rows_at_once)]
-    return QuantizedWeight(
-        torch.cat([part.codes_OI for part in parts]),
-        torch.cat([part.scales_OG for part in parts]),
-        torch.cat([part.zero_points_OG for part in parts]),
-        grid,
-    )
+    return stacked(parts)
 
 
 def _clip_rows(
@@ -56,10 +51,4 @@ def _clip_rows(
     plain, clipped = (round_to_nearest(weight_OI, grid, shrink) for shrink in (1.0, shrink_OG))
     with fast_matmuls(weight_OI.device):
         plain_O, clipped_O = (moments.loss_O(part.difference(weight_OI)) for part in (plain, clipped))
-    keep_O1 = (clipped_O < plain_O).unsqueeze(1)
-    return QuantizedWeight(
-        torch.where(keep_O1, clipped.codes_OI, plain.codes_OI),
-        torch.where(keep_O1, clipped.scales_OG, plain.scales_OG),
-        torch.where(keep_O1, clipped.zero_points_OG, plain.zero_points_OG),
-        grid,
-    )
+    return clipped.or_else(plain, clipped_O < plain_O)
