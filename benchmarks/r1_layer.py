@@ -40,12 +40,13 @@ def stage_timers(seconds: dict[str, float]) -> None:
 
     stages: list[tuple[str, Any, str]] = [
         ("scan of the source (once for a model)", supervision, "scan_source"),
-        ("attention, router, shared statistics", layer, "_run_original"),
-        ("search of the norm's scales", layer, "_norm_fold"),
-        ("proof of the fold", layer, "_emit_dense_part"),
+        ("attention, router, shared statistics", layer, "run_original"),
+        ("search of the norm's scales", layer, "search_norm_fold"),
+        ("proof of the fold", layer, "emit_dense_part"),
+        ("what compensates gate and up", layer_mlps, "shared_inverses"),
         ("reading experts", GatedWeights, "read"),
-        ("experts' forward", layer_mlps, "_add_contributions"),
-        ("experts' statistics", layer_mlps, "_moments"),
+        ("experts' forward", layer_mlps, "add_contributions"),
+        ("experts' statistics", layer_mlps, "moments_of"),
         ("search, clip, rounding", layer_mlps, "quantize_mlp"),
         ("packing, handing to the writer", conversion.UnitWriter, "write"),
         ("end of the unit: rest, fsync", conversion._Writers, "finish"),

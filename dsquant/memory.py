@@ -8,7 +8,7 @@ from dsquant.model.streaming import ROWS_AT_ONCE, VOCABULARY_AT_ONCE
 from dsquant.model.structure import DecoderLayer
 from dsquant.quantization.clip import ELEMENTS_AT_ONCE, SHRINKS
 from dsquant.quantization.pairs import WIDEST_PAIRS
-from dsquant.quantization.statistics import FACTOR_ROWS
+from dsquant.quantization.statistics import FACTOR_ROWS, WIDEST_PART, is_wide, part_width
 from dsquant.recipe import format_size
 from dsquant.source.checkpoint import Checkpoint
 
@@ -24,7 +24,13 @@ RESIDENT_BYTES = 2 + 4
 
 
 def layer_memory_bytes(
-    num_tokens: int, seq_len: int, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str]
+    num_tokens: int,
+    seq_len: int,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    linears: frozenset[str],
+    compensated: frozenset[str] = frozenset(),
+    num_grids: int = 1,
 ) -> dict[int, int]:
     """The need of each layer's largest stage; benchmarks/r1_width.py compares it with what a run really takes.
 
@@ -34,12 +40,14 @@ def layer_memory_bytes(
         checkpoint: the source.
         skeleton: its network.
         linears: those that are quantized onto a grid.
+        compensated: those of them whose errors are compensated.
+        num_grids: grids that share the calibration.
 
     Returns:
         Layer -> bytes on the device that computes.
     """
     return {
-        layer.index: _layer_bytes(layer, num_tokens, seq_len, checkpoint, skeleton, linears)
+        layer.index: _layer_bytes(layer, num_tokens, seq_len, checkpoint, skeleton, linears, compensated, num_grids)
         for layer in skeleton.layers
     }
 
@@ -51,6 +59,8 @@ def _layer_bytes(
     checkpoint: Checkpoint,
     skeleton: Skeleton,
     linears: frozenset[str],
+    compensated: frozenset[str],
+    num_grids: int,
 ) -> int:
     hidden = skeleton.config["hidden_size"]
     sizes = {linear: _num_elements(checkpoint, linear) for linear in layer.linears}
@@ -70,7 +80,44 @@ def _layer_bytes(
     batch_tokens = min(num_tokens, max(BATCH_TOKENS, seq_len))
     attention = 6 * FLOAT32_BYTES * batch_tokens * _widest_attention(checkpoint, layer)
     rows = 6 * FLOAT32_BYTES * min(ROWS_AT_ONCE, num_tokens) * hidden
-    return statistics + max(int(dense * (1 + folded_and_rounded)) + max(attention, rounds), max(mlps) + rounds + rows)
+    whole, matrix = _attention_matrices(checkpoint, layer, compensated)
+    downs = {checkpoint.weights.shape(f"{mlp.down}.weight")[1] for mlp in layer.mlps if mlp.down in compensated}
+    down = max((width for width in downs if is_wide(width)), default=0)
+    shared = hidden if downs and is_wide(hidden) else 0
+    return (
+        statistics
+        + 3 * whole  # sums of all samples and of a chunk, and their means
+        + max(
+            int(dense * (1 + folded_and_rounded)) + max(attention, rounds, 2 * matrix + _inverting(matrix)),
+            3 * _matrices(shared) + num_grids * _matrices(shared) + _inverting(_matrices(shared)),
+            max(mlps) + rounds + rows + num_grids * _matrices(shared) + 4 * _matrices(down) + _inverting(_part(down)),
+        )
+    )
+
+
+def _attention_matrices(checkpoint: Checkpoint, layer: DecoderLayer, compensated: frozenset[str]) -> tuple[int, int]:
+    """Bytes of the Gram matrices of attention's wide inputs that are compensated: of all, and of the widest."""
+    widths = [
+        checkpoint.weights.shape(f"{group.consumers[0]}.weight")[1]
+        for group in layer.attention
+        if group.consumers[0] in compensated
+    ]
+    matrices = [_matrices(width) for width in widths if is_wide(width) and width <= WIDEST_PART]
+    return sum(matrices), max(matrices, default=0)
+
+
+def _matrices(width: int) -> int:
+    """Bytes of the Gram matrices of the parts of inputs so wide, float32."""
+    return FLOAT32_BYTES * width * part_width(width)
+
+
+def _part(width: int) -> int:
+    return _matrices(part_width(width))
+
+
+def _inverting(matrix_bytes: int) -> int:
+    """What inverting a float32 matrix of this size takes: four of double precision."""
+    return 8 * matrix_bytes
 
 
 def pair_memory_bytes(checkpoint: Checkpoint, skeleton: Skeleton) -> int:
@@ -88,6 +135,8 @@ def pair_memory_bytes(checkpoint: Checkpoint, skeleton: Skeleton) -> int:
     widest = max((width for width in widths if width <= WIDEST_PAIRS), default=0)
     # Gram matrix and drift with their divided copies in float32, five double precision matrices for the factor
     matrices = widest**2 * (6 * FLOAT32_BYTES + 5 * 8)
+    # wider ones: the parts' sums, means, divided copies and factors
+    matrices = max([matrices, *(4 * _matrices(width) + _inverting(_part(width)) for width in widths)])
     attention = max(
         sum(_num_elements(checkpoint, linear) for linear in layer.attention_linears) for layer in skeleton.layers
     )
@@ -95,7 +144,12 @@ def pair_memory_bytes(checkpoint: Checkpoint, skeleton: Skeleton) -> int:
 
 
 def sharing_memory_bytes(
-    num_tokens: int, checkpoint: Checkpoint, skeleton: Skeleton, linears: frozenset[str], num_ranks: int
+    num_tokens: int,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    linears: frozenset[str],
+    compensated: frozenset[str],
+    num_ranks: int,
 ) -> int:
     """What a rank keeps and passes on for the others; planned for experts with up to 4 times their share of tokens.
 
@@ -104,6 +158,7 @@ def sharing_memory_bytes(
         checkpoint: the source.
         skeleton: its network.
         linears: those that are quantized onto a grid.
+        compensated: those of them whose errors are compensated.
         num_ranks: how many ranks share a layer.
 
     Returns:
@@ -117,7 +172,8 @@ def sharing_memory_bytes(
         for group in layer.attention
         if group.consumers[0] in linears
     )
-    sums = -(-CHUNKS // num_ranks) * FLOAT32_BYTES * FACTOR_ROWS * widths
+    whole, _ = _attention_matrices(checkpoint, layer, compensated)
+    sums = -(-CHUNKS // num_ranks) * (FLOAT32_BYTES * FACTOR_ROWS * widths + whole)
     if not layer.experts:
         return sums
     rows = min(num_tokens, 4 * num_tokens * skeleton.config["num_experts_per_tok"] // len(layer.experts))

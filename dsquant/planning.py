@@ -171,8 +171,10 @@ def plan_run(
     streams = 2 if follows else 1
     num_hidden = recipe.samples * recipe.seq_len * skeleton.config["hidden_size"]
     head = head_memory_bytes(skeleton)
-    needs = layer_memory_bytes(recipe.samples * recipe.seq_len, recipe.seq_len, checkpoint, skeleton, everything)
-    shared = sharing_memory_bytes(recipe.samples * recipe.seq_len, checkpoint, skeleton, everything, num_ranks)
+    rounded = [linears for grid, linears in by_grid.items() if grid.rounded and "compensate" in recipe.steps]
+    compensated, num_tokens = frozenset[str]().union(*rounded), recipe.samples * recipe.seq_len
+    needs = layer_memory_bytes(num_tokens, recipe.seq_len, checkpoint, skeleton, everything, compensated, len(by_grid))
+    shared = sharing_memory_bytes(num_tokens, checkpoint, skeleton, everything, compensated, num_ranks)
     pairs = pair_memory_bytes(checkpoint, skeleton) if follows else 0
     needs = {layer: need + shared + pairs for layer, need in needs.items()}
     memory, gpu_memory = max(head, *needs.values()) + host_memory_bytes(num_hidden, streams), 0

@@ -97,6 +97,16 @@ def stacked(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     return QuantizedWeight(codes_OI, scales_OG, zeros_OG, parts[0].grid)
 
 
+def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """One weight of the columns of several, whole groups of the same rows."""
+    if len(parts) == 1:
+        return parts[0]
+    codes_OI, scales_OG, zeros_OG = (
+        torch.cat(same, dim=1) for same in zip(*(part._tensors for part in parts), strict=True)
+    )
+    return QuantizedWeight(codes_OI, scales_OG, zeros_OG, parts[0].grid)
+
+
 def grid_parameters(
     weight_OI: torch.Tensor, grid: Grid, shrink_OG: torch.Tensor | float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:

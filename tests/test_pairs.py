@@ -6,6 +6,7 @@ import torch
 
 from dsquant.quantization import pairs
 from dsquant.quantization.clip import clipped_weight
+from dsquant.quantization.compensate import compensated_weight
 from dsquant.quantization.pairs import DRIFT_DAMPING, PairStatistics
 from dsquant.recipe import PRESET_STEPS
 from dsquant.rounding import Grid
@@ -76,11 +77,13 @@ def test_outputs_come_nearer_to_the_originals_on_unseen_tokens(grid: Grid) -> No
     assert error(moments.rounded([weight_OI], grid, BEST)[0].dequantize()) < 0.6 * error(alone.dequantize())
 
 
-def test_wide_inputs_are_clipped_and_no_token_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wider_inputs_are_compensated_but_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_OI, grid = _weight(8, 128), Grid(4, 64, True)
     assert bool(PairStatistics(128, SEED).moments().rounded([weight_OI], grid, BEST)[0].dequantize().isfinite().all())
     monkeypatch.setattr(pairs, "WIDEST_PAIRS", 64)
     moments = _statistics(*_inputs(200, 128)).moments()
     assert moments.drift_II is None
-    wanted = clipped_weight(weight_OI, grid, moments.moments)
+    assert torch.equal(moments.followed(weight_OI), weight_OI)
+    wanted = compensated_weight(weight_OI, grid, moments.moments)
+    assert not torch.equal(wanted.codes_OI, clipped_weight(weight_OI, grid, moments.moments).codes_OI)
     assert torch.equal(moments.rounded([weight_OI], grid, BEST)[0].codes_OI, wanted.codes_OI)

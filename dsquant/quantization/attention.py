@@ -9,7 +9,7 @@ from dsquant.model.overlays import Fold, FoldedWeights
 from dsquant.model.structure import ScaleGroup
 from dsquant.quantization.scale import fold_of, search_group
 from dsquant.quantization.statistics import InputMoments
-from dsquant.quantization.steps import rounded_weight
+from dsquant.quantization.steps import prepared, rounded_weight
 from dsquant.recipe import Step
 from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
 from dsquant.source.weights import Weights
@@ -51,13 +51,11 @@ def quantize_attention(
     """
     fold, scales = search_scales(weights, moments, grid, steps)
     folded = FoldedWeights(weights, fold)
-    linears = {
-        linear: rounded_weight(
-            folded[f"{linear}.weight"], grid_of(linear), under_scales(found, scales.get(group)), steps
-        )
-        for group, found in moments.items()
-        for linear in group.consumers
-    }
+    linears: dict[str, QuantizedWeight] = {}
+    for group, found in moments.items():
+        divided = prepared(under_scales(found, scales.get(group)), grid, steps)
+        for linear in group.consumers:
+            linears[linear] = rounded_weight(folded[f"{linear}.weight"], grid_of(linear), divided, steps)
     return AttentionResult(fold, linears, scales)
 
 

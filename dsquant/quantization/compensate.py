@@ -7,18 +7,22 @@ reference implementation: columns are sorted by their input's energy inside thei
 no index has to be stored; and each group's range is shrunk (AWQ's clipping) by what costs least of that compensated
 error.
 
+Inputs wider than a Gram matrix is kept of are compensated in parts, or by a matrix that their layer shares
+(docs/decisions/0018).
+
 Shape legend: O out features, I in features, G groups, S = group size, C shrinks, P = C * O.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from dsquant.kernels.compensation import compensate_group
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.quantization.clip import SHRINKS, clipped_weight
-from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments
-from dsquant.rounding import Grid, QuantizedWeight, stacked
+from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments, InverseFactor
+from dsquant.rounding import Grid, QuantizedWeight, joined, stacked
 
 # The Gram matrix's diagonal is raised by this share of its mean, for each feature over a token: of few tokens it knows
 # little, and compensation would fit their noise (docs/decisions/0006).
@@ -36,7 +40,7 @@ def compensated_weight(
     Args:
         weight_OI: float32 [O, I].
         grid: the quantization grid.
-        moments: the inputs' moments. Where they hold no whole Gram matrix (wide inputs), or no token, ranges are
+        moments: the inputs' moments. Where they hold neither Gram matrices nor `inverses`, or no token, ranges are
             clipped and columns rounded each for itself: errors must not be hidden where a sketch is blind.
         shrinks: factors in (0, 1] on the range that the grid spans.
 
@@ -44,14 +48,29 @@ def compensated_weight(
         The rounded weight, no row of which errs more than with clipping alone.
     """
     clipped = clipped_weight(weight_OI, grid, moments, shrinks)
-    if moments.gram_II is None or not moments.count:
+    inverses = with_inverses(moments, grid.group_size).inverses
+    if not inverses or not moments.count:
         return clipped
-    order_I = _order(moments.gram_II.diagonal(), grid.group_size)
-    damping = damping_of(len(order_I), moments.count)
-    factor_II = _inverse_factor(moments.gram_II[order_I][:, order_I], damping)
     rows_at_once = rows_at_once_of(weight_OI)
     parts = zip(weight_OI.split(rows_at_once), clipped.split(rows_at_once), strict=True)
-    return stacked([_better_rows(*part, moments, shrinks, order_I, factor_II) for part in parts])
+    return stacked([_better_rows(*part, moments, shrinks, inverses) for part in parts])
+
+
+def with_inverses(moments: InputMoments, group_size: int) -> InputMoments:
+    """Makes what compensation takes of the Gram matrices, once for all weights that read these inputs.
+
+    Args:
+        moments: the inputs' moments.
+        group_size: of the grid.
+
+    Returns:
+        The same with `inverses`; as they are where they have them, hold no Gram matrix, or no token.
+    """
+    grams = moments.parts_PWW if moments.gram_II is None else [moments.gram_II]
+    if moments.inverses or grams is None or not moments.count:
+        return moments
+    damping = damping_of(len(grams[0]), moments.count)
+    return replace(moments, inverses=tuple(_inverse(gram_II, group_size, damping) for gram_II in grams))
 
 
 def rows_at_once_of(weight_OI: torch.Tensor) -> int:
@@ -81,17 +100,18 @@ def _order(energy_I: torch.Tensor, group_size: int) -> torch.Tensor:
     return (inside_GS + first_G1)[groups_G].flatten()
 
 
-def _inverse_factor(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
-    """U, upper triangular float32 [I, I], with U^T U the inverse of the damped Gram matrix H.
+def _inverse(gram_II: torch.Tensor, group_size: int, damping: float) -> InverseFactor:
+    """The order of rounding, and U with U^T U the inverse of the damped Gram matrix H in that order.
 
     With H = V V^T and V upper triangular (the Cholesky factor of H with rows and columns in reverse order), U = V^-1.
     Where H is not finite U is not either, its losses compare as false, and rows stay clipped. Nothing here waits for a
     GPU.
     """
-    damped_II = damped(gram_II.double(), damping)
-    upper_II = torch.linalg.cholesky_ex(damped_II.flip(0, 1)).L.flip(0, 1)
+    order_I = _order(gram_II.diagonal(), group_size)
+    reverse_I = order_I.flip(0)
+    upper_II = torch.linalg.cholesky_ex(damped(gram_II[reverse_I][:, reverse_I].double(), damping)).L.flip(0, 1)
     identity_II = torch.eye(len(upper_II), dtype=torch.float64, device=upper_II.device)
-    return torch.linalg.solve_triangular(upper_II, identity_II, upper=True).float()
+    return InverseFactor(order_I, torch.linalg.solve_triangular(upper_II, identity_II, upper=True).float())
 
 
 def _better_rows(
@@ -99,20 +119,20 @@ def _better_rows(
     clipped: QuantizedWeight,
     moments: InputMoments,
     shrinks: Sequence[float],
-    order_I: torch.Tensor,
-    factor_II: torch.Tensor,
+    inverses: Sequence[InverseFactor],
 ) -> QuantizedWeight:
     """Each row compensated or clipped, whichever errs less."""
     with fast_matmuls(weight_OI.device):
-        compensated = _compensate(weight_OI, clipped.grid, shrinks, order_I, factor_II)
+        parts = zip(weight_OI.split(len(inverses[0].order_I), dim=1), inverses, strict=True)
+        compensated = joined([_compensate(part_OI, clipped.grid, shrinks, inverse) for part_OI, inverse in parts])
         clipped_O, compensated_O = (moments.loss_O(part.difference(weight_OI)) for part in (clipped, compensated))
     return compensated.or_else(clipped, compensated_O < clipped_O)
 
 
 def _compensate(
-    weight_OI: torch.Tensor, grid: Grid, shrinks: Sequence[float], order_I: torch.Tensor, factor_II: torch.Tensor
+    weight_OI: torch.Tensor, grid: Grid, shrinks: Sequence[float], inverse: InverseFactor
 ) -> QuantizedWeight:
-    size = grid.group_size
+    size, order_I, factor_II = grid.group_size, inverse.order_I, inverse.factor_II
     working_IO = weight_OI[:, order_I].T.contiguous()
     groups = []
     for start in range(0, len(working_IO), size):

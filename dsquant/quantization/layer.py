@@ -123,7 +123,14 @@ def run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], torch.T
     device, ranks, shares = job.weights.device, job.ranks, job.shares
     num_tokens, own = job.inputs.shape[1], shares.samples(job.ranks.rank)
     statistics = {
-        group: SampleStatistics(job.weights.shape(f"{group.consumers[0]}.weight")[1], job.seed, device, ranks, shares)
+        group: SampleStatistics(
+            job.weights.shape(f"{group.consumers[0]}.weight")[1],
+            job.seed,
+            device,
+            ranks,
+            shares,
+            job.compensates(group.consumers[0]),
+        )
         for group in job.layer.attention
         if job.anywhere(group.consumers[0])
     }

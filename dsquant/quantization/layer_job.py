@@ -90,6 +90,11 @@ class LayerJob:
         """Whether a linear is quantized onto any grid."""
         return any(linear in linears for linears in self.linears.values())
 
+    def compensates(self, linear: str) -> bool:
+        """Whether a linear's rounding errors are compensated on any grid."""
+        rounded = any(grid.rounded and linear in linears for grid, linears in self.linears.items())
+        return rounded and "compensate" in self.steps
+
 
 @dataclass
 class GridReport:

@@ -12,14 +12,17 @@ from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.gated import GatedWeights
 from dsquant.model.streaming import ROWS_AT_ONCE, Routing
 from dsquant.model.structure import Mlp
+from dsquant.quantization.compensate import with_inverses
 from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.mlp import MlpErrors, MlpInputs, quantize_mlp, scaled
 from dsquant.quantization.sharing import exchange_contributions
-from dsquant.quantization.statistics import InputMoments, InputStatistics
+from dsquant.quantization.statistics import InputMoments, InputStatistics, InverseFactor, is_wide
 from dsquant.rounding import Grid
 
 # Experts that are read from disk while one is computed.
 MLPS_AHEAD = 2
+# The Gram matrix that a layer's MLPs share is of at most this many tokens, evenly spaced.
+SHARED_ROWS = 2**16
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ def quantize_mlps(
         By MLP and grid, on every rank.
     """
     mlps, ranks = job.layer.mlps, job.ranks
+    inverses = shared_inverses(job, norm_scales)
     own: list[list[MlpOutcome]] = []
     for begin in range(0, len(mlps), ranks.size):
         number, original = begin + ranks.rank, None
@@ -56,18 +60,23 @@ def quantize_mlps(
         if routing is not None:
             add_contributions(job, mlps[begin : begin + ranks.size], original, routing)
         if original is not None:
-            own.append(_quantize_mlp(job, number, original, inputs[mlps[number]], norm_scales))
+            own.append(_quantize_mlp(job, number, original, inputs[mlps[number]], norm_scales, inverses))
     parts = ranks.gather(own)
     return [parts[number % ranks.size][number // ranks.size] for number in range(len(mlps))]
 
 
 def _quantize_mlp(
-    job: LayerJob, number: int, original: GatedWeights, inputs: MlpInputs, norm_scales: list[torch.Tensor]
+    job: LayerJob,
+    number: int,
+    original: GatedWeights,
+    inputs: MlpInputs,
+    norm_scales: list[torch.Tensor],
+    inverses: list[tuple[InverseFactor, ...]],
 ) -> list[MlpOutcome]:
     """Quantizes one MLP onto every grid and emits it; returns what it cost on each grid."""
     mlp, outcomes = job.layer.mlps[number], list[MlpOutcome]()
-    moments = moments_of(job, original, inputs, job.seed + number) if job.anywhere(mlp.up) else None
-    for grid, norm_scales_H in zip(job.grids, norm_scales, strict=True):
+    moments = moments_of(job, mlp, original, inputs, job.seed + number) if job.anywhere(mlp.up) else None
+    for grid, norm_scales_H, shared in zip(job.grids, norm_scales, inverses, strict=True):
         if moments is None or mlp.up not in job.linears[grid]:
             if job.linears[grid]:
                 unscaled = scaled(original, norm_scales_H, original.up_WH.new_ones(len(original.up_WH)))
@@ -75,7 +84,9 @@ def _quantize_mlp(
             outcomes.append(MlpOutcome())
             continue
         rounding = job.grid_of(grid, mlp.up)
-        result = quantize_mlp(job.skeleton, mlp, original, inputs, moments, norm_scales_H, grid, rounding, job.steps)
+        result = quantize_mlp(
+            job.skeleton, mlp, original, inputs, moments, norm_scales_H, shared, grid, rounding, job.steps
+        )
         outcomes.append(MlpOutcome(result.errors, result.weight_errors if grid.rounded else {}))
         if not result.errors.plain:
             job.keep_scales(grid, mlp.up, result.up_scales_W)
@@ -117,12 +128,41 @@ def _contribution(
         yield part_R, output_RH.mul_(part_share_R.unsqueeze(1))
 
 
+def shared_inverses(job: LayerJob, norm_scales: Sequence[torch.Tensor]) -> list[tuple[InverseFactor, ...]]:
+    """What errors of gate and up are compensated by where the hidden size is too wide for each MLP's own Gram matrix.
+
+    It comes from the Gram matrix of all the layer's tokens, or of `SHARED_ROWS` of them (docs/decisions/0018).
+
+    Args:
+        job: the layer and its surroundings; `mlp_inputs` is filled.
+        norm_scales: by grid, the scales folded into the norm before the MLPs, float32 [H].
+
+    Returns:
+        By grid; nothing where MLPs have their own, or errors are not compensated.
+    """
+    hidden, mlp_inputs = job.inputs.shape[2], job.mlp_inputs
+    wanted = [grid.rounded and any(mlp.up in job.linears[grid] for mlp in job.layer.mlps) for grid in job.grids]
+    if not is_wide(hidden) or "compensate" not in job.steps or not any(wanted):
+        return [() for _ in wanted]
+    statistics = InputStatistics(hidden, job.seed, job.weights.device, compensated=True)
+    step = -(-mlp_inputs.num_rows // SHARED_ROWS)
+    with fast_matmuls(job.weights.device):
+        for rows_R in torch.arange(0, mlp_inputs.num_rows, step, device=job.weights.device).split(ROWS_AT_ONCE):
+            statistics.add(mlp_inputs.rows(rows_R))
+    moments = statistics.moments()
+    return [
+        with_inverses(moments.divided(scales_H), grid.group_size).inverses if asked else ()
+        for grid, scales_H, asked in zip(job.grids, norm_scales, wanted, strict=True)
+    ]
+
+
 def moments_of(
-    job: LayerJob, original: GatedWeights, inputs: MlpInputs, seed: int
+    job: LayerJob, mlp: Mlp, original: GatedWeights, inputs: MlpInputs, seed: int
 ) -> tuple[InputMoments, InputMoments]:
     """The moments of an MLP's input and of its down projection's input, of the tokens that reach it."""
+    compensated = job.compensates(mlp.down)
     of_input = InputStatistics(job.inputs.shape[2], seed, job.weights.device)
-    of_hidden = InputStatistics(len(original.up_WH), seed, job.weights.device)
+    of_hidden = InputStatistics(len(original.up_WH), seed, job.weights.device, compensated=compensated)
     with fast_matmuls(job.weights.device):
         for rows_R, weights_R in inputs.parts():
             inputs_RH = inputs.activations.rows(rows_R)

@@ -5,7 +5,7 @@ Shape legend: R tokens, H hidden size, W width of the MLP.
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,8 +24,8 @@ from dsquant.quantization.scale import (
     rms_of_columns,
     scale_losses,
 )
-from dsquant.quantization.statistics import InputMoments, InputStatistics
-from dsquant.quantization.steps import rounded_weight
+from dsquant.quantization.statistics import InputMoments, InputStatistics, InverseFactor
+from dsquant.quantization.steps import prepared, rounded_weight
 from dsquant.recipe import Step
 from dsquant.rounding import Grid, QuantizedWeight, fake_quantize, round_to_nearest
 from dsquant.source.weights import Weights
@@ -186,6 +186,7 @@ def quantize_mlp(
     inputs: MlpInputs,
     moments: tuple[InputMoments, InputMoments],
     norm_scales_H: torch.Tensor,
+    inverses: tuple[InverseFactor, ...],
     grid: Grid,
     rounding: Grid,
     steps: Collection[Step],
@@ -202,6 +203,7 @@ def quantize_mlp(
         inputs: the tokens it is judged on.
         moments: of the normed input, and of the down projection's input.
         norm_scales_H: the scales folded into the norm, [H].
+        inverses: what errors of gate and up are compensated by under the norm's scales, where their layer has that.
         grid: the grid that scales are searched for.
         rounding: the grid that weights are rounded on.
         steps: of the quantization.
@@ -215,7 +217,8 @@ def quantize_mlp(
     input_moments, hidden_moments = moments
     up_scales_W = search_up_scales(original, hidden_moments, grid, steps)
     folded = scaled(original, norm_scales_H, up_scales_W)
-    of_input, of_hidden = input_moments.divided(norm_scales_H), hidden_moments.divided(up_scales_W)
+    of_input = replace(input_moments.divided(norm_scales_H), inverses=inverses)
+    of_hidden = hidden_moments.divided(up_scales_W)
     linears = rounded_linears(folded, (of_input, of_hidden), rounding, steps)
     rounded = RoundedMlp(folded, linears, (of_input, of_hidden), up_scales_W)
     inputs_RH = inputs.few()
@@ -236,7 +239,7 @@ def rounded_linears(
     Returns:
         Gate, up and down.
     """
-    of_input, of_hidden = moments
+    of_input, of_hidden = prepared(moments[0], grid, steps), moments[1]
     return (
         rounded_weight(folded.gate_WH, grid, of_input, steps),
         rounded_weight(folded.up_WH, grid, of_input, steps),

@@ -71,7 +71,7 @@ class PairMoments:
             steps: of the quantization.
 
         Returns:
-            The rounded weights; with inputs wider than `WIDEST_PAIRS` clipped at most.
+            The rounded weights; with inputs wider than `WIDEST_PAIRS` not followed, and compensated in parts.
         """
         wanted_OI = self.followed(torch.cat(list(weights)))
         return rounded_weight(wanted_OI, grid, self.moments, steps).split([len(weight_OI) for weight_OI in weights])
@@ -93,7 +93,7 @@ class PairStatistics:
             seed: of the random signs that combine tokens of wide inputs.
             device: where the inputs are.
         """
-        self._statistics = InputStatistics(num_features, seed, device, WIDEST_PAIRS)
+        self._statistics = InputStatistics(num_features, seed, device, WIDEST_PAIRS, compensated=True)
         wide = num_features > WIDEST_PAIRS
         self._drift_II = None if wide else torch.zeros(num_features, num_features, device=device)
 

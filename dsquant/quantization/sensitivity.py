@@ -8,7 +8,7 @@ Shape legend: R tokens, H hidden size, W width of an MLP, O out features, I in f
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic
 
 import torch
@@ -29,9 +29,10 @@ from dsquant.quantization.layer import (
     search_norm_fold,
 )
 from dsquant.quantization.layer_job import LayerJob
-from dsquant.quantization.layer_mlps import MLPS_AHEAD, add_contributions, moments_of
+from dsquant.quantization.layer_mlps import MLPS_AHEAD, add_contributions, moments_of, shared_inverses
 from dsquant.quantization.mlp import CHECK_ROWS, MlpInputs, scaled, search_up_scales
 from dsquant.quantization.statistics import InputMoments
+from dsquant.quantization.steps import prepared
 from dsquant.rounding import Grid
 
 # At most this many routed experts of a layer, evenly spaced, are stored at each width; they stand for all.
@@ -94,6 +95,7 @@ def measure_layer(job: LayerJob, trial: Trial[Width]) -> Sensitivity[Width]:
         errors[name][width] += error
     inputs = {mlp: inputs_of(job.mlp_inputs, mlp, routing, {}, job.steps) for mlp in job.layer.mlps}
     _, norm_scales_H = search_norm_fold(job, grid, inputs, norm_rms_H)
+    (inverses,) = shared_inverses(job, [norm_scales_H])
     shares = _experts(job.layer, inputs)
     for number, mlp in enumerate(job.layer.mlps):
         job.safe_point(mlp.up.rsplit(".", 1)[0])
@@ -104,7 +106,8 @@ def measure_layer(job: LayerJob, trial: Trial[Width]) -> Sensitivity[Width]:
             add_contributions(job, [mlp], original, routing)
         if mlp not in shares or not trial.groups_of(mlp.linears) or not len(inputs[mlp].rows_R):
             continue
-        found = moments_of(job, original, inputs[mlp], job.seed + number)
+        of_input, of_hidden = moments_of(job, mlp, original, inputs[mlp], job.seed + number)
+        found = replace(of_input.divided(norm_scales_H), inverses=inverses), of_hidden
         for name, width, error in _mlp_errors(job, mlp, original, inputs[mlp], found, routing, norm_scales_H, trial):
             errors[name][width] += error * shares[mlp]
     return Sensitivity(errors, _energy(job))
@@ -141,7 +144,7 @@ def _attention_errors(
     wanted, _ = few_samples(job, weights)
     for group, found in moments.items():
         job.safe_point(group.consumers[0])
-        divided = under_scales(found, scales.get(group))
+        divided = prepared(under_scales(found, scales.get(group)), grid, job.steps)
         for name, linears in trial.groups_of(group.consumers).items():
             for width in trial.widths[name]:
                 replaced = {
@@ -163,12 +166,12 @@ def _mlp_errors(
     norm_scales_H: torch.Tensor,
     trial: Trial[Width],
 ) -> Iterator[tuple[str, Width, float]]:
-    """Group, width, error; of at most `CHECK_ROWS` tokens, as of all."""
+    """Group, width, error; of at most `CHECK_ROWS` tokens, as of all. Only down's moments are not under scales yet."""
     (grid,) = job.grids
     of_input, of_hidden = moments
     up_scales_W = search_up_scales(original, of_hidden, grid, job.steps)
     folded = dict(zip(mlp.linears, scaled(original, norm_scales_H, up_scales_W).parts, strict=True))
-    of_input, of_hidden = of_input.divided(norm_scales_H), of_hidden.divided(up_scales_W)
+    of_input, of_hidden = (prepared(one, grid, job.steps) for one in (of_input, of_hidden.divided(up_scales_W)))
     reads = dict(zip(mlp.linears, (of_input, of_input, of_hidden), strict=True))
     step = max(1, -(-len(inputs.rows_R) // CHECK_ROWS))
     inputs_RH = inputs.activations.rows(inputs.rows_R[::step])

@@ -18,7 +18,7 @@ from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.activations import Activations
 from dsquant.model.streaming import Routing
 from dsquant.model.structure import Mlp
-from dsquant.quantization.statistics import InputMoments, InputStatistics
+from dsquant.quantization.statistics import WIDEST_PART, InputMoments, InputStatistics
 
 # Apart from one another, so that no two chunks combine their tokens with the same signs.
 SEED_STEP = 7919
@@ -27,7 +27,15 @@ SEED_STEP = 7919
 class SampleStatistics:
     """The statistics of a linear's inputs over all samples of all ranks."""
 
-    def __init__(self, num_features: int, seed: int, device: torch.device, ranks: Ranks, shares: Shares) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        seed: int,
+        device: torch.device,
+        ranks: Ranks,
+        shares: Shares,
+        compensated: bool = False,
+    ) -> None:
         """Starts with this rank's first chunk.
 
         Args:
@@ -36,16 +44,20 @@ class SampleStatistics:
             device: where the inputs are.
             ranks: all ranks.
             shares: who has which samples.
+            compensated: whether errors will be compensated; wider inputs than `WIDEST_PART` are not, since every
+                chunk's Gram matrices would have to travel.
         """
         self._ranks, self._shares, self._device = ranks, shares, device
         self._features, self._seed = num_features, seed
+        self._compensated = compensated and num_features <= WIDEST_PART
         self._number = sum(len(shares.chunks(rank)) for rank in range(ranks.rank))
         self._total = self._empty(CHUNKS)
         self._chunk = self._empty(self._number)
         self._kept: list[InputStatistics] = []
 
     def _empty(self, chunk: int) -> InputStatistics:
-        return InputStatistics(self._features, self._seed + SEED_STEP * chunk, self._device)
+        seed = self._seed + SEED_STEP * chunk
+        return InputStatistics(self._features, seed, self._device, compensated=self._compensated)
 
     def add(self, inputs_RI: torch.Tensor) -> None:
         """Takes more tokens of the chunk into the sums, float32 [R, I]."""

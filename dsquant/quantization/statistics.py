@@ -1,6 +1,7 @@
 """What quantization needs to know of a linear's inputs, summed over the tokens that reach it.
 
-Shape legend: R tokens, I in features, O out features, G blocks of B channels, K rows of the factor.
+Shape legend: R tokens, I in features, O out features, G blocks of B channels, K rows of the factor, P parts of W
+channels.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from dsquant.source.weights import CPU
 FACTOR_ROWS = 1024
 # Inputs up to this width are kept as their Gram matrix; of wider ones that would cost more than the factor does.
 WIDEST_GRAM = 2048
+# Where errors will be compensated, wider inputs keep the Gram matrices of equal parts of at most this width.
+WIDEST_PART = 8192
 # A GPU has work for all its cores only where this many weights pass together.
 GPU_ELEMENTS_AT_ONCE = 2**25
 # Gram matrices of neighbouring channels are kept in blocks of this many, the largest group size.
@@ -35,7 +38,12 @@ class InputStatistics:
     """Sums over the inputs of a linear; the cost of every later loss is independent of the number of tokens."""
 
     def __init__(
-        self, num_features: int, seed: int, device: torch.device = CPU, widest_gram: int = WIDEST_GRAM
+        self,
+        num_features: int,
+        seed: int,
+        device: torch.device = CPU,
+        widest_gram: int | None = None,
+        compensated: bool = False,
     ) -> None:
         """Starts with no tokens.
 
@@ -43,13 +51,17 @@ class InputStatistics:
             num_features: I.
             seed: of the random signs that combine tokens.
             device: where the inputs are.
-            widest_gram: inputs up to this width are kept as their Gram matrix.
+            widest_gram: inputs up to this width are kept as their Gram matrix; None is `WIDEST_GRAM`.
+            compensated: whether errors will be compensated, so that of wider inputs the parts' are kept.
         """
         self.count = 0
         self._block = BLOCK if num_features % BLOCK == 0 else num_features
         self._blocks_GBB = torch.zeros(num_features // self._block, self._block, self._block, device=device)
-        wide = num_features > widest_gram
+        wide = is_wide(num_features) if widest_gram is None else num_features > widest_gram
         self._gram_II = None if wide else torch.zeros(num_features, num_features, device=device)
+        width = part_width(num_features)
+        parts = num_features // width if wide and compensated else 0
+        self._parts_PWW = torch.zeros(parts, width, width, device=device) if parts else None
         self._factor_KI = torch.zeros(0, num_features, device=device)
         self._generator = torch.Generator(device).manual_seed(seed)
 
@@ -63,6 +75,9 @@ class InputStatistics:
             inputs_GRB = inputs_RI.unflatten(1, (-1, self._block)).transpose(0, 1)
             self._blocks_GBB.baddbmm_(inputs_GRB.transpose(1, 2), inputs_GRB)
             self._add_to_factor(inputs_RI)
+        if self._parts_PWW is not None:
+            inputs_PRW = inputs_RI.unflatten(1, (len(self._parts_PWW), -1)).transpose(0, 1)
+            self._parts_PWW.baddbmm_(inputs_PRW.transpose(1, 2), inputs_PRW)
         self.count += len(inputs_RI)
 
     def merge(self, other: "InputStatistics") -> None:
@@ -77,6 +92,8 @@ class InputStatistics:
                 if self.count <= FACTOR_ROWS:
                     self._factor_KI = self._combined(self._factor_KI)
                 self._factor_KI += other._factor_KI
+        if self._parts_PWW is not None and other._parts_PWW is not None:
+            self._parts_PWW += other._parts_PWW
         self.count += other.count
 
     def travel(self, count: int, carry: Callable[[torch.Tensor], None]) -> None:
@@ -94,6 +111,8 @@ class InputStatistics:
         else:
             carry(self._blocks_GBB)
             carry(self._factor_KI)
+        if self._parts_PWW is not None:
+            carry(self._parts_PWW)
 
     def _add_to_factor(self, inputs_RI: torch.Tensor) -> None:
         if self.count + len(inputs_RI) <= FACTOR_ROWS:
@@ -113,10 +132,34 @@ class InputStatistics:
         """The means over all tokens added so far; all zero where there were none."""
         count = max(self.count, 1)
         if self._gram_II is None:
-            return InputMoments(self.count, self._blocks_GBB / count, None, self._factor_KI / count**0.5)
+            parts_PWW = None if self._parts_PWW is None else self._parts_PWW / count
+            return InputMoments(self.count, self._blocks_GBB / count, None, self._factor_KI / count**0.5, parts_PWW)
         gram_II = self._gram_II / count
         blocks = gram_II.unflatten(1, (-1, self._block)).unflatten(0, (-1, self._block))
         return InputMoments(self.count, blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone(), gram_II, None)
+
+
+def is_wide(num_features: int) -> bool:
+    """Whether inputs are too wide for a Gram matrix of each linear's own."""
+    return num_features > WIDEST_GRAM
+
+
+def part_width(num_features: int) -> int:
+    """The width of the widest equal parts of inputs that are at most `WIDEST_PART` wide and of whole blocks."""
+    if num_features <= WIDEST_PART or num_features % BLOCK:
+        return num_features
+    blocks = num_features // BLOCK
+    return BLOCK * max(width for width in range(1, WIDEST_PART // BLOCK + 1) if blocks % width == 0)
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """How the error of a column is made good in the columns that are rounded after it (`compensate`)."""
+
+    order_I: torch.Tensor
+    """int64 [I]: the columns in the order of rounding."""
+    factor_II: torch.Tensor
+    """float32 [I, I], upper triangular U: U^T U is the inverse of the damped Gram matrix in that order."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +174,10 @@ class InputMoments:
     """float32 [I, I], the Gram matrix; None where the inputs are wide."""
     factor_KI: torch.Tensor | None
     """float32 [K, I] where the inputs are wide: factor^T factor is the Gram matrix, or estimates it without bias."""
+    parts_PWW: torch.Tensor | None = None
+    """float32 [P, W, W] where wide inputs' errors will be compensated: the Gram matrices of P equal parts of them."""
+    inverses: tuple[InverseFactor, ...] = ()
+    """What errors are compensated by, one for each part of the inputs; none where it has not been made yet."""
 
     @property
     def rms_I(self) -> torch.Tensor:
@@ -143,13 +190,14 @@ class InputMoments:
         return Importance(self.rms_I.square() * self.count, self.count)
 
     def divided(self, scales_I: torch.Tensor) -> "InputMoments":
-        """The moments of inputs whose channels are divided by `scales_I`."""
+        """The moments of inputs whose channels are divided by `scales_I`, without `inverses`."""
         scales_GB = scales_I.view(self.blocks_GBB.shape[0], -1)
         return InputMoments(
             self.count,
             self.blocks_GBB / scales_GB.unsqueeze(1) / scales_GB.unsqueeze(2),
             None if self.gram_II is None else self.gram_II / scales_I / scales_I.unsqueeze(1),
             None if self.factor_KI is None else self.factor_KI / scales_I,
+            None if self.parts_PWW is None else _divided_parts(self.parts_PWW, scales_I),
         )
 
     def loss_O(self, difference_OI: torch.Tensor) -> torch.Tensor:
@@ -178,3 +226,8 @@ class InputMoments:
         per_block = self.blocks_GBB.shape[1] // group_size
         parts = self.blocks_GBB.unflatten(2, (per_block, group_size)).unflatten(1, (per_block, group_size))
         return parts.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).flatten(0, 1)
+
+
+def _divided_parts(parts_PWW: torch.Tensor, scales_I: torch.Tensor) -> torch.Tensor:
+    scales_PW = scales_I.view(len(parts_PWW), -1)
+    return (parts_PWW / scales_PW.unsqueeze(1)).div_(scales_PW.unsqueeze(2))

@@ -8,11 +8,16 @@ from collections.abc import Collection
 import torch
 
 from dsquant.quantization.clip import FULL_RANGE, SHRINKS, clipped_weight
-from dsquant.quantization.compensate import compensated_weight, damped, damping_of, rows_at_once_of
+from dsquant.quantization.compensate import compensated_weight, damped, damping_of, rows_at_once_of, with_inverses
 from dsquant.quantization.descent import descended_weight
 from dsquant.quantization.statistics import InputMoments
 from dsquant.recipe import Step
 from dsquant.rounding import Grid, QuantizedWeight, stacked
+
+
+def prepared(moments: InputMoments, grid: Grid, steps: Collection[Step]) -> InputMoments:
+    """Moments with what `rounded_weight` would otherwise make of them for each weight that reads these inputs."""
+    return with_inverses(moments, grid.group_size) if grid.rounded and "compensate" in steps else moments
 
 
 def rounded_weight(
@@ -23,8 +28,8 @@ def rounded_weight(
     Args:
         weight_OI: float32 [O, I].
         grid: the quantization grid.
-        moments: the inputs' moments. Where they hold no whole Gram matrix, or no token, nothing is compensated and
-            nothing descends.
+        moments: the inputs' moments. Where they hold no token, or too little for it, nothing is compensated
+            (`compensated_weight`); nothing descends where they hold no whole Gram matrix.
         steps: of the quantization.
 
     Returns:

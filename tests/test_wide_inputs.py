@@ -1,0 +1,140 @@
+"""Inputs too wide for a Gram matrix of each linear's own: errors are compensated all the same (docs/decisions/0018)."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import QWEN2, add_tokenizer, make_dense, make_pico_r1
+from test_awq_job import contents
+from test_distributed import command, finish, start
+
+import dsquant
+from dsquant.quantization import statistics
+from dsquant.quantization.clip import clipped_weight
+from dsquant.quantization.compensate import compensated_weight, with_inverses
+from dsquant.quantization.statistics import FACTOR_ROWS, InputMoments, InputStatistics, part_width
+from dsquant.rounding import Grid
+
+GRID = Grid(4, 64, True)
+# 17 blocks of 128: wider than a Gram matrix of each expert's own.
+HIDDEN = 2176
+
+
+def _inputs(num_tokens: int, num_features: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    mixing_II = torch.randn(num_features, num_features, generator=generator) / num_features**0.5
+    return torch.randn(num_tokens, num_features, generator=generator) @ mixing_II
+
+
+def _weight(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(4))
+
+
+def _moments(inputs_RI: torch.Tensor) -> InputMoments:
+    found = InputStatistics(inputs_RI.shape[1], seed=0, compensated=True)
+    for part_RI in inputs_RI.split(300):
+        found.add(part_RI)
+    return found.moments()
+
+
+@pytest.mark.parametrize(
+    ("features", "width"),
+    [(7168, 7168), (8192, 8192), (16384, 8192), (18432, 6144), (28672, 7168), (29568, 4224), (8292, 8292)],
+)
+def test_parts_are_equal_whole_blocks_and_as_wide_as_may_be(features: int, width: int) -> None:
+    assert part_width(features) == width
+
+
+def test_wide_inputs_in_one_part_are_rounded_as_narrow_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs_RI, weight_OI = _inputs(FACTOR_ROWS, 256), _weight(40, 256)
+    narrow = compensated_weight(weight_OI, GRID, _moments(inputs_RI))
+    monkeypatch.setattr(statistics, "WIDEST_GRAM", 128)
+    moments = _moments(inputs_RI)
+    assert moments.gram_II is None
+    wide = compensated_weight(weight_OI, GRID, moments)
+    assert torch.equal(wide.codes_OI, narrow.codes_OI)
+    assert torch.equal(wide.scales_OG, narrow.scales_OG)
+
+
+def test_errors_are_compensated_inside_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "WIDEST_GRAM", 128)
+    monkeypatch.setattr(statistics, "WIDEST_PART", 256)
+    inputs_RI, weight_OI = _inputs(1500, 512), _weight(40, 512)
+    scales_I = torch.linspace(0.5, 2, 512)
+    moments = _moments(inputs_RI * scales_I).divided(scales_I)
+    assert len(with_inverses(moments, GRID.group_size).inverses) == 2
+
+    def error(found: torch.Tensor) -> float:
+        return float(((found - weight_OI) @ inputs_RI.T).square().sum())
+
+    compensated, clipped = (
+        rounded(weight_OI, GRID, moments).dequantize() for rounded in (compensated_weight, clipped_weight)
+    )
+    assert error(compensated) < 0.7 * error(clipped)
+    # a part is rounded as it would be with no other beside it
+    alone = compensated_weight(weight_OI[:, :256], GRID, _moments(inputs_RI[:, :256])).dequantize()
+    rows_O = ~(compensated == clipped).all(1)
+    assert rows_O.float().mean() > 0.9
+    assert ((alone - compensated[:, :256]).abs() < 1e-6)[rows_O].float().mean() > 0.99
+
+
+def test_nothing_is_compensated_where_nobody_asked_for_it() -> None:
+    inputs_RI, weight_OI = torch.randn(64, HIDDEN), torch.randn(8, HIDDEN)
+    unasked = InputStatistics(HIDDEN, seed=0)
+    unasked.add(inputs_RI)
+    found = compensated_weight(weight_OI, GRID, unasked.moments())
+    assert torch.equal(found.codes_OI, clipped_weight(weight_OI, GRID, unasked.moments()).codes_OI)
+
+
+def test_chunks_of_wide_inputs_add_up_to_their_gram_matrix() -> None:
+    inputs_RI = torch.randn(700, HIDDEN)
+    total = InputStatistics(HIDDEN, seed=0, compensated=True)
+    for chunk_RI in inputs_RI.split(300):
+        chunk = InputStatistics(HIDDEN, seed=1, compensated=True)
+        chunk.add(chunk_RI)
+        total.merge(chunk)
+    parts_PWW = total.moments().parts_PWW
+    assert parts_PWW is not None
+    assert torch.allclose(parts_PWW[0], inputs_RI.T @ inputs_RI / 700, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense layer and a mixture layer whose hidden size is too wide for a Gram matrix of each expert's own."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    shape = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_nextn_predict_layers": 0}
+    return add_tokenizer(make_pico_r1(folder, **shape))
+
+
+def test_compensation_lowers_the_errors_of_a_wide_mixture(wide: Path, text_file: Path, tmp_path: Path) -> None:
+    errors = {}
+    for steps in ("clip", "clip,compensate"):
+        output = tmp_path / steps.replace(",", "-")
+        dsquant.awq(
+            wide, output=output, preset="compact", to="compressed-tensors", calibration=str(text_file), steps=steps,
+            samples=12, seq_len=128, group_size=64, evaluate=False, progress=False,
+        )  # fmt: skip
+        assert not dsquant.verify(output, progress=False).findings
+        grids = [one["grids"][0] for one in json.loads((output / "dsquant.json").read_text())["layers"]]
+        errors[steps] = [(grid["attention_error"], grid["mlp_error"]) for grid in grids]
+    for (attention, mlp), (clipped_attention, clipped_mlp) in zip(*reversed(errors.values()), strict=True):
+        assert attention < clipped_attention
+        assert mlp < 0.97 * clipped_mlp
+
+
+def test_a_wide_dense_model_chooses_widths_by_compensated_errors(text_file: Path, tmp_path: Path) -> None:
+    model = add_tokenizer(make_dense(tmp_path / "model", {**QWEN2, "hidden_size": HIDDEN, "vocab_size": 320}))
+    result = dsquant.awq(
+        model, output=tmp_path / "out", to="compressed-tensors", calibration=str(text_file), steps="clip,compensate",
+        target_bits=5.0, samples=4, seq_len=64, group_size=64, evaluate=False, progress=False,
+    )  # fmt: skip
+    assert not dsquant.verify(result.output, progress=False).findings
+
+
+def test_two_ranks_write_the_bytes_of_one_for_a_wide_mixture(wide: Path, text_file: Path, tmp_path: Path) -> None:
+    more = ("--preset", "compact", "--to", "awq", "--steps", "clip,compensate")
+    subprocess.run(command(wide, text_file, tmp_path / "one", *more), check=True, capture_output=True)
+    finish(start(2, wide, text_file, tmp_path / "two", *more))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
