@@ -12,8 +12,11 @@ from collections.abc import Callable
 
 import torch
 
+from dsquant.kernels.fp8 import dequantize_fp8
+from dsquant.quantization.clip import clipped_weight
+from dsquant.quantization.compensate import compensated_weight, with_inverses
+from dsquant.quantization.statistics import InputStatistics
 from dsquant.rounding import Grid, QuantizedWeight
-from dsquant.source.fp8 import dequantize_fp8
 from dsquant.source.scan import all_finite
 from dsquant.writers.awq_gemm import AwqGemm
 from dsquant.writers.gguf.store import stored_rows
@@ -44,11 +47,16 @@ def main() -> None:
     codes = torch.randint(0, 16, (WIDTH, HIDDEN), dtype=torch.uint8)
     packed_scales = torch.full((WIDTH, HIDDEN // 128), 0.01)
     quantized = QuantizedWeight(codes, packed_scales, torch.full(packed_scales.shape, 8, dtype=torch.uint8), grid)
+    statistics = InputStatistics(HIDDEN, 0, compensated=True)
+    statistics.add(torch.randn(1100, HIDDEN))
+    moments = with_inverses(statistics.moments(), grid.group_size)
     importance = torch.rand(HIDDEN) + 0.1
     stages = {
         "scan: SHA-256 and no NaN, FP8": lambda: (hashlib.sha256(raw), all_finite(stored)),
         "read: FP8 to float32": lambda: dequantize_fp8(stored, scales, (128, 128)),
         f"run: {TOKENS} tokens": lambda: tokens @ weight.T,
+        "clip: 1100 tokens": lambda: clipped_weight(weight, grid, moments),
+        "clip and compensate: 1100 tokens": lambda: compensated_weight(weight, grid, moments),
         "pack: AWQ": lambda: AwqGemm().pack("linear", quantized),
         "store: Q4_K by ggml, weighted": lambda: stored_rows(weight, "Q4_K", importance),
         "store: Q6_K by ggml, weighted": lambda: stored_rows(weight, "Q6_K", importance),

@@ -1,5 +1,6 @@
 """The benches' own decoders, which judge every method: each against weights known from elsewhere."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,10 @@ def test_each_seed_chooses_other_windows_that_do_not_overlap() -> None:
     assert len(first.unique()) == 200 and bool((first.diff(dim=1) == 1).all())
     with pytest.raises(ValueError, match="1000 tokens of text, expected at least 200 x 10"):
         chosen_windows(tokens, 200, 10, 0)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parent.parent.glob("benchmarks/*.py")), ids=lambda path: path.stem
+)
+def test_every_benchmark_names_what_there_is(path: Path) -> None:
+    importlib.import_module(f"benchmarks.{path.stem}")
