@@ -258,6 +258,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tensors that overlap": (overlapping_tensors, r"model-00001\.safetensors.*overlap"),
     "architecture that is no name": (architecture_that_is_no_name, r"config\.json.*not supported"),
     "routing that cannot be": (impossible_routing, r"config\.json.*7 of 8 experts"),
+    "groups of one expert": (change_config(n_group=8), r"config\.json.*groups of one expert.*n_group 8"),
     "absurd number of layers": (a_thousand_million_layers, r"config\.json.*num_hidden_layers is 1000000000"),
     "size that is no number": (a_size_that_is_no_number, r"config\.json"),
     "NaN in the config": (change_config(routed_scaling_factor=float("nan")), r"config\.json.*NaN.*not finite"),

@@ -83,6 +83,8 @@ def _routing_problem(config: Mapping[str, Any]) -> str | None:
             f"{chosen} of {experts} experts cannot be chosen from {kept} of {groups} groups (num_experts_per_tok, "
             "n_routed_experts, topk_group, n_group)"
         )
+    if experts // groups < 2:  # a group is ranked by the sum of its two best scores
+        return f"groups of one expert cannot be ranked (n_routed_experts {experts}, n_group {groups})"
     return None
 
 
