@@ -353,10 +353,12 @@ def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
             f"the calibration texts yield {source.calibration['samples']} samples of {recipe.seq_len} tokens, "
             f"{recipe.samples} were asked for"
         )
-    if source.plan.mixed is not None and 3 in source.plan.mixed.widths:
+    mixed = source.plan.mixed
+    if 3 in ((recipe.bits,) if mixed is None else mixed.widths):
+        found = "linears of 3 bits" if mixed is None else "the target needs linears of 3 bits"
         words.append(
-            "the target needs linears of 3 bits, which compressed-tensors holds and decodes, but vLLM and SGLang have "
-            "no kernels for; they run 4 and 8 bits"
+            f"{found}: compressed-tensors and transformers decode them, vLLM and SGLang have kernels for 4 and 8 bits "
+            "alone (a recent vLLM for 2 to 8)"
         )
     words += [note for target in source.plan.gguf.values() for note in target.notes]
     if source.skeleton.num_mtp_layers and recipe.mtp == "drop":

@@ -201,12 +201,13 @@ def test_three_bits_are_chosen_only_where_nothing_else_fits(pico_r1: Path, text_
 
     fields = {"model": str(pico_r1), "to": ("compressed-tensors",), "preset": "compact", "group_size": 64}
     texts = {"calibration": (str(text_file),), "samples": 4, "seq_len": 32}
-    narrow, wide = (
-        pipeline.preview(Recipe.checked(**fields, **texts, output=tmp_path / "out", target_bits=bits))
-        for bits in (4.0, 4.6)
+    narrow, wide, uniform = (
+        pipeline.preview(Recipe.checked(**fields, **texts, output=tmp_path / "out", **chosen))
+        for chosen in ({"target_bits": 4.0}, {"target_bits": 4.6}, {"bits": 3})
     )
     assert "one of 3, 4, 8, BF16" in narrow.details["target"] and any("3 bits" in note for note in narrow.notes)
     assert "one of 4, 8, BF16" in wide.details["target"] and not any("3 bits" in note for note in wide.notes)
+    assert any(note.startswith("linears of 3 bits") for note in uniform.notes)
     assert not (tmp_path / "out").exists()
 
 
