@@ -97,8 +97,10 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
         f"original precision (FP8 as BF16). {format_size(record['source']['bytes'])} became "
         f"{format_size(output['bytes'])}."
     )
+    tags = ["dsquant", format_name, *(f"{width}-bit" for width in sorted(chosen) or [grid["bits"]])]
+    library = "" if len(chosen) > 1 else "library_name: transformers\n"  # which decodes mixtures of widths wrongly
     parts = [
-        f"---\nlibrary_name: transformers\ntags:\n- dsquant\n- awq\n- {grid['bits']}-bit\n---",
+        f"---\n{library}tags:\n" + "".join(f"- {tag}\n" for tag in tags) + "---",
         f"# {Path(recipe['model']).name}, {bits} bits",
         made,
         f"```\n{serve_command('.')}\n```",

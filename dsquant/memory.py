@@ -224,5 +224,5 @@ def check_memory(needed_bytes: int, budget_bytes: int, resident_bytes: int, opti
     if needed > budget_bytes:
         raise UsageError(
             f"{option} {format_size(budget_bytes)} is too small: this model and calibration need "
-            f"{format_size(needed)}; raise the budget or lower --seq-len"
+            f"{format_size(needed)}, {format_size(needed - budget_bytes)} more; raise the budget or lower --seq-len"
         )

@@ -162,7 +162,7 @@ def budget_bytes(
         budget = int(recipe.target_bits * elements / 8)
         possible = f"from {math.ceil(80000 * smallest / elements) / 10000} to {8 * largest / elements:.4f} bits"
     if not smallest <= budget <= largest:
-        raise UsageError(f"{recipe.target}: {what} gives {possible}; ask for one of these")
+        raise UsageError(f"{recipe.target}: {what} gives {possible}; ask for something between")
     return budget
 
 
@@ -173,7 +173,7 @@ def width_rows(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]
         groups: group -> its width, stored bytes and error, as the record tells them.
 
     Returns:
-        Kind, bits or type, layers, size and share of the summed error.
+        Kind, bits or type, layers, size and share of the summed error; all together in the last row.
     """
     total = sum(entry["error"] for entry in groups.values()) or 1.0
     found: dict[tuple[str, int | str], list[tuple[int, Mapping[str, Any]]]] = {}
@@ -181,15 +181,17 @@ def width_rows(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]
         match = _GROUP.fullmatch(name)
         assert match is not None, name
         found.setdefault((match[2], entry["width"]), []).append((int(match[1]), entry))
+    rows = [(kind, _width_words(width), entries) for (kind, width), entries in sorted(found.items())]
+    everything = sorted((entry for _, _, entries in rows for entry in entries), key=lambda entry: entry[0])
     return [
         (
             kind,
-            _width_words(width),
-            _ranges([layer for layer, _ in entries]),
+            words,
+            _ranges(sorted({layer for layer, _ in entries})),
             format_size(sum(entry["bytes"] for _, entry in entries)),
             f"{sum(entry['error'] for _, entry in entries) / total:.1%}",
         )
-        for (kind, width), entries in sorted(found.items())
+        for kind, words, entries in [*rows, ("all of these", "", everything)]
     ]
 
 

@@ -210,7 +210,10 @@ def _check_steps(recipe: Recipe, by_grid: Mapping[Grid, frozenset[str]], skeleto
     if "gate-weights" in recipe.steps and not mixture:
         raise UsageError("step gate-weights: this model has no routed experts; leave the step out of --steps")
     if "follow" in recipe.steps and GGUF_GRID in by_grid:
-        raise UsageError(f"{FOLLOW}: GGUF rounds its weights itself; {WITHOUT_FOLLOW}")
+        raise UsageError(
+            f"{FOLLOW}: GGUF rounds its weights itself; take --preset compact, or leave the step out of --steps, and "
+            "descend with it"
+        )
     if "descend" in recipe.steps and not any(grid.rounded for grid in by_grid):
         raise UsageError("step descend: GGUF rounds its weights itself; leave the step out of --steps")
     if "follow" not in recipe.steps:

@@ -5,10 +5,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -38,6 +39,29 @@ PRESET_STEPS: Mapping[Preset, tuple[Step, ...]] = {
     "compact": _COMPACT,
     "best": (*_COMPACT, "follow", "descend"),
 }
+
+
+def listed_steps(steps: Any) -> Any:
+    """Steps as a list, which may be given as names with commas, or as `none`.
+
+    Args:
+        steps: a text, or names.
+
+    Returns:
+        The names.
+
+    Raises:
+        ValueError: naming what is no step.
+    """
+    if isinstance(steps, str):
+        steps = [] if steps.strip() == "none" else [name.strip() for name in steps.split(",")]
+    unknown = [repr(step) for step in steps if step not in STEPS]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: give some of {', '.join(STEPS)}, or none alone")
+    return steps
+
+
+StepNames = Annotated[tuple[Step, ...], BeforeValidator(listed_steps)]
 
 
 def _told(problem: Mapping[str, Any]) -> str:
@@ -89,7 +113,7 @@ class TargetedRecipe(JobRecipe):
     Widths, or types of GGUF, are then chosen by measured sensitivity.
     """
 
-    target_bits: float | None = Field(default=None, gt=0)
+    target_bits: float | None = Field(default=None, gt=0, le=32)
     target_size: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
@@ -167,11 +191,7 @@ class Recipe(TargetedRecipe):
     @field_validator("steps", mode="before")
     @classmethod
     def _listed(cls, steps: Any, info: ValidationInfo) -> Any:
-        if steps is None:
-            return PRESET_STEPS[info.data.get("preset") or "quality"]
-        if isinstance(steps, str):
-            return [] if steps == "none" else [name.strip() for name in steps.split(",")]
-        return steps
+        return PRESET_STEPS[info.data.get("preset") or "quality"] if steps is None else listed_steps(steps)
 
     @field_validator("steps")
     @classmethod
@@ -240,6 +260,10 @@ def preset_and_steps(preset: Preset, steps: Sequence[Step]) -> str:
     return f"{preset}, steps {' and '.join(steps)}" if steps else f"{preset}, no steps"
 
 
+# More than this is no size of anything.
+MOST_BYTES = 2**60
+
+
 def parse_size(text: str) -> int:
     """Reads a size such as `16GiB`, `512MiB` or `1000000`.
 
@@ -253,7 +277,7 @@ def parse_size(text: str) -> int:
         UsageError: where it is no size.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT]?)i?B?)?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
+    if match is None or not 0 < float(match[1]) < MOST_BYTES:
         raise UsageError(f"{text!r} is not a size; write it as 16GiB, 512MiB or a number of bytes")
     return int(float(match[1]) * UNITS[(match[2] or "").upper()])
 

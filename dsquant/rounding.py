@@ -16,6 +16,7 @@ from dsquant.kernels import grids
 
 # The width of a linear that is left in BF16, where widths are chosen.
 UNQUANTIZED = 16
+GROUP_SIZES = (128, 64, 32)
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,12 @@ class QuantizedWeight:
     @property
     def _rows(self) -> grids.RoundedRows:
         return grids.RoundedRows(*self._tensors)
+
+
+def group_size_hint(columns: int) -> str:
+    """What a message says of the group sizes that divide a linear's columns."""
+    fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
+    return f"try --group-size {' or '.join(fitting)}" if fitting else "none of them divides these columns"
 
 
 def stacked(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:

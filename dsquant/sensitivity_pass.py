@@ -7,6 +7,7 @@ What the pass finds is plain JSON, for the job's record. A pass that was interru
 Shape legend: N samples, T tokens.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Generic
 import torch
 
 from dsquant.allocation import Choice, Width, allocate
+from dsquant.errors import InputError
 from dsquant.mixed_plan import MixedPlan
 from dsquant.model.activations import Activations
 from dsquant.model.skeleton import Skeleton
@@ -113,6 +115,8 @@ def _errors(own: SensitivityPass[Width]) -> Errors[Width]:
         )
         measured = measure_layer(job, _trial(own, layer))
         for name, errors in measured.errors.items():
+            if not all(map(math.isfinite, errors.values())):
+                raise InputError(f"{name}: its error is not finite; its weights are out of any sensible range")
             found[name] |= {width: error / (measured.energy or 1.0) for width, error in errors.items()}
         inputs, outputs = outputs, inputs
     own.safe_point("sensitivity", len(layers), len(layers), "")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import LLAMA, add_tokenizer, make_dense
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -258,6 +259,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tensors that overlap": (overlapping_tensors, r"model-00001\.safetensors.*overlap"),
     "architecture that is no name": (architecture_that_is_no_name, r"config\.json.*not supported"),
     "routing that cannot be": (impossible_routing, r"config\.json.*7 of 8 experts"),
+    "no groups": (
+        lambda folder: edit_json(folder / "config.json", lambda config: config.pop("n_group")),
+        "lacks n_group",
+    ),
     "groups of one expert": (change_config(n_group=8), r"config\.json.*groups of one expert.*n_group 8"),
     "absurd number of layers": (a_thousand_million_layers, r"config\.json.*num_hidden_layers is 1000000000"),
     "size that is no number": (a_size_that_is_no_number, r"config\.json"),
@@ -283,8 +288,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-def run(model: Path, text: Path, output: Path) -> tuple[int, str]:
-    options = ["--samples", "2", "--seq-len", "16", "--group-size", "64", "--no-evaluate", "--json"]
+def run(model: Path, text: Path, output: Path, *more: str) -> tuple[int, str]:
+    options = [*more, "--samples", "2", "--seq-len", "16", "--group-size", "64", "--no-evaluate", "--json"]
     arguments = ["awq", str(model), "--calibration", str(text), "--output", str(output), *options]
     result = CliRunner().invoke(main, arguments)
     assert not isinstance(result.exception, Exception) or isinstance(result.exception, SystemExit), result.exception
@@ -301,6 +306,29 @@ def test_a_bad_checkpoint_is_refused(kind: str, pico_r1: Path, text_file: Path, 
     assert code == 3, output
     assert re.search(message, output, re.DOTALL), output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("preset", ["compact", "best"])
+def test_weights_out_of_any_range_end_with_a_message(text_file: Path, tmp_path: Path, preset: str) -> None:
+    model = add_tokenizer(make_dense(tmp_path / "model", LLAMA), vocabulary=290)
+    for path in model.glob("*.safetensors"):
+        save_file({name: part * (1e30 if "_proj" in name else 1) for name, part in load_file(path).items()}, path)
+    code, output = run(model, text_file, tmp_path / "out", "--preset", preset)
+    assert code == 3 and "the hidden states are not finite" in output, output
+
+
+@pytest.mark.parametrize("option", ["--target-size", "--memory-budget", "--gpu-memory-budget"])
+@pytest.mark.parametrize("size", ["", " ", "9" * 400, "inf"])
+def test_what_is_no_size_is_refused(pico_r1: Path, text_file: Path, tmp_path: Path, option: str, size: str) -> None:
+    code, output = run(pico_r1, text_file, tmp_path / "out", option, size)
+    assert code == 2 and "is not a size" in output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bits", ["inf", "nan", "1e308", "0", "-4"])
+def test_what_are_no_bits_is_refused(pico_r1: Path, text_file: Path, tmp_path: Path, bits: str) -> None:
+    code, output = run(pico_r1, text_file, tmp_path / "out", "--target-bits", bits)
+    assert code == 2 and "target_bits" in output
 
 
 def test_an_empty_calibration_is_refused(pico_r1: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """GGUF files: every tensor against its source, types, splits, keys, damage."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from checkpoints import (
 )
 from click.testing import CliRunner
 from gguf_files import LARGEST_ERROR, PLAIN, decoded, expected, tensors_of
+from safetensors.torch import load_file, save_file
 
 import dsquant
 from dsquant.cli import main
 from dsquant.errors import InputError
 from dsquant.gguf_conversion import plan_gguf
 from dsquant.recipe import GgufRecipe
+from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.gguf_layout import placements, stored_shape
 from dsquant.writers.gguf.types import choose_type, model_facts, row_bytes
 
@@ -44,6 +47,33 @@ def test_every_tensor_decodes_to_its_source_within_the_types_error(
         error = float((values - wanted[name]).norm() / wanted[name].norm())
         # tiny-r1 has outlier channels: blocks hold weights of several sizes, which doubles the error
         assert error <= 2 * LARGEST_ERROR[tensor.tensor_type.name], (name, tensor.tensor_type.name, error)
+
+
+def test_more_than_ten_experts_lie_in_their_order_whatever_the_order_of_names(tmp_path: Path) -> None:
+    model = make_pico_r1(tmp_path / "model", num_hidden_layers=2, n_routed_experts=16, num_nextn_predict_layers=0)
+    names = list(open_checkpoint(add_tokenizer(model)).weights)
+    assert names.index("model.layers.1.mlp.experts.10.up_proj.weight") < names.index(
+        "model.layers.1.mlp.experts.2.up_proj.weight"
+    )
+    dsquant.gguf(model, type="BF16", output=tmp_path / "out", **PLAIN)
+    wanted, found = expected(model, 2), tensors_of(tmp_path / "out")
+    for name in ("blk.1.ffn_up_exps.weight", "blk.1.ffn_down_exps.weight"):
+        assert float((decoded(found[name]) - wanted[name]).norm() / wanted[name].norm()) < LARGEST_ERROR["BF16"]
+
+
+@pytest.mark.parametrize("type_name", ["F16", "Q8_0", "Q4_K_M"])
+def test_a_value_that_a_type_cannot_hold_is_refused_by_name(tiny_r1: Path, tmp_path: Path, type_name: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_r1, model)
+    name = "model.layers.1.mlp.experts.3.down_proj.weight_scale_inv"
+    path = model / json.loads((model / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(path)
+    tensors[name] *= 1e12
+    save_file(tensors, path)
+    with pytest.raises(InputError, match=r"experts\.3\.down_proj\.weight' has a value of .*; numbers or scales of"):
+        dsquant.gguf(model, type=type_name, output=tmp_path / "out", **PLAIN)
+    assert not list((tmp_path / "out").glob("*.gguf"))
+    dsquant.gguf(model, type="BF16", output=tmp_path / "bf16", **PLAIN)
 
 
 def test_rows_that_a_type_cannot_hold_take_the_documented_fallback_and_it_is_reported(

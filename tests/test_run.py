@@ -244,6 +244,19 @@ def test_a_step_that_has_not_changed_is_not_made_again(pico_r1: Path, text_file:
     assert {path.name for path in release.output.iterdir()} == {"q", "good", "release.json"}
 
 
+def test_steps_count_only_where_a_recipe_names_them(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    step = {"name": "a", "to": ["compressed-tensors"], "preset": "compact", "group_size": 64}
+    recipes = [
+        small(pico_r1, text_file, tmp_path / "out", quantize=[step | more])
+        for more in ({}, {"steps": None}, {"steps": "clip, compensate"}, {"steps": ["clip", "compensate"]})
+    ]
+    assert "steps" not in recipes[0].model_dump(mode="json")["quantize"][0]
+    assert recipes[0].hash == recipes[1].hash != recipes[2].hash == recipes[3].hash
+    release = run_recipe(recipes[2])
+    record = json.loads((release.output / "a" / "dsquant.json").read_text())
+    assert record["recipe"]["steps"] == ["clip", "compensate"]
+
+
 def test_a_source_that_changed_makes_the_recipe_run_again(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
     model = shutil.copytree(pico_r1, tmp_path / "model")
     recipe = small(model, text_file, tmp_path / "out")
@@ -364,6 +377,10 @@ def test_the_shipped_recipes_are_those_that_the_issue_names() -> None:
         ({"quantize": [{"name": "a", "to": "awq", "type": "Q8_0"}]}, r"quantize\.0: a step has either `to`.*not both"),
         ({"quantize": [{"name": "a" * 300, "to": "awq"}]}, r"quantize\.0\.name: String should have at most 100"),
         ({"evaluate": {"prompts": "python", "execute": True}}, r"evaluate: execute runs code .* allow_code_execution"),
+        (
+            {"quantize": [{"name": "one", "to": ["awq"], "steps": ["clip", "fold"]}]},
+            r"quantize\.0\.steps: 'fold': give some of scales, clip",
+        ),
         ({"zzz": 1}, r"zzz: unknown key; there are calibration, device"),
         ({"quantize": [{"name": "a b", "to": "awq"}]}, r"quantize\.0\.name"),
         ({"quantize": [{"name": "a", "to": "awq"}, {"name": "a", "type": "Q8_0"}]}, "a is there twice"),

@@ -155,7 +155,9 @@ def test_added_tokens_weigh_as_the_least_of_an_experts_own() -> None:
         ({"steps": "follow", "target_bits": 5.0}, "--target-bits: .* step follow .* leave the step out"),
         ({"steps": "follow", "preset": "quality"}, "step follow .* rounds every linear, .* take --preset best"),
         ({"steps": "descend", "to": "gguf:Q4_K_M"}, "step descend: GGUF rounds .* leave the step out"),
-        ({"steps": "clip,fold"}, r"steps\.1: Input should be 'scales', 'clip'"),
+        ({"steps": "clip,fold"}, "steps: 'fold': give some of scales, clip, .*, or none alone"),
+        ({"steps": "none,clip"}, "steps: 'none': give some of .*, or none alone"),
+        ({"steps": ""}, "steps: '': give some of .*, or none alone"),
     ],
 )
 def test_steps_that_cannot_be_taken_are_refused(

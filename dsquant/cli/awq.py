@@ -39,7 +39,7 @@ from dsquant.errors import UsageError
     "--steps",
     metavar="LIST",
     help="How the linears are quantized: some of scales, clip, compensate, top-up, gate-weights, follow, descend, with "
-    "commas, or none.  [default: the first four; for best follow and descend too]",
+    "commas, or none.  [default: scales, clip, compensate, top-up; for best follow and descend too]",
 )
 @click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="128", show_default=True)
 @click.option(
@@ -148,7 +148,7 @@ def _recipe(options: dict[str, Any]) -> Any:
         to=formats,
         bits=bits,
         target_bits=options["target_bits"],
-        target_size=parse_size(options["target_size"]) if options["target_size"] else None,
+        target_size=parse_size(options["target_size"]) if options["target_size"] is not None else None,
         group_size=int(options["group_size"]),
         symmetric=options["symmetric"],
         preset=options["preset"],
@@ -159,8 +159,10 @@ def _recipe(options: dict[str, Any]) -> Any:
         seed=options["seed"],
         mtp=options["mtp"],
         device=options["device"],
-        gpu_memory_budget=parse_size(options["gpu_memory_budget"]) if options["gpu_memory_budget"] else None,
+        gpu_memory_budget=parse_size(options["gpu_memory_budget"])
+        if options["gpu_memory_budget"] is not None
+        else None,
         max_shard_bytes=parse_size(options["max_shard_size"]),
-        memory_budget=parse_size(options["memory_budget"]) if options["memory_budget"] else None,
+        memory_budget=parse_size(options["memory_budget"]) if options["memory_budget"] is not None else None,
         evaluate=options["evaluate"],
     )

@@ -99,7 +99,7 @@ def evaluate(
         gates=gates,
         output=output,
         device=device,
-        memory_budget=parse_size(memory_budget) if memory_budget else None,
+        memory_budget=parse_size(memory_budget) if memory_budget is not None else None,
     )
     with quiet_libraries(), progress_bar(not as_json) as report:
         evaluation = comparison.evaluate(request, report)

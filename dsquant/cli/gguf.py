@@ -100,8 +100,8 @@ def _gguf_recipe(options: dict[str, Any]) -> Any:
         **options,
         calibration=() if texts == ("none",) else (texts or None),
         type=type_name,
-        target_size=parse_size(size) if size else None,
+        target_size=parse_size(size) if size is not None else None,
         output=output,
-        split_max_bytes=parse_size(split) if split else 0,
-        memory_budget=parse_size(budget) if budget else None,
+        split_max_bytes=parse_size(split) if split is not None else 0,
+        memory_budget=parse_size(budget) if budget is not None else None,
     )

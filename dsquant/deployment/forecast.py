@@ -139,7 +139,7 @@ def forecast(
         disk: room for the weights.
         disk_read: such as `7GB/s`.
         gpu_price: of one GPU for an hour.
-        context: tokens of KV cache.
+        context: tokens of KV cache; at most what the model was made for is planned.
 
     Returns:
         The forecast.
@@ -169,13 +169,15 @@ def forecast_of(
         outputs: from `output_sizes`.
         machines: what it is to run on.
         gpu_price: of one GPU for an hour.
-        context: tokens of KV cache.
+        context: tokens of KV cache; at most what the model was made for is planned.
 
     Returns:
         The forecast.
     """
     sizes, refused = outputs
-    network = network_of(subject.skeleton.config)
+    config = subject.skeleton.config
+    network, asked = network_of(config), context
+    context = min(asked, int(config.get("max_position_embeddings") or asked))
     return Forecast(
         model=subject.model,
         architecture=subject.checkpoint.architecture,
@@ -186,7 +188,7 @@ def forecast_of(
         context=context,
         sizes=sizes,
         refused=refused,
-        notes=_notes(subject),
+        notes=_notes(subject) if context == asked else (f"the model's context ends at {context:,}", *_notes(subject)),
         makings=tuple(making_of(size, subject, machines[0]) for size in _candidates(sizes)[1:]),
         machines=tuple(_on_machine(subject, network, sizes, found, context, gpu_price) for found in machines),
         gpu_price=gpu_price,

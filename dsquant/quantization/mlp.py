@@ -369,6 +369,9 @@ def prove_same(what: str, wanted: torch.Tensor, found: torch.Tensor) -> None:
         what: name of the module, for the message.
         wanted: its output before.
         found: its output after, on the same input.
+
+    Raises:
+        FloatingPointError: where the outputs are not finite.
     """
     check_same(what, float(relative_change(wanted, found)))
 
@@ -384,5 +387,10 @@ def check_same(what: str, change: float) -> None:
     Args:
         what: name of the module, for the message.
         change: the `relative_change` of its output.
+
+    Raises:
+        FloatingPointError: where the outputs are not finite.
     """
+    if not math.isfinite(change):
+        raise FloatingPointError(f"{what}: outputs are not finite")
     assert change < 1e-3, f"{what}: folding the scales changed its output by {change:.2e}; please report this"

@@ -36,7 +36,7 @@ from pydantic import (
 )
 
 from dsquant.errors import InputError, UsageError
-from dsquant.recipe import Preset, parse_size
+from dsquant.recipe import Preset, StepNames, parse_size
 
 NAME = r"^[a-z0-9][a-z0-9._-]*$"
 # A step is a folder, and file names beside it get endings.
@@ -96,6 +96,7 @@ class AwqStep(Part):
         group_size: input channels that share a scale.
         symmetric: without zero points; None takes what the formats' engines want.
         preset: quality, compact or best.
+        steps: of the quantization; None takes the preset's.
         mtp: keep, quantize or drop the multi-token-prediction layer.
         max_shard_size: of one file.
     """
@@ -103,11 +104,13 @@ class AwqStep(Part):
     name: str = Field(pattern=NAME, max_length=LONGEST_NAME)
     to: Texts
     bits: Literal[3, 4, 8] = 4
-    target_bits: float | None = Field(default=None, gt=0)
+    target_bits: float | None = Field(default=None, gt=0, le=32)
     target_size: Size | None = Field(default=None, ge=1)
     group_size: Literal[32, 64, 128] = 128
     symmetric: bool | None = None
     preset: Preset | None = None
+    # Left out of the hash where it is left out of the file, as in releases from before there were steps.
+    steps: StepNames | None = Field(default=None, exclude_if=lambda steps: steps is None)
     mtp: Literal["keep", "quantize", "drop"] = "keep"
     max_shard_size: Size = Field(default=5 * 2**30, ge=1)
 
@@ -130,7 +133,7 @@ class GgufStep(Part):
 
     name: str = Field(pattern=NAME, max_length=LONGEST_NAME)
     type: str
-    target_bits: float | None = Field(default=None, gt=0)
+    target_bits: float | None = Field(default=None, gt=0, le=32)
     target_size: Size | None = Field(default=None, ge=1)
     tensor_types: Texts = ()
     imatrix: Path | None = None

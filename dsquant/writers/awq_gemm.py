@@ -13,7 +13,7 @@ import torch
 
 from dsquant.errors import UsageError
 from dsquant.kernels.packing import pack_awq, unpack_awq
-from dsquant.rounding import UNQUANTIZED, Grid, QuantizedWeight
+from dsquant.rounding import UNQUANTIZED, Grid, QuantizedWeight, group_size_hint
 from dsquant.writers.base import StoredTensor
 from dsquant.writers.protocol import NO_WIDTHS
 from dsquant.writers.skip_lists import skipped_modules
@@ -42,11 +42,15 @@ class AwqGemm:
         if grid.bits != BITS:
             raise UsageError(f"the awq format holds 4-bit weights only, not {grid.bits}; use --to compressed-tensors")
         for linear, (rows, columns) in shapes.items():
-            if columns % grid.group_size or rows % OUT_MULTIPLE:
+            if rows % OUT_MULTIPLE:
                 raise UsageError(
-                    f"{linear}: shape [{rows}, {columns}] does not suit the awq format: the columns must be a multiple "
-                    f"of --group-size {grid.group_size} and the rows of {OUT_MULTIPLE}; try --group-size 64 or 32, or "
-                    "--preset quality"
+                    f"{linear}: shape [{rows}, {columns}] does not suit the awq format: the rows must be a multiple of "
+                    f"{OUT_MULTIPLE}; use --to compressed-tensors"
+                )
+            if columns % grid.group_size:
+                raise UsageError(
+                    f"{linear}: shape [{rows}, {columns}]: the columns must be a multiple of --group-size "
+                    f"{grid.group_size}; {group_size_hint(columns)}"
                 )
 
     def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:

@@ -16,7 +16,7 @@ import torch
 
 from dsquant.errors import UsageError
 from dsquant.kernels.packing import WORD_BITS, pack_rows, unpack_rows
-from dsquant.rounding import UNQUANTIZED, Grid, QuantizedWeight
+from dsquant.rounding import UNQUANTIZED, Grid, QuantizedWeight, group_size_hint
 from dsquant.writers.base import StoredTensor
 from dsquant.writers.protocol import NO_WIDTHS
 from dsquant.writers.skip_lists import ignored_modules, targets_by_width
@@ -42,7 +42,7 @@ class CompressedTensors:
             if columns % grid.group_size:
                 raise UsageError(
                     f"{linear}: shape [{rows}, {columns}]: the columns must be a multiple of --group-size "
-                    f"{grid.group_size}; try --group-size 64 or 32"
+                    f"{grid.group_size}; {group_size_hint(columns)}"
                 )
             if ".experts." in linear and not grid.symmetric:
                 raise UsageError(

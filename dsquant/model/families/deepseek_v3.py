@@ -56,6 +56,13 @@ def decoder_layer(config: Mapping[str, Any], index: int) -> DecoderLayer:
     return DecoderLayer(index, attention, linears, f"{prefix}.post_attention_layernorm", router, mlps, absorbed)
 
 
+# Every release has these; where one is left out, engines assume different things.
+NEEDED = (
+    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "first_k_dense_replace",
+    "moe_intermediate_size", "n_group", "topk_group",
+)  # fmt: skip
+
+
 def _refuse(config: Mapping[str, Any]) -> str | None:
     if config.get("index_topk") or config.get("index_n_heads"):
         return "sparse attention with an indexer (DeepSeek-V3.2) is not supported"
@@ -66,6 +73,9 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
             f"routing by scoring_func={config.get('scoring_func')!r}, topk_method={config.get('topk_method')!r} "
             "is not DeepSeek-V3's (sigmoid, noaux_tc)"
         )
+    missing = [name for name in NEEDED if config.get(name) is None]
+    if missing:
+        return f"config.json lacks {', '.join(missing)}"
     if not config.get("n_shared_experts"):
         return "a mixture without a shared expert is not supported"
     return _routing_problem(config)
@@ -73,8 +83,8 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
 
 def _routing_problem(config: Mapping[str, Any]) -> str | None:
     """What is wrong with the numbers that choose experts: no tensor's shape would show it."""
-    experts, groups = config.get("n_routed_experts"), config.get("n_group", 1)
-    kept, chosen = config.get("topk_group", 1), config.get("num_experts_per_tok")
+    experts, groups = config.get("n_routed_experts"), config["n_group"]
+    kept, chosen = config["topk_group"], config.get("num_experts_per_tok")
     counts = (experts, groups, kept, chosen)
     if not all(isinstance(count, int) and count > 0 for count in counts):
         return f"n_routed_experts, n_group, topk_group, num_experts_per_tok must be positive numbers, found {counts}"

@@ -23,6 +23,8 @@ EMBEDDING = "model.embed_tokens.weight"
 QUANTIZATION_VERSION = 2
 # Weights that are in memory together while a matrix is stored.
 ELEMENTS_AT_ONCE = 2**24
+# Every type but F32 and BF16 stores values, or the scales of its blocks, as F16.
+LARGEST_F16 = 65504.0
 # A parameter's error is measured on this many rows, evenly spaced: gguf-py decodes slowly.
 ERROR_ROWS = 16
 
@@ -258,6 +260,7 @@ class GgufUnitWriter:
                 start = placement.expert * tensor.shape[-2] * row_bytes(tensor.type_name, tensor.shape[-1])
             step, row = error_step(self.checkpoint.weights.shape(parameter), placement), 0
             for number, rows_RI in parts:
+                self._check_range(parameter, tensor.type_name, rows_RI)
                 stored = stored_rows(rows_RI, tensor.type_name, self._importance(tensor.name, placement, number))
                 self.files.write(tensor.name, start, stored)
                 measured = slice(-row % step, None, step)
@@ -266,6 +269,14 @@ class GgufUnitWriter:
                 row += len(rows_RI)
                 self.bytes_written += stored.numel()
         self._written.add(parameter)
+
+    def _check_range(self, parameter: str, type_name: str, rows_RI: torch.Tensor) -> None:
+        largest = float(rows_RI.abs().amax()) if rows_RI.numel() else 0.0
+        if type_name not in ("F32", "BF16") and not largest <= LARGEST_F16:
+            raise InputError(
+                f"{self.checkpoint.folder}: tensor {parameter!r} has a value of {largest:.3g}; numbers or scales of "
+                f"{type_name} go up to {LARGEST_F16:.0f}; convert with --type BF16 or F32"
+            )
 
     def _measure(self, parameter: str, type_name: str, rows_RI: torch.Tensor, stored: torch.Tensor) -> None:
         if not len(rows_RI):
@@ -312,10 +323,14 @@ class GgufUnitWriter:
         factors = rope_factors(self.checkpoint.config) if EMBEDDING in self.parameters else None
         if factors is not None:
             self.files.write(ROPE_FACTORS, 0, factors.view(torch.uint8))
-        for parameter in self.parameters:
+        for parameter in sorted(self.parameters, key=self._place):
             if parameter not in self._written:
                 safe_point(parameter)
                 self.write(parameter)
+
+    def _place(self, parameter: str) -> tuple[str, int]:
+        """Where it goes first: tensors grow expert by expert, whatever the order of the names."""
+        return next(((one.tensor, one.expert or 0) for one in places_of(self.checkpoint, parameter)), ("", 0))
 
     def commit(self) -> dict[str, str]:
         """Brings the unit's tensors to disk; returns tensor -> SHA-256."""
