@@ -166,6 +166,7 @@ def gguf_target(
         bool(recipe.imatrix or recipe.texts),
         [*parse_overrides(recipe.tensor_types), *chosen],
         recipe.split_max_bytes,
+        recipe.target_name,
     )
 
 

@@ -129,6 +129,13 @@ class TargetedRecipe(JobRecipe):
             return f"--target-bits {self.target_bits}"
         return None if self.target_size is None else f"--target-size {format_size(self.target_size)}"
 
+    @property
+    def target_name(self) -> str | None:
+        """The target as part of a file's name: 4.5bits, 340.00GiB; None where there is none."""
+        if self.target_bits is not None:
+            return f"{self.target_bits:g}bits"
+        return None if self.target_size is None else format_size(self.target_size).replace(" ", "")
+
 
 class Recipe(TargetedRecipe):
     """Everything that determines a quantization run.

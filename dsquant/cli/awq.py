@@ -13,7 +13,13 @@ from dsquant.errors import UsageError
 
 @click.command()
 @click.argument("model", default="tiny-r1", metavar="[MODEL=tiny-r1]")
-@click.option("--bits", type=click.Choice(["3", "4", "8"]), default="4", show_default=True, help="Bits of a weight.")
+@click.option(
+    "--bits",
+    type=click.Choice(["3", "4", "8"]),
+    default="4",
+    show_default=True,
+    help="Bits of a weight; with a target, those that scales are searched for.",
+)
 @click.option(
     "--target-bits",
     type=float,
@@ -140,11 +146,9 @@ def _recipe(options: dict[str, Any]) -> Any:
 
     formats = tuple(dict.fromkeys(options["to"])) or ("awq",)
     bits = int(options["bits"])
-    name = Path(options["model"]).name
-    kind = formats[0].replace(":", "-") if len(formats) == 1 else "quantized"
-    return Recipe.checked(
+    recipe = Recipe.checked(
         model=options["model"],
-        output=options["output"] or Path(f"{name}-{kind}-{bits}bit"),
+        output=options["output"] or ".",
         to=formats,
         bits=bits,
         target_bits=options["target_bits"],
@@ -166,3 +170,6 @@ def _recipe(options: dict[str, Any]) -> Any:
         memory_budget=parse_size(options["memory_budget"]) if options["memory_budget"] is not None else None,
         evaluate=options["evaluate"],
     )
+    kind = formats[0].replace(":", "-") if len(formats) == 1 else "quantized"
+    name = f"{Path(recipe.model).name}-{kind}-{recipe.target_name or f'{bits}bit'}"
+    return recipe if options["output"] else recipe.model_copy(update={"output": Path(name)})

@@ -26,7 +26,12 @@ from dsquant.cli.process import dsquant_command, metrics_options, reporting
     "sensitivity; --type is then for the others.",
 )
 @click.option("--target-size", help="The same, for the size of all tensors, such as 340GiB.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to make.  [default: ./NAME-TYPE-GGUF]")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="Folder to make.  [default: ./NAME-TYPE-GGUF; the target in the place of TYPE]",
+)
 @click.option(
     "--calibration",
     multiple=True,
@@ -94,14 +99,15 @@ def _gguf_recipe(options: dict[str, Any]) -> Any:
 
     type_name = options.pop("type_name").upper()
     split, budget, size = (options.pop(name) for name in ("split_max_size", "memory_budget", "target_size"))
-    output = options.pop("output") or Path(f"{Path(options['model']).name}-{type_name}-GGUF")
-    texts = options.pop("calibration")
-    return GgufRecipe.checked(
+    output, texts = options.pop("output"), options.pop("calibration")
+    recipe = GgufRecipe.checked(
         **options,
         calibration=() if texts == ("none",) else (texts or None),
         type=type_name,
         target_size=parse_size(size) if size is not None else None,
-        output=output,
+        output=output or ".",
         split_max_bytes=parse_size(split) if split is not None else 0,
         memory_budget=parse_size(budget) if budget is not None else None,
     )
+    name = f"{Path(recipe.model).name}-{recipe.target_name or type_name}-GGUF"
+    return recipe if output else recipe.model_copy(update={"output": Path(name)})

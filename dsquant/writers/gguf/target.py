@@ -70,6 +70,7 @@ def plan_target(
     has_imatrix: bool,
     overrides: Sequence[tuple[re.Pattern[str], str]] = (),
     max_file_bytes: int = 0,
+    label: str | None = None,
 ) -> GgufTarget:
     """Plans every tensor and file of a GGUF model, to the byte.
 
@@ -82,6 +83,7 @@ def plan_target(
         has_imatrix: whether measured importances are used.
         overrides: types by pattern, from `parse_overrides`.
         max_file_bytes: the most tensor data in a file; 0 makes one file.
+        label: what file names say instead of the type.
 
     Returns:
         The plan.
@@ -104,7 +106,7 @@ def plan_target(
         add_tokenizer_keys(writer, checkpoint.folder, int(checkpoint.config["vocab_size"]))
 
     architecture = ARCHITECTURES[checkpoint.architecture]
-    stem = f"{model_name}-{type_name}"
+    stem = f"{model_name}-{label or type_name}"
     files = plan_files(stem, architecture, add_keys, list(tensors.values()), max_file_bytes)
     notes = tuple(
         f"{count} tensors are {chosen} instead of {wanted}: their rows are no multiple of {wanted}'s block"
