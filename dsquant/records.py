@@ -371,7 +371,7 @@ def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
     counts = [count for layer in layers for count in layer["tokens_per_expert"]]
     topped_up = sum(len(layer["topped_up"]) for layer in layers)
     rare = topped_up if "top-up" in run.recipe.steps else sum(count < FEWEST_TOKENS for count in counts)
-    if rare:
+    if rare and run.recipe.steps:  # plain rounding judges by no token
         on = "their router's next best as well" if topped_up else "these alone"
         words.append(
             f"{rare} of {len(counts)} experts got fewer than {FEWEST_TOKENS} calibration tokens and were judged on "
