@@ -184,7 +184,7 @@ def test_an_unfinished_shard_has_no_name_and_leaves_nothing_when_discarded(tmp_p
     [
         ("awq", Grid(8, 128, False), (64, 128), "4-bit"),
         ("awq", Grid(4, 128, False), (64, 192), "multiple"),
-        ("awq", Grid(4, 64, False), (72, 128), "rows of 64"),
+        ("awq", Grid(4, 64, False), (72, 128), "rows must be a multiple of 64"),
         ("compressed-tensors", Grid(4, 128, True), (64, 192), "multiple"),
     ],
 )
