@@ -1,7 +1,9 @@
 """`dsquant run`: recipes, locks, kills at every stage, publication, failures."""
 
+import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +17,7 @@ import pytest
 import yaml
 
 import dsquant
+from dsquant.cli.run import run as run_command
 from dsquant.errors import GateError, InconclusiveError, InputError, UsageError
 from dsquant.jobs import Journal
 from dsquant.monitoring import monitored
@@ -395,6 +398,17 @@ def test_what_cannot_be_meant_is_refused_with_the_keys_path(
     path = write(tmp_path / "recipe.yaml", content(pico_r1, text_file, tmp_path / "out", **changes))
     with pytest.raises(UsageError, match=message):
         read_recipe(path)
+
+
+def test_the_recipe_in_the_commands_help_is_valid(tmp_path: Path) -> None:
+    text = inspect.getdoc(run_command.callback)
+    assert text is not None
+    shown = text[text.index("model: tiny-r1") : text.index("Entries with")]
+    (tmp_path / "recipe.yaml").write_text(shown)
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    assert [step.name for step in recipe.quantize] == ["four", "mixed", "k-quants"]
+    keys = {key for step in recipe.quantize for key in type(step).model_fields}
+    assert all(re.search(rf"\b{key}\b", text) for key in keys), keys
 
 
 @pytest.mark.parametrize("raw", ["[1", "- a\n- b\n", "\x00", "[" * 20000, "a: " + "9" * 5000])

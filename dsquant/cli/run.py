@@ -26,6 +26,21 @@ def run(
     """Runs RECIPE (YAML): calibrate, quantize to several formats, evaluate, gate, publish.
 
     A finished recipe is left alone; one that was stopped anywhere goes on where it was.
+
+    \b
+    model: tiny-r1
+    output: released
+    calibration: {texts: [r1-mix], samples: 64, seq_len: 512, seed: 0}
+    quantize:
+      - {name: four, to: [awq], preset: compact}
+      - {name: mixed, to: [compressed-tensors], target_bits: 4.5}
+      - {name: k-quants, type: Q4_K_M, target_size: 340GiB}
+    evaluate: {samples: 8, seq_len: 512, texts: [code.txt], prompts: python}
+    gates: {gates: [{metric: mean_kl, at_most: 0.02}]}
+    publish: rename
+
+    Entries with `to` also take bits, steps, group_size, symmetric, mtp and max_shard_size, those with `type`
+    tensor_types, imatrix, calibrate, scales, mtp and split_max_size; the file also device, budgets and on_failure.
     """
     from dsquant.releases.job import published, run_recipe
     from dsquant.releases.recipe import read_recipe
