@@ -28,7 +28,7 @@ from dsquant.evaluation.summary import layer_scores, routers_of, scores_by_text
 from dsquant.evaluation.weights import by_kind, worst
 from dsquant.evaluation_request import EvaluationRequest, Texts, candidate_names, read_texts
 from dsquant.jobs import stop_on_signals
-from dsquant.memory import BATCH_TOKENS
+from dsquant.memory import samples_together
 from dsquant.opening import Opened, Original, open_candidate, open_original
 from dsquant.preparation import check_disk, default_memory_budget, resolved_device
 from dsquant.recipe import format_size
@@ -196,7 +196,7 @@ def _rounded_up(size_bytes: int) -> int:
 
 def _batches(seq_len: int) -> tuple[int, int]:
     """Samples that pass attention together, and the same for the noise floor."""
-    batch = max(1, BATCH_TOKENS // seq_len)
+    batch = samples_together(seq_len)
     return batch, batch // 2 or 2
 
 

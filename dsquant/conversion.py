@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from dsquant.disk import sync_folder
-from dsquant.distributed import ALONE, Ranks
+from dsquant.distributed import ALONE, Ranks, Shares
 from dsquant.gguf_conversion import keep_observed, note_importance, work_files
 from dsquant.jobs import Job
-from dsquant.memory import BATCH_TOKENS
-from dsquant.model.activations import Activations
+from dsquant.memory import samples_together
+from dsquant.model.activations import Activations, stored_dtype
 from dsquant.model.streaming import Stream, embed, mtp_inputs
 from dsquant.model.structure import DecoderLayer
 from dsquant.planning import Target, Unit
@@ -70,7 +70,7 @@ class Run:
     @property
     def batch_samples(self) -> int:
         """Samples that pass attention together."""
-        return max(1, BATCH_TOKENS // self.recipe.seq_len)
+        return samples_together(self.recipe.seq_len)
 
     def hidden_path(self, layer: int) -> Path:
         """The file of a layer's inputs."""
@@ -104,11 +104,35 @@ class Run:
         """The activations in a file of the work folder."""
         return Activations.in_file(path, self._hidden_shape, self.device)
 
-    def passing(self, layer: int, path: Path, dtype: torch.dtype) -> Activations:
-        """Activations of one layer: on the GPU where the plan has room for them there, else in a file."""
+    def mlp_inputs(self, layer: int, path: Path) -> Activations:
+        """What a layer's MLPs read: on the GPU where the plan has room for it there, else in a file."""
         if layer not in self.source.plan.gpu_resident:
             return self.activations(path)
-        return Activations(torch.zeros(self._hidden_shape, dtype=dtype, device=self.device))
+        return Activations(torch.zeros(self._hidden_shape, dtype=stored_dtype(self.device), device=self.device))
+
+    def outputs(self, layer: int, path: Path) -> Activations:
+        """What a layer's outputs are summed in, float32, until `keep` lays them into the file that is named."""
+        if layer in self.source.plan.gpu_resident:
+            (first, end), (_, *shape) = self.own_samples, self._hidden_shape
+            return Activations(torch.zeros(end - first, *shape, device=self.device), first_sample=first)
+        return Activations.in_file(self.sums_path(path), self._hidden_shape, self.device, torch.float32)
+
+    def sums_path(self, path: Path) -> Path:
+        """The file in which outputs are summed that another keeps: the same where that keeps float32."""
+        return path if stored_dtype(self.device) == torch.float32 else path.with_suffix(".sums.f32")
+
+    def keep(self, outputs: Activations, path: Path) -> None:
+        """Brings this rank's samples of what a layer's outputs were summed in to disk."""
+        if outputs.path == path:
+            outputs.flush()
+        else:
+            outputs.save(path, self.own_samples)
+
+    @property
+    def own_samples(self) -> tuple[int, int]:
+        """This rank's samples in a layer's dense part: the first, and the one behind the last."""
+        shares = Shares(self._hidden_shape[0], self.batch_samples, self.ranks.size)
+        return shares.samples(self.ranks.rank)
 
     @property
     def _hidden_shape(self) -> tuple[int, int, int]:
@@ -323,7 +347,8 @@ def _journal(run: Run, unit: Unit, notes: dict[str, Any]) -> None:
     sync_folder(run.job.work)
     run.job.journal.append(unit.name, **notes)
     if unit.action == "quantize" and unit.layer is not None:
-        for path in run.kept_paths(unit.layer.index):
+        sums = {run.sums_path(path) for path in run.kept_paths(unit.layer.index + 1)}
+        for path in sums.union(run.kept_paths(unit.layer.index)).difference(run.kept_paths(unit.layer.index + 1)):
             path.unlink(missing_ok=True)
 
 
@@ -349,8 +374,8 @@ def _quantized_stream(run: Run, layer: DecoderLayer) -> QuantizedStream:
         inputs = prepared
     return QuantizedStream(
         inputs,
-        run.passing(layer.index, run.quantized_path(layer.index + 1), torch.float32),
-        run.passing(layer.index, run.job.work / "mlp-inputs-quantized.f32", torch.bfloat16),
+        run.outputs(layer.index, run.quantized_path(layer.index + 1)),
+        run.mlp_inputs(layer.index, run.job.work / "mlp-inputs-quantized.f32"),
     )
 
 
@@ -362,14 +387,14 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
         prepared = run.activations(run.mtp_path)
         run.ranks.once(lambda: _prepare_mtp(run, layer, inputs, prepared))
         inputs = run.activations(run.mtp_path)
-    outputs = run.passing(layer.index, run.hidden_path(layer.index + 1), torch.float32)
+    outputs = run.outputs(layer.index, run.hidden_path(layer.index + 1))
     layer_job = LayerJob(
         skeleton=source.skeleton,
         layer=layer,
         weights=source.checkpoint.weights,
         inputs=inputs,
         outputs=outputs,
-        mlp_inputs=run.passing(layer.index, run.job.work / "mlp-inputs.f32", torch.bfloat16),
+        mlp_inputs=run.mlp_inputs(layer.index, run.job.work / "mlp-inputs.f32"),
         linears=source.plan.linears_of(layer),
         widths=source.plan.widths,
         steps=run.recipe.steps,
@@ -385,8 +410,5 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
     report = quantize_successively(layer_job) if layer_job.quantized else quantize_layer(layer_job)
     made = [outputs, layer_job.quantized.outputs] if layer_job.quantized else [outputs]
     for path, activations in zip(run.kept_paths(layer.index + 1), made, strict=True):
-        if layer.index in run.source.plan.gpu_resident:
-            activations.save(path, layer_job.shares.samples(run.ranks.rank))
-        else:
-            activations.flush()
+        run.keep(activations, path)
     return {"layer": layer.index, **asdict(report)}

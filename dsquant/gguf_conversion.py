@@ -12,7 +12,13 @@ from safetensors.torch import load_file, save_file
 from dsquant.disk import PARTIAL, sync_folder
 from dsquant.errors import InputError, UsageError
 from dsquant.jobs import Job
-from dsquant.memory import BATCH_TOKENS, FLOAT32_BYTES, head_memory_bytes, host_memory_bytes, layer_memory_bytes
+from dsquant.memory import (
+    FLOAT32_BYTES,
+    head_memory_bytes,
+    host_memory_bytes,
+    layer_memory_bytes,
+    samples_together,
+)
 from dsquant.mixed_plan import MixedPlan
 from dsquant.model.activations import Activations
 from dsquant.model.skeleton import Skeleton
@@ -262,14 +268,14 @@ class GgufRun:
     @property
     def batch_samples(self) -> int:
         """Samples that pass attention together."""
-        return max(1, BATCH_TOKENS // self.recipe.seq_len)
+        return samples_together(self.recipe.seq_len)
 
     def activations(self, name: str) -> Activations:
-        """The activations in a file of the work folder."""
+        """The activations in a file of the work folder, float32 since outputs are summed there."""
         tokens_NT = self.plan.tokens_NT
         assert tokens_NT is not None
         shape = (*tokens_NT.shape, int(self.plan.skeleton.config["hidden_size"]))
-        return Activations.in_file(self.job.work / name, shape, self.plan.checkpoint.weights.device)
+        return Activations.in_file(self.job.work / name, shape, self.plan.checkpoint.weights.device, torch.float32)
 
 
 def convert_to_gguf(run: GgufRun) -> None:

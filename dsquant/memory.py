@@ -1,6 +1,6 @@
 """What a run takes at its peak, worked out from headers alone: the largest stage of any layer, head, host."""
 
-from dsquant.distributed import CHUNKS
+from dsquant.distributed import CHUNKS, Shares
 from dsquant.errors import UsageError
 from dsquant.model.activations import RELEASE_BYTES
 from dsquant.model.skeleton import Skeleton
@@ -19,8 +19,13 @@ FLOAT32_BYTES = 4
 LIBRARY_BYTES = 256 * 2**20
 # CUDA's libraries, page-locked buffers of weights on their way to the GPU and of results on their way to the disk.
 CUDA_HOST_BYTES = 4 * 2**30
-# A hidden value on the GPU: the MLPs' input in bfloat16 and the layer's output in float32.
-RESIDENT_BYTES = 2 + 4
+# A hidden value that a GPU keeps between layers, or for a layer's MLPs.
+BFLOAT16_BYTES = 2
+
+
+def samples_together(seq_len: int) -> int:
+    """Samples of so many tokens that pass attention together."""
+    return max(1, BATCH_TOKENS // seq_len)
 
 
 def layer_memory_bytes(
@@ -118,6 +123,22 @@ def _part(width: int) -> int:
 def _inverting(matrix_bytes: int) -> int:
     """What inverting a float32 matrix of this size takes: four of double precision."""
     return 8 * matrix_bytes
+
+
+def passing_bytes(samples: int, seq_len: int, num_ranks: int) -> int:
+    """What a GPU takes for each channel of the hidden states while a layer's MLPs pass, where they stay on it.
+
+    Args:
+        samples: calibration samples.
+        seq_len: tokens of each.
+        num_ranks: how many ranks share the samples; planned for the one with the most of them.
+
+    Returns:
+        Bytes: of what the MLPs read, all samples in bfloat16; of the outputs, the rank's own in float32.
+    """
+    shares = Shares(samples, samples_together(seq_len), num_ranks)
+    own = max(end - first for first, end in map(shares.samples, range(num_ranks)))
+    return seq_len * (BFLOAT16_BYTES * samples + FLOAT32_BYTES * own)
 
 
 def pair_memory_bytes(checkpoint: Checkpoint, skeleton: Skeleton) -> int:

@@ -5,20 +5,19 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-import torch
-
 from dsquant.errors import InputError, UsageError
 from dsquant.memory import (
+    BFLOAT16_BYTES,
     CUDA_HOST_BYTES,
-    RESIDENT_BYTES,
+    FLOAT32_BYTES,
     head_memory_bytes,
     host_memory_bytes,
     layer_memory_bytes,
     pair_memory_bytes,
+    passing_bytes,
     sharing_memory_bytes,
 )
 from dsquant.mixed_plan import MixedPlan, plan_mixed
-from dsquant.model.activations import stored_dtype
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import EMBEDDING
 from dsquant.model.structure import DecoderLayer
@@ -180,12 +179,19 @@ def plan_run(
     memory, gpu_memory = max(head, *needs.values()) + host_memory_bytes(num_hidden, streams), 0
     resident = frozenset[int]()
     if recipe.device == "cuda":
-        hidden = streams * RESIDENT_BYTES * num_hidden
+        hidden = streams * skeleton.config["hidden_size"] * passing_bytes(recipe.samples, recipe.seq_len, num_ranks)
         resident = frozenset(layer for layer, need in needs.items() if need + hidden <= gpu_budget_bytes)
         gpu_memory = max(head, *(need + hidden * (layer in resident) for layer, need in needs.items()))
         memory = CUDA_HOST_BYTES + host_memory_bytes(num_hidden, streams)
-    work_bytes = 3 * streams * num_hidden * stored_dtype(torch.device(recipe.device)).itemsize
+    work_bytes = streams * num_hidden * _kept_bytes(recipe.device, len(resident) == len(needs))
     return Plan(units, targets, gguf, by_grid, dtypes, memory, gpu_memory, resident, work_bytes, mixed)
+
+
+def _kept_bytes(device: str, resident: bool) -> int:
+    """Bytes in files for each hidden value while a layer is made: its inputs, its outputs, what its MLPs read."""
+    if device != "cuda":
+        return 3 * FLOAT32_BYTES
+    return 2 * BFLOAT16_BYTES + (0 if resident else BFLOAT16_BYTES + FLOAT32_BYTES)
 
 
 def _check_choosing(recipe: Recipe) -> None:

@@ -2,19 +2,21 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.disk import PARTIAL
 from dsquant.errors import InputError
 from dsquant.jobs import BEGIN_ANEW, Job
-from dsquant.sealing import hash_files
 from dsquant.writers.base import Shard
 from dsquant.writers.gguf.files import GgufFile
 
 BYTES_AT_ONCE = 2**22
+# Files in the work folder are hashed in parts of this size, many at a time: hidden states are gigabytes.
+PART_BYTES = 2**26
 
 
 def kept_files(work: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -25,9 +27,20 @@ def kept_files(work: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         names: files that the unit may have made.
 
     Returns:
-        File -> bytes and sha256; those that are there.
+        File -> bytes, and the SHA-256 of each part of `PART_BYTES`; those that are there.
     """
-    return hash_files(work, [name for name in names if (work / name).is_file()], lambda name: None)
+    return _hash_parts(work, [name for name in names if (work / name).is_file()], lambda: None)
+
+
+def _hash_parts(folder: Path, names: Iterable[str], safe_point: Callable[[], None]) -> dict[str, dict[str, Any]]:
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    parts = [(name, offset) for name, size in sizes.items() for offset in range(0, size, PART_BYTES)]
+    found: dict[str, dict[str, Any]] = {name: {"bytes": size, "sha256": []} for name, size in sizes.items()}
+    with closing(_hashed((folder / name, offset, PART_BYTES) for name, offset in parts)) as digests:
+        for (name, _), digest in zip(parts, digests, strict=True):
+            found[name]["sha256"].append(digest)
+            safe_point()
+    return found
 
 
 def check_units(job: Job, units: Sequence[str]) -> None:
@@ -67,7 +80,7 @@ def check_kept(job: Job, hidden: Sequence[str], safe_point: Callable[[], None]) 
         path = job.work / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise InputError(f"{path} of the interrupted job is gone or has another size; {BEGIN_ANEW}")
-    found = hash_files(job.work, wanted, lambda name: safe_point())
+    found = _hash_parts(job.work, wanted, safe_point)
     damaged = [name for name, entry in wanted.items() if found[name] != entry]
     if damaged:
         raise InputError(f"{job.work / damaged[0]} of the interrupted job is damaged; {BEGIN_ANEW}")
@@ -137,17 +150,20 @@ def _check_whole(path: Path, header: bytes, num_bytes: int) -> None:
 def _check_tensors(
     places: Mapping[str, tuple[Path, int, int]], hashes: Mapping[str, str], safe_point: Callable[[], None]
 ) -> None:
+    with closing(_hashed(places.values())) as digests:
+        for name, digest in zip(places, digests, strict=True):
+            if digest != hashes.get(name):
+                raise InputError(f"{places[name][0]}: tensor {name!r} of the interrupted job is damaged; {BEGIN_ANEW}")
+            safe_point()
+
+
+def _hashed(places: Iterable[tuple[Path, int, int]]) -> Generator[str, None, None]:
+    """The hashes of parts of files, in order; several are read at a time."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
-            for name, digest in zip(places, pool.map(lambda place: _hash(*place), places.values()), strict=True):
-                if digest != hashes.get(name):
-                    raise InputError(
-                        f"{places[name][0]}: tensor {name!r} of the interrupted job is damaged; {BEGIN_ANEW}"
-                    )
-                safe_point()
-        except BaseException:
+            yield from pool.map(lambda place: _hash(*place), places)
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _hash(path: Path, offset: int, num_bytes: int) -> str:

@@ -88,7 +88,9 @@ def _errors(own: SensitivityPass[Width]) -> Errors[Width]:
     skeleton, tokens_NT = own.skeleton, own.tokens_NT[:SAMPLES]
     shape = (*tokens_NT.shape, int(skeleton.config["hidden_size"]))
     files = [own.work / f"sensitivity-{name}.f32" for name in ("inputs", "outputs", "mlp-inputs")]
-    inputs, outputs, mlp_inputs = (Activations.in_file(path, shape, own.weights.device) for path in files)
+    inputs, outputs, mlp_inputs = (
+        Activations.in_file(path, shape, own.weights.device, torch.float32) for path in files
+    )
     embed(skeleton, own.weights, tokens_NT, inputs)
     found: Errors[Width] = {group.name: dict.fromkeys(group.num_bytes, 0.0) for group in own.mixed.groups}
     layers = skeleton.layers[: skeleton.num_layers]

@@ -1,5 +1,6 @@
 """A resumed job checks what its earlier run has left: damage ends with exit code 3 and the name of the file."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from gguf import GGUFReader
 
-from dsquant import pipeline
+from dsquant import pipeline, resumption
 from dsquant.errors import InputError, Interrupted
 from dsquant.recipe import Recipe
 
@@ -106,3 +107,12 @@ def test_a_damaged_work_file_is_refused(
     with pytest.raises(InputError, match=message) as refused:
         pipeline.awq(recipe(pico_r1, text_file, output), resume=True)
     assert "--restart" in str(refused.value) or "remove the folder" in str(refused.value)
+
+
+def test_every_part_of_what_a_unit_leaves_has_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resumption, "PART_BYTES", 100)
+    content = bytes(range(250))
+    (tmp_path / "hidden-1.f32").write_bytes(content)
+    hashes = [hashlib.sha256(content[start : start + 100]).hexdigest() for start in (0, 100, 200)]
+    found = resumption.kept_files(tmp_path, ["hidden-1.f32", "not-there"])
+    assert found == {"hidden-1.f32": {"bytes": 250, "sha256": hashes}}

@@ -1,6 +1,6 @@
 """Hidden states of all samples, in a file: what bounds memory when a million tokens pass a layer.
 
-On a GPU they are stored in bfloat16, as DeepSeek's own inference keeps them; sums over experts stay float32.
+Those that a GPU made are kept in bfloat16, as DeepSeek's own inference keeps them; sums over experts are float32.
 
 Shape legend: N samples, T tokens of a sample, H hidden size, R rows (tokens of all samples, numbered through).
 """
@@ -26,7 +26,10 @@ def stored_dtype(device: torch.device) -> torch.dtype:
 
 
 class Activations:
-    """An array [N, T, H] in memory, on a GPU or in a memory-mapped file, read and written as float32 on a device."""
+    """An array [N, T, H] in memory, on a GPU or in a memory-mapped file, read and written as float32 on a device.
+
+    In memory it may hold neighbouring samples only; samples and rows (tokens of all samples) keep their numbers.
+    """
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class Activations:
         mapped: mmap.mmap | None = None,
         device: torch.device | None = None,
         path: Path | None = None,
+        first_sample: int = 0,
     ) -> None:
         """Wraps an array.
 
@@ -42,12 +46,14 @@ class Activations:
             mapped: the file mapping behind it, if there is one.
             device: where reads go; None is where the array is.
             path: the file that is mapped.
+            first_sample: the number of the array's first sample.
         """
         self.shape = (values_NTH.shape[0], values_NTH.shape[1], values_NTH.shape[2])
         self.device = device or values_NTH.device
         self._values_NTH = values_NTH
         self._values_RH = values_NTH.view(-1, values_NTH.shape[2])
-        self._map, self._path = mapped, path
+        self._map, self.path = mapped, path
+        self._first_sample, self._first_row = first_sample, first_sample * values_NTH.shape[1]
         self._touched = 0
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: dict[tuple[int, int], Future[torch.Tensor]] = {}
@@ -87,7 +93,7 @@ class Activations:
 
     def stored(self, start: int, stop: int) -> torch.Tensor:
         """Samples start..stop-1 themselves, as they are stored."""
-        return self._values_NTH[start:stop]
+        return self._values_NTH[start - self._first_sample : stop - self._first_sample]
 
     def prefetch(self, start: int, stop: int) -> None:
         """Begins to read samples that a GPU wants next, into page-locked memory; elsewhere does nothing."""
@@ -98,15 +104,15 @@ class Activations:
         self._ahead[start, stop] = self._pool.submit(self._pinned, start, stop)
 
     def _pinned(self, start: int, stop: int) -> torch.Tensor:
-        part_NTH = self._values_NTH[start:stop]
+        part_NTH = self.stored(start, stop)
         pinned_NTH = torch.empty(part_NTH.shape, dtype=part_NTH.dtype, pin_memory=True)
-        assert self._path is not None
-        with self._path.open("rb", buffering=0) as file:  # a mapping would fault once for every page
+        assert self.path is not None
+        with self.path.open("rb", buffering=0) as file:  # a mapping would fault once for every page
             file.seek(start * part_NTH[0].nbytes)
             unread = memoryview(pinned_NTH.view(-1).view(torch.uint8).numpy().data)
             while count := file.readinto(unread):
                 unread = unread[count:]
-        assert not unread, f"{self._path}: {len(unread)} bytes are missing"
+        assert not unread, f"{self.path}: {len(unread)} bytes are missing"
         return pinned_NTH
 
     def samples(self, start: int, stop: int) -> torch.Tensor:
@@ -114,11 +120,11 @@ class Activations:
         begun = self._ahead.pop((start, stop), None)
         if begun is not None:
             return self._handed_out(begun.result().to(self.device, non_blocking=True))
-        return self._handed_out(self._values_NTH[start:stop].to(self.device, copy=True))
+        return self._handed_out(self.stored(start, stop).to(self.device, copy=True))
 
     def set_samples(self, start: int, values_NTH: torch.Tensor) -> None:
         """Stores samples from number `start` on."""
-        self._values_NTH[start : start + len(values_NTH)] = values_NTH.to(self._values_NTH.dtype)
+        self.stored(start, start + len(values_NTH)).copy_(values_NTH)
         self._release(values_NTH)
 
     def rows(self, rows_R: torch.Tensor) -> torch.Tensor:
@@ -137,7 +143,7 @@ class Activations:
 
     def recorder(self, first_row: int = 0) -> Callable[[torch.Tensor], None]:
         """Returns a function that stores each call's rows [r, H] behind those of the calls before."""
-        next_row = first_row
+        next_row = first_row - self._first_row
 
         def record(values_RH: torch.Tensor) -> None:
             nonlocal next_row
@@ -160,10 +166,12 @@ class Activations:
         with path.open("r+b") as file:
             file.seek(begin * dtype.itemsize * self.shape[1] * self.shape[2])
             for start in range(begin, end, at_once):
-                part_NTH = self._values_NTH[start : min(start + at_once, end)].to(dtype).cpu()
+                stored_NTH = self.stored(start, min(start + at_once, end))
+                part_NTH = stored_NTH.to(dtype).cpu()
                 file.write(memoryview(part_NTH.view(-1).view(torch.uint8).numpy().data))
                 file.flush()
                 begin_writing(file.fileno(), file.tell() - part_NTH.nbytes, part_NTH.nbytes)
+                self._release(stored_NTH)
             os.fdatasync(file.fileno())
 
     def flush(self) -> None:
@@ -172,7 +180,7 @@ class Activations:
             self._map.flush()
 
     def _local(self, rows_R: torch.Tensor) -> torch.Tensor:
-        return rows_R.to(self._values_RH.device)
+        return (rows_R - self._first_row).to(self._values_RH.device)
 
     def _handed_out(self, values: torch.Tensor) -> torch.Tensor:
         self._release(values)

@@ -1,0 +1,53 @@
+"""Hidden states lie in memory, on a GPU or in files, whole or a rank's own samples: the numbers are the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dsquant
+from dsquant import planning
+from dsquant.model.activations import Activations
+
+SHAPE = (6, 4, 8)
+FIRST, END = 2, 5
+
+
+def _changed(activations: Activations, values_NTH: torch.Tensor) -> Activations:
+    """All ways to write samples FIRST to END - 1."""
+    rows_RH = values_NTH.view(-1, SHAPE[2])
+    begin, end = FIRST * SHAPE[1], END * SHAPE[1]
+    activations.recorder(begin)(rows_RH[begin:end])
+    activations.set_samples(FIRST + 1, values_NTH[FIRST + 1 : END] * 2)
+    activations.set_rows(torch.tensor([begin + 1, end - 1]), rows_RH[:2])
+    activations.add_rows(torch.arange(begin, end, 3), rows_RH[begin:end:3])
+    return activations
+
+
+def test_samples_that_are_held_alone_keep_their_numbers(tmp_path: Path) -> None:
+    values_NTH = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    whole = _changed(Activations(torch.zeros(SHAPE)), values_NTH)
+    own = _changed(Activations(torch.zeros(END - FIRST, *SHAPE[1:]), first_sample=FIRST), values_NTH)
+    in_file = _changed(Activations.in_file(tmp_path / "own", SHAPE), values_NTH)
+    rows_R = torch.arange(FIRST * SHAPE[1], END * SHAPE[1])
+    for number, found in enumerate((own, in_file)):
+        assert torch.equal(found.samples(FIRST, END), whole.samples(FIRST, END))
+        assert torch.equal(found.rows(rows_R), whole.rows(rows_R))
+        found.save(tmp_path / f"saved-{number}", (FIRST, END))
+        kept = Activations.in_file(tmp_path / f"saved-{number}", SHAPE)
+        assert torch.equal(kept.samples(FIRST, END), whole.samples(FIRST, END))
+        assert not kept.samples(0, FIRST).any() and not kept.samples(END, SHAPE[0]).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["quality", "best"])
+def test_a_gpu_without_room_for_hidden_states_writes_the_same_bytes(
+    tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    options: dict[str, Any] = {"calibration": "code", "samples": 32, "seq_len": 256, "device": "cuda", "preset": preset}
+    dsquant.awq(tiny_r1, output=tmp_path / "on-the-gpu", evaluate=False, progress=False, **options)
+    monkeypatch.setattr(planning, "passing_bytes", lambda *_: 2**60)
+    dsquant.awq(tiny_r1, output=tmp_path / "in-files", evaluate=False, progress=False, **options)
+    for path in (tmp_path / "on-the-gpu").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "in-files" / path.name).read_bytes()
