@@ -11,6 +11,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -189,6 +190,15 @@ def _check_same_recipe(output: Path, recipe: JobRecipe, record: dict[str, Any]) 
         )
 
 
+def _check_same_version(output: Path, notes: dict[str, Any]) -> None:
+    """Another version may round otherwise, and the output would be that of neither."""
+    begun_by, this = notes.get("dsquant"), version("dsquant")
+    if begun_by != this:
+        raise InputError(
+            f"{output} was begun by dsquant {begun_by}, this is {this}; install that version to go on, or {BEGIN_ANEW}"
+        )
+
+
 @contextmanager
 def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any]) -> Iterator[Job]:
     """Takes the output folder for this run, alone.
@@ -203,7 +213,7 @@ def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any])
         The job.
 
     Raises:
-        InputError: where another run works on the folder.
+        InputError: where another run works on the folder, or another version of dsquant has begun it.
     """
     work = output / WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
@@ -212,8 +222,9 @@ def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any])
             _remove_recorded_files(output)
         if state == "resume":
             notes = _read_record(work / JOB_FILE, JOB_NOTES)
+            _check_same_version(output, notes)
         else:
-            notes = {"recipe": recipe.lasting(), **notes}
+            notes = {"recipe": recipe.lasting(), "dsquant": version("dsquant"), **notes}
             write_atomically(work / JOB_FILE, json.dumps(notes).encode())
         yield Job(output, work, notes)
 

@@ -65,6 +65,11 @@ def only_the_recipe(output: Path) -> None:
     path.write_text(json.dumps({"recipe": json.loads(path.read_text())["recipe"]}))
 
 
+def of_another_version(output: Path) -> None:
+    path = output / WORK / "job.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dsquant": "0.0.9"}))
+
+
 def first_shard(output: Path) -> Path:
     return min((output / "awq").glob("*.safetensors"))
 
@@ -93,6 +98,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"journal\.jsonl, line 1.*deeply",
     ),
     "job record without its sources": (only_the_recipe, r"job\.json.*shards"),
+    "begun by another version": (of_another_version, r"begun by dsquant 0\.0\.9, this is"),
 }
 
 
