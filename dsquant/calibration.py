@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError, UsageError
+from dsquant.source.checkpoint import CONFIG_FILE, read_config
 from dsquant.strict_json import parse_json
 
 _PACKAGE = Path(__file__).parent
@@ -67,6 +68,11 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not read_config(folder).get("model_type"):
+        raise InputError(
+            f"{folder / CONFIG_FILE}: no model_type, by which transformers and engines know a model; take config.json "
+            "from the same release as the weights"
+        )
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(
             f"{folder}: no tokenizer.json, tokenizer.model or vocab.json; copy the model's tokenizer there"

@@ -126,6 +126,10 @@ def larger_tokenizer(folder: Path) -> None:
     edit_json(folder / "tokenizer.json", change)
 
 
+def no_model_type(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config.pop("model_type"))
+
+
 def no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
@@ -250,6 +254,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown architecture": (unknown_architecture, r"config\.json.*DeepseekV4ForCausalLM"),
     "sparse attention": (sparse_attention, r"config\.json.*DeepseekV32ForCausalLM"),
     "tokenizer larger than the embedding": (larger_tokenizer, r"tokenizer\.json.*320.*embed_tokens.*300"),
+    "no model_type": (no_model_type, r"config\.json: no model_type"),
     "no tokenizer": (no_tokenizer, r"tokenizer\.json"),
     "damaged header": (broken_header, r"model-00001\.safetensors"),
     "header that is no JSON": (header_that_is_no_json, r"model-00001\.safetensors"),
