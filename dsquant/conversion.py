@@ -73,7 +73,7 @@ class Run:
         return samples_together(self.recipe.seq_len)
 
     def hidden_path(self, layer: int) -> Path:
-        """The file of a layer's inputs."""
+        """The file of a layer's inputs, float32; bfloat16 where a GPU makes them."""
         return self.job.work / f"hidden-{layer}.f32"
 
     def quantized_path(self, layer: int) -> Path:
@@ -347,9 +347,11 @@ def _journal(run: Run, unit: Unit, notes: dict[str, Any]) -> None:
     sync_folder(run.job.work)
     run.job.journal.append(unit.name, **notes)
     if unit.action == "quantize" and unit.layer is not None:
-        sums = {run.sums_path(path) for path in run.kept_paths(unit.layer.index + 1)}
-        for path in sums.union(run.kept_paths(unit.layer.index)).difference(run.kept_paths(unit.layer.index + 1)):
+        for path in run.kept_paths(unit.layer.index):
             path.unlink(missing_ok=True)
+        for path in run.kept_paths(unit.layer.index + 1):
+            if run.sums_path(path) != path:
+                run.sums_path(path).unlink(missing_ok=True)
 
 
 def _embed(run: Run) -> None:

@@ -23,6 +23,18 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def publish(partial: Path, path: Path) -> None:
+    """Gives a file that is whole its name, once its content is on disk.
+
+    Args:
+        partial: the file.
+        path: its name, in the same folder.
+    """
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
 def sync_folder(folder: Path) -> None:
     """Brings renames inside a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -165,7 +166,7 @@ class Ranks:
         return found_RH
 
     def check_shared(self, folder: Path) -> None:
-        """Refuses a folder that not all ranks see.
+        """Refuses a folder that not all ranks see, and ranks of several versions of dsquant.
 
         Args:
             folder: the job's work folder, which rank 0 has made.
@@ -176,7 +177,12 @@ class Ranks:
         path = folder / TOKEN_FILE
         token = self.once(lambda: _new_token(path))
         seen = path.is_file() and path.read_text() == token
-        for rank, (sees, host) in enumerate(self.gather((seen, socket.gethostname()))):
+        found = self.gather((seen, version("dsquant"), socket.gethostname()))
+        for rank, (sees, its_version, host) in enumerate(found):
+            if its_version != found[0][1]:
+                raise InputError(
+                    f"rank {rank} on {host} has dsquant {its_version}, rank 0 {found[0][1]}; install the same everywhere"
+                )
             if not sees:
                 raise InputError(
                     f"{folder.parent}: rank {rank} on {host} does not see this folder as rank 0 does; name an output "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsquant.disk import PARTIAL, sync_folder
+from dsquant.disk import PARTIAL, publish, sync_folder
 from dsquant.errors import InputError, UsageError
 from dsquant.jobs import Job
 from dsquant.memory import (
@@ -445,8 +445,9 @@ def keep_observed(work: Path, unit: str, observed: Mapping[str, TensorImportance
     for name, entry in observed.items():
         flat |= {f"{name}.sums": entry.sums_MI, f"{name}.counts": entry.counts_M}
     path = work / f"imatrix-{unit}.safetensors"
-    save_file(flat, path.with_name(path.name + PARTIAL))
-    path.with_name(path.name + PARTIAL).replace(path)
+    partial = path.with_name(path.name + PARTIAL)
+    save_file(flat, partial)
+    publish(partial, path)
 
 
 def write_observed_imatrix(work: Path, folder: Path, units: tuple[Unit, ...], calibration: Mapping[str, Any]) -> None:

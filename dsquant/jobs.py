@@ -108,7 +108,7 @@ def claim(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
         `new`, `resume`, `restart` or `finished`.
 
     Raises:
-        InputError: where the folder holds something this run may not touch.
+        InputError: where the folder holds something this run may not touch, or another version of dsquant began it.
         UsageError: where the recipe differs from the interrupted job's.
     """
     check_name(output)
@@ -128,6 +128,8 @@ def claim(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
         return "restart"  # killed before the job's own record was on disk: nothing to continue
     record = _read_record(output / WORK_FOLDER / JOB_FILE if interrupted else output / RECORD_FILE)
     _check_same_recipe(output, recipe, record)
+    if interrupted:
+        _check_same_version(output, record)
     return "resume" if interrupted else "finished"
 
 
@@ -191,8 +193,8 @@ def _check_same_recipe(output: Path, recipe: JobRecipe, record: dict[str, Any]) 
 
 
 def _check_same_version(output: Path, notes: dict[str, Any]) -> None:
-    """Another version may round otherwise, and the output would be that of neither."""
-    begun_by, this = notes.get("dsquant"), version("dsquant")
+    """Another release may round otherwise, and the output would be that of neither."""
+    begun_by, this = notes.get("dsquant", "of an earlier version"), version("dsquant")
     if begun_by != this:
         raise InputError(
             f"{output} was begun by dsquant {begun_by}, this is {this}; install that version to go on, or {BEGIN_ANEW}"
@@ -213,7 +215,7 @@ def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any])
         The job.
 
     Raises:
-        InputError: where another run works on the folder, or another version of dsquant has begun it.
+        InputError: where another run works on the folder.
     """
     work = output / WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
@@ -222,7 +224,6 @@ def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any])
             _remove_recorded_files(output)
         if state == "resume":
             notes = _read_record(work / JOB_FILE, JOB_NOTES)
-            _check_same_version(output, notes)
         else:
             notes = {"recipe": recipe.lasting(), "dsquant": version("dsquant"), **notes}
             write_atomically(work / JOB_FILE, json.dumps(notes).encode())

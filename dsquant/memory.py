@@ -187,18 +187,23 @@ def sharing_memory_bytes(
     """
     if num_ranks == 1:
         return 0
-    hidden, layer = skeleton.config["hidden_size"], skeleton.layers[-1]
-    widths = hidden + sum(
-        checkpoint.weights.shape(f"{group.consumers[0]}.weight")[1]
-        for group in layer.attention
-        if group.consumers[0] in linears
-    )
-    whole, _ = _attention_matrices(checkpoint, layer, compensated)
-    sums = -(-CHUNKS // num_ranks) * (FLOAT32_BYTES * FACTOR_ROWS * widths + whole)
-    if not layer.experts:
+    hidden = skeleton.config["hidden_size"]
+    chunk = max(_chunk_bytes(layer, checkpoint, hidden, linears, compensated) for layer in skeleton.layers)
+    sums = -(-CHUNKS // num_ranks) * chunk
+    num_experts = max(len(layer.experts) for layer in skeleton.layers)
+    if not num_experts:
         return sums
-    rows = min(num_tokens, 4 * num_tokens * skeleton.config["num_experts_per_tok"] // len(layer.experts))
+    rows = min(num_tokens, 4 * num_tokens * skeleton.config["num_experts_per_tok"] // num_experts)
     return sums + 3 * FLOAT32_BYTES * rows * hidden  # made, put together, received
+
+
+def _chunk_bytes(
+    layer: DecoderLayer, checkpoint: Checkpoint, hidden: int, linears: frozenset[str], compensated: frozenset[str]
+) -> int:
+    """A chunk's sums over the inputs of a layer's norm and of its attention."""
+    inputs = [group.consumers[0] for group in layer.attention if group.consumers[0] in linears]
+    widths = hidden + sum(checkpoint.weights.shape(f"{linear}.weight")[1] for linear in inputs)
+    return FLOAT32_BYTES * FACTOR_ROWS * widths + _attention_matrices(checkpoint, layer, compensated)[0]
 
 
 def head_memory_bytes(skeleton: Skeleton) -> int:
@@ -209,6 +214,8 @@ def head_memory_bytes(skeleton: Skeleton) -> int:
 
 def host_memory_bytes(num_hidden: int, streams: int = 1) -> int:
     """What a run takes beside its layer: libraries, and touched pages of three files of hidden states for each stream.
+
+    On a GPU there may be a fourth, which `CUDA_HOST_BYTES` has room for.
 
     Args:
         num_hidden: calibration tokens times hidden size.

@@ -183,15 +183,19 @@ def plan_run(
         resident = frozenset(layer for layer, need in needs.items() if need + hidden <= gpu_budget_bytes)
         gpu_memory = max(head, *(need + hidden * (layer in resident) for layer, need in needs.items()))
         memory = CUDA_HOST_BYTES + host_memory_bytes(num_hidden, streams)
-    work_bytes = streams * num_hidden * _kept_bytes(recipe.device, len(resident) == len(needs))
+    prepares = recipe.mtp == "quantize" and skeleton.num_mtp_layers > 0
+    work_bytes = streams * num_hidden * _kept_bytes(recipe.device, len(resident) == len(needs), prepares)
     return Plan(units, targets, gguf, by_grid, dtypes, memory, gpu_memory, resident, work_bytes, mixed)
 
 
-def _kept_bytes(device: str, resident: bool) -> int:
-    """Bytes in files for each hidden value while a layer is made: its inputs, its outputs, what its MLPs read."""
+def _kept_bytes(device: str, resident: bool, prepares: bool) -> int:
+    """Bytes in files for each hidden value while a layer is made: its inputs, its outputs, what its MLPs read.
+
+    A multi-token-prediction layer's inputs are prepared in one more file.
+    """
     if device != "cuda":
-        return 3 * FLOAT32_BYTES
-    return 2 * BFLOAT16_BYTES + (0 if resident else BFLOAT16_BYTES + FLOAT32_BYTES)
+        return (3 + prepares) * FLOAT32_BYTES
+    return (2 + prepares) * BFLOAT16_BYTES + (0 if resident else BFLOAT16_BYTES + FLOAT32_BYTES)
 
 
 def _check_choosing(recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsquant.disk import PARTIAL
+from dsquant.disk import PARTIAL, publish
 from dsquant.model.overlays import Fold
 from dsquant.model.structure import DecoderLayer, ScaleGroup
 from dsquant.quantization.scale import fold_of
@@ -32,8 +32,9 @@ def keep_scales(work: Path, unit: str, scales: Mapping[str, Mapping[str, torch.T
     flat = {f"{folder}:{name}": kept for folder, found in scales.items() for name, kept in found.items()}
     if flat:
         path = work / f"scales-{unit}.safetensors"
-        save_file(flat, path.with_name(path.name + PARTIAL))
-        path.with_name(path.name + PARTIAL).replace(path)
+        partial = path.with_name(path.name + PARTIAL)
+        save_file(flat, partial)
+        publish(partial, path)
 
 
 def write_scales(work: Path, units: Iterable[str], output: Path, folder: str) -> dict[str, str]:

@@ -16,18 +16,24 @@ from hypothesis import strategies as st
 from test_awq_job import contents
 
 from dsquant.distributed import CHUNKS, Shares
+from dsquant.planning import plan_run
+from dsquant.preparation import open_model
 from dsquant.quantization.statistics import FACTOR_ROWS, InputStatistics
+from dsquant.recipe import Recipe
 
 # Three batches, the last of them short: each rank gets one, or one of two gets two.
 SETTINGS = ["--samples", "5", "--seq-len", "500", "--group-size", "64", "--no-evaluate", "--json"]
 
 
-def command(model: Path, text: Path, output: Path, *more: str) -> list[str]:
+DSQUANT = ("-m", "dsquant.cli")
+
+
+def command(model: Path, text: Path, output: Path, *more: str, program: tuple[str, ...] = DSQUANT) -> list[str]:
     options = [*SETTINGS, "--calibration", str(text), *more]
-    return [sys.executable, "-m", "dsquant.cli", "awq", str(model), "--output", str(output), *options]
+    return [sys.executable, *program, "awq", str(model), "--output", str(output), *options]
 
 
-def start(size: int, *what: Any) -> list[subprocess.Popen[str]]:
+def start(size: int, *what: Any, program: tuple[str, ...] = DSQUANT) -> list[subprocess.Popen[str]]:
     """Starts ranks as a launcher does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -35,7 +41,7 @@ def start(size: int, *what: Any) -> list[subprocess.Popen[str]]:
     shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         subprocess.Popen(
-            command(*what),
+            command(*what, program=program),
             env=os.environ | {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
@@ -69,6 +75,16 @@ def test_two_ranks_write_the_bytes_of_one_in_both_formats(model: Path, text_file
     subprocess.run(command(model, text_file, tmp_path / "one", *more), check=True, capture_output=True)
     finish(start(2, model, text_file, tmp_path / "two", *more))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_hidden_states_on_gpus_or_in_files_give_the_same_bytes_on_any_number_of_ranks(
+    model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    program, more = str(Path(__file__).with_name("as_on_gpus.py")), ("--preset", "compact", "--mtp", "quantize")
+    for name, kept, size in (("one-in-files", "none", 1), ("one-odd", "odd", 1), ("three-on-gpus", "all", 3)):
+        what = (model, text_file, tmp_path / name, *more)
+        finish(start(size, *what, program=(program, kept)))
+        assert contents(tmp_path / name) == contents(tmp_path / "one-in-files")
 
 
 @pytest.mark.parametrize(("lost", "resumed_on"), [(1, 1), (0, 3)])
@@ -108,6 +124,18 @@ def test_what_ranks_cannot_share_is_refused_by_all_of_them(model: Path, text_fil
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 2 and "dsquant gguf" in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_what_ranks_exchange_is_planned_by_the_layers_that_are_quantized(model: Path, tmp_path: Path) -> None:
+    without_mtp = make_pico_r1(tmp_path / "model", outliers=True, num_hidden_layers=2, num_nextn_predict_layers=0)
+    planned = []
+    for folder in (model, add_tokenizer(without_mtp)):
+        recipe = Recipe.checked(
+            model=str(folder), output=tmp_path / "out", preset="compact", group_size=64, device="cpu"
+        )
+        one, two = (plan_run(recipe, *open_model(recipe.model), num_ranks=size).memory_bytes for size in (1, 2))
+        planned.append(two - one)
+    assert planned[0] == planned[1] > 0
 
 
 @given(st.integers(1, 300), st.integers(1, 8), st.integers(1, 40))

@@ -11,7 +11,7 @@ from test_awq_job import contents
 from test_distributed import command, finish, start
 
 import dsquant
-from dsquant.quantization import statistics
+from dsquant.quantization import layer_mlps, sensitivity, statistics
 from dsquant.quantization.clip import clipped_weight
 from dsquant.quantization.compensate import compensated_weight, with_inverses
 from dsquant.quantization.statistics import FACTOR_ROWS, InputMoments, InputStatistics, part_width
@@ -108,29 +108,51 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return add_tokenizer(make_pico_r1(folder, **shape))
 
 
-def test_compensation_lowers_the_errors_of_a_wide_mixture(wide: Path, text_file: Path, tmp_path: Path) -> None:
+def _share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up are only clipped, as before they shared a Gram matrix."""
+    for module in (layer_mlps, sensitivity):
+        monkeypatch.setattr(module, "shared_inverses", lambda job, norm_scales: [() for _ in norm_scales])
+
+
+def test_what_mlps_share_and_attention_keeps_lowers_the_errors_of_a_wide_mixture(
+    wide: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     errors = {}
-    for steps in ("clip", "clip,compensate"):
-        output = tmp_path / steps.replace(",", "-")
+    for kind in ("compensated", "clipped"):
+        if kind == "clipped":
+            _share_nothing(monkeypatch)
+            monkeypatch.setattr("dsquant.quantization.sharing.WIDEST_PART", 0)
+        output = tmp_path / kind
         dsquant.awq(
-            wide, output=output, preset="compact", to="compressed-tensors", calibration=str(text_file), steps=steps,
-            samples=12, seq_len=128, group_size=64, evaluate=False, progress=False,
+            wide, output=output, preset="compact", to="compressed-tensors", calibration=str(text_file),
+            steps="clip,compensate", samples=12, seq_len=128, group_size=64, evaluate=False, progress=False,
         )  # fmt: skip
         assert not dsquant.verify(output, progress=False).findings
         grids = [one["grids"][0] for one in json.loads((output / "dsquant.json").read_text())["layers"]]
-        errors[steps] = [(grid["attention_error"], grid["mlp_error"]) for grid in grids]
-    for (attention, mlp), (clipped_attention, clipped_mlp) in zip(*reversed(errors.values()), strict=True):
-        assert attention < clipped_attention
-        assert mlp < 0.97 * clipped_mlp
+        errors[kind] = [(grid["attention_error"], grid["mlp_error"]) for grid in grids]
+    for (attention, mlp), (clipped_attention, clipped_mlp) in zip(*errors.values(), strict=True):
+        assert attention < 0.9 * clipped_attention
+        assert mlp < 0.6 * clipped_mlp
 
 
-def test_a_wide_dense_model_chooses_widths_by_compensated_errors(text_file: Path, tmp_path: Path) -> None:
+def test_a_wide_dense_model_chooses_widths_by_compensated_errors(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = add_tokenizer(make_dense(tmp_path / "model", {**QWEN2, "hidden_size": HIDDEN, "vocab_size": 320}))
-    result = dsquant.awq(
-        model, output=tmp_path / "out", to="compressed-tensors", calibration=str(text_file), steps="clip,compensate",
-        target_bits=5.0, samples=4, seq_len=64, group_size=64, evaluate=False, progress=False,
-    )  # fmt: skip
-    assert not dsquant.verify(result.output, progress=False).findings
+    errors = {}
+    for kind in ("compensated", "clipped"):
+        if kind == "clipped":
+            _share_nothing(monkeypatch)
+        result = dsquant.awq(
+            model, output=tmp_path / kind, to="compressed-tensors", calibration=str(text_file),
+            steps="clip,compensate", target_bits=5.0, samples=4, seq_len=64, group_size=64, evaluate=False,
+            progress=False,
+        )  # fmt: skip
+        assert not dsquant.verify(result.output, progress=False).findings
+        chosen = json.loads((result.output / "dsquant.json").read_text())["precision"]
+        errors[kind] = {name: group["errors"]["4"] for name, group in chosen.items()}
+    lower = [name for name, error in errors["compensated"].items() if error < 0.8 * errors["clipped"][name]]
+    assert lower and all("mlp" in name for name in lower)
 
 
 def test_two_ranks_write_the_bytes_of_one_for_a_wide_mixture(wide: Path, text_file: Path, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ class Activations:
 
     def stored(self, start: int, stop: int) -> torch.Tensor:
         """Samples start..stop-1 themselves, as they are stored."""
+        assert start >= self._first_sample, (start, self._first_sample)
         return self._values_NTH[start - self._first_sample : stop - self._first_sample]
 
     def prefetch(self, start: int, stop: int) -> None:

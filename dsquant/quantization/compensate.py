@@ -45,7 +45,7 @@ def compensated_weight(
         shrinks: factors in (0, 1] on the range that the grid spans.
 
     Returns:
-        The rounded weight, no row of which errs more than with clipping alone.
+        The rounded weight, no row of which errs more than with clipping alone, as the moments estimate it.
     """
     clipped = clipped_weight(weight_OI, grid, moments, shrinks)
     inverses = with_inverses(moments, grid.group_size).inverses

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dsquant.disk import PARTIAL
+from dsquant.disk import PARTIAL, publish
 from dsquant.errors import InputError
 
 # An expert's own statistic counts against its layer's as this many tokens of the layer.
@@ -85,7 +85,7 @@ def write_imatrix(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    partial.replace(path)
+    publish(partial, path)
 
 
 def stored_tensors(path: Path) -> dict[str, list[Any]]:

@@ -1,0 +1,33 @@
+"""`dsquant` as it runs on GPUs, on a CPU: hidden states are kept in bfloat16, and stay in memory in the layers named.
+
+python tests/as_on_gpus.py all|none|odd awq MODEL ...
+"""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dsquant import conversion, preparation
+from dsquant.cli import main
+from dsquant.model import activations
+from dsquant.planning import Plan, plan_run
+
+KEPT = {"all": range(100), "none": range(0), "odd": range(1, 100, 2)}
+
+
+def patch(kept: range) -> None:
+    """Changes what depends on the device; everything else is the real job."""
+
+    def planned(*arguments: Any, **named: Any) -> Plan:
+        return replace(plan_run(*arguments, **named), gpu_resident=frozenset(kept))
+
+    preparation.plan_run = planned
+    for module in (activations, conversion):
+        module.stored_dtype = lambda device: torch.bfloat16
+
+
+if __name__ == "__main__":
+    patch(KEPT[sys.argv.pop(1)])
+    main()
