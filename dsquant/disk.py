@@ -57,6 +57,19 @@ def write_at(descriptor: int, content: memoryview, start: int) -> None:
         content, start = content[written:], start + written
 
 
+def reserve(descriptor: int, count: int) -> None:
+    """Has the disk set room aside for a file's first bytes; what they hold stays.
+
+    A full disk is an error here then; behind a memory map it would be a signal that ends the process.
+
+    Args:
+        descriptor: of the file.
+        count: how many bytes.
+    """
+    if count and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, count)
+
+
 def begin_writing(descriptor: int, start: int, count: int) -> None:
     """Lets the disk begin with bytes that have been written to a file; returns at once.
 

@@ -181,7 +181,7 @@ class Ranks:
         for rank, (sees, its_version, host) in enumerate(found):
             if its_version != found[0][1]:
                 raise InputError(
-                    f"rank {rank} on {host} has dsquant {its_version}, rank 0 {found[0][1]}; install the same everywhere"
+                    f"rank {rank} on {host} has dsquant {its_version}, rank 0 {found[0][1]}; install one everywhere"
                 )
             if not sees:
                 raise InputError(

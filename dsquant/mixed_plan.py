@@ -136,7 +136,12 @@ def plan_mixed(
 
 
 def budget_bytes(
-    recipe: TargetedRecipe, groups: Sequence[TensorGroup[Width]], elements: int, other_bytes: int, what: str
+    recipe: TargetedRecipe,
+    groups: Sequence[TensorGroup[Width]],
+    elements: int,
+    other_bytes: int,
+    what: str,
+    fixed_bytes: int = 0,
 ) -> int:
     """What all groups together may take.
 
@@ -146,6 +151,7 @@ def budget_bytes(
         elements: weights that the mean of the bits is over.
         other_bytes: of all tensors in no group.
         what: what is chosen, in words.
+        fixed_bytes: of those in no group whose weights are among `elements`.
 
     Returns:
         Bytes.
@@ -156,11 +162,13 @@ def budget_bytes(
     smallest, largest = (sum(pick(group.num_bytes.values()) for group in groups) for pick in (min, max))
     if recipe.target_size is not None:
         budget = recipe.target_size - other_bytes
-        possible = f"from {format_size(smallest + other_bytes)} to {format_size(largest + other_bytes)}"
+        least, most = smallest + other_bytes, largest + other_bytes
+        possible = f"from {least} to {most} bytes ({format_size(least)} to {format_size(most)})"
     else:
         assert recipe.target_bits is not None
-        budget = int(recipe.target_bits * elements / 8)
-        possible = f"from {math.ceil(80000 * smallest / elements) / 10000} to {8 * largest / elements:.4f} bits"
+        budget = int(recipe.target_bits * elements / 8) - fixed_bytes
+        lowest, highest = (80000 * (size + fixed_bytes) / elements for size in (smallest, largest))
+        possible = f"from {math.ceil(lowest) / 10000} to {math.floor(highest) / 10000} bits"
     if not smallest <= budget <= largest:
         raise UsageError(f"{recipe.target}: {what} gives {possible}; ask for something between")
     return budget

@@ -54,11 +54,15 @@ def listed_steps(steps: Any) -> Any:
         ValueError: naming what is no step.
     """
     if isinstance(steps, str):
-        steps = [] if steps.strip() == "none" else [name.strip() for name in steps.split(",")]
+        steps = [name.strip() for name in steps.split(",")]
+    if not isinstance(steps, list | tuple | set | frozenset):
+        raise ValueError(f"{steps!r:.80} is no list of steps: give some of {', '.join(STEPS)}, or none alone")
+    if list(steps) == ["none"]:
+        return []
     unknown = [repr(step) for step in steps if step not in STEPS]
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: give some of {', '.join(STEPS)}, or none alone")
-    return steps
+    return list(steps)
 
 
 StepNames = Annotated[tuple[Step, ...], BeforeValidator(listed_steps)]
@@ -214,8 +218,8 @@ class GgufRecipe(TargetedRecipe):
         output: the folder to make.
         type: a type or mixture of `dsquant.writers.gguf.types.MIXTURES`; Q4_K is Q4_K_M, as for llama-quantize. With a
             target it is for the tensors that no type is chosen for.
-        target_bits: mean stored bits of the decoder's quantized weights that the files may have at most; types are then
-            chosen by measured sensitivity.
+        target_bits: mean stored bits of the weights of the decoder's linears that the files may have at most, those with
+            a type of their own included; the others' types are then chosen by measured sensitivity.
         target_size: bytes of all tensors that the files may have at most; likewise.
         tensor_types: overrides `REGEX=TYPE`; the first that is found in a tensor's GGUF name counts.
         imatrix: a file of importances to use.

@@ -53,9 +53,24 @@ def check_units(job: Job, units: Sequence[str]) -> None:
     Raises:
         InputError: where it does not.
     """
+    for unit, entry in job.journal.units.items():
+        if not _is_sound(entry):
+            raise InputError(f"{job.work}: the journal's line of {unit} is damaged; {BEGIN_ANEW}")
     found = list(job.journal.units)
     if found != list(units[: len(found)]):
         raise InputError(f"{job.work}: the journal does not hold the job's first units in order; {BEGIN_ANEW}")
+
+
+def _is_sound(entry: Mapping[str, Any]) -> bool:
+    """Whether a unit's line has the shape of one."""
+    kept, tensors = entry.get("kept", {}), entry.get("tensors")
+    return (
+        isinstance(kept, dict)
+        and all(isinstance(file, dict) and {"bytes", "sha256"} <= file.keys() for file in kept.values())
+        and isinstance(tensors, dict)
+        and all(isinstance(hashes, dict) for hashes in tensors.values())
+        and isinstance(entry.get("layer", {}), dict)
+    )
 
 
 def check_kept(job: Job, hidden: Sequence[str], safe_point: Callable[[], None]) -> None:

@@ -51,10 +51,12 @@ def plan_types(
         raise UsageError(f"{recipe.target}: --tensor-type leaves no tensor to choose a type for")
     names = {group.name for group in groups}
     others = sum(tensor.num_bytes for name, tensor in tensors.items() if name not in names)
-    elements = sum(prod(tensors[name].shape) for name in names)
+    decoder = {name for layer in layers for name in _linears_of(checkpoint, layer)}
+    elements = sum(prod(tensors[name].shape) for name in decoder)
+    fixed = sum(tensors[name].num_bytes for name in decoder - names)
     types = tuple(sorted({chosen for group in groups for chosen in group.num_bytes}, key=_bits_and_name))
     what = f"one of {', '.join(types)} for each of {len(groups)} tensors"
-    return MixedPlan(groups, types, budget_bytes(recipe, groups, elements, others, what), others)
+    return MixedPlan(groups, types, budget_bytes(recipe, groups, elements, others, what, fixed), others)
 
 
 def _bits_and_name(type_name: str) -> tuple[float, str]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import QWEN2, add_tokenizer, full_model, make_dense, make_pico_r1
+from checkpoints import LLAMA, QWEN2, add_tokenizer, full_model, make_dense, make_pico_r1
+from safetensors.torch import load_file, save_file
 
 import dsquant
 from dsquant.errors import InputError, Interrupted, UsageError
@@ -170,6 +172,25 @@ def test_a_full_disk_stops_the_job_and_loses_nothing(pico_r1: Path, text_file: P
     full.undo()
     dsquant.awq(pico_r1, output=tmp_path / "out", resume=True, calibration=(str(text_file),), **FAST)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_file_that_cannot_be_written_ends_with_3_and_its_name(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    command = arguments(pico_r1, text_file, tmp_path / "out", "--metrics-file", "/proc/out.prom")
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 3 and "Traceback" not in process.stderr
+    assert "dsquant: /proc/out.prom" in process.stderr
+
+
+def test_a_layer_that_loses_most_of_its_output_is_told_of(text_file: Path, tmp_path: Path) -> None:
+    model = add_tokenizer(make_dense(tmp_path / "model", LLAMA), vocabulary=290)
+    for path in model.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():  # the function stays, but no scale of a group is so small
+            factor = 1e5 if "layernorm" in name else 1e-5 if re.search("[qkv]_proj|gate_proj|up_proj", name) else 1
+            tensors[name] = tensor * factor
+        save_file(tensors, path, {"format": "pt"})
+    result = dsquant.awq(model, output=tmp_path / "out", calibration=str(text_file), **FAST)
+    assert any("2 layers lost more than 25% of their output's energy" in words for words in result.warnings)
 
 
 def test_a_source_that_changed_under_an_interrupted_job_is_refused(

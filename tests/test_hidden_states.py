@@ -40,6 +40,13 @@ def test_samples_that_are_held_alone_keep_their_numbers(tmp_path: Path) -> None:
         assert not kept.samples(0, FIRST).any() and not kept.samples(END, SHAPE[0]).any()
 
 
+def test_room_for_hidden_states_is_there_before_they_are(tmp_path: Path) -> None:
+    """A full disk behind a memory map would end the process by a signal."""
+    path = tmp_path / "hidden"
+    Activations.in_file(path, (4, 512, 64))
+    assert path.stat().st_blocks * 512 >= path.stat().st_size == 4 * 4 * 512 * 64
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["quality", "best"])
 def test_a_gpu_without_room_for_hidden_states_writes_the_same_bytes(

@@ -17,6 +17,8 @@ from test_awq_job import FAST, arguments, contents
 import dsquant
 from benchmarks.peers.decoding import decode_compressed_tensors, stored_bits
 from dsquant.errors import Interrupted, UsageError
+from dsquant.planning import plan_run
+from dsquant.preparation import open_model
 from dsquant.recipe import Recipe
 from dsquant.source.checkpoint import open_checkpoint
 from dsquant.writers.skip_lists import skipped_modules, targets_by_width
@@ -177,9 +179,9 @@ def test_killed_and_resumed_it_makes_the_same_bytes(dense: Path, text_file: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_bits": 2.5}, r"--target-bits 2.5: .* gives from 3\.\d+ to 16.0000 bits"),
-        ({"target_bits": 17.0}, "to 16.0000 bits"),
-        ({"target_size": "1KiB"}, r"--target-size 1.0 KiB: .* gives from .*iB to .*iB"),
+        ({"target_bits": 2.5}, r"--target-bits 2.5: .* gives from 3\.\d+ to 16.0 bits"),
+        ({"target_bits": 17.0}, "to 16.0 bits"),
+        ({"target_size": "1KiB"}, r"--target-size 1.0 KiB: .* gives from .* bytes .*iB to .*iB"),
         ({"target_bits": 4.5, "target_size": "1MiB"}, "exclude each other"),
         ({"target_bits": 4.5, "preset": "best"}, "no widths are chosen with step follow"),
         ({"target_bits": 4.5, "mtp": "quantize"}, "--mtp keep or drop"),
@@ -194,6 +196,21 @@ def test_what_cannot_be_met_is_refused_before_any_work(
     with pytest.raises(UsageError, match=message):
         dsquant.awq(pico_r1, output=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("to", "option"), [("awq", "target_size"), ("compressed-tensors", "target_bits")])
+def test_both_ends_of_the_range_that_a_refusal_names_can_be_met(pico_r1: Path, to: str, option: str) -> None:
+    def plan(target: float) -> None:
+        fields = {"model": str(pico_r1), "output": Path("out"), "to": (to,), "preset": "compact", "group_size": 64}
+        recipe = Recipe.checked(**fields, device="cpu", **{option: target})
+        plan_run(recipe, *open_model(recipe.model))
+
+    with pytest.raises(UsageError) as refused:
+        plan(1)
+    ends = re.search(r"from ([\d.]+) to ([\d.]+) b", str(refused.value))
+    assert ends is not None
+    for end in ends.groups():
+        plan(float(end))
 
 
 def test_three_bits_are_chosen_only_where_nothing_else_fits(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:

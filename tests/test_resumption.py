@@ -60,9 +60,17 @@ def edit_journal(output: Path, change: Callable[[list[bytes]], list[bytes]]) -> 
     path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
 
 
+def edit_line(output: Path, number: int, **notes: Any) -> None:
+    def change(lines: list[bytes]) -> list[bytes]:
+        lines[number] = json.dumps(json.loads(lines[number]) | notes).encode() + b"\n"
+        return lines
+
+    edit_journal(output, change)
+
+
 def only_the_recipe(output: Path) -> None:
     path = output / WORK / "job.json"
-    path.write_text(json.dumps({"recipe": json.loads(path.read_text())["recipe"]}))
+    path.write_text(json.dumps({key: json.loads(path.read_text())[key] for key in ("recipe", "dsquant")}))
 
 
 def of_another_version(output: Path) -> None:
@@ -97,6 +105,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda out: edit_journal(out, lambda lines: [b"[" * 100_000 + b"\n"]),
         r"journal\.jsonl, line 1.*deeply",
     ),
+    "kept files of another shape": (lambda out: edit_line(out, 1, kept={"hidden-0.f32": 5}), r"line of .* is damaged"),
+    "tensors of another shape": (lambda out: edit_line(out, 0, tensors=None), r"line of embedding is damaged"),
     "job record without its sources": (only_the_recipe, r"job\.json.*shards"),
     "begun by another version": (of_another_version, r"begun by dsquant 0\.0\.9, this is"),
 }

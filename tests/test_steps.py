@@ -158,6 +158,9 @@ def test_added_tokens_weigh_as_the_least_of_an_experts_own() -> None:
         ({"steps": "clip,fold"}, "steps: 'fold': give some of scales, clip, .*, or none alone"),
         ({"steps": "none,clip"}, "steps: 'none': give some of .*, or none alone"),
         ({"steps": ""}, "steps: '': give some of .*, or none alone"),
+        ({"steps": 5}, "steps: 5 is no list of steps: give some of"),
+        ({"steps": iter(["clip"])}, "is no list of steps"),
+        ({"steps": ["none", "clip"]}, "steps: 'none': give some of"),
     ],
 )
 def test_steps_that_cannot_be_taken_are_refused(
@@ -166,6 +169,11 @@ def test_steps_that_cannot_be_taken_are_refused(
     with pytest.raises(UsageError, match=words):
         _run(pico_r1, text_file, tmp_path / "out", **more)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("none", ["none", ["none"], [], ()])
+def test_no_steps_can_be_said_in_several_ways(none: Any) -> None:
+    assert Recipe.checked(output=Path("out"), steps=none).steps == ()
 
 
 def test_a_dense_model_takes_all_steps_but_gate_weights(text_file: Path, tmp_path: Path) -> None:

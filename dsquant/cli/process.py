@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from dsquant.errors import DsquantError, UsageError
+from dsquant.errors import DsquantError, InputError, UsageError
 
 # Past this size glibc maps memory of its own for a block and gives it back at once; without it the heap keeps what a
 # few large tensors once needed.
@@ -35,6 +35,11 @@ def dsquant_command(function: Callable[..., None]) -> Callable[..., None]:
             rank = f" (rank {os.environ.get('RANK')})" if several_ranks() else ""
             click.echo(f"dsquant{rank}: {error}", err=True)
             sys.exit(error.exit_code)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a folder that is read-only, a file where a folder should be, a limit on file sizes
+            click.echo(f"dsquant: {error.filename or 'a file'}: {error.strerror or error}", err=True)
+            sys.exit(InputError.exit_code)
 
     return run
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dsquant.disk import begin_writing
+from dsquant.disk import begin_writing, reserve
 from dsquant.source.weights import CPU
 
 # Pages touched by this many bytes of access are handed back: resident memory stays small, the page cache keeps them.
@@ -77,6 +77,7 @@ class Activations:
         num_bytes = dtype.itemsize * shape[0] * shape[1] * shape[2]
         with path.open("ab") as file:
             file.truncate(num_bytes)
+            reserve(file.fileno(), num_bytes)
         with path.open("r+b") as file:
             mapped = mmap.mmap(file.fileno(), num_bytes)
         return cls(torch.frombuffer(mapped, dtype=dtype).view(shape), mapped, device, path)
