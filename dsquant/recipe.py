@@ -218,8 +218,8 @@ class GgufRecipe(TargetedRecipe):
         output: the folder to make.
         type: a type or mixture of `dsquant.writers.gguf.types.MIXTURES`; Q4_K is Q4_K_M, as for llama-quantize. With a
             target it is for the tensors that no type is chosen for.
-        target_bits: mean stored bits of the weights of the decoder's linears that the files may have at most, those with
-            a type of their own included; the others' types are then chosen by measured sensitivity.
+        target_bits: mean stored bits that the decoder's linears may have at most, those with a type of the user's
+            included; the others' types are then chosen by measured sensitivity.
         target_size: bytes of all tensors that the files may have at most; likewise.
         tensor_types: overrides `REGEX=TYPE`; the first that is found in a tensor's GGUF name counts.
         imatrix: a file of importances to use.
