@@ -1,5 +1,7 @@
 """How bytes get to a disk: whole files or none, renames that last, and writing that begins at once."""
 
+import ctypes
+import errno
 import os
 from pathlib import Path
 
@@ -60,14 +62,22 @@ def write_at(descriptor: int, content: memoryview, start: int) -> None:
 def reserve(descriptor: int, count: int) -> None:
     """Has the disk set room aside for a file's first bytes; what they hold stays.
 
-    A full disk is an error here then; behind a memory map it would be a signal that ends the process.
+    A full disk is an error here then; behind a memory map it would be a signal that ends the process. Where a file
+    system cannot do it nothing happens: posix_fallocate would write into the file, which other ranks may have open.
 
     Args:
         descriptor: of the file.
         count: how many bytes.
+
+    Raises:
+        OSError: where there is no room.
     """
-    if count and hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, count)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not count or not hasattr(libc, "fallocate"):
+        return
+    failed = libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(count))
+    if failed and (number := ctypes.get_errno()) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise OSError(number, os.strerror(number))
 
 
 def begin_writing(descriptor: int, start: int, count: int) -> None:
