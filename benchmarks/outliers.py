@@ -6,9 +6,9 @@ Every gain is multiplied by a log-normal factor (sigma 1.5; every 32nd channel t
 its consumers, the router among them, are divided by it. Large models have such channels; small ones do not.
 """
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -55,4 +55,8 @@ def main(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    given = parser.parse_args()
+    main(given.source, given.target)

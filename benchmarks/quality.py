@@ -121,7 +121,7 @@ def step_methods() -> list[Method]:
         for step in STEPS:
             change = "without" if step in own else "with"
             chosen[preset, change, step] = tuple(one for one in STEPS if (one in own) != (one == step))
-    form = ("--preset", "compact", "--to", "compressed-tensors", "--symmetric", "--steps")
+    form = (*AWQ, "--preset", "compact", "--to", "compressed-tensors", "--symmetric", "--steps")
     return [
         Method("-".join(("dsquant", *words)), " ".join(("dsquant", *words)), None, (*form, ",".join(steps)))
         for words, steps in chosen.items()

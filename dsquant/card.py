@@ -98,7 +98,9 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
         f"{format_size(output['bytes'])}."
     )
     tags = ["dsquant", format_name, *(f"{width}-bit" for width in sorted(chosen) or [grid["bits"]])]
-    library = "" if len(chosen) > 1 else "library_name: transformers\n"  # which decodes mixtures of widths wrongly
+    mixture = any(layer["tokens_per_expert"] for layer in record["layers"])
+    wrong = len(chosen) > 1 or (mixture and format_name == "awq")  # in transformers
+    library = "" if wrong else "library_name: transformers\n"
     parts = [
         f"---\n{library}tags:\n" + "".join(f"- {tag}\n" for tag in tags) + "---",
         f"# {Path(recipe['model']).name}, {bits} bits",

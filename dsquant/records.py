@@ -13,11 +13,11 @@ from dsquant.conversion import Run
 from dsquant.evaluation.divergence import Divergence
 from dsquant.gguf_conversion import IMATRIX_FILE, GgufPlan, GgufRun
 from dsquant.jobs import RECORD_FILE, Job
-from dsquant.mixed_plan import WIDTH_COLUMNS, width_rows
+from dsquant.mixed_plan import WIDTH_COLUMNS, MixedPlan, width_rows
 from dsquant.notebook import Shown, as_html, table_of
 from dsquant.preparation import Source
 from dsquant.quantization.layer import FEWEST_TOKENS
-from dsquant.recipe import JobRecipe, Recipe, format_size
+from dsquant.recipe import JobRecipe, Recipe, TargetedRecipe, format_size
 from dsquant.scales import SCALES_FILE
 from dsquant.sensitivity_pass import SENSITIVITY
 from dsquant.writers.gguf.store import quantizer_name
@@ -31,6 +31,8 @@ RECORD_VERSION = 2
 # The errors of a layer's parts, and the share of an output's energy beyond which one is told of: 4 bits lose 1 to 3 %.
 ERRORS = ("attention_error", "mlp_error")
 MOST_LOST = 0.25
+# The share of a target's bytes below which one is told that it was not used up.
+MOST_UNUSED = 0.97
 PACKAGES = ("dsquant", "torch", "transformers", "accelerate", "autoawq", "compressed-tensors")
 
 
@@ -259,6 +261,18 @@ def run_record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any
     }
 
 
+def _unused(recipe: TargetedRecipe, mixed: MixedPlan[Any] | None, job: Job) -> list[str]:
+    """What a user should know where a target's bytes could not be used."""
+    if mixed is None or SENSITIVITY not in job.notes:
+        return []
+    used = sum(entry["bytes"][str(entry["width"])] for entry in job.notes[SENSITIVITY].values())
+    if used >= MOST_UNUSED * mixed.budget_bytes:
+        return []
+    more = "; --to compressed-tensors has 8 bits as well" if isinstance(recipe, Recipe) and "awq" in recipe.to else ""
+    sizes = f"{format_size(used)} of {format_size(mixed.budget_bytes)}"
+    return [f"{recipe.target}: what is chosen takes {sizes}, no group of linears fits into what is left{more}"]
+
+
 def _precision(job: Job) -> dict[str, dict[str, Any]]:
     """Where widths were chosen: group -> the width, with its bytes and error, and the errors of all widths."""
     if SENSITIVITY not in job.notes:
@@ -306,6 +320,7 @@ def gguf_record(run: GgufRun, divergence: dict[str, dict[str, Any]]) -> dict[str
     warnings = list(plan.notes)
     if rare:
         warnings.append(f"{rare} experts got fewer than 256 calibration tokens; their router's next best were added")
+    warnings += _unused(run.recipe, plan.mixed, run.job)
     return {
         "record_version": RECORD_VERSION,
         "recipe": run.recipe.lasting(),
@@ -363,6 +378,11 @@ def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
             f"{found}: compressed-tensors and transformers decode them, vLLM and SGLang have kernels for 4 and 8 bits "
             "alone (a recent vLLM for 2 to 8)"
         )
+    if "awq" in recipe.to and any(layer.experts for layer in source.skeleton.layers):
+        words.append(
+            "transformers (5.24) loads a mixture in the format awq without its experts' weights: serve it by vLLM or "
+            "SGLang; for transformers take --to compressed-tensors"
+        )
     words += [note for target in source.plan.gguf.values() for note in target.notes]
     if source.skeleton.num_mtp_layers and recipe.mtp == "drop":
         words.append("the multi-token-prediction layer is dropped: engines cannot draft with it any more")
@@ -392,6 +412,7 @@ def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
             f"{lost} layers lost more than {MOST_LOST:.0%} of their output's energy (`layers` in {RECORD_FILE}): their "
             "weights or inputs are out of the range that these groups can hold; do not use the output unmeasured"
         )
+    words += _unused(run.recipe, run.source.plan.mixed, run.job)
     fallbacks = sum(len(grid["fallbacks"]) for layer in layers for grid in layer["grids"])
     if fallbacks:
         words.append(f"{fallbacks} modules are plainly rounded because the search found nothing better")

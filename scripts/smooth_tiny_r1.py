@@ -6,8 +6,8 @@ MODEL is a folder that train_tiny_r1.py wrote, the embedded tiny-r1 if left out.
 one more rounding to FP8; benchmarks/quality.py compares methods on it.
 """
 
+import argparse
 import shutil
-import sys
 from pathlib import Path
 
 from tiny_r1 import export
@@ -25,4 +25,8 @@ def main(target: Path, source: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else TINY_R1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("model", type=Path, nargs="?", default=TINY_R1)
+    given = parser.parse_args()
+    main(given.out, given.model)

@@ -188,4 +188,4 @@ def test_a_dry_run_tells_the_target(pico_r1: Path, text_file: Path, tmp_path: Pa
     told = pipeline.preview_gguf(recipe)
     assert "at most 4.5 bits" in str(told) and "one of Q2_K" in str(told) and not (tmp_path / "out").exists()
     by_size = pipeline.preview_gguf(recipe.model_copy(update={"target_bits": None, "target_size": 4_000_000}))
-    assert by_size.output_bytes == {"gguf:Q4_K_M": 4_000_000}
+    assert by_size.output_bytes == {"gguf:3.8MiB": 4_000_000}

@@ -3,19 +3,33 @@
 import importlib
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
 import dsquant
+from benchmarks import quality
 from benchmarks.peers.decoding import decode_gguf, decode_gptq, stored_bits
 from benchmarks.peers.to_bf16 import dequantized_tensors, is_mtp
 from benchmarks.peers.tokens import chosen_windows
+from dsquant.cli import main
 
 
 def packed(codes: torch.Tensor) -> torch.Tensor:
     """Eight codes along the last axis in one int32, the first in the lowest bits."""
     shifted = codes.unflatten(-1, (-1, 8)).long() << torch.arange(0, 32, 4)
     return shifted.sum(-1).to(torch.uint32).view(torch.int32)
+
+
+def test_every_command_line_of_the_quality_table_is_one_of_dsquants() -> None:
+    methods = [*quality.own_methods(), *quality.step_methods()]
+    assert len({method.name for method in methods}) == len(methods)
+    with click.Context(main) as context:
+        for method in methods:
+            name, *options = method.options
+            command = main.get_command(context, name)
+            assert command is not None
+            command.make_context(name, [*options, "--calibration", "code", "--output", "out", "tiny-r1"])
 
 
 def test_gptq_codes_zero_points_and_groups_are_decoded() -> None:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import dsquant
 from dsquant.errors import InputError, UsageError
 from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
 from dsquant.source.quantized import decoded_weights
@@ -106,6 +107,17 @@ def test_autoawqs_own_module_holds_exactly_these_tensors(tmp_path: Path) -> None
     ours = FORMATS["awq"].pack(LINEAR, rounded)
     for part in ("qweight", "qzeros", "scales"):
         assert torch.equal(getattr(theirs, part), ours[f"{LINEAR}.{part}"]), part
+
+
+@pytest.mark.parametrize("name", ["awq", "compressed-tensors"])
+def test_a_mixture_in_a_format_that_transformers_misreads_says_so(pico_r1: Path, tmp_path: Path, name: str) -> None:
+    result = dsquant.awq(
+        pico_r1, output=tmp_path / "out", to=name, group_size=64, samples=2, seq_len=16, calibration="code",
+        evaluate=False, progress=False,
+    )  # fmt: skip
+    told = any("without its experts' weights" in warning for warning in result.warnings)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert told == ("library_name" not in card) == (name == "awq")
 
 
 def test_transformers_loads_a_compressed_mixture_with_the_weights_that_dsquant_reads(

@@ -41,11 +41,13 @@ class GgufTarget:
     """What a user should know, in words."""
     largest_whole: int
     """Weights of the largest parameter that is not stored in parts."""
+    label: str | None = None
+    """What names say instead of the type, where types are chosen for a target."""
 
     @property
     def name(self) -> str:
-        """What `--to` calls it."""
-        return f"gguf:{self.type_name}"
+        """What `--to` calls it, or the target."""
+        return f"gguf:{self.label or self.type_name}"
 
     @property
     def num_bytes(self) -> int:
@@ -83,7 +85,7 @@ def plan_target(
         has_imatrix: whether measured importances are used.
         overrides: types by pattern, from `parse_overrides`.
         max_file_bytes: the most tensor data in a file; 0 makes one file.
-        label: what file names say instead of the type.
+        label: what names say instead of the type.
 
     Returns:
         The plan.
@@ -113,7 +115,7 @@ def plan_target(
         for (wanted, chosen), count in replaced.items()
     )
     notes += (missing,) if missing else ()
-    return GgufTarget(type_name, tensors, files, notes, largest_whole(checkpoint, parameters))
+    return GgufTarget(type_name, tensors, files, notes, largest_whole(checkpoint, parameters), label)
 
 
 def choose_tensors(
