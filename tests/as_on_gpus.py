@@ -1,6 +1,6 @@
 """`dsquant` as it runs on GPUs, on a CPU: hidden states are kept in bfloat16, and stay in memory in the layers named.
 
-python tests/as_on_gpus.py all|none|odd awq MODEL ...
+python tests/as_on_gpus.py none|odd awq MODEL ...
 """
 
 import sys
