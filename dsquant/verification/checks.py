@@ -85,7 +85,8 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
     if (folder / WORK_FOLDER).is_dir():
         raise InputError(f"{folder} holds an interrupted job; finish it with --resume")
     if not (folder / RECORD_FILE).is_file():
-        known = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{RECORD_FILE}")))
+        below = [path for place in ("*", "current/*") for path in folder.glob(f"{place}/{RECORD_FILE}")]
+        known = ", ".join(sorted(str(path.parent) for path in below))
         advice = f"verify {known}" if known else "is this an output of dsquant?"
         raise InputError(f"{folder / RECORD_FILE} is missing; {advice}")
     found = Verification(str(folder))
