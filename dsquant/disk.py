@@ -17,11 +17,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         content: its content.
     """
     temporary = path.with_name(path.name + PARTIAL)
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary.write_bytes(content)
+    publish(temporary, path)
     sync_folder(path.parent)
 
 

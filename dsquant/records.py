@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # The record's layout. 1: first. 2: hashes of all files and of its own sections; errors of single weights.
 RECORD_VERSION = 2
-# The errors of a layer's parts, and the share of an output's energy beyond which one is told of: 4 bits lose 1 to 3 %.
-ERRORS = ("attention_error", "mlp_error")
+# The errors of a layer's parts, and the share of an output's energy beyond which one is told of.
+LAYER_ERRORS = ("attention_error", "mlp_error")
 MOST_LOST = 0.25
 # The share of a target's bytes below which one is told that it was not used up.
 MOST_UNUSED = 0.97
@@ -406,7 +406,7 @@ def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
             f"linears have {' and '.join(map(str, sorted(widths)))} bits, by the names in config.json, which vLLM and "
             "SGLang follow; transformers (5.24) decodes a mixture's linears as if all were alike: do not load it there"
         )
-    lost = sum(any((grid[key] or 0) > MOST_LOST for key in ERRORS) for layer in layers for grid in layer["grids"])
+    lost = sum(any((grid[key] or 0) > MOST_LOST for key in LAYER_ERRORS) for layer in layers for grid in layer["grids"])
     if lost:
         words.append(
             f"{lost} layers lost more than {MOST_LOST:.0%} of their output's energy (`layers` in {RECORD_FILE}): their "
