@@ -24,7 +24,7 @@ from dsquant.quantization.layer_job import LayerJob, QuantizedStream
 from dsquant.quantization.statistics import Importance
 from dsquant.quantization.successive import quantize_successively
 from dsquant.recipe import Recipe
-from dsquant.resumption import check_gguf, check_kept, check_shards, check_units, kept_files
+from dsquant.resumption import check_checkpoints, check_gguf, check_kept, check_units, kept_files
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.scales import keep_scales
 from dsquant.source.shards import DTYPES
@@ -313,9 +313,7 @@ def _check_left(run: Run, units: list[Unit], beat: Callable[[], None]) -> None:
     job, plan = run.job, run.source.plan
     check_units(job, [unit.name for unit in units])
     check_kept(job, [path.name for path in _needed(run, units)], safe_point)
-    for target in plan.targets:
-        finished = [shard for name in job.journal.units for shard in target.shards.shards_of(name)]
-        check_shards(job, target.folder, finished, safe_point)
+    check_checkpoints(job, {target.folder: target.shards for target in plan.targets}, safe_point)
     for folder, gguf_target in plan.gguf.items():
         check_gguf(job, folder, gguf_target.files, safe_point)
 

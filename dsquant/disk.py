@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import shutil
 from pathlib import Path
 
 # Ending of a file that is being written; it is renamed when it is whole.
@@ -32,6 +33,15 @@ def publish(partial: Path, path: Path) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder with all in it, where it is there; another process may be removing it too.
+
+    Args:
+        folder: the folder; a link is left alone.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

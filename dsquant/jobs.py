@@ -1,108 +1,78 @@
-"""Jobs that survive a kill: a claimed output folder, a journal of finished units, safe points to stop at.
+"""Jobs that survive a kill: an output folder held by one run, a journal of finished units, safe points to stop at.
 
-An output folder is in one of four states: absent or empty; interrupted (it holds `.dsquant-work`); finished (it holds
-`dsquant.json` and no work folder); or somebody else's. Only the work folder's removal turns interrupted into finished.
+An output folder is absent or empty; interrupted (its work folder holds a job's record); cleared (a run was killed
+while it made room for another job); finished (it holds `dsquant.json` and none of those); or foreign. One rename of the
+work folder turns interrupted into finished. Whatever is decided about a folder is decided under its lock.
 """
 
 import errno
+import hashlib
 import json
 import os
-import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dsquant.disk import PARTIAL, write_atomically
+from dsquant.disk import PARTIAL, remove_tree, sync_folder, write_atomically
 from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.journal import BEGIN_ANEW, Journal, checked_line, read_checked_line
 from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
 from dsquant.recipe import CHANGEABLE_ON_RESUME, JobRecipe, format_size
-from dsquant.strict_json import parse_json, read_json_object
+from dsquant.strict_json import read_json_object
 
 WORK_FOLDER = ".dsquant-work"
+# What the work folder is called while it is removed.
+REMOVED_FOLDER = ".dsquant-removed"
 RECORD_FILE = "dsquant.json"
 JOB_FILE = "job.json"
 JOURNAL_FILE = "journal.jsonl"
-# What to do where an interrupted job is damaged.
-BEGIN_ANEW = "begin anew with --restart"
+# What the records of earlier jobs are called in the work folder while their files are removed.
+EARLIER = {JOB_FILE: "earlier-job.json", RECORD_FILE: "earlier-dsquant.json"}
 # What a job's own record holds at least; more is its own affair.
 JOB_NOTES = ("recipe", "tensors", "shards", "files")
 LONGEST_NAME_BYTES = 255
 
 
-class Journal:
-    """An append-only file with one JSON line for each finished unit."""
-
-    def __init__(self, path: Path) -> None:
-        """Reads what is there; a line that a kill cut off does not count, and is cut away.
-
-        Args:
-            path: the journal's file.
-
-        Raises:
-            InputError: where a line is damaged.
-        """
-        self._path = path
-        raw = path.read_bytes() if path.exists() else b""
-        complete = raw[: raw.rfind(b"\n") + 1]
-        if complete != raw:
-            os.truncate(path, len(complete))
-        lines = complete.split(b"\n")[:-1]
-        self._entries = [_entry(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
-
-    @property
-    def units(self) -> dict[str, dict[str, Any]]:
-        """Unit -> what was noted of it."""
-        return {entry["unit"]: entry for entry in self._entries}
-
-    def append(self, unit: str, **notes: Any) -> None:
-        """Notes a finished unit; when this returns the line is on disk."""
-        entry = {"unit": unit, **notes}
-        with self._path.open("ab") as file:
-            file.write(json.dumps(entry).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._entries.append(entry)
-
-
-def _entry(line: bytes, where: str) -> dict[str, Any]:
-    entry = parse_json(line, where, BEGIN_ANEW, finite=False)
-    if not isinstance(entry, dict) or not isinstance(entry.get("unit"), str):
-        raise InputError(f"{where}: no line of a journal, which names a 'unit': {entry!r:.80}; {BEGIN_ANEW}")
-    return entry
-
-
 class Job:
-    """A claimed output folder."""
+    """An output folder that this run works on, and what is known of it."""
 
     def __init__(self, output: Path, work: Path, notes: dict[str, Any]) -> None:
         self.output = output
         self.work = work
         self.notes = notes
         """What was noted when the job began: recipe, source, whatever must not be found anew on resume."""
-        self.journal = Journal(work / JOURNAL_FILE)
+        self.journal = Journal(work / JOURNAL_FILE, _job_key(notes))
 
     def note(self, **notes: Any) -> None:
         """Notes more about the job itself; when this returns it is on disk."""
         self.notes = {**self.notes, **notes}
-        write_atomically(self.work / JOB_FILE, json.dumps(self.notes).encode())
+        write_atomically(self.work / JOB_FILE, checked_line(self.notes))
 
     def finish(self) -> None:
         """Removes the work folder: from here on the output counts as finished."""
-        shutil.rmtree(self.work)
+        _remove_work(self.output)
+
+
+def _job_key(notes: dict[str, Any]) -> str:
+    """Names what a journal's lines depend on: recipe, source and version."""
+    lasting = {key: notes[key] for key in ("recipe", "dsquant", "tensors", "shards")}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
 
 def claim(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
     """Finds out what a run may do with an output folder; changes nothing.
 
+    The answer lasts only while the folder's lock is held: `held` asks again under it.
+
     Args:
         output: the folder.
         recipe: the run's recipe.
         resume: whether an interrupted job may be continued.
-        restart: whether an interrupted or finished job may be begun anew.
+        restart: whether an interrupted or finished job may be started over.
 
     Returns:
         `new`, `resume`, `restart` or `finished`.
@@ -112,25 +82,58 @@ def claim(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
         UsageError: where the recipe differs from the interrupted job's.
     """
     check_name(output)
-    if not output.exists() or not any(output.iterdir()):
+    found = found_in(output)
+    if found == "absent":
         return "new"
-    interrupted = (output / WORK_FOLDER).is_dir()
-    if not interrupted and not (output / RECORD_FILE).is_file():
-        raise InputError(f"{output} is not empty and no output of dsquant; name another folder")
+    if found == "foreign":
+        raise InputError(f"{output} is not empty and was not created by dsquant; name another folder")
     if restart:
+        _recorded_files(output)
         return "restart"
     if not resume:
-        state, advice = ("an interrupted job", "go on with --resume, ") if interrupted else ("a finished output", "")
+        state, advice = ("an interrupted job", "continue with --resume, ")
+        if found == "finished":
+            state, advice = "a finished output", ""
         raise InputError(
-            f"{output} is not empty: it holds {state}; {advice}begin anew with --restart, or name another folder"
+            f"{output} is not empty: it holds {state}; {advice}start over with --restart, or name another folder"
         )
-    if interrupted and not (output / WORK_FOLDER / JOB_FILE).is_file():
-        return "restart"  # killed before the job's own record was on disk: nothing to continue
-    record = _read_record(output / WORK_FOLDER / JOB_FILE if interrupted else output / RECORD_FILE)
-    _check_same_recipe(output, recipe, record)
-    if interrupted:
-        _check_same_version(output, record)
-    return "resume" if interrupted else "finished"
+    if found == "cleared":
+        return "restart"
+    if found == "finished":
+        _check_same_recipe(output, recipe, _read_record(output / RECORD_FILE))
+        return "finished"
+    notes = _read_job_notes(output / WORK_FOLDER / JOB_FILE)
+    _check_same_recipe(output, recipe, notes)
+    _check_same_version(output, notes)
+    return "resume"
+
+
+def found_in(output: Path) -> str:
+    """Tells what lies in an output folder.
+
+    Args:
+        output: the folder.
+
+    Returns:
+        `absent` also where there is nothing but what a run leaves that was killed before it began; `interrupted`,
+        `cleared`, `finished` or `foreign` (see above).
+
+    Raises:
+        InputError: where a link or a file has the name of a folder of dsquant's.
+    """
+    if not output.exists():
+        return "absent"
+    work = output / WORK_FOLDER
+    for folder in (work, output / REMOVED_FOLDER):
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise InputError(f"{folder} is not a folder of dsquant's but a link or a file; remove it yourself")
+    if (work / JOB_FILE).is_file():
+        return "interrupted"
+    if any((work / name).is_file() for name in EARLIER.values()):
+        return "cleared"
+    if (output / RECORD_FILE).is_file():
+        return "finished"
+    return "foreign" if any(path.name not in (WORK_FOLDER, REMOVED_FOLDER) for path in output.iterdir()) else "absent"
 
 
 def found_state(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
@@ -146,11 +149,8 @@ def found_state(output: Path, recipe: JobRecipe, resume: bool, restart: bool) ->
         What `claim` returns, or `interrupted, in the way` or `finished, in the way`.
     """
     check_name(output)
-    if not resume and not restart and output.is_dir():
-        if (output / WORK_FOLDER).is_dir():
-            return "interrupted, in the way"
-        if (output / RECORD_FILE).is_file():
-            return "finished, in the way"
+    if not resume and not restart and (found := found_in(output)) not in ("absent", "foreign"):
+        return "finished, in the way" if found == "finished" else "interrupted, in the way"
     return claim(output, recipe, resume, restart)
 
 
@@ -170,13 +170,16 @@ def check_name(output: Path) -> None:
         raise InputError(f"{existing} is a file; name a folder to make")
 
 
-def _read_record(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
-    then = "remove the folder yourself, or name another"
-    record = read_json_object(path, then, finite=False)
-    missing = [key for key in keys if key not in record]
+def _read_record(path: Path) -> dict[str, Any]:
+    return read_json_object(path, "remove the folder yourself, or name another", finite=False)
+
+
+def _read_job_notes(path: Path) -> dict[str, Any]:
+    notes = read_checked_line(path.read_bytes(), str(path))
+    missing = [key for key in JOB_NOTES if key not in notes]
     if missing:
-        raise InputError(f"{path} is damaged: {', '.join(missing)} are not in it; {then}")
-    return record
+        raise InputError(f"{path}: not a job's record, {', '.join(missing)} are not in it; {BEGIN_ANEW}")
+    return notes
 
 
 def _check_same_recipe(output: Path, recipe: JobRecipe, record: dict[str, Any]) -> None:
@@ -202,47 +205,153 @@ def _check_same_version(output: Path, notes: dict[str, Any]) -> None:
 
 
 @contextmanager
-def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any]) -> Iterator[Job]:
-    """Takes the output folder for this run, alone.
+def held(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> Iterator[str]:
+    """Holds an output folder for this run alone, from before anything is decided to the end.
+
+    Where the run ends before it has begun a job, or its job was refused for its input before a unit of worth was
+    finished, nothing of it stays.
 
     Args:
         output: the folder.
         recipe: the run's recipe.
-        state: what `claim` returned.
+        resume: as in `claim`.
+        restart: as in `claim`.
+
+    Yields:
+        What `claim` says under the lock. A finished output is not locked: nothing will be done to it.
+
+    Raises:
+        InputError: where another run works on the folder, and as `claim`.
+        UsageError: as `claim`.
+    """
+    if claim(output, recipe, resume, restart) == "finished":
+        remove_tree(output / REMOVED_FOLDER)
+        yield "finished"
+        return
+    absent = [folder for folder in (output, *output.parents) if not folder.exists()]
+    try:
+        with exclusive(output / WORK_FOLDER, output):
+            try:
+                state = claim(output, recipe, resume, restart)
+                remove_tree(output / REMOVED_FOLDER)
+                yield state
+            finally:
+                if found_in(output) not in ("interrupted", "cleared"):
+                    _remove_work(output)
+    finally:
+        for folder in absent:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any]) -> Iterator[Job]:
+    """Begins or continues the job of a folder that is `held`.
+
+    A new job that is refused for its input leaves nothing, unless more than its first unit, a copied table, is
+    finished.
+
+    Args:
+        output: the folder.
+        recipe: the run's recipe.
+        state: what `held` yielded.
         notes: what to note where the job is new; a resumed job has its own.
 
     Yields:
         The job.
 
     Raises:
-        InputError: where another run works on the folder.
+        InputError: where an interrupted job is damaged.
     """
     work = output / WORK_FOLDER
-    work.mkdir(parents=True, exist_ok=True)
-    with exclusive(work, output):
-        if state == "restart":
-            _remove_recorded_files(output)
-        if state == "resume":
-            notes = _read_record(work / JOB_FILE, JOB_NOTES)
-        else:
-            notes = {"recipe": recipe.lasting(), "dsquant": version("dsquant"), **notes}
-            write_atomically(work / JOB_FILE, json.dumps(notes).encode())
+    if state == "resume":
+        yield Job(output, work, _read_job_notes(work / JOB_FILE))
+        return
+    if state == "restart":
+        _clear(output)
+    notes = {"recipe": recipe.lasting(), "dsquant": version("dsquant"), **notes}
+    write_atomically(work / JOB_FILE, checked_line(notes))
+    for name in EARLIER.values():
+        (work / name).unlink(missing_ok=True)
+    try:
         yield Job(output, work, notes)
+    except InputError:
+        if len(Job(output, work, notes).journal.units) <= 1:
+            _discard(output)
+        raise
 
 
-def _remove_recorded_files(output: Path) -> None:
-    """Removes the files that a job noted as its own, and nothing else."""
-    for record_path in (output / WORK_FOLDER / JOB_FILE, output / RECORD_FILE):
-        files = _read_record(record_path).get("files", []) if record_path.is_file() else []
-        for name in files:
-            path = output / name
-            if ".." not in Path(name).parts and not Path(name).is_absolute():
-                path.unlink(missing_ok=True)
-                path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
-    (output / RECORD_FILE).unlink(missing_ok=True)
-    for path in (output / WORK_FOLDER).iterdir():
-        if path.name not in (LOCK_FILE, HOLDER_FILE):
-            path.unlink()
+def _discard(output: Path) -> None:
+    """Removes a job and all that it has written."""
+    folders = {file.parent for file in _recorded_files(output)} - {output}
+    _clear(output)
+    _remove_work(output)
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _clear(output: Path) -> None:
+    """Removes what earlier jobs noted as their own, and nothing else.
+
+    Their records are moved aside first and stay: a run that is killed here is followed by one that knows what is left
+    to remove.
+    """
+    work = output / WORK_FOLDER
+    for record, name in ((work / JOB_FILE, JOB_FILE), (output / RECORD_FILE, RECORD_FILE)):
+        if record.is_file():
+            record.replace(work / EARLIER[name])
+    sync_folder(work)
+    sync_folder(output)
+    for path in _recorded_files(output):
+        path.unlink(missing_ok=True)
+        path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
+    for path in work.iterdir():
+        if path.name not in (LOCK_FILE, HOLDER_FILE, *EARLIER.values()):
+            remove_tree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _recorded_files(output: Path) -> list[Path]:
+    """Returns the files that the records in an output name as theirs; refuses what is not a file of this folder."""
+    work = output / WORK_FOLDER
+    records = [work / JOB_FILE, output / RECORD_FILE, *(work / name for name in EARLIER.values())]
+    return [_inside(output, name, record) for record in records if record.is_file() for name in _names_in(record)]
+
+
+def _names_in(record: Path) -> list[Any]:
+    files = _read_record(record).get("files")
+    if not isinstance(files, list | dict):
+        raise InputError(f"{record} is damaged: it names no files; remove the folder yourself, or name another")
+    return list(files)
+
+
+def _inside(output: Path, name: Any, record: Path) -> Path:
+    """Returns a recorded file's path, which has to lie in the output without any link on the way."""
+    parts = Path(name).parts if isinstance(name, str) and "\0" not in name else ()
+    path = output.joinpath(*parts)
+    if (
+        not parts
+        or ".." in parts
+        or Path(*parts).is_absolute()
+        or path.parent.resolve() != output.resolve().joinpath(*parts[:-1])
+        or (path.is_dir() and not path.is_symlink())
+    ):
+        raise InputError(
+            f"{record} names {name!r:.100}, which is not a file of {output}; remove the folder yourself, or name "
+            "another"
+        )
+    return path
+
+
+def _remove_work(output: Path) -> None:
+    """Removes the work folder in one step; what a kill leaves of it lies under another name, for whoever comes next."""
+    removed = output / REMOVED_FOLDER
+    if not (output / WORK_FOLDER).exists():
+        return
+    remove_tree(removed)
+    (output / WORK_FOLDER).replace(removed)
+    sync_folder(output)
+    remove_tree(removed)
 
 
 class StopRequest:

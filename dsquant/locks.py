@@ -10,8 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsquant.errors import InputError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 LOCK_FILE = "lock"
 HOLDER_FILE = "holder.json"
@@ -22,25 +26,16 @@ def exclusive(folder: Path, subject: Path) -> Iterator[None]:
     """Holds a folder's lock.
 
     Args:
-        folder: where the lock's files lie.
+        folder: where the lock's files lie; it is made where it is absent.
         subject: what is locked, for the message.
 
     Yields:
         Nothing; the lock is held until the end.
 
     Raises:
-        InputError: where another process holds it, with its number, its host and since when.
+        InputError: where another process holds it, with its number, its host and since when; or a link lies there.
     """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(
-            f"{subject}: another dsquant run is working on this folder: {_holder(folder / HOLDER_FILE)}; wait for it, "
-            "or stop that process and run again"
-        ) from error
+    lock = _acquired(folder, subject)
     try:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         content = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
@@ -49,6 +44,32 @@ def exclusive(folder: Path, subject: Path) -> Iterator[None]:
         temporary.replace(folder / HOLDER_FILE)
         yield
     finally:
+        lock.release()
+
+
+def _acquired(folder: Path, subject: Path) -> "FileLock":
+    """Acquires the lock that lies in the folder now: its holder may be moving the folder away meanwhile."""
+    from filelock import FileLock, Timeout
+
+    path = folder / LOCK_FILE
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            raise InputError(f"{path} is a link; remove it")
+        lock = FileLock(path)
+        try:
+            path.touch()
+            before = path.stat()
+            lock.acquire(timeout=0)
+            if os.path.samestat(path.stat(), before):
+                return lock
+        except FileNotFoundError:
+            pass
+        except Timeout as error:
+            raise InputError(
+                f"{subject}: another dsquant run is working on this folder: {_holder(folder / HOLDER_FILE)}; wait for "
+                "it, or stop that process and run again"
+            ) from error
         lock.release()
 
 

@@ -5,7 +5,8 @@ Nothing is written before the whole input has been found good.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,7 +15,7 @@ from dsquant.distributed import ALONE, Ranks
 from dsquant.errors import UsageError
 from dsquant.finishing import finish, finish_gguf
 from dsquant.gguf_conversion import GgufRun, convert_to_gguf, plan_gguf
-from dsquant.jobs import RECORD_FILE, Job, claim, found_state, full_disk_is_resumable, stop_on_signals
+from dsquant.jobs import RECORD_FILE, Job, StopRequest, found_state, full_disk_is_resumable, held, stop_on_signals
 from dsquant.memory import check_memory
 from dsquant.mixed_plan import MixedPlan
 from dsquant.mixed_precision import choose_widths
@@ -29,7 +30,7 @@ from dsquant.preparation import (
     resolved,
     resolved_device,
 )
-from dsquant.recipe import GgufRecipe, Recipe, TargetedRecipe, format_size, preset_and_steps
+from dsquant.recipe import GgufRecipe, JobRecipe, Recipe, TargetedRecipe, format_size, preset_and_steps
 from dsquant.records import Preview, Result, gguf_output_files, output_files, planned_warnings, result_of
 from dsquant.rounding import UNQUANTIZED
 from dsquant.supervision import Supervised
@@ -61,10 +62,9 @@ def awq(
     """
     started = time.monotonic()
     recipe = ranks.together(lambda: _resolved_for(recipe, ranks))
-    state = ranks.once(lambda: claim(recipe.output, recipe, resume, restart))
-    if state == "finished":
-        return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
-    with stop_on_signals() as request, full_disk_is_resumable():
+    with _held(recipe, resume, restart, ranks) as (state, request):
+        if state == "finished":
+            return _finished_before(recipe)
         budget, gpu_budget = memory_budget(recipe), min(ranks.gather(gpu_memory_budget(recipe)))
         source = ranks.together(lambda: open_source(recipe, gpu_budget, ranks.size))
         limits = Limits(recipe.output, budget, source.plan.disk_bytes, gpu_budget)
@@ -90,6 +90,17 @@ def awq(
         peak_resident_bytes=peak_resident_bytes(),
         peak_gpu_bytes=peak_gpu_bytes(),
     )
+
+
+@contextmanager
+def _held(recipe: JobRecipe, resume: bool, restart: bool, ranks: Ranks = ALONE) -> Iterator[tuple[str, StopRequest]]:
+    """Holds the output, rank 0 for all; yields what was found in it, and what signals ask for."""
+    with stop_on_signals() as request, full_disk_is_resumable(), ExitStack() as stack:
+        yield ranks.once(lambda: stack.enter_context(held(recipe.output, recipe, resume, restart))), request
+
+
+def _finished_before(recipe: JobRecipe) -> Result:
+    return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
 
 
 def _resolved_for(recipe: Recipe, ranks: Ranks) -> Recipe:
@@ -212,10 +223,9 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
     """
     started = time.monotonic()
     recipe = recipe.model_copy(update={"device": resolved_device(recipe.device)})
-    state = claim(recipe.output, recipe, resume, restart)
-    if state == "finished":
-        return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
-    with stop_on_signals() as request, full_disk_is_resumable():
+    with _held(recipe, resume, restart) as (state, request):
+        if state == "finished":
+            return _finished_before(recipe)
         plan = plan_gguf(recipe)
         limits = Limits(recipe.output, memory_budget(recipe), plan.disk_bytes)
         supervised = Supervised(recipe, state, plan.checkpoint.index, limits, request, report)

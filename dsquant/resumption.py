@@ -10,8 +10,9 @@ from typing import Any
 
 from dsquant.disk import PARTIAL
 from dsquant.errors import InputError
-from dsquant.jobs import BEGIN_ANEW, Job
-from dsquant.writers.base import Shard
+from dsquant.jobs import Job
+from dsquant.journal import BEGIN_ANEW
+from dsquant.writers.base import Shard, ShardPlan
 from dsquant.writers.gguf.files import GgufFile
 
 BYTES_AT_ONCE = 2**22
@@ -99,6 +100,22 @@ def check_kept(job: Job, hidden: Sequence[str], safe_point: Callable[[], None]) 
     damaged = [name for name, entry in wanted.items() if found[name] != entry]
     if damaged:
         raise InputError(f"{job.work / damaged[0]} of the interrupted job is damaged; {BEGIN_ANEW}")
+
+
+def check_checkpoints(job: Job, plans: Mapping[PurePosixPath, ShardPlan], safe_point: Callable[[], None]) -> None:
+    """Checks every finished shard of every checkpoint that a job writes.
+
+    Args:
+        job: the resumed job.
+        plans: folder in the output folder -> the checkpoint's planned shards.
+        safe_point: called after each tensor; may raise to stop.
+
+    Raises:
+        InputError: where one is gone or damaged.
+    """
+    for folder, plan in plans.items():
+        finished = [shard for name in job.journal.units for shard in plan.shards_of(name)]
+        check_shards(job, folder, finished, safe_point)
 
 
 def check_shards(job: Job, folder: PurePosixPath, shards: Iterable[Shard], safe_point: Callable[[], None]) -> None:

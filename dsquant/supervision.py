@@ -22,7 +22,7 @@ class Supervised:
 
     recipe: JobRecipe
     state: str
-    """What `claim` found in the output folder."""
+    """What `held` found in the output folder."""
     index: ShardIndex
     """The source."""
     limits: Limits
@@ -50,13 +50,13 @@ class Supervised:
 
     @contextmanager
     def job(self, notes: dict[str, Any]) -> Iterator[tuple[Job, Callable[[], None]]]:
-        """Claims the output, and hashes the source or finds it unchanged.
+        """Hashes the source or finds it unchanged, and opens the job of a folder that is held.
 
         Args:
             notes: what a new job keeps about itself beside the source's hashes.
 
         Yields:
-            The job, whose lock rank 0 holds for all, and what stops it at a safe point where it has to.
+            The job and what stops it at a safe point where it has to.
 
         Raises:
             InputError: where the source is damaged, or not what it was when the job began.
@@ -89,7 +89,7 @@ class Supervised:
         touched = self.ranks.once(lambda: bool(notes["shards"] != shard_times(self.index)))
         if touched and notes["tensors"] != scan_source(self.index, self.report, check, self.ranks):
             raise InputError(
-                f"{self.index.folder}: the source is not what it was when the job began; restore it, or begin anew "
+                f"{self.index.folder}: the source is not what it was when the job began; restore it, or start over "
                 "with --restart"
             )
 

@@ -226,7 +226,7 @@ def test_a_finished_output_is_left_alone_by_resume_and_refused_without(
     dsquant.awq(pico_r1, **options)
     before = contents(tmp_path / "out")
     assert dsquant.awq(pico_r1, resume=True, **options).already_finished
-    with pytest.raises(InputError, match="finished output; begin anew with --restart"):
+    with pytest.raises(InputError, match="finished output; start over with --restart"):
         dsquant.awq(pico_r1, **options)
     with pytest.raises(UsageError, match="seed was 0, is 1"):
         dsquant.awq(pico_r1, resume=True, seed=1, **options)

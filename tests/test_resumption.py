@@ -1,7 +1,6 @@
 """A resumed job checks what its earlier run has left: damage ends with exit code 3 and the name of the file."""
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from gguf import GGUFReader
 
 from dsquant import pipeline, resumption
 from dsquant.errors import InputError, Interrupted
+from dsquant.journal import checked_line, read_checked_line
 from dsquant.recipe import Recipe
 
 WORK = ".dsquant-work"
@@ -60,22 +60,35 @@ def edit_journal(output: Path, change: Callable[[list[bytes]], list[bytes]]) -> 
     path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
 
 
+def checked_again(line: bytes, change: Callable[[dict[str, Any]], dict[str, Any]]) -> bytes:
+    return checked_line(change(read_checked_line(line, "a test")))
+
+
 def edit_line(output: Path, number: int, **notes: Any) -> None:
     def change(lines: list[bytes]) -> list[bytes]:
-        lines[number] = json.dumps(json.loads(lines[number]) | notes).encode() + b"\n"
+        lines[number] = checked_again(lines[number], lambda entry: entry | notes)
         return lines
 
     edit_journal(output, change)
 
 
-def only_the_recipe(output: Path) -> None:
+def edit_job(output: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     path = output / WORK / "job.json"
-    path.write_text(json.dumps({key: json.loads(path.read_text())[key] for key in ("recipe", "dsquant")}))
+    path.write_bytes(checked_again(path.read_bytes(), change))
+
+
+def only_the_recipe(output: Path) -> None:
+    edit_job(output, lambda notes: {key: notes[key] for key in ("recipe", "dsquant")})
 
 
 def of_another_version(output: Path) -> None:
-    path = output / WORK / "job.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"dsquant": "0.0.9"}))
+    edit_job(output, lambda notes: notes | {"dsquant": "0.0.9"})
+
+
+def another_digit(path: Path, before: bytes, after: bytes) -> None:
+    raw = path.read_bytes()
+    assert before in raw
+    path.write_bytes(raw.replace(before, after, 1))
 
 
 def first_shard(output: Path) -> Path:
@@ -100,11 +113,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "importances cut": (lambda out: cut(out / WORK / "imatrix-model.layers.0.safetensors"), r"imatrix-model.*size"),
     "first line gone": (lambda out: edit_journal(out, lambda lines: lines[1:]), r"journal.*first units"),
     "line that is no JSON": (lambda out: edit_journal(out, lambda lines: [b"{bad}\n"]), r"journal\.jsonl, line 1"),
-    "line that is no object": (lambda out: edit_journal(out, lambda lines: [b"[1]\n"]), r"journal\.jsonl, line 1"),
-    "line nested too deeply": (
-        lambda out: edit_journal(out, lambda lines: [b"[" * 100_000 + b"\n"]),
-        r"journal\.jsonl, line 1.*deeply",
+    "digit of the journal": (
+        lambda out: another_digit(out / WORK / "journal.jsonl", b'"layer": 0', b'"layer": 1'),
+        r"journal\.jsonl, line 2.*checksum",
     ),
+    "digit of the job record": (
+        lambda out: another_digit(out / WORK / "job.json", b'"samples": 2', b'"samples": 3'),
+        r"job\.json.*checksum",
+    ),
+    "journal of another job": (lambda out: edit_line(out, 0, job="5"), r"journal\.jsonl, line 1.*another job"),
     "kept files of another shape": (lambda out: edit_line(out, 1, kept={"hidden-0.f32": 5}), r"line of .* is damaged"),
     "tensors of another shape": (lambda out: edit_line(out, 0, tensors=None), r"line of embedding is damaged"),
     "job record without its sources": (only_the_recipe, r"job\.json.*shards"),

@@ -19,7 +19,7 @@ import yaml
 import dsquant
 from dsquant.cli.run import run as run_command
 from dsquant.errors import GateError, InconclusiveError, InputError, UsageError
-from dsquant.jobs import Journal
+from dsquant.journal import Journal
 from dsquant.monitoring import monitored
 from dsquant.releases.evaluation import read_recipe_gates
 from dsquant.releases.job import Release, published, run_recipe

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.errors import InputError, UsageError
-from dsquant.jobs import RECORD_FILE, WORK_FOLDER
+from dsquant.jobs import RECORD_FILE, found_in
 from dsquant.planning import Plan, Target
 from dsquant.recipe import Recipe
 from dsquant.rounding import QuantizedWeight
@@ -95,7 +95,7 @@ def open_recording(output: Path) -> Recording:
         UsageError: where it holds GGUF files or has chosen widths, which are not requantized.
     """
     path = output / RECORD_FILE
-    if not path.is_file() or (output / WORK_FOLDER).is_dir():
+    if found_in(output) != "finished":
         raise InputError(f"{output} is no finished output of dsquant ({RECORD_FILE} is missing, or a job is under way)")
     raw = path.read_bytes()
     if broken_sections(raw):

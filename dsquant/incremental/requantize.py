@@ -15,16 +15,18 @@ from dsquant.conversion import ROWS_AT_ONCE, Run
 from dsquant.disk import sync_folder
 from dsquant.errors import InputError
 from dsquant.finishing import finish
+from dsquant.gguf_conversion import work_files
 from dsquant.incremental.recording import RecordedTarget, Recording, recorded_targets
 from dsquant.incremental.reuse import reuse_file
 from dsquant.incremental.rule import rounded_as_recorded
 from dsquant.incremental.sources import HeldTensors, held_once, stored_parts
-from dsquant.jobs import claim, full_disk_is_resumable, open_job, stop_on_signals
+from dsquant.jobs import RECORD_FILE, full_disk_is_resumable, held, open_job, stop_on_signals
 from dsquant.model.overlays import Fold
 from dsquant.planning import Unit, plan_run
 from dsquant.preparation import Source, check_disk, memory_budget, open_model
 from dsquant.recipe import Recipe
 from dsquant.records import output_files
+from dsquant.resumption import check_checkpoints, check_kept, check_units, kept_files
 from dsquant.scales import keep_scales, recorded_fold
 from dsquant.source.shards import DTYPES
 from dsquant.supervision import shard_times
@@ -78,28 +80,31 @@ def requantize(
         UsageError: where the recipe differs from an interrupted job's.
         Interrupted: where the job stopped and can be resumed.
     """
-    state = claim(recipe.output, recipe, resume, restart)
-    if state == "finished":
-        return Requantization(read_record(recipe.output / "dsquant.json"), already_finished=True)
-    with stop_on_signals() as request, full_disk_is_resumable():
+    with (
+        stop_on_signals() as request,
+        full_disk_is_resumable(),
+        held(recipe.output, recipe, resume, restart) as state,
+    ):
+        if state == "finished":
+            return Requantization(read_record(recipe.output / RECORD_FILE), already_finished=True)
         opened, skeleton = open_model(recipe.model)
-        checkpoint, held = held_once(opened)
+        checkpoint, index = held_once(opened)
         plan = plan_run(recipe, checkpoint, skeleton)
         targets = recorded_targets(recording, plan)
         disk_bytes = sum(target.shards.num_bytes for target in plan.targets)
-        report(Progress("scan", 0, len(held), "", limits=Limits(recipe.output, memory_budget(recipe), disk_bytes)))
+        report(Progress("scan", 0, len(index), "", limits=Limits(recipe.output, memory_budget(recipe), disk_bytes)))
         check_disk(recipe.output, disk_bytes)
         source = Source(checkpoint, skeleton, None, torch.zeros(0, 0), recording.record["calibration"], plan)
-        notes = {"tensors": {}, "shards": shard_times(held), "files": output_files(source)}
+        notes = {"tensors": {}, "shards": shard_times(index), "files": output_files(source)}
         with open_job(recipe.output, recipe, state, notes) as job:
-            if job.notes["shards"] != shard_times(held):
-                raise InputError(f"{held.folder} has changed since the job began; begin anew with --restart")
+            if job.notes["shards"] != shard_times(index):
+                raise InputError(f"{index.folder} has changed since the job began; start over with --restart")
             run = Run(recipe, source, job, report, request.safe_point)
-            work = _Work(run, held, targets, reuse, Requantization({}))
+            work = _Work(run, index, targets, reuse, Requantization({}))
             _make_units(work)
             work.done.record = finish(run, *_summary(work))
             job.finish()
-    work.done.read_bytes = held.bytes_read
+    work.done.read_bytes = index.bytes_read
     return work.done
 
 
@@ -107,6 +112,11 @@ def _make_units(work: _Work) -> None:
     run = work.run
     units = [unit for unit in run.source.plan.units if unit.action != "drop"]
     num_hashed = 0
+    if run.job.journal.units:
+        check_units(run.job, [unit.name for unit in units])
+        check_kept(run.job, [], run.check)
+        plans = {target.folder: target.shards for target in run.source.plan.targets}
+        check_checkpoints(run.job, plans, run.check)
     for number, unit in enumerate(units):
         run.safe_point("quantize", number, len(units), unit.name)
         if unit.name not in run.job.journal.units:
@@ -145,6 +155,7 @@ def _make_unit(work: _Work, unit: Unit) -> None:
     keep_scales(run.job.work, unit.name, scales)
     sync_folder(run.job.work)
     notes: dict[str, Any] = {"tensors": tensors, "source": source, "changed": changed}
+    notes["kept"] = kept_files(run.job.work, work_files(unit.name))
     notes["anew"] = [f"{writer.target.target.format.name}: {name}" for writer in writers for name in writer.anew]
     if unit.action == "quantize" and unit.layer is not None:
         layer = recorded[unit.layer.index]

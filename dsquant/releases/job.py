@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsquant.disk import write_atomically
+from dsquant.disk import sync_folder, write_atomically
 from dsquant.errors import DsquantError, Interrupted
-from dsquant.jobs import Journal, stop_on_signals
+from dsquant.jobs import stop_on_signals
+from dsquant.journal import Journal
 from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
 from dsquant.notebook import Shown
 from dsquant.releases.inputs import inputs_of, key_of
@@ -181,7 +182,9 @@ def _run(
 
 
 def _tidy(work: Path) -> None:
-    """Leaves the lock alone in the folder."""
+    """Leaves the lock alone in the folder. The journal goes first: what it tells of is there as long as it is."""
+    (work / JOURNAL_FILE).unlink(missing_ok=True)
+    sync_folder(work)
     for path in work.iterdir():
         if path.name not in (LOCK_FILE, HOLDER_FILE):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsquant.jobs import Journal
+from dsquant.journal import Journal
 from dsquant.recipe import GgufRecipe, Recipe
 from dsquant.releases.evaluation import check_evaluation, decide_gates, evaluate_outputs, read_recipe_gates
 from dsquant.releases.inputs import key_of

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.errors import InputError, UsageError
-from dsquant.jobs import RECORD_FILE, WORK_FOLDER, stop_on_signals
+from dsquant.jobs import RECORD_FILE, found_in, stop_on_signals
 from dsquant.model.skeleton import Skeleton
 from dsquant.notebook import Shown
 from dsquant.scales import open_scales
@@ -82,7 +82,7 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
         InputError: where it is no finished output of dsquant, or the source is another one.
         UsageError: where every value is asked for and the source is not there.
     """
-    if (folder / WORK_FOLDER).is_dir():
+    if found_in(folder) in ("interrupted", "cleared"):
         raise InputError(f"{folder} holds an interrupted job; finish it with --resume")
     if not (folder / RECORD_FILE).is_file():
         below = [path for place in ("*", "current/*") for path in folder.glob(f"{place}/{RECORD_FILE}")]

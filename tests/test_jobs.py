@@ -1,0 +1,206 @@
+"""An output folder belongs to one run at a time, whatever is decided about it is decided under its lock, and a kill at
+any place leaves what the next run understands."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kills import KILLED, contents, run
+
+import dsquant
+from dsquant import jobs, pipeline
+from dsquant.errors import InputError, Interrupted
+from dsquant.recipe import GgufRecipe
+
+WORK = ".dsquant-work"
+
+
+def recipe(model: Path, output: Path, **changes: Any) -> GgufRecipe:
+    fields = {"model": str(model), "type": "Q8_0", "output": output, "calibration": (), "evaluate": False}
+    return GgufRecipe.checked(**fields | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(pico_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("finished") / "out"
+    pipeline.gguf(recipe(pico_r1, output))
+    return output
+
+
+@pytest.fixture(scope="module")
+def all_done(pico_r1: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job all of whose files are whole, stopped before its work folder is removed."""
+    output = tmp_path_factory.mktemp("all-done") / "out"
+
+    def stop(progress: Any) -> None:
+        if progress.stage == "hash" and progress.done == progress.total:
+            raise Interrupted("the test stopped it")
+
+    with pytest.raises(Interrupted):
+        pipeline.gguf(recipe(pico_r1, output), report=stop)
+    assert (output / WORK).is_dir() and (output / "dsquant.json").is_file()
+    return output
+
+
+def test_no_second_run_begins_on_a_folder_while_the_first_still_reads_its_source(
+    pico_r1: Path, finished: Path, tmp_path: Path
+) -> None:
+    output, refused = tmp_path / "out", []
+
+    def begin_another(progress: Any) -> None:
+        if progress.stage == "scan" and progress.done == 1:
+            with pytest.raises(InputError, match="another dsquant run is working") as error:
+                pipeline.gguf(recipe(pico_r1, output, type="Q4_0"))
+            refused.append(error)
+
+    pipeline.gguf(recipe(pico_r1, output), report=begin_another)
+    assert refused
+    assert contents(output).keys() == contents(finished).keys()
+
+
+def test_a_run_that_ends_before_the_job_begins_leaves_nothing(pico_r1: Path, tmp_path: Path) -> None:
+    def stop(progress: Any) -> None:
+        raise Interrupted("the test stopped it")
+
+    with pytest.raises(Interrupted):
+        pipeline.gguf(recipe(pico_r1, tmp_path / "made" / "out"), report=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_restart_that_ends_before_the_job_begins_leaves_the_finished_output(
+    pico_r1: Path, finished: Path, tmp_path: Path
+) -> None:
+    def stop(progress: Any) -> None:
+        raise Interrupted("the test stopped it")
+
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    with pytest.raises(Interrupted):
+        pipeline.gguf(recipe(pico_r1, output, type="Q4_0"), restart=True, report=stop)
+    assert contents(output) == contents(finished)
+
+
+@pytest.mark.parametrize(("options", "outcome"), [({"resume": True}, "finished"), ({}, "refused")])
+def test_what_was_seen_before_the_lock_is_looked_at_again_under_it(
+    pico_r1: Path,
+    all_done: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    outcome: str,
+) -> None:
+    output = tmp_path / "out"
+    arriving = tmp_path / "arriving"
+    shutil.copytree(all_done, arriving)
+    if options:
+        arriving.rename(output)
+
+    @contextmanager
+    def after_the_other_run(folder: Path, subject: Path) -> Iterator[None]:
+        if arriving.exists():
+            arriving.rename(output)
+        jobs._remove_work(output)  # the other run's last step
+        with exclusive(folder, subject):
+            yield
+
+    exclusive = jobs.exclusive
+    monkeypatch.setattr(jobs, "exclusive", after_the_other_run)
+    if outcome == "finished":
+        assert pipeline.gguf(recipe(pico_r1, output), **options).already_finished
+    else:
+        with pytest.raises(InputError, match="a finished output"):
+            pipeline.gguf(recipe(pico_r1, output), **options)
+    whole = {name: content for name, content in contents(all_done).items() if not name.startswith(WORK)}
+    assert contents(output) == whole
+
+
+def test_killed_anywhere_while_the_work_folder_goes_away_the_output_is_finished_or_resumable(
+    pico_r1: Path, all_done: Path, tmp_path: Path
+) -> None:
+    whole = {name: content for name, content in contents(all_done).items() if not name.startswith(WORK)}
+    again, kills = 0, 0
+    while True:
+        output = tmp_path / f"out-{kills}"
+        shutil.copytree(all_done, output)
+        code, _ = run(partial(jobs._remove_work, output), output, kills)
+        state = jobs.found_in(output)
+        assert state in ("interrupted", "finished")
+        again += state == "interrupted"
+        if state == "finished":
+            assert pipeline.gguf(recipe(pico_r1, output), resume=True).already_finished
+            assert contents(output) == whole
+        else:
+            assert contents(output) == contents(all_done)
+        shutil.rmtree(output)
+        if code == 0:
+            break
+        assert code == KILLED
+        kills += 1
+    assert kills >= 5 and again == 1, "only a kill before the one rename leaves an interrupted job"
+
+
+def test_killed_anywhere_while_room_is_made_for_another_job_nothing_strays(
+    pico_r1: Path, finished: Path, all_done: Path, tmp_path: Path
+) -> None:
+    for before in (finished, all_done):
+        kills = 0
+        while True:
+            output = tmp_path / "out"
+            shutil.copytree(before, output)
+            (output / "mine.txt").write_text("not dsquant's")
+            (output / WORK).mkdir(exist_ok=True)
+            code, _ = run(partial(jobs._clear, output), output, kills)
+            run(partial(jobs._clear, output), output, None)  # what --restart and --resume both do next
+            assert set(contents(output)) - {f"{WORK}/{name}" for name in jobs.EARLIER.values()} == {"mine.txt"}
+            shutil.rmtree(output)
+            if code == 0:
+                break
+            kills += 1
+        assert kills >= 3
+
+
+@pytest.mark.parametrize("name", [5, "\0", ".", "..", "../outside", "/etc/hostname", "link/victim", ""])
+def test_a_restart_removes_nothing_outside_of_its_folder(
+    name: Any, pico_r1: Path, finished: Path, tmp_path: Path
+) -> None:
+    output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    shutil.copytree(finished, output)
+    elsewhere.mkdir()
+    for victim in (elsewhere / "victim", tmp_path / "outside"):
+        victim.write_text("keep me")
+    (output / "link").symlink_to(elsewhere)
+    record = json.loads((output / "dsquant.json").read_bytes())
+    record["files"] = [*record["files"], name]
+    (output / "dsquant.json").write_text(json.dumps(record))
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="not a file of"):
+        pipeline.gguf(recipe(pico_r1, output), restart=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [WORK, ".dsquant-removed"])
+def test_a_link_in_the_place_of_a_work_folder_is_refused(
+    name: str, pico_r1: Path, finished: Path, tmp_path: Path
+) -> None:
+    output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    shutil.copytree(finished, output)
+    elsewhere.mkdir()
+    (elsewhere / "job.json").write_text("{}")
+    (output / name).symlink_to(elsewhere)
+    for options in ({}, {"resume": True}, {"restart": True}):
+        with pytest.raises(InputError, match="a link or a file"):
+            pipeline.gguf(recipe(pico_r1, output), **options)
+    assert list(contents(elsewhere)) == ["job.json"]
+
+
+def test_an_empty_work_folder_is_no_job(pico_r1: Path, finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / WORK).mkdir(parents=True)
+    (output / WORK / "lock").touch()
+    assert not dsquant.gguf(pico_r1, type="Q8_0", output=output, calibration=(), evaluate=False).already_finished
+    assert contents(output).keys() == contents(finished).keys()
