@@ -96,7 +96,7 @@ def jobs(model: Path, text_file: Path, request: pytest.FixtureRequest) -> dict[s
     def applied(folder: Path, resume: bool = False) -> None:
         old, patch = request.getfixturevalue("old"), request.getfixturevalue("patch")
         if not (folder / "out").exists():  # a patch is applied again, unless it was
-            dsquant.apply_patch(patch, old, folder / "out", progress=False)
+            dsquant.apply_patch(patch, old, output=folder / "out", progress=False)
 
     make = partial(awq, model, text_file)
     return {

@@ -85,11 +85,10 @@ def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str 
     inputs = inputs_of(recipe)
     key = key_of(recipe.hash, inputs)
     check_publishable(recipe)
-    output = recipe.output.resolve()  # beside the folder itself, where a link names it: renames stay on its disk
-    work = output.parent / f".{output.name}.dsquant"
-    work.mkdir(parents=True, exist_ok=True)
+    work = _work_folder(recipe)
     with exclusive(work, recipe.output):
         if _is_published(recipe, key):  # by the run that held the lock until now
+            _tidy(work)
             return _release(recipe, key, already_published=True)
         stage = ["prepare"]
         try:
@@ -110,13 +109,21 @@ def published(recipe: ReleaseRecipe) -> Release | None:
         recipe: the recipe.
 
     Returns:
-        The release; None where there is something to do.
+        The release; None where there is something to do, if only to remove what a killed run has left.
 
     Raises:
         InputError: where the source is neither here nor on the hub.
     """
     key = key_of(recipe.hash, inputs_of(recipe))
-    return _release(recipe, key, already_published=True) if _is_published(recipe, key) else None
+    if not _is_published(recipe, key) or _left_behind(_work_folder(recipe)):
+        return None
+    return _release(recipe, key, already_published=True)
+
+
+def _work_folder(recipe: ReleaseRecipe) -> Path:
+    """Lies beside the output itself, where a link names that: renames stay on its disk."""
+    output = recipe.output.resolve()
+    return output.parent / f".{output.name}.dsquant"
 
 
 def _is_published(recipe: ReleaseRecipe, key: str) -> bool:
@@ -185,9 +192,13 @@ def _tidy(work: Path) -> None:
     """Leaves the lock alone in the folder. The journal goes first: what it tells of is there as long as it is."""
     (work / JOURNAL_FILE).unlink(missing_ok=True)
     sync_folder(work)
-    for path in work.iterdir():
-        if path.name not in (LOCK_FILE, HOLDER_FILE):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in _left_behind(work):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _left_behind(work: Path) -> list[Path]:
+    """Returns what lies in the folder beside the lock."""
+    return [path for path in work.glob("*") if path.name not in (LOCK_FILE, HOLDER_FILE)]
 
 
 def _is_left_over(recipe: ReleaseRecipe, journal: Journal) -> bool:
