@@ -16,8 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dsquant.disk import PARTIAL, write_atomically
+from dsquant.disk import NO_ROOM, PARTIAL, naming, remove_empty, write_atomically
 from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.foreign import LONGEST_NAME_BYTES, check_plain_files, own_path, read_file
 from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
 from dsquant.recipe import CHANGEABLE_ON_RESUME, JobRecipe, format_size
 from dsquant.strict_json import parse_json, read_json_object
@@ -30,7 +31,8 @@ JOURNAL_FILE = "journal.jsonl"
 BEGIN_ANEW = "begin anew with --restart"
 # What a job's own record holds at least; more is its own affair.
 JOB_NOTES = ("recipe", "tensors", "shards", "files")
-LONGEST_NAME_BYTES = 255
+# The unit that begins every job: a table is copied, and nothing is lost with it.
+FIRST_UNIT = "embedding"
 
 
 class Journal:
@@ -46,7 +48,7 @@ class Journal:
             InputError: where a line is damaged.
         """
         self._path = path
-        raw = path.read_bytes() if path.exists() else b""
+        raw = read_file(path) if path.exists() else b""
         complete = raw[: raw.rfind(b"\n") + 1]
         if complete != raw:
             os.truncate(path, len(complete))
@@ -61,7 +63,7 @@ class Journal:
     def append(self, unit: str, **notes: Any) -> None:
         """Notes a finished unit; when this returns the line is on disk."""
         entry = {"unit": unit, **notes}
-        with self._path.open("ab") as file:
+        with naming(self._path), self._path.open("ab") as file:
             file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -117,7 +119,10 @@ def claim(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
     interrupted = (output / WORK_FOLDER).is_dir()
     if not interrupted and not (output / RECORD_FILE).is_file():
         raise InputError(f"{output} is not empty and no output of dsquant; name another folder")
+    if resume or restart:
+        check_plain_files(output)
     if restart:
+        _recorded_files(output)
         return "restart"
     if not resume:
         state, advice = ("an interrupted job", "go on with --resume, ") if interrupted else ("a finished output", "")
@@ -215,9 +220,11 @@ def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any])
         The job.
 
     Raises:
-        InputError: where another run works on the folder.
+        InputError: where another run works on the folder; and what is raised inside: a job that has begun here and has
+            no layer in its journal yet then leaves nothing, and the error of any other tells what is kept.
     """
     work = output / WORK_FOLDER
+    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
     work.mkdir(parents=True, exist_ok=True)
     with exclusive(work, output):
         if state == "restart":
@@ -227,18 +234,49 @@ def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any])
         else:
             notes = {"recipe": recipe.lasting(), "dsquant": version("dsquant"), **notes}
             write_atomically(work / JOB_FILE, json.dumps(notes).encode())
-        yield Job(output, work, notes)
+        job = Job(output, work, notes)
+        try:
+            yield job
+        except InputError as error:
+            if state == "resume":
+                raise
+            finished = Journal(work / JOURNAL_FILE).units  # several ranks, and so several jobs, may have written it
+            if finished.keys() - {FIRST_UNIT}:
+                raise InputError(f"{error} {len(finished)} finished units stay in {output}; {BEGIN_ANEW}.") from error
+            _remove_traces(output, missing)
+            raise
+
+
+def _remove_traces(output: Path, missing: Iterable[Path]) -> None:
+    """Removes all that a job has made, and the folders that were missing before it, the innermost first."""
+    recorded = _recorded_files(output)
+    _remove_recorded_files(output)
+    shutil.rmtree(output / WORK_FOLDER)
+    inside = {folder for path in recorded for folder in path.parents if output in folder.parents}
+    remove_empty([*sorted(inside, reverse=True), *missing])
+
+
+def _recorded_files(output: Path) -> list[Path]:
+    """The files that a job noted as its own."""
+    found = []
+    for record_path in (output / WORK_FOLDER / JOB_FILE, output / RECORD_FILE):
+        files = _read_record(record_path).get("files", []) if record_path.is_file() else []
+        if not isinstance(files, list | dict):
+            raise InputError(f"{record_path} is damaged: its 'files' are {files!r:.80}; remove the folder yourself")
+        found += [own_path(output, name) for name in files]
+    other = next((path for path in found if path.is_dir() or path.is_relative_to(output / WORK_FOLDER)), None)
+    if other is not None:
+        raise InputError(
+            f"{output}: its record tells of {other}, which is not a file of an output; remove the folder yourself"
+        )
+    return found
 
 
 def _remove_recorded_files(output: Path) -> None:
     """Removes the files that a job noted as its own, and nothing else."""
-    for record_path in (output / WORK_FOLDER / JOB_FILE, output / RECORD_FILE):
-        files = _read_record(record_path).get("files", []) if record_path.is_file() else []
-        for name in files:
-            path = output / name
-            if ".." not in Path(name).parts and not Path(name).is_absolute():
-                path.unlink(missing_ok=True)
-                path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
+    for path in _recorded_files(output):
+        path.unlink(missing_ok=True)
+        path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
     (output / RECORD_FILE).unlink(missing_ok=True)
     for path in (output / WORK_FOLDER).iterdir():
         if path.name not in (LOCK_FILE, HOLDER_FILE):
@@ -298,15 +336,16 @@ def full_disk_is_resumable() -> Iterator[None]:
     """Turns a full disk into a stop that can be resumed.
 
     Raises:
-        Interrupted: where the disk or the quota is full.
+        Interrupted: where the disk or the quota is full, or a file may grow no further.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_ROOM:
             raise
+        what = "a limit on file sizes is reached (ulimit -f)" if error.errno == errno.EFBIG else "the disk is full"
         raise Interrupted(
-            f"the disk is full ({error.filename or error}); finished units are kept: make room and go on with --resume"
+            f"{what}: {error.filename or error}; finished units are kept: make room and go on with --resume"
         ) from error
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from dsquant.disk import naming
 from dsquant.errors import InputError
 
 LOCK_FILE = "lock"
@@ -45,7 +46,8 @@ def exclusive(folder: Path, subject: Path) -> Iterator[None]:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         content = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
         temporary = folder / f"{HOLDER_FILE}.partial"
-        temporary.write_text(json.dumps(content))
+        with naming(folder / HOLDER_FILE):
+            temporary.write_text(json.dumps(content))
         temporary.replace(folder / HOLDER_FILE)
         yield
     finally:

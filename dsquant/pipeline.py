@@ -3,7 +3,6 @@
 Nothing is written before the whole input has been found good.
 """
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import PurePosixPath
@@ -14,7 +13,7 @@ from dsquant.distributed import ALONE, Ranks
 from dsquant.errors import UsageError
 from dsquant.finishing import finish, finish_gguf
 from dsquant.gguf_conversion import GgufRun, convert_to_gguf, plan_gguf
-from dsquant.jobs import RECORD_FILE, Job, claim, found_state, full_disk_is_resumable, stop_on_signals
+from dsquant.jobs import Job, claim, found_state, full_disk_is_resumable, stop_on_signals
 from dsquant.memory import check_memory
 from dsquant.mixed_plan import MixedPlan
 from dsquant.mixed_precision import choose_widths
@@ -30,7 +29,15 @@ from dsquant.preparation import (
     resolved_device,
 )
 from dsquant.recipe import GgufRecipe, Recipe, TargetedRecipe, format_size, preset_and_steps
-from dsquant.records import Preview, Result, gguf_output_files, output_files, planned_warnings, result_of
+from dsquant.records import (
+    Preview,
+    Result,
+    finished_result,
+    gguf_output_files,
+    output_files,
+    planned_warnings,
+    result_of,
+)
 from dsquant.rounding import UNQUANTIZED
 from dsquant.supervision import Supervised
 from dsquant.telemetry import Limits, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
@@ -63,7 +70,7 @@ def awq(
     recipe = ranks.together(lambda: _resolved_for(recipe, ranks))
     state = ranks.once(lambda: claim(recipe.output, recipe, resume, restart))
     if state == "finished":
-        return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
+        return finished_result(recipe)
     with stop_on_signals() as request, full_disk_is_resumable():
         budget, gpu_budget = memory_budget(recipe), min(ranks.gather(gpu_memory_budget(recipe)))
         source = ranks.together(lambda: open_source(recipe, gpu_budget, ranks.size))
@@ -214,7 +221,7 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
     recipe = recipe.model_copy(update={"device": resolved_device(recipe.device)})
     state = claim(recipe.output, recipe, resume, restart)
     if state == "finished":
-        return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
+        return finished_result(recipe)
     with stop_on_signals() as request, full_disk_is_resumable():
         plan = plan_gguf(recipe)
         limits = Limits(recipe.output, memory_budget(recipe), plan.disk_bytes)
