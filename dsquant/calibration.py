@@ -17,8 +17,11 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError, UsageError
+from dsquant.foreign import blaming, find_file
 from dsquant.source.checkpoint import CONFIG_FILE, read_config
 from dsquant.strict_json import parse_json
+from dsquant.strict_yaml import read_yaml
+from dsquant.tokenization import THEN, check_tokenizer_files, encode, render
 
 _PACKAGE = Path(__file__).parent
 # Beside the package in a checkout, inside it in a wheel.
@@ -28,8 +31,6 @@ THINK, END_THINK = "<think>", "</think>"
 HUB_SPEC = re.compile(
     r"hf:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]%:-]+))?(?:#(?P<column>\w+))?"
 )
-
-
 HELD_OUT_TEXTS = ("code", "wiki", "reasoning")
 
 
@@ -73,14 +74,13 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder / CONFIG_FILE}: no model_type, by which transformers and engines know a model; take config.json "
             "from the same release as the weights"
         )
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any(find_file(folder, name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(
             f"{folder}: no tokenizer.json, tokenizer.model or vocab.json; copy the model's tokenizer there"
         )
-    try:
+    check_tokenizer_files(folder)
+    with blaming(f"{folder}: the tokenizer cannot be read", THEN):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        raise InputError(f"{folder}: the tokenizer cannot be read: {error}") from error
     tokenizer.model_max_length = LONGEST_DOCUMENT  # documents are cut into samples afterwards
     return tokenizer
 
@@ -220,9 +220,7 @@ def _sources(spec: str, share: float) -> list[_Source]:
     mix = next((folder / f"{spec}.yaml" for folder in FOLDERS if (folder / f"{spec}.yaml").is_file()), None)
     if mix is None or Path(spec).exists() or not re.fullmatch(r"[\w-]+", spec):
         return [_Source(spec if spec.startswith("hf:") else Path(spec).name, spec, share)]
-    import yaml
-
-    entries = yaml.safe_load(mix.read_text())["sources"]
+    entries = read_yaml(mix, "mix")["sources"]
     total = sum(entry["weight"] for entry in entries)
     return [
         _Source(
@@ -372,7 +370,7 @@ def _encode(document: Any, tokenizer: Any) -> list[int]:
     text = document if isinstance(document, str) else render_chat(document, tokenizer)
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     text = text.removeprefix(bos).removesuffix(eos)
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    ids = encode(text, tokenizer, add_special_tokens=False)
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [*before, *ids, *after]
@@ -394,7 +392,7 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
     if last == len(messages) or not tokenizer.chat_template:
         return "\n\n".join(_whole_turn(message) for message in messages)
-    prompt: str = tokenizer.apply_chat_template(messages[:last], tokenize=False, add_generation_prompt=True)
+    prompt = render(messages[:last], tokenizer)
     opened = prompt.rstrip().endswith(THINK)
     if opened:
         prompt = prompt.rstrip().removesuffix(THINK)

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsquant.disk import PARTIAL
+from dsquant.disk import PARTIAL, naming
+from dsquant.foreign import find_file
 from dsquant.jobs import RECORD_FILE
 from dsquant.mixed_plan import WIDTH_COLUMNS, width_rows
 from dsquant.recipe import format_size, preset_and_steps
@@ -31,8 +32,18 @@ COPIED = (
 
 
 def copied_files(folder: Path) -> list[str]:
-    """The files of a checkpoint that its quantized version needs as they are."""
-    return [name for name in COPIED if (folder / name).is_file()]
+    """The files of a checkpoint that its quantized version needs as they are.
+
+    Args:
+        folder: the checkpoint.
+
+    Returns:
+        Their names.
+
+    Raises:
+        InputError: where one is not a regular file, or a link that leads out of the checkpoint.
+    """
+    return [name for name in COPIED if find_file(folder, name) is not None]
 
 
 def copy_files(source: Path, folder: Path) -> None:
@@ -44,7 +55,8 @@ def copy_files(source: Path, folder: Path) -> None:
     """
     for name in copied_files(source):
         partial = folder / (name + PARTIAL)
-        shutil.copyfile(source / name, partial)
+        with naming(folder / name):
+            shutil.copyfile(source / name, partial)
         partial.replace(folder / name)
 
 

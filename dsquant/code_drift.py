@@ -14,6 +14,7 @@ from dsquant.evaluation.measure_drift import DriftPlan, SafePoint, measure_drift
 from dsquant.evaluation.tasks import Task, read_tasks
 from dsquant.opening import Opened, Original
 from dsquant.recipe import format_size
+from dsquant.tokenization import encode
 
 SHIPPED_PROMPTS = "python"
 NO_PROMPTS = "none"
@@ -116,7 +117,7 @@ def _check_tokens(tasks: tuple[Task, ...], request: DriftRequest, original: Orig
     """Refuses what does not fit into the model's context."""
     longest = max(tasks, key=lambda task: len(task.prompt))
     context = original.skeleton.config.get("max_position_embeddings")
-    wanted = len(original.tokenizer.encode(longest.prompt)) + request.max_tokens
+    wanted = len(encode(longest.prompt, original.tokenizer)) + request.max_tokens
     if context is not None and wanted > int(context):
         raise UsageError(
             f"prompt {longest.name} and {request.max_tokens} tokens behind it are {wanted} tokens; the model's context "

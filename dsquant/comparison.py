@@ -13,6 +13,7 @@ from statistics import fmean
 import torch
 
 from dsquant.code_drift import drift_caveats, plan_drift, run_drift
+from dsquant.disk import remove_empty
 from dsquant.errors import GateError, InconclusiveError, InputError, Interrupted, UsageError
 from dsquant.evaluation.diagnosis import diagnose
 from dsquant.evaluation.drift import CodeDrift
@@ -27,7 +28,7 @@ from dsquant.evaluation.results import SCHEMA_VERSION, Candidate, Evaluation, Id
 from dsquant.evaluation.summary import layer_scores, routers_of, scores_by_text
 from dsquant.evaluation.weights import by_kind, worst
 from dsquant.evaluation_request import EvaluationRequest, Texts, candidate_names, read_texts
-from dsquant.jobs import stop_on_signals
+from dsquant.jobs import check_name, stop_on_signals
 from dsquant.memory import samples_together
 from dsquant.opening import Opened, Original, open_candidate, open_original
 from dsquant.preparation import check_disk, default_memory_budget, resolved_device
@@ -57,8 +58,8 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
     started = time.monotonic()
     gates = None if request.gates is None else read_gates(request.gates)
     confidence = CONFIDENCE if gates is None else gates.confidence
-    if request.output is not None and request.output.exists() and not request.output.is_dir():
-        raise InputError(f"{request.output} is a file; name a folder for the report")
+    if request.output is not None:
+        check_name(request.output)
     original = open_original(request.reference, torch.device(resolved_device(request.device)))
     candidates = {name: open_candidate(path, original) for name, path in candidate_names(request.candidates).items()}
     texts = read_texts(request, original.tokenizer)
@@ -211,10 +212,15 @@ def _not_resumable() -> Iterator[None]:
 @contextmanager
 def _work_folder(output: Path | None) -> Iterator[Path]:
     """A folder for hidden states, on the disk of the output where one is named: /tmp may be memory."""
+    missing = [] if output is None else [folder for folder in (output, *output.parents) if not folder.exists()]
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".dsquant-", dir=output) as work:
-        yield Path(work)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".dsquant-", dir=output) as work:
+            yield Path(work)
+    except InputError:
+        remove_empty(missing)
+        raise
 
 
 def _candidate(

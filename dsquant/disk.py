@@ -4,10 +4,32 @@ import ctypes
 import errno
 import os
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Ending of a file that is being written; it is renamed when it is whole.
 PARTIAL = ".partial"
+# Errors of a disk or quota that is full, and of a file that may grow no further (ulimit -f).
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an error of writing the file's name, which the system leaves out where a file is open already.
+
+    Args:
+        path: the file.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -18,7 +40,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         content: its content.
     """
     temporary = path.with_name(path.name + PARTIAL)
-    temporary.write_bytes(content)
+    with naming(path):
+        temporary.write_bytes(content)
     publish(temporary, path)
     sync_folder(path.parent)
 
@@ -30,7 +53,7 @@ def publish(partial: Path, path: Path) -> None:
         partial: the file.
         path: its name, in the same folder.
     """
-    with partial.open("rb") as file:
+    with naming(path), partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
 
@@ -42,6 +65,17 @@ def remove_tree(folder: Path) -> None:
         folder: the folder; a link is left alone.
     """
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Removes those folders in which nothing is left; another process may be removing them too.
+
+    Args:
+        folders: in this order; the innermost first.
+    """
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def sync_folder(folder: Path) -> None:
@@ -83,7 +117,7 @@ def reserve(descriptor: int, count: int) -> None:
     if not count or not hasattr(libc, "fallocate"):
         return
     failed = libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(count))
-    if failed and (number := ctypes.get_errno()) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if failed and (number := ctypes.get_errno()) in NO_ROOM:
         raise OSError(number, os.strerror(number))
 
 

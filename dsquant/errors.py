@@ -2,7 +2,8 @@
 
     DsquantError                  exit code
     * UsageError                  2    an argument or a recipe that cannot be meant
-    * InputError                  3    a checkpoint, text or output folder that cannot be used; nothing was written
+    * InputError                  3    a checkpoint, text or output folder that cannot be used; nothing was written,
+                                       or a job had finished layers before, which are kept
     * GateError                   4    a quality gate failed
     * InconclusiveError           5    too few samples to decide a gate
     * Interrupted                 75   stopped at a safe point; `--resume` goes on
@@ -24,7 +25,10 @@ class UsageError(DsquantError):
 
 
 class InputError(DsquantError):
-    """A checkpoint, text or output folder that cannot be used; nothing was written."""
+    """A checkpoint, text or output folder that cannot be used.
+
+    Nothing was written, or nothing is left of it; only a job that had finished layers before keeps them, and says so.
+    """
 
     exit_code = 3
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
+from dsquant.foreign import blaming
 from dsquant.model.overlays import on_device
 from dsquant.source.checkpoint import Checkpoint
+from dsquant.source.gguf_file import read_gguf
 from dsquant.source.gguf_layout import ARCHITECTURES, parameters
 from dsquant.source.gguf_weights import GgufWeights, gguf_parts
 from dsquant.source.locate import ASSETS, EMBEDDED_MODEL
@@ -28,6 +30,9 @@ EXPRESSIONS = {
     "qwen2": _WORDS + r"\p{N}" + _REST,
     "deepseek-r1-qwen": _WORDS + r"\p{N}" + _REST,
 }
+OR_REFERENCE = "name the checkpoint that it was made from as the reference"
+# No count, size or factor of a network is larger.
+LARGEST_NUMBER = 2.0**62
 # Llama 3.1's and 3.3's scaling of rotary frequencies; GGUF stores only what comes of it.
 LLAMA3_ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -75,11 +80,17 @@ class GgufHeader:
 
     @property
     def tokens(self) -> dict[str, int] | None:
-        """Token -> id of the vocabulary without unused places; None where the file holds none."""
+        """Token -> id of the vocabulary without unused places; None where the file holds none.
+
+        Raises:
+            InputError: where tokens and their types do not belong together.
+        """
         tokens, types = self.keys.get("tokenizer.ggml.tokens"), self.keys.get("tokenizer.ggml.token_type")
         if tokens is None or types is None:
             return None
-        return {token: number for number, token in enumerate(tokens) if types[number] != UNUSED}
+        if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
+            raise InputError(f"{self.file}: its tokens and their types are not two lists of one length")
+        return {str(token): number for number, token in enumerate(tokens) if types[number] != UNUSED}
 
 
 def read_header(file: Path) -> GgufHeader:
@@ -95,23 +106,18 @@ def read_header(file: Path) -> GgufHeader:
         InputError: where a file is missing or damaged.
     """
     try:
-        from gguf import GGUFReader
+        import gguf  # noqa: F401
     except ImportError as error:
         raise InputError(f"{file}: reading GGUF files needs the package gguf: pip install gguf") from error
 
     keys: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for part in gguf_parts(file):
-        try:
-            reader = GGUFReader(part)
+        if not part.exists():
+            raise InputError(f"{part} is missing; all parts of a split file must lie in one folder")
+        reader = read_gguf(part)
+        with blaming(part, "fetch or make it again"):
             keys = {name: field.contents() for name, field in reader.fields.items()} | keys
-        except FileNotFoundError as error:
-            raise InputError(f"{part} is missing; all parts of a split file must lie in one folder") from error
-        except Exception as error:  # gguf-py raises whatever numpy does on damaged files
-            raise InputError(
-                f"{part} is damaged or no GGUF file: header and tensors do not fit its {part.stat().st_size} bytes; "
-                "fetch or make it again"
-            ) from error
         tensors |= {tensor.name: tensor for tensor in reader.tensors}
     return GgufHeader(file, keys, tensors)
 
@@ -157,19 +163,22 @@ def gguf_tokenizer(header: GgufHeader) -> Any:
     Raises:
         InputError: where the file holds none, or one of a kind that dsquant cannot build.
     """
+    kind = header.keys.get("tokenizer.ggml.model")
+    if header.tokens is None or kind != "gpt2" or "tokenizer.ggml.merges" not in header.keys:
+        found = f"tokenizer.ggml.model is {kind!r:.80}"
+        raise InputError(f"{header.file}: it holds no byte-level BPE tokenizer ({found}); {OR_REFERENCE}")
+    with blaming(f"{header.file}: the tokenizer cannot be read", OR_REFERENCE):
+        return _byte_level_bpe(header.file, header.keys, header.tokens)
+
+
+def _byte_level_bpe(file: Path, keys: Mapping[str, Any], vocabulary: dict[str, int]) -> Any:
+    """A tokenizer from a vocabulary that the packages may refuse."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    keys, vocabulary = header.keys, header.tokens
-    kind = keys.get("tokenizer.ggml.model")
-    if vocabulary is None or kind != "gpt2" or "tokenizer.ggml.merges" not in keys:
-        raise InputError(
-            f"{header.file}: it holds no byte-level BPE tokenizer (tokenizer.ggml.model is {kind!r}); name the "
-            "checkpoint that it was made from as the reference"
-        )
     merges = [tuple(merge.split(" ")) for merge in keys["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = _pre_tokenizer(header.file, str(keys.get("tokenizer.ggml.pre")))
+    tokenizer.pre_tokenizer = _pre_tokenizer(file, str(keys.get("tokenizer.ggml.pre")))
     tokenizer.decoder = decoders.ByteLevel()
     types = keys["tokenizer.ggml.token_type"]
     for token, number in vocabulary.items():
@@ -181,7 +190,7 @@ def gguf_tokenizer(header: GgufHeader) -> Any:
         for kind in ("bos", "eos")
         if keys.get(f"tokenizer.ggml.{kind}_token_id") in names
     }
-    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, name_or_path=str(file), **special)
     found.chat_template = keys.get("tokenizer.chat_template")
     return found
 
@@ -216,9 +225,13 @@ def _config(header: GgufHeader) -> dict[str, Any]:
                 f"{file}: key '{architecture}.{name}' is missing; name the checkpoint that it was made from as the "
                 "reference"
             )
+        if not isinstance(value, int | float) or not 0 <= value <= LARGEST_NUMBER:
+            raise InputError(f"{file}: key '{architecture}.{name}' is {value!r:.80}, expected a number")
         return value
 
     heads = key("attention.head_count")
+    if heads < 1:
+        raise InputError(f"{file}: key '{architecture}.attention.head_count' is {heads!r}, expected a positive number")
     mtp = key("nextn_predict_layers", 0)
     config: dict[str, Any] = {
         "architectures": [names[architecture]],

@@ -7,9 +7,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-from dsquant.disk import PARTIAL, publish, sync_folder
+from dsquant.disk import sync_folder, write_atomically
 from dsquant.errors import InputError, UsageError
 from dsquant.jobs import Job
 from dsquant.memory import (
@@ -444,10 +444,7 @@ def keep_observed(work: Path, unit: str, observed: Mapping[str, TensorImportance
     flat: dict[str, torch.Tensor] = {}
     for name, entry in observed.items():
         flat |= {f"{name}.sums": entry.sums_MI, f"{name}.counts": entry.counts_M}
-    path = work / f"imatrix-{unit}.safetensors"
-    partial = path.with_name(path.name + PARTIAL)
-    save_file(flat, partial)
-    publish(partial, path)
+    write_atomically(work / f"imatrix-{unit}.safetensors", save(flat))
 
 
 def write_observed_imatrix(work: Path, folder: Path, units: tuple[Unit, ...], calibration: Mapping[str, Any]) -> None:

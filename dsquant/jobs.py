@@ -11,14 +11,15 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dsquant.disk import PARTIAL, remove_tree, sync_folder, write_atomically
+from dsquant.disk import NO_ROOM, PARTIAL, remove_empty, remove_tree, sync_folder, write_atomically
 from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.foreign import LONGEST_NAME_BYTES, check_plain_files, own_path, read_file
 from dsquant.journal import BEGIN_ANEW, Journal, checked_line, read_checked_line
 from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
 from dsquant.recipe import CHANGEABLE_ON_RESUME, JobRecipe, format_size
@@ -34,7 +35,8 @@ JOURNAL_FILE = "journal.jsonl"
 EARLIER = {JOB_FILE: "earlier-job.json", RECORD_FILE: "earlier-dsquant.json"}
 # What a job's own record holds at least; more is its own affair.
 JOB_NOTES = ("recipe", "tensors", "shards", "files")
-LONGEST_NAME_BYTES = 255
+# The unit that begins every job: a table is copied, and nothing is lost with it.
+FIRST_UNIT = "embedding"
 
 
 class Job:
@@ -87,6 +89,8 @@ def claim(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
         return "new"
     if found == "foreign":
         raise InputError(f"{output} is not empty and was not created by dsquant; name another folder")
+    if resume or restart:
+        check_plain_files(output)
     if restart:
         _recorded_files(output)
         return "restart"
@@ -175,7 +179,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _read_job_notes(path: Path) -> dict[str, Any]:
-    notes = read_checked_line(path.read_bytes(), str(path))
+    notes = read_checked_line(read_file(path), str(path))
     missing = [key for key in JOB_NOTES if key not in notes]
     if missing:
         raise InputError(f"{path}: not a job's record, {', '.join(missing)} are not in it; {BEGIN_ANEW}")
@@ -239,9 +243,7 @@ def held(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> Iterat
                 if found_in(output) not in ("interrupted", "cleared"):
                     _remove_work(output)
     finally:
-        for folder in absent:
-            with suppress(OSError):
-                folder.rmdir()
+        remove_empty(absent)
 
 
 @contextmanager
@@ -261,7 +263,8 @@ def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any])
         The job.
 
     Raises:
-        InputError: where an interrupted job is damaged.
+        InputError: where an interrupted job is damaged; and what is raised inside: a job that has begun here and has
+            no layer in its journal yet then leaves nothing, and the error of any other says what is kept.
     """
     work = output / WORK_FOLDER
     if state == "resume":
@@ -275,20 +278,20 @@ def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any])
         (work / name).unlink(missing_ok=True)
     try:
         yield Job(output, work, notes)
-    except InputError:
-        if len(Job(output, work, notes).journal.units) <= 1:
-            _discard(output)
+    except InputError as error:
+        finished = Job(output, work, notes).journal.units  # several ranks, and so several jobs, may have written it
+        if finished.keys() - {FIRST_UNIT}:
+            raise InputError(f"{error} {len(finished)} finished units stay in {output}; {BEGIN_ANEW}.") from error
+        _discard(output)
         raise
 
 
 def _discard(output: Path) -> None:
-    """Removes a job and all that it has written."""
-    folders = {file.parent for file in _recorded_files(output)} - {output}
+    """Removes a job, all that it has written, and the folders in which it did."""
+    inside = {folder for path in _recorded_files(output) for folder in path.parents if output in folder.parents}
     _clear(output)
     _remove_work(output)
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()
+    remove_empty(sorted(inside, reverse=True))
 
 
 def _clear(output: Path) -> None:
@@ -313,34 +316,16 @@ def _clear(output: Path) -> None:
 
 def _recorded_files(output: Path) -> list[Path]:
     """Returns the files that the records in an output name as theirs; refuses what is not a file of this folder."""
-    work = output / WORK_FOLDER
-    records = [work / JOB_FILE, output / RECORD_FILE, *(work / name for name in EARLIER.values())]
-    return [_inside(output, name, record) for record in records if record.is_file() for name in _names_in(record)]
-
-
-def _names_in(record: Path) -> list[Any]:
-    files = _read_record(record).get("files")
-    if not isinstance(files, list | dict):
-        raise InputError(f"{record} is damaged: it names no files; remove the folder yourself, or name another")
-    return list(files)
-
-
-def _inside(output: Path, name: Any, record: Path) -> Path:
-    """Returns a recorded file's path, which has to lie in the output without any link on the way."""
-    parts = Path(name).parts if isinstance(name, str) and "\0" not in name else ()
-    path = output.joinpath(*parts)
-    if (
-        not parts
-        or ".." in parts
-        or Path(*parts).is_absolute()
-        or path.parent.resolve() != output.resolve().joinpath(*parts[:-1])
-        or (path.is_dir() and not path.is_symlink())
-    ):
-        raise InputError(
-            f"{record} names {name!r:.100}, which is not a file of {output}; remove the folder yourself, or name "
-            "another"
-        )
-    return path
+    work, found = output / WORK_FOLDER, []
+    for record in (work / JOB_FILE, output / RECORD_FILE, *(work / name for name in EARLIER.values())):
+        files = _read_record(record).get("files", []) if record.is_file() else []
+        if not isinstance(files, list | dict):
+            raise InputError(f"{record} is damaged: its 'files' are {files!r:.80}; remove the folder yourself")
+        found += [own_path(output, name) for name in files]
+    other = next((path for path in found if path.is_dir() or path.is_relative_to(work)), None)
+    if other is not None:
+        raise InputError(f"{output}: its record names {other}, which is not a file of it; remove the folder yourself")
+    return found
 
 
 def _remove_work(output: Path) -> None:
@@ -407,15 +392,16 @@ def full_disk_is_resumable() -> Iterator[None]:
     """Turns a full disk into a stop that can be resumed.
 
     Raises:
-        Interrupted: where the disk or the quota is full.
+        Interrupted: where the disk or the quota is full, or a file may grow no further.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_ROOM:
             raise
+        what = "a limit on file sizes is reached (ulimit -f)" if error.errno == errno.EFBIG else "the disk is full"
         raise Interrupted(
-            f"the disk is full ({error.filename or error}); finished units are kept: make room and go on with --resume"
+            f"{what}: {error.filename or error}; finished units are kept: make room and go on with --resume"
         ) from error
 
 

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dsquant.disk import naming
 from dsquant.errors import InputError
+from dsquant.foreign import read_file
 from dsquant.strict_json import parse_json
 
 # What to do where an interrupted job is damaged.
@@ -62,7 +64,7 @@ class Journal:
             InputError: where a line is damaged, or was written by another job.
         """
         self._path, self._job = path, job
-        raw = path.read_bytes() if path.exists() else b""
+        raw = read_file(path) if path.exists() else b""
         complete = raw[: raw.rfind(b"\n") + 1]
         if complete != raw:
             os.truncate(path, len(complete))
@@ -85,7 +87,7 @@ class Journal:
     def append(self, unit: str, **notes: Any) -> None:
         """Notes a finished unit; when this returns the line is on disk."""
         entry = {"unit": unit, **notes}
-        with self._path.open("ab") as file:
+        with naming(self._path), self._path.open("ab") as file:
             file.write(checked_line({**entry, "job": self._job}))
             file.flush()
             os.fsync(file.fileno())

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsquant.disk import naming
 from dsquant.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def exclusive(folder: Path, subject: Path) -> Iterator[None]:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         content = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
         temporary = folder / f"{HOLDER_FILE}.partial"
-        temporary.write_text(json.dumps(content))
+        with naming(folder / HOLDER_FILE):
+            temporary.write_text(json.dumps(content))
         temporary.replace(folder / HOLDER_FILE)
         yield
     finally:

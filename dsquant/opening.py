@@ -12,6 +12,7 @@ import torch
 
 from dsquant.calibration import load_tokenizer
 from dsquant.errors import InputError
+from dsquant.foreign import find_file
 from dsquant.gguf_checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
 from dsquant.kernels.activation_rounding import unrounded
 from dsquant.model.overlays import on_device
@@ -224,7 +225,7 @@ def _same(found: Any, wanted: Any, from_gguf: bool) -> bool:
 
 def _checkpoint_tokens(checkpoint: Checkpoint) -> Mapping[str, int] | None:
     """Token -> id; None where the checkpoint has no tokenizer, which weights can do without."""
-    if not (checkpoint.folder / "tokenizer.json").is_file():
+    if find_file(checkpoint.folder, "tokenizer.json") is None:
         return None
     return dict(load_tokenizer(checkpoint.folder).get_vocab())
 

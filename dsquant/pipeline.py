@@ -3,7 +3,6 @@
 Nothing is written before the whole input has been found good.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +14,7 @@ from dsquant.distributed import ALONE, Ranks
 from dsquant.errors import UsageError
 from dsquant.finishing import finish, finish_gguf
 from dsquant.gguf_conversion import GgufRun, convert_to_gguf, plan_gguf
-from dsquant.jobs import RECORD_FILE, Job, StopRequest, found_state, full_disk_is_resumable, held, stop_on_signals
+from dsquant.jobs import Job, StopRequest, found_state, full_disk_is_resumable, held, stop_on_signals
 from dsquant.memory import check_memory
 from dsquant.mixed_plan import MixedPlan
 from dsquant.mixed_precision import choose_widths
@@ -31,7 +30,15 @@ from dsquant.preparation import (
     resolved_device,
 )
 from dsquant.recipe import GgufRecipe, JobRecipe, Recipe, TargetedRecipe, format_size, preset_and_steps
-from dsquant.records import Preview, Result, gguf_output_files, output_files, planned_warnings, result_of
+from dsquant.records import (
+    Preview,
+    Result,
+    finished_result,
+    gguf_output_files,
+    output_files,
+    planned_warnings,
+    result_of,
+)
 from dsquant.rounding import UNQUANTIZED
 from dsquant.supervision import Supervised
 from dsquant.telemetry import Limits, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
@@ -64,7 +71,7 @@ def awq(
     recipe = ranks.together(lambda: _resolved_for(recipe, ranks))
     with _held(recipe, resume, restart, ranks) as (state, request):
         if state == "finished":
-            return _finished_before(recipe)
+            return finished_result(recipe)
         budget, gpu_budget = memory_budget(recipe), min(ranks.gather(gpu_memory_budget(recipe)))
         source = ranks.together(lambda: open_source(recipe, gpu_budget, ranks.size))
         limits = Limits(recipe.output, budget, source.plan.disk_bytes, gpu_budget)
@@ -97,10 +104,6 @@ def _held(recipe: JobRecipe, resume: bool, restart: bool, ranks: Ranks = ALONE) 
     """Holds the output, rank 0 for all; yields what was found in it, and what signals ask for."""
     with stop_on_signals() as request, full_disk_is_resumable(), ExitStack() as stack:
         yield ranks.once(lambda: stack.enter_context(held(recipe.output, recipe, resume, restart))), request
-
-
-def _finished_before(recipe: JobRecipe) -> Result:
-    return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
 
 
 def _resolved_for(recipe: Recipe, ranks: Ranks) -> Recipe:
@@ -225,7 +228,7 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
     recipe = recipe.model_copy(update={"device": resolved_device(recipe.device)})
     with _held(recipe, resume, restart) as (state, request):
         if state == "finished":
-            return _finished_before(recipe)
+            return finished_result(recipe)
         plan = plan_gguf(recipe)
         limits = Limits(recipe.output, memory_budget(recipe), plan.disk_bytes)
         supervised = Supervised(recipe, state, plan.checkpoint.index, limits, request, report)

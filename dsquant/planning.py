@@ -18,7 +18,7 @@ from dsquant.memory import (
     sharing_memory_bytes,
 )
 from dsquant.mixed_plan import MixedPlan, plan_mixed
-from dsquant.model.skeleton import Skeleton
+from dsquant.model.skeleton import Skeleton, check_shape
 from dsquant.model.streaming import EMBEDDING
 from dsquant.model.structure import DecoderLayer
 from dsquant.recipe import Recipe
@@ -277,13 +277,7 @@ def check_complete(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
                 f"{checkpoint.folder}: tensor {name!r} is missing: config.json calls for it, no shard has it; "
                 "download the checkpoint again, or take config.json from the same release"
             )
-        found = checkpoint.weights.shape(name)
-        if found != shape:
-            info = checkpoint.index.get(name)
-            raise InputError(
-                f"{info.path if info else checkpoint.folder}: tensor {name!r} has shape {list(found)}, config.json "
-                f"makes it {list(shape)}; config and weights are of different models"
-            )
+        check_shape(checkpoint, name, shape)
     for name in checkpoint.weights:
         if name not in expected and not name.endswith(COMPUTED_SUFFIX) and name != "lm_head.weight":
             raise InputError(

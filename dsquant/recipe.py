@@ -83,7 +83,7 @@ class JobRecipe(BaseModel):
     output: Path
 
     @classmethod
-    def checked(cls, **fields: Any) -> Self:
+    def checked(cls, /, **fields: Any) -> Self:
         """Builds a recipe.
 
         Args:

@@ -11,8 +11,10 @@ from dsquant import card
 from dsquant.card import serve_command
 from dsquant.conversion import Run
 from dsquant.evaluation.divergence import Divergence
+from dsquant.foreign import blaming
 from dsquant.gguf_conversion import IMATRIX_FILE, GgufPlan, GgufRun
 from dsquant.jobs import RECORD_FILE, Job
+from dsquant.journal import BEGIN_ANEW
 from dsquant.mixed_plan import WIDTH_COLUMNS, MixedPlan, width_rows
 from dsquant.notebook import Shown, as_html, table_of
 from dsquant.preparation import Source
@@ -20,6 +22,7 @@ from dsquant.quantization.layer import FEWEST_TOKENS
 from dsquant.recipe import JobRecipe, Recipe, TargetedRecipe, format_size
 from dsquant.scales import SCALES_FILE
 from dsquant.sensitivity_pass import SENSITIVITY
+from dsquant.strict_json import read_json_object
 from dsquant.writers.gguf.store import quantizer_name
 from dsquant.writers.gguf.target import GgufTarget
 
@@ -169,6 +172,24 @@ class Preview:
 
     def _repr_html_(self) -> str:
         return as_html([str(self)])
+
+
+def finished_result(recipe: JobRecipe) -> Result:
+    """The result of a job that has finished before.
+
+    Args:
+        recipe: the job's recipe.
+
+    Returns:
+        The result.
+
+    Raises:
+        InputError: where the record in the output folder is not one that dsquant writes.
+    """
+    path = recipe.output / RECORD_FILE
+    record = read_json_object(path, BEGIN_ANEW, finite=False)
+    with blaming(path, BEGIN_ANEW):
+        return result_of(recipe, record, already_finished=True)
 
 
 def result_of(recipe: JobRecipe, record: dict[str, Any], **changes: Any) -> Result:

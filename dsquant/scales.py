@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-from dsquant.disk import PARTIAL, publish
+from dsquant.disk import write_atomically
+from dsquant.foreign import find_file
 from dsquant.model.overlays import Fold
 from dsquant.model.structure import DecoderLayer, ScaleGroup
 from dsquant.quantization.scale import fold_of
@@ -31,10 +32,7 @@ def keep_scales(work: Path, unit: str, scales: Mapping[str, Mapping[str, torch.T
     """
     flat = {f"{folder}:{name}": kept for folder, found in scales.items() for name, kept in found.items()}
     if flat:
-        path = work / f"scales-{unit}.safetensors"
-        partial = path.with_name(path.name + PARTIAL)
-        save_file(flat, partial)
-        publish(partial, path)
+        write_atomically(work / f"scales-{unit}.safetensors", save(flat))
 
 
 def write_scales(work: Path, units: Iterable[str], output: Path, folder: str) -> dict[str, str]:
@@ -90,8 +88,8 @@ def open_scales(folder: Path) -> ShardIndex:
     Raises:
         InputError: where the file is damaged.
     """
-    path = folder / SCALES_FILE
-    return ShardIndex(folder, read_header(path) if path.is_file() else {})
+    path = find_file(folder, SCALES_FILE)
+    return ShardIndex(folder, {} if path is None else read_header(path))
 
 
 def recorded_fold(layer: DecoderLayer, weights: Weights, scales: ShardIndex) -> Fold:

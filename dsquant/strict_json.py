@@ -3,10 +3,12 @@
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError
+from dsquant.foreign import read_file
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -57,9 +59,9 @@ def read_json_object(path: Path, then: str = "restore the file", finite: bool = 
         InputError: where it cannot be read, or is not what `parse_json` accepts, or is no object.
     """
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {then}") from error
+        raw = read_file(path)
+    except InputError as error:
+        raise InputError(f"{error}; {then}") from error
     found = parse_json(raw, path, then, finite)
     if not isinstance(found, dict):
         raise InputError(f"{path}: must hold a JSON object, found {type(found).__name__}; {then}")
@@ -69,9 +71,8 @@ def read_json_object(path: Path, then: str = "restore the file", finite: bool = 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is given twice")
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice!r:.80} is given twice")
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 PICO_R1: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -297,6 +297,16 @@ def add_tokenizer(folder: Path, vocabulary: int = 300) -> Path:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def put_into_norm(folder: Path, layer: int, value: float) -> None:
+    """Makes every gain of a layer's first norm the same number."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        name = f"model.layers.{layer}.input_layernorm.weight"
+        if name in tensors:
+            tensors[name] = torch.full_like(tensors[name], value)
+            save_file(tensors, path)
 
 
 def full_model(folder: Path, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:

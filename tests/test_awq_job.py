@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,24 @@ def test_a_full_disk_stops_the_job_and_loses_nothing(pico_r1: Path, text_file: P
         dsquant.awq(pico_r1, output=tmp_path / "out", calibration=(str(text_file),), **FAST)
     full.undo()
     dsquant.awq(pico_r1, output=tmp_path / "out", resume=True, calibration=(str(text_file),), **FAST)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limits on file sizes here")
+@pytest.mark.parametrize("limit", [100, 20_000, 200_000])
+def test_a_limit_on_file_sizes_is_a_full_disk(limit: int, pico_r1: Path, tmp_path: Path) -> None:
+    import resource
+
+    convert = partial(dsquant.gguf, pico_r1, type="Q8_0", calibration=(), evaluate=False, progress=False)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+    try:
+        with pytest.raises(Interrupted, match=r"limit on file sizes.*(job\.json|gguf|File too large)"):
+            convert(output=tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    convert(output=tmp_path / "out", resume=True)
+    convert(output=tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

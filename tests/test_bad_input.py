@@ -1,5 +1,6 @@
 """Every kind of bad input ends with exit code 3, a message that names file and tensor, and nothing written."""
 
+import functools
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LLAMA, add_tokenizer, make_dense
+from checkpoints import LLAMA, add_tokenizer, make_dense, put_into_norm
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -270,6 +271,22 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "groups of one expert": (change_config(n_group=8), r"config\.json.*groups of one expert.*n_group 8"),
     "absurd number of layers": (a_thousand_million_layers, r"config\.json.*num_hidden_layers is 1000000000"),
+    "a thousand million heads": (
+        change_config(num_attention_heads=10**9),
+        r"config\.json: num_attention_heads is 10000",
+    ),
+    "values without end": (change_config(v_head_dim=10**9), r"config\.json: v_head_dim is 10000"),
+    "a negative rank": (change_config(kv_lora_rank=-1), r"config\.json: kv_lora_rank is -1"),
+    "shared experts without end": (change_config(n_shared_experts=10**9), r"config\.json"),
+    "more heads than weights": (
+        change_config(num_attention_heads=2**20, v_head_dim=2**20),
+        r"shape",
+    ),
+    "layers of experts that are not there": (
+        change_config(num_hidden_layers=100, num_nextn_predict_layers=0),
+        r"config\.json: num_hidden_layers and n_routed_experts make \d+ experts",
+    ),
+    "a vocabulary that is a list": (change_config(vocab_size=[1]), r"config\.json: vocab_size is \[1\]"),
     "size that is no number": (a_size_that_is_no_number, r"config\.json"),
     "NaN in the config": (change_config(routed_scaling_factor=float("nan")), r"config\.json.*NaN.*not finite"),
     "yarn factor 0": (change_config(rope_scaling={"type": "yarn", "factor": 0}), r"config\.json.*factor 0"),
@@ -383,8 +400,33 @@ def test_numbers_that_overflow_in_a_layer_name_it_and_how_to_begin_anew(
     shutil.copytree(pico_r1, tmp_path / "model")
     change_config(routed_scaling_factor=1e39)(tmp_path / "model")
     code, output = run(tmp_path / "model", text_file, tmp_path / "out")
-    assert code == 3 and re.search(r"layers\.\d.*not finite.*--restart", output, re.DOTALL), output
+    assert code == 3 and re.search(r"layers\.\d.*not finite.*2 finished units stay in .*--restart", output), output
     assert (tmp_path / "out" / ".dsquant-work").is_dir() and not (tmp_path / "out" / "dsquant.json").exists()
+
+
+OUT_OF_RANGE: dict[str, Callable[[Path], Any]] = {
+    "a norm": lambda folder: put_into_norm(folder, layer=0, value=3e38),
+    "a rope scale": lambda folder: edit_json(
+        folder / "config.json", lambda config: config["rope_scaling"].update(mscale=1e38, mscale_all_dim=1e-9)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OUT_OF_RANGE)
+@pytest.mark.parametrize("command", ["awq", "gguf"])
+def test_bad_input_that_shows_in_the_first_layer_leaves_nothing(
+    command: str, kind: str, pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pico_r1, model)
+    OUT_OF_RANGE[kind](model)
+    (tmp_path / "mine").mkdir()
+    options: dict[str, Any] = {"to": ["awq", "compressed-tensors"], "group_size": 64} if command == "awq" else {}
+    quantize = functools.partial(getattr(dsquant, command), **options, samples=2, seq_len=16, progress=False)
+    for output in (tmp_path / "mine", tmp_path / "new" / "out"):
+        with pytest.raises(InputError, match=r"layers\.0.*not finite"):
+            quantize(model, output=output, calibration=str(text_file))
+    assert not list((tmp_path / "mine").iterdir()) and not (tmp_path / "new").exists()
 
 
 def test_the_network_leaves_the_config_as_it_stands(pico_r1: Path) -> None:

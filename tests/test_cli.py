@@ -146,4 +146,4 @@ def test_eval_names_the_line_of_a_broken_prompt(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt" "c"}\n')
     code, output = invoke("eval", "tiny-r1", "tiny-r1", "--prompts", str(prompts))
-    assert code == 3 and "prompts.jsonl, line 3: not JSON" in output
+    assert code == 3 and "prompts.jsonl, line 3: not valid JSON" in output

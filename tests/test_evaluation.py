@@ -242,7 +242,7 @@ def test_a_gguf_file_without_the_package_that_reads_it_is_refused(
 
 def test_a_broken_line_of_prompts_is_named_by_its_number(tiny_r1: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "def f():\\n"}\n{"prompt": \n')
-    with pytest.raises(InputError, match=r"prompts\.jsonl, line 2: not JSON"):
+    with pytest.raises(InputError, match=r"prompts\.jsonl, line 2: not valid JSON"):
         dsquant.evaluate(tiny_r1, tiny_r1, **SMALL | {"prompts": str(tmp_path / "prompts.jsonl")})
 
 

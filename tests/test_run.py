@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from checkpoints import put_into_norm
 
 import dsquant
 from dsquant.cli.run import run as run_command
@@ -349,7 +350,7 @@ def test_gates_that_cannot_be_meant_are_refused_before_anything_is_made(
 ) -> None:
     with pytest.raises(InputError, match="gates"):
         run_recipe(recipe_of(pico_r1, text_file, tmp_path / "out", gates=gates))
-    assert not list((tmp_path / ".out.dsquant" / "build").iterdir())
+    assert not (tmp_path / ".out.dsquant").exists()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -385,7 +386,14 @@ def test_the_shipped_recipes_are_those_that_the_issue_names() -> None:
             r"quantize\.0\.steps: 'fold': give some of scales, clip",
         ),
         ({"zzz": 1}, r"zzz: unknown key; there are calibration, device"),
-        ({"quantize": [{"name": "a b", "to": "awq"}]}, r"quantize\.0\.name"),
+        *(
+            ({"quantize": [{"name": name, "to": "awq"}]}, r"quantize\.0\.name: String should match")
+            for name in ("a b", "a/b", "a\\b", "Evaluation", "a.", ".", "..", "", "a\n")
+        ),
+        *(
+            ({"quantize": [{"name": name, "to": "awq"}]}, rf"quantize: a step cannot be called {re.escape(name)}: ")
+            for name in ("evaluation", "release.json", "release.json.partial", "evaluation.partial")
+        ),
         ({"quantize": [{"name": "a", "to": "awq"}, {"name": "a", "type": "Q8_0"}]}, "a is there twice"),
         ({"quantize": []}, "quantize: Tuple should have at least 1 item"),
         ({"evaluate": None, "gates": {"gates": []}}, "gates need an evaluate section"),
@@ -416,6 +424,22 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, raw: str) -> None:
     (tmp_path / "recipe.yaml").write_text(raw)
     with pytest.raises((InputError, UsageError), match=r"recipe\.yaml"):
         read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_recipe_that_gives_a_key_twice_names_both_lines(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: a\noutput: b\nquantize:\n  - {name: a, type: F16}\nmodel: c\n")
+    with pytest.raises(InputError, match=r"recipe\.yaml: .* line 5: the key 'model' is given twice, first in line 1"):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_model_that_is_bad_leaves_nothing_beside_the_output(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pico_r1, model)
+    put_into_norm(model, layer=0, value=3e38)
+    step = {"name": "a", "to": ["awq"], "group_size": 64}
+    with pytest.raises(InputError, match="not finite"):
+        run_recipe(small(model, text_file, tmp_path / "new" / "out", quantize=[step]))
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_python_function_takes_a_file_and_changes(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
@@ -460,4 +484,4 @@ def test_a_mistake_in_a_later_step_is_found_before_the_first(
 ) -> None:
     with pytest.raises((InputError, UsageError), match=message):
         run_recipe(recipe_of(pico_r1, text_file, tmp_path / "out", **changes))
-    assert not list((tmp_path / ".out.dsquant" / "build").iterdir())
+    assert not (tmp_path / ".out.dsquant").exists()

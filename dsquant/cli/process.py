@@ -30,6 +30,7 @@ def dsquant_command(function: Callable[..., None]) -> Callable[..., None]:
                 raise UsageError(
                     f"{function.__name__} runs in one process; of all commands only `dsquant awq` shares its work"
                 )
+            _check_texts(options)
             function(*arguments, **options)
         except DsquantError as error:
             rank = f" (rank {os.environ.get('RANK')})" if several_ranks() else ""
@@ -42,6 +43,13 @@ def dsquant_command(function: Callable[..., None]) -> Callable[..., None]:
             sys.exit(InputError.exit_code)
 
     return run
+
+
+def _check_texts(options: dict[str, Any]) -> None:
+    """Refuses null bytes, with which nothing has a name; only a caller inside Python can pass them."""
+    for name, value in options.items():
+        if any("\0" in str(part) for part in (value if isinstance(value, tuple) else (value,))):
+            raise InputError(f"{name.strip('_')}: {value!r:.80} holds a null byte")
 
 
 def several_ranks() -> bool:

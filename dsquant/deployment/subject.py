@@ -5,6 +5,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsquant.foreign import find_file
 from dsquant.model.planned import planned_checkpoint
 from dsquant.model.skeleton import Skeleton
 from dsquant.planning import check_complete
@@ -53,7 +54,7 @@ class Subject:
     @property
     def has_tokenizer(self) -> bool:
         """Whether GGUF files can be planned to the byte: they hold the tokenizer."""
-        return (self.checkpoint.folder / "tokenizer.json").is_file()
+        return find_file(self.checkpoint.folder, "tokenizer.json") is not None
 
 
 def open_subject(model: str) -> Subject:

@@ -19,6 +19,7 @@ from dsquant.evaluation.generation import Completion
 from dsquant.evaluation.intervals import CONFIDENCE, DRAWS, Interval
 from dsquant.evaluation.python_tokens import parsed, python_tokens
 from dsquant.evaluation.tasks import Task
+from dsquant.tokenization import encode
 
 LOOP_REPEATS = 3
 LOOP_TOKENS = 12
@@ -45,7 +46,7 @@ def gold_of(tasks: Sequence[Task], tokenizer: Any) -> Written | None:
     texts = tuple(task.gold for task in tasks if task.gold is not None)
     if len(texts) < len(tasks):
         return None
-    return Written(texts, tuple(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts))
+    return Written(texts, tuple(tuple(encode(text, tokenizer, add_special_tokens=False)) for text in texts))
 
 
 def signatures() -> dict[str, str]:

@@ -17,12 +17,12 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dsquant.errors import InputError, UsageError
 from dsquant.evaluation.intervals import CONFIDENCE, Interval, units_to_settle
 from dsquant.evaluation.results import Candidate, GateOutcome, Verdict
+from dsquant.strict_yaml import read_yaml
 
 Bound = Literal["at_most", "at_least"]
 
@@ -127,11 +127,7 @@ def read_gates(path: Path) -> Gates:
     Raises:
         InputError: where it is missing or no valid file of gates, with every problem in it.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: the gates cannot be read: {reason}") from error
+    content = read_yaml(path, "gates")
     try:
         return Gates.model_validate(content)
     except ValidationError as error:

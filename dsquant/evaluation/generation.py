@@ -21,6 +21,7 @@ from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import head_name
 from dsquant.model.structure import DecoderLayer
 from dsquant.source.weights import Weights
+from dsquant.tokenization import decode, encode
 
 BYTES_OF_FLOAT32 = 4
 
@@ -138,7 +139,7 @@ def complete(
     Returns:
         A completion for each prompt.
     """
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    encoded = [encode(prompt, tokenizer) for prompt in prompts]
     # Prompts of like length together: less padding.
     order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
     batches = [order[start : start + batch_prompts] for start in range(0, len(order), batch_prompts)]
@@ -204,7 +205,7 @@ class _StopRule:
         self._width = width
 
     def text(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode(tokens, self._tokenizer)
 
     def __call__(self, row: int, tokens: Sequence[int]) -> bool:
         return tokens[-1] == self._tokenizer.eos_token_id or self._cut(row, self.text(tokens)) is not None

@@ -22,6 +22,7 @@ from dsquant.evaluation.intervals import CONFIDENCE, DRAWS, Interval
 from dsquant.evaluation.tasks import Task
 from dsquant.model.skeleton import Skeleton
 from dsquant.source.weights import Weights
+from dsquant.tokenization import encode
 
 SafePoint = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and what is being done; it may raise to stop."""
@@ -178,8 +179,8 @@ def teacher_tokens(tasks: Sequence[Task], tokenizer: Any) -> tuple[torch.Tensor,
     """
     rows = []
     for task in tasks:
-        prompt = tokenizer.encode(task.prompt)
-        whole = prompt + tokenizer.encode(task.gold, add_special_tokens=False) if task.gold is not None else prompt
+        prompt = encode(task.prompt, tokenizer)
+        whole = prompt + encode(task.gold, tokenizer, add_special_tokens=False) if task.gold is not None else prompt
         rows.append((len(prompt) if task.gold is not None else 1, whole))
     width = max(len(whole) for _, whole in rows)
     tokens_NT = torch.tensor([whole + [whole[-1]] * (width - len(whole)) for _, whole in rows])

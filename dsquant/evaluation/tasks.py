@@ -7,7 +7,6 @@
 | MBPP | `task_id`, `text`, `code`, `test_list`, `test_setup_code`; sanitized: `prompt` for `text`, `test_imports` |
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 from dsquant.errors import InputError
 from dsquant.evaluation.python_tokens import normalized
+from dsquant.foreign import read_file
+from dsquant.strict_json import parse_json
 
 # What cannot belong to the function any more that a prompt began, as HumanEval's paper cuts (arXiv 2107.03374).
 BODY_STOPS = ("\ndef ", "\nclass ", "\n@", "\n#", "\nif ", "\nfor ", "\nprint(", "\nimport ", "\nfrom ", "\nassert ")
@@ -61,8 +62,8 @@ def read_tasks(path: Path) -> list[Task]:
         InputError: where it cannot be read, a line is broken (its number is in the message), or it has none.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_file(path).decode("utf-8-sig").split("\n")
+    except (InputError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: the file of prompts cannot be read: {error}") from error
     tasks = [_task(line, f"{path}, line {number}", number) for number, line in enumerate(lines, 1) if line.strip()]
     if not tasks:
@@ -71,11 +72,7 @@ def read_tasks(path: Path) -> list[Task]:
 
 
 def _task(line: str, where: str, number: int) -> Task:
-    try:
-        record = json.loads(line)
-        json.dumps(record, ensure_ascii=False).encode()  # no tokenizer takes half a surrogate pair
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON in UTF-8: {error}; each line must be one whole object") from error
+    record = parse_json(line, where, "each line must be one whole object")
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected an object with {FORMATS}, found {type(record).__name__}")
     if "canonical_solution" in record or "entry_point" in record:

@@ -1,6 +1,5 @@
 """The new output from the earlier one and a patch: all that the patch tells is checked before anything is written."""
 
-import errno
 import hashlib
 import json
 import os
@@ -13,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsquant.disk import PARTIAL, sync_folder, write_atomically
+from dsquant.disk import NO_ROOM, PARTIAL, sync_folder, write_atomically
 from dsquant.errors import InputError
+from dsquant.foreign import find_file, read_file
 from dsquant.incremental.manifest import PatchManifest, open_patch, read_manifest
 from dsquant.incremental.patch import block_sizes, xored
 from dsquant.incremental.places import beside, check_output, lies_in
@@ -65,7 +65,7 @@ def apply_patch(patch: Path, old: Path, output: Path, safe_point: Callable[[str]
         with open_patch(patch) as archive:
             return _apply(archive, patch, old, output, safe_point)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_ROOM:
             raise
         raise InputError(f"{patch} cannot be applied to {old}: {error}") from error
 
@@ -100,13 +100,14 @@ def _apply(
 
 def _check_old(manifest: PatchManifest, patch: Path, old: Path) -> None:
     """Whether the old output is the patch's, and the files that the patch builds on are there."""
-    record = old / RECORD_FILE
-    if not record.is_file() or hashlib.sha256(record.read_bytes()).hexdigest() != manifest.old_record_sha256:
+    record = find_file(old, RECORD_FILE)
+    if record is None or hashlib.sha256(read_file(record)).hexdigest() != manifest.old_record_sha256:
         raise InputError(f"{old} is not the output that {patch} was made from (its {RECORD_FILE} is another)")
     for name, entry in manifest.files.items():
         if entry.how == "new":
             continue
-        found = f"has {(old / name).stat().st_size} bytes" if (old / name).is_file() else "is missing"
+        path = find_file(old, name)
+        found = "is missing" if path is None else f"has {path.stat().st_size} bytes"
         if found != f"has {entry.bytes} bytes":
             raise InputError(
                 f"{old / name} {found}, {patch} builds on {entry.bytes} bytes of it; see `dsquant verify {old}`"

@@ -10,19 +10,14 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dsquant.errors import InputError
+from dsquant.foreign import check_relative
 from dsquant.jobs import WORK_FOLDER
 
 MANIFEST = "patch.json"
-MAX_NAME_BYTES = 255
 
 
 def _stays_inside(name: str) -> str:
-    parts = PurePosixPath(name).parts
-    if not parts or "/".join(parts) != name or name.startswith("/") or ".." in parts or "\0" in name:
-        raise ValueError(f"{name!r} is no plain path inside the output folder")
-    if any(len(part.encode()) > MAX_NAME_BYTES for part in parts):
-        raise ValueError(f"{name[:40]!r}... is longer than the {MAX_NAME_BYTES} bytes of a file name")
-    if parts[0] == WORK_FOLDER:
+    if PurePosixPath(check_relative(name)).parts[0] == WORK_FOLDER:
         raise ValueError(f"{name!r} lies in the folder of an unfinished job")
     return name
 

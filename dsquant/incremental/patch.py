@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dsquant.disk import PARTIAL, sync_folder
+from dsquant.disk import PARTIAL, naming, sync_folder
 from dsquant.incremental.manifest import MANIFEST, PatchedFile, PatchManifest
 from dsquant.jobs import RECORD_FILE
 from dsquant.sealing import BYTES_AT_ONCE
@@ -35,7 +35,7 @@ def write_patch(old: Path, new: Path, patch: Path, safe_point: Callable[[str], N
     partial = patch.with_name(patch.name + PARTIAL)
     files: dict[str, PatchedFile] = {}
     try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=LEVEL) as archive:
+        with naming(patch), zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=LEVEL) as archive:
             for name, entry in now.items():
                 safe_point(name)
                 seal = {"bytes": entry["bytes"], "sha256": entry["sha256"]}

@@ -8,7 +8,7 @@ from dsquant.disk import PARTIAL
 from dsquant.errors import InputError
 from dsquant.incremental.manifest import open_patch, read_manifest
 from dsquant.incremental.recording import Recording
-from dsquant.jobs import RECORD_FILE
+from dsquant.jobs import RECORD_FILE, check_name
 
 
 def lies_in(path: Path, folder: Path) -> bool:
@@ -45,11 +45,9 @@ def check_output(output: Path, old: Path) -> None:
     Raises:
         InputError: where it would lie in the old output or around it, or there is a file in the way.
     """
+    check_name(output)
     if lies_in(output, old) or lies_in(old, output):
         raise InputError(f"{output} and the old output {old} lie in each other; name a folder beside it with --output")
-    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise InputError(f"{output} cannot be made: {there} is a file; name another folder with --output")
 
 
 def check_patch(patch: Path, output: Path, recording: Recording, again: bool) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.errors import InputError, UsageError
+from dsquant.foreign import find_file, read_file
 from dsquant.jobs import RECORD_FILE, found_in
 from dsquant.planning import Plan, Target
 from dsquant.recipe import Recipe
@@ -75,7 +76,8 @@ class RecordedTarget:
         name = str(self.target.folder / file_name)
         path = self.recording.output / name
         entry = self.recording.record["files"][name]
-        found = hash_files(self.recording.output, [name], lambda _: None) if path.is_file() else {}
+        there = find_file(self.recording.output, name) is not None
+        found = hash_files(self.recording.output, [name], lambda _: None) if there else {}
         if found.get(name) != {key: entry[key] for key in ("bytes", "sha256")}:
             raise InputError(f"{path} is not what was written; see `dsquant verify {self.recording.output}`")
         return path
@@ -94,10 +96,10 @@ def open_recording(output: Path) -> Recording:
         InputError: where it is no finished output, or its record is damaged.
         UsageError: where it holds GGUF files or has chosen widths, which are not requantized.
     """
-    path = output / RECORD_FILE
-    if found_in(output) != "finished":
+    path = find_file(output, RECORD_FILE)
+    if path is None or found_in(output) != "finished":
         raise InputError(f"{output} is no finished output of dsquant ({RECORD_FILE} is missing, or a job is under way)")
-    raw = path.read_bytes()
+    raw = read_file(path)
     if broken_sections(raw):
         raise InputError(f"{path} is damaged; see `dsquant verify {output}`")
     record = read_record(path)

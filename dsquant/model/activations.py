@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dsquant.disk import begin_writing, reserve
+from dsquant.disk import begin_writing, naming, reserve
 from dsquant.source.weights import CPU
 
 # Pages touched by this many bytes of access are handed back: resident memory stays small, the page cache keeps them.
@@ -75,7 +75,7 @@ class Activations:
         """
         dtype = dtype or stored_dtype(device)
         num_bytes = dtype.itemsize * shape[0] * shape[1] * shape[2]
-        with path.open("ab") as file:
+        with naming(path), path.open("ab") as file:
             file.truncate(num_bytes)
             reserve(file.fileno(), num_bytes)
         with path.open("r+b") as file:
@@ -165,7 +165,7 @@ class Activations:
         dtype, (begin, end) = stored_dtype(self.device), samples
         at_once = max(1, RELEASE_BYTES // (4 * self.shape[1] * self.shape[2]))
         path.touch()
-        with path.open("r+b") as file:
+        with naming(path), path.open("r+b") as file:
             file.seek(begin * dtype.itemsize * self.shape[1] * self.shape[2])
             for start in range(begin, end, at_once):
                 stored_NTH = self.stored(start, min(start + at_once, end))

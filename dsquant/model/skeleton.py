@@ -5,6 +5,7 @@ place: it notes which token goes to which expert and leaves the experts' work to
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -21,8 +22,11 @@ from dsquant.source.checkpoint import Checkpoint
 ATTENTION = "dsquant_fused"
 # Config keys that name remote code or a storage format; the skeleton wants neither.
 IGNORED_CONFIG = ("quantization_config", "auto_map", "torch_dtype", "dtype")
-# The largest count in a config without tensors that could contradict it; Kimi-K2 has 384 experts.
+# The largest count of layers, or of anything where no tensor could contradict it; Kimi-K2 has 384 experts.
 LARGEST_COUNT = 1024
+# The largest extent of a weight: many times that of any vocabulary.
+LARGEST_EXTENT = 2**22
+SIZE_KEY = re.compile(r"_(size|dim|rank|heads)")
 
 RoutingSink = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -139,6 +143,7 @@ class Skeleton:
         # The MTP layer is one more decoder layer: built beside the others, run only when asked for.
         hf_config.num_hidden_layers += self.num_mtp_layers
         self.model = _meta_model(hf_config)
+        _check_extents(checkpoint, self.model)  # before the structure has an entry for each row
         self.layers = tuple(
             self.family.layer(self.config, index) for index in range(self.num_layers + self.num_mtp_layers)
         )
@@ -187,15 +192,61 @@ class Skeleton:
 
 
 def _check_counts(checkpoint: Checkpoint) -> None:
-    """Refuses counts that the tensors cannot bear out, before anything is built in such numbers."""
-    tensors = len(checkpoint.weights) or LARGEST_COUNT
-    for key in ("num_hidden_layers", "n_routed_experts", "num_nextn_predict_layers"):
-        count = checkpoint.config.get(key)
-        if count is not None and not (isinstance(count, int) and 0 <= count <= tensors):
+    """Refuses counts and sizes that the tensors cannot bear out, before anything is built in such numbers."""
+    path, config, tensors = checkpoint.folder / "config.json", checkpoint.config, len(checkpoint.weights)
+    most = {"num_hidden_layers": LARGEST_COUNT, "num_nextn_predict_layers": LARGEST_COUNT, "n_routed_experts": tensors}
+    for key, limit in most.items():
+        count, limit = config.get(key), min(limit or LARGEST_COUNT, tensors or LARGEST_COUNT)
+        if count is not None and not (isinstance(count, int) and 0 <= count <= limit):
             raise InputError(
-                f"{checkpoint.folder / 'config.json'}: {key} is {count!r}; the checkpoint has {tensors} tensors in "
-                "all; config and weights are of different models"
+                f"{path}: {key} is {count!r:.80}; the checkpoint has {tensors} tensors in all; config and weights are "
+                "of different models"
             )
+    dense = config.get("first_k_dense_replace")
+    mixtures = (config.get("num_hidden_layers") or 0) - (dense if isinstance(dense, int) else 0)
+    experts = mixtures * (config.get("n_routed_experts") or 0)
+    if tensors and experts > tensors:
+        raise InputError(
+            f"{path}: num_hidden_layers and n_routed_experts make {experts} experts; the checkpoint has {tensors} "
+            "tensors in all; config and weights are of different models"
+        )
+    for key, size in config.items():
+        sized = size is None or (isinstance(size, int) and 0 <= size <= LARGEST_EXTENT)
+        if SIZE_KEY.search(key) and not sized:
+            raise InputError(f"{path}: {key} is {size!r:.80}, expected an integer from 0 to {LARGEST_EXTENT}")
+
+
+def _check_extents(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuses modules that are larger than any weight, or not of the size of the checkpoint's weights."""
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        if name in checkpoint.weights:
+            check_shape(checkpoint, name, shape)
+        if max(shape, default=0) > LARGEST_EXTENT:
+            raise InputError(
+                f"{checkpoint.folder / 'config.json'}: makes tensor {name!r} of shape {list(shape)}, larger than any; "
+                "take config.json from the same release as the weights"
+            )
+
+
+def check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    """Compares a weight with what the config makes of it.
+
+    Args:
+        checkpoint: the checkpoint.
+        name: a weight that it has.
+        shape: its shape by config.json.
+
+    Raises:
+        InputError: where it has another one.
+    """
+    found = checkpoint.weights.shape(name)
+    if found != shape:
+        info = checkpoint.index.get(name)
+        raise InputError(
+            f"{info.path if info else checkpoint.folder}: tensor {name!r} has shape {list(found)}, config.json makes "
+            f"it {list(shape)}; config and weights are of different models"
+        )
 
 
 def _check_values(checkpoint: Checkpoint) -> None:

@@ -78,8 +78,7 @@ def out_of_range(where: str) -> InputError:
     """The error of hidden states that are not finite."""
     return InputError(
         f"{where}: the hidden states are not finite here; the weights of this or an earlier layer, or numbers in "
-        "config.json, are out of any sensible range. Nothing but an unfinished output was made; mend the model and "
-        "begin anew with --restart, or remove the output folder."
+        "config.json, are out of any sensible range. Correct the model and run again."
     )
 
 

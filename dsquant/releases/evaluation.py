@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsquant.disk import write_atomically
 from dsquant.errors import InputError
-from dsquant.releases.recipe import ReleaseRecipe
+from dsquant.releases.recipe import EVALUATION_FOLDER, ReleaseRecipe
 from dsquant.telemetry import Progress, Report
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from dsquant.evaluation.results import Candidate, Evaluation
     from dsquant.evaluation_request import EvaluationRequest
 
-EVALUATION_FOLDER = "evaluation"
 # For the gates, beside the folder that is published: unlike the report it keeps bounds that are infinite.
 MEASURED_FILE = "measured.json"
 # What an evaluation is made with; the gates decide on its intervals.

@@ -13,22 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsquant.disk import sync_folder, write_atomically
-from dsquant.errors import DsquantError, Interrupted
+from dsquant.disk import remove_empty, sync_folder, write_atomically
+from dsquant.errors import DsquantError, InputError, Interrupted, UsageError
 from dsquant.jobs import stop_on_signals
 from dsquant.journal import Journal
 from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
 from dsquant.notebook import Shown
 from dsquant.releases.inputs import inputs_of, key_of
 from dsquant.releases.publication import (
-    RELEASE_FILE,
     check_publishable,
     is_complete,
     publish,
     published_folder,
     published_release,
 )
-from dsquant.releases.recipe import WITHOUT_INFLUENCE, ReleaseRecipe
+from dsquant.releases.recipe import EVALUATION_FOLDER, RELEASE_FILE, WITHOUT_INFLUENCE, ReleaseRecipe
 from dsquant.telemetry import Report, silent
 
 JOURNAL_FILE = "journal.jsonl"
@@ -86,6 +85,7 @@ def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str 
     key = key_of(recipe.hash, inputs)
     check_publishable(recipe)
     work = _work_folder(recipe)
+    missing = [folder for folder in work.parents if not folder.exists()]
     with exclusive(work, recipe.output):
         if _is_published(recipe, key):  # by the run that held the lock until now
             _tidy(work)
@@ -95,6 +95,9 @@ def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str 
             _run(recipe, inputs, key, work, report, stage)
         except Exception as error:
             _after_failure(recipe, recipe_name, work, stage[-1], error)
+            if isinstance(error, InputError | UsageError) and not _has_outputs(work):
+                shutil.rmtree(work)
+                remove_empty(missing)
             if isinstance(error, Interrupted):
                 words = str(error).replace("go on with --resume", "run the same recipe again to go on")
                 raise Interrupted(f"{stage[-1]}: {words}") from error
@@ -188,6 +191,11 @@ def _run(
         _tidy(work)
 
 
+def _has_outputs(work: Path) -> bool:
+    """Whether a step has left something that the next run can go on with."""
+    return (work / BUILD_FOLDER).is_dir() and any((work / BUILD_FOLDER).iterdir())
+
+
 def _tidy(work: Path) -> None:
     """Leaves the lock alone in the folder. The journal goes first: what it tells of is there as long as it is."""
     (work / JOURNAL_FILE).unlink(missing_ok=True)
@@ -209,7 +217,7 @@ def _is_left_over(recipe: ReleaseRecipe, journal: Journal) -> bool:
 
 def _remove_foreign(recipe: ReleaseRecipe, build: Path) -> None:
     """Removes what steps of an earlier version of the recipe have left in the folder that will be published."""
-    wanted = {step.name for step in recipe.quantize} | ({"evaluation"} if recipe.evaluate else set())
+    wanted = {step.name for step in recipe.quantize} | ({EVALUATION_FOLDER} if recipe.evaluate else set())
     for path in build.iterdir():
         if path.name not in wanted:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -14,9 +14,9 @@ from typing import Any
 
 from dsquant.disk import sync_folder
 from dsquant.errors import InputError
-from dsquant.releases.recipe import ReleaseRecipe
+from dsquant.jobs import check_name
+from dsquant.releases.recipe import RELEASE_FILE, ReleaseRecipe
 
-RELEASE_FILE = "release.json"
 CURRENT = "current"
 RELEASES = "releases"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -50,9 +50,8 @@ def check_publishable(recipe: ReleaseRecipe) -> None:
     Raises:
         InputError: where the output holds something that no `dsquant run` published.
     """
+    check_name(recipe.output)
     output = recipe.output.resolve()
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file; name a folder to publish")
     if output.exists() and output.stat().st_dev != output.parent.stat().st_dev:
         raise InputError(
             f"{output} is where another file system is mounted, and results come there by a rename; name a folder in it"

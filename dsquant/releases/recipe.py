@@ -22,7 +22,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -35,12 +34,18 @@ from pydantic import (
     model_validator,
 )
 
-from dsquant.errors import InputError, UsageError
+from dsquant.disk import PARTIAL
+from dsquant.errors import UsageError
 from dsquant.recipe import Preset, StepNames, parse_size
+from dsquant.strict_yaml import read_yaml
 
-NAME = r"^[a-z0-9][a-z0-9._-]*$"
+# Of small letters, since some file systems take no notice of case; some drop a dot at the end as well.
+NAME = r"^[a-z0-9]([a-z0-9._-]*[a-z0-9_-])?$"
 # A step is a folder, and file names beside it get endings.
 LONGEST_NAME = 100
+EVALUATION_FOLDER, RELEASE_FILE = "evaluation", "release.json"
+# What a release writes beside its steps' folders.
+OWN_NAMES = (EVALUATION_FOLDER, RELEASE_FILE)
 
 
 def _size(value: Any) -> Any:
@@ -240,6 +245,9 @@ class ReleaseRecipe(Part):
     @classmethod
     def _distinct(cls, steps: tuple[AwqStep | GgufStep, ...]) -> tuple[AwqStep | GgufStep, ...]:
         names = [step.name for step in steps]
+        taken = next((name for name in names if name.removesuffix(PARTIAL) in OWN_NAMES), None)
+        if taken is not None:
+            raise ValueError(f"a step cannot be called {taken}: the release itself writes {', '.join(OWN_NAMES)}")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"give every step a name of its own; {', '.join(twice)} is there twice")
@@ -273,10 +281,7 @@ def read_recipe(path: Path, model: str | None = None, output: Path | None = None
         InputError: where the file is missing or no YAML.
         UsageError: where a key is unknown or a value cannot be meant, with the key's path.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path}: the recipe cannot be read: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, "recipe")
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a recipe is a mapping with model, output and quantize, found {content!r:.80}")
     content |= {"model": model} if model else {}

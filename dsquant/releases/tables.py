@@ -8,8 +8,8 @@ from rich.text import Text
 
 from dsquant.notebook import table_of
 from dsquant.recipe import format_size
-from dsquant.releases.evaluation import EVALUATION_FOLDER
 from dsquant.releases.job import Release
+from dsquant.releases.recipe import EVALUATION_FOLDER
 
 
 def _distances(release: Release) -> Table:

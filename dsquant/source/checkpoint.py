@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
+from dsquant.foreign import find_file
 from dsquant.kernels.fp8 import dequantize_fp8
 from dsquant.source.fp8 import SCALE_SUFFIX, scale_shape
 from dsquant.source.quantized import decoded_weights
@@ -183,12 +184,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: where it is missing or not a JSON object.
     """
-    return read_config_file(folder / CONFIG_FILE)
+    return read_config_file(find_file(folder, CONFIG_FILE) or folder / CONFIG_FILE)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """Reads a config.json that may lie anywhere and have any name; as `read_config`."""
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path} is missing; is {path.parent} a model folder?")
     return read_json_object(path, "take config.json from the same release as the weights")
 

@@ -10,8 +10,17 @@ import numpy as np
 import torch
 
 from dsquant.errors import InputError
+from dsquant.foreign import blaming, find_file
 from dsquant.kernels.activation_rounding import Rounding, rounding_of_type
-from dsquant.source.gguf_layout import ARCHITECTURES, Placement, decode_rotary, join_keys_and_values, placements
+from dsquant.source.gguf_file import read_gguf
+from dsquant.source.gguf_layout import (
+    ARCHITECTURES,
+    Placement,
+    decode_rotary,
+    join_keys_and_values,
+    placements,
+    stored_shape,
+)
 from dsquant.source.weights import Weights
 
 # Pages of a file that may stay mapped: many times a tensor's, little beside what evaluation needs.
@@ -51,35 +60,26 @@ class GgufWeights(Weights):
             self._check_shape(path, name, shape)
 
     def _read_header(self, path: Path, architecture: str) -> None:
-        from gguf import GGUFReader
-
-        if not path.is_file():
+        if not path.exists():
             raise InputError(f"{path} is missing; all parts of a split file must lie in one folder")
-        try:
-            reader = GGUFReader(path)
-            field = reader.fields.get("general.architecture")
+        reader = read_gguf(path)
+        field = reader.fields.get("general.architecture")
+        with blaming(path, "fetch or make it again"):
             found = None if field is None else field.contents()
-        except Exception as error:  # gguf-py raises whatever numpy does on damaged files
-            raise InputError(
-                f"{path} is damaged or no GGUF file: header and tensors do not fit its {path.stat().st_size} bytes; "
-                "fetch or make it again"
-            ) from error
         if found is not None and found != architecture:
             raise InputError(f"{path}: architecture {found!r}, the reference is {architecture!r}; not the same model")
         self._tensors |= {tensor.name: tensor for tensor in reader.tensors}
         self._maps.append(reader.data._mmap)
 
     def _check_shape(self, path: Path, name: str, shape: tuple[int, ...]) -> None:
-        places = self._placements[name]
-        stored = sum(int(self._tensors[place.tensor].n_elements) for place in places)
-        wanted = int(np.prod(shape))
-        if places[0].expert is not None:
-            wanted *= int(self._config["n_routed_experts"])
-        if stored != wanted:
-            raise InputError(
-                f"{path}: tensor {places[0].tensor!r} holds {stored} weights, the reference's {name!r} needs {wanted}; "
-                "not the same model"
-            )
+        for place in self._placements[name]:
+            stored = tuple(int(extent) for extent in reversed(self._tensors[place.tensor].shape))
+            wanted = stored_shape(shape, place, self._config)
+            if stored != wanted:
+                raise InputError(
+                    f"{path}: tensor {place.tensor!r} has shape {list(stored)}, the reference's {name!r} needs "
+                    f"{list(wanted)}; not the same model"
+                )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._placements)
@@ -150,6 +150,8 @@ def gguf_file(path: Path) -> Path | None:
     firsts = [file for file in files if not (match := _SPLIT.fullmatch(file.name)) or int(match[2]) == 1]
     if len(firsts) > 1:
         raise InputError(f"{path} holds several GGUF models ({', '.join(file.name for file in firsts)}); name one file")
+    for file in files:
+        find_file(path, file.name)
     return firsts[0] if firsts else None
 
 

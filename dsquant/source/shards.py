@@ -8,6 +8,7 @@ Format: https://huggingface.co/docs/safetensors (8-byte little-endian header len
 """
 
 import math
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
+from dsquant.foreign import LONGEST_NAME_BYTES, find_file, open_file
 from dsquant.strict_json import parse_json, read_json_object
 
 DTYPES = {
@@ -42,8 +44,9 @@ SINGLE_FILE = "model.safetensors"
 # The same bound as the safetensors library: a longer header is a damaged or hostile file.
 LONGEST_HEADER_BYTES = 100_000_000
 SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")
-# What file systems allow.
-LONGEST_NAME_BYTES = 255
+# What a shape may hold: far beyond any tensor, and short enough to be multiplied and printed.
+MOST_DIMENSIONS = 8
+LARGEST_INTEGER = 2**63 - 1
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -162,8 +165,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         InputError: where the file is not a complete safetensors file.
     """
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:
             raise InputError(
@@ -197,12 +200,12 @@ def _check_no_overlap(path: Path, tensors: dict[str, TensorInfo]) -> None:
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int, size_bytes: int) -> TensorInfo:
     try:
-        dtype, shape = str(entry["dtype"]), tuple(_integer(extent) for extent in entry["shape"])
-        begin, end = (_integer(offset) for offset in entry["data_offsets"])
+        dtype, shape = str(entry["dtype"]), _integers(entry["shape"], MOST_DIMENSIONS)
+        begin, end = _integers(entry["data_offsets"], 2)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: the header entry of tensor {name!r} is malformed: {entry!r:.200}") from error
     if dtype not in DTYPES:
-        raise InputError(f"{path}: tensor {name!r} has dtype {dtype}; known are {', '.join(DTYPES)}")
+        raise InputError(f"{path}: tensor {name!r} has dtype {dtype:.40}; known are {', '.join(DTYPES)}")
     if any(extent < 0 for extent in shape) or begin < 0 or end - begin != tensor_bytes(dtype, shape):
         raise InputError(
             f"{path}: tensor {name!r} of shape {list(shape)} and dtype {dtype} needs {tensor_bytes(dtype, shape)} "
@@ -216,10 +219,12 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int, size_bytes:
     return TensorInfo(name, dtype, shape, path, data_start + begin)
 
 
-def _integer(number: Any) -> int:
-    if type(number) is not int:
-        raise TypeError(f"{number!r} is no integer")
-    return number
+def _integers(numbers: Any, most: int) -> tuple[int, ...]:
+    if not isinstance(numbers, list) or len(numbers) > most:
+        raise TypeError(f"not a list of at most {most} integers")
+    if not all(type(number) is int and abs(number) <= LARGEST_INTEGER for number in numbers):
+        raise ValueError("not integers of 64 bits")
+    return tuple(numbers)
 
 
 def read_index(folder: Path) -> ShardIndex:
@@ -234,11 +239,12 @@ def read_index(folder: Path) -> ShardIndex:
     Raises:
         InputError: where a file is missing, truncated, or contradicts the index, or where a path leaves the folder.
     """
-    index_path = folder / INDEX_FILE
-    if not index_path.exists():
-        if not (folder / SINGLE_FILE).exists():
+    index_path = find_file(folder, INDEX_FILE)
+    if index_path is None:
+        single = find_file(folder, SINGLE_FILE)
+        if single is None:
             raise InputError(f"{folder}: neither {INDEX_FILE} nor {SINGLE_FILE} is there; is this a model folder?")
-        return ShardIndex(folder, read_header(folder / SINGLE_FILE))
+        return ShardIndex(folder, read_header(single))
     weight_map = _read_weight_map(index_path)
     headers = {
         file_name: read_header(_shard_path(folder, index_path, file_name))
@@ -267,7 +273,7 @@ def _shard_path(folder: Path, index_path: Path, file_name: str) -> Path:
         raise InputError(
             f"{index_path}: {file_name!r:.300} is not the name of a .safetensors file in the same folder; refused"
         )
-    path = folder / file_name
-    if not path.is_file():
-        raise InputError(f"{path}: the shard is missing, {index_path.name} names it; download it again")
+    path = find_file(folder, file_name)
+    if path is None:
+        raise InputError(f"{folder / file_name}: the shard is missing, {index_path.name} names it; download it again")
     return path

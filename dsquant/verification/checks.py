@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.errors import InputError, UsageError
+from dsquant.foreign import find_file, read_file
 from dsquant.jobs import RECORD_FILE, found_in, stop_on_signals
 from dsquant.model.skeleton import Skeleton
 from dsquant.notebook import Shown
@@ -84,18 +85,19 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
     """
     if found_in(folder) in ("interrupted", "cleared"):
         raise InputError(f"{folder} holds an interrupted job; finish it with --resume")
-    if not (folder / RECORD_FILE).is_file():
+    path = find_file(folder, RECORD_FILE)
+    if path is None:
         below = [path for place in ("*", "current/*") for path in folder.glob(f"{place}/{RECORD_FILE}")]
         known = ", ".join(sorted(str(path.parent) for path in below))
         advice = f"verify {known}" if known else "is this an output of dsquant?"
         raise InputError(f"{folder / RECORD_FILE} is missing; {advice}")
     found = Verification(str(folder))
-    raw = (folder / RECORD_FILE).read_bytes()
+    raw = read_file(path)
     found.findings += [Finding(RECORD_FILE, part, "the record is damaged") for part in broken_sections(raw)]
     if found.findings:
         found.notes.append("nothing else was checked: the hashes of all files stand in the damaged record")
         return found
-    record = read_record(folder / RECORD_FILE)
+    record = read_record(path)
     with stop_on_signals() as request:
 
         def safe_point(done: int, total: int, what: str) -> None:
@@ -144,7 +146,7 @@ def _check_files(
 ) -> set[str]:
     """Every byte of every file; returns the files that are damaged or missing."""
     files: dict[str, dict[str, Any]] = record["files"]
-    there = [name for name in files if (folder / name).is_file()]
+    there = [name for name in files if find_file(folder, name) is not None]
     bad = [name for name in files if name not in there]
     found.findings += [Finding(name, "file", "missing") for name in bad]
     present = (path for path in sorted(folder.rglob("*")) if path.is_file())

@@ -1,17 +1,21 @@
 """Whether an intact output holds what its source holds: every tensor, in the shapes and files that the record tells."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from dsquant.errors import InputError
+from dsquant.foreign import check_relative, find_file, read_file
 from dsquant.model.skeleton import Skeleton
 from dsquant.planning import COMPUTED_SUFFIX, check_complete
 from dsquant.source.checkpoint import Checkpoint, open_checkpoint
 from dsquant.source.fp8 import SCALE_SUFFIX
+from dsquant.source.gguf_file import read_gguf
 from dsquant.source.gguf_layout import placements
-from dsquant.source.shards import INDEX_FILE, read_header
+from dsquant.source.shards import DTYPES, INDEX_FILE, LARGEST_INTEGER, read_header
+from dsquant.strict_json import read_json_object
 from dsquant.verification.damage import recorded_shards
 from dsquant.writers.base import index_content
 
@@ -47,7 +51,8 @@ def check_checkpoint(
     """
     plan = recorded_shards(record["files"], folder)
     problems = _check_headers(output / folder, folder, record)
-    if (output / folder / INDEX_FILE).read_bytes() != index_content(plan):
+    index = find_file(output, str(folder / INDEX_FILE))
+    if index is None or read_file(index) != index_content(plan):
         problems.append((str(folder / INDEX_FILE), "weight_map", "not the tensors and files that the record tells"))
     try:
         checkpoint = open_checkpoint(output / folder)
@@ -108,8 +113,6 @@ def check_gguf(output: Path, first: PurePosixPath, record: Mapping[str, Any]) ->
     Returns:
         What is wrong.
     """
-    from gguf import GGUFReader
-
     problems: list[Problem] = []
     found: dict[str, tuple[int, ...]] = {}
     layers = 0
@@ -118,9 +121,9 @@ def check_gguf(output: Path, first: PurePosixPath, record: Mapping[str, Any]) ->
         if path.parent != first.parent or path.suffix != ".gguf" or path.name.startswith("imatrix"):
             continue
         try:
-            reader = GGUFReader(output / name)
-        except Exception as error:  # gguf-py raises whatever numpy does on damaged files
-            problems.append((name, "header", f"gguf-py does not read it: {error}"))
+            reader = read_gguf(output / name)
+        except InputError as error:
+            problems.append((name, "header", str(error)))
             continue
         for tensor in reader.tensors:
             shape = tuple(int(extent) for extent in reversed(tensor.shape))
@@ -154,9 +157,69 @@ def read_record(path: Path) -> dict[str, Any]:
         Its content.
 
     Raises:
-        InputError: where it was written before records held the hashes of files.
+        InputError: where it was written before records held the hashes of files, or by somebody else.
     """
-    record: dict[str, Any] = json.loads(path.read_bytes())
-    if not isinstance(record.get("files"), dict) or "weight_errors" not in next(iter(record["outputs"].values())):
+    record = read_json_object(path, finite=False)
+    if record.get("record_version") == 1:
         raise InputError(f"{path} is of an older dsquant, whose records hold no hashes of files; convert again")
+    try:
+        _Record.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ", ".join(f"{part!r:.80}" for part in first["loc"])
+        raise InputError(f"{path} is not a record that dsquant writes: {where}: {first['msg']}") from error
     return record
+
+
+def _is_tensor(entry: list[Any]) -> list[Any]:
+    """Type, SHA-256 and extents."""
+    extents = entry[2:]
+    if len(entry) < 2 or not all(isinstance(part, str) for part in entry[:2]):
+        raise ValueError("a tensor has a type and a hash")
+    if not all(type(extent) is int and 0 <= extent <= LARGEST_INTEGER for extent in extents):
+        raise ValueError("a tensor's extents are integers")
+    return entry
+
+
+def _is_folder(name: str) -> str:
+    return name if name == "." else check_relative(name)
+
+
+class _File(BaseModel):
+    bytes: Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
+    sha256: str
+    tensors: dict[str, Annotated[list[Any], AfterValidator(_is_tensor)]] = {}
+
+
+class _Output(BaseModel):
+    folder: Annotated[str, AfterValidator(_is_folder)]
+    weight_errors: dict[str, float]
+
+
+class _Source(BaseModel):
+    architecture: str
+    tensors_sha256: dict[str, str]
+
+
+class _Record(BaseModel):
+    """What is read of a record, which may come from anywhere; it seals itself, and so does a forged one."""
+
+    files: dict[Annotated[str, AfterValidator(check_relative)], _File]
+    outputs: dict[str, _Output] = Field(min_length=1)
+    source: _Source
+    recipe: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _types_are_known(self) -> Self:
+        for name, file in self.files.items():
+            kinds = {entry[0] for entry in file.tensors.values()}
+            unknown = kinds - (_gguf_types() if name.endswith(".gguf") else DTYPES.keys())
+            if unknown:
+                raise ValueError(f"{name!r:.80} has tensors of type {min(unknown)!r:.40}")
+        return self
+
+
+def _gguf_types() -> set[str]:
+    from gguf import GGMLQuantizationType
+
+    return set(GGMLQuantizationType.__members__)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dsquant.disk import PARTIAL, begin_writing, sync_folder, write_at, write_atomically
+from dsquant.disk import PARTIAL, begin_writing, naming, sync_folder, write_at, write_atomically
 from dsquant.source.shards import DTYPE_NAMES, INDEX_FILE, tensor_bytes
 
 # The data begin at a multiple of this, as the safetensors library has it.
@@ -139,7 +139,8 @@ class ShardFile:
         header = plan.header
         if begins:
             self._partial.unlink(missing_ok=True)  # a process of an earlier run may still have that one open
-            self._partial.write_bytes(header)
+            with naming(self._path):
+                self._partial.write_bytes(header)
         self._file = self._partial.open("r+b", buffering=0)
         self._waiting: list[tuple[int, int]] = []
         self._tensors = {tensor.name: tensor for tensor in plan.tensors}
@@ -166,7 +167,8 @@ class ShardFile:
         raw = memoryview(rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         row_bytes = planned.num_bytes // max(1, planned.shape[0])
         start = self._offsets[name] + start_row * row_bytes
-        write_at(self._file.fileno(), raw, start)
+        with naming(self._path):
+            write_at(self._file.fileno(), raw, start)
         self._let_the_disk_begin(start, len(raw))
         self._digests[name].update(raw)
         self._rows_done[name] += rows.shape[0]
@@ -195,7 +197,8 @@ class ShardFile:
         Returns:
             Tensor name -> SHA-256 of its bytes, hexadecimal; those that this process has written.
         """
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            os.fsync(self._file.fileno())
         self._file.close()
         for name, tensor in self._tensors.items():
             done = self._rows_done[name]

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
-from dsquant.disk import PARTIAL, publish
+from dsquant.disk import PARTIAL, naming, publish
 from dsquant.errors import InputError
+from dsquant.foreign import open_file, read_file
+from dsquant.source.gguf_file import read_gguf
 
 # An expert's own statistic counts against its layer's as this many tokens of the layer.
 PRIOR_TOKENS = 32
@@ -24,6 +26,7 @@ PRIOR_TOKENS = 32
 LEAST_SHARE = 1e-4
 # The older format counts chunks; a chunk is at least this many tokens.
 LEGACY_CHUNK_TOKENS = 512
+LARGEST_LEGACY_BYTES = 2**31
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 
@@ -81,10 +84,11 @@ def write_imatrix(
     for name, entry in entries.items():
         writer.add_tensor(name + _SUMS, entry.sums_MI.numpy())
         writer.add_tensor(name + _COUNTS, entry.counts_M.unsqueeze(1).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with naming(path):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     publish(partial, path)
 
 
@@ -121,12 +125,12 @@ def read_imatrix(path: Path) -> dict[str, TensorImportance]:
     Raises:
         InputError: where it is missing, damaged, or no imatrix.
     """
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: no such imatrix file")
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             is_gguf = file.read(4) == b"GGUF"
-        entries = _read_gguf(path) if is_gguf else _read_legacy(path.read_bytes())
+        entries = _read_gguf(path) if is_gguf else _read_legacy(read_file(path, LARGEST_LEGACY_BYTES))
     except InputError:
         raise
     except Exception as error:  # gguf-py raises whatever numpy does on damaged files
@@ -142,9 +146,7 @@ def read_imatrix(path: Path) -> dict[str, TensorImportance]:
 
 
 def _read_gguf(path: Path) -> dict[str, TensorImportance]:
-    from gguf import GGUFReader
-
-    tensors = {tensor.name: torch.tensor(tensor.data).float() for tensor in GGUFReader(path).tensors}
+    tensors = {tensor.name: torch.tensor(tensor.data).float() for tensor in read_gguf(path).tensors}
     entries = {}
     for name, sums in tensors.items():
         if name.endswith(_SUMS):

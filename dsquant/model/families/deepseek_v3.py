@@ -5,16 +5,21 @@ Every consumer of a scaled producer is in its group: the routed experts, the sha
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from dsquant.model.structure import DecoderLayer, Family, Mlp, ScaleGroup
 
 
+@lru_cache(1)  # one for all layers
+def _value_rows(heads: int, nope: int, value: int) -> tuple[int, ...]:
+    """Each head's rows of kv_b_proj: `nope` rows of keys, then `value` rows that o_proj reads in the order of heads."""
+    return tuple(head * (nope + value) + nope + row for head in range(heads) for row in range(value))
+
+
 def _attention(prefix: str, config: Mapping[str, Any]) -> tuple[ScaleGroup, ...]:
     attention = f"{prefix}.self_attn"
-    heads, nope, value = config["num_attention_heads"], config["qk_nope_head_dim"], config["v_head_dim"]
-    # Each head's rows of kv_b_proj: `nope` rows of keys, then `value` rows that o_proj reads in the order of heads.
-    value_rows = tuple(head * (nope + value) + nope + row for head in range(heads) for row in range(value))
+    value_rows = _value_rows(config["num_attention_heads"], config["qk_nope_head_dim"], config["v_head_dim"])
     key_value = ScaleGroup(f"{attention}.kv_a_layernorm", (f"{attention}.kv_b_proj",))
     output = ScaleGroup(f"{attention}.kv_b_proj", (f"{attention}.o_proj",), producer_rows=value_rows)
     if config.get("q_lora_rank") is None:  # Moonlight projects queries directly

@@ -1,16 +1,15 @@
 """The dense families of the R1 distills: Llama, Qwen2 and Qwen3."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from dsquant.model.structure import DecoderLayer, Family, Mlp, ScaleGroup
 
 
-def _value_rows(config: Mapping[str, Any]) -> tuple[int, ...]:
+@lru_cache(1)  # one for all layers
+def _value_rows(heads: int, key_value_heads: int, head_dim: int) -> tuple[int, ...]:
     """v_proj's row behind each column of o_proj: query heads of one group share a value head."""
-    heads = config["num_attention_heads"]
-    key_value_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
     return tuple(
         head // (heads // key_value_heads) * head_dim + row for head in range(heads) for row in range(head_dim)
     )
@@ -28,10 +27,13 @@ def decoder_layer(config: Mapping[str, Any], index: int) -> DecoderLayer:
     """
     prefix = f"model.layers.{index}"
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    value_rows = _value_rows(heads, config.get("num_key_value_heads") or heads, head_dim)
     inputs = (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj")
     groups = (
         ScaleGroup(f"{prefix}.input_layernorm", inputs),
-        ScaleGroup(f"{attention}.v_proj", (f"{attention}.o_proj",), producer_rows=_value_rows(config)),
+        ScaleGroup(f"{attention}.v_proj", (f"{attention}.o_proj",), producer_rows=value_rows),
     )
     mlps = (Mlp("dense", f"{mlp}.gate_proj", f"{mlp}.up_proj", f"{mlp}.down_proj"),)
     return DecoderLayer(

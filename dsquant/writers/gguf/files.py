@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dsquant.disk import PARTIAL, sync_folder
+from dsquant.disk import PARTIAL, naming, sync_folder
 from dsquant.errors import InputError
 from dsquant.writers.gguf.types import row_bytes
 
@@ -142,8 +142,13 @@ class GgufFiles:
                 raise InputError(f"{path} was planned otherwise by the interrupted job; begin anew with --restart")
             return stream
         stream = path.open("w+b")
-        stream.write(file.header)
-        stream.truncate(file.num_bytes)
+        try:
+            with naming(path):
+                stream.write(file.header)
+                stream.truncate(file.num_bytes)
+        except OSError:
+            stream.detach().close()  # without what could not be written
+            raise
         return stream
 
     def write(self, name: str, start: int, stored: torch.Tensor) -> None:
@@ -160,8 +165,9 @@ class GgufFiles:
         assert start == self._written[name], f"{name}: byte {start} after {self._written[name]}"
         raw = memoryview(stored.contiguous().view(-1).numpy().data)
         stream = self._streams[file.file_name]
-        stream.seek(offset + start)
-        stream.write(raw)
+        with naming(self._folder / file.file_name):
+            stream.seek(offset + start)
+            stream.write(raw)
         self._digests[name].update(raw)
         self._written[name] += len(raw)
 
@@ -179,14 +185,16 @@ class GgufFiles:
             assert self._written.get(name) == wanted, f"{name}: {self._written.get(name)} of {wanted} bytes"
         for file_name in {self._place[name][0].file_name for name in names}:
             stream = self._streams[file_name]
-            stream.flush()
-            os.fsync(stream.fileno())
+            with naming(self._folder / file_name):
+                stream.flush()
+                os.fsync(stream.fileno())
         return {name: self._digests.pop(name).hexdigest() for name in names}
 
     def close(self) -> None:
         """Closes the files; what is on disk stays, for a resumed job."""
-        for stream in self._streams.values():
-            stream.close()
+        for file_name, stream in self._streams.items():
+            with naming(self._folder / file_name):
+                stream.close()
 
     def finish(self) -> None:
         """Gives the files their names."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
+from dsquant.foreign import find_file
 from dsquant.strict_json import read_json_object
 
 # DeepSeek's converter wrote this factor into the YaRN key once, and the loader has divided by it ever since.
@@ -147,9 +148,11 @@ def add_tokenizer_keys(writer: Any, folder: Path, vocab_size: int) -> None:
     """
     from gguf import SpecialVocab
 
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(f"{path} is missing; GGUF files hold the tokenizer, so it has to be in the checkpoint")
+    path = find_file(folder, "tokenizer.json")
+    if path is None:
+        raise InputError(
+            f"{folder / 'tokenizer.json'} is missing; GGUF files hold the tokenizer, so it has to be in the checkpoint"
+        )
     tokenizer = read_json_object(path)
     if tokenizer.get("model", {}).get("type") != "BPE":
         raise InputError(

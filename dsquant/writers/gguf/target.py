@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
-from dsquant.source.checkpoint import Checkpoint
+from dsquant.foreign import blaming
+from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
 from dsquant.source.gguf_layout import ARCHITECTURES, Placement, encode, placements, stored_shape
+from dsquant.tokenization import THEN
 from dsquant.writers.gguf.files import GgufFile, GgufFiles, GgufTensor, plan_files
 from dsquant.writers.gguf.metadata import add_model_keys, add_tokenizer_keys, rope_factors
 from dsquant.writers.gguf.store import check_quantizer, decoded_rows, stored_rows
@@ -105,11 +107,14 @@ def plan_target(
         add_model_keys(writer, checkpoint.config, model_name, num_mtp_layers)
         writer.add_file_type(MIXTURES[type_name][1])
         writer.add_quantization_version(QUANTIZATION_VERSION)
-        add_tokenizer_keys(writer, checkpoint.folder, int(checkpoint.config["vocab_size"]))
+        with blaming(checkpoint.folder / "tokenizer.json", THEN):
+            add_tokenizer_keys(writer, checkpoint.folder, int(checkpoint.config["vocab_size"]))
 
     architecture = ARCHITECTURES[checkpoint.architecture]
     stem = f"{model_name}-{label or type_name}"
-    files = plan_files(stem, architecture, add_keys, list(tensors.values()), max_file_bytes)
+    # gguf-py packs what the config says, whatever that is, into numbers of 32 bits.
+    with blaming(checkpoint.folder / CONFIG_FILE, "take config.json from the same release as the weights"):
+        files = plan_files(stem, architecture, add_keys, list(tensors.values()), max_file_bytes)
     notes = tuple(
         f"{count} tensors are {chosen} instead of {wanted}: their rows are no multiple of {wanted}'s block"
         for (wanted, chosen), count in replaced.items()
