@@ -130,7 +130,7 @@ def found_in(output: Path) -> str:
     work = output / WORK_FOLDER
     for folder in (work, output / REMOVED_FOLDER):
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise InputError(f"{folder} is not a folder of dsquant's but a link or a file; remove it yourself")
+            raise InputError(f"{folder} is a link or a file, not a folder of dsquant's; remove it")
     if (work / JOB_FILE).is_file():
         return "interrupted"
     if any((work / name).is_file() for name in EARLIER.values()):
