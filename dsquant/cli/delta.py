@@ -34,6 +34,7 @@ def delta(
     as_json: bool,
     metrics_file: Path | None,
     metrics_port: int | None,
+    metrics_address: str | None,
 ) -> None:
     """Makes the output of release NEW from that of release OLD: what changed is quantized under the recorded scales,
     the rest is reused; and a patch from the one output to the other.
@@ -52,7 +53,7 @@ def delta(
 
     from dsquant.incremental import release, tables
 
-    with reporting(not as_json, metrics_file, metrics_port) as report:
+    with reporting(not as_json, metrics_file, metrics_port, metrics_address) as report:
         if apply_:
             applied = release.apply(apply_, Path(releases[0]), output, report)
         else:

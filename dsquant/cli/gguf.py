@@ -77,7 +77,7 @@ def gguf(**options: Any) -> None:
     if options["resume"] and options["restart"]:
         raise click.UsageError("--resume and --restart exclude each other")
     flags = {name: options.pop(name) for name in ("resume", "restart", "dry_run", "as_json")}
-    metrics = (options.pop("metrics_file"), options.pop("metrics_port"))
+    metrics = (options.pop("metrics_file"), options.pop("metrics_port"), options.pop("metrics_address"))
     recipe = _gguf_recipe(options)
     from dsquant import pipeline
     from dsquant.display import print_result
