@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from dsquant.errors import InputError, UsageError
+from dsquant.escaping import printable
 from dsquant.telemetry import Limits, Progress, Report, gpu_bytes, resident_bytes
 
 # The file is written at most this often, and at once where a layer is finished or the job ends.
@@ -114,7 +115,7 @@ def _earlier(metrics_file: Path | None) -> tuple[float | None, dict[str, bool]]:
     if not metrics_file.is_file():
         return None, {}
     try:
-        families = list(text_string_to_metric_families(metrics_file.read_text()))
+        families = list(text_string_to_metric_families(metrics_file.read_bytes().decode()))
     except ValueError as error:
         raise InputError(f"{metrics_file} is there already and holds no metrics ({error}); name another") from error
     samples = [sample for family in families for sample in family.samples]
@@ -151,7 +152,7 @@ class _State(Collector):
         self.limits = progress.limits or self.limits
         if progress.layer is not None:
             self.layers = {**self.layers, int(progress.layer["layer"]): progress.layer}
-        self.gates = {**self.gates, **(progress.gates or {})}
+        self.gates = {**self.gates, **{printable(gate): outcome for gate, outcome in (progress.gates or {}).items()}}
 
     def collect(self) -> Iterator[Metric]:
         """All metrics as of now."""

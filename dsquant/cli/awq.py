@@ -9,6 +9,7 @@ from click.core import ParameterSource
 
 from dsquant.cli.process import dsquant_command, metrics_options, reporting, several_ranks
 from dsquant.errors import UsageError
+from dsquant.escaping import printable
 
 
 @click.command()
@@ -111,7 +112,7 @@ def awq(**options: Any) -> None:
         if several_ranks():
             raise UsageError("--dry-run runs in one process; start it without a launcher")
         plan = pipeline.preview(recipe, flags["resume"], flags["restart"])
-        click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else str(plan))
+        click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else printable(str(plan)))
         return
     from dsquant.distributed import joined
 

@@ -49,9 +49,8 @@ def delta(
         raise click.UsageError("--apply PATCH takes --output and nothing of --quantized, --patch, --resume, --restart")
     if resume and restart:
         raise click.UsageError("--resume and --restart exclude each other")
-    from rich.console import Console
-
     from dsquant.incremental import release, tables
+    from dsquant.notebook import plain_console
 
     with reporting(not as_json, metrics_file, metrics_port, metrics_address) as report:
         if apply_:
@@ -62,6 +61,6 @@ def delta(
     if as_json:
         click.echo(json.dumps((applied if apply_ else made).as_json(), indent=2))
     elif apply_:
-        Console().print(*tables.patch_tables(applied), sep="\n")
+        plain_console().print(*tables.patch_tables(applied), sep="\n")
     else:
-        Console().print(*tables.delta_tables(made), sep="\n")
+        plain_console().print(*tables.delta_tables(made), sep="\n")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from dsquant.cli.process import dsquant_command, metrics_options, reporting
+from dsquant.escaping import printable
 
 
 @click.command()
@@ -84,7 +85,7 @@ def gguf(**options: Any) -> None:
 
     if flags["dry_run"]:
         plan = pipeline.preview_gguf(recipe, flags["resume"], flags["restart"])
-        click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else str(plan))
+        click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else printable(str(plan)))
         return
     with reporting(not flags["as_json"], *metrics) as report:
         result = pipeline.gguf(recipe, flags["resume"], flags["restart"], report)

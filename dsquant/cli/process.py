@@ -13,6 +13,7 @@ import click
 
 from dsquant.cli.ending import stopped_words
 from dsquant.errors import DsquantError, InputError, Interrupted, UsageError
+from dsquant.escaping import printable
 
 # Past this size glibc maps memory of its own for a block and gives it back at once; without it the heap keeps what a
 # few large tensors once needed.
@@ -35,14 +36,14 @@ def dsquant_command(function: Callable[..., None]) -> Callable[..., None]:
             function(*arguments, **options)
         except DsquantError as error:
             rank = f" (rank {os.environ.get('RANK')})" if several_ranks() else ""
-            click.echo(f"dsquant{rank}: {error}", err=True)
+            click.echo(printable(f"dsquant{rank}: {error}"), err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:  # asked twice: the job did not wait for its next safe point
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             click.echo(stopped_words(signal.SIGINT), err=True)
             sys.exit(Interrupted.exit_code)
         except OSError as error:  # a folder that is read-only, a file where a folder should be, a limit on file sizes
-            click.echo(f"dsquant: {error.filename or 'a file'}: {error.strerror or error}", err=True)
+            click.echo(printable(f"dsquant: {error.filename or 'a file'}: {error.strerror or error}"), err=True)
             sys.exit(InputError.exit_code)
 
     return run

@@ -60,10 +60,9 @@ def run(
     if as_json:
         click.echo(json.dumps(release.as_json(), indent=2))
         return
-    from rich.console import Console
-
+    from dsquant.notebook import plain_console
     from dsquant.releases.tables import release_tables
 
-    console = Console()
+    console = plain_console()
     for renderable in release_tables(release):
         console.print(renderable)
