@@ -10,8 +10,12 @@
 Importing this package imports no torch; the first call does.
 """
 
-from dsquant.api import apply_patch, awq, delta, evaluate, gguf, inspect, plan, run, verify
+from typing import TYPE_CHECKING, Any
+
 from dsquant.errors import DsquantError, GateError, InconclusiveError, InputError, Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from dsquant.api import apply_patch, awq, delta, evaluate, gguf, inspect, plan, run, verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,3 +35,16 @@ __all__ = [
     "run",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the functions when one is asked for: the command line needs none of them."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dsquant import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

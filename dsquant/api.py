@@ -48,6 +48,7 @@ def awq(
     progress: bool = True,
     metrics_file: str | Path | None = None,
     metrics_port: int | None = None,
+    metrics_address: str | None = None,
 ) -> Result:
     """Quantizes a model.
 
@@ -79,6 +80,7 @@ def awq(
         progress: whether to show a progress bar.
         metrics_file: a file NAME.prom for node_exporter's textfile collector.
         metrics_port: the port of a page for Prometheus, for as long as the job runs.
+        metrics_address: the address that it is served on; without one only this machine reaches it.
 
     Returns:
         Where the files are and what quantization cost; a table in a notebook.
@@ -113,17 +115,19 @@ def awq(
         memory_budget=_size(memory_budget),
         evaluate=evaluate,
     )
-    with _reporting(progress, metrics_file, metrics_port) as report:
+    with _reporting(progress, metrics_file, metrics_port, metrics_address) as report:
         return pipeline.awq(recipe, resume, restart, report)
 
 
 @contextmanager
-def _reporting(visible: bool, metrics_file: str | Path | None, metrics_port: int | None) -> Iterator[Report]:
+def _reporting(
+    visible: bool, metrics_file: str | Path | None, metrics_port: int | None, metrics_address: str | None
+) -> Iterator[Report]:
     from dsquant.display import progress_bar
     from dsquant.monitoring import monitored
 
     file = None if metrics_file is None else Path(metrics_file)
-    with progress_bar(visible) as bar, monitored(bar, file, metrics_port) as report:
+    with progress_bar(visible) as bar, monitored(bar, file, metrics_port, metrics_address) as report:
         yield report
 
 
@@ -161,6 +165,7 @@ def gguf(
     progress: bool = True,
     metrics_file: str | Path | None = None,
     metrics_port: int | None = None,
+    metrics_address: str | None = None,
 ) -> Result:
     """Converts a model to GGUF files that llama.cpp runs, straight from its shards.
 
@@ -187,6 +192,7 @@ def gguf(
         progress: whether to show a progress bar.
         metrics_file: a file NAME.prom for node_exporter's textfile collector.
         metrics_port: the port of a page for Prometheus, for as long as the job runs.
+        metrics_address: the address that it is served on; without one only this machine reaches it.
 
     Returns:
         Where the files are and what the conversion cost; a table in a notebook.
@@ -219,7 +225,7 @@ def gguf(
         memory_budget=_size(memory_budget),
         evaluate=evaluate,
     )
-    with _reporting(progress, metrics_file, metrics_port) as report:
+    with _reporting(progress, metrics_file, metrics_port, metrics_address) as report:
         return pipeline.gguf(recipe, resume, restart, report)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.disk import PARTIAL, naming
+from dsquant.escaping import markdown, markdown_cell
 from dsquant.foreign import find_file
 from dsquant.jobs import RECORD_FILE
 from dsquant.mixed_plan import WIDTH_COLUMNS, width_rows
@@ -74,8 +75,9 @@ def divergence_table(texts: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for text, found in texts.items():
+        name = markdown_cell(text)
         lines.append(
-            f"| {text} | {found['tokens']} | {found['perplexity_original']:.3f} | {found['perplexity']:.3f} "
+            f"| {name} | {found['tokens']} | {found['perplexity_original']:.3f} | {found['perplexity']:.3f} "
             f"| {found['mean_kl']:.4f} | {found['top1_agreement']:.1%} |"
         )
     return "\n".join(lines)
@@ -83,7 +85,7 @@ def divergence_table(texts: dict[str, dict[str, Any]]) -> str:
 
 def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(markdown_cell, line))} |" for line in lines)
 
 
 def model_card(record: dict[str, Any], format_name: str) -> str:
@@ -115,7 +117,7 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
     library = "" if wrong else "library_name: transformers\n"
     parts = [
         f"---\n{library}tags:\n" + "".join(f"- {tag}\n" for tag in tags) + "---",
-        f"# {Path(recipe['model']).name}, {bits} bits",
+        f"# {markdown(Path(recipe['model']).name)}, {bits} bits",
         made,
         f"```\n{serve_command('.')}\n```",
     ]
@@ -127,7 +129,7 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
         parts += ["## What it cost", "Against the original, on texts that calibration has not seen:"]
         parts += [divergence_table(texts)]
     if record["warnings"]:
-        parts += ["## To know", "\n".join(f"- {warning}" for warning in record["warnings"])]
+        parts += ["## To know", "\n".join(f"- {markdown(warning)}" for warning in record["warnings"])]
     calibration = record["calibration"]
     parts.append(
         f"Calibrated on {calibration['samples']} samples of {calibration['seq_len']} tokens (SHA-256 "

@@ -1,6 +1,6 @@
 """Code drift as a part of an evaluation: which prompts, whether the models fit in memory, and the run itself."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +101,19 @@ def drift_caveats(plan: DriftPlan | None) -> list[str]:
     if plan.too_large is not None:
         return [f"no code was generated, {plan.too_large}; both models read the prompts' own completions instead"]
     return [f"code drift rests on {len(plan.tasks)} prompts and greedy completions of at most {plan.max_tokens} tokens"]
+
+
+def left_over_caveats(drifts: Iterable[CodeDrift]) -> list[str]:
+    """Where programs left folders behind that dsquant could not remove, in words.
+
+    Args:
+        drifts: of all candidates.
+
+    Returns:
+        One sentence without a stop, or none.
+    """
+    found = dict.fromkeys(folder for one in drifts if one.execution for folder in one.execution.left_over)
+    return [f"programs left what could not be removed: {', '.join(found)}; remove it yourself"] if found else []
 
 
 def _prompts_file(prompts: str) -> Path:

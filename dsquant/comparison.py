@@ -12,7 +12,7 @@ from statistics import fmean
 
 import torch
 
-from dsquant.code_drift import drift_caveats, plan_drift, run_drift
+from dsquant.code_drift import drift_caveats, left_over_caveats, plan_drift, run_drift
 from dsquant.disk import remove_empty
 from dsquant.errors import GateError, InconclusiveError, InputError, Interrupted, UsageError
 from dsquant.evaluation.diagnosis import diagnose
@@ -85,7 +85,7 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
         noise_floor=scores_by_text(noise, texts.samples, confidence, request.seed),
         noise_router_overlap=min(noise_overlaps, default=None),
         candidates=tuple(found),
-        caveats=_caveats(original, candidates, texts, plan),
+        caveats=(*_caveats(original, candidates, texts, plan), *left_over_caveats(drifts.values())),
     )
     report(Progress("evaluate", 1, 1, "", gates=_decided(evaluation)))
     if request.output is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from dsquant.notebook import plain_console
 from dsquant.recipe import format_size
 from dsquant.telemetry import Progress as Step
 from dsquant.telemetry import Report, silent
@@ -39,7 +40,7 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
     Yields:
         What a job reports to.
     """
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     if not visible or (console.is_jupyter and find_spec("ipywidgets") is None):  # rich draws nothing without it
         yield silent
         return
@@ -48,7 +49,7 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
         BarColumn(bar_width=12),
         TextColumn("{task.percentage:3.0f}%"),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        TextColumn("{task.fields[what]}{task.fields[rates]}"),
+        TextColumn("{task.fields[what]}{task.fields[rates]}", markup=False),
     )
     with Progress(*columns, console=console) as progress:
         tasks: dict[str, TaskID] = {}
@@ -97,7 +98,7 @@ def _short_name(name: str) -> str:
 
 def print_result(result: "Result", console: Console | None = None) -> None:
     """Prints the closing table."""
-    console = console or Console()
+    console = console or plain_console()
     for renderable in result.tables():
         console.print(renderable)
 
@@ -110,8 +111,8 @@ def print_evaluation(evaluation: "Evaluation", output: Path | None = None, conso
         output: where its reports lie, if anywhere.
         console: where to print; standard output where it is left out.
     """
-    console = console or Console()
+    console = console or plain_console()
     for renderable in evaluation.tables():
         console.print(renderable)
     if output is not None:
-        console.print(f"Report: {output / 'report.html'} (also report.md, report.json)", soft_wrap=True, markup=False)
+        console.print(f"Report: {output / 'report.html'} (also report.md, report.json)", soft_wrap=True)

@@ -340,7 +340,7 @@ def _remove_work(output: Path) -> None:
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGINT until the next safe point."""
+    """Remembers SIGTERM, SIGHUP and SIGINT until the next safe point."""
 
     def __init__(self) -> None:
         self._signal: int | None = None
@@ -363,7 +363,9 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turns SIGTERM and SIGINT into a request that safe points obey; the old handlers return afterwards.
+    """Turns SIGTERM, SIGHUP and SIGINT into a request that safe points obey; the old handlers return afterwards.
+
+    A signal that is ignored, as SIGHUP under nohup, stays so.
 
     Yields:
         The request. Outside the main thread, where Python sets no handlers, nothing ever sets it.
@@ -378,8 +380,11 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if isinstance(outer, StopRequest):  # inside a longer job: what was asked of that is asked of this
         yield outer
         return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, request._note) for number in numbers}
+    numbers = (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, request._note)
     try:
         yield request
     finally:

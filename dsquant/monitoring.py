@@ -19,31 +19,42 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from dsquant.errors import InputError, UsageError
+from dsquant.escaping import printable
 from dsquant.telemetry import Limits, Progress, Report, gpu_bytes, resident_bytes
 
 # The file is written at most this often, and at once where a layer is finished or the job ends.
 SECONDS_BETWEEN_WRITES = 5.0
+LOOPBACK = "127.0.0.1"
 LAST_SUCCESS = "dsquant_last_success_timestamp_seconds"
 GATE_PASSED = "dsquant_gate_passed"
 LOSSES = {"attention": "attention_error", "mlp": "mlp_error"}
 
 
 @contextmanager
-def monitored(report: Report, metrics_file: Path | None = None, metrics_port: int | None = None) -> Iterator[Report]:
+def monitored(
+    report: Report,
+    metrics_file: Path | None = None,
+    metrics_port: int | None = None,
+    metrics_address: str | None = None,
+) -> Iterator[Report]:
     """Publishes the progress of the jobs that run inside.
 
     Args:
         report: gets the progress too.
         metrics_file: a file for node_exporter's textfile collector, replaced as a whole; its name ends in .prom.
-        metrics_port: the port of a page for Prometheus, on all interfaces, for as long as the job runs.
+        metrics_port: the port of a page for Prometheus, for as long as the job runs.
+        metrics_address: the address that it is served on; without one only this machine reaches it.
 
     Yields:
         What a job reports to.
 
     Raises:
         InputError: where the file's folder is missing.
-        UsageError: where the file has another ending, or the port cannot be opened.
+        UsageError: where the file has another ending, the address or port cannot be opened, or
+            an address has no port.
     """
+    if metrics_address is not None and metrics_port is None:
+        raise UsageError("--metrics-address does nothing without --metrics-port")
     if metrics_file is None and metrics_port is None:
         yield report
         return
@@ -51,7 +62,7 @@ def monitored(report: Report, metrics_file: Path | None = None, metrics_port: in
     state = _State(last_success, earlier_gates=gates)
     registry = CollectorRegistry()
     registry.register(state)
-    server = None if metrics_port is None else _serve(metrics_port, registry)
+    server = None if metrics_port is None else _serve(metrics_address, metrics_port, registry)
     written = 0.0
 
     def write(now: float) -> None:
@@ -79,11 +90,17 @@ def monitored(report: Report, metrics_file: Path | None = None, metrics_port: in
             server.server_close()
 
 
-def _serve(port: int, registry: CollectorRegistry) -> Any:
+def _serve(address: str | None, port: int, registry: CollectorRegistry) -> Any:
+    address = LOOPBACK if address is None else address
     try:
-        server, _ = start_http_server(port, registry=registry)
-    except OSError as error:
-        raise UsageError(f"--metrics-port {port}: {error.strerror}; choose another port") from error
+        if not address:  # which would mean every interface
+            raise ValueError("no address")
+        server, _ = start_http_server(port, address, registry)
+    except (OSError, OverflowError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"--metrics-port {port} on {address!r}: {reason}; choose another port, or an address of this machine"
+        ) from error
     return server
 
 
@@ -98,7 +115,7 @@ def _earlier(metrics_file: Path | None) -> tuple[float | None, dict[str, bool]]:
     if not metrics_file.is_file():
         return None, {}
     try:
-        families = list(text_string_to_metric_families(metrics_file.read_text()))
+        families = list(text_string_to_metric_families(metrics_file.read_bytes().decode()))
     except ValueError as error:
         raise InputError(f"{metrics_file} is there already and holds no metrics ({error}); name another") from error
     samples = [sample for family in families for sample in family.samples]
@@ -135,7 +152,7 @@ class _State(Collector):
         self.limits = progress.limits or self.limits
         if progress.layer is not None:
             self.layers = {**self.layers, int(progress.layer["layer"]): progress.layer}
-        self.gates = {**self.gates, **(progress.gates or {})}
+        self.gates = {**self.gates, **{printable(gate): outcome for gate, outcome in (progress.gates or {}).items()}}
 
     def collect(self) -> Iterator[Metric]:
         """All metrics as of now."""

@@ -3,9 +3,13 @@
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dsquant.escaping import printable
+
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
 
@@ -44,6 +48,43 @@ def table_of(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]])
     return table
 
 
+def plain_console(**options: Any) -> "Console":
+    """Makes a console that shows text as it is: names of others may look like rich's markup, or drive a terminal.
+
+    Args:
+        **options: of rich's console.
+
+    Returns:
+        The console.
+    """
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False, **options)
+    hook: Any = _Printable()
+    console.push_render_hook(hook)
+    return console
+
+
+class _Printable:
+    """Looks through all that a console is to render."""
+
+    def process_renderables(self, renderables: list[Any]) -> list[Any]:
+        return [_Checked(one) for one in renderables]
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What rich prints, without characters that a terminal would obey but rich's own."""
+
+    inner: Any
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        from rich.segment import Segment
+
+        for part in console.render(self.inner, options):
+            yield part if part.control else Segment(printable(part.text), part.style)
+
+
 def as_text(renderables: Iterable[Any], width: int = 100) -> str:
     """Renders what rich can print, without colours.
 
@@ -54,9 +95,9 @@ def as_text(renderables: Iterable[Any], width: int = 100) -> str:
     Returns:
         Plain text.
     """
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=width, force_jupyter=False, force_terminal=False, color_system=None)
+    console = plain_console(
+        file=io.StringIO(), width=width, force_jupyter=False, force_terminal=False, color_system=None
+    )
     with console.capture() as capture:
         for renderable in renderables:
             console.print(renderable, crop=False)
@@ -72,9 +113,7 @@ def as_html(renderables: Iterable[Any]) -> str:
     Returns:
         HTML with its styles inside.
     """
-    from rich.console import Console
-
-    console = Console(record=True, file=io.StringIO(), width=140, force_jupyter=False)
+    console = plain_console(record=True, file=io.StringIO(), width=140, force_jupyter=False)
     for renderable in renderables:
         console.print(renderable)
     return console.export_html(inline_styles=True, code_format="<pre style='line-height:1.2'>{code}</pre>")

@@ -3,12 +3,14 @@
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsquant.code_drift import left_over_caveats
 from dsquant.evaluation import execution
 from dsquant.evaluation.execution import (
     Run,
@@ -19,6 +21,7 @@ from dsquant.evaluation.execution import (
     run_program,
     wilson,
 )
+from tests.evaluations import code_drift
 
 LINUX = sys.platform == "linux"
 
@@ -70,7 +73,7 @@ def test_sockets_processes_and_changes_outside_are_refused(program: str) -> None
 def test_the_kernel_refuses_sockets_and_threads_where_the_audit_hook_sees_nothing() -> None:
     # _socket.socket raises the audit event; a thread raises none that is refused.
     run = run_program("import _thread; _thread.start_new_thread(print, ())")
-    assert run.error == "RuntimeError" and "seccomp" in run.protections[2]
+    assert run.error == "RuntimeError" and any("closed by seccomp" in words for words in run.protections)
 
 
 @pytest.mark.skipif(not LINUX, reason="Landlock is Linux's")
@@ -78,7 +81,7 @@ def test_the_kernel_refuses_files_that_are_neither_pythons_nor_its_own(tmp_path:
     secret = tmp_path / "secret"
     secret.write_text("key")
     run = run_program(f"open({str(secret)!r}).read()")
-    if "Landlock" not in run.protections[1]:
+    if not any("closed by Landlock" in words for words in run.protections):
         pytest.skip("this kernel has no Landlock")
     assert (run.outcome, run.error) == ("error", "PermissionError")
     assert run_program(f"import os\nos.listdir({str(tmp_path)!r})").error == "PermissionError"
@@ -147,7 +150,18 @@ def test_what_two_models_pass_is_counted_task_by_task() -> None:
     found = compare_runs([passed] * 4, [passed, passed, failed, failed], [passed, failed, passed, failed])
     assert (found.tasks, found.only_original, found.only_candidate, found.p_value) == (4, 1, 1, 1)
     assert found.pass_original.estimate == found.pass_candidate.estimate == 0.5 and found.pass_gold == 1
-    assert found.outcomes_original == {"passed": 2, "failed": 2}
+    assert found.outcomes_original == {"passed": 2, "failed": 2} and found.left_over == ()
+
+
+def test_folders_that_could_not_be_removed_are_told_of_once() -> None:
+    left = Run("passed", "", left_over="/tmp/dsquant-run-a")
+    assert compare_runs(None, [left], [left]).left_over == ("/tmp/dsquant-run-a",)
+    drift = code_drift(0.9, executed=True)
+    assert drift.execution is not None
+    execution = replace(drift.execution, left_over=("/tmp/dsquant-run-a", "/tmp/dsquant-run-b"))
+    caveats = left_over_caveats([replace(drift, execution=execution)] * 2)
+    assert len(caveats) == 1 and caveats[0].count("/tmp/dsquant-run-a") == 1 and "dsquant-run-b" in caveats[0]
+    assert left_over_caveats([drift]) == []
 
 
 @pytest.mark.skipif(not LINUX, reason="seccomp is Linux's")
@@ -169,16 +183,17 @@ def test_limits_and_priorities_of_other_processes_are_out_of_reach(call: str) ->
     "reply",
     [
         b"[" * 60000,
-        b"[]",
-        b'{"outcome": [], "error": "", "protections": []}',
-        b'{"outcome": "passed", "error": {}, "protections": []}',
-        b'{"outcome": "passed", "error": "", "protections": [[]]}',
-        b'{"outcome": "passed", "error": "", "protections": 3}',
-        b'{"outcome": "won", "error": "", "protections": []}',
+        b"passed",
+        b"passed\n",
+        b" passed\n",
+        b"\n passed\n\n",
+        b"0" * 64 + b" passed\n",
+        b'{"outcome": "passed", "error": "", "protections": []}',
+        b"\xff\xfe",
     ],
 )
-def test_a_forged_reply_that_makes_no_sense_counts_as_killed(reply: bytes) -> None:
+def test_a_reply_that_is_not_the_sandboxs_own_counts_as_killed(reply: bytes) -> None:
     run = run_program(
         f"import os\nfor fd in range(3, 32):\n try: os.write(fd, {reply!r})\n except OSError: pass\nos._exit(0)"
     )
-    assert run == Run("killed", "exit code 0")
+    assert (run.outcome, run.error) == ("killed", "exit code 0")

@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
@@ -95,6 +96,18 @@ def test_a_file_or_port_that_cannot_serve_is_refused(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match="another port"), monitored(silent, None, port):
             pass
+    for address in ("", "\0", "no.such.host.invalid", "x" * 70 + ".y", "192.0.2.1"):
+        with pytest.raises(UsageError, match="address of this machine"), monitored(silent, None, free_port(), address):
+            pass
+    with pytest.raises(UsageError, match="nothing without"), monitored(silent, None, None, "127.0.0.1"):
+        pass
+
+
+def test_the_page_is_this_machines_alone_until_an_address_opens_it() -> None:
+    for address, listening in ((None, "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "0.0.0.0")):
+        with monitored(silent, None, port := free_port(), address):
+            found = [one.laddr.ip for one in psutil.Process().net_connections("tcp") if one.laddr.port == port]
+            assert found == [listening] and "dsquant_running 1.0" in scraped(port)
 
 
 @promtool

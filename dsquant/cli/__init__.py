@@ -1,19 +1,23 @@
 """The command line: options become a recipe, and one call. Imports no torch until a command runs."""
 
-import click
+try:
+    import click
 
-from dsquant import __version__
-from dsquant.cli.awq import awq
-from dsquant.cli.delta import delta
-from dsquant.cli.evaluate import evaluate
-from dsquant.cli.gguf import gguf
-from dsquant.cli.inspect import inspect
-from dsquant.cli.plan import plan
-from dsquant.cli.run import run
-from dsquant.cli.verify import verify
+    from dsquant import __version__
+    from dsquant.cli.awq import awq
+    from dsquant.cli.delta import delta
+    from dsquant.cli.ending import Group
+    from dsquant.cli.evaluate import evaluate
+    from dsquant.cli.gguf import gguf
+    from dsquant.cli.inspect import inspect
+    from dsquant.cli.plan import plan
+    from dsquant.cli.run import run
+    from dsquant.cli.verify import verify
+except KeyboardInterrupt:  # where Python spends the first moments of every command
+    raise SystemExit(75) from None
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="dsquant")
 def main() -> None:
     """Quantizes DeepSeek-R1 and its family: streamed from disk, resumable, measured against the original.
@@ -26,7 +30,8 @@ def main() -> None:
           folder is locked by another run
       4   a gate failed
       5   no gate failed, but more samples are needed
-      75  stopped but resumable (SIGTERM, disk full, memory budget exceeded)
+      75  stopped but resumable (SIGTERM, SIGHUP, SIGINT, disk full, memory
+          budget exceeded)
     """
 
 

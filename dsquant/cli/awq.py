@@ -9,6 +9,7 @@ from click.core import ParameterSource
 
 from dsquant.cli.process import dsquant_command, metrics_options, reporting, several_ranks
 from dsquant.errors import UsageError
+from dsquant.escaping import printable
 
 
 @click.command()
@@ -97,7 +98,7 @@ def awq(**options: Any) -> None:
     if options["resume"] and options["restart"]:
         raise click.UsageError("--resume and --restart exclude each other")
     flags = {name: options.pop(name) for name in ("resume", "restart", "dry_run", "as_json")}
-    metrics = (options.pop("metrics_file"), options.pop("metrics_port"))
+    metrics = (options.pop("metrics_file"), options.pop("metrics_port"), options.pop("metrics_address"))
     scales_from = options.pop("scales_from")
     if scales_from is not None:
         _check_alone()
@@ -111,7 +112,7 @@ def awq(**options: Any) -> None:
         if several_ranks():
             raise UsageError("--dry-run runs in one process; start it without a launcher")
         plan = pipeline.preview(recipe, flags["resume"], flags["restart"])
-        click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else str(plan))
+        click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else printable(str(plan)))
         return
     from dsquant.distributed import joined
 
@@ -133,7 +134,8 @@ def awq(**options: Any) -> None:
 def _check_alone() -> None:
     """Refuses settings beside --scales-from: they all come from there."""
     context = click.get_current_context()
-    allowed = ("model", "output", "scales_from", "resume", "restart", "as_json", "metrics_file", "metrics_port")
+    metrics = ("metrics_file", "metrics_port", "metrics_address")
+    allowed = ("model", "output", "scales_from", "resume", "restart", "as_json", *metrics)
     given = ParameterSource.COMMANDLINE
     others = [name for name in context.params if name not in allowed and context.get_parameter_source(name) == given]
     if others:

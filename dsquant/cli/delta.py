@@ -34,6 +34,7 @@ def delta(
     as_json: bool,
     metrics_file: Path | None,
     metrics_port: int | None,
+    metrics_address: str | None,
 ) -> None:
     """Makes the output of release NEW from that of release OLD: what changed is quantized under the recorded scales,
     the rest is reused; and a patch from the one output to the other.
@@ -48,11 +49,10 @@ def delta(
         raise click.UsageError("--apply PATCH takes --output and nothing of --quantized, --patch, --resume, --restart")
     if resume and restart:
         raise click.UsageError("--resume and --restart exclude each other")
-    from rich.console import Console
-
     from dsquant.incremental import release, tables
+    from dsquant.notebook import plain_console
 
-    with reporting(not as_json, metrics_file, metrics_port) as report:
+    with reporting(not as_json, metrics_file, metrics_port, metrics_address) as report:
         if apply_:
             applied = release.apply(apply_, Path(releases[0]), output, report)
         else:
@@ -61,6 +61,6 @@ def delta(
     if as_json:
         click.echo(json.dumps((applied if apply_ else made).as_json(), indent=2))
     elif apply_:
-        Console().print(*tables.patch_tables(applied), sep="\n")
+        plain_console().print(*tables.patch_tables(applied), sep="\n")
     else:
-        Console().print(*tables.delta_tables(made), sep="\n")
+        plain_console().print(*tables.delta_tables(made), sep="\n")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from dsquant.cli.process import dsquant_command, metrics_options, reporting
+from dsquant.escaping import printable
 
 
 @click.command()
@@ -77,14 +78,14 @@ def gguf(**options: Any) -> None:
     if options["resume"] and options["restart"]:
         raise click.UsageError("--resume and --restart exclude each other")
     flags = {name: options.pop(name) for name in ("resume", "restart", "dry_run", "as_json")}
-    metrics = (options.pop("metrics_file"), options.pop("metrics_port"))
+    metrics = (options.pop("metrics_file"), options.pop("metrics_port"), options.pop("metrics_address"))
     recipe = _gguf_recipe(options)
     from dsquant import pipeline
     from dsquant.display import print_result
 
     if flags["dry_run"]:
         plan = pipeline.preview_gguf(recipe, flags["resume"], flags["restart"])
-        click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else str(plan))
+        click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else printable(str(plan)))
         return
     with reporting(not flags["as_json"], *metrics) as report:
         result = pipeline.gguf(recipe, flags["resume"], flags["restart"], report)

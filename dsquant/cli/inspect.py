@@ -5,6 +5,7 @@ import json
 import click
 
 from dsquant.cli.process import dsquant_command
+from dsquant.escaping import printable
 
 
 @click.command()
@@ -16,4 +17,4 @@ def inspect(model: str, as_json: bool) -> None:
     from dsquant.inspection import describe
 
     found = describe(model)
-    click.echo(json.dumps(vars(found), indent=2) if as_json else str(found))
+    click.echo(json.dumps(vars(found), indent=2) if as_json else printable(str(found)))

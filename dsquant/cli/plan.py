@@ -38,10 +38,9 @@ def plan(
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=2))
         return
-    from rich.console import Console
-
     from dsquant.deployment.tables import forecast_tables
+    from dsquant.notebook import plain_console
 
-    console = Console()
+    console = plain_console()
     for renderable in forecast_tables(found):
         console.print(renderable, crop=False)  # a command is copied whole

@@ -1,6 +1,7 @@
 """What every command does around its work: settings of the process, messages and exit codes of errors."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from typing import Any
 
 import click
 
-from dsquant.errors import DsquantError, InputError, UsageError
+from dsquant.cli.ending import stopped_words
+from dsquant.errors import DsquantError, InputError, Interrupted, UsageError
+from dsquant.escaping import printable
 
 # Past this size glibc maps memory of its own for a block and gives it back at once; without it the heap keeps what a
 # few large tensors once needed.
@@ -34,12 +37,14 @@ def dsquant_command(function: Callable[..., None]) -> Callable[..., None]:
             function(*arguments, **options)
         except DsquantError as error:
             rank = f" (rank {os.environ.get('RANK')})" if several_ranks() else ""
-            click.echo(f"dsquant{rank}: {error}", err=True)
+            click.echo(printable(f"dsquant{rank}: {error}"), err=True)
             sys.exit(error.exit_code)
-        except BrokenPipeError:
-            raise
+        except KeyboardInterrupt:  # asked twice: the job did not wait for its next safe point
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            click.echo(stopped_words(signal.SIGINT), err=True)
+            sys.exit(Interrupted.exit_code)
         except OSError as error:  # a folder that is read-only, a file where a folder should be, a limit on file sizes
-            click.echo(f"dsquant: {error.filename or 'a file'}: {error.strerror or error}", err=True)
+            click.echo(printable(f"dsquant: {error.filename or 'a file'}: {error.strerror or error}"), err=True)
             sys.exit(InputError.exit_code)
 
     return run
@@ -85,23 +90,34 @@ def _prepare_process() -> None:
 def metrics_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options of every command that runs a job: where its metrics go."""
     port = click.option("--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics on this port.")
+    address = click.option(
+        "--metrics-address",
+        help="Serve them on this address; 0.0.0.0 is every network that this machine is in.  [default: 127.0.0.1]",
+    )
     file = click.option(
         "--metrics-file",
         type=click.Path(path_type=Path),
         help="Write metrics for node_exporter's textfile collector; the name ends in .prom.",
     )
-    return port(file(function))
+    return port(address(file(function)))
 
 
 @contextmanager
-def reporting(visible: bool, metrics_file: Path | None, metrics_port: int | None, first: bool = True) -> Iterator[Any]:
+def reporting(
+    visible: bool,
+    metrics_file: Path | None,
+    metrics_port: int | None,
+    metrics_address: str | None,
+    first: bool = True,
+) -> Iterator[Any]:
     """Shows a progress bar and publishes metrics while a job runs, of several ranks the first; yields the report."""
     from dsquant.display import progress_bar
     from dsquant.monitoring import monitored
 
     if not first:
-        visible, metrics_file, metrics_port = False, None, None
-    with quiet_libraries(), progress_bar(visible) as bar, monitored(bar, metrics_file, metrics_port) as report:
+        visible, metrics_file, metrics_port, metrics_address = False, None, None, None
+    metrics = (metrics_file, metrics_port, metrics_address)
+    with quiet_libraries(), progress_bar(visible) as bar, monitored(bar, *metrics) as report:
         yield report
 
 

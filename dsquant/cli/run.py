@@ -22,6 +22,7 @@ def run(
     as_json: bool,
     metrics_file: Path | None,
     metrics_port: int | None,
+    metrics_address: str | None,
 ) -> None:
     """Runs RECIPE (YAML): calibrate, quantize to several formats, evaluate, gate, publish.
 
@@ -48,7 +49,7 @@ def run(
     read = read_recipe(recipe, model, output)
     release = published(read)
     if release is None:  # only now is torch imported
-        with reporting(not as_json, metrics_file, metrics_port) as report:
+        with reporting(not as_json, metrics_file, metrics_port, metrics_address) as report:
             release = run_recipe(read, report, str(recipe))
     elif metrics_file is not None:  # nothing to do is a success too
         from dsquant.monitoring import monitored
@@ -59,10 +60,9 @@ def run(
     if as_json:
         click.echo(json.dumps(release.as_json(), indent=2))
         return
-    from rich.console import Console
-
+    from dsquant.notebook import plain_console
     from dsquant.releases.tables import release_tables
 
-    console = Console()
+    console = plain_console()
     for renderable in release_tables(release):
         console.print(renderable)

@@ -18,9 +18,8 @@ from dsquant.errors import InputError
 @dsquant_command
 def verify(folder: Path, source: str | None, everything: bool, as_json: bool) -> None:
     """Checks every byte of the output DIR, its coverage of the source, and its values; exit code 3 on damage."""
-    from rich.console import Console
-
     from dsquant.display import progress_bar
+    from dsquant.notebook import plain_console
     from dsquant.verification.checks import verify as check
     from dsquant.verification.tables import verification_tables
 
@@ -29,6 +28,6 @@ def verify(folder: Path, source: str | None, everything: bool, as_json: bool) ->
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=2))
     else:
-        Console().print(*verification_tables(found), sep="\n")
+        plain_console().print(*verification_tables(found), sep="\n")
     if not found.ok:
         sys.exit(InputError.exit_code)

@@ -76,6 +76,8 @@ class Execution:
     outcomes_candidate: Mapping[str, int]
     protections: tuple[str, ...]
     """What held the code back, in words."""
+    left_over: tuple[str, ...] = ()
+    """Folders of programs that could not be removed."""
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,26 @@
 
 Running what a language model wrote is dangerous. Each program gets: a new Python without site-packages, an empty
 temporary folder, no environment, no standard input, its output thrown away; limits on CPU and wall-clock time, memory,
-size of files, open files and processes. On Linux the kernel refuses it sockets, processes and threads (seccomp), and
-every file but those of its folder and of Python's library (Landlock). An audit hook refuses the same once more.
+size of files, open files and processes. On Linux it also gives up root's user where another can read Python's library,
+all capabilities, and the machine's mounts, network and IPC: its folder is a small file system in memory. The kernel
+opens it no file but those of its folder and of Python's library (Landlock), and refuses every call that is not on a
+list (seccomp): without sockets, processes, threads, clocks, and changes of permissions, owners, times and attributes,
+of its own files too. An audit hook refuses much of the same once more.
 
-What is not covered: this is no security boundary. The program runs as the same user on the same kernel. Where seccomp
-or Landlock are missing (macOS, other processors, kernels before 5.13) the audit hook stands alone: it is Python's,
-code that means to gets round it, and it stops no reading of files. `Execution.protections` says what held. A program
-can fill the disk with many small files in its folder, and code that wants to can forge the reply that it passed. For
-models or prompts that you do not trust, run dsquant itself in a container or a virtual machine without a network.
+What is not covered: this is no security boundary. The program runs on the same kernel. Each protection is tried alone,
+and `Execution.protections` says which held: containers may refuse mounts and namespaces, kernels before 5.13 have no
+Landlock, macOS and other processors have none of it. Then a program can fill the disk with many small files, and what
+the audit hook alone guards is open to code that means to get round it, which stops no reading of files either. In all
+cases a program can see which files there are and how large, though not what is in them, and code that wants to can
+make its tests pass without solving anything: it runs in their interpreter. For models or prompts that you do not trust,
+run dsquant itself in a container or a virtual machine without a network.
 """
 
 import json
 import math
 import os
+import platform
+import secrets
 import signal
 import subprocess
 import sys
@@ -22,7 +29,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from statistics import NormalDist
@@ -32,16 +40,19 @@ from dsquant.errors import UsageError
 from dsquant.evaluation import sandbox
 from dsquant.evaluation.drift import Execution
 from dsquant.evaluation.intervals import CONFIDENCE, Interval
+from dsquant.evaluation.scratch import remove_tree
+from dsquant.evaluation.system_calls import allowing_filter
 
 Outcome = Literal["passed", "failed", "error", "time limit", "memory limit", "killed"]
 # What a program can end with that lived to reply.
-REPLIES = ("passed", "failed", "error", "memory limit")
+REPLIES: tuple[Outcome, ...] = ("passed", "failed", "error", "memory limit")
 
 CPU_SECONDS = 5
 # Beside a busy machine a program gets less than a whole processor.
 WALL_SECONDS = 20
 MEMORY_BYTES = 2**30
 FILE_BYTES = 2**20
+FOLDER_BYTES = 2**26
 REPLY_BYTES = 2**16
 WORKERS = 4
 
@@ -55,6 +66,8 @@ class Run:
     """The exception's name; empty where none was raised."""
     protections: tuple[str, ...] = ()
     """What held it back; empty where it died before it could say."""
+    left_over: str = ""
+    """Its folder, where that could not be removed; empty where it is gone."""
 
 
 def run_program(program: str) -> Run:
@@ -71,29 +84,41 @@ def run_program(program: str) -> Run:
     """
     if os.name != "posix":
         raise UsageError("--execute needs a POSIX system: there is nothing to limit a program's resources with here")
-    limits = {"seconds": CPU_SECONDS, "memory_bytes": MEMORY_BYTES, "file_bytes": FILE_BYTES}
-    reading, writing = os.pipe()
+    folder = tempfile.mkdtemp(prefix="dsquant-run-")
     try:
-        with tempfile.TemporaryDirectory(prefix="dsquant-run-") as folder:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-s", "-S", "-B", str(Path(sandbox.__file__).resolve())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd=folder,
-                env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "TMPDIR": folder},
-                pass_fds=[writing],
-                start_new_session=True,
-            )
-            request = json.dumps({"program": program, "reply_fd": writing, "limits": limits})
-            try:
-                process.communicate(request.encode(), timeout=WALL_SECONDS)
-            except subprocess.TimeoutExpired:
-                return Run("time limit", "")
-            finally:
-                _end(process)
+        run = _run_in(folder, program)
+    finally:
+        gone = remove_tree(folder)
+    return run if gone else replace(run, left_over=folder)
+
+
+def _run_in(folder: str, program: str) -> Run:
+    limits = {"seconds": CPU_SECONDS, "memory_bytes": MEMORY_BYTES, "file_bytes": FILE_BYTES}
+    limits["folder_bytes"] = FOLDER_BYTES
+    reading, writing = os.pipe()
+    # A program that does not look for it cannot know what a reply begins with.
+    request = {"program": program, "secret": secrets.token_hex(), "reply_fd": writing, "limits": limits}
+    request["filter"] = allowing_filter(platform.machine()).hex() if sys.platform == "linux" else ""
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-s", "-S", "-B", str(Path(sandbox.__file__).resolve())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "TMPDIR": folder},
+            pass_fds=[writing],
+            start_new_session=True,
+        )
+        timed_out = False
+        try:
+            process.communicate(json.dumps(request).encode(), timeout=WALL_SECONDS)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            _end(process)
         os.set_blocking(reading, False)
-        return _outcome(process.returncode, _read(reading))
+        return _outcome(process.returncode, _read(reading), str(request["secret"]), timed_out)
     finally:
         os.close(reading)
         os.close(writing)
@@ -101,9 +126,9 @@ def run_program(program: str) -> Run:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kills what is left of a process and of those it may have started."""
-    if process.poll() is None:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    process.communicate()
 
 
 def _read(reading: int) -> bytes:
@@ -113,26 +138,26 @@ def _read(reading: int) -> bytes:
         return b""
 
 
-def _outcome(return_code: int, reply: bytes) -> Run:
-    if return_code == -signal.SIGXCPU:
-        return Run("time limit", "")
-    found = _reply(reply)
-    if found is None:
-        return Run("killed", signal.Signals(-return_code).name if return_code < 0 else f"exit code {return_code}")
-    return found
+def _outcome(return_code: int, reply: bytes, secret: str, timed_out: bool) -> Run:
+    """What the sandbox wrote: a line of its protections, and one that a program may try to write in its place."""
+    first, _, rest = reply.decode(errors="replace").partition("\n")
+    protections = tuple(json.loads(first)) if first else ()
+    if timed_out or return_code == -signal.SIGXCPU:
+        return Run("time limit", "", protections)
+    verdict, _, error = rest.partition("\n")
+    for outcome in REPLIES:
+        if verdict == f"{secret} {outcome}":
+            return Run(outcome, error, protections)
+    return Run("killed", _ending(return_code), protections)
 
 
-def _reply(reply: bytes) -> Run | None:
-    """What the sandbox wrote; None for anything else, which the program may have written in its place."""
+def _ending(return_code: int) -> str:
+    if return_code >= 0:
+        return f"exit code {return_code}"
     try:
-        found = json.loads(reply)
-        outcome, error, protections = found["outcome"], found["error"], found["protections"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    texts = [outcome, error, *protections] if isinstance(protections, list) else [None]
-    if not all(isinstance(text, str) for text in texts) or outcome not in REPLIES:
-        return None
-    return Run(outcome, error, tuple(protections))
+        return signal.Signals(-return_code).name
+    except ValueError:  # real-time signals have no names
+        return f"signal {-return_code}"
 
 
 def run_all(programs: Sequence[str], safe_point: Callable[[int, int], None] = lambda done, total: None) -> list[Run]:
@@ -182,6 +207,9 @@ def compare_runs(gold: Sequence[Run] | None, original: Sequence[Run], candidate:
         outcomes_original=dict(Counter(run.outcome for run in original)),
         outcomes_candidate=dict(Counter(run.outcome for run in candidate)),
         protections=tuple(seen),
+        left_over=tuple(
+            dict.fromkeys(run.left_over for run in (*(gold or ()), *original, *candidate) if run.left_over)
+        ),
     )
 
 

@@ -1,61 +1,33 @@
 """Runs one program under limits: the child process of `execution`, which starts this file by its path.
 
-It imports nothing of dsquant. It reads {program, reply_fd, limits} from standard input, gives up what it can, runs the
-program and writes {outcome, error, protections} to the file descriptor. See `execution` for what is not covered.
+It imports nothing of dsquant. It reads {program, secret, reply_fd, limits, filter} from standard input, gives up what
+it can, writes to the file descriptor what it gave up, runs the program and writes what became of it. See `execution`
+for what is not covered.
 """
 
 import json
 import os
-import platform
 import struct
 import sys
 from collections.abc import Callable
 from typing import Any
 
-# Calls of the kernel that make sockets or processes, or reach into other ones, their limits and priorities included:
-# (x86-64, aarch64).
-DENIED_CALLS = {
-    "socket": (41, 198),
-    "socketpair": (53, 199),
-    "clone": (56, 220),
-    "fork": (57, None),
-    "vfork": (58, None),
-    "execve": (59, 221),
-    "execveat": (322, 281),
-    "clone3": (435, 435),
-    "kill": (62, 129),
-    "tkill": (200, 130),
-    "tgkill": (234, 131),
-    "ptrace": (101, 117),
-    "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_send_signal": (424, 424),
-    "pidfd_getfd": (438, 438),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "process_madvise": (440, 440),
-    "migrate_pages": (256, 238),
-    "move_pages": (279, 239),
-    "prlimit64": (302, 261),
-    "setpriority": (141, 140),
-    "ioprio_set": (251, 30),
-    "sched_setparam": (142, 118),
-    "sched_setscheduler": (144, 119),
-    "sched_setattr": (314, 274),
-    "sched_setaffinity": (203, 122),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "mount": (165, 40),
-    "io_uring_setup": (425, 425),
-}
-MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-# Landlock's rights by the version of its interface that they came with: thirteen, then refer, truncate, ioctl.
+# Landlock's rights to files by the version of its interface that they came with: thirteen, then refer, truncate, ioctl.
 LANDLOCK_RIGHTS = {1: 2**13 - 1, 2: 2**14 - 1, 3: 2**15 - 1, 5: 2**16 - 1}
+# Since 4 it closes TCP, since 6 abstract sockets of others and signals to them: bits in words of their own.
+LANDLOCK_NETWORK, LANDLOCK_SCOPES = 0b11, 0b11
 EXECUTE, WRITE, READ, READ_FOLDER, TRUNCATE = 1, 2, 4, 8, 2**14
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 # What Python itself reads: its library, shared libraries, time zones.
 READABLE: tuple[str, ...] = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo")
 READABLE += ("/etc/localtime", "/etc/ld.so.cache", "/dev/urandom", "/dev/zero")
+# Mounts, network, System V's IPC; a user of its own who may make these; the mounts' flags.
+NEW_MOUNTS, NEW_NETWORK, NEW_IPC, NEW_USER = 0x20000, 0x40000000, 0x08000000, 0x10000000
+NOSUID, NODEV, NOEXEC, RECURSIVE, PRIVATE = 2, 4, 8, 0x4000, 0x40000
+SET_DEATH_SIGNAL, SET_DUMPABLE, SET_NO_NEW_PRIVILEGES, SET_SECCOMP = 1, 4, 38, 22
+CAPABILITY_VERSION = 0x20080522
+SIGKILL = 9
+NOBODY = 65534
 DENIED_EVENTS: tuple[str, ...] = (
     "socket.",
     "subprocess.",
@@ -66,32 +38,44 @@ DENIED_EVENTS: tuple[str, ...] = (
     "os.posix_spawn",
     "os.spawn",
 )
-DENIED_EVENTS += ("os.startfile", "os.kill", "os.putenv", "pty.", "signal.", "webbrowser.", "ftplib.", "smtplib.")
-CHANGING_EVENTS: tuple[str, ...] = (
-    "os.remove",
-    "os.rename",
-    "os.rmdir",
-    "os.mkdir",
-    "os.chmod",
-    "os.chown",
-    "os.link",
-    "os.symlink",
-)
-CHANGING_EVENTS += ("os.truncate", "os.utime", "shutil.")
+DENIED_EVENTS += ("os.startfile", "os.kill", "os.putenv", "pty.", "signal.", "syslog.", "webbrowser.", "ftplib.")
+DENIED_EVENTS += ("smtplib.", "os.chmod", "os.chown", "os.lchown", "os.chflags", "os.utime", "os.setxattr")
+DENIED_EVENTS += ("os.removexattr",)
+# Event -> its first and last argument that is a path, and that of the folder which the first is relative to.
+CHANGING_EVENTS: dict[str, tuple[int, int, int]] = {
+    "os.remove": (0, 0, 1),
+    "os.rmdir": (0, 0, 1),
+    "os.mkdir": (0, 0, 2),
+    "os.rename": (0, 1, 2),
+    "os.link": (0, 1, 2),
+    "os.symlink": (1, 1, 2),
+}
 
 
 def main() -> None:
-    """Reads the request, runs it, replies."""
-    request = json.loads(sys.stdin.read())
+    """Reads the request, gives up what it can, runs the program, replies."""
+    request = json.loads(sys.stdin.buffer.read())
     os.close(0)
     os.open(os.devnull, os.O_RDONLY)
     folder = os.path.realpath(os.curdir)
-    protections = [limit_resources(request["limits"]), close_files(folder), close_network_and_processes()]
+    limits = request["limits"]
+    protections = [
+        limit_resources(limits),
+        take_own_file_system(folder, limits["folder_bytes"]),
+        give_up_rights(folder),
+        close_files(folder),
+        close_calls(bytes.fromhex(request["filter"])),
+    ]
     sys.addaudithook(refuse_from_now_on(folder))
-    outcome, error = run(request["program"])
-    reply = {"outcome": outcome, "error": error, "protections": protections}
-    os.write(request["reply_fd"], json.dumps(reply).encode())
-    os._exit(0)  # no exit handlers of the program's
+    # What is used behind the program is fetched before it, which can put anything in the place of a module's functions.
+    reply, leave, descriptor, encode = os.write, os._exit, request["reply_fd"], str.encode
+    secret, program = request["secret"], request["program"]
+    sys.modules["__main__"] = type(sys)("__main__")
+    del request
+    reply(descriptor, json.dumps(protections).encode() + b"\n")
+    outcome, error = run(program)
+    reply(descriptor, encode(f"{secret} {outcome}\n{error:.200}", "utf-8", "replace"))
+    leave(0)  # no exit handlers of the program's
 
 
 def limit_resources(limits: dict[str, int]) -> str:
@@ -115,6 +99,82 @@ def limit_resources(limits: dict[str, int]) -> str:
     return f"{seconds} s of CPU time, {memory >> 20} MiB of memory, files of {size >> 20} MiB"
 
 
+def _call(name: str, *arguments: Any) -> int:
+    """A function of the C library, or an error."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    found = int(getattr(libc, name)(*arguments))
+    if found < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return found
+
+
+def _control(option: int, *values: int) -> None:
+    """Prctl: all its arguments are long, or those behind are noise."""
+    import ctypes
+
+    _call("prctl", *(ctypes.c_ulong(value) for value in (option, *values, *(0,) * (4 - len(values)))))
+
+
+def take_own_file_system(folder: str, size: int) -> str:
+    """Lays a small file system in memory over the folder, which ends with the process; returns what came of it."""
+    try:
+        _leave_namespaces()
+        _call("mount", b"none", b"/", None, RECURSIVE | PRIVATE, None)
+        options = f"size={size},nr_inodes={size >> 12},mode=0700"
+        _call("mount", b"tmpfs", os.fsencode(folder), b"tmpfs", NOSUID | NODEV | NOEXEC, options.encode())
+        os.chdir(folder)
+    except (OSError, ImportError, AttributeError) as error:
+        return f"its folder on the disk, as full as it makes it ({type(error).__name__}: {error})"
+    return f"its folder in memory, of {size >> 20} MiB, gone when it ends"
+
+
+def _leave_namespaces() -> None:
+    """Takes mounts, network and IPC of its own; who is not root needs a user of its own for that."""
+    user, group = os.geteuid(), os.getegid()
+    _call("unshare", NEW_MOUNTS | NEW_NETWORK | NEW_IPC | (NEW_USER if user else 0))
+    if user:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            with open(f"/proc/self/{name}", "w") as file:  # noqa: PTH123
+                file.write(text)
+
+
+def give_up_rights(folder: str) -> str:
+    """Gives up root's user and all capabilities, for good; returns what came of it, in words."""
+    remark = _become_nobody(folder) if os.geteuid() == 0 else ""
+    try:
+        _control(SET_NO_NEW_PRIVILEGES, 1)
+        _control(SET_DUMPABLE, 0)
+        _control(SET_DEATH_SIGNAL, SIGKILL)  # ends with dsquant, however that ends
+        _call("capset", struct.pack("=Ii", CAPABILITY_VERSION, 0), bytes(24))
+    except (OSError, ImportError, AttributeError) as error:
+        return f"the rights of user {os.geteuid()}{remark} ({type(error).__name__}: {error})"
+    return f"user {os.geteuid()}{remark} without capabilities"
+
+
+def _become_nobody(folder: str) -> str:
+    """Changes to a user who owns nothing, where he can read Python's library; returns why not, in words."""
+    try:
+        os.chown(folder, NOBODY, NOBODY)
+        os.seteuid(NOBODY)
+        reachable = all(os.access(path, os.R_OK | os.X_OK, effective_ids=True) for path in (folder, _library()))
+        os.seteuid(0)
+        if not reachable:
+            os.chown(folder, 0, 0)
+            return " (Python's library is closed to others)"
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    except (OSError, NotImplementedError) as error:
+        return f" ({type(error).__name__}: {error})"
+    return ""
+
+
+def _library() -> str:
+    return os.path.dirname(os.path.realpath(os.__file__))  # noqa: PTH120 - pathlib would have to be imported
+
+
 def close_files(folder: str) -> str:
     """Lets the kernel refuse files outside a folder and Python's library (Landlock); returns what came of it."""
     try:
@@ -127,95 +187,91 @@ def close_files(folder: str) -> str:
 def _install_landlock(folder: str) -> None:
     import ctypes
 
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def call(number: int, *arguments: Any) -> int:
-        found = libc.syscall(number, *arguments)
-        if found < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        return int(found)
-
-    interface = call(CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    interface = _call("syscall", CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
     rights = max(value for since, value in LANDLOCK_RIGHTS.items() if since <= interface)
-    handled = ctypes.create_string_buffer(struct.pack("Q", rights), 8)
-    rules = call(CREATE_RULESET, handled, ctypes.c_size_t(8), ctypes.c_uint32(0))
-    library = os.path.dirname(os.path.realpath(os.__file__))  # noqa: PTH120 - pathlib would have to be imported
-    wanted = {**dict.fromkeys((*READABLE, library, sys.base_prefix + "/lib"), READ | READ_FOLDER | EXECUTE)}
+    handled = struct.pack("QQQ", rights, LANDLOCK_NETWORK, LANDLOCK_SCOPES)
+    handled = handled[: 8 if interface < 4 else 16 if interface < 6 else 24]
+    rules = _call("syscall", CREATE_RULESET, handled, ctypes.c_size_t(len(handled)), ctypes.c_uint32(0))
+    wanted = dict.fromkeys((*READABLE, _library(), sys.base_prefix + "/lib"), READ | READ_FOLDER)
     wanted |= {os.devnull: READ | WRITE | TRUNCATE, folder: rights & ~EXECUTE}
     for path, allowed in wanted.items():
         if not os.path.exists(path):  # noqa: PTH110
             continue
         if not os.path.isdir(path):  # noqa: PTH112
-            allowed &= EXECUTE | WRITE | READ | TRUNCATE
+            allowed &= WRITE | READ | TRUNCATE
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rule = ctypes.create_string_buffer(struct.pack("=Qi", allowed & rights, place), 12)
-        call(ADD_RULE, rules, ctypes.c_int(1), rule, ctypes.c_uint32(0))
+        _call("syscall", ADD_RULE, rules, ctypes.c_int(1), rule, ctypes.c_uint32(0))
         os.close(place)
-    _refuse_new_privileges(libc)
-    call(RESTRICT_SELF, rules, ctypes.c_uint32(0))
+    _call("syscall", RESTRICT_SELF, rules, ctypes.c_uint32(0))
     os.close(rules)
 
 
-def _refuse_new_privileges(libc: Any) -> None:
-    """What the kernel wants first from who restricts himself."""
-    import ctypes
-
-    set_no_new_privileges = 38
-    if libc.prctl(*(ctypes.c_ulong(value) for value in (set_no_new_privileges, 1, 0, 0, 0))) != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def close_network_and_processes() -> str:
-    """Lets the kernel refuse sockets, processes and threads (seccomp); returns what came of it, in words."""
+def close_calls(code: bytes) -> str:
+    """Lets the kernel refuse every call that a filter does not allow (seccomp); returns what came of it, in words."""
     try:
-        _install_seccomp()
-    except (OSError, ImportError, AttributeError, KeyError) as error:
+        if not code:
+            raise OSError("no list of calls for this processor")
+        _install_seccomp(code)
+    except (OSError, ImportError, AttributeError) as error:
         return f"network and processes closed by Python's audit hook only ({type(error).__name__}: {error})"
-    return "network, processes and threads closed by seccomp"
+    return "network, processes, threads and other calls of the kernel closed by seccomp"
 
 
-def _install_seccomp() -> None:
-    """A filter of classic BPF: another architecture is killed, a denied call fails with EPERM, others pass."""
+def _install_seccomp(code: bytes) -> None:
     import ctypes
 
-    column, architecture = MACHINES[platform.machine()]
-    numbers = [number for pair in DENIED_CALLS.values() if (number := pair[column]) is not None]
-    load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06
-    allow, refuse, kill = 0x7FFF0000, 0x00050000 | 1, 0x80000000
-    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (leave, 0, 0, kill), (load, 0, 0, 0)]
-    # Numbers from 2**30 on are calls of the x32 interface, which would get round the list.
-    code += [(at_least, len(numbers) + 1, 0, 0x40000000)]
-    code += [(equal, len(numbers) - place, 0, number) for place, number in enumerate(numbers)]
-    code += [(leave, 0, 0, allow), (leave, 0, 0, refuse)]
-    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in code))
-    header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(code), ctypes.addressof(program)))
-    libc = ctypes.CDLL(None, use_errno=True)
-    _refuse_new_privileges(libc)
-    set_seccomp, filter_mode = 22, 2
-    arguments = (set_seccomp, filter_mode, ctypes.addressof(header), 0, 0)
-    if libc.prctl(*(ctypes.c_ulong(value) for value in arguments)) != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    program = ctypes.create_string_buffer(code, len(code))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(program)))
+    filter_mode = 2
+    _control(SET_SECCOMP, filter_mode, ctypes.addressof(header))
 
 
 def refuse_from_now_on(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
     """An audit hook that refuses processes, sockets, and changes outside a folder."""
 
-    def inside(path: Any) -> bool:
-        text = os.fsdecode(path) if isinstance(path, str | bytes) else ""
-        return text == os.devnull or (os.path.realpath(text) + os.sep).startswith(folder + os.sep)
-
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event.startswith(DENIED_EVENTS):
             raise PermissionError(f"{event} is not allowed here")
-        if event == "open":
-            path, _, flags = arguments
-            writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            if writes and not isinstance(path, int) and not inside(path):
-                raise PermissionError(f"writing to {path!r} is not allowed here")
-        elif event.startswith(CHANGING_EVENTS) and arguments and not inside(arguments[0]):
-            raise PermissionError(f"{event} of {arguments[0]!r} is not allowed here")
+        if event == "open" and _writes_outside(arguments[0], arguments[2], folder):
+            raise PermissionError(f"writing to {arguments[0]!r} is not allowed here")
+        if event in CHANGING_EVENTS and _changes_outside(event, arguments, folder):
+            raise PermissionError(f"{event} of {arguments[:2]!r} is not allowed here")
 
     return hook
+
+
+def _writes_outside(path: Any, flags: Any, folder: str) -> bool:
+    writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    if not writes or isinstance(path, int) or path == os.devnull:
+        return False
+    real = os.fsdecode(os.path.realpath(path)) if isinstance(path, str | bytes) else ""
+    return not (real + os.sep).startswith(folder + os.sep)
+
+
+def _changes_outside(event: str, arguments: tuple[Any, ...], folder: str) -> bool:
+    first, last, bases = CHANGING_EVENTS[event]
+    return not all(
+        _lies_inside(arguments[number], arguments[bases + number - first], folder) for number in range(first, last + 1)
+    )
+
+
+def _lies_inside(path: Any, base: int, folder: str) -> bool:
+    """Whether the folder above a path's last part is a folder or lies below it, by whatever links it is reached."""
+    if not isinstance(path, str | bytes):
+        return False
+    above = os.path.dirname(os.fsdecode(path).rstrip("/")) or "."  # noqa: PTH120
+    root, home = os.stat("/"), os.stat(folder)  # noqa: PTH116
+    try:
+        while not os.path.samestat(found := os.stat(above, dir_fd=None if base == -1 else base), home):
+            if os.path.samestat(found, root):
+                return False
+            above += "/.."
+    except (FileNotFoundError, NotADirectoryError):
+        return True  # the call itself will say so
+    except OSError:
+        return False
+    return True
 
 
 def run(program: str) -> tuple[str, str]:

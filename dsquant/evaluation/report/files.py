@@ -33,7 +33,7 @@ def write_reports(evaluation: Evaluation, folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            write_atomically(folder / name, text.encode())
+            write_atomically(folder / name, text.encode(errors="backslashreplace"))  # of paths that are no text
     except OSError as error:
         raise InputError(f"{folder}: the reports cannot be written there: {error}") from error
     return [folder / name for name in texts]

@@ -1,5 +1,7 @@
 """report.md."""
 
+from dsquant.escaping import markdown as escaped
+from dsquant.escaping import markdown_cell
 from dsquant.evaluation.report import tables
 from dsquant.evaluation.report.tables import Table
 from dsquant.evaluation.results import Evaluation
@@ -15,14 +17,18 @@ def markdown(evaluation: Evaluation) -> str:
         The text of report.md.
     """
     names = ", ".join(one.name for one in evaluation.candidates)
-    parts = [f"# {names} against {evaluation.reference.path}"]
+    parts = [f"# {escaped(f'{names} against {evaluation.reference.path}')}"]
     if evaluation.verdict is not None:
         parts.append(f"**Verdict: {evaluation.verdict}.**")
     parts.append(_table(tables.summary(evaluation)))
     gates = tables.gates(evaluation)
     if gates is not None:
         parts.append(_table(gates))
-    findings = [f"- **{one.name}**: {finding.message}" for one in evaluation.candidates for finding in one.findings]
+    findings = [
+        f"- **{escaped(one.name)}**: {escaped(finding.message)}"
+        for one in evaluation.candidates
+        for finding in one.findings
+    ]
     if findings:
         parts += ["## What is broken", "\n".join(findings)]
     parts += [_table(table) for table in tables.texts(evaluation)]
@@ -35,16 +41,13 @@ def markdown(evaluation: Evaluation) -> str:
         parts += [_table(tables.layers(one)), _table(tables.weights(one))]
     parts.append(_table(tables.identity(evaluation)))
     if evaluation.caveats:
-        parts += ["## What these numbers do not tell", "\n".join(f"- {caveat}" for caveat in evaluation.caveats)]
+        caveats = "\n".join(f"- {escaped(caveat)}" for caveat in evaluation.caveats)
+        parts += ["## What these numbers do not tell", caveats]
     return "\n\n".join(parts) + "\n"
 
 
 def _table(table: Table) -> str:
     lines = [table.headings, ("---", *("---:" for _ in table.headings[1:])), *table.rows]
-    rows = "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-    note = f"\n\n{table.note}" if table.note else ""
-    return f"## {table.title}\n\n{rows}{note}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    rows = "\n".join("| " + " | ".join(map(markdown_cell, line)) + " |" for line in lines)
+    note = f"\n\n{escaped(table.note)}" if table.note else ""
+    return f"## {escaped(table.title)}\n\n{rows}{note}"

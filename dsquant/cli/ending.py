@@ -1,0 +1,116 @@
+"""How a command ends that is told to: by a signal with exit code 75, by a reader who leaves not at all.
+
+A job stops at a safe point (`jobs.stop_on_signals`); this is for all that is not a job's: starting, reading, printing.
+"""
+
+import atexit
+import errno
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import click
+
+from dsquant.errors import Interrupted
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Group(click.Group):
+    """The commands, which end quietly."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """Runs a command, as click does."""
+        with quiet_ending():
+            return super().main(*arguments, **options)
+
+
+@contextmanager
+def quiet_ending() -> Iterator[None]:
+    """Turns signals into exit code 75 without a traceback, and lets output go where its reader has left."""
+    with _readers_may_leave(), _signals_end():
+        yield
+
+
+def stopped_words(number: int) -> str:
+    """Tells which signal ended the command, and what to do.
+
+    Args:
+        number: of the signal.
+
+    Returns:
+        A line.
+    """
+    words = "a job in its output folder goes on with --resume; start anything else again"
+    return f"dsquant: stopped by {signal.Signals(number).name}; {words}"
+
+
+@contextmanager
+def _signals_end() -> Iterator[None]:
+    """Has signals end the process, but for those that are ignored, as under nohup.
+
+    At once, since libraries make errors of their own of an exception that a signal raises, or go on behind it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
+        with suppress(OSError):
+            os.write(2, f"{cursor}{stopped_words(number)}\n".encode())
+        os._exit(Interrupted.exit_code)
+
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # large packages take their time to leave
+    before = {one: found for one in SIGNALS if (found := signal.getsignal(one)) not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Pipe(io.FileIO):
+    """A descriptor that takes everything, though nobody may read it: a closed pipe, or a terminal that is gone."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content) or 0
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            return memoryview(content).nbytes
+
+
+@contextmanager
+def _readers_may_leave() -> Iterator[None]:
+    """Lets a command go on to its own exit code where nobody reads its output any more (`dsquant ... | head`)."""
+    before = sys.stdout, sys.stderr
+    own = _unbreakable(sys.stdout, 1), _unbreakable(sys.stderr, 2)
+    sys.stdout, sys.stderr = own
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in filter(None, own):
+            with suppress(OSError):  # it has been told of where it was written
+                stream.flush()
+
+
+def _unbreakable(stream: Any, number: int) -> Any:
+    """A stream like this one that does not break; itself where it is not the process's own."""
+    try:
+        if stream.fileno() != number:
+            return stream
+    except (AttributeError, OSError, ValueError):  # closed, or a test's
+        return stream
+    buffer = io.BufferedWriter(_Pipe(number, "w", closefd=False))
+    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
