@@ -179,7 +179,7 @@ def test_a_restart_removes_nothing_outside_of_its_folder(
     record["files"] = [*record["files"], name]
     (output / "dsquant.json").write_text(json.dumps(record))
     before = contents(tmp_path)
-    with pytest.raises(InputError, match="its record|is a link"):
+    with pytest.raises(InputError, match=r"its record|is a link"):
         pipeline.gguf(recipe(pico_r1, output), restart=True)
     assert contents(tmp_path) == before
 
