@@ -3,6 +3,7 @@
 The reverse of `writers.gguf.metadata` and `source.gguf_layout`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,10 @@ import torch
 
 from dsquant.errors import InputError
 from dsquant.foreign import blaming
+from dsquant.model.families import FAMILIES
 from dsquant.model.overlays import on_device
+from dsquant.model.rotary import Rotary, yarn_mscale
+from dsquant.model.skeleton import network_rotary
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.gguf_file import read_gguf
 from dsquant.source.gguf_layout import ARCHITECTURES, parameters
@@ -20,7 +24,8 @@ from dsquant.source.gguf_weights import GgufWeights, gguf_parts
 from dsquant.source.locate import ASSETS, EMBEDDED_MODEL
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU
-from dsquant.writers.gguf.metadata import CONTROL, UNUSED, USER_DEFINED, YARN_LOG_FACTOR, rope_factors
+from dsquant.writers.gguf.metadata import CONTROL, UNUSED, USER_DEFINED
+from dsquant.writers.gguf.rope import YARN_LOG_FACTOR, rotary_of_keys
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -57,6 +62,27 @@ class GgufHeader:
         return next((found for found, stored in ARCHITECTURES.items() if stored == name), name)
 
     @property
+    def numbers(self) -> dict[str, Any]:
+        """The network's keys, without the architecture's name; a list of equal numbers is one number."""
+        prefix = f"{self.keys.get('general.architecture')}."
+        found = {key.removeprefix(prefix): value for key, value in self.keys.items() if key.startswith(prefix)}
+        return {key: _one(value) for key, value in found.items()}
+
+    @property
+    def rotary(self) -> Rotary:
+        """What llama.cpp computes from the file.
+
+        Raises:
+            InputError: where it lacks a key, or scales in an unknown way.
+        """
+        factors = self.tensors.get("rope_freqs.weight")
+        factors_F = None if factors is None else torch.from_numpy(factors.data.copy()).float().flatten()
+        try:
+            return rotary_of_keys(str(self.keys.get("general.architecture")), self.numbers, factors_F)
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, ZeroDivisionError) as error:
+            raise InputError(f"{self.file}: its keys describe no rotary embedding: {error}") from error
+
+    @property
     def num_tokens(self) -> int:
         """Rows of the embedding; none where there is none."""
         table = self.tensors.get("token_embd.weight")
@@ -91,6 +117,11 @@ class GgufHeader:
         if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
             raise InputError(f"{self.file}: its tokens and their types are not two lists of one length")
         return {str(token): number for number, token in enumerate(tokens) if types[number] != UNUSED}
+
+
+def _one(value: Any) -> Any:
+    same = isinstance(value, list) and value and isinstance(value[0], int | float) and len(set(value)) == 1
+    return value[0] if same else value
 
 
 def read_header(file: Path) -> GgufHeader:
@@ -145,8 +176,7 @@ def gguf_checkpoint(header: GgufHeader, device: torch.device = CPU) -> Checkpoin
                 shapes[parameter] = found
     config["tie_word_embeddings"] = "lm_head.weight" not in shapes
     config["vocab_size"] = shapes.get("model.embed_tokens.weight", (0,))[0]
-    if "rope_freqs.weight" in header.tensors:
-        config["rope_scaling"] = _llama3_rope(header, config)
+    _check_rotary(header, config)
     weights = on_device(GgufWeights(header.file, shapes, config), device)
     return Checkpoint(header.file, config, ShardIndex(header.file.parent, {}), weights)
 
@@ -218,8 +248,10 @@ def _config(header: GgufHeader) -> dict[str, Any]:
     if architecture not in names:
         raise InputError(f"{file}: architecture {architecture!r} is not supported; dsquant knows {', '.join(names)}")
 
+    numbers = header.numbers
+
     def key(name: str, default: Any = None) -> Any:
-        value = keys.get(f"{architecture}.{name}", default)
+        value = numbers.get(name, default)
         if value is None:
             raise InputError(
                 f"{file}: key '{architecture}.{name}' is missing; name the checkpoint that it was made from as the "
@@ -250,9 +282,7 @@ def _config(header: GgufHeader) -> dict[str, Any]:
         config |= _deepseek(file, key)
     else:
         config["head_dim"] = key("attention.key_length", config["hidden_size"] // heads)
-    if keys.get(f"{architecture}.rope.scaling.type") == "yarn":
-        config["rope_scaling"] = _yarn(key)
-    return config
+    return config | {"rope_scaling": _rope_scaling(header, config)}
 
 
 def _deepseek(file: Path, key: Any) -> dict[str, Any]:
@@ -285,25 +315,36 @@ def _deepseek(file: Path, key: Any) -> dict[str, Any]:
     }
 
 
-def _yarn(key: Any) -> dict[str, Any]:
-    mscale = key("rope.scaling.yarn_log_multiplier", 0.0) / YARN_LOG_FACTOR
-    found = {
-        "type": "yarn",
-        "factor": key("rope.scaling.factor"),
-        "original_max_position_embeddings": key("rope.scaling.original_context_length"),
-        "beta_fast": key("rope.scaling.yarn_beta_fast", 32.0),
-        "beta_slow": key("rope.scaling.yarn_beta_slow", 1.0),
-    }
+def _rope_scaling(header: GgufHeader, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config's words for a file's scaling; llama.cpp has linear where no type is stated."""
+    numbers = header.numbers
+    if "rope_freqs.weight" in header.tensors:
+        return LLAMA3_ROPE
+    kind, factor = numbers.get("rope.scaling.type", "linear"), numbers.get("rope.scaling.factor", 0.0)
+    if kind == "none" or not factor:
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    original = numbers.get("rope.scaling.original_context_length", config["max_position_embeddings"])
+    found = {"type": kind, "factor": factor, "original_max_position_embeddings": original}
+    found |= {"beta_fast": 32.0, "beta_slow": 1.0}  # whatever the keys say: llama.cpp reads them in other architectures
+    rotary = header.rotary
+    if "kv_lora_rank" not in config:
+        plain = math.isclose(rotary.magnitude, yarn_mscale(factor), rel_tol=1e-6)
+        return found if plain else found | {"attention_factor": rotary.magnitude}
+    mscale = numbers.get("rope.scaling.yarn_log_multiplier", 0.0) / YARN_LOG_FACTOR
     return found | ({"mscale": mscale, "mscale_all_dim": mscale} if mscale else {})
 
 
-def _llama3_rope(header: GgufHeader, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Llama 3's scaling, if it gives the frequency factors that the file holds."""
-    found = torch.from_numpy(header.tensors["rope_freqs.weight"].data.copy()).float().flatten()
-    wanted = rope_factors({**config, "rope_scaling": LLAMA3_ROPE})
-    if wanted is None or not torch.allclose(found, wanted, rtol=1e-3):
+def _check_rotary(header: GgufHeader, config: Mapping[str, Any]) -> None:
+    """Refuses a file whose scaling no config says: llama.cpp would compute something else."""
+    try:
+        wanted = network_rotary(FAMILIES[header.architecture], config)
+    except Exception as error:  # transformers raises of every kind for a config that makes no sense
+        raise InputError(f"{header.file}: its keys describe no network: {type(error).__name__}: {error}") from error
+    difference = header.rotary.difference(wanted)
+    if difference:
         raise InputError(
-            f"{header.file}: 'rope_freqs.weight' is not Llama 3.1's scaling; name the checkpoint that it was made from "
-            "as the reference"
+            f"{header.file}: its rotary embedding is scaled in a way that dsquant does not read back (it finds "
+            f"{config['rope_scaling']}: {difference}); name the checkpoint that it was made from as the reference"
         )
-    return LLAMA3_ROPE

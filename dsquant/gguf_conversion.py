@@ -31,6 +31,7 @@ from dsquant.quantization.layer import KEYS_SUFFIX, quantize_layer
 from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.statistics import Importance
 from dsquant.recipe import GgufRecipe
+from dsquant.repeated import check_repeated
 from dsquant.resumption import check_gguf, check_kept, check_units, kept_files
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.scales import keep_scales
@@ -108,7 +109,7 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
     units = plan_units(recipe.mtp, checkpoint, skeleton)
     target = gguf_target(recipe, checkpoint, skeleton, units, {})
     mixed = plan_types(recipe, checkpoint, skeleton.layers[: skeleton.num_layers], target.tensors)
-    notes = list[str]()
+    notes = check_repeated(checkpoint, skeleton)
     if skeleton.num_mtp_layers and recipe.mtp == "drop":
         notes.append("the multi-token-prediction layer is left out (--mtp keep writes it, for llama.cpp of 2026 on)")
     imatrix = None

@@ -89,7 +89,7 @@ def _as_stored(
     plan: GgufPlan,
 ) -> torch.Tensor:
     """A parameter's values [O, I] once one of the tensors that it fills is stored."""
-    config = plan.checkpoint.config
+    config = plan.skeleton.config
     matrices = encode(weight_OI, parameter, placement.transform, config)
     if matrices.dim() == 2:
         matrices = matrices.unsqueeze(0)

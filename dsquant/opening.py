@@ -13,12 +13,15 @@ import torch
 from dsquant.calibration import load_tokenizer
 from dsquant.errors import InputError
 from dsquant.foreign import find_file
+from dsquant.gguf_candidate import check_same_network, check_same_tensors
 from dsquant.gguf_checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
 from dsquant.kernels.activation_rounding import unrounded
+from dsquant.model.families import family_of
 from dsquant.model.overlays import on_device
-from dsquant.model.skeleton import Skeleton, network_config
+from dsquant.model.skeleton import Skeleton, network_config, network_rotary
 from dsquant.model.streaming import EMBEDDING
-from dsquant.planning import check_complete
+from dsquant.planning import COMPUTED_SUFFIX, HEAD, check_complete
+from dsquant.repeated import check_repeated
 from dsquant.source.checkpoint import Checkpoint, open_checkpoint
 from dsquant.source.gguf_weights import GgufWeights, gguf_file, gguf_parts
 from dsquant.source.locate import locate
@@ -120,6 +123,7 @@ def open_original(path: str, device: torch.device = CPU) -> Original:
         tokenizer = gguf_tokenizer(header)
     skeleton = Skeleton(checkpoint)
     check_complete(checkpoint, skeleton)
+    check_repeated(checkpoint, skeleton)
     return Original(opened, checkpoint, skeleton, tokenizer)
 
 
@@ -143,11 +147,16 @@ def open_candidate(path: str, original: Original) -> Opened:
         _check_architecture(path, checkpoint.architecture, original)
         _check_vocabulary(path, _num_tokens(checkpoint.weights), _checkpoint_tokens(checkpoint), original)
         _check_network(checkpoint, original)
+        check_repeated(checkpoint, original.skeleton)
         opened = _opened(path, checkpoint)
     else:
         header = read_header(file)
         _check_architecture(path, header.architecture, original)
         _check_vocabulary(path, header.num_tokens, header.tokens, original)
+        reference, network = original.opened.path, original.skeleton.config
+        rotary = network_rotary(original.skeleton.family, original.checkpoint.config)
+        check_same_network(header, reference, network, rotary)
+        check_same_tensors(header, reference, network, original.checkpoint.weights)
         weights = open_gguf(file, original.checkpoint)
         opened = Opened(path, header.format, weights, header.num_bytes, tuple(gguf_parts(file)))
     _check_shapes(path, opened.weights, original.skeleton)
@@ -165,7 +174,8 @@ def open_gguf(file: Path, original: Checkpoint) -> Weights:
         The weights, decoded on access, on the checkpoint's device.
     """
     shapes = {name: original.weights.shape(name) for name in original.weights}
-    return on_device(GgufWeights(file, shapes, original.config), original.weights.device)
+    network = network_config(family_of(original.folder, original.config), original.config)
+    return on_device(GgufWeights(file, shapes, {**original.config, **network}), original.weights.device)
 
 
 def _opened(path: str, checkpoint: Checkpoint) -> Opened:
@@ -202,22 +212,29 @@ def _check_network(checkpoint: Checkpoint, original: Original) -> None:
     """Refuses the same architecture with other numbers."""
     try:
         found = network_config(original.skeleton.family, checkpoint.config)
+        rotary = network_rotary(original.skeleton.family, checkpoint.config)
     except Exception as error:  # transformers raises of every kind for a config that makes no sense
         raise InputError(f"{checkpoint.folder / 'config.json'}: {type(error).__name__}: {error}") from error
     from_gguf = gguf_file(Path(original.opened.path).expanduser()) is not None
+    wanted = original.skeleton.config
     for key in NETWORK_KEYS if from_gguf else NETWORK_KEYS + TOKEN_KEYS:
-        if not _same(found.get(key), original.skeleton.config.get(key), from_gguf):
+        same = _same(found.get(key), wanted.get(key))
+        if key == "rope_parameters" and from_gguf:  # which says scaling in other words, and leaves defaults out
+            reference = network_rotary(original.skeleton.family, original.checkpoint.config)
+            kinds = {found[key]["rope_type"], wanted[key]["rope_type"]}
+            same = len(kinds) == 1 and reference.difference(rotary) is None
+        if not same:
             raise InputError(
                 f"{checkpoint.folder / 'config.json'}: {key} is {found.get(key)!r}, the reference's is "
-                f"{original.skeleton.config.get(key)!r}; not the same model"
+                f"{wanted.get(key)!r}; not the same model"
             )
 
 
-def _same(found: Any, wanted: Any, from_gguf: bool) -> bool:
-    """Whether two values of a config mean the same: GGUF stores single precision and leaves defaults out."""
+def _same(found: Any, wanted: Any) -> bool:
+    """Whether two values of a config mean the same: GGUF stores single precision."""
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        keys = found.keys() & wanted.keys() if from_gguf else (found.keys() | wanted.keys()) - {"type"}  # of rope_type
-        return all(_same(found.get(key), wanted.get(key), from_gguf) for key in keys)
+        keys = (found.keys() | wanted.keys()) - {"type"}  # of rope_type
+        return all(_same(found.get(key), wanted.get(key)) for key in keys)
     if isinstance(found, float) or isinstance(wanted, float):
         return found is not None and wanted is not None and math.isclose(found, wanted, rel_tol=1e-5)
     return bool(found == wanted)
@@ -254,10 +271,20 @@ def _check_vocabulary(path: str, rows: int, tokens: Mapping[str, int] | None, or
             )
 
 
+def _of_mtp(name: str, skeleton: Skeleton) -> bool:
+    parts = name.split(".")
+    return name.startswith("mtp.") or (parts[1] == "layers" and int(parts[2]) >= skeleton.num_layers)
+
+
 def _check_shapes(path: str, weights: Weights, skeleton: Skeleton) -> None:
     """Refuses a candidate whose weights are not the reference's in other storage."""
-    for name, shape in skeleton.expected_shapes().items():
-        if name.startswith("model.layers.") and int(name.split(".")[2]) >= skeleton.num_layers:
+    expected = skeleton.expected_shapes()
+    for name in weights:
+        repeated = name == HEAD or name.endswith(COMPUTED_SUFFIX)
+        if name not in expected and not repeated and not _of_mtp(name, skeleton):
+            raise InputError(f"{path}: tensor {name!r} has no place in the reference's network; not the same model")
+    for name, shape in expected.items():
+        if _of_mtp(name, skeleton):
             continue  # the candidate may have dropped the MTP layer
         if name not in weights:
             raise InputError(f"{path}: tensor {name!r} is missing, which the reference has; not the same model")

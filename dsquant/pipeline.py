@@ -43,6 +43,7 @@ from dsquant.rounding import UNQUANTIZED
 from dsquant.supervision import Supervised
 from dsquant.telemetry import Limits, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
 from dsquant.writers.gguf.files import GgufFiles
+from dsquant.writers.gguf.ranges import range_look
 from dsquant.writers.gguf.store import quantizer_name
 from dsquant.writers.write_behind import WriteBehind
 
@@ -75,7 +76,8 @@ def awq(
         budget, gpu_budget = memory_budget(recipe), min(ranks.gather(gpu_memory_budget(recipe)))
         source = ranks.together(lambda: open_source(recipe, gpu_budget, ranks.size))
         limits = Limits(recipe.output, budget, source.plan.disk_bytes, gpu_budget)
-        supervised = Supervised(recipe, state, source.checkpoint.index, limits, request, report, ranks)
+        look = range_look(source.checkpoint, source.plan.gguf_tensors)
+        supervised = Supervised(recipe, state, source.checkpoint.index, limits, request, report, ranks, look)
         supervised.check(source.plan.memory_bytes, source.plan.gpu_memory_bytes)
         with supervised.job({"files": output_files(source)}) as (job, check):
             run = Run(recipe, source, job, report, check, _open_files(recipe, source.plan, state, job), ranks=ranks)
@@ -231,7 +233,8 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
             return finished_result(recipe)
         plan = plan_gguf(recipe)
         limits = Limits(recipe.output, memory_budget(recipe), plan.disk_bytes)
-        supervised = Supervised(recipe, state, plan.checkpoint.index, limits, request, report)
+        look = range_look(plan.checkpoint, plan.target.tensors.values())
+        supervised = Supervised(recipe, state, plan.checkpoint.index, limits, request, report, look=look)
         supervised.check(plan.memory_bytes)
         notes = {"files": gguf_output_files(plan), "quantizer": quantizer_name(recipe.device == "cuda")}
         with supervised.job(notes) as (job, check):

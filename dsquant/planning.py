@@ -26,12 +26,14 @@ from dsquant.rounding import UNQUANTIZED, Grid
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.writers.base import ShardPlan, StoredTensor, plan_shards
 from dsquant.writers.formats import FORMATS
+from dsquant.writers.gguf.files import GgufTensor
 from dsquant.writers.gguf.target import GgufTarget, plan_target
 from dsquant.writers.gguf.types import MIXTURES
 from dsquant.writers.protocol import NO_WIDTHS, Format
 
 # Computed from the config by every engine; old Llama checkpoints store them all the same.
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
+HEAD = "lm_head.weight"
 # How the step is named where it is refused, and what to do then.
 FOLLOW = "step follow (of preset best)"
 WITHOUT_FOLLOW = "take --preset compact, or leave the step out of --steps"
@@ -99,6 +101,11 @@ class Plan:
         if self.mixed is not None:
             files = max(files, self.mixed.total_bytes)
         return self.work_bytes + files + sum(target.num_bytes for target in self.gguf.values())
+
+    @property
+    def gguf_tensors(self) -> list[GgufTensor]:
+        """The tensors of all GGUF models."""
+        return [tensor for target in self.gguf.values() for tensor in target.tensors.values()]
 
     @property
     def widths(self) -> Mapping[str, int]:
@@ -279,7 +286,7 @@ def check_complete(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
             )
         check_shape(checkpoint, name, shape)
     for name in checkpoint.weights:
-        if name not in expected and not name.endswith(COMPUTED_SUFFIX) and name != "lm_head.weight":
+        if name not in expected and not name.endswith(COMPUTED_SUFFIX) and name != HEAD:
             raise InputError(
                 f"{checkpoint.index[name].path if name in checkpoint.index else checkpoint.folder}: tensor {name!r} "
                 f"is not part of {checkpoint.architecture} as config.json describes it "

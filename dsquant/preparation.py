@@ -14,6 +14,7 @@ from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.model.skeleton import Skeleton
 from dsquant.planning import Plan, default_symmetric, plan_run
 from dsquant.recipe import GgufRecipe, Recipe, format_size
+from dsquant.repeated import check_repeated
 from dsquant.source.checkpoint import Checkpoint, open_checkpoint, read_config
 from dsquant.source.locate import locate
 from dsquant.source.weights import CPU
@@ -34,6 +35,8 @@ class Source:
     calibration: dict[str, Any]
     """Where they come from and their hash."""
     plan: Plan
+    notes: tuple[str, ...] = ()
+    """What a user should know of the model's files, in words."""
 
 
 def resolved(recipe: Recipe) -> Recipe:
@@ -96,9 +99,10 @@ def open_source(recipe: Recipe, gpu_budget_bytes: int | None = None, num_ranks: 
     checkpoint, skeleton = open_model(recipe.model, torch.device(recipe.device))
     gpu_budget = gpu_memory_budget(recipe) if gpu_budget_bytes is None else gpu_budget_bytes
     plan = plan_run(recipe, checkpoint, skeleton, gpu_budget, num_ranks)
+    notes = tuple(check_repeated(checkpoint, skeleton))
     tokenizer = open_tokenizer(checkpoint)
     tokens_NT, calibration = open_calibration(recipe, recipe.calibration, tokenizer)
-    return Source(checkpoint, skeleton, tokenizer, tokens_NT, calibration, plan)
+    return Source(checkpoint, skeleton, tokenizer, tokens_NT, calibration, plan, notes)
 
 
 def open_model(model: str, device: torch.device = CPU) -> tuple[Checkpoint, Skeleton]:

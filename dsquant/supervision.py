@@ -11,7 +11,7 @@ from dsquant.jobs import WORK_FOLDER, Job, StopRequest, memory_guard, open_job
 from dsquant.memory import check_memory
 from dsquant.preparation import check_disk
 from dsquant.recipe import JobRecipe
-from dsquant.source.scan import scan
+from dsquant.source.scan import Look, scan, unseen
 from dsquant.source.shards import ShardIndex
 from dsquant.telemetry import Limits, Progress, Report, resident_bytes
 
@@ -29,6 +29,8 @@ class Supervised:
     request: StopRequest
     report: Report
     ranks: Ranks = ALONE
+    look: Look = unseen
+    """Gets everything that is read while the source is hashed."""
 
     def check(self, memory_bytes: int, gpu_memory_bytes: int = 0) -> None:
         """Refuses a job that will not fit.
@@ -69,7 +71,7 @@ class Supervised:
             within_budget()
 
         if self.state != "resume":
-            hashes = scan_source(self.index, self.report, check, self.ranks)
+            hashes = scan_source(self.index, self.report, check, self.ranks, self.look)
             notes = {"tensors": hashes, "shards": shard_times(self.index), **notes}
         with self._opened(notes if self.state != "resume" else {}) as job:
             self._check_unchanged(job.notes, check)
@@ -94,7 +96,9 @@ class Supervised:
             )
 
 
-def scan_source(index: ShardIndex, report: Report, check: Callable[[], None], ranks: Ranks = ALONE) -> dict[str, str]:
+def scan_source(
+    index: ShardIndex, report: Report, check: Callable[[], None], ranks: Ranks = ALONE, look: Look = unseen
+) -> dict[str, str]:
     """Hashes every stored tensor, each rank its share.
 
     Args:
@@ -102,6 +106,7 @@ def scan_source(index: ShardIndex, report: Report, check: Callable[[], None], ra
         report: gets the progress.
         check: called after every tensor; it may raise to stop.
         ranks: all ranks.
+        look: gets everything that is read.
 
     Returns:
         Tensor name -> SHA-256, in the index's order.
@@ -115,7 +120,7 @@ def scan_source(index: ShardIndex, report: Report, check: Callable[[], None], ra
         done += 1
         report(Progress("scan", done, len(own), name, index.bytes_read))
 
-    parts = ranks.gather(ranks.together(lambda: scan(index, after_tensor, own)))
+    parts = ranks.gather(ranks.together(lambda: scan(index, after_tensor, own, look)))
     found = {name: digest for part in parts for name, digest in part.items()}
     return {name: found[name] for name in index}
 

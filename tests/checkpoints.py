@@ -119,6 +119,13 @@ def r1_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             f"{prefix}.self_attn.kv_b_proj.weight": (heads * (nope + value), latent),
             f"{prefix}.self_attn.o_proj.weight": (hidden, heads * value),
         }
+        if query is None:  # Moonlight projects queries directly
+            for name in ("q_a_proj", "q_a_layernorm", "q_b_proj"):
+                del shapes[f"{prefix}.self_attn.{name}.weight"]
+            shapes[f"{prefix}.self_attn.q_proj.weight"] = (heads * (nope + rope), hidden)
+        if config["attention_bias"]:
+            biases = {"q_a_proj": query, "kv_a_proj_with_mqa": latent + rope, "o_proj": hidden}
+            shapes |= {f"{prefix}.self_attn.{name}.bias": (size,) for name, size in biases.items()}
         if layer < config["first_k_dense_replace"]:
             mlps = {f"{prefix}.mlp": config["intermediate_size"]}
         else:
@@ -159,10 +166,12 @@ def dense_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}.{norm}.weight"] = (hidden,)
         for kind, size in sizes.items():
             shapes[f"{prefix}.self_attn.{kind}_proj.weight"] = (size, hidden)
-            if config["model_type"] == "qwen2":
+            if config["model_type"] == "qwen2" or config.get("attention_bias"):
                 shapes[f"{prefix}.self_attn.{kind}_proj.bias"] = (size,)
         if config["model_type"] == "qwen3":
             shapes[f"{prefix}.self_attn.q_norm.weight"] = shapes[f"{prefix}.self_attn.k_norm.weight"] = (head,)
+        if config.get("attention_bias"):
+            shapes[f"{prefix}.self_attn.o_proj.bias"] = (hidden,)
         shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, sizes["q"])
         shapes[f"{prefix}.mlp.gate_proj.weight"] = shapes[f"{prefix}.mlp.up_proj.weight"] = (width, hidden)
         shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, width)

@@ -68,3 +68,25 @@ def expected(folder: Path, num_layers: int) -> dict[str, torch.Tensor]:
                 found[f"{block}.ffn_{kind}_exps.weight"] = torch.stack(parts)
         found |= {f"{block}.{name}.weight": weights[f"{source}.{module}.weight"] for name, module in names.items()}
     return found
+
+
+def with_keys(path: Path, copy: Path, changes: dict[str, Any], without: tuple[str, ...] = ()) -> Path:
+    """Copies a GGUF file with other keys, some left out."""
+    reader = gguf_py.GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf_py.GGUFWriter(copy, architecture)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture" or name in (*changes, *without):
+            continue
+        element = field.types[-1] if field.types[0] == gguf_py.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type=element)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for name, value in changes.items():
+        add[type(value)](name, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return copy

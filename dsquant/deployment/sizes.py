@@ -183,7 +183,7 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
     units = plan_units("drop" if mtp == "drop" else "keep", checkpoint, skeleton)
     parameters = [name for unit in units if unit.action != "drop" for name in unit.parameters]
     num_mtp_layers = skeleton.num_mtp_layers if mtp == "keep" else 0
-    shapes = stored_shapes(checkpoint, parameters)
+    shapes = stored_shapes(checkpoint, skeleton.config, parameters)
     linears, _ = scalable_linears(checkpoint, skeleton)
     largest = largest_whole(checkpoint, parameters)
     header = _gguf_header(subject, parameters, num_mtp_layers)
@@ -194,7 +194,7 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
     work = 3 * DEFAULTS.samples * DEFAULTS.seq_len * int(skeleton.config["hidden_size"]) * FLOAT32_BYTES
     for type_name in MIXTURES:
         calibrated = type_name not in FLOAT_TYPES
-        tensors, _ = choose_tensors(checkpoint.config, shapes, type_name, num_mtp_layers, calibrated)
+        tensors, _ = choose_tensors(skeleton.config, shapes, type_name, num_mtp_layers, calibrated)
         sizes = {name: tensor.num_bytes for name, tensor in tensors.items()}
         options = f"--type {type_name}" + (" --mtp keep" if mtp == "keep" else "")
         folder = shlex.quote(f"{subject.name}-{type_name}-GGUF")

@@ -26,6 +26,7 @@ from dsquant.planning import Unit, plan_run
 from dsquant.preparation import Source, check_disk, memory_budget, open_model
 from dsquant.recipe import Recipe
 from dsquant.records import output_files
+from dsquant.repeated import check_repeated
 from dsquant.resumption import check_checkpoints, check_kept, check_units, kept_files
 from dsquant.scales import keep_scales, recorded_fold
 from dsquant.source.shards import DTYPES
@@ -94,7 +95,8 @@ def requantize(
         disk_bytes = sum(target.shards.num_bytes for target in plan.targets)
         report(Progress("scan", 0, len(index), "", limits=Limits(recipe.output, memory_budget(recipe), disk_bytes)))
         check_disk(recipe.output, disk_bytes)
-        source = Source(checkpoint, skeleton, None, torch.zeros(0, 0), recording.record["calibration"], plan)
+        repeated = tuple(check_repeated(checkpoint, skeleton))
+        source = Source(checkpoint, skeleton, None, torch.zeros(0, 0), recording.record["calibration"], plan, repeated)
         notes = {"tensors": {}, "shards": shard_times(index), "files": output_files(source)}
         with open_job(recipe.output, recipe, state, notes) as job:
             if job.notes["shards"] != shard_times(index):

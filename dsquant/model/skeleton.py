@@ -4,7 +4,6 @@ transformers 5 fuses a layer's experts into 3-D parameters (23 GB for one layer 
 place: it notes which token goes to which expert and leaves the experts' work to `streaming`, one expert at a time.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -16,6 +15,7 @@ from torch import nn
 
 from dsquant.errors import InputError
 from dsquant.model.families import family_of
+from dsquant.model.rotary import Rotary, rope_problem, rotary_of, settle_magnitude
 from dsquant.model.structure import DecoderLayer, Family
 from dsquant.source.checkpoint import Checkpoint
 
@@ -138,7 +138,7 @@ class Skeleton:
     def _build(self, checkpoint: Checkpoint) -> None:
         self.num_mtp_layers = self.family.num_mtp_layers(checkpoint.config)
         hf_config = _hf_config(self.family, checkpoint.config)
-        self.config: dict[str, Any] = {**checkpoint.config, **hf_config.to_dict()}
+        self.config: dict[str, Any] = {**checkpoint.config, **network_config(self.family, checkpoint.config)}
         self.num_layers: int = hf_config.num_hidden_layers
         # The MTP layer is one more decoder layer: built beside the others, run only when asked for.
         hf_config.num_hidden_layers += self.num_mtp_layers
@@ -256,10 +256,9 @@ def _check_values(checkpoint: Checkpoint) -> None:
         name = config.get(key)
         if name is not None and not isinstance(getattr(torch, str(name).removeprefix("torch."), None), torch.dtype):
             raise InputError(f"{path}: {key} {name!r:.80} is no type of PyTorch; write bfloat16, or leave it out")
-    rope = config.get("rope_scaling")
-    factor = rope.get("factor", 1) if isinstance(rope, dict) else 1
-    if not isinstance(factor, int | float) or not (math.isfinite(factor) and factor > 0):
-        raise InputError(f"{path}: rope_scaling has the factor {factor!r:.80}, expected a number above 0")
+    problem = rope_problem(config)
+    if problem:
+        raise InputError(f"{path}: {problem}")
     rows = config.get("vocab_size")
     for key in ("bos_token_id", "eos_token_id"):
         found = config.get(key)
@@ -269,7 +268,7 @@ def _check_values(checkpoint: Checkpoint) -> None:
 
 
 def network_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with transformers' defaults filled in and its older keys brought into today's form.
+    """Brings a config.json into transformers' form of today, defaults filled in.
 
     Args:
         family: the architecture.
@@ -278,7 +277,22 @@ def network_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Plain values.
     """
-    return dict(_hf_config(family, config).to_dict())
+    found = dict(_hf_config(family, config).to_dict())
+    head_dim = found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"]
+    return found | {"head_dim": head_dim}
+
+
+def network_rotary(family: Family, config: Mapping[str, Any]) -> Rotary:
+    """The rotary embedding of the network that a config.json describes.
+
+    Args:
+        family: the architecture.
+        config: config.json's content.
+
+    Returns:
+        Its numbers.
+    """
+    return rotary_of(_hf_config(family, config))
 
 
 def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
@@ -286,7 +300,9 @@ def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
 
     # A copy to the bottom: from_dict writes into rope_scaling.
     plain = {key: deepcopy(value) for key, value in config.items() if key not in IGNORED_CONFIG}
-    return getattr(transformers, family.config_class).from_dict(plain)
+    hf_config = getattr(transformers, family.config_class).from_dict(plain)
+    settle_magnitude(hf_config)
+    return hf_config
 
 
 def _meta_model(hf_config: Any) -> Any:

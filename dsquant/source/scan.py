@@ -32,8 +32,19 @@ def all_finite(values: torch.Tensor) -> bool:
     return not bool(((values.view(integer) & mask) == mask).any())
 
 
+Look = Callable[[TensorInfo, torch.Tensor], None]
+"""Gets a tensor and some of its rows as they are stored, from any thread; may raise."""
+
+
+def unseen(info: TensorInfo, values: torch.Tensor) -> None:
+    """Looks at nothing."""
+
+
 def scan(
-    index: ShardIndex, after_tensor: Callable[[str], None], tensors: Collection[TensorInfo] | None = None
+    index: ShardIndex,
+    after_tensor: Callable[[str], None],
+    tensors: Collection[TensorInfo] | None = None,
+    look: Look = unseen,
 ) -> dict[str, str]:
     """Reads every tensor once.
 
@@ -41,6 +52,7 @@ def scan(
         index: the checkpoint.
         after_tensor: called with each finished tensor's name, from the calling thread; may raise to stop.
         tensors: those to read; None is all.
+        look: gets everything that is read, once it is known to be finite.
 
     Returns:
         Tensor name -> SHA-256 of its stored bytes, hexadecimal.
@@ -52,7 +64,7 @@ def scan(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
             infos = index.values() if tensors is None else tensors
-            for info, found in zip(infos, pool.map(lambda info: scan_tensor(index, info), infos), strict=True):
+            for info, found in zip(infos, pool.map(lambda info: scan_tensor(index, info, look), infos), strict=True):
                 hashes[info.name] = found
                 after_tensor(info.name)
         except BaseException:
@@ -61,12 +73,13 @@ def scan(
     return hashes
 
 
-def scan_tensor(index: ShardIndex, info: TensorInfo) -> str:
+def scan_tensor(index: ShardIndex, info: TensorInfo, look: Look = unseen) -> str:
     """Reads one tensor.
 
     Args:
         index: the checkpoint.
         info: the tensor.
+        look: gets its rows, some at a time.
 
     Returns:
         SHA-256 of its stored bytes, hexadecimal.
@@ -87,6 +100,7 @@ def scan_tensor(index: ShardIndex, info: TensorInfo) -> str:
             )
         if of_fp8:
             _check_scales(info, values.float())
+        look(info, values)
         digest.update(memoryview(values.contiguous().view(torch.uint8).flatten().numpy().data))
     return digest.hexdigest()
 

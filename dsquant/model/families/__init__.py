@@ -9,6 +9,16 @@ from dsquant.model.families.deepseek_v3 import DEEPSEEK_V3
 from dsquant.model.families.llama import LLAMA, QWEN2, QWEN3
 from dsquant.model.structure import Family
 
+# What other architectures' configs state and none of these networks has, with the values that change nothing.
+FOREIGN: dict[str, tuple[Any, ...]] = {
+    "partial_rotary_factor": (1,), "rotary_pct": (1,), "sliding_window_pattern": (), "no_rope_layers": (),
+    "attn_logit_softcapping": (), "final_logit_softcapping": (), "logit_scale": (1,), "logits_scaling": (1,),
+    "embedding_multiplier": (1,), "residual_multiplier": (1,), "attention_multiplier": (),
+    "query_pre_attn_scalar": (), "clip_qkv": (), "scale_emb": (1,), "scale_depth": (), "qk_layernorm": (False,),
+    "use_qk_norm": (False,), "attn_temperature_tuning": (False,), "alibi": (False,),
+}  # fmt: skip
+FULL_ATTENTION = {"full_attention"}
+
 FAMILIES = {family.architecture: family for family in (DEEPSEEK_V3, LLAMA, QWEN2, QWEN3)}
 
 
@@ -33,7 +43,21 @@ def family_of(folder: Path, config: Mapping[str, Any]) -> Family:
             f"{', '.join(FAMILIES)}"
         )
     family = FAMILIES[architecture]
-    reason = family.refuse(config)
+    reason = _foreign(config) or family.refuse(config)
     if reason:
         raise InputError(f"{folder / 'config.json'}: {architecture}: {reason}")
     return family
+
+
+def _foreign(config: Mapping[str, Any]) -> str | None:
+    """What a config states that engines of these architectures would leave out, in words."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    stated = {**(rope if isinstance(rope, Mapping) else {}), **config}
+    for key, neutral in FOREIGN.items():
+        value = stated.get(key)
+        if value is not None and value not in neutral:
+            return f"{key} {value!r:.80} is not supported: this architecture has nothing of the kind"
+    layer_types = config.get("layer_types")
+    if layer_types is not None and (not isinstance(layer_types, list) or set(map(str, layer_types)) - FULL_ATTENTION):
+        return f"layer_types {layer_types!r:.80}: attention that is not full is not supported"
+    return None

@@ -49,6 +49,14 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-LLAMA = Family("LlamaForCausalLM", "LlamaConfig", decoder_layer, refuse=_refuse)
+def _refuse_llama(config: Mapping[str, Any]) -> str | None:
+    # Qwen's configs state a window beside `use_sliding_window: false`; Llama's state none unless they mean one.
+    window = config.get("sliding_window")
+    if window is not None and config.get("use_sliding_window") is not False:
+        return f"sliding_window {window!r:.80}: sliding-window attention is not supported (no R1 distill uses it)"
+    return _refuse(config)
+
+
+LLAMA = Family("LlamaForCausalLM", "LlamaConfig", decoder_layer, refuse=_refuse_llama)
 QWEN2 = Family("Qwen2ForCausalLM", "Qwen2Config", decoder_layer, refuse=_refuse)
 QWEN3 = Family("Qwen3ForCausalLM", "Qwen3Config", decoder_layer, refuse=_refuse)

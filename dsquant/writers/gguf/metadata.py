@@ -5,20 +5,17 @@ Reference: the loaders of `deepseek2`, `llama`, `qwen2` and `qwen3` in llama.cpp
 
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dsquant.errors import InputError
 from dsquant.foreign import find_file
+from dsquant.model.rotary import Rotary
 from dsquant.strict_json import read_json_object
+from dsquant.writers.gguf.rope import scaling_keys
 
-# DeepSeek's converter wrote this factor into the YaRN key once, and the loader has divided by it ever since.
-YARN_LOG_FACTOR = 0.1
 # Part of a pre-tokenizer's regular expressions -> llama.cpp's name for it; the first that is found counts.
 PRE_TOKENIZERS = (
     (r"[一-龥\u3040-ゟ゠-ヿ]+", "deepseek-v3"),
@@ -30,118 +27,103 @@ _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused\d+>|<(pad|mask|s|unk)>
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 
 
-def add_model_keys(writer: Any, config: Mapping[str, Any], name: str, num_mtp_layers: int) -> None:
+def add_model_keys(
+    writer: Any, architecture: str, config: Mapping[str, Any], rotary: Rotary, name: str, num_mtp_layers: int
+) -> None:
     """Adds the network's numbers.
 
     Args:
         writer: a `gguf.GGUFWriter`.
-        config: config.json's content.
+        architecture: `general.architecture`.
+        config: the network's, with transformers' defaults filled in.
+        rotary: the network's rotary embedding.
         name: the model's name, for people.
         num_mtp_layers: multi-token-prediction layers that the file holds.
     """
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_block_count(config["num_hidden_layers"] + num_mtp_layers)
-    writer.add_context_length(int(config.get("max_position_embeddings") or 4096))
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
-    writer.add_vocab_size(config["vocab_size"])
-    rope = _rope(config)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    if "kv_lora_rank" in config:
-        _add_deepseek_keys(writer, config, num_mtp_layers)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in model_keys(architecture, config, rotary, num_mtp_layers).items():
+        add[type(value)](f"{architecture}.{key}", value)
+
+
+def model_keys(
+    architecture: str, config: Mapping[str, Any], rotary: Rotary, num_mtp_layers: int = 0
+) -> dict[str, bool | int | float | str]:
+    """The network's numbers as a GGUF file says them.
+
+    Args:
+        architecture: `general.architecture`.
+        config: the network's, with transformers' defaults filled in.
+        rotary: the network's rotary embedding.
+        num_mtp_layers: multi-token-prediction layers that the file holds.
+
+    Returns:
+        Key without the architecture's name -> value, in the order of the file.
+    """
+    latent = architecture == "deepseek2"
+    keys = {
+        "block_count": config["num_hidden_layers"] + num_mtp_layers,
+        "context_length": int(config["max_position_embeddings"]),
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "vocab_size": config["vocab_size"],
+        "rope.freq_base": float(config["rope_parameters"]["rope_theta"]),
+    }
+    if latent:
+        keys |= _deepseek_keys(config, num_mtp_layers)
     else:
-        heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
-        writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
-        writer.add_rope_dimension_count(head_dim)
-    if rope.get("rope_type") == "yarn":
-        _add_yarn_keys(writer, rope)
+        keys |= {
+            "attention.head_count_kv": config["num_key_value_heads"],
+            "attention.key_length": config["head_dim"],
+            "attention.value_length": config["head_dim"],
+            "rope.dimension_count": config["head_dim"],
+        }
+    return keys | scaling_keys(config["rope_parameters"], latent, rotary.magnitude)
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding's numbers in one place: transformers 5 has `rope_parameters`, older configs two fields."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_type", rope.get("type", "default"))
-    if config.get("rope_theta") is not None:
-        rope.setdefault("rope_theta", config["rope_theta"])
-    return rope
-
-
-def _add_deepseek_keys(writer: Any, config: Mapping[str, Any], num_mtp_layers: int) -> None:
+def _deepseek_keys(config: Mapping[str, Any], num_mtp_layers: int) -> dict[str, Any]:
     from gguf import ExpertGatingFuncType
 
     latent, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
-    writer.add_head_count_kv(1)  # all heads share the latent
-    if config.get("q_lora_rank") is not None:
-        writer.add_q_lora_rank(config["q_lora_rank"])
-    writer.add_kv_lora_rank(latent)
-    writer.add_key_length(latent + rope)
-    writer.add_value_length(latent)
-    writer.add_key_length_mla(config["qk_nope_head_dim"] + rope)
-    writer.add_value_length_mla(config["v_head_dim"])
-    writer.add_rope_dimension_count(rope)
-    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
-    writer.add_expert_count(config["n_routed_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
-    writer.add_expert_shared_count(config["n_shared_experts"])
-    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-    writer.add_expert_weights_scale(float(config.get("routed_scaling_factor", 1.0)))
-    writer.add_expert_weights_norm(bool(config.get("norm_topk_prob", False)))
-    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
-    if config.get("n_group", 1) > 1:
-        writer.add_expert_group_count(config["n_group"])
-        writer.add_expert_group_used_count(config["topk_group"])
+    keys: dict[str, Any] = {"attention.head_count_kv": 1}  # all heads share the latent
+    if config["q_lora_rank"] is not None:
+        keys["attention.q_lora_rank"] = config["q_lora_rank"]
+    keys |= {
+        "attention.kv_lora_rank": latent,
+        "attention.key_length": latent + rope,
+        "attention.value_length": latent,
+        "attention.key_length_mla": config["qk_nope_head_dim"] + rope,
+        "attention.value_length_mla": config["v_head_dim"],
+        "rope.dimension_count": rope,
+        "leading_dense_block_count": config["first_k_dense_replace"],
+        "expert_count": config["n_routed_experts"],
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+        "expert_weights_norm": bool(config["norm_topk_prob"]),
+        "expert_gating_func": int(ExpertGatingFuncType.SIGMOID),
+    }
+    if config["topk_group"] < config["n_group"]:  # where all groups are kept, llama.cpp wants no groups
+        keys |= {"expert_group_count": config["n_group"], "expert_group_used_count": config["topk_group"]}
     if num_mtp_layers:
-        writer.add_nextn_predict_layers(num_mtp_layers)
+        keys["nextn_predict_layers"] = num_mtp_layers
+    return keys
 
 
-def _add_yarn_keys(writer: Any, rope: Mapping[str, Any]) -> None:
-    from gguf import RopeScalingType
-
-    writer.add_rope_scaling_type(RopeScalingType.YARN)
-    writer.add_rope_scaling_factor(float(rope["factor"]))
-    writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
-    writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast", 32)))
-    writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow", 1)))
-    if rope.get("mscale_all_dim") is not None:
-        writer.add_rope_scaling_yarn_log_mul(YARN_LOG_FACTOR * float(rope["mscale_all_dim"]))
-
-
-def rope_factors(config: Mapping[str, Any]) -> torch.Tensor | None:
-    """Llama 3's frequency factors, which GGUF stores as the tensor `rope_freqs.weight`.
-
-    Reference: transformers' `_compute_llama3_parameters`; ggml divides each frequency by its factor.
-
-    Args:
-        config: config.json's content.
-
-    Returns:
-        float32 [head_dim / 2]; None where the model does not scale its frequencies so.
-    """
-    rope = _rope(config)
-    if rope["rope_type"] != "llama3":
-        return None
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    wavelengths = 2 * math.pi * float(rope["rope_theta"]) ** exponents
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    original, factor = float(rope["original_max_position_embeddings"]), float(rope["factor"])
-    smooth = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).float()
-
-
-def add_tokenizer_keys(writer: Any, folder: Path, vocab_size: int) -> None:
+def add_tokenizer_keys(writer: Any, folder: Path, vocab_size: int) -> list[str]:
     """Adds tokens, merges, special tokens and the chat template.
 
     Args:
         writer: a `gguf.GGUFWriter`.
         folder: the checkpoint, with tokenizer.json.
         vocab_size: rows of the embedding; ids that the tokenizer does not have become unused tokens.
+
+    Returns:
+        The added tokens that are left out, having no row of the embedding: llama.cpp wants a row for every token.
 
     Raises:
         InputError: where the tokenizer is not one that llama.cpp has under a name.
@@ -158,25 +140,41 @@ def add_tokenizer_keys(writer: Any, folder: Path, vocab_size: int) -> None:
         raise InputError(
             f"{path}: only byte-level BPE tokenizers are supported, found {tokenizer.get('model', {}).get('type')!r}"
         )
-    tokens, types = _tokens(tokenizer, vocab_size)
+    tokens, types, left_out = _tokens(path, tokenizer, vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(path, tokenizer))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     logging.getLogger("gguf").setLevel(logging.ERROR)
     SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+    return left_out
 
 
-def _tokens(tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+def _tokens(path: Path, tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int], list[str]]:
+    """Tokens and their types by id, and the added tokens without a row of the embedding."""
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
     types = [UNUSED] * vocab_size
-    for token, number in tokenizer["model"]["vocab"].items():
+    vocabulary, added_tokens = tokenizer["model"].get("vocab", {}), tokenizer.get("added_tokens", [])
+    _check_ids(path, [*vocabulary.items(), *((added["content"], added["id"]) for added in added_tokens)])
+    for token, number in vocabulary.items():
+        if number >= vocab_size:
+            raise InputError(
+                f"{path}: token {token!r} has the id {number}, the embedding has {vocab_size} rows; tokenizer and "
+                "weights are of different models"
+            )
         tokens[number], types[number] = token, NORMAL
-    for added in tokenizer.get("added_tokens", []):
-        special = added.get("special") or _LOOKS_SPECIAL.fullmatch(added["content"])
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = CONTROL if special else USER_DEFINED
-    return tokens, types
+    for added in added_tokens:
+        if added["id"] < vocab_size:
+            special = added.get("special") or _LOOKS_SPECIAL.fullmatch(added["content"])
+            tokens[added["id"]] = added["content"]
+            types[added["id"]] = CONTROL if special else USER_DEFINED
+    return tokens, types, [added["content"] for added in added_tokens if added["id"] >= vocab_size]
+
+
+def _check_ids(path: Path, tokens: list[tuple[Any, Any]]) -> None:
+    for token, number in tokens:
+        if not isinstance(token, str) or not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise InputError(f"{path}: token {token!r:.80} has the id {number!r:.80}, expected a number from 0 on")
 
 
 def pre_tokenizer_name(path: Path, tokenizer: Mapping[str, Any]) -> str:

@@ -11,11 +11,16 @@ import torch
 
 from dsquant.errors import InputError
 from dsquant.foreign import blaming
+from dsquant.model.families import family_of
+from dsquant.model.skeleton import network_config, network_rotary
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
 from dsquant.source.gguf_layout import ARCHITECTURES, Placement, encode, placements, stored_shape
 from dsquant.tokenization import THEN
 from dsquant.writers.gguf.files import GgufFile, GgufFiles, GgufTensor, plan_files
-from dsquant.writers.gguf.metadata import add_model_keys, add_tokenizer_keys, rope_factors
+from dsquant.writers.gguf.loader import loading_problem
+from dsquant.writers.gguf.metadata import add_model_keys, add_tokenizer_keys
+from dsquant.writers.gguf.ranges import check_range
+from dsquant.writers.gguf.rope import rope_factors
 from dsquant.writers.gguf.store import check_quantizer, decoded_rows, stored_rows
 from dsquant.writers.gguf.types import MIXTURES, choose_type, model_facts, row_bytes
 from dsquant.writers.imatrix import TensorImportance, column_importance
@@ -25,8 +30,6 @@ EMBEDDING = "model.embed_tokens.weight"
 QUANTIZATION_VERSION = 2
 # Weights that are in memory together while a matrix is stored.
 ELEMENTS_AT_ONCE = 2**24
-# Every type but F32 and BF16 stores values, or the scales of its blocks, as F16.
-LARGEST_F16 = 65504.0
 # A parameter's error is measured on this many rows, evenly spaced: gguf-py decodes slowly.
 ERROR_ROWS = 16
 
@@ -37,6 +40,8 @@ class GgufTarget:
 
     type_name: str
     """What `--type` calls it."""
+    config: Mapping[str, Any]
+    """The network's, with transformers' defaults filled in."""
     tensors: Mapping[str, GgufTensor]
     files: tuple[GgufFile, ...]
     notes: tuple[str, ...]
@@ -96,21 +101,26 @@ def plan_target(
         InputError: where a parameter has no place in GGUF, or the tokenizer is unknown to llama.cpp.
         UsageError: where nothing installed can quantize to a type.
     """
-    tensors, replaced = choose_tensors(
-        checkpoint.config, stored_shapes(checkpoint, parameters), type_name, num_mtp_layers, has_imatrix, overrides
-    )
+    family = family_of(checkpoint.folder, checkpoint.config)
+    config, rotary = network_config(family, checkpoint.config), network_rotary(family, checkpoint.config)
+    architecture, shapes = ARCHITECTURES[checkpoint.architecture], stored_shapes(checkpoint, config, parameters)
+    problem = loading_problem(architecture, config, rotary, shapes, num_mtp_layers)
+    if problem:
+        raise InputError(f"{checkpoint.folder / CONFIG_FILE}: not for GGUF: {problem}")
+    tensors, replaced = choose_tensors(config, shapes, type_name, num_mtp_layers, has_imatrix, overrides)
     missing = check_quantizer(
         {tensor.type_name for tensor in tensors.values()}, checkpoint.weights.device.type == "cuda"
     )
 
+    left_out: list[str] = []
+
     def add_keys(writer: Any) -> None:
-        add_model_keys(writer, checkpoint.config, model_name, num_mtp_layers)
+        add_model_keys(writer, architecture, config, rotary, model_name, num_mtp_layers)
         writer.add_file_type(MIXTURES[type_name][1])
         writer.add_quantization_version(QUANTIZATION_VERSION)
         with blaming(checkpoint.folder / "tokenizer.json", THEN):
-            add_tokenizer_keys(writer, checkpoint.folder, int(checkpoint.config["vocab_size"]))
+            left_out.extend(add_tokenizer_keys(writer, checkpoint.folder, int(config["vocab_size"])))
 
-    architecture = ARCHITECTURES[checkpoint.architecture]
     stem = f"{model_name}-{label or type_name}"
     # gguf-py packs what the config says, whatever that is, into numbers of 32 bits.
     with blaming(checkpoint.folder / CONFIG_FILE, "take config.json from the same release as the weights"):
@@ -120,7 +130,9 @@ def plan_target(
         for (wanted, chosen), count in replaced.items()
     )
     notes += (missing,) if missing else ()
-    return GgufTarget(type_name, tensors, files, notes, largest_whole(checkpoint, parameters), label)
+    if left_out:
+        notes += (f"added tokens without a row of the embedding are left out: {', '.join(map(repr, left_out))}",)
+    return GgufTarget(type_name, config, tensors, files, notes, largest_whole(checkpoint, parameters), label)
 
 
 def choose_tensors(
@@ -134,7 +146,7 @@ def choose_tensors(
     """Gives every tensor of a GGUF model its type.
 
     Args:
-        config: config.json's content.
+        config: the network's, with transformers' defaults filled in.
         shapes: tensor -> shape, from `stored_shapes`.
         type_name: a key of `MIXTURES`.
         num_mtp_layers: multi-token-prediction layers among them.
@@ -154,11 +166,14 @@ def choose_tensors(
     return tensors, replaced
 
 
-def stored_shapes(checkpoint: Checkpoint, parameters: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def stored_shapes(
+    checkpoint: Checkpoint, config: Mapping[str, Any], parameters: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
     """The tensors that parameters become in a GGUF model.
 
     Args:
         checkpoint: the source.
+        config: its network's, with transformers' defaults filled in.
         parameters: names of its parameters, in order.
 
     Returns:
@@ -168,12 +183,12 @@ def stored_shapes(checkpoint: Checkpoint, parameters: Sequence[str]) -> dict[str
         InputError: where a parameter has no place in GGUF.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    factors = rope_factors(checkpoint.config)
+    factors = rope_factors(config)
     if factors is not None:
         shapes[ROPE_FACTORS] = tuple(factors.shape)
     for name in parameters:
         for placement in places_of(checkpoint, name):
-            shapes[placement.tensor] = stored_shape(checkpoint.weights.shape(name), placement, checkpoint.config)
+            shapes[placement.tensor] = stored_shape(checkpoint.weights.shape(name), placement, config)
     return shapes
 
 
@@ -269,7 +284,7 @@ class GgufUnitWriter:
                 start = placement.expert * tensor.shape[-2] * row_bytes(tensor.type_name, tensor.shape[-1])
             step, row = error_step(self.checkpoint.weights.shape(parameter), placement), 0
             for number, rows_RI in parts:
-                self._check_range(parameter, tensor.type_name, rows_RI)
+                check_range(self.checkpoint, parameter, tensor.type_name, rows_RI)
                 stored = stored_rows(rows_RI, tensor.type_name, self._importance(tensor.name, placement, number))
                 self.files.write(tensor.name, start, stored)
                 measured = slice(-row % step, None, step)
@@ -278,14 +293,6 @@ class GgufUnitWriter:
                 row += len(rows_RI)
                 self.bytes_written += stored.numel()
         self._written.add(parameter)
-
-    def _check_range(self, parameter: str, type_name: str, rows_RI: torch.Tensor) -> None:
-        largest = float(rows_RI.abs().amax()) if rows_RI.numel() else 0.0
-        if type_name not in ("F32", "BF16") and not largest <= LARGEST_F16:
-            raise InputError(
-                f"{self.checkpoint.folder}: tensor {parameter!r} has a value of {largest:.3g}; numbers or scales of "
-                f"{type_name} go up to {LARGEST_F16:.0f}; convert with --type BF16 or F32"
-            )
 
     def _measure(self, parameter: str, type_name: str, rows_RI: torch.Tensor, stored: torch.Tensor) -> None:
         if not len(rows_RI):
@@ -311,7 +318,7 @@ class GgufUnitWriter:
         self, parameter: str, weight: torch.Tensor | None, placement: Placement
     ) -> Iterable[tuple[int, torch.Tensor]]:
         whole = self.checkpoint.weights[parameter] if weight is None else weight
-        whole = encode(whole, parameter, placement.transform, self.checkpoint.config)
+        whole = encode(whole, parameter, placement.transform, self.target.config)
         return enumerate(whole if whole.dim() == 3 else [whole.reshape(-1, whole.shape[-1])])
 
     def _importance(self, name: str, placement: Placement, matrix: int) -> torch.Tensor | None:
@@ -329,7 +336,7 @@ class GgufUnitWriter:
 
     def copy_rest(self, safe_point: Callable[[str], None]) -> None:
         """Stores the unit's parameters that have not been written."""
-        factors = rope_factors(self.checkpoint.config) if EMBEDDING in self.parameters else None
+        factors = rope_factors(self.target.config) if EMBEDDING in self.parameters else None
         if factors is not None:
             self.files.write(ROPE_FACTORS, 0, factors.view(torch.uint8))
         for parameter in sorted(self.parameters, key=self._place):
