@@ -307,6 +307,7 @@ def _caveats(
     few = [f"{text.name} ({text.samples})" for text in texts.described if text.samples < 4]
     if few:
         words.append(f"few samples: {', '.join(few)}; more text or a smaller --seq-len makes its intervals trustworthy")
+    words += original.checkpoint.notes
     words += drift_caveats(plan)
     if original.skeleton.num_mtp_layers:
         words.append("the multi-token-prediction layer was not evaluated")

@@ -104,11 +104,11 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
     if recipe.imatrix and recipe.texts:
         raise UsageError("give an imatrix file or a calibration text, not both")
     checkpoint, skeleton = open_model(recipe.model, torch.device(recipe.device))
-    check_complete(checkpoint, skeleton)
+    check_complete(checkpoint, skeleton, recipe.mtp)
     units = plan_units(recipe.mtp, checkpoint, skeleton)
     target = gguf_target(recipe, checkpoint, skeleton, units, {})
     mixed = plan_types(recipe, checkpoint, skeleton.layers[: skeleton.num_layers], target.tensors)
-    notes = list[str]()
+    notes = list(checkpoint.notes)
     if skeleton.num_mtp_layers and recipe.mtp == "drop":
         notes.append("the multi-token-prediction layer is left out (--mtp keep writes it, for llama.cpp of 2026 on)")
     imatrix = None

@@ -14,11 +14,12 @@ from dsquant.calibration import load_tokenizer
 from dsquant.errors import InputError
 from dsquant.gguf_checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
 from dsquant.kernels.activation_rounding import unrounded
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.overlays import on_device
 from dsquant.model.skeleton import Skeleton, network_config
 from dsquant.model.streaming import EMBEDDING
 from dsquant.planning import check_complete
-from dsquant.source.checkpoint import Checkpoint, open_checkpoint
+from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.gguf_weights import GgufWeights, gguf_file, gguf_parts
 from dsquant.source.locate import locate
 from dsquant.source.shards import ShardIndex
@@ -118,7 +119,7 @@ def open_original(path: str, device: torch.device = CPU) -> Original:
         opened = Opened(path, header.format, checkpoint.weights, header.num_bytes, tuple(gguf_parts(file)))
         tokenizer = gguf_tokenizer(header)
     skeleton = Skeleton(checkpoint)
-    check_complete(checkpoint, skeleton)
+    check_complete(checkpoint, skeleton, mtp="drop")  # it is not evaluated
     return Original(opened, checkpoint, skeleton, tokenizer)
 
 

@@ -11,10 +11,11 @@ import torch
 
 from dsquant.calibration import calibration_tokens, load_tokenizer
 from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.model.checkpoints import open_checkpoint, read_text_config
 from dsquant.model.skeleton import Skeleton
 from dsquant.planning import Plan, default_symmetric, plan_run
 from dsquant.recipe import GgufRecipe, Recipe, format_size
-from dsquant.source.checkpoint import Checkpoint, open_checkpoint, read_config
+from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
 from dsquant.source.locate import locate
 from dsquant.source.weights import CPU
 from dsquant.writers.formats import FORMATS
@@ -49,7 +50,7 @@ def resolved(recipe: Recipe) -> Recipe:
         InputError: where the model is not there.
         UsageError: where its device is not there.
     """
-    mixture = bool(read_config(locate(recipe.model)).get("n_routed_experts"))
+    mixture = bool(read_text_config(locate(recipe.model) / CONFIG_FILE).get("n_routed_experts"))
     preset = recipe.preset or ("quality" if mixture else "compact")
     if preset == "quality" and not mixture:
         preset = "compact"

@@ -365,7 +365,7 @@ def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
     Returns:
         Sentences without a full stop.
     """
-    words = []
+    words = list(source.checkpoint.notes)
     if source.calibration["samples"] < recipe.samples:
         words.append(
             f"the calibration texts yield {source.calibration['samples']} samples of {recipe.seq_len} tokens, "

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 import dsquant
 from dsquant.cli import main
 from dsquant.errors import InputError
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
-from dsquant.source.checkpoint import open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"

@@ -83,7 +83,7 @@ def requantize(
         return Requantization(read_record(recipe.output / "dsquant.json"), already_finished=True)
     with stop_on_signals() as request, full_disk_is_resumable():
         opened, skeleton = open_model(recipe.model)
-        checkpoint, held = held_once(opened)
+        checkpoint, held = held_once(opened, recording.source_hashes)
         plan = plan_run(recipe, checkpoint, skeleton)
         targets = recorded_targets(recording, plan)
         disk_bytes = sum(target.shards.num_bytes for target in plan.targets)

@@ -6,9 +6,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.errors import InputError
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 from dsquant.planning import COMPUTED_SUFFIX, check_complete
-from dsquant.source.checkpoint import Checkpoint, open_checkpoint
+from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.fp8 import SCALE_SUFFIX
 from dsquant.source.gguf_layout import placements
 from dsquant.source.shards import INDEX_FILE, read_header

@@ -47,6 +47,6 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-LLAMA = Family("LlamaForCausalLM", "LlamaConfig", decoder_layer, refuse=_refuse)
-QWEN2 = Family("Qwen2ForCausalLM", "Qwen2Config", decoder_layer, refuse=_refuse)
-QWEN3 = Family("Qwen3ForCausalLM", "Qwen3Config", decoder_layer, refuse=_refuse)
+LLAMA = Family("LlamaForCausalLM", "LlamaConfig", ("llama",), decoder_layer, refuse=_refuse)
+QWEN2 = Family("Qwen2ForCausalLM", "Qwen2Config", ("qwen2",), decoder_layer, refuse=_refuse)
+QWEN3 = Family("Qwen3ForCausalLM", "Qwen3Config", ("qwen3",), decoder_layer, refuse=_refuse)
