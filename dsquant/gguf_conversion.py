@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsquant.calibration import check_held_out
 from dsquant.disk import PARTIAL, publish, sync_folder
 from dsquant.errors import InputError, UsageError
 from dsquant.jobs import Job
@@ -35,6 +36,7 @@ from dsquant.resumption import check_gguf, check_kept, check_units, kept_files
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.scales import keep_scales
 from dsquant.source.checkpoint import Checkpoint
+from dsquant.source.vocabulary import surplus_notes
 from dsquant.source.weights import Weights
 from dsquant.telemetry import Progress, Report, Stage
 from dsquant.type_plan import plan_types
@@ -116,6 +118,9 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
         imatrix, found = _fitting_imatrix(recipe.imatrix, target.tensors)
         notes += found
     tokenizer = open_tokenizer(checkpoint)
+    notes += surplus_notes(tokenizer)
+    if recipe.evaluate:
+        check_held_out(tokenizer)
     tokens_NT, calibration = open_calibration(recipe, recipe.texts, tokenizer) if recipe.texts else (None, None)
     linears = frozenset[str]()
     if recipe.texts and recipe.scales:

@@ -23,6 +23,7 @@ from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.gguf_weights import GgufWeights, gguf_file, gguf_parts
 from dsquant.source.locate import locate
 from dsquant.source.shards import ShardIndex
+from dsquant.source.vocabulary import set_embedding_rows
 from dsquant.source.weights import CPU, Weights
 
 # What a config says about the network's function: where these differ, the same weights are another model.
@@ -120,6 +121,7 @@ def open_original(path: str, device: torch.device = CPU) -> Original:
         tokenizer = gguf_tokenizer(header)
     skeleton = Skeleton(checkpoint)
     check_complete(checkpoint, skeleton, mtp="drop")  # it is not evaluated
+    set_embedding_rows(tokenizer, _num_tokens(checkpoint.weights))
     return Original(opened, checkpoint, skeleton, tokenizer)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dsquant.calibration import calibration_tokens, load_tokenizer
+from dsquant.calibration import calibration_tokens, check_held_out, load_tokenizer
 from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.model.checkpoints import open_checkpoint, read_text_config
 from dsquant.model.skeleton import Skeleton
@@ -17,6 +17,7 @@ from dsquant.planning import Plan, default_symmetric, plan_run
 from dsquant.recipe import GgufRecipe, Recipe, format_size
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
 from dsquant.source.locate import locate
+from dsquant.source.vocabulary import set_embedding_rows
 from dsquant.source.weights import CPU
 from dsquant.writers.formats import FORMATS
 
@@ -99,6 +100,8 @@ def open_source(recipe: Recipe, gpu_budget_bytes: int | None = None, num_ranks: 
     plan = plan_run(recipe, checkpoint, skeleton, gpu_budget, num_ranks)
     tokenizer = open_tokenizer(checkpoint)
     tokens_NT, calibration = open_calibration(recipe, recipe.calibration, tokenizer)
+    if recipe.evaluate:
+        check_held_out(tokenizer)
     return Source(checkpoint, skeleton, tokenizer, tokens_NT, calibration, plan)
 
 
@@ -155,7 +158,7 @@ def open_calibration(
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Any:
-    """Loads a checkpoint's tokenizer and checks it against the embedding.
+    """Loads a checkpoint's tokenizer, which refuses texts with tokens that the embedding has no row for.
 
     Args:
         checkpoint: the checkpoint.
@@ -164,15 +167,10 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
         A transformers tokenizer.
 
     Raises:
-        InputError: where it is missing, or has more tokens than the embedding has rows.
+        InputError: where it is missing or damaged.
     """
     tokenizer = load_tokenizer(checkpoint.folder)
-    rows = checkpoint.weights.shape("model.embed_tokens.weight")[0]
-    if len(tokenizer) > rows:
-        raise InputError(
-            f"{checkpoint.folder / 'tokenizer.json'}: the tokenizer has {len(tokenizer)} tokens, tensor "
-            f"'model.embed_tokens.weight' only {rows} rows; tokenizer and weights are of different models"
-        )
+    set_embedding_rows(tokenizer, checkpoint.weights.shape("model.embed_tokens.weight")[0])
     return tokenizer
 
 

@@ -20,6 +20,7 @@ from dsquant.quantization.layer import FEWEST_TOKENS
 from dsquant.recipe import JobRecipe, Recipe, TargetedRecipe, format_size
 from dsquant.scales import SCALES_FILE
 from dsquant.sensitivity_pass import SENSITIVITY
+from dsquant.source.vocabulary import surplus_notes
 from dsquant.writers.gguf.store import quantizer_name
 from dsquant.writers.gguf.target import GgufTarget
 
@@ -366,6 +367,8 @@ def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
         Sentences without a full stop.
     """
     words = list(source.checkpoint.notes)
+    if source.tokenizer is not None:  # under recorded scales no text is read
+        words += surplus_notes(source.tokenizer)
     if source.calibration["samples"] < recipe.samples:
         words.append(
             f"the calibration texts yield {source.calibration['samples']} samples of {recipe.seq_len} tokens, "

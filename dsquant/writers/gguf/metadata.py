@@ -143,7 +143,8 @@ def add_tokenizer_keys(writer: Any, folder: Path, vocab_size: int) -> None:
         vocab_size: rows of the embedding; ids that the tokenizer does not have become unused tokens.
 
     Raises:
-        InputError: where the tokenizer is not one that llama.cpp has under a name.
+        InputError: where the tokenizer is not one that llama.cpp has under a name, or begins or ends texts with a token
+            that the embedding has no row for.
     """
     from gguf import SpecialVocab
 
@@ -161,15 +162,47 @@ def add_tokenizer_keys(writer: Any, folder: Path, vocab_size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     logging.getLogger("gguf").setLevel(logging.ERROR)
+    for kind, number in SpecialVocab(folder).special_token_ids.items():
+        if kind in ("bos", "eos") and number >= vocab_size:
+            raise InputError(
+                f"{path}: {kind}_token is the token {number}, and the embedding has {vocab_size} rows: llama.cpp would "
+                "have no such token; take tokenizer and weights of one release"
+            )
     SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+
+
+def left_out_tokens(folder: Path, vocab_size: int) -> tuple[str, ...]:
+    """What to tell of tokens that a file leaves out: llama.cpp wants as many as the embedding has rows.
+
+    Args:
+        folder: the checkpoint.
+        vocab_size: rows of the embedding.
+
+    Returns:
+        One sentence, or none.
+    """
+    path = folder / "tokenizer.json"
+    surplus = {name: n for name, n in _numbered(read_json_object(path)) if n >= vocab_size} if path.is_file() else {}
+    if not surplus:
+        return ()
+    listed = ", ".join(repr(name) for name in list(surplus)[:3])
+    return (f"{len(surplus)} tokens are left out of GGUF, which the embedding has no row for: {listed}",)
+
+
+def _numbered(tokenizer: Mapping[str, Any]) -> list[tuple[str, int]]:
+    added = ((token["content"], token["id"]) for token in tokenizer.get("added_tokens", []))
+    return [*tokenizer["model"]["vocab"].items(), *added]
 
 
 def _tokens(tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
     types = [UNUSED] * vocab_size
     for token, number in tokenizer["model"]["vocab"].items():
-        tokens[number], types[number] = token, NORMAL
+        if number < vocab_size:
+            tokens[number], types[number] = token, NORMAL
     for added in tokenizer.get("added_tokens", []):
+        if added["id"] >= vocab_size:
+            continue
         special = added.get("special") or _LOOKS_SPECIAL.fullmatch(added["content"])
         tokens[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if special else USER_DEFINED

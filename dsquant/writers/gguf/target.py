@@ -13,7 +13,7 @@ from dsquant.errors import InputError
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.gguf_layout import ARCHITECTURES, Placement, encode, placements, stored_shape
 from dsquant.writers.gguf.files import GgufFile, GgufFiles, GgufTensor, plan_files
-from dsquant.writers.gguf.metadata import add_model_keys, add_tokenizer_keys, rope_factors
+from dsquant.writers.gguf.metadata import add_model_keys, add_tokenizer_keys, left_out_tokens, rope_factors
 from dsquant.writers.gguf.store import check_quantizer, decoded_rows, stored_rows
 from dsquant.writers.gguf.types import MIXTURES, choose_type, model_facts, row_bytes
 from dsquant.writers.imatrix import TensorImportance, column_importance
@@ -115,6 +115,7 @@ def plan_target(
         for (wanted, chosen), count in replaced.items()
     )
     notes += (missing,) if missing else ()
+    notes += left_out_tokens(checkpoint.folder, int(checkpoint.config["vocab_size"]))
     return GgufTarget(type_name, tensors, files, notes, largest_whole(checkpoint, parameters), label)
 
 
