@@ -19,6 +19,7 @@ import torch
 from dsquant.errors import InputError, UsageError
 from dsquant.foreign import blaming, find_file
 from dsquant.source.checkpoint import CONFIG_FILE, read_config
+from dsquant.source.vocabulary import check_embedded, surplus_tokens
 from dsquant.strict_json import parse_json
 from dsquant.strict_yaml import read_yaml
 from dsquant.tokenization import THEN, check_tokenizer_files, encode, render
@@ -85,6 +86,13 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def check_held_out(tokenizer: Any) -> None:
+    """Refuses a tokenizer whose tokens for the shipped held-out texts the embedding has no row for."""
+    for text in HELD_OUT_TEXTS if surplus_tokens(tokenizer) else ():
+        documents = (_encode(document, tokenizer) for document in _documents(f"held-out/{text}/*"))
+        check_embedded(documents, tokenizer, f"held-out text {text!r} (--no-evaluate does without it)")
+
+
 def calibration_tokens(
     specs: Sequence[str], tokenizer: Any, num_samples: int, seq_len: int, seed: int
 ) -> CalibrationTokens:
@@ -121,6 +129,8 @@ def calibration_tokens(
     for source in sources:  # what one source lacks, others that have more make up for
         missing = num_samples - sum(len(samples) for samples in found.values())
         found[source] += _take(streams[source], max(0, missing))
+    for source in sources:
+        check_embedded(found[source], tokenizer, source.spec)
     samples = [sample for source in sources for sample in found[source]]
     if not samples:
         raise InputError(
@@ -149,6 +159,7 @@ def held_out_tokens(text: str, tokenizer: Any, seq_len: int, max_samples: int) -
     """
     documents = _documents(f"held-out/{text}/*")
     samples = _take(_samples(documents, tokenizer, seq_len), max_samples)
+    check_embedded(samples, tokenizer, f"held-out text {text!r}")
     if not samples:
         raise InputError(f"held-out text {text!r} is shorter than one sample of {seq_len} tokens")
     return torch.tensor(samples, dtype=torch.int64)
@@ -182,6 +193,7 @@ def text_tokens(text: str, tokenizer: Any, seq_len: int, max_samples: int) -> to
             yield document
 
     samples = _take(_samples(counted(), tokenizer, seq_len), max_samples)
+    check_embedded(samples, tokenizer, f"--text {text!r}")
     if not samples:
         raise InputError(
             f"--text {text!r}: it has {found} tokens with those that begin and end a document, a sample needs "
@@ -212,6 +224,7 @@ def _ready_tokens(specs: Sequence[str], num_samples: int, seq_len: int, tokenize
     tokens = tokens[:num_samples, :seq_len].to(torch.int64).contiguous()
     if not tokens.numel() or int(tokens.min()) < 0 or int(tokens.max()) >= len(tokenizer):
         raise InputError(f"{specs[0]}: 'tokens' is empty or holds numbers outside 0..{len(tokenizer) - 1}")
+    check_embedded(tokens.tolist(), tokenizer, specs[0])
     return CalibrationTokens(tokens, tokens_sha256(tokens), ({"name": Path(specs[0]).name, "samples": len(tokens)},))
 
 

@@ -14,6 +14,7 @@ from dsquant.evaluation.measure_drift import DriftPlan, SafePoint, measure_drift
 from dsquant.evaluation.tasks import Task, read_tasks
 from dsquant.opening import Opened, Original
 from dsquant.recipe import format_size
+from dsquant.source.vocabulary import check_embedded, surplus_tokens
 from dsquant.tokenization import encode
 
 SHIPPED_PROMPTS = "python"
@@ -127,7 +128,10 @@ def _prompts_file(prompts: str) -> Path:
 
 
 def _check_tokens(tasks: tuple[Task, ...], request: DriftRequest, original: Original) -> None:
-    """Refuses what does not fit into the model's context."""
+    """Refuses what does not fit into the model's context, or has tokens that the model does not know."""
+    for task in tasks if surplus_tokens(original.tokenizer) else ():
+        samples = [original.tokenizer.encode(text) for text in (task.prompt, task.gold) if text]
+        check_embedded(samples, original.tokenizer, f"prompt {task.name}")
     longest = max(tasks, key=lambda task: len(task.prompt))
     context = original.skeleton.config.get("max_position_embeddings")
     wanted = len(encode(longest.prompt, original.tokenizer)) + request.max_tokens

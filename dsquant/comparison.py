@@ -34,6 +34,7 @@ from dsquant.opening import Opened, Original, open_candidate, open_original
 from dsquant.preparation import check_disk, default_memory_budget, resolved_device
 from dsquant.recipe import format_size
 from dsquant.source.gguf_weights import RELEASE_BYTES
+from dsquant.source.vocabulary import surplus_notes
 from dsquant.telemetry import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
 
 MEMORY_STEP = 16 * 2**20
@@ -313,6 +314,7 @@ def _caveats(
     few = [f"{text.name} ({text.samples})" for text in texts.described if text.samples < 4]
     if few:
         words.append(f"few samples: {', '.join(few)}; more text or a smaller --seq-len makes its intervals trustworthy")
+    words += [*original.checkpoint.notes, *surplus_notes(original.tokenizer)]
     words += drift_caveats(plan)
     if original.skeleton.num_mtp_layers:
         words.append("the multi-token-prediction layer was not evaluated")

@@ -10,10 +10,10 @@ from dsquant.disk import write_atomically
 from dsquant.final_comparison import Comparison, compare_on_texts
 from dsquant.gguf_conversion import GgufRun, write_observed_imatrix
 from dsquant.manifest import gguf_tensors, run_tensors, write_record
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.opening import open_gguf
 from dsquant.planning import Target
 from dsquant.records import gguf_output_files, gguf_record, output_files, run_record
-from dsquant.source.checkpoint import open_checkpoint
 from dsquant.telemetry import Stage
 from dsquant.writers.base import write_index
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
+from dsquant.calibration import check_held_out
 from dsquant.disk import sync_folder, write_atomically
 from dsquant.errors import InputError, UsageError
 from dsquant.jobs import Job
@@ -36,6 +37,7 @@ from dsquant.resumption import check_gguf, check_kept, check_units, kept_files
 from dsquant.rounding import Grid, QuantizedWeight
 from dsquant.scales import keep_scales
 from dsquant.source.checkpoint import Checkpoint
+from dsquant.source.vocabulary import surplus_notes
 from dsquant.source.weights import Weights
 from dsquant.telemetry import Progress, Report, Stage
 from dsquant.type_plan import plan_types
@@ -105,11 +107,11 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
     if recipe.imatrix and recipe.texts:
         raise UsageError("give an imatrix file or a calibration text, not both")
     checkpoint, skeleton = open_model(recipe.model, torch.device(recipe.device))
-    check_complete(checkpoint, skeleton)
+    check_complete(checkpoint, skeleton, recipe.mtp)
     units = plan_units(recipe.mtp, checkpoint, skeleton)
     target = gguf_target(recipe, checkpoint, skeleton, units, {})
     mixed = plan_types(recipe, checkpoint, skeleton.layers[: skeleton.num_layers], target.tensors)
-    notes = check_repeated(checkpoint, skeleton)
+    notes = [*checkpoint.notes, *check_repeated(checkpoint, skeleton)]
     if skeleton.num_mtp_layers and recipe.mtp == "drop":
         notes.append("the multi-token-prediction layer is left out (--mtp keep writes it, for llama.cpp of 2026 on)")
     imatrix = None
@@ -117,6 +119,9 @@ def plan_gguf(recipe: GgufRecipe) -> GgufPlan:
         imatrix, found = _fitting_imatrix(recipe.imatrix, target.tensors)
         notes += found
     tokenizer = open_tokenizer(checkpoint)
+    notes += surplus_notes(tokenizer)
+    if recipe.evaluate:
+        check_held_out(tokenizer)
     tokens_NT, calibration = open_calibration(recipe, recipe.texts, tokenizer) if recipe.texts else (None, None)
     linears = frozenset[str]()
     if recipe.texts and recipe.scales:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsquant.errors import InputError
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.kinds import kind_of
 from dsquant.model.skeleton import Skeleton
 from dsquant.notebook import as_html
 from dsquant.planning import check_complete
 from dsquant.recipe import format_size
-from dsquant.source.checkpoint import CONFIG_FILE, open_checkpoint
+from dsquant.source.checkpoint import CONFIG_FILE
 from dsquant.source.locate import locate
 
 IMATRIX_FILE = "imatrix.gguf"
@@ -33,6 +34,8 @@ class Inspection:
     """Kinds as `dsquant.model.kinds` has them, the largest first."""
     dtypes: dict[str, int]
     """Stored dtype -> bytes."""
+    notes: tuple[str, ...]
+    """Where the files are not what config.json says."""
 
     def __str__(self) -> str:
         total = sum(self.bytes_by_kind.values())
@@ -45,7 +48,7 @@ class Inspection:
         lines += [
             f"  {kind:20} {format_size(size):>12} {size / total:7.2%}" for kind, size in self.bytes_by_kind.items()
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
         return as_html([str(self)])
@@ -98,4 +101,5 @@ def describe(model: str) -> Inspection:
         parameters=parameters,
         bytes_by_kind=dict(sizes.most_common()),
         dtypes=dict(dtypes.most_common()),
+        notes=checkpoint.notes,
     )

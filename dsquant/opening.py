@@ -16,16 +16,18 @@ from dsquant.foreign import find_file
 from dsquant.gguf_candidate import check_same_network, check_same_tensors
 from dsquant.gguf_checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
 from dsquant.kernels.activation_rounding import unrounded
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.families import family_of
 from dsquant.model.overlays import on_device
 from dsquant.model.skeleton import Skeleton, network_config, network_rotary
 from dsquant.model.streaming import EMBEDDING
 from dsquant.planning import COMPUTED_SUFFIX, HEAD, check_complete
 from dsquant.repeated import check_repeated
-from dsquant.source.checkpoint import Checkpoint, open_checkpoint
+from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.gguf_weights import GgufWeights, gguf_file, gguf_parts
 from dsquant.source.locate import locate
 from dsquant.source.shards import ShardIndex
+from dsquant.source.vocabulary import set_embedding_rows
 from dsquant.source.weights import CPU, Weights
 
 # What a config says about the network's function: where these differ, the same weights are another model.
@@ -122,8 +124,9 @@ def open_original(path: str, device: torch.device = CPU) -> Original:
         opened = Opened(path, header.format, checkpoint.weights, header.num_bytes, tuple(gguf_parts(file)))
         tokenizer = gguf_tokenizer(header)
     skeleton = Skeleton(checkpoint)
-    check_complete(checkpoint, skeleton)
+    check_complete(checkpoint, skeleton, mtp="drop")  # it is not evaluated
     check_repeated(checkpoint, skeleton)
+    set_embedding_rows(tokenizer, _num_tokens(checkpoint.weights))
     return Original(opened, checkpoint, skeleton, tokenizer)
 
 

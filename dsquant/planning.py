@@ -1,6 +1,6 @@
 """What a run will do and make, worked out from headers alone: units of work, exact output tensors, its needs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -20,7 +20,7 @@ from dsquant.memory import (
 from dsquant.mixed_plan import MixedPlan, plan_mixed
 from dsquant.model.skeleton import Skeleton, check_shape
 from dsquant.model.streaming import EMBEDDING
-from dsquant.model.structure import DecoderLayer
+from dsquant.model.structure import DecoderLayer, layer_number
 from dsquant.recipe import Recipe
 from dsquant.rounding import UNQUANTIZED, Grid
 from dsquant.source.checkpoint import Checkpoint
@@ -142,7 +142,7 @@ def plan_run(
         InputError: where the source's tensors are not what its config promises.
         UsageError: where a format cannot store what the recipe asks for.
     """
-    check_complete(checkpoint, skeleton)
+    check_complete(checkpoint, skeleton, recipe.mtp)
     _check_choosing(recipe)
     by_preset = _quantized_linears(recipe, skeleton)
     linears = by_preset.difference(linear for linear, width in widths.items() if width == UNQUANTIZED)
@@ -267,31 +267,64 @@ def _gguf_target(
     return plan_target(checkpoint, Path(recipe.model).name, type_name, parameters, num_mtp_layers, True)
 
 
-def check_complete(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+def check_complete(checkpoint: Checkpoint, skeleton: Skeleton, mtp: str = "keep") -> None:
     """Checks every tensor of a checkpoint against the network that its config describes.
 
     Args:
         checkpoint: the checkpoint.
         skeleton: its network.
+        mtp: `drop` where nothing of the multi-token-prediction layers is used, so that anything may be in them.
 
     Raises:
         InputError: at the first tensor that is missing, superfluous or of another shape.
     """
-    expected = skeleton.expected_shapes()
+    unused = range(skeleton.num_layers, len(skeleton.layers)) if mtp == "drop" else range(0)
+    expected = {name: shape for name, shape in skeleton.expected_shapes().items() if layer_number(name) not in unused}
+    unknown = [
+        name
+        for name in checkpoint.weights
+        if name not in expected
+        and layer_number(name) not in unused
+        and not name.endswith(COMPUTED_SUFFIX)
+        and name != HEAD
+    ]
     for name, shape in expected.items():
         if name not in checkpoint.weights:
-            raise InputError(
-                f"{checkpoint.folder}: tensor {name!r} is missing: config.json calls for it, no shard has it; "
-                "download the checkpoint again, or take config.json from the same release"
-            )
+            raise InputError(_missing(checkpoint, skeleton, name, unknown))
         check_shape(checkpoint, name, shape)
-    for name in checkpoint.weights:
-        if name not in expected and not name.endswith(COMPUTED_SUFFIX) and name != HEAD:
-            raise InputError(
-                f"{checkpoint.index[name].path if name in checkpoint.index else checkpoint.folder}: tensor {name!r} "
-                f"is not part of {checkpoint.architecture} as config.json describes it "
-                f"({skeleton.num_layers} layers, {skeleton.num_mtp_layers} for multi-token prediction)"
-            )
+    if unknown:
+        path, label = _place(checkpoint, unknown[0])
+        raise InputError(f"{path}: tensor {label} is not part of {_described(checkpoint, skeleton)}")
+
+
+def _missing(checkpoint: Checkpoint, skeleton: Skeleton, name: str, unknown: Sequence[str]) -> str:
+    """What to tell of a missing tensor: where others are there that nobody calls for, nothing may be missing at all."""
+    if unknown:
+        path, label = _place(checkpoint, unknown[0])
+        return (
+            f"{path}: tensor {label} is there instead of {name!r}, and {len(unknown) - 1} more that are not part of "
+            f"{_described(checkpoint, skeleton)}: they were saved in a layout that dsquant does not read, or "
+            "config.json is of another model"
+        )
+    message = (
+        f"{checkpoint.folder}: tensor {name!r} is missing: config.json calls for it, no shard has it; download the "
+        "checkpoint again, or take config.json from the same release"
+    )
+    of_mtp = (layer_number(name) or 0) >= skeleton.num_layers
+    return f"{message}; --mtp drop leaves this layer out" if of_mtp else message
+
+
+def _place(checkpoint: Checkpoint, name: str) -> tuple[Path, str]:
+    """The file of a tensor, and how it is named in messages."""
+    info = checkpoint.index.get(name)
+    return (info.path, info.label) if info else (checkpoint.folder, repr(name))
+
+
+def _described(checkpoint: Checkpoint, skeleton: Skeleton) -> str:
+    return (
+        f"{checkpoint.architecture} as config.json describes it ({skeleton.num_layers} layers, "
+        f"{skeleton.num_mtp_layers} for multi-token prediction)"
+    )
 
 
 def _quantized_linears(recipe: Recipe, skeleton: Skeleton) -> frozenset[str]:
@@ -317,9 +350,9 @@ def plan_units(mtp: str, checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[Un
     per_layer: dict[int, list[str]] = {layer.index: [] for layer in skeleton.layers}
     rest = []
     for name in names:
-        parts = name.split(".")
-        if name.startswith("model.layers."):
-            per_layer[int(parts[2])].append(name)
+        number = layer_number(name)
+        if number is not None:
+            per_layer[number].append(name)
         elif name != EMBEDDING:
             rest.append(name)
     decoder = [

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from dsquant.calibration import calibration_tokens, load_tokenizer
+from dsquant.calibration import calibration_tokens, check_held_out, load_tokenizer
 from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.model.checkpoints import open_checkpoint, read_text_config
 from dsquant.model.skeleton import Skeleton
 from dsquant.planning import Plan, default_symmetric, plan_run
 from dsquant.recipe import GgufRecipe, Recipe, format_size
 from dsquant.repeated import check_repeated
-from dsquant.source.checkpoint import Checkpoint, open_checkpoint, read_config
+from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
 from dsquant.source.locate import locate
+from dsquant.source.vocabulary import set_embedding_rows
 from dsquant.source.weights import CPU
 from dsquant.writers.formats import FORMATS
 
@@ -52,7 +54,7 @@ def resolved(recipe: Recipe) -> Recipe:
         InputError: where the model is not there.
         UsageError: where its device is not there.
     """
-    mixture = bool(read_config(locate(recipe.model)).get("n_routed_experts"))
+    mixture = bool(read_text_config(locate(recipe.model) / CONFIG_FILE).get("n_routed_experts"))
     preset = recipe.preset or ("quality" if mixture else "compact")
     if preset == "quality" and not mixture:
         preset = "compact"
@@ -102,6 +104,8 @@ def open_source(recipe: Recipe, gpu_budget_bytes: int | None = None, num_ranks: 
     notes = tuple(check_repeated(checkpoint, skeleton))
     tokenizer = open_tokenizer(checkpoint)
     tokens_NT, calibration = open_calibration(recipe, recipe.calibration, tokenizer)
+    if recipe.evaluate:
+        check_held_out(tokenizer)
     return Source(checkpoint, skeleton, tokenizer, tokens_NT, calibration, plan, notes)
 
 
@@ -158,7 +162,7 @@ def open_calibration(
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Any:
-    """Loads a checkpoint's tokenizer and checks it against the embedding.
+    """Loads a checkpoint's tokenizer, which refuses texts with tokens that the embedding has no row for.
 
     Args:
         checkpoint: the checkpoint.
@@ -167,15 +171,10 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
         A transformers tokenizer.
 
     Raises:
-        InputError: where it is missing, or has more tokens than the embedding has rows.
+        InputError: where it is missing or damaged.
     """
     tokenizer = load_tokenizer(checkpoint.folder)
-    rows = checkpoint.weights.shape("model.embed_tokens.weight")[0]
-    if len(tokenizer) > rows:
-        raise InputError(
-            f"{checkpoint.folder / 'tokenizer.json'}: the tokenizer has {len(tokenizer)} tokens, tensor "
-            f"'model.embed_tokens.weight' only {rows} rows; tokenizer and weights are of different models"
-        )
+    set_embedding_rows(tokenizer, checkpoint.weights.shape("model.embed_tokens.weight")[0])
     return tokenizer
 
 

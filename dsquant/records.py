@@ -22,6 +22,7 @@ from dsquant.quantization.layer import FEWEST_TOKENS
 from dsquant.recipe import JobRecipe, Recipe, TargetedRecipe, format_size
 from dsquant.scales import SCALES_FILE
 from dsquant.sensitivity_pass import SENSITIVITY
+from dsquant.source.vocabulary import surplus_notes
 from dsquant.strict_json import read_json_object
 from dsquant.writers.gguf.store import quantizer_name
 from dsquant.writers.gguf.target import GgufTarget
@@ -386,7 +387,9 @@ def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
     Returns:
         Sentences without a full stop.
     """
-    words = [*source.notes]
+    words = [*source.checkpoint.notes, *source.notes]
+    if source.tokenizer is not None:  # under recorded scales no text is read
+        words += surplus_notes(source.tokenizer)
     if source.calibration["samples"] < recipe.samples:
         words.append(
             f"the calibration texts yield {source.calibration['samples']} samples of {recipe.seq_len} tokens, "

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from gguf.quants import dequantize
 
-from dsquant.source.checkpoint import open_checkpoint
+from dsquant.model.checkpoints import open_checkpoint
 
 PLAIN: dict[str, Any] = {"calibration": "none", "evaluate": False, "progress": False}
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import dsquant
 from dsquant.errors import InputError, Interrupted, UsageError
-from dsquant.source.checkpoint import open_checkpoint
+from dsquant.model.checkpoints import open_checkpoint
 
 FAST: dict[str, Any] = {"samples": 6, "seq_len": 32, "group_size": 64, "evaluate": False, "progress": False}
 DSQUANT = [sys.executable, "-c", "from dsquant.cli import main; main()"]

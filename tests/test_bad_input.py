@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import dsquant
 from dsquant.cli import main
 from dsquant.errors import InputError
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
-from dsquant.source.checkpoint import open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
@@ -118,11 +118,9 @@ def sparse_attention(folder: Path) -> None:
     edit_json(folder / "config.json", lambda config: config.update(changes))
 
 
-def larger_tokenizer(folder: Path) -> None:
+def token_without_a_row(folder: Path) -> None:
     def change(tokenizer: dict[str, Any]) -> None:
-        for number in range(20):
-            entry = {**tokenizer["added_tokens"][0], "id": 300 + number, "content": f"<extra{number}>"}
-            tokenizer["added_tokens"].append(entry)
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 300, "content": '"""'})
 
     edit_json(folder / "tokenizer.json", change)
 
@@ -254,7 +252,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config with a layer more": (one_layer_more, r"tensor 'model\.layers"),
     "unknown architecture": (unknown_architecture, r"config\.json.*DeepseekV4ForCausalLM"),
     "sparse attention": (sparse_attention, r"config\.json.*DeepseekV32ForCausalLM"),
-    "tokenizer larger than the embedding": (larger_tokenizer, r"tokenizer\.json.*320.*embed_tokens.*300"),
+    "a token without a row in the embedding": (
+        token_without_a_row,
+        r"text\.txt: it yields token '\"\"\"' \(id 300\).*embed_tokens.*300 rows",
+    ),
     "no model_type": (no_model_type, r"config\.json: no model_type"),
     "no tokenizer": (no_tokenizer, r"tokenizer\.json"),
     "damaged header": (broken_header, r"model-00001\.safetensors"),

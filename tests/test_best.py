@@ -15,6 +15,7 @@ from dsquant.calibration import held_out_tokens, load_tokenizer
 from dsquant.distributed import Ranks
 from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.model.activations import Activations
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.overlays import ReplacedWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import embed, final_norm, head_name
@@ -22,7 +23,6 @@ from dsquant.quantization.layer_job import LayerJob, QuantizedStream
 from dsquant.quantization.successive import quantize_successively
 from dsquant.recipe import Recipe
 from dsquant.rounding import Grid, QuantizedWeight
-from dsquant.source.checkpoint import open_checkpoint
 
 
 def _followed(folder: Path, tokens_NT: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:

@@ -10,10 +10,10 @@ from dsquant.calibration import held_out_tokens, load_tokenizer
 from dsquant.evaluation.divergence import compare
 from dsquant.evaluation.ladders import text_scores
 from dsquant.model import streaming
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.overlays import ReplacedWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.rounding import Grid, fake_quantize
-from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.weights import Weights
 
 

@@ -24,9 +24,9 @@ from dsquant.evaluation.drift_measures import (
 from dsquant.evaluation.generation import Completion
 from dsquant.evaluation.measure_drift import DriftPlan, measure_drift, teacher_tokens
 from dsquant.evaluation.tasks import Task, read_tasks
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 from dsquant.opening import Original, open_original
-from dsquant.source.checkpoint import open_checkpoint
 
 TASKS = tuple(read_tasks(_prompts_file(SHIPPED_PROMPTS)))
 ENOUGH = 2**34

@@ -23,10 +23,10 @@ from dsquant.evaluation.divergence import compare
 from dsquant.evaluation.ladders import text_scores
 from dsquant.evaluation.lockstep import Lockstep
 from dsquant.evaluation.results import Evaluation
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.overlays import Overlay
 from dsquant.model.skeleton import Skeleton
 from dsquant.opening import open_candidate, open_original
-from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.weights import Weights
 
 SMALL: dict[str, Any] = {"texts": ["code"], "samples": 4, "seq_len": 256, "prompts": "none", "progress": False}

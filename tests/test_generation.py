@@ -10,8 +10,8 @@ from streams import stream_logits
 
 from dsquant.calibration import load_tokenizer
 from dsquant.evaluation.generation import complete, resident_size
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
-from dsquant.source.checkpoint import open_checkpoint
 
 PROMPTS = [
     "def add(a, b):\n",

@@ -28,8 +28,8 @@ import dsquant
 from dsquant.cli import main
 from dsquant.errors import InputError
 from dsquant.gguf_conversion import plan_gguf
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.recipe import GgufRecipe
-from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.gguf_layout import placements, stored_shape
 from dsquant.writers.gguf.types import choose_type, model_facts, row_bytes
 

@@ -15,8 +15,8 @@ from gguf_files import CALIBRATED, LARGEST_ERROR, PLAIN, decoded, expected, tens
 
 import dsquant
 from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.recipe import GgufRecipe
-from dsquant.source.checkpoint import open_checkpoint
 from dsquant.writers.gguf import store
 
 

@@ -15,8 +15,8 @@ from llama_cpp import decoded, every_position, llama_cpp
 import dsquant
 from dsquant.calibration import HELD_OUT_TEXTS, held_out_tokens, load_tokenizer, text_tokens
 from dsquant.evaluation.divergence import compare
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.opening import Original, open_candidate, open_original
-from dsquant.source.checkpoint import open_checkpoint
 
 POSITIONS = range(8, 256)
 CALIBRATION = Path(__file__).parents[1] / "calibration"

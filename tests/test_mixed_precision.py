@@ -17,10 +17,10 @@ from test_awq_job import FAST, arguments, contents
 import dsquant
 from benchmarks.peers.decoding import decode_compressed_tensors, stored_bits
 from dsquant.errors import Interrupted, UsageError
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.planning import plan_run
 from dsquant.preparation import open_model
 from dsquant.recipe import Recipe
-from dsquant.source.checkpoint import open_checkpoint
 from dsquant.writers.skip_lists import skipped_modules, targets_by_width
 
 COMPACT: dict[str, Any] = {**FAST, "preset": "compact"}

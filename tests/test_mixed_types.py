@@ -15,8 +15,8 @@ import dsquant
 from dsquant import pipeline
 from dsquant.calibration import calibration_tokens, load_tokenizer
 from dsquant.errors import Interrupted, UsageError
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.recipe import GgufRecipe
-from dsquant.source.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import dsquant
 from dsquant.distributed import Ranks
 from dsquant.errors import UsageError
 from dsquant.model.activations import Activations
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.streaming import Routing
 from dsquant.model.structure import Mlp
 from dsquant.pipeline import _resolved_for
@@ -21,7 +22,6 @@ from dsquant.quantization.layer import inputs_of
 from dsquant.quantization.steps import rounded_weight
 from dsquant.recipe import PRESET_STEPS, STEPS, Recipe, Step
 from dsquant.rounding import Grid, round_to_nearest
-from dsquant.source.checkpoint import open_checkpoint
 
 
 def _run(model: Path, text: Path, output: Path, **more: Any) -> Path:

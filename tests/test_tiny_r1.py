@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from dsquant.calibration import held_out_tokens, load_tokenizer
 from dsquant.model.activations import Activations
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import Stream, add_experts, mtp_inputs, run_dense_part
-from dsquant.source.checkpoint import open_checkpoint
 
 LARGEST_BYTES = 12 * 2**20
 SCRIPTS = Path(__file__).parent.parent / "scripts"

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dsquant.evaluation.weights import LayerComparison, Moments, kind_of, weight_error
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import Fold, FoldedWeights
 from dsquant.model.skeleton import Skeleton
-from dsquant.source.checkpoint import open_checkpoint
 
 
 def folded(pico_r1: Path, forget_router: bool = False) -> tuple[LayerComparison, Skeleton]:

@@ -127,7 +127,7 @@ def test_transformers_loads_a_compressed_mixture_with_the_weights_that_dsquant_r
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     import dsquant
-    from dsquant.source.checkpoint import open_checkpoint
+    from dsquant.model.checkpoints import open_checkpoint
 
     dsquant.awq(
         pico_r1, output=tmp_path / "out", to="compressed-tensors", preset="compact", group_size=64, samples=4,

@@ -209,7 +209,7 @@ def _candidates(sizes: Sequence[OutputSize]) -> list[OutputSize]:
 
 
 def _notes(subject: Subject) -> tuple[str, ...]:
-    notes = []
+    notes = list(subject.checkpoint.notes)
     if not subject.has_headers:
         notes.append(
             "from config.json alone: sizes of tensor data are exact; safetensors files differ by the order of names in "

@@ -168,7 +168,7 @@ def _generate(
 ) -> list[list[int]]:
     """The new tokens of each prompt of a batch; padding behind those that ended early."""
     width = max(len(prompt) for prompt in prompts)
-    padding = _padding(tokenizer)
+    padding = _padding(tokenizer, model.get_input_embeddings().num_embeddings)
     tokens_NT = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask_NT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
@@ -190,10 +190,10 @@ def _generate(
     return output_NT[:, width:].tolist()
 
 
-def _padding(tokenizer: Any) -> int:
-    """Any token will do: it is masked in front, and cut off behind."""
+def _padding(tokenizer: Any, rows: int) -> int:
+    """Any token that has a row in the embedding will do: it is masked in front, and cut off behind."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in known if token is not None)
+    return next(token for token in known if token is not None and token < rows)
 
 
 class _StopRule:

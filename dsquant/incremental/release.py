@@ -13,10 +13,10 @@ from dsquant.incremental.places import beside, check_output, check_patch
 from dsquant.incremental.recording import Recording, open_recording
 from dsquant.incremental.requantize import requantize
 from dsquant.jobs import RECORD_FILE, claim, full_disk_is_resumable, stop_on_signals
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.notebook import Shown
 from dsquant.records import Result, result_of
 from dsquant.sealing import broken_sections
-from dsquant.source.checkpoint import open_checkpoint
 from dsquant.source.locate import locate
 from dsquant.source.scan import scan
 from dsquant.telemetry import Progress, Report, silent

@@ -89,7 +89,7 @@ def requantize(
         if state == "finished":
             return Requantization(read_record(recipe.output / RECORD_FILE), already_finished=True)
         opened, skeleton = open_model(recipe.model)
-        checkpoint, index = held_once(opened)
+        checkpoint, index = held_once(opened, recording.source_hashes)
         plan = plan_run(recipe, checkpoint, skeleton)
         targets = recorded_targets(recording, plan)
         disk_bytes = sum(target.shards.num_bytes for target in plan.targets)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -36,7 +37,8 @@ class HeldTensors(ShardIndex):
         for name in names:
             stored = self.read(name)
             if not all_finite(stored):
-                raise InputError(f"{self[name].path}: tensor {name!r} holds NaN or infinity; download the file again")
+                info = self[name]
+                raise InputError(f"{info.path}: tensor {info.label} holds NaN or infinity; download the file again")
             hashes[name] = hashlib.sha256(memoryview(stored.view(-1).view(torch.uint8).numpy().data)).hexdigest()
             self._held[name] = stored
         return hashes
@@ -49,20 +51,21 @@ class HeldTensors(ShardIndex):
         return held[start_row:stop_row] if held.dim() else held
 
 
-def held_once(checkpoint: Checkpoint) -> tuple[Checkpoint, HeldTensors]:
+def held_once(checkpoint: Checkpoint, order: Iterable[str]) -> tuple[Checkpoint, HeldTensors]:
     """A checkpoint whose weights are read through `HeldTensors`.
 
     Args:
         checkpoint: an FP8 or BF16 release.
+        order: the order in which the earlier release had its tensors, which the output's files follow; this one may
+            have been saved in another.
 
     Returns:
         The same, and its index.
     """
     assert isinstance(checkpoint.weights, StoredWeights)
-    index = HeldTensors(checkpoint.index)
-    return Checkpoint(
-        checkpoint.folder, checkpoint.config, index, StoredWeights(index, checkpoint.weights.block)
-    ), index
+    names = dict.fromkeys([*(name for name in order if name in checkpoint.index), *checkpoint.index])
+    index = HeldTensors(ShardIndex(checkpoint.folder, {name: checkpoint.index[name] for name in names}))
+    return replace(checkpoint, index=index, weights=StoredWeights(index, checkpoint.weights.block)), index
 
 
 def stored_parts(index: ShardIndex, parameter: str) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError
+from dsquant.model.layouts import text_config
 from dsquant.model.skeleton import Skeleton
 from dsquant.source.checkpoint import Checkpoint, StoredWeights, block_size
 from dsquant.source.fp8 import SCALE_SUFFIX, scale_shape
@@ -31,6 +32,7 @@ def planned_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[Checkpoint
     Raises:
         InputError: where the architecture is not supported, or the checkpoint is quantized otherwise than to FP8.
     """
+    config = text_config(folder, config)
     quantization = config.get("quantization_config") or {}
     method = quantization.get("quant_method")
     if method not in (None, "fp8"):

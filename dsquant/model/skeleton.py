@@ -243,9 +243,10 @@ def check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> No
     found = checkpoint.weights.shape(name)
     if found != shape:
         info = checkpoint.index.get(name)
+        path, label = (info.path, info.label) if info else (checkpoint.folder, repr(name))
         raise InputError(
-            f"{info.path if info else checkpoint.folder}: tensor {name!r} has shape {list(found)}, config.json makes "
-            f"it {list(shape)}; config and weights are of different models"
+            f"{path}: tensor {label} has shape {list(found)}, config.json makes it {list(shape)}; config and weights "
+            "are of different models"
         )
 
 

@@ -3,11 +3,19 @@
 All names are full: modules as `model.layers.3.mlp.up_proj`, parameters with `.weight` or `.bias` behind.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 MlpKind = Literal["dense", "shared", "routed"]
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\..+")
+
+
+def layer_number(name: str) -> int | None:
+    """The layer that a parameter belongs to; None where it belongs to none."""
+    match = _LAYER.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,16 @@ class Family:
     architecture: str
     config_class: str
     """Name of the configuration class in transformers."""
+    model_types: tuple[str, ...]
+    """`model_type` of its configs: by these a wrapper names its text model."""
     layer: Callable[[Mapping[str, Any], int], DecoderLayer]
     """Builds layer `index` from config.json's content."""
     num_mtp_layers: Callable[[Mapping[str, Any]], int] = field(default=lambda config: 0)
     """Multi-token-prediction layers that follow the decoder's."""
+    mtp_parts: tuple[str, ...] = ()
+    """What such a layer has beside a decoder layer's parts."""
+    fused_experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The tensors [experts, rows, columns] in which transformers may save a layer's experts -> the linears whose rows
+    follow one another in each."""
     refuse: Callable[[Mapping[str, Any]], str | None] = field(default=lambda config: None)
     """What in a config is not supported, in words; None where all is."""

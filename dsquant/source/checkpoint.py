@@ -17,7 +17,7 @@ from dsquant.kernels.fp8 import dequantize_fp8
 from dsquant.source.fp8 import SCALE_SUFFIX, scale_shape
 from dsquant.source.quantized import decoded_weights
 from dsquant.source.read_ahead import ReadAhead
-from dsquant.source.shards import ShardIndex, TensorInfo, read_index
+from dsquant.source.shards import ShardIndex, TensorInfo
 from dsquant.source.weights import CPU, Weights
 from dsquant.strict_json import read_json_object
 
@@ -50,7 +50,7 @@ class StoredWeights(Weights):
         for name in self._names:
             if index[name].dtype not in FLOATS and not name.endswith(SCALE_SUFFIX):
                 raise InputError(
-                    f"{index[name].path}: tensor {name!r} has dtype {index[name].dtype}; weights are one of "
+                    f"{index[name].path}: tensor {index[name].label} has dtype {index[name].dtype}; weights are one of "
                     f"{', '.join(FLOATS)}"
                 )
             if index[name].dtype == FP8:
@@ -94,23 +94,23 @@ class StoredWeights(Weights):
     def _check_scales(self, info: TensorInfo) -> None:
         if self.block is None:
             raise InputError(
-                f"{info.path}: tensor {info.name!r} is FP8 but {CONFIG_FILE} has no quantization_config with "
+                f"{info.path}: tensor {info.label} is FP8 but {CONFIG_FILE} has no quantization_config with "
                 "weight_block_size; take config.json from the same release as the weights"
             )
         scale = self.index.get(info.name + SCALE_SUFFIX)
         if scale is None:
             raise InputError(
-                f"{info.path}: FP8 tensor {info.name!r} has no {info.name + SCALE_SUFFIX!r} in any shard; "
+                f"{info.path}: FP8 tensor {info.label} has no {info.name + SCALE_SUFFIX!r} in any shard; "
                 "the checkpoint is incomplete"
             )
         if scale.dtype not in SCALE_DTYPES:
             raise InputError(
-                f"{scale.path}: tensor {scale.name!r} is {scale.dtype}; expected one of {', '.join(SCALE_DTYPES)}"
+                f"{scale.path}: tensor {scale.label} is {scale.dtype}; expected one of {', '.join(SCALE_DTYPES)}"
             )
         expected = scale_shape((info.shape[0], info.shape[1]), self.block) if len(info.shape) == 2 else None
         if scale.shape != expected:
             raise InputError(
-                f"{scale.path}: tensor {scale.name!r} has shape {list(scale.shape)}; the weight of shape "
+                f"{scale.path}: tensor {scale.label} has shape {list(scale.shape)}; the weight of shape "
                 f"{list(info.shape)} with blocks of {list(self.block)} needs {list(expected or ())}"
             )
 
@@ -121,10 +121,12 @@ class Checkpoint:
 
     folder: Path
     config: dict[str, Any]
-    """config.json as it stands."""
+    """The text model's config.json, in agreement with the files."""
     index: ShardIndex
     weights: Weights
     """Original parameter names -> float32."""
+    notes: tuple[str, ...] = ()
+    """Where the files are not what config.json says, in words."""
 
     @property
     def architecture(self) -> str:
@@ -132,29 +134,16 @@ class Checkpoint:
         return str((self.config.get("architectures") or ["(none named)"])[0])
 
 
-def open_checkpoint(folder: Path, device: torch.device = CPU) -> Checkpoint:
-    """Opens a checkpoint folder; reads config.json and the shards' headers, no weights.
-
-    Args:
-        folder: a folder with config.json and safetensors shards.
-        device: where its weights go when they are read.
-
-    Returns:
-        The checkpoint, whose weights are read on access.
-
-    Raises:
-        InputError: where config.json or the shards are missing, damaged, or contradict each other.
-    """
-    return checkpoint_of(folder, read_config(folder), read_index(folder), device)
-
-
-def checkpoint_of(folder: Path, config: dict[str, Any], index: ShardIndex, device: torch.device = CPU) -> Checkpoint:
-    """Puts a config and an index together.
+def stored_checkpoint(
+    folder: Path, config: dict[str, Any], index: ShardIndex, notes: tuple[str, ...], device: torch.device = CPU
+) -> Checkpoint:
+    """Opens weights by how the config says that they are stored.
 
     Args:
         folder: the checkpoint's folder.
-        config: config.json's content.
+        config: its config.
         index: the tensors.
+        notes: what a user should know.
         device: where its weights go when they are read.
 
     Returns:
@@ -168,8 +157,9 @@ def checkpoint_of(folder: Path, config: dict[str, Any], index: ShardIndex, devic
         raise InputError(f"{folder / CONFIG_FILE}: quantization_config must be an object, found {quantization!r:.80}")
     method = quantization.get("quant_method")
     if method in (None, "fp8"):
-        return Checkpoint(folder, config, index, StoredWeights(index, block_size(folder, quantization), device))
-    return Checkpoint(folder, config, index, decoded_weights(index, quantization, device))
+        stored = StoredWeights(index, block_size(folder, quantization), device)
+        return Checkpoint(folder, config, index, stored, notes)
+    return Checkpoint(folder, config, index, decoded_weights(index, quantization, device), notes)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

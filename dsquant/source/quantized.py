@@ -37,7 +37,7 @@ def _checked(index: ShardIndex, name: str, dtypes: tuple[str, ...], shape: tuple
     if info.dtype not in dtypes or (len(info.shape) != 2 if shape is None else info.shape != shape):
         wanted = "two dimensions" if shape is None else f"shape {list(shape)}"
         raise InputError(
-            f"{info.path}: tensor {name!r} is {info.dtype} of shape {list(info.shape)}; expected "
+            f"{info.path}: tensor {info.label} is {info.dtype} of shape {list(info.shape)}; expected "
             f"{' or '.join(dtypes)} with {wanted}, as its companions and config.json have it"
         )
     return info

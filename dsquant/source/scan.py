@@ -95,7 +95,7 @@ def scan_tensor(index: ShardIndex, info: TensorInfo, look: Look = unseen) -> str
         values = index.read(info.name, start, start + step) if info.shape else index.read(info.name)
         if not all_finite(values):
             raise InputError(
-                f"{info.path}: tensor {info.name!r} holds NaN or infinity in rows {start} to "
+                f"{info.path}: tensor {info.label} holds NaN or infinity in rows {start} to "
                 f"{min(start + step, num_rows) - 1}; download the file again or ask its publisher"
             )
         if of_fp8:
@@ -109,6 +109,6 @@ def _check_scales(info: TensorInfo, scales: torch.Tensor) -> None:
     lowest, highest = float(scales.min()), float(scales.max())
     if lowest < 0 or (LARGEST_FP8 * highest) ** 2 > torch.finfo(torch.float32).max:
         raise InputError(
-            f"{info.path}: tensor {info.name!r} has scales from {lowest:.3g} to {highest:.3g}; FP8 scales are not "
+            f"{info.path}: tensor {info.label} has scales from {lowest:.3g} to {highest:.3g}; FP8 scales are not "
             "negative, and the squares of weights must not overflow; download the file again or ask its publisher"
         )

@@ -65,6 +65,14 @@ class TensorInfo:
     path: Path
     start: int
     """Offset of the first byte in the file."""
+    stored_name: str = ""
+    """What the file calls the tensor, or the one that it is a part of, where that is not its name."""
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        other = self.stored_name if self.stored_name != self.name else ""
+        return f"{self.name!r} (in the file {other!r})" if other else repr(self.name)
 
     @property
     def num_bytes(self) -> int:
@@ -147,7 +155,7 @@ def _read_exactly(info: TensorInfo, offset: int, buffer: torch.Tensor) -> None:
             count = file.readinto(view[done:])
             if not count:
                 raise InputError(
-                    f"{info.path}: the file ends inside tensor {info.name!r}; it was complete when the run began. "
+                    f"{info.path}: the file ends inside tensor {info.label}; it was complete when the run began. "
                     "Restore the file and run again."
                 )
             done += count

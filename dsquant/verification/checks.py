@@ -8,11 +8,12 @@ from typing import Any
 from dsquant.errors import InputError, UsageError
 from dsquant.foreign import find_file, read_file
 from dsquant.jobs import RECORD_FILE, found_in, stop_on_signals
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 from dsquant.notebook import Shown
 from dsquant.scales import open_scales
 from dsquant.sealing import broken_sections, hash_files
-from dsquant.source.checkpoint import Checkpoint, open_checkpoint
+from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.gguf_layout import placements
 from dsquant.source.gguf_weights import GgufWeights
 from dsquant.source.locate import EMBEDDED_MODEL, locate

@@ -8,9 +8,10 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from dsquant.errors import InputError
 from dsquant.foreign import check_relative, find_file, read_file
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 from dsquant.planning import COMPUTED_SUFFIX, check_complete
-from dsquant.source.checkpoint import Checkpoint, open_checkpoint
+from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.fp8 import SCALE_SUFFIX
 from dsquant.source.gguf_file import read_gguf
 from dsquant.source.gguf_layout import placements

@@ -22,6 +22,19 @@ FULL_ATTENTION = {"full_attention"}
 FAMILIES = {family.architecture: family for family in (DEEPSEEK_V3, LLAMA, QWEN2, QWEN3)}
 
 
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The first of a config's `architectures`; empty where it names none."""
+    found = config.get("architectures")
+    return found[0] if isinstance(found, list) and found and isinstance(found[0], str) else ""
+
+
+def unsupported(folder: Path, architecture: str) -> InputError:
+    """The error for an architecture that dsquant does not know."""
+    return InputError(
+        f"{folder / 'config.json'}: architecture {architecture} is not supported; dsquant knows {', '.join(FAMILIES)}"
+    )
+
+
 def family_of(folder: Path, config: Mapping[str, Any]) -> Family:
     """Finds the family of a checkpoint.
 
@@ -35,13 +48,9 @@ def family_of(folder: Path, config: Mapping[str, Any]) -> Family:
     Raises:
         InputError: where the architecture, or something in the config, is not supported.
     """
-    architectures = config.get("architectures")
-    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
-    if not isinstance(architecture, str) or architecture not in FAMILIES:
-        raise InputError(
-            f"{folder / 'config.json'}: architecture {architecture!r} is not supported; dsquant knows "
-            f"{', '.join(FAMILIES)}"
-        )
+    architecture = architecture_of(config)
+    if architecture not in FAMILIES:
+        raise unsupported(folder, repr(architecture))
     family = FAMILIES[architecture]
     reason = _foreign(config) or family.refuse(config)
     if reason:

@@ -106,7 +106,10 @@ def _routing_problem(config: Mapping[str, Any]) -> str | None:
 DEEPSEEK_V3 = Family(
     architecture="DeepseekV3ForCausalLM",
     config_class="DeepseekV3Config",
+    model_types=("deepseek_v3", "kimi_k2"),
     layer=decoder_layer,
     num_mtp_layers=lambda config: int(config.get("num_nextn_predict_layers") or 0),
+    mtp_parts=("enorm", "hnorm", "eh_proj", "shared_head", "embed_tokens"),
+    fused_experts={"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
     refuse=_refuse,
 )

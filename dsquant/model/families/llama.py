@@ -57,6 +57,6 @@ def _refuse_llama(config: Mapping[str, Any]) -> str | None:
     return _refuse(config)
 
 
-LLAMA = Family("LlamaForCausalLM", "LlamaConfig", decoder_layer, refuse=_refuse_llama)
-QWEN2 = Family("Qwen2ForCausalLM", "Qwen2Config", decoder_layer, refuse=_refuse)
-QWEN3 = Family("Qwen3ForCausalLM", "Qwen3Config", decoder_layer, refuse=_refuse)
+LLAMA = Family("LlamaForCausalLM", "LlamaConfig", ("llama",), decoder_layer, refuse=_refuse_llama)
+QWEN2 = Family("Qwen2ForCausalLM", "Qwen2Config", ("qwen2",), decoder_layer, refuse=_refuse)
+QWEN3 = Family("Qwen3ForCausalLM", "Qwen3Config", ("qwen3",), decoder_layer, refuse=_refuse)

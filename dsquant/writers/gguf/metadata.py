@@ -126,7 +126,8 @@ def add_tokenizer_keys(writer: Any, folder: Path, vocab_size: int) -> list[str]:
         The added tokens that are left out, having no row of the embedding: llama.cpp wants a row for every token.
 
     Raises:
-        InputError: where the tokenizer is not one that llama.cpp has under a name.
+        InputError: where the tokenizer is not one that llama.cpp has under a name, or begins or ends texts with a token
+            that the embedding has no row for.
     """
     from gguf import SpecialVocab
 
@@ -146,6 +147,12 @@ def add_tokenizer_keys(writer: Any, folder: Path, vocab_size: int) -> list[str]:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     logging.getLogger("gguf").setLevel(logging.ERROR)
+    for kind, number in SpecialVocab(folder).special_token_ids.items():
+        if kind in ("bos", "eos") and number >= vocab_size:
+            raise InputError(
+                f"{path}: {kind}_token is the token {number}, and the embedding has {vocab_size} rows: llama.cpp would "
+                "have no such token; take tokenizer and weights of one release"
+            )
     SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
     return left_out
 

@@ -1,0 +1,370 @@
+"""The ways in which checkpoints are saved: what transformers writes, fused experts, wrappers, and MTP layers."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import FP8, PICO_R1, add_tokenizer, r1_shapes, random_weights, save_checkpoint, stored
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from streams import stream_logits
+
+import dsquant
+from dsquant.cli import main
+from dsquant.errors import InputError
+from dsquant.inspection import describe
+from dsquant.model.checkpoints import open_checkpoint
+from dsquant.model.skeleton import Skeleton
+from dsquant.planning import check_complete
+
+CONFIG: dict[str, Any] = PICO_R1 | {
+    "hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 128, "moe_intermediate_size": 128,
+    "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "q_lora_rank": 64, "kv_lora_rank": 64,
+}  # fmt: skip
+FAST: dict[str, Any] = {
+    "samples": 2, "seq_len": 32, "group_size": 64, "preset": "compact", "evaluate": False, "progress": False,
+}  # fmt: skip
+Tensors = dict[str, torch.Tensor]
+
+
+def small_tensors(fp8: bool = False, **changes: Any) -> Tensors:
+    return stored(random_weights(r1_shapes(CONFIG | changes)), fp8)
+
+
+def fused(tensors: Tensors) -> Tensors:
+    """Every layer's experts as transformers 5 keeps them: [E, 2I, H] and [E, H, I], and scales likewise."""
+    kept = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for prefix, scales in {
+        (match[1], match[2] or "") for name in tensors if (match := re.match(r"(.*\.experts\.)0\..*weight(_.*)?", name))
+    }:
+
+        def parts(kind: str, prefix: str = prefix, scales: str = scales) -> torch.Tensor:
+            names = (f"{prefix}{expert}.{kind}_proj.weight{scales}" for expert in range(CONFIG["n_routed_experts"]))
+            return torch.stack([tensors[name] for name in names])
+
+        kept[f"{prefix}gate_up_proj{scales}"] = torch.cat([parts("gate"), parts("up")], dim=1)
+        kept[f"{prefix}down_proj{scales}"] = parts("down")
+    return kept
+
+
+def renamed(tensors: Tensors, *changes: tuple[str, str]) -> Tensors:
+    for pattern, replacement in changes:
+        tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def save(folder: Path, tensors: Tensors, **changes: Any) -> Path:
+    return add_tokenizer(save_checkpoint(folder, CONFIG | changes, tensors, num_shards=2))
+
+
+def save_wrapped(folder: Path, tensors: Tensors, **changes: Any) -> Path:
+    """A checkpoint as one that also sees: its text model's config inside, and a vision tower beside."""
+    inner = {key: value for key, value in CONFIG.items() if key != "architectures"} | changes
+    config = {"architectures": ["SeeingForConditionalGeneration"], "model_type": "seeing", "text_config": inner}
+    seen = {"vision_tower.blocks.0.norm.weight": torch.ones(4), "model.projector.weight": torch.ones(4, 4)}
+    return add_tokenizer(save_checkpoint(folder, config, tensors | seen, num_shards=2))
+
+
+def assert_same_weights(found: Path, wanted: Path) -> None:
+    weights, others = open_checkpoint(found).weights, open_checkpoint(wanted).weights
+    assert set(weights) == set(others)
+    assert all(torch.equal(weights[name], others[name]) for name in others)
+
+
+def written_tensors(output: Path) -> Tensors:
+    return {name: tensor for file in sorted(output.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def assert_same_tensors(found: Path, wanted: Path) -> None:
+    tensors, others = written_tensors(found), written_tensors(wanted)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in others)
+
+
+def awq(model: Path, text_file: Path, output: Path, **options: Any) -> Any:
+    return dsquant.awq(model, output=output, calibration=(str(text_file),), **FAST | options)
+
+
+def complete(folder: Path, mtp: str = "keep") -> tuple[int, tuple[str, ...]]:
+    """How many MTP layers a checkpoint is read with, and what is told of it."""
+    checkpoint = open_checkpoint(folder)
+    skeleton = Skeleton(checkpoint)
+    check_complete(checkpoint, skeleton, mtp)
+    return skeleton.num_mtp_layers, checkpoint.notes
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in a release's layout; tests leave it as it is."""
+    return save(tmp_path_factory.mktemp("layouts") / "plain", small_tensors())
+
+
+@pytest.fixture(scope="module")
+def quantized(plain: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its output."""
+    output = tmp_path_factory.mktemp("layouts") / "quantized"
+    awq(plain, text_file, output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What transformers itself saves of one random model, which it announces with an MTP layer and saves without."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("transformers")
+    config = transformers.DeepseekV3Config(**{key: CONFIG[key] for key in CONFIG if key != "architectures"})
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder / "plain")
+    model.save_pretrained(folder / "fused", save_original_format=False)
+    return {name: add_tokenizer(folder / name) for name in ("plain", "fused")}
+
+
+def test_what_transformers_saves_computes_what_transformers_computes(written: dict[str, Path]) -> None:
+    import transformers
+
+    tokens = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(1))
+    for folder in written.values():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            wanted = model(tokens).logits
+        found, _ = stream_logits(folder, open_checkpoint(folder).weights, tokens)
+        assert torch.allclose(found, wanted, atol=1e-4)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in load_file(written["fused"] / "model.safetensors")
+
+
+@pytest.mark.parametrize("mtp", ["quantize", "drop"])
+def test_an_mtp_layer_that_is_announced_and_absent_is_taken_as_none(
+    written: dict[str, Path], text_file: Path, tmp_path: Path, mtp: str
+) -> None:
+    result = awq(written["fused"], text_file, tmp_path / "out", mtp=mtp)
+    (notice,) = [warning for warning in result.warnings if "multi-token" in warning]
+    assert "announces 1" in notice and "hold none" in notice
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert dsquant.verify(tmp_path / "out", everything=True).ok
+
+
+def test_a_gguf_file_of_it_has_no_nextn_layers(written: dict[str, Path], tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    found = {}
+    for name, folder in written.items():
+        result = dsquant.gguf(
+            folder, type="Q8_0", output=tmp_path / name, mtp="keep", calibration="none", evaluate=False, progress=False
+        )
+        assert any("hold none" in warning for warning in result.warnings)
+        (file,) = (tmp_path / name).glob("*.gguf")
+        reader = GGUFReader(file)
+        assert int(reader.fields["deepseek2.block_count"].contents()) == 2
+        assert not any("nextn" in key for key in reader.fields)
+        found[name] = {tensor.name: tensor.data.tobytes() for tensor in reader.tensors}
+    assert found["plain"] == found["fused"]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_fused_experts_are_the_experts_one_by_one(fp8: bool, tmp_path: Path) -> None:
+    quantization = {"quantization_config": FP8} if fp8 else {}
+    tensors = small_tensors(fp8)
+    twin = save(tmp_path / "twin", tensors, **quantization)
+    assert_same_weights(save(tmp_path / "fused", fused(tensors), **quantization), twin)
+
+
+def test_one_expert_of_a_fused_tensor_is_read_alone(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save(tmp_path / "fused", fused(small_tensors())))
+    checkpoint.weights["model.layers.1.mlp.experts.3.up_proj.weight"]
+    assert checkpoint.index.bytes_read == 2 * 128 * 128
+
+
+def test_fused_experts_give_the_files_of_single_ones_in_every_command(
+    plain: Path, quantized: Path, text_file: Path, tmp_path: Path
+) -> None:
+    model = save(tmp_path / "fused", fused(small_tensors()))
+    awq(model, text_file, tmp_path / "out")
+    assert_same_tensors(tmp_path / "out", quantized)
+    assert dsquant.verify(tmp_path / "out", everything=True).ok
+    assert dsquant.verify(quantized, source=str(model), everything=True).ok
+    delta = dsquant.delta(
+        plain, model, output=tmp_path / "delta", quantized=quantized, patch=tmp_path / "patch", progress=False
+    )
+    assert delta.changed == []
+    assert_same_tensors(tmp_path / "delta", quantized)
+    assert describe(str(model)).bytes_by_kind == describe(str(plain)).bytes_by_kind
+
+
+# How text models are named inside others: body, head, and the word for a layer.
+WRAPPERS = {
+    "Kimi-K2.5's release": ("language_model.model.", "language_model.lm_head.", "layers."),
+    "Kimi-K2.5 as transformers saves it": ("language_model.model.", "language_model.lm_head.", "blocks."),
+    "transformers' own modules": ("model.language_model.", "lm_head.", "layers."),
+    "a whole model inside": ("model.text_model.model.", "model.text_model.lm_head.", "layers."),
+    "names of the text model alone": ("model.", "lm_head.", "layers."),
+}
+
+
+def wrapped_names(tensors: Tensors, kind: str) -> Tensors:
+    body, head, layers = WRAPPERS[kind]
+    return renamed(tensors, (r"^model\.layers\.", f"model.{layers}"), (r"^model\.", body), (r"^lm_head\.", head))
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_text_model_inside_another_is_read_and_what_lies_beside_it_is_told(
+    kind: str, plain: Path, tmp_path: Path
+) -> None:
+    model = save_wrapped(tmp_path / "wrapped", wrapped_names(fused(small_tensors()), kind))
+    assert_same_weights(model, plain)
+    num_mtp_layers, (notice,) = complete(model)
+    assert num_mtp_layers == 1
+    assert "vision_tower (1 tensors)" in notice and "model.projector (1 tensors)" in notice
+
+
+def test_a_wrapped_model_gives_the_files_of_the_text_model_alone(
+    quantized: Path, text_file: Path, tmp_path: Path
+) -> None:
+    tensors = wrapped_names(fused(small_tensors()), "Kimi-K2.5's release")
+    model = save_wrapped(tmp_path / "wrapped", tensors, model_type="deepseek_v3")
+    result = awq(model, text_file, tmp_path / "out")
+    assert_same_tensors(tmp_path / "out", quantized)
+    assert any("vision_tower" in warning for warning in result.warnings)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["DeepseekV3ForCausalLM"] and config["model_type"] == "deepseek_v3"
+    assert dsquant.verify(tmp_path / "out", everything=True).ok
+    assert any("vision_tower" in note for note in dsquant.plan(str(model)).notes)
+    found = dsquant.evaluate(
+        model, tmp_path / "out", texts=("code",), samples=1, seq_len=32, prompts="none", output=tmp_path / "report",
+        progress=False,
+    )  # fmt: skip
+    assert found.reference.architecture == "DeepseekV3ForCausalLM"
+
+
+def test_what_transformers_saves_of_kimi_k25_is_read(tmp_path: Path) -> None:
+    import transformers
+    from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25Config
+
+    seeing = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    inner = {key: CONFIG[key] for key in CONFIG if key != "architectures"}
+    config = Kimi_K25Config(
+        text_config=inner, vision_config=seeing, projection_hidden_size=32, tie_word_embeddings=False
+    )
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    for folder, original in ((tmp_path / "original", True), (tmp_path / "modules", False)):
+        model.save_pretrained(folder, save_original_format=original)
+        assert complete(folder)[0] == 0
+        weights = open_checkpoint(folder).weights
+        wanted = model.model.language_model.layers[1].mlp.experts
+        assert torch.equal(weights["model.layers.1.mlp.experts.3.up_proj.weight"], wanted.gate_up_proj[3, 128:].float())
+        assert torch.equal(weights["model.layers.1.mlp.experts.3.down_proj.weight"], wanted.down_proj[3].float())
+
+
+MTP_PREFIXES = ("mtp.", "mtp.0.", "mtp.layers.0.", "mtp.layers.2.", "model.mtp.layers.0.")
+
+
+@pytest.mark.parametrize("prefix", ["model.layers.2.", *MTP_PREFIXES])
+def test_an_mtp_layer_that_nobody_announces_is_one_all_the_same(prefix: str, plain: Path, tmp_path: Path) -> None:
+    tensors = renamed(small_tensors(), (r"^model\.layers\.2\.", prefix))
+    model = save(tmp_path / "model", tensors, num_nextn_predict_layers=0)
+    num_mtp_layers, (notice,) = complete(model)
+    assert num_mtp_layers == 1 and "announces no" in notice and "hold 1" in notice
+    assert open_checkpoint(model).config["num_nextn_predict_layers"] == 1
+    assert_same_weights(model, plain)
+
+
+def test_an_unannounced_mtp_layer_is_kept_as_the_announced_one(
+    quantized: Path, text_file: Path, tmp_path: Path
+) -> None:
+    tensors = renamed(fused(small_tensors()), (r"^model\.layers\.2\.", "mtp.layers.0."))
+    awq(save(tmp_path / "model", tensors, num_nextn_predict_layers=None), text_file, tmp_path / "out")
+    assert_same_tensors(tmp_path / "out", quantized)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+
+
+def test_mtp_tensors_of_another_kind_are_refused_by_name_or_dropped_with_a_notice(
+    text_file: Path, tmp_path: Path
+) -> None:
+    tensors = small_tensors(num_nextn_predict_layers=0) | {"mtp.fc.weight": torch.ones(128, 256)}
+    model = save(tmp_path / "model", tensors, num_nextn_predict_layers=0)
+    with pytest.raises(InputError, match=r"mtp\.fc\.weight"):
+        awq(model, text_file, tmp_path / "out")
+    result = dsquant.gguf(
+        model, type="Q8_0", output=tmp_path / "gguf", calibration="none", evaluate=False, progress=False
+    )
+    assert any("left out" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize("announced", [0, 1])
+@pytest.mark.parametrize("lost", ["eh_proj.weight", "mlp.experts.1.up_proj.weight"])
+def test_half_an_mtp_layer_is_to_be_downloaded_again_or_dropped(announced: int, lost: str, tmp_path: Path) -> None:
+    tensors = small_tensors()
+    del tensors[f"model.layers.2.{lost}"]
+    model = save(tmp_path / "model", tensors, num_nextn_predict_layers=announced)
+    with pytest.raises(InputError, match=rf"{re.escape(lost)}.* is missing.*download.* again.*--mtp drop"):
+        complete(model)
+    assert complete(model, mtp="drop")[0] == 1
+
+
+def decoder_layer_more(tensors: Tensors) -> Tensors:
+    more = {name for name in tensors if re.search(r"layers\.2\.(embed|shared_head|eh_proj|enorm|hnorm)", name)}
+    return {name: tensor for name, tensor in tensors.items() if name not in more}
+
+
+def transposed(tensors: Tensors) -> Tensors:
+    return {name: t.mT.contiguous() if "gate_up_proj" in name else t for name, t in fused(tensors).items()}
+
+
+UNREAD: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "one decoder layer more than config.json has": (decoder_layer_more, r"model\.layers\.2\..* is not part of"),
+    "fused experts the other way round": (transposed, r"experts\.gate_up_proj'.* has shape \[64, 256\]"),
+    "fused experts of another number": (
+        lambda tensors: {name: t[:3].clone() if t.dim() == 3 else t for name, t in fused(tensors).items()},
+        r"experts\.down_proj' has shape \[3, 128, 128\]; config\.json has 4 experts",
+    ),
+    "fused experts under other names": (
+        lambda tensors: renamed(fused(tensors), ("gate_up_proj", "w13_weight"), (r"(experts\.)down_proj", r"\1w2")),
+        r"experts\.w13_weight' is there instead of .*a layout that dsquant does not read",
+    ),
+    "two heads": (
+        lambda tensors: tensors | {"model.lm_head.weight": torch.ones(300, 128)},
+        r"are both 'lm_head\.weight'",
+    ),
+    "other names throughout": (
+        lambda tensors: renamed(tensors, (r"model\.layers", "transformer.h")), "a layout that dsquant does not read"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_a_layout_that_is_not_read_is_named_and_nobody_is_sent_to_download_again(kind: str, tmp_path: Path) -> None:
+    change, message = UNREAD[kind]
+    model = save(tmp_path / "model", change(small_tensors()), num_nextn_predict_layers=0)
+    with pytest.raises(InputError, match=message) as refused:
+        complete(model)
+    assert "download" not in str(refused.value)
+
+
+def test_fp8_blocks_that_may_reach_from_gate_into_up_are_refused(tmp_path: Path) -> None:
+    tensors = fused(small_tensors(fp8=True, moe_intermediate_size=240))
+    model = save(tmp_path / "model", tensors, moe_intermediate_size=240, quantization_config=FP8)
+    with pytest.raises(InputError, match=r"gate_up_proj' holds 2 linears of 240 rows in FP8 blocks of 128"):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_architecture_is_refused_before_anything_about_its_tensors(
+    wrapped: bool, text_file: Path, tmp_path: Path
+) -> None:
+    config = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "num_hidden_layers": 1}
+    if wrapped:
+        config = {"architectures": ["SeeingModel"], "model_type": "seeing", "text_config": config}
+    model = save_checkpoint(tmp_path / "model", config, {"blocks": torch.zeros(4, 4, dtype=torch.uint8)}, 1)
+    (model / "model-00001.safetensors").write_bytes(b"damaged")
+    for command in ("awq", "gguf", "inspect", "plan", "eval"):
+        more = [str(model)] if command == "eval" else ["--output", str(tmp_path / "out")] if command != "plan" else []
+        more = [] if command in ("inspect", "plan") else more
+        result = CliRunner().invoke(main, [command, str(model), *more])
+        assert result.exit_code == 3 and ("gpt_oss" if wrapped else "GptOssForCausalLM") in result.output, command
+        assert "is not supported" in result.output
