@@ -200,6 +200,12 @@ def test_what_llama_cpp_would_not_compute_is_refused_by_name(tmp_path: Path, nam
     assert not (tmp_path / "out").exists()
 
 
+def test_plan_names_gguf_among_what_cannot_be_made_and_goes_on(tmp_path: Path) -> None:
+    model = make(tmp_path / "model", LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
+    plan = dsquant.plan(model, gpu="1x24GiB")
+    assert any("gguf" in text and "'dynamic'" in text for text in plan.as_json()["refused"])
+
+
 LITE: dict[str, Any] = {
     "hidden_size": 64, "q_lora_rank": 32, "kv_lora_rank": 32, "intermediate_size": 64, "moe_intermediate_size": 32,
     "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1,

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsquant.deployment.subject import Subject
-from dsquant.errors import UsageError
+from dsquant.errors import InputError, UsageError
 from dsquant.gguf_conversion import gguf_memory_bytes, scalable_linears
 from dsquant.memory import FLOAT32_BYTES
 from dsquant.model.kinds import kind_of
 from dsquant.planning import Plan, plan_run, plan_units
 from dsquant.recipe import GgufRecipe, Recipe
 from dsquant.writers.gguf.files import GgufFile
-from dsquant.writers.gguf.target import choose_tensors, largest_whole, plan_target, stored_shapes
+from dsquant.writers.gguf.target import choose_tensors, largest_whole, loadable_shapes, plan_target
 from dsquant.writers.gguf.types import FLOAT_TYPES, MIXTURES
 
 PRESETS = ("quality", "compact")
@@ -86,7 +86,10 @@ def output_sizes(subject: Subject) -> tuple[tuple[OutputSize, ...], tuple[str, .
             refused.append(f"{name} {preset} {bits} bit: {error}")
             continue
         sizes += _safetensors_sizes(subject, plan, preset, copied)
-    sizes += _gguf_sizes(subject)
+    try:
+        sizes += list(_gguf_sizes(subject))
+    except InputError as error:
+        refused.append(f"gguf: {error}")
     return tuple(sizes), tuple(refused)
 
 
@@ -183,7 +186,7 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
     units = plan_units("drop" if mtp == "drop" else "keep", checkpoint, skeleton)
     parameters = [name for unit in units if unit.action != "drop" for name in unit.parameters]
     num_mtp_layers = skeleton.num_mtp_layers if mtp == "keep" else 0
-    shapes = stored_shapes(checkpoint, skeleton.config, parameters)
+    shapes = loadable_shapes(checkpoint, parameters, num_mtp_layers)
     linears, _ = scalable_linears(checkpoint, skeleton)
     largest = largest_whole(checkpoint, parameters)
     header = _gguf_header(subject, parameters, num_mtp_layers)

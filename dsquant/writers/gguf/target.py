@@ -103,10 +103,8 @@ def plan_target(
     """
     family = family_of(checkpoint.folder, checkpoint.config)
     config, rotary = network_config(family, checkpoint.config), network_rotary(family, checkpoint.config)
-    architecture, shapes = ARCHITECTURES[checkpoint.architecture], stored_shapes(checkpoint, config, parameters)
-    problem = loading_problem(architecture, config, rotary, shapes, num_mtp_layers)
-    if problem:
-        raise InputError(f"{checkpoint.folder / CONFIG_FILE}: not for GGUF: {problem}")
+    architecture = ARCHITECTURES[checkpoint.architecture]
+    shapes = loadable_shapes(checkpoint, parameters, num_mtp_layers)
     tensors, replaced = choose_tensors(config, shapes, type_name, num_mtp_layers, has_imatrix, overrides)
     missing = check_quantizer(
         {tensor.type_name for tensor in tensors.values()}, checkpoint.weights.device.type == "cuda"
@@ -147,7 +145,7 @@ def choose_tensors(
 
     Args:
         config: the network's, with transformers' defaults filled in.
-        shapes: tensor -> shape, from `stored_shapes`.
+        shapes: tensor -> shape, from `loadable_shapes`.
         type_name: a key of `MIXTURES`.
         num_mtp_layers: multi-token-prediction layers among them.
         has_imatrix: whether measured importances are used.
@@ -164,6 +162,31 @@ def choose_tensors(
         if wanted:
             replaced[wanted, chosen] += 1
     return tensors, replaced
+
+
+def loadable_shapes(
+    checkpoint: Checkpoint, parameters: Sequence[str], num_mtp_layers: int
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that parameters become in a GGUF model, if llama.cpp loads it and computes the same network.
+
+    Args:
+        checkpoint: the source.
+        parameters: names of its parameters, in order.
+        num_mtp_layers: multi-token-prediction layers among them.
+
+    Returns:
+        GGUF tensor -> shape, rows last but one as in the checkpoint.
+
+    Raises:
+        InputError: where llama.cpp does not load such a model, or computes another function.
+    """
+    family = family_of(checkpoint.folder, checkpoint.config)
+    config, rotary = network_config(family, checkpoint.config), network_rotary(family, checkpoint.config)
+    shapes = stored_shapes(checkpoint, config, parameters)
+    problem = loading_problem(ARCHITECTURES[checkpoint.architecture], config, rotary, shapes, num_mtp_layers)
+    if problem:
+        raise InputError(f"{checkpoint.folder / CONFIG_FILE}: not for GGUF: {problem}")
+    return shapes
 
 
 def stored_shapes(
