@@ -14,6 +14,9 @@ try:
     from dsquant.cli.run import run
     from dsquant.cli.verify import verify
 except KeyboardInterrupt:  # where Python spends the first moments of every command
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the second of two
     raise SystemExit(75) from None
 
 
