@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError, UsageError
-from dsquant.foreign import blaming, find_file
+from dsquant.foreign import blaming, find_file, open_file
 from dsquant.source.checkpoint import CONFIG_FILE, read_config
 from dsquant.source.vocabulary import check_embedded, surplus_tokens
 from dsquant.strict_json import parse_json
@@ -214,6 +214,7 @@ def _ready_tokens(specs: Sequence[str], num_samples: int, seq_len: int, tokenize
 
     if len(specs) > 1:
         raise UsageError(f"a .safetensors file of tokens cannot be mixed with other texts: {', '.join(specs)}")
+    open_file(Path(specs[0])).close()  # before the package waits for a named pipe
     try:
         tokens = load_file(specs[0])["tokens"]
     except (OSError, SafetensorError, KeyError) as error:

@@ -67,7 +67,13 @@ def broken_sections(raw: bytes) -> list[str]:
         return [f"line {raw.count(10, 0, error.start) + 1}, no UTF-8"]
     except json.JSONDecodeError as error:
         return [f"line {error.lineno}, no JSON"]
-    except (KeyError, TypeError, AttributeError, UnicodeEncodeError, RecursionError):
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RecursionError,
+    ):  # a number of 5000 digits, half a surrogate
         return [SECTIONS]
     if broken:
         return [f"section {key!r}" for key in broken]

@@ -243,6 +243,45 @@ def test_json_that_is_nested_too_deeply_is_found(output: Path, tmp_path: Path, n
     assert {finding.file for finding in dsquant.verify(copy, progress=False).findings} == {name}
 
 
+FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a file outside": lambda record: record["files"].update({"../victim": {"bytes": 1, "sha256": ""}}),
+    "a null byte": lambda record: record["files"].update({"a\0": {"bytes": 1, "sha256": ""}}),
+    "a file without a size": lambda record: record["files"]["config.json"].pop("bytes"),
+    "a file that is a number": lambda record: record["files"].update({"config.json": 7}),
+    "an unknown type": lambda record: record["files"]["config.json"].update(tensors={"a": ["F4", "", 1]}),
+    "an extent that is text": lambda record: record["files"]["config.json"].update(tensors={"a": ["F32", "", "1"]}),
+    "files that are a list": lambda record: record.update(files=["config.json"]),
+    "no outputs": lambda record: record.update(outputs={}),
+    "an output outside": lambda record: next(iter(record["outputs"].values())).update(folder="../elsewhere"),
+    "no source": lambda record: record.pop("source"),
+    "a model that is a number": lambda record: record["recipe"].update(model=7),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_record_that_seals_what_dsquant_never_writes_is_refused(kind: str, output: Path, tmp_path: Path) -> None:
+    record = json.loads((output / "awq" / "dsquant.json").read_text())
+    del record["sections_sha256"]
+    FORGED[kind](record)
+    (tmp_path / "dsquant.json").write_bytes(seal(record))
+    with pytest.raises(InputError, match=r"dsquant\.json is not a record that dsquant writes"):
+        dsquant.verify(tmp_path, progress=False)
+
+
+def test_a_record_with_a_number_of_5000_digits_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "dsquant.json").write_text('{"a": ' + "9" * 5000 + "}")
+    assert [finding.file for finding in dsquant.verify(tmp_path, progress=False).findings] == ["dsquant.json"]
+
+
+def test_an_output_is_not_read_through_a_link_out_of_it(output: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(output / "awq", tmp_path / "copy"))
+    (copy / "config.json").rename(tmp_path / "config.json")
+    (copy / "config.json").symlink_to(tmp_path / "config.json")
+    for read in (lambda: dsquant.verify(copy, progress=False), lambda: dsquant.evaluate(copy, copy, progress=False)):
+        with pytest.raises(InputError, match=r"config\.json is a link that leads out"):
+            read()
+
+
 def test_an_interrupted_output_or_a_foreign_folder_is_refused(output: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="output of dsquant"):
         dsquant.verify(tmp_path, progress=False)

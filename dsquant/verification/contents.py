@@ -202,13 +202,18 @@ class _Source(BaseModel):
     tensors_sha256: dict[str, str]
 
 
+class _Recipe(BaseModel):
+    model: str
+    mtp: str
+
+
 class _Record(BaseModel):
     """What is read of a record, which may come from anywhere; it seals itself, and so does a forged one."""
 
     files: dict[Annotated[str, AfterValidator(check_relative)], _File]
     outputs: dict[str, _Output] = Field(min_length=1)
     source: _Source
-    recipe: dict[str, Any]
+    recipe: _Recipe
 
     @model_validator(mode="after")
     def _types_are_known(self) -> Self:
