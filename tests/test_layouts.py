@@ -368,3 +368,9 @@ def test_an_architecture_is_refused_before_anything_about_its_tensors(
         result = CliRunner().invoke(main, [command, str(model), *more])
         assert result.exit_code == 3 and ("gpt_oss" if wrapped else "GptOssForCausalLM") in result.output, command
         assert "is not supported" in result.output
+
+
+def test_a_wrapper_that_leaves_out_its_text_models_sizes_is_refused(tmp_path: Path) -> None:
+    model = save_wrapped(tmp_path / "model", small_tensors(), hidden_size=None)
+    with pytest.raises(InputError, match="text_config lacks hidden_size"):
+        open_checkpoint(model)

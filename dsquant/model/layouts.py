@@ -25,6 +25,8 @@ TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 SHARED_KEYS = (
     "quantization_config", "torch_dtype", "dtype", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"
 )  # fmt: skip
+# Wrappers may leave out what is transformers' default, on which engines and GGUF's keys cannot rely.
+NEEDED_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 MTP_KEY = "num_nextn_predict_layers"
 # transformers 5.24 saves a Kimi-K2.5 with the names of its vision tower's layers, blocks, in the text model too.
 _NORM = re.compile(r"(?P<body>.*?)(?:layers|blocks)\.\d+\.input_layernorm\.weight")
@@ -44,7 +46,7 @@ def text_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         The config as a release of the text model alone would have it.
 
     Raises:
-        InputError: where a wrapper's text model is not supported.
+        InputError: where a wrapper's text model is not supported, or left without its sizes.
     """
     key = next((key for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
     if key is None or architecture_of(config) in FAMILIES:
@@ -55,6 +57,9 @@ def text_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         architecture = next((name for name, family in FAMILIES.items() if model_type in family.model_types), "")
     if not architecture:
         raise unsupported(folder, f"{architecture_of(config)!r} with a text model {model_type!r} in its {key}")
+    missing = [name for name in NEEDED_KEYS if inner.get(name) is None]
+    if missing:
+        raise InputError(f"{folder / CONFIG_FILE}: {key} lacks {', '.join(missing)}; write there what the model has")
     shared = {name: config[name] for name in SHARED_KEYS if name in config}
     return {**shared, **inner, "architectures": [architecture]}
 
