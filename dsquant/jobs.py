@@ -34,7 +34,7 @@ JOURNAL_FILE = "journal.jsonl"
 # What the records of earlier jobs are called in the work folder while their files are removed.
 EARLIER = {JOB_FILE: "earlier-job.json", RECORD_FILE: "earlier-dsquant.json"}
 # What a job's own record holds at least; more is its own affair.
-JOB_NOTES = ("recipe", "tensors", "shards", "files")
+JOB_NOTES = ("recipe", "tensors", "shards", "inputs", "files")
 # The unit that begins every job: a table is copied, and nothing is lost with it.
 FIRST_UNIT = "embedding"
 
@@ -61,7 +61,7 @@ class Job:
 
 def _job_key(notes: dict[str, Any]) -> str:
     """Names what a journal's lines depend on: recipe, source and version."""
-    lasting = {key: notes[key] for key in ("recipe", "dsquant", "tensors", "shards")}
+    lasting = {key: notes[key] for key in ("recipe", "dsquant", "tensors", "shards", "inputs")}
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
 

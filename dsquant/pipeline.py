@@ -40,7 +40,7 @@ from dsquant.records import (
     result_of,
 )
 from dsquant.rounding import UNQUANTIZED
-from dsquant.supervision import Supervised
+from dsquant.supervision import Supervised, input_hashes
 from dsquant.telemetry import Limits, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
 from dsquant.writers.gguf.files import GgufFiles
 from dsquant.writers.gguf.ranges import range_look
@@ -79,7 +79,8 @@ def awq(
         look = range_look(source.checkpoint, source.plan.gguf_tensors)
         supervised = Supervised(recipe, state, source.checkpoint.index, limits, request, report, ranks, look)
         supervised.check(source.plan.memory_bytes, source.plan.gpu_memory_bytes)
-        with supervised.job({"files": output_files(source)}) as (job, check):
+        inputs = input_hashes(source.checkpoint.config, source.calibration)
+        with supervised.job(inputs, {"files": output_files(source)}) as (job, check):
             run = Run(recipe, source, job, report, check, _open_files(recipe, source.plan, state, job), ranks=ranks)
             run.write_behind = WriteBehind() if recipe.device == "cuda" else None
             try:
@@ -237,7 +238,9 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
         supervised = Supervised(recipe, state, plan.checkpoint.index, limits, request, report, look=look)
         supervised.check(plan.memory_bytes)
         notes = {"files": gguf_output_files(plan), "quantizer": quantizer_name(recipe.device == "cuda")}
-        with supervised.job(notes) as (job, check):
+        files = [recipe.imatrix] if recipe.imatrix else []
+        inputs = input_hashes(plan.checkpoint.config, plan.calibration, *files)
+        with supervised.job(inputs, notes) as (job, check):
             _check_same_quantizer(recipe, job.notes["quantizer"])
             run = GgufRun(recipe, plan, job, report, check)
             choose_types(run, gguf_output_files)

@@ -1,13 +1,17 @@
 """What every conversion does around its stages: limits, the claimed folder, a source that stays what it was."""
 
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dsquant.distributed import ALONE, Ranks
 from dsquant.errors import InputError
 from dsquant.jobs import WORK_FOLDER, Job, StopRequest, memory_guard, open_job
+from dsquant.journal import BEGIN_ANEW
 from dsquant.memory import check_memory
 from dsquant.preparation import check_disk
 from dsquant.recipe import JobRecipe
@@ -51,11 +55,12 @@ class Supervised:
         ranks.once(lambda: check_disk(limits.output, limits.disk_bytes))
 
     @contextmanager
-    def job(self, notes: dict[str, Any]) -> Iterator[tuple[Job, Callable[[], None]]]:
+    def job(self, inputs: dict[str, str], notes: dict[str, Any]) -> Iterator[tuple[Job, Callable[[], None]]]:
         """Hashes the source or finds it unchanged, and opens the job of a folder that is held.
 
         Args:
-            notes: what a new job keeps about itself beside the source's hashes.
+            inputs: from `input_hashes`: what else has to be the same when the job is resumed.
+            notes: what a new job keeps about itself beside the hashes.
 
         Yields:
             The job and what stops it at a safe point where it has to.
@@ -72,8 +77,9 @@ class Supervised:
 
         if self.state != "resume":
             hashes = scan_source(self.index, self.report, check, self.ranks, self.look)
-            notes = {"tensors": hashes, "shards": shard_times(self.index), **notes}
+            notes = {"tensors": hashes, "shards": shard_times(self.index), "inputs": inputs, **notes}
         with self._opened(notes if self.state != "resume" else {}) as job:
+            check_inputs(job, inputs)
             self._check_unchanged(job.notes, check)
             yield job, check
 
@@ -94,6 +100,41 @@ class Supervised:
                 f"{self.index.folder}: the source is not what it was when the job began; restore it, or start over "
                 "with --restart"
             )
+
+
+def input_hashes(config: Mapping[str, Any], calibration: Mapping[str, Any] | None, *files: Path) -> dict[str, str]:
+    """Hashes what a job's bytes depend on beside its recipe and the source's tensors.
+
+    Args:
+        config: the checkpoint's.
+        calibration: the texts and their tokens' hash; None where there are none.
+        files: others that the job reads.
+
+    Returns:
+        Name for messages -> SHA-256.
+    """
+    texts = {"config.json": config, "the calibration texts": calibration}
+    hashed = {name: json.dumps(value, sort_keys=True, default=str).encode() for name, value in texts.items()}
+    hashed |= {str(file): file.read_bytes() for file in files}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in hashed.items()}
+
+
+def check_inputs(job: Job, inputs: Mapping[str, str]) -> None:
+    """Refuses to continue a job with other inputs.
+
+    Args:
+        job: the job.
+        inputs: from `input_hashes`.
+
+    Raises:
+        InputError: where one is not what it was when the job began.
+    """
+    before = job.notes["inputs"]
+    changed = [name for name in inputs if before.get(name) != inputs[name]]
+    if changed:
+        raise InputError(
+            f"{job.output}: {changed[0]}: not what the job began with; restore what has changed, or {BEGIN_ANEW}"
+        )
 
 
 def scan_source(

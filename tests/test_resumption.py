@@ -142,6 +142,27 @@ def test_a_damaged_work_file_is_refused(
     assert "--restart" in str(refused.value) or "remove the folder" in str(refused.value)
 
 
+def test_other_texts_and_another_config_are_refused(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    shutil.copytree(pico_r1, model)
+    shutil.copy(text_file, text)
+    job = recipe(model, text, tmp_path / "out")
+
+    def stop(progress: Any) -> None:
+        if progress.layer is not None:
+            raise Interrupted("the test stopped it")
+
+    with pytest.raises(Interrupted):
+        pipeline.awq(job, report=stop)
+    text.write_text(text_file.read_text()[500:])
+    with pytest.raises(InputError, match="the calibration texts: not what"):
+        pipeline.awq(job, resume=True)
+    shutil.copy(text_file, text)
+    another_digit(model / "config.json", b'"rope_theta": 10000', b'"rope_theta": 50000')
+    with pytest.raises(InputError, match=r"config\.json: not what"):
+        pipeline.awq(job, resume=True)
+
+
 def test_every_part_of_what_a_unit_leaves_has_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resumption, "PART_BYTES", 100)
     content = bytes(range(250))

@@ -30,7 +30,7 @@ from dsquant.repeated import check_repeated
 from dsquant.resumption import check_checkpoints, check_kept, check_units, kept_files
 from dsquant.scales import keep_scales, recorded_fold
 from dsquant.source.shards import DTYPES
-from dsquant.supervision import shard_times
+from dsquant.supervision import check_inputs, input_hashes, shard_times
 from dsquant.telemetry import Limits, Progress, Report
 from dsquant.verification.contents import read_record
 from dsquant.writers.base import Shard, ShardFile
@@ -97,8 +97,10 @@ def requantize(
         check_disk(recipe.output, disk_bytes)
         repeated = tuple(check_repeated(checkpoint, skeleton))
         source = Source(checkpoint, skeleton, None, torch.zeros(0, 0), recording.record["calibration"], plan, repeated)
-        notes = {"tensors": {}, "shards": shard_times(index), "files": output_files(source)}
+        inputs = input_hashes(checkpoint.config, None)
+        notes = {"tensors": {}, "shards": shard_times(index), "inputs": inputs, "files": output_files(source)}
         with open_job(recipe.output, recipe, state, notes) as job:
+            check_inputs(job, inputs)
             if job.notes["shards"] != shard_times(index):
                 raise InputError(f"{index.folder} has changed since the job began; start over with --restart")
             run = Run(recipe, source, job, report, request.safe_point)
