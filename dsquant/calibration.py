@@ -18,11 +18,22 @@ import torch
 
 from dsquant.errors import InputError, UsageError
 from dsquant.source.checkpoint import CONFIG_FILE, read_config
-from dsquant.strict_json import parse_json
+from dsquant.strict_json import LONGEST_MODEL_JSON_BYTES, check_readable, parse_json
 
 _PACKAGE = Path(__file__).parent
 # Beside the package in a checkout, inside it in a wheel.
 FOLDERS = (_PACKAGE.parent / "calibration", _PACKAGE / "assets" / "calibration")
+# What a tokenizer is made of.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 LONGEST_DOCUMENT = 10**12
 THINK, END_THINK = "<think>", "</think>"
 HUB_SPEC = re.compile(
@@ -73,6 +84,9 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder / CONFIG_FILE}: no model_type, by which transformers and engines know a model; take config.json "
             "from the same release as the weights"
         )
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            check_readable(folder / name, LONGEST_MODEL_JSON_BYTES, "copy the model's tokenizer there again")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(
             f"{folder}: no tokenizer.json, tokenizer.model or vocab.json; copy the model's tokenizer there"

@@ -11,11 +11,13 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 SECTIONS = "sections_sha256"
 BYTES_AT_ONCE = 2**22
+# What file systems allow.
+MAX_NAME_BYTES = 255
 _INNERMOST_LIST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s+\]")
 
 
@@ -76,6 +78,26 @@ def broken_sections(raw: bytes) -> list[str]:
         return []
     lines = zip(raw.splitlines(), wanted.splitlines(), strict=False)
     return [f"line {next((number for number, (found, line) in enumerate(lines, 1) if found != line), 'last')}"]
+
+
+def plain_path(name: str) -> str:
+    """Checks a file's name in a record: a record may come from anywhere.
+
+    Args:
+        name: the path, relative to the output folder.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: where it is not the one plain way to name a file inside the folder.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or "/".join(parts) != name or name.startswith("/") or ".." in parts or "\0" in name:
+        raise ValueError(f"{name!r:.300} is no plain path inside the output folder")
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in parts):
+        raise ValueError(f"{name[:40]!r}... is longer than the {MAX_NAME_BYTES} bytes of a file name")
+    return name
 
 
 def hash_files(folder: Path, names: Iterable[str], after_file: Callable[[str], None]) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from dsquant.incremental.manifest import MANIFEST, PatchedFile, PatchManifest
 from dsquant.jobs import RECORD_FILE
 from dsquant.sealing import BYTES_AT_ONCE
 from dsquant.source.shards import read_header
+from dsquant.strict_json import read_bounded
 
 
 def write_patch(old: Path, new: Path, patch: Path, safe_point: Callable[[str], None]) -> None:
@@ -58,7 +59,7 @@ def write_patch(old: Path, new: Path, patch: Path, safe_point: Callable[[str], N
 
 def _entries(folder: Path) -> dict[str, dict[str, Any]]:
     """Every file of an output, its record too."""
-    raw = (folder / RECORD_FILE).read_bytes()
+    raw = read_bounded(folder / RECORD_FILE)
     own = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     return {**json.loads(raw)["files"], RECORD_FILE: own}
 

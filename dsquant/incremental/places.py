@@ -9,6 +9,7 @@ from dsquant.errors import InputError
 from dsquant.incremental.manifest import open_patch, read_manifest
 from dsquant.incremental.recording import Recording
 from dsquant.jobs import RECORD_FILE
+from dsquant.strict_json import read_bounded
 
 
 def lies_in(path: Path, folder: Path) -> bool:
@@ -91,4 +92,4 @@ def _is_own(patch: Path, output: Path, recording: Recording) -> bool:
         return False
     entry = manifest.files.get(RECORD_FILE)
     same_old = manifest.old_record_sha256 == recording.sha256
-    return same_old and entry is not None and entry.sha256 == hashlib.sha256(record.read_bytes()).hexdigest()
+    return same_old and entry is not None and entry.sha256 == hashlib.sha256(read_bounded(record)).hexdigest()

@@ -13,6 +13,7 @@ from dsquant.rounding import QuantizedWeight
 from dsquant.scales import open_scales
 from dsquant.sealing import broken_sections, hash_files
 from dsquant.source.shards import ShardIndex, read_index
+from dsquant.strict_json import read_bounded
 from dsquant.verification.contents import read_record
 from dsquant.verification.damage import recorded_shards
 
@@ -97,7 +98,7 @@ def open_recording(output: Path) -> Recording:
     path = output / RECORD_FILE
     if not path.is_file() or (output / WORK_FOLDER).is_dir():
         raise InputError(f"{output} is no finished output of dsquant ({RECORD_FILE} is missing, or a job is under way)")
-    raw = path.read_bytes()
+    raw = read_bounded(path)
     if broken_sections(raw):
         raise InputError(f"{path} is damaged; see `dsquant verify {output}`")
     record = read_record(path)

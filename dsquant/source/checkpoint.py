@@ -18,7 +18,7 @@ from dsquant.source.quantized import decoded_weights
 from dsquant.source.read_ahead import ReadAhead
 from dsquant.source.shards import ShardIndex, TensorInfo, read_index
 from dsquant.source.weights import CPU, Weights
-from dsquant.strict_json import read_json_object
+from dsquant.strict_json import LONGEST_MODEL_JSON_BYTES, read_json_object
 
 CONFIG_FILE = "config.json"
 FP8 = "F8_E4M3"
@@ -190,7 +190,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """Reads a config.json that may lie anywhere and have any name; as `read_config`."""
     if not path.is_file():
         raise InputError(f"{path} is missing; is {path.parent} a model folder?")
-    return read_json_object(path, "take config.json from the same release as the weights")
+    then = "take config.json from the same release as the weights"
+    return read_json_object(path, then, most_bytes=LONGEST_MODEL_JSON_BYTES)
 
 
 def block_size(folder: Path, quantization: dict[str, Any]) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ from dsquant.source.gguf_layout import placements
 from dsquant.source.gguf_weights import GgufWeights
 from dsquant.source.locate import EMBEDDED_MODEL, locate
 from dsquant.source.weights import Weights
+from dsquant.strict_json import read_bounded
 from dsquant.telemetry import Progress, Report, silent
 from dsquant.verification.contents import check_checkpoint, check_gguf, read_record
 from dsquant.verification.damage import damaged_parts, wrong_tensors
@@ -90,7 +91,7 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
         advice = f"verify {known}" if known else "is this an output of dsquant?"
         raise InputError(f"{folder / RECORD_FILE} is missing; {advice}")
     found = Verification(str(folder))
-    raw = (folder / RECORD_FILE).read_bytes()
+    raw = read_bounded(folder / RECORD_FILE)
     found.findings += [Finding(RECORD_FILE, part, "the record is damaged") for part in broken_sections(raw)]
     if found.findings:
         found.notes.append("nothing else was checked: the hashes of all files stand in the damaged record")

@@ -12,6 +12,7 @@ from dsquant.source.checkpoint import Checkpoint, open_checkpoint
 from dsquant.source.fp8 import SCALE_SUFFIX
 from dsquant.source.gguf_layout import placements
 from dsquant.source.shards import INDEX_FILE, read_header
+from dsquant.strict_json import read_bounded
 from dsquant.verification.damage import recorded_shards
 from dsquant.writers.base import index_content
 
@@ -156,7 +157,7 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         InputError: where it was written before records held the hashes of files.
     """
-    record: dict[str, Any] = json.loads(path.read_bytes())
+    record: dict[str, Any] = json.loads(read_bounded(path))
     if not isinstance(record.get("files"), dict) or "weight_errors" not in next(iter(record["outputs"].values())):
         raise InputError(f"{path} is of an older dsquant, whose records hold no hashes of files; convert again")
     return record

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
-from dsquant.strict_json import read_json_object
+from dsquant.strict_json import LONGEST_MODEL_JSON_BYTES, read_json_object
 
 # DeepSeek's converter wrote this factor into the YaRN key once, and the loader has divided by it ever since.
 YARN_LOG_FACTOR = 0.1
@@ -150,7 +150,7 @@ def add_tokenizer_keys(writer: Any, folder: Path, vocab_size: int) -> None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{path} is missing; GGUF files hold the tokenizer, so it has to be in the checkpoint")
-    tokenizer = read_json_object(path)
+    tokenizer = read_json_object(path, most_bytes=LONGEST_MODEL_JSON_BYTES)
     if tokenizer.get("model", {}).get("type") != "BPE":
         raise InputError(
             f"{path}: only byte-level BPE tokenizers are supported, found {tokenizer.get('model', {}).get('type')!r}"
