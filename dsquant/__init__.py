@@ -11,7 +11,15 @@ Importing this package imports no torch; the first call does.
 """
 
 from dsquant.api import apply_patch, awq, delta, evaluate, gguf, inspect, plan, run, verify
-from dsquant.errors import DsquantError, GateError, InconclusiveError, InputError, Interrupted, UsageError
+from dsquant.errors import (
+    DsquantError,
+    GateError,
+    InconclusiveError,
+    InputError,
+    Interrupted,
+    PackageError,
+    UsageError,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +28,7 @@ __all__ = [
     "InconclusiveError",
     "InputError",
     "Interrupted",
+    "PackageError",
     "UsageError",
     "apply_patch",
     "awq",

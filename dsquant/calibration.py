@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dsquant.errors import InputError, UsageError
+from dsquant.errors import InputError, PackageError, UsageError
 from dsquant.source.checkpoint import CONFIG_FILE, read_config
 from dsquant.strict_json import LONGEST_MODEL_JSON_BYTES, check_readable, parse_json
 
@@ -93,6 +93,8 @@ def load_tokenizer(folder: Path) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ImportError as error:  # sentencepiece, tiktoken, protobuf
+        raise PackageError(f"{folder}: this tokenizer needs a package that is missing: {error}") from error
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
         raise InputError(f"{folder}: the tokenizer cannot be read: {error}") from error
     tokenizer.model_max_length = LONGEST_DOCUMENT  # documents are cut into samples afterwards

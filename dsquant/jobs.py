@@ -11,7 +11,6 @@ import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from dsquant.disk import PARTIAL, write_atomically
 from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
+from dsquant.packages import version
 from dsquant.recipe import CHANGEABLE_ON_RESUME, JobRecipe, format_size
 from dsquant.strict_json import parse_json, read_json_object
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from dsquant.errors import DsquantError, InputError, UsageError
+from dsquant.errors import DsquantError, InputError, PackageError, UsageError
 
 # Past this size glibc maps memory of its own for a block and gives it back at once; without it the heap keeps what a
 # few large tensors once needed.
@@ -35,6 +35,9 @@ def dsquant_command(function: Callable[..., None]) -> Callable[..., None]:
             rank = f" (rank {os.environ.get('RANK')})" if several_ranks() else ""
             click.echo(f"dsquant{rank}: {error}", err=True)
             sys.exit(error.exit_code)
+        except ImportError as error:
+            click.echo(f"dsquant: a package that is needed cannot be imported: {error}", err=True)
+            sys.exit(PackageError.exit_code)
         except BrokenPipeError:
             raise
         except OSError as error:  # a folder that is read-only, a file where a folder should be, a limit on file sizes

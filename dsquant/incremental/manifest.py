@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from dsquant.errors import InputError
 from dsquant.jobs import WORK_FOLDER
@@ -19,6 +19,7 @@ from dsquant.preparation import default_memory_budget
 from dsquant.recipe import format_size
 from dsquant.sealing import BYTES_AT_ONCE, plain_path
 from dsquant.strict_json import LONGEST_JSON_BYTES
+from dsquant.verification.record import Count, Digest
 
 MANIFEST = "patch.json"
 # The memory that parsing, checking and keeping a byte of JSON takes.
@@ -31,8 +32,6 @@ def _stays_inside(name: str) -> str:
     return name
 
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
 FileName = Annotated[str, AfterValidator(_stays_inside)]
 
 

@@ -20,7 +20,7 @@ from dsquant.source.locate import locate
 from dsquant.source.scan import scan
 from dsquant.strict_json import read_bounded
 from dsquant.telemetry import Progress, Report, silent
-from dsquant.verification.contents import read_record
+from dsquant.verification.record import read_record
 
 
 @dataclass(frozen=True)

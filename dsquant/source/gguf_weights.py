@@ -11,6 +11,7 @@ import torch
 
 from dsquant.errors import InputError
 from dsquant.kernels.activation_rounding import Rounding, rounding_of_type
+from dsquant.packages import load
 from dsquant.source.gguf_layout import ARCHITECTURES, Placement, decode_rotary, join_keys_and_values, placements
 from dsquant.source.weights import Weights
 
@@ -51,12 +52,11 @@ class GgufWeights(Weights):
             self._check_shape(path, name, shape)
 
     def _read_header(self, path: Path, architecture: str) -> None:
-        from gguf import GGUFReader
-
+        reader_of = load("gguf", "gguf").GGUFReader
         if not path.is_file():
             raise InputError(f"{path} is missing; all parts of a split file must lie in one folder")
         try:
-            reader = GGUFReader(path)
+            reader = reader_of(path)
             field = reader.fields.get("general.architecture")
             found = None if field is None else field.contents()
         except Exception as error:  # gguf-py raises whatever numpy does on damaged files

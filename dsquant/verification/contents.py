@@ -1,12 +1,12 @@
 """Whether an intact output holds what its source holds: every tensor, in the shapes and files that the record tells."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.errors import InputError
 from dsquant.model.skeleton import Skeleton
+from dsquant.packages import load
 from dsquant.planning import COMPUTED_SUFFIX, check_complete
 from dsquant.source.checkpoint import Checkpoint, open_checkpoint
 from dsquant.source.fp8 import SCALE_SUFFIX
@@ -48,7 +48,7 @@ def check_checkpoint(
     """
     plan = recorded_shards(record["files"], folder)
     problems = _check_headers(output / folder, folder, record)
-    if (output / folder / INDEX_FILE).read_bytes() != index_content(plan):
+    if read_bounded(output / folder / INDEX_FILE) != index_content(plan):
         problems.append((str(folder / INDEX_FILE), "weight_map", "not the tensors and files that the record tells"))
     try:
         checkpoint = open_checkpoint(output / folder)
@@ -109,8 +109,7 @@ def check_gguf(output: Path, first: PurePosixPath, record: Mapping[str, Any]) ->
     Returns:
         What is wrong.
     """
-    from gguf import GGUFReader
-
+    reader_of = load("gguf", "gguf").GGUFReader
     problems: list[Problem] = []
     found: dict[str, tuple[int, ...]] = {}
     layers = 0
@@ -119,7 +118,7 @@ def check_gguf(output: Path, first: PurePosixPath, record: Mapping[str, Any]) ->
         if path.parent != first.parent or path.suffix != ".gguf" or path.name.startswith("imatrix"):
             continue
         try:
-            reader = GGUFReader(output / name)
+            reader = reader_of(output / name)
         except Exception as error:  # gguf-py raises whatever numpy does on damaged files
             problems.append((name, "header", f"gguf-py does not read it: {error}"))
             continue
@@ -143,21 +142,3 @@ def _has_place(name: str, record: Mapping[str, Any], found: Mapping[str, tuple[i
     return bool(places) and all(
         place.tensor in found and (place.expert is None or place.expert < found[place.tensor][0]) for place in places
     )
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Reads an intact record.
-
-    Args:
-        path: dsquant.json.
-
-    Returns:
-        Its content.
-
-    Raises:
-        InputError: where it was written before records held the hashes of files.
-    """
-    record: dict[str, Any] = json.loads(read_bounded(path))
-    if not isinstance(record.get("files"), dict) or "weight_errors" not in next(iter(record["outputs"].values())):
-        raise InputError(f"{path} is of an older dsquant, whose records hold no hashes of files; convert again")
-    return record
