@@ -327,6 +327,8 @@ def _parquet_documents(path: Path) -> Iterator[Any]:
 
     try:
         table = datasets.Dataset.from_parquet(str(path))
+    except ImportError:
+        raise
     except Exception as error:  # pyarrow's errors have no common base
         raise InputError(f"{path}: not a readable parquet file: {error}") from error
     for number, record in enumerate(table):
@@ -352,6 +354,8 @@ def _hub_documents(spec: str, columns: dict[str, str]) -> Iterator[Any]:
                 record = {part: record[column] for part, column in columns.items()}
             yield _document(record, f"{spec}, record {number}")
     except InputError:
+        raise
+    except ImportError:
         raise
     except Exception as error:  # the hub, the network and the set's own loader each raise their own
         raise InputError(f"text {spec!r}: the hub did not give it: {error}") from error

@@ -23,7 +23,7 @@ def verify(folder: Path, source: str | None, everything: bool, as_json: bool) ->
         from rich.console import Console
 
         from dsquant.display import progress_bar
-        from dsquant.verification.checks import verify as check
+        from dsquant.verification.release import verify as check
         from dsquant.verification.tables import verification_tables
     except ImportError as error:
         raise InconclusiveError(f"{folder} was not checked: a package cannot be imported: {error}") from error

@@ -11,7 +11,7 @@ from dsquant.model.skeleton import Skeleton
 from dsquant.notebook import Shown
 from dsquant.recipe import format_size
 from dsquant.scales import open_scales
-from dsquant.sealing import broken_sections, for_each_file, record_of_folder, seal
+from dsquant.sealing import RELEASE_FILE, broken_sections, for_each_file, record_of_folder, seal
 from dsquant.source.checkpoint import Checkpoint, open_checkpoint
 from dsquant.source.gguf_layout import placements
 from dsquant.source.gguf_weights import GgufWeights
@@ -70,7 +70,7 @@ class Verification(Shown):
 
 
 def verify(folder: Path, source: str | None = None, everything: bool = False, report: Report = silent) -> Verification:
-    """Checks an output, wherever it lies now.
+    """Checks an output of one job, wherever it lies now.
 
     Args:
         folder: the output folder, or one format's folder of it.
@@ -89,7 +89,7 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
         raise InputError(f"{folder} holds an interrupted job; finish it with --resume")
     problem = what_is_wrong(folder, RECORD_FILE)
     if problem is not None:
-        below = [path for place in ("*", "current/*") for path in folder.glob(f"{place}/{RECORD_FILE}")]
+        below = [*folder.glob(f"*/{RECORD_FILE}"), *folder.glob(f"current/{RELEASE_FILE}")]
         known = ", ".join(sorted(str(path.parent) for path in below))
         advice = f"verify {known}" if known else "is this an output of dsquant?"
         raise InputError(f"{folder / RECORD_FILE} is {problem}; {advice}")

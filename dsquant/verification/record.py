@@ -63,6 +63,12 @@ class _Record(_Strict):
     files: dict[Annotated[str, AfterValidator(plain_path)], _File]
 
 
+class ReleaseRecord(_Strict):
+    """What is read of the record that `dsquant run` writes: the files that no output's record tells of."""
+
+    files: dict[Annotated[str, AfterValidator(plain_path)], _File]
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Reads an intact record.
 
