@@ -12,7 +12,15 @@ Importing this package imports no torch; the first call does.
 
 from typing import TYPE_CHECKING, Any
 
-from dsquant.errors import DsquantError, GateError, InconclusiveError, InputError, Interrupted, UsageError
+from dsquant.errors import (
+    DsquantError,
+    GateError,
+    InconclusiveError,
+    InputError,
+    Interrupted,
+    PackageError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from dsquant.api import apply_patch, awq, delta, evaluate, gguf, inspect, plan, run, verify
@@ -24,6 +32,7 @@ __all__ = [
     "InconclusiveError",
     "InputError",
     "Interrupted",
+    "PackageError",
     "UsageError",
     "apply_patch",
     "awq",

@@ -439,23 +439,23 @@ def verify(
     """Checks every byte of an output, its coverage of the source, and its values.
 
     Args:
-        folder: the output folder, or one format's folder of it.
+        folder: the output folder, one format's folder of it, or what `run` published.
         source: the model that it was made from; None takes the recorded one where it is on this machine.
         everything: whether every parameter is compared with the source, not a sample.
         progress: whether to show a progress bar.
 
     Returns:
-        What was checked, and the findings: file, tensor or region, problem.
+        What was checked, the findings (file, tensor or region, problem), and what could not be checked here.
 
     Raises:
         InputError: where it is no finished output of dsquant, or the source is another one.
         UsageError: where every value is asked for and the source is not there.
     """
     from dsquant.display import progress_bar
-    from dsquant.verification import checks
+    from dsquant.verification import release
 
     with progress_bar(progress) as report:
-        return checks.verify(Path(folder), None if source is None else str(source), everything, report)
+        return release.verify(Path(folder), None if source is None else str(source), everything, report)
 
 
 def inspect(model: str | Path = "tiny-r1") -> Inspection:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dsquant.errors import InputError, UsageError
+from dsquant.errors import InputError, PackageError, UsageError
 from dsquant.foreign import blaming, find_file, open_file
 from dsquant.source.checkpoint import CONFIG_FILE, read_config
 from dsquant.source.vocabulary import check_embedded, surplus_tokens
@@ -27,6 +27,17 @@ from dsquant.tokenization import THEN, check_tokenizer_files, encode, render
 _PACKAGE = Path(__file__).parent
 # Beside the package in a checkout, inside it in a wheel.
 FOLDERS = (_PACKAGE.parent / "calibration", _PACKAGE / "assets" / "calibration")
+# What a tokenizer is made of.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 LONGEST_DOCUMENT = 10**12
 THINK, END_THINK = "<think>", "</think>"
 HUB_SPEC = re.compile(
@@ -81,7 +92,10 @@ def load_tokenizer(folder: Path) -> Any:
         )
     check_tokenizer_files(folder)
     with blaming(f"{folder}: the tokenizer cannot be read", THEN):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except ImportError as error:  # sentencepiece, tiktoken, protobuf
+            raise PackageError(f"{folder}: this tokenizer needs a package that is missing: {error}") from error
     tokenizer.model_max_length = LONGEST_DOCUMENT  # documents are cut into samples afterwards
     return tokenizer
 
@@ -323,6 +337,8 @@ def _parquet_documents(path: Path) -> Iterator[Any]:
 
     try:
         table = datasets.Dataset.from_parquet(str(path))
+    except ImportError:
+        raise
     except Exception as error:  # pyarrow's errors have no common base
         raise InputError(f"{path}: not a readable parquet file: {error}") from error
     for number, record in enumerate(table):
@@ -348,6 +364,8 @@ def _hub_documents(spec: str, columns: dict[str, str]) -> Iterator[Any]:
                 record = {part: record[column] for part, column in columns.items()}
             yield _document(record, f"{spec}, record {number}")
     except InputError:
+        raise
+    except ImportError:
         raise
     except Exception as error:  # the hub, the network and the set's own loader each raise their own
         raise InputError(f"text {spec!r}: the hub did not give it: {error}") from error

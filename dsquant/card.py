@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsquant.calibration import TOKENIZER_FILES
 from dsquant.disk import PARTIAL, naming
 from dsquant.escaping import markdown, markdown_cell
 from dsquant.foreign import find_file
@@ -18,18 +19,7 @@ CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 WRITTEN_FILES = (CONFIG_FILE, INDEX_FILE, CARD_FILE, RECORD_FILE)
 # Never code: a checkpoint's own Python files stay where they are.
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE",
-)
+COPIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 
 
 def copied_files(folder: Path) -> list[str]:

@@ -2,11 +2,10 @@
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
@@ -31,14 +30,15 @@ from dsquant.evaluation_request import EvaluationRequest, Texts, candidate_names
 from dsquant.jobs import check_name, stop_on_signals
 from dsquant.memory import samples_together
 from dsquant.opening import Opened, Original, open_candidate, open_original
+from dsquant.packages import PACKAGES, load, version
 from dsquant.preparation import check_disk, default_memory_budget, resolved_device
 from dsquant.recipe import format_size
 from dsquant.source.gguf_weights import RELEASE_BYTES
+from dsquant.source.quantized import DecodedWeights
 from dsquant.source.vocabulary import surplus_notes
 from dsquant.telemetry import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
 
 MEMORY_STEP = 16 * 2**20
-PACKAGES = ("dsquant", "torch", "transformers", "accelerate", "autoawq", "compressed-tensors", "gguf")
 
 
 def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
@@ -67,6 +67,7 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
     plan = plan_drift(request.drift, original, _budget(request) - resident_bytes())
     if gates is not None:
         check_measured(gates, list(texts.samples), () if plan is None else plan.measures)
+    _check_packages(request, (original.opened, *candidates.values()), plan)
     noise, measures, drifts = _measure(request, original, candidates, texts, plan, report)
     layers = original.skeleton.layers[: original.skeleton.num_layers]
     found = [
@@ -110,6 +111,23 @@ def check_request(request: EvaluationRequest, gates: Gates | None) -> None:
     plan = plan_drift(request.drift, original, _budget(request) - resident_bytes())
     if gates is not None:
         check_measured(gates, list(texts.samples), () if plan is None else plan.measures)
+    _check_packages(request, (original.opened,), plan)
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in (*PACKAGES, "gguf")}
+
+
+def _check_packages(request: EvaluationRequest, models: Iterable[Opened], plan: DriftPlan | None) -> None:
+    """Looks up now what the last steps need of other packages, so that no evaluation ends there."""
+    _versions()
+    for model in models:
+        if isinstance(model.weights, DecodedWeights):
+            load(*model.weights.decoder)
+    if plan is not None:
+        load("sacrebleu", "sacrebleu")
+    if request.output is not None:
+        load("jinja2", "jinja2")
 
 
 def _decided(evaluation: Evaluation) -> dict[str, bool]:
@@ -282,7 +300,7 @@ def _identity(
 ) -> Identity:
     batch, noise_batch = _batches(texts.tokens_NT.shape[1])
     return Identity(
-        versions={name: version(name) for name in PACKAGES},
+        versions=_versions(),
         seed=request.seed,
         confidence=confidence,
         block_tokens=BLOCK_TOKENS,

@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -35,6 +34,7 @@ import torch
 import torch.distributed as dist
 
 from dsquant.errors import DsquantError, InputError, Interrupted
+from dsquant.packages import version
 
 # Samples are summed in this many chunks, whatever the number of ranks, and the chunks' sums in their order.
 CHUNKS = 16

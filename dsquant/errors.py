@@ -4,8 +4,9 @@
     * UsageError                  2    an argument or a recipe that cannot be meant
     * InputError                  3    a checkpoint, text or output folder that cannot be used; nothing was written,
                                        or a job had finished layers before, which are kept
+    * PackageError                3    another package cannot be imported; nothing was written
     * GateError                   4    a quality gate failed
-    * InconclusiveError           5    too few samples to decide a gate
+    * InconclusiveError           5    too few samples to decide a gate, or a check that could not be run
     * Interrupted                 75   stopped at a safe point; `--resume` goes on
 
 A message names the file or tensor, what was expected, what was found and what to do.
@@ -33,6 +34,12 @@ class InputError(DsquantError):
     exit_code = 3
 
 
+class PackageError(DsquantError, ImportError):
+    """Another package that the work needs cannot be imported: not a fault of what was to be read with it."""
+
+    exit_code = 3
+
+
 class GateError(DsquantError):
     """A quality gate failed."""
 
@@ -40,7 +47,7 @@ class GateError(DsquantError):
 
 
 class InconclusiveError(DsquantError):
-    """Too few samples to decide a quality gate."""
+    """Too few samples to decide a quality gate, or a check that could not be run."""
 
     exit_code = 5
 

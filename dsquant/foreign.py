@@ -17,6 +17,8 @@ from dsquant.errors import DsquantError, InputError
 
 # More than any config, index, tokenizer or recipe needs; what is larger is read in parts or not at all.
 LARGEST_TEXT_BYTES = 2**28
+# The files of a checkpoint are shorter: R1's index has 9 MB. It is safetensors' own bound for headers.
+LARGEST_MODEL_TEXT_BYTES = 100_000_000
 LONGEST_NAME_BYTES = 255
 _PACKAGE = Path(__file__).parent
 _KINDS = (

@@ -12,7 +12,6 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +21,7 @@ from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.foreign import LONGEST_NAME_BYTES, check_plain_files, own_path, read_file
 from dsquant.journal import BEGIN_ANEW, Journal, checked_line, read_checked_line
 from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
+from dsquant.packages import version
 from dsquant.recipe import CHANGEABLE_ON_RESUME, JobRecipe, format_size
 from dsquant.strict_json import read_json_object
 

@@ -10,7 +10,7 @@ from dsquant.gguf_conversion import IMATRIX_FILE, GgufRun
 from dsquant.jobs import RECORD_FILE, Job
 from dsquant.planning import Unit
 from dsquant.scales import SCALES_FILE, open_scales, write_scales
-from dsquant.sealing import hash_files, seal
+from dsquant.sealing import hash_files, record_of_folder, seal
 from dsquant.source.shards import ShardIndex
 from dsquant.writers.base import ShardPlan
 from dsquant.writers.gguf.files import GgufFile
@@ -133,17 +133,8 @@ def write_record(
     for name, held in tensors.items():
         files[name]["tensors"] = held
     for folder in sorted(folders):
-        inside = {
-            str(PurePosixPath(name).relative_to(folder)): entry
-            for name, entry in files.items()
-            if PurePosixPath(name).is_relative_to(folder)
-        }
-        outputs = {
-            name: {**entry, "folder": str(PurePosixPath(entry["folder"]).relative_to(folder))}
-            for name, entry in record["outputs"].items()
-            if PurePosixPath(entry["folder"]).is_relative_to(folder)
-        }
-        write_atomically(output / folder / RECORD_FILE, seal({**record, "outputs": outputs, "files": inside}))
+        part = record_of_folder({**record, "files": files}, folder, RECORD_FILE)
+        write_atomically(output / folder / RECORD_FILE, seal(part))
         files |= hash_files(output, [str(folder / RECORD_FILE)], after_file)
     record = {**record, "files": dict(sorted(files.items()))}
     write_atomically(output / RECORD_FILE, seal(record))

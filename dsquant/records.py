@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from dsquant.jobs import RECORD_FILE, Job
 from dsquant.journal import BEGIN_ANEW
 from dsquant.mixed_plan import WIDTH_COLUMNS, MixedPlan, width_rows
 from dsquant.notebook import Shown, as_html, table_of
+from dsquant.packages import PACKAGES, version
 from dsquant.preparation import Source
 from dsquant.quantization.layer import FEWEST_TOKENS
 from dsquant.recipe import JobRecipe, Recipe, TargetedRecipe, format_size
@@ -37,7 +37,6 @@ LAYER_ERRORS = ("attention_error", "mlp_error")
 MOST_LOST = 0.25
 # The share of a target's bytes below which one is told that it was not used up.
 MOST_UNUSED = 0.97
-PACKAGES = ("dsquant", "torch", "transformers", "accelerate", "autoawq", "compressed-tensors")
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,15 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from io import FileIO
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 SECTIONS = "sections_sha256"
+# What `dsquant run` publishes beside its outputs, sealed like their records.
+RELEASE_FILE = "release.json"
 BYTES_AT_ONCE = 2**22
+T = TypeVar("T")
 _INNERMOST_LIST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s+\]")
 
 
@@ -84,6 +88,31 @@ def broken_sections(raw: bytes) -> list[str]:
     return [f"line {next((number for number, (found, line) in enumerate(lines, 1) if found != line), 'last')}"]
 
 
+def record_of_folder(record: dict[str, Any], folder: PurePosixPath, own_name: str) -> dict[str, Any]:
+    """What an output's record tells of one folder in it: that folder's own record.
+
+    Args:
+        record: the output's, sealed or not.
+        folder: inside the output.
+        own_name: the name of records, which no record tells of in its own folder.
+
+    Returns:
+        The folder's record, not sealed.
+    """
+    inside = {
+        str(PurePosixPath(name).relative_to(folder)): entry
+        for name, entry in record["files"].items()
+        if PurePosixPath(name).is_relative_to(folder) and PurePosixPath(name) != folder / own_name
+    }
+    outputs = {
+        name: {**entry, "folder": str(PurePosixPath(entry["folder"]).relative_to(folder))}
+        for name, entry in record["outputs"].items()
+        if PurePosixPath(entry["folder"]).is_relative_to(folder)
+    }
+    told = {key: value for key, value in record.items() if key != SECTIONS}
+    return {**told, "outputs": outputs, "files": inside}
+
+
 def hash_files(folder: Path, names: Iterable[str], after_file: Callable[[str], None]) -> dict[str, dict[str, Any]]:
     """Reads files once.
 
@@ -95,12 +124,26 @@ def hash_files(folder: Path, names: Iterable[str], after_file: Callable[[str], N
     Returns:
         Name -> bytes and sha256.
     """
+    return for_each_file(lambda name: _hash_file(folder / name), names, after_file)
+
+
+def for_each_file(read: Callable[[str], T], names: Iterable[str], after_file: Callable[[str], None]) -> dict[str, T]:
+    """Reads files in several threads.
+
+    Args:
+        read: reads a file.
+        names: the files.
+        after_file: called with each finished file's name, from the calling thread; may raise to stop.
+
+    Returns:
+        Name -> what `read` has returned.
+    """
     names = list(names)
     found = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
-            for name, entry in zip(names, pool.map(lambda name: _hash_file(folder / name), names), strict=True):
-                found[name] = entry
+            for name, result in zip(names, pool.map(read, names), strict=True):
+                found[name] = result
                 after_file(name)
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -109,9 +152,27 @@ def hash_files(folder: Path, names: Iterable[str], after_file: Callable[[str], N
 
 
 def _hash_file(path: Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
-        while block := file.read(BYTES_AT_ONCE):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+        return Hashed(file).rest()
+
+
+class Hashed:
+    """A file that is read once, from its start to its end, and hashed as it is read."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._num_bytes = 0
+
+    def read(self, num_bytes: int) -> bytes:
+        """Reads the next bytes; fewer where the file ends."""
+        block = self._file.read(num_bytes)
+        self._digest.update(block)
+        self._num_bytes += len(block)
+        return block
+
+    def rest(self) -> dict[str, Any]:
+        """Reads what is left; returns bytes and sha256 of the whole file."""
+        while self.read(BYTES_AT_ONCE):
+            pass
+        return {"bytes": self._num_bytes, "sha256": self._digest.hexdigest()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError
-from dsquant.foreign import read_file
+from dsquant.foreign import LARGEST_TEXT_BYTES, read_file
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -44,13 +44,16 @@ def parse_json(raw: bytes | str, where: Path | str, then: str = "restore the fil
     return found
 
 
-def read_json_object(path: Path, then: str = "restore the file", finite: bool = True) -> dict[str, Any]:
+def read_json_object(
+    path: Path, then: str = "restore the file", finite: bool = True, most_bytes: int = LARGEST_TEXT_BYTES
+) -> dict[str, Any]:
     """Reads a file that holds a JSON object.
 
     Args:
         path: the file.
         then: what to do where it cannot be used; for the message.
         finite: as in `parse_json`.
+        most_bytes: the longest file that is read.
 
     Returns:
         Its content.
@@ -59,7 +62,7 @@ def read_json_object(path: Path, then: str = "restore the file", finite: bool = 
         InputError: where it cannot be read, or is not what `parse_json` accepts, or is no object.
     """
     try:
-        raw = read_file(path)
+        raw = read_file(path, most_bytes)
     except InputError as error:
         raise InputError(f"{error}; {then}") from error
     found = parse_json(raw, path, then, finite)

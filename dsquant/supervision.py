@@ -13,8 +13,10 @@ from dsquant.errors import InputError
 from dsquant.jobs import WORK_FOLDER, Job, StopRequest, memory_guard, open_job
 from dsquant.journal import BEGIN_ANEW
 from dsquant.memory import check_memory
+from dsquant.packages import PACKAGES, version
 from dsquant.preparation import check_disk
-from dsquant.recipe import JobRecipe
+from dsquant.recipe import JobRecipe, Recipe
+from dsquant.source.quantized import check_decoder
 from dsquant.source.scan import Look, scan, unseen
 from dsquant.source.shards import ShardIndex
 from dsquant.telemetry import Limits, Progress, Report, resident_bytes
@@ -44,10 +46,12 @@ class Supervised:
             gpu_memory_bytes: what it needs on a GPU.
 
         Raises:
+            PackageError: where a package is missing that the job needs, be it at its end.
             UsageError: where memory does not suffice.
             InputError: where the disk does not.
         """
         limits, ranks = self.limits, self.ranks
+        ranks.together(lambda: _check_packages(self.recipe))
         self.report(Progress("scan", 0, len(self.index), "", limits=limits))
         ranks.together(lambda: check_memory(memory_bytes, limits.memory_bytes, resident_bytes()))
         gpu_limit = limits.gpu_memory_bytes
@@ -100,6 +104,16 @@ class Supervised:
                 f"{self.index.folder}: the source is not what it was when the job began; restore it, or start over "
                 "with --restart"
             )
+
+
+def _check_packages(recipe: JobRecipe) -> None:
+    """Looks up now what a job's last steps import and record of other packages."""
+    for name in (*PACKAGES, "gguf"):
+        version(name)
+    written = recipe.to if isinstance(recipe, Recipe) else ("gguf",)
+    decoded = written if isinstance(recipe, Recipe) and recipe.evaluate else ()
+    for name in {*decoded, *(name for name in written if name.startswith("gguf"))}:
+        check_decoder(name)
 
 
 def input_hashes(config: Mapping[str, Any], calibration: Mapping[str, Any] | None, *files: Path) -> dict[str, str]:

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,41 @@ def test_an_interrupted_delta_goes_on_to_the_same_bytes(
     assert contents(tmp_path / "delta") == contents(tmp_path / "whole") and made.changed == whole.changed
     again = dsquant.delta(old, new[0], output=tmp_path / "delta", resume=True, progress=False)
     assert again.already_finished and again.patch_bytes == made.patch_bytes
+
+
+def test_a_unit_that_is_made_twice_leaves_no_second_name_of_a_reused_file(
+    old: Path, new: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsquant.incremental import requantize
+
+    dsquant.delta(old, new[0], output=tmp_path / "whole", progress=False)
+
+    def stop(*arguments: Any) -> None:
+        raise Interrupted("here")
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(requantize, "finish", stop)
+        dsquant.delta(old, new[0], output=tmp_path / "delta", progress=False)
+    journal = tmp_path / "delta" / ".dsquant-work" / "journal.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-4]))  # killed before they were noted
+    dsquant.delta(old, new[0], output=tmp_path / "delta", resume=True, progress=False)
+    assert contents(tmp_path / "delta") == contents(tmp_path / "whole")
+    assert dsquant.verify(tmp_path / "delta", progress=False).ok
+
+
+def test_a_patch_is_the_same_bytes_whenever_it_is_written(
+    old: Path, new: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    made = dsquant.delta(old, new[0], output=tmp_path / "delta", progress=False)
+    first = made.patch.read_bytes()
+    for path in (tmp_path / "delta").rglob("*"):
+        path.chmod(0o755)
+        os.utime(path, (10**9, 10**9))
+    made.patch.unlink()
+    dsquant.delta(old, new[0], output=tmp_path / "delta", resume=True, progress=False)
+    assert made.patch.read_bytes() == first
+    with zipfile.ZipFile(made.patch) as archive:
+        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 def test_what_does_not_belong_together_is_refused(

@@ -1,7 +1,10 @@
 """Patches from anywhere: what they tell is checked, what is not theirs stays, and a failure leaves nothing."""
 
+import hashlib
 import json
 import shutil
+import stat
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,8 @@ from test_delta import changed_copy, contents, noise
 
 import dsquant
 from dsquant.errors import InputError
-from dsquant.incremental import applying
+from dsquant.incremental import applying, manifest
+from dsquant.sealing import seal
 
 Parts = dict[str, bytes]
 
@@ -57,18 +61,27 @@ def with_places(places: object) -> Callable[[dict[str, Any], Parts], None]:
     return change
 
 
-def without_shards(manifest: dict[str, Any], parts: Parts) -> None:
-    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if "safetensors" not in name}
+def without(word: str) -> Callable[[dict[str, Any], Parts], None]:
+    """A patch that tells nothing of the files whose names have a word in them, and holds nothing of them."""
+
+    def change(manifest: dict[str, Any], parts: Parts) -> None:
+        manifest["files"] = {name: entry for name, entry in manifest["files"].items() if word not in name}
+        for name in [name for name in parts if word in name]:
+            del parts[name]
+
+    return change
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any], Parts], object], str]] = {
     "unknown version": (lambda manifest, _: manifest.update(patch_version=2), "patch_version"),
     "no version": (lambda manifest, _: bool(manifest.pop("patch_version")), "patch_version"),
-    "no shards": (without_shards, "otherwise than the new output's record"),
-    "no record": (lambda manifest, _: bool(manifest["files"].pop("dsquant.json")), "does not hold"),
+    "no shards": (without(".safetensors"), "otherwise than the new output's record"),
+    "no record": (without("dsquant.json"), "does not hold"),
     "wrong size": (lambda manifest, _: manifest["files"]["README.md"].update(bytes=1), "tells of 1"),
     "short part": (lambda _, parts: parts.update({"new/README.md": b"x"}), "has 1 bytes"),
-    "missing part": (lambda _, parts: bool(parts.pop("new/README.md")), "README.md"),
+    "missing part": (lambda _, parts: bool(parts.pop("new/README.md")), "'new/README.md' is in it 0 times"),
+    "part of nothing": (lambda _, parts: parts.update({"x": b"y" * 10**6}), "'x' is in it 1 times"),
+    "part outside": (lambda _, parts: parts.update({"../../evil": b"y"}), "evil' is in it 1 times"),
     "a list": (lambda *_: "[]", "object"),
     "deep": (lambda *_: "[" * 100_000, "recursion"),
     "files null": (lambda manifest, _: manifest.update(files=None), "files"),
@@ -80,6 +93,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any], Parts], object], str]] = {
     "long name": (renamed("a" * 300), "255"),
     "file and folder": (renamed("config.json/x"), "cannot be a file and hold"),
     "negative place": (with_places([[-5, 10]]), "greater than or equal to 0"),
+    "places in each other": (with_places([[0, 16], [8, 16]]), "begins before"),
     "place behind the end": (with_places([[2**62, 10]]), "end behind"),
     "old file absent": (
         lambda manifest, _: manifest["files"].update(gone={"bytes": 1, "sha256": "0" * 64, "how": "same"}),
@@ -97,6 +111,98 @@ def test_a_patch_that_tells_something_wrong_is_refused_before_anything_is_writte
     with pytest.raises(InputError, match=message):
         dsquant.apply_patch(patch, made / "old", output=tmp_path / "a" / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.patch"]
+
+
+def copied(patch: Path, target: Path, change: Callable[[zipfile.ZipFile], object]) -> Path:
+    """A patch with the same members, whose list of members is changed before it is written."""
+    with zipfile.ZipFile(patch) as archive, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as copy:
+        for name in archive.namelist():
+            copy.writestr(name, archive.read(name))
+        change(copy)
+    return target
+
+
+def as_link(archive: zipfile.ZipFile) -> None:
+    archive.getinfo("new/README.md").external_attr = (stat.S_IFLNK | 0o777) << 16
+
+
+def as_huge(archive: zipfile.ZipFile) -> None:
+    archive.getinfo("patch.json").file_size = 3 * 2**30
+
+
+def of_zeros(archive: zipfile.ZipFile) -> None:
+    """Stands in the list with the size of what it replaces, and inflates to a thousand times its own."""
+    before = archive.getinfo("new/dsquant.json")
+    with pytest.warns(UserWarning, match="Duplicate name"), archive.open("new/dsquant.json", "w") as member:
+        for _ in range(64):
+            member.write(bytes(2**20))
+    archive.filelist.remove(before)
+    archive.getinfo("new/dsquant.json").file_size = before.file_size
+
+
+def twice(archive: zipfile.ZipFile) -> None:
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("new/README.md", b"other")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (as_link, "a link or a folder"),
+        (as_huge, "patch.json has 3.00 GiB"),
+        (of_zeros, "Bad CRC-32"),
+        (twice, "2 times"),
+    ],
+)
+def test_a_member_that_is_not_what_the_list_says_is_refused_in_little_memory(
+    made: Path, tmp_path: Path, change: Callable[[zipfile.ZipFile], object], message: str
+) -> None:
+    patch = copied(made / "new.patch", tmp_path / "bad.patch", change)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=message):
+            dsquant.apply_patch(patch, made / "old", output=tmp_path / "out", progress=False)
+        assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.patch"]
+
+
+def test_a_list_of_members_that_is_longer_than_any_is_not_read(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "LARGEST_TEXT_BYTES", 1000)
+    with pytest.raises(InputError, match="list of members has"):
+        dsquant.apply_patch(made / "new.patch", made / "old", output=tmp_path / "out", progress=False)
+
+
+def test_a_large_new_file_passes_through_little_memory(made: Path, tmp_path: Path) -> None:
+    big, size = made / "new.patch", 64 * 2**20
+    parts = {}
+    with zipfile.ZipFile(big) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    content, record = bytes(size), json.loads(parts["new/dsquant.json"])
+    entry = {"bytes": size, "sha256": hashlib.sha256(content).hexdigest()}
+    record["files"]["README.md"] = entry
+    del record["sections_sha256"]
+    parts["new/dsquant.json"] = seal(record)
+    told = json.loads(parts["patch.json"])
+    told["files"]["README.md"] |= entry
+    digest = hashlib.sha256(parts["new/dsquant.json"]).hexdigest()
+    told["files"]["dsquant.json"] |= {"bytes": len(parts["new/dsquant.json"]), "sha256": digest}
+    parts |= {"patch.json": json.dumps(told).encode(), "new/README.md": content}
+    patch = tmp_path / "big.patch"
+    with zipfile.ZipFile(patch, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, part in parts.items():
+            archive.writestr(name, part)
+    del content, parts
+    tracemalloc.start()
+    try:
+        dsquant.apply_patch(patch, made / "old", output=tmp_path / "out", progress=False)
+        assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "out" / "README.md").stat().st_size == size
 
 
 def test_a_failure_halfway_leaves_nothing(made: Path, tmp_path: Path) -> None:

@@ -95,6 +95,46 @@ def test_a_finished_recipe_is_a_no_op_without_torch(
     assert files(release.output) == before
 
 
+def test_a_release_is_verified_with_its_record_its_reports_and_all_its_outputs(
+    whole: tuple[Release, dict[str, bytes]], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(whole[0].output, tmp_path / "moved"))
+    found = dsquant.verify(copy, progress=False)
+    assert found.ok and set(found.compared) == {"awq/awq", "awq/compressed-tensors", "q4/gguf:Q8_0"}
+    assert found.num_files == len(files(copy)) - 1  # release.json has its own seal
+    for name in (
+        "release.json",
+        "evaluation/report.md",
+        "evaluation/report.json",
+        "q4/dsquant.json",
+        "awq/awq/config.json",
+    ):
+        content = bytearray((copy / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (copy / name).write_bytes(content)
+        damaged = dsquant.verify(copy, progress=False)
+        assert {finding.file for finding in damaged.findings} == {name}
+        content[len(content) // 2] ^= 1
+        (copy / name).write_bytes(content)
+    (copy / "q5").mkdir()
+    (copy / "evaluation" / "old.html").write_text("x")
+    (copy / "q4" / "dsquant.json").unlink()
+    strays = {finding.file: finding.problem for finding in dsquant.verify(copy, progress=False).findings}
+    foreign = "not part of the output"
+    assert strays == {"q5": f"an empty folder, {foreign}", "evaluation/old.html": foreign, "q4/dsquant.json": "missing"}
+
+
+def test_a_release_whose_record_is_damaged_counts_as_none(
+    whole: tuple[Release, dict[str, bytes]], pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(whole[0].output, tmp_path / "moved"))
+    recipe = recipe_of(pico_r1, text_file, whole[0].output).model_copy(update={"output": copy})
+    assert published(recipe) is not None
+    raw = (copy / "release.json").read_bytes()
+    (copy / "release.json").write_bytes(raw.replace(b'"mean_kl": 0.', b'"mean_kl": 1.', 1))
+    assert published(recipe) is None
+
+
 class Killed(BaseException):
     """Ends a run as a kill would: nothing of dsquant catches it."""
 

@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import os
 import random
+import re
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +150,153 @@ def test_missing_foreign_and_renamed_files_are_found(output: Path, tmp_path: Pat
     found = {(finding.file, finding.problem) for finding in dsquant.verify(copy, progress=False).findings}
     foreign = "not part of the output"
     assert found == {("tokenizer.json", "missing"), ("tokenizer.jsom", foreign), ("model.safetensors", foreign)}
+
+
+def test_whatever_lies_beside_the_recorded_files_is_named(output: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(output / "awq", tmp_path / "moved"))
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_text("secret")
+    os.mkfifo(copy / "pipe")
+    (copy / "elsewhere").symlink_to(outside)
+    (copy / "nowhere").symlink_to("absent")
+    (copy / "round").symlink_to("round")
+    (copy / "empty" / "inner").mkdir(parents=True)
+    (copy / "folder").mkdir()
+    (copy / "folder" / "\x1b[2J\udcff").write_text("x")
+    subprocess.run(["mkdir", "-p", copy / "/".join(["d"] * 1100)], check=True)
+    (copy / ".cache" / "own").mkdir(parents=True)
+    (copy / ".cache" / "own" / "file").write_text("x")
+    (copy / ".git" / "refs").mkdir(parents=True)
+    (copy / ".git" / "HEAD").write_text("x")
+    (copy / ".git" / "hook").symlink_to(outside / "secret")
+    foreign = "not part of the output"
+    found = dsquant.verify(copy, progress=False)
+    assert {finding.file: finding.problem for finding in found.findings} == {
+        "pipe": f"a pipe, {foreign}",
+        "elsewhere": f"a link, {foreign}",
+        "nowhere": f"a link, {foreign}",
+        "round": f"a link, {foreign}",
+        "empty/inner": f"an empty folder, {foreign}",
+        "folder/\\x1b[2J\\\\xff": foreign,
+        "/".join(["d"] * 1100): f"an empty folder, {foreign}",
+        ".cache/own/file": foreign,
+        ".git/hook": f"a link, {foreign}",
+    }
+    assert [note.split(" is ")[0] for note in found.notes] == [".git (1 files, 1 B)"]
+    told = CliRunner().invoke(main, ["verify", str(copy)])
+    subprocess.run(["rm", "-r", copy / "d"], check=True)  # too deep for Python's own
+    assert told.exit_code == 3 and "\x1b" not in told.stdout
+
+
+def test_what_the_hubs_client_keeps_in_a_download_is_told_of_and_no_damage(output: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(output / "awq", tmp_path / "moved"))
+    download = copy / ".cache" / "huggingface" / "download"
+    download.mkdir(parents=True)
+    (download.parent / ".gitignore").write_text("*")
+    (download / "config.json.metadata").write_text("commit")
+    found = dsquant.verify(copy, progress=False)
+    assert found.ok and found.notes[0].startswith(".cache/huggingface (2 files, 7 B)")
+
+
+def test_a_snapshot_in_the_hubs_cache_is_verified_and_no_link_is_followed_elsewhere(
+    output: Path, tmp_path: Path
+) -> None:
+    """There, every file is a link into a folder of blobs beside it."""
+    snapshot, blobs = tmp_path / "models--me--out" / "snapshots" / "00", tmp_path / "models--me--out" / "blobs"
+    shutil.copytree(output / "awq", snapshot)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(snapshot.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(Path("..", "..", "blobs", str(number)))
+    assert dsquant.verify(snapshot, progress=False).ok
+    config = snapshot / "config.json"
+    shutil.copy(config, tmp_path / "config.json")  # the right bytes, but not of this output
+    config.unlink()
+    config.symlink_to(tmp_path / "config.json")
+    (finding,) = dsquant.verify(snapshot, progress=False).findings
+    assert finding.file == "config.json" and "leads out of the output" in finding.problem
+    config.unlink()
+    os.mkfifo(config)
+    (finding,) = dsquant.verify(snapshot, progress=False).findings
+    assert finding.problem == "a pipe instead of a file"
+
+
+def test_a_shard_whose_hash_was_renewed_but_not_its_tensors_is_found(output: Path, tmp_path: Path) -> None:
+    for name in OUTPUTS:
+        copy = Path(shutil.copytree(output / name, tmp_path / name))
+        files = json.loads((copy / "dsquant.json").read_text())["files"]
+        file, entry = next((file, entry) for file, entry in files.items() if "tensors" in entry)
+        last = list(entry["tensors"])[-1]
+        content = bytearray((copy / file).read_bytes())
+        content[_place(copy / file, last)[0]] ^= 1
+        (copy / file).write_bytes(content)
+        reseal(copy, lambda record: None)
+        found = dsquant.verify(copy, progress=False).findings
+        assert [(finding.file, finding.where) for finding in found] == [(file, repr(last))]
+
+
+def test_a_folders_record_that_tells_otherwise_than_the_outputs_is_found(output: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(output, tmp_path / "copy"))
+    reseal(copy / "awq", lambda record: record["warnings"].append("all is well"))
+    reseal(copy, lambda record: None)
+    (finding,) = dsquant.verify(copy, progress=False).findings
+    assert finding.file == "awq/dsquant.json" and "tells otherwise" in finding.problem
+
+
+@pytest.mark.parametrize(("change", "where"), [
+    (lambda record: record["files"].update({"../../etc/passwd": {"bytes": 1, "sha256": "0" * 64}}), "passwd"),
+    (lambda record: record["files"].update({"a\0b": {"bytes": 1, "sha256": "0" * 64}}), "files"),
+    (lambda record: record["files"].update({"config.json": 7}), "config.json"),
+    (lambda record: record["files"]["model-00001-of-00006.safetensors"].pop("tensors"), "holds no tensors"),
+    (lambda record: record.update(outputs={}), "outputs"),
+    (lambda record: record.update(recipe=[]), "recipe"),
+    (lambda record: record["outputs"]["awq"].update(folder="/"), "folder"),
+    (lambda record: record["source"]["tensors_sha256"].update({"lm_head.weight": None}), "lm_head.weight"),
+    (lambda record: next(entry for entry in record["files"].values() if "tensors" in entry)["tensors"].update(x=["?"]),
+     "'x'"),
+])  # fmt: skip
+def test_a_sealed_record_that_no_dsquant_wrote_is_refused(
+    output: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], where: str
+) -> None:
+    record = json.loads((output / "awq" / "dsquant.json").read_text())
+    first = next(name for name in record["files"] if name.endswith(".safetensors"))
+    record["files"]["model-00001-of-00006.safetensors"] = record["files"][first]
+    change(record)
+    del record["sections_sha256"]
+    (tmp_path / "dsquant.json").write_bytes(seal(record))
+    with pytest.raises(InputError, match=rf"dsquant\.json: .*{re.escape(where)}"):
+        dsquant.verify(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(("name", "missing", "package"), [
+    ("awq", "datasets", "autoawq"),
+    ("awq", "awq", "autoawq"),
+    ("compressed-tensors", "compressed_tensors", "compressed-tensors"),
+    ("gguf", "gguf", "gguf"),
+])  # fmt: skip
+def test_a_check_whose_package_is_missing_was_not_run_and_is_no_damage(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, missing: str, package: str
+) -> None:
+    def hide() -> None:
+        for module in [module for module in sys.modules if module.split(".")[0] in ("awq", missing)]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, missing, None)
+
+    hide()
+    found = dsquant.verify(output / name, progress=False)
+    assert not found.ok and not found.findings and not found.compared
+    (check,) = found.not_checked
+    assert check.startswith(name) and f"the package {package} cannot be imported" in check and missing in check
+    hide()
+    told = CliRunner().invoke(main, ["verify", str(output / name)])
+    assert told.exit_code == 5 and "Not checked" in told.stdout
+    copy = Path(shutil.copytree(output / name, tmp_path / "copy"))
+    file = next(file for file in sorted(copy.iterdir()) if file.suffix in (".safetensors", ".gguf"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert CliRunner().invoke(main, ["verify", str(copy)]).exit_code == 3
 
 
 def test_a_truncated_shard_names_what_it_lost(output: Path, tmp_path: Path) -> None:

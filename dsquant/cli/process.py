@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from dsquant.cli.ending import stopped_words
-from dsquant.errors import DsquantError, InputError, Interrupted, UsageError
+from dsquant.errors import DsquantError, InputError, Interrupted, PackageError, UsageError
 from dsquant.escaping import printable
 
 # Past this size glibc maps memory of its own for a block and gives it back at once; without it the heap keeps what a
@@ -43,6 +43,9 @@ def dsquant_command(function: Callable[..., None]) -> Callable[..., None]:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             click.echo(stopped_words(signal.SIGINT), err=True)
             sys.exit(Interrupted.exit_code)
+        except ImportError as error:
+            click.echo(printable(f"dsquant: a package that is needed cannot be imported: {error}"), err=True)
+            sys.exit(PackageError.exit_code)
         except OSError as error:  # a folder that is read-only, a file where a folder should be, a limit on file sizes
             click.echo(printable(f"dsquant: {error.filename or 'a file'}: {error.strerror or error}"), err=True)
             sys.exit(InputError.exit_code)

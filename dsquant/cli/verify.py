@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dsquant.cli.process import dsquant_command, quiet_libraries
-from dsquant.errors import InputError
+from dsquant.errors import InconclusiveError, InputError
 
 
 @click.command()
@@ -17,11 +17,15 @@ from dsquant.errors import InputError
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON, and no progress bar.")
 @dsquant_command
 def verify(folder: Path, source: str | None, everything: bool, as_json: bool) -> None:
-    """Checks every byte of the output DIR, its coverage of the source, and its values; exit code 3 on damage."""
-    from dsquant.display import progress_bar
-    from dsquant.notebook import plain_console
-    from dsquant.verification.checks import verify as check
-    from dsquant.verification.tables import verification_tables
+    """Checks every byte of the output DIR, its coverage of the source, and its values; exit code 3 on damage, 5 where
+    a check could not be run."""
+    try:
+        from dsquant.display import progress_bar
+        from dsquant.notebook import plain_console
+        from dsquant.verification.checks import verify as check
+        from dsquant.verification.tables import verification_tables
+    except ImportError as error:
+        raise InconclusiveError(f"{folder} was not checked: a package cannot be imported: {error}") from error
 
     with quiet_libraries(), progress_bar(not as_json) as report:
         found = check(folder, source, everything, report)
@@ -30,4 +34,4 @@ def verify(folder: Path, source: str | None, everything: bool, as_json: bool) ->
     else:
         plain_console().print(*verification_tables(found), sep="\n")
     if not found.ok:
-        sys.exit(InputError.exit_code)
+        sys.exit(InputError.exit_code if found.findings else InconclusiveError.exit_code)

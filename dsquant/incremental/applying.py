@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsquant.disk import NO_ROOM, PARTIAL, sync_folder, write_atomically
+from dsquant.disk import NO_ROOM, PARTIAL, sync_folder
 from dsquant.errors import InputError
 from dsquant.foreign import find_file, read_file
-from dsquant.incremental.manifest import PatchManifest, open_patch, read_manifest
+from dsquant.incremental.manifest import PatchManifest, member_blocks, open_patch, read_manifest, read_member
 from dsquant.incremental.patch import block_sizes, xored
 from dsquant.incremental.places import beside, check_output, lies_in
 from dsquant.incremental.reuse import reuse_file
 from dsquant.jobs import RECORD_FILE, WORK_FOLDER
 from dsquant.locks import exclusive
 from dsquant.notebook import Shown
+from dsquant.preparation import check_disk
 from dsquant.sealing import broken_sections, hash_files
 
 
@@ -76,6 +77,7 @@ def _apply(
     manifest = read_manifest(archive, patch)
     _check_old(manifest, patch, old)
     _check_record(archive, manifest, patch, old)
+    check_disk(output, sum(entry.bytes for entry in manifest.files.values() if entry.how != "same"))
     reused: Counter[str] = Counter()
     with _new_folder(patch, old, output) as work:
         for name, entry in manifest.files.items():
@@ -86,7 +88,7 @@ def _apply(
             elif entry.how == "tensors":
                 _patch_tensors(archive, old / name, work / name, name, entry.tensors)
             else:
-                write_atomically(work / name, archive.read(f"new/{name}"))
+                _write_new(work / name, member_blocks(archive, f"new/{name}"))
         for name, found in hash_files(work, manifest.files, safe_point).items():
             if found != manifest.files[name].model_dump(include={"bytes", "sha256"}):
                 raise InputError(
@@ -119,7 +121,8 @@ def _check_record(archive: zipfile.ZipFile, manifest: PatchManifest, patch: Path
     entry = manifest.files.get(RECORD_FILE)
     if entry is None or entry.how == "tensors":
         raise InputError(f"{patch} does not hold the new output's {RECORD_FILE}; make the patch again")
-    raw = (old / RECORD_FILE).read_bytes() if entry.how == "same" else archive.read(f"new/{RECORD_FILE}")
+    same = entry.how == "same"
+    raw = read_file(old / RECORD_FILE) if same else read_member(archive, f"new/{RECORD_FILE}", patch)
     if hashlib.sha256(raw).hexdigest() != entry.sha256 or broken_sections(raw):
         raise InputError(f"{patch}: the new output's {RECORD_FILE} is damaged; make the patch again")
     recorded = json.loads(raw).get("files")
@@ -163,6 +166,14 @@ def _new_folder(patch: Path, old: Path, output: Path) -> Iterator[Path]:
         output.rmdir()
     work.rename(output)
     sync_folder(output.absolute().parent)
+
+
+def _write_new(path: Path, blocks: Iterable[bytes]) -> None:
+    with path.open("xb") as file:
+        for block in blocks:
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _patch_tensors(

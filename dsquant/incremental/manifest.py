@@ -1,19 +1,29 @@
 """What a patch tells of the output that it makes, read strictly: a patch may come from anywhere."""
 
+import io
+import os
+import stat
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from dsquant.errors import InputError
-from dsquant.foreign import check_relative
+from dsquant.foreign import LARGEST_TEXT_BYTES, check_relative
 from dsquant.jobs import WORK_FOLDER
+from dsquant.preparation import default_memory_budget
+from dsquant.recipe import format_size
+from dsquant.sealing import BYTES_AT_ONCE
+from dsquant.verification.record import Count, Digest
 
 MANIFEST = "patch.json"
+# The memory that parsing, checking and keeping a byte of JSON takes.
+PARSED_BYTES = 16
 
 
 def _stays_inside(name: str) -> str:
@@ -22,8 +32,6 @@ def _stays_inside(name: str) -> str:
     return name
 
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
 FileName = Annotated[str, AfterValidator(_stays_inside)]
 
 
@@ -48,8 +56,12 @@ class PatchedFile(BaseModel):
     def _places_are_in_the_file(self) -> Self:
         if self.tensors and self.how != "tensors":
             raise ValueError(f"a file that is {self.how} has no changed tensors")
+        end = 0
         for start, num_bytes in self.tensors:
-            if start + num_bytes > self.bytes:
+            if start < end:
+                raise ValueError(f"the tensor at byte {start} begins before the one before it ends, at byte {end}")
+            end = start + num_bytes
+            if end > self.bytes:
                 raise ValueError(f"{num_bytes} bytes from byte {start} on end behind the file's {self.bytes} bytes")
         return self
 
@@ -78,6 +90,17 @@ class PatchManifest(BaseModel):
         return self
 
 
+class _InParts(io.BufferedReader):
+    """A file that gives no more at once than a patch's list of members takes, whatever the patch says of its length."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            size = os.fstat(self.fileno()).st_size - self.tell()
+        if size > LARGEST_TEXT_BYTES:
+            raise zipfile.BadZipFile(f"its list of members has {size} bytes, at most {LARGEST_TEXT_BYTES} are read")
+        return super().read(size)
+
+
 @contextmanager
 def open_patch(patch: Path) -> Iterator[zipfile.ZipFile]:
     """Opens a patch.
@@ -95,14 +118,14 @@ def open_patch(patch: Path) -> Iterator[zipfile.ZipFile]:
         found = "is a folder" if patch.is_dir() else "does not exist"
         raise InputError(f"{patch} {found}; name a patch that `dsquant delta` has made")
     try:
-        with zipfile.ZipFile(patch) as archive:
+        with _InParts(io.FileIO(patch)) as file, zipfile.ZipFile(file) as archive:
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError) as error:
         raise InputError(f"{patch} is damaged or no patch of dsquant ({error}); make it again") from error
 
 
 def read_manifest(archive: zipfile.ZipFile, patch: Path) -> PatchManifest:
-    """Reads what a patch tells, and checks that the archive holds what it should.
+    """Reads what a patch tells, and checks that the archive holds that and nothing else.
 
     Args:
         archive: the opened patch.
@@ -112,25 +135,80 @@ def read_manifest(archive: zipfile.ZipFile, patch: Path) -> PatchManifest:
         The manifest.
 
     Raises:
-        InputError: where it is not what `dsquant delta` writes, or a part of the patch is missing or of another size.
+        InputError: where it is not what `dsquant delta` writes, or a part of the patch is missing, of another size or
+            kind, there twice, or not told of.
     """
     try:
-        manifest = PatchManifest.model_validate_json(archive.read(MANIFEST))
+        manifest = PatchManifest.model_validate_json(read_member(archive, MANIFEST, patch))
     except ValidationError as error:
         first = error.errors()[0]
         where = ", ".join([MANIFEST, *(repr(part)[:80] for part in first["loc"])])
         raise InputError(
             f"{patch}: {where}: {first['msg']}; this is no patch that this dsquant reads, make it again"
         ) from error
-    for name, entry in manifest.files.items():
-        members = {f"xor/{name}/{number}": num_bytes for number, (_, num_bytes) in enumerate(entry.tensors)}
-        if entry.how == "new":
-            members = {f"new/{name}": entry.bytes}
-        for member, num_bytes in members.items():
-            info = archive.getinfo(member)
-            if info.file_size != num_bytes or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise InputError(
-                    f"{patch}: {member} has {info.file_size} bytes, {MANIFEST} tells of {num_bytes}; "
-                    "make the patch again"
-                )
+    wanted = {MANIFEST: archive.getinfo(MANIFEST).file_size, **_member_sizes(manifest)}
+    found = Counter(info.filename for info in archive.infolist())
+    for member in found.keys() | wanted.keys():
+        if found[member] != (member in wanted):
+            told = "once" if member in wanted else "not at all"
+            raise InputError(
+                f"{patch}: {member!r:.300} is in it {found[member]} times, {MANIFEST} tells of it {told}; "
+                "make the patch again"
+            )
+    for member, num_bytes in wanted.items():
+        info = archive.getinfo(member)
+        if info.file_size != num_bytes or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise InputError(
+                f"{patch}: {member} has {info.file_size} bytes, {MANIFEST} tells of {num_bytes}; make the patch again"
+            )
+        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+            raise InputError(f"{patch}: {member} is no file but a link or a folder; make the patch again")
     return manifest
+
+
+def _member_sizes(manifest: PatchManifest) -> dict[str, int]:
+    """Every member that a manifest tells of, and its bytes."""
+    sizes = {}
+    for name, entry in manifest.files.items():
+        if entry.how == "new":
+            sizes[f"new/{name}"] = entry.bytes
+        sizes |= {f"xor/{name}/{number}": num_bytes for number, (_, num_bytes) in enumerate(entry.tensors)}
+    return sizes
+
+
+def member_blocks(archive: zipfile.ZipFile, name: str) -> Iterator[bytes]:
+    """Reads a member in parts.
+
+    Args:
+        archive: the opened patch.
+        name: the member.
+
+    Yields:
+        Blocks of bounded size, however much the deflated bytes would give; as many bytes as the archive says at most.
+    """
+    with archive.open(name) as member:
+        while block := member.read(BYTES_AT_ONCE):
+            yield block
+
+
+def read_member(archive: zipfile.ZipFile, name: str, patch: Path) -> bytes:
+    """Reads a member whole: JSON, whose values then take many times its bytes of memory.
+
+    Args:
+        archive: the opened patch.
+        name: the member.
+        patch: its path, for messages.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InputError: where it is longer than any such JSON, or than the default memory budget has room for.
+    """
+    num_bytes, budget = archive.getinfo(name).file_size, default_memory_budget()
+    if num_bytes > LARGEST_TEXT_BYTES or num_bytes * PARSED_BYTES > budget:
+        raise InputError(
+            f"{patch}: {name} has {format_size(num_bytes)}, at most {format_size(LARGEST_TEXT_BYTES)} are read, "
+            f"and {format_size(budget // PARSED_BYTES)} with the memory that is available"
+        )
+    return b"".join(member_blocks(archive, name))

@@ -1,11 +1,13 @@
 """What turns one output into the next, as one file: a zip of whole small files and of the tensors that changed.
 
 A changed tensor is stored as its bytes XOR the old ones, deflated: codes that stayed are zeros there. patch.json tells
-of every file of the new output how it comes about, and its hash.
+of every file of the new output how it comes about, and its hash. A patch's bytes are a function of the two outputs (and
+of the zlib that deflates them): no member carries a time, or the mode of a file.
 """
 
 import hashlib
 import json
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from dsquant.disk import PARTIAL, naming, sync_folder
+from dsquant.disk import PARTIAL, naming, publish, sync_folder
+from dsquant.foreign import read_file
 from dsquant.incremental.manifest import MANIFEST, PatchedFile, PatchManifest
 from dsquant.jobs import RECORD_FILE
 from dsquant.sealing import BYTES_AT_ONCE
 from dsquant.source.shards import read_header
-
-LEVEL = 6
 
 
 def write_patch(old: Path, new: Path, patch: Path, safe_point: Callable[[str], None]) -> None:
@@ -35,7 +36,7 @@ def write_patch(old: Path, new: Path, patch: Path, safe_point: Callable[[str], N
     partial = patch.with_name(patch.name + PARTIAL)
     files: dict[str, PatchedFile] = {}
     try:
-        with naming(patch), zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=LEVEL) as archive:
+        with naming(patch), zipfile.ZipFile(partial, "w") as archive:
             for name, entry in now.items():
                 safe_point(name)
                 seal = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
@@ -45,20 +46,20 @@ def write_patch(old: Path, new: Path, patch: Path, safe_point: Callable[[str], N
                     places = _add_tensors(archive, old / name, new / name, name)
                     files[name] = PatchedFile(**seal, how="tensors", tensors=places)
                 else:
-                    archive.write(new / name, f"new/{name}")
+                    _add_file(archive, new / name, f"new/{name}", entry["bytes"])
                     files[name] = PatchedFile(**seal, how="new")
             manifest = PatchManifest(patch_version=1, old_record_sha256=before[RECORD_FILE]["sha256"], files=files)
-            archive.writestr(MANIFEST, manifest.model_dump_json())
+            archive.writestr(_member(MANIFEST), manifest.model_dump_json())
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    partial.replace(patch)
+    publish(partial, patch)
     sync_folder(patch.absolute().parent)
 
 
 def _entries(folder: Path) -> dict[str, dict[str, Any]]:
     """Every file of an output, its record too."""
-    raw = (folder / RECORD_FILE).read_bytes()
+    raw = read_file(folder / RECORD_FILE)
     own = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     return {**json.loads(raw)["files"], RECORD_FILE: own}
 
@@ -71,6 +72,20 @@ def _same_layout(before: dict[str, Any], now: dict[str, Any]) -> bool:
     return layouts[0] == layouts[1]
 
 
+def _member(name: str, num_bytes: int = 0) -> zipfile.ZipInfo:
+    """A member to add, of 1980 as ZipInfo has it; zipfile itself would take the time of day, and the mode of a file."""
+    info = zipfile.ZipInfo(name)
+    info.compress_type, info.file_size = zipfile.ZIP_DEFLATED, num_bytes
+    info.create_system, info.external_attr = 3, 0o644 << 16  # a Unix, whose attributes are modes
+    return info
+
+
+def _add_file(archive: zipfile.ZipFile, path: Path, name: str, num_bytes: int) -> None:
+    """Adds a whole file."""
+    with path.open("rb") as file, archive.open(_member(name, num_bytes), "w") as member:
+        shutil.copyfileobj(file, member, BYTES_AT_ONCE)
+
+
 def _add_tensors(archive: zipfile.ZipFile, old: Path, new: Path, name: str) -> tuple[tuple[int, int], ...]:
     """Adds every changed tensor of a file; returns the places, [start, bytes]."""
     places: list[tuple[int, int]] = []
@@ -78,7 +93,7 @@ def _add_tensors(archive: zipfile.ZipFile, old: Path, new: Path, name: str) -> t
         for info in read_header(new).values():
             if _ranges_equal(old, new, info.start, info.num_bytes):
                 continue
-            with archive.open(f"xor/{name}/{len(places)}", "w", force_zip64=True) as member:
+            with archive.open(_member(f"xor/{name}/{len(places)}", info.num_bytes), "w") as member:
                 before.seek(info.start)
                 now.seek(info.start)
                 for size in block_sizes(info.num_bytes):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dsquant.disk import PARTIAL
 from dsquant.errors import InputError
+from dsquant.foreign import read_file
 from dsquant.incremental.manifest import open_patch, read_manifest
 from dsquant.incremental.recording import Recording
 from dsquant.jobs import RECORD_FILE, check_name
@@ -89,4 +90,4 @@ def _is_own(patch: Path, output: Path, recording: Recording) -> bool:
         return False
     entry = manifest.files.get(RECORD_FILE)
     same_old = manifest.old_record_sha256 == recording.sha256
-    return same_old and entry is not None and entry.sha256 == hashlib.sha256(record.read_bytes()).hexdigest()
+    return same_old and entry is not None and entry.sha256 == hashlib.sha256(read_file(record)).hexdigest()

@@ -14,8 +14,8 @@ from dsquant.rounding import QuantizedWeight
 from dsquant.scales import open_scales
 from dsquant.sealing import broken_sections, hash_files
 from dsquant.source.shards import ShardIndex, read_index
-from dsquant.verification.contents import read_record
 from dsquant.verification.damage import recorded_shards
+from dsquant.verification.record import read_record
 
 
 @dataclass(frozen=True)

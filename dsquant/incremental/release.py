@@ -1,12 +1,12 @@
 """What `dsquant delta` does: two releases compared, the new one's output made from the old one's, and a patch."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError, UsageError
+from dsquant.foreign import read_file
 from dsquant.incremental.applying import AppliedPatch, apply_patch
 from dsquant.incremental.patch import write_patch
 from dsquant.incremental.places import beside, check_output, check_patch
@@ -20,6 +20,7 @@ from dsquant.sealing import broken_sections
 from dsquant.source.locate import locate
 from dsquant.source.scan import scan
 from dsquant.telemetry import Progress, Report, silent
+from dsquant.verification.record import read_record
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ def delta(
 def _default_output(old: str) -> Path:
     """Where `dsquant awq` has put the old release's output when it was not told."""
     records = [path / RECORD_FILE for path in sorted(Path().glob(f"{Path(old).name}-*-*bit"))]
-    whole = [path for path in records if path.is_file() and not broken_sections(path.read_bytes())]
-    made = [path.parent for path in whole if json.loads(path.read_bytes())["recipe"]["model"] == old]
+    whole = [path for path in records if path.is_file() and not broken_sections(read_file(path))]
+    made = [path.parent for path in whole if read_record(path)["recipe"]["model"] == old]
     if len(made) != 1:
         raise UsageError(f"name the output that was made from {old} with --quantized; its scales are needed")
     return made[0]

@@ -32,7 +32,7 @@ from dsquant.scales import keep_scales, recorded_fold
 from dsquant.source.shards import DTYPES
 from dsquant.supervision import check_inputs, input_hashes, shard_times
 from dsquant.telemetry import Limits, Progress, Report
-from dsquant.verification.contents import read_record
+from dsquant.verification.record import read_record
 from dsquant.writers.base import Shard, ShardFile
 
 

@@ -31,6 +31,7 @@ def reuse_file(old: Path, new: Path) -> str:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
     partial.replace(new)
+    partial.unlink(missing_ok=True)  # a rename from one name of a file to another name of it does nothing
     return how
 
 

@@ -129,7 +129,7 @@ class Skeleton:
         _check_values(checkpoint)
         try:
             self._build(checkpoint)
-        except InputError:
+        except (InputError, ImportError):
             raise
         except Exception as error:  # transformers and torch raise of every kind for a config that makes no sense
             path = checkpoint.folder / "config.json"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsquant.disk import write_atomically
 from dsquant.errors import InputError
-from dsquant.releases.recipe import EVALUATION_FOLDER, ReleaseRecipe
+from dsquant.releases.recipe import EVALUATION_FOLDER, AwqStep, ReleaseRecipe
 from dsquant.telemetry import Progress, Report
 
 if TYPE_CHECKING:
@@ -92,7 +92,13 @@ def check_evaluation(recipe: ReleaseRecipe, gates: "Gates | None") -> None:
         UsageError: where code cannot be run as wanted, or a gate is on what is not measured.
     """
     from dsquant.comparison import check_request
+    from dsquant.packages import load
+    from dsquant.source.quantized import check_decoder
 
+    load("jinja2", "jinja2")
+    for step in recipe.quantize:
+        for name in step.to if isinstance(step, AwqStep) else ("gguf",):
+            check_decoder(name)
     check_request(_request(recipe, (), None), gates)
 
 

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError
+from dsquant.packages import version
 from dsquant.releases.recipe import GgufStep, ReleaseRecipe
 from dsquant.source.locate import EMBEDDED_MODEL
 

@@ -4,7 +4,6 @@ Beside OUTPUT lies `.OUTPUT.dsquant`: the lock, the journal, and the folder that
 anywhere is gone on with by running the same recipe again; the published bytes are those of an uninterrupted run.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -15,25 +14,25 @@ from typing import Any
 
 from dsquant.disk import remove_empty, sync_folder, write_atomically
 from dsquant.errors import DsquantError, InputError, Interrupted, UsageError
-from dsquant.jobs import stop_on_signals
+from dsquant.jobs import RECORD_FILE, stop_on_signals
 from dsquant.journal import Journal
 from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
 from dsquant.notebook import Shown
 from dsquant.releases.inputs import inputs_of, key_of
 from dsquant.releases.publication import (
+    RELEASE_VERSION,
     check_publishable,
     is_complete,
     publish,
     published_folder,
     published_release,
 )
-from dsquant.releases.recipe import EVALUATION_FOLDER, RELEASE_FILE, WITHOUT_INFLUENCE, ReleaseRecipe
+from dsquant.releases.recipe import EVALUATION_FOLDER, WITHOUT_INFLUENCE, ReleaseRecipe
+from dsquant.sealing import RELEASE_FILE, hash_files, seal
 from dsquant.telemetry import Report, silent
 
 JOURNAL_FILE = "journal.jsonl"
 BUILD_FOLDER = "build"
-# The layout of release.json. 1: first.
-RELEASE_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,9 @@ def _run(
             "recipe_sha256": recipe.hash,
             "inputs": inputs,
             "stages": results,
+            "files": hash_files(build, _unrecorded(build), lambda _: request.safe_point()),
         }
-        write_atomically(build / RELEASE_FILE, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+        write_atomically(build / RELEASE_FILE, seal(record))
         journal.append("publish", key=key)
         publish(recipe, build, key)
         _tidy(work)
@@ -194,6 +194,14 @@ def _run(
 def _has_outputs(work: Path) -> bool:
     """Whether a step has left something that the next run can go on with."""
     return (work / BUILD_FOLDER).is_dir() and any((work / BUILD_FOLDER).iterdir())
+
+
+def _unrecorded(build: Path) -> list[str]:
+    """The files of a finished folder that no output's record tells of: those records, and the reports."""
+    outputs = {path.parent for path in build.glob(f"*/{RECORD_FILE}")}
+    below = [path for folder in build.iterdir() if folder not in outputs for path in folder.rglob("*")]
+    files = [*(folder / RECORD_FILE for folder in outputs), *(path for path in below if path.is_file())]
+    return sorted(str(path.relative_to(build)) for path in files)
 
 
 def _tidy(work: Path) -> None:

@@ -14,9 +14,13 @@ from typing import Any
 
 from dsquant.disk import sync_folder
 from dsquant.errors import InputError
+from dsquant.foreign import read_file
 from dsquant.jobs import check_name
-from dsquant.releases.recipe import RELEASE_FILE, ReleaseRecipe
+from dsquant.releases.recipe import ReleaseRecipe
+from dsquant.sealing import RELEASE_FILE, broken_sections
 
+# The layout of release.json. 1: first. 2: sealed like an output's record, with hashes of what no such record tells of.
+RELEASE_VERSION = 2
 CURRENT = "current"
 RELEASES = "releases"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -33,12 +37,15 @@ def published_release(recipe: ReleaseRecipe) -> dict[str, Any] | None:
 
 
 def read_release(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished result; None where the folder holds none."""
+    """The record of a finished result; None where the folder holds none, or a damaged one."""
     try:
-        record = json.loads((folder / RELEASE_FILE).read_text())
-    except (OSError, ValueError, RecursionError):
+        raw = read_file(folder / RELEASE_FILE)
+        record = json.loads(raw)
+    except (InputError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        return None
+    return record if record.get("release_version") == 1 or not broken_sections(raw) else None
 
 
 def check_publishable(recipe: ReleaseRecipe) -> None:

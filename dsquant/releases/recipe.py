@@ -37,13 +37,14 @@ from pydantic import (
 from dsquant.disk import PARTIAL
 from dsquant.errors import UsageError
 from dsquant.recipe import Preset, StepNames, parse_size
+from dsquant.sealing import RELEASE_FILE
 from dsquant.strict_yaml import read_yaml
 
 # Of small letters, since some file systems take no notice of case; some drop a dot at the end as well.
 NAME = r"^[a-z0-9]([a-z0-9._-]*[a-z0-9_-])?$"
 # A step is a folder, and file names beside it get endings.
 LONGEST_NAME = 100
-EVALUATION_FOLDER, RELEASE_FILE = "evaluation", "release.json"
+EVALUATION_FOLDER = "evaluation"
 # What a release writes beside its steps' folders.
 OWN_NAMES = (EVALUATION_FOLDER, RELEASE_FILE)
 

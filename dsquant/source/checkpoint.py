@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
-from dsquant.foreign import find_file
+from dsquant.foreign import LARGEST_MODEL_TEXT_BYTES, find_file
 from dsquant.kernels.fp8 import dequantize_fp8
 from dsquant.source.fp8 import SCALE_SUFFIX, scale_shape
 from dsquant.source.quantized import decoded_weights
@@ -181,7 +181,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """Reads a config.json that may lie anywhere and have any name; as `read_config`."""
     if not path.exists():
         raise InputError(f"{path} is missing; is {path.parent} a model folder?")
-    return read_json_object(path, "take config.json from the same release as the weights")
+    then = "take config.json from the same release as the weights"
+    return read_json_object(path, then, most_bytes=LARGEST_MODEL_TEXT_BYTES)
 
 
 def block_size(folder: Path, quantization: dict[str, Any]) -> tuple[int, int] | None:

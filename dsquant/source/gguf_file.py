@@ -13,6 +13,7 @@ from typing import Any
 
 from dsquant.errors import InputError
 from dsquant.foreign import open_file
+from dsquant.packages import load
 
 # Beyond every model: vocabularies and merges are at most some hundred thousand texts.
 MOST_VALUES = 2**22
@@ -35,14 +36,13 @@ def read_gguf(path: Path) -> Any:
     Raises:
         InputError: where it is missing or damaged, or claims what no file holds.
     """
-    from gguf import GGUFReader
-
+    reader_of = load("gguf", "gguf").GGUFReader
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:
                 _Walk(raw).header()
-            reader = GGUFReader(path)
+            reader = reader_of(path)
             _check_places(reader.tensors, size)
         except Exception as error:  # struct, mmap and gguf-py raise of many kinds on damaged files
             raise InputError(

@@ -4,7 +4,6 @@ Not by dsquant's own packer: a mistake in that must not cancel out when the outp
 """
 
 import re
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
+from dsquant.packages import load
 from dsquant.source.shards import ShardIndex, TensorInfo
 from dsquant.source.weights import CPU, Weights
 
@@ -50,6 +50,8 @@ class DecodedWeights(Weights):
     """The ending of the tensor that marks a packed linear."""
     companions: tuple[str, ...]
     """The endings of what it needs beside."""
+    decoder: tuple[str, str]
+    """The package that decodes it, and the module."""
 
     def __init__(self, index: ShardIndex, device: torch.device) -> None:
         """Finds the packed linears.
@@ -117,6 +119,7 @@ class AwqWeights(DecodedWeights):
 
     marker = "qweight"
     companions = ("qzeros", "scales")
+    decoder = ("autoawq", "awq.utils.packing_utils")
 
     def __init__(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> None:
         """Reads bits and group size from config.json.
@@ -151,14 +154,8 @@ class AwqWeights(DecodedWeights):
     def decode(self, prefix: str) -> torch.Tensor:
         """Decodes through autoawq's `dequantize_gemm`, in float32."""
         qweight, qzeros, scales = self._parts(prefix).values()
-        weight_IO = _awq_decoder()(qweight, qzeros, scales.float(), self._bits, self._group_size)
-        return weight_IO.T.contiguous()
-
-
-def _awq_decoder() -> Any:
-    with warnings.catch_warnings(record=True):  # autoawq announces its end of life at import
-        from awq.utils.packing_utils import dequantize_gemm
-    return dequantize_gemm
+        dequantize = load(*self.decoder).dequantize_gemm
+        return dequantize(qweight, qzeros, scales.float(), self._bits, self._group_size).T.contiguous()
 
 
 def _weights_group(config: Path, group: Any) -> dict[str, Any]:
@@ -183,6 +180,7 @@ class CompressedTensorsWeights(DecodedWeights):
     """compressed-tensors' pack-quantized layout, decoded by compressed-tensors."""
 
     marker = "weight_packed"
+    decoder = ("compressed-tensors", "compressed_tensors.compressors")
 
     def __init__(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> None:
         """Reads the scheme from config.json.
@@ -244,9 +242,8 @@ class CompressedTensorsWeights(DecodedWeights):
 
     @cached_property
     def _schemes(self) -> list[Any]:
-        from compressed_tensors.quantization import QuantizationScheme
-
-        return [QuantizationScheme.model_validate(group) for group in self._groups]
+        scheme = load(self.decoder[0], "compressed_tensors.quantization").QuantizationScheme
+        return [scheme.model_validate(group) for group in self._groups]
 
     def packed_shape(self, prefix: str) -> tuple[int, int]:
         """[O, I]; I as the scales and the group size have it."""
@@ -255,13 +252,25 @@ class CompressedTensorsWeights(DecodedWeights):
 
     def decode(self, prefix: str) -> torch.Tensor:
         """Decodes through compressed-tensors' own decompressor, in float32."""
-        from compressed_tensors.compressors import PackedQuantizationCompressor
-
+        compressor = load(*self.decoder).PackedQuantizationCompressor
         tensors = self._parts(prefix)
         tensors["weight_scale"] = tensors["weight_scale"].float()
         scheme = self._schemes[self._group_of[prefix]]
-        weight: torch.Tensor = PackedQuantizationCompressor.decompress(tensors, scheme)["weight"]
+        weight: torch.Tensor = compressor.decompress(tensors, scheme)["weight"]
         return weight.float()
+
+
+def check_decoder(format_name: str) -> None:
+    """Imports what decodes an output: an evaluation at a job's end must not be the first to hear that it is missing.
+
+    Args:
+        format_name: awq, compressed-tensors, or gguf with or without a type.
+
+    Raises:
+        PackageError: where it cannot be imported.
+    """
+    decoders = {"awq": AwqWeights.decoder, "compressed-tensors": CompressedTensorsWeights.decoder}
+    load(*decoders.get(format_name, ("gguf", "gguf.quants")))
 
 
 def decoded_weights(index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> Weights:

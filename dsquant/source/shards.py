@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
-from dsquant.foreign import LONGEST_NAME_BYTES, find_file, open_file
+from dsquant.foreign import LARGEST_MODEL_TEXT_BYTES, LONGEST_NAME_BYTES, find_file, open_file
 from dsquant.strict_json import parse_json, read_json_object
 
 DTYPES = {
@@ -41,8 +41,6 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-# The same bound as the safetensors library: a longer header is a damaged or hostile file.
-LONGEST_HEADER_BYTES = 100_000_000
 SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 # What a shape may hold: far beyond any tensor, and short enough to be multiplied and printed.
 MOST_DIMENSIONS = 8
@@ -182,7 +180,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 "it again"
             )
         header_bytes = struct.unpack("<Q", prefix)[0]
-        if header_bytes > min(size_bytes - 8, LONGEST_HEADER_BYTES):
+        if header_bytes > min(size_bytes - 8, LARGEST_MODEL_TEXT_BYTES):
             raise InputError(
                 f"{path}: not a complete safetensors file (its header claims {header_bytes} bytes, the file has "
                 f"{size_bytes}); download it again"
@@ -268,7 +266,8 @@ def read_index(folder: Path) -> ShardIndex:
 
 
 def _read_weight_map(index_path: Path) -> dict[str, str]:
-    weight_map = read_json_object(index_path, "download it again").get("weight_map")
+    index = read_json_object(index_path, "download it again", most_bytes=LARGEST_MODEL_TEXT_BYTES)
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index_path}: 'weight_map' must map tensor names to file names")
     if not weight_map:

@@ -1,30 +1,30 @@
 """Verifies an output: its record, every byte of every file, its contents, and its values against the source."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.errors import InputError, UsageError
-from dsquant.foreign import find_file, read_file
+from dsquant.foreign import read_file
 from dsquant.jobs import RECORD_FILE, found_in, stop_on_signals
 from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 from dsquant.notebook import Shown
+from dsquant.recipe import format_size
 from dsquant.scales import open_scales
-from dsquant.sealing import broken_sections, hash_files
+from dsquant.sealing import RELEASE_FILE, broken_sections, for_each_file, record_of_folder, seal
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.gguf_layout import placements
 from dsquant.source.gguf_weights import GgufWeights
 from dsquant.source.locate import EMBEDDED_MODEL, locate
 from dsquant.source.weights import Weights
 from dsquant.telemetry import Progress, Report, silent
-from dsquant.verification.contents import check_checkpoint, check_gguf, read_record
-from dsquant.verification.damage import damaged_parts, wrong_tensors
+from dsquant.verification.contents import check_checkpoint, check_gguf
+from dsquant.verification.damage import damaged_parts
+from dsquant.verification.folder import NOT_PART, list_strays, printable, what_is_wrong
+from dsquant.verification.record import read_record
 from dsquant.verification.values import Candidate, Comparison, chosen_parameters, wrong_values
-
-# What lies in a folder that came from a hub or out of git, beside the output; no engine reads it.
-FOREIGN = (".git", ".gitattributes", ".gitignore", ".cache")
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,14 @@ class Verification(Shown):
     compared: dict[str, int] = field(default_factory=dict)
     """Format -> parameters whose values were compared."""
     findings: list[Finding] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
+    """Checks that could not be run, since a package that they need cannot be imported: neither passed nor failed."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
-        return not self.findings
+        """Whether nothing was found, and every check was run."""
+        return not self.findings and not self.not_checked
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -69,7 +71,7 @@ class Verification(Shown):
 
 
 def verify(folder: Path, source: str | None = None, everything: bool = False, report: Report = silent) -> Verification:
-    """Checks an output, wherever it lies now.
+    """Checks an output of one job, wherever it lies now.
 
     Args:
         folder: the output folder, or one format's folder of it.
@@ -86,19 +88,19 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
     """
     if found_in(folder) in ("interrupted", "cleared"):
         raise InputError(f"{folder} holds an interrupted job; finish it with --resume")
-    path = find_file(folder, RECORD_FILE)
-    if path is None:
-        below = [path for place in ("*", "current/*") for path in folder.glob(f"{place}/{RECORD_FILE}")]
+    problem = what_is_wrong(folder, RECORD_FILE)
+    if problem is not None:
+        below = [*folder.glob(f"*/{RECORD_FILE}"), *folder.glob(f"current/{RELEASE_FILE}")]
         known = ", ".join(sorted(str(path.parent) for path in below))
         advice = f"verify {known}" if known else "is this an output of dsquant?"
-        raise InputError(f"{folder / RECORD_FILE} is missing; {advice}")
+        raise InputError(f"{folder / RECORD_FILE} is {problem}; {advice}")
     found = Verification(str(folder))
-    raw = read_file(path)
+    raw = read_file(folder / RECORD_FILE)
     found.findings += [Finding(RECORD_FILE, part, "the record is damaged") for part in broken_sections(raw)]
     if found.findings:
         found.notes.append("nothing else was checked: the hashes of all files stand in the damaged record")
         return found
-    record = read_record(path)
+    record = read_record(folder / RECORD_FILE)
     with stop_on_signals() as request:
 
         def safe_point(done: int, total: int, what: str) -> None:
@@ -106,12 +108,16 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
             report(Progress("verify", done, total, what, found.num_bytes))
 
         original = _open_source(source, record, everything, found)
-        damaged = _check_files(folder, record, everything, found, safe_point)
+        damaged = _check_files(folder, record, found, safe_point)
         for name, output in record["outputs"].items():
             inside = PurePosixPath(output["folder"])
             home = inside.parent if inside.suffix == ".gguf" else inside
-            if not any(PurePosixPath(file).parent == home for file in damaged):
+            if any(PurePosixPath(file).parent == home for file in damaged):
+                continue
+            try:
                 _check_output(folder, name, record, original, everything, source is not None, found, safe_point)
+            except ImportError as error:
+                found.not_checked.append(f"{name}, beyond the bytes of its files: {error}")
     return found
 
 
@@ -139,21 +145,14 @@ def _open_source(
 
 
 def _check_files(
-    folder: Path,
-    record: dict[str, Any],
-    everything: bool,
-    found: Verification,
-    safe_point: Callable[[int, int, str], None],
+    folder: Path, record: dict[str, Any], found: Verification, safe_point: Callable[[int, int, str], None]
 ) -> set[str]:
-    """Every byte of every file; returns the files that are damaged or missing."""
+    """Every byte of every file, and that there are no others; returns the files that are damaged, missing or strays."""
     files: dict[str, dict[str, Any]] = record["files"]
-    there = [name for name in files if find_file(folder, name) is not None]
-    bad = [name for name in files if name not in there]
-    found.findings += [Finding(name, "file", "missing") for name in bad]
-    present = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    names = (path.relative_to(folder) for path in present)
-    extra = [str(name) for name in names if str(name) not in {*files, RECORD_FILE} and name.parts[0] not in FOREIGN]
-    found.findings += [Finding(name, "file", "not part of the output") for name in extra]
+    wrong = {name: problem for name in files if (problem := what_is_wrong(folder, name)) is not None}
+    there = [name for name in files if name not in wrong]
+    found.findings += [Finding(printable(name), "file", problem) for name, problem in wrong.items()]
+    strays = note_strays(folder, {*files, RECORD_FILE}, found)
     done = 0
 
     def after_file(name: str) -> None:
@@ -162,14 +161,34 @@ def _check_files(
         found.num_files, found.num_bytes = done, found.num_bytes + (folder / name).stat().st_size
         safe_point(done, len(there), name)
 
-    for name, entry in hash_files(folder, there, after_file).items():
-        if any(entry[key] != files[name][key] for key in ("bytes", "sha256")):
-            parts = damaged_parts(folder, name, files)
-        else:
-            parts = wrong_tensors(folder / name, files[name]) if everything else []
-        found.findings += [Finding(name, *part) for part in parts]
-        bad += [name] if parts else []
-    return {*bad, *extra}
+    damaged = for_each_file(lambda name: damaged_parts(folder, name, files), there, after_file)
+    for name in there:
+        if not damaged[name] and PurePosixPath(name).name == RECORD_FILE:
+            part = record_of_folder(record, PurePosixPath(name).parent, RECORD_FILE)
+            if read_file(folder / name) != seal(part):
+                damaged[name] = [("content", f"tells otherwise of its folder than {RECORD_FILE} of the whole output")]
+        found.findings += [Finding(printable(name), *part) for part in damaged[name]]
+    return {*wrong, *strays, *(name for name in there if damaged[name])}
+
+
+def note_strays(folder: Path, names: set[str], found: Verification, checked: Collection[str] = ()) -> set[str]:
+    """Tells of everything in a folder that its record does not name.
+
+    Args:
+        folder: the folder.
+        names: the files of its record, and that itself.
+        found: gets findings, and notes on what git and the hub's client keep.
+        checked: folders inside that are checked by themselves.
+
+    Returns:
+        The paths of the findings.
+    """
+    listing = list_strays(folder, names, checked)
+    found.findings += [Finding(printable(path), "file", problem) for path, problem in listing.strays.items()]
+    for home, sizes in listing.kept_by_others.items():
+        size = f"{len(sizes)} files, {format_size(sum(sizes))}"
+        found.notes.append(f"{home} ({size}) is kept there by git or the hub's client: {NOT_PART}, and not checked")
+    return {str(path) for path in listing.strays}
 
 
 def _check_output(
@@ -243,6 +262,8 @@ def _undecodable(candidate: Candidate, names: list[str], before: Callable[[str],
         before(name)
         try:
             finite = bool(candidate.weights[name].isfinite().all())
+        except ImportError:
+            raise
         except Exception as problem:  # whatever the format's own package raises
             wrong.append((name, f"does not decode: {problem}"))
             continue

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Self
-
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from typing import Any
 
 from dsquant.errors import InputError
-from dsquant.foreign import check_relative, find_file, read_file
+from dsquant.foreign import find_file, read_file
 from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 from dsquant.planning import COMPUTED_SUFFIX, check_complete
@@ -15,8 +13,7 @@ from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.fp8 import SCALE_SUFFIX
 from dsquant.source.gguf_file import read_gguf
 from dsquant.source.gguf_layout import placements
-from dsquant.source.shards import DTYPES, INDEX_FILE, LARGEST_INTEGER, read_header
-from dsquant.strict_json import read_json_object
+from dsquant.source.shards import INDEX_FILE, read_header
 from dsquant.verification.damage import recorded_shards
 from dsquant.writers.base import index_content
 
@@ -146,86 +143,3 @@ def _has_place(name: str, record: Mapping[str, Any], found: Mapping[str, tuple[i
     return bool(places) and all(
         place.tensor in found and (place.expert is None or place.expert < found[place.tensor][0]) for place in places
     )
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Reads an intact record.
-
-    Args:
-        path: dsquant.json.
-
-    Returns:
-        Its content.
-
-    Raises:
-        InputError: where it was written before records held the hashes of files, or by somebody else.
-    """
-    record = read_json_object(path, finite=False)
-    if record.get("record_version") == 1:
-        raise InputError(f"{path} is of an older dsquant, whose records hold no hashes of files; convert again")
-    try:
-        _Record.model_validate(record)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ", ".join(f"{part!r:.80}" for part in first["loc"])
-        raise InputError(f"{path} is not a record that dsquant writes: {where}: {first['msg']}") from error
-    return record
-
-
-def _is_tensor(entry: list[Any]) -> list[Any]:
-    """Type, SHA-256 and extents."""
-    extents = entry[2:]
-    if len(entry) < 2 or not all(isinstance(part, str) for part in entry[:2]):
-        raise ValueError("a tensor has a type and a hash")
-    if not all(type(extent) is int and 0 <= extent <= LARGEST_INTEGER for extent in extents):
-        raise ValueError("a tensor's extents are integers")
-    return entry
-
-
-def _is_folder(name: str) -> str:
-    return name if name == "." else check_relative(name)
-
-
-class _File(BaseModel):
-    bytes: Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
-    sha256: str
-    tensors: dict[str, Annotated[list[Any], AfterValidator(_is_tensor)]] = {}
-
-
-class _Output(BaseModel):
-    folder: Annotated[str, AfterValidator(_is_folder)]
-    weight_errors: dict[str, float]
-
-
-class _Source(BaseModel):
-    architecture: str
-    tensors_sha256: dict[str, str]
-
-
-class _Recipe(BaseModel):
-    model: str
-    mtp: str
-
-
-class _Record(BaseModel):
-    """What is read of a record, which may come from anywhere; it seals itself, and so does a forged one."""
-
-    files: dict[Annotated[str, AfterValidator(check_relative)], _File]
-    outputs: dict[str, _Output] = Field(min_length=1)
-    source: _Source
-    recipe: _Recipe
-
-    @model_validator(mode="after")
-    def _types_are_known(self) -> Self:
-        for name, file in self.files.items():
-            kinds = {entry[0] for entry in file.tensors.values()}
-            unknown = kinds - (_gguf_types() if name.endswith(".gguf") else DTYPES.keys())
-            if unknown:
-                raise ValueError(f"{name!r:.80} has tensors of type {min(unknown)!r:.40}")
-        return self
-
-
-def _gguf_types() -> set[str]:
-    from gguf import GGMLQuantizationType
-
-    return set(GGMLQuantizationType.__members__)

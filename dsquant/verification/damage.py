@@ -11,11 +11,14 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
+from dsquant.errors import PackageError
+from dsquant.foreign import LARGEST_TEXT_BYTES
 from dsquant.jobs import RECORD_FILE
+from dsquant.packages import load
 from dsquant.scales import SCALES_FILE
-from dsquant.sealing import BYTES_AT_ONCE, broken_sections
+from dsquant.sealing import BYTES_AT_ONCE, Hashed, broken_sections
 from dsquant.source.shards import INDEX_FILE
 from dsquant.writers.base import Shard, ShardPlan, StoredTensor, index_content
 from dsquant.writers.gguf.files import ALIGNMENT, GgufTensor
@@ -37,7 +40,7 @@ class Region:
 
 
 def damaged_parts(folder: Path, name: str, files: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """Finds the damage in a file whose hash is wrong.
+    """Reads a file once, and compares it and every tensor in it with what the record tells of them.
 
     Args:
         folder: the output folder.
@@ -45,21 +48,32 @@ def damaged_parts(folder: Path, name: str, files: dict[str, dict[str, Any]]) -> 
         files: the record's files.
 
     Returns:
-        Where, and what is wrong there; at least one.
+        Where, and what is wrong there; empty where nothing is.
     """
     path, entry = folder / name, files[name]
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        found = [("size", f"{size} bytes, {entry['bytes']} were written")]
-        return found + wrong_tensors(path, entry)
-    wrong = wrong_tensors(path, entry)
-    if not wrong and PurePosixPath(name).name == INDEX_FILE:
+    with path.open("rb", buffering=0) as file:
+        hashed = Hashed(file)
+        wrong = _wrong_tensors(hashed, path.name, entry)
+        seal = hashed.rest()
+    if seal == {key: entry[key] for key in seal}:
+        return wrong
+    if seal["bytes"] != entry["bytes"]:
+        return [("size", f"{seal['bytes']} bytes, {entry['bytes']} were written"), *wrong]
+    return wrong or _named(path, name, files)
+
+
+def _named(path: Path, name: str, files: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """Where a file is damaged that has its size, and no damaged tensor."""
+    rest = "keys" if name.endswith(".gguf") else "content"  # nothing in the record repeats a GGUF file's keys
+    wrong: list[tuple[str, str]] = []
+    if path.stat().st_size > LARGEST_TEXT_BYTES:
+        return [(rest, "not the bytes that were written")]
+    if PurePosixPath(name).name == INDEX_FILE:
         wrong = _wrong_lines(path, index_content(recorded_shards(files, PurePosixPath(name).parent)))
     if not wrong and PurePosixPath(name).name == RECORD_FILE:
         wrong = [(part, "the record is damaged") for part in broken_sections(path.read_bytes())]
     if not wrong and name.endswith(".json"):
         wrong = _no_json(path)
-    rest = "keys" if name.endswith(".gguf") else "content"  # nothing in the record repeats a GGUF file's keys
     return wrong or [(rest, "not the bytes that were written")]
 
 
@@ -82,27 +96,18 @@ def _shard(file_name: str, entry: dict[str, Any]) -> Shard:
     return Shard(file_name, "", tuple(tensors))
 
 
-def wrong_tensors(path: Path, entry: dict[str, Any]) -> list[tuple[str, str]]:
-    """Compares a file that holds tensors with what the record tells of each, and of what lies between them.
-
-    Args:
-        path: the file.
-        entry: its entry in the record.
-
-    Returns:
-        Where, and what is wrong there; empty for a file without tensors.
-    """
+def _wrong_tensors(file: Hashed, name: str, entry: dict[str, Any]) -> list[tuple[str, str]]:
+    """Compares a file that holds tensors with what the record tells of each, and of what lies between them."""
     if "tensors" not in entry:
         return []
-    with path.open("rb") as file:
-        if path.suffix == ".gguf":
-            return _wrong_in_gguf(file, entry)
-        if path.suffix == ".safetensors" or path.name == SCALES_FILE:
-            return _wrong_in_safetensors(file, _shard(path.name, entry), entry)
+    if name.endswith(".gguf"):
+        return _wrong_in_gguf(file, entry)
+    if name.endswith(".safetensors") or name == SCALES_FILE:
+        return _wrong_in_safetensors(file, _shard(name, entry), entry)
     return []
 
 
-def _wrong_in_safetensors(file: BinaryIO, shard: Shard, entry: dict[str, Any]) -> list[tuple[str, str]]:
+def _wrong_in_safetensors(file: Hashed, shard: Shard, entry: dict[str, Any]) -> list[tuple[str, str]]:
     wanted = shard.header
     found = []
     place = _first_difference(file.read(len(wanted)), wanted)
@@ -128,11 +133,13 @@ def _in_header(header: bytes, place: int, tensors: Iterable[str]) -> tuple[str, 
     return f"header entry of {before[-1]!r}", problem
 
 
-def _wrong_in_gguf(file: BinaryIO, entry: dict[str, Any]) -> list[tuple[str, str]]:
+def _wrong_in_gguf(file: Hashed, entry: dict[str, Any]) -> list[tuple[str, str]]:
     tensors = [GgufTensor(name, dtype, tuple(shape)) for name, (dtype, _, *shape) in entry["tensors"].items()]
     sizes = {tensor.name: tensor.num_bytes for tensor in tensors}
     padded = {name: size + -size % ALIGNMENT for name, size in sizes.items()}
     header_bytes = entry["bytes"] - sum(padded.values())
+    if not 0 <= header_bytes <= LARGEST_TEXT_BYTES:
+        return [("header", f"{header_bytes} bytes are left for it beside the recorded tensors")]
     found = _wrong_in_gguf_header(file.read(header_bytes), tensors, padded)
     regions, start = [], header_bytes
     for name, size in sizes.items():
@@ -147,10 +154,10 @@ def _wrong_in_gguf_header(header: bytes, tensors: list[GgufTensor], padded: dict
     prefix = GGUF_PREFIX.pack(b"GGUF", GGUF_VERSION, len(tensors), 0)[:16]
     if header[:16] != prefix:
         return [("magic, version or number of tensors", f"byte {_first_difference(header[:16], prefix)} of the file")]
-    infos, offset = [], 0
-    for tensor in tensors:
-        infos.append(_gguf_info(tensor, offset))
-        offset += padded[tensor.name]
+    try:
+        infos = _gguf_infos(tensors, padded)
+    except PackageError:  # the file's own hash tells whether it is damaged, only not where
+        return []
     wanted = b"".join(infos)
     if len(header) < len(wanted):
         return [("header", f"the file ends in it, at byte {len(header)}")]
@@ -168,18 +175,24 @@ def _wrong_in_gguf_header(header: bytes, tensors: list[GgufTensor], padded: dict
     return []
 
 
-def _gguf_info(tensor: GgufTensor, offset: int) -> bytes:
-    from gguf import GGMLQuantizationType
+def _gguf_infos(tensors: list[GgufTensor], padded: dict[str, int]) -> list[bytes]:
+    infos, offset = [], 0
+    for tensor in tensors:
+        infos.append(_gguf_info(tensor, offset))
+        offset += padded[tensor.name]
+    return infos
 
+
+def _gguf_info(tensor: GgufTensor, offset: int) -> bytes:
     name, shape = tensor.name.encode(), tensor.shape
-    kind = int(GGMLQuantizationType[tensor.type_name])
+    kind = int(load("gguf", "gguf").GGMLQuantizationType[tensor.type_name])
     return struct.pack(f"<Q{len(name)}sI{len(shape)}QIQ", len(name), name, len(shape), *reversed(shape), kind, offset)
 
 
-def _wrong_regions(file: BinaryIO, regions: Iterable[Region]) -> list[tuple[str, str]]:
+def _wrong_regions(file: Hashed, regions: Iterable[Region]) -> list[tuple[str, str]]:
+    """Reads regions that follow one another."""
     wrong = []
     for region in regions:
-        file.seek(region.start)
         digest, zeros = hashlib.sha256(), True
         for block in _blocks(file, region.num_bytes):
             digest.update(block)
@@ -189,7 +202,7 @@ def _wrong_regions(file: BinaryIO, regions: Iterable[Region]) -> list[tuple[str,
     return wrong
 
 
-def _blocks(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
+def _blocks(file: Hashed, num_bytes: int) -> Iterator[bytes]:
     while num_bytes and (block := file.read(min(num_bytes, BYTES_AT_ONCE))):
         num_bytes -= len(block)
         yield block

@@ -19,7 +19,7 @@ def verification_tables(found: Verification) -> Iterator[RenderableType]:
     Yields:
         What rich prints.
     """
-    if not found.ok:
+    if found.findings:
         table = Table(title=f"{found.folder} is not what was written", title_justify="left")
         for heading in ("file", "where", "problem"):
             table.add_column(heading, overflow="fold")
@@ -30,5 +30,7 @@ def verification_tables(found: Verification) -> Iterator[RenderableType]:
     yield Text(f"{found.num_files} files, {format_size(found.num_bytes)} read; {count}.")
     for name, number in found.compared.items():
         yield Text(f"{name}: {number} parameters decoded and compared with {found.source}.")
+    for check in found.not_checked:
+        yield Text(f"Not checked: {check}.")
     for note in found.notes:
         yield Text(f"Note: {note}.")

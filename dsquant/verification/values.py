@@ -105,6 +105,8 @@ def wrong_values(
         dtype = comparison.original.index[name].dtype
         try:
             error = _error(comparison, candidate, name)
+        except ImportError:
+            raise
         except Exception as problem:  # whatever the format's own package raises
             wrong.append((name, f"does not decode: {problem}"))
             continue

@@ -131,7 +131,7 @@ def read_imatrix(path: Path) -> dict[str, TensorImportance]:
         with open_file(path) as file:
             is_gguf = file.read(4) == b"GGUF"
         entries = _read_gguf(path) if is_gguf else _read_legacy(read_file(path, LARGEST_LEGACY_BYTES))
-    except InputError:
+    except (InputError, ImportError):
         raise
     except Exception as error:  # gguf-py raises whatever numpy does on damaged files
         raise InputError(f"{path} is damaged or no imatrix: {error}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError
-from dsquant.foreign import find_file
+from dsquant.foreign import LARGEST_MODEL_TEXT_BYTES, find_file
 from dsquant.model.rotary import Rotary
 from dsquant.strict_json import read_json_object
 from dsquant.writers.gguf.rope import scaling_keys
@@ -136,7 +136,7 @@ def add_tokenizer_keys(writer: Any, folder: Path, vocab_size: int) -> list[str]:
         raise InputError(
             f"{folder / 'tokenizer.json'} is missing; GGUF files hold the tokenizer, so it has to be in the checkpoint"
         )
-    tokenizer = read_json_object(path)
+    tokenizer = read_json_object(path, most_bytes=LARGEST_MODEL_TEXT_BYTES)
     if tokenizer.get("model", {}).get("type") != "BPE":
         raise InputError(
             f"{path}: only byte-level BPE tokenizers are supported, found {tokenizer.get('model', {}).get('type')!r}"

@@ -1,0 +1,119 @@
+"""What may lie in a finished output: the files that its record names, the folders on their way, and nothing else.
+
+A file may be a link where that leads to a file inside the output, or into the hub's cache of which the output is a
+snapshot. What git, the hub's client and killed runs leave is told of and not judged, since no engine reads it; there,
+too, only files and folders may lie. Links to anywhere else are never followed.
+"""
+
+import os
+import stat
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from dsquant.jobs import REMOVED_FOLDER, WORK_FOLDER
+
+# Kept by git, by the hub's client in what it has downloaded, and left by killed runs for the next one to remove.
+KEPT_BY_OTHERS = tuple(
+    PurePosixPath(name)
+    for name in (".git", ".gitattributes", ".gitignore", ".cache/huggingface", WORK_FOLDER, REMOVED_FOLDER)
+)
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFBLK: "a device",
+    stat.S_IFCHR: "a device",
+    stat.S_IFLNK: "a link",
+}
+NOT_PART = "not part of the output"
+
+
+@dataclass
+class Listing:
+    """What lies in a folder that no record names."""
+
+    strays: dict[PurePosixPath, str] = field(default_factory=dict)
+    """Path -> what is wrong with it."""
+    kept_by_others: dict[PurePosixPath, list[int]] = field(default_factory=dict)
+    """What git or the hub's client keep -> the sizes of its files."""
+
+
+def printable(path: PurePosixPath | str) -> str:
+    """A path as a terminal can show it, whatever bytes its name has."""
+    name = os.fsencode(str(path)).decode(errors="backslashreplace")
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
+def list_strays(folder: Path, names: Collection[str], checked: Collection[str] = ()) -> Listing:
+    """Finds what lies in a folder beside the files that its record names.
+
+    Args:
+        folder: the folder.
+        names: the files.
+        checked: folders inside that are checked by themselves.
+
+    Returns:
+        Everything else.
+    """
+    found = Listing()
+    for path, kind, num_bytes in _entries(folder, {PurePosixPath(name) for name in checked}):
+        home = next((other for other in KEPT_BY_OTHERS if path.is_relative_to(other)), None)
+        if str(path) in names:
+            continue
+        if home is not None and kind in ("a file", "an empty folder"):
+            found.kept_by_others.setdefault(home, []).extend([num_bytes] if kind == "a file" else [])
+        else:
+            found.strays[path] = NOT_PART if kind == "a file" else f"{kind}, {NOT_PART}"
+    return found
+
+
+def _entries(folder: Path, checked: Collection[PurePosixPath]) -> Iterator[tuple[PurePosixPath, str, int]]:
+    """Everything below a folder that is not itself a folder with something in it: path, kind and bytes."""
+    waiting = [PurePosixPath()]
+    while waiting:
+        inside = waiting.pop()
+        if inside in checked:
+            continue
+        try:
+            entries = sorted(os.scandir(folder / inside), key=lambda entry: entry.name)
+        except OSError as error:  # no right to look, or a path that is too long
+            yield inside, f"a folder that cannot be looked into ({error.strerror})", 0
+            continue
+        if not entries and inside.parts:
+            yield inside, "an empty folder", 0
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(inside / entry.name)
+            else:
+                status = entry.stat(follow_symlinks=False)
+                yield inside / entry.name, KINDS.get(stat.S_IFMT(status.st_mode), "a file"), status.st_size
+
+
+def what_is_wrong(folder: Path, name: str) -> str | None:
+    """Whether a file that a record names can be read as a part of its output.
+
+    Args:
+        folder: the output folder.
+        name: the file's path in it.
+
+    Returns:
+        None where it is a regular file, or a link that may be followed to one; else what is wrong.
+    """
+    try:
+        path = (folder / name).resolve(strict=True)
+    except (OSError, RuntimeError):  # a link that leads to itself is the latter
+        return "missing" if not (folder / name).is_symlink() else "a link that leads nowhere"
+    root = folder.resolve()
+    if not any(path.is_relative_to(home) for home in (root, *_blobs(root))):
+        return f"a link that leads out of the output, to {printable(str(path))}"
+    kind = KINDS.get(stat.S_IFMT(path.stat().st_mode), "a file")
+    return None if kind == "a file" else f"{kind} instead of a file"
+
+
+def _blobs(root: Path) -> Iterator[Path]:
+    """Where the hub's cache has the content of a snapshot's files: MODEL/snapshots/COMMIT beside MODEL/blobs."""
+    for folder in (root, *root.parents):
+        if folder.parent.name == "snapshots":
+            yield folder.parent.parent / "blobs"
+            return

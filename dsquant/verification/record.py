@@ -1,0 +1,97 @@
+"""The record of an output, read strictly: it may come from anywhere, and its seal says only who changed it last."""
+
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from dsquant.errors import InputError
+from dsquant.foreign import check_relative
+from dsquant.source.shards import DTYPES, LARGEST_INTEGER
+from dsquant.strict_json import read_json_object
+from dsquant.writers.gguf.types import BLOCKS
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+def _place(folder: str) -> str:
+    return folder if folder == "." else check_relative(folder)
+
+
+def _tensor(entry: list[Any]) -> list[Any]:
+    """Dtype, SHA-256 and extents of a tensor."""
+    dtype, digest, *shape = entry if len(entry) > 1 else ("", "")
+    sizes = all(type(extent) is int and 0 <= extent <= LARGEST_INTEGER for extent in shape)
+    if (dtype not in DTYPES and not (dtype in BLOCKS and shape)) or not isinstance(digest, str) or not sizes:
+        raise ValueError("must be a known dtype, a hash and extents")
+    return entry
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _File(_Strict):
+    bytes: Count
+    sha256: Digest
+    tensors: dict[str, Annotated[list[Any], AfterValidator(_tensor)]] | None = None
+
+
+class _Output(_Strict):
+    folder: Annotated[str, AfterValidator(_place)]
+    weight_errors: dict[str, float]
+
+
+class _Recipe(_Strict):
+    model: str
+    mtp: str
+
+
+class _Source(_Strict):
+    architecture: str
+    tensors_sha256: dict[str, Digest]
+
+
+class _Record(_Strict):
+    """What is read of a record; more is its own affair."""
+
+    recipe: _Recipe
+    source: _Source
+    outputs: dict[str, _Output] = Field(min_length=1)
+    files: dict[Annotated[str, AfterValidator(check_relative)], _File]
+
+
+class ReleaseRecord(_Strict):
+    """What is read of the record that `dsquant run` writes: the files that no output's record tells of."""
+
+    files: dict[Annotated[str, AfterValidator(check_relative)], _File]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads an intact record.
+
+    Args:
+        path: dsquant.json.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InputError: where it was written before records held the hashes of files, or no dsquant has written it.
+    """
+    record = read_json_object(path, finite=False)
+    if not isinstance(record.get("files"), dict) or record.get("record_version") == 1:
+        raise InputError(f"{path} is of an older dsquant, whose records hold no hashes of files; convert again")
+    try:
+        _Record.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ", ".join(repr(part)[:80] for part in first["loc"])
+        raise InputError(
+            f"{path} is not a record that dsquant writes: {where}: {first['msg']}; convert again"
+        ) from error
+    for name, entry in record["files"].items():
+        if "tensors" not in entry and PurePosixPath(name).suffix in (".safetensors", ".gguf"):
+            raise InputError(f"{path}: 'files', {name!r:.80}: holds no tensors; not a record that dsquant writes")
+    return record
