@@ -34,6 +34,7 @@ from dsquant.preparation import check_disk, default_memory_budget, resolved_devi
 from dsquant.recipe import format_size
 from dsquant.source.gguf_weights import RELEASE_BYTES
 from dsquant.telemetry import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
+from dsquant.threads import one_thread_an_operation
 
 MEMORY_STEP = 16 * 2**20
 PACKAGES = ("dsquant", "torch", "transformers", "accelerate", "autoawq", "compressed-tensors", "gguf")
@@ -54,12 +55,18 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
         UsageError: where the memory budget cannot work, or a gate is on what is not measured.
         Interrupted: where a signal stopped it.
     """
+    device = torch.device(resolved_device(request.device))
+    with one_thread_an_operation(device):
+        return _evaluate(request, device, report)
+
+
+def _evaluate(request: EvaluationRequest, device: torch.device, report: Report) -> Evaluation:
     started = time.monotonic()
     gates = None if request.gates is None else read_gates(request.gates)
     confidence = CONFIDENCE if gates is None else gates.confidence
     if request.output is not None and request.output.exists() and not request.output.is_dir():
         raise InputError(f"{request.output} is a file; name a folder for the report")
-    original = open_original(request.reference, torch.device(resolved_device(request.device)))
+    original = open_original(request.reference, device)
     candidates = {name: open_candidate(path, original) for name, path in candidate_names(request.candidates).items()}
     texts = read_texts(request, original.tokenizer)
     plan = plan_drift(request.drift, original, _budget(request) - resident_bytes())

@@ -34,6 +34,7 @@ from dsquant.records import Preview, Result, gguf_output_files, output_files, pl
 from dsquant.rounding import UNQUANTIZED
 from dsquant.supervision import Supervised
 from dsquant.telemetry import Limits, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
+from dsquant.threads import one_thread_an_operation
 from dsquant.writers.gguf.files import GgufFiles
 from dsquant.writers.gguf.store import quantizer_name
 from dsquant.writers.write_behind import WriteBehind
@@ -64,7 +65,7 @@ def awq(
     state = ranks.once(lambda: claim(recipe.output, recipe, resume, restart))
     if state == "finished":
         return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
-    with stop_on_signals() as request, full_disk_is_resumable():
+    with stop_on_signals() as request, full_disk_is_resumable(), one_thread_an_operation(recipe.device):
         budget, gpu_budget = memory_budget(recipe), min(ranks.gather(gpu_memory_budget(recipe)))
         source = ranks.together(lambda: open_source(recipe, gpu_budget, ranks.size))
         limits = Limits(recipe.output, budget, source.plan.disk_bytes, gpu_budget)
@@ -215,7 +216,7 @@ def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report
     state = claim(recipe.output, recipe, resume, restart)
     if state == "finished":
         return result_of(recipe, json.loads((recipe.output / RECORD_FILE).read_text()), already_finished=True)
-    with stop_on_signals() as request, full_disk_is_resumable():
+    with stop_on_signals() as request, full_disk_is_resumable(), one_thread_an_operation(recipe.device):
         plan = plan_gguf(recipe)
         limits = Limits(recipe.output, memory_budget(recipe), plan.disk_bytes)
         supervised = Supervised(recipe, state, plan.checkpoint.index, limits, request, report)

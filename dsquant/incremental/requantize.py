@@ -29,6 +29,7 @@ from dsquant.scales import keep_scales, recorded_fold
 from dsquant.source.shards import DTYPES
 from dsquant.supervision import shard_times
 from dsquant.telemetry import Limits, Progress, Report
+from dsquant.threads import one_thread_an_operation
 from dsquant.verification.contents import read_record
 from dsquant.writers.base import Shard, ShardFile
 
@@ -81,7 +82,7 @@ def requantize(
     state = claim(recipe.output, recipe, resume, restart)
     if state == "finished":
         return Requantization(read_record(recipe.output / "dsquant.json"), already_finished=True)
-    with stop_on_signals() as request, full_disk_is_resumable():
+    with stop_on_signals() as request, full_disk_is_resumable(), one_thread_an_operation("cpu"):
         opened, skeleton = open_model(recipe.model)
         checkpoint, held = held_once(opened)
         plan = plan_run(recipe, checkpoint, skeleton)
