@@ -37,6 +37,7 @@ from dsquant.source.gguf_weights import RELEASE_BYTES
 from dsquant.source.quantized import DecodedWeights
 from dsquant.source.vocabulary import surplus_notes
 from dsquant.telemetry import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
+from dsquant.threads import one_thread_an_operation
 
 MEMORY_STEP = 16 * 2**20
 
@@ -56,12 +57,18 @@ def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
         UsageError: where the memory budget cannot work, or a gate is on what is not measured.
         Interrupted: where a signal stopped it.
     """
+    device = torch.device(resolved_device(request.device))
+    with one_thread_an_operation(device):
+        return _evaluate(request, device, report)
+
+
+def _evaluate(request: EvaluationRequest, device: torch.device, report: Report) -> Evaluation:
     started = time.monotonic()
     gates = None if request.gates is None else read_gates(request.gates)
     confidence = CONFIDENCE if gates is None else gates.confidence
     if request.output is not None:
         check_name(request.output)
-    original = open_original(request.reference, torch.device(resolved_device(request.device)))
+    original = open_original(request.reference, device)
     candidates = {name: open_candidate(path, original) for name, path in candidate_names(request.candidates).items()}
     texts = read_texts(request, original.tokenizer)
     plan = plan_drift(request.drift, original, _budget(request) - resident_bytes())

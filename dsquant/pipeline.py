@@ -29,7 +29,7 @@ from dsquant.preparation import (
     resolved,
     resolved_device,
 )
-from dsquant.recipe import GgufRecipe, JobRecipe, Recipe, TargetedRecipe, format_size, preset_and_steps
+from dsquant.recipe import GgufRecipe, Recipe, TargetedRecipe, format_size, preset_and_steps
 from dsquant.records import (
     Preview,
     Result,
@@ -42,6 +42,7 @@ from dsquant.records import (
 from dsquant.rounding import UNQUANTIZED
 from dsquant.supervision import Supervised, input_hashes
 from dsquant.telemetry import Limits, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
+from dsquant.threads import one_thread_an_operation
 from dsquant.writers.gguf.files import GgufFiles
 from dsquant.writers.gguf.ranges import range_look
 from dsquant.writers.gguf.store import quantizer_name
@@ -103,9 +104,12 @@ def awq(
 
 
 @contextmanager
-def _held(recipe: JobRecipe, resume: bool, restart: bool, ranks: Ranks = ALONE) -> Iterator[tuple[str, StopRequest]]:
+def _held(
+    recipe: Recipe | GgufRecipe, resume: bool, restart: bool, ranks: Ranks = ALONE
+) -> Iterator[tuple[str, StopRequest]]:
     """Holds the output, rank 0 for all; yields what was found in it, and what signals ask for."""
-    with stop_on_signals() as request, full_disk_is_resumable(), ExitStack() as stack:
+    threads = one_thread_an_operation(recipe.device)
+    with stop_on_signals() as request, full_disk_is_resumable(), threads, ExitStack() as stack:
         yield ranks.once(lambda: stack.enter_context(held(recipe.output, recipe, resume, restart))), request
 
 

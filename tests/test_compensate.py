@@ -130,7 +130,7 @@ def test_no_token_and_dead_channels_are_harmless() -> None:
 def test_every_row_part_is_rounded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_OI, moments, grid = _weight(40, 256), _moments(256, 2048), Grid(4, 128, False)
     whole = compensated_weight(weight_OI, grid, moments)
-    monkeypatch.setattr("dsquant.quantization.compensate.ELEMENTS_AT_ONCE", 256 * 7)
+    monkeypatch.setattr("dsquant.quantization.clip.ELEMENTS_AT_ONCE", 4 * 256 * 7)
     parts = compensated_weight(weight_OI, grid, moments)
     same = (whole.codes_OI == parts.codes_OI).all(1).double().mean()
     assert same > 0.95  # products of other widths may sum in another order

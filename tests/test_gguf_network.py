@@ -30,10 +30,11 @@ import dsquant
 from dsquant.errors import InputError
 from dsquant.evaluation.divergence import compare
 from dsquant.gguf_checkpoint import gguf_checkpoint, read_header
+from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.families import FAMILIES
 from dsquant.model.skeleton import Skeleton, network_config, network_rotary
 from dsquant.opening import Original, open_candidate, open_original
-from dsquant.source.checkpoint import Checkpoint, open_checkpoint
+from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.shards import ShardIndex
 from dsquant.writers.gguf.loader import number_problem
 from dsquant.writers.gguf.metadata import add_tokenizer_keys

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from dsquant.kernels.products import apply_linear
 from dsquant.model.activations import Activations
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import (
@@ -132,7 +133,7 @@ class Head:
     def scores(self, rows_R: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor:
         """What a part of the table makes of some rows, float64 [R, V]."""
         rounding = self.weights.rounding_beside(self.name)
-        return (rounding(self.hidden.rows(rows_R)) @ table_VH.T).double()
+        return apply_linear(rounding(self.hidden.rows(rows_R)), table_VH).double()
 
 
 @dataclass(frozen=True)

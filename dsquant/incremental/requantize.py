@@ -32,6 +32,7 @@ from dsquant.scales import keep_scales, recorded_fold
 from dsquant.source.shards import DTYPES
 from dsquant.supervision import check_inputs, input_hashes, shard_times
 from dsquant.telemetry import Limits, Progress, Report
+from dsquant.threads import one_thread_an_operation
 from dsquant.verification.record import read_record
 from dsquant.writers.base import Shard, ShardFile
 
@@ -84,6 +85,7 @@ def requantize(
     with (
         stop_on_signals() as request,
         full_disk_is_resumable(),
+        one_thread_an_operation("cpu"),
         held(recipe.output, recipe, resume, restart) as state,
     ):
         if state == "finished":

@@ -6,9 +6,9 @@ Shape legend: R tokens, H hidden size, W width of the MLP.
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 
 from dsquant.kernels.activation_rounding import Rounding, unrounded
+from dsquant.kernels.products import apply_linear
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import Mlp
 from dsquant.source.weights import Weights
@@ -41,9 +41,9 @@ class GatedWeights:
         of_gate, of_up, _ = self.roundings
         for_gate_RH = of_gate(inputs_RH)
         for_up_RH = for_gate_RH if of_up is of_gate else of_up(inputs_RH)
-        gated_RW = skeleton.activation(F.linear(for_gate_RH, self.gate_WH))
-        return gated_RW.mul_(F.linear(for_up_RH, self.up_WH))
+        gated_RW = skeleton.activation(apply_linear(for_gate_RH, self.gate_WH))
+        return gated_RW.mul_(apply_linear(for_up_RH, self.up_WH))
 
     def output(self, skeleton: Skeleton, inputs_RH: torch.Tensor) -> torch.Tensor:
         """The MLP's output, [R, H]."""
-        return F.linear(self.roundings[2](self.hidden(skeleton, inputs_RH)), self.down_HW)
+        return apply_linear(self.roundings[2](self.hidden(skeleton, inputs_RH)), self.down_HW)

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsquant.errors import InputError
+from dsquant.kernels.products import apply_linear
 from dsquant.model.families import family_of
 from dsquant.model.rotary import Rotary, rope_problem, rotary_of, settle_magnitude
 from dsquant.model.structure import DecoderLayer, Family
 from dsquant.source.checkpoint import Checkpoint
+from dsquant.threads import blocks_of, side_by_side
 
 ATTENTION = "dsquant_fused"
 # Config keys that name remote code or a storage format; the skeleton wants neither.
@@ -77,10 +79,34 @@ def attend(
     if query.shape[2] > 1:  # a single query's score matrix is small whatever the kernel
         widest = max(query.shape[-1], width)
         query, key, value = (F.pad(part, (0, widest - part.shape[-1])) for part in (query, key, value))
-    output = F.scaled_dot_product_attention(
-        query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=grouped
-    )
+    output = _shared_attention(query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
     return output[..., :width].transpose(1, 2).to(dtype).contiguous()
+
+
+def _shared_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **how: Any
+) -> torch.Tensor:
+    """PyTorch's fused kernel on blocks of key-value heads that a job's threads share."""
+    num_heads = key.shape[1]
+    work = query.numel() * key.shape[2] // num_heads
+    blocks = blocks_of(num_heads, work, least=1, alignment=1)
+    if query.is_cuda or len(blocks) == 1:
+        return F.scaled_dot_product_attention(query, key, value, mask, **how)
+    queries = query.unflatten(1, (num_heads, -1))
+
+    def attend_to(block: slice) -> torch.Tensor:
+        query_heads = queries[:, block].flatten(1, 2)
+        return F.scaled_dot_product_attention(query_heads, key[:, block], value[:, block], mask, **how)
+
+    return torch.cat(side_by_side(attend_to, blocks), 1)
+
+
+class SharedLinear(nn.Linear):
+    """transformers' linears, whose products a job's threads share."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Multiplies with the weight: [..., I] to [..., O]."""
+        return apply_linear(inputs, self.weight, self.bias)
 
 
 def fused_attention(
@@ -318,6 +344,9 @@ def _meta_model(hf_config: Any) -> Any:
         model = AutoModelForCausalLM.from_config(
             hf_config, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
         )
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = SharedLinear
     # Rotary buffers are computed, not loaded: they are real.
     model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
     return model.eval()

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dsquant.kernels.products import apply_linear
 from dsquant.model.activations import Activations
 from dsquant.model.engine import rounded_linears
 from dsquant.model.gated import GatedWeights
@@ -262,7 +263,7 @@ def mtp_inputs(
         hidden = final_norm(skeleton, weights, stream.inputs.samples(sample, sample + 1))
         embedded = stream.outputs.samples(sample, sample + 1)
         both = [_rms_norm(skeleton, embedded, norms["enorm"]), _rms_norm(skeleton, hidden, norms["hnorm"])]
-        stream.outputs.set_samples(sample, F.linear(torch.cat(both, dim=-1), projection))
+        stream.outputs.set_samples(sample, apply_linear(torch.cat(both, dim=-1), projection))
 
 
 def _rms_norm(skeleton: Skeleton, hidden: torch.Tensor, gain_H: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,15 @@ from dsquant.kernels.clipping import best_shrinks
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments
 from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest, stacked
+from dsquant.threads import side_by_side
 
 # AutoAWQ goes down to 0.55 in steps of 0.05; less than 0.65 was never chosen, so the same number of steps is finer.
 SHRINKS = tuple(1 - step / 25 for step in range(10))
 FULL_RANGE = (1.0,)
+# Rows of a weight are rounded in parts, so many of them at a time at the most, which have so many weights together: it
+# bounds what rounding takes beside the weight.
 ELEMENTS_AT_ONCE = 2**24
+PARTS_AT_ONCE = 4
 
 
 def clipped_weight(
@@ -38,10 +42,16 @@ def clipped_weight(
     if shrinks == FULL_RANGE:
         return round_to_nearest(weight_OI, grid)
     grams_GSS = moments.group_grams_GSS(grid.group_size)
-    at_once = GPU_ELEMENTS_AT_ONCE if weight_OI.is_cuda else ELEMENTS_AT_ONCE
-    rows_at_once = max(1, at_once // weight_OI.shape[1])
-    parts = [_clip_rows(rows_OI, grid, moments, grams_GSS, shrinks) for rows_OI in weight_OI.split(rows_at_once)]
-    return stacked(parts)
+    parts = weight_OI.split(rows_of_part(weight_OI))
+    return stacked(
+        side_by_side(lambda rows_OI: _clip_rows(rows_OI, grid, moments, grams_GSS, shrinks), parts, PARTS_AT_ONCE)
+    )
+
+
+def rows_of_part(weight_OI: torch.Tensor) -> int:
+    """How many rows of a weight [O, I] are rounded as one part."""
+    elements = GPU_ELEMENTS_AT_ONCE if weight_OI.is_cuda else ELEMENTS_AT_ONCE // PARTS_AT_ONCE
+    return max(1, elements // weight_OI.shape[1])
 
 
 def _clip_rows(

@@ -20,16 +20,15 @@ import torch
 
 from dsquant.kernels.compensation import compensate_group
 from dsquant.kernels.precision import fast_matmuls
-from dsquant.quantization.clip import SHRINKS, clipped_weight
-from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments, InverseFactor
+from dsquant.quantization.clip import PARTS_AT_ONCE, SHRINKS, clipped_weight, rows_of_part
+from dsquant.quantization.statistics import InputMoments, InverseFactor
 from dsquant.rounding import Grid, QuantizedWeight, joined, stacked
+from dsquant.threads import side_by_side
 
 # The Gram matrix's diagonal is raised by this share of its mean, for each feature over a token: of few tokens it knows
 # little, and compensation would fit their noise (docs/decisions/0006).
 DAMPING = 0.2
 LEAST_DAMPING = 0.005
-# Rows are rounded in parts of at most this many weights, times the number of shrinks.
-ELEMENTS_AT_ONCE = 2**22
 
 
 def compensated_weight(
@@ -51,9 +50,9 @@ def compensated_weight(
     inverses = with_inverses(moments, grid.group_size).inverses
     if not inverses or not moments.count:
         return clipped
-    rows_at_once = rows_at_once_of(weight_OI)
-    parts = zip(weight_OI.split(rows_at_once), clipped.split(rows_at_once), strict=True)
-    return stacked([_better_rows(*part, moments, shrinks, inverses) for part in parts])
+    num_rows = rows_of_part(weight_OI)
+    parts = zip(weight_OI.split(num_rows), clipped.split(num_rows), strict=True)
+    return stacked(side_by_side(lambda part: _better_rows(*part, moments, shrinks, inverses), parts, PARTS_AT_ONCE))
 
 
 def with_inverses(moments: InputMoments, group_size: int) -> InputMoments:
@@ -71,12 +70,6 @@ def with_inverses(moments: InputMoments, group_size: int) -> InputMoments:
         return moments
     damping = damping_of(len(grams[0]), moments.count)
     return replace(moments, inverses=tuple(_inverse(gram_II, group_size, damping) for gram_II in grams))
-
-
-def rows_at_once_of(weight_OI: torch.Tensor) -> int:
-    """How many rows of a weight [O, I] are rounded together, which bounds what rounding takes beside it."""
-    at_once = GPU_ELEMENTS_AT_ONCE if weight_OI.is_cuda else ELEMENTS_AT_ONCE
-    return max(1, at_once // weight_OI.shape[1])
 
 
 def damping_of(num_features: int, num_tokens: int) -> float:

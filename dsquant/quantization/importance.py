@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dsquant.kernels.products import apply_linear
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import ResidentWeights
@@ -129,8 +130,8 @@ class _KeySquares:
         self._heads, self._nope = config["num_attention_heads"], config.get("qk_nope_head_dim", 0)
 
     def add(self, inputs_RI: torch.Tensor) -> None:
-        queries_RHN = (inputs_RI @ self._weights[f"{self.projection}.weight"].T).unflatten(1, (self._heads, -1))
-        self._squares.add(queries_RHN[..., : self._nope])
+        queries_RO = apply_linear(inputs_RI, self._weights[f"{self.projection}.weight"])
+        self._squares.add(queries_RO.unflatten(1, (self._heads, -1))[..., : self._nope])
 
     def importance(self) -> dict[str, Importance]:
         return {self._linear + KEYS_SUFFIX: self._squares.importance()} if self.projection else {}

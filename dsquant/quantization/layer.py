@@ -13,6 +13,7 @@ import torch
 
 from dsquant.errors import InputError
 from dsquant.kernels.precision import fast_matmuls
+from dsquant.kernels.products import apply_linear
 from dsquant.model.activations import Activations
 from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights
 from dsquant.model.streaming import ROWS_AT_ONCE, Observer, Routing, Stream, run_dense_part
@@ -182,7 +183,7 @@ def top_up(layer: DecoderLayer, weights: Weights, mlp_inputs: Activations, routi
         return {}
     router_EH = weights[layer.router][rare]
     parts = torch.arange(mlp_inputs.num_rows, device=weights.device).split(ROWS_AT_ONCE)
-    scores_RE = torch.cat([mlp_inputs.rows(part_R) @ router_EH.T for part_R in parts])
+    scores_RE = torch.cat([apply_linear(mlp_inputs.rows(part_R), router_EH) for part_R in parts])
     added = {}
     for place, expert in enumerate(rare):
         own_R, _ = routing.tokens_of(expert)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dsquant.kernels.precision import fast_matmuls
+from dsquant.kernels.products import add_product, apply_linear
 from dsquant.quantization.compensate import damped
 from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.quantization.steps import rounded_weight
@@ -57,9 +58,9 @@ class PairMoments:
         factor_II, problem = torch.linalg.cholesky_ex(damped_II)
         with fast_matmuls(weight_OI.device):
             if len(weight_OI) < len(gram_II):  # the fewer right-hand sides to solve for
-                change_OI = _solved(weight_OI @ self.drift_II, factor_II)
+                change_OI = _solved(apply_linear(weight_OI, self.drift_II.T), factor_II)
             else:
-                change_OI = weight_OI @ _solved(self.drift_II, factor_II)
+                change_OI = apply_linear(weight_OI, _solved(self.drift_II, factor_II).T)
         return weight_OI + torch.where(problem == 0, change_OI, 0.0)
 
     def rounded(self, weights: Sequence[torch.Tensor], grid: Grid, steps: Collection[Step]) -> list[QuantizedWeight]:
@@ -103,7 +104,7 @@ class PairStatistics:
             original_RI, quantized_RI = (part_RI * weights_R.unsqueeze(1) for part_RI in (original_RI, quantized_RI))
         self._statistics.add(quantized_RI)
         if self._drift_II is not None:
-            self._drift_II.addmm_((original_RI - quantized_RI).T, quantized_RI)
+            add_product(self._drift_II, (original_RI - quantized_RI).T, quantized_RI)
 
     def moments(self) -> PairMoments:
         """The means over all tokens added so far."""

@@ -12,9 +12,11 @@ from dsquant.kernels.grids import fake_quantize_difference
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.overlays import Fold
 from dsquant.model.structure import ScaleGroup
+from dsquant.quantization.clip import ELEMENTS_AT_ONCE
 from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments
 from dsquant.rounding import Grid
 from dsquant.source.weights import Weights
+from dsquant.threads import side_by_side
 
 NUM_RATIOS = 20
 # The scale search reads at most this many rows of a weight, evenly spaced: the loss is a sum over rows.
@@ -88,12 +90,14 @@ def scale_losses(weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Grid, m
     """
     weight_OI = weight_OI[:: -(-len(weight_OI) // SEARCH_ROWS)]
     at_once = max(1, GPU_ELEMENTS_AT_ONCE // weight_OI.numel()) if weight_OI.is_cuda else 1
-    losses = []
+
+    def losses_of(part_CI: torch.Tensor) -> torch.Tensor:
+        difference_COI = fake_quantize_difference(weight_OI, part_CI, grid.group_size, grid.bits, grid.symmetric)
+        return moments.loss(difference_COI)
+
     with fast_matmuls(weight_OI.device):
-        for part_CI in scales_CI.split(at_once):
-            difference_COI = fake_quantize_difference(weight_OI, part_CI, grid.group_size, grid.bits, grid.symmetric)
-            losses.append(moments.loss(difference_COI))
-    return torch.cat(losses)
+        together = max(1, ELEMENTS_AT_ONCE // weight_OI.numel())
+        return torch.cat(side_by_side(losses_of, scales_CI.split(at_once), together))
 
 
 def search_group(weights: Weights, group: ScaleGroup, grid: Grid, moments: InputMoments) -> ScaleChoice:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from dsquant.kernels.losses import gram_losses
+from dsquant.kernels.products import add_product, apply_linear
 from dsquant.source.weights import CPU
 
 # Up to this many tokens are kept as they are; of more, this many random combinations.
@@ -70,14 +71,14 @@ class InputStatistics:
         if weights_R is not None:
             inputs_RI = inputs_RI * weights_R.unsqueeze(1)
         if self._gram_II is not None:
-            self._gram_II.addmm_(inputs_RI.T, inputs_RI)
+            add_product(self._gram_II, inputs_RI.T, inputs_RI)
         else:
             inputs_GRB = inputs_RI.unflatten(1, (-1, self._block)).transpose(0, 1)
             self._blocks_GBB.baddbmm_(inputs_GRB.transpose(1, 2), inputs_GRB)
             self._add_to_factor(inputs_RI)
         if self._parts_PWW is not None:
-            inputs_PRW = inputs_RI.unflatten(1, (len(self._parts_PWW), -1)).transpose(0, 1)
-            self._parts_PWW.baddbmm_(inputs_PRW.transpose(1, 2), inputs_PRW)
+            for part_WW, inputs_RW in zip(self._parts_PWW, inputs_RI.chunk(len(self._parts_PWW), 1), strict=True):
+                add_product(part_WW, inputs_RW.T, inputs_RW)
         self.count += len(inputs_RI)
 
     def merge(self, other: "InputStatistics") -> None:
@@ -126,7 +127,7 @@ class InputStatistics:
         # Random signs S: E[(S x)^T (S x)] = x^T x, so ||dW (S x)^T||^2 estimates the loss without bias.
         shape = (FACTOR_ROWS, len(inputs_RI))
         signs_KR = torch.randint(0, 2, shape, generator=self._generator, device=inputs_RI.device)
-        return torch.mm(signs_KR.float().mul_(2).sub_(1), inputs_RI).mul_(FACTOR_ROWS**-0.5)
+        return apply_linear(signs_KR.float().mul_(2).sub_(1), inputs_RI.T).mul_(FACTOR_ROWS**-0.5)
 
     def moments(self) -> "InputMoments":
         """The means over all tokens added so far; all zero where there were none."""

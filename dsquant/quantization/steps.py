@@ -7,12 +7,13 @@ from collections.abc import Collection
 
 import torch
 
-from dsquant.quantization.clip import FULL_RANGE, SHRINKS, clipped_weight
-from dsquant.quantization.compensate import compensated_weight, damped, damping_of, rows_at_once_of, with_inverses
+from dsquant.quantization.clip import FULL_RANGE, PARTS_AT_ONCE, SHRINKS, clipped_weight, rows_of_part
+from dsquant.quantization.compensate import compensated_weight, damped, damping_of, with_inverses
 from dsquant.quantization.descent import descended_weight
 from dsquant.quantization.statistics import InputMoments
 from dsquant.recipe import Step
 from dsquant.rounding import Grid, QuantizedWeight, stacked
+from dsquant.threads import side_by_side
 
 
 def prepared(moments: InputMoments, grid: Grid, steps: Collection[Step]) -> InputMoments:
@@ -40,6 +41,6 @@ def rounded_weight(
     if "descend" not in steps or moments.gram_II is None or not moments.count:
         return rounded
     damped_II = damped(moments.gram_II.clone(), damping_of(len(moments.gram_II), moments.count))
-    rows_at_once = rows_at_once_of(weight_OI)
-    parts = zip(rounded.split(rows_at_once), weight_OI.split(rows_at_once), strict=True)
-    return stacked([descended_weight(*part, damped_II) for part in parts])
+    num_rows = rows_of_part(weight_OI)
+    parts = zip(rounded.split(num_rows), weight_OI.split(num_rows), strict=True)
+    return stacked(side_by_side(lambda part: descended_weight(*part, damped_II), parts, PARTS_AT_ONCE))

@@ -1,0 +1,52 @@
+"""Matrix products in blocks that a job's threads share; a product that is one block is PyTorch's own.
+
+Shape legend: R rows, I inner dimension, O columns of the product.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from dsquant.threads import blocks_of, side_by_side
+
+
+def apply_linear(inputs: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiplies inputs with a weight as `torch.nn.functional.linear` does.
+
+    Args:
+        inputs: [..., I].
+        weight_OI: [O, I].
+        bias_O: [O].
+
+    Returns:
+        [..., O].
+    """
+    (num_columns, width), num_rows = weight_OI.shape, inputs.shape[:-1].numel()
+    by_rows = num_rows >= num_columns
+    blocks = blocks_of(max(num_rows, num_columns), min(num_rows, num_columns) * width)
+    if inputs.is_cuda or len(blocks) == 1:
+        return F.linear(inputs, weight_OI, bias_O)
+    inputs_RI, product_RO = inputs.reshape(-1, width), inputs.new_empty(num_rows, num_columns)
+
+    def fill(block: slice) -> None:
+        if by_rows:
+            product_RO[block] = F.linear(inputs_RI[block], weight_OI, bias_O)
+        else:
+            product_RO[:, block] = F.linear(inputs_RI, weight_OI[block], None if bias_O is None else bias_O[block])
+
+    side_by_side(fill, blocks)
+    return product_RO.unflatten(0, inputs.shape[:-1])
+
+
+def add_product(total_RO: torch.Tensor, left_RI: torch.Tensor, right_IO: torch.Tensor) -> None:
+    """Adds a product to a matrix in place.
+
+    Args:
+        total_RO: [R, O], changed.
+        left_RI: [R, I].
+        right_IO: [I, O].
+    """
+    if total_RO.is_cuda:
+        total_RO.addmm_(left_RI, right_IO)
+        return
+    blocks = blocks_of(len(total_RO), right_IO.numel())
+    side_by_side(lambda block: total_RO[block].addmm_(left_RI[block], right_IO), blocks)
