@@ -122,7 +122,7 @@ def input_hashes(config: Mapping[str, Any], calibration: Mapping[str, Any] | Non
     Args:
         config: the checkpoint's.
         calibration: the texts and their tokens' hash; None where there are none.
-        files: others that the job reads.
+        *files: others that the job reads.
 
     Returns:
         Name for messages -> SHA-256.
