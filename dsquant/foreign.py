@@ -20,6 +20,7 @@ LARGEST_TEXT_BYTES = 2**28
 # The files of a checkpoint are shorter: R1's index has 9 MB. It is safetensors' own bound for headers.
 LARGEST_MODEL_TEXT_BYTES = 100_000_000
 LONGEST_NAME_BYTES = 255
+BYTES_AT_ONCE = 2**20
 _PACKAGE = Path(__file__).parent
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -116,15 +117,17 @@ def read_file(path: Path, most_bytes: int = LARGEST_TEXT_BYTES) -> bytes:
     Raises:
         InputError: where it is not a regular file, is larger or cannot be read.
     """
+    raw = bytearray()
     with open_file(path) as file:
         check_size(path, most_bytes)
         try:
-            raw = file.read(most_bytes + 1)  # a file of /proc says that it has no bytes
+            while block := file.read(BYTES_AT_ONCE):  # a file of /proc says that it has no bytes
+                raw += block
+                if len(raw) > most_bytes:
+                    raise InputError(f"{path} has more than {most_bytes} bytes, which no file of its kind has")
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(raw) > most_bytes:
-        raise InputError(f"{path} has more than {most_bytes} bytes, which no file of its kind has")
-    return raw
+    return bytes(raw)
 
 
 def check_size(path: Path, most_bytes: int = LARGEST_TEXT_BYTES) -> None:

@@ -56,7 +56,7 @@ class Job:
 
     def finish(self) -> None:
         """Removes the work folder: from here on the output counts as finished."""
-        _remove_work(self.output)
+        remove_work(self.output)
 
 
 def _job_key(notes: dict[str, Any]) -> str:
@@ -241,7 +241,7 @@ def held(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> Iterat
                 yield state
             finally:
                 if found_in(output) not in ("interrupted", "cleared"):
-                    _remove_work(output)
+                    remove_work(output)
     finally:
         remove_empty(absent)
 
@@ -290,7 +290,7 @@ def _discard(output: Path) -> None:
     """Removes a job, all that it has written, and the folders in which it did."""
     inside = {folder for path in _recorded_files(output) for folder in path.parents if output in folder.parents}
     _clear(output)
-    _remove_work(output)
+    remove_work(output)
     remove_empty(sorted(inside, reverse=True))
 
 
@@ -328,8 +328,12 @@ def _recorded_files(output: Path) -> list[Path]:
     return found
 
 
-def _remove_work(output: Path) -> None:
-    """Removes the work folder in one step; what a kill leaves of it lies under another name, for whoever comes next."""
+def remove_work(output: Path) -> None:
+    """Removes the work folder in one step; what a kill leaves of it lies under another name, for whoever comes next.
+
+    Args:
+        output: the output folder; its lock is held.
+    """
     removed = output / REMOVED_FOLDER
     if not (output / WORK_FOLDER).exists():
         return

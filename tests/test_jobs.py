@@ -104,7 +104,7 @@ def test_what_was_seen_before_the_lock_is_looked_at_again_under_it(
     def after_the_other_run(folder: Path, subject: Path) -> Iterator[None]:
         if arriving.exists():
             arriving.rename(output)
-        jobs._remove_work(output)  # the other run's last step
+        jobs.remove_work(output)  # the other run's last step
         with exclusive(folder, subject):
             yield
 
@@ -127,7 +127,7 @@ def test_killed_anywhere_while_the_work_folder_goes_away_the_output_is_finished_
     while True:
         output = tmp_path / f"out-{kills}"
         shutil.copytree(all_done, output)
-        code, _ = run(partial(jobs._remove_work, output), output, kills)
+        code, _ = run(partial(jobs.remove_work, output), output, kills)
         state = jobs.found_in(output)
         assert state in ("interrupted", "finished")
         again += state == "interrupted"

@@ -253,7 +253,7 @@ def test_what_a_killed_run_has_left_is_no_hindrance(
 ) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(applying.shutil, "rmtree", lambda _: None)  # as if there had been no time to clean up
+        patch.setattr(applying.shutil, "rmtree", lambda _, **__: None)  # as if there had been no time to clean up
         patch.setattr(applying, "hash_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         dsquant.apply_patch(made / "new.patch", made / "old", output=output, progress=False)
     assert (tmp_path / "out.partial").is_dir()

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsquant.disk import NO_ROOM, PARTIAL, sync_folder
+from dsquant.disk import NO_ROOM, PARTIAL, remove_empty, remove_tree, sync_folder
 from dsquant.errors import InputError
 from dsquant.foreign import find_file, read_file
 from dsquant.incremental.manifest import PatchManifest, member_blocks, open_patch, read_manifest, read_member
 from dsquant.incremental.patch import block_sizes, xored
 from dsquant.incremental.places import beside, check_output, lies_in
 from dsquant.incremental.reuse import reuse_file
-from dsquant.jobs import RECORD_FILE, WORK_FOLDER
+from dsquant.jobs import RECORD_FILE, WORK_FOLDER, remove_work
 from dsquant.locks import exclusive
 from dsquant.notebook import Shown
 from dsquant.preparation import check_disk
@@ -142,30 +142,35 @@ def _check_record(archive: zipfile.ZipFile, manifest: PatchManifest, patch: Path
 def _new_folder(patch: Path, old: Path, output: Path) -> Iterator[Path]:
     """A folder that becomes the output when it is whole, and goes away with all in it otherwise."""
     check_output(output, old)
-    if output.exists() and any(output.iterdir()):
-        raise InputError(f"{output} is not empty; name a folder to make")
     work = beside(output, PARTIAL)
     mark = work / WORK_FOLDER  # what a killed run has left is known by it
+    _check_free(output)
     if lies_in(old, work) or lies_in(patch, work) or (work.exists() and not mark.is_dir()):
         raise InputError(f"{work} is in the way; move it, or name another folder with --output")
-    parents = [folder for folder in work.absolute().parents if not folder.exists()]
-    mark.mkdir(parents=True, exist_ok=True)
-    with exclusive(mark, output):
-        try:
-            for path in work.iterdir():
-                if path != mark:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            yield work
-        except BaseException:
-            shutil.rmtree(work)
-            for folder in parents:
-                folder.rmdir()
-            raise
-    shutil.rmtree(mark)
-    if output.exists():
-        output.rmdir()
-    work.rename(output)
-    sync_folder(output.absolute().parent)
+    absent = [folder for folder in work.absolute().parents if not folder.exists()]
+    try:
+        with exclusive(mark, output):
+            try:
+                _check_free(output)  # by the run that held the lock until now
+                for path in work.iterdir():
+                    if path != mark:
+                        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                yield work
+            except BaseException:
+                remove_tree(work)
+                raise
+            if output.exists():
+                output.rmdir()
+            work.rename(output)
+            sync_folder(output.absolute().parent)
+            remove_work(output)
+    finally:
+        remove_empty(absent)
+
+
+def _check_free(output: Path) -> None:
+    if output.exists() and any(output.iterdir()):
+        raise InputError(f"{output} is not empty; name a folder to make")
 
 
 def _write_new(path: Path, blocks: Iterable[bytes]) -> None:
