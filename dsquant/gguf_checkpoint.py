@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dsquant.errors import InputError
@@ -78,8 +79,9 @@ class GgufHeader:
         factors = self.tensors.get("rope_freqs.weight")
         factors_F = None if factors is None else torch.from_numpy(factors.data.copy()).float().flatten()
         try:
-            return rotary_of_keys(str(self.keys.get("general.architecture")), self.numbers, factors_F)
-        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, ZeroDivisionError) as error:
+            with np.errstate(divide="raise", over="raise", invalid="raise"):
+                return rotary_of_keys(str(self.keys.get("general.architecture")), self.numbers, factors_F)
+        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             raise InputError(f"{self.file}: its keys describe no rotary embedding: {error}") from error
 
     @property

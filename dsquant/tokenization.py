@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dsquant.foreign import blaming, check_size, find_file
+from dsquant.foreign import LARGEST_MODEL_TEXT_BYTES, blaming, check_size, find_file
 
 # Names of the files that tokenizers are read from, whole.
 TOKENIZER_FILE = re.compile(r"token|vocab|merges|template|\.jinja|\.model$")
@@ -38,7 +38,7 @@ def check_tokenizer_files(folder: Path) -> None:
         for path in sorted((folder / inside).glob("*")):
             there = None if path.is_dir() else find_file(folder, str(path.relative_to(folder)))
             if there is not None and TOKENIZER_FILE.search(path.name):
-                check_size(path)
+                check_size(path, LARGEST_MODEL_TEXT_BYTES)
 
 
 def encode(text: str, tokenizer: Any, add_special_tokens: bool = True) -> list[int]:

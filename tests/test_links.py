@@ -126,7 +126,7 @@ def test_what_is_no_regular_file_is_refused_at_once(kind: str, name: str, model:
     make, words = SPECIAL[kind]
     (model / name).unlink(missing_ok=True)
     make(model / name)
-    with pytest.raises(InputError, match=rf"{name} is {words}"):
+    with pytest.raises(InputError, match=rf"{name} is ({words}|a link that leads out of the output)"):
         READERS[name](model / name)
 
 

@@ -20,7 +20,7 @@ KEPT_BY_OTHERS = tuple(
 )
 KINDS = {
     stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
+    stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFBLK: "a device",
     stat.S_IFCHR: "a device",

@@ -81,7 +81,7 @@ def read_record(path: Path) -> dict[str, Any]:
         InputError: where it was written before records held the hashes of files, or no dsquant has written it.
     """
     record = read_json_object(path, finite=False)
-    if not isinstance(record.get("files"), dict) or record.get("record_version") == 1:
+    if "files" not in record or record.get("record_version") == 1:
         raise InputError(f"{path} is of an older dsquant, whose records hold no hashes of files; convert again")
     try:
         _Record.model_validate(record)
