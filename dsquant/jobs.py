@@ -126,7 +126,7 @@ def found_in(output: Path) -> str:
     Raises:
         InputError: where something else has the name of a file or folder of dsquant's.
     """
-    if not output.exists():
+    if not output.is_dir():
         return "absent"
     work = output / WORK_FOLDER
     for folder in (work, output / REMOVED_FOLDER):
