@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from dsquant.disk import NO_ROOM
+from dsquant.disk import NO_ROOM, PARTIAL
 from dsquant.errors import DsquantError, InputError
 
 # More than any config, index, tokenizer or recipe needs; what is larger is read in parts or not at all.
 LARGEST_TEXT_BYTES = 2**28
 # The files of a checkpoint are shorter: R1's index has 9 MB. It is safetensors' own bound for headers.
 LARGEST_MODEL_TEXT_BYTES = 100_000_000
-LONGEST_NAME_BYTES = 255
+LONGEST_NAME_BYTES, LONGEST_PATH_BYTES = 255, 4095
 BYTES_AT_ONCE = 2**20
 _PACKAGE = Path(__file__).parent
 _KINDS = (
@@ -213,6 +213,8 @@ def own_path(output: Path, name: object) -> Path:
     """
     try:
         path = output / check_relative(name)
+        if len(os.fsencode(path.absolute())) + len(PARTIAL) > LONGEST_PATH_BYTES:
+            raise ValueError(f"{str(name)[:40]!r}... makes a longer path than file systems allow")
     except ValueError as error:
         raise InputError(f"{output}: its record is damaged or forged: {error}; remove the folder yourself") from error
     parent = Path(os.path.realpath(path.parent))

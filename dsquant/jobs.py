@@ -86,6 +86,7 @@ def claim(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
     check_name(output)
     found = found_in(output)
     if found == "absent":
+        check_plain_files(output)
         return "new"
     if found == "foreign":
         raise InputError(f"{output} is not empty and was not created by dsquant; name another folder")
@@ -123,14 +124,17 @@ def found_in(output: Path) -> str:
         `cleared`, `finished` or `foreign` (see above).
 
     Raises:
-        InputError: where a link or a file has the name of a folder of dsquant's.
+        InputError: where something else has the name of a file or folder of dsquant's.
     """
-    if not output.exists():
+    if not output.is_dir():
         return "absent"
     work = output / WORK_FOLDER
     for folder in (work, output / REMOVED_FOLDER):
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise InputError(f"{folder} is a link or a file, not a folder of dsquant's; remove it")
+    for name in (LOCK_FILE, HOLDER_FILE, HOLDER_FILE + PARTIAL, JOB_FILE, *EARLIER.values()):
+        if (work / name).is_dir():
+            raise InputError(f"{work / name} is a folder, not a file of dsquant's; remove it")
     if (work / JOB_FILE).is_file():
         return "interrupted"
     if any((work / name).is_file() for name in EARLIER.values()):
@@ -167,11 +171,16 @@ def check_name(output: Path) -> None:
     Raises:
         InputError: where its name cannot be one, or it or what it lies in is a file.
     """
-    if "\0" in str(output) or any(len(os.fsencode(part)) > LONGEST_NAME_BYTES for part in output.parts):
+    try:
+        allowed = "\0" not in str(output) and all(len(os.fsencode(part)) <= LONGEST_NAME_BYTES for part in output.parts)
+    except UnicodeEncodeError:
+        allowed = False
+    if not allowed:
         raise InputError(f"{str(output)!r:.300} cannot be a folder's name; give one that file systems allow")
-    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    existing = next(path for path in (output.absolute(), *output.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise InputError(f"{existing} is a file; name a folder to make")
+        kind = "a link that leads to no folder" if existing.is_symlink() else "a file"
+        raise InputError(f"{existing} is {kind}; name a folder to make")
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -270,8 +279,7 @@ def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any])
     if state == "resume":
         yield Job(output, work, _read_job_notes(work / JOB_FILE))
         return
-    if state == "restart":
-        _clear(output)
+    _clear(output)
     notes = {"recipe": recipe.lasting(), "dsquant": version("dsquant"), **notes}
     write_atomically(work / JOB_FILE, checked_line(notes))
     for name in EARLIER.values():
@@ -322,7 +330,8 @@ def _recorded_files(output: Path) -> list[Path]:
         if not isinstance(files, list | dict):
             raise InputError(f"{record} is damaged: its 'files' are {files!r:.80}; remove the folder yourself")
         found += [own_path(output, name) for name in files]
-    other = next((path for path in found if path.is_dir() or path.is_relative_to(work)), None)
+    both = (one for path in found for one in (path, path.with_name(path.name + PARTIAL)))
+    other = next((path for path in both if path.is_dir() or path.is_relative_to(work)), None)
     if other is not None:
         raise InputError(f"{output}: its record names {other}, which is not a file of it; remove the folder yourself")
     return found

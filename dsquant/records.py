@@ -189,7 +189,9 @@ def finished_result(recipe: JobRecipe) -> Result:
     path = recipe.output / RECORD_FILE
     record = read_json_object(path, BEGIN_ANEW, finite=False)
     with blaming(path, BEGIN_ANEW):
-        return result_of(recipe, record, already_finished=True)
+        result = result_of(recipe, record, already_finished=True)
+        list(result.tables())  # what callers will show of it
+    return result
 
 
 def result_of(recipe: JobRecipe, record: dict[str, Any], **changes: Any) -> Result:

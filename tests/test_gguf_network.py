@@ -180,6 +180,7 @@ REFUSED = {
     "MLA without mscale": (PICO_R1 | {"rope_scaling": YARN}, "mscale is mscale_all_dim"),
     "MLA magnitude": (PICO_R1 | {"rope_scaling": MLA_YARN | {"attn_factor": 0.9}}, "magnitude 1 instead"),
     "MLA halves": (PICO_R1 | {"rope_interleave": False}, "rope_interleave"),
+    "MLA halves, by null": (PICO_R1 | {"rope_interleave": None}, "rope_interleave"),
     "MLA epsilon": (PICO_R1 | {"rms_norm_eps": 1e-2}, "rms_norm_eps"),
     "MLA biases": (PICO_R1 | {"attention_bias": True}, "has no tensor 'blk.0.attn_kv_a_mqa.bias'"),
     "MLA without q_lora": (PICO_R1 | {"q_lora_rank": None}, "q_lora_rank None with 2 layers"),

@@ -165,7 +165,9 @@ def test_killed_anywhere_while_room_is_made_for_another_job_nothing_strays(
         assert kills >= 3
 
 
-@pytest.mark.parametrize("name", [5, "\0", ".", "..", "../outside", "/etc/hostname", "link/victim", ""])
+@pytest.mark.parametrize(
+    "name", [5, "\0", ".", "..", "../outside", "/etc/hostname", "link/victim", "", "a/" * 2500 + "b"]
+)
 def test_a_restart_removes_nothing_outside_of_its_folder(
     name: Any, pico_r1: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -205,3 +207,63 @@ def test_an_empty_work_folder_is_no_job(pico_r1: Path, finished: Path, tmp_path:
     (output / WORK / "lock").touch()
     assert not dsquant.gguf(pico_r1, type="Q8_0", output=output, calibration=(), evaluate=False).already_finished
     assert contents(output).keys() == contents(finished).keys()
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "holder.json.partial", "job.json.partial"])
+def test_a_new_job_writes_through_no_link_in_its_folder(name: str, pico_r1: Path, tmp_path: Path) -> None:
+    work, victim = tmp_path / "out" / WORK, tmp_path / "victim"
+    work.mkdir(parents=True)
+    victim.write_text("keep me")
+    (work / name).symlink_to(victim)
+    for options in ({}, {"resume": True}, {"restart": True}):
+        with pytest.raises(InputError, match="is a link"):
+            pipeline.gguf(recipe(pico_r1, tmp_path / "out"), **options)
+    assert victim.read_text() == "keep me"
+
+
+def test_a_new_job_reads_nothing_that_lies_in_its_work_folder(pico_r1: Path, finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / WORK).mkdir(parents=True)
+    (output / WORK / "journal.jsonl").write_text("of no job")
+    pipeline.gguf(recipe(pico_r1, output))
+    assert contents(output) == contents(finished)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"{WORK}/lock", f"{WORK}/holder.json", f"{WORK}/holder.json.partial", f"{WORK}/earlier-job.json", "GGUF.partial"],
+)
+def test_a_folder_in_the_place_of_a_file_is_refused_by_name(
+    name: str, pico_r1: Path, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    path = output / name.replace("GGUF", next(finished.glob("*.gguf")).name)
+    path.mkdir(parents=True)
+    before = contents(output)
+    with pytest.raises(InputError, match=path.name):
+        pipeline.gguf(recipe(pico_r1, output), restart=True)
+    assert contents(output) == before
+
+
+def test_an_output_that_is_a_link_to_nothing_or_no_text_is_refused(pico_r1: Path, tmp_path: Path) -> None:
+    (tmp_path / "nothing").symlink_to(tmp_path / "absent")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for name in ("nothing", "circle", "circle/out"):
+        with pytest.raises(InputError, match="a link that leads to no folder"):
+            pipeline.gguf(recipe(pico_r1, tmp_path / name))
+    with pytest.raises(InputError, match="cannot be a folder's name"):
+        pipeline.gguf(recipe(pico_r1, tmp_path / "\ud800"))
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize("change", [{"warnings": 5}, {"precision": [1]}, {"source": {"bytes": "x", "bf16_bytes": 1}}])
+def test_garbage_in_a_finished_record_is_found_before_it_is_shown(
+    change: dict[str, Any], pico_r1: Path, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    record = json.loads((output / "dsquant.json").read_bytes())
+    (output / "dsquant.json").write_text(json.dumps(record | change))
+    with pytest.raises(InputError, match=r"dsquant\.json.*start over with --restart"):
+        pipeline.gguf(recipe(pico_r1, output), resume=True)

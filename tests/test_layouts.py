@@ -307,6 +307,13 @@ def test_half_an_mtp_layer_is_to_be_downloaded_again_or_dropped(announced: int, 
     assert complete(model, mtp="drop")[0] == 1
 
 
+@pytest.mark.parametrize("mtp", ["keep", "drop"])
+def test_a_decoder_layer_is_no_mtp_layer_because_the_config_counts_one_layer_less(mtp: str, tmp_path: Path) -> None:
+    model = save(tmp_path / "model", small_tensors(), num_hidden_layers=1)
+    with pytest.raises(InputError, match=r"model\.layers\.1\..* is not part of"):
+        complete(model, mtp)
+
+
 def decoder_layer_more(tensors: Tensors) -> Tensors:
     more = {name for name in tensors if re.search(r"layers\.2\.(embed|shared_head|eh_proj|enorm|hnorm)", name)}
     return {name: tensor for name, tensor in tensors.items() if name not in more}

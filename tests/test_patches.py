@@ -245,7 +245,16 @@ def test_a_patch_is_applied_only_where_nothing_is_in_the_way(made: Path, tmp_pat
     refused(tmp_path / "out", "is a folder", tmp_path)
     (tmp_path / "out.partial").mkdir()
     refused(tmp_path / "out", "in the way")
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "out.partial"}
+    (tmp_path / "out.partial" / ".dsquant-work").mkdir()
+    (tmp_path / "out.partial" / ".dsquant-work" / "job.json").write_text("an interrupted job's")
+    refused(tmp_path / "out", "in the way")
+    (tmp_path / "linked.partial").symlink_to(tmp_path / "out.partial")
+    refused(tmp_path / "linked", "in the way")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    refused(tmp_path / "link", "is a link")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "out.partial", "linked.partial", "empty", "link"}
+    assert [path.name for path in (tmp_path / "out.partial").rglob("*")] == [".dsquant-work", "job.json"]
 
 
 def test_what_a_killed_run_has_left_is_no_hindrance(

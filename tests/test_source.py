@@ -1,5 +1,6 @@
 """Checkpoints are read as DeepSeek stores them: FP8 in ragged blocks, scales in other shards, ue8m0."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,17 @@ def test_some_rows_are_the_rows_of_the_whole(tmp_path: Path) -> None:
 
 def test_opening_reads_no_weights(pico_r1: Path) -> None:
     assert open_checkpoint(pico_r1).index.bytes_read == 0
+
+
+def test_a_tensor_that_the_index_does_not_name_is_read_all_the_same(tmp_path: Path) -> None:
+    for number, names in enumerate([("a", "unnamed"), ("b",)]):
+        save_file({name: torch.ones(2) for name in names}, tmp_path / f"{number}.safetensors")
+    index = {"weight_map": {"a": "0.safetensors", "b": "1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert set(read_index(tmp_path)) == {"a", "b", "unnamed"}
+    save_file({"b": torch.ones(2), "a": torch.zeros(2)}, tmp_path / "1.safetensors")
+    with pytest.raises(InputError, match=r"tensor 'a' is in 0\.safetensors and in 1\.safetensors"):
+        read_index(tmp_path)
 
 
 @pytest.mark.parametrize(

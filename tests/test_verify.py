@@ -456,3 +456,10 @@ def test_the_command_ends_with_3_on_damage_and_prints_findings(output: Path, tmp
     assert broken.exit_code == 3 and json.loads(broken.stdout)["findings"][0]["file"] == "config.json"
     assert "config.json" in CliRunner().invoke(main, ["verify", str(copy)]).stdout
     assert "config.json" in dsquant.verify(copy, progress=False)._repr_html_()
+
+
+def test_what_is_no_folder_is_no_output(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (str(tmp_path / "file"), "null\0byte", str(tmp_path / "absent")):
+        with pytest.raises(InputError, match="is this an output of dsquant"):
+            dsquant.verify(path, progress=False)

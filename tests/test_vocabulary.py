@@ -9,7 +9,9 @@ import pytest
 from checkpoints import QWEN2, add_tokenizer, make_dense
 
 import dsquant
+from dsquant.calibration import load_tokenizer
 from dsquant.errors import InputError
+from dsquant.source.vocabulary import check_embedded, set_embedding_rows
 
 FAST: dict[str, Any] = {"samples": 2, "seq_len": 32, "group_size": 64, "evaluate": False, "progress": False}
 
@@ -83,6 +85,13 @@ def test_a_text_that_yields_it_is_refused_by_name(padded: Path, text_file: Path,
         dsquant.evaluate(
             padded, padded, texts=(text_file,), samples=1, seq_len=32, prompts=prompts, max_tokens=2, progress=False
         )
+
+
+def test_an_id_that_not_even_the_vocabulary_names_is_refused(padded: Path) -> None:
+    tokenizer = load_tokenizer(padded)
+    set_embedding_rows(tokenizer, 300)
+    with pytest.raises(InputError, match=r"a text: it yields token .* \(id 5000\)"):
+        check_embedded([[1, 5000]], tokenizer, "a text")
 
 
 def test_a_held_out_text_that_yields_one_is_refused_before_anything_is_written(text_file: Path, tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 
 from dsquant.disk import NO_ROOM, PARTIAL, remove_empty, remove_tree, sync_folder
 from dsquant.errors import InputError
-from dsquant.foreign import find_file, read_file
+from dsquant.foreign import check_plain_files, find_file, read_file
 from dsquant.incremental.manifest import PatchManifest, member_blocks, open_patch, read_manifest, read_member
 from dsquant.incremental.patch import block_sizes, xored
 from dsquant.incremental.places import beside, check_output, lies_in
 from dsquant.incremental.reuse import reuse_file
-from dsquant.jobs import RECORD_FILE, WORK_FOLDER, remove_work
+from dsquant.jobs import JOB_FILE, RECORD_FILE, WORK_FOLDER, remove_work
 from dsquant.locks import exclusive
 from dsquant.notebook import Shown
 from dsquant.preparation import check_disk
@@ -145,8 +145,10 @@ def _new_folder(patch: Path, old: Path, output: Path) -> Iterator[Path]:
     work = beside(output, PARTIAL)
     mark = work / WORK_FOLDER  # what a killed run has left is known by it
     _check_free(output)
-    if lies_in(old, work) or lies_in(patch, work) or (work.exists() and not mark.is_dir()):
+    mine = mark.is_dir() and not work.is_symlink() and not (mark / JOB_FILE).exists()
+    if lies_in(old, work) or lies_in(patch, work) or (os.path.lexists(work) and not mine):
         raise InputError(f"{work} is in the way; move it, or name another folder with --output")
+    check_plain_files(work)
     absent = [folder for folder in work.absolute().parents if not folder.exists()]
     try:
         with exclusive(mark, output):
@@ -169,8 +171,8 @@ def _new_folder(patch: Path, old: Path, output: Path) -> Iterator[Path]:
 
 
 def _check_free(output: Path) -> None:
-    if output.exists() and any(output.iterdir()):
-        raise InputError(f"{output} is not empty; name a folder to make")
+    if output.is_symlink() or (output.exists() and any(output.iterdir())):
+        raise InputError(f"{output} is a link or not empty; name a folder to make")
 
 
 def _write_new(path: Path, blocks: Iterable[bytes]) -> None:

@@ -217,8 +217,8 @@ def _mtp_in_files(config: dict[str, Any], family: Family, index: ShardIndex) -> 
         if number is not None and number >= decoder:
             found.setdefault(number, set()).update({name.split(".")[3], *info.stored_name.split(".")})
     count = 0
-    # A layer that nobody announced has to show by its parts, or its prefix, that it is not one decoder layer more.
-    while (parts := found.get(decoder + count)) and (count < announced or parts & {*family.mtp_parts, "mtp"}):
+    # Whatever is announced, a layer has to show by its parts, or its prefix, that it is not one decoder layer more.
+    while found.get(decoder + count, set()) & {*family.mtp_parts, "mtp"}:
         count += 1
     if count == announced:
         return config, ()

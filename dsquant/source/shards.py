@@ -240,10 +240,11 @@ def read_index(folder: Path) -> ShardIndex:
         folder: a folder with model.safetensors.index.json and its shards, or with one model.safetensors.
 
     Returns:
-        The index; every tensor that the index file names is in the shard it names.
+        The index: every tensor that the index file names, from the shard it names, and what those shards hold beside.
 
     Raises:
-        InputError: where a file is missing, truncated, or contradicts the index, or where a path leaves the folder.
+        InputError: where a file is missing, truncated, or contradicts the index, where a path leaves the folder, or
+            where two shards hold the same tensor.
     """
     index_path = find_file(folder, INDEX_FILE)
     if index_path is None:
@@ -262,7 +263,15 @@ def read_index(folder: Path) -> ShardIndex:
                 f"{index_path}: tensor {name!r} should be in {file_name}, whose header does not have it; "
                 "the index and the shard are of different releases"
             )
-    return ShardIndex(folder, {name: headers[file_name][name] for name, file_name in weight_map.items()})
+    tensors = {name: headers[file_name][name] for name, file_name in weight_map.items()}
+    for info in (info for header in headers.values() for info in header.values()):
+        found = tensors.setdefault(info.name, info)  # engines load whole shards, whatever the index names of them
+        if found is not info:
+            raise InputError(
+                f"{index_path}: tensor {info.name!r} is in {found.path.name} and in {info.path.name}; take one of them "
+                "out"
+            )
+    return ShardIndex(folder, tensors)
 
 
 def _read_weight_map(index_path: Path) -> dict[str, str]:

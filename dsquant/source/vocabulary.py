@@ -40,10 +40,14 @@ def check_embedded(samples: Iterable[Sequence[int]], tokenizer: Any, text: str) 
     Raises:
         InputError: at the first such token.
     """
-    surplus = surplus_tokens(tokenizer)
-    found = next((number for sample in samples for number in sample if number in surplus), None) if surplus else None
+    rows = getattr(tokenizer, "embedding_rows", None)
+    if rows is None:
+        return
+    # A post-processor may put in ids that the vocabulary does not name.
+    found = next((number for sample in samples for number in sample if number >= rows), None)
     if found is not None:
+        token = surplus_tokens(tokenizer).get(found, "(not in the vocabulary)")
         raise InputError(
-            f"{text}: it yields token {surplus[found]!r} (id {found}), and tensor 'model.embed_tokens.weight' has only "
-            f"{tokenizer.embedding_rows} rows; leave it out of the text, or take tokenizer and weights of one release"
+            f"{text}: it yields token {token!r} (id {found}), and tensor 'model.embed_tokens.weight' has only "
+            f"{rows} rows; leave it out of the text, or take tokenizer and weights of one release"
         )

@@ -102,7 +102,7 @@ def what_is_wrong(folder: Path, name: str) -> str | None:
     """
     try:
         path = (folder / name).resolve(strict=True)
-    except (OSError, RuntimeError):  # a link that leads to itself is the latter
+    except (OSError, RuntimeError, ValueError):  # a link that leads to itself, and a null byte in the folder's name
         return "missing" if not (folder / name).is_symlink() else "a link that leads nowhere"
     root = folder.resolve()
     if not any(path.is_relative_to(home) for home in (root, *_blobs(root))):

@@ -84,7 +84,7 @@ def _deepseek_problems(config: Mapping[str, Any]) -> Iterator[str]:
             f"in models of {LITE_LAYERS[0]} or {LITE_LAYERS[1]} layers (or {LITE_LAYERS_AND_TOKENS[0]} with "
             f"{LITE_LAYERS_AND_TOKENS[1]} tokens), and nowhere else"
         )
-    if config["rope_interleave"] is False:
+    if not config["rope_interleave"]:
         yield "rope_interleave false: llama.cpp's deepseek2 rotates neighbouring dimensions"
     if config["n_routed_experts"] > LARGEST_EXPERTS:
         yield f"n_routed_experts {config['n_routed_experts']}: llama.cpp loads up to {LARGEST_EXPERTS}"
