@@ -88,7 +88,7 @@ def plan_files(
     """
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    with tempfile.TemporaryDirectory(prefix="dsquant-") as folder:
+    with tempfile.TemporaryDirectory(prefix="dsquant-") as folder, naming(Path(folder)):
         writer = GGUFWriter(Path(folder) / f"{stem}.gguf", architecture, split_max_size=max_file_bytes)
         add_keys(writer)
         for tensor in tensors:
