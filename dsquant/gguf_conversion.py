@@ -225,7 +225,7 @@ def scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozen
         columns = checkpoint.weights.shape(f"{linear}.weight")[1]
         if columns % GGUF_GRID.group_size:
             size = GGUF_GRID.group_size
-            return frozenset(), [f"no scales are folded in: {linear} has {columns} columns, no multiple of {size}"]
+            return frozenset(), [f"no scales are folded in: {linear} has {columns} columns, not a multiple of {size}"]
     return linears, []
 
 

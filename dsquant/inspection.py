@@ -40,9 +40,14 @@ class Inspection:
     def __str__(self) -> str:
         total = sum(self.bytes_by_kind.values())
         dtypes = ", ".join(f"{dtype} {format_size(size)}" for dtype, size in self.dtypes.items())
-        counts = f"{self.layers} layers, {self.experts} routed experts a layer, {self.mtp_layers} MTP layers"
+        counts = [f"{self.layers} layers"]
+        if self.experts:
+            counts += [
+                f"{self.experts} routed experts a layer",
+                f"{self.mtp_layers} MTP layer{'s' * (self.mtp_layers != 1)}",
+            ]
         lines = [
-            f"{self.folder}: {self.architecture}, {counts}",
+            f"{self.folder}: {self.architecture}, {', '.join(counts)}",
             f"{self.parameters:,} parameters in {format_size(total)}: {dtypes}",
         ]
         lines += [

@@ -204,7 +204,7 @@ def _check_same_recipe(output: Path, recipe: JobRecipe, record: dict[str, Any]) 
         details = ", ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
         raise UsageError(
             f"{output} was begun with another recipe: {details}. Only {', '.join(CHANGEABLE_ON_RESUME)} may change "
-            "on --resume; begin anew with --restart or name another folder."
+            "on --resume; start over with --restart or name another folder."
         )
 
 
@@ -371,7 +371,7 @@ class StopRequest:
         """
         if self._signal is not None:
             name = signal.Signals(self._signal).name
-            raise Interrupted(f"stopped by {name} at a safe point; go on with --resume")
+            raise Interrupted(f"stopped by {name} at a safe point; continue with --resume")
 
 
 @contextmanager
@@ -419,7 +419,7 @@ def full_disk_is_resumable() -> Iterator[None]:
             raise
         what = "a limit on file sizes is reached (ulimit -f)" if error.errno == errno.EFBIG else "the disk is full"
         raise Interrupted(
-            f"{what}: {error.filename or error}; finished units are kept: make room and go on with --resume"
+            f"{what}: {error.filename or error}; finished units are kept: make room and continue with --resume"
         ) from error
 
 
@@ -439,7 +439,7 @@ def memory_guard(budget_bytes: int, resident_bytes: Callable[[], int]) -> Callab
         if found > budget_bytes:
             raise Interrupted(
                 f"resident memory is {format_size(found)}, the budget {format_size(budget_bytes)}; "
-                "go on with --resume and a larger --memory-budget"
+                "continue with --resume and a larger --memory-budget"
             )
 
     return check

@@ -154,6 +154,8 @@ def open_candidate(path: str, original: Original) -> Opened:
         opened = _opened(path, checkpoint)
     else:
         header = read_header(file)
+        if header.keys.get("general.type") == "imatrix":
+            raise InputError(f"{path} is an importance matrix, not a model; leave it out")
         _check_architecture(path, header.architecture, original)
         _check_vocabulary(path, header.num_tokens, header.tokens, original)
         reference, network = original.opened.path, original.skeleton.config

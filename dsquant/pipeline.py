@@ -264,7 +264,7 @@ def _check_same_quantizer(recipe: GgufRecipe, before: str) -> None:
     now = quantizer_name(recipe.device == "cuda")
     if now != before:
         raise UsageError(
-            f"{recipe.output} was begun with the quantizer {before}, here is {now}; install what it had, or begin anew "
+            f"{recipe.output} was begun with the quantizer {before}, here is {now}; install what it had, or start over "
             "with --restart"
         )
 

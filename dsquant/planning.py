@@ -259,7 +259,7 @@ def _gguf_target(
             columns = checkpoint.weights.shape(f"{linear}.weight")[1]
             if columns % GGUF_GRID.group_size:
                 raise UsageError(
-                    f"--to {name}: {linear} has {columns} columns, no multiple of {GGUF_GRID.group_size}, so scales "
+                    f"--to {name}: {linear} has {columns} columns, not a multiple of {GGUF_GRID.group_size}, so scales "
                     "cannot be searched for it; run `dsquant gguf` with --calibration instead"
                 )
     parameters = [parameter for unit in units if unit.action != "drop" for parameter in unit.parameters]

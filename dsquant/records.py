@@ -88,12 +88,12 @@ class Result(Shown):
             title = f"{name} against the original, on held-out texts"
             yield table_of(title, DISTANCES, [(text, *_distances(found)) for text, found in texts.items()])
         yield from (f"Note: {warning}." for warning in self.warnings)
-        larger = [name for name, size in self.output_bytes.items() if size > self.source_bytes]
-        if larger:
-            yield (
-                f"Note: {', '.join(larger)} is larger than the original: what is not quantized (attention, embedding, "
-                "head, a kept MTP layer) lies in BF16, twice its size in FP8."
-            )
+        for name in (name for name, size in self.output_bytes.items() if size > self.source_bytes):
+            reason = "its types have more bits than the original's"
+            if not name.startswith("gguf:"):
+                kept = "what is not quantized (attention, embedding, head, a kept MTP layer)"
+                reason = f"{kept} lies in BF16, twice its size in FP8"
+            yield f"Note: {name} is larger than the original: {reason}."
         for name, folder in self.folders.items():
             command = serve_command(folder)
             yield Text(f"{name} is in {folder}; serve it with:\n  {command}", overflow="fold", no_wrap=True)
@@ -109,8 +109,8 @@ STATES = {
     "resume": "exists: an interrupted job, which will be continued",
     "restart": "exists: will be begun anew",
     "finished": "exists: a finished output; nothing to do",
-    "interrupted, in the way": "exists: an interrupted job; go on with --resume, begin anew with --restart",
-    "finished, in the way": "exists: a finished output; begin anew with --restart, or name another folder",
+    "interrupted, in the way": "exists: an interrupted job; continue with --resume, start over with --restart",
+    "finished, in the way": "exists: a finished output; start over with --restart, or name another folder",
 }
 DISTANCES = ("text", "tokens", "perplexity, original", "perplexity", "mean KL, nats", "same top token")
 

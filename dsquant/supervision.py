@@ -127,7 +127,7 @@ def input_hashes(config: Mapping[str, Any], calibration: Mapping[str, Any] | Non
     Returns:
         Name for messages -> SHA-256.
     """
-    texts = {"config.json": config, "the calibration texts": calibration}
+    texts = {"the model's config.json": config, "the calibration texts": calibration}
     hashed = {name: json.dumps(value, sort_keys=True, default=str).encode() for name, value in texts.items()}
     hashed |= {str(file): file.read_bytes() for file in files}
     return {name: hashlib.sha256(content).hexdigest() for name, content in hashed.items()}

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import yaml
 from checkpoints import put_into_norm
+from click.testing import CliRunner
 
 import dsquant
+from dsquant.cli import main
 from dsquant.cli.run import run as run_command
 from dsquant.errors import GateError, InconclusiveError, InputError, UsageError
 from dsquant.journal import Journal
@@ -99,7 +101,9 @@ def test_a_release_is_verified_with_its_record_its_reports_and_all_its_outputs(
     whole: tuple[Release, dict[str, bytes]], tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(whole[0].output, tmp_path / "moved"))
+    told = CliRunner().invoke(main, ["verify", str(copy), "--json"])
     found = dsquant.verify(copy, progress=False)
+    assert told.exit_code == 0 and json.loads(told.stdout) == found.as_json()
     assert found.ok and set(found.compared) == {"awq/awq", "awq/compressed-tensors", "q4/gguf:Q8_0"}
     assert found.num_files == len(files(copy)) - 1  # release.json has its own seal
     for name in (

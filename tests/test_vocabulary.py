@@ -32,7 +32,10 @@ def make_model(folder: Path, added: Sequence[str], special: bool = True, **speci
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a padding token that no text yields; tests leave it as it is."""
-    return make_model(tmp_path_factory.mktemp("vocabulary") / "model", ["<pad>"], pad_token="<pad>")
+    model = make_model(tmp_path_factory.mktemp("vocabulary") / "model", ["<pad>"], pad_token="<pad>")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"pad_token_id": 300}))  # as fine-tunes save it
+    return model
 
 
 def text_with_pad(tmp_path: Path, text_file: Path) -> Path:

@@ -1,6 +1,8 @@
 """The command line: options become a recipe, and one call. Imports no torch until a command runs."""
 
 try:
+    import os
+
     import click
 
     from dsquant import __version__
@@ -32,10 +34,13 @@ def main() -> None:
       3   bad input (nothing written), damage found (verify), or the output
           folder is locked by another run
       4   a gate failed
-      5   no gate failed, but more samples are needed
+      5   undecided: no gate failed, but more samples are needed, or a check
+          could not be run (verify)
       75  stopped but resumable (SIGTERM, SIGHUP, SIGINT, disk full, memory
           budget exceeded)
     """
+    # Before transformers is imported: it warns of keys that dsquant itself obeys (attn_factor), once for each reading.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 for command in (awq, gguf, evaluate, inspect, plan, run, verify, delta):

@@ -47,7 +47,7 @@ def stopped_words(number: int) -> str:
     Returns:
         A line.
     """
-    words = "a job in its output folder goes on with --resume; start anything else again"
+    words = "continue a job in its output folder with --resume; start anything else again"
     return f"dsquant: stopped by {signal.Signals(number).name}; {words}"
 
 

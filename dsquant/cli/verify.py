@@ -17,12 +17,12 @@ from dsquant.errors import InconclusiveError, InputError
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON, and no progress bar.")
 @dsquant_command
 def verify(folder: Path, source: str | None, everything: bool, as_json: bool) -> None:
-    """Checks every byte of the output DIR, its coverage of the source, and its values; exit code 3 on damage, 5 where
-    a check could not be run."""
+    """Checks every byte of DIR, an output or what `dsquant run` published, its coverage of the source, and its values;
+    exit code 3 on damage, 5 where a check could not be run."""
     try:
         from dsquant.display import progress_bar
         from dsquant.notebook import plain_console
-        from dsquant.verification.checks import verify as check
+        from dsquant.verification.release import verify as check
         from dsquant.verification.tables import verification_tables
     except ImportError as error:
         raise InconclusiveError(f"{folder} was not checked: a package cannot be imported: {error}") from error

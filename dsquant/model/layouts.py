@@ -222,7 +222,7 @@ def _mtp_in_files(config: dict[str, Any], family: Family, index: ShardIndex) -> 
         count += 1
     if count == announced:
         return config, ()
-    announces = f"{CONFIG_FILE} announces {announced or 'no'} multi-token-prediction layers"
+    announces = f"{CONFIG_FILE} announces {announced or 'no'} multi-token-prediction layer{'s' * (announced != 1)}"
     if count == 0:
         return {**config, MTP_KEY: 0}, (f"{announces}, the files hold none: the model is taken as one without",)
     return {**config, MTP_KEY: count}, (f"{announces}, the files hold {count}: these are taken as announced",)

@@ -23,7 +23,8 @@ from dsquant.threads import blocks_of, side_by_side
 
 ATTENTION = "dsquant_fused"
 # Config keys that name remote code or a storage format; the skeleton wants neither.
-IGNORED_CONFIG = ("quantization_config", "auto_map", "torch_dtype", "dtype")
+# What the network is built without. A padding token's row is a row like any other, and may lie beyond the embedding.
+IGNORED_CONFIG = ("quantization_config", "auto_map", "torch_dtype", "dtype", "pad_token_id")
 # The largest count of layers, or of anything where no tensor could contradict it; Kimi-K2 has 384 experts.
 LARGEST_COUNT = 1024
 # The largest extent of a weight: many times that of any vocabulary.

@@ -98,7 +98,7 @@ def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str 
                 shutil.rmtree(work)
                 remove_empty(missing)
             if isinstance(error, Interrupted):
-                words = str(error).replace("go on with --resume", "run the same recipe again to go on")
+                words = str(error).replace("continue with --resume", "run the same recipe again to go on")
                 raise Interrupted(f"{stage[-1]}: {words}") from error
             raise
     return _release(recipe, key, already_published=False)

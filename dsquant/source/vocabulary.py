@@ -25,7 +25,7 @@ def surplus_notes(tokenizer: Any) -> list[str]:
     if not surplus:
         return []
     first = min(surplus)
-    words = f"{len(surplus)} of the tokenizer's tokens have no row in the embedding; texts that yield one are refused"
+    words = f"tokens of the tokenizer without a row in the embedding: {len(surplus)}; texts that yield one are refused"
     return [f"{words} (the first is {surplus[first]!r}, id {first})"]
 
 

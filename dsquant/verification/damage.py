@@ -153,7 +153,8 @@ def _wrong_in_gguf_header(header: bytes, tensors: list[GgufTensor], padded: dict
     """Magic, tensor infos and padding; what lies between, the keys, no record repeats."""
     prefix = GGUF_PREFIX.pack(b"GGUF", GGUF_VERSION, len(tensors), 0)[:16]
     if header[:16] != prefix:
-        return [("magic, version or number of tensors", f"byte {_first_difference(header[:16], prefix)} of the file")]
+        place = _first_difference(header[:16], prefix)
+        return [("magic, version or number of tensors", f"byte {place} of the file differs")]
     try:
         infos = _gguf_infos(tensors, padded)
     except PackageError:  # the file's own hash tells whether it is damaged, only not where
@@ -168,10 +169,10 @@ def _wrong_in_gguf_header(header: bytes, tensors: list[GgufTensor], padded: dict
     if place is not None:
         for tensor, info in zip(tensors, infos, strict=True):
             if place < len(info):
-                return [(f"info of {tensor.name!r}", f"byte {end - len(wanted) + place} of the file")]
+                return [(f"info of {tensor.name!r}", f"byte {end - len(wanted) + place} of the file differs")]
             place -= len(info)
     if any(header[end:]):
-        return [("padding behind the header", f"byte {end} and on of the file")]
+        return [("padding behind the header", f"bytes from {end} on of the file differ")]
     return []
 
 
@@ -198,7 +199,8 @@ def _wrong_regions(file: Hashed, regions: Iterable[Region]) -> list[tuple[str, s
             digest.update(block)
             zeros = zeros and (region.sha256 is not None or not any(block))
         if not zeros or (region.sha256 is not None and digest.hexdigest() != region.sha256):
-            wrong.append((region.where, f"bytes {region.start} to {region.start + region.num_bytes - 1} of the file"))
+            last = region.start + region.num_bytes - 1
+            wrong.append((region.where, f"bytes {region.start} to {last} of the file differ"))
     return wrong
 
 

@@ -26,8 +26,9 @@ def verification_tables(found: Verification) -> Iterator[RenderableType]:
         for finding in found.findings:
             table.add_row(Text(finding.file), Text(finding.where), Text(finding.problem))
         yield table
-    count = f"{len(found.findings)} finding{'' if len(found.findings) == 1 else 's'}"
-    yield Text(f"{found.num_files} files, {format_size(found.num_bytes)} read; {count}.")
+    count = f"{len(found.findings)} finding{'s' * (len(found.findings) != 1)}"
+    files = f"{found.num_files} file{'s' * (found.num_files != 1)}"
+    yield Text(f"{files}, {format_size(found.num_bytes)} read; {count}.")
     for name, number in found.compared.items():
         yield Text(f"{name}: {number} parameters decoded and compared with {found.source}.")
     for check in found.not_checked:

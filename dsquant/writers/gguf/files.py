@@ -135,11 +135,11 @@ class GgufFiles:
             if not path.is_file():  # stopped when everything was written: while it was compared or hashed
                 path = self._folder / file.file_name
             if not path.is_file() or path.stat().st_size != file.num_bytes:
-                raise InputError(f"{path} of the interrupted job is gone or damaged; begin anew with --restart")
+                raise InputError(f"{path} of the interrupted job is gone or damaged; start over with --restart")
             stream = path.open("r+b")
             if stream.read(len(file.header)) != file.header:
                 stream.close()
-                raise InputError(f"{path} was planned otherwise by the interrupted job; begin anew with --restart")
+                raise InputError(f"{path} was planned otherwise by the interrupted job; start over with --restart")
             return stream
         stream = path.open("w+b")
         try:

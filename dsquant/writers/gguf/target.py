@@ -124,12 +124,13 @@ def plan_target(
     with blaming(checkpoint.folder / CONFIG_FILE, "take config.json from the same release as the weights"):
         files = plan_files(stem, architecture, add_keys, list(tensors.values()), max_file_bytes)
     notes = tuple(
-        f"{count} tensors are {chosen} instead of {wanted}: their rows are no multiple of {wanted}'s block"
+        f"{count} tensors are {chosen} instead of {wanted}: their rows are not a multiple of {wanted}'s block"
         for (wanted, chosen), count in replaced.items()
     )
     notes += (missing,) if missing else ()
     if left_out:
-        notes += (f"added tokens without a row of the embedding are left out: {', '.join(map(repr, left_out))}",)
+        tokens = ", ".join(map(repr, left_out))
+        notes += (f"added tokens without a row in the embedding are left out of GGUF files: {tokens}",)
     return GgufTarget(type_name, config, tensors, files, notes, largest_whole(checkpoint, parameters), label)
 
 

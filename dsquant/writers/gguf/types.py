@@ -51,7 +51,7 @@ MIXTURES = {
     "IQ4_NL": ("IQ4_NL", 25),
     "IQ4_XS": ("IQ4_XS", 30),
 }
-# The type that takes a row whose length is no multiple of a block of 256.
+# The type that takes a row whose length is not a multiple of a block of 256.
 _FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 # What a target may choose from: what engines run fast, from the fewest bits to the most.
 CANDIDATES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
