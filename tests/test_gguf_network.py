@@ -379,14 +379,30 @@ def test_a_value_that_no_block_can_hold_is_found_while_the_source_is_hashed(tmp_
     dsquant.gguf(model, type="BF16", output=tmp_path / "bf16", **PLAIN)
 
 
-@pytest.mark.parametrize(("number", "message"), [(300, "has the id 300"), (-1, "id -1"), ("7", "id '7'")])
-def test_token_ids_without_a_row_of_the_embedding_are_refused(tmp_path: Path, number: Any, message: str) -> None:
+@pytest.mark.parametrize(("number", "message"), [
+    (300, "has the id 300"), (-1, "id -1"), ("7", "id '7'"), (7, "both the token 7"),
+])  # fmt: skip
+def test_token_ids_without_a_row_of_the_embedding_or_given_twice_are_refused(
+    tmp_path: Path, number: Any, message: str
+) -> None:
     model = make(tmp_path / "model", LLAMA)
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["<more>"] = number
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(InputError, match=r"tokenizer\.json.*" + message):
         dsquant.gguf(model, type="F32", output=tmp_path / "out", **PLAIN)
+
+
+def test_a_normalizer_that_llama_cpp_lacks_is_refused(tmp_path: Path) -> None:
+    model = make(tmp_path / "model", LLAMA)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    for normalizer in ({"type": "NFC"}, {"type": "Sequence", "normalizers": []}):
+        (model / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": normalizer}))
+        add_tokenizer_keys(gguf_py.GGUFWriter(tmp_path / "keys.gguf", "llama"), model, 300)
+    lower = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+    (model / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": lower}))
+    with pytest.raises(InputError, match=r"tokenizer\.json: its normalizer .*Lowercase"):
+        add_tokenizer_keys(gguf_py.GGUFWriter(tmp_path / "keys.gguf", "llama"), model, 300)
 
 
 def test_an_added_token_without_a_row_of_the_embedding_is_left_out_of_the_file(tmp_path: Path) -> None:

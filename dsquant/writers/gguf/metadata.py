@@ -141,6 +141,7 @@ def add_tokenizer_keys(writer: Any, folder: Path, vocab_size: int) -> list[str]:
         raise InputError(
             f"{path}: only byte-level BPE tokenizers are supported, found {tokenizer.get('model', {}).get('type')!r}"
         )
+    _check_normalizer(path, tokenizer)
     tokens, types, left_out = _tokens(path, tokenizer, vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(path, tokenizer))
@@ -178,10 +179,25 @@ def _tokens(path: Path, tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[
     return tokens, types, [added["content"] for added in added_tokens if added["id"] >= vocab_size]
 
 
+def _check_normalizer(path: Path, tokenizer: Mapping[str, Any]) -> None:
+    """llama.cpp cuts the text as it stands; NFC changes none of what models are asked."""
+    normalizer = tokenizer.get("normalizer")
+    steps = normalizer.get("normalizers", [normalizer]) if isinstance(normalizer, dict) else [normalizer]
+    other = next((step for step in steps if step is not None and step != {"type": "NFC"}), None)
+    if other is not None:
+        raise InputError(
+            f"{path}: its normalizer {other!r:.100} changes texts before they are cut, which llama.cpp would not do; "
+            "not for GGUF"
+        )
+
+
 def _check_ids(path: Path, tokens: list[tuple[Any, Any]]) -> None:
+    names: dict[int, str] = {}
     for token, number in tokens:
         if not isinstance(token, str) or not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise InputError(f"{path}: token {token!r:.80} has the id {number!r:.80}, expected a number from 0 on")
+        if names.setdefault(number, token) != token:
+            raise InputError(f"{path}: {names[number]!r:.80} and {token!r:.80} are both the token {number}")
 
 
 def pre_tokenizer_name(path: Path, tokenizer: Mapping[str, Any]) -> str:
