@@ -55,7 +55,7 @@ def encode(text: str, tokenizer: Any, add_special_tokens: bool = True) -> list[i
     Raises:
         InputError: where the tokenizer fails.
     """
-    with blaming(f"the tokenizer of {tokenizer.name_or_path}", THEN):
+    with blaming(f"the tokenizer of {_name(tokenizer)}", THEN):
         tokens: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     return tokens
 
@@ -73,7 +73,7 @@ def decode(tokens: Sequence[int], tokenizer: Any) -> str:
     Raises:
         InputError: where the tokenizer fails.
     """
-    with blaming(f"the tokenizer of {tokenizer.name_or_path}", THEN):
+    with blaming(f"the tokenizer of {_name(tokenizer)}", THEN):
         text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
 
@@ -92,7 +92,7 @@ def render(messages: Sequence[dict[str, str]], tokenizer: Any) -> str:
         InputError: where the template raises, takes too long or too much memory, or writes far more than it was given.
     """
     most = MOST_ADDED + MOST_REPEATED * sum(len(message["content"]) for message in messages)
-    with blaming(f"the chat template of {tokenizer.name_or_path}", THEN), _bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
+    with blaming(f"the chat template of {_name(tokenizer)}", THEN), _bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
         text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         if len(text) > most:
             raise ValueError(f"it makes {len(text)} characters of a conversation, more than the {most} it may")
@@ -137,3 +137,8 @@ def _memory_limit(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _name(tokenizer: Any) -> str:
+    """Where a tokenizer was read from, if it knows."""
+    return str(getattr(tokenizer, "name_or_path", "unknown origin"))

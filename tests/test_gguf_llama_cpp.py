@@ -152,8 +152,8 @@ def test_our_divergence_of_dense_families_is_llama_cpps(tmp_path: Path, config: 
     files = [make(model, tmp_path / name, name, calibration="none") for name in ("F32", type_name)]
     tokens_NT = torch.randint(6, 280, (4, 256), generator=torch.Generator().manual_seed(3))
     Against(open_original(str(files[0])), tokens_NT, every_position(files[0], tokens_NT)).check(
-        files[1], tmp_path, 0.02, 0.001
-    )
+        files[1], tmp_path, 0.02, 0.002
+    )  # llama.cpp's kernels for some processors add up in another order: 0.0010 of a random Llama's perplexity
 
 
 def with_pre_tokenizer(model: Path, regex: str) -> Path:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dsquant
 from dsquant.errors import InputError, UsageError
@@ -217,8 +217,9 @@ def test_a_packed_linear_without_its_scales_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, "awq", counting_weight(grid, 64, 32))
     path = folder / "model.safetensors.index.json"
     content = json.loads(path.read_text())
-    del content["weight_map"][f"{LINEAR}.scales"]
+    shard = folder / content["weight_map"].pop(f"{LINEAR}.scales")
     path.write_text(json.dumps(content))
+    save_file({name: tensor for name, tensor in load_file(shard).items() if name != f"{LINEAR}.scales"}, shard)
     with pytest.raises(InputError, match=r"qweight.*scales"):
         decoded_weights(read_index(folder), FORMATS["awq"].quantization_config(grid, {LINEAR: True}))
 

@@ -57,7 +57,7 @@ def check_publishable(recipe: ReleaseRecipe) -> None:
     Raises:
         InputError: where the output holds something that no `dsquant run` published.
     """
-    check_name(recipe.output)
+    check_name(Path(os.path.realpath(recipe.output)))  # a link may lead to a folder that is still to be made
     output = recipe.output.resolve()
     if output.exists() and output.stat().st_dev != output.parent.stat().st_dev:
         raise InputError(

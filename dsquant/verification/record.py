@@ -93,5 +93,5 @@ def read_record(path: Path) -> dict[str, Any]:
         ) from error
     for name, entry in record["files"].items():
         if "tensors" not in entry and PurePosixPath(name).suffix in (".safetensors", ".gguf"):
-            raise InputError(f"{path}: 'files', {name!r:.80}: holds no tensors; not a record that dsquant writes")
+            raise InputError(f"{path} is not a record that dsquant writes: 'files', {name!r:.80}: holds no tensors")
     return record
