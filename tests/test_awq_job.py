@@ -117,7 +117,7 @@ def test_two_runs_write_identical_bytes(pico_r1: Path, text_file: Path, tmp_path
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_the_output_is_the_uninterrupted_one(
     pico_r1: Path, text_file: Path, tmp_path: Path, kills: int
 ) -> None:

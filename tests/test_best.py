@@ -91,6 +91,7 @@ def _options(output: Path, text: Path, **more: Any) -> dict[str, Any]:
     return {"output": output, "preset": "best", "calibration": (str(text),), **FAST, "symmetric": True, **more}
 
 
+@pytest.mark.slow
 def test_interrupted_in_every_layer_and_resumed_it_writes_the_same_bytes(
     pico_r1: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,7 +143,7 @@ class Killed(BaseException):
     """Ends a run as a kill would: nothing of dsquant catches it."""
 
 
-@pytest.mark.parametrize("after_the_line", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("after_the_line", [pytest.param(value, marks=pytest.mark.slow) for value in (False, True)])
 def test_killed_at_every_line_of_the_journal_the_published_bytes_are_the_same(
     whole: tuple[Release, dict[str, bytes]],
     pico_r1: Path,

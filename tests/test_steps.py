@@ -78,7 +78,9 @@ def test_no_steps_are_plain_rounding(pico_r1: Path, text_file: Path, tmp_path: P
         assert torch.allclose(found[name], wanted, rtol=0 if rounded else 2**-8, atol=0), name
 
 
-@pytest.mark.parametrize("preset", PRESET_STEPS)
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=[pytest.mark.slow] * (name == "best")) for name in PRESET_STEPS]
+)
 def test_a_presets_steps_spelled_out_in_any_order_are_the_same_job(
     pico_r1: Path, text_file: Path, tmp_path: Path, preset: str
 ) -> None:
@@ -191,6 +193,7 @@ def test_several_ranks_share_all_steps_but_follow(pico_r1: Path, tmp_path: Path)
         _resolved_for(Recipe(**options, steps="follow"), Ranks(0, 2))
 
 
+@pytest.mark.slow
 def test_descent_without_following_serves_several_formats(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
     more = {"preset": "quality", "steps": "descend"}
     both = _run(pico_r1, text_file, tmp_path / "both", to=["awq", "compressed-tensors"], **more)
