@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import signal
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,7 +131,7 @@ def found_in(output: Path) -> str:
         return "absent"
     work = output / WORK_FOLDER
     for folder in (work, output / REMOVED_FOLDER):
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        if not _is_folder_or_absent(folder):
             raise InputError(f"{folder} is a link or a file, not a folder of dsquant's; remove it")
     for name in (LOCK_FILE, HOLDER_FILE, HOLDER_FILE + PARTIAL, JOB_FILE, *EARLIER.values()):
         if (work / name).is_dir():
@@ -142,6 +143,14 @@ def found_in(output: Path) -> str:
     if (output / RECORD_FILE).is_file():
         return "finished"
     return "foreign" if any(path.name not in (WORK_FOLDER, REMOVED_FOLDER) for path in output.iterdir()) else "absent"
+
+
+def _is_folder_or_absent(path: Path) -> bool:
+    """Looks once: another run may be moving the folder away."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return True
 
 
 def found_state(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
@@ -237,7 +246,8 @@ def held(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> Iterat
         InputError: where another run works on the folder, and as `claim`.
         UsageError: as `claim`.
     """
-    if claim(output, recipe, resume, restart) == "finished":
+    # An interrupted job's files may be those of a run that is just finishing: they are looked at under the lock alone.
+    if found_in(output) != "interrupted" and claim(output, recipe, resume, restart) == "finished":
         remove_tree(output / REMOVED_FOLDER)
         yield "finished"
         return
