@@ -96,10 +96,10 @@ def main() -> int:
                 before = _cpu_seconds()
                 _run(name, work)
                 table[name] = dict(_contents(work / name))
+                arguments.table.write_text(json.dumps(table, indent=1) + "\n")
                 print(f"{name:17} {_cpu_seconds() - before:6.1f} CPU seconds", flush=True)
     finally:
         shutil.rmtree(work)
-    arguments.table.write_text(json.dumps(table, indent=1) + "\n")
     print(f"{'all':17} {_cpu_seconds():6.1f} CPU seconds")
     differences = list(_unlike_their_twins(table))
     if arguments.compare:
