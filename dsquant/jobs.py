@@ -246,6 +246,7 @@ def held(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> Iterat
         InputError: where another run works on the folder, and as `claim`.
         UsageError: as `claim`.
     """
+    check_name(output)
     # An interrupted job's files may be those of a run that is just finishing: they are looked at under the lock alone.
     if found_in(output) != "interrupted" and claim(output, recipe, resume, restart) == "finished":
         remove_tree(output / REMOVED_FOLDER)

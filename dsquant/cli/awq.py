@@ -7,7 +7,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dsquant.cli.process import dsquant_command, metrics_options, reporting, several_ranks
+from dsquant.cli.ending import several_ranks
+from dsquant.cli.process import dsquant_command, metrics_options, reporting
 from dsquant.errors import UsageError
 from dsquant.escaping import printable
 

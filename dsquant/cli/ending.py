@@ -27,7 +27,7 @@ class Group(click.Group):
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         """Runs a command, as click does."""
-        with quiet_ending():
+        with quiet_ending(), _failed_ranks_end_at_once():
             return super().main(*arguments, **options)
 
 
@@ -36,6 +36,11 @@ def quiet_ending() -> Iterator[None]:
     """Turns signals into exit code 75 without a traceback, and lets output go where its reader has left."""
     with _readers_may_leave(), _signals_end():
         yield
+
+
+def several_ranks() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def stopped_words(number: int) -> str:
@@ -49,6 +54,22 @@ def stopped_words(number: int) -> str:
     """
     words = "continue a job in its output folder with --resume; start anything else again"
     return f"dsquant: stopped by {signal.Signals(number).name}; {words}"
+
+
+@contextmanager
+def _failed_ranks_end_at_once() -> Iterator[None]:
+    """Ends one of several processes that has failed without taking its modules apart.
+
+    Its connections to the others are still open then, and their threads can make SIGABRT of the exit code.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if several_ranks() and end.code:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        raise
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from dsquant.cli.ending import stopped_words
+from dsquant.cli.ending import several_ranks, stopped_words
 from dsquant.errors import DsquantError, InputError, Interrupted, PackageError, UsageError
 from dsquant.escaping import printable
 
@@ -58,11 +58,6 @@ def _check_texts(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if any("\0" in str(part) for part in (value if isinstance(value, tuple) else (value,))):
             raise InputError(f"{name.strip('_')}: {value!r:.80} holds a null byte")
-
-
-def several_ranks() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _take_own_gpu() -> None:
