@@ -254,13 +254,14 @@ def held(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> Iterat
         return
     absent = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
-        with exclusive(output / WORK_FOLDER, output):
+        with exclusive(output / WORK_FOLDER, output) as is_locked:
             try:
                 state = claim(output, recipe, resume, restart)
                 remove_tree(output / REMOVED_FOLDER)
                 yield state
             finally:
-                if found_in(output) not in ("interrupted", "cleared"):
+                # Once a finished job's folder has been moved away, there may be another run's.
+                if is_locked() and found_in(output) not in ("interrupted", "cleared"):
                     remove_work(output)
     finally:
         remove_empty(absent)

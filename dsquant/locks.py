@@ -3,27 +3,24 @@
 The lock itself is the kernel's and ends with its process, however that ends. Who holds it stands in a file beside it.
 """
 
+import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dsquant.disk import naming
 from dsquant.errors import InputError
-
-if TYPE_CHECKING:
-    from filelock import FileLock
 
 LOCK_FILE = "lock"
 HOLDER_FILE = "holder.json"
 
 
 @contextmanager
-def exclusive(folder: Path, subject: Path) -> Iterator[None]:
+def exclusive(folder: Path, subject: Path) -> Iterator[Callable[[], bool]]:
     """Holds a folder's lock.
 
     Args:
@@ -31,12 +28,14 @@ def exclusive(folder: Path, subject: Path) -> Iterator[None]:
         subject: what is locked, for the message.
 
     Yields:
-        Nothing; the lock is held until the end.
+        Tells whether the folder is still the one whose lock is held, which lasts until the end: whoever holds it may
+        move the folder away, and another run may then make and lock a new one.
 
     Raises:
         InputError: where another process holds it, with its number, its host and since when; or a link lies there.
     """
-    lock = _acquired(folder, subject)
+    path = folder / LOCK_FILE
+    descriptor = _locked(path, subject)
     try:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         content = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
@@ -44,35 +43,46 @@ def exclusive(folder: Path, subject: Path) -> Iterator[None]:
         with naming(folder / HOLDER_FILE):
             temporary.write_text(json.dumps(content))
         temporary.replace(folder / HOLDER_FILE)
-        yield
+        yield lambda: _lies_at(descriptor, path)
     finally:
-        lock.release()
+        os.close(descriptor)
 
 
-def _acquired(folder: Path, subject: Path) -> "FileLock":
-    """Acquires the lock that lies in the folder now: its holder may be moving the folder away meanwhile."""
-    from filelock import FileLock, Timeout
+def _locked(path: Path, subject: Path) -> int:
+    """Locks the file that lies at the path now, as an open descriptor: its holder may be moving its folder away.
 
-    path = folder / LOCK_FILE
+    A package such as filelock keeps the descriptor to itself, and a path and a file's number alone cannot tell: the
+    number of a file that is removed goes to the next.
+    """
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        if path.is_symlink():
-            raise InputError(f"{path} is a link; remove it")
-        lock = FileLock(path)
         try:
-            path.touch()
-            before = path.stat()
-            lock.acquire(timeout=0)
-            if os.path.samestat(path.stat(), before):
-                return lock
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_symlink():
+                raise InputError(f"{path} is a link; remove it")
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:
-            pass
-        except Timeout as error:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _lies_at(descriptor, path):
+                return descriptor
+        except OSError as error:
+            os.close(descriptor)
+            if not isinstance(error, BlockingIOError | PermissionError):
+                raise
             raise InputError(
-                f"{subject}: another dsquant run is working on this folder: {_holder(folder / HOLDER_FILE)}; wait for "
-                "it, or stop that process and run again"
+                f"{subject}: another dsquant run is working on this folder: {_holder(path.with_name(HOLDER_FILE))}; "
+                "wait for it, or stop that process and run again"
             ) from error
-        lock.release()
+        os.close(descriptor)
+
+
+def _lies_at(descriptor: int, path: Path) -> bool:
+    """Whether the file that is open lies at the path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _holder(path: Path) -> str:

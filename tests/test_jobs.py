@@ -2,8 +2,9 @@
 any place leaves what the next run understands."""
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -101,12 +102,12 @@ def test_what_was_seen_before_the_lock_is_looked_at_again_under_it(
         arriving.rename(output)
 
     @contextmanager
-    def after_the_other_run(folder: Path, subject: Path) -> Iterator[None]:
+    def after_the_other_run(folder: Path, subject: Path) -> Iterator[Callable[[], bool]]:
         if arriving.exists():
             arriving.rename(output)
         jobs.remove_work(output)  # the other run's last step
-        with exclusive(folder, subject):
-            yield
+        with exclusive(folder, subject) as is_locked:
+            yield is_locked
 
     exclusive = jobs.exclusive
     monkeypatch.setattr(jobs, "exclusive", after_the_other_run)
@@ -117,6 +118,33 @@ def test_what_was_seen_before_the_lock_is_looked_at_again_under_it(
             pipeline.gguf(recipe(pico_r1, output), **options)
     whole = {name: content for name, content in contents(all_done).items() if not name.startswith(WORK)}
     assert contents(output) == whole
+
+
+def test_a_run_that_has_finished_leaves_the_work_folder_of_the_next_alone(
+    pico_r1: Path, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    with jobs.held(output, recipe(pico_r1, output), resume=False, restart=True):
+        jobs.remove_work(output)  # its last step; the next run begins before it has ended
+        (output / WORK).mkdir()
+        (output / WORK / "lock").touch()
+        (output / WORK / "sensitivity-inputs.f32").touch()
+    assert sorted(path.name for path in (output / WORK).iterdir()) == ["lock", "sensitivity-inputs.f32"]
+
+
+def test_a_lock_is_of_the_folder_that_lies_there_now(tmp_path: Path) -> None:
+    with jobs.exclusive(tmp_path / "work", tmp_path) as is_locked:
+        assert is_locked()
+        (tmp_path / "work").rename(tmp_path / "away")
+        assert not is_locked()
+        with jobs.exclusive(tmp_path / "work", tmp_path) as is_locked_by_the_next:
+            assert is_locked_by_the_next() and not is_locked()
+            with (
+                pytest.raises(InputError, match=f"another dsquant run is working .* process {os.getpid()} on"),
+                jobs.exclusive(tmp_path / "work", tmp_path),
+            ):
+                pass
 
 
 def test_killed_anywhere_while_the_work_folder_goes_away_the_output_is_finished_or_resumable(

@@ -162,6 +162,12 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Waits; the exit code, and what was told."""
+    _, told = process.communicate()
+    return process.returncode, told
+
+
 def test_of_two_runs_that_begin_together_one_makes_the_output_alone(
     model: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -170,11 +176,11 @@ def test_of_two_runs_that_begin_together_one_makes_the_output_alone(
     recipes = [(*common, "--samples", str(samples)) for samples in (2, 3)]
     wanted = []
     for number, options in enumerate(recipes):
-        process = start(tmp_path / str(number), *options)
-        assert process.wait() == 0, process.stderr and process.stderr.read()
+        code, told = end(start(tmp_path / str(number), *options))
+        assert code == 0, told
         wanted.append(contents(tmp_path / str(number)))
     began = time.monotonic()
-    assert start(tmp_path / "timed", *recipes[0]).wait() == 0
+    assert end(start(tmp_path / "timed", *recipes[0]))[0] == 0
     seconds = time.monotonic() - began
     for race in range(RACES):
         folder = tmp_path / f"race-{race}"
@@ -182,12 +188,13 @@ def test_of_two_runs_that_begin_together_one_makes_the_output_alone(
         time.sleep(moments.random() * 1.3 * seconds)
         first = moments.randrange(2)
         both[first].send_signal(signal.SIGKILL)
-        codes = [process.wait() for process in both]
-        assert codes[1 - first] in (0, REFUSED), both[1 - first].stderr and both[1 - first].stderr.read()
+        ends = [end(process) for process in both]
+        codes = [code for code, _ in ends]
+        assert codes[1 - first] in (0, REFUSED), ends
         found = contents(folder) if folder.exists() else {}
         if not any(name.startswith("out/.dsquant-work") for name in found) and found:
             assert found in wanted, f"race {race}: {codes}"
-        resumed = [start(folder, *options, "--resume").wait() for options in recipes]
+        resumed = [end(start(folder, *options, "--resume"))[0] for options in recipes]
         assert sorted(resumed) in ([0, 2], [0, 3]), f"race {race}: {codes}, {resumed}"
         assert contents(folder) == wanted[resumed.index(0)]
 
