@@ -85,7 +85,10 @@ def claim(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
         UsageError: where the recipe differs from the interrupted job's.
     """
     check_name(output)
-    found = found_in(output)
+    return _claimed(output, found_in(output), recipe, resume, restart)
+
+
+def _claimed(output: Path, found: str, recipe: JobRecipe, resume: bool, restart: bool) -> str:
     if found == "absent":
         check_plain_files(output)
         return "new"
@@ -130,6 +133,7 @@ def found_in(output: Path) -> str:
     if not output.is_dir():
         return "absent"
     work = output / WORK_FOLDER
+    names = {path.name for path in output.iterdir()}  # first: files of a run that begins meanwhile are nobody else's
     for folder in (work, output / REMOVED_FOLDER):
         if not _is_folder_or_absent(folder):
             raise InputError(f"{folder} is a link or a file, not a folder of dsquant's; remove it")
@@ -142,7 +146,7 @@ def found_in(output: Path) -> str:
         return "cleared"
     if (output / RECORD_FILE).is_file():
         return "finished"
-    return "foreign" if any(path.name not in (WORK_FOLDER, REMOVED_FOLDER) for path in output.iterdir()) else "absent"
+    return "foreign" if names - {WORK_FOLDER, REMOVED_FOLDER} else "absent"
 
 
 def _is_folder_or_absent(path: Path) -> bool:
@@ -247,8 +251,10 @@ def held(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> Iterat
         UsageError: as `claim`.
     """
     check_name(output)
-    # An interrupted job's files may be those of a run that is just finishing: they are looked at under the lock alone.
-    if found_in(output) != "interrupted" and claim(output, recipe, resume, restart) == "finished":
+    found = found_in(output)
+    # Where there is a job, its run may be at work, and changing what one looks at: that is done under the lock alone.
+    at_work = found == "interrupted" or (found == "foreign" and (output / WORK_FOLDER).exists())
+    if not at_work and _claimed(output, found, recipe, resume, restart) == "finished":
         remove_tree(output / REMOVED_FOLDER)
         yield "finished"
         return

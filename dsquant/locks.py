@@ -60,8 +60,10 @@ def _locked(path: Path, subject: Path) -> int:
             if path.is_symlink():
                 raise InputError(f"{path} is a link; remove it")
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:
-            continue
+        except (FileNotFoundError, FileExistsError):
+            if os.path.lexists(path.parent) and not path.parent.is_dir():
+                raise
+            continue  # it came or went between two looks
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _lies_at(descriptor, path):
