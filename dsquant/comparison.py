@@ -28,11 +28,11 @@ from dsquant.evaluation.summary import layer_scores, routers_of, scores_by_text
 from dsquant.evaluation.weights import by_kind, worst
 from dsquant.evaluation_request import EvaluationRequest, Texts, candidate_names, read_texts
 from dsquant.jobs import check_name, stop_on_signals
-from dsquant.memory import samples_together
+from dsquant.model.streaming import samples_together
 from dsquant.opening import Opened, Original, open_candidate, open_original
 from dsquant.packages import PACKAGES, load, version
-from dsquant.preparation import check_disk, default_memory_budget, resolved_device
 from dsquant.recipe import format_size
+from dsquant.resources import check_disk, default_memory_budget, resolved_device
 from dsquant.source.gguf_weights import RELEASE_BYTES
 from dsquant.source.quantized import DecodedWeights
 from dsquant.source.vocabulary import surplus_notes

@@ -13,9 +13,8 @@ from dsquant.disk import sync_folder
 from dsquant.distributed import ALONE, Ranks, Shares
 from dsquant.gguf_conversion import keep_observed, note_importance, work_files
 from dsquant.jobs import Job
-from dsquant.memory import samples_together
 from dsquant.model.activations import Activations, stored_dtype
-from dsquant.model.streaming import Stream, embed, mtp_inputs
+from dsquant.model.streaming import Stream, embed, mtp_inputs, samples_together
 from dsquant.model.structure import DecoderLayer
 from dsquant.planning import Target, Unit
 from dsquant.preparation import Source

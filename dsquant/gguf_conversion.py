@@ -13,19 +13,14 @@ from dsquant.calibration import check_held_out
 from dsquant.disk import sync_folder, write_atomically
 from dsquant.errors import InputError, UsageError
 from dsquant.jobs import Job
-from dsquant.memory import (
-    FLOAT32_BYTES,
-    head_memory_bytes,
-    host_memory_bytes,
-    layer_memory_bytes,
-    samples_together,
-)
+from dsquant.memory import FLOAT32_BYTES, head_memory_bytes, host_memory_bytes, layer_memory_bytes
 from dsquant.mixed_plan import MixedPlan
 from dsquant.model.activations import Activations
+from dsquant.model.complete import check_complete
 from dsquant.model.skeleton import Skeleton
-from dsquant.model.streaming import Stream, embed, mtp_inputs
+from dsquant.model.streaming import Stream, embed, mtp_inputs, samples_together
 from dsquant.model.structure import DecoderLayer
-from dsquant.planning import GGUF_GRID, Unit, check_complete, plan_units
+from dsquant.planning import GGUF_GRID, Unit, plan_units
 from dsquant.preparation import open_calibration, open_model, open_tokenizer
 from dsquant.quantization.importance import ObservationJob, observe_layer
 from dsquant.quantization.layer import KEYS_SUFFIX, quantize_layer

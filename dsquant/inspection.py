@@ -7,10 +7,10 @@ from pathlib import Path
 
 from dsquant.errors import InputError
 from dsquant.model.checkpoints import open_checkpoint
+from dsquant.model.complete import check_complete
 from dsquant.model.kinds import kind_of
 from dsquant.model.skeleton import Skeleton
 from dsquant.notebook import as_html
-from dsquant.planning import check_complete
 from dsquant.recipe import format_size
 from dsquant.source.checkpoint import CONFIG_FILE
 from dsquant.source.locate import locate

@@ -4,7 +4,7 @@ from dsquant.distributed import CHUNKS, Shares
 from dsquant.errors import UsageError
 from dsquant.model.activations import RELEASE_BYTES
 from dsquant.model.skeleton import Skeleton
-from dsquant.model.streaming import ROWS_AT_ONCE, VOCABULARY_AT_ONCE
+from dsquant.model.streaming import BATCH_TOKENS, ROWS_AT_ONCE, VOCABULARY_AT_ONCE, samples_together
 from dsquant.model.structure import DecoderLayer
 from dsquant.quantization.clip import ELEMENTS_AT_ONCE, SHRINKS
 from dsquant.quantization.pairs import WIDEST_PAIRS
@@ -12,8 +12,6 @@ from dsquant.quantization.statistics import FACTOR_ROWS, WIDEST_PART, is_wide, p
 from dsquant.recipe import format_size
 from dsquant.source.checkpoint import Checkpoint
 
-# Tokens that pass attention together. Fixed, since the order of sums, and with it the output's bytes, depends on it.
-BATCH_TOKENS = 1024
 FLOAT32_BYTES = 4
 # What transformers, accelerate and the formats' packages take once a run uses them.
 LIBRARY_BYTES = 256 * 2**20
@@ -21,11 +19,6 @@ LIBRARY_BYTES = 256 * 2**20
 CUDA_HOST_BYTES = 4 * 2**30
 # A hidden value that a GPU keeps between layers, or for a layer's MLPs.
 BFLOAT16_BYTES = 2
-
-
-def samples_together(seq_len: int) -> int:
-    """Samples of so many tokens that pass attention together."""
-    return max(1, BATCH_TOKENS // seq_len)
 
 
 def layer_memory_bytes(

@@ -17,11 +17,11 @@ from dsquant.gguf_candidate import check_same_network, check_same_tensors
 from dsquant.gguf_checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
 from dsquant.kernels.activation_rounding import unrounded
 from dsquant.model.checkpoints import open_checkpoint
+from dsquant.model.complete import COMPUTED_SUFFIX, HEAD, check_complete
 from dsquant.model.families import family_of
 from dsquant.model.overlays import on_device
 from dsquant.model.skeleton import Skeleton, network_config, network_rotary
 from dsquant.model.streaming import EMBEDDING
-from dsquant.planning import COMPUTED_SUFFIX, HEAD, check_complete
 from dsquant.repeated import check_repeated
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.gguf_weights import GgufWeights, gguf_file, gguf_parts

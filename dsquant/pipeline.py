@@ -20,15 +20,7 @@ from dsquant.mixed_plan import MixedPlan
 from dsquant.mixed_precision import choose_widths
 from dsquant.mixed_types import choose_types
 from dsquant.planning import FOLLOW, WITHOUT_FOLLOW, Plan
-from dsquant.preparation import (
-    check_disk,
-    gpu_memory_budget,
-    gpu_within_budget,
-    memory_budget,
-    open_source,
-    resolved,
-    resolved_device,
-)
+from dsquant.preparation import gpu_memory_budget, gpu_within_budget, memory_budget, open_source, resolved
 from dsquant.recipe import GgufRecipe, Recipe, TargetedRecipe, format_size, preset_and_steps
 from dsquant.records import (
     Preview,
@@ -39,6 +31,7 @@ from dsquant.records import (
     planned_warnings,
     result_of,
 )
+from dsquant.resources import check_disk, resolved_device
 from dsquant.rounding import UNQUANTIZED
 from dsquant.supervision import Supervised, input_hashes
 from dsquant.telemetry import Limits, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent

@@ -1,28 +1,25 @@
 """Opens and validates everything that a run reads, before anything is written."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsquant.calibration import calibration_tokens, check_held_out, load_tokenizer
-from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.errors import InputError, Interrupted
 from dsquant.model.checkpoints import open_checkpoint, read_text_config
 from dsquant.model.skeleton import Skeleton
 from dsquant.planning import Plan, default_symmetric, plan_run
 from dsquant.recipe import GgufRecipe, Recipe, format_size
 from dsquant.repeated import check_repeated
+from dsquant.resources import LARGEST_DEFAULT_BUDGET, default_memory_budget, resolved_device
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
 from dsquant.source.locate import locate
 from dsquant.source.vocabulary import set_embedding_rows
 from dsquant.source.weights import CPU
 from dsquant.writers.formats import FORMATS
-
-LARGEST_DEFAULT_BUDGET = 16 * 2**30
 
 
 @dataclass(frozen=True)
@@ -63,24 +60,6 @@ def resolved(recipe: Recipe) -> Recipe:
     chosen = agreed if recipe.symmetric is None else recipe.symmetric
     device = resolved_device(recipe.device)
     return recipe.model_copy(update={"preset": preset, "symmetric": chosen, "device": device})
-
-
-def resolved_device(device: str) -> str:
-    """`cpu` or `cuda`.
-
-    Args:
-        device: one of these, or `auto`.
-
-    Returns:
-        The device; for `auto` a GPU where there is one.
-
-    Raises:
-        UsageError: where a GPU is asked for and there is none.
-    """
-    found = torch.cuda.is_available()
-    if device == "cuda" and not found:
-        raise UsageError("--device cuda: PyTorch finds no GPU here; leave --device out to compute on the CPU")
-    return device if device != "auto" else ("cuda" if found else "cpu")
 
 
 def open_source(recipe: Recipe, gpu_budget_bytes: int | None = None, num_ranks: int = 1) -> Source:
@@ -183,14 +162,6 @@ def memory_budget(recipe: Recipe | GgufRecipe) -> int:
     return recipe.memory_budget or default_memory_budget()
 
 
-def default_memory_budget() -> int:
-    """80 % of what is available now, divided among this machine's ranks, at most 16 GiB."""
-    import psutil
-
-    available = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(LARGEST_DEFAULT_BUDGET, int(available * 0.8))
-
-
 def gpu_memory_budget(recipe: Recipe) -> int:
     """The GPU budget in bytes: the recipe's, or 90 % of what is free now, at most 16 GiB; 0 on a CPU."""
     if recipe.device != "cuda":
@@ -224,25 +195,3 @@ def gpu_within_budget(budget_bytes: int) -> Iterator[None]:
         ) from error
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def check_disk(output: Path, needed_bytes: int) -> None:
-    """Refuses to begin where the disk cannot hold the output.
-
-    Args:
-        output: the folder to make.
-        needed_bytes: what will lie in it at the most, with what is there already.
-
-    Raises:
-        InputError: with the bytes needed and free.
-    """
-    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    there = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    statistics = os.statvfs(existing)
-    free = statistics.f_bavail * statistics.f_frsize
-    needed = needed_bytes - there
-    if needed > free:
-        raise InputError(
-            f"{existing}: the output needs {format_size(needed)} more, {format_size(free)} are free; make room or "
-            "name a folder on another disk"
-        )

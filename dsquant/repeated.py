@@ -3,10 +3,10 @@
 import torch
 
 from dsquant.errors import InputError
+from dsquant.model.complete import COMPUTED_SUFFIX, HEAD
 from dsquant.model.rotary import plain_frequencies
 from dsquant.model.skeleton import Skeleton, network_rotary
 from dsquant.model.streaming import EMBEDDING, table_parts
-from dsquant.planning import COMPUTED_SUFFIX, HEAD
 from dsquant.source.checkpoint import Checkpoint
 
 

@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save
 
 from dsquant.disk import write_atomically
 from dsquant.foreign import find_file
-from dsquant.model.overlays import Fold
+from dsquant.model.overlays import Fold, fold_of
 from dsquant.model.structure import DecoderLayer, ScaleGroup
-from dsquant.quantization.scale import fold_of
 from dsquant.source.shards import ShardIndex, read_header
 from dsquant.source.weights import Weights
 from dsquant.writers.base import Shard, ShardFile, StoredTensor

@@ -14,8 +14,8 @@ from dsquant.jobs import WORK_FOLDER, Job, StopRequest, memory_guard, open_job
 from dsquant.journal import BEGIN_ANEW
 from dsquant.memory import check_memory
 from dsquant.packages import PACKAGES, version
-from dsquant.preparation import check_disk
 from dsquant.recipe import JobRecipe, Recipe
+from dsquant.resources import check_disk
 from dsquant.source.quantized import check_decoder
 from dsquant.source.scan import Look, scan, unseen
 from dsquant.source.shards import ShardIndex

@@ -22,7 +22,7 @@ from dsquant.incremental.reuse import reuse_file
 from dsquant.jobs import JOB_FILE, RECORD_FILE, WORK_FOLDER, remove_work
 from dsquant.locks import exclusive
 from dsquant.notebook import Shown
-from dsquant.preparation import check_disk
+from dsquant.resources import check_disk
 from dsquant.sealing import broken_sections, hash_files
 
 

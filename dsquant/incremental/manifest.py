@@ -16,8 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 from dsquant.errors import InputError
 from dsquant.foreign import LARGEST_TEXT_BYTES, check_relative
 from dsquant.jobs import WORK_FOLDER
-from dsquant.preparation import default_memory_budget
 from dsquant.recipe import format_size
+from dsquant.resources import default_memory_budget
 from dsquant.sealing import BYTES_AT_ONCE
 from dsquant.verification.record import Count, Digest
 

@@ -23,10 +23,11 @@ from dsquant.incremental.sources import HeldTensors, held_once, stored_parts
 from dsquant.jobs import RECORD_FILE, full_disk_is_resumable, held, open_job, stop_on_signals
 from dsquant.model.overlays import Fold
 from dsquant.planning import Unit, plan_run
-from dsquant.preparation import Source, check_disk, memory_budget, open_model
+from dsquant.preparation import Source, memory_budget, open_model
 from dsquant.recipe import Recipe
 from dsquant.records import output_files
 from dsquant.repeated import check_repeated
+from dsquant.resources import check_disk
 from dsquant.resumption import check_checkpoints, check_kept, check_units, kept_files
 from dsquant.scales import keep_scales, recorded_fold
 from dsquant.source.shards import DTYPES

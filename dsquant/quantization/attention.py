@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dsquant.model.overlays import Fold, FoldedWeights
+from dsquant.model.overlays import Fold, FoldedWeights, fold_of
 from dsquant.model.structure import ScaleGroup
-from dsquant.quantization.scale import fold_of, search_group
+from dsquant.quantization.scale import search_group
 from dsquant.quantization.statistics import InputMoments
 from dsquant.quantization.steps import prepared, rounded_weight
 from dsquant.recipe import Step

@@ -129,7 +129,8 @@ def check_all(shop: Workshop) -> None:
     """
     from dsquant.errors import DsquantError
     from dsquant.gguf_conversion import plan_gguf
-    from dsquant.preparation import open_source, resolved, resolved_device
+    from dsquant.preparation import open_source, resolved
+    from dsquant.resources import resolved_device
 
     for step in shop.recipe.quantize:
         try:

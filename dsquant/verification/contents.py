@@ -7,8 +7,8 @@ from typing import Any
 from dsquant.errors import InputError
 from dsquant.foreign import find_file, read_file
 from dsquant.model.checkpoints import open_checkpoint
+from dsquant.model.complete import COMPUTED_SUFFIX, check_complete
 from dsquant.model.skeleton import Skeleton
-from dsquant.planning import COMPUTED_SUFFIX, check_complete
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.fp8 import SCALE_SUFFIX
 from dsquant.source.gguf_file import read_gguf
