@@ -5,19 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from dsquant.notebook import plain_console
+from dsquant.notebook import Shown, plain_console
 from dsquant.recipe import format_size
 from dsquant.telemetry import Progress as Step
 from dsquant.telemetry import Report, silent
-
-if TYPE_CHECKING:
-    from dsquant.evaluation.results import Evaluation
-    from dsquant.records import Result
 
 STAGES = {
     "scan": "checking",
@@ -96,14 +91,14 @@ def _short_name(name: str) -> str:
     return f"layer {parts[0]}{expert}"
 
 
-def print_result(result: "Result", console: Console | None = None) -> None:
-    """Prints the closing table."""
+def print_result(result: Shown, console: Console | None = None) -> None:
+    """Prints a result's tables."""
     console = console or plain_console()
     for renderable in result.tables():
         console.print(renderable)
 
 
-def print_evaluation(evaluation: "Evaluation", output: Path | None = None, console: Console | None = None) -> None:
+def print_evaluation(evaluation: Shown, output: Path | None = None, console: Console | None = None) -> None:
     """Prints an evaluation.
 
     Args:
@@ -112,7 +107,6 @@ def print_evaluation(evaluation: "Evaluation", output: Path | None = None, conso
         console: where to print; standard output where it is left out.
     """
     console = console or plain_console()
-    for renderable in evaluation.tables():
-        console.print(renderable)
+    print_result(evaluation, console)
     if output is not None:
         console.print(f"Report: {output / 'report.html'} (also report.md, report.json)", soft_wrap=True)
