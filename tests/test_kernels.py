@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dsquant.kernels import clipping, compensation, descent, fp8, grids, losses, packing, w4a16
 from dsquant.kernels.fp8 import dequantize_fp8
 from dsquant.quantization.clip import SHRINKS
-from dsquant.rounding import Grid, fake_quantize, grid_parameters, round_to_nearest
+from dsquant.schemes import Grid, fake_quantize, grid_parameters, round_to_nearest
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = settings(max_examples=4, deadline=None)
@@ -240,8 +240,8 @@ def test_packing_in_triton_does_what_the_reference_does(rows: int, columns: int,
 @settings(max_examples=20, deadline=None)
 @given(bits=bits_of_codes, seed=seeds)
 def test_the_writers_layouts_are_the_kernels(bits: int, seed: int) -> None:
-    from dsquant.writers.awq_gemm import AwqGemm
-    from dsquant.writers.compressed_tensors import CompressedTensors
+    from dsquant.formats.awq_gemm import AwqGemm
+    from dsquant.formats.compressed_tensors import CompressedTensors
 
     weight = round_to_nearest(_weight(16, 96, seed), Grid(bits, 32, symmetric=False))
     stored = CompressedTensors().pack("linear", weight)

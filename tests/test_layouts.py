@@ -15,9 +15,9 @@ from streams import stream_logits
 
 import dsquant
 from dsquant.cli import main
+from dsquant.deployment.inspection import describe
 from dsquant.errors import InputError
-from dsquant.inspection import describe
-from dsquant.model.checkpoints import open_checkpoint
+from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.complete import check_complete
 from dsquant.model.skeleton import Skeleton
 

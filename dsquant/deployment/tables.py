@@ -13,7 +13,7 @@ from dsquant.deployment.forecast import Deployment, Forecast, MachineForecast
 from dsquant.deployment.hardware import Machine
 from dsquant.deployment.making import Making
 from dsquant.deployment.sizes import OutputSize
-from dsquant.recipe import format_size
+from dsquant.recipes import format_size
 
 BAR_WIDTH = 36
 COMMAND_WIDTH = 76

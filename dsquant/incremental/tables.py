@@ -7,7 +7,7 @@ from rich.text import Text
 
 from dsquant.incremental.applying import AppliedPatch
 from dsquant.incremental.release import Delta
-from dsquant.recipe import format_size
+from dsquant.recipes import format_size
 
 
 def delta_tables(made: Delta) -> Iterator[RenderableType]:

@@ -15,7 +15,7 @@ import torch
 from dsquant.kernels.descent import DescendingGroup, descend_group
 from dsquant.kernels.losses import gram_losses
 from dsquant.kernels.precision import fast_matmuls
-from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.schemes import Grid, QuantizedWeight
 
 SWEEPS = 4
 # Columns whose gradient is brought up to date group by group.

@@ -24,8 +24,8 @@ from dsquant.quantization.layer_mlps import MlpOutcome, quantize_mlps
 from dsquant.quantization.mlp import MlpInputs, prove_same, search_norm_scales
 from dsquant.quantization.sharing import SampleStatistics, share_routing, share_rows
 from dsquant.quantization.statistics import Importance, InputMoments
-from dsquant.recipe import Step
-from dsquant.rounding import Grid
+from dsquant.recipes import Step
+from dsquant.schemes import Grid
 from dsquant.source.weights import Weights
 
 # An expert with fewer tokens than this gets those that the router scores highest for it besides its own.

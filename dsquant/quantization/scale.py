@@ -10,12 +10,12 @@ import torch
 
 from dsquant.kernels.grids import fake_quantize_difference
 from dsquant.kernels.precision import fast_matmuls
+from dsquant.kernels.threads import side_by_side
 from dsquant.model.structure import ScaleGroup
 from dsquant.quantization.clip import ELEMENTS_AT_ONCE
 from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments
-from dsquant.rounding import Grid
+from dsquant.schemes import Grid
 from dsquant.source.weights import Weights
-from dsquant.threads import side_by_side
 
 NUM_RATIOS = 20
 # The scale search reads at most this many rows of a weight, evenly spaced: the loss is a sum over rows.

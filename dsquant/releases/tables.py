@@ -6,10 +6,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dsquant.notebook import table_of
-from dsquant.recipe import format_size
+from dsquant.recipes import format_size
 from dsquant.releases.job import Release
 from dsquant.releases.recipe import EVALUATION_FOLDER
+from dsquant.reporting.notebook import table_of
 
 
 def _distances(release: Release) -> Table:

@@ -6,7 +6,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dsquant.recipe import format_size
+from dsquant.recipes import format_size
 from dsquant.verification.checks import Verification
 
 

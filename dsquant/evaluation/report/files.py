@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from dsquant.disk import write_atomically
 from dsquant.errors import InputError
 from dsquant.evaluation.report.markdown import markdown
 from dsquant.evaluation.report.page import page
 from dsquant.evaluation.results import Evaluation
+from dsquant.files.disk import write_atomically
 
 JSON_FILE, MARKDOWN_FILE, PAGE_FILE = "report.json", "report.md", "report.html"
 

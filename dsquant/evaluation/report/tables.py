@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dsquant.evaluation.drift import Health, Similarity
 from dsquant.evaluation.intervals import Interval
 from dsquant.evaluation.results import Candidate, Evaluation, GateOutcome, Ladder, TextScores
-from dsquant.recipe import format_size
+from dsquant.recipes import format_size
 
 NOISE = "noise floor"
 NOTHING = "–"

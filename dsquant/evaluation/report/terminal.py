@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsquant.evaluation.results import Candidate, Evaluation
-from dsquant.recipe import format_size
+from dsquant.recipes import format_size
 
 
 def tables(evaluation: Evaluation) -> Iterator[RenderableType]:
