@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dsquant.kernels import grids
+from dsquant.kernels.values import RoundedRows
 
 # The width of a linear that is left in BF16, where widths are chosen.
 UNQUANTIZED = 16
@@ -88,8 +89,8 @@ class QuantizedWeight:
         return self.codes_OI, self.scales_OG, self.zero_points_OG
 
     @property
-    def _rows(self) -> grids.RoundedRows:
-        return grids.RoundedRows(*self._tensors)
+    def _rows(self) -> RoundedRows:
+        return RoundedRows(*self._tensors)
 
 
 def group_size_hint(columns: int) -> str:

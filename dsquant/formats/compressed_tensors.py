@@ -18,7 +18,8 @@ from dsquant.errors import UsageError
 from dsquant.formats.protocol import NO_WIDTHS
 from dsquant.formats.shards import StoredTensor
 from dsquant.formats.skip_lists import ignored_modules, targets_by_width
-from dsquant.kernels.packing import WORD_BITS, pack_rows, unpack_rows
+from dsquant.kernels.packing import pack_rows, unpack_rows
+from dsquant.kernels.values import WORD_BITS
 from dsquant.schemes import UNQUANTIZED, Grid, QuantizedWeight, group_size_hint
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from dsquant.kernels.descent import DescendingGroup, descend_group
+from dsquant.kernels.descent import descend_group
 from dsquant.kernels.losses import gram_losses
 from dsquant.kernels.precision import fast_matmuls
+from dsquant.kernels.values import DescendingGroup
 from dsquant.schemes import Grid, QuantizedWeight
 
 SWEEPS = 4

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from benchmarks.w4a16 import MIDDLE
 from dsquant.kernels.clipping_triton import OPERAND, split
-from dsquant.kernels.w4a16 import MIDDLE
 
 # Programs that keep an H100's or H200's 132 multiprocessors busy.
 ENOUGH_PROGRAMS = 264

@@ -8,7 +8,8 @@ Shape legend: M rows of x, O out features, I in features, G groups along I.
 
 import torch
 
-from dsquant.kernels.packing import AWQ_BITS, AWQ_COLUMNS, WORD_BITS
+from dsquant.kernels.packing import AWQ_BITS, AWQ_COLUMNS
+from dsquant.kernels.values import WORD_BITS
 
 MIDDLE = 8
 
@@ -28,7 +29,7 @@ def matmul_awq(
         [M, O] of x's type, summed in float32.
     """
     if inputs_MI.is_cuda:
-        from dsquant.kernels import w4a16_triton
+        from benchmarks import w4a16_triton
 
         return w4a16_triton.matmul_awq(inputs_MI, qweight, qzeros, scales_GO)
     return matmul_awq_reference(inputs_MI, qweight, qzeros, scales_GO)
@@ -66,7 +67,7 @@ def matmul_pack_quantized(inputs_MI: torch.Tensor, packed: torch.Tensor, scales_
         [M, O] of x's type, summed in float32.
     """
     if inputs_MI.is_cuda:
-        from dsquant.kernels import w4a16_triton
+        from benchmarks import w4a16_triton
 
         return w4a16_triton.matmul_pack_quantized(inputs_MI, packed, scales_OG)
     return matmul_pack_quantized_reference(inputs_MI, packed, scales_OG)
