@@ -17,11 +17,11 @@ import click
 import torch
 
 import dsquant
-from dsquant.calibration import HELD_OUT_TEXTS, text_tokens
+from dsquant.calibration.texts import HELD_OUT_TEXTS, text_tokens
 from dsquant.evaluation.divergence import compare
+from dsquant.evaluation.opening import Original, open_candidate, open_original
 from dsquant.kernels.activation_rounding import Rounding, unrounded
 from dsquant.model.overlays import Overlay
-from dsquant.opening import Original, open_candidate, open_original
 from tests.llama_cpp import decoded, every_position
 
 SEQ_LEN, SAMPLES_AT_ONCE = 256, 32

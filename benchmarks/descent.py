@@ -14,7 +14,7 @@ import torch
 from dsquant.kernels.descent import descend_group, descend_group_reference
 from dsquant.kernels.losses import gram_losses
 from dsquant.quantization import descent
-from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
+from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest
 
 SHAPES = {"gate": (2048, 7168), "down": (7168, 2048)}
 TOKENS = 8192

@@ -52,7 +52,7 @@ def quantizers(type_name: str, place: str) -> Iterator[tuple[str, Quantizer]]:
     """
     if place == "GPU, host to host":
         if type_name in k_quants.ROW_BLOCKS:
-            from dsquant.writers.gguf.store import stored_rows
+            from dsquant.formats.gguf.store import stored_rows
 
             yield "dsquant Triton", lambda rows, weights: stored_rows(rows.cuda(), type_name, weights)
         return

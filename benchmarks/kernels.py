@@ -16,6 +16,7 @@ import triton
 from awq.modules.triton.gemm import awq_dequantize_triton, awq_gemm_triton
 from triton.testing import do_bench, do_bench_cudagraph
 
+from benchmarks import w4a16_triton
 from dsquant.kernels import (
     clipping,
     clipping_triton,
@@ -29,7 +30,6 @@ from dsquant.kernels import (
     packing,
     packing_triton,
     rounding_triton,
-    w4a16_triton,
 )
 
 SHRINKS = tuple(1 - step / 25 for step in range(10))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from dsquant.model.checkpoints import open_checkpoint
+from dsquant.formats.checkpoints import open_checkpoint
 
 CONSUMERS = {
     "input_layernorm": ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),

@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 import torch
 
+from dsquant.formats.awq_gemm import AwqGemm
+from dsquant.formats.gguf.store import stored_rows
 from dsquant.kernels.fp8 import dequantize_fp8
 from dsquant.quantization.clip import clipped_weight
 from dsquant.quantization.compensate import compensated_weight, with_inverses
 from dsquant.quantization.statistics import InputStatistics
-from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.scan import all_finite
-from dsquant.writers.awq_gemm import AwqGemm
-from dsquant.writers.gguf.store import stored_rows
 
 WIDTH, HIDDEN = 2048, 7168
 TOKENS = 384  # what an expert of R1 gets of 24 samples of 512 tokens

@@ -33,9 +33,10 @@ LAYERS, MIXTURES = 61, 58
 
 def stage_timers(seconds: dict[str, float]) -> None:
     """Makes each stage of the pipeline add its time to `seconds`; the GPU is waited for at its borders."""
-    from dsquant import conversion, supervision
     from dsquant.model.activations import Activations
     from dsquant.model.gated import GatedWeights
+    from dsquant.pipeline import supervision
+    from dsquant.pipeline import units as conversion
     from dsquant.quantization import layer, layer_mlps
 
     stages: list[tuple[str, Any, str]] = [
@@ -143,8 +144,9 @@ def run(options: argparse.Namespace, samples: int) -> dict[str, Any]:
     if options.stages:
         stage_timers(seconds)
     torch.cuda.reset_peak_memory_stats()
-    from dsquant import pipeline, supervision
-    from dsquant.recipe import Recipe, parse_size
+    from dsquant.pipeline import job as pipeline
+    from dsquant.pipeline import supervision
+    from dsquant.recipes import Recipe, parse_size
 
     supervision.scan_source = once(
         supervision.scan_source

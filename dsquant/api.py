@@ -11,13 +11,13 @@ from dsquant.errors import UsageError
 
 if TYPE_CHECKING:
     from dsquant.deployment.forecast import Forecast
+    from dsquant.deployment.inspection import Inspection
     from dsquant.evaluation.results import Evaluation
     from dsquant.incremental.applying import AppliedPatch
     from dsquant.incremental.release import Delta
-    from dsquant.inspection import Inspection
-    from dsquant.records import Result
+    from dsquant.pipeline.record import Result
     from dsquant.releases.job import Release
-    from dsquant.telemetry import Report
+    from dsquant.reporting.progress import Report
     from dsquant.verification.checks import Verification
 
 
@@ -90,8 +90,8 @@ def awq(
         InputError: where model, texts or output folder cannot be used; nothing was written.
         Interrupted: where the job stopped and can be resumed.
     """
-    from dsquant import pipeline
-    from dsquant.recipe import Recipe
+    from dsquant.pipeline import job as pipeline
+    from dsquant.recipes import Recipe
 
     recipe = Recipe.checked(
         model=str(model),
@@ -123,8 +123,8 @@ def awq(
 def _reporting(
     visible: bool, metrics_file: str | Path | None, metrics_port: int | None, metrics_address: str | None
 ) -> Iterator[Report]:
-    from dsquant.display import progress_bar
-    from dsquant.monitoring import monitored
+    from dsquant.reporting.prometheus import monitored
+    from dsquant.reporting.terminal import progress_bar
 
     file = None if metrics_file is None else Path(metrics_file)
     with progress_bar(visible) as bar, monitored(bar, file, metrics_port, metrics_address) as report:
@@ -136,7 +136,7 @@ def _several(values: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
 
 
 def _size(size: str | int | None) -> int | None:
-    from dsquant.recipe import parse_size
+    from dsquant.recipes import parse_size
 
     return parse_size(size) if isinstance(size, str) else size
 
@@ -202,8 +202,8 @@ def gguf(
         InputError: where model, texts, imatrix or output folder cannot be used; nothing was written.
         Interrupted: where the job stopped and can be resumed.
     """
-    from dsquant import pipeline
-    from dsquant.recipe import GgufRecipe
+    from dsquant.pipeline import job as pipeline
+    from dsquant.recipes import GgufRecipe
 
     texts = None if calibration is None else _several(calibration)
     recipe = GgufRecipe.checked(
@@ -274,11 +274,11 @@ def evaluate(
         UsageError: where the arguments cannot work.
         InputError: where a model or text cannot be used, or a candidate is not the same model.
     """
-    from dsquant import comparison
-    from dsquant.code_drift import DriftRequest
-    from dsquant.display import progress_bar
-    from dsquant.evaluation_request import EvaluationRequest
-    from dsquant.recipe import parse_size
+    from dsquant.evaluation import comparison
+    from dsquant.evaluation.code_drift import DriftRequest
+    from dsquant.evaluation.request import EvaluationRequest
+    from dsquant.recipes import parse_size
+    from dsquant.reporting.terminal import progress_bar
 
     if not candidates:
         raise UsageError("name at least one candidate")
@@ -364,7 +364,7 @@ def run(
     release = published(read)
     if release is not None:
         return release
-    from dsquant.display import progress_bar
+    from dsquant.reporting.terminal import progress_bar
 
     with progress_bar(progress) as report:
         return run_recipe(read, report, str(recipe))
@@ -401,8 +401,8 @@ def delta(
         UsageError: where the old output is not named, or holds GGUF files.
         Interrupted: where the job stopped and can be resumed.
     """
-    from dsquant.display import progress_bar
     from dsquant.incremental import release
+    from dsquant.reporting.terminal import progress_bar
 
     from_, to = (None if path is None else Path(path) for path in (quantized, patch))
     with progress_bar(progress) as report:
@@ -426,8 +426,8 @@ def apply_patch(
     Raises:
         InputError: where patch or output are damaged, or do not belong together.
     """
-    from dsquant.display import progress_bar
     from dsquant.incremental import release
+    from dsquant.reporting.terminal import progress_bar
 
     with progress_bar(progress) as report:
         return release.apply(Path(patch), Path(old_output), Path(output), report)
@@ -451,7 +451,7 @@ def verify(
         InputError: where it is no finished output of dsquant, or the source is another one.
         UsageError: where every value is asked for and the source is not there.
     """
-    from dsquant.display import progress_bar
+    from dsquant.reporting.terminal import progress_bar
     from dsquant.verification import release
 
     with progress_bar(progress) as report:
@@ -470,6 +470,6 @@ def inspect(model: str | Path = "tiny-r1") -> Inspection:
     Raises:
         InputError: where it cannot be read, or is not of a family that dsquant knows.
     """
-    from dsquant.inspection import describe
+    from dsquant.deployment.inspection import describe
 
     return describe(str(model))

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from dsquant import conversion, preparation
 from dsquant.cli import main
 from dsquant.model import activations
-from dsquant.planning import Plan, plan_run
+from dsquant.pipeline import inputs as preparation
+from dsquant.pipeline import units as conversion
+from dsquant.pipeline.plan import Plan, plan_run
 
 KEPT = {"none": range(0), "odd": range(1, 100, 2)}
 

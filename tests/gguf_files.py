@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from gguf.quants import dequantize
 
-from dsquant.model.checkpoints import open_checkpoint
+from dsquant.formats.checkpoints import open_checkpoint
 
 PLAIN: dict[str, Any] = {"calibration": "none", "evaluate": False, "progress": False}
 

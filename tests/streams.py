@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.activations import Activations
-from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import Stream, add_experts, embed, final_norm, head_name, run_dense_part
 from dsquant.source.weights import Weights

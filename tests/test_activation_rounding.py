@@ -11,12 +11,12 @@ from checkpoints import full_model
 from streams import stream_logits
 
 import dsquant
-from dsquant.calibration import held_out_tokens, load_tokenizer
+from dsquant.calibration.texts import held_out_tokens, load_tokenizer
 from dsquant.evaluation.generation import resident_model
+from dsquant.evaluation.opening import open_candidate, open_original
 from dsquant.kernels.activation_rounding import Rounding, bf16, q8_0, q8_k, unrounded
 from dsquant.kernels.ggml import library
 from dsquant.model.overlays import Overlay
-from dsquant.opening import open_candidate, open_original
 from dsquant.source.weights import Weights
 
 Q8_K_BYTES = 4 + 256 + 2 * 16  # a scale in F32, codes, sums of 16 codes

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsquant.allocation import Choice, allocate
+from dsquant.precision.allocation import Choice, allocate
 
 WIDTHS = (3, 4, 8, 16)
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import dsquant
 from dsquant.errors import InputError, Interrupted, UsageError
-from dsquant.model.checkpoints import open_checkpoint
+from dsquant.formats.checkpoints import open_checkpoint
 
 FAST: dict[str, Any] = {"samples": 6, "seq_len": 32, "group_size": 64, "evaluate": False, "progress": False}
 DSQUANT = [sys.executable, "-c", "from dsquant.cli import main; main()"]
@@ -167,7 +167,7 @@ def test_a_full_disk_stops_the_job_and_loses_nothing(pico_r1: Path, text_file: P
         if written == 12:
             raise OSError(28, "No space left on device")
 
-    full.setattr("dsquant.writers.base.os.fsync", no_space)
+    full.setattr("dsquant.formats.shards.os.fsync", no_space)
     with pytest.raises(Interrupted, match="disk is full"):
         dsquant.awq(pico_r1, output=tmp_path / "out", calibration=(str(text_file),), **FAST)
     full.undo()
@@ -224,12 +224,12 @@ def test_a_source_that_changed_under_an_interrupted_job_is_refused(
         raise Interrupted("here")
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr("dsquant.conversion._quantize_layer", stop)
+        patch.setattr("dsquant.pipeline.units._quantize_layer", stop)
         dsquant.awq(model, **options)
     for path in model.glob("*.safetensors"):
         os.utime(path)  # copied again, same content: goes on after hashing
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr("dsquant.conversion._quantize_layer", stop)
+        patch.setattr("dsquant.pipeline.units._quantize_layer", stop)
         dsquant.awq(model, resume=True, **options)
     path = model / "model-00001.safetensors"
     content = bytearray(path.read_bytes())

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import dsquant
 from dsquant.cli import main
 from dsquant.errors import InputError
-from dsquant.model.checkpoints import open_checkpoint
+from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 
 INDEX = "model.safetensors.index.json"

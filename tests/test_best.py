@@ -10,19 +10,20 @@ from streams import stream_logits
 from test_awq_job import FAST, contents
 
 import dsquant
-from dsquant import conversion, pipeline
-from dsquant.calibration import held_out_tokens, load_tokenizer
-from dsquant.distributed import Ranks
+from dsquant.calibration.texts import held_out_tokens, load_tokenizer
 from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.jobs.ranks import Ranks
 from dsquant.model.activations import Activations
-from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.overlays import ReplacedWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import embed, final_norm, head_name
+from dsquant.pipeline import job as pipeline
+from dsquant.pipeline import units as conversion
 from dsquant.quantization.layer_job import LayerJob, QuantizedStream
 from dsquant.quantization.successive import quantize_successively
-from dsquant.recipe import Recipe
-from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.recipes import Recipe
+from dsquant.schemes import Grid, QuantizedWeight
 
 
 def _followed(folder: Path, tokens_NT: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:

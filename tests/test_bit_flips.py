@@ -186,7 +186,7 @@ JOBS = {"awq": interrupted_awq, "gguf": interrupted_gguf, "delta": interrupted_d
 
 def stop_after(units: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ends a job as a signal would, once so many units are in its journal."""
-    from dsquant.journal import Journal
+    from dsquant.jobs.journal import Journal
 
     append, done = Journal.append, 0
 

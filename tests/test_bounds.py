@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import dsquant
-from dsquant.calibration import TOKENIZER_FILES, load_tokenizer
+from dsquant.calibration.texts import TOKENIZER_FILES, load_tokenizer
 from dsquant.errors import InputError
 
 HUGE = 2**31

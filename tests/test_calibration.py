@@ -10,7 +10,14 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from dsquant.calibration import FOLDERS, HUB_SPEC, calibration_tokens, held_out_tokens, load_tokenizer, render_chat
+from dsquant.calibration.texts import (
+    FOLDERS,
+    HUB_SPEC,
+    calibration_tokens,
+    held_out_tokens,
+    load_tokenizer,
+    render_chat,
+)
 from dsquant.errors import InputError, UsageError
 
 CALIBRATION = next(folder for folder in FOLDERS if folder.is_dir())

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import dsquant
 from dsquant.cli import main
 from dsquant.errors import UsageError
-from dsquant.recipe import Recipe, format_size, parse_size
+from dsquant.recipes import Recipe, format_size, parse_size
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

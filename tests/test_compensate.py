@@ -8,7 +8,7 @@ from dsquant.quantization.clip import SHRINKS, clipped_weight
 from dsquant.quantization.compensate import DAMPING, LEAST_DAMPING, compensated_weight
 from dsquant.quantization.layer import FEWEST_TOKENS
 from dsquant.quantization.statistics import WIDEST_GRAM, InputMoments, InputStatistics
-from dsquant.rounding import Grid, grid_parameters
+from dsquant.schemes import Grid, grid_parameters
 
 SEED = 7
 

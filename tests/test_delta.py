@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 import dsquant
 from dsquant.cli import main
 from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.formats.table import FORMATS
 from dsquant.incremental.release import full_run
 from dsquant.incremental.rule import rounded_as_recorded
-from dsquant.rounding import Grid, round_to_nearest
+from dsquant.schemes import Grid, round_to_nearest
 from dsquant.source.shards import read_index
-from dsquant.writers.formats import FORMATS
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from dsquant.quantization import descent
 from dsquant.quantization.compensate import compensated_weight
 from dsquant.quantization.descent import descended_weight
 from dsquant.quantization.statistics import InputMoments, InputStatistics
-from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
+from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest
 
 SEED = 11
 

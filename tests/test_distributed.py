@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_awq_job import contents
 
-from dsquant.distributed import CHUNKS, Shares
-from dsquant.planning import plan_run
-from dsquant.preparation import open_model
+from dsquant.jobs.ranks import CHUNKS, Shares
+from dsquant.pipeline.inputs import open_model
+from dsquant.pipeline.plan import plan_run
 from dsquant.quantization.statistics import FACTOR_ROWS, InputStatistics
-from dsquant.recipe import Recipe
+from dsquant.recipes import Recipe
 
 # Three batches, the last of them short: each rank gets one, or one of two gets two.
 SETTINGS = ["--samples", "5", "--seq-len", "500", "--group-size", "64", "--no-evaluate", "--json"]

@@ -6,14 +6,14 @@ import pytest
 import torch
 from checkpoints import full_model
 
-from dsquant.calibration import held_out_tokens, load_tokenizer
+from dsquant.calibration.texts import held_out_tokens, load_tokenizer
 from dsquant.evaluation.divergence import compare
 from dsquant.evaluation.ladders import text_scores
+from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model import streaming
-from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.overlays import ReplacedWeights
 from dsquant.model.skeleton import Skeleton
-from dsquant.rounding import Grid, fake_quantize
+from dsquant.schemes import Grid, fake_quantize
 from dsquant.source.weights import Weights
 
 

@@ -9,9 +9,9 @@ import torch
 from checkpoints import full_model
 from test_divergence import plainly_rounded
 
-from dsquant.calibration import load_tokenizer
-from dsquant.code_drift import SHIPPED_PROMPTS, DriftRequest, _prompts_file, plan_drift
+from dsquant.calibration.texts import load_tokenizer
 from dsquant.errors import InputError, UsageError
+from dsquant.evaluation.code_drift import SHIPPED_PROMPTS, DriftRequest, _prompts_file, plan_drift
 from dsquant.evaluation.drift_measures import (
     code_drift,
     corpus_bleu,
@@ -23,10 +23,10 @@ from dsquant.evaluation.drift_measures import (
 )
 from dsquant.evaluation.generation import Completion
 from dsquant.evaluation.measure_drift import DriftPlan, measure_drift, teacher_tokens
+from dsquant.evaluation.opening import Original, open_original
 from dsquant.evaluation.tasks import Task, read_tasks
-from dsquant.model.checkpoints import open_checkpoint
+from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
-from dsquant.opening import Original, open_original
 
 TASKS = tuple(read_tasks(_prompts_file(SHIPPED_PROMPTS)))
 ENOUGH = 2**34

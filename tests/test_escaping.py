@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from prometheus_client.parser import text_string_to_metric_families
 
-from dsquant.card import _markdown_table
 from dsquant.cli import main
-from dsquant.display import print_evaluation, progress_bar
 from dsquant.escaping import markdown, markdown_cell, printable
 from dsquant.evaluation.report.files import write_reports
-from dsquant.monitoring import monitored
-from dsquant.notebook import as_html, as_text, plain_console, table_of
-from dsquant.telemetry import Progress, silent
+from dsquant.pipeline.card import _markdown_table
+from dsquant.reporting.notebook import as_html, as_text, plain_console, table_of
+from dsquant.reporting.progress import Progress, silent
+from dsquant.reporting.prometheus import monitored
+from dsquant.reporting.terminal import print_evaluation, progress_bar
 from tests.evaluations import candidate, evaluation
 
 # Each would be a tag, a link, a style, a cell, or an order to a terminal.

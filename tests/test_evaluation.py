@@ -16,17 +16,17 @@ from click.testing import CliRunner
 from test_divergence import plainly_rounded
 
 import dsquant
-from dsquant.calibration import held_out_tokens, load_tokenizer
+from dsquant.calibration.texts import held_out_tokens, load_tokenizer
 from dsquant.cli import main
 from dsquant.errors import InputError, UsageError
 from dsquant.evaluation.divergence import compare
 from dsquant.evaluation.ladders import text_scores
 from dsquant.evaluation.lockstep import Lockstep
+from dsquant.evaluation.opening import open_candidate, open_original
 from dsquant.evaluation.results import Evaluation
-from dsquant.model.checkpoints import open_checkpoint
+from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.overlays import Overlay
 from dsquant.model.skeleton import Skeleton
-from dsquant.opening import open_candidate, open_original
 from dsquant.source.weights import Weights
 
 SMALL: dict[str, Any] = {"texts": ["code"], "samples": 4, "seq_len": 256, "prompts": "none", "progress": False}

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsquant.code_drift import left_over_caveats
 from dsquant.evaluation import execution
+from dsquant.evaluation.code_drift import left_over_caveats
 from dsquant.evaluation.execution import (
     Run,
     compare_runs,

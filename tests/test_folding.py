@@ -8,14 +8,14 @@ import torch
 from checkpoints import QWEN2, make_dense, make_pico_r1
 from streams import stream_logits
 
+from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.activations import Activations
-from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.overlays import ReplacedWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import embed
 from dsquant.quantization.layer import quantize_layer
 from dsquant.quantization.layer_job import LayerJob
-from dsquant.rounding import Grid
+from dsquant.schemes import Grid
 
 
 def folded_weights(folder: Path, tokens: torch.Tensor, group_size: int, stored: bool) -> dict[str, torch.Tensor]:

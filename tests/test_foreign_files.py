@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 import dsquant
-from dsquant import tokenization
-from dsquant.calibration import load_tokenizer, render_chat
+from dsquant.calibration import tokenizer as tokenization
+from dsquant.calibration.texts import load_tokenizer, render_chat
 from dsquant.errors import InputError
-from dsquant.gguf_checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
+from dsquant.files.strict_json import parse_json
+from dsquant.files.strict_yaml import read_yaml
+from dsquant.formats.gguf.checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
+from dsquant.formats.gguf.file import read_gguf
 from dsquant.source import shards
-from dsquant.source.gguf_file import read_gguf
-from dsquant.strict_json import parse_json
-from dsquant.strict_yaml import read_yaml
 
 BAD_YAML = {
     "a key twice": ("a: 1\nb: 2\na: 3\n", r"line 3: the key 'a' is given twice, first in line 1"),

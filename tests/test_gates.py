@@ -6,8 +6,8 @@ from types import MappingProxyType
 
 import pytest
 
-from dsquant.comparison import raise_verdict
 from dsquant.errors import GateError, InconclusiveError, InputError
+from dsquant.evaluation.comparison import raise_verdict
 from dsquant.evaluation.gates import Gates, decide, read_gates
 from dsquant.evaluation.intervals import Interval
 from dsquant.evaluation.results import Candidate, Evaluation, Finding, Ladder, TextScores

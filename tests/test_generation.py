@@ -8,9 +8,9 @@ import torch
 from checkpoints import QWEN3, add_tokenizer, full_model, make_dense
 from streams import stream_logits
 
-from dsquant.calibration import load_tokenizer
+from dsquant.calibration.texts import load_tokenizer
 from dsquant.evaluation.generation import complete, resident_size
-from dsquant.model.checkpoints import open_checkpoint
+from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 
 PROMPTS = [

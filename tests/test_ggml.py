@@ -9,9 +9,9 @@ from gguf_files import LARGEST_ERROR
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsquant.formats.gguf import store
+from dsquant.formats.gguf.types import BLOCKS, MIXTURES, row_bytes
 from dsquant.kernels import ggml
-from dsquant.writers.gguf import store
-from dsquant.writers.gguf.types import BLOCKS, MIXTURES, row_bytes
 
 # --- quantizers
 

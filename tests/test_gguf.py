@@ -27,11 +27,11 @@ from safetensors.torch import load_file, save_file
 import dsquant
 from dsquant.cli import main
 from dsquant.errors import InputError
-from dsquant.gguf_conversion import plan_gguf
-from dsquant.model.checkpoints import open_checkpoint
-from dsquant.recipe import GgufRecipe
-from dsquant.source.gguf_layout import placements, stored_shape
-from dsquant.writers.gguf.types import choose_type, model_facts, row_bytes
+from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.formats.gguf.layout import placements, stored_shape
+from dsquant.formats.gguf.types import choose_type, model_facts, row_bytes
+from dsquant.pipeline.gguf_units import plan_gguf
+from dsquant.recipes import GgufRecipe
 
 
 @pytest.mark.parametrize("type_name", ["F32", "BF16", "F16", "Q8_0", "Q4_0", "Q2_K", "Q4_K_M", "Q4_K_M+", "IQ4_XS"])

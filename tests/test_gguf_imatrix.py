@@ -11,7 +11,7 @@ from gguf_files import CALIBRATED, tensors_of
 
 import dsquant
 from dsquant.errors import InputError
-from dsquant.writers.imatrix import (
+from dsquant.formats.gguf.imatrix import (
     LEAST_SHARE,
     TensorImportance,
     column_importance,

@@ -15,9 +15,9 @@ from gguf_files import CALIBRATED, LARGEST_ERROR, PLAIN, decoded, expected, tens
 
 import dsquant
 from dsquant.errors import InputError, Interrupted, UsageError
-from dsquant.model.checkpoints import open_checkpoint
-from dsquant.recipe import GgufRecipe
-from dsquant.writers.gguf import store
+from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.formats.gguf import store
+from dsquant.recipes import GgufRecipe
 
 
 class _StopAfter:
@@ -36,7 +36,7 @@ class _StopAfter:
 def test_an_interrupted_conversion_resumes_to_the_same_bytes(
     pico_r1: Path, text_file: Path, tmp_path: Path, scales: bool
 ) -> None:
-    from dsquant import pipeline
+    from dsquant.pipeline import job as pipeline
 
     def recipe(output: str) -> GgufRecipe:
         return GgufRecipe.checked(
@@ -139,8 +139,8 @@ def test_without_ggml_dsquants_own_code_quantizes_and_says_so_and_other_types_ar
 
 
 def test_a_job_that_was_killed_while_its_files_got_their_names_resumes(pico_r1: Path, tmp_path: Path) -> None:
-    from dsquant import pipeline
-    from dsquant.telemetry import Progress
+    from dsquant.pipeline import job as pipeline
+    from dsquant.reporting.progress import Progress
 
     out = tmp_path / "out"
     options = {"calibration": (), "evaluate": False, "split_max_bytes": 400_000}
@@ -165,7 +165,7 @@ def test_a_job_that_was_killed_while_its_files_got_their_names_resumes(pico_r1: 
 def test_a_job_is_not_resumed_with_another_quantizer(
     tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dsquant import pipeline
+    from dsquant.pipeline import job as pipeline
 
     recipe = GgufRecipe.checked(
         model=str(tiny_r1), type="Q8_0", output=tmp_path / "out", calibration=(), evaluate=False

@@ -13,10 +13,10 @@ from checkpoints import LLAMA, QWEN2, QWEN3, add_tokenizer, full_model, make_den
 from llama_cpp import decoded, every_position, llama_cpp
 
 import dsquant
-from dsquant.calibration import HELD_OUT_TEXTS, held_out_tokens, load_tokenizer, text_tokens
+from dsquant.calibration.texts import HELD_OUT_TEXTS, held_out_tokens, load_tokenizer, text_tokens
 from dsquant.evaluation.divergence import compare
-from dsquant.model.checkpoints import open_checkpoint
-from dsquant.opening import Original, open_candidate, open_original
+from dsquant.evaluation.opening import Original, open_candidate, open_original
+from dsquant.formats.checkpoints import open_checkpoint
 
 POSITIONS = range(8, 256)
 CALIBRATION = Path(__file__).parents[1] / "calibration"

@@ -29,15 +29,15 @@ from safetensors.torch import load_file, save_file
 import dsquant
 from dsquant.errors import InputError
 from dsquant.evaluation.divergence import compare
-from dsquant.gguf_checkpoint import gguf_checkpoint, read_header
-from dsquant.model.checkpoints import open_checkpoint
+from dsquant.evaluation.opening import Original, open_candidate, open_original
+from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.formats.gguf.checkpoint import gguf_checkpoint, read_header
+from dsquant.formats.gguf.loader import number_problem
+from dsquant.formats.gguf.metadata import add_tokenizer_keys
 from dsquant.model.families import FAMILIES
 from dsquant.model.skeleton import Skeleton, network_config, network_rotary
-from dsquant.opening import Original, open_candidate, open_original
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.shards import ShardIndex
-from dsquant.writers.gguf.loader import number_problem
-from dsquant.writers.gguf.metadata import add_tokenizer_keys
 
 ONE_LAYER = {"num_hidden_layers": 1}
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

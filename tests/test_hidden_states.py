@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import dsquant
-from dsquant import planning
 from dsquant.model.activations import Activations
+from dsquant.pipeline import plan as planning
 
 SHAPE = (6, 4, 8)
 FIRST, END = 2, 5

@@ -14,9 +14,10 @@ import pytest
 from kills import KILLED, contents, run
 
 import dsquant
-from dsquant import jobs, pipeline
 from dsquant.errors import InputError, Interrupted
-from dsquant.recipe import GgufRecipe
+from dsquant.jobs import folder as jobs
+from dsquant.pipeline import job as pipeline
+from dsquant.recipes import GgufRecipe
 
 WORK = ".dsquant-work"
 

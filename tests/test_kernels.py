@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsquant.kernels import clipping, compensation, descent, fp8, grids, losses, packing, w4a16
+from benchmarks import w4a16
+from dsquant.kernels import clipping, compensation, descent, fp8, grids, losses, packing
 from dsquant.kernels.fp8 import dequantize_fp8
+from dsquant.kernels.values import RoundedRows
 from dsquant.quantization.clip import SHRINKS
-from dsquant.rounding import Grid, fake_quantize, grid_parameters, round_to_nearest
+from dsquant.schemes import Grid, fake_quantize, grid_parameters, round_to_nearest
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = settings(max_examples=4, deadline=None)
@@ -187,10 +189,8 @@ def _same_rounding(rows: int, size: int, num_groups: int, bits: int, symmetric: 
     assert torch.equal(found_COI.cpu(), expected_COI)
 
 
-def _on(device: str, rounded: grids.RoundedRows) -> grids.RoundedRows:
-    return grids.RoundedRows(
-        rounded.codes_OI.to(device), rounded.scales_OG.to(device), rounded.zero_points_OG.to(device)
-    )
+def _on(device: str, rounded: RoundedRows) -> RoundedRows:
+    return RoundedRows(rounded.codes_OI.to(device), rounded.scales_OG.to(device), rounded.zero_points_OG.to(device))
 
 
 @interpreted
@@ -240,8 +240,8 @@ def test_packing_in_triton_does_what_the_reference_does(rows: int, columns: int,
 @settings(max_examples=20, deadline=None)
 @given(bits=bits_of_codes, seed=seeds)
 def test_the_writers_layouts_are_the_kernels(bits: int, seed: int) -> None:
-    from dsquant.writers.awq_gemm import AwqGemm
-    from dsquant.writers.compressed_tensors import CompressedTensors
+    from dsquant.formats.awq_gemm import AwqGemm
+    from dsquant.formats.compressed_tensors import CompressedTensors
 
     weight = round_to_nearest(_weight(16, 96, seed), Grid(bits, 32, symmetric=False))
     stored = CompressedTensors().pack("linear", weight)
@@ -283,7 +283,7 @@ def test_fp8_is_dequantized_to_the_same_bits_everywhere(
 
 def _same_product(rows: int, out_features: int, size: int, num_groups: int, dtype: torch.dtype, seed: int) -> None:
     """Both layouts, both implementations, against the product in float64."""
-    from dsquant.kernels import w4a16_triton
+    from benchmarks import w4a16_triton
 
     inputs_MI = torch.randn(rows, size * num_groups, generator=torch.Generator().manual_seed(seed)).to(dtype)
     weight_OI = _weight(out_features, size * num_groups, seed + 1)

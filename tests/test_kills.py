@@ -22,9 +22,9 @@ from kills import KILLED, REFUSED, contents, run, tear
 from test_delta import changed_copy, noise
 
 import dsquant
-from dsquant import pipeline
 from dsquant.errors import InputError
-from dsquant.recipe import GgufRecipe, Recipe
+from dsquant.pipeline import job as pipeline
+from dsquant.recipes import GgufRecipe, Recipe
 from dsquant.releases.job import run_recipe
 from dsquant.releases.recipe import ReleaseRecipe
 

@@ -15,11 +15,11 @@ from streams import stream_logits
 
 import dsquant
 from dsquant.cli import main
+from dsquant.deployment.inspection import describe
 from dsquant.errors import InputError
-from dsquant.inspection import describe
-from dsquant.model.checkpoints import open_checkpoint
+from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.model.complete import check_complete
 from dsquant.model.skeleton import Skeleton
-from dsquant.planning import check_complete
 
 CONFIG: dict[str, Any] = PICO_R1 | {
     "hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 128, "moe_intermediate_size": 128,

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from checkpoints import add_tokenizer, make_pico_r1
 
-from dsquant import card
-from dsquant.calibration import load_tokenizer
+from dsquant.calibration.texts import load_tokenizer
 from dsquant.errors import InputError
 from dsquant.evaluation.gates import read_gates
-from dsquant.foreign import find_file
-from dsquant.jobs import claim
-from dsquant.preparation import open_model, open_tokenizer
-from dsquant.recipe import GgufRecipe
+from dsquant.files.foreign import find_file
+from dsquant.formats.gguf.weights import gguf_file
+from dsquant.jobs.folder import claim
+from dsquant.pipeline import card
+from dsquant.pipeline.inputs import open_model, open_tokenizer
+from dsquant.recipes import GgufRecipe
 from dsquant.releases.recipe import read_recipe
-from dsquant.source.gguf_weights import gguf_file
 from dsquant.verification.checks import verify
 
 FILES = (
@@ -201,7 +201,7 @@ def test_a_work_folder_behind_a_link_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_package_itself_may_be_links_into_an_installers_cache() -> None:
-    import dsquant.foreign as module
+    import dsquant.files.foreign as module
 
     assert find_file(Path(module.__file__).parent / "assets" / "tiny-r1", "config.json")
 

@@ -17,11 +17,11 @@ from test_awq_job import FAST, arguments, contents
 import dsquant
 from benchmarks.peers.decoding import decode_compressed_tensors, stored_bits
 from dsquant.errors import Interrupted, UsageError
-from dsquant.model.checkpoints import open_checkpoint
-from dsquant.planning import plan_run
-from dsquant.preparation import open_model
-from dsquant.recipe import Recipe
-from dsquant.writers.skip_lists import skipped_modules, targets_by_width
+from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.formats.skip_lists import skipped_modules, targets_by_width
+from dsquant.pipeline.inputs import open_model
+from dsquant.pipeline.plan import plan_run
+from dsquant.recipes import Recipe
 
 COMPACT: dict[str, Any] = {**FAST, "preset": "compact"}
 
@@ -149,12 +149,12 @@ def test_a_job_stopped_while_measuring_or_later_makes_the_same_bytes(
     def stop(*arguments: Any) -> None:
         raise Interrupted("here")
 
-    for place in ("dsquant.sensitivity_pass.allocate", "dsquant.conversion._quantize_layer"):
+    for place in ("dsquant.precision.sensitivity.allocate", "dsquant.pipeline.units._quantize_layer"):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(place, stop)
             dsquant.awq(dense, output=tmp_path / "out", resume=True, **options)
     with monkeypatch.context() as patch:
-        patch.setattr("dsquant.sensitivity_pass.measure_layer", stop)  # what was found is kept
+        patch.setattr("dsquant.precision.sensitivity.measure_layer", stop)  # what was found is kept
         dsquant.awq(dense, output=tmp_path / "out", resume=True, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     dsquant.awq(dense, output=tmp_path / "out", restart=True, **{**options, "target_bits": 9.0})
@@ -220,7 +220,7 @@ def test_both_ends_of_the_range_that_a_refusal_names_can_be_met(pico_r1: Path, t
 
 
 def test_three_bits_are_chosen_only_where_nothing_else_fits(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
-    from dsquant import pipeline
+    from dsquant.pipeline import job as pipeline
 
     fields = {"model": str(pico_r1), "to": ("compressed-tensors",), "preset": "compact", "group_size": 64}
     texts = {"calibration": (str(text_file),), "samples": 4, "seq_len": 32}

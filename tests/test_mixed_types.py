@@ -12,11 +12,11 @@ from gguf_files import CALIBRATED, decoded, tensors_of
 from test_awq_job import contents
 
 import dsquant
-from dsquant import pipeline
-from dsquant.calibration import calibration_tokens, load_tokenizer
+from dsquant.calibration.texts import calibration_tokens, load_tokenizer
 from dsquant.errors import Interrupted, UsageError
-from dsquant.model.checkpoints import open_checkpoint
-from dsquant.recipe import GgufRecipe
+from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.pipeline import job as pipeline
+from dsquant.recipes import GgufRecipe
 
 
 @pytest.fixture(scope="module")
@@ -148,12 +148,12 @@ def test_a_job_stopped_while_measuring_or_later_makes_the_same_bytes(
     def stop(*_: Any) -> None:
         raise Interrupted("here")
 
-    for place in ("dsquant.sensitivity_pass.allocate", "dsquant.gguf_conversion._run_layer"):
+    for place in ("dsquant.precision.sensitivity.allocate", "dsquant.pipeline.gguf_units._run_layer"):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(place, stop)
             convert(small, text_file, tmp_path / "out", resume=True, **options)
     with monkeypatch.context() as patch:
-        patch.setattr("dsquant.sensitivity_pass.measure_layer", stop)  # what was found is kept
+        patch.setattr("dsquant.precision.sensitivity.measure_layer", stop)  # what was found is kept
         convert(small, text_file, tmp_path / "out", resume=True, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     convert(small, text_file, tmp_path / "out", restart=True, target_bits=6.5, scales=False)

@@ -20,8 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import dsquant
 from dsquant.cli import main
 from dsquant.errors import InputError, UsageError
-from dsquant.monitoring import monitored
-from dsquant.telemetry import Limits, Progress, silent
+from dsquant.reporting.progress import Limits, Progress, silent
+from dsquant.reporting.prometheus import monitored
 
 DOCS = Path(__file__).parent.parent / "docs" / "monitoring"
 promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="apt-get install prometheus")
@@ -39,7 +39,7 @@ def job(text: Path, output: Path, *more: str) -> list[str]:
 
 
 def test_a_peak_of_memory_does_not_begin_with_that_of_the_process_that_started_the_job() -> None:
-    code = "from dsquant.telemetry import peak_resident_bytes as peak; print(peak())"
+    code = "from dsquant.reporting.progress import peak_resident_bytes as peak; print(peak())"
     ballast = b"1" * 2**29
     told = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert told < len(ballast) / 4

@@ -74,11 +74,11 @@ def test_every_command_is_a_function_whose_result_has_a_type_and_shows_itself() 
 def _result_types() -> dict[str, type]:
     """What api.py imports for type checkers alone."""
     from dsquant.deployment.forecast import Forecast
+    from dsquant.deployment.inspection import Inspection
     from dsquant.evaluation.results import Evaluation
     from dsquant.incremental.applying import AppliedPatch
     from dsquant.incremental.release import Delta
-    from dsquant.inspection import Inspection
-    from dsquant.records import Result
+    from dsquant.pipeline.record import Result
     from dsquant.releases.job import Release
     from dsquant.verification.checks import Verification
 

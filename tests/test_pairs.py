@@ -8,8 +8,8 @@ from dsquant.quantization import pairs
 from dsquant.quantization.clip import clipped_weight
 from dsquant.quantization.compensate import compensated_weight
 from dsquant.quantization.pairs import DRIFT_DAMPING, PairStatistics
-from dsquant.recipe import PRESET_STEPS
-from dsquant.rounding import Grid
+from dsquant.recipes import PRESET_STEPS
+from dsquant.schemes import Grid
 
 SEED = 5
 BEST = PRESET_STEPS["best"]

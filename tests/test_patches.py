@@ -15,8 +15,8 @@ from test_delta import changed_copy, contents, noise
 
 import dsquant
 from dsquant.errors import InputError
+from dsquant.files.sealing import seal
 from dsquant.incremental import applying, manifest
-from dsquant.sealing import seal
 
 Parts = dict[str, bytes]
 

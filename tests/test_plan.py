@@ -21,7 +21,7 @@ from dsquant.deployment.hardware import parse_machine, parse_speed
 from dsquant.deployment.sizes import BITS, PRESETS, OutputSize, output_sizes
 from dsquant.deployment.subject import open_subject
 from dsquant.errors import InputError, UsageError
-from dsquant.writers.gguf.types import MIXTURES
+from dsquant.formats.gguf.types import MIXTURES
 
 FAST = {"samples": 2, "seq_len": 16, "calibration": "code", "evaluate": False, "progress": False}
 

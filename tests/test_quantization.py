@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dsquant.quantization.clip import clipped_weight
 from dsquant.quantization.scale import candidate_scales, foldable_scales, powers_of_two, scale_losses
 from dsquant.quantization.statistics import InputMoments, InputStatistics
-from dsquant.rounding import Grid, fake_quantize, round_to_nearest
+from dsquant.schemes import Grid, fake_quantize, round_to_nearest
 
 GRIDS = [Grid(bits, size, symmetric) for bits in (3, 4, 8) for size in (32, 128) for symmetric in (True, False)]
 

@@ -13,7 +13,6 @@ import pytest
 from evaluations import candidate, evaluation, text_scores
 from rich.console import Console
 
-from dsquant.display import print_evaluation
 from dsquant.evaluation.intervals import Interval
 from dsquant.evaluation.report.charts import Series, axis_of, line_chart, scatter_chart
 from dsquant.evaluation.report.figures import short_name
@@ -21,6 +20,7 @@ from dsquant.evaluation.report.files import write_reports
 from dsquant.evaluation.report.markdown import markdown
 from dsquant.evaluation.report.page import page
 from dsquant.evaluation.report.tables import interval, number
+from dsquant.reporting.terminal import print_evaluation
 
 SEVERAL = evaluation(
     candidate("awq", 0.0246, 9_000_000),

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from gguf import GGUFReader
 
-from dsquant import pipeline, resumption
 from dsquant.errors import InputError, Interrupted
-from dsquant.journal import checked_line, read_checked_line
-from dsquant.recipe import Recipe
+from dsquant.jobs.journal import checked_line, read_checked_line
+from dsquant.pipeline import job as pipeline
+from dsquant.pipeline import resume as resumption
+from dsquant.recipes import Recipe
 
 WORK = ".dsquant-work"
 

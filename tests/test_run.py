@@ -22,12 +22,12 @@ import dsquant
 from dsquant.cli import main
 from dsquant.cli.run import run as run_command
 from dsquant.errors import GateError, InconclusiveError, InputError, UsageError
-from dsquant.journal import Journal
-from dsquant.monitoring import monitored
+from dsquant.jobs.journal import Journal
 from dsquant.releases.evaluation import read_recipe_gates
 from dsquant.releases.job import Release, published, run_recipe
 from dsquant.releases.recipe import ReleaseRecipe, read_recipe
-from dsquant.telemetry import silent
+from dsquant.reporting.progress import silent
+from dsquant.reporting.prometheus import monitored
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from dsquant.errors import InputError
+from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.kernels.fp8 import dequantize_fp8
-from dsquant.model.checkpoints import open_checkpoint
 from dsquant.source.locate import locate
 from dsquant.source.quantized import decoded_weights
 from dsquant.source.scan import all_finite, scan

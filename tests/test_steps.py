@@ -11,17 +11,17 @@ from checkpoints import QWEN2, add_tokenizer, make_dense
 from test_awq_job import FAST, contents
 
 import dsquant
-from dsquant.distributed import Ranks
 from dsquant.errors import UsageError
+from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.jobs.ranks import Ranks
 from dsquant.model.activations import Activations
-from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.streaming import Routing
 from dsquant.model.structure import Mlp
-from dsquant.pipeline import _resolved_for
+from dsquant.pipeline.job import _resolved_for
 from dsquant.quantization.layer import inputs_of
 from dsquant.quantization.steps import rounded_weight
-from dsquant.recipe import PRESET_STEPS, STEPS, Recipe, Step
-from dsquant.rounding import Grid, round_to_nearest
+from dsquant.recipes import PRESET_STEPS, STEPS, Recipe, Step
+from dsquant.schemes import Grid, round_to_nearest
 
 
 def _run(model: Path, text: Path, output: Path, **more: Any) -> Path:

@@ -8,7 +8,7 @@ import torch
 from checkpoints import LLAMA, QWEN2, QWEN3, full_model, make_dense, make_pico_r1
 from streams import stream_logits
 
-from dsquant.model.checkpoints import open_checkpoint
+from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 
 

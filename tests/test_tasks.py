@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dsquant.code_drift import SHIPPED_PROMPTS, _prompts_file
 from dsquant.errors import InputError
+from dsquant.evaluation.code_drift import SHIPPED_PROMPTS, _prompts_file
 from dsquant.evaluation.execution import run_all
 from dsquant.evaluation.tasks import read_tasks
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from checkpoints import full_model
 from safetensors.torch import load_file
 
-from dsquant.calibration import held_out_tokens, load_tokenizer
+from dsquant.calibration.texts import held_out_tokens, load_tokenizer
+from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.activations import Activations
-from dsquant.model.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import Stream, add_experts, mtp_inputs, run_dense_part
 

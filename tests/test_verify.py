@@ -19,7 +19,7 @@ from click.testing import CliRunner
 import dsquant
 from dsquant.cli import main
 from dsquant.errors import InputError, UsageError
-from dsquant.sealing import seal
+from dsquant.files.sealing import seal
 from dsquant.verification.checks import Verification
 
 OUTPUTS = ("awq", "compressed-tensors", "gguf")

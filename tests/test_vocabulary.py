@@ -9,7 +9,7 @@ import pytest
 from checkpoints import QWEN2, add_tokenizer, make_dense
 
 import dsquant
-from dsquant.calibration import load_tokenizer
+from dsquant.calibration.texts import load_tokenizer
 from dsquant.errors import InputError
 from dsquant.source.vocabulary import check_embedded, set_embedding_rows
 

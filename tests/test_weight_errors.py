@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsquant.evaluation.weights import LayerComparison, Moments, kind_of, weight_error
-from dsquant.model.checkpoints import open_checkpoint
+from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import Fold, FoldedWeights
 from dsquant.model.skeleton import Skeleton

@@ -11,11 +11,12 @@ from test_awq_job import contents
 from test_distributed import command, finish, start
 
 import dsquant
-from dsquant.quantization import layer_mlps, sensitivity, statistics
+from dsquant.precision import layer_errors as sensitivity
+from dsquant.quantization import layer_mlps, statistics
 from dsquant.quantization.clip import clipped_weight
 from dsquant.quantization.compensate import compensated_weight, with_inverses
 from dsquant.quantization.statistics import FACTOR_ROWS, InputMoments, InputStatistics, part_width
-from dsquant.rounding import Grid
+from dsquant.schemes import Grid
 
 GRID = Grid(4, 64, True)
 # 17 blocks of 128: wider than a Gram matrix of each expert's own.

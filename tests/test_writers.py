@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 
 import dsquant
 from dsquant.errors import InputError, UsageError
-from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
+from dsquant.formats.shards import ShardFile, StoredTensor, plan_shards, write_index
+from dsquant.formats.skip_lists import ignored_modules, skipped_modules
+from dsquant.formats.table import FORMATS
+from dsquant.formats.write_behind import WriteBehind
+from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest
 from dsquant.source.quantized import decoded_weights
 from dsquant.source.shards import read_index
-from dsquant.writers.base import ShardFile, StoredTensor, plan_shards, write_index
-from dsquant.writers.formats import FORMATS
-from dsquant.writers.skip_lists import ignored_modules, skipped_modules
-from dsquant.writers.write_behind import WriteBehind
 
 LINEAR = "model.layers.0.self_attn.o_proj"
 
@@ -127,7 +127,7 @@ def test_transformers_loads_a_compressed_mixture_with_the_weights_that_dsquant_r
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     import dsquant
-    from dsquant.model.checkpoints import open_checkpoint
+    from dsquant.formats.checkpoints import open_checkpoint
 
     dsquant.awq(
         pico_r1, output=tmp_path / "out", to="compressed-tensors", preset="compact", group_size=64, samples=4,

@@ -104,8 +104,8 @@ def awq(**options: Any) -> None:
     if scales_from is not None:
         _check_alone()
     recipe = _recipe(options)
-    from dsquant import pipeline
-    from dsquant.display import print_result
+    from dsquant.pipeline import job as pipeline
+    from dsquant.reporting.terminal import print_result
 
     if scales_from is not None and several_ranks():
         raise UsageError("--scales-from runs in one process; start it without a launcher")
@@ -115,7 +115,7 @@ def awq(**options: Any) -> None:
         plan = pipeline.preview(recipe, flags["resume"], flags["restart"])
         click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else printable(str(plan)))
         return
-    from dsquant.distributed import joined
+    from dsquant.jobs.ranks import joined
 
     with joined() as ranks, reporting(not flags["as_json"], *metrics, ranks.first) as report:
         if scales_from is None:
@@ -145,7 +145,7 @@ def _check_alone() -> None:
 
 
 def _recipe(options: dict[str, Any]) -> Any:
-    from dsquant.recipe import Recipe, parse_size
+    from dsquant.recipes import Recipe, parse_size
 
     formats = tuple(dict.fromkeys(options["to"])) or ("awq",)
     bits = int(options["bits"])

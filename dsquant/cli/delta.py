@@ -50,7 +50,7 @@ def delta(
     if resume and restart:
         raise click.UsageError("--resume and --restart exclude each other")
     from dsquant.incremental import release, tables
-    from dsquant.notebook import plain_console
+    from dsquant.reporting.notebook import plain_console
 
     with reporting(not as_json, metrics_file, metrics_port, metrics_address) as report:
         if apply_:

@@ -82,11 +82,11 @@ def evaluate(
       router_overlap; of code: code_exact_match, accuracy_retained,
       greedy_agreement
     """
-    from dsquant import comparison
-    from dsquant.code_drift import DriftRequest
-    from dsquant.display import print_evaluation, progress_bar
-    from dsquant.evaluation_request import EvaluationRequest
-    from dsquant.recipe import parse_size
+    from dsquant.evaluation import comparison
+    from dsquant.evaluation.code_drift import DriftRequest
+    from dsquant.evaluation.request import EvaluationRequest
+    from dsquant.recipes import parse_size
+    from dsquant.reporting.terminal import print_evaluation, progress_bar
 
     request = EvaluationRequest(
         reference=reference,

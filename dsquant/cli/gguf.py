@@ -80,8 +80,8 @@ def gguf(**options: Any) -> None:
     flags = {name: options.pop(name) for name in ("resume", "restart", "dry_run", "as_json")}
     metrics = (options.pop("metrics_file"), options.pop("metrics_port"), options.pop("metrics_address"))
     recipe = _gguf_recipe(options)
-    from dsquant import pipeline
-    from dsquant.display import print_result
+    from dsquant.pipeline import job as pipeline
+    from dsquant.reporting.terminal import print_result
 
     if flags["dry_run"]:
         plan = pipeline.preview_gguf(recipe, flags["resume"], flags["restart"])
@@ -96,7 +96,7 @@ def gguf(**options: Any) -> None:
 
 
 def _gguf_recipe(options: dict[str, Any]) -> Any:
-    from dsquant.recipe import GgufRecipe, parse_size
+    from dsquant.recipes import GgufRecipe, parse_size
 
     type_name = options.pop("type_name").upper()
     split, budget, size = (options.pop(name) for name in ("split_max_size", "memory_budget", "target_size"))

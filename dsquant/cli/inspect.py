@@ -14,7 +14,7 @@ from dsquant.escaping import printable
 @dsquant_command
 def inspect(model: str, as_json: bool) -> None:
     """Describes MODEL from its headers alone."""
-    from dsquant.inspection import describe
+    from dsquant.deployment.inspection import describe
 
     found = describe(model)
     click.echo(json.dumps(vars(found), indent=2) if as_json else printable(str(found)))

@@ -39,7 +39,7 @@ def plan(
         click.echo(json.dumps(found.as_json(), indent=2))
         return
     from dsquant.deployment.tables import forecast_tables
-    from dsquant.notebook import plain_console
+    from dsquant.reporting.notebook import plain_console
 
     console = plain_console()
     for renderable in forecast_tables(found):

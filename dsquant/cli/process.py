@@ -109,8 +109,8 @@ def reporting(
     first: bool = True,
 ) -> Iterator[Any]:
     """Shows a progress bar and publishes metrics while a job runs, of several ranks the first; yields the report."""
-    from dsquant.display import progress_bar
-    from dsquant.monitoring import monitored
+    from dsquant.reporting.prometheus import monitored
+    from dsquant.reporting.terminal import progress_bar
 
     if not first:
         visible, metrics_file, metrics_port, metrics_address = False, None, None, None

@@ -52,16 +52,16 @@ def run(
         with reporting(not as_json, metrics_file, metrics_port, metrics_address) as report:
             release = run_recipe(read, report, str(recipe))
     elif metrics_file is not None:  # nothing to do is a success too
-        from dsquant.monitoring import monitored
-        from dsquant.telemetry import silent
+        from dsquant.reporting.progress import silent
+        from dsquant.reporting.prometheus import monitored
 
         with monitored(silent, metrics_file):
             pass
     if as_json:
         click.echo(json.dumps(release.as_json(), indent=2))
         return
-    from dsquant.notebook import plain_console
     from dsquant.releases.tables import release_tables
+    from dsquant.reporting.notebook import plain_console
 
     console = plain_console()
     for renderable in release_tables(release):

@@ -20,8 +20,8 @@ def verify(folder: Path, source: str | None, everything: bool, as_json: bool) ->
     """Checks every byte of DIR, an output or what `dsquant run` published, its coverage of the source, and its values;
     exit code 3 on damage, 5 where a check could not be run."""
     try:
-        from dsquant.display import progress_bar
-        from dsquant.notebook import plain_console
+        from dsquant.reporting.notebook import plain_console
+        from dsquant.reporting.terminal import progress_bar
         from dsquant.verification.release import verify as check
         from dsquant.verification.tables import verification_tables
     except ImportError as error:

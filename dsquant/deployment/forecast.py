@@ -15,7 +15,7 @@ from dsquant.deployment.sizes import OutputSize, output_sizes
 from dsquant.deployment.statements import statements_about
 from dsquant.deployment.subject import Subject, open_subject
 from dsquant.errors import UsageError
-from dsquant.notebook import Shown
+from dsquant.reporting.notebook import Shown
 
 DEFAULT_CONTEXT = 32768
 # From the best to what loses most; only these are placed on a machine.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dsquant.deployment.facts import DEFAULT_DISK, DESKTOP_RAM, DESKTOP_RAM_GIB, GB, GIB, GPU_CLASSES, SERVER_RAM, Range
 from dsquant.errors import UsageError
-from dsquant.recipe import format_size, parse_size
+from dsquant.recipes import format_size, parse_size
 
 # Less than this cannot be meant: a typing error in the unit.
 SMALLEST_MEMORY = 2**20

@@ -9,8 +9,8 @@ from dsquant.deployment.facts import Range
 from dsquant.deployment.hardware import Machine
 from dsquant.deployment.sizes import OutputSize
 from dsquant.deployment.subject import Subject
-from dsquant.telemetry import resident_bytes
-from dsquant.writers.gguf.types import MIXTURES
+from dsquant.formats.gguf.types import MIXTURES
+from dsquant.reporting.progress import resident_bytes
 
 SEARCHED = "AWQ's scales, clips and rounding of every weight, as in a compact run"
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from dsquant.deployment.subject import Subject
 from dsquant.errors import InputError, UsageError
-from dsquant.gguf_conversion import gguf_memory_bytes, scalable_linears
-from dsquant.memory import FLOAT32_BYTES
+from dsquant.formats.gguf.files import GgufFile
+from dsquant.formats.gguf.target import choose_tensors, largest_whole, loadable_shapes, plan_target
+from dsquant.formats.gguf.types import FLOAT_TYPES, MIXTURES
 from dsquant.model.kinds import kind_of
-from dsquant.planning import Plan, plan_run, plan_units
-from dsquant.recipe import GgufRecipe, Recipe
-from dsquant.writers.gguf.files import GgufFile
-from dsquant.writers.gguf.target import choose_tensors, largest_whole, loadable_shapes, plan_target
-from dsquant.writers.gguf.types import FLOAT_TYPES, MIXTURES
+from dsquant.pipeline.gguf_units import gguf_memory_bytes, scalable_linears
+from dsquant.pipeline.memory import FLOAT32_BYTES
+from dsquant.pipeline.plan import Plan, plan_run, plan_units
+from dsquant.recipes import GgufRecipe, Recipe
 
 PRESETS = ("quality", "compact")
 # Format -> the bits it can be asked for, the default first.

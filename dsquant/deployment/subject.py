@@ -5,12 +5,12 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsquant.foreign import find_file
-from dsquant.model.checkpoints import checkpoint_of, open_checkpoint
+from dsquant.files.foreign import find_file
+from dsquant.formats.checkpoints import checkpoint_of, open_checkpoint
+from dsquant.model.complete import check_complete
 from dsquant.model.planned import planned_checkpoint
 from dsquant.model.skeleton import Skeleton
-from dsquant.planning import check_complete
-from dsquant.preparation import check_unquantized
+from dsquant.pipeline.inputs import check_unquantized
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint, read_config, read_config_file
 from dsquant.source.hub import fetch_headers
 from dsquant.source.locate import EMBEDDED_MODEL, locate

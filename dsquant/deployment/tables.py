@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
@@ -9,18 +10,20 @@ from rich.table import Table
 from rich.text import Text
 
 from dsquant.deployment.facts import GIB, Range
-from dsquant.deployment.forecast import Deployment, Forecast, MachineForecast
 from dsquant.deployment.hardware import Machine
 from dsquant.deployment.making import Making
 from dsquant.deployment.sizes import OutputSize
-from dsquant.recipe import format_size
+from dsquant.recipes import format_size
+
+if TYPE_CHECKING:
+    from dsquant.deployment.forecast import Deployment, Forecast, MachineForecast
 
 BAR_WIDTH = 36
 COMMAND_WIDTH = 76
 COLORS = {"GPU": "green", "RAM": "yellow", "disk": "red"}
 
 
-def forecast_tables(forecast: Forecast) -> Iterator[RenderableType]:
+def forecast_tables(forecast: "Forecast") -> Iterator[RenderableType]:
     """Everything that `dsquant plan` prints.
 
     Args:
@@ -70,7 +73,7 @@ def _table(title: str, *headings: str, left: int = 1) -> Table:
     return table
 
 
-def _overview(forecast: Forecast) -> Iterator[RenderableType]:
+def _overview(forecast: "Forecast") -> Iterator[RenderableType]:
     table = _table("Best that runs where", "machine", "output", "where", "tokens/s", left=3)
     made: dict[str, OutputSize] = {}
     for found in forecast.machines:
@@ -97,7 +100,7 @@ def _short(machine: Machine) -> str:
     return f"{cards}, {machine.ram_bytes / GIB:g} GiB RAM"
 
 
-def _machine(forecast: Forecast, found: MachineForecast) -> Iterator[RenderableType]:
+def _machine(forecast: "Forecast", found: "MachineForecast") -> Iterator[RenderableType]:
     if found.best is None:
         yield Text(f"Nothing runs on {found.machine}.\n")
     else:
@@ -121,7 +124,7 @@ def _machine(forecast: Forecast, found: MachineForecast) -> Iterator[RenderableT
         yield Text(f"{sentence}\n")
 
 
-def _runs_table(machine: Machine, runs: list[Deployment]) -> Table:
+def _runs_table(machine: Machine, runs: "list[Deployment]") -> Table:
     unit, factor = _unit(row.output.served_bytes for row in runs)
     table = _table(
         f"On {machine} (sizes in {unit})", "output", "loaded", "GPU", "RAM", "disk", "tokens/s", "context", "remark"
@@ -140,7 +143,7 @@ def _runs_table(machine: Machine, runs: list[Deployment]) -> Table:
     return table
 
 
-def _best(best: Deployment, found: MachineForecast) -> Iterator[RenderableType]:
+def _best(best: "Deployment", found: "MachineForecast") -> Iterator[RenderableType]:
     speed = f", {_range(best.placement.tokens_per_s)} tokens/s" if best.placement.tokens_per_s else ""
     yield Text(f"Best that runs here: {best.output.name}{speed}", style="bold")
     if best.output.command is not None:
@@ -191,7 +194,7 @@ def _bar(name: str, used: int, room: int, largest: int, color: str) -> Text:
     return text
 
 
-def _sizes_table(forecast: Forecast) -> Table:
+def _sizes_table(forecast: "Forecast") -> Table:
     choices = [mtp for mtp in ("none", "keep", "quantize", "drop") if any(size.mtp == mtp for size in forecast.sizes)]
     heads = ["files" if mtp == "none" else f"MTP {mtp}" for mtp in choices]
     unit, factor = _unit(size.num_bytes for size in forecast.sizes)
@@ -206,7 +209,7 @@ def _sizes_table(forecast: Forecast) -> Table:
     return table
 
 
-def _makings_table(forecast: Forecast) -> Table:
+def _makings_table(forecast: "Forecast") -> Table:
     makings = forecast.makings
     unit, factor = _unit(making.disk_bytes for making in makings)
     table = _table("What making it takes", "output", f"memory, {unit}", f"disk, {unit}", "time", "on a GPU")
@@ -225,7 +228,7 @@ def _duration(hours: Range) -> str:
     return f"{_range(hours * 3600)} s"
 
 
-def _notes(forecast: Forecast) -> Iterator[Text]:
+def _notes(forecast: "Forecast") -> Iterator[Text]:
     yield Text("Notes and sources", style="bold")
     for note in (*forecast.refused, *forecast.notes, *_assumptions(forecast.makings), *_speeds(forecast)):
         yield Text(f"- {note}")
@@ -248,7 +251,7 @@ def _assumptions(makings: tuple[Making, ...]) -> Iterator[str]:
         yield f"disk: {makings[0].disk_assumption}"
 
 
-def _speeds(forecast: Forecast) -> Iterator[str]:
+def _speeds(forecast: "Forecast") -> Iterator[str]:
     if len(forecast.machines) == 1:
         machine = forecast.machines[0].machine
         yield f"RAM: {_speed(machine.ram_bandwidth)} ({machine.ram_source})"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dsquant.calibration.tokenizer import encode
 from dsquant.evaluation import code_bleu
 from dsquant.evaluation.drift import CodeDrift, Execution, Health, PromptDrift, Similarity
 from dsquant.evaluation.execution import paired_difference, paired_ratio
@@ -19,7 +20,6 @@ from dsquant.evaluation.generation import Completion
 from dsquant.evaluation.intervals import CONFIDENCE, DRAWS, Interval
 from dsquant.evaluation.python_tokens import parsed, python_tokens
 from dsquant.evaluation.tasks import Task
-from dsquant.tokenization import encode
 
 LOOP_REPEATS = 3
 LOOP_TOKENS = 12

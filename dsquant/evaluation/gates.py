@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dsquant.errors import InputError, UsageError
 from dsquant.evaluation.intervals import CONFIDENCE, Interval, units_to_settle
 from dsquant.evaluation.results import Candidate, GateOutcome, Verdict
-from dsquant.strict_yaml import read_yaml
+from dsquant.files.strict_yaml import read_yaml
 
 Bound = Literal["at_most", "at_least"]
 

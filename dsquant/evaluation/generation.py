@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsquant.calibration.tokenizer import decode, encode
 from dsquant.model.engine import rounded_head, rounded_linears
 from dsquant.model.gated import GatedWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import head_name
 from dsquant.model.structure import DecoderLayer
 from dsquant.source.weights import Weights
-from dsquant.tokenization import decode, encode
 
 BYTES_OF_FLOAT32 = 4
 

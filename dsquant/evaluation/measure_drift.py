@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dsquant.calibration.tokenizer import encode
 from dsquant.evaluation.divergence import compare
 from dsquant.evaluation.drift import CodeDrift
 from dsquant.evaluation.drift_measures import code_drift, gold_of
@@ -22,7 +23,6 @@ from dsquant.evaluation.intervals import CONFIDENCE, DRAWS, Interval
 from dsquant.evaluation.tasks import Task
 from dsquant.model.skeleton import Skeleton
 from dsquant.source.weights import Weights
-from dsquant.tokenization import encode
 
 SafePoint = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and what is being done; it may raise to stop."""

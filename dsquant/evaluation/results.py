@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dsquant.evaluation.drift import CodeDrift
 from dsquant.evaluation.intervals import Interval
-from dsquant.notebook import Shown
+from dsquant.reporting.notebook import Shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -14,8 +14,8 @@ from typing import Any
 
 from dsquant.errors import InputError
 from dsquant.evaluation.python_tokens import normalized
-from dsquant.foreign import read_file
-from dsquant.strict_json import parse_json
+from dsquant.files.foreign import read_file
+from dsquant.files.strict_json import parse_json
 
 # What cannot belong to the function any more that a prompt began, as HumanEval's paper cuts (arXiv 2107.03374).
 BODY_STOPS = ("\ndef ", "\nclass ", "\n@", "\n#", "\nif ", "\nfor ", "\nprint(", "\nimport ", "\nfrom ", "\nassert ")

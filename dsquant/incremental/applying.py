@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsquant.disk import NO_ROOM, PARTIAL, remove_empty, remove_tree, sync_folder
 from dsquant.errors import InputError
-from dsquant.foreign import check_plain_files, find_file, read_file
+from dsquant.files.disk import NO_ROOM, PARTIAL, remove_empty, remove_tree, sync_folder
+from dsquant.files.foreign import check_plain_files, find_file, read_file
+from dsquant.files.sealing import broken_sections, hash_files
 from dsquant.incremental.manifest import PatchManifest, member_blocks, open_patch, read_manifest, read_member
 from dsquant.incremental.patch import block_sizes, xored
 from dsquant.incremental.places import beside, check_output, lies_in
 from dsquant.incremental.reuse import reuse_file
-from dsquant.jobs import JOB_FILE, RECORD_FILE, WORK_FOLDER, remove_work
-from dsquant.locks import exclusive
-from dsquant.notebook import Shown
-from dsquant.preparation import check_disk
-from dsquant.sealing import broken_sections, hash_files
+from dsquant.jobs.folder import JOB_FILE, RECORD_FILE, WORK_FOLDER, remove_work
+from dsquant.jobs.locks import exclusive
+from dsquant.jobs.resources import check_disk
+from dsquant.reporting.notebook import Shown
 
 
 @dataclass(frozen=True)

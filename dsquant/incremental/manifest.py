@@ -14,11 +14,11 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from dsquant.errors import InputError
-from dsquant.foreign import LARGEST_TEXT_BYTES, check_relative
-from dsquant.jobs import WORK_FOLDER
-from dsquant.preparation import default_memory_budget
-from dsquant.recipe import format_size
-from dsquant.sealing import BYTES_AT_ONCE
+from dsquant.files.foreign import LARGEST_TEXT_BYTES, check_relative
+from dsquant.files.sealing import BYTES_AT_ONCE
+from dsquant.jobs.folder import WORK_FOLDER
+from dsquant.jobs.resources import default_memory_budget
+from dsquant.recipes import format_size
 from dsquant.verification.record import Count, Digest
 
 MANIFEST = "patch.json"

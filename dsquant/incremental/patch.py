@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from dsquant.disk import PARTIAL, naming, publish, sync_folder
-from dsquant.foreign import read_file
+from dsquant.files.disk import PARTIAL, naming, publish, sync_folder
+from dsquant.files.foreign import read_file
+from dsquant.files.sealing import BYTES_AT_ONCE
 from dsquant.incremental.manifest import MANIFEST, PatchedFile, PatchManifest
-from dsquant.jobs import RECORD_FILE
-from dsquant.sealing import BYTES_AT_ONCE
+from dsquant.jobs.folder import RECORD_FILE
 from dsquant.source.shards import read_header
 
 

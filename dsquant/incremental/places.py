@@ -4,12 +4,12 @@ import hashlib
 import tempfile
 from pathlib import Path
 
-from dsquant.disk import PARTIAL
 from dsquant.errors import InputError
-from dsquant.foreign import read_file
+from dsquant.files.disk import PARTIAL
+from dsquant.files.foreign import read_file
 from dsquant.incremental.manifest import open_patch, read_manifest
 from dsquant.incremental.recording import Recording
-from dsquant.jobs import RECORD_FILE, check_name
+from dsquant.jobs.folder import RECORD_FILE, check_name
 
 
 def lies_in(path: Path, folder: Path) -> bool:

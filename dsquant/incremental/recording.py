@@ -6,13 +6,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.errors import InputError, UsageError
-from dsquant.foreign import find_file, read_file
-from dsquant.jobs import RECORD_FILE, found_in
-from dsquant.planning import Plan, Target
-from dsquant.recipe import Recipe
-from dsquant.rounding import QuantizedWeight
-from dsquant.scales import open_scales
-from dsquant.sealing import broken_sections, hash_files
+from dsquant.files.foreign import find_file, read_file
+from dsquant.files.sealing import broken_sections, hash_files
+from dsquant.formats.scales import open_scales
+from dsquant.jobs.folder import RECORD_FILE, found_in
+from dsquant.pipeline.plan import Plan, Target
+from dsquant.recipes import Recipe
+from dsquant.schemes import QuantizedWeight
 from dsquant.source.shards import ShardIndex, read_index
 from dsquant.verification.damage import recorded_shards
 from dsquant.verification.record import read_record

@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError, UsageError
-from dsquant.foreign import read_file
+from dsquant.files.foreign import read_file
+from dsquant.files.sealing import broken_sections
+from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.incremental.applying import AppliedPatch, apply_patch
 from dsquant.incremental.patch import write_patch
 from dsquant.incremental.places import beside, check_output, check_patch
 from dsquant.incremental.recording import Recording, open_recording
 from dsquant.incremental.requantize import requantize
-from dsquant.jobs import RECORD_FILE, claim, full_disk_is_resumable, stop_on_signals
-from dsquant.model.checkpoints import open_checkpoint
-from dsquant.notebook import Shown
-from dsquant.records import Result, result_of
-from dsquant.sealing import broken_sections
+from dsquant.jobs.folder import RECORD_FILE, claim, full_disk_is_resumable, stop_on_signals
+from dsquant.pipeline.record import Result, result_of
+from dsquant.reporting.notebook import Shown
+from dsquant.reporting.progress import Progress, Report, silent
 from dsquant.source.locate import locate
 from dsquant.source.scan import scan
-from dsquant.telemetry import Progress, Report, silent
 from dsquant.verification.record import read_record
 
 

@@ -11,30 +11,31 @@ from typing import Any
 
 import torch
 
-from dsquant.conversion import ROWS_AT_ONCE, Run
-from dsquant.disk import sync_folder
 from dsquant.errors import InputError
-from dsquant.finishing import finish
-from dsquant.gguf_conversion import work_files
+from dsquant.files.disk import sync_folder
+from dsquant.formats.scales import keep_scales, recorded_fold
+from dsquant.formats.shards import Shard, ShardFile
 from dsquant.incremental.recording import RecordedTarget, Recording, recorded_targets
 from dsquant.incremental.reuse import reuse_file
 from dsquant.incremental.rule import rounded_as_recorded
 from dsquant.incremental.sources import HeldTensors, held_once, stored_parts
-from dsquant.jobs import RECORD_FILE, full_disk_is_resumable, held, open_job, stop_on_signals
+from dsquant.jobs.folder import RECORD_FILE, full_disk_is_resumable, held, open_job, stop_on_signals
+from dsquant.jobs.resources import check_disk
+from dsquant.kernels.threads import one_thread_an_operation
 from dsquant.model.overlays import Fold
-from dsquant.planning import Unit, plan_run
-from dsquant.preparation import Source, check_disk, memory_budget, open_model
-from dsquant.recipe import Recipe
-from dsquant.records import output_files
-from dsquant.repeated import check_repeated
-from dsquant.resumption import check_checkpoints, check_kept, check_units, kept_files
-from dsquant.scales import keep_scales, recorded_fold
+from dsquant.model.repeated import check_repeated
+from dsquant.pipeline.finish import finish
+from dsquant.pipeline.gguf_units import work_files
+from dsquant.pipeline.inputs import Source, memory_budget, open_model
+from dsquant.pipeline.plan import Unit, plan_run
+from dsquant.pipeline.record import output_files
+from dsquant.pipeline.resume import check_checkpoints, check_kept, check_units, kept_files
+from dsquant.pipeline.supervision import check_inputs, input_hashes, shard_times
+from dsquant.pipeline.units import ROWS_AT_ONCE, Run
+from dsquant.recipes import Recipe
+from dsquant.reporting.progress import Limits, Progress, Report
 from dsquant.source.shards import DTYPES
-from dsquant.supervision import check_inputs, input_hashes, shard_times
-from dsquant.telemetry import Limits, Progress, Report
-from dsquant.threads import one_thread_an_operation
 from dsquant.verification.record import read_record
-from dsquant.writers.base import Shard, ShardFile
 
 
 @dataclass

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from dsquant.disk import PARTIAL
+from dsquant.files.disk import PARTIAL
 
 # ioctl of Linux: the new file shares the old one's blocks until one of them is written to (btrfs, XFS).
 FICLONE = 0x40049409

@@ -5,7 +5,7 @@ Shape legend: O out features, I in features.
 
 import torch
 
-from dsquant.rounding import QuantizedWeight, round_to_grid, round_to_nearest
+from dsquant.schemes import QuantizedWeight, round_to_grid, round_to_nearest
 
 # The recorded grid serves as long as the weight's error is at most this many times the recorded one.
 LARGEST_GROWTH = 1.25

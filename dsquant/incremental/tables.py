@@ -1,16 +1,19 @@
 """A delta for people."""
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.text import Text
 
-from dsquant.incremental.applying import AppliedPatch
-from dsquant.incremental.release import Delta
-from dsquant.recipe import format_size
+from dsquant.recipes import format_size
+
+if TYPE_CHECKING:
+    from dsquant.incremental.applying import AppliedPatch
+    from dsquant.incremental.release import Delta
 
 
-def delta_tables(made: Delta) -> Iterator[RenderableType]:
+def delta_tables(made: "Delta") -> Iterator[RenderableType]:
     """What `dsquant delta` prints.
 
     Args:
@@ -33,7 +36,7 @@ def delta_tables(made: Delta) -> Iterator[RenderableType]:
     yield Text(f"{sizes}; {made.patch} turns the old output into {made.output}.")
 
 
-def patch_tables(made: AppliedPatch) -> Iterator[RenderableType]:
+def patch_tables(made: "AppliedPatch") -> Iterator[RenderableType]:
     """What `dsquant delta --apply` prints.
 
     Args:

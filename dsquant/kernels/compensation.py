@@ -7,28 +7,14 @@ Shape legend: S columns of the group, O rows of the weight, C shrinks, P = C * O
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from dsquant.kernels.grids import grid_parameters
+from dsquant.kernels.values import CompensatedGroup
 
 # Columns that are updated one by one before the rest of the group is, by one product.
 COLUMNS_AT_ONCE = 16
-
-
-@dataclass(frozen=True)
-class CompensatedGroup:
-    """A group's columns, rounded one after the other."""
-
-    codes_SO: torch.Tensor
-    """uint8 in [0, 2**bits - 1]."""
-    errors_SO: torch.Tensor
-    """float32: each column's error over its U_jj, what columns of later groups are changed by."""
-    scales_O: torch.Tensor
-    """float32."""
-    zero_points_O: torch.Tensor
-    """uint8 in [0, 2**bits - 1]."""
 
 
 def compensate_group(

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dsquant.kernels.compensation import CompensatedGroup
 from dsquant.kernels.grids_triton import centred_codes, grid_of_range
+from dsquant.kernels.values import CompensatedGroup
 
 # A warp with a row to each thread.
 ROWS = 32

@@ -10,23 +10,10 @@ With H the group's block of the Gram matrix, u = codes less zero point and R the
 Shape legend: S columns of the group, O rows of the weight.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from dsquant.kernels.grids import storable_scales
-
-
-@dataclass(frozen=True)
-class DescendingGroup:
-    """The codes, scales and zero points of one group while they move; all contiguous."""
-
-    codes_SO: torch.Tensor
-    """float32 [S, O], whole numbers in [0, maximum_code], S = 32, 64 or 128."""
-    scales_O: torch.Tensor
-    """float32 [O], positive and storable."""
-    zero_points_O: torch.Tensor
-    """float32 [O], whole numbers in [0, maximum_code]."""
+from dsquant.kernels.values import DescendingGroup
 
 
 def descend_group(

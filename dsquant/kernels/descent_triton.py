@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dsquant.kernels.descent import DescendingGroup
 from dsquant.kernels.grids_triton import ROUNDER, storable_scales
+from dsquant.kernels.values import DescendingGroup
 
 # A warp with a row to each thread.
 ROWS = 32

@@ -7,13 +7,9 @@ the zero point 2**(bits - 1). The arithmetic is the same to the bit on a CPU and
 Shape legend: O out features, I in features, G groups along I, S = group size (I = G * S).
 """
 
-from dataclasses import dataclass
-
 import torch
 
-# What float16 and bfloat16 both hold with bfloat16's full precision.
-SMALLEST_SCALE = 2.0**-16
-LARGEST_SCALE = 65280.0
+from dsquant.kernels.values import LARGEST_SCALE, SMALLEST_SCALE, RoundedRows
 
 
 def storable_scales(scales: torch.Tensor) -> torch.Tensor:
@@ -57,18 +53,6 @@ def grid_parameters(
     high_OG = weight_OGS.amax(-1).clamp(min=0) * shrink_OG
     scales_OG = storable_scales((high_OG - low_OG) / low_OG.new_full((), largest))
     return scales_OG, (-low_OG / scales_OG).round().clamp(0, largest)
-
-
-@dataclass(frozen=True)
-class RoundedRows:
-    """A weight on its grid: `weight ≈ scales * (codes - zero_points)`."""
-
-    codes_OI: torch.Tensor
-    """uint8 in [0, 2**bits - 1]."""
-    scales_OG: torch.Tensor
-    """float32 whose values float16 and bfloat16 both hold exactly."""
-    zero_points_OG: torch.Tensor
-    """uint8 in [0, 2**bits - 1]."""
 
 
 def round_rows(

@@ -10,10 +10,10 @@ Shape legend: R rows of a program, S = group size.
 import triton
 import triton.language as tl
 
-from dsquant.kernels import grids
+from dsquant.kernels import values
 
-SMALLEST_SCALE: tl.constexpr = tl.constexpr(grids.SMALLEST_SCALE)
-LARGEST_SCALE: tl.constexpr = tl.constexpr(grids.LARGEST_SCALE)
+SMALLEST_SCALE: tl.constexpr = tl.constexpr(values.SMALLEST_SCALE)
+LARGEST_SCALE: tl.constexpr = tl.constexpr(values.LARGEST_SCALE)
 # Adding and subtracting it rounds a float32 below 2**22 to the nearest integer, halves to even.
 ROUNDER: tl.constexpr = tl.constexpr(1.5 * 2**23)
 

@@ -7,7 +7,8 @@ import math
 
 import torch
 
-WORD_BITS = 32
+from dsquant.kernels.values import WORD_BITS
+
 # AWQ: the columns of eight whose 4-bit codes a word holds, from the lowest bits up (autoawq, `packing_utils`).
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 AWQ_BITS = 4

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsquant.kernels.packing import WORD_BITS
+from dsquant.kernels.values import WORD_BITS
 
 AWQ_WORDS = 32
 AWQ_ROWS = 64

@@ -6,7 +6,7 @@ Shape legend: R rows, I inner dimension, O columns of the product.
 import torch
 import torch.nn.functional as F
 
-from dsquant.threads import blocks_of, side_by_side
+from dsquant.kernels.threads import blocks_of, side_by_side
 
 
 def apply_linear(inputs: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:

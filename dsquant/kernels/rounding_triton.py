@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dsquant.kernels.grids import RoundedRows
 from dsquant.kernels.grids_triton import centred_codes, grid_of_range
+from dsquant.kernels.values import RoundedRows
 
 # Weights of a program: 16 to a thread; more spill registers.
 WEIGHTS = 2048

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dsquant.disk import begin_writing, naming, reserve
+from dsquant.files.disk import begin_writing, naming, reserve
 from dsquant.source.weights import CPU
 
 # Pages touched by this many bytes of access are handed back: resident memory stays small, the page cache keeps them.

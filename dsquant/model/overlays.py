@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dsquant.kernels.activation_rounding import Rounding
+from dsquant.model.structure import ScaleGroup
 from dsquant.source.weights import Weights
 
 
@@ -143,3 +144,23 @@ class ResidentWeights(Overlay):
         if name not in self._kept:
             self._kept[name] = self.base[name]
         return self._kept[name]
+
+
+def fold_of(weights: Weights, group: ScaleGroup, scales_I: torch.Tensor) -> Fold:
+    """The factors that fold scales into a group's producer, consumers and followers.
+
+    Args:
+        weights: the layer's weights, for shapes and for whether the producer has a bias.
+        group: the group.
+        scales_I: the scales, float32 [I].
+
+    Returns:
+        The fold.
+    """
+    rows = 1 / scales_I
+    if group.producer_rows is not None:
+        rows = torch.ones(weights.shape(f"{group.producer}.weight")[0], device=scales_I.device)
+        rows[torch.tensor(group.producer_rows, device=scales_I.device)] = 1 / scales_I
+    scaled = [f"{group.producer}.{part}" for part in ("weight", "bias")]
+    columns = [*(f"{name}.weight" for name in group.consumers), *group.followers]
+    return Fold({name: rows for name in scaled if name in weights}, dict.fromkeys(columns, scales_I))

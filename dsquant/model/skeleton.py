@@ -15,11 +15,11 @@ from torch import nn
 
 from dsquant.errors import InputError
 from dsquant.kernels.products import apply_linear
+from dsquant.kernels.threads import blocks_of, side_by_side
 from dsquant.model.families import family_of
 from dsquant.model.rotary import Rotary, rope_problem, rotary_of, settle_magnitude
 from dsquant.model.structure import DecoderLayer, Family
 from dsquant.source.checkpoint import Checkpoint
-from dsquant.threads import blocks_of, side_by_side
 
 ATTENTION = "dsquant_fused"
 # Config keys that name remote code or a storage format; the skeleton wants neither.

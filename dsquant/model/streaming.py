@@ -27,6 +27,8 @@ from dsquant.source.weights import Weights
 EMBEDDING = "model.embed_tokens.weight"
 ROWS_AT_ONCE = 4096
 VOCABULARY_AT_ONCE = 8192
+# Tokens that pass attention together. Fixed, since the order of sums, and with it the output's bytes, depends on it.
+BATCH_TOKENS = 1024
 
 Observer = Callable[[torch.Tensor], None]
 """Gets a module's input, [R, I]."""
@@ -268,3 +270,8 @@ def mtp_inputs(
 
 def _rms_norm(skeleton: Skeleton, hidden: torch.Tensor, gain_H: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(hidden, gain_H.shape, gain_H, skeleton.config["rms_norm_eps"])
+
+
+def samples_together(seq_len: int) -> int:
+    """Samples of so many tokens that pass attention together."""
+    return max(1, BATCH_TOKENS // seq_len)

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dsquant.model.overlays import Fold, FoldedWeights
+from dsquant.model.overlays import Fold, FoldedWeights, fold_of
 from dsquant.model.structure import ScaleGroup
-from dsquant.quantization.scale import fold_of, search_group
+from dsquant.quantization.scale import search_group
 from dsquant.quantization.statistics import InputMoments
 from dsquant.quantization.steps import prepared, rounded_weight
-from dsquant.recipe import Step
-from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest
+from dsquant.recipes import Step
+from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest
 from dsquant.source.weights import Weights
 
 

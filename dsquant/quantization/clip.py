@@ -9,9 +9,9 @@ import torch
 
 from dsquant.kernels.clipping import best_shrinks
 from dsquant.kernels.precision import fast_matmuls
+from dsquant.kernels.threads import side_by_side
 from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments
-from dsquant.rounding import Grid, QuantizedWeight, round_to_nearest, stacked
-from dsquant.threads import side_by_side
+from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest, stacked
 
 # AutoAWQ goes down to 0.55 in steps of 0.05; less than 0.65 was never chosen, so the same number of steps is finer.
 SHRINKS = tuple(1 - step / 25 for step in range(10))

@@ -20,10 +20,10 @@ import torch
 
 from dsquant.kernels.compensation import compensate_group
 from dsquant.kernels.precision import fast_matmuls
+from dsquant.kernels.threads import side_by_side
 from dsquant.quantization.clip import PARTS_AT_ONCE, SHRINKS, clipped_weight, rows_of_part
 from dsquant.quantization.statistics import InputMoments, InverseFactor
-from dsquant.rounding import Grid, QuantizedWeight, joined, stacked
-from dsquant.threads import side_by_side
+from dsquant.schemes import Grid, QuantizedWeight, joined, stacked
 
 # The Gram matrix's diagonal is raised by this share of its mean, for each feature over a token: of few tokens it knows
 # little, and compensation would fit their noise (docs/decisions/0006).

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dsquant.kernels.descent import DescendingGroup, descend_group
+from dsquant.kernels.descent import descend_group
 from dsquant.kernels.losses import gram_losses
 from dsquant.kernels.precision import fast_matmuls
-from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.kernels.values import DescendingGroup
+from dsquant.schemes import Grid, QuantizedWeight
 
 SWEEPS = 4
 # Columns whose gradient is brought up to date group by group.

@@ -15,18 +15,17 @@ from dsquant.errors import InputError
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.products import apply_linear
 from dsquant.model.activations import Activations
-from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights
+from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights, fold_of
 from dsquant.model.streaming import ROWS_AT_ONCE, Observer, Routing, Stream, run_dense_part
 from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup
 from dsquant.quantization.attention import AttentionResult, quantize_attention, round_attention, under_scales
 from dsquant.quantization.layer_job import GridReport, LayerJob, LayerReport
 from dsquant.quantization.layer_mlps import MlpOutcome, quantize_mlps
 from dsquant.quantization.mlp import MlpInputs, prove_same, search_norm_scales
-from dsquant.quantization.scale import fold_of
 from dsquant.quantization.sharing import SampleStatistics, share_routing, share_rows
 from dsquant.quantization.statistics import Importance, InputMoments
-from dsquant.recipe import Step
-from dsquant.rounding import Grid
+from dsquant.recipes import Step
+from dsquant.schemes import Grid
 from dsquant.source.weights import Weights
 
 # An expert with fewer tokens than this gets those that the router scores highest for it besides its own.

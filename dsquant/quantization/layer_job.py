@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dsquant.distributed import ALONE, Ranks, Shares
+from dsquant.jobs.ranks import ALONE, Ranks, Shares
 from dsquant.model.activations import Activations
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import DecoderLayer
 from dsquant.quantization.statistics import Importance
-from dsquant.recipe import PRESET_STEPS, Step
-from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.recipes import PRESET_STEPS, Step
+from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.weights import Weights
 
 Emit = Callable[[Grid, str, QuantizedWeight | torch.Tensor], None]

@@ -17,7 +17,7 @@ from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.mlp import MlpErrors, MlpInputs, quantize_mlp, scaled
 from dsquant.quantization.sharing import exchange_contributions
 from dsquant.quantization.statistics import InputMoments, InputStatistics, InverseFactor, is_wide
-from dsquant.rounding import Grid
+from dsquant.schemes import Grid
 
 # Experts that are read from disk while one is computed.
 MLPS_AHEAD = 2

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dsquant.distributed import Ranks
+from dsquant.jobs.ranks import Ranks
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
@@ -26,8 +26,8 @@ from dsquant.quantization.scale import (
 )
 from dsquant.quantization.statistics import InputMoments, InputStatistics, InverseFactor
 from dsquant.quantization.steps import prepared, rounded_weight
-from dsquant.recipe import Step
-from dsquant.rounding import Grid, QuantizedWeight, fake_quantize, round_to_nearest
+from dsquant.recipes import Step
+from dsquant.schemes import Grid, QuantizedWeight, fake_quantize, round_to_nearest
 from dsquant.source.weights import Weights
 
 # A gated MLP's own output error is measured on at most this many tokens, evenly spaced.

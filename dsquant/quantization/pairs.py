@@ -17,8 +17,8 @@ from dsquant.kernels.products import add_product, apply_linear
 from dsquant.quantization.compensate import damped
 from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.quantization.steps import rounded_weight
-from dsquant.recipe import Step
-from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.recipes import Step
+from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.weights import CPU
 
 # Inputs up to this width are kept as whole matrices here, which takes R1's hidden states (7168).

@@ -10,13 +10,12 @@ import torch
 
 from dsquant.kernels.grids import fake_quantize_difference
 from dsquant.kernels.precision import fast_matmuls
-from dsquant.model.overlays import Fold
+from dsquant.kernels.threads import side_by_side
 from dsquant.model.structure import ScaleGroup
 from dsquant.quantization.clip import ELEMENTS_AT_ONCE
 from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments
-from dsquant.rounding import Grid
+from dsquant.schemes import Grid
 from dsquant.source.weights import Weights
-from dsquant.threads import side_by_side
 
 NUM_RATIOS = 20
 # The scale search reads at most this many rows of a weight, evenly spaced: the loss is a sum over rows.
@@ -151,23 +150,3 @@ def foldable_scales(scales_I: torch.Tensor, producer_I: torch.Tensor) -> torch.T
     """
     stored_I = (producer_I / scales_I).to(torch.bfloat16).float()
     return torch.where(stored_I == 0, 1.0, producer_I / torch.where(stored_I == 0, 1.0, stored_I))
-
-
-def fold_of(weights: Weights, group: ScaleGroup, scales_I: torch.Tensor) -> Fold:
-    """The factors that fold scales into a group's producer, consumers and followers.
-
-    Args:
-        weights: the layer's weights, for shapes and for whether the producer has a bias.
-        group: the group.
-        scales_I: the scales, float32 [I].
-
-    Returns:
-        The fold.
-    """
-    rows = 1 / scales_I
-    if group.producer_rows is not None:
-        rows = torch.ones(weights.shape(f"{group.producer}.weight")[0], device=scales_I.device)
-        rows[torch.tensor(group.producer_rows, device=scales_I.device)] = 1 / scales_I
-    scaled = [f"{group.producer}.{part}" for part in ("weight", "bias")]
-    columns = [*(f"{name}.weight" for name in group.consumers), *group.followers]
-    return Fold({name: rows for name in scaled if name in weights}, dict.fromkeys(columns, scales_I))

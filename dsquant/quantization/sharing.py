@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from dsquant.distributed import CHUNKS, Ranks, Shares
+from dsquant.jobs.ranks import CHUNKS, Ranks, Shares
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.activations import Activations
 from dsquant.model.streaming import Routing

@@ -7,13 +7,13 @@ from collections.abc import Collection
 
 import torch
 
+from dsquant.kernels.threads import side_by_side
 from dsquant.quantization.clip import FULL_RANGE, PARTS_AT_ONCE, SHRINKS, clipped_weight, rows_of_part
 from dsquant.quantization.compensate import compensated_weight, damped, damping_of, with_inverses
 from dsquant.quantization.descent import descended_weight
 from dsquant.quantization.statistics import InputMoments
-from dsquant.recipe import Step
-from dsquant.rounding import Grid, QuantizedWeight, stacked
-from dsquant.threads import side_by_side
+from dsquant.recipes import Step
+from dsquant.schemes import Grid, QuantizedWeight, stacked
 
 
 def prepared(moments: InputMoments, grid: Grid, steps: Collection[Step]) -> InputMoments:

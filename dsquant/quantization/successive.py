@@ -23,7 +23,7 @@ from dsquant.quantization.layer_job import GridReport, LayerJob, LayerReport, Qu
 from dsquant.quantization.pairs import PairMoments, PairStatistics
 from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.quantization.successive_mlps import quantize_mlps
-from dsquant.rounding import Grid, QuantizedWeight
+from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.weights import Weights
 
 

@@ -27,7 +27,7 @@ from dsquant.quantization.mlp import (
 )
 from dsquant.quantization.pairs import PairMoments, PairStatistics
 from dsquant.quantization.statistics import InputMoments, InputStatistics
-from dsquant.rounding import Grid
+from dsquant.schemes import Grid
 from dsquant.source.weights import Weights
 
 

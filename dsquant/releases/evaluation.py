@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsquant.disk import write_atomically
 from dsquant.errors import InputError
+from dsquant.files.disk import write_atomically
 from dsquant.releases.recipe import EVALUATION_FOLDER, AwqStep, ReleaseRecipe
-from dsquant.telemetry import Progress, Report
+from dsquant.reporting.progress import Progress, Report
 
 if TYPE_CHECKING:
     from dsquant.evaluation.gates import Gates
+    from dsquant.evaluation.request import EvaluationRequest
     from dsquant.evaluation.results import Candidate, Evaluation
-    from dsquant.evaluation_request import EvaluationRequest
 
 # For the gates, beside the folder that is published: unlike the report it keeps bounds that are infinite.
 MEASURED_FILE = "measured.json"
@@ -68,7 +68,7 @@ def evaluate_outputs(
     Returns:
         Output -> text -> its main numbers, as plain JSON values.
     """
-    from dsquant.comparison import evaluate
+    from dsquant.evaluation.comparison import evaluate
 
     gates_file = None if gates is None else build.parent / GATES_FILE
     if gates is not None and gates_file is not None:  # YAML reads JSON
@@ -91,7 +91,7 @@ def check_evaluation(recipe: ReleaseRecipe, gates: "Gates | None") -> None:
         InputError: where the model, a text or a prompt cannot be used.
         UsageError: where code cannot be run as wanted, or a gate is on what is not measured.
     """
-    from dsquant.comparison import check_request
+    from dsquant.evaluation.comparison import check_request
     from dsquant.packages import load
     from dsquant.source.quantized import check_decoder
 
@@ -103,8 +103,8 @@ def check_evaluation(recipe: ReleaseRecipe, gates: "Gates | None") -> None:
 
 
 def _request(recipe: ReleaseRecipe, candidates: tuple[str, ...], gates_file: Path | None) -> "EvaluationRequest":
-    from dsquant.code_drift import DriftRequest
-    from dsquant.evaluation_request import EvaluationRequest
+    from dsquant.evaluation.code_drift import DriftRequest
+    from dsquant.evaluation.request import EvaluationRequest
 
     wanted = recipe.evaluate
     assert wanted is not None
@@ -168,7 +168,7 @@ def decide_gates(gates: "Gates", build: Path, report: Report) -> dict[str, Any]:
         InconclusiveError: where none failed, but more samples are needed.
         UsageError: where a gate is on what was not measured.
     """
-    from dsquant.comparison import raise_verdict
+    from dsquant.evaluation.comparison import raise_verdict
     from dsquant.evaluation.gates import check_measured, decide
     from dsquant.evaluation.intervals import BLOCK_TOKENS
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsquant.disk import remove_empty, sync_folder, write_atomically
 from dsquant.errors import DsquantError, InputError, Interrupted, UsageError
-from dsquant.jobs import RECORD_FILE, stop_on_signals
-from dsquant.journal import Journal
-from dsquant.locks import HOLDER_FILE, LOCK_FILE, exclusive
-from dsquant.notebook import Shown
+from dsquant.files.disk import remove_empty, sync_folder, write_atomically
+from dsquant.files.sealing import RELEASE_FILE, hash_files, seal
+from dsquant.jobs.folder import RECORD_FILE, stop_on_signals
+from dsquant.jobs.journal import Journal
+from dsquant.jobs.locks import HOLDER_FILE, LOCK_FILE, exclusive
 from dsquant.releases.inputs import inputs_of, key_of
 from dsquant.releases.publication import (
     RELEASE_VERSION,
@@ -28,8 +28,8 @@ from dsquant.releases.publication import (
     published_release,
 )
 from dsquant.releases.recipe import EVALUATION_FOLDER, WITHOUT_INFLUENCE, ReleaseRecipe
-from dsquant.sealing import RELEASE_FILE, hash_files, seal
-from dsquant.telemetry import Report, silent
+from dsquant.reporting.notebook import Shown
+from dsquant.reporting.progress import Report, silent
 
 JOURNAL_FILE = "journal.jsonl"
 BUILD_FOLDER = "build"

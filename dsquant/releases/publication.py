@@ -12,12 +12,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dsquant.disk import sync_folder
 from dsquant.errors import InputError
-from dsquant.foreign import read_file
-from dsquant.jobs import check_name
+from dsquant.files.disk import sync_folder
+from dsquant.files.foreign import read_file
+from dsquant.files.sealing import RELEASE_FILE, broken_sections
+from dsquant.jobs.folder import check_name
 from dsquant.releases.recipe import ReleaseRecipe
-from dsquant.sealing import RELEASE_FILE, broken_sections
 
 # The layout of release.json. 1: first. 2: sealed like an output's record, with hashes of what no such record tells of.
 RELEASE_VERSION = 2

@@ -34,11 +34,11 @@ from pydantic import (
     model_validator,
 )
 
-from dsquant.disk import PARTIAL
 from dsquant.errors import UsageError
-from dsquant.recipe import Preset, StepNames, parse_size
-from dsquant.sealing import RELEASE_FILE
-from dsquant.strict_yaml import read_yaml
+from dsquant.files.disk import PARTIAL
+from dsquant.files.sealing import RELEASE_FILE
+from dsquant.files.strict_yaml import read_yaml
+from dsquant.recipes import Preset, StepNames, parse_size
 
 # Of small letters, since some file systems take no notice of case; some drop a dot at the end as well.
 NAME = r"^[a-z0-9]([a-z0-9._-]*[a-z0-9_-])?$"

@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsquant.journal import Journal
-from dsquant.recipe import GgufRecipe, Recipe
+from dsquant.jobs.journal import Journal
+from dsquant.recipes import GgufRecipe, Recipe
 from dsquant.releases.evaluation import check_evaluation, decide_gates, evaluate_outputs, read_recipe_gates
 from dsquant.releases.inputs import key_of
 from dsquant.releases.recipe import AwqStep, GgufStep, ReleaseRecipe
-from dsquant.telemetry import Report
+from dsquant.reporting.progress import Report
 
 if TYPE_CHECKING:
     from dsquant.evaluation.gates import Gates
@@ -78,7 +78,7 @@ def _texts(recipe: ReleaseRecipe, step: GgufStep) -> tuple[str, ...]:
 
 def _calibrate(shop: Workshop) -> dict[str, Any]:
     """Finds out that the texts are there, and which they are, before hours are spent."""
-    from dsquant.preparation import open_calibration, open_model, open_tokenizer
+    from dsquant.pipeline.inputs import open_calibration, open_model, open_tokenizer
 
     checkpoint, _ = open_model(shop.recipe.model)
     recipe = _job_fields(shop.recipe) | {"calibration": shop.recipe.calibration.texts, "output": shop.build}
@@ -93,7 +93,7 @@ def _job_fields(recipe: ReleaseRecipe) -> dict[str, Any]:
 
 
 def _quantize(shop: Workshop, step: AwqStep | GgufStep, begun: bool) -> dict[str, Any]:
-    from dsquant import pipeline
+    from dsquant.pipeline import job as pipeline
 
     job = _job(shop, step)
     # An older attempt that was to become something else is begun anew.
@@ -128,8 +128,9 @@ def check_all(shop: Workshop) -> None:
         UsageError: where a step cannot work, or a gate is on what is not measured.
     """
     from dsquant.errors import DsquantError
-    from dsquant.gguf_conversion import plan_gguf
-    from dsquant.preparation import open_source, resolved, resolved_device
+    from dsquant.jobs.resources import resolved_device
+    from dsquant.pipeline.gguf_units import plan_gguf
+    from dsquant.pipeline.inputs import open_source, resolved
 
     for step in shop.recipe.quantize:
         try:

@@ -1,24 +1,27 @@
 """A release for people."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dsquant.notebook import table_of
-from dsquant.recipe import format_size
-from dsquant.releases.job import Release
+from dsquant.recipes import format_size
 from dsquant.releases.recipe import EVALUATION_FOLDER
+from dsquant.reporting.notebook import table_of
+
+if TYPE_CHECKING:
+    from dsquant.releases.job import Release
 
 
-def _distances(release: Release) -> Table:
+def _distances(release: "Release") -> Table:
     texts = list(next(iter(release.evaluation.values())))
     rows = ((name, *(f"{found[text]['mean_kl']:.4f}" for text in texts)) for name, found in release.evaluation.items())
     return table_of("mean KL against the original, nats a token", ("output", *texts), rows)
 
 
-def release_tables(release: Release) -> Iterator[RenderableType]:
+def release_tables(release: "Release") -> Iterator[RenderableType]:
     """What `dsquant run` prints at the end.
 
     Args:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
-from dsquant.foreign import LARGEST_MODEL_TEXT_BYTES, find_file
+from dsquant.files.foreign import LARGEST_MODEL_TEXT_BYTES, find_file
+from dsquant.files.strict_json import read_json_object
 from dsquant.kernels.fp8 import dequantize_fp8
 from dsquant.source.fp8 import SCALE_SUFFIX, scale_shape
 from dsquant.source.quantized import decoded_weights
 from dsquant.source.read_ahead import ReadAhead
 from dsquant.source.shards import ShardIndex, TensorInfo
 from dsquant.source.weights import CPU, Weights
-from dsquant.strict_json import read_json_object
 
 CONFIG_FILE = "config.json"
 FP8 = "F8_E4M3"

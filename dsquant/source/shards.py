@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
-from dsquant.foreign import LARGEST_MODEL_TEXT_BYTES, LONGEST_NAME_BYTES, find_file, open_file
-from dsquant.strict_json import parse_json, read_json_object
+from dsquant.files.foreign import LARGEST_MODEL_TEXT_BYTES, LONGEST_NAME_BYTES, find_file, open_file
+from dsquant.files.strict_json import parse_json, read_json_object
 
 DTYPES = {
     "BOOL": torch.bool,

@@ -6,20 +6,20 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.errors import InputError, UsageError
-from dsquant.foreign import read_file
-from dsquant.jobs import RECORD_FILE, found_in, stop_on_signals
-from dsquant.model.checkpoints import open_checkpoint
+from dsquant.files.foreign import read_file
+from dsquant.files.sealing import RELEASE_FILE, broken_sections, for_each_file, record_of_folder, seal
+from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.formats.gguf.layout import placements
+from dsquant.formats.gguf.weights import GgufWeights
+from dsquant.formats.scales import open_scales
+from dsquant.jobs.folder import RECORD_FILE, found_in, stop_on_signals
 from dsquant.model.skeleton import Skeleton
-from dsquant.notebook import Shown
-from dsquant.recipe import format_size
-from dsquant.scales import open_scales
-from dsquant.sealing import RELEASE_FILE, broken_sections, for_each_file, record_of_folder, seal
+from dsquant.recipes import format_size
+from dsquant.reporting.notebook import Shown
+from dsquant.reporting.progress import Progress, Report, silent
 from dsquant.source.checkpoint import Checkpoint
-from dsquant.source.gguf_layout import placements
-from dsquant.source.gguf_weights import GgufWeights
 from dsquant.source.locate import EMBEDDED_MODEL, locate
 from dsquant.source.weights import Weights
-from dsquant.telemetry import Progress, Report, silent
 from dsquant.verification.contents import check_checkpoint, check_gguf
 from dsquant.verification.damage import damaged_parts
 from dsquant.verification.folder import NOT_PART, list_strays, printable, what_is_wrong

@@ -5,17 +5,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.errors import InputError
-from dsquant.foreign import find_file, read_file
-from dsquant.model.checkpoints import open_checkpoint
+from dsquant.files.foreign import find_file, read_file
+from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.formats.gguf.file import read_gguf
+from dsquant.formats.gguf.layout import placements
+from dsquant.formats.shards import index_content
+from dsquant.model.complete import COMPUTED_SUFFIX, check_complete
 from dsquant.model.skeleton import Skeleton
-from dsquant.planning import COMPUTED_SUFFIX, check_complete
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.fp8 import SCALE_SUFFIX
-from dsquant.source.gguf_file import read_gguf
-from dsquant.source.gguf_layout import placements
 from dsquant.source.shards import INDEX_FILE, read_header
 from dsquant.verification.damage import recorded_shards
-from dsquant.writers.base import index_content
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

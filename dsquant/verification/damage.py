@@ -14,14 +14,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.errors import PackageError
-from dsquant.foreign import LARGEST_TEXT_BYTES
-from dsquant.jobs import RECORD_FILE
+from dsquant.files.foreign import LARGEST_TEXT_BYTES
+from dsquant.files.sealing import BYTES_AT_ONCE, Hashed, broken_sections
+from dsquant.formats.gguf.files import ALIGNMENT, GgufTensor
+from dsquant.formats.scales import SCALES_FILE
+from dsquant.formats.shards import Shard, ShardPlan, StoredTensor, index_content
+from dsquant.jobs.folder import RECORD_FILE
 from dsquant.packages import load
-from dsquant.scales import SCALES_FILE
-from dsquant.sealing import BYTES_AT_ONCE, Hashed, broken_sections
 from dsquant.source.shards import INDEX_FILE
-from dsquant.writers.base import Shard, ShardPlan, StoredTensor, index_content
-from dsquant.writers.gguf.files import ALIGNMENT, GgufTensor
 
 GGUF_PREFIX = struct.Struct("<4sIQQ")
 GGUF_VERSION = 3

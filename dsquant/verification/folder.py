@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from dsquant.jobs import REMOVED_FOLDER, WORK_FOLDER
+from dsquant.jobs.folder import REMOVED_FOLDER, WORK_FOLDER
 
 # Kept by git, by the hub's client in what it has downloaded, and left by killed runs for the next one to remove.
 KEPT_BY_OTHERS = tuple(

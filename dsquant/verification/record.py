@@ -6,10 +6,10 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from dsquant.errors import InputError
-from dsquant.foreign import check_relative
+from dsquant.files.foreign import check_relative
+from dsquant.files.strict_json import read_json_object
+from dsquant.formats.gguf.types import BLOCKS
 from dsquant.source.shards import DTYPES, LARGEST_INTEGER
-from dsquant.strict_json import read_json_object
-from dsquant.writers.gguf.types import BLOCKS
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]

@@ -7,11 +7,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from dsquant.errors import InputError
-from dsquant.foreign import read_file
-from dsquant.jobs import RECORD_FILE, WORK_FOLDER, stop_on_signals
-from dsquant.sealing import RELEASE_FILE, SECTIONS, broken_sections, for_each_file
-from dsquant.strict_json import read_json_object
-from dsquant.telemetry import Progress, Report, silent
+from dsquant.files.foreign import read_file
+from dsquant.files.sealing import RELEASE_FILE, SECTIONS, broken_sections, for_each_file
+from dsquant.files.strict_json import read_json_object
+from dsquant.jobs.folder import RECORD_FILE, WORK_FOLDER, stop_on_signals
+from dsquant.reporting.progress import Progress, Report, silent
 from dsquant.verification import checks
 from dsquant.verification.checks import Finding, Verification, note_strays
 from dsquant.verification.damage import damaged_parts

@@ -1,16 +1,19 @@
 """A verification for people."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dsquant.recipe import format_size
-from dsquant.verification.checks import Verification
+from dsquant.recipes import format_size
+
+if TYPE_CHECKING:
+    from dsquant.verification.checks import Verification
 
 
-def verification_tables(found: Verification) -> Iterator[RenderableType]:
+def verification_tables(found: "Verification") -> Iterator[RenderableType]:
     """What `dsquant verify` prints.
 
     Args:

@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
+from dsquant.formats.gguf.layout import placements
+from dsquant.formats.gguf.target import error_step
+from dsquant.formats.scales import recorded_fold
 from dsquant.model.overlays import Fold
 from dsquant.model.structure import DecoderLayer
-from dsquant.scales import recorded_fold
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.fp8 import SCALE_SUFFIX
-from dsquant.source.gguf_layout import placements
 from dsquant.source.scan import scan_tensor
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import Weights
-from dsquant.writers.gguf.target import error_step
 
 # How many parameters are decoded where not all are asked for, evenly spaced over quantized and other ones.
 SAMPLED_QUANTIZED, SAMPLED_OTHER = 24, 8

@@ -1,9 +1,12 @@
 """Which chart shows what."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dsquant.evaluation.report.charts import Series, bar_chart, line_chart, scatter_chart
-from dsquant.evaluation.results import Candidate, Evaluation
+
+if TYPE_CHECKING:
+    from dsquant.evaluation.results import Candidate, Evaluation
 
 BARS = 12
 
@@ -19,7 +22,7 @@ class Figure:
     """(name, colour)."""
 
 
-def size_against_drift(evaluation: Evaluation) -> list[Figure]:
+def size_against_drift(evaluation: "Evaluation") -> list[Figure]:
     """Where the candidates lie between small and true."""
     unit, divisor = _unit(evaluation)
     series = [
@@ -41,11 +44,11 @@ def size_against_drift(evaluation: Evaluation) -> list[Figure]:
     return [figure for figure in figures if figure.svg]
 
 
-def _unit(evaluation: Evaluation) -> tuple[str, int]:
+def _unit(evaluation: "Evaluation") -> tuple[str, int]:
     return ("GiB", 2**30) if evaluation.reference.size_bytes >= 2**30 else ("MiB", 2**20)
 
 
-def kl_by_position(evaluation: Evaluation) -> list[Figure]:
+def kl_by_position(evaluation: "Evaluation") -> list[Figure]:
     """KL over the length of a sample, a chart for each text."""
     figures = []
     for text in evaluation.texts:
@@ -61,7 +64,7 @@ def kl_by_position(evaluation: Evaluation) -> list[Figure]:
     return figures
 
 
-def by_layer(evaluation: Evaluation) -> list[Figure]:
+def by_layer(evaluation: "Evaluation") -> list[Figure]:
     """What each decoder layer adds."""
     legend = _legend(evaluation)
     kl = [
@@ -103,7 +106,7 @@ def by_layer(evaluation: Evaluation) -> list[Figure]:
     return [figure for figure in figures if figure.svg]
 
 
-def worst_tensors(evaluation: Evaluation) -> list[Figure]:
+def worst_tensors(evaluation: "Evaluation") -> list[Figure]:
     """The tensors that changed the most, a chart for each candidate."""
     figures = []
     for number, one in enumerate(evaluation.candidates):
@@ -124,6 +127,6 @@ def short_name(name: str) -> str:
     return f"{parts[2]} · {'.'.join(inside)}"
 
 
-def _legend(evaluation: Evaluation) -> tuple[tuple[str, int], ...]:
+def _legend(evaluation: "Evaluation") -> tuple[tuple[str, int], ...]:
     candidates: tuple[Candidate, ...] = evaluation.candidates
     return tuple((one.name, number) for number, one in enumerate(candidates)) if len(candidates) > 1 else ()

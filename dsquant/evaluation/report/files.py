@@ -2,17 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dsquant.disk import write_atomically
 from dsquant.errors import InputError
 from dsquant.evaluation.report.markdown import markdown
 from dsquant.evaluation.report.page import page
-from dsquant.evaluation.results import Evaluation
+from dsquant.files.disk import write_atomically
+
+if TYPE_CHECKING:
+    from dsquant.evaluation.results import Evaluation
 
 JSON_FILE, MARKDOWN_FILE, PAGE_FILE = "report.json", "report.md", "report.html"
 
 
-def write_reports(evaluation: Evaluation, folder: Path) -> list[Path]:
+def write_reports(evaluation: "Evaluation", folder: Path) -> list[Path]:
     """Writes report.json, report.md and report.html.
 
     Args:

@@ -1,13 +1,17 @@
 """report.md."""
 
+from typing import TYPE_CHECKING
+
 from dsquant.escaping import markdown as escaped
 from dsquant.escaping import markdown_cell
 from dsquant.evaluation.report import tables
 from dsquant.evaluation.report.tables import Table
-from dsquant.evaluation.results import Evaluation
+
+if TYPE_CHECKING:
+    from dsquant.evaluation.results import Evaluation
 
 
-def markdown(evaluation: Evaluation) -> str:
+def markdown(evaluation: "Evaluation") -> str:
     """An evaluation as Markdown.
 
     Args:

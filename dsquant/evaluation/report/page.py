@@ -2,17 +2,19 @@
 
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsquant.evaluation.report import figures, tables
 from dsquant.evaluation.report.charts import interval_chart
-from dsquant.evaluation.results import Evaluation
+
+if TYPE_CHECKING:
+    from dsquant.evaluation.results import Evaluation
 
 TEMPLATE = "page.html.jinja"
 EXAMPLES = 8
 
 
-def page(evaluation: Evaluation) -> str:
+def page(evaluation: "Evaluation") -> str:
     """An evaluation as a page.
 
     Args:
@@ -28,7 +30,7 @@ def page(evaluation: Evaluation) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n'
 
 
-def part(evaluation: Evaluation) -> str:
+def part(evaluation: "Evaluation") -> str:
     """An evaluation as a part of a page, such as a notebook's cell.
 
     Args:
@@ -65,11 +67,11 @@ def part(evaluation: Evaluation) -> str:
     )
 
 
-def _names(evaluation: Evaluation) -> str:
+def _names(evaluation: "Evaluation") -> str:
     return ", ".join(one.name for one in evaluation.candidates)
 
 
-def _subtitle(evaluation: Evaluation) -> str:
+def _subtitle(evaluation: "Evaluation") -> str:
     tokens = sum(next(iter(evaluation.candidates)).texts[text.name].tokens for text in evaluation.texts)
     names = ", ".join(text.name for text in evaluation.texts)
     reference = evaluation.reference
@@ -80,7 +82,7 @@ def _subtitle(evaluation: Evaluation) -> str:
     )
 
 
-def _verdict_words(evaluation: Evaluation) -> str:
+def _verdict_words(evaluation: "Evaluation") -> str:
     """Why: for each candidate the gates that make the verdict, and the first broken layer."""
     gates = [gate for one in evaluation.candidates for gate in one.gates]
     if evaluation.verdict == "pass":
@@ -95,7 +97,7 @@ def _verdict_words(evaluation: Evaluation) -> str:
     return "; ".join(words) + "."
 
 
-def _gates(evaluation: Evaluation) -> list[dict[str, Any]]:
+def _gates(evaluation: "Evaluation") -> list[dict[str, Any]]:
     return [
         {
             "candidate": one.name,
@@ -110,7 +112,7 @@ def _gates(evaluation: Evaluation) -> list[dict[str, Any]]:
     ]
 
 
-def _examples(evaluation: Evaluation) -> list[tuple[str, list[dict[str, str]]]]:
+def _examples(evaluation: "Evaluation") -> list[tuple[str, list[dict[str, str]]]]:
     """Completions side by side, from where they part; those that part first come first."""
     groups = []
     for one in evaluation.candidates:

@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dsquant.evaluation.drift import Health, Similarity
 from dsquant.evaluation.intervals import Interval
-from dsquant.evaluation.results import Candidate, Evaluation, GateOutcome, Ladder, TextScores
-from dsquant.recipe import format_size
+from dsquant.recipes import format_size
+
+if TYPE_CHECKING:
+    from dsquant.evaluation.results import Candidate, Evaluation, GateOutcome, Ladder, TextScores
 
 NOISE = "noise floor"
 NOTHING = "–"
@@ -56,7 +59,7 @@ def interval(found: Interval | None, shares: bool = False) -> str:
     return f"{write(found.estimate)} [{write(found.low)}, {write(found.high)}]"
 
 
-def summary(evaluation: Evaluation) -> Table:
+def summary(evaluation: "Evaluation") -> Table:
     """One row for each candidate: the numbers to look at first."""
     headings = ["candidate", "verdict", "format", "size", "of original", "bits", "mean KL", "perplexity ×"]
     headings += ["same top token", "router overlap", "code BLEU lost", "pass@1"]
@@ -88,13 +91,13 @@ def summary(evaluation: Evaluation) -> Table:
     return _without_empty_columns(Table("Candidates", tuple(headings), rows, note))
 
 
-def lowest_overlap(candidate: Candidate) -> float | None:
+def lowest_overlap(candidate: "Candidate") -> float | None:
     """Router overlap of the worst layer; None where no layer has a router."""
     found = [layer.router_overlap.estimate for layer in candidate.layers if layer.router_overlap is not None]
     return min(found, default=None)
 
 
-def _bleu_drop(candidate: Candidate) -> str:
+def _bleu_drop(candidate: "Candidate") -> str:
     found = candidate.drift.measures.get("code_bleu_drop") if candidate.drift else None
     return NOTHING if found is None else f"{found.estimate:.2f}"
 
@@ -109,13 +112,13 @@ def _without_empty_columns(table: Table) -> Table:
     return Table(table.title, tuple(table.headings[at] for at in kept), rows, table.note)
 
 
-def ordered_gates(evaluation: Evaluation) -> list[tuple[Candidate, GateOutcome]]:
+def ordered_gates(evaluation: "Evaluation") -> "list[tuple[Candidate, GateOutcome]]":
     """Every candidate's gates: what failed first, then what is undecided, then what passes."""
     pairs = [(one, gate) for one in evaluation.candidates for gate in one.gates]
     return sorted(pairs, key=lambda pair: ("fail", "inconclusive", "pass").index(pair[1].verdict))
 
 
-def gates(evaluation: Evaluation) -> Table | None:
+def gates(evaluation: "Evaluation") -> Table | None:
     """Every gate's outcome; None without gates."""
     rows = tuple(
         (
@@ -132,7 +135,7 @@ def gates(evaluation: Evaluation) -> Table | None:
     return _without_empty_columns(Table("Gates", headings, rows)) if rows else None
 
 
-def texts(evaluation: Evaluation) -> list[Table]:
+def texts(evaluation: "Evaluation") -> list[Table]:
     """Perplexity, KL and agreement on each text."""
     headings = (
         "candidate",
@@ -145,7 +148,7 @@ def texts(evaluation: Evaluation) -> list[Table]:
         "top five shared",
     )
 
-    def row(name: str, found: TextScores) -> tuple[str, ...]:
+    def row(name: str, found: "TextScores") -> tuple[str, ...]:
         agreement = (interval(found.top1_agreement, shares=True), interval(found.top5_agreement, shares=True))
         distances = (interval(found.log_ratio), interval(found.mean_kl), interval(found.mean_kl_reverse))
         return (name, number(found.perplexity), number(found.perplexity_ratio.estimate), *distances, *agreement)
@@ -166,16 +169,16 @@ def texts(evaluation: Evaluation) -> list[Table]:
     return tables
 
 
-def ladders(evaluation: Evaluation) -> list[Table]:
+def ladders(evaluation: "Evaluation") -> list[Table]:
     """How KL and Δp are spread over the tokens of each text."""
     kl_headings = ("candidate", "mean", "median", "90 %", "95 %", "99 %", "99.9 %", "max")
     delta_headings = ("candidate", "mean", "RMS", "min", "1 %", "5 %", "median", "95 %", "99 %", "max")
 
-    def kl(name: str, found: Ladder) -> tuple[str, ...]:
+    def kl(name: str, found: "Ladder") -> tuple[str, ...]:
         steps = (found.mean, found.median, found.p90, found.p95, found.p99, found.p999, found.maximum)
         return (name, *(number(step) for step in steps))
 
-    def delta(name: str, found: TextScores) -> tuple[str, ...]:
+    def delta(name: str, found: "TextScores") -> tuple[str, ...]:
         ladder = found.delta_p
         low = (ladder.mean, found.delta_p_rms, ladder.minimum, ladder.p01, ladder.p05)
         high = (ladder.median, ladder.p95, ladder.p99, ladder.maximum)
@@ -195,7 +198,7 @@ def ladders(evaluation: Evaluation) -> list[Table]:
     return tables
 
 
-def layers(candidate: Candidate) -> Table:
+def layers(candidate: "Candidate") -> Table:
     """Every decoder layer of a candidate."""
     headings = (
         "layer",
@@ -226,14 +229,14 @@ def layers(candidate: Candidate) -> Table:
     return _without_empty_columns(Table(f"Layers of {candidate.name}", headings, rows, note))
 
 
-def weights(candidate: Candidate) -> Table:
+def weights(candidate: "Candidate") -> Table:
     """The worst tensors of a candidate."""
     rows = tuple((one.name, share(one.relative), share(one.activation_weighted)) for one in candidate.weights)
     note = "Relative error of the weights, and the same with each column weighted by the inputs that it sees."
     return Table(f"Worst tensors of {candidate.name}", ("tensor", "error", "activation-weighted"), rows, note)
 
 
-def drift(evaluation: Evaluation) -> list[Table]:
+def drift(evaluation: "Evaluation") -> list[Table]:
     """What generated code tells; empty where nothing was generated."""
     drifts = [(one.name, one.drift) for one in evaluation.candidates if one.drift is not None]
     if not drifts:
@@ -290,7 +293,7 @@ def _health(name: str, found: Health) -> tuple[str, ...]:
     return (name, *(share(rate) for rate in rates), f"{found.mean_tokens:.1f}")
 
 
-def execution(evaluation: Evaluation) -> Table | None:
+def execution(evaluation: "Evaluation") -> Table | None:
     """pass@1; None where nothing ran."""
     runs = [
         (one.name, one.drift.execution)
@@ -310,7 +313,7 @@ def execution(evaluation: Evaluation) -> Table | None:
     return Table("Tests run on the completions", headings, tuple(rows), note)
 
 
-def identity(evaluation: Evaluation) -> Table:
+def identity(evaluation: "Evaluation") -> Table:
     """How the numbers came about."""
     about, reference = evaluation.identity, evaluation.reference
     rows = [
@@ -326,7 +329,7 @@ def identity(evaluation: Evaluation) -> Table:
     return Table("How these numbers came about", ("what", "value"), tuple(rows))
 
 
-def _cost(evaluation: Evaluation) -> str:
+def _cost(evaluation: "Evaluation") -> str:
     about = evaluation.identity
     memory, read = format_size(about.peak_resident_bytes), format_size(about.bytes_read)
     return f"{about.elapsed_s:.0f} s, at most {memory} of memory, {read} read"

@@ -1,17 +1,20 @@
 """An evaluation in a few tables and lines: what the command line and `print` show."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dsquant.evaluation.results import Candidate, Evaluation
-from dsquant.recipe import format_size
+from dsquant.recipes import format_size
+
+if TYPE_CHECKING:
+    from dsquant.evaluation.results import Candidate, Evaluation
 
 
-def tables(evaluation: Evaluation) -> Iterator[RenderableType]:
+def tables(evaluation: "Evaluation") -> Iterator[RenderableType]:
     """Shows candidates side by side, then each one's scores, what is broken in it, and its gates.
 
     Args:
@@ -33,7 +36,7 @@ def tables(evaluation: Evaluation) -> Iterator[RenderableType]:
         yield from _gates(one)
 
 
-def _candidates_table(evaluation: Evaluation) -> Table:
+def _candidates_table(evaluation: "Evaluation") -> Table:
     reference = evaluation.reference
     table = _table(f"Against {reference.path} ({reference.format}, {format_size(reference.size_bytes)})")
     for heading in ("candidate", "verdict", "format", "size", "bits", "mean KL"):
@@ -56,7 +59,7 @@ def _add_column(table: Table, heading: str, left: int = 1) -> None:
     table.add_column(heading, justify=justify, overflow="fold")
 
 
-def _code(evaluation: Evaluation) -> Iterator[RenderableType]:
+def _code(evaluation: "Evaluation") -> Iterator[RenderableType]:
     """What generated code tells of every candidate."""
     drifts = [(one.name, one.drift) for one in evaluation.candidates if one.drift is not None]
     table = _table("Generated code against the original's")
@@ -84,7 +87,7 @@ def _code(evaluation: Evaluation) -> Iterator[RenderableType]:
     yield Text("BLEU lost: points that the candidate loses to the original, both against the reference solutions.")
 
 
-def _texts_table(candidate: Candidate) -> Table:
+def _texts_table(candidate: "Candidate") -> Table:
     """Perplexities with the interval of their ratio, divergence and agreement on every text."""
     table = _table(f"{candidate.name}: perplexity, KL divergence in nats, agreement")
     for heading in ("text", "original", "candidate", "ratio", "interval", "mean KL", "99 % KL", "top 1"):
@@ -104,7 +107,7 @@ def _texts_table(candidate: Candidate) -> Table:
     return table
 
 
-def _details(candidate: Candidate) -> Iterator[Text]:
+def _details(candidate: "Candidate") -> Iterator[Text]:
     """Router overlap and findings of one candidate."""
     overlaps = [layer for layer in candidate.layers if layer.router_overlap is not None]
     if overlaps:
@@ -116,7 +119,7 @@ def _details(candidate: Candidate) -> Iterator[Text]:
         yield Text(f"{candidate.name}: broken? {finding.message}.", style="red")
 
 
-def _gates(candidate: Candidate) -> Iterator[Text]:
+def _gates(candidate: "Candidate") -> Iterator[Text]:
     """The gates that did not pass, and how many did."""
     for gate in candidate.gates:
         if gate.verdict != "pass":

@@ -1,0 +1,436 @@
+"""Texts to tokens: what the statistics are taken on, and the held-out texts that quality is measured on.
+
+A document becomes one BOS, its tokens and one EOS; documents are shuffled, joined and cut into samples of equal length,
+so nothing is padded. The same texts, tokenizer and seed give the same tokens on every machine.
+
+What is not covered: audio or images in messages, and tool calls; such messages are refused.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsquant.calibration.tokenizer import THEN, check_tokenizer_files, encode, render
+from dsquant.errors import InputError, PackageError, UsageError
+from dsquant.files.foreign import blaming, find_file, open_file
+from dsquant.files.strict_json import parse_json
+from dsquant.files.strict_yaml import read_yaml
+from dsquant.source.checkpoint import CONFIG_FILE, read_config
+from dsquant.source.vocabulary import check_embedded, surplus_tokens
+
+_PACKAGE = Path(__file__).parent.parent
+# Beside the package in a checkout, inside it in a wheel.
+FOLDERS = (_PACKAGE.parent / "calibration", _PACKAGE / "assets" / "calibration")
+# What a tokenizer is made of.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+LONGEST_DOCUMENT = 10**12
+THINK, END_THINK = "<think>", "</think>"
+HUB_SPEC = re.compile(
+    r"hf:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]%:-]+))?(?:#(?P<column>\w+))?"
+)
+HELD_OUT_TEXTS = ("code", "wiki", "reasoning")
+
+
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """Calibration samples and where they come from."""
+
+    tokens: torch.Tensor
+    """int64 [samples, tokens of a sample]."""
+    sha256: str
+    """Of the tokens as little-endian int64, after their shape as text."""
+    sources: tuple[dict[str, Any], ...]
+    """For each source its name and how many samples it gave."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    name: str
+    spec: str
+    share: float
+    columns: tuple[tuple[str, str], ...] = ()
+    """(part, column) of a hub set that keeps a dialogue in columns; parts are prompt, reasoning and completion."""
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Loads a checkpoint's tokenizer; code in the checkpoint is never run.
+
+    Args:
+        folder: the checkpoint.
+
+    Returns:
+        A transformers tokenizer.
+
+    Raises:
+        InputError: where there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not read_config(folder).get("model_type"):
+        raise InputError(
+            f"{folder / CONFIG_FILE}: no model_type, by which transformers and engines know a model; take config.json "
+            "from the same release as the weights"
+        )
+    if not any(find_file(folder, name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError(
+            f"{folder}: no tokenizer.json, tokenizer.model or vocab.json; copy the model's tokenizer there"
+        )
+    check_tokenizer_files(folder)
+    with blaming(f"{folder}: the tokenizer cannot be read", THEN):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except ImportError as error:  # sentencepiece, tiktoken, protobuf
+            raise PackageError(f"{folder}: this tokenizer needs a package that is missing: {error}") from error
+    tokenizer.model_max_length = LONGEST_DOCUMENT  # documents are cut into samples afterwards
+    return tokenizer
+
+
+def check_held_out(tokenizer: Any) -> None:
+    """Refuses a tokenizer whose tokens for the shipped held-out texts the embedding has no row for."""
+    for text in HELD_OUT_TEXTS if surplus_tokens(tokenizer) else ():
+        documents = (_encode(document, tokenizer) for document in _documents(f"held-out/{text}/*"))
+        check_embedded(documents, tokenizer, f"held-out text {text!r} (--no-evaluate does without it)")
+
+
+def calibration_tokens(
+    specs: Sequence[str], tokenizer: Any, num_samples: int, seq_len: int, seed: int
+) -> CalibrationTokens:
+    """Makes calibration samples.
+
+    Args:
+        specs: text files (.txt, .md, .py and other text; .jsonl; .parquet), a .safetensors file with ready `tokens`,
+            names of mixes, or `hf:NAME[/CONFIG][:SPLIT][#COLUMN]`; each gets an equal share, a mix divides its own.
+        tokenizer: the model's.
+        num_samples: samples wanted; fewer come back where the texts do not yield them.
+        seq_len: tokens of a sample.
+        seed: of the order of documents.
+
+    Returns:
+        The samples.
+
+    Raises:
+        InputError: where a source is missing, damaged or empty, or all of them yield no sample.
+        UsageError: where a spec is none of the above.
+    """
+    if not specs:
+        raise UsageError("calibration names no text; name a file, a mix such as r1-mix, or a hub set as hf:NAME")
+    if any(spec.endswith(".safetensors") for spec in specs):
+        return _ready_tokens(specs, num_samples, seq_len, tokenizer)
+    sources = [source for spec in specs for source in _sources(spec, 1 / len(specs))]
+    wanted = {source: max(1, round(source.share * num_samples)) for source in sources}
+    streams = {
+        source: _samples(
+            _shuffled(_documents(source.spec, dict(source.columns)), seed, source.spec), tokenizer, seq_len
+        )
+        for source in sources
+    }
+    found = {source: _take(streams[source], wanted[source]) for source in sources}
+    for source in sources:  # what one source lacks, others that have more make up for
+        missing = num_samples - sum(len(samples) for samples in found.values())
+        found[source] += _take(streams[source], max(0, missing))
+    for source in sources:
+        check_embedded(found[source], tokenizer, source.spec)
+    samples = [sample for source in sources for sample in found[source]]
+    if not samples:
+        raise InputError(
+            f"{', '.join(specs)}: the texts yield no sample of {seq_len} tokens; give more text or a smaller --seq-len"
+        )
+    random.Random(seed).shuffle(samples)
+    tokens = torch.tensor(samples[:num_samples], dtype=torch.int64)
+    counts = tuple({"name": source.name, "samples": len(found[source])} for source in sources)
+    return CalibrationTokens(tokens, tokens_sha256(tokens), counts)
+
+
+def held_out_tokens(text: str, tokenizer: Any, seq_len: int, max_samples: int) -> torch.Tensor:
+    """Samples of a shipped text that no mix contains.
+
+    Args:
+        text: `code`, `wiki` or `reasoning`.
+        tokenizer: the model's.
+        seq_len: tokens of a sample.
+        max_samples: the most samples.
+
+    Returns:
+        int64 [N, seq_len].
+
+    Raises:
+        InputError: where the text is too short for one sample.
+    """
+    documents = _documents(f"held-out/{text}/*")
+    samples = _take(_samples(documents, tokenizer, seq_len), max_samples)
+    check_embedded(samples, tokenizer, f"held-out text {text!r}")
+    if not samples:
+        raise InputError(f"held-out text {text!r} is shorter than one sample of {seq_len} tokens")
+    return torch.tensor(samples, dtype=torch.int64)
+
+
+def text_tokens(text: str, tokenizer: Any, seq_len: int, max_samples: int) -> torch.Tensor:
+    """Samples of a text to evaluate on, in the order of the text.
+
+    Args:
+        text: a shipped held-out text (`code`, `wiki`, `reasoning`), a file, or `hf:NAME[/CONFIG][:SPLIT][#COLUMN]`.
+        tokenizer: the model's.
+        seq_len: tokens of a sample.
+        max_samples: the most samples.
+
+    Returns:
+        int64 [N, seq_len].
+
+    Raises:
+        InputError: where the text is missing, or too short for one sample.
+    """
+    if text in HELD_OUT_TEXTS:
+        return held_out_tokens(text, tokenizer, seq_len, max_samples)
+    if not text.startswith("hf:") and not Path(text).expanduser().is_file():
+        raise InputError(f"--text {text!r}: no such file, and none of the shipped texts {', '.join(HELD_OUT_TEXTS)}")
+    found = 0
+
+    def counted() -> Iterator[Any]:
+        nonlocal found
+        for document in _documents(text):
+            found += len(_encode(document, tokenizer))
+            yield document
+
+    samples = _take(_samples(counted(), tokenizer, seq_len), max_samples)
+    check_embedded(samples, tokenizer, f"--text {text!r}")
+    if not samples:
+        raise InputError(
+            f"--text {text!r}: it has {found} tokens with those that begin and end a document, a sample needs "
+            f"{seq_len}; give more text or a smaller --seq-len"
+        )
+    return torch.tensor(samples, dtype=torch.int64)
+
+
+def tokens_sha256(tokens: torch.Tensor) -> str:
+    """SHA-256 of tokens as little-endian int64, after their shape as text."""
+    content = str(tuple(tokens.shape)).encode() + tokens.numpy().astype("<i8").tobytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _ready_tokens(specs: Sequence[str], num_samples: int, seq_len: int, tokenizer: Any) -> CalibrationTokens:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if len(specs) > 1:
+        raise UsageError(f"a .safetensors file of tokens cannot be mixed with other texts: {', '.join(specs)}")
+    open_file(Path(specs[0])).close()  # before the package waits for a named pipe
+    try:
+        tokens = load_file(specs[0])["tokens"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{specs[0]}: no safetensors file with a tensor 'tokens': {error}") from error
+    if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        found = f"{tokens.dtype} {list(tokens.shape)}"
+        raise InputError(f"{specs[0]}: 'tokens' must be int64 [samples, tokens of a sample], found {found}")
+    tokens = tokens[:num_samples, :seq_len].to(torch.int64).contiguous()
+    if not tokens.numel() or int(tokens.min()) < 0 or int(tokens.max()) >= len(tokenizer):
+        raise InputError(f"{specs[0]}: 'tokens' is empty or holds numbers outside 0..{len(tokenizer) - 1}")
+    check_embedded(tokens.tolist(), tokenizer, specs[0])
+    return CalibrationTokens(tokens, tokens_sha256(tokens), ({"name": Path(specs[0]).name, "samples": len(tokens)},))
+
+
+def _sources(spec: str, share: float) -> list[_Source]:
+    """The sources of a spec; a mix is read from its YAML file."""
+    mix = next((folder / f"{spec}.yaml" for folder in FOLDERS if (folder / f"{spec}.yaml").is_file()), None)
+    if mix is None or Path(spec).exists() or not re.fullmatch(r"[\w-]+", spec):
+        return [_Source(spec if spec.startswith("hf:") else Path(spec).name, spec, share)]
+    entries = read_yaml(mix, "mix")["sources"]
+    total = sum(entry["weight"] for entry in entries)
+    return [
+        _Source(
+            f"{spec}:{entry['source']}",
+            entry["source"],
+            share * entry["weight"] / total,
+            tuple(entry.get("columns", {}).items()),
+        )
+        for entry in entries
+    ]
+
+
+def _documents(spec: str, columns: dict[str, str] | None = None) -> Iterator[Any]:
+    """Every document of a source: a text, or a list of messages."""
+    if spec.startswith("hf:"):
+        yield from _hub_documents(spec, columns or {})
+        return
+    for path in _paths(spec):
+        if path.suffix == ".jsonl":
+            yield from _lines(path)
+        elif path.suffix == ".parquet":
+            yield from _parquet_documents(path)
+        else:
+            yield _read_text(path)
+
+
+def _paths(spec: str) -> list[Path]:
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return [path]
+    if re.fullmatch(r"[\w-]+(/[\w-]+)*/\*", spec) and not path.is_absolute():  # a folder of the shipped texts
+        for folder in FOLDERS:
+            found = sorted(path for path in folder.glob(spec) if path.is_file())
+            if found:
+                return found
+    mixes = sorted({path.stem for folder in FOLDERS for path in folder.glob("*.yaml")})
+    raise InputError(
+        f"text {spec!r}: no such file, and no mix of that name (there are {', '.join(mixes)}); "
+        "hub sets are written hf:NAME"
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # editors put a byte order mark before UTF-8
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error})") from error
+    except (OSError, MemoryError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); name a text file") from error
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    # Not splitlines: a JSON text may hold U+2028 and its like as they are.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        yield _document(parse_json(line, where, "mend the line or leave it out"), where)
+
+
+def _document(record: Any, where: str) -> Any:
+    """The text or the messages in a record."""
+    if isinstance(record, dict):
+        if isinstance(record.get("text"), str):
+            return record["text"]
+        if isinstance(record.get("messages"), list):
+            return _checked_messages(record["messages"], where)
+        if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+            answer = {"role": "assistant", "content": record["completion"]}
+            if isinstance(record.get("reasoning"), str):
+                answer["reasoning_content"] = record["reasoning"]
+            return [{"role": "user", "content": record["prompt"]}, answer]
+    raise InputError(f"{where}: expected an object with 'text', 'messages', or 'prompt' and 'completion'")
+
+
+def _checked_messages(messages: list[Any], where: str) -> list[dict[str, str]]:
+    for message in messages:
+        known = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
+        if not known or not isinstance(message.get("content"), str):
+            raise InputError(f"{where}: each message needs a 'role' (system, user, assistant) and a text 'content'")
+    return messages
+
+
+def _parquet_documents(path: Path) -> Iterator[Any]:
+    import datasets
+
+    try:
+        table = datasets.Dataset.from_parquet(str(path))
+    except ImportError:
+        raise
+    except Exception as error:  # pyarrow's errors have no common base
+        raise InputError(f"{path}: not a readable parquet file: {error}") from error
+    for number, record in enumerate(table):
+        yield _document(record, f"{path}, row {number}")
+
+
+def _hub_documents(spec: str, columns: dict[str, str]) -> Iterator[Any]:
+    """Streams a hub set; `hf:owner/name/config:split#column`, or `hf:name` where it has no owner."""
+    match = HUB_SPEC.fullmatch(spec)
+    if match is None:
+        raise UsageError(f"text {spec!r}: write hub sets as hf:NAME[/CONFIG][:SPLIT][#COLUMN]")
+    name = match["name"]
+    if any(set(part) == {"."} for part in name.split("/")) or Path(name).is_dir():
+        raise InputError(f"text {spec!r}: hf: is for sets on the hub, {name} is a folder here; name its files instead")
+    import datasets
+
+    try:
+        records = datasets.load_dataset(name, match["config"], split=match["split"] or "train", streaming=True)
+        for number, record in enumerate(records):
+            if match["column"]:
+                record = {"text": record[match["column"]]}
+            elif columns:
+                record = {part: record[column] for part, column in columns.items()}
+            yield _document(record, f"{spec}, record {number}")
+    except InputError:
+        raise
+    except ImportError:
+        raise
+    except Exception as error:  # the hub, the network and the set's own loader each raise their own
+        raise InputError(f"text {spec!r}: the hub did not give it: {error}") from error
+
+
+def _shuffled(documents: Iterator[Any], seed: int, name: str, buffer: int = 4096) -> Iterator[Any]:
+    """Documents in an order that depends on the seed alone; only a few thousand of a long set are held."""
+    order = random.Random(f"{seed} {name}")
+    held: list[Any] = []
+    for document in documents:
+        held.append(document)
+        if len(held) == buffer:
+            yield held.pop(order.randrange(buffer))
+    order.shuffle(held)
+    yield from held
+
+
+def _samples(documents: Iterator[Any], tokenizer: Any, seq_len: int) -> Iterator[list[int]]:
+    """Documents packed into samples; what is left at the end is dropped."""
+    waiting: list[int] = []
+    for document in documents:
+        waiting += _encode(document, tokenizer)
+        while len(waiting) >= seq_len:
+            yield waiting[:seq_len]
+            waiting = waiting[seq_len:]
+
+
+def _take(samples: Iterator[list[int]], count: int) -> list[list[int]]:
+    return [sample for _, sample in zip(range(count), samples, strict=False)]
+
+
+def _encode(document: Any, tokenizer: Any) -> list[int]:
+    """One BOS, the document, one EOS, as far as the tokenizer has them."""
+    text = document if isinstance(document, str) else render_chat(document, tokenizer)
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    text = text.removeprefix(bos).removesuffix(eos)
+    ids = encode(text, tokenizer, add_special_tokens=False)
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*before, *ids, *after]
+
+
+def render_chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
+    """Renders a conversation up to its last assistant turn as the model would have produced it.
+
+    R1's template deletes everything before </think> from assistant turns, so the last turn is not given to it: the
+    template renders the conversation before it with the generation prompt, and reasoning and answer follow.
+
+    Args:
+        messages: `role` and `content`; the assistant's may have `reasoning_content`.
+        tokenizer: the model's.
+
+    Returns:
+        The text.
+    """
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+    if last == len(messages) or not tokenizer.chat_template:
+        return "\n\n".join(_whole_turn(message) for message in messages)
+    prompt = render(messages[:last], tokenizer)
+    opened = prompt.rstrip().endswith(THINK)
+    if opened:
+        prompt = prompt.rstrip().removesuffix(THINK)
+    return prompt + _whole_turn(messages[last]) + (tokenizer.eos_token or "")
+
+
+def _whole_turn(message: dict[str, str]) -> str:
+    reasoning = message.get("reasoning_content")
+    return f"{THINK}\n{reasoning}\n{END_THINK}\n\n{message['content']}" if reasoning else message["content"]

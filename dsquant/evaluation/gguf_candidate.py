@@ -1,0 +1,163 @@
+"""Whether a GGUF file holds the network of a reference: every number that llama.cpp reads, every tensor's shape.
+
+A candidate's weights are run through the reference's network, so a file that says another one must be refused.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dsquant.errors import InputError
+from dsquant.formats.gguf.checkpoint import GgufHeader
+from dsquant.formats.gguf.layout import placements
+from dsquant.formats.gguf.loader import loader_tensors, number_problem
+from dsquant.formats.gguf.metadata import model_keys
+from dsquant.formats.gguf.rope import SCALINGS
+from dsquant.model.rotary import Rotary
+from dsquant.source.weights import Weights
+
+# Keys that no weight meets: the longest context, counts that tensors tell (layers and tokens are compared apart).
+_OTHER_KEYS = ("block_count", "context_length", "vocab_size", "expert_group_count", "expert_group_used_count")
+# What llama.cpp reads and no network of these families has, with the values that change nothing.
+_NEUTRAL = {"attention.causal": (True,), "attention.temperature_scale": (0.0,)}
+_TOKENS = "tokenizer.ggml.tokens"
+
+
+def check_same_network(header: GgufHeader, reference: str, config: Mapping[str, Any], rotary: Rotary) -> None:
+    """Refuses a file whose keys describe another network than the reference's.
+
+    Args:
+        header: of the file; its architecture is the reference's.
+        reference: the reference's path, for messages.
+        config: the reference's network, with transformers' defaults filled in.
+        rotary: its rotary embedding.
+
+    Raises:
+        InputError: naming key, value expected and value found.
+    """
+    architecture, found = header.keys["general.architecture"], _with_defaults(header.numbers)
+    problem = number_problem(architecture, config)
+    if problem:
+        raise InputError(f"{header.file}: it cannot be {reference}: {problem}")
+    wanted = model_keys(architecture, config, rotary)
+    pairs = [(key, value, found.get(key)) for key, value in wanted.items() if not _elsewhere(key)]
+    pairs.append(("block_count", wanted["block_count"], found["block_count"]))
+    if architecture == "deepseek2":
+        groups = _groups(wanted)
+        pairs += [(key, groups[key], _groups(found)[key]) for key in groups]
+    pairs += [
+        (key, values[0], found[key]) for key, values in _NEUTRAL.items() if found.get(key, values[0]) not in values
+    ]
+    for key, value, other in pairs:
+        if not _same(value, other):
+            raise InputError(_difference(header, architecture, key, value, other, reference))
+    _check_rotary(header, architecture, reference, config, wanted, rotary)
+    tokens, rows = header.keys.get(_TOKENS), header.num_tokens
+    if tokens is not None and len(tokens) != rows:
+        raise InputError(
+            f"{header.file}: key {_TOKENS!r} has {len(tokens)} tokens, 'token_embd.weight' {rows} rows; llama.cpp does "
+            "not load it"
+        )
+
+
+def check_same_tensors(header: GgufHeader, reference: str, config: Mapping[str, Any], weights: Weights) -> None:
+    """Refuses a file with tensors that the reference's network has no use for, or of other shapes.
+
+    Args:
+        header: of the file.
+        reference: the reference's path, for messages.
+        config: the reference's network.
+        weights: the reference's.
+
+    Raises:
+        InputError: naming the tensor.
+    """
+    architecture, layers = header.keys["general.architecture"], config["num_hidden_layers"]
+    num_mtp = int(header.numbers.get("nextn_predict_layers", 0))
+    needed, allowed = loader_tensors(architecture, config, num_mtp)
+    held = {place.tensor for name in weights for place in placements(name, header.architecture)} | {"rope_freqs.weight"}
+    if config["tie_word_embeddings"]:
+        held.discard("output.weight")
+    for name, tensor in header.tensors.items():
+        wanted = needed.get(name, allowed.get(name))
+        if wanted is None or not (name in held or _layer(name) >= layers):
+            raise InputError(
+                f"{header.file}: tensor {name!r} has no place in the network of {reference}, but llama.cpp would use "
+                "it; not the same model"
+            )
+        found = tuple(int(extent) for extent in tensor.shape[::-1])
+        if found != wanted:
+            raise InputError(
+                f"{header.file}: tensor {name!r} has shape {list(found)}, the network of {reference} makes it "
+                f"{list(wanted)}; not the same model"
+            )
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[1]) if name.startswith("blk.") else -1
+
+
+def _elsewhere(key: str) -> bool:
+    return key in _OTHER_KEYS or key.startswith("rope.")
+
+
+def _with_defaults(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's keys, with what llama.cpp takes where one is missing."""
+    found = dict(numbers)
+    heads, hidden = found.get("attention.head_count"), found.get("embedding_length")
+    found.setdefault("attention.head_count_kv", heads)
+    if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        found.setdefault("attention.key_length", hidden // heads)
+        found.setdefault("attention.value_length", hidden // heads)
+    found.setdefault("leading_dense_block_count", 0)
+    found.setdefault("expert_weights_norm", False)
+    found["expert_weights_scale"] = found.get("expert_weights_scale") or 1.0
+    layers, mtp = found.get("block_count"), found.get("nextn_predict_layers", 0)
+    found["block_count"] = layers - mtp if isinstance(layers, int) and isinstance(mtp, int) else layers
+    return found
+
+
+def _groups(keys: Mapping[str, Any]) -> dict[str, int]:
+    """Groups of experts and how many of them are kept: one of one where all are."""
+    count, kept = keys.get("expert_group_count") or 1, keys.get("expert_group_used_count") or 1
+    count, kept = (count, kept) if count > 1 and kept < count else (1, 1)
+    return {"expert_group_count": count, "expert_group_used_count": kept}
+
+
+def _same(wanted: Any, found: Any) -> bool:
+    if isinstance(wanted, float) and isinstance(found, int | float):
+        return math.isclose(wanted, found, rel_tol=1e-5)  # stored in single precision
+    return bool(wanted == found)
+
+
+def _check_rotary(
+    header: GgufHeader,
+    architecture: str,
+    reference: str,
+    config: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    rotary: Rotary,
+) -> None:
+    kind, known = config["rope_parameters"]["rope_type"], SCALINGS[architecture]
+    if kind not in known:
+        raise InputError(
+            f"{header.file}: {reference} has rope scaling of type {kind!r}, which no GGUF file of {architecture} can "
+            f"say (it has {', '.join(known)})"
+        )
+    difference = rotary.difference(header.rotary)
+    if difference is None:
+        return
+    numbers = header.numbers
+    keys = dict.fromkeys(key for key in (*wanted, *numbers) if key.startswith("rope."))
+    key = next((key for key in keys if not _same(wanted.get(key), numbers.get(key))), None)
+    if key is None:
+        raise InputError(f"{header.file}: another rotary embedding than {reference}: {difference}; not the same model")
+    text = _difference(header, architecture, key, wanted.get(key), numbers.get(key), reference)
+    raise InputError(f"{text} ({difference})")
+
+
+def _difference(header: GgufHeader, architecture: str, key: str, wanted: Any, found: Any, reference: str) -> str:
+    return (
+        f"{header.file}: key '{architecture}.{key}' is {found!r}, the network of {reference} needs {wanted!r}; not the "
+        "same model"
+    )

@@ -1,0 +1,300 @@
+"""Opens the models that an evaluation compares, and refuses those that are not one model in different storage."""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsquant.calibration.texts import load_tokenizer
+from dsquant.errors import InputError
+from dsquant.evaluation.gguf_candidate import check_same_network, check_same_tensors
+from dsquant.files.foreign import find_file
+from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.formats.gguf.checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
+from dsquant.formats.gguf.weights import GgufWeights, gguf_file, gguf_parts
+from dsquant.kernels.activation_rounding import unrounded
+from dsquant.model.complete import COMPUTED_SUFFIX, HEAD, check_complete
+from dsquant.model.families import family_of
+from dsquant.model.overlays import on_device
+from dsquant.model.repeated import check_repeated
+from dsquant.model.skeleton import Skeleton, network_config, network_rotary
+from dsquant.model.streaming import EMBEDDING
+from dsquant.source.checkpoint import Checkpoint
+from dsquant.source.locate import locate
+from dsquant.source.shards import ShardIndex
+from dsquant.source.vocabulary import set_embedding_rows
+from dsquant.source.weights import CPU, Weights
+
+# What a config says about the network's function: where these differ, the same weights are another model.
+NETWORK_KEYS = (
+    "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "first_k_dense_replace",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
+    "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group",
+    "topk_group", "routed_scaling_factor", "norm_topk_prob", "scoring_func", "topk_method", "rms_norm_eps",
+    "hidden_act", "rope_parameters", "rope_interleave", "tie_word_embeddings", "vocab_size", "attention_bias",
+    "mlp_bias", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
+)  # fmt: skip
+# Where an engine begins and ends a text.
+TOKEN_KEYS = ("bos_token_id", "eos_token_id")
+ENDS_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model's weights and what its files tell of it."""
+
+    path: str
+    """As the caller gave it."""
+    format: str
+    """FP8, BF16, AWQ, compressed-tensors or GGUF, with what it says about itself."""
+    weights: Weights
+    size_bytes: int
+    """Of the data of all its tensors, as the headers tell it: what `plan` and a job's tables call a source's size. The
+    files are larger by their headers."""
+    files: tuple[Path, ...]
+    """With tensors."""
+    index: ShardIndex | None = None
+    """None for GGUF, whose reader counts no bytes."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Of tensor data so far, as far as they are counted."""
+        return 0 if self.index is None else self.index.bytes_read
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of its tensors' data for each weight in them."""
+        return 8 * self.size_bytes / sum(math.prod(self.weights.shape(name)) for name in self.weights)
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether activations are rounded beside some of its weights."""
+        return any(self.weights.rounding_beside(name) is not unrounded for name in self.weights)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of each file's name, size, first and last MiB: tells models apart without reading them whole."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with file.open("rb") as content:
+                digest.update(content.read(ENDS_BYTES))
+                content.seek(max(0, size - ENDS_BYTES))
+                digest.update(content.read())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Original:
+    """The reference, with what candidates are run through."""
+
+    opened: Opened
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    tokenizer: Any
+
+
+def open_original(path: str, device: torch.device = CPU) -> Original:
+    """Opens the reference.
+
+    Args:
+        path: a folder, a hub id, `tiny-r1`, a GGUF file or a folder with one.
+        device: where its weights, and the candidates', go when they are read.
+
+    Returns:
+        The reference, checked to be complete.
+
+    Raises:
+        InputError: where it is missing, damaged, or not of a family that dsquant knows.
+    """
+    file = gguf_file(Path(path).expanduser())
+    if file is None:
+        checkpoint = open_checkpoint(locate(path), device)
+        opened = _opened(path, checkpoint)
+        tokenizer = load_tokenizer(checkpoint.folder)
+    else:
+        header = read_header(file)
+        checkpoint = gguf_checkpoint(header, device)
+        opened = Opened(path, header.format, checkpoint.weights, header.num_bytes, tuple(gguf_parts(file)))
+        tokenizer = gguf_tokenizer(header)
+    skeleton = Skeleton(checkpoint)
+    check_complete(checkpoint, skeleton, mtp="drop")  # it is not evaluated
+    check_repeated(checkpoint, skeleton)
+    set_embedding_rows(tokenizer, _num_tokens(checkpoint.weights))
+    return Original(opened, checkpoint, skeleton, tokenizer)
+
+
+def open_candidate(path: str, original: Original) -> Opened:
+    """Opens a candidate under the original's parameter names.
+
+    Args:
+        path: a folder, a hub id, `tiny-r1`, a GGUF file or a folder with one.
+        original: the reference.
+
+    Returns:
+        The candidate, checked to be the same model.
+
+    Raises:
+        InputError: where it cannot be read, or is of another architecture or vocabulary.
+    """
+    file = gguf_file(Path(path).expanduser())
+    device = original.checkpoint.weights.device
+    if file is None:
+        checkpoint = open_checkpoint(locate(path), device)
+        _check_architecture(path, checkpoint.architecture, original)
+        _check_vocabulary(path, _num_tokens(checkpoint.weights), _checkpoint_tokens(checkpoint), original)
+        _check_network(checkpoint, original)
+        check_repeated(checkpoint, original.skeleton)
+        opened = _opened(path, checkpoint)
+    else:
+        header = read_header(file)
+        if header.keys.get("general.type") == "imatrix":
+            raise InputError(f"{path} is an importance matrix, not a model; leave it out")
+        _check_architecture(path, header.architecture, original)
+        _check_vocabulary(path, header.num_tokens, header.tokens, original)
+        reference, network = original.opened.path, original.skeleton.config
+        rotary = network_rotary(original.skeleton.family, original.checkpoint.config)
+        check_same_network(header, reference, network, rotary)
+        check_same_tensors(header, reference, network, original.checkpoint.weights)
+        weights = open_gguf(file, original.checkpoint)
+        opened = Opened(path, header.format, weights, header.num_bytes, tuple(gguf_parts(file)))
+    _check_shapes(path, opened.weights, original.skeleton)
+    return opened
+
+
+def open_gguf(file: Path, original: Checkpoint) -> Weights:
+    """Opens a GGUF file's weights under the names of the checkpoint that it was made from.
+
+    Args:
+        file: the file, or the first of a split one.
+        original: the checkpoint.
+
+    Returns:
+        The weights, decoded on access, on the checkpoint's device.
+    """
+    shapes = {name: original.weights.shape(name) for name in original.weights}
+    network = network_config(family_of(original.folder, original.config), original.config)
+    return on_device(GgufWeights(file, shapes, {**original.config, **network}), original.weights.device)
+
+
+def _opened(path: str, checkpoint: Checkpoint) -> Opened:
+    files = tuple(sorted({info.path for info in checkpoint.index.values()}))
+    index = checkpoint.index
+    return Opened(path, _stored_format(checkpoint), checkpoint.weights, index.num_bytes, files, index)
+
+
+def _stored_format(checkpoint: Checkpoint) -> str:
+    quantization = checkpoint.config.get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    if method == "awq":
+        return f"AWQ {quantization.get('bits', 4)} bits, groups of {quantization.get('group_size', 128)}"
+    if method == "compressed-tensors":
+        schemes = [group["weights"] for group in quantization["config_groups"].values()]
+        bits = " and ".join(str(weights["num_bits"]) for weights in schemes)
+        return f"compressed-tensors {bits} bits, groups of {schemes[0]['group_size']}"
+    sizes: Counter[str] = Counter()
+    for info in checkpoint.index.values():
+        sizes[info.dtype] += info.num_bytes
+    return {"F8_E4M3": "FP8"}.get(found := sizes.most_common(1)[0][0], found)
+
+
+def _check_architecture(path: str, architecture: str, original: Original) -> None:
+    wanted = original.checkpoint
+    if architecture != wanted.architecture:
+        raise InputError(
+            f"{path}: architecture {architecture}, the reference {original.opened.path} is {wanted.architecture}; "
+            "not the same model"
+        )
+
+
+def _check_network(checkpoint: Checkpoint, original: Original) -> None:
+    """Refuses the same architecture with other numbers."""
+    try:
+        found = network_config(original.skeleton.family, checkpoint.config)
+        rotary = network_rotary(original.skeleton.family, checkpoint.config)
+    except Exception as error:  # transformers raises of every kind for a config that makes no sense
+        raise InputError(f"{checkpoint.folder / 'config.json'}: {type(error).__name__}: {error}") from error
+    from_gguf = gguf_file(Path(original.opened.path).expanduser()) is not None
+    wanted = original.skeleton.config
+    for key in NETWORK_KEYS if from_gguf else NETWORK_KEYS + TOKEN_KEYS:
+        same = _same(found.get(key), wanted.get(key))
+        if key == "rope_parameters" and from_gguf:  # which says scaling in other words, and leaves defaults out
+            reference = network_rotary(original.skeleton.family, original.checkpoint.config)
+            kinds = {found[key]["rope_type"], wanted[key]["rope_type"]}
+            same = len(kinds) == 1 and reference.difference(rotary) is None
+        if not same:
+            raise InputError(
+                f"{checkpoint.folder / 'config.json'}: {key} is {found.get(key)!r}, the reference's is "
+                f"{wanted.get(key)!r}; not the same model"
+            )
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """Whether two values of a config mean the same: GGUF stores single precision."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        keys = (found.keys() | wanted.keys()) - {"type"}  # of rope_type
+        return all(_same(found.get(key), wanted.get(key)) for key in keys)
+    if isinstance(found, float) or isinstance(wanted, float):
+        return found is not None and wanted is not None and math.isclose(found, wanted, rel_tol=1e-5)
+    return bool(found == wanted)
+
+
+def _checkpoint_tokens(checkpoint: Checkpoint) -> Mapping[str, int] | None:
+    """Token -> id; None where the checkpoint has no tokenizer, which weights can do without."""
+    if find_file(checkpoint.folder, "tokenizer.json") is None:
+        return None
+    return dict(load_tokenizer(checkpoint.folder).get_vocab())
+
+
+def _num_tokens(weights: Weights) -> int:
+    """Rows of the embedding; none where it is missing, which is refused later."""
+    return weights.shape(EMBEDDING)[0] if EMBEDDING in weights else 0
+
+
+def _check_vocabulary(path: str, rows: int, tokens: Mapping[str, int] | None, original: Original) -> None:
+    wanted_rows = _num_tokens(original.checkpoint.weights)
+    if rows and rows != wanted_rows:
+        raise InputError(
+            f"{path}: a vocabulary of {rows} tokens, the reference's has {wanted_rows}; perplexities over different "
+            "vocabularies cannot be compared"
+        )
+    if tokens is None:
+        return
+    # Tokenizers add tokens of their own when they are loaded, so that one may lack what the other has.
+    found = {number: token for token, number in tokens.items()}
+    for token, number in original.tokenizer.get_vocab().items():
+        if found.get(number, token) != token:
+            raise InputError(
+                f"{path}: another vocabulary: token {number} is {found[number]!r}, in the reference it is {token!r}; "
+                "perplexities over different vocabularies cannot be compared"
+            )
+
+
+def _of_mtp(name: str, skeleton: Skeleton) -> bool:
+    parts = name.split(".")
+    return name.startswith("mtp.") or (parts[1] == "layers" and int(parts[2]) >= skeleton.num_layers)
+
+
+def _check_shapes(path: str, weights: Weights, skeleton: Skeleton) -> None:
+    """Refuses a candidate whose weights are not the reference's in other storage."""
+    expected = skeleton.expected_shapes()
+    for name in weights:
+        repeated = name == HEAD or name.endswith(COMPUTED_SUFFIX)
+        if name not in expected and not repeated and not _of_mtp(name, skeleton):
+            raise InputError(f"{path}: tensor {name!r} has no place in the reference's network; not the same model")
+    for name, shape in expected.items():
+        if _of_mtp(name, skeleton):
+            continue  # the candidate may have dropped the MTP layer
+        if name not in weights:
+            raise InputError(f"{path}: tensor {name!r} is missing, which the reference has; not the same model")
+        if weights.shape(name) != shape:
+            raise InputError(
+                f"{path}: tensor {name!r} has shape {list(weights.shape(name))}, the reference's has "
+                f"{list(shape)}; not the same model"
+            )

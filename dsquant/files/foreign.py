@@ -1,0 +1,246 @@
+"""The boundary to files that others wrote: what may be read of them, and whose fault it is when that fails.
+
+Of a model's folder, or of an output that is read as one, links are followed only inside the folder or inside the hub
+cache that it lies in (`models--OWNER--NAME/snapshots/COMMIT`, whose files are links into `blobs`): whatever is read may
+end up in an output that is published.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from dsquant.errors import DsquantError, InputError
+from dsquant.files.disk import NO_ROOM, PARTIAL
+
+# More than any config, index, tokenizer or recipe needs; what is larger is read in parts or not at all.
+LARGEST_TEXT_BYTES = 2**28
+# The files of a checkpoint are shorter: R1's index has 9 MB. It is safetensors' own bound for headers.
+LARGEST_MODEL_TEXT_BYTES = 100_000_000
+LONGEST_NAME_BYTES, LONGEST_PATH_BYTES = 255, 4095
+BYTES_AT_ONCE = 2**20
+_PACKAGE = Path(__file__).parent.parent
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """Finds a file of a model's folder.
+
+    Args:
+        folder: the folder, which itself may be a link: whoever named it meant where it leads.
+        name: the file's path in it.
+
+    Returns:
+        The path; None where nothing is there.
+
+    Raises:
+        InputError: where it is not a regular file, or a link leads out of the model.
+    """
+    path = folder / name
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # links in a circle, no right to look; a null byte in the name
+        raise InputError(f"{str(path)!r} cannot be read ({error})") from error
+    _check_regular(path, mode)
+    real = Path(os.path.realpath(path))
+    ours = folder.is_relative_to(_PACKAGE)  # installers may link a package's own files into a cache
+    if not ours and not any(real.is_relative_to(root) for root in _roots(folder)):
+        raise InputError(
+            f"{path} is a link that leads out of the model's folder, to {real}; copy the file to its place if it "
+            "belongs to the model"
+        )
+    return path
+
+
+def _roots(folder: Path) -> Iterator[Path]:
+    """The folder, and the one of the hub cache that holds all commits of its model."""
+    real = Path(os.path.realpath(folder))
+    yield real
+    for snapshot in (real, *real.parents):
+        model = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and model.name.startswith("models--"):
+            yield model
+
+
+def _check_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")
+        raise InputError(f"{path} is {kind}; a regular file is needed there")
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Opens a regular file for reading; waits for nobody, as a named pipe would.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The open file.
+
+    Raises:
+        InputError: where it is not a regular file, or cannot be opened.
+    """
+    try:
+        _check_regular(path, path.stat().st_mode)  # before it is opened: that alone may rewind a tape
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        try:
+            _check_regular(path, os.fstat(descriptor).st_mode)
+            return os.fdopen(descriptor, "rb")
+        except BaseException:
+            os.close(descriptor)
+            raise
+    except (OSError, ValueError) as error:  # ValueError for a null byte in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{str(path)!r} cannot be read ({reason})") from error
+
+
+def read_file(path: Path, most_bytes: int = LARGEST_TEXT_BYTES) -> bytes:
+    """Reads a regular file whole.
+
+    Args:
+        path: the file.
+        most_bytes: what it may have at the most.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InputError: where it is not a regular file, is larger or cannot be read.
+    """
+    raw = bytearray()
+    with open_file(path) as file:
+        check_size(path, most_bytes)
+        try:
+            while block := file.read(BYTES_AT_ONCE):  # a file of /proc says that it has no bytes
+                raw += block
+                if len(raw) > most_bytes:
+                    raise InputError(f"{path} has more than {most_bytes} bytes, which no file of its kind has")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    return bytes(raw)
+
+
+def check_size(path: Path, most_bytes: int = LARGEST_TEXT_BYTES) -> None:
+    """Refuses a file that is larger than any of its kind.
+
+    Args:
+        path: an existing file.
+        most_bytes: what it may have at the most.
+
+    Raises:
+        InputError: where it has more.
+    """
+    size = path.stat().st_size
+    if size > most_bytes:
+        raise InputError(f"{path} has {size} bytes; a file of its kind has at most {most_bytes}")
+
+
+@contextmanager
+def blaming(subject: Path | str, then: str = "restore the file") -> Iterator[None]:
+    """Turns whatever the parser of a foreign file raises into an error that names the file.
+
+    For the parsers of others alone: around our own code it would hide our mistakes.
+
+    Args:
+        subject: the file.
+        then: what to do about it; for the message.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InputError: where anything is raised inside.
+    """
+    try:
+        yield
+    except (DsquantError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a package in Rust is no Exception
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise  # a package keeps something on the disk: not the file's fault
+        reason = " ".join(str(error).split())
+        raise InputError(f"{subject}: {type(error).__name__}: {reason:.300}; {then}") from error
+
+
+def check_relative(name: object) -> str:
+    """Checks that a recorded name can only mean a file inside the folder that its record lies in.
+
+    Args:
+        name: as the record has it.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: where it is not a plain relative path, saying why.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r:.80} is not the name of a file")
+    parts = PurePosixPath(name).parts
+    if not parts or "/".join(parts) != name or name.startswith("/") or ".." in parts or "\0" in name:
+        raise ValueError(f"{name!r:.80} is not a plain path inside the output folder")
+    try:
+        longest = max(len(os.fsencode(part)) for part in parts)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name!r:.80} cannot be the name of a file") from error
+    if longest > LONGEST_NAME_BYTES:
+        raise ValueError(f"{name[:40]!r}... is longer than the {LONGEST_NAME_BYTES} bytes of a file name")
+    return name
+
+
+def own_path(output: Path, name: object) -> Path:
+    """The file that an output's record names, for whoever will write or remove it.
+
+    Args:
+        output: the output folder.
+        name: as the record has it.
+
+    Returns:
+        Its path; what is there may itself be a link, which is not followed.
+
+    Raises:
+        InputError: where the name, or a link on the way, leads out of the folder.
+    """
+    try:
+        path = output / check_relative(name)
+        if len(os.fsencode(path.absolute())) + len(PARTIAL) > LONGEST_PATH_BYTES:
+            raise ValueError(f"{str(name)[:40]!r}... makes a longer path than file systems allow")
+    except ValueError as error:
+        raise InputError(f"{output}: its record is damaged or forged: {error}; remove the folder yourself") from error
+    parent = Path(os.path.realpath(path.parent))
+    if not parent.is_relative_to(os.path.realpath(output)):
+        raise InputError(
+            f"{output}: its record names {name!r:.80}, which lies elsewhere, in {parent}; remove the folder yourself"
+        )
+    return path
+
+
+def check_plain_files(output: Path) -> None:
+    """Refuses an output folder that a job shall go on with where writing would go somewhere else.
+
+    Args:
+        output: the folder, which itself may be a link.
+
+    Raises:
+        InputError: where it holds a link, or what is neither a file nor a folder.
+    """
+    for folder, folders, files in os.walk(output):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # another run is at work here, which the lock will tell
+                continue
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
+                raise InputError(f"{path} is {kind}, and dsquant made none; remove it, or name another folder")

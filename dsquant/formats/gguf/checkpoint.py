@@ -1,0 +1,352 @@
+"""A GGUF file as a checkpoint of its own: config, parameter names and tokenizer made from its keys.
+
+The reverse of `writers.gguf.metadata` and `source.gguf_layout`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsquant.errors import InputError
+from dsquant.files.foreign import blaming
+from dsquant.formats.gguf.file import read_gguf
+from dsquant.formats.gguf.layout import ARCHITECTURES, parameters
+from dsquant.formats.gguf.metadata import CONTROL, UNUSED, USER_DEFINED
+from dsquant.formats.gguf.rope import YARN_LOG_FACTOR, rotary_of_keys
+from dsquant.formats.gguf.weights import GgufWeights, gguf_parts
+from dsquant.model.families import FAMILIES
+from dsquant.model.overlays import on_device
+from dsquant.model.rotary import Rotary, yarn_mscale
+from dsquant.model.skeleton import network_rotary
+from dsquant.source.checkpoint import Checkpoint
+from dsquant.source.locate import ASSETS, EMBEDDED_MODEL
+from dsquant.source.shards import ShardIndex
+from dsquant.source.weights import CPU
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# llama.cpp's name of a pre-tokenizer -> the regular expression by which it cuts text (src/llama-vocab.cpp).
+EXPRESSIONS = {
+    "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST,
+    "qwen2": _WORDS + r"\p{N}" + _REST,
+    "deepseek-r1-qwen": _WORDS + r"\p{N}" + _REST,
+}
+OR_REFERENCE = "name the checkpoint that it was made from as the reference"
+# No count, size or factor of a network is larger.
+LARGEST_NUMBER = 2.0**62
+# Llama 3.1's and 3.3's scaling of rotary frequencies; GGUF stores only what comes of it.
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a GGUF file says about itself."""
+
+    file: Path
+    """The file, or the first of a split one."""
+    keys: Mapping[str, Any]
+    tensors: Mapping[str, Any]
+    """Name -> gguf-py's tensor, of all parts."""
+
+    @property
+    def architecture(self) -> str:
+        """The checkpoint's name for it, llama.cpp's where dsquant does not know it."""
+        name = str(self.keys.get("general.architecture"))
+        return next((found for found, stored in ARCHITECTURES.items() if stored == name), name)
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The network's keys, without the architecture's name; a list of equal numbers is one number."""
+        prefix = f"{self.keys.get('general.architecture')}."
+        found = {key.removeprefix(prefix): value for key, value in self.keys.items() if key.startswith(prefix)}
+        return {key: _one(value) for key, value in found.items()}
+
+    @property
+    def rotary(self) -> Rotary:
+        """What llama.cpp computes from the file.
+
+        Raises:
+            InputError: where it lacks a key, or scales in an unknown way.
+        """
+        factors = self.tensors.get("rope_freqs.weight")
+        factors_F = None if factors is None else torch.from_numpy(factors.data.copy()).float().flatten()
+        try:
+            with np.errstate(divide="raise", over="raise", invalid="raise"):
+                return rotary_of_keys(str(self.keys.get("general.architecture")), self.numbers, factors_F)
+        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+            raise InputError(f"{self.file}: its keys describe no rotary embedding: {error}") from error
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the embedding; none where there is none."""
+        table = self.tensors.get("token_embd.weight")
+        return 0 if table is None else int(table.shape[1])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tensor data in all parts."""
+        return sum(int(tensor.n_bytes) for tensor in self.tensors.values())
+
+    @property
+    def format(self) -> str:
+        """`GGUF Q4_K_M`, from the file's own type number."""
+        from gguf import LlamaFileType
+
+        try:
+            name = LlamaFileType(self.keys.get("general.file_type")).name
+        except ValueError:
+            return "GGUF"
+        return f"GGUF {name.removeprefix('MOSTLY_').removeprefix('ALL_')}"
+
+    @property
+    def tokens(self) -> dict[str, int] | None:
+        """Token -> id of the vocabulary without unused places; None where the file holds none.
+
+        Raises:
+            InputError: where tokens and their types do not belong together.
+        """
+        tokens, types = self.keys.get("tokenizer.ggml.tokens"), self.keys.get("tokenizer.ggml.token_type")
+        if tokens is None or types is None:
+            return None
+        if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
+            raise InputError(f"{self.file}: its tokens and their types are not two lists of one length")
+        return {str(token): number for number, token in enumerate(tokens) if types[number] != UNUSED}
+
+
+def _one(value: Any) -> Any:
+    same = isinstance(value, list) and value and isinstance(value[0], int | float) and len(set(value)) == 1
+    return value[0] if same else value
+
+
+def read_header(file: Path) -> GgufHeader:
+    """Reads the keys of a file and the directory of its tensors.
+
+    Args:
+        file: the file, or the first of a split one.
+
+    Returns:
+        The header.
+
+    Raises:
+        InputError: where a file is missing or damaged.
+    """
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"{file}: reading GGUF files needs the package gguf: pip install gguf") from error
+
+    keys: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for part in gguf_parts(file):
+        if not part.exists():
+            raise InputError(f"{part} is missing; all parts of a split file must lie in one folder")
+        reader = read_gguf(part)
+        with blaming(part, "fetch or make it again"):
+            keys = {name: field.contents() for name, field in reader.fields.items()} | keys
+        tensors |= {tensor.name: tensor for tensor in reader.tensors}
+    return GgufHeader(file, keys, tensors)
+
+
+def gguf_checkpoint(header: GgufHeader, device: torch.device = CPU) -> Checkpoint:
+    """Makes a checkpoint of a GGUF file alone; multi-token-prediction layers are left out.
+
+    Args:
+        header: of the file.
+        device: where its weights go when they are read.
+
+    Returns:
+        The checkpoint; its index of shards is empty.
+
+    Raises:
+        InputError: where the file is damaged, or of an architecture that dsquant does not know.
+    """
+    config = _config(header)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in header.tensors.items():
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        for parameter, found in parameters(name, shape, config):
+            parts = parameter.split(".")
+            if parts[1] != "layers" or int(parts[2]) < config["num_hidden_layers"]:
+                shapes[parameter] = found
+    config["tie_word_embeddings"] = "lm_head.weight" not in shapes
+    config["vocab_size"] = shapes.get("model.embed_tokens.weight", (0,))[0]
+    _check_rotary(header, config)
+    weights = on_device(GgufWeights(header.file, shapes, config), device)
+    return Checkpoint(header.file, config, ShardIndex(header.file.parent, {}), weights)
+
+
+def gguf_tokenizer(header: GgufHeader) -> Any:
+    """Builds the tokenizer that a file holds.
+
+    Args:
+        header: of the file.
+
+    Returns:
+        A transformers tokenizer.
+
+    Raises:
+        InputError: where the file holds none, or one of a kind that dsquant cannot build.
+    """
+    kind = header.keys.get("tokenizer.ggml.model")
+    if header.tokens is None or kind != "gpt2" or "tokenizer.ggml.merges" not in header.keys:
+        found = f"tokenizer.ggml.model is {kind!r:.80}"
+        raise InputError(f"{header.file}: it holds no byte-level BPE tokenizer ({found}); {OR_REFERENCE}")
+    with blaming(f"{header.file}: the tokenizer cannot be read", OR_REFERENCE):
+        return _byte_level_bpe(header.file, header.keys, header.tokens)
+
+
+def _byte_level_bpe(file: Path, keys: Mapping[str, Any], vocabulary: dict[str, int]) -> Any:
+    """A tokenizer from a vocabulary that the packages may refuse."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    merges = [tuple(merge.split(" ")) for merge in keys["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = _pre_tokenizer(file, str(keys.get("tokenizer.ggml.pre")))
+    tokenizer.decoder = decoders.ByteLevel()
+    types = keys["tokenizer.ggml.token_type"]
+    for token, number in vocabulary.items():
+        if types[number] in (CONTROL, USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, special=types[number] == CONTROL, normalized=False)])
+    names = {value: key for key, value in vocabulary.items()}
+    special = {
+        f"{kind}_token": names[keys[f"tokenizer.ggml.{kind}_token_id"]]
+        for kind in ("bos", "eos")
+        if keys.get(f"tokenizer.ggml.{kind}_token_id") in names
+    }
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, name_or_path=str(file), **special)
+    found.chat_template = keys.get("tokenizer.chat_template")
+    return found
+
+
+def _pre_tokenizer(file: Path, name: str) -> Any:
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+
+    if name == "deepseek-v3":
+        return Tokenizer.from_file(str(ASSETS / EMBEDDED_MODEL / "tokenizer.json")).pre_tokenizer
+    if name == "gpt-2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if name not in EXPRESSIONS:
+        raise InputError(
+            f"{file}: pre-tokenizer {name!r} is none of deepseek-v3, gpt-2, {', '.join(EXPRESSIONS)}; name the "
+            "checkpoint that it was made from as the reference"
+        )
+    split = pre_tokenizers.Split(Regex(EXPRESSIONS[name]), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _config(header: GgufHeader) -> dict[str, Any]:
+    file, keys = header.file, header.keys
+    names = {name: architecture for architecture, name in ARCHITECTURES.items()}
+    architecture = keys.get("general.architecture")
+    if architecture not in names:
+        raise InputError(f"{file}: architecture {architecture!r} is not supported; dsquant knows {', '.join(names)}")
+
+    numbers = header.numbers
+
+    def key(name: str, default: Any = None) -> Any:
+        value = numbers.get(name, default)
+        if value is None:
+            raise InputError(
+                f"{file}: key '{architecture}.{name}' is missing; name the checkpoint that it was made from as the "
+                "reference"
+            )
+        if not isinstance(value, int | float) or not 0 <= value <= LARGEST_NUMBER:
+            raise InputError(f"{file}: key '{architecture}.{name}' is {value!r:.80}, expected a number")
+        return value
+
+    heads = key("attention.head_count")
+    if heads < 1:
+        raise InputError(f"{file}: key '{architecture}.attention.head_count' is {heads!r}, expected a positive number")
+    mtp = key("nextn_predict_layers", 0)
+    config: dict[str, Any] = {
+        "architectures": [names[architecture]],
+        "hidden_size": key("embedding_length"),
+        "intermediate_size": key("feed_forward_length"),
+        "num_hidden_layers": key("block_count") - mtp,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key("attention.head_count_kv", heads),
+        "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
+        "rope_theta": key("rope.freq_base", 10000.0),
+        "max_position_embeddings": key("context_length"),
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    if architecture == "deepseek2":
+        config |= _deepseek(file, key)
+    else:
+        config["head_dim"] = key("attention.key_length", config["hidden_size"] // heads)
+    return config | {"rope_scaling": _rope_scaling(header, config)}
+
+
+def _deepseek(file: Path, key: Any) -> dict[str, Any]:
+    from gguf import ExpertGatingFuncType
+
+    if key("expert_gating_func", 0) != ExpertGatingFuncType.SIGMOID:
+        raise InputError(f"{file}: routing that is not DeepSeek-V3's (expert_gating_func is not sigmoid)")
+    rope = key("rope.dimension_count")
+    return {
+        "num_key_value_heads": key("attention.head_count"),
+        "num_nextn_predict_layers": 0,
+        "q_lora_rank": key("attention.q_lora_rank", 0) or None,
+        "kv_lora_rank": key("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rope,
+        "qk_nope_head_dim": key("attention.key_length_mla") - rope,
+        "v_head_dim": key("attention.value_length_mla"),
+        "first_k_dense_replace": key("leading_dense_block_count"),
+        "moe_layer_freq": 1,
+        "moe_intermediate_size": key("expert_feed_forward_length"),
+        "n_routed_experts": key("expert_count"),
+        "n_shared_experts": key("expert_shared_count"),
+        "num_experts_per_tok": key("expert_used_count"),
+        "routed_scaling_factor": key("expert_weights_scale", 1.0),
+        "norm_topk_prob": bool(key("expert_weights_norm", False)),
+        # Without these keys llama.cpp chooses from all experts, and so does this.
+        "n_group": key("expert_group_count", 1),
+        "topk_group": key("expert_group_used_count", 1),
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    }
+
+
+def _rope_scaling(header: GgufHeader, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config's words for a file's scaling; llama.cpp has linear where no type is stated."""
+    numbers = header.numbers
+    if "rope_freqs.weight" in header.tensors:
+        return LLAMA3_ROPE
+    kind, factor = numbers.get("rope.scaling.type", "linear"), numbers.get("rope.scaling.factor", 0.0)
+    if kind == "none" or not factor:
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    original = numbers.get("rope.scaling.original_context_length", config["max_position_embeddings"])
+    found = {"type": kind, "factor": factor, "original_max_position_embeddings": original}
+    found |= {"beta_fast": 32.0, "beta_slow": 1.0}  # whatever the keys say: llama.cpp reads them in other architectures
+    rotary = header.rotary
+    if "kv_lora_rank" not in config:
+        plain = math.isclose(rotary.magnitude, yarn_mscale(factor), rel_tol=1e-6)
+        return found if plain else found | {"attention_factor": rotary.magnitude}
+    mscale = numbers.get("rope.scaling.yarn_log_multiplier", 0.0) / YARN_LOG_FACTOR
+    return found | ({"mscale": mscale, "mscale_all_dim": mscale} if mscale else {})
+
+
+def _check_rotary(header: GgufHeader, config: Mapping[str, Any]) -> None:
+    """Refuses a file whose scaling no config says: llama.cpp would compute something else."""
+    try:
+        wanted = network_rotary(FAMILIES[header.architecture], config)
+    except Exception as error:  # transformers raises of every kind for a config that makes no sense
+        raise InputError(f"{header.file}: its keys describe no network: {type(error).__name__}: {error}") from error
+    difference = header.rotary.difference(wanted)
+    if difference:
+        raise InputError(
+            f"{header.file}: its rotary embedding is scaled in a way that dsquant does not read back (it finds "
+            f"{config['rope_scaling']}: {difference}); name the checkpoint that it was made from as the reference"
+        )

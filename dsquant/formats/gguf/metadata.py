@@ -1,0 +1,228 @@
+"""A GGUF file's keys: the network's numbers and the tokenizer, as llama.cpp reads them.
+
+Reference: the loaders of `deepseek2`, `llama`, `qwen2` and `qwen3` in llama.cpp's src/models, and src/llama-vocab.cpp.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsquant.errors import InputError
+from dsquant.files.foreign import LARGEST_MODEL_TEXT_BYTES, find_file
+from dsquant.files.strict_json import read_json_object
+from dsquant.formats.gguf.rope import scaling_keys
+from dsquant.model.rotary import Rotary
+
+# Part of a pre-tokenizer's regular expressions -> llama.cpp's name for it; the first that is found counts.
+PRE_TOKENIZERS = (
+    (r"[一-龥\u3040-ゟ゠-ヿ]+", "deepseek-v3"),
+    (r"[\p{Han}]+", "kimi-k2"),
+    (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|", "llama-bpe"),
+    (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|", "qwen2"),
+)
+_LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused\d+>|<(pad|mask|s|unk)>|</s>|\[@BOS@\]")
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+
+
+def add_model_keys(
+    writer: Any, architecture: str, config: Mapping[str, Any], rotary: Rotary, name: str, num_mtp_layers: int
+) -> None:
+    """Adds the network's numbers.
+
+    Args:
+        writer: a `gguf.GGUFWriter`.
+        architecture: `general.architecture`.
+        config: the network's, with transformers' defaults filled in.
+        rotary: the network's rotary embedding.
+        name: the model's name, for people.
+        num_mtp_layers: multi-token-prediction layers that the file holds.
+    """
+    writer.add_type("model")
+    writer.add_name(name)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in model_keys(architecture, config, rotary, num_mtp_layers).items():
+        add[type(value)](f"{architecture}.{key}", value)
+
+
+def model_keys(
+    architecture: str, config: Mapping[str, Any], rotary: Rotary, num_mtp_layers: int = 0
+) -> dict[str, bool | int | float | str]:
+    """The network's numbers as a GGUF file says them.
+
+    Args:
+        architecture: `general.architecture`.
+        config: the network's, with transformers' defaults filled in.
+        rotary: the network's rotary embedding.
+        num_mtp_layers: multi-token-prediction layers that the file holds.
+
+    Returns:
+        Key without the architecture's name -> value, in the order of the file.
+    """
+    latent = architecture == "deepseek2"
+    keys = {
+        "block_count": config["num_hidden_layers"] + num_mtp_layers,
+        "context_length": int(config["max_position_embeddings"]),
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "vocab_size": config["vocab_size"],
+        "rope.freq_base": float(config["rope_parameters"]["rope_theta"]),
+    }
+    if latent:
+        keys |= _deepseek_keys(config, num_mtp_layers)
+    else:
+        keys |= {
+            "attention.head_count_kv": config["num_key_value_heads"],
+            "attention.key_length": config["head_dim"],
+            "attention.value_length": config["head_dim"],
+            "rope.dimension_count": config["head_dim"],
+        }
+    return keys | scaling_keys(config["rope_parameters"], latent, rotary.magnitude)
+
+
+def _deepseek_keys(config: Mapping[str, Any], num_mtp_layers: int) -> dict[str, Any]:
+    from gguf import ExpertGatingFuncType
+
+    latent, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    keys: dict[str, Any] = {"attention.head_count_kv": 1}  # all heads share the latent
+    if config["q_lora_rank"] is not None:
+        keys["attention.q_lora_rank"] = config["q_lora_rank"]
+    keys |= {
+        "attention.kv_lora_rank": latent,
+        "attention.key_length": latent + rope,
+        "attention.value_length": latent,
+        "attention.key_length_mla": config["qk_nope_head_dim"] + rope,
+        "attention.value_length_mla": config["v_head_dim"],
+        "rope.dimension_count": rope,
+        "leading_dense_block_count": config["first_k_dense_replace"],
+        "expert_count": config["n_routed_experts"],
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+        "expert_weights_norm": bool(config["norm_topk_prob"]),
+        "expert_gating_func": int(ExpertGatingFuncType.SIGMOID),
+    }
+    if config["topk_group"] < config["n_group"]:  # where all groups are kept, llama.cpp wants no groups
+        keys |= {"expert_group_count": config["n_group"], "expert_group_used_count": config["topk_group"]}
+    if num_mtp_layers:
+        keys["nextn_predict_layers"] = num_mtp_layers
+    return keys
+
+
+def add_tokenizer_keys(writer: Any, folder: Path, vocab_size: int) -> list[str]:
+    """Adds tokens, merges, special tokens and the chat template.
+
+    Args:
+        writer: a `gguf.GGUFWriter`.
+        folder: the checkpoint, with tokenizer.json.
+        vocab_size: rows of the embedding; ids that the tokenizer does not have become unused tokens.
+
+    Returns:
+        The added tokens that are left out, having no row of the embedding: llama.cpp wants a row for every token.
+
+    Raises:
+        InputError: where the tokenizer is not one that llama.cpp has under a name, or begins or ends texts with a token
+            that the embedding has no row for.
+    """
+    from gguf import SpecialVocab
+
+    path = find_file(folder, "tokenizer.json")
+    if path is None:
+        raise InputError(
+            f"{folder / 'tokenizer.json'} is missing; GGUF files hold the tokenizer, so it has to be in the checkpoint"
+        )
+    tokenizer = read_json_object(path, most_bytes=LARGEST_MODEL_TEXT_BYTES)
+    if tokenizer.get("model", {}).get("type") != "BPE":
+        raise InputError(
+            f"{path}: only byte-level BPE tokenizers are supported, found {tokenizer.get('model', {}).get('type')!r}"
+        )
+    _check_normalizer(path, tokenizer)
+    tokens, types, left_out = _tokens(path, tokenizer, vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer_name(path, tokenizer))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    logging.getLogger("gguf").setLevel(logging.ERROR)
+    for kind, number in SpecialVocab(folder).special_token_ids.items():
+        if kind in ("bos", "eos") and number >= vocab_size:
+            raise InputError(
+                f"{path}: {kind}_token is the token {number}, and the embedding has {vocab_size} rows: llama.cpp would "
+                "have no such token; take tokenizer and weights of one release"
+            )
+    SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+    return left_out
+
+
+def _tokens(path: Path, tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int], list[str]]:
+    """Tokens and their types by id, and the added tokens without a row of the embedding."""
+    tokens = [f"[PAD{number}]" for number in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    vocabulary, added_tokens = tokenizer["model"].get("vocab", {}), tokenizer.get("added_tokens", [])
+    _check_ids(path, [*vocabulary.items(), *((added["content"], added["id"]) for added in added_tokens)])
+    for token, number in vocabulary.items():
+        if number >= vocab_size:
+            raise InputError(
+                f"{path}: token {token!r} has the id {number}, the embedding has {vocab_size} rows; tokenizer and "
+                "weights are of different models"
+            )
+        tokens[number], types[number] = token, NORMAL
+    for added in added_tokens:
+        if added["id"] < vocab_size:
+            special = added.get("special") or _LOOKS_SPECIAL.fullmatch(added["content"])
+            tokens[added["id"]] = added["content"]
+            types[added["id"]] = CONTROL if special else USER_DEFINED
+    return tokens, types, [added["content"] for added in added_tokens if added["id"] >= vocab_size]
+
+
+def _check_normalizer(path: Path, tokenizer: Mapping[str, Any]) -> None:
+    """llama.cpp cuts the text as it stands; NFC changes none of what models are asked."""
+    normalizer = tokenizer.get("normalizer")
+    steps = normalizer.get("normalizers", [normalizer]) if isinstance(normalizer, dict) else [normalizer]
+    other = next((step for step in steps if step is not None and step != {"type": "NFC"}), None)
+    if other is not None:
+        raise InputError(
+            f"{path}: its normalizer {other!r:.100} changes texts before they are cut, which llama.cpp would not do; "
+            "not for GGUF"
+        )
+
+
+def _check_ids(path: Path, tokens: list[tuple[Any, Any]]) -> None:
+    names: dict[int, str] = {}
+    for token, number in tokens:
+        if not isinstance(token, str) or not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise InputError(f"{path}: token {token!r:.80} has the id {number!r:.80}, expected a number from 0 on")
+        if names.setdefault(number, token) != token:
+            raise InputError(f"{path}: {names[number]!r:.80} and {token!r:.80} are both the token {number}")
+
+
+def pre_tokenizer_name(path: Path, tokenizer: Mapping[str, Any]) -> str:
+    """llama.cpp's name for a tokenizer's way to cut text into words, found from its regular expressions.
+
+    Args:
+        path: of tokenizer.json, for the message.
+        tokenizer: its content.
+
+    Returns:
+        deepseek-v3, kimi-k2, llama-bpe, qwen2 or gpt-2.
+
+    Raises:
+        InputError: where it is none of these.
+    """
+    found = json.dumps(tokenizer.get("pre_tokenizer"), ensure_ascii=False)
+    patterns = re.findall(r'"Regex": ("(?:[^"\\]|\\.)*")', found)
+    expressions = [str(json.loads(pattern)) for pattern in patterns]
+    if not expressions and (tokenizer.get("pre_tokenizer") or {}).get("type") == "ByteLevel":
+        return "gpt-2"  # the expression that byte-level pre-tokenizers have built in
+    for part, name in PRE_TOKENIZERS:
+        wanted = part.replace("\\u3040", "\u3040")
+        if any(wanted in expression for expression in expressions):
+            return name
+    raise InputError(
+        f"{path}: this pre-tokenizer is none of {', '.join(name for _, name in PRE_TOKENIZERS)}; llama.cpp would cut "
+        f"text into other tokens than the model was trained on (its regular expressions: {expressions})"
+    )

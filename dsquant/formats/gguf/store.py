@@ -1,0 +1,108 @@
+"""Turns rows of weights into a GGUF type's bytes, by the best quantizer that is there."""
+
+from collections.abc import Collection
+
+import torch
+
+from dsquant.errors import UsageError
+from dsquant.formats.gguf.types import FLOAT_TYPES
+from dsquant.kernels import ggml, k_quants
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BY_GGUF_PY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
+_INSTALL = "pip install 'dsquant[gguf]'"
+
+
+def quantizer_name(on_gpu: bool) -> str:
+    """Which code quantizes, in words; jobs with the same words write the same bytes.
+
+    Args:
+        on_gpu: whether the rows are on a GPU.
+
+    Returns:
+        The words.
+    """
+    rest = "ggml (xllamacpp)" if ggml.library() is not None else "PyTorch and gguf-py"
+    return f"Triton ({', '.join(k_quants.ROW_BLOCKS)}), {rest}" if on_gpu else rest
+
+
+def check_quantizer(type_names: Collection[str], on_gpu: bool) -> str | None:
+    """Refuses types that nothing installed can quantize to.
+
+    Args:
+        type_names: the types of the planned tensors.
+        on_gpu: whether their rows will be on a GPU.
+
+    Returns:
+        What a user should know where ggml is missing; None where it is there or not needed.
+
+    Raises:
+        UsageError: naming them, and what to install.
+    """
+    quantized = sorted(set(type_names) - set(FLOAT_TYPES) - set(k_quants.ROW_BLOCKS if on_gpu else ()))
+    if ggml.library() is not None or not quantized:
+        return None
+    missing = [name for name in quantized if not is_available(name)]
+    if missing:
+        raise UsageError(f"the types {', '.join(missing)} need ggml's quantizers; install them with: {_INSTALL}")
+    own = [name for name in quantized if name in k_quants.ROW_BLOCKS]
+    others = [name for name in quantized if name in _BY_GGUF_PY]
+    ways = [f"{', '.join(own)} by dsquant's PyTorch code"] if own else []
+    ways += [f"{', '.join(others)} by gguf-py, which weighs all columns alike"] if others else []
+    return f"ggml's quantizers are not installed: {'; '.join(ways)}. To have them: {_INSTALL}"
+
+
+def is_available(type_name: str) -> bool:
+    """Whether something installed can quantize to a type."""
+    return ggml.library() is not None or type_name in k_quants.ROW_BLOCKS or type_name in _BY_GGUF_PY
+
+
+def stored_rows(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor | None) -> torch.Tensor:
+    """Stores rows of a weight.
+
+    Args:
+        rows_RI: float32 [R, I]; where they are on a GPU, it quantizes to the types that it has kernels for.
+        type_name: the GGUF type; I is a multiple of its block.
+        importance_I: float32 [I], positive, the weight of each column's squared error; None weighs all alike.
+
+    Returns:
+        uint8 [R, bytes of a row], on the CPU.
+    """
+    if type_name in FLOAT_TYPES:
+        return rows_RI.to(_DTYPES[type_name]).contiguous().view(torch.uint8).cpu()
+    weights_I = torch.ones(rows_RI.shape[1]) if importance_I is None else importance_I
+    if rows_RI.is_cuda and type_name in k_quants.ROW_BLOCKS:
+        from dsquant.kernels import k_quants_triton
+
+        return k_quants_triton.quantize(rows_RI, type_name, weights_I).cpu()
+    rows_RI, weights_I = rows_RI.cpu(), weights_I.cpu()
+    if ggml.library() is not None:
+        return ggml.quantize(rows_RI, type_name, weights_I)
+    if type_name in k_quants.ROW_BLOCKS:
+        return k_quants.quantize(rows_RI, type_name, weights_I)
+    return _by_gguf_py(rows_RI, type_name)
+
+
+def decoded_rows(stored: torch.Tensor, type_name: str) -> torch.Tensor:
+    """Decodes stored rows by gguf-py.
+
+    Args:
+        stored: uint8 [R, bytes of a row].
+        type_name: their GGUF type.
+
+    Returns:
+        float32 [R, I].
+    """
+    import numpy as np
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    decoded = dequantize(stored.contiguous().numpy(), GGMLQuantizationType[type_name])
+    return torch.from_numpy(np.array(decoded, dtype=np.float32))
+
+
+def _by_gguf_py(rows_RI: torch.Tensor, type_name: str) -> torch.Tensor:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    return torch.from_numpy(quantize(rows_RI.numpy(), GGMLQuantizationType[type_name]))

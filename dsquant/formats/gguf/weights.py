@@ -1,0 +1,171 @@
+"""A GGUF file as lazy weights under the checkpoint's names, decoded by gguf-py."""
+
+import mmap
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsquant.errors import InputError
+from dsquant.files.foreign import blaming, find_file
+from dsquant.formats.gguf.file import read_gguf
+from dsquant.formats.gguf.layout import (
+    ARCHITECTURES,
+    Placement,
+    decode_rotary,
+    join_keys_and_values,
+    placements,
+    stored_shape,
+)
+from dsquant.kernels.activation_rounding import Rounding, rounding_of_type
+from dsquant.source.weights import Weights
+
+# Pages of a file that may stay mapped: many times a tensor's, little beside what evaluation needs.
+RELEASE_BYTES = 64 * 2**20
+_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+class GgufWeights(Weights):
+    """name -> float32 tensor; a table's rows and one expert's part are decoded alone."""
+
+    def __init__(self, path: Path, names: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
+        """Opens a file, with all its parts where it is split.
+
+        Args:
+            path: the file, or its first part.
+            names: the original's parameters -> shape; what the file does not hold is left out.
+            config: the original's config.json, whose network the file must hold.
+
+        Raises:
+            InputError: where a file is missing or damaged, or of another architecture.
+        """
+        self._tensors: dict[str, Any] = {}
+        self._maps: list[mmap.mmap] = []
+        self._touched = 0
+        self._config = config
+        architecture = str(config["architectures"][0])
+        for part in gguf_parts(path):
+            self._read_header(part, ARCHITECTURES[architecture])
+        found = {name: placements(name, architecture) for name in names}
+        self._placements = {
+            name: places
+            for name, places in found.items()
+            if places and all(place.tensor in self._tensors for place in places)
+        }
+        self._shapes = {name: names[name] for name in self._placements}
+        for name, shape in self._shapes.items():
+            self._check_shape(path, name, shape)
+
+    def _read_header(self, path: Path, architecture: str) -> None:
+        if not path.exists():
+            raise InputError(f"{path} is missing; all parts of a split file must lie in one folder")
+        reader = read_gguf(path)
+        field = reader.fields.get("general.architecture")
+        with blaming(path, "fetch or make it again"):
+            found = None if field is None else field.contents()
+        if found is not None and found != architecture:
+            raise InputError(f"{path}: architecture {found!r}, the reference is {architecture!r}; not the same model")
+        self._tensors |= {tensor.name: tensor for tensor in reader.tensors}
+        self._maps.append(reader.data._mmap)
+
+    def _check_shape(self, path: Path, name: str, shape: tuple[int, ...]) -> None:
+        for place in self._placements[name]:
+            stored = tuple(int(extent) for extent in reversed(self._tensors[place.tensor].shape))
+            wanted = stored_shape(shape, place, self._config)
+            if stored != wanted:
+                raise InputError(
+                    f"{path}: tensor {place.tensor!r} has shape {list(stored)}, the reference's {name!r} needs "
+                    f"{list(wanted)}; not the same model"
+                )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._placements)
+
+    def __len__(self) -> int:
+        return len(self._placements)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._placements
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The parameter's shape."""
+        return self._shapes[name]
+
+    def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
+        """Decodes some rows of a parameter."""
+        places = self._placements[name]
+        if places[0].transform == "keys":
+            parts = [self._decode(place) for place in places]
+            return join_keys_and_values(parts[0], parts[1])[start_row:stop_row]
+        if places[0].transform == "rotary":
+            return decode_rotary(self._decode(places[0]), name, self._config)[start_row:stop_row]
+        return self._decode(places[0], start_row, stop_row)
+
+    def rounding_beside(self, name: str, values: bool = False) -> Rounding:
+        """What llama.cpp's CPU kernels do beside the type that a parameter is stored in."""
+        from gguf import GGML_QUANT_SIZES
+
+        kind = self._tensors[self._placements[name][int(values)].tensor].tensor_type
+        return rounding_of_type(kind.name, GGML_QUANT_SIZES[kind][0])
+
+    def _decode(self, place: Placement, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[place.tensor]
+        stored = tensor.data if place.expert is None else tensor.data[place.expert]
+        stored = np.ascontiguousarray(stored[start_row:stop_row])
+        decoded = torch.from_numpy(np.array(dequantize(stored, tensor.tensor_type), dtype=np.float32))
+        self._release(stored.nbytes)
+        return decoded
+
+    def _release(self, num_bytes: int) -> None:
+        """Hands back the pages of the files now and then: they would count as this process's memory."""
+        self._touched += num_bytes
+        if self._touched > RELEASE_BYTES:
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
+            self._touched = 0
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the only (or first split) one of a folder; None where there is none.
+
+    Args:
+        path: a file or folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: where a folder holds several models.
+    """
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    files = [file for file in sorted(path.glob("*.gguf")) if not file.name.startswith("imatrix")]
+    firsts = [file for file in files if not (match := _SPLIT.fullmatch(file.name)) or int(match[2]) == 1]
+    if len(firsts) > 1:
+        raise InputError(f"{path} holds several GGUF models ({', '.join(file.name for file in firsts)}); name one file")
+    for file in files:
+        find_file(path, file.name)
+    return firsts[0] if firsts else None
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """The files of a model: the file itself, or all of a split one, which carry their number in their names.
+
+    Args:
+        path: the file, or one of a split model's.
+
+    Returns:
+        The files in their order.
+    """
+    match = _SPLIT.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match[3])
+    return [path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]

@@ -1,0 +1,112 @@
+"""The folded scales as a file beside the weights, dsquant.scales: what a later release needs to be folded the same way.
+
+It is a safetensors file: producer (a norm or a linear) -> float32 scales [I] that its output is divided by. The name
+has no .safetensors ending, since some engines load every such file of a folder.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+from dsquant.files.disk import write_atomically
+from dsquant.files.foreign import find_file
+from dsquant.formats.shards import Shard, ShardFile, StoredTensor
+from dsquant.model.overlays import Fold, fold_of
+from dsquant.model.structure import DecoderLayer, ScaleGroup
+from dsquant.source.shards import ShardIndex, read_header
+from dsquant.source.weights import Weights
+
+SCALES_FILE = "dsquant.scales"
+
+
+def keep_scales(work: Path, unit: str, scales: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Lays a unit's scales into the work folder.
+
+    Args:
+        work: the job's work folder.
+        unit: the unit's name.
+        scales: output folder -> producer -> scales.
+    """
+    flat = {f"{folder}:{name}": kept for folder, found in scales.items() for name, kept in found.items()}
+    if flat:
+        write_atomically(work / f"scales-{unit}.safetensors", save(flat))
+
+
+def write_scales(work: Path, units: Iterable[str], output: Path, folder: str) -> dict[str, str]:
+    """Writes an output folder's scales.
+
+    Args:
+        work: the job's work folder.
+        units: the units' names, in order.
+        output: the output folder of the job.
+        folder: the folder inside it.
+
+    Returns:
+        Producer -> SHA-256 of its scales.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for unit in units:
+        path = work / f"scales-{unit}.safetensors"
+        kept = load_file(path) if path.is_file() else {}
+        names = sorted(name for name in kept if name.startswith(f"{folder}:"))
+        found |= {name.partition(":")[2]: kept[name] for name in names}
+    return store_scales(output / folder, found)
+
+
+def store_scales(folder: Path, scales: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Writes scales.
+
+    Args:
+        folder: where the file goes.
+        scales: producer -> float32 [I].
+
+    Returns:
+        Producer -> SHA-256 of its scales.
+    """
+    tensors = tuple(StoredTensor(name, "F32", tuple(kept.shape)) for name, kept in scales.items())
+    file = ShardFile(folder, Shard(SCALES_FILE, "", tensors))
+    try:
+        for name, kept in scales.items():
+            file.write_rows(name, 0, kept)
+        return file.commit()
+    finally:
+        file.discard()
+
+
+def open_scales(folder: Path) -> ShardIndex:
+    """The scales of an output, read on access.
+
+    Args:
+        folder: the checkpoint's folder.
+
+    Returns:
+        Producer -> where its scales lie; empty where nothing is folded.
+
+    Raises:
+        InputError: where the file is damaged.
+    """
+    path = find_file(folder, SCALES_FILE)
+    return ShardIndex(folder, {} if path is None else read_header(path))
+
+
+def recorded_fold(layer: DecoderLayer, weights: Weights, scales: ShardIndex) -> Fold:
+    """The factors of every parameter of a layer, from the scales that a job has kept.
+
+    Args:
+        layer: the layer.
+        weights: its weights, for shapes.
+        scales: from `open_scales`.
+
+    Returns:
+        The fold; nothing in it where nothing was folded.
+    """
+    fold = Fold()
+    gates = tuple(linear for mlp in layer.mlps for linear in (mlp.gate, mlp.up))
+    norm = ScaleGroup(layer.norm, gates, (layer.router,) if layer.router else ())
+    downs = (ScaleGroup(mlp.up, (mlp.down,)) for mlp in layer.mlps)
+    for group in (*layer.attention, norm, *downs):
+        if group.producer in scales:
+            fold.update(fold_of(weights, group, scales.read(group.producer)))
+    return fold

@@ -1,0 +1,252 @@
+"""Safetensors shards that are planned to the byte before a weight is read, and written tensor by tensor.
+
+A unit (embedding, one layer, head) is what a job finishes and journals in one go; no shard spans two units, so an
+interrupted job never has half a shard to go on with. A shard grows under a temporary name and takes its own only when
+it is whole and on disk.
+
+Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsquant.files.disk import PARTIAL, begin_writing, naming, sync_folder, write_at, write_atomically
+from dsquant.source.shards import DTYPE_NAMES, INDEX_FILE, tensor_bytes
+
+# The data begin at a multiple of this, as the safetensors library has it.
+ALIGNMENT = 8
+# So many bytes are written before the disk is told to begin with them.
+BEGIN_AT = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a shard will hold it."""
+
+    name: str
+    dtype: str
+    """The safetensors name: I32, BF16 ..."""
+    shape: tuple[int, ...]
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Size of its data."""
+        return tensor_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One planned file."""
+
+    file_name: str
+    unit: str
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def header(self) -> bytes:
+        """The file's first bytes: length and JSON header, padded with spaces."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        begin = 0
+        for tensor in self.tensors:
+            end = begin + tensor.num_bytes
+            entries[tensor.name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+            begin = end
+        raw = json.dumps(entries, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % ALIGNMENT)
+        return struct.pack("<Q", len(raw)) + raw
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(tensor.num_bytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Every file of a checkpoint's weights."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def shards_of(self, unit: str) -> tuple[Shard, ...]:
+        """The files of one unit."""
+        return tuple(shard for shard in self.shards if shard.unit == unit)
+
+
+def plan_shards(units: Sequence[tuple[str, Sequence[StoredTensor]]], max_shard_bytes: int) -> ShardPlan:
+    """Distributes tensors over files.
+
+    Args:
+        units: unit -> its tensors, in the order in which they are made.
+        max_shard_bytes: the most tensor data in a file; a larger tensor gets a file of its own.
+
+    Returns:
+        The plan, with file names that count all shards.
+    """
+    parts = [(unit, part) for unit, tensors in units for part in _split(tensors, max_shard_bytes)]
+    names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    shards = (Shard(name, unit, tuple(part)) for name, (unit, part) in zip(names, parts, strict=True))
+    return ShardPlan(tuple(shards))
+
+
+def _split(tensors: Sequence[StoredTensor], max_bytes: int) -> list[list[StoredTensor]]:
+    parts: list[list[StoredTensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not parts or size + tensor.num_bytes > max_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor)
+        size += tensor.num_bytes
+    return parts
+
+
+class ShardFile:
+    """A planned shard being written; its tensors may come in any order, each row once and in ascending order.
+
+    Several processes and threads may write into one shard, each of them whole tensors.
+    """
+
+    def __init__(self, folder: Path, plan: Shard, begins: bool = True) -> None:
+        """Begins the file under its temporary name, or joins the process that has begun it.
+
+        Args:
+            folder: where it goes.
+            plan: what it will hold.
+            begins: whether this process begins it, names it when it is whole and removes it when it is given up.
+        """
+        self.plan = plan
+        self._path = folder / plan.file_name
+        self._partial = folder / (plan.file_name + PARTIAL)
+        self._begins = begins
+        header = plan.header
+        if begins:
+            self._partial.unlink(missing_ok=True)  # a process of an earlier run may still have that one open
+            with naming(self._path):
+                self._partial.write_bytes(header)
+        self._file = self._partial.open("r+b", buffering=0)
+        self._waiting: list[tuple[int, int]] = []
+        self._tensors = {tensor.name: tensor for tensor in plan.tensors}
+        self._offsets: dict[str, int] = {}
+        offset = len(header)
+        for tensor in plan.tensors:
+            self._offsets[tensor.name] = offset
+            offset += tensor.num_bytes
+        self._rows_done = dict.fromkeys(self._tensors, 0)
+        self._digests = {name: hashlib.sha256() for name in self._tensors}
+
+    def write_rows(self, name: str, start_row: int, rows: torch.Tensor) -> None:
+        """Writes some rows of a tensor; a scalar or a whole tensor is its rows from 0.
+
+        Args:
+            name: the tensor's name.
+            start_row: the first row, where the call before ended.
+            rows: the rows, in the planned dtype.
+        """
+        planned = self._tensors[name]
+        assert DTYPE_NAMES[rows.dtype] == planned.dtype, (name, rows.dtype, planned.dtype)
+        assert tuple(rows.shape[1:]) == planned.shape[1:], (name, tuple(rows.shape), planned.shape)
+        assert start_row == self._rows_done[name], (name, start_row, self._rows_done[name])
+        raw = memoryview(rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        row_bytes = planned.num_bytes // max(1, planned.shape[0])
+        start = self._offsets[name] + start_row * row_bytes
+        with naming(self._path):
+            write_at(self._file.fileno(), raw, start)
+        self._let_the_disk_begin(start, len(raw))
+        self._digests[name].update(raw)
+        self._rows_done[name] += rows.shape[0]
+
+    def _let_the_disk_begin(self, start: int, count: int) -> None:
+        """Has the disk work all the time, and not at the end alone."""
+        self._waiting.append((start, start + count))
+        if sum(end - begin for begin, end in self._waiting) >= BEGIN_AT:
+            first, last = min(begin for begin, _ in self._waiting), max(end for _, end in self._waiting)
+            begin_writing(self._file.fileno(), first, last - first)
+            self._waiting.clear()
+
+    def commit(self) -> dict[str, str]:
+        """Brings the whole file to disk and gives it its name.
+
+        Returns:
+            Tensor name -> SHA-256 of its bytes, hexadecimal.
+        """
+        hashes = self.sync()
+        self.publish(hashes)
+        return hashes
+
+    def sync(self) -> dict[str, str]:
+        """Brings what this process has written to disk.
+
+        Returns:
+            Tensor name -> SHA-256 of its bytes, hexadecimal; those that this process has written.
+        """
+        with naming(self._path):
+            os.fsync(self._file.fileno())
+        self._file.close()
+        for name, tensor in self._tensors.items():
+            done = self._rows_done[name]
+            assert done in (0, tensor.shape[0]), f"{name}: {done} of {tensor.shape} rows"
+        return {name: self._digests[name].hexdigest() for name in self._tensors if self._wrote(name)}
+
+    def _wrote(self, name: str) -> bool:
+        return self._rows_done[name] == self._tensors[name].shape[0]
+
+    def publish(self, hashes: Collection[str]) -> None:
+        """Gives the file its name.
+
+        Args:
+            hashes: the tensors that all processes have brought to disk.
+        """
+        missing = [name for name in self._tensors if name not in hashes]
+        assert not missing, f"{self._path}: {missing[:3]} are not written"
+        if self._begins:
+            self._partial.replace(self._path)
+            sync_folder(self._path.parent)
+
+    def discard(self) -> None:
+        """Removes the unfinished file; does nothing after `commit`."""
+        self._file.close()
+        if self._begins:
+            self._partial.unlink(missing_ok=True)
+
+
+def write_index(folder: Path, plan: ShardPlan) -> None:
+    """Writes model.safetensors.index.json.
+
+    Args:
+        folder: the checkpoint's folder.
+        plan: its shards.
+    """
+    write_atomically(folder / INDEX_FILE, index_content(plan))
+
+
+def index_content(plan: ShardPlan) -> bytes:
+    """The content of model.safetensors.index.json.
+
+    Args:
+        plan: the shards.
+
+    Returns:
+        JSON.
+    """
+    total = sum(tensor.num_bytes for shard in plan.shards for tensor in shard.tensors)
+    weight_map = {tensor.name: shard.file_name for shard in plan.shards for tensor in shard.tensors}
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,0 +1,59 @@
+"""What a machine has for a job: a device, memory, disk."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from dsquant.errors import InputError, UsageError
+from dsquant.recipes import format_size
+
+LARGEST_DEFAULT_BUDGET = 16 * 2**30
+
+
+def resolved_device(device: str) -> str:
+    """`cpu` or `cuda`.
+
+    Args:
+        device: one of these, or `auto`.
+
+    Returns:
+        The device; for `auto` a GPU where there is one.
+
+    Raises:
+        UsageError: where a GPU is asked for and there is none.
+    """
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise UsageError("--device cuda: PyTorch finds no GPU here; leave --device out to compute on the CPU")
+    return device if device != "auto" else ("cuda" if found else "cpu")
+
+
+def default_memory_budget() -> int:
+    """80 % of what is available now, divided among this machine's ranks, at most 16 GiB."""
+    import psutil
+
+    available = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(LARGEST_DEFAULT_BUDGET, int(available * 0.8))
+
+
+def check_disk(output: Path, needed_bytes: int) -> None:
+    """Refuses to begin where the disk cannot hold the output.
+
+    Args:
+        output: the folder to make.
+        needed_bytes: what will lie in it at the most, with what is there already.
+
+    Raises:
+        InputError: with the bytes needed and free.
+    """
+    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    there = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    statistics = os.statvfs(existing)
+    free = statistics.f_bavail * statistics.f_frsize
+    needed = needed_bytes - there
+    if needed > free:
+        raise InputError(
+            f"{existing}: the output needs {format_size(needed)} more, {format_size(free)} are free; make room or "
+            "name a folder on another disk"
+        )

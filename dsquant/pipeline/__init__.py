@@ -1,0 +1,1 @@
+"""The one job: inputs, plan, memory, units, finish, record."""

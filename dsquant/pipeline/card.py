@@ -1,0 +1,129 @@
+"""What lies in an output folder beside the weights: copied files, and the model card."""
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsquant.calibration.texts import TOKENIZER_FILES
+from dsquant.escaping import markdown, markdown_cell
+from dsquant.files.disk import PARTIAL, naming
+from dsquant.files.foreign import find_file
+from dsquant.jobs.folder import RECORD_FILE
+from dsquant.precision.groups import WIDTH_COLUMNS, width_rows
+from dsquant.recipes import format_size, preset_and_steps
+from dsquant.schemes import UNQUANTIZED
+from dsquant.source.shards import INDEX_FILE
+
+CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
+WRITTEN_FILES = (CONFIG_FILE, INDEX_FILE, CARD_FILE, RECORD_FILE)
+# Never code: a checkpoint's own Python files stay where they are.
+COPIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
+
+
+def copied_files(folder: Path) -> list[str]:
+    """The files of a checkpoint that its quantized version needs as they are.
+
+    Args:
+        folder: the checkpoint.
+
+    Returns:
+        Their names.
+
+    Raises:
+        InputError: where one is not a regular file, or a link that leads out of the checkpoint.
+    """
+    return [name for name in COPIED if find_file(folder, name) is not None]
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copies them, each under a temporary name first.
+
+    Args:
+        source: the original checkpoint.
+        folder: the output.
+    """
+    for name in copied_files(source):
+        partial = folder / (name + PARTIAL)
+        with naming(folder / name):
+            shutil.copyfile(source / name, partial)
+        partial.replace(folder / name)
+
+
+def serve_command(folder: Path | str) -> str:
+    """The command that serves an output; bfloat16, since float16 overflows in DeepSeek's deeper layers."""
+    if str(folder).endswith(".gguf"):
+        return f"llama-server -m {folder}"
+    return f"vllm serve {folder} --dtype bfloat16"
+
+
+def divergence_table(texts: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table of an output's distance from the original."""
+    lines = [
+        "| held-out text | tokens | perplexity, original | perplexity | mean KL, nats | same top token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for text, found in texts.items():
+        name = markdown_cell(text)
+        lines.append(
+            f"| {name} | {found['tokens']} | {found['perplexity_original']:.3f} | {found['perplexity']:.3f} "
+            f"| {found['mean_kl']:.4f} | {found['top1_agreement']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(markdown_cell, line))} |" for line in lines)
+
+
+def model_card(record: dict[str, Any], format_name: str) -> str:
+    """The output's README.md.
+
+    Args:
+        record: the run's record.
+        format_name: which of its outputs.
+
+    Returns:
+        Markdown.
+    """
+    recipe, output = record["recipe"], record["outputs"][format_name]
+    grid = output["grid"]
+    kind = "symmetric" if grid["symmetric"] else "asymmetric"
+    quantized = len(output["weight_errors"])
+    chosen = {entry["width"] for entry in record.get("precision", {}).values()} - {UNQUANTIZED}
+    bits = " and ".join(map(str, sorted(chosen))) or str(grid["bits"])
+    preset = preset_and_steps(recipe["preset"], recipe["steps"])
+    made = (
+        f"Quantized by dsquant {record['versions']['dsquant']}, preset {preset}: {quantized} linears at "
+        f"{bits} bits, {kind}, groups of {grid['group_size']}, in the format {format_name}; the rest in its "
+        f"original precision (FP8 as BF16). {format_size(record['source']['bytes'])} became "
+        f"{format_size(output['bytes'])}."
+    )
+    tags = ["dsquant", format_name, *(f"{width}-bit" for width in sorted(chosen) or [grid["bits"]])]
+    mixture = any(layer["tokens_per_expert"] for layer in record["layers"])
+    wrong = len(chosen) > 1 or (mixture and format_name == "awq")  # in transformers
+    library = "" if wrong else "library_name: transformers\n"
+    parts = [
+        f"---\n{library}tags:\n" + "".join(f"- {tag}\n" for tag in tags) + "---",
+        f"# {markdown(Path(recipe['model']).name)}, {bits} bits",
+        made,
+        f"```\n{serve_command('.')}\n```",
+    ]
+    if record.get("precision"):
+        parts += ["## Widths", "Chosen by measured sensitivity, for the target in the recipe:"]
+        parts += [_markdown_table(WIDTH_COLUMNS, width_rows(record["precision"]))]
+    texts = record["divergence"].get(format_name)
+    if texts:
+        parts += ["## What it cost", "Against the original, on texts that calibration has not seen:"]
+        parts += [divergence_table(texts)]
+    if record["warnings"]:
+        parts += ["## To know", "\n".join(f"- {markdown(warning)}" for warning in record["warnings"])]
+    calibration = record["calibration"]
+    parts.append(
+        f"Calibrated on {calibration['samples']} samples of {calibration['seq_len']} tokens (SHA-256 "
+        f"{calibration['sha256'][:16]}…). Recipe, versions, the errors of every layer and the hash of every tensor "
+        f"stand in {RECORD_FILE}."
+    )
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,197 @@
+"""Opens and validates everything that a run reads, before anything is written."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dsquant.calibration.texts import calibration_tokens, check_held_out, load_tokenizer
+from dsquant.errors import InputError, Interrupted
+from dsquant.formats.checkpoints import open_checkpoint, read_text_config
+from dsquant.formats.table import FORMATS
+from dsquant.jobs.resources import LARGEST_DEFAULT_BUDGET, default_memory_budget, resolved_device
+from dsquant.model.repeated import check_repeated
+from dsquant.model.skeleton import Skeleton
+from dsquant.pipeline.plan import Plan, default_symmetric, plan_run
+from dsquant.recipes import GgufRecipe, Recipe, format_size
+from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
+from dsquant.source.locate import locate
+from dsquant.source.vocabulary import set_embedding_rows
+from dsquant.source.weights import CPU
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model to quantize, opened and checked from headers."""
+
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    tokenizer: Any
+    tokens_NT: torch.Tensor
+    """Calibration tokens, int64 [N, T]."""
+    calibration: dict[str, Any]
+    """Where they come from and their hash."""
+    plan: Plan
+    notes: tuple[str, ...] = ()
+    """What a user should know of the model's files, in words."""
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """Writes out the recipe's defaults that depend on the model, so that a default and its name are the same recipe.
+
+    Args:
+        recipe: as given.
+
+    Returns:
+        The recipe with a device, a preset and, where all its formats agree, with or without zero points.
+
+    Raises:
+        InputError: where the model is not there.
+        UsageError: where its device is not there.
+    """
+    mixture = bool(read_text_config(locate(recipe.model) / CONFIG_FILE).get("n_routed_experts"))
+    preset = recipe.preset or ("quality" if mixture else "compact")
+    if preset == "quality" and not mixture:
+        preset = "compact"
+    symmetric = {default_symmetric(name, mixture) for name in recipe.to if name in FORMATS}
+    agreed = symmetric.pop() if len(symmetric) == 1 else None
+    chosen = agreed if recipe.symmetric is None else recipe.symmetric
+    device = resolved_device(recipe.device)
+    return recipe.model_copy(update={"preset": preset, "symmetric": chosen, "device": device})
+
+
+def open_source(recipe: Recipe, gpu_budget_bytes: int | None = None, num_ranks: int = 1) -> Source:
+    """Opens and validates everything a run reads, from headers, tokenizer and calibration texts alone.
+
+    Args:
+        recipe: the run's recipe.
+        gpu_budget_bytes: the most GPU memory; None is `gpu_memory_budget`.
+        num_ranks: how many processes share the run.
+
+    Returns:
+        The source.
+
+    Raises:
+        InputError: where anything is missing, damaged or contradicts something else.
+        UsageError: where a format cannot store what the recipe asks for.
+    """
+    checkpoint, skeleton = open_model(recipe.model, torch.device(recipe.device))
+    gpu_budget = gpu_memory_budget(recipe) if gpu_budget_bytes is None else gpu_budget_bytes
+    plan = plan_run(recipe, checkpoint, skeleton, gpu_budget, num_ranks)
+    notes = tuple(check_repeated(checkpoint, skeleton))
+    tokenizer = open_tokenizer(checkpoint)
+    tokens_NT, calibration = open_calibration(recipe, recipe.calibration, tokenizer)
+    if recipe.evaluate:
+        check_held_out(tokenizer)
+    return Source(checkpoint, skeleton, tokenizer, tokens_NT, calibration, plan, notes)
+
+
+def open_model(model: str, device: torch.device = CPU) -> tuple[Checkpoint, Skeleton]:
+    """Opens an unquantized checkpoint and builds its network.
+
+    Args:
+        model: a folder, a hub id, or `tiny-r1`.
+        device: where its weights go when they are read.
+
+    Returns:
+        The checkpoint and its network.
+
+    Raises:
+        InputError: where it is missing, damaged, or quantized already.
+    """
+    checkpoint = open_checkpoint(locate(model), device)
+    check_unquantized(checkpoint)
+    return checkpoint, Skeleton(checkpoint)
+
+
+def check_unquantized(checkpoint: Checkpoint) -> None:
+    """Refuses a checkpoint that is quantized already.
+
+    Args:
+        checkpoint: the checkpoint.
+
+    Raises:
+        InputError: where its weights are neither FP8 nor floats.
+    """
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method", "fp8")
+    if method != "fp8":
+        raise InputError(
+            f"{checkpoint.folder}: the model is already quantized ({method}); start from the FP8 or BF16 release"
+        )
+
+
+def open_calibration(
+    recipe: Recipe | GgufRecipe, texts: tuple[str, ...], tokenizer: Any
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Tokenizes the calibration texts.
+
+    Args:
+        recipe: says how many samples of how many tokens.
+        texts: texts, mixes or hub sets.
+        tokenizer: the model's.
+
+    Returns:
+        Tokens int64 [N, T], and where they come from with their hash.
+    """
+    tokens = calibration_tokens(texts, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
+    calibration = {key: value for key, value in asdict(tokens).items() if key != "tokens"}
+    return tokens.tokens, calibration | {"samples": len(tokens.tokens), "seq_len": tokens.tokens.shape[1]}
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Loads a checkpoint's tokenizer, which refuses texts with tokens that the embedding has no row for.
+
+    Args:
+        checkpoint: the checkpoint.
+
+    Returns:
+        A transformers tokenizer.
+
+    Raises:
+        InputError: where it is missing or damaged.
+    """
+    tokenizer = load_tokenizer(checkpoint.folder)
+    set_embedding_rows(tokenizer, checkpoint.weights.shape("model.embed_tokens.weight")[0])
+    return tokenizer
+
+
+def memory_budget(recipe: Recipe | GgufRecipe) -> int:
+    """The recipe's budget in bytes, or the default."""
+    return recipe.memory_budget or default_memory_budget()
+
+
+def gpu_memory_budget(recipe: Recipe) -> int:
+    """The GPU budget in bytes: the recipe's, or 90 % of what is free now, at most 16 GiB; 0 on a CPU."""
+    if recipe.device != "cuda":
+        return 0
+    return recipe.gpu_memory_budget or min(LARGEST_DEFAULT_BUDGET, int(torch.cuda.mem_get_info()[0] * 0.9))
+
+
+@contextmanager
+def gpu_within_budget(budget_bytes: int) -> Iterator[None]:
+    """Lets PyTorch take no more GPU memory than the budget inside a block.
+
+    Args:
+        budget_bytes: the budget; 0 where no GPU is used.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        Interrupted: where the block needs more; finished units are kept.
+    """
+    if not budget_bytes:
+        yield
+        return
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / torch.cuda.mem_get_info()[1]))
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Interrupted(
+            f"the GPU budget of {format_size(budget_bytes)} is exceeded ({str(error).splitlines()[0][:200]}); go on "
+            "with --resume and a larger --gpu-memory-budget"
+        ) from error
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,0 +1,208 @@
+"""What an interrupted job has left is checked before it goes on: nothing damaged becomes part of an output."""
+
+import hashlib
+import os
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dsquant.errors import InputError
+from dsquant.files.disk import PARTIAL
+from dsquant.formats.gguf.files import GgufFile
+from dsquant.formats.shards import Shard, ShardPlan
+from dsquant.jobs.folder import Job
+from dsquant.jobs.journal import BEGIN_ANEW
+
+BYTES_AT_ONCE = 2**22
+# Files in the work folder are hashed in parts of this size, many at a time: hidden states are gigabytes.
+PART_BYTES = 2**26
+
+
+def kept_files(work: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What a unit leaves in the work folder for later units, for its journal line.
+
+    Args:
+        work: the work folder.
+        names: files that the unit may have made.
+
+    Returns:
+        File -> bytes, and the SHA-256 of each part of `PART_BYTES`; those that are there.
+    """
+    return _hash_parts(work, [name for name in names if (work / name).is_file()], lambda: None)
+
+
+def _hash_parts(folder: Path, names: Iterable[str], safe_point: Callable[[], None]) -> dict[str, dict[str, Any]]:
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    parts = [(name, offset) for name, size in sizes.items() for offset in range(0, size, PART_BYTES)]
+    found: dict[str, dict[str, Any]] = {name: {"bytes": size, "sha256": []} for name, size in sizes.items()}
+    with closing(_hashed((folder / name, offset, PART_BYTES) for name, offset in parts)) as digests:
+        for (name, _), digest in zip(parts, digests, strict=True):
+            found[name]["sha256"].append(digest)
+            safe_point()
+    return found
+
+
+def check_units(job: Job, units: Sequence[str]) -> None:
+    """Checks that the journal holds the first units, in order, and nothing else.
+
+    Args:
+        job: the resumed job.
+        units: the names of all units, in order.
+
+    Raises:
+        InputError: where it does not.
+    """
+    for unit, entry in job.journal.units.items():
+        if not _is_sound(entry):
+            raise InputError(f"{job.work}: the journal's line of {unit} is damaged; {BEGIN_ANEW}")
+    found = list(job.journal.units)
+    if found != list(units[: len(found)]):
+        raise InputError(f"{job.work}: the journal does not hold the job's first units in order; {BEGIN_ANEW}")
+
+
+def _is_sound(entry: Mapping[str, Any]) -> bool:
+    """Whether a unit's line has the shape of one."""
+    kept, tensors = entry.get("kept", {}), entry.get("tensors")
+    return (
+        isinstance(kept, dict)
+        and all(isinstance(file, dict) and {"bytes", "sha256"} <= file.keys() for file in kept.values())
+        and isinstance(tensors, dict)
+        and all(isinstance(hashes, dict) for hashes in tensors.values())
+        and isinstance(entry.get("layer", {}), dict)
+    )
+
+
+def check_kept(job: Job, hidden: Sequence[str], safe_point: Callable[[], None]) -> None:
+    """Checks what finished units have left in the work folder.
+
+    Args:
+        job: the resumed job.
+        hidden: the files of hidden states that the next unit reads.
+        safe_point: called now and then; may raise to stop.
+
+    Raises:
+        InputError: where a file is gone or not what the journal says.
+    """
+    kept = {name: entry for unit in job.journal.units.values() for name, entry in unit.get("kept", {}).items()}
+    missing = [name for name in hidden if name not in kept]
+    if missing:
+        raise InputError(
+            f"{job.work}: the journal does not tell of {missing[0]}, which the next unit reads; {BEGIN_ANEW}"
+        )
+    wanted = {name: entry for name, entry in kept.items() if name in hidden or not name.endswith(".f32")}
+    for name, entry in wanted.items():
+        path = job.work / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise InputError(f"{path} of the interrupted job is gone or has another size; {BEGIN_ANEW}")
+    found = _hash_parts(job.work, wanted, safe_point)
+    damaged = [name for name, entry in wanted.items() if found[name] != entry]
+    if damaged:
+        raise InputError(f"{job.work / damaged[0]} of the interrupted job is damaged; {BEGIN_ANEW}")
+
+
+def check_checkpoints(job: Job, plans: Mapping[PurePosixPath, ShardPlan], safe_point: Callable[[], None]) -> None:
+    """Checks every finished shard of every checkpoint that a job writes.
+
+    Args:
+        job: the resumed job.
+        plans: folder in the output folder -> the checkpoint's planned shards.
+        safe_point: called after each tensor; may raise to stop.
+
+    Raises:
+        InputError: where one is gone or damaged.
+    """
+    for folder, plan in plans.items():
+        finished = [shard for name in job.journal.units for shard in plan.shards_of(name)]
+        check_shards(job, folder, finished, safe_point)
+
+
+def check_shards(job: Job, folder: PurePosixPath, shards: Iterable[Shard], safe_point: Callable[[], None]) -> None:
+    """Checks the finished shards of an output: their size, their header, and every tensor's hash.
+
+    Args:
+        job: the resumed job.
+        folder: where they lie in the output folder.
+        shards: those that are finished.
+        safe_point: called after each tensor; may raise to stop.
+
+    Raises:
+        InputError: where one is gone or damaged.
+    """
+    hashes = _hashes(job, folder)
+    for shard in shards:
+        path, header = job.output / folder / shard.file_name, shard.header
+        _check_whole(path, header, shard.num_bytes)
+        offset, places = len(header), {}
+        for tensor in shard.tensors:
+            places[tensor.name] = (path, offset, tensor.num_bytes)
+            offset += tensor.num_bytes
+        _check_tensors(places, hashes, safe_point)
+
+
+def check_gguf(job: Job, folder: PurePosixPath, files: Iterable[GgufFile], safe_point: Callable[[], None]) -> None:
+    """Checks the tensors of finished units in GGUF files; `GgufFiles` has checked size and header.
+
+    Args:
+        job: the resumed job.
+        folder: where they lie in the output folder.
+        files: the plan.
+        safe_point: called after each tensor; may raise to stop.
+
+    Raises:
+        InputError: where one is damaged.
+    """
+    hashes = _hashes(job, folder)
+    for file in files:
+        path = job.output / folder / (file.file_name + PARTIAL)
+        path = path if path.is_file() else path.with_name(file.file_name)
+        offsets = file.offsets
+        places = {
+            tensor.name: (path, offsets[tensor.name], tensor.num_bytes)
+            for tensor in file.tensors
+            if tensor.name in hashes
+        }
+        _check_tensors(places, hashes, safe_point)
+
+
+def _hashes(job: Job, folder: PurePosixPath) -> dict[str, str]:
+    units = job.journal.units.values()
+    return {name: digest for unit in units for name, digest in unit.get("tensors", {}).get(str(folder), {}).items()}
+
+
+def _check_whole(path: Path, header: bytes, num_bytes: int) -> None:
+    if not path.is_file() or path.stat().st_size != num_bytes:
+        raise InputError(f"{path} of the interrupted job is gone or has another size; {BEGIN_ANEW}")
+    with path.open("rb") as file:
+        if file.read(len(header)) != header:
+            raise InputError(f"{path} of the interrupted job has another header; {BEGIN_ANEW}")
+
+
+def _check_tensors(
+    places: Mapping[str, tuple[Path, int, int]], hashes: Mapping[str, str], safe_point: Callable[[], None]
+) -> None:
+    with closing(_hashed(places.values())) as digests:
+        for name, digest in zip(places, digests, strict=True):
+            if digest != hashes.get(name):
+                raise InputError(f"{places[name][0]}: tensor {name!r} of the interrupted job is damaged; {BEGIN_ANEW}")
+            safe_point()
+
+
+def _hashed(places: Iterable[tuple[Path, int, int]]) -> Generator[str, None, None]:
+    """The hashes of parts of files, in order; several are read at a time."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        try:
+            yield from pool.map(lambda place: _hash(*place), places)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _hash(path: Path, offset: int, num_bytes: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while num_bytes and (block := file.read(min(BYTES_AT_ONCE, num_bytes))):
+            digest.update(block)
+            num_bytes -= len(block)
+    return digest.hexdigest()

@@ -1,0 +1,186 @@
+"""What every conversion does around its stages: limits, the claimed folder, a source that stays what it was."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsquant.errors import InputError
+from dsquant.jobs.folder import WORK_FOLDER, Job, StopRequest, memory_guard, open_job
+from dsquant.jobs.journal import BEGIN_ANEW
+from dsquant.jobs.ranks import ALONE, Ranks
+from dsquant.jobs.resources import check_disk
+from dsquant.packages import PACKAGES, version
+from dsquant.pipeline.memory import check_memory
+from dsquant.recipes import JobRecipe, Recipe
+from dsquant.reporting.progress import Limits, Progress, Report, resident_bytes
+from dsquant.source.quantized import check_decoder
+from dsquant.source.scan import Look, scan, unseen
+from dsquant.source.shards import ShardIndex
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """A job that is about to begin or to go on."""
+
+    recipe: JobRecipe
+    state: str
+    """What `held` found in the output folder."""
+    index: ShardIndex
+    """The source."""
+    limits: Limits
+    request: StopRequest
+    report: Report
+    ranks: Ranks = ALONE
+    look: Look = unseen
+    """Gets everything that is read while the source is hashed."""
+
+    def check(self, memory_bytes: int, gpu_memory_bytes: int = 0) -> None:
+        """Refuses a job that will not fit.
+
+        Args:
+            memory_bytes: what it needs beside what is resident now.
+            gpu_memory_bytes: what it needs on a GPU.
+
+        Raises:
+            PackageError: where a package is missing that the job needs, be it at its end.
+            UsageError: where memory does not suffice.
+            InputError: where the disk does not.
+        """
+        limits, ranks = self.limits, self.ranks
+        ranks.together(lambda: _check_packages(self.recipe))
+        self.report(Progress("scan", 0, len(self.index), "", limits=limits))
+        ranks.together(lambda: check_memory(memory_bytes, limits.memory_bytes, resident_bytes()))
+        gpu_limit = limits.gpu_memory_bytes
+        ranks.together(lambda: check_memory(gpu_memory_bytes, gpu_limit, 0, "--gpu-memory-budget"))
+        ranks.once(lambda: check_disk(limits.output, limits.disk_bytes))
+
+    @contextmanager
+    def job(self, inputs: dict[str, str], notes: dict[str, Any]) -> Iterator[tuple[Job, Callable[[], None]]]:
+        """Hashes the source or finds it unchanged, and opens the job of a folder that is held.
+
+        Args:
+            inputs: from `input_hashes`: what else has to be the same when the job is resumed.
+            notes: what a new job keeps about itself beside the hashes.
+
+        Yields:
+            The job and what stops it at a safe point where it has to.
+
+        Raises:
+            InputError: where the source is damaged, or not what it was when the job began.
+            Interrupted: where the job was asked to stop.
+        """
+        within_budget = memory_guard(self.limits.memory_bytes, resident_bytes)
+
+        def check() -> None:
+            self.request.safe_point()
+            within_budget()
+
+        if self.state != "resume":
+            hashes = scan_source(self.index, self.report, check, self.ranks, self.look)
+            notes = {"tensors": hashes, "shards": shard_times(self.index), "inputs": inputs, **notes}
+        with self._opened(notes if self.state != "resume" else {}) as job:
+            check_inputs(job, inputs)
+            self._check_unchanged(job.notes, check)
+            yield job, check
+
+    @contextmanager
+    def _opened(self, notes: dict[str, Any]) -> Iterator[Job]:
+        recipe, ranks = self.recipe, self.ranks
+        with ExitStack() as held:
+            notes = ranks.once(lambda: held.enter_context(open_job(recipe.output, recipe, self.state, notes)).notes)
+            work = recipe.output / WORK_FOLDER
+            if ranks.size > 1:
+                ranks.check_shared(work)
+            yield Job(recipe.output, work, notes)
+
+    def _check_unchanged(self, notes: dict[str, Any], check: Callable[[], None]) -> None:
+        touched = self.ranks.once(lambda: bool(notes["shards"] != shard_times(self.index)))
+        if touched and notes["tensors"] != scan_source(self.index, self.report, check, self.ranks):
+            raise InputError(
+                f"{self.index.folder}: the source is not what it was when the job began; restore it, or start over "
+                "with --restart"
+            )
+
+
+def _check_packages(recipe: JobRecipe) -> None:
+    """Looks up now what a job's last steps import and record of other packages."""
+    for name in (*PACKAGES, "gguf"):
+        version(name)
+    written = recipe.to if isinstance(recipe, Recipe) else ("gguf",)
+    decoded = written if isinstance(recipe, Recipe) and recipe.evaluate else ()
+    for name in {*decoded, *(name for name in written if name.startswith("gguf"))}:
+        check_decoder(name)
+
+
+def input_hashes(config: Mapping[str, Any], calibration: Mapping[str, Any] | None, *files: Path) -> dict[str, str]:
+    """Hashes what a job's bytes depend on beside its recipe and the source's tensors.
+
+    Args:
+        config: the checkpoint's.
+        calibration: the texts and their tokens' hash; None where there are none.
+        *files: others that the job reads.
+
+    Returns:
+        Name for messages -> SHA-256.
+    """
+    texts = {"the model's config.json": config, "the calibration texts": calibration}
+    hashed = {name: json.dumps(value, sort_keys=True, default=str).encode() for name, value in texts.items()}
+    hashed |= {str(file): file.read_bytes() for file in files}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in hashed.items()}
+
+
+def check_inputs(job: Job, inputs: Mapping[str, str]) -> None:
+    """Refuses to continue a job with other inputs.
+
+    Args:
+        job: the job.
+        inputs: from `input_hashes`.
+
+    Raises:
+        InputError: where one is not what it was when the job began.
+    """
+    before = job.notes["inputs"]
+    changed = [name for name in inputs if before.get(name) != inputs[name]]
+    if changed:
+        raise InputError(
+            f"{job.output}: {changed[0]}: not what the job began with; restore what has changed, or {BEGIN_ANEW}"
+        )
+
+
+def scan_source(
+    index: ShardIndex, report: Report, check: Callable[[], None], ranks: Ranks = ALONE, look: Look = unseen
+) -> dict[str, str]:
+    """Hashes every stored tensor, each rank its share.
+
+    Args:
+        index: the source.
+        report: gets the progress.
+        check: called after every tensor; it may raise to stop.
+        ranks: all ranks.
+        look: gets everything that is read.
+
+    Returns:
+        Tensor name -> SHA-256, in the index's order.
+    """
+    own = list(index.values())[ranks.rank :: ranks.size]
+    done = 0
+
+    def after_tensor(name: str) -> None:
+        nonlocal done
+        check()
+        done += 1
+        report(Progress("scan", done, len(own), name, index.bytes_read))
+
+    parts = ranks.gather(ranks.together(lambda: scan(index, after_tensor, own, look)))
+    found = {name: digest for part in parts for name, digest in part.items()}
+    return {name: found[name] for name in index}
+
+
+def shard_times(index: ShardIndex) -> dict[str, list[int]]:
+    """Size and time of change of every source file: where these are as before, a resumed job need not hash again."""
+    found = {info.path.name: info.path.stat() for info in index.values()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(found.items())}

@@ -1,0 +1,1 @@
+"""Which width or type each group of linears gets: groups, measured sensitivity, allocation."""

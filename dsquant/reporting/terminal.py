@@ -1,0 +1,112 @@
+"""How a run looks on a terminal: a progress bar, and the closing table."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from dsquant.recipes import format_size
+from dsquant.reporting.notebook import Shown, plain_console
+from dsquant.reporting.progress import Progress as Step
+from dsquant.reporting.progress import Report, silent
+
+STAGES = {
+    "scan": "checking",
+    "sensitivity": "measuring",
+    "quantize": "quantizing",
+    "evaluate": "evaluating",
+    "generate": "generating",
+    "hash": "hashing",
+    "verify": "verifying",
+}
+
+
+@contextmanager
+def progress_bar(visible: bool = True) -> Iterator[Report]:
+    """Shows a bar for each stage on standard error.
+
+    Args:
+        visible: whether to show anything.
+
+    Yields:
+        What a job reports to.
+    """
+    console = plain_console(stderr=True)
+    if not visible or (console.is_jupyter and find_spec("ipywidgets") is None):  # rich draws nothing without it
+        yield silent
+        return
+    columns = (
+        TextColumn("{task.description:10}"),
+        BarColumn(bar_width=12),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TextColumn("{task.fields[what]}{task.fields[rates]}", markup=False),
+    )
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, TaskID] = {}
+        started: dict[str, float] = {}
+
+        def report(step: Step) -> None:
+            if step.stage not in tasks:
+                _complete(progress, *tasks.values())
+                tasks[step.stage] = progress.add_task(STAGES[step.stage], rates="", what="")
+                started[step.stage] = time.monotonic()
+            words = _rates(step, time.monotonic() - started[step.stage])
+            what = _short_name(step.what)
+            separator = ", " if words and what else ""
+            progress.update(
+                tasks[step.stage], total=step.total, completed=step.done, rates=words, what=f"{what}{separator}"
+            )
+
+        yield report
+        _complete(progress, *tasks.values())
+
+
+def _complete(progress: Progress, *tasks: TaskID) -> None:
+    """A stage is over where the next one begins, or the job has ended well."""
+    for task in tasks:
+        total = next(one.total for one in progress.tasks if one.id == task)
+        progress.update(task, completed=total or 1, total=total or 1, what="")
+
+
+def _rates(step: Step, elapsed_s: float) -> str:
+    parts = [f"{format_size(step.bytes_read)} read"] if step.bytes_read else []
+    if step.bytes_written:
+        parts.append(f"{format_size(step.bytes_written)} written")
+    if step.stage == "quantize" and step.tokens and elapsed_s > 0:
+        parts.append(f"{step.tokens / elapsed_s:,.0f} tokens/s")
+    return ", ".join(parts)
+
+
+def _short_name(name: str) -> str:
+    """`layer 3 expert 17` for `model.layers.3.mlp.experts.17`."""
+    parts = name.removeprefix("model.layers.").split(".")
+    if not name.startswith("model.layers.") or not parts[0].isdigit():
+        return name
+    expert = f" expert {parts[3]}" if "experts" in parts[:3] and len(parts) > 3 else ""
+    return f"layer {parts[0]}{expert}"
+
+
+def print_result(result: Shown, console: Console | None = None) -> None:
+    """Prints a result's tables."""
+    console = console or plain_console()
+    for renderable in result.tables():
+        console.print(renderable)
+
+
+def print_evaluation(evaluation: Shown, output: Path | None = None, console: Console | None = None) -> None:
+    """Prints an evaluation.
+
+    Args:
+        evaluation: what was found.
+        output: where its reports lie, if anywhere.
+        console: where to print; standard output where it is left out.
+    """
+    console = console or plain_console()
+    print_result(evaluation, console)
+    if output is not None:
+        console.print(f"Report: {output / 'report.html'} (also report.md, report.json)", soft_wrap=True)
