@@ -1,10 +1,11 @@
 """Words of others on their way into a page or a terminal: names of models, files and tensors, prompts, messages.
 
-Each medium has one place where text enters it, and there it is made to show as what it is: HTML by jinja's and rich's
-own escaping, JSON and Prometheus by their writers, Markdown and terminals by what is here.
+Each medium has one place where text enters it, and there it is made to show as what it is: JSON and
+Prometheus by their writers, HTML, Markdown and terminals by what is here (rich escapes what notebooks show).
 """
 
 import re
+from html import escape
 
 # Characters that a terminal obeys but line feed and tabulator, those that turn the order of others round, and bytes of
 # a name that are no text.
@@ -29,6 +30,18 @@ def printable(text: str) -> str:
         The text, as long as before.
     """
     return text.translate(_UNPRINTABLE)
+
+
+def html(text: str) -> str:
+    """Makes text show in HTML as it is.
+
+    Args:
+        text: any text.
+
+    Returns:
+        HTML without tags, also for an attribute in quotes.
+    """
+    return escape(printable(text))
 
 
 def markdown(text: str) -> str:

@@ -125,6 +125,80 @@ def test_what_ranks_cannot_share_is_refused_by_all_of_them(model: Path, text_fil
     assert not (tmp_path / "out").exists()
 
 
+def started(launched: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, *DSQUANT, *command]
+    return subprocess.run(run, env=os.environ | launched, capture_output=True, text=True, timeout=60)
+
+
+def pair(model: tuple[Path, Path], text: Path, output: Path, *more: tuple[str, ...]) -> list[tuple[int, str]]:
+    """Two ranks with a model and options of their own; their exit codes and messages."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            command(model[rank], text, output, *more[rank]), env=os.environ | shared | {"RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=120)[1] for process in processes]
+    return [(process.returncode, words) for process, words in zip(processes, told, strict=True)]
+
+
+def test_ranks_with_other_weights_are_refused_by_all_of_them(model: Path, text_file: Path, tmp_path: Path) -> None:
+    other = make_pico_r1(tmp_path / "model", outliers=True, seed=1, num_hidden_layers=2)
+    ends = pair((model, add_tokenizer(other)), text_file, tmp_path / "out", (), ())
+    for code, words in ends:
+        assert code == 3 and "the model's tensors is not the same on rank 1" in words, ends
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_with_other_options_are_refused_by_all_of_them(model: Path, text_file: Path, tmp_path: Path) -> None:
+    ends = pair((model, model), text_file, tmp_path / "out", (), ("--preset", "compact"))
+    for code, words in ends:
+        assert code == 2 and "preset is not the same on rank 1" in words, ends
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"RANK": "2"}, "RANK is '2', expected a number from 0 to 1"),
+        ({"RANK": None}, "RANK is not set"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not set"),
+    ],
+)
+def test_a_launchers_variable_that_makes_no_sense_is_named(
+    changes: dict[str, str | None], named: str, model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    usual = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+    launched = {name: value for name, value in (usual | changes).items() if value is not None}
+    assert started(launched, "--help").returncode == 0
+    found = started(launched, "awq", str(model), "--output", str(tmp_path / "out"))
+    assert found.returncode == 2 and named in found.stderr and "Traceback" not in found.stderr
+
+
+def test_a_rank_that_waits_for_the_others_can_be_stopped(model: Path, text_file: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()  # somebody who says nothing
+        launched = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+        launched["MASTER_PORT"] = str(taken.getsockname()[1])
+        what = command(model, text_file, tmp_path / "out")
+        process = subprocess.Popen(what, env=os.environ | launched, stderr=subprocess.PIPE, text=True)
+        silent, _ = taken.accept()
+        with silent:
+            process.terminate()
+            _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75 and "stopped by SIGTERM" in errors
+
+
 def test_what_ranks_exchange_is_planned_by_the_layers_that_are_quantized(model: Path, tmp_path: Path) -> None:
     without_mtp = make_pico_r1(tmp_path / "model", outliers=True, num_hidden_layers=2, num_nextn_predict_layers=0)
     planned = []

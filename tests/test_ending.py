@@ -1,6 +1,7 @@
 """How commands end: by signals, and where nobody reads what they print."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -45,7 +46,23 @@ def long():
     click.echo("z" * 10000, err=True)
     raise GateError("failed")
 
-for command in (wait, job, long):
+@click.command()
+@dsquant_command
+def leave():
+    import atexit
+    from dsquant.errors import Interrupted
+    atexit.register(time.sleep, 1)
+    atexit.register(print, "leaving", flush=True)
+    raise Interrupted("stopped")
+
+@click.command()
+@dsquant_command
+def opened():
+    with open(__import__("os").devnull) as file:
+        number = file.fileno()
+    raise GateError("failed") if number < 3 else SystemExit(0)
+
+for command in (wait, job, long, leave, opened):
     main.add_command(command)
 main()
 """
@@ -80,6 +97,20 @@ def test_ctrl_c_twice_ends_a_job_with_75_and_one_line() -> None:
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75
     assert errors.count("\n") == 1 and "stopped by SIGINT" in errors
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_second_signal_changes_no_exit_code_that_is_decided(name: str) -> None:
+    process = start("leave")
+    assert told(process) == "leaving"
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75 and "Traceback" not in errors and "ignored" not in errors
+
+
+def test_no_file_takes_the_place_of_a_closed_standard_stream() -> None:
+    command = f"exec {sys.executable} -c {shlex.quote(COMMAND)} opened 0<&- 1>&- 2>&-"
+    assert subprocess.run(["sh", "-c", command]).returncode == 0
 
 
 def test_a_hangup_stops_a_job_at_its_safe_point_unless_it_is_ignored() -> None:

@@ -89,6 +89,7 @@ def test_reports_carry_no_markup_of_names_and_prompts(text: str, tmp_path: Path)
         folder = tmp_path / str(number)
         write_reports(found, folder)
         page, report = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+        assert not set("\x1b\x07\x9b\u202e") & set(page + report)
         small = {"small"}  # our own, around what looks like an interval
         tags.append(([tag for tag in Parts(page).tags if tag not in small], Parts(PLAIN.render(report)).tags))
     assert tags[0] == tags[1]

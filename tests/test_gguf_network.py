@@ -193,6 +193,21 @@ REFUSED = {
 }  # fmt: skip
 
 
+OTHER_NETWORKS: dict[str, tuple[dict[str, Any], str]] = {
+    "not causal": (QWEN3 | {"is_causal": False}, "is_causal False"),
+    "MLA width of a head": (PICO_R1 | {"head_dim": 32}, "head_dim 32 is not qk_rope_head_dim"),
+    "MLA heads of keys": (PICO_R1 | {"num_key_value_heads": 2}, "num_key_value_heads 2 is not num_attention_heads"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NETWORKS)
+def test_what_no_network_of_the_family_computes_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    config, message = OTHER_NETWORKS[name]
+    model = make(tmp_path / "model", config)
+    with pytest.raises(InputError, match=message):
+        dsquant.inspect(model)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_llama_cpp_would_not_compute_is_refused_by_name(tmp_path: Path, name: str) -> None:
     config, message = REFUSED[name]

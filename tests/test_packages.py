@@ -112,3 +112,15 @@ def test_a_run_hears_at_once_that_its_evaluation_could_not_be_made(
     with pytest.raises(PackageError, match=missing):
         run_recipe(recipe)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_package_that_is_broken_is_not_the_checkpoints_fault(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weight_is_read: None
+) -> None:
+    for module in [module for module in sys.modules if module.split(".")[0] == "gguf"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    arguments = ["gguf", str(llama), "--type", "F32", "--output", str(tmp_path / "out"), "--no-evaluate"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 3 and "gguf" in result.output and "config.json" not in result.output
+    assert not (tmp_path / "out").exists()

@@ -7,10 +7,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dsquant.cli.ending import several_ranks
 from dsquant.cli.process import dsquant_command, metrics_options, reporting
 from dsquant.errors import UsageError
 from dsquant.escaping import printable
+from dsquant.jobs.launcher import several_ranks
 
 
 @click.command()

@@ -3,14 +3,13 @@
 A job stops at a safe point (`jobs.stop_on_signals`); this is for all that is not a job's: starting, reading, printing.
 """
 
-import atexit
 import errno
 import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import click
 
 from dsquant.errors import Interrupted
+from dsquant.jobs.launcher import several_ranks
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -25,10 +25,14 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 class Group(click.Group):
     """The commands, which end quietly."""
 
-    def main(self, *arguments: Any, **options: Any) -> Any:
-        """Runs a command, as click does."""
-        with quiet_ending(), _failed_ranks_end_at_once():
-            return super().main(*arguments, **options)
+    def main(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+        """Runs a command, as click does; without arguments it is this process's own command line."""
+        if args is not None:
+            with quiet_ending():
+                return super().main(args, *others, **options)
+        _open_standard_streams()
+        with _signals_ignored_behind(), quiet_ending(), _failed_ranks_end_at_once():
+            return super().main(None, *others, **options)
 
 
 @contextmanager
@@ -36,11 +40,6 @@ def quiet_ending() -> Iterator[None]:
     """Turns signals into exit code 75 without a traceback, and lets output go where its reader has left."""
     with _readers_may_leave(), _signals_end():
         yield
-
-
-def several_ranks() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def stopped_words(number: int) -> str:
@@ -54,6 +53,26 @@ def stopped_words(number: int) -> str:
     """
     words = "continue a job in its output folder with --resume; start anything else again"
     return f"dsquant: stopped by {signal.Signals(number).name}; {words}"
+
+
+def _open_standard_streams() -> None:
+    """Opens what is closed of descriptors 0 to 2: a file of ours would get the number, and with it messages."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
+@contextmanager
+def _signals_ignored_behind() -> Iterator[None]:
+    """Lets nothing change the exit code once it is decided: large packages take their time to leave."""
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
@@ -88,7 +107,6 @@ def _signals_end() -> Iterator[None]:
             os.write(2, f"{cursor}{stopped_words(number)}\n".encode())
         os._exit(Interrupted.exit_code)
 
-    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # large packages take their time to leave
     before = {one: found for one in SIGNALS if (found := signal.getsignal(one)) not in (None, signal.SIG_IGN)}
     for number in before:
         signal.signal(number, end)

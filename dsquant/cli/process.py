@@ -11,9 +11,10 @@ from typing import Any
 
 import click
 
-from dsquant.cli.ending import several_ranks, stopped_words
+from dsquant.cli.ending import stopped_words
 from dsquant.errors import DsquantError, InputError, Interrupted, PackageError, UsageError
 from dsquant.escaping import printable
+from dsquant.jobs.launcher import launched, several_ranks
 
 # Past this size glibc maps memory of its own for a block and gives it back at once; without it the heap keeps what a
 # few large tensors once needed.
@@ -27,9 +28,9 @@ def dsquant_command(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def run(*arguments: Any, **options: Any) -> None:
-        _prepare_process()
         try:
-            if several_ranks() and function.__name__ not in SHARED_COMMANDS:
+            _prepare_process()
+            if launched().size > 1 and function.__name__ not in SHARED_COMMANDS:
                 raise UsageError(
                     f"{function.__name__} runs in one process; of all commands only `dsquant awq` shares its work"
                 )
@@ -62,7 +63,7 @@ def _check_texts(options: dict[str, Any]) -> None:
 
 def _take_own_gpu() -> None:
     """Leaves this rank its own GPU alone, so that `cuda` means it in every thread."""
-    place = int(os.environ.get("LOCAL_RANK", "0"))
+    place = launched().local_rank
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else []
     if visible is None or len(devices) > 1:  # a scheduler may have given each rank one already

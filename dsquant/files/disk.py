@@ -46,6 +46,21 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def copy_file(source: Path, copy: Path) -> None:
+    """Copies a file's content; an error of a full disk names the copy, which the system names second.
+
+    Args:
+        source: the file.
+        copy: the new one.
+    """
+    try:
+        shutil.copyfile(source, copy)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            error.filename = str(copy)
+        raise
+
+
 def publish(partial: Path, path: Path) -> None:
     """Gives a file that is whole its name, once its content is on disk.
 

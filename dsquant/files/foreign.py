@@ -163,8 +163,8 @@ def blaming(subject: Path | str, then: str = "restore the file") -> Iterator[Non
     """
     try:
         yield
-    except (DsquantError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
+    except (DsquantError, ImportError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise  # a package that is missing is not the file's fault either
     except BaseException as error:  # a panic of a package in Rust is no Exception
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise  # a package keeps something on the disk: not the file's fault

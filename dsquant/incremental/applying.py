@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError
-from dsquant.files.disk import NO_ROOM, PARTIAL, remove_empty, remove_tree, sync_folder
+from dsquant.files.disk import NO_ROOM, PARTIAL, copy_file, remove_empty, remove_tree, sync_folder
 from dsquant.files.foreign import check_plain_files, find_file, read_file
 from dsquant.files.sealing import broken_sections, hash_files
 from dsquant.incremental.manifest import PatchManifest, member_blocks, open_patch, read_manifest, read_member
@@ -186,7 +186,7 @@ def _write_new(path: Path, blocks: Iterable[bytes]) -> None:
 def _patch_tensors(
     archive: zipfile.ZipFile, old: Path, new: Path, name: str, places: tuple[tuple[int, int], ...]
 ) -> None:
-    shutil.copyfile(old, new)
+    copy_file(old, new)
     with new.open("r+b") as file:
         for number, (start, num_bytes) in enumerate(places):
             with archive.open(f"xor/{name}/{number}") as member:

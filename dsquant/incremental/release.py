@@ -169,7 +169,7 @@ def apply(patch: Path, old: Path, output: Path, report: Report = silent) -> Appl
     Raises:
         InputError: where patch or output are damaged, or do not belong together.
     """
-    with stop_on_signals() as request, full_disk_is_resumable():
+    with stop_on_signals() as request, full_disk_is_resumable("nothing is left of it: make room and apply it again"):
 
         def safe_point(name: str) -> None:
             request.safe_point()

@@ -2,10 +2,9 @@
 
 import errno
 import os
-import shutil
 from pathlib import Path
 
-from dsquant.files.disk import PARTIAL
+from dsquant.files.disk import PARTIAL, copy_file
 
 # ioctl of Linux: the new file shares the old one's blocks until one of them is written to (btrfs, XFS).
 FICLONE = 0x40049409
@@ -27,7 +26,7 @@ def reuse_file(old: Path, new: Path) -> str:
     partial.unlink(missing_ok=True)
     how = "reflink" if _reflink(old, partial) else "hard link" if _link(old, partial) else "copy"
     if how == "copy":
-        shutil.copyfile(old, partial)
+        copy_file(old, partial)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
     partial.replace(new)

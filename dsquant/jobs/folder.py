@@ -424,8 +424,16 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def full_disk_is_resumable() -> Iterator[None]:
+def full_disk_is_resumable(
+    then: str = "finished units are kept: make room and continue with --resume",
+) -> Iterator[None]:
     """Turns a full disk into a stop that can be resumed.
+
+    Args:
+        then: what is kept, and what to do.
+
+    Yields:
+        Nothing.
 
     Raises:
         Interrupted: where the disk or the quota is full, or a file may grow no further.
@@ -436,9 +444,7 @@ def full_disk_is_resumable() -> Iterator[None]:
         if error.errno not in NO_ROOM:
             raise
         what = "a limit on file sizes is reached (ulimit -f)" if error.errno == errno.EFBIG else "the disk is full"
-        raise Interrupted(
-            f"{what}: {error.filename or error}; finished units are kept: make room and continue with --resume"
-        ) from error
+        raise Interrupted(f"{what}: {error.filename or error}; {then}") from error
 
 
 def memory_guard(budget_bytes: int, resident_bytes: Callable[[], int]) -> Callable[[], None]:

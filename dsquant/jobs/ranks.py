@@ -22,18 +22,21 @@ attention's own search and the evaluation at the end, which rank 0 does alone.
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from dsquant.errors import DsquantError, InputError, Interrupted
+from dsquant.jobs.launcher import launched
 from dsquant.packages import version
 
 # Samples are summed in this many chunks, whatever the number of ranks, and the chunks' sums in their order.
@@ -165,6 +168,26 @@ class Ranks:
             dist.all_to_all_single(found_RH, rows_RH.contiguous(), list(come), list(to))
         return found_RH
 
+    def check_alike(self, told: Mapping[str, Any], error: type[DsquantError], then: str) -> None:
+        """Refuses ranks that differ from rank 0 in what they have been told or have read.
+
+        Args:
+            told: name for messages -> value.
+            error: what is raised.
+            then: what to do.
+
+        Raises:
+            DsquantError: the same on all ranks, naming what differs, the rank and its machine.
+        """
+        if self.size == 1:
+            return
+        found = self.gather((dict(told), socket.gethostname()))
+        for rank, (its, host) in enumerate(found):
+            for name, value in its.items():
+                if value != found[0][0].get(name):
+                    shown = f" ({value!r:.60}, rank 0 has {found[0][0].get(name)!r:.60})" if _is_short(value) else ""
+                    raise error(f"{name} is not the same on rank {rank} ({host}) as on rank 0{shown}; {then}")
+
     def check_shared(self, folder: Path) -> None:
         """Refuses a folder that not all ranks see, and ranks of several versions of dsquant.
 
@@ -240,11 +263,6 @@ class Shares:
         return min(self.num_samples, chunk * num_batches // CHUNKS * self.batch_samples)
 
 
-def several() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Joins the ranks that accelerate's launcher or torchrun has started.
@@ -253,19 +271,50 @@ def joined() -> Iterator[Ranks]:
         This rank; the only one where no launcher has started this process.
 
     Raises:
+        UsageError: where the launcher's variables make no sense.
         Interrupted: where the others do not come.
     """
-    if not several():
+    here = launched()
+    if here.size == 1:
         yield ALONE
         return
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a timeout is then an error here, not the process's end
-    silence = timedelta(seconds=SILENCE_S)
-    here = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    with here._exchange():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=silence)
-        control = dist.new_group(backend="gloo", timeout=silence)
+    try:
+        control = _answering_signals(_join)
+    except (RuntimeError, ValueError) as error:
+        raise Interrupted(
+            f"the {here.size} ranks did not come together at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"({str(error).splitlines()[0][:200]}); nothing has begun here: start all of them again"
+        ) from error
     yield Ranks(dist.get_rank(), dist.get_world_size(), control)
     dist.destroy_process_group()  # after an error the end of the process does it, which waits for nobody
+
+
+def _join() -> Any:
+    silence = timedelta(seconds=SILENCE_S)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=silence)
+    return dist.new_group(backend="gloo", timeout=silence)
+
+
+def _answering_signals(function: Callable[[], Value]) -> Value:
+    """Does in another thread what waits without letting Python handle signals."""
+    found: Future[Value] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(function())
+        except BaseException as error:
+            found.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    while not found.done():
+        wait([found], timeout=0.2)
+    return found.result()
+
+
+def _is_short(value: Any) -> bool:
+    """Whether a value says something to people, which a hash does not."""
+    return not (isinstance(value, str) and len(value) == 64)
 
 
 def _raw(tensor: torch.Tensor) -> torch.Tensor:

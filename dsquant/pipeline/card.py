@@ -1,13 +1,12 @@
 """What lies in an output folder beside the weights: copied files, and the model card."""
 
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsquant.calibration.texts import TOKENIZER_FILES
 from dsquant.escaping import markdown, markdown_cell
-from dsquant.files.disk import PARTIAL, naming
+from dsquant.files.disk import PARTIAL, copy_file, naming
 from dsquant.files.foreign import find_file
 from dsquant.jobs.folder import RECORD_FILE
 from dsquant.precision.groups import WIDTH_COLUMNS, width_rows
@@ -47,7 +46,7 @@ def copy_files(source: Path, folder: Path) -> None:
     for name in copied_files(source):
         partial = folder / (name + PARTIAL)
         with naming(folder / name):
-            shutil.copyfile(source / name, partial)
+            copy_file(source / name, partial)
         partial.replace(folder / name)
 
 

@@ -64,6 +64,8 @@ def awq(
     """
     started = time.monotonic()
     recipe = ranks.together(lambda: _resolved_for(recipe, ranks))
+    told = {key: value for key, value in recipe.lasting().items() if key != "model"}  # which may lie elsewhere
+    ranks.check_alike(told | {"resume": resume, "restart": restart}, UsageError, "start all with the same options")
     with _held(recipe, resume, restart, ranks) as (state, request):
         if state == "finished":
             return finished_result(recipe)

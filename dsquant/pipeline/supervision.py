@@ -18,7 +18,7 @@ from dsquant.pipeline.memory import check_memory
 from dsquant.recipes import JobRecipe, Recipe
 from dsquant.reporting.progress import Limits, Progress, Report, resident_bytes
 from dsquant.source.quantized import check_decoder
-from dsquant.source.scan import Look, scan, unseen
+from dsquant.source.scan import Look, sampled_hash, scan, unseen
 from dsquant.source.shards import ShardIndex
 
 
@@ -70,9 +70,12 @@ class Supervised:
             The job and what stops it at a safe point where it has to.
 
         Raises:
-            InputError: where the source is damaged, or not what it was when the job began.
+            InputError: where the source is damaged, not what it was when the job began, or not the same for all ranks.
             Interrupted: where the job was asked to stop.
         """
+        if self.ranks.size > 1:
+            read = {"the model's tensors": sampled_hash(self.index), **inputs}
+            self.ranks.check_alike(read, InputError, "give every rank the same files")
         within_budget = memory_guard(self.limits.memory_bytes, resident_bytes)
 
         def check() -> None:

@@ -7,7 +7,8 @@ are left out.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from dsquant.escaping import html
 
 WIDTH, HEIGHT = 640, 280
 LEFT, RIGHT, TOP, BOTTOM = 74, 16, 14, 42
@@ -121,7 +122,7 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, shares: boo
         dashed = " dashed" if one.dashed else ""
         parts.append(f'<polyline class="line s{one.colour % NUM_COLOURS}{dashed}" points="{path}"/>')
         for (x, y), (px, py) in zip(one.finite, places, strict=True):
-            words = escape(f"{one.name}, {x_label} {number(x)}: {write(y)}")
+            words = html(f"{one.name}, {x_label} {number(x)}: {write(y)}")
             dot = f'<circle class="dot s{one.colour % NUM_COLOURS}" cx="{px:.1f}" cy="{py:.1f}" r="3">'
             parts.append(f"{dot}<title>{words}</title></circle>")
     return _svg(parts, HEIGHT, f"{y_label} by {x_label}")
@@ -150,7 +151,7 @@ def scatter_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
     for one, (x, y) in sorted(points, key=lambda pair: pair[1][1]):
         px, py = x_axis.place(x), y_axis.place(y)
         colour = f"s{one.colour % NUM_COLOURS}"
-        words = escape(f"{one.name}: {number(x)}, {number(y)}")
+        words = html(f"{one.name}: {number(x)}, {number(y)}")
         parts.append(f'<circle class="dot {colour}" cx="{px:.1f}" cy="{py:.1f}" r="6"><title>{words}</title></circle>')
         width, left = 6.8 * len(one.name), px > WIDTH * 0.62
         start = px - 11 - width if left else px + 11
@@ -158,7 +159,7 @@ def scatter_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
         taken.append((start, start + width, label))
         anchor = "end" if left else "start"
         place = f'x="{px + (-11 if left else 11):.1f}" y="{label:.1f}" text-anchor="{anchor}"'
-        parts.append(f'<text class="label" {place}>{escape(one.name)}</text>')
+        parts.append(f'<text class="label" {place}>{html(one.name)}</text>')
     return _svg(parts, HEIGHT, f"{y_label} against {x_label}")
 
 
@@ -196,11 +197,11 @@ def bar_chart(rows: Sequence[tuple[str, float, float | None]], colour: int, mark
     for place, (name, length, mark) in enumerate(drawn):
         top, width = 6 + place * step, (stop - start) * length / longest
         words = f"{name}: {percent(length)}" + (f", {marker} {percent(mark)}" if mark is not None else "")
-        parts.append(f'<text class="label" x="{start - 8}" y="{top + 12}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<text class="label" x="{start - 8}" y="{top + 12}" text-anchor="end">{html(name)}</text>')
         bar = (
             f'<rect class="bar s{colour % NUM_COLOURS}" x="{start}" y="{top}" width="{max(1.0, width):.1f}" height="15"'
         )
-        parts.append(f'{bar} rx="2"><title>{escape(words)}</title></rect>')
+        parts.append(f'{bar} rx="2"><title>{html(words)}</title></rect>')
         if mark is not None and math.isfinite(mark):
             at = start + (stop - start) * mark / longest
             parts.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{top - 1}" y2="{top + 16}"/>')
@@ -235,7 +236,7 @@ def interval_chart(estimate: float, low: float, high: float, limit: float, verdi
         f'<circle class="{verdict}" cx="{middle:.1f}" cy="11" r="4"/>',
         f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="2" y2="20"/>',
     ]
-    words = escape(f"{number(estimate)} [{number(low)}, {number(high)}], limit {number(limit)}")
+    words = html(f"{number(estimate)} [{number(low)}, {number(high)}], limit {number(limit)}")
     return (
         f'<svg class="interval" viewBox="0 0 {width} {height}" role="img"><title>{words}</title>{"".join(parts)}</svg>'
     )
@@ -262,13 +263,13 @@ def _frame(
     bottom = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="name" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text class="name" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{html(x_label)}</text>')
     y_label += ", log scale" if y_axis.logarithmic else ""
     turned = f'transform="translate(13 {(TOP + bottom) / 2}) rotate(-90)" text-anchor="middle"'
-    parts.append(f'<text class="name" {turned}>{escape(y_label)}</text>')
+    parts.append(f'<text class="name" {turned}>{html(y_label)}</text>')
     return parts
 
 
 def _svg(parts: Sequence[str], height: int, words: str) -> str:
-    box = f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(words)}"'
+    box = f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html(words)}"'
     return f'<svg class="chart" {box}>{"".join(parts)}</svg>'

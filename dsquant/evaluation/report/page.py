@@ -1,9 +1,9 @@
 """report.html: one file with everything in it, and the same for a notebook."""
 
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsquant.escaping import html, printable
 from dsquant.evaluation.report import figures, tables
 from dsquant.evaluation.report.charts import interval_chart
 
@@ -23,11 +23,16 @@ def page(evaluation: "Evaluation") -> str:
     Returns:
         The text of report.html; it loads nothing from anywhere.
     """
-    title = escape(f"{_names(evaluation)} against {evaluation.reference.path}")
+    title = html(f"{_names(evaluation)} against {evaluation.reference.path}")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head += f'<meta name="color-scheme" content="light dark"><title>{title}</title>'
     body = f'<body style="margin:0">\n{part(evaluation)}\n</body>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n'
+
+
+def _shown(value: Any) -> Any:
+    """Text of others as it may stand in a page; what is HTML already stays."""
+    return printable(value) if type(value) is str else value
 
 
 def part(evaluation: "Evaluation") -> str:
@@ -41,7 +46,8 @@ def part(evaluation: "Evaluation") -> str:
     """
     from jinja2 import Environment, FileSystemLoader
 
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, finalize=_shown)
     execution = tables.execution(evaluation)
     return environment.get_template(TEMPLATE).render(
         evaluation=evaluation,

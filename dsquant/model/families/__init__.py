@@ -15,7 +15,7 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (), "final_logit_softcapping": (), "logit_scale": (1,), "logits_scaling": (1,),
     "embedding_multiplier": (1,), "residual_multiplier": (1,), "attention_multiplier": (),
     "query_pre_attn_scalar": (), "clip_qkv": (), "scale_emb": (1,), "scale_depth": (), "qk_layernorm": (False,),
-    "use_qk_norm": (False,), "attn_temperature_tuning": (False,), "alibi": (False,),
+    "use_qk_norm": (False,), "attn_temperature_tuning": (False,), "alibi": (False,), "is_causal": (True,),
 }  # fmt: skip
 FULL_ATTENTION = {"full_attention"}
 

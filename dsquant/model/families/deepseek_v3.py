@@ -81,6 +81,14 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
     missing = [name for name in NEEDED if config.get(name) is None]
     if missing:
         return f"config.json lacks {', '.join(missing)}"
+    rope, head_dim = config["qk_rope_head_dim"], config.get("head_dim")
+    if head_dim not in (None, rope):
+        return f"head_dim {head_dim!r:.40} is not qk_rope_head_dim {rope!r:.40}, whose width rotary embedding has here"
+    heads, of_keys = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if of_keys not in (None, heads):
+        return (
+            f"num_key_value_heads {of_keys!r:.40} is not num_attention_heads {heads!r:.40}, as latent attention needs"
+        )
     if not config.get("n_shared_experts"):
         return "a mixture without a shared expert is not supported"
     return _routing_problem(config)
