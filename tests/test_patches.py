@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import signal
 import stat
 import tracemalloc
 import zipfile
@@ -14,7 +15,7 @@ import pytest
 from test_delta import changed_copy, contents, noise
 
 import dsquant
-from dsquant.errors import InputError
+from dsquant.errors import InputError, Interrupted
 from dsquant.files.sealing import seal
 from dsquant.incremental import applying, manifest
 
@@ -255,6 +256,22 @@ def test_a_patch_is_applied_only_where_nothing_is_in_the_way(made: Path, tmp_pat
     refused(tmp_path / "link", "is a link")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "out.partial", "linked.partial", "empty", "link"}
     assert [path.name for path in (tmp_path / "out.partial").rglob("*")] == [".dsquant-work", "job.json"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limits on file sizes here")
+def test_where_there_is_no_room_for_what_a_patch_makes_nothing_is_left_and_the_new_file_is_named(
+    made: Path, tmp_path: Path
+) -> None:
+    import resource
+
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    try:
+        with pytest.raises(Interrupted, match=rf"limit on file sizes.*{tmp_path}/out.*nothing is left.*apply it again"):
+            dsquant.apply_patch(made / "new.patch", made / "old", output=tmp_path / "out", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_run_has_left_is_no_hindrance(
