@@ -273,14 +273,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "groups of one expert": (change_config(n_group=8), r"config\.json.*groups of one expert.*n_group 8"),
     "absurd number of layers": (a_thousand_million_layers, r"config\.json.*num_hidden_layers is 1000000000"),
     "a thousand million heads": (
-        change_config(num_attention_heads=10**9),
+        change_config(num_attention_heads=10**9, num_key_value_heads=10**9),
         r"config\.json: num_attention_heads is 10000",
     ),
     "values without end": (change_config(v_head_dim=10**9), r"config\.json: v_head_dim is 10000"),
     "a negative rank": (change_config(kv_lora_rank=-1), r"config\.json: kv_lora_rank is -1"),
     "shared experts without end": (change_config(n_shared_experts=10**9), r"config\.json"),
     "more heads than weights": (
-        change_config(num_attention_heads=2**20, v_head_dim=2**20),
+        change_config(num_attention_heads=2**20, num_key_value_heads=2**20, v_head_dim=2**20),
         r"shape",
     ),
     "layers of experts that are not there": (

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from checkpoints import add_tokenizer, make_pico_r1
 
+import dsquant
 from dsquant.calibration.texts import load_tokenizer
 from dsquant.errors import InputError
 from dsquant.evaluation.gates import read_gates
@@ -201,9 +202,7 @@ def test_a_work_folder_behind_a_link_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_package_itself_may_be_links_into_an_installers_cache() -> None:
-    import dsquant.files.foreign as module
-
-    assert find_file(Path(module.__file__).parent / "assets" / "tiny-r1", "config.json")
+    assert find_file(Path(dsquant.__file__).parent / "assets" / "tiny-r1", "config.json")
 
 
 def test_a_folder_that_is_no_model_has_no_tokenizer(tmp_path: Path) -> None:
