@@ -33,10 +33,10 @@ LAYERS, MIXTURES = 61, 58
 
 def stage_timers(seconds: dict[str, float]) -> None:
     """Makes each stage of the pipeline add its time to `seconds`; the GPU is waited for at its borders."""
+    from dsquant.formats.safetensors import ShardWriter
     from dsquant.model.activations import Activations
     from dsquant.model.gated import GatedWeights
-    from dsquant.pipeline import supervision
-    from dsquant.pipeline import units as conversion
+    from dsquant.pipeline import supervision, units
     from dsquant.quantization import layer, layer_mlps
 
     stages: list[tuple[str, Any, str]] = [
@@ -49,8 +49,8 @@ def stage_timers(seconds: dict[str, float]) -> None:
         ("experts' forward", layer_mlps, "add_contributions"),
         ("experts' statistics", layer_mlps, "moments_of"),
         ("search, clip, rounding", layer_mlps, "quantize_mlp"),
-        ("packing, handing to the writer", conversion.UnitWriter, "write"),
-        ("end of the unit: rest, fsync", conversion._Writers, "finish"),
+        ("packing, handing to the writer", ShardWriter, "write"),
+        ("end of the unit: rest, fsync", units.Writers, "finish"),
         ("hidden states to disk", Activations, "save"),
     ]
     for name, owner, attribute in stages:

@@ -203,18 +203,17 @@ def gguf(
         Interrupted: where the job stopped and can be resumed.
     """
     from dsquant.pipeline import job as pipeline
-    from dsquant.recipes import GgufRecipe
+    from dsquant.recipes import gguf_recipe
 
-    texts = None if calibration is None else _several(calibration)
-    recipe = GgufRecipe.checked(
+    recipe = gguf_recipe(
         model=str(model),
         type=type,
         output=Path(output),
         target_bits=target_bits,
         target_size=_size(target_size),
-        calibration=() if texts == ("none",) else texts,
+        calibration=None if calibration is None else _several(calibration),
         scales=scales,
-        imatrix=imatrix,
+        imatrix=None if imatrix is None else Path(imatrix),
         tensor_types=tuple(tensor_types),
         split_max_bytes=_size(split_max_size),
         samples=samples,
@@ -226,7 +225,7 @@ def gguf(
         evaluate=evaluate,
     )
     with _reporting(progress, metrics_file, metrics_port, metrics_address) as report:
-        return pipeline.gguf(recipe, resume, restart, report)
+        return pipeline.awq(recipe, resume, restart, report)
 
 
 def evaluate(

@@ -74,13 +74,98 @@ def _told(problem: Mapping[str, Any]) -> str:
     return f"{field}: {words}" if field else words
 
 
-class JobRecipe(BaseModel):
-    """What the recipes of all jobs share: an output folder, and a hash of what determines its bytes."""
+class Recipe(BaseModel):
+    """Everything that determines a quantization run.
+
+    Attributes:
+        model: a folder, a hub id, or `tiny-r1`.
+        output: the folder to make.
+        to: formats: `awq`, `compressed-tensors`, and `gguf:TYPE` with a type or mixture of
+            `dsquant.formats.gguf.types.MIXTURES`; with a target, of the tensors that no type is chosen for.
+        bits: bits of a code; with a target, of the grid that scales are searched for.
+        target_bits: mean stored bits, scales and zero points included, that the weights which the preset quantizes
+            (GGUF: the decoder's linears) may have at most; widths or types are then chosen by measured sensitivity.
+        target_size: bytes of all tensors that the output may have at most; likewise.
+        group_size: input channels that share a scale.
+        symmetric: whether zero points are constant; None takes what each format's engines want.
+        preset: `quality` quantizes routed experts only, `compact` every linear of the decoder, `best` every linear
+            for the inputs that the quantized model gives it; None is quality for mixtures of experts and compact for
+            dense models.
+        steps: of the quantization; also given as names with commas, or `none`. None takes the preset's.
+        calibration: texts, mixes or hub sets; none where empty, which GGUF alone can do without.
+        samples: calibration samples.
+        seq_len: tokens of a sample.
+        seed: of the choice of texts and of every random sum.
+        mtp: what happens to multi-token-prediction layers: kept in BF16, quantized, or dropped.
+        device: where to compute; auto is a GPU where there is one. The bytes differ in the last bits between devices.
+        max_shard_bytes: upper bound on a shard's size, as far as single tensors allow.
+        imatrix: of GGUF: a file of importances to use instead of calibration.
+        tensor_types: of GGUF: overrides `REGEX=TYPE`; the first that is found in a tensor's GGUF name counts.
+        split_max_bytes: of GGUF: the most tensor data in one file, as far as single tensors allow; 0 makes one file.
+        memory_budget: bytes of resident memory; None is 80 % of what is available, at most 16 GiB.
+        gpu_memory_budget: bytes of GPU memory; None is 90 % of what is free, at most 16 GiB.
+        evaluate: whether the output is compared with the original at the end.
+        scales_from: SHA-256 of the record of the output whose scales, grids and codes are used; None calibrates.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = "tiny-r1"
     output: Path
+    to: tuple[str, ...] = ("awq",)
+    target_bits: float | None = Field(default=None, gt=0, le=32)
+    target_size: int | None = Field(default=None, ge=1)
+    bits: Literal[3, 4, 8] = 4
+    group_size: Literal[32, 64, 128] = 128
+    symmetric: bool | None = None
+    preset: Preset | None = None
+    steps: tuple[Step, ...] = Field(default=None, validate_default=True)
+    calibration: tuple[str, ...] = ("r1-mix",)
+    samples: int = Field(default=64, ge=1)
+    seq_len: int = Field(default=512, ge=8)
+    seed: int = Field(default=0, ge=0)
+    mtp: Literal["keep", "quantize", "drop"] = "keep"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_shard_bytes: int = Field(default=5 * 2**30, ge=1)
+    # Left out of records and hashes where they are not given, as in those from before they were fields here.
+    imatrix: Path | None = Field(default=None, exclude_if=lambda path: path is None)
+    tensor_types: tuple[str, ...] = Field(default=(), exclude_if=lambda types: not types)
+    split_max_bytes: int = Field(default=0, ge=0, exclude_if=lambda size: not size)
+    memory_budget: int | None = Field(default=None, ge=1)
+    gpu_memory_budget: int | None = Field(default=None, ge=1)
+    evaluate: bool = True
+    scales_from: str | None = None
+
+    @field_validator("to")
+    @classmethod
+    def _distinct(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
+        if not formats or len(set(formats)) != len(formats):
+            raise ValueError(f"name each format once, found {', '.join(formats) or 'none'}")
+        for name in formats:
+            if name not in ("awq", "compressed-tensors") and not re.fullmatch(r"gguf:[A-Z0-9_]+\+?", name):
+                raise ValueError(f"{name!r} is none of awq, compressed-tensors, gguf:TYPE")
+        return formats
+
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _none(cls, texts: Any) -> Any:
+        return () if texts in ("none", ["none"], ("none",)) else texts
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _listed(cls, steps: Any, info: ValidationInfo) -> Any:
+        return PRESET_STEPS[info.data.get("preset") or "quality"] if steps is None else listed_steps(steps)
+
+    @field_validator("steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        return tuple(step for step in STEPS if step in steps)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.target_bits is not None and self.target_size is not None:
+            raise ValueError("--target-bits and --target-size exclude each other; give one")
+        return self
 
     @classmethod
     def checked(cls, /, **fields: Any) -> Self:
@@ -110,22 +195,6 @@ class JobRecipe(BaseModel):
         """SHA-256 of `lasting`, hexadecimal."""
         return hashlib.sha256(json.dumps(self.lasting(), sort_keys=True).encode()).hexdigest()
 
-
-class TargetedRecipe(JobRecipe):
-    """A job that may have a target: a mean of stored bits, or a size, that the output may have at most.
-
-    Widths, or types of GGUF, are then chosen by measured sensitivity.
-    """
-
-    target_bits: float | None = Field(default=None, gt=0, le=32)
-    target_size: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="after")
-    def _one_target(self) -> Self:
-        if self.target_bits is not None and self.target_size is not None:
-            raise ValueError("--target-bits and --target-size exclude each other; give one")
-        return self
-
     @property
     def target(self) -> str | None:
         """The target as the command line gives it; None where there is none."""
@@ -141,127 +210,49 @@ class TargetedRecipe(JobRecipe):
         return None if self.target_size is None else format_size(self.target_size).replace(" ", "")
 
 
-class Recipe(TargetedRecipe):
-    """Everything that determines a quantization run.
-
-    Attributes:
-        model: a folder, a hub id, or `tiny-r1`.
-        output: the folder to make.
-        to: formats: `awq`, `compressed-tensors`, and `gguf:TYPE` with a type of llama.cpp.
-        bits: bits of a code; with a target, of the grid that scales are searched for.
-        target_bits: mean stored bits, scales and zero points included, for each weight that the preset quantizes, which
-            the output may have at most; widths are then chosen by measured sensitivity.
-        target_size: bytes of all tensors that the output may have at most; likewise.
-        group_size: input channels that share a scale.
-        symmetric: whether zero points are constant; None takes what each format's engines want.
-        preset: `quality` quantizes routed experts only, `compact` every linear of the decoder, `best` every linear
-            for the inputs that the quantized model gives it; None is quality for mixtures of experts and compact for
-            dense models.
-        steps: of the quantization; also given as names with commas, or `none`. None takes the preset's.
-        calibration: texts, mixes or hub sets.
-        samples: calibration samples.
-        seq_len: tokens of a sample.
-        seed: of the choice of texts and of every random sum.
-        mtp: what happens to multi-token-prediction layers: kept in BF16, quantized, or dropped.
-        device: where to compute; auto is a GPU where there is one. The bytes differ in the last bits between devices.
-        max_shard_bytes: upper bound on a shard's size, as far as single tensors allow.
-        memory_budget: bytes of resident memory; None is 80 % of what is available, at most 16 GiB.
-        gpu_memory_budget: bytes of GPU memory; None is 90 % of what is free, at most 16 GiB.
-        evaluate: whether the output is compared with the original at the end.
-        scales_from: SHA-256 of the record of the output whose scales, grids and codes are used; None calibrates.
-    """
-
-    to: tuple[str, ...] = ("awq",)
-    bits: Literal[3, 4, 8] = 4
-    group_size: Literal[32, 64, 128] = 128
-    symmetric: bool | None = None
-    preset: Preset | None = None
-    steps: tuple[Step, ...] = Field(default=None, validate_default=True)
-    calibration: tuple[str, ...] = ("r1-mix",)
-    samples: int = Field(default=64, ge=1)
-    seq_len: int = Field(default=512, ge=8)
-    seed: int = Field(default=0, ge=0)
-    mtp: Literal["keep", "quantize", "drop"] = "keep"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_shard_bytes: int = Field(default=5 * 2**30, ge=1)
-    memory_budget: int | None = Field(default=None, ge=1)
-    gpu_memory_budget: int | None = Field(default=None, ge=1)
-    evaluate: bool = True
-    scales_from: str | None = None
-
-    @field_validator("to")
-    @classmethod
-    def _distinct(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
-        if not formats or len(set(formats)) != len(formats):
-            raise ValueError(f"name each format once, found {', '.join(formats) or 'none'}")
-        for name in formats:
-            if name not in ("awq", "compressed-tensors") and not re.fullmatch(r"gguf:[A-Z0-9_]+\+?", name):
-                raise ValueError(f"{name!r} is none of awq, compressed-tensors, gguf:TYPE")
-        return formats
-
-    @field_validator("steps", mode="before")
-    @classmethod
-    def _listed(cls, steps: Any, info: ValidationInfo) -> Any:
-        return PRESET_STEPS[info.data.get("preset") or "quality"] if steps is None else listed_steps(steps)
-
-    @field_validator("steps")
-    @classmethod
-    def _in_order(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-        return tuple(step for step in STEPS if step in steps)
+FLOAT_TYPES = ("F32", "F16", "BF16")
+_SHORT_TYPES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 
-class GgufRecipe(TargetedRecipe):
-    """Everything that determines a conversion to GGUF.
+def gguf_recipe(
+    *,
+    type: str,
+    calibration: tuple[str, ...] | None = None,
+    imatrix: Path | None = None,
+    scales: bool = True,
+    mtp: str = "drop",
+    **fields: Any,
+) -> Recipe:
+    """The recipe of a job that makes GGUF files alone, with the defaults of `dsquant gguf`.
 
-    Attributes:
-        model: a folder, a hub id, or `tiny-r1`.
-        output: the folder to make.
-        type: a type or mixture of `dsquant.formats.gguf.types.MIXTURES`; Q4_K is Q4_K_M, as for llama-quantize. With a
-            target it is for the tensors that no type is chosen for.
-        target_bits: mean stored bits that the decoder's linears may have at most, those with a type of the user's
-            included; the others' types are then chosen by measured sensitivity.
-        target_size: bytes of all tensors that the files may have at most; likewise.
-        tensor_types: overrides `REGEX=TYPE`; the first that is found in a tensor's GGUF name counts.
+    Args:
+        type: a type or mixture; Q4_K is Q4_K_M, as for llama-quantize.
+        calibration: texts to take scales and importances from; None is r1-mix, or no calibration where an imatrix is
+            given or the type does not quantize.
         imatrix: a file of importances to use.
-        calibration: texts, mixes or hub sets to take scales and importances from; none where empty. None is r1-mix,
-            or no calibration where an imatrix is given or the type does not quantize.
         scales: whether AWQ's scales are searched and folded in, where there is calibration.
-        samples: calibration samples.
-        seq_len: tokens of a sample.
-        seed: of the choice of texts.
         mtp: whether the multi-token-prediction layer is kept as `nextn` tensors or dropped.
-        device: where to calibrate and quantize; auto is a GPU where there is one. The bytes differ between devices.
-        split_max_bytes: the most tensor data in one file, as far as single tensors allow; 0 makes one file.
-        memory_budget: bytes of resident memory; None is 80 % of what is available, at most 16 GiB.
-        evaluate: whether the output is compared with the original at the end.
+        **fields: further fields of the recipe.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        UsageError: where a field is unknown or has a value that cannot be meant.
     """
-
-    type: str
-    tensor_types: tuple[str, ...] = ()
-    imatrix: Path | None = None
-    calibration: tuple[str, ...] | None = None
-    scales: bool = True
-    samples: int = Field(default=64, ge=1)
-    seq_len: int = Field(default=512, ge=8)
-    seed: int = Field(default=0, ge=0)
-    mtp: Literal["keep", "drop"] = "drop"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    split_max_bytes: int = Field(default=0, ge=0)
-    memory_budget: int | None = Field(default=None, ge=1)
-    evaluate: bool = True
-
-    @field_validator("type")
-    @classmethod
-    def _as_llama_quantize_names_it(cls, name: str) -> str:
-        name = name.upper()
-        return f"{name}_M" if name in ("Q3_K", "Q4_K", "Q5_K") else name
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """What to calibrate on; empty where nothing is."""
-        if self.calibration is not None:
-            return self.calibration
-        return () if self.imatrix or self.type in ("F32", "F16", "BF16") else ("r1-mix",)
+    type_name = _SHORT_TYPES.get(type.upper(), type.upper())
+    calibration = () if calibration == ("none",) else calibration
+    if calibration is None:
+        calibration = () if imatrix or type_name in FLOAT_TYPES else ("r1-mix",)
+    return Recipe.checked(
+        to=(f"gguf:{type_name}",),
+        preset="compact",
+        steps=PRESET_STEPS["compact"] if scales and calibration else (),
+        calibration=calibration,
+        imatrix=imatrix,
+        mtp="quantize" if mtp == "keep" else mtp,
+        **fields,
+    )
 
 
 def preset_and_steps(preset: Preset, steps: Sequence[Step]) -> str:

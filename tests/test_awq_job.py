@@ -224,12 +224,12 @@ def test_a_source_that_changed_under_an_interrupted_job_is_refused(
         raise Interrupted("here")
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr("dsquant.pipeline.units._quantize_layer", stop)
+        patch.setattr("dsquant.pipeline.units._run_layer", stop)
         dsquant.awq(model, **options)
     for path in model.glob("*.safetensors"):
         os.utime(path)  # copied again, same content: goes on after hashing
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr("dsquant.pipeline.units._quantize_layer", stop)
+        patch.setattr("dsquant.pipeline.units._run_layer", stop)
         dsquant.awq(model, resume=True, **options)
     path = model / "model-00001.safetensors"
     content = bytearray(path.read_bytes())

@@ -142,7 +142,8 @@ def test_a_dense_model_keeps_the_preset(text_file: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("to", "message"), [(["awq", "gguf:Q4_K_M"], "GGUF rounds"), (["awq", "compressed-tensors"], "different grids")]
+    ("to", "message"),
+    [(["awq", "gguf:Q4_K_M"], "Q4_K_M rounds"), (["awq", "compressed-tensors"], "different grids")],
 )
 def test_formats_that_cannot_follow_one_model_are_refused(
     pico_r1: Path, text_file: Path, tmp_path: Path, to: list[str], message: str

@@ -144,12 +144,12 @@ def test_an_interrupted_delta_goes_on_to_the_same_bytes(
     whole = dsquant.delta(old, new[0], output=tmp_path / "whole", progress=False)
     make, done = requantize._make_unit, 0
 
-    def stop_after_three(*arguments: Any) -> None:
+    def stop_after_three(*arguments: Any) -> Any:
         nonlocal done
         done += 1
         if done > 3:
             raise Interrupted("here")
-        make(*arguments)
+        return make(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(requantize, "_make_unit", stop_after_three)

@@ -29,9 +29,10 @@ from dsquant.cli import main
 from dsquant.errors import InputError
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.formats.gguf.layout import placements, stored_shape
+from dsquant.formats.gguf.output import GgufTarget
 from dsquant.formats.gguf.types import choose_type, model_facts, row_bytes
-from dsquant.pipeline.gguf_units import plan_gguf
-from dsquant.recipes import GgufRecipe
+from dsquant.pipeline.inputs import open_source
+from dsquant.recipes import gguf_recipe
 
 
 @pytest.mark.parametrize("type_name", ["F32", "BF16", "F16", "Q8_0", "Q4_0", "Q2_K", "Q4_K_M", "Q4_K_M+", "IQ4_XS"])
@@ -123,8 +124,10 @@ def test_r1_gets_the_types_and_the_size_that_llama_quantize_gives_it(mixture: st
 def test_r1_is_planned_from_headers_alone(tmp_path: Path) -> None:
     """In memory that any machine has: the fused experts of a layer of the network would be 30 GB."""
     model = make_r1_headers(tmp_path / "r1")
-    recipe = GgufRecipe.checked(model=str(model), type="Q4_K_M", output=tmp_path / "out", calibration=(), device="cpu")
-    target = plan_gguf(recipe.model_copy(update={"split_max_bytes": 48 * 2**30})).target
+    recipe = gguf_recipe(model=str(model), type="Q4_K_M", output=tmp_path / "out", calibration=(), device="cpu")
+    (planned,) = open_source(recipe.model_copy(update={"split_max_bytes": 48 * 2**30})).plan.targets
+    assert isinstance(planned, GgufTarget)
+    target = planned.model
     assert len(target.tensors) == 1086 and len(target.files) == 8
     assert sum(tensor.num_bytes for tensor in target.tensors.values()) / 2**20 == pytest.approx(385_750.62, abs=0.01)
     assert all(sum(t.num_bytes for t in file.tensors) <= 48 * 2**30 for file in target.files)

@@ -17,7 +17,7 @@ import dsquant
 from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.formats.gguf import store
-from dsquant.recipes import GgufRecipe
+from dsquant.recipes import Recipe, gguf_recipe
 
 
 class _StopAfter:
@@ -38,17 +38,17 @@ def test_an_interrupted_conversion_resumes_to_the_same_bytes(
 ) -> None:
     from dsquant.pipeline import job as pipeline
 
-    def recipe(output: str) -> GgufRecipe:
-        return GgufRecipe.checked(
+    def recipe(output: str) -> Recipe:
+        return gguf_recipe(
             model=str(pico_r1), type="Q4_K_M", output=tmp_path / output, calibration=(str(text_file),), scales=scales,
             samples=6, seq_len=32, evaluate=False, split_max_bytes=400_000,
         )  # fmt: skip
 
-    pipeline.gguf(recipe("whole"))
+    pipeline.awq(recipe("whole"))
     steps, stops = len(open_checkpoint(pico_r1).index) + 20, 0
     while True:
         try:
-            pipeline.gguf(recipe("parts"), resume=True, report=_StopAfter(steps))
+            pipeline.awq(recipe("parts"), resume=True, report=_StopAfter(steps))
             break
         except Interrupted:
             stops += 1
@@ -144,20 +144,20 @@ def test_a_job_that_was_killed_while_its_files_got_their_names_resumes(pico_r1: 
 
     out = tmp_path / "out"
     options = {"calibration": (), "evaluate": False, "split_max_bytes": 400_000}
-    recipe = GgufRecipe.checked(model=str(pico_r1), type="Q4_K_M", output=out, **options)
+    recipe = gguf_recipe(model=str(pico_r1), type="Q4_K_M", output=out, **options)
 
     def stop_at_the_end(progress: Progress) -> None:
         if progress.stage == "quantize" and progress.done == progress.total:
             raise Interrupted("the test stopped it")
 
     with pytest.raises(Interrupted):
-        pipeline.gguf(recipe, report=stop_at_the_end)
+        pipeline.awq(recipe, report=stop_at_the_end)
     files = sorted(out.glob("*.partial"))
     assert len(files) > 2
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     for file in files[1:]:
         file.rename(file.with_suffix(""))
-    pipeline.gguf(recipe, resume=True)
+    pipeline.awq(recipe, resume=True)
     assert [hashlib.sha256(file.with_suffix("").read_bytes()).hexdigest() for file in files] == hashes
     assert (out / "dsquant.json").is_file() and not list(out.glob("*.partial"))
 
@@ -167,16 +167,14 @@ def test_a_job_is_not_resumed_with_another_quantizer(
 ) -> None:
     from dsquant.pipeline import job as pipeline
 
-    recipe = GgufRecipe.checked(
-        model=str(tiny_r1), type="Q8_0", output=tmp_path / "out", calibration=(), evaluate=False
-    )
+    recipe = gguf_recipe(model=str(tiny_r1), type="Q8_0", output=tmp_path / "out", calibration=(), evaluate=False)
     with pytest.raises(Interrupted):
-        pipeline.gguf(recipe, report=_StopAfter(len(open_checkpoint(tiny_r1).index) + 20))
+        pipeline.awq(recipe, report=_StopAfter(len(open_checkpoint(tiny_r1).index) + 20))
     monkeypatch.setattr(store.ggml, "library", lambda: None)
     with pytest.raises(UsageError, match=r"quantizer ggml .*here is PyTorch"):
-        pipeline.gguf(recipe, resume=True)
+        pipeline.awq(recipe, resume=True)
     monkeypatch.undo()
-    pipeline.gguf(recipe, resume=True)
+    pipeline.awq(recipe, resume=True)
 
 
 def test_a_gpu_that_is_not_there_is_refused(tiny_r1: Path, tmp_path: Path) -> None:

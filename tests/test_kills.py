@@ -24,7 +24,7 @@ from test_delta import changed_copy, noise
 import dsquant
 from dsquant.errors import InputError
 from dsquant.pipeline import job as pipeline
-from dsquant.recipes import GgufRecipe, Recipe
+from dsquant.recipes import Recipe, gguf_recipe
 from dsquant.releases.job import run_recipe
 from dsquant.releases.recipe import ReleaseRecipe
 
@@ -54,7 +54,7 @@ def gguf(model: Path, text: Path, folder: Path, resume: bool = False, **changes:
         "model": str(model), "type": "Q4_0", "output": folder / "out", "calibration": (str(text),), "samples": 2,
         "seq_len": 16, "evaluate": False,
     }  # fmt: skip
-    pipeline.gguf(GgufRecipe.checked(**fields | changes), resume=resume)
+    pipeline.awq(gguf_recipe(**fields | changes), resume=resume)
 
 
 def release(model: Path, text: Path, folder: Path, resume: bool = False) -> None:

@@ -293,7 +293,7 @@ def test_mtp_tensors_of_another_kind_are_refused_by_name_or_dropped_with_a_notic
     result = dsquant.gguf(
         model, type="Q8_0", output=tmp_path / "gguf", calibration="none", evaluate=False, progress=False
     )
-    assert any("left out" in warning for warning in result.warnings)
+    assert any("layer is dropped" in warning for warning in result.warnings)
 
 
 @pytest.mark.parametrize("announced", [0, 1])

@@ -18,10 +18,10 @@ from dsquant.errors import InputError
 from dsquant.evaluation.gates import read_gates
 from dsquant.files.foreign import find_file
 from dsquant.formats.gguf.weights import gguf_file
+from dsquant.formats.safetensors import copied_files
 from dsquant.jobs.folder import claim
-from dsquant.pipeline import card
 from dsquant.pipeline.inputs import open_model, open_tokenizer
-from dsquant.recipes import GgufRecipe
+from dsquant.recipes import Recipe, gguf_recipe
 from dsquant.releases.recipe import read_recipe
 from dsquant.verification.checks import verify
 
@@ -49,7 +49,7 @@ def open_all(model: Path) -> None:
     """Reads everything that a job reads of a checkpoint, but no weights."""
     checkpoint, _ = open_model(str(model))
     open_tokenizer(checkpoint)
-    card.copied_files(model)
+    copied_files(model)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -86,7 +86,7 @@ def test_the_hub_cache_is_read_through_its_links_and_not_another_models(model: P
     (tmp_path / "named").symlink_to(snapshot)
     for folder in (snapshot, tmp_path / "named"):
         open_all(folder)
-        assert "LICENSE" in card.copied_files(folder)
+        assert "LICENSE" in copied_files(folder)
     (snapshot / "LICENSE").unlink()
     (snapshot / "LICENSE").symlink_to(other.parent.parent / "blobs" / "LICENSE")
     with pytest.raises(InputError, match="leads out"):
@@ -165,8 +165,8 @@ GARBAGE: dict[str, Any] = {
 }
 
 
-def recipe(output: Path) -> GgufRecipe:
-    return GgufRecipe(model="tiny-r1", output=output, type="F16")
+def recipe(output: Path) -> Recipe:
+    return gguf_recipe(model="tiny-r1", output=output, type="F16")
 
 
 @pytest.mark.parametrize("kind", GARBAGE)

@@ -149,7 +149,7 @@ def test_a_job_stopped_while_measuring_or_later_makes_the_same_bytes(
     def stop(*arguments: Any) -> None:
         raise Interrupted("here")
 
-    for place in ("dsquant.precision.sensitivity.allocate", "dsquant.pipeline.units._quantize_layer"):
+    for place in ("dsquant.precision.sensitivity.allocate", "dsquant.pipeline.units._run_layer"):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(place, stop)
             dsquant.awq(dense, output=tmp_path / "out", resume=True, **options)
@@ -186,7 +186,6 @@ def test_killed_and_resumed_it_makes_the_same_bytes(dense: Path, text_file: Path
         ({"target_bits": 4.5, "preset": "best"}, "no widths are chosen with step follow"),
         ({"target_bits": 4.5, "mtp": "quantize"}, "--mtp keep or drop"),
         ({"target_bits": 4.5, "to": ["awq", "compressed-tensors"]}, "chooses for one format"),
-        ({"target_bits": 4.5, "to": "gguf:Q4_K_M"}, "chooses for one format"),
     ],
 )
 def test_what_cannot_be_met_is_refused_before_any_work(

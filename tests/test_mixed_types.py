@@ -16,7 +16,7 @@ from dsquant.calibration.texts import calibration_tokens, load_tokenizer
 from dsquant.errors import Interrupted, UsageError
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.pipeline import job as pipeline
-from dsquant.recipes import GgufRecipe
+from dsquant.recipes import gguf_recipe
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_a_job_stopped_while_measuring_or_later_makes_the_same_bytes(
     def stop(*_: Any) -> None:
         raise Interrupted("here")
 
-    for place in ("dsquant.precision.sensitivity.allocate", "dsquant.pipeline.gguf_units._run_layer"):
+    for place in ("dsquant.precision.sensitivity.allocate", "dsquant.pipeline.units._run_layer"):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(place, stop)
             convert(small, text_file, tmp_path / "out", resume=True, **options)
@@ -182,10 +182,10 @@ def test_what_cannot_be_met_is_refused_before_any_work(
 
 
 def test_a_dry_run_tells_the_target(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
-    recipe = GgufRecipe.checked(
+    recipe = gguf_recipe(
         model=str(pico_r1), type="Q4_K_M", output=tmp_path / "out", target_bits=4.5, calibration=(str(text_file),)
     )
-    told = pipeline.preview_gguf(recipe)
+    told = pipeline.preview(recipe)
     assert "at most 4.5 bits" in str(told) and "one of Q2_K" in str(told) and not (tmp_path / "out").exists()
-    by_size = pipeline.preview_gguf(recipe.model_copy(update={"target_bits": None, "target_size": 4_000_000}))
+    by_size = pipeline.preview(recipe.model_copy(update={"target_bits": None, "target_size": 4_000_000}))
     assert by_size.output_bytes == {"gguf:3.8MiB": 4_000_000}

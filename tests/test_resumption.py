@@ -111,7 +111,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda out: overwrite(out / WORK / "scales-model.layers.0.safetensors", -40),
         r"scales-model\.layers\.0.*damaged",
     ),
-    "importances cut": (lambda out: cut(out / WORK / "imatrix-model.layers.0.safetensors"), r"imatrix-model.*size"),
+    "importances cut": (lambda out: cut(out / WORK / "kept-model.layers.0.safetensors"), r"kept-model.*size"),
     "first line gone": (lambda out: edit_journal(out, lambda lines: lines[1:]), r"journal.*first units"),
     "line that is no JSON": (lambda out: edit_journal(out, lambda lines: [b"{bad}\n"]), r"journal\.jsonl, line 1"),
     "digit of the journal": (

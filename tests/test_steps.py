@@ -153,10 +153,13 @@ def test_added_tokens_weigh_as_the_least_of_an_experts_own() -> None:
     ("more", "words"),
     [
         ({"steps": "follow", "to": ["awq", "compressed-tensors"]}, "step follow .* have different grids; add --symm"),
-        ({"steps": "follow", "to": ["awq", "gguf:Q4_K_M"], "group_size": 32}, "step follow .*GGUF rounds .* leave"),
+        (
+            {"steps": "follow", "to": ["awq", "gguf:Q4_K_M"], "group_size": 32},
+            "step follow .*Q4_K_M rounds .* leave",
+        ),
         ({"steps": "follow", "target_bits": 5.0}, "--target-bits: .* step follow .* leave the step out"),
         ({"steps": "follow", "preset": "quality"}, "step follow .* rounds every linear, .* take --preset best"),
-        ({"steps": "descend", "to": "gguf:Q4_K_M"}, "step descend: GGUF rounds .* leave the step out"),
+        ({"steps": "descend", "to": "gguf:Q4_K_M"}, "step descend: gguf:Q4_K_M rounds .* leave the step out"),
         ({"steps": "clip,fold"}, "steps: 'fold': give some of scales, clip, .*, or none alone"),
         ({"steps": "none,clip"}, "steps: 'none': give some of .*, or none alone"),
         ({"steps": ""}, "steps: '': give some of .*, or none alone"),

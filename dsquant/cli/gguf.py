@@ -84,11 +84,11 @@ def gguf(**options: Any) -> None:
     from dsquant.reporting.terminal import print_result
 
     if flags["dry_run"]:
-        plan = pipeline.preview_gguf(recipe, flags["resume"], flags["restart"])
+        plan = pipeline.preview(recipe, flags["resume"], flags["restart"])
         click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else printable(str(plan)))
         return
     with reporting(not flags["as_json"], *metrics) as report:
-        result = pipeline.gguf(recipe, flags["resume"], flags["restart"], report)
+        result = pipeline.awq(recipe, flags["resume"], flags["restart"], report)
     if flags["as_json"]:
         click.echo(json.dumps(result.as_json(), indent=2))
     else:
@@ -96,14 +96,13 @@ def gguf(**options: Any) -> None:
 
 
 def _gguf_recipe(options: dict[str, Any]) -> Any:
-    from dsquant.recipes import GgufRecipe, parse_size
+    from dsquant.recipes import gguf_recipe, parse_size
 
     type_name = options.pop("type_name").upper()
     split, budget, size = (options.pop(name) for name in ("split_max_size", "memory_budget", "target_size"))
-    output, texts = options.pop("output"), options.pop("calibration")
-    recipe = GgufRecipe.checked(
-        **options,
-        calibration=() if texts == ("none",) else (texts or None),
+    output = options.pop("output")
+    recipe = gguf_recipe(
+        **options | {"calibration": options["calibration"] or None},
         type=type_name,
         target_size=parse_size(size) if size is not None else None,
         output=output or ".",

@@ -9,20 +9,21 @@ from pathlib import Path
 from dsquant.deployment.subject import Subject
 from dsquant.errors import InputError, UsageError
 from dsquant.formats.gguf.files import GgufFile
-from dsquant.formats.gguf.target import choose_tensors, largest_whole, loadable_shapes, plan_target
+from dsquant.formats.gguf.output import scalable_linears
+from dsquant.formats.gguf.target import choose_tensors, largest_whole, loadable_shapes, plan_model
 from dsquant.formats.gguf.types import FLOAT_TYPES, MIXTURES
+from dsquant.formats.safetensors import only_checkpoint
 from dsquant.model.kinds import kind_of
-from dsquant.pipeline.gguf_units import gguf_memory_bytes, scalable_linears
-from dsquant.pipeline.memory import FLOAT32_BYTES
+from dsquant.pipeline.memory import FLOAT32_BYTES, conversion_memory_bytes
 from dsquant.pipeline.plan import Plan, plan_run, plan_units
-from dsquant.recipes import GgufRecipe, Recipe
+from dsquant.recipes import Recipe, gguf_recipe
 
 PRESETS = ("quality", "compact")
 # Format -> the bits it can be asked for, the default first.
 BITS = {"awq": (4,), "compressed-tensors": (4, 8, 3)}
 # Only planned, never written: a recipe has to name some folder.
 NOWHERE = Path("planned")
-DEFAULTS = GgufRecipe(output=NOWHERE, type="Q4_K_M")
+DEFAULTS = gguf_recipe(output=NOWHERE, type="Q4_K_M")
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _mtp_units(subject: Subject) -> set[str]:
 def _mtp_copied(subject: Subject, plan: Plan) -> tuple[int, int]:
     """Bytes of the MTP layer's files and of its tensors where it is kept as it is, which no format changes."""
     units = _mtp_units(subject)
-    (target,) = plan.targets
+    target = only_checkpoint(plan.targets)
     shards = [shard for shard in target.shards.shards if shard.unit in units]
     tensors = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors)
     return sum(shard.num_bytes for shard in shards), tensors
@@ -129,7 +130,7 @@ def _safetensors_sizes(
         yield replace(quantized, mtp="none", command=_awq_command(subject, plan, preset, "keep"))
         return
     units = _mtp_units(subject)
-    (target,) = plan.targets
+    target = only_checkpoint(plan.targets)
     rest = sum(shard.num_bytes for shard in target.shards.shards if shard.unit not in units)
     kinds = {kind: size for kind, size in quantized.by_kind.items() if kind != "MTP"}
     kept = dict(sorted((kinds | {"MTP": copied[1]}).items(), key=lambda item: -item[1]))
@@ -146,7 +147,7 @@ def _plan(subject: Subject, name: str, preset: str, bits: int, mtp: str) -> Plan
 
 
 def _safetensors_size(subject: Subject, plan: Plan, preset: str) -> OutputSize:
-    (target,) = plan.targets
+    target = only_checkpoint(plan.targets)
     tensors = ((tensor.name, tensor.num_bytes) for shard in target.shards.shards for tensor in shard.tensors)
     return OutputSize(
         format=target.format.name,
@@ -164,14 +165,14 @@ def _safetensors_size(subject: Subject, plan: Plan, preset: str) -> OutputSize:
 
 
 def _awq_command(subject: Subject, plan: Plan, preset: str, mtp: str) -> str:
-    (target,) = plan.targets
+    target = only_checkpoint(plan.targets)
     options = f"--to {target.format.name} --preset {preset} --bits {target.grid.bits}"
     chosen = "" if mtp == "keep" else f" --mtp {mtp}"
     return f"dsquant awq {subject.argument} {options}{chosen} --output {_awq_folder(subject, plan, preset)}"
 
 
 def _awq_folder(subject: Subject, plan: Plan, preset: str) -> str:
-    (target,) = plan.targets
+    target = only_checkpoint(plan.targets)
     return shlex.quote(f"{subject.name}-{target.format.name}-{preset}-{target.grid.bits}bit")
 
 
@@ -191,8 +192,8 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
     largest = largest_whole(checkpoint, parameters)
     header = _gguf_header(subject, parameters, num_mtp_layers)
     memory = {
-        False: gguf_memory_bytes(checkpoint, skeleton, largest, None, frozenset()),
-        True: gguf_memory_bytes(checkpoint, skeleton, largest, (DEFAULTS.samples, DEFAULTS.seq_len), linears),
+        False: conversion_memory_bytes(checkpoint, skeleton, largest, None, frozenset()),
+        True: conversion_memory_bytes(checkpoint, skeleton, largest, (DEFAULTS.samples, DEFAULTS.seq_len), linears),
     }
     work = 3 * DEFAULTS.samples * DEFAULTS.seq_len * int(skeleton.config["hidden_size"]) * FLOAT32_BYTES
     for type_name in MIXTURES:
@@ -220,5 +221,5 @@ def _gguf_header(subject: Subject, parameters: list[str], num_mtp_layers: int) -
     """A header of the size that every type's has: only numbers of fixed width differ. Empty without a tokenizer."""
     if not subject.has_tokenizer:
         return b""
-    target = plan_target(subject.checkpoint, subject.name, "F32", parameters, num_mtp_layers, False)
+    target = plan_model(subject.checkpoint, subject.name, "F32", parameters, num_mtp_layers, False)
     return target.files[0].header

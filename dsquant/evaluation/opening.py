@@ -16,11 +16,10 @@ from dsquant.evaluation.gguf_candidate import check_same_network, check_same_ten
 from dsquant.files.foreign import find_file
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.formats.gguf.checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
-from dsquant.formats.gguf.weights import GgufWeights, gguf_file, gguf_parts
+from dsquant.formats.gguf.output import open_gguf
+from dsquant.formats.gguf.weights import gguf_file, gguf_parts
 from dsquant.kernels.activation_rounding import unrounded
 from dsquant.model.complete import COMPUTED_SUFFIX, HEAD, check_complete
-from dsquant.model.families import family_of
-from dsquant.model.overlays import on_device
 from dsquant.model.repeated import check_repeated
 from dsquant.model.skeleton import Skeleton, network_config, network_rotary
 from dsquant.model.streaming import EMBEDDING
@@ -166,21 +165,6 @@ def open_candidate(path: str, original: Original) -> Opened:
         opened = Opened(path, header.format, weights, header.num_bytes, tuple(gguf_parts(file)))
     _check_shapes(path, opened.weights, original.skeleton)
     return opened
-
-
-def open_gguf(file: Path, original: Checkpoint) -> Weights:
-    """Opens a GGUF file's weights under the names of the checkpoint that it was made from.
-
-    Args:
-        file: the file, or the first of a split one.
-        original: the checkpoint.
-
-    Returns:
-        The weights, decoded on access, on the checkpoint's device.
-    """
-    shapes = {name: original.weights.shape(name) for name in original.weights}
-    network = network_config(family_of(original.folder, original.config), original.config)
-    return on_device(GgufWeights(file, shapes, {**original.config, **network}), original.weights.device)
 
 
 def _opened(path: str, checkpoint: Checkpoint) -> Opened:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from dsquant.errors import UsageError
-from dsquant.formats.protocol import NO_WIDTHS
+from dsquant.formats.protocol import NO_CHOICE
+from dsquant.formats.safetensors import SafetensorsFormat
 from dsquant.formats.shards import StoredTensor
 from dsquant.formats.skip_lists import skipped_modules
 from dsquant.kernels.packing import pack_awq, unpack_awq
@@ -23,7 +24,7 @@ BITS = 4
 OUT_MULTIPLE = 64
 
 
-class AwqGemm:
+class AwqGemm(SafetensorsFormat):
     """The format `awq`."""
 
     name = "awq"
@@ -107,7 +108,7 @@ class AwqGemm:
         )
 
     def quantization_config(
-        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_WIDTHS
+        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE
     ) -> dict[str, Any]:
         """AutoAWQ's config. `zero_point` is true for symmetric grids too: qzeros are there, all 8.
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from dsquant.errors import UsageError
-from dsquant.formats.protocol import NO_WIDTHS
+from dsquant.formats.protocol import NO_CHOICE
+from dsquant.formats.safetensors import SafetensorsFormat
 from dsquant.formats.shards import StoredTensor
 from dsquant.formats.skip_lists import ignored_modules, targets_by_width
 from dsquant.kernels.packing import pack_rows, unpack_rows
@@ -23,11 +24,22 @@ from dsquant.kernels.values import WORD_BITS
 from dsquant.schemes import UNQUANTIZED, Grid, QuantizedWeight, group_size_hint
 
 
-class CompressedTensors:
+class CompressedTensors(SafetensorsFormat):
     """The format `compressed-tensors`."""
 
     name = "compressed-tensors"
     widths = (3, 4, 8, UNQUANTIZED)
+
+    def default_symmetric(self, mixture: bool) -> bool | None:
+        """Whether its engines want no zero points: vLLM's mixture kernels take it only so.
+
+        Args:
+            mixture: whether the model has routed experts.
+
+        Returns:
+            True, false, or None where there is no choice.
+        """
+        return mixture
 
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Refuses groups that do not divide a linear, and zero points in experts.
@@ -115,7 +127,7 @@ class CompressedTensors:
         return QuantizedWeight(codes_OI, scales_OG, zero_points_OG, grid)
 
     def quantization_config(
-        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_WIDTHS
+        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE
     ) -> dict[str, Any]:
         """The config that compressed-tensors 0.20 writes for weights only.
 

@@ -1,85 +1,399 @@
-"""What the rest of dsquant knows of an output format."""
+"""What the rest of dsquant knows of an output format: how an output is planned, written unit by unit, and finished.
 
-from collections.abc import Mapping
+A `Format` plans a `Target`: all of an output that headers tell. A running job opens it, and the `OpenTarget` gives a
+`UnitWriter` for each unit of the job (embedding, layer, head).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 
-from dsquant.formats.shards import StoredTensor
+from dsquant.formats.write_behind import WriteBehind
+from dsquant.jobs.ranks import ALONE, Ranks
+from dsquant.model.skeleton import Skeleton
+from dsquant.model.structure import DecoderLayer
+from dsquant.recipes import Recipe
 from dsquant.schemes import Grid, QuantizedWeight
+from dsquant.source.checkpoint import Checkpoint
+from dsquant.source.scan import Look, unseen
+from dsquant.source.weights import Weights
 
-# Where no widths were chosen.
-NO_WIDTHS: Mapping[str, int] = MappingProxyType({})
+Width = int | str
+"""Bits of a code, 16 for a linear that stays as it is; or a type of GGUF."""
+NO_CHOICE: Mapping[str, Any] = MappingProxyType({})
+"""Where nothing was chosen."""
+Tensors = dict[str, dict[str, list[Any]]]
+"""File in the output folder -> tensor -> dtype or type, SHA-256, and its shape."""
 
 
-class Format(Protocol):
-    """A way to store quantized linears in safetensors."""
+@dataclass(frozen=True)
+class Wanted:
+    """What a format is asked to plan."""
+
+    recipe: Recipe
+    name: str
+    """As `--to` has it."""
+    folder: PurePosixPath
+    """Inside the output folder; `.` where there is one format."""
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    parameters: Mapping[str, tuple[str, ...]]
+    """Unit -> its parameters, of all units that are made, in order."""
+    layers: tuple[DecoderLayer, ...]
+    """Those that are quantized."""
+    linears: frozenset[str]
+    """Those that the preset quantizes."""
+    dtypes: Mapping[str, str]
+    """Parameter -> safetensors dtype in which it is stored where it is not quantized."""
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+    """Group of linears or tensor (`Choosable`) -> the width that was chosen for it."""
 
     @property
-    def name(self) -> str:
-        """What `--to` calls it."""
+    def mixture(self) -> bool:
+        """Whether the network has routed experts."""
+        return any(layer.experts for layer in self.skeleton.layers)
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """The bits of a code that it can hold, and 16 for linears that stay as they are."""
+    def num_mtp_layers(self) -> int:
+        """Multi-token-prediction layers that the output has."""
+        return 0 if self.recipe.mtp == "drop" else self.skeleton.num_mtp_layers
 
-    def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Refuses what the format or the engines that read it cannot hold.
+
+@dataclass(frozen=True)
+class Choosable:
+    """Linears of a layer, or a tensor of GGUF, that get one width."""
+
+    name: str
+    layer: int
+    linears: tuple[str, ...]
+    num_bytes: Mapping[Any, int]
+    """Width -> stored bytes of all of them, with scales and zero points."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a format leaves to choose where the recipe has a target for bits or size."""
+
+    groups: tuple[Choosable, ...]
+    elements: int
+    """Weights that the mean of the bits is over."""
+    other_bytes: int
+    """Of all tensors that are in no group."""
+    fixed_bytes: int
+    """Of those in no group whose weights are among `elements`."""
+    words: str
+    """What is chosen, for messages."""
+    widths: tuple[Any, ...]
+    """What groups may get."""
+    preferred: Collection[Any] = ()
+    """Widths that engines take; others are chosen only where a target cannot be met without them."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What writing needs of the running job."""
+
+    checkpoint: Checkpoint
+    output: Path
+    """The job's output folder."""
+    work: Path
+    """The job's work folder."""
+    ranks: Ranks = ALONE
+    write_behind: WriteBehind | None = None
+    """Writes what comes from a GPU."""
+
+
+class UnitWriter(ABC):
+    """Writes one unit of one output."""
+
+    def __init__(self) -> None:
+        self.bytes_written = 0
+
+    @abstractmethod
+    def write(self, name: str, value: QuantizedWeight | torch.Tensor) -> None:
+        """Writes a linear's quantized weight, or a parameter's float32 values."""
+
+    def note(self, linear: str, squares: torch.Tensor, count: int) -> None:  # noqa: B027 - most formats need none
+        """Notes how much each input column of a linear matters, before it is written.
 
         Args:
-            grid: the quantization grid.
-            shapes: linear -> [O, I] of everything to be quantized.
+            linear: its name; kv_b_proj's with `KEYS_SUFFIX` for its keys alone.
+            squares: float32 [I], sums of squared inputs; [H, N] for keys.
+            count: tokens behind the sums.
+        """
+
+    @abstractmethod
+    def copy_rest(self, safe_point: Callable[[str], None]) -> None:
+        """Writes the unit's parameters that nothing has changed, in parts of bounded size."""
+
+    @abstractmethod
+    def commit(self) -> dict[str, str]:
+        """Brings the unit to disk; returns tensor name -> SHA-256."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Removes what is unfinished; does nothing after `commit`."""
+
+    @property
+    def weight_errors(self) -> dict[str, float] | None:
+        """Parameter -> the stored rows' relative distance, where the format rounds itself."""
+        return None
+
+    @property
+    def kept(self) -> Mapping[str, torch.Tensor]:
+        """What `OpenTarget.finish` needs of the unit, for the work folder."""
+        return {}
+
+
+class OpenTarget(ABC):
+    """An output that is being written."""
+
+    @abstractmethod
+    def unit(self, name: str, parameters: tuple[str, ...]) -> UnitWriter:
+        """Begins a unit.
+
+        Args:
+            name: of the unit.
+            parameters: its parameters.
+
+        Returns:
+            Its writer.
+        """
+
+    @abstractmethod
+    def finish(self, kept: Iterable[Mapping[str, torch.Tensor]], calibration: Mapping[str, Any] | None) -> None:
+        """Writes what makes an output of the units.
+
+        Args:
+            kept: what `UnitWriter.kept` was of each unit, in order.
+            calibration: what the tokens were; None without.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most hold nothing open
+        """Closes what is open; what is on disk stays, for a resumed job."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of an interrupted job, as finished units have left it."""
+
+    path: Path
+    header: bytes
+    num_bytes: int
+    places: Mapping[str, tuple[int, int]]
+    """Tensor -> where its data begin in the file, and their size; of finished units alone."""
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """One output, planned from headers."""
+
+    name: str
+    """What results and records call it."""
+    folder: PurePosixPath
+    """Inside the job's output folder."""
+    grid: Grid
+    """What scales are searched for."""
+    linears: frozenset[str]
+    """Those that are quantized onto the grid, or whose inputs are scaled for it."""
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+    """What a user should know, in words."""
+
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Packages that the record names, beside those of every job."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Size of all files with weights."""
+
+    @property
+    @abstractmethod
+    def location(self) -> PurePosixPath:
+        """What engines are given: the folder, or a file in it."""
+
+    @property
+    def storing_bytes(self) -> int:
+        """Resident memory that storing a weight takes beyond the weight itself."""
+        return 0
+
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """Quantized linear -> bits, where these were chosen; else all have the grid's."""
+        return NO_CHOICE
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What a job notes and records of how this output is made; a resumed job must find the same."""
+        return {}
+
+    @property
+    def bytes_by_file(self) -> dict[str, int]:
+        """Sizes of its files for a preview; of all together where there are many."""
+        return {self.name: self.num_bytes}
+
+    @property
+    def details(self) -> Mapping[str, str]:
+        """What a preview tells of it."""
+        return {}
+
+    def look(self, checkpoint: Checkpoint) -> Look:
+        """Gives what looks at the source while it is hashed.
+
+        Args:
+            checkpoint: the source.
+
+        Returns:
+            What gets every tensor of the source; raises InputError where the output cannot hold its values.
+        """
+        return unseen
+
+    @abstractmethod
+    def file_names(self) -> list[str]:
+        """Every file that may come to lie in its folder."""
+
+    @abstractmethod
+    def open(self, surroundings: Surroundings, resumed: bool) -> OpenTarget:
+        """Opens the output for writing.
+
+        Args:
+            surroundings: of the job.
+            resumed: whether finished units are there already.
+
+        Returns:
+            The output.
 
         Raises:
-            UsageError: naming the linear, where it is about one.
+            InputError: where an interrupted job's files are gone or not the planned ones.
         """
 
-    def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:
-        """The tensors that a quantized linear becomes.
+    @abstractmethod
+    def finished_files(self, output: Path, units: Sequence[str], tensors: Collection[str]) -> Iterable[StoredFile]:
+        """What finished units have left.
 
         Args:
-            linear: its module name.
-            shape: [O, I].
-            grid: the quantization grid.
+            output: the job's output folder.
+            units: the finished ones.
+            tensors: theirs.
 
         Returns:
-            Names, dtypes and shapes.
+            The files.
         """
 
-    def pack(self, linear: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """Packs a quantized weight into those tensors.
+    @abstractmethod
+    def candidate(self, output: Path, checkpoint: Checkpoint) -> Weights:
+        """Reads the finished output back, for the comparison with the original.
 
         Args:
-            linear: its module name.
-            weight: the weight.
+            output: the job's output folder.
+            checkpoint: the original.
 
         Returns:
-            Tensor name -> tensor, as `stored` announced.
+            The weights.
         """
 
-    def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
-        """Undoes `pack`.
+    @abstractmethod
+    def tensors(self, hashes: Mapping[str, str], output: Path) -> Tensors:
+        """What lies in its files.
 
         Args:
-            linear: its module name.
-            tensors: tensor name -> tensor, as `stored` announced.
-            grid: the quantization grid.
+            hashes: tensor -> SHA-256.
+            output: the job's output folder.
 
         Returns:
-            The weight.
+            Their entries for the record.
         """
 
-    def quantization_config(
-        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_WIDTHS
-    ) -> dict[str, Any]:
-        """The `quantization_config` of config.json.
+    @abstractmethod
+    def recorded(self, errors: Mapping[str, float]) -> dict[str, Any]:
+        """What the record tells of it.
 
         Args:
-            grid: the quantization grid.
-            linears: every linear of the decoder -> whether it is quantized.
-            widths: linear -> bits, where widths were chosen; else all have the grid's.
+            errors: linear or parameter -> the relative error of its weight.
 
         Returns:
-            Plain JSON values.
+            Plain JSON values, `folder`, `bytes` and `weight_errors` among them.
+        """
+
+    def choice(self, wanted: Wanted) -> Choice:
+        """What a target for bits or size leaves to choose.
+
+        Args:
+            wanted: what was planned.
+
+        Returns:
+            The groups and their sizes.
+
+        Raises:
+            UsageError: where nothing can be chosen.
+        """
+        raise NotImplementedError
+
+    def as_stored(
+        self,
+        checkpoint: Checkpoint,
+        group: Choosable,
+        width: Width,
+        linear: str,
+        weight_OI: torch.Tensor,
+        importance: Mapping[str, tuple[torch.Tensor, int]],
+    ) -> torch.Tensor:
+        """A linear's weight once it is stored at a width, where the format rounds itself.
+
+        Args:
+            checkpoint: the source.
+            group: one of `choice`.
+            width: one of the group's.
+            linear: one of the group's.
+            weight_OI: its weight under the scales, float32 [O, I].
+            importance: linear, with `KEYS_SUFFIX` for kv_b_proj's keys -> sums of squared inputs, float32 [I], of keys
+                [H, N]; and the tokens behind them.
+
+        Returns:
+            float32 [O, I].
+        """
+        raise NotImplementedError
+
+
+class Format(ABC):
+    """A way to store a model."""
+
+    name: str
+    """What `--to` calls it, up to a colon."""
+    needs_texts = True
+    """Whether it cannot do without calibration."""
+    encoded_by_package = False
+    """Whether the package that decodes an output is needed to write it."""
+    takes_ranks = True
+    """Whether several processes may write one output."""
+
+    def default_symmetric(self, mixture: bool) -> bool | None:
+        """Whether its engines want no zero points; None where there is no choice.
+
+        Args:
+            mixture: whether the model has routed experts.
+
+        Returns:
+            True, false, or None where there is no choice.
+        """
+        return None
+
+    @abstractmethod
+    def plan(self, wanted: Wanted) -> Target:
+        """Plans an output, to the byte.
+
+        Args:
+            wanted: the recipe and the source.
+
+        Returns:
+            The plan.
+
+        Raises:
+            InputError: where the format has no place for a parameter.
+            UsageError: where it cannot store what the recipe asks for.
         """

@@ -4,13 +4,11 @@ It is a safetensors file: producer (a norm or a linear) -> float32 scales [I] th
 has no .safetensors ending, since some engines load every such file of a folder.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 
-from dsquant.files.disk import write_atomically
 from dsquant.files.foreign import find_file
 from dsquant.formats.shards import Shard, ShardFile, StoredTensor
 from dsquant.model.overlays import Fold, fold_of
@@ -19,40 +17,6 @@ from dsquant.source.shards import ShardIndex, read_header
 from dsquant.source.weights import Weights
 
 SCALES_FILE = "dsquant.scales"
-
-
-def keep_scales(work: Path, unit: str, scales: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Lays a unit's scales into the work folder.
-
-    Args:
-        work: the job's work folder.
-        unit: the unit's name.
-        scales: output folder -> producer -> scales.
-    """
-    flat = {f"{folder}:{name}": kept for folder, found in scales.items() for name, kept in found.items()}
-    if flat:
-        write_atomically(work / f"scales-{unit}.safetensors", save(flat))
-
-
-def write_scales(work: Path, units: Iterable[str], output: Path, folder: str) -> dict[str, str]:
-    """Writes an output folder's scales.
-
-    Args:
-        work: the job's work folder.
-        units: the units' names, in order.
-        output: the output folder of the job.
-        folder: the folder inside it.
-
-    Returns:
-        Producer -> SHA-256 of its scales.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for unit in units:
-        path = work / f"scales-{unit}.safetensors"
-        kept = load_file(path) if path.is_file() else {}
-        names = sorted(name for name in kept if name.startswith(f"{folder}:"))
-        found |= {name.partition(":")[2]: kept[name] for name in names}
-    return store_scales(output / folder, found)
 
 
 def store_scales(folder: Path, scales: Mapping[str, torch.Tensor]) -> dict[str, str]:

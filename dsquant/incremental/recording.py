@@ -8,9 +8,10 @@ from typing import Any
 from dsquant.errors import InputError, UsageError
 from dsquant.files.foreign import find_file, read_file
 from dsquant.files.sealing import broken_sections, hash_files
+from dsquant.formats.safetensors import SafetensorsTarget
 from dsquant.formats.scales import open_scales
 from dsquant.jobs.folder import RECORD_FILE, found_in
-from dsquant.pipeline.plan import Plan, Target
+from dsquant.pipeline.plan import Plan
 from dsquant.recipes import Recipe
 from dsquant.schemes import QuantizedWeight
 from dsquant.source.shards import ShardIndex, read_index
@@ -44,7 +45,7 @@ class RecordedTarget:
     """One format of a recording."""
 
     recording: Recording
-    target: Target
+    target: SafetensorsTarget
     index: ShardIndex
     scales: ShardIndex
     errors: dict[str, float]
@@ -128,6 +129,7 @@ def recorded_targets(recording: Recording, plan: Plan) -> list[RecordedTarget]:
     """
     paired = []
     for target in plan.targets:
+        assert isinstance(target, SafetensorsTarget)
         folder = PurePosixPath(target.folder)
         before, now = recorded_shards(recording.record["files"], folder), target.shards
         if [(shard.file_name, shard.tensors) for shard in before.shards] != [
@@ -138,6 +140,6 @@ def recorded_targets(recording: Recording, plan: Plan) -> list[RecordedTarget]:
                 "made from; quantize it anew with `dsquant awq`"
             )
         directory = recording.output / folder
-        errors = recording.record["outputs"][target.format.name]["weight_errors"]
+        errors = recording.record["outputs"][target.name]["weight_errors"]
         paired.append(RecordedTarget(recording, target, read_index(directory), open_scales(directory), errors))
     return paired

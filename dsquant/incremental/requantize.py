@@ -6,14 +6,18 @@ from the source and the recording. Both give the same output.
 """
 
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from dsquant.errors import InputError
 from dsquant.files.disk import sync_folder
-from dsquant.formats.scales import keep_scales, recorded_fold
+from dsquant.formats.protocol import Surroundings, UnitWriter
+from dsquant.formats.safetensors import ROWS_AT_ONCE, OpenCheckpoint
+from dsquant.formats.scales import recorded_fold
 from dsquant.formats.shards import Shard, ShardFile
 from dsquant.incremental.recording import RecordedTarget, Recording, recorded_targets
 from dsquant.incremental.reuse import reuse_file
@@ -25,15 +29,14 @@ from dsquant.kernels.threads import one_thread_an_operation
 from dsquant.model.overlays import Fold
 from dsquant.model.repeated import check_repeated
 from dsquant.pipeline.finish import finish
-from dsquant.pipeline.gguf_units import work_files
 from dsquant.pipeline.inputs import Source, memory_budget, open_model
 from dsquant.pipeline.plan import Unit, plan_run
 from dsquant.pipeline.record import output_files
-from dsquant.pipeline.resume import check_checkpoints, check_kept, check_units, kept_files
 from dsquant.pipeline.supervision import check_inputs, input_hashes, shard_times
-from dsquant.pipeline.units import ROWS_AT_ONCE, Run
+from dsquant.pipeline.units import Run, Writers, convert
 from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Limits, Progress, Report
+from dsquant.schemes import QuantizedWeight
 from dsquant.source.shards import DTYPES
 from dsquant.verification.record import read_record
 
@@ -57,7 +60,6 @@ class _Work:
 
     run: Run
     held: HeldTensors
-    targets: list[RecordedTarget]
     reuse: bool
     done: Requantization
 
@@ -95,11 +97,11 @@ def requantize(
         checkpoint, index = held_once(opened, recording.source_hashes)
         plan = plan_run(recipe, checkpoint, skeleton)
         targets = recorded_targets(recording, plan)
-        disk_bytes = sum(target.shards.num_bytes for target in plan.targets)
+        disk_bytes = sum(target.num_bytes for target in plan.targets)
         report(Progress("scan", 0, len(index), "", limits=Limits(recipe.output, memory_budget(recipe), disk_bytes)))
         check_disk(recipe.output, disk_bytes)
         repeated = tuple(check_repeated(checkpoint, skeleton))
-        source = Source(checkpoint, skeleton, None, torch.zeros(0, 0), recording.record["calibration"], plan, repeated)
+        source = Source(checkpoint, skeleton, None, None, recording.record["calibration"], plan, repeated)
         inputs = input_hashes(checkpoint.config, None)
         notes = {"tensors": {}, "shards": shard_times(index), "inputs": inputs, "files": output_files(source)}
         with open_job(recipe.output, recipe, state, notes) as job:
@@ -107,75 +109,86 @@ def requantize(
             if job.notes["shards"] != shard_times(index):
                 raise InputError(f"{index.folder} has changed since the job began; start over with --restart")
             run = Run(recipe, source, job, report, request.safe_point)
-            work = _Work(run, index, targets, reuse, Requantization({}))
-            _make_units(work)
+            work = _Work(run, index, reuse, Requantization({}))
+            surroundings = Surroundings(checkpoint, job.output, job.work)
+            run.opened = [_RecordedOutput(work, target, surroundings) for target in targets]
+            convert(run, partial(_make_unit, work, targets))
+            _hash_rest(work)
             work.done.record = finish(run, *_summary(work))
             job.finish()
     work.done.read_bytes = index.bytes_read
     return work.done
 
 
-def _make_units(work: _Work) -> None:
+def _make_unit(
+    work: _Work,
+    targets: Sequence[RecordedTarget],
+    run: Run,
+    unit: Unit,
+    writers: Writers,
+    safe_point: Callable[[str], None],
+) -> dict[str, Any]:
+    """Hashes a unit's source, and makes of each parameter what has changed."""
+    recording = targets[0].recording
+    pairs = [(target, writer) for (target, _), writer in zip(writers.by_target, _own(writers), strict=True)]
+    source: dict[str, str] = {}
+    changed = []
+    for parameter in unit.parameters:
+        safe_point(parameter)
+        hashes = work.held.hold(stored_parts(work.held, parameter))
+        source |= hashes
+        is_changed = any(recording.source_hashes.get(name) != found for name, found in hashes.items())
+        changed += [parameter] if is_changed else []
+        for _, writer in pairs:
+            writer.take(parameter, is_changed)
+    writers.scales |= {str(target.folder): writer.scales() for target, writer in pairs}
+    notes: dict[str, Any] = {"source": source, "changed": changed}
+    notes["anew"] = [f"{target.name}: {name}" for target, writer in pairs for name in writer.anew]
+    if unit.action == "quantize" and unit.layer is not None:
+        layer = next(entry for entry in recording.record["layers"] if entry["layer"] == unit.layer.index)
+        errors = {target.grid: writer.errors for target, writer in pairs}
+        grids = zip(layer["grids"], run.source.plan.linears, strict=True)
+        notes["layer"] = {**layer, "grids": [{**found, "weight_errors": errors[grid]} for found, grid in grids]}
+    hashed = sum(len(entry["source"]) for entry in run.job.journal.units.values())
+    run.tell("scan", hashed + len(source), len(work.held), unit.name)
+    return notes
+
+
+def _own(writers: Writers) -> "Iterator[_RecordedWriter]":
+    for _, writer in writers.by_target:
+        assert isinstance(writer, _RecordedWriter)
+        yield writer
+
+
+def _hash_rest(work: _Work) -> None:
+    """Hashes what is in no unit: dropped layers, and what engines compute."""
     run = work.run
-    units = [unit for unit in run.source.plan.units if unit.action != "drop"]
-    num_hashed = 0
-    if run.job.journal.units:
-        check_units(run.job, [unit.name for unit in units])
-        check_kept(run.job, [], run.check)
-        plans = {target.folder: target.shards for target in run.source.plan.targets}
-        check_checkpoints(run.job, plans, run.check)
-    for number, unit in enumerate(units):
-        run.safe_point("quantize", number, len(units), unit.name)
-        if unit.name not in run.job.journal.units:
-            _make_unit(work, unit)
-        num_hashed += len(run.job.journal.units[unit.name]["source"])
-        run.tell("scan", num_hashed, len(work.held), unit.name)
-    run.tell("quantize", len(units), len(units), "")
     hashes = {name: found for entry in run.job.journal.units.values() for name, found in entry["source"].items()}
     for name in work.held:
-        if name not in hashes:  # dropped layers, and what engines compute
+        if name not in hashes:
             run.safe_point("scan", len(hashes), len(work.held), name)
             hashes |= work.held.hold([name])
     run.job.notes["tensors"] = {name: hashes[name] for name in work.held}
 
 
-def _make_unit(work: _Work, unit: Unit) -> None:
-    run, recorded = work.run, {layer["layer"]: layer for layer in work.targets[0].recording.record["layers"]}
-    writers = [_UnitWriter(work, target, unit) for target in work.targets]
-    source: dict[str, str] = {}
-    changed = []
-    try:
-        for parameter in unit.parameters:
-            run.check()
-            hashes = work.held.hold(stored_parts(work.held, parameter))
-            source |= hashes
-            before = work.targets[0].recording.source_hashes
-            is_changed = any(before.get(name) != found for name, found in hashes.items())
-            changed += [parameter] if is_changed else []
-            for writer in writers:
-                writer.take(parameter, is_changed)
-        tensors = {str(writer.target.target.folder): writer.finish() for writer in writers}
-    finally:
-        for writer in writers:
-            writer.discard()
-    scales = {str(writer.target.target.folder): writer.scales() for writer in writers}
-    keep_scales(run.job.work, unit.name, scales)
-    sync_folder(run.job.work)
-    notes: dict[str, Any] = {"tensors": tensors, "source": source, "changed": changed}
-    notes["kept"] = kept_files(run.job.work, work_files(unit.name))
-    notes["anew"] = [f"{writer.target.target.format.name}: {name}" for writer in writers for name in writer.anew]
-    if unit.action == "quantize" and unit.layer is not None:
-        layer = recorded[unit.layer.index]
-        errors = {writer.target.target.grid: writer.errors for writer in writers}
-        grids = zip(layer["grids"], run.source.plan.linears, strict=True)
-        notes["layer"] = {**layer, "grids": [{**found, "weight_errors": errors[grid]} for found, grid in grids]}
-    run.job.journal.append(unit.name, **notes)
+class _RecordedOutput(OpenCheckpoint):
+    """A checkpoint that is written from a recording."""
+
+    def __init__(self, work: _Work, recorded: RecordedTarget, surroundings: Surroundings) -> None:
+        super().__init__(recorded.target, surroundings)
+        self._work, self._recorded = work, recorded
+
+    def unit(self, name: str, parameters: tuple[str, ...]) -> "_RecordedWriter":  # type: ignore[override]
+        """Begins a unit's shards."""
+        unit = next(unit for unit in self._work.run.source.plan.units if unit.name == name)
+        return _RecordedWriter(self._work, self._recorded, unit)
 
 
-class _UnitWriter:
+class _RecordedWriter(UnitWriter):
     """Writes one unit of one format."""
 
     def __init__(self, work: _Work, target: RecordedTarget, unit: Unit) -> None:
+        super().__init__()
         self.target = target
         self.errors: dict[str, float] = {}
         self.anew: list[str] = []
@@ -211,12 +224,11 @@ class _UnitWriter:
             weight, anew = rounded_as_recorded(folded, weight, self.target.errors[linear])
             self.errors[linear] = float(weight.relative_error(folded))
             self.anew += [linear] if anew else []
-        for name, tensor in self.target.target.format.pack(linear, weight).items():
-            self._write(name, 0, tensor)
+        self.write(linear, weight)
 
     def _copy(self, parameter: str) -> None:
         source = self._work.run.source
-        weights, dtype = source.checkpoint.weights, DTYPES[source.plan.dtypes[parameter]]
+        weights, dtype = source.checkpoint.weights, DTYPES[self.target.target.dtypes[parameter]]
         if parameter in self._fold:
             self._write(parameter, 0, self._fold.apply(parameter, weights[parameter]).to(dtype))
             return
@@ -225,15 +237,24 @@ class _UnitWriter:
             rows = weights.rows(parameter, start, min(start + ROWS_AT_ONCE, num_rows))
             self._write(parameter, start, rows.to(dtype))
 
+    def write(self, name: str, value: QuantizedWeight | torch.Tensor) -> None:
+        """Writes a linear's quantized weight, or a parameter's values."""
+        tensors = {name: value} if isinstance(value, torch.Tensor) else self.target.target.format.pack(name, value)
+        for stored_name, tensor in tensors.items():
+            self._write(stored_name, 0, tensor)
+
     def _write(self, name: str, start: int, rows: torch.Tensor) -> None:
         shard = self._shard_of[name]
         if shard.file_name not in self._open:
             self._open[shard.file_name] = ShardFile(self._folder, shard)
         self._open[shard.file_name].write_rows(name, start, rows)
         self._written.add(name)
-        self._work.run.bytes_written += rows.nbytes
+        self.bytes_written += rows.nbytes
 
-    def finish(self) -> dict[str, str]:
+    def copy_rest(self, safe_point: Callable[[str], None]) -> None:
+        """Leaves what has not changed to `commit`, which knows of whole files."""
+
+    def commit(self) -> dict[str, str]:
         """Copies what has not changed, reuses whole files, and brings all to disk; returns tensor -> SHA-256."""
         hashes: dict[str, str] = {}
         for shard in self._shards:

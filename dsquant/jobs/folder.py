@@ -24,7 +24,7 @@ from dsquant.files.strict_json import read_json_object
 from dsquant.jobs.journal import BEGIN_ANEW, Journal, checked_line, read_checked_line
 from dsquant.jobs.locks import HOLDER_FILE, LOCK_FILE, exclusive
 from dsquant.packages import version
-from dsquant.recipes import CHANGEABLE_ON_RESUME, JobRecipe, format_size
+from dsquant.recipes import CHANGEABLE_ON_RESUME, Recipe, format_size
 
 WORK_FOLDER = ".dsquant-work"
 # What the work folder is called while it is removed.
@@ -66,7 +66,7 @@ def _job_key(notes: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
 
-def claim(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
+def claim(output: Path, recipe: Recipe, resume: bool, restart: bool) -> str:
     """Finds out what a run may do with an output folder; changes nothing.
 
     The answer lasts only while the folder's lock is held: `held` asks again under it.
@@ -88,7 +88,7 @@ def claim(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
     return _claimed(output, found_in(output), recipe, resume, restart)
 
 
-def _claimed(output: Path, found: str, recipe: JobRecipe, resume: bool, restart: bool) -> str:
+def _claimed(output: Path, found: str, recipe: Recipe, resume: bool, restart: bool) -> str:
     if found == "absent":
         check_plain_files(output)
         return "new"
@@ -157,7 +157,7 @@ def _is_folder_or_absent(path: Path) -> bool:
         return True
 
 
-def found_state(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> str:
+def found_state(output: Path, recipe: Recipe, resume: bool, restart: bool) -> str:
     """As `claim`, for a preview: dsquant's own output in the way is a state to tell of, not an error.
 
     Args:
@@ -208,7 +208,7 @@ def _read_job_notes(path: Path) -> dict[str, Any]:
     return notes
 
 
-def _check_same_recipe(output: Path, recipe: JobRecipe, record: dict[str, Any]) -> None:
+def _check_same_recipe(output: Path, recipe: Recipe, record: dict[str, Any]) -> None:
     before, now = record.get("recipe"), recipe.lasting()
     if not isinstance(before, dict):
         raise InputError(f"{output}: its job's record has no recipe; remove the folder yourself, or name another")
@@ -231,7 +231,7 @@ def _check_same_version(output: Path, notes: dict[str, Any]) -> None:
 
 
 @contextmanager
-def held(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> Iterator[str]:
+def held(output: Path, recipe: Recipe, resume: bool, restart: bool) -> Iterator[str]:
     """Holds an output folder for this run alone, from before anything is decided to the end.
 
     Where the run ends before it has begun a job, or its job was refused for its input before a unit of worth was
@@ -274,7 +274,7 @@ def held(output: Path, recipe: JobRecipe, resume: bool, restart: bool) -> Iterat
 
 
 @contextmanager
-def open_job(output: Path, recipe: JobRecipe, state: str, notes: dict[str, Any]) -> Iterator[Job]:
+def open_job(output: Path, recipe: Recipe, state: str, notes: dict[str, Any]) -> Iterator[Job]:
     """Begins or continues the job of a folder that is `held`.
 
     A new job that is refused for its input leaves nothing, unless more than its first unit, a copied table, is

@@ -4,11 +4,13 @@ All names are full: modules as `model.layers.3.mlp.up_proj`, parameters with `.w
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 MlpKind = Literal["dense", "shared", "routed"]
+# Behind kv_b_proj's name: the importance of its keys, which in llama.cpp multiply queries and not the latent.
+KEYS_SUFFIX = ".keys"
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\..+")
 
 
@@ -106,3 +108,24 @@ class Family:
     follow one another in each."""
     refuse: Callable[[Mapping[str, Any]], str | None] = field(default=lambda config: None)
     """What in a config is not supported, in words; None where all is."""
+
+
+def linear_groups(layer: DecoderLayer, quantized: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The groups of a layer's linears.
+
+    Attention's are those that read one input, since they share their scales; an MLP is one group, since it is judged
+    as a whole; a layer's routed experts are one.
+
+    Args:
+        layer: the layer.
+        quantized: the linears that its preset quantizes.
+
+    Returns:
+        Name -> linears.
+    """
+    found = {f"{group.consumers[0]}": group.consumers for group in layer.attention}
+    found |= {mlp.up.rsplit(".", 1)[0]: mlp.linears for mlp in layer.mlps if mlp.expert is None}
+    if layer.experts:
+        prefix = layer.experts[0].up.rsplit(".", 2)[0]
+        found[prefix] = tuple(linear for mlp in layer.experts for linear in mlp.linears)
+    return {name: linears for name, linears in found.items() if quantized and set(linears) <= set(quantized)}

@@ -1,53 +1,14 @@
-"""What lies in an output folder beside the weights: copied files, and the model card."""
+"""The model card of an output, and how to serve it."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsquant.calibration.texts import TOKENIZER_FILES
 from dsquant.escaping import markdown, markdown_cell
-from dsquant.files.disk import PARTIAL, copy_file, naming
-from dsquant.files.foreign import find_file
 from dsquant.jobs.folder import RECORD_FILE
 from dsquant.precision.groups import WIDTH_COLUMNS, width_rows
 from dsquant.recipes import format_size, preset_and_steps
 from dsquant.schemes import UNQUANTIZED
-from dsquant.source.shards import INDEX_FILE
-
-CONFIG_FILE = "config.json"
-CARD_FILE = "README.md"
-WRITTEN_FILES = (CONFIG_FILE, INDEX_FILE, CARD_FILE, RECORD_FILE)
-# Never code: a checkpoint's own Python files stay where they are.
-COPIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
-
-
-def copied_files(folder: Path) -> list[str]:
-    """The files of a checkpoint that its quantized version needs as they are.
-
-    Args:
-        folder: the checkpoint.
-
-    Returns:
-        Their names.
-
-    Raises:
-        InputError: where one is not a regular file, or a link that leads out of the checkpoint.
-    """
-    return [name for name in COPIED if find_file(folder, name) is not None]
-
-
-def copy_files(source: Path, folder: Path) -> None:
-    """Copies them, each under a temporary name first.
-
-    Args:
-        source: the original checkpoint.
-        folder: the output.
-    """
-    for name in copied_files(source):
-        partial = folder / (name + PARTIAL)
-        with naming(folder / name):
-            copy_file(source / name, partial)
-        partial.replace(folder / name)
 
 
 def serve_command(folder: Path | str) -> str:

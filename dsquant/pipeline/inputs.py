@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from dsquant.calibration.texts import calibration_tokens, check_held_out, load_tokenizer
-from dsquant.errors import InputError, Interrupted
+from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.formats.checkpoints import open_checkpoint, read_text_config
-from dsquant.formats.table import FORMATS
+from dsquant.formats.table import format_of
 from dsquant.jobs.resources import LARGEST_DEFAULT_BUDGET, default_memory_budget, resolved_device
 from dsquant.model.repeated import check_repeated
 from dsquant.model.skeleton import Skeleton
-from dsquant.pipeline.plan import Plan, default_symmetric, plan_run
-from dsquant.recipes import GgufRecipe, Recipe, format_size
+from dsquant.pipeline.plan import Plan, plan_run
+from dsquant.recipes import Recipe, format_size
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
 from dsquant.source.locate import locate
 from dsquant.source.vocabulary import set_embedding_rows
@@ -29,9 +29,9 @@ class Source:
     checkpoint: Checkpoint
     skeleton: Skeleton
     tokenizer: Any
-    tokens_NT: torch.Tensor
-    """Calibration tokens, int64 [N, T]."""
-    calibration: dict[str, Any]
+    tokens_NT: torch.Tensor | None
+    """Calibration tokens, int64 [N, T]; None without calibration."""
+    calibration: dict[str, Any] | None
     """Where they come from and their hash."""
     plan: Plan
     notes: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ def resolved(recipe: Recipe) -> Recipe:
     preset = recipe.preset or ("quality" if mixture else "compact")
     if preset == "quality" and not mixture:
         preset = "compact"
-    symmetric = {default_symmetric(name, mixture) for name in recipe.to if name in FORMATS}
+    symmetric = {format_of(name).default_symmetric(mixture) for name in recipe.to} - {None}
     agreed = symmetric.pop() if len(symmetric) == 1 else None
     chosen = agreed if recipe.symmetric is None else recipe.symmetric
     device = resolved_device(recipe.device)
@@ -77,12 +77,13 @@ def open_source(recipe: Recipe, gpu_budget_bytes: int | None = None, num_ranks: 
         InputError: where anything is missing, damaged or contradicts something else.
         UsageError: where a format cannot store what the recipe asks for.
     """
+    _check_texts(recipe)
     checkpoint, skeleton = open_model(recipe.model, torch.device(recipe.device))
     gpu_budget = gpu_memory_budget(recipe) if gpu_budget_bytes is None else gpu_budget_bytes
     plan = plan_run(recipe, checkpoint, skeleton, gpu_budget, num_ranks)
     notes = tuple(check_repeated(checkpoint, skeleton))
     tokenizer = open_tokenizer(checkpoint)
-    tokens_NT, calibration = open_calibration(recipe, recipe.calibration, tokenizer)
+    tokens_NT, calibration = open_calibration(recipe, tokenizer)
     if recipe.evaluate:
         check_held_out(tokenizer)
     return Source(checkpoint, skeleton, tokenizer, tokens_NT, calibration, plan, notes)
@@ -122,20 +123,25 @@ def check_unquantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def open_calibration(
-    recipe: Recipe | GgufRecipe, texts: tuple[str, ...], tokenizer: Any
-) -> tuple[torch.Tensor, dict[str, Any]]:
+def _check_texts(recipe: Recipe) -> None:
+    needing = next((name for name in recipe.to if format_of(name).needs_texts), None)
+    if needing is not None and not recipe.calibration:
+        raise UsageError(f"--calibration none: {needing} is calibrated; name a text, or leave the option out")
+
+
+def open_calibration(recipe: Recipe, tokenizer: Any) -> tuple[torch.Tensor | None, dict[str, Any] | None]:
     """Tokenizes the calibration texts.
 
     Args:
-        recipe: says how many samples of how many tokens.
-        texts: texts, mixes or hub sets.
+        recipe: says which texts, and how many samples of how many tokens.
         tokenizer: the model's.
 
     Returns:
-        Tokens int64 [N, T], and where they come from with their hash.
+        Tokens int64 [N, T], and where they come from with their hash; None twice without texts.
     """
-    tokens = calibration_tokens(texts, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
+    if not recipe.calibration:
+        return None, None
+    tokens = calibration_tokens(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
     calibration = {key: value for key, value in asdict(tokens).items() if key != "tokens"}
     return tokens.tokens, calibration | {"samples": len(tokens.tokens), "seq_len": tokens.tokens.shape[1]}
 
@@ -157,7 +163,7 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
     return tokenizer
 
 
-def memory_budget(recipe: Recipe | GgufRecipe) -> int:
+def memory_budget(recipe: Recipe) -> int:
     """The recipe's budget in bytes, or the default."""
     return recipe.memory_budget or default_memory_budget()
 

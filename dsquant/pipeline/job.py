@@ -4,42 +4,41 @@ Nothing is written before the whole input has been found good.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import PurePosixPath
 from typing import Any
 
+import torch
+
 from dsquant.errors import UsageError
-from dsquant.formats.gguf.files import GgufFiles
-from dsquant.formats.gguf.ranges import range_look
-from dsquant.formats.gguf.store import quantizer_name
+from dsquant.formats.protocol import OpenTarget, Surroundings
+from dsquant.formats.table import format_of
 from dsquant.formats.write_behind import WriteBehind
 from dsquant.jobs.folder import Job, StopRequest, found_state, full_disk_is_resumable, held, stop_on_signals
 from dsquant.jobs.ranks import ALONE, Ranks
-from dsquant.jobs.resources import check_disk, resolved_device
+from dsquant.jobs.resources import check_disk
 from dsquant.kernels.threads import one_thread_an_operation
-from dsquant.pipeline.finish import finish, finish_gguf
-from dsquant.pipeline.gguf_units import GgufRun, convert_to_gguf, plan_gguf
-from dsquant.pipeline.inputs import gpu_memory_budget, gpu_within_budget, memory_budget, open_source, resolved
+from dsquant.pipeline.choice import choose_widths
+from dsquant.pipeline.finish import finish
+from dsquant.pipeline.inputs import (
+    Source,
+    gpu_memory_budget,
+    gpu_within_budget,
+    memory_budget,
+    open_source,
+    resolved,
+)
 from dsquant.pipeline.memory import check_memory
 from dsquant.pipeline.plan import FOLLOW, WITHOUT_FOLLOW, Plan
-from dsquant.pipeline.record import (
-    Preview,
-    Result,
-    finished_result,
-    gguf_output_files,
-    output_files,
-    planned_warnings,
-    result_of,
-)
+from dsquant.pipeline.record import Preview, Result, finished_result, output_files, planned_warnings, result_of
 from dsquant.pipeline.supervision import Supervised, input_hashes
-from dsquant.pipeline.type_choice import choose_types
 from dsquant.pipeline.units import Run, convert
-from dsquant.pipeline.width_choice import choose_widths
 from dsquant.precision.groups import MixedPlan
-from dsquant.recipes import GgufRecipe, Recipe, TargetedRecipe, format_size, preset_and_steps
+from dsquant.recipes import Recipe, format_size, preset_and_steps
 from dsquant.reporting.progress import Limits, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
 from dsquant.schemes import UNQUANTIZED
+from dsquant.source.scan import Look
+from dsquant.source.shards import TensorInfo
 
 
 def awq(
@@ -72,23 +71,20 @@ def awq(
         budget, gpu_budget = memory_budget(recipe), min(ranks.gather(gpu_memory_budget(recipe)))
         source = ranks.together(lambda: open_source(recipe, gpu_budget, ranks.size))
         limits = Limits(recipe.output, budget, source.plan.disk_bytes, gpu_budget)
-        look = range_look(source.checkpoint, source.plan.gguf_tensors)
+        look = _looks(source)
         supervised = Supervised(recipe, state, source.checkpoint.index, limits, request, report, ranks, look)
         supervised.check(source.plan.memory_bytes, source.plan.gpu_memory_bytes)
-        inputs = input_hashes(source.checkpoint.config, source.calibration)
-        with supervised.job(inputs, {"files": output_files(source)}) as (job, check):
-            run = Run(recipe, source, job, report, check, _open_files(recipe, source.plan, state, job), ranks=ranks)
-            run.write_behind = WriteBehind() if recipe.device == "cuda" else None
-            try:
-                with gpu_within_budget(gpu_budget):
-                    choose_widths(run, output_files, gpu_budget)
+        facts = {name: value for target in source.plan.targets for name, value in target.facts.items()}
+        files = [recipe.imatrix] if recipe.imatrix else []
+        inputs = input_hashes(source.checkpoint.config, source.calibration, *files)
+        with supervised.job(inputs, {"files": output_files(source), **facts}) as (job, check):
+            _check_same_facts(recipe, job, facts)
+            run = Run(recipe, source, job, report, check, ranks=ranks)
+            with gpu_within_budget(gpu_budget):
+                choose_widths(run, output_files, gpu_budget)
+                with _opened(run, state):
                     convert(run)
-                record = ranks.alone(lambda beat: _finish_and_remove(run, check, beat))
-            finally:
-                if run.write_behind is not None:
-                    run.write_behind.close()
-                for files in run.gguf_files.values():
-                    files.close()
+                    record = ranks.alone(lambda beat: _finish_and_remove(run, check, beat))
     return result_of(
         recipe,
         record,
@@ -98,10 +94,48 @@ def awq(
     )
 
 
+def _looks(source: Source) -> Look:
+    """What looks at the source for every output while it is hashed."""
+    looks = [target.look(source.checkpoint) for target in source.plan.targets]
+
+    def look(info: TensorInfo, values: torch.Tensor) -> None:
+        for one in looks:
+            one(info, values)
+
+    return look
+
+
+def _check_same_facts(recipe: Recipe, job: Job, facts: Mapping[str, Any]) -> None:
+    """A resumed job must not mix the bytes of two quantizers."""
+    for name, now in facts.items():
+        if job.notes.get(name) != now:
+            raise UsageError(
+                f"{recipe.output} was begun with the {name} {job.notes.get(name)}, here is {now}; install what it had, "
+                "or start over with --restart"
+            )
+
+
 @contextmanager
-def _held(
-    recipe: Recipe | GgufRecipe, resume: bool, restart: bool, ranks: Ranks = ALONE
-) -> Iterator[tuple[str, StopRequest]]:
+def _opened(run: Run, state: str) -> Iterator[None]:
+    """Opens the outputs for as long as units are made and finished."""
+    behind = WriteBehind() if run.recipe.device == "cuda" else None
+    surroundings = Surroundings(run.source.checkpoint, run.job.output, run.job.work, run.ranks, behind)
+    resumed = state == "resume" and bool(run.job.journal.units)
+    opened: list[OpenTarget] = []
+    try:
+        for target in run.source.plan.targets:
+            opened.append(target.open(surroundings, resumed))
+        run.opened = opened
+        yield
+    finally:
+        if behind is not None:
+            behind.close()
+        for output in opened:
+            output.close()
+
+
+@contextmanager
+def _held(recipe: Recipe, resume: bool, restart: bool, ranks: Ranks = ALONE) -> Iterator[tuple[str, StopRequest]]:
     """Holds the output, rank 0 for all; yields what was found in it, and what signals ask for."""
     threads = one_thread_an_operation(recipe.device)
     with stop_on_signals() as request, full_disk_is_resumable(), threads, ExitStack() as stack:
@@ -109,10 +143,10 @@ def _held(
 
 
 def _resolved_for(recipe: Recipe, ranks: Ranks) -> Recipe:
-    gguf = [name for name in recipe.to if name.startswith("gguf")]
-    if gguf and ranks.size > 1:
+    alone = [name for name in recipe.to if not format_of(name).takes_ranks]
+    if alone and ranks.size > 1:
         raise UsageError(
-            f"--to {gguf[0]}: {ranks.size} processes cannot share the writing of GGUF; start one, or leave this out "
+            f"--to {alone[0]}: {ranks.size} processes cannot share the writing of GGUF; start one, or leave this out "
             "and run `dsquant gguf` afterwards"
         )
     if "follow" in recipe.steps and ranks.size > 1:
@@ -139,15 +173,6 @@ def _finish_and_remove(run: Run, check: Callable[[], None], beat: Callable[[], N
     return record
 
 
-def _open_files(recipe: Recipe, plan: Plan, state: str, job: Job) -> dict[PurePosixPath, GgufFiles]:
-    opened = {}
-    for folder, target in plan.gguf.items():
-        (recipe.output / folder).mkdir(exist_ok=True)
-        resume = state == "resume" and bool(job.journal.units)
-        opened[folder] = GgufFiles(recipe.output / folder, target.files, resume)
-    return opened
-
-
 def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> Preview:
     """Validates everything that headers tell and says what a run would do; writes nothing.
 
@@ -171,16 +196,17 @@ def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> Prev
     check_memory(source.plan.gpu_memory_bytes, gpu_memory_budget(recipe), 0, "--gpu-memory-budget")
     check_disk(recipe.output, source.plan.disk_bytes)
     plan = source.plan
-    outputs = {target.format.name: target.shards.num_bytes for target in plan.targets}
     if plan.mixed is not None:
-        outputs = dict.fromkeys(outputs, plan.mixed.total_bytes)
+        outputs = {target.name: plan.mixed.total_bytes for target in plan.targets}
+    else:
+        outputs = {name: size for target in plan.targets for name, size in target.bytes_by_file.items()}
     return Preview(
         model=str(source.checkpoint.folder),
         architecture=source.checkpoint.architecture,
         output=recipe.output,
         state=state,
         source_bytes=source.checkpoint.index.num_bytes,
-        output_bytes=outputs | {target.name: target.num_bytes for target in plan.gguf.values()},
+        output_bytes=outputs,
         details=_details(recipe, plan),
         calibration=source.calibration,
         notes=planned_warnings(recipe, source),
@@ -195,112 +221,19 @@ def _details(recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "preset": preset_and_steps(recipe.preset or "quality", recipe.steps),
         "quantized linears": len(frozenset().union(*plan.linears.values())),
     }
+    for target in plan.targets:
+        details |= target.facts
     if plan.mixed is not None:
-        details["target"] = _target_words(recipe, plan.mixed, "groups of linears")
+        return details | {"target": _target_words(recipe, plan.mixed)}
+    for target in plan.targets:
+        details |= target.details
     return details
 
 
-def _target_words(recipe: TargetedRecipe, mixed: MixedPlan[Any], what: str) -> str:
+def _target_words(recipe: Recipe, mixed: MixedPlan) -> str:
     target = f"{recipe.target_bits} bits" if recipe.target_bits is not None else format_size(mixed.total_bytes)
     widths = ", ".join("BF16" if width == UNQUANTIZED else str(width) for width in mixed.widths)
     return (
-        f"at most {target}: {len(mixed.groups)} {what} are stored as one of {widths}, chosen once their sensitivity is "
-        "measured"
-    )
-
-
-def gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False, report: Report = silent) -> Result:
-    """Converts a model to GGUF files that llama.cpp loads, straight from its shards.
-
-    Args:
-        recipe: what to do.
-        resume: go on with an interrupted job, or begin one.
-        restart: begin anew where there is an interrupted or finished one.
-        report: gets the progress.
-
-    Returns:
-        Where the files are, and what the conversion cost.
-
-    Raises:
-        UsageError: where the recipe cannot work.
-        InputError: where model, texts, imatrix or output folder cannot be used; nothing was written.
-        Interrupted: where the job stopped and can be resumed.
-    """
-    started = time.monotonic()
-    recipe = recipe.model_copy(update={"device": resolved_device(recipe.device)})
-    with _held(recipe, resume, restart) as (state, request):
-        if state == "finished":
-            return finished_result(recipe)
-        plan = plan_gguf(recipe)
-        limits = Limits(recipe.output, memory_budget(recipe), plan.disk_bytes)
-        look = range_look(plan.checkpoint, plan.target.tensors.values())
-        supervised = Supervised(recipe, state, plan.checkpoint.index, limits, request, report, look=look)
-        supervised.check(plan.memory_bytes)
-        notes = {"files": gguf_output_files(plan), "quantizer": quantizer_name(recipe.device == "cuda")}
-        files = [recipe.imatrix] if recipe.imatrix else []
-        inputs = input_hashes(plan.checkpoint.config, plan.calibration, *files)
-        with supervised.job(inputs, notes) as (job, check):
-            _check_same_quantizer(recipe, job.notes["quantizer"])
-            run = GgufRun(recipe, plan, job, report, check)
-            choose_types(run, gguf_output_files)
-            again = state == "resume" and bool(job.journal.units)
-            run.files = GgufFiles(recipe.output, run.plan.target.files, again)
-            try:
-                convert_to_gguf(run)
-                record = finish_gguf(run)
-            finally:
-                run.files.close()
-            job.finish()
-    return result_of(recipe, record, elapsed_s=time.monotonic() - started, peak_resident_bytes=peak_resident_bytes())
-
-
-def _check_same_quantizer(recipe: GgufRecipe, before: str) -> None:
-    """A resumed job must not mix the bytes of two quantizers."""
-    now = quantizer_name(recipe.device == "cuda")
-    if now != before:
-        raise UsageError(
-            f"{recipe.output} was begun with the quantizer {before}, here is {now}; install what it had, or start over "
-            "with --restart"
-        )
-
-
-def preview_gguf(recipe: GgufRecipe, resume: bool = False, restart: bool = False) -> Preview:
-    """Validates everything that headers tell and says what a conversion would write; writes nothing.
-
-    Args:
-        recipe: what to do.
-        resume: as in `gguf`.
-        restart: as in `gguf`.
-
-    Returns:
-        Files, sizes, types, memory and disk.
-
-    Raises:
-        UsageError: where the recipe cannot work.
-        InputError: where model, texts, imatrix or output folder cannot be used.
-    """
-    recipe = recipe.model_copy(update={"device": resolved_device(recipe.device)})
-    plan = plan_gguf(recipe)
-    state = found_state(recipe.output, recipe, resume, restart)
-    budget, resident = memory_budget(recipe), resident_bytes()
-    check_memory(plan.memory_bytes, budget, resident)
-    check_disk(recipe.output, plan.disk_bytes)
-    outputs = {file.file_name: file.num_bytes for file in plan.target.files}
-    details = {f"in {type_name}": format_size(size) for type_name, size in plan.target.bytes_by_type.items()}
-    if plan.mixed is not None:
-        outputs = {plan.target.name: plan.mixed.total_bytes}
-        details = {"target": _target_words(recipe, plan.mixed, "tensors")}
-    return Preview(
-        model=str(plan.checkpoint.folder),
-        architecture=plan.checkpoint.architecture,
-        output=recipe.output,
-        state=state,
-        source_bytes=plan.checkpoint.index.num_bytes,
-        output_bytes=outputs,
-        details={"type": recipe.type, "quantizer": quantizer_name(recipe.device == "cuda"), **details},
-        calibration=plan.calibration,
-        notes=list(plan.notes),
-        memory_bytes=plan.memory_bytes + resident,
-        memory_budget_bytes=budget,
-        work_disk_bytes=plan.work_bytes,
+        f"at most {target}: {len(mixed.groups)} groups of linears are stored as one of {widths}, chosen once their "
+        "sensitivity is measured"
     )

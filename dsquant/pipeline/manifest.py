@@ -4,20 +4,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
+
 from dsquant.files.disk import write_atomically
 from dsquant.files.sealing import hash_files, record_of_folder, seal
-from dsquant.formats.gguf.files import GgufFile
-from dsquant.formats.gguf.imatrix import stored_tensors
-from dsquant.formats.scales import SCALES_FILE, open_scales, write_scales
-from dsquant.formats.shards import ShardPlan
+from dsquant.formats.protocol import Tensors
+from dsquant.formats.scales import SCALES_FILE, open_scales, store_scales
 from dsquant.jobs.folder import RECORD_FILE, Job
-from dsquant.pipeline.gguf_units import IMATRIX_FILE, GgufRun
-from dsquant.pipeline.plan import Unit
+from dsquant.pipeline.kept import kept_of, scales_file
 from dsquant.pipeline.units import Run
-from dsquant.source.shards import ShardIndex
-
-Tensors = dict[str, dict[str, list[Any]]]
-"""File -> tensor -> dtype, SHA-256 and extents."""
 
 
 def run_tensors(run: Run) -> Tensors:
@@ -29,79 +24,22 @@ def run_tensors(run: Run) -> Tensors:
     Returns:
         Every file that holds tensors.
     """
-    plan, found = run.source.plan, Tensors()
-    for target in plan.targets:
-        found |= shard_tensors(target.folder, target.shards, _hashes(run.job.journal.units, target.folder))
-        found |= _scale_tensors(run.job, plan.units, target.folder)
-    for folder, gguf_target in plan.gguf.items():
-        found |= _gguf_tensors(run.job, folder, gguf_target.files)
-        found |= _scale_tensors(run.job, plan.units, folder)
+    found = Tensors()
+    for target in run.source.plan.targets:
+        found |= target.tensors(_hashes(run.job.journal.units, target.folder), run.job.output)
+        if target.linears:
+            found |= _scale_tensors(run.job, [unit.name for unit in run.source.plan.units], target.folder)
     return found
 
 
-def gguf_tensors(run: GgufRun) -> Tensors:
-    """The same for a conversion to GGUF.
-
-    Args:
-        run: the finished conversion.
-
-    Returns:
-        Every file that holds tensors.
-    """
-    folder = PurePosixPath(".")
-    found = _gguf_tensors(run.job, folder, run.plan.target.files)
-    return found | (_scale_tensors(run.job, run.plan.units, folder) if run.plan.linears else {})
-
-
-def shard_tensors(folder: PurePosixPath, shards: ShardPlan, hashes: Mapping[str, str]) -> Tensors:
-    """The tensors of safetensors files.
-
-    Args:
-        folder: where they lie in the output folder.
-        shards: the plan.
-        hashes: tensor -> SHA-256.
-
-    Returns:
-        Their entries.
-    """
-    return {
-        str(folder / shard.file_name): {
-            tensor.name: [tensor.dtype, hashes[tensor.name], *tensor.shape] for tensor in shard.tensors
-        }
-        for shard in shards.shards
-    }
-
-
-def scale_tensors(folder: PurePosixPath, scales: ShardIndex, hashes: Mapping[str, str]) -> Tensors:
-    """The tensors of dsquant.scales.
-
-    Args:
-        folder: where it lies in the output folder.
-        scales: its index.
-        hashes: producer -> SHA-256.
-
-    Returns:
-        Its entry.
-    """
-    return {str(folder / SCALES_FILE): {name: ["F32", hashes[name], *info.shape] for name, info in scales.items()}}
-
-
-def _scale_tensors(job: Job, units: Iterable[Unit], folder: PurePosixPath) -> Tensors:
-    hashes = write_scales(job.work, (unit.name for unit in units), job.output, str(folder))
-    return scale_tensors(folder, open_scales(job.output / folder), hashes)
-
-
-def _gguf_tensors(job: Job, folder: PurePosixPath, files: Iterable[GgufFile]) -> Tensors:
-    hashes = _hashes(job.journal.units, folder)
-    found: Tensors = {
-        str(folder / file.file_name): {
-            tensor.name: [tensor.type_name, hashes[tensor.name], *tensor.shape] for tensor in file.tensors
-        }
-        for file in files
-    }
-    if (job.output / folder / IMATRIX_FILE).is_file():
-        found[str(folder / IMATRIX_FILE)] = stored_tensors(job.output / folder / IMATRIX_FILE)
-    return found
+def _scale_tensors(job: Job, units: Iterable[str], folder: PurePosixPath) -> Tensors:
+    """Writes an output's dsquant.scales and lists what is in it."""
+    scales: dict[str, torch.Tensor] = {}
+    for part in kept_of((job.work / scales_file(unit) for unit in units), str(folder)):
+        scales |= part
+    hashes = store_scales(job.output / folder, scales)
+    index = open_scales(job.output / folder)
+    return {str(folder / SCALES_FILE): {name: ["F32", hashes[name], *info.shape] for name, info in index.items()}}
 
 
 def _hashes(journal: Mapping[str, Mapping[str, Any]], folder: PurePosixPath) -> dict[str, str]:

@@ -229,6 +229,34 @@ def _widest_attention(checkpoint: Checkpoint, layer: DecoderLayer) -> int:
     return max(checkpoint.weights.shape(f"{linear}.weight")[0] for linear in layer.attention_linears)
 
 
+def conversion_memory_bytes(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    largest_whole: int,
+    tokens: tuple[int, int] | None,
+    linears: frozenset[str],
+) -> int:
+    """What a conversion needs beyond what the process has when it starts.
+
+    Args:
+        checkpoint: the source.
+        skeleton: its network.
+        largest_whole: weights of the largest parameter that is not stored in parts.
+        tokens: calibration samples, and tokens of each; None without calibration.
+        linears: those whose inputs are scaled.
+
+    Returns:
+        Bytes of resident memory.
+    """
+    memory = 6 * FLOAT32_BYTES * max(ELEMENTS_AT_ONCE, largest_whole)
+    if tokens is None:
+        return memory
+    samples, seq_len = tokens
+    needs = layer_memory_bytes(samples * seq_len, seq_len, checkpoint, skeleton, linears)
+    layer = max(head_memory_bytes(skeleton), *needs.values())
+    return max(memory, layer + host_memory_bytes(samples * seq_len * skeleton.config["hidden_size"]))
+
+
 def check_memory(needed_bytes: int, budget_bytes: int, resident_bytes: int, option: str = "--memory-budget") -> None:
     """Refuses a budget that cannot work.
 

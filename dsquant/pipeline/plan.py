@@ -1,17 +1,14 @@
 """What a run will do and make, worked out from headers alone: units of work, exact output tensors, its needs."""
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Literal
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
 
 from dsquant.errors import UsageError
-from dsquant.formats.gguf.files import GgufTensor
-from dsquant.formats.gguf.target import GgufTarget, plan_target
-from dsquant.formats.gguf.types import MIXTURES
-from dsquant.formats.protocol import NO_WIDTHS, Format
-from dsquant.formats.shards import ShardPlan, StoredTensor, plan_shards
-from dsquant.formats.table import FORMATS
+from dsquant.formats.protocol import NO_CHOICE, Target, Wanted
+from dsquant.formats.table import format_of
 from dsquant.model.complete import COMPUTED_SUFFIX, check_complete
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import EMBEDDING
@@ -29,15 +26,12 @@ from dsquant.pipeline.memory import (
 )
 from dsquant.precision.groups import MixedPlan, plan_mixed
 from dsquant.recipes import Recipe
-from dsquant.schemes import UNQUANTIZED, Grid
+from dsquant.schemes import Grid
 from dsquant.source.checkpoint import Checkpoint
 
 # How the step is named where it is refused, and what to do then.
 FOLLOW = "step follow (of preset best)"
 WITHOUT_FOLLOW = "take --preset compact, or leave the step out of --steps"
-# What scales are searched on for GGUF: 4 bits with scale and minimum for 32 weights, as Q4_K has.
-GGUF_GRID = Grid(4, 32, False, rounded=False)
-
 Action = Literal["copy", "quantize", "drop"]
 
 
@@ -53,34 +47,13 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Target:
-    """One output checkpoint."""
-
-    format: Format
-    grid: Grid
-    folder: PurePosixPath
-    """Inside the output folder; `.` where there is one format."""
-    shards: ShardPlan
-    widths: Mapping[str, int] = field(default_factory=dict)
-    """Quantized linear -> bits, where widths were chosen; else all have the grid's."""
-
-    def grid_of(self, linear: str) -> Grid:
-        """The grid of a quantized linear."""
-        return self.grid.with_bits(self.widths.get(linear, self.grid.bits))
-
-
-@dataclass(frozen=True)
 class Plan:
     """Everything about a run that headers tell."""
 
     units: tuple[Unit, ...]
     targets: tuple[Target, ...]
-    gguf: Mapping[PurePosixPath, GgufTarget]
-    """Folder inside the output folder -> GGUF model."""
     linears: Mapping[Grid, frozenset[str]]
     """Grid -> the linears that are quantized onto it."""
-    dtypes: Mapping[str, str]
-    """Parameter -> safetensors dtype in which it is stored where it is not quantized."""
     memory_bytes: int
     """Resident memory that the run needs beyond what the process has when it starts."""
     gpu_memory_bytes: int
@@ -89,26 +62,19 @@ class Plan:
     """The layers whose hidden states stay on the GPU while their experts pass."""
     work_bytes: int
     """Disk for hidden states while the run lasts."""
-    mixed: MixedPlan[int] | None = None
+    mixed: MixedPlan | None = None
     """What a target for size or bits leaves to choose."""
 
     @property
     def disk_bytes(self) -> int:
         """Disk for the output and, while the run lasts, for hidden states."""
-        files = sum(target.shards.num_bytes for target in self.targets)
-        if self.mixed is not None:
-            files = max(files, self.mixed.total_bytes)
-        return self.work_bytes + files + sum(target.num_bytes for target in self.gguf.values())
-
-    @property
-    def gguf_tensors(self) -> list[GgufTensor]:
-        """The tensors of all GGUF models."""
-        return [tensor for target in self.gguf.values() for tensor in target.tensors.values()]
+        files = sum(target.num_bytes for target in self.targets)
+        return self.work_bytes + (files if self.mixed is None else max(files, self.mixed.total_bytes))
 
     @property
     def widths(self) -> Mapping[str, int]:
         """Quantized linear -> bits, where widths were chosen; there is one output then."""
-        return self.targets[0].widths if self.targets else NO_WIDTHS
+        return self.targets[0].widths
 
     def linears_of(self, layer: DecoderLayer) -> dict[Grid, frozenset[str]]:
         """Grid -> a layer's linears that are quantized onto it."""
@@ -121,9 +87,9 @@ def plan_run(
     skeleton: Skeleton,
     gpu_budget_bytes: int = 0,
     num_ranks: int = 1,
-    widths: Mapping[str, int] = NO_WIDTHS,
+    chosen: Mapping[str, Any] = NO_CHOICE,
 ) -> Plan:
-    """Plans a quantization run.
+    """Plans a run.
 
     Args:
         recipe: the run's recipe.
@@ -131,66 +97,104 @@ def plan_run(
         skeleton: its network.
         gpu_budget_bytes: the most GPU memory; where it suffices, hidden states stay there.
         num_ranks: how many processes share the run; memory is planned for one of them.
-        widths: linear -> bits that were chosen for it, 16 where it stays as it is; nothing before they are.
+        chosen: group of linears, or tensor -> the width that was chosen for it; nothing before they are.
 
     Returns:
         The plan.
 
     Raises:
-        InputError: where the source's tensors are not what its config promises.
+        InputError: where the source's tensors are not what its config promises, or a format has no place for one.
         UsageError: where a format cannot store what the recipe asks for.
     """
     check_complete(checkpoint, skeleton, recipe.mtp)
     _check_choosing(recipe)
-    by_preset = _quantized_linears(recipe, skeleton)
-    linears = by_preset.difference(linear for linear, width in widths.items() if width == UNQUANTIZED)
     units = plan_units(recipe.mtp, checkpoint, skeleton)
     dtypes = {name: _plain_dtype(checkpoint, name) for name in checkpoint.weights}
-    folders = {name: PurePosixPath(name.partition(":")[0] if len(recipe.to) > 1 else ".") for name in recipe.to}
-    targets = tuple(
-        _target(recipe, name, folder, checkpoint, skeleton, units, linears, dtypes, widths)
-        for name, folder in folders.items()
-        if name in FORMATS
-    )
-    gguf = {
-        folders[name]: _gguf_target(recipe, name, checkpoint, skeleton, units)
-        for name in recipe.to
-        if name not in FORMATS
-    }
-    if len(gguf) < len(recipe.to) - len(targets):
-        raise UsageError("--to gguf:TYPE can be given once; run `dsquant gguf` for further types")
-    by_grid = {target.grid: linears for target in targets}
-    if gguf:
-        by_grid[GGUF_GRID] = frozenset(linear for layer in _touched(recipe, skeleton) for linear in layer.linears)
-    _check_steps(recipe, by_grid, skeleton)
-    mixed = None
-    if recipe.target is not None:
-        kept = [name for unit in units if unit.action != "drop" for name in unit.parameters]
-        (target,) = targets
-        mixed = plan_mixed(
-            recipe, target.format, target.grid, _touched(recipe, skeleton), by_preset, checkpoint, dtypes, kept
+    layers = _touched(recipe, skeleton)
+    folders = _folders(recipe.to)
+    wanted = [
+        Wanted(
+            recipe=recipe,
+            name=name,
+            folder=folders[name],
+            checkpoint=checkpoint,
+            skeleton=skeleton,
+            parameters={unit.name: unit.parameters for unit in units if unit.action != "drop"},
+            layers=layers,
+            linears=_by_preset(recipe, layers),
+            dtypes=dtypes,
+            chosen=chosen,
         )
-    everything = frozenset().union(*by_grid.values())
-    follows = "follow" in recipe.steps
-    streams = 2 if follows else 1
-    num_hidden = recipe.samples * recipe.seq_len * skeleton.config["hidden_size"]
-    head = head_memory_bytes(skeleton)
+        for name in recipe.to
+    ]
+    targets = tuple(format_of(one.name).plan(one) for one in wanted)
+    by_grid: dict[Grid, frozenset[str]] = {}
+    for target in targets:
+        if target.linears:
+            by_grid[target.grid] = by_grid.get(target.grid, frozenset()) | target.linears
+    _check_steps(recipe, targets, by_grid, skeleton)
+    mixed = plan_mixed(recipe, targets[0].choice(wanted[0])) if recipe.target is not None else None
+    needs = _needs(recipe, checkpoint, skeleton, targets, by_grid, gpu_budget_bytes, num_ranks)
+    return Plan(units, targets, by_grid, needs.memory, needs.gpu_memory, needs.resident, needs.work, mixed)
+
+
+def _folders(names: tuple[str, ...]) -> dict[str, PurePosixPath]:
+    """Where each output goes: into the output folder itself where there is one."""
+    if len(names) == 1:
+        return {names[0]: PurePosixPath(".")}
+    kinds = Counter(name.partition(":")[0] for name in names)
+    return {
+        name: PurePosixPath(name.replace(":", "-") if kinds[kind] > 1 else kind)
+        for name in names
+        for kind in [name.partition(":")[0]]
+    }
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a run takes."""
+
+    memory: int
+    gpu_memory: int
+    resident: frozenset[int]
+    """The layers whose hidden states stay on the GPU while their experts pass."""
+    work: int
+    """Disk for hidden states."""
+
+
+def _needs(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    targets: tuple[Target, ...],
+    by_grid: Mapping[Grid, frozenset[str]],
+    gpu_budget_bytes: int,
+    num_ranks: int,
+) -> _Needs:
+    storing = max(target.storing_bytes for target in targets)
+    if not recipe.calibration:
+        return _Needs(storing, 0, frozenset(), 0)
+    everything = frozenset[str]().union(*by_grid.values())
     rounded = [linears for grid, linears in by_grid.items() if grid.rounded and "compensate" in recipe.steps]
     compensated, num_tokens = frozenset[str]().union(*rounded), recipe.samples * recipe.seq_len
-    needs = layer_memory_bytes(num_tokens, recipe.seq_len, checkpoint, skeleton, everything, compensated, len(by_grid))
+    streams = 2 if "follow" in recipe.steps else 1
+    num_hidden = num_tokens * skeleton.config["hidden_size"]
+    head = head_memory_bytes(skeleton)
+    grids = max(1, len(by_grid))
+    needs = layer_memory_bytes(num_tokens, recipe.seq_len, checkpoint, skeleton, everything, compensated, grids)
     shared = sharing_memory_bytes(num_tokens, checkpoint, skeleton, everything, compensated, num_ranks)
-    pairs = pair_memory_bytes(checkpoint, skeleton) if follows else 0
+    pairs = pair_memory_bytes(checkpoint, skeleton) if streams == 2 else 0
     needs = {layer: need + shared + pairs for layer, need in needs.items()}
-    memory, gpu_memory = max(head, *needs.values()) + host_memory_bytes(num_hidden, streams), 0
+    memory, gpu_memory = max(storing, max(head, *needs.values()) + host_memory_bytes(num_hidden, streams)), 0
     resident = frozenset[int]()
     if recipe.device == "cuda":
         hidden = streams * skeleton.config["hidden_size"] * passing_bytes(recipe.samples, recipe.seq_len, num_ranks)
         resident = frozenset(layer for layer, need in needs.items() if need + hidden <= gpu_budget_bytes)
         gpu_memory = max(head, *(need + hidden * (layer in resident) for layer, need in needs.items()))
-        memory = CUDA_HOST_BYTES + host_memory_bytes(num_hidden, streams)
+        memory = CUDA_HOST_BYTES + max(storing, host_memory_bytes(num_hidden, streams))
     prepares = recipe.mtp == "quantize" and skeleton.num_mtp_layers > 0
-    work_bytes = streams * num_hidden * _kept_bytes(recipe.device, len(resident) == len(needs), prepares)
-    return Plan(units, targets, gguf, by_grid, dtypes, memory, gpu_memory, resident, work_bytes, mixed)
+    work = streams * num_hidden * _kept_bytes(recipe.device, len(resident) == len(needs), prepares)
+    return _Needs(memory, gpu_memory, resident, work)
 
 
 def _kept_bytes(device: str, resident: bool, prepares: bool) -> int:
@@ -208,29 +212,27 @@ def _check_choosing(recipe: Recipe) -> None:
     if recipe.target is None:
         return
     option = "--target-bits" if recipe.target_bits is not None else "--target-size"
-    if len(recipe.to) > 1 or recipe.to[0] not in FORMATS:
-        raise UsageError(
-            f"{option} chooses for one format, {' or '.join(FORMATS)}; found --to {', '.join(recipe.to)}. "
-            "For GGUF's types run `dsquant gguf` with it"
-        )
+    if len(recipe.to) > 1:
+        raise UsageError(f"{option} chooses for one format; found --to {', '.join(recipe.to)}")
     if "follow" in recipe.steps:
         raise UsageError(f"{option}: no widths are chosen with {FOLLOW}; {WITHOUT_FOLLOW}")
-    if recipe.mtp == "quantize":
-        raise UsageError(f"{option}: no width is chosen for a multi-token-prediction layer; take --mtp keep or drop")
 
 
-def _check_steps(recipe: Recipe, by_grid: Mapping[Grid, frozenset[str]], skeleton: Skeleton) -> None:
+def _check_steps(
+    recipe: Recipe, targets: tuple[Target, ...], by_grid: Mapping[Grid, frozenset[str]], skeleton: Skeleton
+) -> None:
     """Refuses steps that do nothing here, and what the step `follow` cannot do: it follows one quantized model."""
     mixture = any(layer.experts for layer in skeleton.layers)
     if "gate-weights" in recipe.steps and not mixture:
         raise UsageError("step gate-weights: this model has no routed experts; leave the step out of --steps")
-    if "follow" in recipe.steps and GGUF_GRID in by_grid:
+    unrounded = next((target.name for target in targets if not target.grid.rounded), None)
+    if "follow" in recipe.steps and unrounded:
         raise UsageError(
-            f"{FOLLOW}: GGUF rounds its weights itself; take --preset compact, or leave the step out of --steps, and "
-            "descend with it"
+            f"{FOLLOW}: {unrounded} rounds its weights itself; take --preset compact, or leave the step out of "
+            "--steps, and descend with it"
         )
-    if "descend" in recipe.steps and not any(grid.rounded for grid in by_grid):
-        raise UsageError("step descend: GGUF rounds its weights itself; leave the step out of --steps")
+    if "descend" in recipe.steps and not any(target.grid.rounded for target in targets):
+        raise UsageError(f"step descend: {unrounded} rounds its weights itself; leave the step out of --steps")
     if "follow" not in recipe.steps:
         return
     if mixture and recipe.preset in (None, "quality"):
@@ -246,29 +248,9 @@ def _touched(recipe: Recipe, skeleton: Skeleton) -> tuple[DecoderLayer, ...]:
     return skeleton.layers if recipe.mtp == "quantize" else skeleton.layers[: skeleton.num_layers]
 
 
-def _gguf_target(
-    recipe: Recipe, name: str, checkpoint: Checkpoint, skeleton: Skeleton, units: tuple[Unit, ...]
-) -> GgufTarget:
-    type_name = name.partition(":")[2]
-    if type_name not in MIXTURES:
-        raise UsageError(f"--to {name}: dsquant writes gguf: with {', '.join(MIXTURES)}")
-    for layer in skeleton.layers[: skeleton.num_layers]:
-        for linear in layer.linears:
-            columns = checkpoint.weights.shape(f"{linear}.weight")[1]
-            if columns % GGUF_GRID.group_size:
-                raise UsageError(
-                    f"--to {name}: {linear} has {columns} columns, not a multiple of {GGUF_GRID.group_size}, so scales "
-                    "cannot be searched for it; run `dsquant gguf` with --calibration instead"
-                )
-    parameters = [parameter for unit in units if unit.action != "drop" for parameter in unit.parameters]
-    num_mtp_layers = 0 if recipe.mtp == "drop" else skeleton.num_mtp_layers
-    return plan_target(checkpoint, Path(recipe.model).name, type_name, parameters, num_mtp_layers, True)
-
-
-def _quantized_linears(recipe: Recipe, skeleton: Skeleton) -> frozenset[str]:
-    layers = _touched(recipe, skeleton)
-    mixture = any(layer.experts for layer in layers)
-    if (recipe.preset or "quality") == "quality" and mixture:
+def _by_preset(recipe: Recipe, layers: tuple[DecoderLayer, ...]) -> frozenset[str]:
+    """The linears that the preset quantizes."""
+    if (recipe.preset or "quality") == "quality" and any(layer.experts for layer in layers):
         return frozenset(linear for layer in layers for mlp in layer.experts for linear in mlp.linears)
     return frozenset(linear for layer in layers for linear in layer.linears)
 
@@ -308,46 +290,3 @@ def plan_units(mtp: str, checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[Un
 def _plain_dtype(checkpoint: Checkpoint, name: str) -> str:
     stored = checkpoint.index[name].dtype
     return "BF16" if stored == "F8_E4M3" else stored
-
-
-def default_symmetric(format_name: str, mixture: bool) -> bool:
-    """Whether a format's engines want no zero points: vLLM's mixture kernels take compressed-tensors only so."""
-    return format_name == "compressed-tensors" and mixture
-
-
-def _target(
-    recipe: Recipe,
-    name: str,
-    folder: PurePosixPath,
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    units: tuple[Unit, ...],
-    linears: frozenset[str],
-    dtypes: Mapping[str, str],
-    widths: Mapping[str, int],
-) -> Target:
-    output_format = FORMATS[name]
-    symmetric = recipe.symmetric
-    if symmetric is None:
-        symmetric = default_symmetric(name, any(layer.experts for layer in skeleton.layers))
-    grid = Grid(recipe.bits, recipe.group_size, symmetric)
-    shapes = {linear: _matrix(checkpoint.weights.shape(f"{linear}.weight")) for linear in sorted(linears)}
-    output_format.check(grid, shapes)
-
-    def stored(parameter: str) -> list[StoredTensor]:
-        linear = parameter.removesuffix(".weight")
-        if linear in linears:
-            return output_format.stored(linear, shapes[linear], grid.with_bits(widths.get(linear, grid.bits)))
-        return [StoredTensor(parameter, dtypes[parameter], checkpoint.weights.shape(parameter))]
-
-    tensors = [
-        (unit.name, [tensor for parameter in unit.parameters for tensor in stored(parameter)])
-        for unit in units
-        if unit.action != "drop"
-    ]
-    chosen = {linear: widths[linear] for linear in shapes if linear in widths}
-    return Target(output_format, grid, folder, plan_shards(tensors, recipe.max_shard_bytes), chosen)
-
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    return shape[0], shape[1]

@@ -1,30 +1,27 @@
 """What a finished job tells: the record in its output folder, dsquant.json, and the result that callers get."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsquant.evaluation.divergence import Divergence
 from dsquant.files.foreign import blaming
 from dsquant.files.strict_json import read_json_object
-from dsquant.formats.gguf.store import quantizer_name
-from dsquant.formats.gguf.target import GgufTarget
-from dsquant.formats.scales import SCALES_FILE
+from dsquant.formats.protocol import Target
 from dsquant.jobs.folder import RECORD_FILE, Job
 from dsquant.jobs.journal import BEGIN_ANEW
 from dsquant.packages import PACKAGES, version
-from dsquant.pipeline import card
 from dsquant.pipeline.card import serve_command
-from dsquant.pipeline.gguf_units import IMATRIX_FILE, GgufPlan, GgufRun
 from dsquant.pipeline.inputs import Source
 from dsquant.pipeline.units import Run
 from dsquant.precision.groups import WIDTH_COLUMNS, MixedPlan, width_rows
 from dsquant.precision.sensitivity import SENSITIVITY
 from dsquant.quantization.layer import FEWEST_TOKENS
-from dsquant.recipes import JobRecipe, Recipe, TargetedRecipe, format_size
+from dsquant.recipes import Recipe, format_size
 from dsquant.reporting.notebook import Shown, as_html, table_of
+from dsquant.schemes import Grid
 from dsquant.source.vocabulary import surplus_notes
 
 if TYPE_CHECKING:
@@ -174,7 +171,7 @@ class Preview:
         return as_html([str(self)])
 
 
-def finished_result(recipe: JobRecipe) -> Result:
+def finished_result(recipe: Recipe) -> Result:
     """The result of a job that has finished before.
 
     Args:
@@ -194,7 +191,7 @@ def finished_result(recipe: JobRecipe) -> Result:
     return result
 
 
-def result_of(recipe: JobRecipe, record: dict[str, Any], **changes: Any) -> Result:
+def result_of(recipe: Recipe, record: dict[str, Any], **changes: Any) -> Result:
     """The result that a record tells of.
 
     Args:
@@ -223,26 +220,15 @@ def result_of(recipe: JobRecipe, record: dict[str, Any], **changes: Any) -> Resu
 
 
 def output_files(source: Source) -> list[str]:
-    """Every file that a quantization may make, relative to the output folder."""
-    names = [RECORD_FILE]
+    """Every file that a job may make, relative to the output folder."""
+    names = {RECORD_FILE}
     for target in source.plan.targets:
-        inside = [shard.file_name for shard in target.shards.shards]
-        inside += [*card.copied_files(source.checkpoint.folder), *card.WRITTEN_FILES, SCALES_FILE]
-        names += [str(target.folder / name) for name in inside]
-    for folder, gguf_target in source.plan.gguf.items():
-        inside = [file.file_name for file in gguf_target.files]
-        names += [str(folder / name) for name in (*inside, IMATRIX_FILE, SCALES_FILE, RECORD_FILE)]
-    return sorted(set(names))
-
-
-def gguf_output_files(plan: GgufPlan) -> list[str]:
-    """Every file that a conversion to GGUF makes."""
-    names = [file.file_name for file in plan.target.files] + [RECORD_FILE]
-    return sorted(names + ([IMATRIX_FILE, SCALES_FILE] if plan.calibration else []))
+        names |= {str(target.folder / name) for name in (*target.file_names(), RECORD_FILE)}
+    return sorted(names)
 
 
 def run_record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Everything about a quantization's output that two runs have in common; times and memory are not in here.
+    """Everything about an output that two runs have in common; times and memory are not in here.
 
     Args:
         run: the finished run.
@@ -252,14 +238,15 @@ def run_record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any
         Plain JSON values.
     """
     source, journal = run.source, run.job.journal.units
-    weights = source.checkpoint.weights
+    weights, targets = source.checkpoint.weights, source.plan.targets
     layers, errors = _layers(journal)
-    grids = list(source.plan.linears)
+    packages = dict.fromkeys([*PACKAGES, *(name for target in targets for name in target.packages)])
     return {
         "record_version": RECORD_VERSION,
         "recipe": run.recipe.lasting(),
         "recipe_sha256": run.recipe.hash,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in packages},
+        **{name: value for target in targets for name, value in target.facts.items()},
         "source": {
             "architecture": source.checkpoint.architecture,
             "bytes": source.checkpoint.index.num_bytes,
@@ -268,15 +255,9 @@ def run_record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any
         },
         "calibration": source.calibration,
         "outputs": {
-            target.format.name: {
-                "folder": str(target.folder),
-                "bytes": target.shards.num_bytes,
-                "grid": vars(target.grid),
-                "weight_errors": errors[grids.index(target.grid)],
-            }
-            for target in source.plan.targets
-        }
-        | {target.name: _gguf_output(target, folder, journal) for folder, target in source.plan.gguf.items()},
+            target.name: target.recorded(_weight_errors(target, journal, errors, list(source.plan.linears)))
+            for target in targets
+        },
         "layers": layers,
         "divergence": divergence,
         "warnings": _warnings(run, layers),
@@ -284,14 +265,29 @@ def run_record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any
     }
 
 
-def _unused(recipe: TargetedRecipe, mixed: MixedPlan[Any] | None, job: Job) -> list[str]:
+def _weight_errors(
+    target: Target,
+    journal: Mapping[str, Mapping[str, Any]],
+    by_grid: Mapping[int, Mapping[str, float]],
+    grids: Sequence[Grid],
+) -> Mapping[str, float]:
+    """An output's own errors where its format rounds itself, else those of its grid."""
+    if target.grid.rounded:
+        return by_grid[grids.index(target.grid)]
+    found: dict[str, float] = {}
+    for entry in journal.values():
+        found |= entry["weight_errors"].get(str(target.folder), {})
+    return found
+
+
+def _unused(recipe: Recipe, mixed: MixedPlan | None, job: Job) -> list[str]:
     """What a user should know where a target's bytes could not be used."""
     if mixed is None or SENSITIVITY not in job.notes:
         return []
     used = sum(entry["bytes"][str(entry["width"])] for entry in job.notes[SENSITIVITY].values())
     if used >= MOST_UNUSED * mixed.budget_bytes:
         return []
-    more = "; --to compressed-tensors has 8 bits as well" if isinstance(recipe, Recipe) and "awq" in recipe.to else ""
+    more = "; --to compressed-tensors has 8 bits as well" if "awq" in recipe.to else ""
     sizes = f"{format_size(used)} of {format_size(mixed.budget_bytes)}"
     return [f"{recipe.target}: what is chosen takes {sizes}, no group of linears fits into what is left{more}"]
 
@@ -326,58 +322,6 @@ def _layers(journal: Mapping[str, Mapping[str, Any]]) -> tuple[list[dict[str, An
     return layers, errors
 
 
-def gguf_record(run: GgufRun, divergence: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Everything about a conversion's files that two runs have in common.
-
-    Args:
-        run: the finished conversion.
-        divergence: type -> text -> distance from the original.
-
-    Returns:
-        Plain JSON values.
-    """
-    plan, journal = run.plan, run.job.journal.units
-    weights = plan.checkpoint.weights
-    layers, _ = _layers(journal)
-    rare = sum(len(layer["topped_up"]) for layer in layers)
-    warnings = list(plan.notes)
-    if rare:
-        warnings.append(f"{rare} experts got fewer than 256 calibration tokens; their router's next best were added")
-    warnings += _unused(run.recipe, plan.mixed, run.job)
-    return {
-        "record_version": RECORD_VERSION,
-        "recipe": run.recipe.lasting(),
-        "recipe_sha256": run.recipe.hash,
-        "versions": {name: version(name) for name in (*PACKAGES, "gguf")},
-        "quantizer": quantizer_name(run.recipe.device == "cuda"),
-        "source": {
-            "architecture": plan.checkpoint.architecture,
-            "bytes": plan.checkpoint.index.num_bytes,
-            "bf16_bytes": 2 * sum(math.prod(weights.shape(name)) for name in weights),
-            "tensors_sha256": run.job.notes["tensors"],
-        },
-        "calibration": plan.calibration,
-        "outputs": {plan.target.name: _gguf_output(plan.target, PurePosixPath("."), journal)},
-        "layers": layers,
-        "divergence": divergence,
-        "warnings": warnings,
-        **_precision(run.job),
-    }
-
-
-def _gguf_output(target: GgufTarget, folder: PurePosixPath, journal: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the record tells of a GGUF model; `folder` is its first file, which is what llama.cpp is given."""
-    errors: dict[str, float] = {}
-    for entry in journal.values():
-        errors |= entry["weight_errors"].get(str(folder), {})
-    return {
-        "folder": str(folder / target.files[0].file_name),
-        "bytes": target.num_bytes,
-        "bytes_by_type": target.bytes_by_type,
-        "weight_errors": errors,
-    }
-
-
 def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
     """What a user should know before a quantization begins, in words.
 
@@ -391,13 +335,14 @@ def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
     words = [*source.checkpoint.notes, *source.notes]
     if source.tokenizer is not None:  # under recorded scales no text is read
         words += surplus_notes(source.tokenizer)
-    if source.calibration["samples"] < recipe.samples:
+    if source.calibration is not None and source.calibration["samples"] < recipe.samples:
         words.append(
             f"the calibration texts yield {source.calibration['samples']} samples of {recipe.seq_len} tokens, "
             f"{recipe.samples} were asked for"
         )
     mixed = source.plan.mixed
-    if 3 in ((recipe.bits,) if mixed is None else mixed.widths):
+    rounded = any(target.grid.rounded for target in source.plan.targets)
+    if 3 in ((recipe.bits,) if mixed is None else mixed.widths) and rounded:
         found = "linears of 3 bits" if mixed is None else "the target needs linears of 3 bits"
         words.append(
             f"{found}: compressed-tensors and transformers decode them, vLLM and SGLang have kernels for 4 and 8 bits "
@@ -408,7 +353,7 @@ def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
             "transformers (5.24) loads a mixture in the format awq without its experts' weights: serve it by vLLM or "
             "SGLang; for transformers take --to compressed-tensors"
         )
-    words += [note for target in source.plan.gguf.values() for note in target.notes]
+    words += [note for target in source.plan.targets for note in target.notes]
     if source.skeleton.num_mtp_layers and recipe.mtp == "drop":
         words.append("the multi-token-prediction layer is dropped: engines cannot draft with it any more")
     return words
@@ -418,8 +363,8 @@ def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
     words = planned_warnings(run.recipe, run.source)
     counts = [count for layer in layers for count in layer["tokens_per_expert"]]
     topped_up = sum(len(layer["topped_up"]) for layer in layers)
-    rare = topped_up if "top-up" in run.recipe.steps else sum(count < FEWEST_TOKENS for count in counts)
-    if rare and run.recipe.steps:  # plain rounding judges by no token
+    rare = topped_up if topped_up or "top-up" in run.recipe.steps else sum(count < FEWEST_TOKENS for count in counts)
+    if rare and (run.recipe.steps or topped_up):  # plain rounding judges by no token
         on = "their router's next best as well" if topped_up else "these alone"
         words.append(
             f"{rare} of {len(counts)} experts got fewer than {FEWEST_TOKENS} calibration tokens and were judged on "
@@ -431,14 +376,15 @@ def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
             f"linears have {' and '.join(map(str, sorted(widths)))} bits, by the names in config.json, which vLLM and "
             "SGLang follow; transformers (5.24) decodes a mixture's linears as if all were alike: do not load it there"
         )
-    lost = sum(any((grid[key] or 0) > MOST_LOST for key in LAYER_ERRORS) for layer in layers for grid in layer["grids"])
+    grids = [grid for layer in layers for grid in layer.get("grids", [])]
+    lost = sum(any((grid[key] or 0) > MOST_LOST for key in LAYER_ERRORS) for grid in grids)
     if lost:
         words.append(
             f"{lost} layers lost more than {MOST_LOST:.0%} of their output's energy (`layers` in {RECORD_FILE}): their "
             "weights or inputs are out of the range that these groups can hold; do not use the output unmeasured"
         )
     words += _unused(run.recipe, run.source.plan.mixed, run.job)
-    fallbacks = sum(len(grid["fallbacks"]) for layer in layers for grid in layer["grids"])
+    fallbacks = sum(len(grid["fallbacks"]) for grid in grids)
     if fallbacks:
         words.append(f"{fallbacks} modules are plainly rounded because the search found nothing better")
     return words

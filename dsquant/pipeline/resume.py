@@ -9,9 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.errors import InputError
-from dsquant.files.disk import PARTIAL
-from dsquant.formats.gguf.files import GgufFile
-from dsquant.formats.shards import Shard, ShardPlan
+from dsquant.formats.protocol import Target
 from dsquant.jobs.folder import Job
 from dsquant.jobs.journal import BEGIN_ANEW
 
@@ -102,67 +100,21 @@ def check_kept(job: Job, hidden: Sequence[str], safe_point: Callable[[], None]) 
         raise InputError(f"{job.work / damaged[0]} of the interrupted job is damaged; {BEGIN_ANEW}")
 
 
-def check_checkpoints(job: Job, plans: Mapping[PurePosixPath, ShardPlan], safe_point: Callable[[], None]) -> None:
-    """Checks every finished shard of every checkpoint that a job writes.
+def check_target(job: Job, target: Target, safe_point: Callable[[], None]) -> None:
+    """Checks what finished units have left of an output: files' sizes and headers, and every tensor's hash.
 
     Args:
         job: the resumed job.
-        plans: folder in the output folder -> the checkpoint's planned shards.
+        target: the output.
         safe_point: called after each tensor; may raise to stop.
 
     Raises:
-        InputError: where one is gone or damaged.
+        InputError: where a file is gone or damaged.
     """
-    for folder, plan in plans.items():
-        finished = [shard for name in job.journal.units for shard in plan.shards_of(name)]
-        check_shards(job, folder, finished, safe_point)
-
-
-def check_shards(job: Job, folder: PurePosixPath, shards: Iterable[Shard], safe_point: Callable[[], None]) -> None:
-    """Checks the finished shards of an output: their size, their header, and every tensor's hash.
-
-    Args:
-        job: the resumed job.
-        folder: where they lie in the output folder.
-        shards: those that are finished.
-        safe_point: called after each tensor; may raise to stop.
-
-    Raises:
-        InputError: where one is gone or damaged.
-    """
-    hashes = _hashes(job, folder)
-    for shard in shards:
-        path, header = job.output / folder / shard.file_name, shard.header
-        _check_whole(path, header, shard.num_bytes)
-        offset, places = len(header), {}
-        for tensor in shard.tensors:
-            places[tensor.name] = (path, offset, tensor.num_bytes)
-            offset += tensor.num_bytes
-        _check_tensors(places, hashes, safe_point)
-
-
-def check_gguf(job: Job, folder: PurePosixPath, files: Iterable[GgufFile], safe_point: Callable[[], None]) -> None:
-    """Checks the tensors of finished units in GGUF files; `GgufFiles` has checked size and header.
-
-    Args:
-        job: the resumed job.
-        folder: where they lie in the output folder.
-        files: the plan.
-        safe_point: called after each tensor; may raise to stop.
-
-    Raises:
-        InputError: where one is damaged.
-    """
-    hashes = _hashes(job, folder)
-    for file in files:
-        path = job.output / folder / (file.file_name + PARTIAL)
-        path = path if path.is_file() else path.with_name(file.file_name)
-        offsets = file.offsets
-        places = {
-            tensor.name: (path, offsets[tensor.name], tensor.num_bytes)
-            for tensor in file.tensors
-            if tensor.name in hashes
-        }
+    hashes = _hashes(job, target.folder)
+    for file in target.finished_files(job.output, list(job.journal.units), hashes):
+        _check_whole(file.path, file.header, file.num_bytes)
+        places = {name: (file.path, offset, size) for name, (offset, size) in file.places.items()}
         _check_tensors(places, hashes, safe_point)
 
 

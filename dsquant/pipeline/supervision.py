@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError
+from dsquant.formats.table import format_of
 from dsquant.jobs.folder import WORK_FOLDER, Job, StopRequest, memory_guard, open_job
 from dsquant.jobs.journal import BEGIN_ANEW
 from dsquant.jobs.ranks import ALONE, Ranks
 from dsquant.jobs.resources import check_disk
 from dsquant.packages import PACKAGES, version
 from dsquant.pipeline.memory import check_memory
-from dsquant.recipes import JobRecipe, Recipe
+from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Limits, Progress, Report, resident_bytes
 from dsquant.source.quantized import check_decoder
 from dsquant.source.scan import Look, sampled_hash, scan, unseen
@@ -26,7 +27,7 @@ from dsquant.source.shards import ShardIndex
 class Supervised:
     """A job that is about to begin or to go on."""
 
-    recipe: JobRecipe
+    recipe: Recipe
     state: str
     """What `held` found in the output folder."""
     index: ShardIndex
@@ -109,14 +110,13 @@ class Supervised:
             )
 
 
-def _check_packages(recipe: JobRecipe) -> None:
+def _check_packages(recipe: Recipe) -> None:
     """Looks up now what a job's last steps import and record of other packages."""
     for name in (*PACKAGES, "gguf"):
         version(name)
-    written = recipe.to if isinstance(recipe, Recipe) else ("gguf",)
-    decoded = written if isinstance(recipe, Recipe) and recipe.evaluate else ()
-    for name in {*decoded, *(name for name in written if name.startswith("gguf"))}:
-        check_decoder(name)
+    for name in recipe.to:
+        if recipe.evaluate or format_of(name).encoded_by_package:
+            check_decoder(name)
 
 
 def input_hashes(config: Mapping[str, Any], calibration: Mapping[str, Any] | None, *files: Path) -> dict[str, str]:

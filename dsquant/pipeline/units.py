@@ -1,29 +1,26 @@
 """Makes the units of an output, one after the other: each is written, brought to disk and journaled before the next."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsquant.files.disk import sync_folder
-from dsquant.formats.gguf.files import GgufFiles
-from dsquant.formats.gguf.target import GgufUnitWriter
-from dsquant.formats.scales import keep_scales
-from dsquant.formats.shards import ShardFile
-from dsquant.formats.write_behind import WriteBehind
+from dsquant.formats.protocol import OpenTarget, Target, UnitWriter
 from dsquant.jobs.folder import Job
 from dsquant.jobs.ranks import ALONE, Ranks, Shares
 from dsquant.model.activations import Activations, stored_dtype
+from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import Stream, embed, mtp_inputs, samples_together
 from dsquant.model.structure import DecoderLayer
-from dsquant.pipeline.gguf_units import keep_observed, note_importance, work_files
 from dsquant.pipeline.inputs import Source
-from dsquant.pipeline.plan import Target, Unit
-from dsquant.pipeline.resume import check_checkpoints, check_gguf, check_kept, check_units, kept_files
+from dsquant.pipeline.kept import keep_by_folder, kept_file, scales_file
+from dsquant.pipeline.plan import Unit
+from dsquant.pipeline.resume import check_kept, check_target, check_units, kept_files
+from dsquant.quantization.importance import ObservationJob, observe_layer
 from dsquant.quantization.layer import quantize_layer
 from dsquant.quantization.layer_job import LayerJob, QuantizedStream
 from dsquant.quantization.statistics import Importance
@@ -31,10 +28,7 @@ from dsquant.quantization.successive import quantize_successively
 from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Progress, Report, Stage
 from dsquant.schemes import Grid, QuantizedWeight
-from dsquant.source.shards import DTYPES
-
-# Tables are copied in parts of this many rows: a multiple of the FP8 block, 112 MiB for R1's embedding.
-ROWS_AT_ONCE = 4096
+from dsquant.source.weights import Weights
 
 
 @dataclass
@@ -47,10 +41,8 @@ class Run:
     report: Report
     check: Callable[[], None]
     """Raises where the job has to stop here."""
-    gguf_files: dict[PurePosixPath, GgufFiles] = field(default_factory=dict)
-    """Folder inside the output folder -> its open GGUF files."""
-    write_behind: WriteBehind | None = None
-    """Writes what comes from a GPU."""
+    opened: Sequence[OpenTarget] = ()
+    """Of each of the plan's targets, open once every tensor has its width."""
     ranks: Ranks = ALONE
     """Who does the job."""
     bytes_written: int = 0
@@ -135,143 +127,89 @@ class Run:
 
     @property
     def _hidden_shape(self) -> tuple[int, int, int]:
+        assert self.source.tokens_NT is not None
         samples, tokens = self.source.tokens_NT.shape
         return samples, tokens, int(self.source.skeleton.config["hidden_size"])
 
 
-class UnitWriter:
-    """Writes one unit's tensors into one target's shards."""
-
-    def __init__(self, run: Run, target: Target, unit: Unit) -> None:
-        self.target = target
-        self._unit = unit
-        self._run = run
-        folder = run.job.output / target.folder
-        folder.mkdir(exist_ok=True)
-        self._shards = [ShardFile(folder, shard, run.ranks.first) for shard in target.shards.shards_of(unit.name)]
-        self._shard_of = {tensor.name: shard for shard in self._shards for tensor in shard.plan.tensors}
-        self._written: set[str] = set()
-
-    def write(self, name: str, value: QuantizedWeight | torch.Tensor) -> None:
-        """Writes a linear's quantized weight, or a parameter's values in its planned dtype."""
-        if isinstance(value, QuantizedWeight):
-            for stored_name, tensor in self.target.format.pack(name, value).items():
-                self._write_rows(stored_name, 0, tensor)
-            self._written.add(f"{name}.weight")
-            return
-        self._write_rows(name, 0, value.to(DTYPES[self._run.source.plan.dtypes[name]]))
-        self._written.add(name)
-
-    def _write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
-        shard = self._shard_of[name]
-        if self._run.write_behind is not None:  # all of a shard in one thread
-            self._run.write_behind.write(rows, partial(shard.write_rows, name, start))
-        else:
-            shard.write_rows(name, start, rows)
-        self._run.bytes_written += rows.nbytes
-
-    def copy_rest(self, safe_point: Callable[[str], None]) -> None:
-        """Copies the unit's parameters that nothing has changed, in parts of bounded size."""
-        weights, dtypes = self._run.source.checkpoint.weights, self._run.source.plan.dtypes
-        written = set[str]().union(*self._run.ranks.gather(self._written))
-        rest = [name for name in self._unit.parameters if name not in written]
-        for name in rest[self._run.ranks.rank :: self._run.ranks.size]:
-            safe_point(name)
-            num_rows = weights.shape(name)[0]
-            for start in range(0, num_rows, ROWS_AT_ONCE):
-                rows = weights.rows(name, start, min(start + ROWS_AT_ONCE, num_rows))
-                self._write_rows(name, start, rows.to(DTYPES[dtypes[name]]))
-
-    def commit(self) -> dict[str, str]:
-        """Brings every shard to disk under its final name; returns tensor name -> SHA-256."""
-        if self._run.write_behind is not None:
-            self._run.write_behind.wait()
-        own = [shard.sync() for shard in self._shards]
-        found = [hashes for part in self._run.ranks.gather(own) for hashes in part]
-        hashes = {name: digest for hashes in found for name, digest in hashes.items()}
-        for shard in self._shards:
-            shard.publish(hashes)
-        return {tensor.name: hashes[tensor.name] for shard in self._shards for tensor in shard.plan.tensors}
-
-    def discard(self) -> None:
-        """Removes what was written."""
-        if self._run.write_behind is not None:
-            self._run.write_behind.drop()
-        for shard in self._shards:
-            shard.discard()
-
-
 @dataclass
-class _Writers:
+class Writers:
     """Everything that one unit is written into."""
 
-    checkpoints: list[UnitWriter]
-    gguf: dict[PurePosixPath, GgufUnitWriter]
+    by_target: list[tuple[Target, UnitWriter]]
     scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Folder -> producer -> the scales that were folded."""
 
     def emit(self, grid: Grid, name: str, value: QuantizedWeight | torch.Tensor) -> None:
-        for writer in self.checkpoints:
-            if writer.target.grid == grid:
+        for target, writer in self.by_target:
+            if target.grid == grid:
                 writer.write(name, value)
-        if not grid.rounded:
-            assert isinstance(value, torch.Tensor)
-            for gguf_writer in self.gguf.values():
-                gguf_writer.write(name, value)
 
     def note(self, grid: Grid, linear: str, importance: Importance) -> None:
-        for writer in self.gguf.values():
-            note_importance(writer, linear, importance)
+        for target, writer in self.by_target:
+            if target.grid == grid:
+                writer.note(linear, importance.squares_I, importance.count)
 
     def keep_scales(self, grid: Grid, producer: str, scales_I: torch.Tensor) -> None:
-        folders = [writer.target.folder for writer in self.checkpoints if writer.target.grid == grid]
-        for folder in folders if grid.rounded else self.gguf:
-            self.scales.setdefault(str(folder), {})[producer] = scales_I.to("cpu", copy=True)
+        for target, _ in self.by_target:
+            if target.grid == grid:
+                self.scales.setdefault(str(target.folder), {})[producer] = scales_I.to("cpu", copy=True)
+
+    def observe(self, linear: str, weight: torch.Tensor, importance: Importance) -> None:
+        """Stores an original weight by its importance."""
+        for _, writer in self.by_target:
+            writer.note(linear, importance.squares_I, importance.count)
+            writer.write(f"{linear}.weight", weight)
 
     def finish(self, run: Run, unit: Unit, safe_point: Callable[[str], None]) -> dict[str, dict[str, str]]:
         """Writes the rest and brings all to disk; returns folder -> tensor -> SHA-256."""
-        for writer in self.checkpoints:
+        hashes: dict[str, dict[str, str]] = {}
+        for target, writer in self.by_target:
             writer.copy_rest(safe_point)
-        hashes = {str(writer.target.folder): writer.commit() for writer in self.checkpoints}
-        for folder, gguf_writer in self.gguf.items():
-            gguf_writer.copy_rest(safe_point)
-            hashes[str(folder)] = gguf_writer.commit()
-            keep_observed(run.job.work, unit.name, gguf_writer.observed)
-            run.bytes_written += gguf_writer.bytes_written
+            hashes[str(target.folder)] = writer.commit()
+            run.bytes_written += writer.bytes_written
+        kept = {str(target.folder): writer.kept for target, writer in self.by_target}
         scales: dict[str, dict[str, torch.Tensor]] = {}
         for part in run.ranks.gather(self.scales):
             for name, found in part.items():
                 scales.setdefault(name, {}).update(found)
-        run.ranks.once(lambda: keep_scales(run.job.work, unit.name, scales))
+        run.ranks.once(lambda: keep_by_folder(run.job.work / scales_file(unit.name), scales))
+        run.ranks.once(lambda: keep_by_folder(run.job.work / kept_file(unit.name), kept))
         return hashes
+
+    @property
+    def weight_errors(self) -> dict[str, dict[str, float]]:
+        """Folder -> parameter -> error, of the formats that round themselves."""
+        errors = {str(target.folder): writer.weight_errors for target, writer in self.by_target}
+        return {folder: found for folder, found in errors.items() if found is not None}
 
 
 @contextmanager
-def _unit_writers(run: Run, unit: Unit) -> Iterator[_Writers]:
-    plan, checkpoint = run.source.plan, run.source.checkpoint
-    gguf = {
-        folder: GgufUnitWriter(checkpoint, target, run.gguf_files[folder], unit.parameters)
-        for folder, target in plan.gguf.items()
-    }
-    writers = _Writers([], gguf)
+def _unit_writers(run: Run, unit: Unit) -> Iterator[Writers]:
+    writers = Writers([])
 
     def begin() -> None:
-        for target in plan.targets:
-            writers.checkpoints.append(UnitWriter(run, target, unit))
+        for target, opened in zip(run.source.plan.targets, run.opened, strict=True):
+            writers.by_target.append((target, opened.unit(unit.name, unit.parameters)))
 
     try:
         run.ranks.after_first(begin)
         yield writers
     finally:
-        for writer in writers.checkpoints:
+        for _, writer in writers.by_target:
             writer.discard()
 
 
-def convert(run: Run) -> None:
+Maker = Callable[[Run, Unit, Writers, Callable[[str], None]], dict[str, Any]]
+"""Makes a unit: writes what it changes, and returns what the journal notes of it."""
+
+
+def convert(run: Run, make: "Maker | None" = None) -> None:
     """Makes every unit that the journal does not have yet.
 
     Args:
         run: the running job.
+        make: makes a unit; None runs the original on the calibration tokens and quantizes what they reach.
 
     Raises:
         InputError: where what finished units have left is damaged.
@@ -288,8 +226,8 @@ def convert(run: Run) -> None:
             def safe_point(what: str, number: int = number) -> None:
                 run.safe_point("quantize", number, len(units), what)
 
-            done[unit.name] = _make_unit(run, unit, safe_point)
-        if unit.action == "quantize":
+            done[unit.name] = _make_unit(run, unit, make or _calibrated, safe_point)
+        if "layer" in done[unit.name] and run.source.tokens_NT is not None:
             run.tokens_done += run.source.tokens_NT.numel()
             run.tell("quantize", number + 1, len(units), unit.name, done[unit.name]["layer"])
     run.safe_point("quantize", len(units), len(units), "")
@@ -297,6 +235,8 @@ def convert(run: Run) -> None:
 
 def _needed(run: Run, units: list[Unit]) -> list[Path]:
     """The hidden states that the first layer without a line in the journal reads; empty where there are none yet."""
+    if run.source.tokens_NT is None:
+        return []
     left = [unit for unit in units if unit.name not in run.job.journal.units]
     layers = [unit.layer.index for unit in left if unit.action == "quantize" and unit.layer is not None]
     return run.kept_paths(layers[0]) if layers and left[0].name != "embedding" else []
@@ -312,9 +252,8 @@ def _check_left(run: Run, units: list[Unit], beat: Callable[[], None]) -> None:
     job, plan = run.job, run.source.plan
     check_units(job, [unit.name for unit in units])
     check_kept(job, [path.name for path in _needed(run, units)], safe_point)
-    check_checkpoints(job, {target.folder: target.shards for target in plan.targets}, safe_point)
-    for folder, gguf_target in plan.gguf.items():
-        check_gguf(job, folder, gguf_target.files, safe_point)
+    for target in plan.targets:
+        check_target(job, target, safe_point)
 
 
 def _remove_leftovers(run: Run, units: list[Unit]) -> None:
@@ -325,22 +264,29 @@ def _remove_leftovers(run: Run, units: list[Unit]) -> None:
             path.unlink()
 
 
-def _make_unit(run: Run, unit: Unit, safe_point: Callable[[str], None]) -> dict[str, Any]:
-    notes: dict[str, Any] = {}
+def _make_unit(run: Run, unit: Unit, make: Maker, safe_point: Callable[[str], None]) -> dict[str, Any]:
     with _unit_writers(run, unit) as writers:
-        if unit.name == "embedding":
-            run.ranks.once(lambda: _embed(run))
-        elif unit.action == "quantize":
-            notes["layer"] = _quantize_layer(run, unit, writers, safe_point)
+        notes = make(run, unit, writers, safe_point)
         notes["tensors"] = writers.finish(run, unit, safe_point)
-        notes["weight_errors"] = {str(folder): writer.weight_errors for folder, writer in writers.gguf.items()}
+        notes["weight_errors"] = writers.weight_errors
     run.ranks.once(lambda: _journal(run, unit, notes))
     return notes
 
 
+def _calibrated(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str], None]) -> dict[str, Any]:
+    if run.source.tokens_NT is None:
+        return {}  # every parameter is stored as it is
+    if unit.name == "embedding":
+        run.ranks.once(lambda: _embed(run))
+    elif unit.action == "quantize":
+        return {"layer": _run_layer(run, unit, writers, safe_point)}
+    return {}
+
+
 def _journal(run: Run, unit: Unit, notes: dict[str, Any]) -> None:
     made = run.kept_paths(unit.layer.index + 1 if unit.layer is not None else 0)
-    notes["kept"] = kept_files(run.job.work, [*work_files(unit.name), *(path.name for path in made)])
+    own = [scales_file(unit.name), kept_file(unit.name)]
+    notes["kept"] = kept_files(run.job.work, [*own, *(path.name for path in made)])
     sync_folder(run.job.work)
     run.job.journal.append(unit.name, **notes)
     if unit.action == "quantize" and unit.layer is not None:
@@ -352,6 +298,7 @@ def _journal(run: Run, unit: Unit, notes: dict[str, Any]) -> None:
 
 
 def _embed(run: Run) -> None:
+    assert run.source.tokens_NT is not None
     for path in run.kept_paths(0):
         outputs = run.activations(path)
         embed(run.source.skeleton, run.source.checkpoint.weights, run.source.tokens_NT, outputs)
@@ -360,6 +307,7 @@ def _embed(run: Run) -> None:
 
 def _prepare_mtp(run: Run, layer: DecoderLayer, inputs: Activations, prepared: Activations) -> None:
     """Writes the inputs of a multi-token-prediction layer."""
+    assert run.source.tokens_NT is not None
     stream = Stream(run.source.checkpoint.weights, inputs, prepared)
     mtp_inputs(run.source.skeleton, run.source.checkpoint.weights, layer, run.source.tokens_NT, stream)
 
@@ -378,7 +326,8 @@ def _quantized_stream(run: Run, layer: DecoderLayer) -> QuantizedStream:
     )
 
 
-def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callable[[str], None]) -> dict[str, Any]:
+def _run_layer(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str], None]) -> dict[str, Any]:
+    """Runs an original layer, and quantizes it where any linear is; else its weights are stored by their importance."""
     source, layer = run.source, unit.layer
     assert layer is not None
     inputs = run.activations(run.hidden_path(layer.index))
@@ -387,13 +336,14 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
         run.ranks.once(lambda: _prepare_mtp(run, layer, inputs, prepared))
         inputs = run.activations(run.mtp_path)
     outputs = run.outputs(layer.index, run.hidden_path(layer.index + 1))
-    layer_job = LayerJob(
-        skeleton=source.skeleton,
-        layer=layer,
-        weights=source.checkpoint.weights,
-        inputs=inputs,
-        outputs=outputs,
-        mlp_inputs=run.mlp_inputs(layer.index, run.job.work / "mlp-inputs.f32"),
+    mlp_inputs = run.mlp_inputs(layer.index, run.job.work / "mlp-inputs.f32")
+    surroundings = (source.skeleton, layer, source.checkpoint.weights, inputs, outputs, mlp_inputs)
+    if not source.plan.linears:
+        report = _observe_layer(run, surroundings, writers, safe_point)
+        run.keep(outputs, run.hidden_path(layer.index + 1))
+        return {"layer": layer.index, **report}
+    job = LayerJob(
+        *surroundings,
         linears=source.plan.linears_of(layer),
         widths=source.plan.widths,
         steps=run.recipe.steps,
@@ -406,8 +356,22 @@ def _quantize_layer(run: Run, unit: Unit, writers: _Writers, safe_point: Callabl
         quantized=_quantized_stream(run, layer) if run.follows_quantized else None,
         ranks=run.ranks,
     )
-    report = quantize_successively(layer_job) if layer_job.quantized else quantize_layer(layer_job)
-    made = [outputs, layer_job.quantized.outputs] if layer_job.quantized else [outputs]
+    report = asdict(quantize_successively(job) if job.quantized else quantize_layer(job))
+    made = [outputs, job.quantized.outputs] if job.quantized else [outputs]
     for path, activations in zip(run.kept_paths(layer.index + 1), made, strict=True):
         run.keep(activations, path)
-    return {"layer": layer.index, **asdict(report)}
+    return {"layer": layer.index, **report}
+
+
+_Surroundings = tuple[Skeleton, DecoderLayer, Weights, Activations, Activations, Activations]
+
+
+def _observe_layer(
+    run: Run, surroundings: _Surroundings, writers: Writers, safe_point: Callable[[str], None]
+) -> dict[str, Any]:
+    job = ObservationJob(*surroundings, run.batch_samples, writers.observe, safe_point)
+    found = observe_layer(job)
+    for linear, importance in found.attention.items():
+        for _, writer in writers.by_target:
+            writer.note(linear, importance.squares_I, importance.count)
+    return {"tokens_per_expert": found.tokens_per_expert, "topped_up": found.topped_up}

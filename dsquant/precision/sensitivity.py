@@ -39,7 +39,7 @@ SENSITIVITY = "sensitivity"
 class SensitivityPass(Generic[Width]):
     """What the pass needs."""
 
-    mixed: MixedPlan[Width]
+    mixed: MixedPlan
     skeleton: Skeleton
     weights: Weights
     tokens_NT: torch.Tensor

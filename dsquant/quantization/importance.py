@@ -17,8 +17,8 @@ from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import ResidentWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import ROWS_AT_ONCE, Observer, Routing, Stream, run_dense_part
-from dsquant.model.structure import DecoderLayer, Mlp
-from dsquant.quantization.layer import KEYS_SUFFIX, top_up
+from dsquant.model.structure import KEYS_SUFFIX, DecoderLayer, Mlp
+from dsquant.quantization.layer import top_up
 from dsquant.quantization.statistics import Importance
 from dsquant.source.weights import Weights
 

@@ -17,7 +17,7 @@ from dsquant.kernels.products import apply_linear
 from dsquant.model.activations import Activations
 from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights, fold_of
 from dsquant.model.streaming import ROWS_AT_ONCE, Observer, Routing, Stream, run_dense_part
-from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup
+from dsquant.model.structure import KEYS_SUFFIX, DecoderLayer, Mlp, ScaleGroup
 from dsquant.quantization.attention import AttentionResult, quantize_attention, round_attention, under_scales
 from dsquant.quantization.layer_job import GridReport, LayerJob, LayerReport
 from dsquant.quantization.layer_mlps import MlpOutcome, quantize_mlps
@@ -34,8 +34,6 @@ FEWEST_TOKENS = 256
 SCALE_EXPERTS = 32
 # The fold is proven, and attention's output error measured, on at most this many samples.
 CHECK_SAMPLES = 2
-# Behind kv_b_proj's name: the importance of its keys, which in llama.cpp multiply queries and not the latent.
-KEYS_SUFFIX = ".keys"
 
 
 def quantize_layer(job: LayerJob) -> LayerReport:

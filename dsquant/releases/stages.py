@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsquant.jobs.journal import Journal
-from dsquant.recipes import GgufRecipe, Recipe
+from dsquant.recipes import Recipe, gguf_recipe
 from dsquant.releases.evaluation import check_evaluation, decide_gates, evaluate_outputs, read_recipe_gates
 from dsquant.releases.inputs import key_of
 from dsquant.releases.recipe import AwqStep, GgufStep, ReleaseRecipe
@@ -81,9 +81,9 @@ def _calibrate(shop: Workshop) -> dict[str, Any]:
     from dsquant.pipeline.inputs import open_calibration, open_model, open_tokenizer
 
     checkpoint, _ = open_model(shop.recipe.model)
-    recipe = _job_fields(shop.recipe) | {"calibration": shop.recipe.calibration.texts, "output": shop.build}
-    _, found = open_calibration(Recipe.checked(**recipe), shop.recipe.calibration.texts, open_tokenizer(checkpoint))
-    return found
+    fields = _job_fields(shop.recipe) | {"calibration": shop.recipe.calibration.texts, "output": shop.build}
+    _, found = open_calibration(Recipe.checked(**fields), open_tokenizer(checkpoint))
+    return found or {}
 
 
 def _job_fields(recipe: ReleaseRecipe) -> dict[str, Any]:
@@ -98,15 +98,12 @@ def _quantize(shop: Workshop, step: AwqStep | GgufStep, begun: bool) -> dict[str
     job = _job(shop, step)
     # An older attempt that was to become something else is begun anew.
     resume, restart = begun or not job.output.exists(), not begun and job.output.exists()
-    if isinstance(job, Recipe):
-        result = pipeline.awq(job, resume, restart, shop.report)
-    else:
-        result = pipeline.gguf(job, resume, restart, shop.report)
+    result = pipeline.awq(job, resume, restart, shop.report)
     folders = {name: str(folder.relative_to(shop.build)) for name, folder in result.folders.items()}
     return {"folders": folders, "bytes": result.output_bytes, "warnings": result.warnings}
 
 
-def _job(shop: Workshop, step: AwqStep | GgufStep) -> Recipe | GgufRecipe:
+def _job(shop: Workshop, step: AwqStep | GgufStep) -> Recipe:
     """What `dsquant awq` or `dsquant gguf` would be asked for."""
     fields, output = _job_fields(shop.recipe), shop.build / step.name
     if isinstance(step, AwqStep):
@@ -114,7 +111,7 @@ def _job(shop: Workshop, step: AwqStep | GgufStep) -> Recipe | GgufRecipe:
         own |= {"device": shop.recipe.device, "gpu_memory_budget": shop.recipe.gpu_memory_budget}
         return Recipe.checked(**fields, **own, output=output, calibration=shop.recipe.calibration.texts)
     own = step.model_dump(exclude={"name", "split_max_size", "calibrate"}) | {"split_max_bytes": step.split_max_size}
-    return GgufRecipe.checked(**fields, **own, output=output, calibration=_texts(shop.recipe, step))
+    return gguf_recipe(**fields, **own, output=output, calibration=_texts(shop.recipe, step))
 
 
 def check_all(shop: Workshop) -> None:
@@ -128,16 +125,12 @@ def check_all(shop: Workshop) -> None:
         UsageError: where a step cannot work, or a gate is on what is not measured.
     """
     from dsquant.errors import DsquantError
-    from dsquant.jobs.resources import resolved_device
-    from dsquant.pipeline.gguf_units import plan_gguf
     from dsquant.pipeline.inputs import open_source, resolved
 
     for step in shop.recipe.quantize:
         try:
             job = _job(shop, step)
-            open_source(resolved(job)) if isinstance(job, Recipe) else plan_gguf(
-                job.model_copy(update={"device": resolved_device(job.device)})
-            )
+            open_source(resolved(job))
         except DsquantError as error:
             raise type(error)(f"step {step.name}: {error}") from error
     if shop.recipe.evaluate is not None:

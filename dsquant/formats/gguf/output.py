@@ -1,0 +1,429 @@
+"""GGUF as an output format: files that llama.cpp loads, their importance matrix, and what a target lets choose.
+
+Shape legend: M matrices of a tensor, O out features, I in features, H heads, N rows of a head's keys.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+import torch
+
+from dsquant.errors import InputError, UsageError
+from dsquant.files.disk import PARTIAL
+from dsquant.formats.gguf.files import GgufTensor
+from dsquant.formats.gguf.imatrix import (
+    TensorImportance,
+    column_importance,
+    fitted,
+    read_imatrix,
+    stored_tensors,
+)
+from dsquant.formats.gguf.layout import decode_rotary, encode, join_keys_and_values
+from dsquant.formats.gguf.ranges import range_look
+from dsquant.formats.gguf.store import decoded_rows, is_available, quantizer_name, stored_rows
+from dsquant.formats.gguf.target import ELEMENTS_AT_ONCE, IMATRIX_FILE, GgufModel, places_of, plan_model
+from dsquant.formats.gguf.types import BLOCKS, CANDIDATES, FLOAT_TYPES, MIXTURES, fitting_type, parse_overrides
+from dsquant.formats.gguf.unit import OpenGguf
+from dsquant.formats.gguf.weights import GgufWeights
+from dsquant.formats.protocol import (
+    Choice,
+    Choosable,
+    Format,
+    StoredFile,
+    Surroundings,
+    Target,
+    Tensors,
+    Wanted,
+    Width,
+)
+from dsquant.formats.scales import SCALES_FILE
+from dsquant.model.families import family_of
+from dsquant.model.overlays import on_device
+from dsquant.model.skeleton import Skeleton, network_config
+from dsquant.model.structure import KEYS_SUFFIX, DecoderLayer
+from dsquant.recipes import format_size
+from dsquant.schemes import Grid
+from dsquant.source.checkpoint import Checkpoint
+from dsquant.source.scan import Look
+from dsquant.source.weights import Weights
+
+# What scales are searched on: 4 bits with scale and minimum for 32 weights, as Q4_K has.
+SCALES_GRID = Grid(4, 32, False, rounded=False)
+FLOAT32_BYTES = 4
+
+
+class Gguf(Format):
+    """The format `gguf:TYPE`."""
+
+    name = "gguf"
+    needs_texts = False
+    encoded_by_package = True
+    takes_ranks = False
+
+    def plan(self, wanted: Wanted) -> "GgufTarget":
+        """Plans every tensor and file.
+
+        Args:
+            wanted: the recipe and the source.
+
+        Returns:
+            The plan.
+
+        Raises:
+            InputError: where a parameter has no place in GGUF, the tokenizer is unknown to llama.cpp, or an imatrix is
+                of another model.
+            UsageError: where the type is unknown, nothing installed can make it, or scales cannot be searched.
+        """
+        recipe, type_name = wanted.recipe, wanted.name.partition(":")[2]
+        if type_name not in MIXTURES:
+            raise UsageError(f"type {type_name!r} is unknown; dsquant writes {', '.join(MIXTURES)}")
+        if recipe.target is not None and not recipe.calibration:
+            raise UsageError(
+                f"{recipe.target}: types are chosen by what they do to the hidden states of calibration texts; give "
+                "--calibration, and no --imatrix"
+            )
+        if recipe.imatrix and recipe.calibration:
+            raise UsageError("give an imatrix file or a calibration text, not both")
+        chosen = [(re.compile(f"^{re.escape(name)}$"), str(width)) for name, width in wanted.chosen.items()]
+        model = plan_model(
+            wanted.checkpoint,
+            Path(recipe.model).name,
+            type_name,
+            [name for parameters in wanted.parameters.values() for name in parameters],
+            wanted.num_mtp_layers,
+            bool(recipe.imatrix or recipe.calibration),
+            [*parse_overrides(recipe.tensor_types), *chosen],
+            recipe.split_max_bytes,
+            recipe.target_name,
+        )
+        linears, notes = _scaled(wanted)
+        notes = [*model.notes, *notes]
+        imatrix = None
+        if recipe.imatrix:
+            imatrix, found = _fitting_imatrix(recipe.imatrix, model.tensors)
+            notes += found
+        return GgufTarget(
+            name=f"gguf:{recipe.target_name or type_name}",
+            folder=wanted.folder,
+            grid=SCALES_GRID,
+            linears=linears,
+            notes=tuple(notes),
+            model=model,
+            imatrix=imatrix,
+            calibrated=bool(recipe.calibration),
+            on_gpu=recipe.device == "cuda",
+        )
+
+
+def _scaled(wanted: Wanted) -> tuple[frozenset[str], list[str]]:
+    """The linears whose inputs are scaled, and what to tell where none are; alone, GGUF can do without."""
+    recipe, alone = wanted.recipe, len(wanted.recipe.to) == 1
+    if alone and not (recipe.calibration and "scales" in recipe.steps):
+        return frozenset(), []
+    linears, notes = scalable_linears(wanted.checkpoint, wanted.skeleton)
+    if notes and not alone:
+        raise UsageError(f"--to {wanted.name}: {notes[0]}; run `dsquant gguf` instead")
+    return linears.intersection(linear for layer in wanted.layers for linear in layer.linears), notes
+
+
+def scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozenset[str], list[str]]:
+    """Finds the linears that scales are searched for: those of every layer, or none.
+
+    Args:
+        checkpoint: the source.
+        skeleton: its network.
+
+    Returns:
+        The linears, and what to tell where scales cannot be searched for all of them.
+    """
+    linears = frozenset(linear for layer in skeleton.layers for linear in layer.linears)
+    for linear in sorted(linears):
+        columns = checkpoint.weights.shape(f"{linear}.weight")[1]
+        if columns % SCALES_GRID.group_size:
+            size = SCALES_GRID.group_size
+            return frozenset(), [f"no scales are folded in: {linear} has {columns} columns, not a multiple of {size}"]
+    return linears, []
+
+
+def _fitting_imatrix(path: Path, tensors: Mapping[str, GgufTensor]) -> tuple[dict[str, TensorImportance], list[str]]:
+    entries = read_imatrix(path)
+    unknown = [name for name in entries if name not in tensors]
+    if len(unknown) * 2 > len(entries):
+        raise InputError(
+            f"{path}: {len(unknown)} of its {len(entries)} tensors, such as {unknown[0]!r}, are not in this model; the "
+            "imatrix is of another one"
+        )
+    found = {name: fitted(path, name, tensors[name].shape, entry) for name, entry in entries.items() if name in tensors}
+    quantized = [name for name, tensor in tensors.items() if len(tensor.shape) > 1 and tensor.type_name != "F32"]
+    covered = sum(name in found for name in quantized)
+    starved = sum(int((entry.counts_M == 0).sum()) for entry in found.values())
+    notes = [f"the imatrix covers {covered} of {len(quantized)} tensors; the others weigh all columns alike"]
+    if starved:
+        notes.append(f"{starved} experts' matrices have no token in the imatrix; they take their tensor's mean")
+    return found, notes
+
+
+@dataclass(frozen=True)
+class GgufTarget(Target):
+    """One GGUF model to write."""
+
+    model: GgufModel
+    imatrix: Mapping[str, TensorImportance] | None
+    """Importances from a file; None where there is none."""
+    calibrated: bool
+    """Whether importances are taken from calibration."""
+    on_gpu: bool
+    """Whether weights are quantized on a GPU, as far as it has kernels."""
+
+    packages: ClassVar[tuple[str, ...]] = ("gguf",)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files."""
+        return self.model.num_bytes
+
+    @property
+    def location(self) -> PurePosixPath:
+        """The first file, which is what llama.cpp is given."""
+        return self.folder / self.model.files[0].file_name
+
+    @property
+    def storing_bytes(self) -> int:
+        """Memory for the parts of a weight while it is stored, or for one that is stored whole."""
+        return 6 * FLOAT32_BYTES * max(ELEMENTS_AT_ONCE, self.model.largest_whole)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Which code quantizes: jobs with the same words write the same bytes."""
+        return {"quantizer": quantizer_name(self.on_gpu)}
+
+    @property
+    def bytes_by_file(self) -> dict[str, int]:
+        """Each file's size."""
+        return {file.file_name: file.num_bytes for file in self.model.files}
+
+    @property
+    def details(self) -> Mapping[str, str]:
+        """The size of its tensors in each type."""
+        return {f"in {name}": format_size(size) for name, size in self.model.bytes_by_type.items()}
+
+    def file_names(self) -> list[str]:
+        """Model files; with calibration an importance matrix and scales."""
+        names = [file.file_name for file in self.model.files]
+        return names + ([IMATRIX_FILE, SCALES_FILE] if self.calibrated else [])
+
+    def look(self, checkpoint: Checkpoint) -> Look:
+        """Finds the source's values that the planned types cannot hold.
+
+        Args:
+            checkpoint: the source.
+
+        Returns:
+            What gets every tensor of the source while it is hashed; raises InputError.
+        """
+        return range_look(checkpoint, self.model.tensors.values())
+
+    def open(self, surroundings: Surroundings, resumed: bool) -> OpenGguf:
+        """Makes the files at their full size, or opens those of an interrupted job.
+
+        Args:
+            surroundings: of the job.
+            resumed: whether finished units are there already.
+
+        Returns:
+            The output.
+
+        Raises:
+            InputError: where an interrupted job's files are gone or not the planned ones.
+        """
+        return OpenGguf(self.model, self.imatrix, surroundings.output / self.folder, surroundings, resumed)
+
+    def finished_files(self, output: Path, units: Sequence[str], tensors: Collection[str]) -> Iterable[StoredFile]:
+        """The files, with the tensors of finished units.
+
+        Args:
+            output: the job's output folder.
+            units: the finished ones.
+            tensors: theirs.
+
+        Yields:
+            Each file.
+        """
+        for file in self.model.files:
+            path = output / self.folder / (file.file_name + PARTIAL)
+            path = path if path.is_file() else path.with_name(file.file_name)
+            offsets = file.offsets
+            places = {
+                tensor.name: (offsets[tensor.name], tensor.num_bytes)
+                for tensor in file.tensors
+                if tensor.name in tensors
+            }
+            yield StoredFile(path, file.header, file.num_bytes, places)
+
+    def candidate(self, output: Path, checkpoint: Checkpoint) -> Weights:
+        """The finished files' weights.
+
+        Args:
+            output: the job's output folder.
+            checkpoint: the original.
+
+        Returns:
+            The weights, decoded on access.
+        """
+        return open_gguf(output / self.location, checkpoint)
+
+    def tensors(self, hashes: Mapping[str, str], output: Path) -> Tensors:
+        """What lies in the files and in the importance matrix.
+
+        Args:
+            hashes: tensor -> SHA-256.
+            output: the job's output folder.
+
+        Returns:
+            Their entries for the record.
+        """
+        found: Tensors = {
+            str(self.folder / file.file_name): {
+                tensor.name: [tensor.type_name, hashes[tensor.name], *tensor.shape] for tensor in file.tensors
+            }
+            for file in self.model.files
+        }
+        if (output / self.folder / IMATRIX_FILE).is_file():
+            found[str(self.folder / IMATRIX_FILE)] = stored_tensors(output / self.folder / IMATRIX_FILE)
+        return found
+
+    def recorded(self, errors: Mapping[str, float]) -> dict[str, Any]:
+        """What the record tells of it.
+
+        Args:
+            errors: parameter -> the relative error of its stored rows.
+
+        Returns:
+            Plain JSON values; `folder` is the first file.
+        """
+        return {
+            "folder": str(self.location),
+            "bytes": self.num_bytes,
+            "bytes_by_type": self.model.bytes_by_type,
+            "weight_errors": dict(errors),
+        }
+
+    def choice(self, wanted: Wanted) -> Choice:
+        """A type for each tensor of the decoder that no override is for.
+
+        Args:
+            wanted: what was planned.
+
+        Returns:
+            The tensors to choose for, and their sizes in each type.
+
+        Raises:
+            UsageError: where there is nothing to choose for.
+        """
+        recipe, tensors, checkpoint = wanted.recipe, self.model.tensors, wanted.checkpoint
+        filled = {
+            layer.index: _filled(checkpoint, layer) for layer in wanted.skeleton.layers[: wanted.skeleton.num_layers]
+        }
+        groups = tuple(
+            Choosable(name, layer, linears, {one: replace(tensors[name], type_name=one).num_bytes for one in types})
+            for layer, found in filled.items()
+            for name, linears in found.items()
+            if len(types := _candidates(recipe.tensor_types, tensors[name])) > 1
+        )
+        if not groups:
+            raise UsageError(f"{recipe.target}: --tensor-type leaves no tensor to choose a type for")
+        names = {group.name for group in groups}
+        decoder = {name for found in filled.values() for name in found}
+        everything = sorted({chosen for group in groups for chosen in group.num_bytes}, key=_bits_and_name)
+        return Choice(
+            groups,
+            elements=sum(prod(tensors[name].shape) for name in decoder),
+            other_bytes=sum(tensor.num_bytes for name, tensor in tensors.items() if name not in names),
+            fixed_bytes=sum(tensors[name].num_bytes for name in decoder - names),
+            words=f"one of {', '.join(everything)} for each of {len(groups)} tensors",
+            widths=tuple(everything),
+        )
+
+    def as_stored(
+        self,
+        checkpoint: Checkpoint,
+        group: Choosable,
+        width: Width,
+        linear: str,
+        weight_OI: torch.Tensor,
+        importance: Mapping[str, tuple[torch.Tensor, int]],
+    ) -> torch.Tensor:
+        """A linear's weight once one of the tensors that it fills is stored in a type.
+
+        Args:
+            checkpoint: the source.
+            group: the tensor.
+            width: the type.
+            linear: the linear.
+            weight_OI: its weight under the scales, float32 [O, I].
+            importance: linear, with `KEYS_SUFFIX` for kv_b_proj's keys -> sums of squared inputs, float32 [I], of keys
+                [H, N]; and the tokens behind them.
+
+        Returns:
+            float32 [O, I], what is in no such tensor unchanged.
+        """
+        parameter, config = f"{linear}.weight", self.model.config
+        placement = next(place for place in places_of(checkpoint, parameter) if place.tensor == group.name)
+        matrices = encode(weight_OI, parameter, placement.transform, config)
+        if matrices.dim() == 2:
+            matrices = matrices.unsqueeze(0)
+        squares, count = importance[linear + KEYS_SUFFIX if placement.transform == "keys" else linear]
+        sums_MI = squares.cpu().expand(len(matrices), -1)
+        columns_MI = column_importance(TensorImportance(sums_MI, torch.full((len(matrices),), float(count))))
+        rounded = torch.stack(
+            [
+                decoded_rows(stored_rows(matrix, str(width), columns_I), str(width)).to(weight_OI.device)
+                for matrix, columns_I in zip(matrices, columns_MI, strict=True)
+            ]
+        )
+        if placement.transform == "keys":
+            return join_keys_and_values(rounded, encode(weight_OI, parameter, "values", config))
+        if placement.transform == "values":
+            return join_keys_and_values(encode(weight_OI, parameter, "keys", config), rounded)
+        return decode_rotary(rounded[0], parameter, config) if placement.transform == "rotary" else rounded[0]
+
+
+def _bits_and_name(type_name: str) -> tuple[float, str]:
+    weights, size = BLOCKS[type_name]
+    return 8 * size / weights, type_name
+
+
+def _filled(checkpoint: Checkpoint, layer: DecoderLayer) -> dict[str, tuple[str, ...]]:
+    """GGUF tensor -> the layer's linears that fill it."""
+    found: dict[str, tuple[str, ...]] = {}
+    for linear in layer.linears:
+        for placement in places_of(checkpoint, f"{linear}.weight"):
+            found[placement.tensor] = (*found.get(placement.tensor, ()), linear)
+    return found
+
+
+def _candidates(overrides: Sequence[str], tensor: GgufTensor) -> tuple[str, ...]:
+    """The types that a tensor may get; none where an override says it."""
+    if any(pattern.search(tensor.name) for pattern, _ in parse_overrides(overrides)):
+        return ()
+    types = dict.fromkeys(fitting_type(wanted, tensor.shape[-1]) for wanted in CANDIDATES)
+    return tuple(name for name in types if name not in FLOAT_TYPES and is_available(name))
+
+
+def open_gguf(file: Path, original: Checkpoint) -> Weights:
+    """Opens a GGUF file's weights under the names of the checkpoint that it was made from.
+
+    Args:
+        file: the file, or the first of a split one.
+        original: the checkpoint.
+
+    Returns:
+        The weights, decoded on access, on the checkpoint's device.
+    """
+    shapes = {name: original.weights.shape(name) for name in original.weights}
+    network = network_config(family_of(original.folder, original.config), original.config)
+    return on_device(GgufWeights(file, shapes, {**original.config, **network}), original.weights.device)

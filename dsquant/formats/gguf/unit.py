@@ -1,0 +1,237 @@
+"""A GGUF output that is being written: its files, filled unit by unit, and the importance matrix beside them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsquant.formats.gguf.files import GgufFiles
+from dsquant.formats.gguf.imatrix import TensorImportance, column_importance, write_imatrix
+from dsquant.formats.gguf.layout import Placement, encode
+from dsquant.formats.gguf.ranges import check_range
+from dsquant.formats.gguf.rope import rope_factors
+from dsquant.formats.gguf.store import decoded_rows, stored_rows
+from dsquant.formats.gguf.target import (
+    ELEMENTS_AT_ONCE,
+    EMBEDDING,
+    IMATRIX_FILE,
+    ROPE_FACTORS,
+    GgufModel,
+    error_step,
+    places_of,
+)
+from dsquant.formats.gguf.types import row_bytes
+from dsquant.formats.protocol import OpenTarget, Surroundings, UnitWriter
+from dsquant.model.structure import KEYS_SUFFIX
+from dsquant.schemes import QuantizedWeight
+from dsquant.source.checkpoint import Checkpoint
+
+
+class OpenGguf(OpenTarget):
+    """Files that are being filled."""
+
+    def __init__(
+        self,
+        model: GgufModel,
+        imatrix: Mapping[str, TensorImportance] | None,
+        folder: Path,
+        surroundings: Surroundings,
+        resumed: bool,
+    ) -> None:
+        """Opens the files.
+
+        Args:
+            model: the plan.
+            imatrix: importances from a file.
+            folder: where the files lie.
+            surroundings: of the job.
+            resumed: whether finished units are there already.
+
+        Raises:
+            InputError: where an interrupted job's files are gone or not the planned ones.
+        """
+        self._model, self._imatrix, self._surroundings, self._folder = model, imatrix, surroundings, folder
+        folder.mkdir(exist_ok=True)
+        self._files = GgufFiles(folder, model.files, resumed)
+
+    def unit(self, name: str, parameters: tuple[str, ...]) -> "GgufUnitWriter":
+        """Begins a unit.
+
+        Args:
+            name: of the unit.
+            parameters: its parameters.
+
+        Returns:
+            Its writer.
+        """
+        return GgufUnitWriter(self._surroundings.checkpoint, self._model, self._files, parameters, self._imatrix)
+
+    def finish(self, kept: Iterable[Mapping[str, torch.Tensor]], calibration: Mapping[str, Any] | None) -> None:
+        """Gives the files their names and writes the calibration's importances, as `llama-quantize` accepts them.
+
+        Args:
+            kept: what was observed in each unit, in order.
+            calibration: what the tokens were; None without.
+        """
+        self._files.finish()
+        if calibration is None:
+            return
+        entries: dict[str, TensorImportance] = {}
+        for flat in kept:
+            for name in (key.removesuffix(".sums") for key in flat if key.endswith(".sums")):
+                entries[name] = TensorImportance(flat[f"{name}.sums"], flat[f"{name}.counts"])
+        datasets = [source["name"] for source in calibration["sources"]]
+        write_imatrix(self._folder / IMATRIX_FILE, entries, datasets, calibration["samples"], calibration["seq_len"])
+
+    def close(self) -> None:
+        """Closes the files; what is on disk stays, for a resumed job."""
+        self._files.close()
+
+
+class GgufUnitWriter(UnitWriter):
+    """Writes one unit's parameters into a target's files."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: GgufModel,
+        files: GgufFiles,
+        parameters: tuple[str, ...],
+        imatrix: Mapping[str, TensorImportance] | None,
+    ) -> None:
+        """Begins a unit.
+
+        Args:
+            checkpoint: the source.
+            model: the plan.
+            files: open.
+            parameters: the unit's.
+            imatrix: importances from a file.
+        """
+        super().__init__()
+        self._checkpoint, self._model, self._files = checkpoint, model, files
+        self._parameters, self._imatrix = parameters, imatrix
+        self._observed: dict[str, TensorImportance] = {}
+        self._losses: dict[str, tuple[float, float]] = {}
+        """Parameter -> squared error and squared norm of the rows that were measured."""
+        self._written: set[str] = set()
+
+    def note(self, linear: str, squares: torch.Tensor, count: int) -> None:
+        """Notes how much each input column of a linear matters, before it is written.
+
+        Args:
+            linear: its name; kv_b_proj's with `KEYS_SUFFIX` for its keys alone, without for its values alone.
+            squares: float32 [I], sums of squared inputs; [H, N] for keys.
+            count: tokens behind the sums.
+        """
+        keys = linear.endswith(KEYS_SUFFIX)
+        for placement in places_of(self._checkpoint, f"{linear.removesuffix(KEYS_SUFFIX)}.weight"):
+            if (placement.transform == "keys") != keys:
+                continue
+            shape = self._model.tensors[placement.tensor].shape
+            matrices = shape[0] if len(shape) == 3 else 1
+            empty = TensorImportance(torch.zeros(matrices, shape[-1]), torch.zeros(matrices))
+            entry = self._observed.setdefault(placement.tensor, empty)
+            rows = slice(None) if placement.expert is None else slice(placement.expert, placement.expert + 1)
+            entry.sums_MI[rows] = squares
+            entry.counts_M[rows] = count
+
+    def write(self, name: str, value: QuantizedWeight | torch.Tensor | None = None) -> None:
+        """Stores a parameter wherever it goes, in parts of bounded size.
+
+        Args:
+            name: of the parameter.
+            value: its values, float32; read from the source where None.
+        """
+        assert not isinstance(value, QuantizedWeight)
+        for placement in places_of(self._checkpoint, name):
+            tensor = self._model.tensors[placement.tensor]
+            in_rows = placement.transform == "same" and len(tensor.shape) > 1
+            parts = self._rows(name, value) if in_rows else self._matrices(name, value, placement)
+            start = 0
+            if placement.expert is not None:
+                start = placement.expert * tensor.shape[-2] * row_bytes(tensor.type_name, tensor.shape[-1])
+            step, row = error_step(self._checkpoint.weights.shape(name), placement), 0
+            for number, rows_RI in parts:
+                check_range(self._checkpoint, name, tensor.type_name, rows_RI)
+                stored = stored_rows(rows_RI, tensor.type_name, self._importance(tensor.name, placement, number))
+                self._files.write(tensor.name, start, stored)
+                measured = slice(-row % step, None, step)
+                self._measure(name, tensor.type_name, rows_RI[measured].cpu(), stored[measured].cpu())
+                start += stored.numel()
+                row += len(rows_RI)
+                self.bytes_written += stored.numel()
+        self._written.add(name)
+
+    def _measure(self, parameter: str, type_name: str, rows_RI: torch.Tensor, stored: torch.Tensor) -> None:
+        if not len(rows_RI):
+            return
+        error, norm = self._losses.get(parameter, (0.0, 0.0))
+        error += float((decoded_rows(stored, type_name) - rows_RI).square().double().sum())
+        self._losses[parameter] = error, norm + float(rows_RI.square().double().sum())
+
+    @property
+    def weight_errors(self) -> dict[str, float]:
+        """Parameter -> the stored rows' distance from the folded ones, over their norm, on the rows that count."""
+        return {name: (error / norm) ** 0.5 if norm else 0.0 for name, (error, norm) in self._losses.items()}
+
+    @property
+    def kept(self) -> dict[str, torch.Tensor]:
+        """The importances that were noted."""
+        flat: dict[str, torch.Tensor] = {}
+        for name, entry in self._observed.items():
+            flat |= {f"{name}.sums": entry.sums_MI, f"{name}.counts": entry.counts_M}
+        return flat
+
+    def _rows(self, parameter: str, weight: torch.Tensor | None) -> Iterable[tuple[int, torch.Tensor]]:
+        num_rows, num_columns = self._checkpoint.weights.shape(parameter)
+        at_once = max(1, ELEMENTS_AT_ONCE // num_columns)
+        for start in range(0, num_rows, at_once):
+            stop = min(start + at_once, num_rows)
+            rows = self._checkpoint.weights.rows(parameter, start, stop) if weight is None else weight[start:stop]
+            yield 0, rows
+
+    def _matrices(
+        self, parameter: str, weight: torch.Tensor | None, placement: Placement
+    ) -> Iterable[tuple[int, torch.Tensor]]:
+        whole = self._checkpoint.weights[parameter] if weight is None else weight
+        whole = encode(whole, parameter, placement.transform, self._model.config)
+        return enumerate(whole if whole.dim() == 3 else [whole.reshape(-1, whole.shape[-1])])
+
+    def _importance(self, name: str, placement: Placement, matrix: int) -> torch.Tensor | None:
+        """float32 [I] of one matrix of a tensor; None where nothing is known of it."""
+        number = matrix if placement.expert is None else placement.expert
+        if self._imatrix is not None and name in self._imatrix:
+            return column_importance(self._imatrix[name])[number]
+        entry = self._observed.get(name)
+        if entry is None:
+            return None
+        if placement.expert is None:
+            return column_importance(entry)[number]
+        rows = slice(number, number + 1)  # the other experts are not known yet
+        return column_importance(TensorImportance(entry.sums_MI[rows], entry.counts_M[rows]))[0]
+
+    def copy_rest(self, safe_point: Callable[[str], None]) -> None:
+        """Stores the unit's parameters that have not been written."""
+        factors = rope_factors(self._model.config) if EMBEDDING in self._parameters else None
+        if factors is not None:
+            self._files.write(ROPE_FACTORS, 0, factors.view(torch.uint8))
+        for parameter in sorted(self._parameters, key=self._place):
+            if parameter not in self._written:
+                safe_point(parameter)
+                self.write(parameter)
+
+    def _place(self, parameter: str) -> tuple[str, int]:
+        """Where it goes first: tensors grow expert by expert, whatever the order of the names."""
+        return next(((one.tensor, one.expert or 0) for one in places_of(self._checkpoint, parameter)), ("", 0))
+
+    def commit(self) -> dict[str, str]:
+        """Brings the unit's tensors to disk; returns tensor -> SHA-256."""
+        names = [placement.tensor for name in self._parameters for placement in places_of(self._checkpoint, name)]
+        if EMBEDDING in self._parameters and ROPE_FACTORS in self._model.tensors:
+            names.append(ROPE_FACTORS)
+        return self._files.commit(list(dict.fromkeys(names)))
+
+    def discard(self) -> None:
+        """Leaves the files as they are: a unit that is not journaled is written again."""
