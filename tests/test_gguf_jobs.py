@@ -92,6 +92,23 @@ def test_awq_and_gguf_come_from_one_calibration(pico_r1: Path, text_file: Path, 
         assert file.read_bytes() == (result.folders["awq"] / file.name).read_bytes()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_two_types_of_gguf_beside_awq_are_those_of_jobs_of_their_own(
+    pico_r1: Path, text_file: Path, tmp_path: Path, device: str
+) -> None:
+    options = {**CALIBRATED, "evaluate": True, "calibration": (str(text_file),), "device": device}
+    result = dsquant.awq(
+        pico_r1, output=tmp_path / "out", to=["awq", "gguf:Q5_0", "gguf:Q8_0"], group_size=64, preset="compact",
+        mtp="drop", **options,
+    )  # fmt: skip
+    assert set(result.divergence) == {"awq", "gguf:Q5_0", "gguf:Q8_0"}
+    assert not dsquant.verify(tmp_path / "out", progress=False).findings
+    for type_name in ("Q5_0", "Q8_0"):
+        alone = dsquant.gguf(pico_r1, output=tmp_path / type_name, type=type_name, **options)
+        beside, own = (found.folders[f"gguf:{type_name}"] for found in (result, alone))
+        assert beside.parent.name == f"gguf-{type_name}" and beside.read_bytes() == own.read_bytes()
+
+
 # --- refusals
 
 

@@ -284,7 +284,7 @@ class SafetensorsTarget(Target):
             yield StoredFile(output / self.folder / shard.file_name, shard.header, shard.num_bytes, places)
 
     def candidate(self, output: Path, checkpoint: Checkpoint) -> Weights:
-        """The finished checkpoint's weights.
+        """The finished checkpoint's weights, on the original's device.
 
         Args:
             output: the job's output folder.
@@ -293,7 +293,7 @@ class SafetensorsTarget(Target):
         Returns:
             The weights.
         """
-        return open_checkpoint(output / self.folder).weights
+        return open_checkpoint(output / self.folder, checkpoint.weights.device).weights
 
     def tensors(self, hashes: Mapping[str, str], output: Path) -> Tensors:
         """What lies in the shards.

@@ -5,7 +5,6 @@ from typing import Any
 
 from dsquant.evaluation.held_out import Comparison, compare_on_texts
 from dsquant.files.disk import write_atomically
-from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.formats.safetensors import CARD_FILE
 from dsquant.pipeline.card import model_card
 from dsquant.pipeline.kept import kept_file, kept_of
@@ -46,7 +45,7 @@ def _evaluate(run: Run) -> dict[str, dict[str, Any]]:
     """Compares every output with the original on the shipped held-out texts."""
     source, output = run.source, run.job.output
     candidates = {target.name: target.candidate(output, source.checkpoint) for target in source.plan.targets}
-    original = open_checkpoint(source.checkpoint.folder).weights
+    original = source.checkpoint.weights
     compared = Comparison(source.skeleton, original, candidates, run.job.work, run.batch_samples, run.safe_point)
     return compare_on_texts(compared, source.tokenizer, run.recipe.seq_len)
 
