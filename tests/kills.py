@@ -43,7 +43,8 @@ def run(job: Callable[[], Any], folder: Path, kill_before: int | None) -> tuple[
     child = os.fork()
     if child == 0:
         os.close(read)
-        signal.alarm(300)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which is pytest-timeout's here
+        signal.alarm(1800)
         _child(job, folder, kill_before, write)
     os.close(write)
     with os.fdopen(read) as pipe:
