@@ -32,7 +32,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_quickstart_notebook_runs_and_shows_tables_and_plots(kernel: str, tmp_path: Path) -> None:
     notebook = nbformat.read(QUICKSTART, as_version=4)
-    client = NotebookClient(notebook, timeout=600, kernel_name=kernel, resources={"metadata": {"path": str(tmp_path)}})
+    client = NotebookClient(notebook, timeout=180, kernel_name=kernel, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     shown = [
