@@ -195,7 +195,8 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
         False: conversion_memory_bytes(checkpoint, skeleton, largest, None, frozenset()),
         True: conversion_memory_bytes(checkpoint, skeleton, largest, (DEFAULTS.samples, DEFAULTS.seq_len), linears),
     }
-    work = 3 * DEFAULTS.samples * DEFAULTS.seq_len * int(skeleton.config["hidden_size"]) * FLOAT32_BYTES
+    files = 4 if mtp == "keep" else 3  # the inputs of a multi-token-prediction layer are prepared in one more
+    work = files * DEFAULTS.samples * DEFAULTS.seq_len * int(skeleton.config["hidden_size"]) * FLOAT32_BYTES
     for type_name in MIXTURES:
         calibrated = type_name not in FLOAT_TYPES
         tensors, _ = choose_tensors(skeleton.config, shapes, type_name, num_mtp_layers, calibrated)

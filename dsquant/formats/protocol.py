@@ -320,6 +320,7 @@ class Target(ABC):
             Plain JSON values, `folder`, `bytes` and `weight_errors` among them.
         """
 
+    @abstractmethod
     def choice(self, wanted: Wanted) -> Choice:
         """What a target for bits or size leaves to choose.
 
@@ -332,7 +333,6 @@ class Target(ABC):
         Raises:
             UsageError: where nothing can be chosen.
         """
-        raise NotImplementedError
 
     def as_stored(
         self,
