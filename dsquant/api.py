@@ -274,7 +274,7 @@ def evaluate(
         InputError: where a model or text cannot be used, or a candidate is not the same model.
     """
     from dsquant.evaluation import comparison
-    from dsquant.evaluation.code_drift import DriftRequest
+    from dsquant.evaluation.code.drift_plan import DriftRequest
     from dsquant.evaluation.request import EvaluationRequest
     from dsquant.recipes import parse_size
     from dsquant.reporting.terminal import progress_bar

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from dsquant.evaluation.drift import CodeBleu, CodeDrift, Execution, Health, PromptDrift, Similarity
+from dsquant.evaluation.code.drift import CodeBleu, CodeDrift, Execution, Health, PromptDrift, Similarity
 from dsquant.evaluation.intervals import Interval
 from dsquant.evaluation.results import (
     SCHEMA_VERSION,

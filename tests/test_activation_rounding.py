@@ -12,7 +12,7 @@ from streams import stream_logits
 
 import dsquant
 from dsquant.calibration.texts import held_out_tokens, load_tokenizer
-from dsquant.evaluation.generation import resident_model
+from dsquant.evaluation.code.generation import resident_model
 from dsquant.evaluation.opening import open_candidate, open_original
 from dsquant.kernels.activation_rounding import Rounding, bf16, q8_0, q8_k, unrounded
 from dsquant.kernels.ggml import library

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dsquant.evaluation.code_bleu import code_bleu
-from dsquant.evaluation.data_flow import data_flow
-from dsquant.evaluation.drift_measures import corpus_bleu
-from dsquant.evaluation.python_tokens import parsed, python_tokens
+from dsquant.evaluation.code.code_bleu import code_bleu
+from dsquant.evaluation.code.completion_scores import corpus_bleu
+from dsquant.evaluation.code.data_flow import data_flow
+from dsquant.evaluation.code.python_tokens import parsed, python_tokens
 
 REFERENCE = "def f(a, b):\n    c = a + b\n    return c\n"
 CODEXGLUE = Path(__file__).parents[2] / "shared" / "data" / "codexglue"

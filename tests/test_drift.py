@@ -11,8 +11,7 @@ from test_divergence import plainly_rounded
 
 from dsquant.calibration.texts import load_tokenizer
 from dsquant.errors import InputError, UsageError
-from dsquant.evaluation.code_drift import SHIPPED_PROMPTS, DriftRequest, _prompts_file, plan_drift
-from dsquant.evaluation.drift_measures import (
+from dsquant.evaluation.code.completion_scores import (
     code_drift,
     corpus_bleu,
     ends_in_loop,
@@ -21,10 +20,11 @@ from dsquant.evaluation.drift_measures import (
     health,
     parses,
 )
-from dsquant.evaluation.generation import Completion
-from dsquant.evaluation.measure_drift import DriftPlan, measure_drift, teacher_tokens
+from dsquant.evaluation.code.drift_plan import SHIPPED_PROMPTS, DriftRequest, _prompts_file, plan_drift
+from dsquant.evaluation.code.generation import Completion
+from dsquant.evaluation.code.measure_drift import DriftPlan, measure_drift, teacher_tokens
+from dsquant.evaluation.code.tasks import Task, read_tasks
 from dsquant.evaluation.opening import Original, open_original
-from dsquant.evaluation.tasks import Task, read_tasks
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsquant.evaluation import execution
-from dsquant.evaluation.code_drift import left_over_caveats
-from dsquant.evaluation.execution import (
+from dsquant.evaluation.code import execution
+from dsquant.evaluation.code.drift_plan import left_over_caveats
+from dsquant.evaluation.code.execution import (
     Run,
     compare_runs,
     mcnemar,

@@ -9,7 +9,7 @@ from checkpoints import QWEN3, add_tokenizer, full_model, make_dense
 from streams import stream_logits
 
 from dsquant.calibration.texts import load_tokenizer
-from dsquant.evaluation.generation import complete, resident_size
+from dsquant.evaluation.code.generation import complete, resident_size
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dsquant.evaluation import execution, sandbox
-from dsquant.evaluation.execution import run_program
-from dsquant.evaluation.scratch import remove_tree
-from dsquant.evaluation.system_calls import CALLS, allowing_filter
+from dsquant.evaluation.code import execution, sandbox
+from dsquant.evaluation.code.execution import run_program
+from dsquant.evaluation.code.scratch import remove_tree
+from dsquant.evaluation.code.system_calls import CALLS, allowing_filter
 from tests import hostile_programs as hostile
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the layers are Linux's")

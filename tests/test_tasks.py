@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from dsquant.errors import InputError
-from dsquant.evaluation.code_drift import SHIPPED_PROMPTS, _prompts_file
-from dsquant.evaluation.execution import run_all
-from dsquant.evaluation.tasks import read_tasks
+from dsquant.evaluation.code.drift_plan import SHIPPED_PROMPTS, _prompts_file
+from dsquant.evaluation.code.execution import run_all
+from dsquant.evaluation.code.tasks import read_tasks
 
 # As in the published file: blank lines and imports in front, metadata before the checks, a test that calls a helper.
 HUMAN_EVAL = {

@@ -83,7 +83,7 @@ def evaluate(
       greedy_agreement
     """
     from dsquant.evaluation import comparison
-    from dsquant.evaluation.code_drift import DriftRequest
+    from dsquant.evaluation.code.drift_plan import DriftRequest
     from dsquant.evaluation.request import EvaluationRequest
     from dsquant.recipes import parse_size
     from dsquant.reporting.terminal import print_evaluation, progress_bar

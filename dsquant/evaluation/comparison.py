@@ -12,13 +12,13 @@ from statistics import fmean
 import torch
 
 from dsquant.errors import GateError, InconclusiveError, InputError, Interrupted, UsageError
-from dsquant.evaluation.code_drift import drift_caveats, left_over_caveats, plan_drift, run_drift
+from dsquant.evaluation.code.drift import CodeDrift
+from dsquant.evaluation.code.drift_plan import drift_caveats, left_over_caveats, plan_drift, run_drift
+from dsquant.evaluation.code.measure_drift import DriftPlan
 from dsquant.evaluation.diagnosis import diagnose
-from dsquant.evaluation.drift import CodeDrift
 from dsquant.evaluation.gates import Gates, check_measured, decide, read_gates
 from dsquant.evaluation.intervals import BLOCK_TOKENS, CONFIDENCE
 from dsquant.evaluation.lockstep import LENS_TOKENS, Lockstep
-from dsquant.evaluation.measure_drift import DriftPlan
 from dsquant.evaluation.measures import Measures
 from dsquant.evaluation.needs import needs
 from dsquant.evaluation.opening import Opened, Original, open_candidate, open_original

@@ -10,7 +10,7 @@ import torch
 
 from dsquant.calibration.texts import HELD_OUT_TEXTS, text_tokens, tokens_sha256
 from dsquant.errors import UsageError
-from dsquant.evaluation.code_drift import DriftRequest
+from dsquant.evaluation.code.drift_plan import DriftRequest
 from dsquant.evaluation.results import Text
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from dsquant.evaluation.drift import CodeDrift
+from dsquant.evaluation.code.drift import CodeDrift
 from dsquant.evaluation.intervals import Interval
 from dsquant.reporting.notebook import Shown
 

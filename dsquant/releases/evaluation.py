@@ -103,7 +103,7 @@ def check_evaluation(recipe: ReleaseRecipe, gates: "Gates | None") -> None:
 
 
 def _request(recipe: ReleaseRecipe, candidates: tuple[str, ...], gates_file: Path | None) -> "EvaluationRequest":
-    from dsquant.evaluation.code_drift import DriftRequest
+    from dsquant.evaluation.code.drift_plan import DriftRequest
     from dsquant.evaluation.request import EvaluationRequest
 
     wanted = recipe.evaluate

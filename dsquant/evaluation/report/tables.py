@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dsquant.evaluation.drift import Health, Similarity
+from dsquant.evaluation.code.drift import Health, Similarity
 from dsquant.evaluation.intervals import Interval
 from dsquant.recipes import format_size
 

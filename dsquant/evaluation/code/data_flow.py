@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from dsquant.evaluation.python_tokens import Behind
+from dsquant.evaluation.code.python_tokens import Behind
 
 Definition = tuple[int, int]
 """Number of the variable in order of appearance, and of its definition among the variable's."""

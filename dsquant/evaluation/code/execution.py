@@ -37,11 +37,11 @@ from statistics import NormalDist
 from typing import Literal
 
 from dsquant.errors import UsageError
-from dsquant.evaluation import sandbox
-from dsquant.evaluation.drift import Execution
+from dsquant.evaluation.code import sandbox
+from dsquant.evaluation.code.drift import Execution
+from dsquant.evaluation.code.scratch import remove_tree
+from dsquant.evaluation.code.system_calls import allowing_filter
 from dsquant.evaluation.intervals import CONFIDENCE, Interval
-from dsquant.evaluation.scratch import remove_tree
-from dsquant.evaluation.system_calls import allowing_filter
 
 Outcome = Literal["passed", "failed", "error", "time limit", "memory limit", "killed"]
 # What a program can end with that lived to reply.

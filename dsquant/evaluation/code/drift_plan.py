@@ -9,11 +9,11 @@ import torch
 from dsquant.calibration.texts import FOLDERS
 from dsquant.calibration.tokenizer import encode
 from dsquant.errors import InputError, UsageError
-from dsquant.evaluation.drift import CodeDrift
-from dsquant.evaluation.generation import resident_size
-from dsquant.evaluation.measure_drift import DriftPlan, SafePoint, measure_drift
+from dsquant.evaluation.code.drift import CodeDrift
+from dsquant.evaluation.code.generation import resident_size
+from dsquant.evaluation.code.measure_drift import DriftPlan, SafePoint, measure_drift
+from dsquant.evaluation.code.tasks import Task, read_tasks
 from dsquant.evaluation.opening import Opened, Original
-from dsquant.evaluation.tasks import Task, read_tasks
 from dsquant.recipes import format_size
 from dsquant.source.vocabulary import check_embedded, surplus_tokens
 
@@ -33,7 +33,7 @@ class DriftRequest:
     max_tokens: int = MAX_TOKENS
     """The most tokens of a completion."""
     execute: bool = False
-    """Whether to run the completions with the prompts' tests; see `evaluation.execution` for what that means."""
+    """Whether to run the completions with the prompts' tests; see `execution` for what that means."""
     allow_code_execution: bool = False
     """The caller's word that code written by a model may run on this machine."""
 

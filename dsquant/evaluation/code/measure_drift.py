@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from dsquant.calibration.tokenizer import encode
+from dsquant.evaluation.code.completion_scores import code_drift, gold_of
+from dsquant.evaluation.code.drift import CodeDrift
+from dsquant.evaluation.code.execution import Run, compare_runs, run_all
+from dsquant.evaluation.code.generation import Completion, complete
+from dsquant.evaluation.code.tasks import Task
 from dsquant.evaluation.divergence import compare
-from dsquant.evaluation.drift import CodeDrift
-from dsquant.evaluation.drift_measures import code_drift, gold_of
-from dsquant.evaluation.execution import Run, compare_runs, run_all
-from dsquant.evaluation.generation import Completion, complete
 from dsquant.evaluation.intervals import CONFIDENCE, DRAWS, Interval
-from dsquant.evaluation.tasks import Task
 from dsquant.model.skeleton import Skeleton
 from dsquant.source.weights import Weights
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError
-from dsquant.evaluation.python_tokens import normalized
+from dsquant.evaluation.code.python_tokens import normalized
 from dsquant.files.foreign import read_file
 from dsquant.files.strict_json import parse_json
 

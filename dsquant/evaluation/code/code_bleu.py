@@ -31,9 +31,9 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from dsquant.evaluation.data_flow import data_flow
-from dsquant.evaluation.drift import CodeBleu
-from dsquant.evaluation.python_tokens import Behind, parsed, python_tokens
+from dsquant.evaluation.code.data_flow import data_flow
+from dsquant.evaluation.code.drift import CodeBleu
+from dsquant.evaluation.code.python_tokens import Behind, parsed, python_tokens
 
 ORDERS = 4
 KEYWORD_WEIGHT, OTHER_WEIGHT = 1.0, 0.2

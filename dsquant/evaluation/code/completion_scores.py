@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from dsquant.calibration.tokenizer import encode
-from dsquant.evaluation import code_bleu
-from dsquant.evaluation.drift import CodeDrift, Execution, Health, PromptDrift, Similarity
-from dsquant.evaluation.execution import paired_difference, paired_ratio
-from dsquant.evaluation.generation import Completion
+from dsquant.evaluation.code import code_bleu
+from dsquant.evaluation.code.drift import CodeDrift, Execution, Health, PromptDrift, Similarity
+from dsquant.evaluation.code.execution import paired_difference, paired_ratio
+from dsquant.evaluation.code.generation import Completion
+from dsquant.evaluation.code.python_tokens import parsed, python_tokens
+from dsquant.evaluation.code.tasks import Task
 from dsquant.evaluation.intervals import CONFIDENCE, DRAWS, Interval
-from dsquant.evaluation.python_tokens import parsed, python_tokens
-from dsquant.evaluation.tasks import Task
 
 LOOP_REPEATS = 3
 LOOP_TOKENS = 12

@@ -1,0 +1,1 @@
+"""Generated code: prompts, completions, their tests in a sandbox, BLEU and CodeBLEU."""
