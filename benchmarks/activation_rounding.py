@@ -30,7 +30,7 @@ SEQ_LEN, SAMPLES_AT_ONCE = 256, 32
 class Unrounded(Overlay):
     """The same weights as an engine without rounding runs them."""
 
-    def rounding_beside(self, name: str, values: bool = False) -> Rounding:
+    def activation_quantizer(self, name: str, values: bool = False) -> Rounding:
         """None, beside any weight."""
         return unrounded
 

@@ -31,4 +31,4 @@ def stream_logits(
         inputs, outputs = outputs, inputs
     hidden = final_norm(skeleton, weights, inputs.samples(0, len(tokens)))
     head = head_name(skeleton)
-    return F.linear(weights.rounding_beside(head)(hidden), weights[head]), experts
+    return F.linear(weights.activation_quantizer(head)(hidden), weights[head]), experts

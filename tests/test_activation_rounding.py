@@ -77,7 +77,7 @@ def test_other_candidates_score_as_transformers_whole_model_on_their_weights(
     name: str, candidates: dict[str, Weights], tiny_r1: Path, tokens: torch.Tensor
 ) -> None:
     weights = candidates[name]
-    assert {weights.rounding_beside(one) for one in weights} == {unrounded}
+    assert {weights.activation_quantizer(one) for one in weights} == {unrounded}
     with torch.no_grad():
         wanted = full_model(tiny_r1, weights)(tokens).logits
     assert torch.allclose(stream_logits(tiny_r1, weights, tokens)[0], wanted, atol=1e-3)
@@ -93,9 +93,9 @@ def test_the_rounding_follows_the_stored_type(candidates: dict[str, Weights]) ->
         f"{prefix}.mlp.gate.weight": unrounded,
         f"{prefix}.input_layernorm.weight": unrounded,
     }
-    assert {name: candidates["Q4_K_M"].rounding_beside(name) for name in wanted} == wanted
+    assert {name: candidates["Q4_K_M"].activation_quantizer(name) for name in wanted} == wanted
     of_bf16 = dict.fromkeys(wanted, bf16) | {name: unrounded for name in wanted if wanted[name] is unrounded}
-    assert {name: candidates["BF16"].rounding_beside(name) for name in wanted} == of_bf16
+    assert {name: candidates["BF16"].activation_quantizer(name) for name in wanted} == of_bf16
 
 
 def test_queries_are_rounded_beside_the_type_of_keys_and_mixed_latents_beside_that_of_values(
@@ -112,13 +112,13 @@ def test_queries_are_rounded_beside_the_type_of_keys_and_mixed_latents_beside_th
     )
     weights = open_candidate(str(file.output), open_original(str(tiny_r1))).weights
     name = "model.layers.2.self_attn.kv_b_proj.weight"
-    assert [weights.rounding_beside(name, values) for values in (False, True)] == [q8_0, bf16]
+    assert [weights.activation_quantizer(name, values) for values in (False, True)] == [q8_0, bf16]
 
 
 class Copied(Overlay):
     """The same weights for an engine that goes the way of rounding and keeps all digits."""
 
-    def rounding_beside(self, name: str, values: bool = False) -> Rounding:
+    def activation_quantizer(self, name: str, values: bool = False) -> Rounding:
         return torch.clone
 
 
@@ -142,7 +142,7 @@ def test_mixing_latents_is_the_same_as_mixing_values(
 class Unrounded(Overlay):
     """The same weights as another engine would run them."""
 
-    def rounding_beside(self, name: str, values: bool = False) -> Rounding:
+    def activation_quantizer(self, name: str, values: bool = False) -> Rounding:
         return unrounded
 
 

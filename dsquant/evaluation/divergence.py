@@ -132,7 +132,7 @@ class Head:
 
     def scores(self, rows_R: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor:
         """What a part of the table makes of some rows, float64 [R, V]."""
-        rounding = self.weights.rounding_beside(self.name)
+        rounding = self.weights.activation_quantizer(self.name)
         return apply_linear(rounding(self.hidden.rows(rows_R)), table_VH).double()
 
 

@@ -73,7 +73,7 @@ class Opened:
     @property
     def rounds_activations(self) -> bool:
         """Whether activations are rounded beside some of its weights."""
-        return any(self.weights.rounding_beside(name) is not unrounded for name in self.weights)
+        return any(self.weights.activation_quantizer(name) is not unrounded for name in self.weights)
 
     @property
     def fingerprint(self) -> str:

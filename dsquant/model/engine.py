@@ -1,7 +1,7 @@
 """What an engine does to activations that the network itself does not: rounds them beside quantized weights.
 
-Which rounding is the weights' to say (`Weights.rounding_beside`); here it is put into transformers' modules. Routed
-experts are no modules: `GatedWeights` rounds for them.
+`Weights.activation_quantizer` says which rounding; here it is put into transformers' modules. Routed experts are not
+modules: `GatedWeights` rounds for them.
 
 MLA is rounded where llama.cpp rounds it, which makes neither keys nor values: it multiplies each head's query with
 kv_b_proj's rows of keys and the product with the latents, then mixes latents and multiplies them with its rows of
@@ -40,7 +40,7 @@ def rounded_linears(skeleton: Skeleton, layer: DecoderLayer, weights: Weights) -
     """
     linears = [*layer.attention_linears, *(name for mlp in layer.mlps if mlp.kind != "routed" for name in mlp.linears)]
     absorbed = layer.absorbed[1:] if layer.absorbed else ()
-    roundings = {name: weights.rounding_beside(f"{name}.weight") for name in linears if name not in absorbed}
+    roundings = {name: weights.activation_quantizer(f"{name}.weight") for name in linears if name not in absorbed}
     with ExitStack() as stack:
         stack.enter_context(_rounded_inputs(skeleton, roundings))
         if layer.absorbed:
@@ -53,7 +53,7 @@ def _rounded_mla(skeleton: Skeleton, layer: DecoderLayer, weights: Weights) -> I
     """Rounds what meets kv_b_proj's keys and its values."""
     assert layer.absorbed is not None
     queries, keys_and_values = layer.absorbed
-    of_queries, of_latents = (weights.rounding_beside(f"{keys_and_values}.weight", values) for values in (False, True))
+    of_queries, of_latents = (weights.activation_quantizer(f"{keys_and_values}.weight", part) for part in (False, True))
     heads, width = (int(skeleton.config[key]) for key in ("num_attention_heads", "qk_nope_head_dim"))
     attention, projection = skeleton.module(f"{layer.prefix}.self_attn"), skeleton.module(keys_and_values)
     handles = []
@@ -111,7 +111,7 @@ def rounded_head(skeleton: Skeleton, table: str, weights: Weights) -> Iterator[N
     Yields:
         Nothing.
     """
-    with _rounded_inputs(skeleton, {"lm_head": weights.rounding_beside(table)}):
+    with _rounded_inputs(skeleton, {"lm_head": weights.activation_quantizer(table)}):
         yield
 
 

@@ -21,8 +21,8 @@ class GatedWeights:
     gate_WH: torch.Tensor
     up_WH: torch.Tensor
     down_HW: torch.Tensor
-    roundings: tuple[Rounding, Rounding, Rounding] = field(default=(unrounded, unrounded, unrounded), kw_only=True)
-    """Of what gate, up and down are multiplied with."""
+    quantizers: tuple[Rounding, ...] = field(default=(unrounded, unrounded, unrounded), kw_only=True)
+    """How the engine rounds the activations that gate, up and down read."""
 
     @property
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -33,12 +33,12 @@ class GatedWeights:
     def read(cls, weights: Weights, mlp: Mlp) -> "GatedWeights":
         """Reads an MLP's weights."""
         gate, up, down = (f"{linear}.weight" for linear in mlp.linears)
-        roundings = weights.rounding_beside(gate), weights.rounding_beside(up), weights.rounding_beside(down)
-        return cls(weights[gate], weights[up], weights[down], roundings=roundings)
+        quantizers = tuple(weights.activation_quantizer(name) for name in (gate, up, down))
+        return cls(weights[gate], weights[up], weights[down], quantizers=quantizers)
 
     def hidden(self, skeleton: Skeleton, inputs_RH: torch.Tensor) -> torch.Tensor:
         """The down projection's input before it is rounded: act(gate(x)) * up(x), [R, W]."""
-        of_gate, of_up, _ = self.roundings
+        of_gate, of_up, _ = self.quantizers
         for_gate_RH = of_gate(inputs_RH)
         for_up_RH = for_gate_RH if of_up is of_gate else of_up(inputs_RH)
         gated_RW = skeleton.activation(apply_linear(for_gate_RH, self.gate_WH))
@@ -46,4 +46,4 @@ class GatedWeights:
 
     def output(self, skeleton: Skeleton, inputs_RH: torch.Tensor) -> torch.Tensor:
         """The MLP's output, [R, H]."""
-        return apply_linear(self.roundings[2](self.hidden(skeleton, inputs_RH)), self.down_HW)
+        return apply_linear(self.quantizers[2](self.hidden(skeleton, inputs_RH)), self.down_HW)

@@ -69,9 +69,9 @@ class Overlay(Weights):
         """The base's shape."""
         return self.base.shape(name)
 
-    def rounding_beside(self, name: str, values: bool = False) -> Rounding:
+    def activation_quantizer(self, name: str, values: bool = False) -> Rounding:
         """The base's."""
-        return self.base.rounding_beside(name, values)
+        return self.base.activation_quantizer(name, values)
 
 
 class MovedWeights(Overlay):

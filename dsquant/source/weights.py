@@ -35,15 +35,15 @@ class Weights(Mapping[str, torch.Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         """The weight's shape, from headers alone."""
 
-    def rounding_beside(self, name: str, values: bool = False) -> Rounding:
-        """How the engine that runs these weights rounds what it multiplies with one of them; most do not.
+    def activation_quantizer(self, name: str, values: bool = False) -> Rounding:
+        """Returns how the engine rounds the activations that it multiplies with a weight; most engines do not.
 
         Args:
             name: the weight's name.
-            values: of MLA's kv_b_proj, the rows that make values are meant; else those that make keys.
+            values: for MLA's kv_b_proj, whether its value rows are meant rather than its key rows.
 
         Returns:
-            The rounding of what meets the weight: a linear's inputs; beside kv_b_proj queries or mixed latents.
+            The rounding of a linear's inputs; for kv_b_proj, of the queries or of the mixed latents.
         """
         return unrounded
 

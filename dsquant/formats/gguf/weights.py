@@ -104,7 +104,7 @@ class GgufWeights(Weights):
             return decode_rotary(self._decode(places[0]), name, self._config)[start_row:stop_row]
         return self._decode(places[0], start_row, stop_row)
 
-    def rounding_beside(self, name: str, values: bool = False) -> Rounding:
+    def activation_quantizer(self, name: str, values: bool = False) -> Rounding:
         """What llama.cpp's CPU kernels do beside the type that a parameter is stored in."""
         from gguf import GGML_QUANT_SIZES
 
