@@ -146,9 +146,8 @@ class LayerComparison:
             self._unfold(group, original, candidate)
         for linear in self.layer.attention_linears:
             self._compare(f"{linear}.weight", original, candidate, moments)
-        inputs = [linear for mlp in self.layer.mlps for linear in (mlp.gate, mlp.up)]
+        self._unfold(self.layer.mlp_norm, original, candidate)
         router = "" if self.layer.router is None else self.layer.router.removesuffix(".weight")
-        self._unfold(ScaleGroup(self.layer.norm, (*inputs, router)), original, candidate)
         for name in (f"{router}.weight", f"{router}.e_score_correction_bias") if router else ():
             if name in original and name in candidate:
                 self._compare(name, original, candidate, moments)
@@ -189,7 +188,8 @@ class LayerComparison:
             scaled_O = torch.ones_like(factor_O)
             scaled_O[rows] = factor
             self.unfolding.rows[group.producer] = scaled_O
-        self.unfolding.columns.update(dict.fromkeys(group.consumers, factor))
+        followers = (name.removesuffix(".weight") for name in group.followers)
+        self.unfolding.columns.update(dict.fromkeys((*group.consumers, *followers), factor))
 
     def _compare(self, name: str, original: Weights, candidate: Weights, moments: Mapping[str, Moments]) -> None:
         linear = name.removesuffix(".weight")

@@ -12,7 +12,7 @@ import torch
 from dsquant.files.foreign import find_file
 from dsquant.formats.shards import Shard, ShardFile, StoredTensor
 from dsquant.model.overlays import Fold, fold_of
-from dsquant.model.structure import DecoderLayer, ScaleGroup
+from dsquant.model.structure import DecoderLayer
 from dsquant.source.shards import ShardIndex, read_header
 from dsquant.source.weights import Weights
 
@@ -67,10 +67,7 @@ def recorded_fold(layer: DecoderLayer, weights: Weights, scales: ShardIndex) -> 
         The fold; nothing in it where nothing was folded.
     """
     fold = Fold()
-    gates = tuple(linear for mlp in layer.mlps for linear in (mlp.gate, mlp.up))
-    norm = ScaleGroup(layer.norm, gates, (layer.router,) if layer.router else ())
-    downs = (ScaleGroup(mlp.up, (mlp.down,)) for mlp in layer.mlps)
-    for group in (*layer.attention, norm, *downs):
+    for group in layer.scale_groups:
         if group.producer in scales:
             fold.update(fold_of(weights, group, scales.read(group.producer)))
     return fold

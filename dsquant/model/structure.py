@@ -4,7 +4,7 @@ All names are full: modules as `model.layers.3.mlp.up_proj`, parameters with `.w
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +24,9 @@ def layer_number(name: str) -> int | None:
 class ScaleGroup:
     """Linears that read one input, and the producer whose output channels can absorb a scale.
 
-    Dividing the producer's channels by s and multiplying the consumers' columns by s leaves the function unchanged.
+    Dividing the producer's channels by s and multiplying the columns of everything that reads them by s leaves the
+    function unchanged; a reader that is left out changes it, as routers that were forgotten have shown (llm-compressor
+    PR 2451).
     """
 
     producer: str
@@ -32,7 +34,7 @@ class ScaleGroup:
     consumers: tuple[str, ...]
     """Linears whose input columns are multiplied."""
     followers: tuple[str, ...] = ()
-    """Parameters that read the same input and are never quantized (the router); multiplied all the same."""
+    """Parameters that read the same input and are never quantized (a router), but are multiplied all the same."""
     producer_rows: tuple[int, ...] | None = None
     """The producer's row behind each input column; None where row j feeds column j of all columns."""
 
@@ -49,9 +51,19 @@ class Mlp:
     """Number of a routed expert."""
 
     @property
+    def inner(self) -> ScaleGroup:
+        """The scale group inside the MLP: a factor on a row of up passes through the product to a column of down."""
+        return ScaleGroup(self.up, (self.down,))
+
+    @property
     def linears(self) -> tuple[str, str, str]:
         """The three linears."""
         return self.gate, self.up, self.down
+
+
+def gates_and_ups(mlps: Iterable[Mlp]) -> tuple[str, ...]:
+    """The linears that read the MLPs' input."""
+    return tuple(linear for mlp in mlps for linear in (mlp.gate, mlp.up))
 
 
 @dataclass(frozen=True)
@@ -62,8 +74,8 @@ class DecoderLayer:
     attention: tuple[ScaleGroup, ...]
     """The scale groups inside attention, in the order of the data flow."""
     attention_linears: tuple[str, ...]
-    norm: str
-    """The norm that feeds the MLPs and the router."""
+    mlp_norm: ScaleGroup
+    """The norm that feeds the MLPs, and all that read it: every gate and up, and the router as a follower."""
     router: str | None
     """The router's weight, where there is one."""
     mlps: tuple[Mlp, ...]
@@ -76,6 +88,16 @@ class DecoderLayer:
     def prefix(self) -> str:
         """The layer's module name."""
         return f"model.layers.{self.index}"
+
+    @property
+    def norm(self) -> str:
+        """The norm that feeds the MLPs and the router."""
+        return self.mlp_norm.producer
+
+    @property
+    def scale_groups(self) -> tuple[ScaleGroup, ...]:
+        """All scale groups, in the order of the data flow."""
+        return (*self.attention, self.mlp_norm, *(mlp.inner for mlp in self.mlps))
 
     @property
     def linears(self) -> tuple[str, ...]:

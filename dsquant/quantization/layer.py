@@ -344,13 +344,11 @@ def search_norm_fold(
         job.weights[f"{layer.norm}.weight"],
         norm_rms_H,
         grid,
-        layer.router is not None,
+        bool(layer.mlp_norm.followers),
         job.seed,
         job.ranks,
     )
-    consumers = tuple(linear for mlp in layer.mlps for linear in (mlp.gate, mlp.up))
-    followers = () if layer.router is None else (layer.router,)
-    return fold_of(job.weights, ScaleGroup(layer.norm, consumers, followers), choice.scales_I), choice.scales_I
+    return fold_of(job.weights, layer.mlp_norm, choice.scales_I), choice.scales_I
 
 
 def emit_dense_part(job: LayerJob, grid: Grid, attention: AttentionResult, norm_fold: Fold, report: GridReport) -> None:

@@ -1,14 +1,13 @@
 """DeepSeek-V3, R1, R1-0528, V3-0324, V3.1 and Kimi-K2: latent attention (MLA) and routed experts.
 
-Every consumer of a scaled producer is in its group: the routed experts, the shared expert and the router read
-`post_attention_layernorm`; leaving the router out changes which experts a token reaches (llm-compressor PR 2451).
+Routed experts, shared expert and router read `post_attention_layernorm`: all of them are in its scale group.
 """
 
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from dsquant.model.structure import DecoderLayer, Family, Mlp, ScaleGroup
+from dsquant.model.structure import DecoderLayer, Family, Mlp, ScaleGroup, gates_and_ups
 
 
 @lru_cache(1)  # one for all layers
@@ -56,9 +55,11 @@ def decoder_layer(config: Mapping[str, Any], index: int) -> DecoderLayer:
     linears = tuple(name for group in attention for name in group.consumers)
     mlps = _mlps(prefix, config, index)
     router = None if mlps[0].kind == "dense" else f"{prefix}.mlp.gate.weight"
+    followers = () if router is None else (router,)
+    mlp_norm = ScaleGroup(f"{prefix}.post_attention_layernorm", gates_and_ups(mlps), followers)
     queries = "q_proj" if config.get("q_lora_rank") is None else "q_b_proj"
     absorbed = (f"{prefix}.self_attn.{queries}", f"{prefix}.self_attn.kv_b_proj")
-    return DecoderLayer(index, attention, linears, f"{prefix}.post_attention_layernorm", router, mlps, absorbed)
+    return DecoderLayer(index, attention, linears, mlp_norm, router, mlps, absorbed)
 
 
 # Every release has these; where one is left out, engines assume different things.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from dsquant.model.structure import DecoderLayer, Family, Mlp, ScaleGroup
+from dsquant.model.structure import DecoderLayer, Family, Mlp, ScaleGroup, gates_and_ups
 
 
 @lru_cache(1)  # one for all layers
@@ -36,9 +36,8 @@ def decoder_layer(config: Mapping[str, Any], index: int) -> DecoderLayer:
         ScaleGroup(f"{attention}.v_proj", (f"{attention}.o_proj",), producer_rows=value_rows),
     )
     mlps = (Mlp("dense", f"{mlp}.gate_proj", f"{mlp}.up_proj", f"{mlp}.down_proj"),)
-    return DecoderLayer(
-        index, groups, (*inputs, f"{attention}.o_proj"), f"{prefix}.post_attention_layernorm", None, mlps
-    )
+    mlp_norm = ScaleGroup(f"{prefix}.post_attention_layernorm", gates_and_ups(mlps))
+    return DecoderLayer(index, groups, (*inputs, f"{attention}.o_proj"), mlp_norm, None, mlps)
 
 
 def _refuse(config: Mapping[str, Any]) -> str | None:
