@@ -164,7 +164,7 @@ def run(options: argparse.Namespace, samples: int) -> dict[str, Any]:
         gpu_memory_budget=parse_size(options.gpu_memory_budget),
         evaluate=False,
     )
-    result = pipeline.awq(
+    result = pipeline.run_job(
         recipe, report=lambda step: marks.append((time.monotonic(), f"{step.stage} {step.done}", disk_bytes()))
     )
     first = {what: (moment, done) for moment, what, done in reversed(marks)}

@@ -116,7 +116,7 @@ def awq(
         evaluate=evaluate,
     )
     with _reporting(progress, metrics_file, metrics_port, metrics_address) as report:
-        return pipeline.awq(recipe, resume, restart, report)
+        return pipeline.run_job(recipe, resume, restart, report)
 
 
 @contextmanager
@@ -225,7 +225,7 @@ def gguf(
         evaluate=evaluate,
     )
     with _reporting(progress, metrics_file, metrics_port, metrics_address) as report:
-        return pipeline.awq(recipe, resume, restart, report)
+        return pipeline.run_job(recipe, resume, restart, report)
 
 
 def evaluate(

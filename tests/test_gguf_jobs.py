@@ -44,11 +44,11 @@ def test_an_interrupted_conversion_resumes_to_the_same_bytes(
             samples=6, seq_len=32, evaluate=False, split_max_bytes=400_000,
         )  # fmt: skip
 
-    pipeline.awq(recipe("whole"))
+    pipeline.run_job(recipe("whole"))
     steps, stops = len(open_checkpoint(pico_r1).index) + 20, 0
     while True:
         try:
-            pipeline.awq(recipe("parts"), resume=True, report=_StopAfter(steps))
+            pipeline.run_job(recipe("parts"), resume=True, report=_StopAfter(steps))
             break
         except Interrupted:
             stops += 1
@@ -168,13 +168,13 @@ def test_a_job_that_was_killed_while_its_files_got_their_names_resumes(pico_r1: 
             raise Interrupted("the test stopped it")
 
     with pytest.raises(Interrupted):
-        pipeline.awq(recipe, report=stop_at_the_end)
+        pipeline.run_job(recipe, report=stop_at_the_end)
     files = sorted(out.glob("*.partial"))
     assert len(files) > 2
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     for file in files[1:]:
         file.rename(file.with_suffix(""))
-    pipeline.awq(recipe, resume=True)
+    pipeline.run_job(recipe, resume=True)
     assert [hashlib.sha256(file.with_suffix("").read_bytes()).hexdigest() for file in files] == hashes
     assert (out / "dsquant.json").is_file() and not list(out.glob("*.partial"))
 
@@ -186,12 +186,12 @@ def test_a_job_is_not_resumed_with_another_quantizer(
 
     recipe = gguf_recipe(model=str(tiny_r1), type="Q8_0", output=tmp_path / "out", calibration=(), evaluate=False)
     with pytest.raises(Interrupted):
-        pipeline.awq(recipe, report=_StopAfter(len(open_checkpoint(tiny_r1).index) + 20))
+        pipeline.run_job(recipe, report=_StopAfter(len(open_checkpoint(tiny_r1).index) + 20))
     monkeypatch.setattr(store.ggml, "library", lambda: None)
     with pytest.raises(UsageError, match=r"quantizer ggml .*here is PyTorch"):
-        pipeline.awq(recipe, resume=True)
+        pipeline.run_job(recipe, resume=True)
     monkeypatch.undo()
-    pipeline.awq(recipe, resume=True)
+    pipeline.run_job(recipe, resume=True)
 
 
 def test_a_gpu_that_is_not_there_is_refused(tiny_r1: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def recipe(model: Path, output: Path, **changes: Any) -> Recipe:
 @pytest.fixture(scope="module")
 def finished(pico_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("finished") / "out"
-    pipeline.awq(recipe(pico_r1, output))
+    pipeline.run_job(recipe(pico_r1, output))
     return output
 
 
@@ -44,7 +44,7 @@ def all_done(pico_r1: Path, finished: Path, tmp_path_factory: pytest.TempPathFac
             raise Interrupted("the test stopped it")
 
     with pytest.raises(Interrupted):
-        pipeline.awq(recipe(pico_r1, output), report=stop)
+        pipeline.run_job(recipe(pico_r1, output), report=stop)
     assert (output / WORK).is_dir() and (output / "dsquant.json").is_file()
     return output
 
@@ -57,10 +57,10 @@ def test_no_second_run_begins_on_a_folder_while_the_first_still_reads_its_source
     def begin_another(progress: Any) -> None:
         if progress.stage == "scan" and progress.done == 1:
             with pytest.raises(InputError, match="another dsquant run is working") as error:
-                pipeline.awq(recipe(pico_r1, output, type="Q4_0"))
+                pipeline.run_job(recipe(pico_r1, output, type="Q4_0"))
             refused.append(error)
 
-    pipeline.awq(recipe(pico_r1, output), report=begin_another)
+    pipeline.run_job(recipe(pico_r1, output), report=begin_another)
     assert refused
     assert contents(output).keys() == contents(finished).keys()
 
@@ -70,7 +70,7 @@ def test_a_run_that_ends_before_the_job_begins_leaves_nothing(pico_r1: Path, tmp
         raise Interrupted("the test stopped it")
 
     with pytest.raises(Interrupted):
-        pipeline.awq(recipe(pico_r1, tmp_path / "made" / "out"), report=stop)
+        pipeline.run_job(recipe(pico_r1, tmp_path / "made" / "out"), report=stop)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -83,7 +83,7 @@ def test_a_restart_that_ends_before_the_job_begins_leaves_the_finished_output(
     output = tmp_path / "out"
     shutil.copytree(finished, output)
     with pytest.raises(Interrupted):
-        pipeline.awq(recipe(pico_r1, output, type="Q4_0"), restart=True, report=stop)
+        pipeline.run_job(recipe(pico_r1, output, type="Q4_0"), restart=True, report=stop)
     assert contents(output) == contents(finished)
 
 
@@ -113,10 +113,10 @@ def test_what_was_seen_before_the_lock_is_looked_at_again_under_it(
     exclusive = jobs.exclusive
     monkeypatch.setattr(jobs, "exclusive", after_the_other_run)
     if outcome == "finished":
-        assert pipeline.awq(recipe(pico_r1, output), **options).already_finished
+        assert pipeline.run_job(recipe(pico_r1, output), **options).already_finished
     else:
         with pytest.raises(InputError, match="a finished output"):
-            pipeline.awq(recipe(pico_r1, output), **options)
+            pipeline.run_job(recipe(pico_r1, output), **options)
     whole = {name: content for name, content in contents(all_done).items() if not name.startswith(WORK)}
     assert contents(output) == whole
 
@@ -161,7 +161,7 @@ def test_killed_anywhere_while_the_work_folder_goes_away_the_output_is_finished_
         assert state in ("interrupted", "finished")
         again += state == "interrupted"
         if state == "finished":
-            assert pipeline.awq(recipe(pico_r1, output), resume=True).already_finished
+            assert pipeline.run_job(recipe(pico_r1, output), resume=True).already_finished
             assert contents(output) == whole
         else:
             assert contents(output) == contents(all_done)
@@ -211,7 +211,7 @@ def test_a_restart_removes_nothing_outside_of_its_folder(
     (output / "dsquant.json").write_text(json.dumps(record))
     before = contents(tmp_path)
     with pytest.raises(InputError, match=r"its record|is a link"):
-        pipeline.awq(recipe(pico_r1, output), restart=True)
+        pipeline.run_job(recipe(pico_r1, output), restart=True)
     assert contents(tmp_path) == before
 
 
@@ -226,7 +226,7 @@ def test_a_link_in_the_place_of_a_work_folder_is_refused(
     (output / name).symlink_to(elsewhere)
     for options in ({}, {"resume": True}, {"restart": True}):
         with pytest.raises(InputError, match="a link or a file"):
-            pipeline.awq(recipe(pico_r1, output), **options)
+            pipeline.run_job(recipe(pico_r1, output), **options)
     assert list(contents(elsewhere)) == ["job.json"]
 
 
@@ -246,7 +246,7 @@ def test_a_new_job_writes_through_no_link_in_its_folder(name: str, pico_r1: Path
     (work / name).symlink_to(victim)
     for options in ({}, {"resume": True}, {"restart": True}):
         with pytest.raises(InputError, match="is a link"):
-            pipeline.awq(recipe(pico_r1, tmp_path / "out"), **options)
+            pipeline.run_job(recipe(pico_r1, tmp_path / "out"), **options)
     assert victim.read_text() == "keep me"
 
 
@@ -254,7 +254,7 @@ def test_a_new_job_reads_nothing_that_lies_in_its_work_folder(pico_r1: Path, fin
     output = tmp_path / "out"
     (output / WORK).mkdir(parents=True)
     (output / WORK / "journal.jsonl").write_text("of no job")
-    pipeline.awq(recipe(pico_r1, output))
+    pipeline.run_job(recipe(pico_r1, output))
     assert contents(output) == contents(finished)
 
 
@@ -271,7 +271,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused_by_name(
     path.mkdir(parents=True)
     before = contents(output)
     with pytest.raises(InputError, match=path.name):
-        pipeline.awq(recipe(pico_r1, output), restart=True)
+        pipeline.run_job(recipe(pico_r1, output), restart=True)
     assert contents(output) == before
 
 
@@ -280,9 +280,9 @@ def test_an_output_that_is_a_link_to_nothing_or_no_text_is_refused(pico_r1: Path
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     for name in ("nothing", "circle", "circle/out"):
         with pytest.raises(InputError, match="a link that leads to no folder"):
-            pipeline.awq(recipe(pico_r1, tmp_path / name))
+            pipeline.run_job(recipe(pico_r1, tmp_path / name))
     with pytest.raises(InputError, match="cannot be a folder's name"):
-        pipeline.awq(recipe(pico_r1, tmp_path / "\ud800"))
+        pipeline.run_job(recipe(pico_r1, tmp_path / "\ud800"))
     assert not (tmp_path / "absent").exists()
 
 
@@ -295,4 +295,4 @@ def test_garbage_in_a_finished_record_is_found_before_it_is_shown(
     record = json.loads((output / "dsquant.json").read_bytes())
     (output / "dsquant.json").write_text(json.dumps(record | change))
     with pytest.raises(InputError, match=r"dsquant\.json.*start over with --restart"):
-        pipeline.awq(recipe(pico_r1, output), resume=True)
+        pipeline.run_job(recipe(pico_r1, output), resume=True)

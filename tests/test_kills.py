@@ -46,7 +46,7 @@ def awq(model: Path, text: Path, folder: Path, resume: bool = False, **changes: 
         "model": str(model), "to": ("awq",), "output": folder / "out", "calibration": (str(text),), "samples": 2,
         "seq_len": 16, "group_size": 64, "evaluate": False,
     }  # fmt: skip
-    pipeline.awq(Recipe.checked(**fields | changes), resume=resume)
+    pipeline.run_job(Recipe.checked(**fields | changes), resume=resume)
 
 
 def gguf(model: Path, text: Path, folder: Path, resume: bool = False, **changes: Any) -> None:
@@ -54,7 +54,7 @@ def gguf(model: Path, text: Path, folder: Path, resume: bool = False, **changes:
         "model": str(model), "type": "Q4_0", "output": folder / "out", "calibration": (str(text),), "samples": 2,
         "seq_len": 16, "evaluate": False,
     }  # fmt: skip
-    pipeline.awq(gguf_recipe(**fields | changes), resume=resume)
+    pipeline.run_job(gguf_recipe(**fields | changes), resume=resume)
 
 
 def release(model: Path, text: Path, folder: Path, resume: bool = False) -> None:

@@ -36,7 +36,7 @@ def interrupted(pico_r1: Path, text_file: Path, tmp_path_factory: pytest.TempPat
             raise Interrupted("the test stopped it")
 
     with pytest.raises(Interrupted):
-        pipeline.awq(recipe(pico_r1, text_file, output), report=stop)
+        pipeline.run_job(recipe(pico_r1, text_file, output), report=stop)
     return output
 
 
@@ -139,7 +139,7 @@ def test_a_damaged_work_file_is_refused(
     shutil.copytree(interrupted, output)
     damage(output)
     with pytest.raises(InputError, match=message) as refused:
-        pipeline.awq(recipe(pico_r1, text_file, output), resume=True)
+        pipeline.run_job(recipe(pico_r1, text_file, output), resume=True)
     assert "--restart" in str(refused.value) or "remove the folder" in str(refused.value)
 
 
@@ -154,14 +154,14 @@ def test_other_texts_and_another_config_are_refused(pico_r1: Path, text_file: Pa
             raise Interrupted("the test stopped it")
 
     with pytest.raises(Interrupted):
-        pipeline.awq(job, report=stop)
+        pipeline.run_job(job, report=stop)
     text.write_text(text_file.read_text()[500:])
     with pytest.raises(InputError, match="the calibration texts: not what"):
-        pipeline.awq(job, resume=True)
+        pipeline.run_job(job, resume=True)
     shutil.copy(text_file, text)
     another_digit(model / "config.json", b'"rope_theta": 10000', b'"rope_theta": 50000')
     with pytest.raises(InputError, match=r"config\.json: not what"):
-        pipeline.awq(job, resume=True)
+        pipeline.run_job(job, resume=True)
 
 
 def test_every_part_of_what_a_unit_leaves_has_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

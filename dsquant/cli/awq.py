@@ -119,7 +119,7 @@ def awq(**options: Any) -> None:
 
     with joined() as ranks, reporting(not flags["as_json"], *metrics, ranks.first) as report:
         if scales_from is None:
-            result = pipeline.awq(recipe, flags["resume"], flags["restart"], report, ranks)
+            result = pipeline.run_job(recipe, flags["resume"], flags["restart"], report, ranks)
         else:
             from dsquant.incremental.release import full_run
 

@@ -88,7 +88,7 @@ def gguf(**options: Any) -> None:
         click.echo(json.dumps(plan.as_json(), indent=2) if flags["as_json"] else printable(str(plan)))
         return
     with reporting(not flags["as_json"], *metrics) as report:
-        result = pipeline.awq(recipe, flags["resume"], flags["restart"], report)
+        result = pipeline.run_job(recipe, flags["resume"], flags["restart"], report)
     if flags["as_json"]:
         click.echo(json.dumps(result.as_json(), indent=2))
     else:

@@ -41,15 +41,15 @@ from dsquant.source.scan import Look
 from dsquant.source.shards import TensorInfo
 
 
-def awq(
+def run_job(
     recipe: Recipe, resume: bool = False, restart: bool = False, report: Report = silent, ranks: Ranks = ALONE
 ) -> Result:
     """Quantizes a model as the recipe says.
 
     Args:
         recipe: what to do.
-        resume: go on with an interrupted job, or begin one.
-        restart: begin anew where there is an interrupted or finished one.
+        resume: continue an interrupted job, or start one.
+        restart: start over where there is an interrupted or finished one.
         report: gets the progress.
         ranks: who does it; all of them call this.
 

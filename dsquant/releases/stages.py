@@ -98,7 +98,7 @@ def _quantize(shop: Workshop, step: AwqStep | GgufStep, begun: bool) -> dict[str
     job = _job(shop, step)
     # An older attempt that was to become something else is begun anew.
     resume, restart = begun or not job.output.exists(), not begun and job.output.exists()
-    result = pipeline.awq(job, resume, restart, shop.report)
+    result = pipeline.run_job(job, resume, restart, shop.report)
     folders = {name: str(folder.relative_to(shop.build)) for name, folder in result.folders.items()}
     return {"folders": folders, "bytes": result.output_bytes, "warnings": result.warnings}
 
