@@ -21,7 +21,7 @@ from dsquant.model.streaming import embed, final_norm, head_name
 from dsquant.pipeline import job as pipeline
 from dsquant.pipeline import units as conversion
 from dsquant.quantization.layer_job import LayerJob, QuantizedStream
-from dsquant.quantization.successive import quantize_successively
+from dsquant.quantization.sequential import quantize_sequentially
 from dsquant.recipes import Recipe
 from dsquant.schemes import Grid, QuantizedWeight
 
@@ -42,7 +42,7 @@ def _followed(folder: Path, tokens_NT: torch.Tensor) -> tuple[dict[str, torch.Te
 
     for layer in skeleton.layers[: skeleton.num_layers]:
         original, quantized = streams
-        quantize_successively(
+        quantize_sequentially(
             LayerJob(
                 skeleton, layer, weights, *original, {Grid(4, 64, True): frozenset(layer.linears)}, 2, 0, emit,
                 lambda name: None, quantized=QuantizedStream(*quantized),
@@ -103,12 +103,12 @@ def test_interrupted_in_every_layer_and_resumed_it_writes_the_same_bytes(
     def stop_at_times(job: LayerJob) -> Any:
         nonlocal calls
         calls += 1
-        report = quantize_successively(job)
+        report = quantize_sequentially(job)
         if calls % 2:  # the layer is computed, and lost
             raise Interrupted("here")
         return report
 
-    monkeypatch.setattr(conversion, "quantize_successively", stop_at_times)
+    monkeypatch.setattr(conversion, "quantize_sequentially", stop_at_times)
     options = _options(tmp_path / "resumed", text_file, to=formats, mtp="quantize", resume=True)
     for _ in range(6):
         with pytest.raises(Interrupted):
@@ -124,7 +124,7 @@ def test_hidden_states_of_the_quantized_model_that_are_damaged_are_refused(
         raise Interrupted("here")
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(conversion, "quantize_successively", stop)
+        patch.setattr(conversion, "quantize_sequentially", stop)
         dsquant.awq(pico_r1, **_options(tmp_path / "out", text_file))
     path = tmp_path / "out" / ".dsquant-work" / "hidden-0-quantized.f32"
     content = bytearray(path.read_bytes())

@@ -6,7 +6,7 @@ import torch
 
 from dsquant.quantization.clip import SHRINKS, clipped_weight
 from dsquant.quantization.compensate import DAMPING, LEAST_DAMPING, compensated_weight
-from dsquant.quantization.layer import FEWEST_TOKENS
+from dsquant.quantization.mlp_inputs import FEWEST_TOKENS
 from dsquant.quantization.statistics import WIDEST_GRAM, InputMoments, InputStatistics
 from dsquant.schemes import Grid, grid_parameters
 

@@ -35,7 +35,7 @@ def _statistics(original_RI: torch.Tensor, quantized_RI: torch.Tensor) -> PairSt
     return statistics
 
 
-def test_the_followed_weight_is_ridge_regression_towards_the_original() -> None:
+def test_the_fitted_weight_is_ridge_regression_towards_the_original() -> None:
     original_RI, quantized_RI = _inputs(500, 64)
     weight_OI, moments = _weight(16, 64), _statistics(original_RI, quantized_RI).moments()
     inputs = quantized_RI.double().numpy()
@@ -44,13 +44,13 @@ def test_the_followed_weight_is_ridge_regression_towards_the_original() -> None:
     weight = weight_OI.double().numpy()
     wanted = np.concatenate([original_RI.double().numpy() @ weight.T, penalty**0.5 * weight.T])
     solution = np.linalg.lstsq(stacked, wanted, rcond=None)[0].T
-    assert np.allclose(moments.followed(weight_OI).numpy(), solution, atol=1e-4)
+    assert np.allclose(moments.fitted(weight_OI).numpy(), solution, atol=1e-4)
 
 
 def test_equal_inputs_leave_the_weight_as_it_is() -> None:
     original_RI, _ = _inputs(300, 64)
     weight_OI = _weight(8, 64)
-    assert torch.equal(_statistics(original_RI, original_RI).moments().followed(weight_OI), weight_OI)
+    assert torch.equal(_statistics(original_RI, original_RI).moments().fitted(weight_OI), weight_OI)
 
 
 def test_dividing_both_inputs_is_dividing_the_moments() -> None:
@@ -73,17 +73,17 @@ def test_outputs_come_nearer_to_the_originals_on_unseen_tokens(grid: Grid) -> No
 
     alone = _statistics(quantized_RI[seen], quantized_RI[seen]).moments().rounded([weight_OI], grid, BEST)[0]
     moments = _statistics(original_RI[seen], quantized_RI[seen]).moments()
-    assert error(moments.followed(weight_OI)) < 0.5 * error(weight_OI)
+    assert error(moments.fitted(weight_OI)) < 0.5 * error(weight_OI)
     assert error(moments.rounded([weight_OI], grid, BEST)[0].dequantize()) < 0.6 * error(alone.dequantize())
 
 
-def test_wider_inputs_are_compensated_but_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wider_inputs_are_compensated_but_not_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_OI, grid = _weight(8, 128), Grid(4, 64, True)
     assert bool(PairStatistics(128, SEED).moments().rounded([weight_OI], grid, BEST)[0].dequantize().isfinite().all())
     monkeypatch.setattr(pairs, "WIDEST_PAIRS", 64)
     moments = _statistics(*_inputs(200, 128)).moments()
     assert moments.drift_II is None
-    assert torch.equal(moments.followed(weight_OI), weight_OI)
+    assert torch.equal(moments.fitted(weight_OI), weight_OI)
     wanted = compensated_weight(weight_OI, grid, moments.moments)
     assert not torch.equal(wanted.codes_OI, clipped_weight(weight_OI, grid, moments.moments).codes_OI)
     assert torch.equal(moments.rounded([weight_OI], grid, BEST)[0].codes_OI, wanted.codes_OI)

@@ -18,7 +18,7 @@ from dsquant.pipeline.inputs import Source
 from dsquant.pipeline.units import Run
 from dsquant.precision.groups import WIDTH_COLUMNS, MixedPlan, width_rows
 from dsquant.precision.sensitivity import SENSITIVITY
-from dsquant.quantization.layer import FEWEST_TOKENS
+from dsquant.quantization.mlp_inputs import FEWEST_TOKENS
 from dsquant.recipes import Recipe, format_size
 from dsquant.reporting.notebook import Shown, as_html, table_of
 from dsquant.schemes import Grid

@@ -23,8 +23,8 @@ from dsquant.pipeline.resume import check_kept, check_target, check_units, kept_
 from dsquant.quantization.importance import ObservationJob, observe_layer
 from dsquant.quantization.layer import quantize_layer
 from dsquant.quantization.layer_job import LayerJob, QuantizedStream
+from dsquant.quantization.sequential import quantize_sequentially
 from dsquant.quantization.statistics import Importance
-from dsquant.quantization.successive import quantize_successively
 from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Progress, Report, Stage
 from dsquant.schemes import Grid, QuantizedWeight
@@ -356,7 +356,7 @@ def _run_layer(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str
         quantized=_quantized_stream(run, layer) if run.follows_quantized else None,
         ranks=run.ranks,
     )
-    report = asdict(quantize_successively(job) if job.quantized else quantize_layer(job))
+    report = asdict(quantize_sequentially(job) if job.quantized else quantize_layer(job))
     made = [outputs, job.quantized.outputs] if job.quantized else [outputs]
     for path, activations in zip(run.kept_paths(layer.index + 1), made, strict=True):
         run.keep(activations, path)

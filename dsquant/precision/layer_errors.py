@@ -19,18 +19,13 @@ from dsquant.model.overlays import FoldedWeights, ReplacedWeights, ResidentWeigh
 from dsquant.model.streaming import Routing
 from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup
 from dsquant.precision.allocation import Width
-from dsquant.quantization.attention import search_scales, under_scales
-from dsquant.quantization.layer import (
-    few_samples,
-    inputs_of,
-    note_attention,
-    out_of_range,
-    run_original,
-    search_norm_fold,
-)
+from dsquant.quantization.attention import few_samples, note_attention, search_scales, under_scales
+from dsquant.quantization.layer import out_of_range, run_original
 from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.layer_mlps import MLPS_AHEAD, add_contributions, moments_of, shared_inverses
-from dsquant.quantization.mlp import CHECK_ROWS, MlpInputs, scaled, search_up_scales
+from dsquant.quantization.mlp import scaled, search_up_scales
+from dsquant.quantization.mlp_inputs import CHECK_ROWS, MlpInputs, inputs_of
+from dsquant.quantization.mlp_norm import search_norm_fold
 from dsquant.quantization.statistics import InputMoments
 from dsquant.quantization.steps import prepared
 from dsquant.schemes import Grid

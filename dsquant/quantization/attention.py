@@ -2,17 +2,24 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from dsquant.model.overlays import Fold, FoldedWeights, fold_of
-from dsquant.model.structure import ScaleGroup
-from dsquant.quantization.scale import search_group
-from dsquant.quantization.statistics import InputMoments
+from dsquant.model.activations import Activations
+from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights, fold_of
+from dsquant.model.streaming import Routing, Stream, run_dense_part
+from dsquant.model.structure import KEYS_SUFFIX, ScaleGroup
+from dsquant.quantization.layer_job import GridReport, LayerJob
+from dsquant.quantization.scale import best_scales, group_candidates, is_kept, rms_of_columns
+from dsquant.quantization.statistics import Importance, InputMoments
 from dsquant.quantization.steps import prepared, rounded_weight
 from dsquant.recipes import Step
 from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest
 from dsquant.source.weights import Weights
+
+# Attention's output error is measured, and folds are proven, on at most this many samples.
+CHECK_SAMPLES = 2
 
 
 @dataclass(frozen=True)
@@ -31,32 +38,48 @@ class AttentionResult:
 
 
 def quantize_attention(
-    weights: Weights,
-    moments: Mapping[ScaleGroup, InputMoments],
-    grid: Grid,
-    grid_of: Callable[[str], Grid],
-    steps: Collection[Step],
+    job: LayerJob, grid: Grid, moments: Mapping[ScaleGroup, InputMoments], report: GridReport
 ) -> AttentionResult:
     """Searches scales for every group that is quantized, folds them and rounds, as far as these are steps.
 
     Args:
-        weights: a layer's weights.
-        moments: of each such group's input, in the order of the data flow.
+        job: the layer and its surroundings.
         grid: the grid that scales are searched for.
-        grid_of: gives the grid that a linear is rounded on.
-        steps: of the quantization.
+        moments: of each group's input, in the order of the data flow.
+        report: gets the errors.
 
     Returns:
-        The quantized attention.
+        The quantized attention; plainly rounded where that comes nearer to the original's output.
     """
-    fold, scales = search_scales(weights, moments, grid, steps)
-    folded = FoldedWeights(weights, fold)
-    linears: dict[str, QuantizedWeight] = {}
-    for group, found in moments.items():
-        divided = prepared(under_scales(found, scales.get(group)), grid, steps)
+    own = {group: found for group, found in moments.items() if group.consumers[0] in job.linears[grid]}
+    if not own:
+        return AttentionResult()
+    weights, grid_of = ResidentWeights(job.weights), partial(job.grid_of, grid)
+    fold, scales = search_scales(weights, own, grid, job.steps)
+    folded, linears = FoldedWeights(weights, fold), dict[str, QuantizedWeight]()
+    for group, found in own.items():
+        divided = prepared(under_scales(found, scales.get(group)), grid, job.steps)
         for linear in group.consumers:
-            linears[linear] = rounded_weight(folded[f"{linear}.weight"], grid_of(linear), divided, steps)
-    return AttentionResult(fold, linears, scales)
+            linears[linear] = rounded_weight(folded[f"{linear}.weight"], grid_of(linear), divided, job.steps)
+    searched, plain = AttentionResult(fold, linears, scales), round_attention(linears, weights, grid_of)
+    wanted, _ = few_samples(job, weights)
+    energy = (wanted - job.inputs.samples(0, len(wanted))).square().sum()
+
+    def error(result: AttentionResult) -> float:
+        quantized = ReplacedWeights(FoldedWeights(weights, result.fold), result.dequantized())
+        found, _ = few_samples(job, quantized)
+        return float((found - wanted).square().sum() / energy)
+
+    return searched if keeps_attention(job, report, error(searched), error(plain)) else plain
+
+
+def keeps_attention(job: LayerJob, report: GridReport, error: float, error_plain: float) -> bool:
+    """Returns whether attention is kept as searched, by its output error, and takes the errors into the report."""
+    kept = is_kept(error, error_plain)
+    report.attention_error, report.attention_error_plain = error if kept else error_plain, error_plain
+    if not kept:
+        report.fallbacks.append(f"{job.layer.prefix}.self_attn")
+    return kept
 
 
 def search_scales(
@@ -71,24 +94,31 @@ def search_scales(
         steps: of the quantization.
 
     Returns:
-        The fold, and by group the scales, float32 [I]; nothing in either where `scales` is no step.
+        The fold, and each group's scales, float32 [I]; both empty where `scales` is not a step.
     """
     fold = Fold()
     if "scales" not in steps:
         return fold, {}
-    scales = {group: search_group(weights, group, grid, found).scales_I for group, found in moments.items()}
+    scales = {group: _searched(weights, group, found, grid) for group, found in moments.items()}
     for group in moments:
         fold.update(fold_of(weights, group, scales[group]))
     return fold, scales
 
 
+def _searched(weights: Weights, group: ScaleGroup, moments: InputMoments, grid: Grid) -> torch.Tensor:
+    consumers = [weights[f"{linear}.weight"] for linear in group.consumers]
+    columns_I, producer = rms_of_columns(consumers), weights[f"{group.producer}.weight"]
+    scales_CI = group_candidates(group, producer, moments.rms_I, columns_I)
+    return best_scales(scales_CI, [lambda: (consumers, moments)], grid)
+
+
 def under_scales(moments: InputMoments, scales_I: torch.Tensor | None) -> InputMoments:
-    """The moments of a group's input once its scales are folded; as they are where it has none."""
+    """Returns the moments of a group's input once its scales, if any, are folded."""
     return moments if scales_I is None else moments.divided(scales_I)
 
 
 def round_attention(linears: Iterable[str], weights: Weights, grid_of: Callable[[str], Grid]) -> AttentionResult:
-    """Plain rounding of the attention's linears: what the search is measured against, and its fallback.
+    """Rounds attention's linears plainly: what the search is measured against, and its fallback.
 
     Args:
         linears: those to round.
@@ -100,3 +130,48 @@ def round_attention(linears: Iterable[str], weights: Weights, grid_of: Callable[
     """
     rounded = {linear: round_to_nearest(weights[f"{linear}.weight"], grid_of(linear)) for linear in linears}
     return AttentionResult(Fold(), rounded)
+
+
+def note_attention(
+    job: LayerJob,
+    grid: Grid,
+    moments: Mapping[ScaleGroup, InputMoments],
+    scales: Mapping[ScaleGroup, torch.Tensor],
+) -> None:
+    """Notes the importance of what attention's linears read under the scales.
+
+    Args:
+        job: the layer and its surroundings.
+        grid: the grid.
+        moments: of each group's input.
+        scales: float32 [I] of each group that has them.
+    """
+    config, (queries, keys_and_values) = job.skeleton.config, job.layer.absorbed or ("", "")
+    for group, group_moments in moments.items():
+        divided = under_scales(group_moments, scales.get(group))
+        for linear in group.consumers:
+            job.note(grid, linear, divided.importance)
+        if queries in group.consumers:  # folding does not change what comes out of it
+            squares_O, heads = group_moments.loss_O(job.weights[f"{queries}.weight"]), config["num_attention_heads"]
+            keys = squares_O.unflatten(0, (heads, -1))[:, : config["qk_nope_head_dim"]] * group_moments.count
+            job.note(grid, keys_and_values + KEYS_SUFFIX, Importance(keys.contiguous(), group_moments.count))
+
+
+def few_samples(
+    job: LayerJob, weights: Weights, hidden: Activations | None = None
+) -> tuple[torch.Tensor, Routing | None]:
+    """Runs a few samples through the layer's dense part under other weights.
+
+    Args:
+        job: the layer and its surroundings.
+        weights: the weights.
+        hidden: the layer's inputs [N, T, H]; None is the original's.
+
+    Returns:
+        The outputs, float32 [n, T, H], and the routing.
+    """
+    hidden = hidden or job.inputs
+    inputs = Activations(hidden.samples(0, min(CHECK_SAMPLES, hidden.shape[0])))
+    outputs = Activations(torch.zeros(inputs.shape, device=job.weights.device))
+    routing = run_dense_part(job.skeleton, job.layer, Stream(weights, inputs, outputs), job.batch_samples)
+    return outputs.samples(0, inputs.shape[0]), routing

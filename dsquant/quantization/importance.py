@@ -18,7 +18,7 @@ from dsquant.model.overlays import ResidentWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import ROWS_AT_ONCE, Observer, Routing, Stream, run_dense_part
 from dsquant.model.structure import KEYS_SUFFIX, DecoderLayer, Mlp
-from dsquant.quantization.layer import top_up
+from dsquant.quantization.mlp_inputs import top_up
 from dsquant.quantization.statistics import Importance
 from dsquant.source.weights import Weights
 

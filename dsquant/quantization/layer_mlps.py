@@ -4,7 +4,7 @@ Shape legend: H hidden size, R tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,7 +14,8 @@ from dsquant.model.streaming import ROWS_AT_ONCE, Routing
 from dsquant.model.structure import Mlp
 from dsquant.quantization.compensate import with_inverses
 from dsquant.quantization.layer_job import LayerJob
-from dsquant.quantization.mlp import MlpErrors, MlpInputs, quantize_mlp, scaled
+from dsquant.quantization.mlp import LoadedMlp, MlpErrors, quantize_mlp, scaled
+from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.sharing import exchange_contributions
 from dsquant.quantization.statistics import InputMoments, InputStatistics, InverseFactor, is_wide
 from dsquant.schemes import Grid
@@ -60,22 +61,21 @@ def quantize_mlps(
         if routing is not None:
             add_contributions(job, mlps[begin : begin + ranks.size], original, routing)
         if original is not None:
-            own.append(_quantize_mlp(job, number, original, inputs[mlps[number]], norm_scales, inverses))
+            loaded = LoadedMlp(mlps[number], original, inputs[mlps[number]], job.seed + number)
+            own.append(_quantize_mlp(job, loaded, norm_scales, inverses))
     parts = ranks.gather(own)
     return [parts[number % ranks.size][number // ranks.size] for number in range(len(mlps))]
 
 
 def _quantize_mlp(
     job: LayerJob,
-    number: int,
-    original: GatedWeights,
-    inputs: MlpInputs,
+    loaded: LoadedMlp,
     norm_scales: list[torch.Tensor],
     inverses: list[tuple[InverseFactor, ...]],
 ) -> list[MlpOutcome]:
     """Quantizes one MLP onto every grid and emits it; returns what it cost on each grid."""
-    mlp, outcomes = job.layer.mlps[number], list[MlpOutcome]()
-    moments = moments_of(job, mlp, original, inputs, job.seed + number) if job.anywhere(mlp.up) else None
+    mlp, original, outcomes = loaded.mlp, loaded.original, list[MlpOutcome]()
+    moments = moments_of(job, mlp, original, loaded.inputs, loaded.seed) if job.anywhere(mlp.up) else None
     for grid, norm_scales_H, shared in zip(job.grids, norm_scales, inverses, strict=True):
         if moments is None or mlp.up not in job.linears[grid]:
             if job.linears[grid]:
@@ -83,21 +83,19 @@ def _quantize_mlp(
                 _emit_folded(job, grid, mlp, unscaled)
             outcomes.append(MlpOutcome())
             continue
-        rounding = job.grid_of(grid, mlp.up)
-        result = quantize_mlp(
-            job.skeleton, mlp, original, inputs, moments, norm_scales_H, shared, grid, rounding, job.steps
-        )
+        under_norm = replace(moments[0].divided(norm_scales_H), inverses=shared)
+        result = quantize_mlp(job, loaded, (under_norm, moments[1]), norm_scales_H, grid)
         outcomes.append(MlpOutcome(result.errors, result.weight_errors if grid.rounded else {}))
         if not result.errors.plain:
-            job.keep_scales(grid, mlp.up, result.up_scales_W)
+            job.keep_scales(grid, mlp.up, result.rounded.up_scales_W)
         if grid.rounded:
-            for linear, quantized in result.linears.items():
+            for linear, quantized in zip(mlp.linears, result.rounded.linears, strict=True):
                 job.emit(grid, linear, quantized)
             continue
-        of_input, of_hidden = (part.importance for part in result.moments)
+        of_input, of_hidden = (part.importance for part in result.rounded.moments)
         for linear, importance in zip(mlp.linears, (of_input, of_input, of_hidden), strict=True):
             job.note(grid, linear, importance)
-        _emit_folded(job, grid, mlp, result.folded)
+        _emit_folded(job, grid, mlp, result.rounded.folded)
     return outcomes
 
 
@@ -116,7 +114,7 @@ def add_contributions(job: LayerJob, turn: Sequence[Mlp], original: GatedWeights
         return
     none_RH = torch.empty(0, job.inputs.shape[2], device=job.weights.device)
     own_RH = torch.cat([none_RH, *(output_RH for _, output_RH in parts)])
-    exchange_contributions(job.outputs, turn, own_RH, routing, job.ranks, job.shares)
+    exchange_contributions(job, turn, own_RH, routing)
 
 
 def _contribution(
@@ -159,7 +157,7 @@ def shared_inverses(job: LayerJob, norm_scales: Sequence[torch.Tensor]) -> list[
 def moments_of(
     job: LayerJob, mlp: Mlp, original: GatedWeights, inputs: MlpInputs, seed: int
 ) -> tuple[InputMoments, InputMoments]:
-    """The moments of an MLP's input and of its down projection's input, of the tokens that reach it."""
+    """Returns the moments of an MLP's input and of its down projection's input, of the tokens it is judged on."""
     compensated = job.compensates(mlp.down)
     of_input = InputStatistics(job.inputs.shape[2], seed, job.weights.device)
     of_hidden = InputStatistics(len(original.up_WH), seed, job.weights.device, compensated=compensated)

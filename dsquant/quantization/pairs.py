@@ -23,8 +23,8 @@ from dsquant.source.weights import CPU
 
 # Inputs up to this width are kept as whole matrices here, which takes R1's hidden states (7168).
 WIDEST_PAIRS = 8192
-# The Gram matrix's diagonal is raised by this share of its mean, for each feature over a token, before the drift is
-# followed: of few tokens the drift is mostly noise (docs/decisions/0015).
+# The Gram matrix's diagonal is raised by this share of its mean, for each feature over a token, before weights are
+# fitted to the drift: of few tokens the drift is mostly noise (docs/decisions/0015).
 DRIFT_DAMPING = 3.0
 
 
@@ -42,8 +42,8 @@ class PairMoments:
         drift_II = None if self.drift_II is None else self.drift_II / scales_I / scales_I.unsqueeze(1)
         return PairMoments(self.moments.divided(scales_I), drift_II)
 
-    def followed(self, weight_OI: torch.Tensor) -> torch.Tensor:
-        """W + W C (H + damping)^-1, C the drift and H the Gram matrix.
+    def fitted(self, weight_OI: torch.Tensor) -> torch.Tensor:
+        """Returns W + W C (H + damping)^-1, C the drift and H the Gram matrix.
 
         Args:
             weight_OI: W, float32 [O, I].
@@ -72,9 +72,9 @@ class PairMoments:
             steps: of the quantization.
 
         Returns:
-            The rounded weights; with inputs wider than `WIDEST_PAIRS` not followed, and compensated in parts.
+            The rounded weights; with inputs wider than `WIDEST_PAIRS` not fitted, and compensated in parts.
         """
-        wanted_OI = self.followed(torch.cat(list(weights)))
+        wanted_OI = self.fitted(torch.cat(list(weights)))
         return rounded_weight(wanted_OI, grid, self.moments, steps).split([len(weight_OI) for weight_OI in weights])
 
 

@@ -3,11 +3,11 @@
 Shape legend: C candidates, O out features, I in features.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 
+from dsquant.jobs.ranks import ALONE, Ranks
 from dsquant.kernels.grids import fake_quantize_difference
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.threads import side_by_side
@@ -15,23 +15,10 @@ from dsquant.model.structure import ScaleGroup
 from dsquant.quantization.clip import ELEMENTS_AT_ONCE
 from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments
 from dsquant.schemes import Grid
-from dsquant.source.weights import Weights
 
 NUM_RATIOS = 20
 # The scale search reads at most this many rows of a weight, evenly spaced: the loss is a sum over rows.
 SEARCH_ROWS = 512
-
-
-@dataclass(frozen=True)
-class ScaleChoice:
-    """What a scale search found."""
-
-    scales_I: torch.Tensor
-    """float32 [I], one factor for each input column."""
-    loss_before: float
-    """Output error with no scales."""
-    loss_after: float
-    """Output error with these."""
 
 
 def rms_of_columns(weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -99,31 +86,70 @@ def scale_losses(weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Grid, m
         return torch.cat(side_by_side(losses_of, scales_CI.split(at_once), together))
 
 
-def search_group(weights: Weights, group: ScaleGroup, grid: Grid, moments: InputMoments) -> ScaleChoice:
-    """Finds the scales of a group whose consumers are all quantized.
+Judge = Callable[[], tuple[Sequence[torch.Tensor], InputMoments]]
+"""Reads some of a group's consumers into memory, with the moments of their input."""
+
+
+def best_scales(scales_CI: torch.Tensor, judges: Sequence[Judge], grid: Grid, ranks: Ranks = ALONE) -> torch.Tensor:
+    """Returns the candidate under which the consumers' summed output error is least: the search of every scale group.
 
     Args:
-        weights: the layer's weights.
-        group: the group.
+        scales_CI: the candidates; the first is identity, which wins a tie.
+        judges: called one at a time; their losses count as often as they have tokens.
         grid: the quantization grid.
-        moments: of the consumers' input.
+        ranks: all ranks, which share the judges.
 
     Returns:
-        The scales with the least summed error of all consumers; identity where nothing is better.
+        float32 [I], on the candidates' device.
     """
-    consumers = [weights[f"{name}.weight"] for name in group.consumers]
-    activation_I, weight_I = moments.rms_I, rms_of_columns(consumers)
+
+    def losses(judge: Judge) -> list[torch.Tensor]:
+        weights, moments = judge()
+        found = [moments.count * scale_losses(weight_OI, scales_CI, grid, moments) for weight_OI in weights]
+        return found if ranks.size == 1 else [losses_C.cpu() for losses_C in found]
+
+    losses_C = torch.stack([one_C for found in ranks.spread(losses, judges) for one_C in found]).sum(0)
+    return scales_CI[losses_C.argmin().unsqueeze(0)].squeeze(0)  # a number would have to come from the GPU
+
+
+def group_candidates(
+    group: ScaleGroup, producer: torch.Tensor, activation_I: torch.Tensor, weight_I: torch.Tensor
+) -> torch.Tensor:
+    """Returns the candidates that can be folded into a group's producer and followers.
+
+    Args:
+        group: the group.
+        producer: the producer's weight, [O, I] or a norm's [I].
+        activation_I: root mean square of each channel of the consumers' input, [I].
+        weight_I: root mean square of each column of the consumers, [I].
+
+    Returns:
+        float32 [C, I]; row 0 is all ones.
+    """
     if group.producer_rows is not None:  # columns fed by one producer row share a scale
         rows_I = torch.tensor(group.producer_rows, device=activation_I.device)
         activation_I, weight_I = (_shared_rms(values_I, rows_I) for values_I in (activation_I, weight_I))
     scales_CI = candidate_scales(activation_I, weight_I)
-    producer = weights[f"{group.producer}.weight"]
-    if producer.dim() == 1:
+    if group.followers:  # which stay exact in their storage type that way (docs/decisions/0003)
+        scales_CI = powers_of_two(scales_CI)
+    elif producer.dim() == 1:
         scales_CI = torch.stack([foldable_scales(scales_I, producer) for scales_I in scales_CI])
-        scales_CI[0] = 1
-    losses_C = torch.stack([scale_losses(weight, scales_CI, grid, moments) for weight in consumers]).sum(0)
-    best = int(losses_C.argmin())
-    return ScaleChoice(scales_CI[best], float(losses_C[0]), float(losses_C[best]))
+    scales_CI[0] = 1
+    return scales_CI
+
+
+def is_kept(error: float, error_plain: float) -> bool:
+    """Decides whether what a search proposes is kept: the one rule for everything that is searched.
+
+    Args:
+        error: summed squared error of the outputs that it feeds: attention's, an MLP's; for the norm before the MLPs,
+            those of several MLPs.
+        error_plain: the same with plain rounding.
+
+    Returns:
+        Whether the outputs come as near to the original's as under plain rounding; False where they are not finite.
+    """
+    return error <= error_plain
 
 
 def _shared_rms(values_I: torch.Tensor, rows_I: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.activations import Activations
 from dsquant.model.streaming import Routing
 from dsquant.model.structure import Mlp
+from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.statistics import WIDEST_PART, InputMoments, InputStatistics
 
 # Apart from one another, so that no two chunks combine their tokens with the same signs.
@@ -27,30 +28,19 @@ SEED_STEP = 7919
 class SampleStatistics:
     """The statistics of a linear's inputs over all samples of all ranks."""
 
-    def __init__(
-        self,
-        num_features: int,
-        seed: int,
-        device: torch.device,
-        ranks: Ranks,
-        shares: Shares,
-        compensated: bool = False,
-    ) -> None:
+    def __init__(self, job: LayerJob, num_features: int, compensated: bool = False) -> None:
         """Starts with this rank's first chunk.
 
         Args:
+            job: the layer and its surroundings.
             num_features: I.
-            seed: of the random signs that combine tokens.
-            device: where the inputs are.
-            ranks: all ranks.
-            shares: who has which samples.
             compensated: whether errors will be compensated; wider inputs than `WIDEST_PART` are not, since every
                 chunk's Gram matrices would have to travel.
         """
-        self._ranks, self._shares, self._device = ranks, shares, device
-        self._features, self._seed = num_features, seed
+        self._ranks, self._shares, self._device = job.ranks, job.shares, job.weights.device
+        self._features, self._seed = num_features, job.seed
         self._compensated = compensated and num_features <= WIDEST_PART
-        self._number = sum(len(shares.chunks(rank)) for rank in range(ranks.rank))
+        self._number = sum(len(self._shares.chunks(rank)) for rank in range(self._ranks.rank))
         self._total = self._empty(CHUNKS)
         self._chunk = self._empty(self._number)
         self._kept: list[InputStatistics] = []
@@ -130,19 +120,16 @@ def share_routing(routing: Routing | None, ranks: Ranks, device: torch.device) -
     return Routing(*(torch.cat(columns).to(device) for columns in zip(*parts, strict=True)))
 
 
-def exchange_contributions(
-    outputs: Activations, turn: Sequence[Mlp], own_RH: torch.Tensor, routing: Routing, ranks: Ranks, shares: Shares
-) -> None:
+def exchange_contributions(job: LayerJob, turn: Sequence[Mlp], own_RH: torch.Tensor, routing: Routing) -> None:
     """Adds the contributions of a turn's experts, one for each rank, to this rank's samples in the order of experts.
 
     Args:
-        outputs: the layer's outputs [N, T, H].
+        job: the layer and its surroundings.
         turn: the MLPs of this turn, in order; rank r has the r-th.
         own_RH: what this rank's expert adds to each of its tokens, in their order; [0, H] where it has none.
         routing: of all tokens.
-        ranks: all ranks.
-        shares: who has which samples.
     """
+    outputs, ranks, shares = job.outputs, job.ranks, job.shares
     edges = [shares.samples(rank)[0] for rank in range(ranks.size)] + [shares.num_samples]
     edges_S = torch.tensor(edges, device=routing.expert_RK.device) * outputs.shape[1]
     tokens = [routing.tokens_of(-1 if mlp.expert is None else mlp.expert)[0] for mlp in turn]

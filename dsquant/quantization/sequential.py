@@ -1,9 +1,9 @@
-"""Quantizes one decoder layer for the inputs that the quantized model gives it: the step `follow`.
+"""Quantizes one decoder layer for the inputs that the quantized model gives it: sequential calibration, step `follow`.
 
 Linears are rounded in the order of the data flow. Each is fitted to what it reads once everything before it is
-quantized, and aims at what the original puts out (`pairs`). So the layer has two streams of hidden states, the
-original's and the quantized model's; its weights still pass through memory once, one expert at a time. Attention runs
-once for each of its scale groups and stream, once more for the scales, and once more for the MLPs' inputs.
+quantized, and aims at the original's output (`pairs`). So the layer has two streams of hidden states, the original's
+and the quantized model's; its weights still pass through memory once, one expert at a time. Attention runs once for
+each of its scale groups and streams, once more for the scales, and once more for the MLPs' inputs.
 
 Shape legend: N samples, T tokens, H hidden size, R tokens of all samples.
 """
@@ -17,17 +17,25 @@ from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.overlays import FoldedWeights, ReplacedWeights, ResidentWeights
 from dsquant.model.streaming import Observer, Routing, Stream, run_dense_part
 from dsquant.model.structure import Mlp, ScaleGroup
-from dsquant.quantization.attention import AttentionResult, round_attention, search_scales
-from dsquant.quantization.layer import checked, emit_dense_part, few_samples, read_by_mlps, search_norm_fold, sum_up
+from dsquant.quantization.attention import (
+    AttentionResult,
+    few_samples,
+    keeps_attention,
+    round_attention,
+    search_scales,
+)
+from dsquant.quantization.layer import checked, emit_dense_part, sum_up
 from dsquant.quantization.layer_job import GridReport, LayerJob, LayerReport, QuantizedStream
+from dsquant.quantization.mlp_inputs import read_by_mlps
+from dsquant.quantization.mlp_norm import search_norm_fold
 from dsquant.quantization.pairs import PairMoments, PairStatistics
+from dsquant.quantization.sequential_mlps import quantize_mlps
 from dsquant.quantization.statistics import InputMoments, InputStatistics
-from dsquant.quantization.successive_mlps import quantize_mlps
 from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.weights import Weights
 
 
-def quantize_successively(job: LayerJob) -> LayerReport:
+def quantize_sequentially(job: LayerJob) -> LayerReport:
     """Runs the original and the quantized layer, quantizing as it goes, and hands everything to `emit`.
 
     Args:
@@ -101,7 +109,7 @@ def _quantize(job: LayerJob) -> LayerReport:
         job.keep_scales(grid, group.producer, scales_I)
     if fold.rows:
         job.keep_scales(grid, layer.norm, scales_H)
-    sum_up(report, quantize_mlps(job, quantized, grid, inputs, scales_H, (original_routing, routing)))
+    sum_up(report, quantize_mlps(job, inputs, scales_H, (original_routing, routing)))
     counts = routing.counts(len(layer.experts)).tolist() if routing else []
     return LayerReport(counts, {expert: len(rows_R) for expert, rows_R in added.items()}, [report])
 
@@ -128,11 +136,8 @@ def _quantize_attention(
         for linear, weight in zip(group.consumers, rounded, strict=True):
             linears[linear], dequantized[f"{linear}.weight"] = weight, weight.dequantize()
     searched, plain = AttentionResult(fold, linears, scales), round_attention(linears, weights, lambda _: grid)
-    report.attention_error, report.attention_error_plain = _error(streams, searched), _error(unfolded, plain)
-    if report.attention_error <= report.attention_error_plain:
+    if keeps_attention(job, report, _error(streams, searched), _error(unfolded, plain)):
         return streams, searched
-    report.attention_error = report.attention_error_plain
-    report.fallbacks.append(f"{job.layer.prefix}.self_attn")
     return unfolded, plain
 
 

@@ -1,0 +1,139 @@
+"""The tokens that each MLP of a layer is judged on.
+
+Shape legend: R tokens, H hidden size, E experts.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from dsquant.kernels.precision import fast_matmuls
+from dsquant.kernels.products import apply_linear
+from dsquant.model.activations import Activations
+from dsquant.model.streaming import ROWS_AT_ONCE, Routing
+from dsquant.model.structure import DecoderLayer, Mlp
+from dsquant.quantization.layer_job import LayerJob
+from dsquant.quantization.statistics import InputMoments, InputStatistics
+from dsquant.recipes import Step
+from dsquant.source.weights import Weights
+
+# An expert with fewer tokens than this also gets those that the router scores highest for it besides its own.
+FEWEST_TOKENS = 256
+# A gated MLP's own output error is measured on at most this many tokens, evenly spaced.
+CHECK_ROWS = 512
+
+
+@dataclass(frozen=True)
+class MlpInputs:
+    """The tokens that an MLP is judged on, and what it reads there."""
+
+    activations: Activations
+    """The normed hidden states of all tokens."""
+    rows_R: torch.Tensor
+    """int64: the tokens that reach this MLP, and any that were added because too few do."""
+    weights_R: torch.Tensor | None = None
+    """float32: what multiplies each token's inputs in the statistics; None where all count alike."""
+
+    def of(self, activations: Activations) -> "MlpInputs":
+        """Returns the same tokens of another model."""
+        return replace(self, activations=activations)
+
+    def parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Yields rows and their weights, at most 4096 at once."""
+        for start in range(0, len(self.rows_R), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            yield self.rows_R[part], None if self.weights_R is None else self.weights_R[part]
+
+    def few(self) -> torch.Tensor:
+        """Returns what is read at `CHECK_ROWS` tokens or fewer, evenly spaced, float32 [R, H]."""
+        step = max(1, -(-len(self.rows_R) // CHECK_ROWS))
+        return self.activations.rows(self.rows_R[::step])
+
+    def moments(self, seed: int) -> InputMoments:
+        """Returns the second moments of all of them."""
+        statistics = InputStatistics(self.activations.shape[2], seed, self.activations.device)
+        with fast_matmuls(self.activations.device):
+            for rows_R, weights_R in self.parts():
+                statistics.add(self.activations.rows(rows_R), weights_R)
+        return statistics.moments()
+
+
+def top_up(layer: DecoderLayer, weights: Weights, mlp_inputs: Activations, routing: Routing) -> dict[int, torch.Tensor]:
+    """Finds for each rare expert the tokens to add: those of other experts whose router scores for it are highest.
+
+    Args:
+        layer: a layer with experts.
+        weights: its weights.
+        mlp_inputs: what the experts read.
+        routing: the tokens of each expert.
+
+    Returns:
+        Expert -> int64 rows of `mlp_inputs`; with its own tokens they are `FEWEST_TOKENS`, or all there are.
+    """
+    assert layer.router is not None
+    counts = routing.counts(len(layer.experts))
+    wanted = min(FEWEST_TOKENS, mlp_inputs.num_rows)
+    rare = [expert for expert, count in enumerate(counts.tolist()) if count < wanted]
+    if not rare:
+        return {}
+    router_EH = weights[layer.router][rare]
+    parts = torch.arange(mlp_inputs.num_rows, device=weights.device).split(ROWS_AT_ONCE)
+    scores_RE = torch.cat([apply_linear(mlp_inputs.rows(part_R), router_EH) for part_R in parts])
+    added = {}
+    for place, expert in enumerate(rare):
+        own_R, _ = routing.tokens_of(expert)
+        scores_RE[own_R, place] = -torch.inf
+        added[expert] = scores_RE[:, place].topk(wanted - len(own_R)).indices.sort().values
+    return added
+
+
+def read_by_mlps(
+    job: LayerJob, mlp_inputs: Activations, routing: Routing | None
+) -> tuple[dict[Mlp, MlpInputs], dict[int, torch.Tensor]]:
+    """Chooses the tokens that each MLP is judged on.
+
+    Args:
+        job: the layer and its surroundings.
+        mlp_inputs: what the MLPs read.
+        routing: the tokens of each expert; None where the layer has none.
+
+    Returns:
+        MLP -> its tokens; and rare expert -> the tokens added to its own, where `top-up` is a step.
+    """
+    added = {}
+    if routing and "top-up" in job.steps and job.anywhere(job.layer.experts[0].up):
+        added = top_up(job.layer, job.weights, mlp_inputs, routing)
+    return {mlp: inputs_of(mlp_inputs, mlp, routing, added, job.steps) for mlp in job.layer.mlps}, added
+
+
+def inputs_of(
+    mlp_inputs: Activations,
+    mlp: Mlp,
+    routing: Routing | None,
+    added: Mapping[int, torch.Tensor],
+    steps: Collection[Step],
+) -> MlpInputs:
+    """Chooses the tokens that one MLP is judged on.
+
+    Args:
+        mlp_inputs: what the MLPs read.
+        mlp: the MLP.
+        routing: the tokens of each expert; None where the layer has none.
+        added: expert -> tokens to add to its own.
+        steps: of the quantization.
+
+    Returns:
+        All tokens; or an expert's own and the added ones, weighted by the expert's share in each where `gate-weights`
+        is a step. Added ones, in which it has no share, get its least one; 1 where it has no token at all.
+    """
+    if mlp.expert is None:
+        return MlpInputs(mlp_inputs, torch.arange(mlp_inputs.num_rows, device=mlp_inputs.device))
+    assert routing is not None
+    own_R, share_R = routing.tokens_of(mlp.expert)
+    added_R = added.get(mlp.expert, own_R[:0])
+    rows_R = torch.cat([own_R, added_R])
+    if "gate-weights" not in steps:
+        return MlpInputs(mlp_inputs, rows_R)
+    least = share_R.min() if len(share_R) else share_R.new_ones(())
+    return MlpInputs(mlp_inputs, rows_R, torch.cat([share_R, least.expand(len(added_R))]))

@@ -1,0 +1,84 @@
+"""The search of the scales of the norm before a layer's MLPs, which all of them and the router read.
+
+The group's consumers, hundreds of experts, are not in memory together: some of them judge for all.
+
+Shape legend: H hidden size, C candidates.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+
+from dsquant.model.gated import GatedWeights
+from dsquant.model.overlays import Fold, fold_of
+from dsquant.model.structure import Mlp, gates_and_ups
+from dsquant.quantization.layer_job import LayerJob
+from dsquant.quantization.mlp_inputs import MlpInputs
+from dsquant.quantization.scale import best_scales, group_candidates, is_kept, rms_of_columns
+from dsquant.quantization.statistics import InputMoments
+from dsquant.schemes import Grid, fake_quantize
+
+# The MLPs that judge: those with the most tokens, whose gate and up are read from disk once more for it.
+JUDGES = 32
+# Of these, as many give the candidates the size of their columns: their gates and ups are in memory together, 117 MB
+# each in R1.
+CANDIDATES_FROM = 16
+# Of these, as many accept the choice by their own outputs, for which they are read a third time and run three times.
+ACCEPTED_BY = 8
+
+
+def search_norm_fold(
+    job: LayerJob, grid: Grid, inputs: Mapping[Mlp, MlpInputs], norm_rms_H: torch.Tensor
+) -> tuple[Fold, torch.Tensor]:
+    """Searches the scales of the norm before the MLPs.
+
+    Args:
+        job: the layer and its surroundings.
+        grid: the quantization grid.
+        inputs: the tokens that each MLP is judged on.
+        norm_rms_H: root mean square of the norm's output over all tokens, float32 [H].
+
+    Returns:
+        The fold and the scales, float32 [H]; no fold where no MLP is quantized or scaled, and identity there and where
+        no candidate is kept.
+    """
+    group = job.layer.mlp_norm
+    identity_H = torch.ones(job.inputs.shape[2], device=job.weights.device)
+    readers = [mlp for mlp in job.layer.mlps if mlp.up in job.linears[grid] and len(inputs[mlp].rows_R)]
+    if not readers or "scales" not in job.steps:
+        return Fold(), identity_H
+    judges = sorted(readers, key=lambda mlp: -len(inputs[mlp].rows_R))[:JUDGES]
+    columns_H = rms_of_columns(_gates_and_ups(job, judges[:CANDIDATES_FROM]))
+    scales_CH = group_candidates(group, job.weights[f"{group.producer}.weight"], norm_rms_H, columns_H)
+    job.ranks.broadcast(scales_CH)
+
+    def judge(mlp: Mlp) -> tuple[Sequence[torch.Tensor], InputMoments]:
+        moments = inputs[mlp].moments(job.seed)
+        return _gates_and_ups(job, [mlp]), moments
+
+    scales_H = best_scales(scales_CH, [partial(judge, mlp) for mlp in judges], grid, job.ranks)
+    if not torch.equal(scales_H, identity_H):
+        accepting = [(mlp, inputs[mlp]) for mlp in judges[:ACCEPTED_BY]]
+        errors = job.ranks.spread(lambda one: _errors(job, grid, *one, scales_H), accepting)
+        if not is_kept(*(sum(column) for column in zip(*errors, strict=True))):
+            scales_H = identity_H
+    return fold_of(job.weights, group, scales_H), scales_H
+
+
+def _gates_and_ups(job: LayerJob, mlps: Sequence[Mlp]) -> list[torch.Tensor]:
+    return [job.weights[f"{linear}.weight"] for linear in gates_and_ups(mlps)]
+
+
+def _errors(job: LayerJob, grid: Grid, mlp: Mlp, inputs: MlpInputs, scales_H: torch.Tensor) -> tuple[float, float]:
+    """The output error of an MLP with gate and up rounded under the scales, and rounded plainly."""
+    original = GatedWeights.read(job.weights, mlp)
+    inputs_RH = inputs.few()
+    wanted_RH = original.output(job.skeleton, inputs_RH)
+
+    def error(scales_H: torch.Tensor) -> float:
+        gate, up = (fake_quantize(weight * scales_H, grid).div_(scales_H) for weight in original.parts[:2])
+        found_RH = GatedWeights(gate, up, original.down_HW).output(job.skeleton, inputs_RH)
+        return float((found_RH - wanted_RH).square().double().sum())
+
+    return error(scales_H), error(torch.ones_like(scales_H))
