@@ -237,7 +237,11 @@ def test_layer_counts_by_which_llama_cpp_knows_lite_models_are_refused_with_q_lo
     model = make(tmp_path / "lite", PICO_R1, **config | {"q_lora_rank": None})
     assert divergence(predicted(model), every_position(f32(model, tmp_path / "lite-out"), TOKENS_NT)) < 1e-5
     network = network_config(FAMILIES["DeepseekV3ForCausalLM"], config)
-    refused = [n for n in range(20, 62) if number_problem("deepseek2", network | {"num_hidden_layers": n})]
+    refused = [
+        n
+        for n in range(20, 62)
+        if number_problem(FAMILIES["DeepseekV3ForCausalLM"].gguf, network | {"num_hidden_layers": n})
+    ]
     assert refused == [26, 27]
 
 

@@ -12,7 +12,8 @@ from dsquant.formats.gguf.checkpoint import GgufHeader
 from dsquant.formats.gguf.layout import placements
 from dsquant.formats.gguf.loader import loader_tensors, number_problem
 from dsquant.formats.gguf.metadata import model_keys
-from dsquant.formats.gguf.rope import SCALINGS
+from dsquant.model.families import GGUF_FAMILIES
+from dsquant.model.families.family import GgufFacts
 from dsquant.model.rotary import Rotary
 from dsquant.source.weights import Weights
 
@@ -35,14 +36,14 @@ def check_same_network(header: GgufHeader, reference: str, config: Mapping[str, 
     Raises:
         InputError: naming key, value expected and value found.
     """
-    architecture, found = header.keys["general.architecture"], _with_defaults(header.numbers)
-    problem = number_problem(architecture, config)
+    facts, found = GGUF_FAMILIES[header.keys["general.architecture"]].gguf, _with_defaults(header.numbers)
+    problem = number_problem(facts, config)
     if problem:
         raise InputError(f"{header.file}: it cannot be {reference}: {problem}")
-    wanted = model_keys(architecture, config, rotary)
+    wanted = model_keys(facts, config, rotary)
     pairs = [(key, value, found.get(key)) for key, value in wanted.items() if not _elsewhere(key)]
     pairs.append(("block_count", wanted["block_count"], found["block_count"]))
-    if architecture == "deepseek2":
+    if "expert_count" in wanted:
         groups = _groups(wanted)
         pairs += [(key, groups[key], _groups(found)[key]) for key in groups]
     pairs += [
@@ -50,8 +51,8 @@ def check_same_network(header: GgufHeader, reference: str, config: Mapping[str, 
     ]
     for key, value, other in pairs:
         if not _same(value, other):
-            raise InputError(_difference(header, architecture, key, value, other, reference))
-    _check_rotary(header, architecture, reference, config, wanted, rotary)
+            raise InputError(_difference(header, key, value, other, reference))
+    _check_rotary(header, facts, reference, config, wanted, rotary)
     tokens, rows = header.keys.get(_TOKENS), header.num_tokens
     if tokens is not None and len(tokens) != rows:
         raise InputError(
@@ -72,9 +73,9 @@ def check_same_tensors(header: GgufHeader, reference: str, config: Mapping[str, 
     Raises:
         InputError: naming the tensor.
     """
-    architecture, layers = header.keys["general.architecture"], config["num_hidden_layers"]
+    facts, layers = GGUF_FAMILIES[header.keys["general.architecture"]].gguf, config["num_hidden_layers"]
     num_mtp = int(header.numbers.get("nextn_predict_layers", 0))
-    needed, allowed = loader_tensors(architecture, config, num_mtp)
+    needed, allowed = loader_tensors(facts, config, num_mtp)
     held = {place.tensor for name in weights for place in placements(name, header.architecture)} | {"rope_freqs.weight"}
     if config["tie_word_embeddings"]:
         held.discard("output.weight")
@@ -132,17 +133,17 @@ def _same(wanted: Any, found: Any) -> bool:
 
 def _check_rotary(
     header: GgufHeader,
-    architecture: str,
+    facts: GgufFacts,
     reference: str,
     config: Mapping[str, Any],
     wanted: Mapping[str, Any],
     rotary: Rotary,
 ) -> None:
-    kind, known = config["rope_parameters"]["rope_type"], SCALINGS[architecture]
+    kind, known = config["rope_parameters"]["rope_type"], facts.rope_scalings
     if kind not in known:
         raise InputError(
-            f"{header.file}: {reference} has rope scaling of type {kind!r}, which no GGUF file of {architecture} can "
-            f"say (it has {', '.join(known)})"
+            f"{header.file}: {reference} has rope scaling of type {kind!r}, which no GGUF file of "
+            f"{facts.architecture} can say (it has {', '.join(known)})"
         )
     difference = rotary.difference(header.rotary)
     if difference is None:
@@ -152,12 +153,10 @@ def _check_rotary(
     key = next((key for key in keys if not _same(wanted.get(key), numbers.get(key))), None)
     if key is None:
         raise InputError(f"{header.file}: another rotary embedding than {reference}: {difference}; not the same model")
-    text = _difference(header, architecture, key, wanted.get(key), numbers.get(key), reference)
+    text = _difference(header, key, wanted.get(key), numbers.get(key), reference)
     raise InputError(f"{text} ({difference})")
 
 
-def _difference(header: GgufHeader, architecture: str, key: str, wanted: Any, found: Any, reference: str) -> str:
-    return (
-        f"{header.file}: key '{architecture}.{key}' is {found!r}, the network of {reference} needs {wanted!r}; not the "
-        "same model"
-    )
+def _difference(header: GgufHeader, key: str, wanted: Any, found: Any, reference: str) -> str:
+    name = f"{header.keys['general.architecture']}.{key}"
+    return f"{header.file}: key {name!r} is {found!r}, the network of {reference} needs {wanted!r}; not the same model"

@@ -15,7 +15,8 @@ from typing import Any
 
 from dsquant.errors import InputError
 from dsquant.model.families import FAMILIES, architecture_of, unsupported
-from dsquant.model.structure import Family, layer_number
+from dsquant.model.families.family import Family
+from dsquant.model.structure import layer_number
 from dsquant.source.checkpoint import CONFIG_FILE, FP8, block_size
 from dsquant.source.shards import ShardIndex, TensorInfo
 

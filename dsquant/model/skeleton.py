@@ -17,8 +17,9 @@ from dsquant.errors import InputError
 from dsquant.kernels.products import apply_linear
 from dsquant.kernels.threads import blocks_of, side_by_side
 from dsquant.model.families import family_of
+from dsquant.model.families.family import Family
 from dsquant.model.rotary import Rotary, rope_problem, rotary_of, settle_magnitude
-from dsquant.model.structure import DecoderLayer, Family
+from dsquant.model.structure import DecoderLayer
 from dsquant.source.checkpoint import Checkpoint
 
 ATTENTION = "dsquant_fused"

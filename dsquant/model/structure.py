@@ -4,9 +4,9 @@ All names are full: modules as `model.layers.3.mlp.up_proj`, parameters with `.w
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 MlpKind = Literal["dense", "shared", "routed"]
 # Behind kv_b_proj's name: the importance of its keys, which in llama.cpp multiply queries and not the latent.
@@ -108,28 +108,6 @@ class DecoderLayer:
     def experts(self) -> tuple[Mlp, ...]:
         """The routed experts."""
         return tuple(mlp for mlp in self.mlps if mlp.kind == "routed")
-
-
-@dataclass(frozen=True)
-class Family:
-    """An architecture that dsquant knows."""
-
-    architecture: str
-    config_class: str
-    """Name of the configuration class in transformers."""
-    model_types: tuple[str, ...]
-    """`model_type` of its configs: by these a wrapper names its text model."""
-    layer: Callable[[Mapping[str, Any], int], DecoderLayer]
-    """Builds layer `index` from config.json's content."""
-    num_mtp_layers: Callable[[Mapping[str, Any]], int] = field(default=lambda config: 0)
-    """Multi-token-prediction layers that follow the decoder's."""
-    mtp_parts: tuple[str, ...] = ()
-    """What such a layer has beside a decoder layer's parts."""
-    fused_experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """The tensors [experts, rows, columns] in which transformers may save a layer's experts -> the linears whose rows
-    follow one another in each."""
-    refuse: Callable[[Mapping[str, Any]], str | None] = field(default=lambda config: None)
-    """What in a config is not supported, in words; None where all is."""
 
 
 def linear_groups(layer: DecoderLayer, quantized: Collection[str]) -> dict[str, tuple[str, ...]]:

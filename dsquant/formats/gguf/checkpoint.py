@@ -1,6 +1,6 @@
 """A GGUF file as a checkpoint of its own: config, parameter names and tokenizer made from its keys.
 
-The reverse of `writers.gguf.metadata` and `source.gguf_layout`.
+The reverse of `metadata` and `layout`.
 """
 
 import math
@@ -15,11 +15,12 @@ import torch
 from dsquant.errors import InputError
 from dsquant.files.foreign import blaming
 from dsquant.formats.gguf.file import read_gguf
-from dsquant.formats.gguf.layout import ARCHITECTURES, parameters
+from dsquant.formats.gguf.layout import parameters
 from dsquant.formats.gguf.metadata import CONTROL, UNUSED, USER_DEFINED
 from dsquant.formats.gguf.rope import YARN_LOG_FACTOR, rotary_of_keys
 from dsquant.formats.gguf.weights import GgufWeights, gguf_parts
-from dsquant.model.families import FAMILIES
+from dsquant.model.families import FAMILIES, GGUF_FAMILIES
+from dsquant.model.families.family import GgufFacts
 from dsquant.model.overlays import on_device
 from dsquant.model.rotary import Rotary, yarn_mscale
 from dsquant.model.skeleton import network_rotary
@@ -60,7 +61,7 @@ class GgufHeader:
     def architecture(self) -> str:
         """The checkpoint's name for it, llama.cpp's where dsquant does not know it."""
         name = str(self.keys.get("general.architecture"))
-        return next((found for found, stored in ARCHITECTURES.items() if stored == name), name)
+        return GGUF_FAMILIES[name].architecture if name in GGUF_FAMILIES else name
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -80,7 +81,8 @@ class GgufHeader:
         factors_F = None if factors is None else torch.from_numpy(factors.data.copy()).float().flatten()
         try:
             with np.errstate(divide="raise", over="raise", invalid="raise"):
-                return rotary_of_keys(str(self.keys.get("general.architecture")), self.numbers, factors_F)
+                facts = GGUF_FAMILIES[str(self.keys.get("general.architecture"))].gguf
+                return rotary_of_keys(facts, self.numbers, factors_F)
         except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             raise InputError(f"{self.file}: its keys describe no rotary embedding: {error}") from error
 
@@ -245,11 +247,12 @@ def _pre_tokenizer(file: Path, name: str) -> Any:
 
 def _config(header: GgufHeader) -> dict[str, Any]:
     file, keys = header.file, header.keys
-    names = {name: architecture for architecture, name in ARCHITECTURES.items()}
     architecture = keys.get("general.architecture")
-    if architecture not in names:
-        raise InputError(f"{file}: architecture {architecture!r} is not supported; dsquant knows {', '.join(names)}")
-
+    family = GGUF_FAMILIES.get(str(architecture))
+    if family is None:
+        raise InputError(
+            f"{file}: architecture {architecture!r} is not supported; dsquant knows {', '.join(GGUF_FAMILIES)}"
+        )
     numbers = header.numbers
 
     def key(name: str, default: Any = None) -> Any:
@@ -268,7 +271,7 @@ def _config(header: GgufHeader) -> dict[str, Any]:
         raise InputError(f"{file}: key '{architecture}.attention.head_count' is {heads!r}, expected a positive number")
     mtp = key("nextn_predict_layers", 0)
     config: dict[str, Any] = {
-        "architectures": [names[architecture]],
+        "architectures": [family.architecture],
         "hidden_size": key("embedding_length"),
         "intermediate_size": key("feed_forward_length"),
         "num_hidden_layers": key("block_count") - mtp,
@@ -280,44 +283,11 @@ def _config(header: GgufHeader) -> dict[str, Any]:
         "hidden_act": "silu",
         "tie_word_embeddings": False,
     }
-    if architecture == "deepseek2":
-        config |= _deepseek(file, key)
-    else:
-        config["head_dim"] = key("attention.key_length", config["hidden_size"] // heads)
-    return config | {"rope_scaling": _rope_scaling(header, config)}
+    config |= family.gguf.config(key, header.tensors)
+    return config | {"rope_scaling": _rope_scaling(header, family.gguf, config)}
 
 
-def _deepseek(file: Path, key: Any) -> dict[str, Any]:
-    from gguf import ExpertGatingFuncType
-
-    if key("expert_gating_func", 0) != ExpertGatingFuncType.SIGMOID:
-        raise InputError(f"{file}: routing that is not DeepSeek-V3's (expert_gating_func is not sigmoid)")
-    rope = key("rope.dimension_count")
-    return {
-        "num_key_value_heads": key("attention.head_count"),
-        "num_nextn_predict_layers": 0,
-        "q_lora_rank": key("attention.q_lora_rank", 0) or None,
-        "kv_lora_rank": key("attention.kv_lora_rank"),
-        "qk_rope_head_dim": rope,
-        "qk_nope_head_dim": key("attention.key_length_mla") - rope,
-        "v_head_dim": key("attention.value_length_mla"),
-        "first_k_dense_replace": key("leading_dense_block_count"),
-        "moe_layer_freq": 1,
-        "moe_intermediate_size": key("expert_feed_forward_length"),
-        "n_routed_experts": key("expert_count"),
-        "n_shared_experts": key("expert_shared_count"),
-        "num_experts_per_tok": key("expert_used_count"),
-        "routed_scaling_factor": key("expert_weights_scale", 1.0),
-        "norm_topk_prob": bool(key("expert_weights_norm", False)),
-        # Without these keys llama.cpp chooses from all experts, and so does this.
-        "n_group": key("expert_group_count", 1),
-        "topk_group": key("expert_group_used_count", 1),
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-    }
-
-
-def _rope_scaling(header: GgufHeader, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def _rope_scaling(header: GgufHeader, facts: GgufFacts, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The config's words for a file's scaling; llama.cpp has linear where no type is stated."""
     numbers = header.numbers
     if "rope_freqs.weight" in header.tensors:
@@ -331,7 +301,7 @@ def _rope_scaling(header: GgufHeader, config: Mapping[str, Any]) -> dict[str, An
     found = {"type": kind, "factor": factor, "original_max_position_embeddings": original}
     found |= {"beta_fast": 32.0, "beta_slow": 1.0}  # whatever the keys say: llama.cpp reads them in other architectures
     rotary = header.rotary
-    if "kv_lora_rank" not in config:
+    if facts.split is None:
         plain = math.isclose(rotary.magnitude, yarn_mscale(factor), rel_tol=1e-6)
         return found if plain else found | {"attention_factor": rotary.magnitude}
     mscale = numbers.get("rope.scaling.yarn_log_multiplier", 0.0) / YARN_LOG_FACTOR

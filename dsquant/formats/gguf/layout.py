@@ -2,7 +2,7 @@
 
 The network is the same; only the storage differs: a layer's experts are merged into one three-dimensional tensor, MLA's
 kv_b_proj is split into keys (transposed, so that queries are absorbed) and values, and Llama's queries and keys have
-their rotary halves interleaved. Reference: the `deepseek2`, `llama`, `qwen2` and `qwen3` models of llama.cpp.
+their rotary halves interleaved. What each architecture has of this, its family says (`GgufFacts`).
 
 Shape legend: O out features, I in features, H heads, N rows of a head's keys without position, V of its values,
 L latent width, E experts.
@@ -15,44 +15,12 @@ from typing import Any, Literal
 
 import torch
 
-ARCHITECTURES = {
-    "DeepseekV3ForCausalLM": "deepseek2",
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
+from dsquant.model.families import FAMILIES, architecture_of, sizes_of
+
 _OUTSIDE_LAYERS = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
-}
-_MODULES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.q_a_proj": "attn_q_a",
-    "self_attn.q_a_layernorm": "attn_q_a_norm",
-    "self_attn.q_b_proj": "attn_q_b",
-    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_experts.up_proj": "ffn_up_shexp",
-    "mlp.shared_experts.down_proj": "ffn_down_shexp",
-    "enorm": "nextn.enorm",
-    "hnorm": "nextn.hnorm",
-    "eh_proj": "nextn.eh_proj",
-    "embed_tokens": "nextn.embed_tokens",
-    "shared_head.norm": "nextn.shared_head_norm",
-    "shared_head.head": "nextn.shared_head_head",
 }
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias|e_score_correction_bias)")
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
@@ -78,7 +46,7 @@ def placements(parameter: str, architecture: str) -> tuple[Placement, ...]:
 
     Args:
         parameter: its name in the checkpoint.
-        architecture: the checkpoint's, a key of `ARCHITECTURES`.
+        architecture: the checkpoint's, a key of `FAMILIES`.
 
     Returns:
         One placement, two for kv_b_proj; none where a GGUF file has no such tensor.
@@ -88,18 +56,19 @@ def placements(parameter: str, architecture: str) -> tuple[Placement, ...]:
     match = _LAYER.fullmatch(parameter)
     if match is None:
         return ()
-    block, module, kind = f"blk.{match[1]}", match[2], match[3]
+    facts, block, module, kind = FAMILIES[architecture].gguf, f"blk.{match[1]}", match[2], match[3]
     if kind == "e_score_correction_bias":
         return (Placement(f"{block}.exp_probs_b.bias"),)
-    if module == "self_attn.kv_b_proj":
-        return Placement(f"{block}.attn_k_b.weight", "keys"), Placement(f"{block}.attn_v_b.weight", "values")
+    if facts.split is not None and module == facts.split.module:
+        keys, values = (f"{block}.{part}.weight" for part in (facts.split.keys, facts.split.values))
+        return Placement(keys, "keys"), Placement(values, "values")
     expert = _EXPERT.fullmatch(module)
     if expert is not None:
         return (Placement(f"{block}.ffn_{expert[2]}_exps.weight", expert=int(expert[1])),)
-    if module not in _MODULES:
+    if module not in facts.modules:
         return ()
-    rotary = architecture == "LlamaForCausalLM" and module in ("self_attn.q_proj", "self_attn.k_proj")
-    return (Placement(f"{block}.{_MODULES[module]}.{kind}", "rotary" if rotary else "same"),)
+    transform: Transform = "rotary" if module in facts.interleaved else "same"
+    return (Placement(f"{block}.{facts.modules[module]}.{kind}", transform),)
 
 
 def parameters(tensor: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -120,12 +89,13 @@ def parameters(tensor: str, shape: tuple[int, ...], config: Mapping[str, Any]) -
     if match is None:
         return
     prefix, part, kind = f"model.layers.{match[1]}", match[2], match[3]
-    modules = {stored: module for module, stored in _MODULES.items()}
+    facts = FAMILIES[architecture_of(config)].gguf
+    modules = {stored: module for module, stored in facts.modules.items()}
     if part == "exp_probs_b":
         yield f"{prefix}.mlp.gate.e_score_correction_bias", shape
-    elif part == "attn_k_b":
-        rows = config["num_attention_heads"] * (config["qk_nope_head_dim"] + config["v_head_dim"])
-        yield f"{prefix}.self_attn.kv_b_proj.weight", (rows, config["kv_lora_rank"])
+    elif facts.split is not None and part == facts.split.keys:
+        heads, keys, values, columns = facts.split.shape(config)
+        yield f"{prefix}.{facts.split.module}.weight", (heads * (keys + values), columns)
     elif part.endswith("_exps"):
         projection = part.removeprefix("ffn_").removesuffix("_exps")
         for expert in range(shape[0]):
@@ -146,10 +116,10 @@ def stored_shape(shape: tuple[int, ...], placement: Placement, config: Mapping[s
         [O, I], [E, O, I], [H, L, N] for keys, [H, V, L] for values, or the parameter's own shape.
     """
     if placement.expert is not None:
-        return (int(config["n_routed_experts"]), *shape)
+        return (sizes_of(config).num_experts, *shape)
     if placement.transform in ("keys", "values"):
-        heads, nope, value = config["num_attention_heads"], config["qk_nope_head_dim"], config["v_head_dim"]
-        return (heads, shape[1], nope) if placement.transform == "keys" else (heads, value, shape[1])
+        heads, keys, values = _heads(config)
+        return (heads, shape[1], keys) if placement.transform == "keys" else (heads, values, shape[1])
     return shape
 
 
@@ -170,9 +140,9 @@ def encode(weight: torch.Tensor, parameter: str, transform: Transform, config: M
     if transform == "rotary":
         heads = _rotary_heads(parameter, config)
         return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
-    nope = config["qk_nope_head_dim"]
-    by_head = weight.unflatten(0, (config["num_attention_heads"], -1))
-    return by_head[:, :nope].transpose(1, 2).contiguous() if transform == "keys" else by_head[:, nope:].contiguous()
+    heads, keys, _ = _heads(config)
+    by_head = weight.unflatten(0, (heads, -1))
+    return by_head[:, :keys].transpose(1, 2).contiguous() if transform == "keys" else by_head[:, keys:].contiguous()
 
 
 def decode_rotary(weight: torch.Tensor, parameter: str, config: Mapping[str, Any]) -> torch.Tensor:
@@ -184,6 +154,13 @@ def decode_rotary(weight: torch.Tensor, parameter: str, config: Mapping[str, Any
 def join_keys_and_values(keys_HLN: torch.Tensor, values_HVL: torch.Tensor) -> torch.Tensor:
     """kv_b_proj's weight [H * (N + V), L] from its two parts."""
     return torch.cat([keys_HLN.transpose(1, 2), values_HVL], dim=1).flatten(0, 1)
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Heads of a split linear, and the rows of keys and of values that each has."""
+    split = FAMILIES[architecture_of(config)].gguf.split
+    assert split is not None
+    return split.shape(config)[:3]
 
 
 def _rotary_heads(parameter: str, config: Mapping[str, Any]) -> int:

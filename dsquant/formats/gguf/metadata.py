@@ -1,6 +1,6 @@
 """A GGUF file's keys: the network's numbers and the tokenizer, as llama.cpp reads them.
 
-Reference: the loaders of `deepseek2`, `llama`, `qwen2` and `qwen3` in llama.cpp's src/models, and src/llama-vocab.cpp.
+Reference: the loaders of llama.cpp's src/models, and src/llama-vocab.cpp.
 """
 
 import json
@@ -14,6 +14,7 @@ from dsquant.errors import InputError
 from dsquant.files.foreign import LARGEST_MODEL_TEXT_BYTES, find_file
 from dsquant.files.strict_json import read_json_object
 from dsquant.formats.gguf.rope import scaling_keys
+from dsquant.model.families.family import GgufFacts
 from dsquant.model.rotary import Rotary
 
 # Part of a pre-tokenizer's regular expressions -> llama.cpp's name for it; the first that is found counts.
@@ -28,13 +29,13 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 
 
 def add_model_keys(
-    writer: Any, architecture: str, config: Mapping[str, Any], rotary: Rotary, name: str, num_mtp_layers: int
+    writer: Any, facts: GgufFacts, config: Mapping[str, Any], rotary: Rotary, name: str, num_mtp_layers: int
 ) -> None:
     """Adds the network's numbers.
 
     Args:
         writer: a `gguf.GGUFWriter`.
-        architecture: `general.architecture`.
+        facts: of the network's architecture.
         config: the network's, with transformers' defaults filled in.
         rotary: the network's rotary embedding.
         name: the model's name, for people.
@@ -43,17 +44,17 @@ def add_model_keys(
     writer.add_type("model")
     writer.add_name(name)
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    for key, value in model_keys(architecture, config, rotary, num_mtp_layers).items():
-        add[type(value)](f"{architecture}.{key}", value)
+    for key, value in model_keys(facts, config, rotary, num_mtp_layers).items():
+        add[type(value)](f"{facts.architecture}.{key}", value)
 
 
 def model_keys(
-    architecture: str, config: Mapping[str, Any], rotary: Rotary, num_mtp_layers: int = 0
+    facts: GgufFacts, config: Mapping[str, Any], rotary: Rotary, num_mtp_layers: int = 0
 ) -> dict[str, bool | int | float | str]:
     """The network's numbers as a GGUF file says them.
 
     Args:
-        architecture: `general.architecture`.
+        facts: of the network's architecture.
         config: the network's, with transformers' defaults filled in.
         rotary: the network's rotary embedding.
         num_mtp_layers: multi-token-prediction layers that the file holds.
@@ -61,7 +62,6 @@ def model_keys(
     Returns:
         Key without the architecture's name -> value, in the order of the file.
     """
-    latent = architecture == "deepseek2"
     keys = {
         "block_count": config["num_hidden_layers"] + num_mtp_layers,
         "context_length": int(config["max_position_embeddings"]),
@@ -72,46 +72,9 @@ def model_keys(
         "vocab_size": config["vocab_size"],
         "rope.freq_base": float(config["rope_parameters"]["rope_theta"]),
     }
-    if latent:
-        keys |= _deepseek_keys(config, num_mtp_layers)
-    else:
-        keys |= {
-            "attention.head_count_kv": config["num_key_value_heads"],
-            "attention.key_length": config["head_dim"],
-            "attention.value_length": config["head_dim"],
-            "rope.dimension_count": config["head_dim"],
-        }
-    return keys | scaling_keys(config["rope_parameters"], latent, rotary.magnitude)
-
-
-def _deepseek_keys(config: Mapping[str, Any], num_mtp_layers: int) -> dict[str, Any]:
-    from gguf import ExpertGatingFuncType
-
-    latent, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
-    keys: dict[str, Any] = {"attention.head_count_kv": 1}  # all heads share the latent
-    if config["q_lora_rank"] is not None:
-        keys["attention.q_lora_rank"] = config["q_lora_rank"]
-    keys |= {
-        "attention.kv_lora_rank": latent,
-        "attention.key_length": latent + rope,
-        "attention.value_length": latent,
-        "attention.key_length_mla": config["qk_nope_head_dim"] + rope,
-        "attention.value_length_mla": config["v_head_dim"],
-        "rope.dimension_count": rope,
-        "leading_dense_block_count": config["first_k_dense_replace"],
-        "expert_count": config["n_routed_experts"],
-        "expert_used_count": config["num_experts_per_tok"],
-        "expert_shared_count": config["n_shared_experts"],
-        "expert_feed_forward_length": config["moe_intermediate_size"],
-        "expert_weights_scale": float(config["routed_scaling_factor"]),
-        "expert_weights_norm": bool(config["norm_topk_prob"]),
-        "expert_gating_func": int(ExpertGatingFuncType.SIGMOID),
-    }
-    if config["topk_group"] < config["n_group"]:  # where all groups are kept, llama.cpp wants no groups
-        keys |= {"expert_group_count": config["n_group"], "expert_group_used_count": config["topk_group"]}
-    if num_mtp_layers:
-        keys["nextn_predict_layers"] = num_mtp_layers
-    return keys
+    mtp = {"nextn_predict_layers": num_mtp_layers} if num_mtp_layers else {}
+    scaling = scaling_keys(config["rope_parameters"], facts.split is not None, rotary.magnitude)
+    return keys | facts.keys(config) | mtp | scaling
 
 
 def add_tokenizer_keys(writer: Any, folder: Path, vocab_size: int) -> list[str]:

@@ -1,8 +1,9 @@
 """Rotary embeddings in GGUF: the keys that say them, and what llama.cpp computes from such keys.
 
 llama.cpp takes yarn's beta_fast 32, beta_slow 1 and whole-numbered bounds for granted in these architectures, reads
-frequency factors in `llama` alone, and in `deepseek2` derives the scale of the scores from yarn's magnitude. So what a
-config says is written in keys, the keys are computed as llama.cpp does, and a difference is refused.
+frequency factors where an architecture has that kind of scaling, and with latent attention derives the scale of the
+scores from yarn's magnitude. So what a config says is written in keys, the keys are computed as llama.cpp does, and a
+difference is refused.
 
 Reference: src/llama-context.cpp (yarn_attn_factor), src/models/deepseek2.cpp (kq_scale) and ggml's rope_yarn.
 """
@@ -14,78 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from dsquant.model.families.family import GgufFacts
 from dsquant.model.rotary import Rotary, plain_frequencies, yarn_mscale
 
 # DeepSeek's converter wrote this factor into the YaRN key once, and the loader has divided by it ever since.
 YARN_LOG_FACTOR = 0.1
 BETA_FAST, BETA_SLOW = 32.0, 1.0
-# GGUF architecture -> the kinds of scaling that it can hold.
-SCALINGS = {
-    "deepseek2": ("default", "yarn"),
-    "llama": ("default", "linear", "yarn", "llama3"),
-    "qwen2": ("default", "linear", "yarn"),
-    "qwen3": ("default", "linear", "yarn"),
-}
-# Keys inside a config's rope parameters that are written, read as they are by everybody, or change nothing.
-_READ = ("type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "finetuned")
-READ_BY_TYPE = {
-    "default": _READ,
-    "linear": _READ,
-    "llama3": (*_READ, "low_freq_factor", "high_freq_factor"),
-    "yarn": (*_READ, "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
-}
-
-
-def rope_refusal(architecture: str, config: Mapping[str, Any], wanted: Rotary) -> str | None:
-    """Says why llama.cpp would compute another rotary embedding than a network's; None where it would not.
-
-    Args:
-        architecture: the GGUF architecture.
-        config: the network's, with transformers' defaults filled in.
-        wanted: the network's rotary embedding.
-
-    Returns:
-        The reason in words.
-    """
-    rope = config["rope_parameters"]
-    kind, known = rope["rope_type"], SCALINGS[architecture]
-    if kind not in known:
-        return (
-            f"rope scaling of type {kind!r} has no place in a GGUF file of {architecture} (it has {', '.join(known)})"
-        )
-    unread = [key for key in rope if key not in READ_BY_TYPE[kind] and rope[key] is not None]
-    if unread:
-        return f"llama.cpp does not read {', '.join(unread)} of rope scaling {dict(rope)}"
-    found = rotary_of_keys(architecture, _number_keys(architecture, config, wanted.magnitude), rope_factors(config))
-    difference = wanted.difference(found)
-    if difference is None:
-        return None
-    if kind == "yarn" and architecture == "deepseek2":
-        return (
-            f"rope scaling {dict(rope)}: llama.cpp assumes that mscale is mscale_all_dim, and would have {difference}"
-        )
-    return (
-        f"rope scaling {dict(rope)}: llama.cpp takes beta_fast {BETA_FAST:.0f}, beta_slow {BETA_SLOW:.0f} and truncate "
-        f"for granted, and would have {difference}"
-    )
-
-
-def _number_keys(architecture: str, config: Mapping[str, Any], magnitude: float) -> dict[str, Any]:
-    """The keys that rotary embeddings depend on, as `rotary_of_keys` reads them."""
-    latent = architecture == "deepseek2"
-    rope = config["rope_parameters"]
-    head_dim = config["qk_rope_head_dim"] if latent else config["head_dim"]
-    keys = {
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"],
-        "attention.head_count": config["num_attention_heads"],
-        "attention.key_length": head_dim,
-        "rope.dimension_count": head_dim,
-        "rope.freq_base": rope["rope_theta"],
-    }
-    if latent:
-        keys["attention.key_length_mla"] = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
-    return keys | scaling_keys(rope, latent, magnitude)
+FACTORED = "llama3"
+"""The scaling that is stored as a tensor of frequency factors."""
 
 
 def scaling_keys(rope: Mapping[str, Any], latent: bool, magnitude: float) -> dict[str, Any]:
@@ -93,7 +30,7 @@ def scaling_keys(rope: Mapping[str, Any], latent: bool, magnitude: float) -> dic
 
     Args:
         rope: a network's `rope_parameters`.
-        latent: whether its attention is DeepSeek's.
+        latent: whether its attention is over latents.
         magnitude: of its rotary embedding.
 
     Returns:
@@ -133,7 +70,7 @@ def rope_factors(config: Mapping[str, Any]) -> torch.Tensor | None:
         float32 [head_dim / 2]; None where the model does not scale its frequencies so.
     """
     rope = config["rope_parameters"]
-    if rope["rope_type"] != "llama3":
+    if rope["rope_type"] != FACTORED:
         return None
     exponents = torch.arange(0, config["head_dim"], 2, dtype=torch.float64) / config["head_dim"]
     wavelengths = 2 * math.pi * float(rope["rope_theta"]) ** exponents
@@ -143,11 +80,11 @@ def rope_factors(config: Mapping[str, Any]) -> torch.Tensor | None:
     return (1 / ((1 - smooth) / factor + smooth)).float()
 
 
-def rotary_of_keys(architecture: str, keys: Mapping[str, Any], factors_F: torch.Tensor | None) -> Rotary:
+def rotary_of_keys(facts: GgufFacts, keys: Mapping[str, Any], factors_F: torch.Tensor | None) -> Rotary:
     """Works out the rotary embedding that llama.cpp computes from a file's keys.
 
     Args:
-        architecture: the file's, a key of `SCALINGS`.
+        facts: of the file's architecture.
         keys: key without the architecture's name -> value.
         factors_F: the tensor `rope_freqs.weight`, where the file has one.
 
@@ -165,11 +102,11 @@ def rotary_of_keys(architecture: str, keys: Mapping[str, Any], factors_F: torch.
     factor = float(keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0.0))) or 1.0
     factor = 1.0 if kind == "none" else factor
     frequencies_F = plain_frequencies(base, width)
-    if factors_F is not None and architecture == "llama":
+    if factors_F is not None and FACTORED in facts.rope_scalings:
         frequencies_F = frequencies_F / factors_F.double()
     attention, magnitude = float(keys.get("rope.scaling.attn_factor", 1.0)), 1.0
     log_multiplier = 0.0
-    if architecture == "deepseek2":
+    if facts.split is not None:
         log_multiplier = float(keys.get("rope.scaling.yarn_log_multiplier", 0.0)) / YARN_LOG_FACTOR
     if kind == "yarn":
         original = int(keys.get("rope.scaling.original_context_length", keys["context_length"]))
@@ -179,9 +116,9 @@ def rotary_of_keys(architecture: str, keys: Mapping[str, Any], factors_F: torch.
     else:
         frequencies_F = frequencies_F / factor
     magnitude *= attention
-    if architecture != "deepseek2":
+    if facts.split is None:
         return Rotary(frequencies_F, magnitude, key_length**-0.5)
-    # deepseek2 takes the magnitude that ggml multiplies in beside yarn out again, also where no yarn put it in.
+    # Latent attention takes the magnitude that ggml multiplies in beside yarn out again, also where no yarn put it in.
     logarithm = math.log(factor)
     before = magnitude if kind == "yarn" else magnitude * (1 + 0.1 * logarithm)
     scale = (before * (1 + 0.1 * log_multiplier * logarithm)) ** 2 * float(keys["attention.key_length_mla"]) ** -0.5

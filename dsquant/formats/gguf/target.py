@@ -11,7 +11,7 @@ from dsquant.calibration.tokenizer import THEN
 from dsquant.errors import InputError
 from dsquant.files.foreign import blaming
 from dsquant.formats.gguf.files import GgufFile, GgufTensor, plan_files
-from dsquant.formats.gguf.layout import ARCHITECTURES, Placement, placements, stored_shape
+from dsquant.formats.gguf.layout import Placement, placements, stored_shape
 from dsquant.formats.gguf.loader import loading_problem
 from dsquant.formats.gguf.metadata import add_model_keys, add_tokenizer_keys
 from dsquant.formats.gguf.rope import rope_factors
@@ -93,7 +93,6 @@ def plan_model(
     """
     family = family_of(checkpoint.folder, checkpoint.config)
     config, rotary = network_config(family, checkpoint.config), network_rotary(family, checkpoint.config)
-    architecture = ARCHITECTURES[checkpoint.architecture]
     shapes = loadable_shapes(checkpoint, parameters, num_mtp_layers)
     tensors, replaced = choose_tensors(config, shapes, type_name, num_mtp_layers, has_imatrix, overrides)
     missing = check_quantizer(
@@ -103,7 +102,7 @@ def plan_model(
     left_out: list[str] = []
 
     def add_keys(writer: Any) -> None:
-        add_model_keys(writer, architecture, config, rotary, model_name, num_mtp_layers)
+        add_model_keys(writer, family.gguf, config, rotary, model_name, num_mtp_layers)
         writer.add_file_type(MIXTURES[type_name][1])
         writer.add_quantization_version(QUANTIZATION_VERSION)
         with blaming(checkpoint.folder / "tokenizer.json", THEN):
@@ -112,7 +111,7 @@ def plan_model(
     stem = f"{model_name}-{label or type_name}"
     # gguf-py packs what the config says, whatever that is, into numbers of 32 bits.
     with blaming(checkpoint.folder / CONFIG_FILE, "take config.json from the same release as the weights"):
-        files = plan_files(stem, architecture, add_keys, list(tensors.values()), max_file_bytes)
+        files = plan_files(stem, family.gguf.architecture, add_keys, list(tensors.values()), max_file_bytes)
     notes = tuple(
         f"{count} tensors are {chosen} instead of {wanted}: their rows are not a multiple of {wanted}'s block"
         for (wanted, chosen), count in replaced.items()
@@ -174,7 +173,7 @@ def loadable_shapes(
     family = family_of(checkpoint.folder, checkpoint.config)
     config, rotary = network_config(family, checkpoint.config), network_rotary(family, checkpoint.config)
     shapes = stored_shapes(checkpoint, config, parameters)
-    problem = loading_problem(ARCHITECTURES[checkpoint.architecture], config, rotary, shapes, num_mtp_layers)
+    problem = loading_problem(family.gguf, config, rotary, shapes, num_mtp_layers)
     if problem:
         raise InputError(f"{checkpoint.folder / CONFIG_FILE}: not for GGUF: {problem}")
     return shapes

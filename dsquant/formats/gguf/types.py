@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsquant.errors import UsageError
+from dsquant.model.families import sizes_of
 
 # type -> (weights of a block, bytes of a block)
 BLOCKS = {
@@ -74,11 +75,11 @@ class ModelFacts:
 
 def model_facts(config: Mapping[str, Any], num_layers: int, tied: bool) -> ModelFacts:
     """Reads the facts from config.json's content."""
-    heads = int(config["num_attention_heads"])
-    key_value_heads = 1 if "kv_lora_rank" in config else int(config.get("num_key_value_heads") or heads)
+    sizes = sizes_of(config)
+    heads, key_value_heads = int(config["num_attention_heads"]), sizes.cache.key_value_heads
     return ModelFacts(
         num_layers=num_layers,
-        num_experts=int(config.get("n_routed_experts") or 0),
+        num_experts=sizes.num_experts,
         num_query_groups=heads // key_value_heads,
         tied=tied,
         is_70b=config["num_hidden_layers"] == 80 and key_value_heads != heads,

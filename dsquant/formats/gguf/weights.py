@@ -13,7 +13,6 @@ from dsquant.errors import InputError
 from dsquant.files.foreign import blaming, find_file
 from dsquant.formats.gguf.file import read_gguf
 from dsquant.formats.gguf.layout import (
-    ARCHITECTURES,
     Placement,
     decode_rotary,
     join_keys_and_values,
@@ -21,6 +20,7 @@ from dsquant.formats.gguf.layout import (
     stored_shape,
 )
 from dsquant.kernels.activation_rounding import Rounding, rounding_of_type
+from dsquant.model.families import FAMILIES
 from dsquant.source.weights import Weights
 
 # Pages of a file that may stay mapped: many times a tensor's, little beside what evaluation needs.
@@ -48,7 +48,7 @@ class GgufWeights(Weights):
         self._config = config
         architecture = str(config["architectures"][0])
         for part in gguf_parts(path):
-            self._read_header(part, ARCHITECTURES[architecture])
+            self._read_header(part, FAMILIES[architecture].gguf.architecture)
         found = {name: placements(name, architecture) for name in names}
         self._placements = {
             name: places

@@ -6,8 +6,8 @@ from typing import Any
 
 from dsquant.errors import InputError
 from dsquant.model.families.deepseek_v3 import DEEPSEEK_V3
+from dsquant.model.families.family import Family, Sizes
 from dsquant.model.families.llama import LLAMA, QWEN2, QWEN3
-from dsquant.model.structure import Family
 
 # What other architectures' configs state and none of these networks has, with the values that change nothing.
 FOREIGN: dict[str, tuple[Any, ...]] = {
@@ -20,12 +20,19 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
 FULL_ATTENTION = {"full_attention"}
 
 FAMILIES = {family.architecture: family for family in (DEEPSEEK_V3, LLAMA, QWEN2, QWEN3)}
+# By `general.architecture` of a GGUF file.
+GGUF_FAMILIES = {family.gguf.architecture: family for family in FAMILIES.values()}
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
     """The first of a config's `architectures`; empty where it names none."""
     found = config.get("architectures")
     return found[0] if isinstance(found, list) and found and isinstance(found[0], str) else ""
+
+
+def sizes_of(config: Mapping[str, Any]) -> Sizes:
+    """The numbers of the network that the config of a supported architecture describes."""
+    return FAMILIES[architecture_of(config)].sizes(config)
 
 
 def unsupported(folder: Path, architecture: str) -> InputError:

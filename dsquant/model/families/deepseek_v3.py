@@ -3,11 +3,13 @@
 Routed experts, shared expert and router read `post_attention_layernorm`: all of them are in its scale group.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from dsquant.model.structure import DecoderLayer, Family, Mlp, ScaleGroup, gates_and_ups
+from dsquant.model.families import mla, mlps, mtp
+from dsquant.model.families.family import NORMS, Family, GgufFacts, ReadKey, Shapes
+from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup, gates_and_ups
 
 
 @lru_cache(1)  # one for all layers
@@ -112,13 +114,54 @@ def _routing_problem(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+# Numbers of layers by which llama.cpp knows DeepSeek-V2-Lite and its kin, whose queries are projected directly.
+LITE_LAYERS = (26, 27)
+LITE_LAYERS_AND_TOKENS = (48, 128256)
+
+
+def _gguf_tensors(config: Mapping[str, Any], layer: int) -> tuple[Shapes, Shapes]:
+    needed, allowed = mlps.mixture_tensors(config, layer)
+    norms = dict.fromkeys(("attn_norm.weight", "ffn_norm.weight"), (config["hidden_size"],))
+    return {**norms, **mla.tensors(config), **needed}, allowed
+
+
+def _gguf_config(key: ReadKey, _: Collection[str]) -> dict[str, Any]:
+    routing = {"moe_layer_freq": 1, "scoring_func": mlps.scoring(key), "topk_method": "noaux_tc"}
+    return mla.config_of(key) | mlps.mixture_config(key) | routing | {"num_nextn_predict_layers": 0}
+
+
+def _gguf_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    layers = config["num_hidden_layers"]
+    lite = layers in LITE_LAYERS or (layers, config["vocab_size"]) == LITE_LAYERS_AND_TOKENS
+    if lite != (config["q_lora_rank"] is None):
+        yield (
+            f"q_lora_rank {config['q_lora_rank']} with {layers} layers: llama.cpp looks for directly projected queries "
+            f"in models of {LITE_LAYERS[0]} or {LITE_LAYERS[1]} layers (or {LITE_LAYERS_AND_TOKENS[0]} with "
+            f"{LITE_LAYERS_AND_TOKENS[1]} tokens), and nowhere else"
+        )
+    yield from mla.gguf_problems(config)
+    yield from mlps.mixture_problems(config)
+
+
 DEEPSEEK_V3 = Family(
     architecture="DeepseekV3ForCausalLM",
     config_class="DeepseekV3Config",
     model_types=("deepseek_v3", "kimi_k2"),
     layer=decoder_layer,
+    cache=mla.cache,
+    mixture=mlps.DEEPSEEK,
+    gguf=GgufFacts(
+        architecture="deepseek2",
+        modules={**NORMS, **mla.NAMES, **mlps.MIXTURE_NAMES, **mtp.NAMES},
+        tensors=_gguf_tensors,
+        keys=lambda config: mla.keys(config) | mlps.mixture_keys(config),
+        config=_gguf_config,
+        rope_scalings=("default", "yarn"),
+        problems=_gguf_problems,
+        split=mla.KEYS_AND_VALUES,
+    ),
     num_mtp_layers=lambda config: int(config.get("num_nextn_predict_layers") or 0),
-    mtp_parts=("enorm", "hnorm", "eh_proj", "shared_head", "embed_tokens"),
+    mtp_parts=tuple(dict.fromkeys(name.split(".")[0] for name in mtp.NAMES)),
     fused_experts={"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
     refuse=_refuse,
 )

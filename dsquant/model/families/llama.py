@@ -1,10 +1,12 @@
 """The dense families of the R1 distills: Llama, Qwen2 and Qwen3."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from dsquant.model.structure import DecoderLayer, Family, Mlp, ScaleGroup, gates_and_ups
+from dsquant.model.families import gqa, mlps
+from dsquant.model.families.family import NORMS, Family, GgufFacts, Shapes
+from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup, gates_and_ups
 
 
 @lru_cache(1)  # one for all layers
@@ -56,6 +58,63 @@ def _refuse_llama(config: Mapping[str, Any]) -> str | None:
     return _refuse(config)
 
 
-LLAMA = Family("LlamaForCausalLM", "LlamaConfig", ("llama",), decoder_layer, refuse=_refuse_llama)
-QWEN2 = Family("Qwen2ForCausalLM", "Qwen2Config", ("qwen2",), decoder_layer, refuse=_refuse)
-QWEN3 = Family("Qwen3ForCausalLM", "Qwen3Config", ("qwen3",), decoder_layer, refuse=_refuse)
+def _tensors(config: Mapping[str, Any]) -> Shapes:
+    norms = dict.fromkeys(("attn_norm.weight", "ffn_norm.weight"), (config["hidden_size"],))
+    return {**norms, **gqa.tensors(config), **mlps.tensors(config)}
+
+
+def _llama_tensors(config: Mapping[str, Any], _: int) -> tuple[Shapes, Shapes]:
+    return _tensors(config), gqa.biases(config) | {"attn_output.bias": (config["hidden_size"],)}
+
+
+def _qwen2_tensors(config: Mapping[str, Any], _: int) -> tuple[Shapes, Shapes]:
+    return _tensors(config) | gqa.biases(config), {}  # older versions of llama.cpp need the biases
+
+
+def _qwen3_tensors(config: Mapping[str, Any], _: int) -> tuple[Shapes, Shapes]:
+    return _tensors(config) | gqa.head_norms(config), gqa.biases(config)
+
+
+def _qwen2_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    if heads * config["head_dim"] != hidden:
+        yield f"{heads} heads of {config['head_dim']}: llama.cpp's qwen2 wants hidden_size {hidden} divided among them"
+
+
+def _gguf(architecture: str, tensors: Any, **more: Any) -> GgufFacts:
+    modules = {**NORMS, **gqa.NAMES, **mlps.NAMES}
+    return GgufFacts(architecture, modules, tensors, gqa.keys, gqa.config_of, **more)
+
+
+LLAMA = Family(
+    architecture="LlamaForCausalLM",
+    config_class="LlamaConfig",
+    model_types=("llama",),
+    layer=decoder_layer,
+    cache=gqa.cache,
+    gguf=_gguf(
+        "llama",
+        _llama_tensors,
+        rope_scalings=("default", "linear", "yarn", "llama3"),
+        interleaved=("self_attn.q_proj", "self_attn.k_proj"),
+    ),
+    refuse=_refuse_llama,
+)
+QWEN2 = Family(
+    architecture="Qwen2ForCausalLM",
+    config_class="Qwen2Config",
+    model_types=("qwen2",),
+    layer=decoder_layer,
+    cache=gqa.cache,
+    gguf=_gguf("qwen2", _qwen2_tensors, problems=_qwen2_problems),
+    refuse=_refuse,
+)
+QWEN3 = Family(
+    architecture="Qwen3ForCausalLM",
+    config_class="Qwen3Config",
+    model_types=("qwen3",),
+    layer=decoder_layer,
+    cache=gqa.cache,
+    gguf=_gguf("qwen3", _qwen3_tensors),
+    refuse=_refuse,
+)

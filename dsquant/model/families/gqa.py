@@ -1,0 +1,63 @@
+"""Grouped-query attention: query heads share heads of keys and values. Llama, Qwen and GLM-4.5 have it."""
+
+from collections.abc import Collection
+from typing import Any
+
+from dsquant.model.families.family import Cache, Config, ReadKey, Shapes
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output",
+}
+
+
+def cache(config: Config) -> Cache:
+    """Keys and values of every key-value head."""
+    heads = int(config["num_attention_heads"])
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    key_value_heads = int(config.get("num_key_value_heads") or heads)
+    return Cache(key_value_heads, 2 * key_value_heads * int(head_dim), is_shared=False)
+
+
+def _rows(config: Config) -> dict[str, int]:
+    """Rows of the projections to queries, keys and values."""
+    head = config["head_dim"]
+    keys = config["num_key_value_heads"] * head
+    return {"q": config["num_attention_heads"] * head, "k": keys, "v": keys}
+
+
+def tensors(config: Config) -> Shapes:
+    """Attention's weights in a GGUF block."""
+    hidden, rows = config["hidden_size"], _rows(config)
+    weights: Shapes = {f"attn_{kind}.weight": (size, hidden) for kind, size in rows.items()}
+    return weights | {"attn_output.weight": (hidden, rows["q"])}
+
+
+def biases(config: Config) -> Shapes:
+    """The biases of queries, keys and values in a GGUF block."""
+    return {f"attn_{kind}.bias": (size,) for kind, size in _rows(config).items()}
+
+
+def head_norms(config: Config) -> Shapes:
+    """The norms of each head's query and key in a GGUF block."""
+    return {f"attn_{kind}_norm.weight": (config["head_dim"],) for kind in "qk"}
+
+
+def keys(config: Config) -> dict[str, Any]:
+    """Attention's numbers in a GGUF file."""
+    head = config["head_dim"]
+    return {
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "rope.dimension_count": head,
+    }
+
+
+def config_of(key: ReadKey, tensors: Collection[str] = ()) -> dict[str, Any]:
+    """config.json's entries for attention, from a GGUF file's numbers."""
+    return {"head_dim": key("attention.key_length", key("embedding_length") // key("attention.head_count"))}

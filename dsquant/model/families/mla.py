@@ -1,0 +1,97 @@
+"""Latent attention (MLA): all heads share one latent of keys and values, with a rotary key beside it.
+
+llama.cpp absorbs queries into kv_b_proj's keys, so that its attention has one key-value head: the latent.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from dsquant.model.families.family import Cache, Config, ReadKey, Shapes, SplitLinear
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.o_proj": "attn_output",
+}
+KEYS_AND_VALUES = SplitLinear(
+    module="self_attn.kv_b_proj",
+    keys="attn_k_b",
+    values="attn_v_b",
+    shape=lambda config: (
+        config["num_attention_heads"],
+        config["qk_nope_head_dim"],
+        config["v_head_dim"],
+        config["kv_lora_rank"],
+    ),
+)
+# transformers normalizes latents with this epsilon whatever the config says, llama.cpp with the config's.
+LATENT_EPSILON = 1e-6
+LARGEST_EPSILON = 1e-4
+
+
+def cache(config: Config) -> Cache:
+    """The latent and the rotary key, which all heads share."""
+    return Cache(1, int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"]), is_shared=True)
+
+
+def tensors(config: Config) -> Shapes:
+    """Attention's weights in a GGUF block."""
+    hidden, query, rope = config["hidden_size"], config["q_lora_rank"], config["qk_rope_head_dim"]
+    heads, nope, value, latent = KEYS_AND_VALUES.shape(config)
+    rows = heads * (nope + rope)
+    shapes: Shapes = {
+        "attn_kv_a_mqa.weight": (latent + rope, hidden),
+        "attn_kv_a_norm.weight": (latent,),
+        "attn_k_b.weight": (heads, latent, nope),
+        "attn_v_b.weight": (heads, value, latent),
+        "attn_output.weight": (hidden, heads * value),
+    }
+    if query is None:
+        return shapes | {"attn_q.weight": (rows, hidden)}
+    return shapes | {
+        "attn_q_a.weight": (query, hidden),
+        "attn_q_a_norm.weight": (query,),
+        "attn_q_b.weight": (rows, query),
+    }
+
+
+def keys(config: Config) -> dict[str, Any]:
+    """Attention's numbers in a GGUF file."""
+    latent, rope, query = config["kv_lora_rank"], config["qk_rope_head_dim"], config["q_lora_rank"]
+    of_queries = {} if query is None else {"attention.q_lora_rank": query}
+    return {"attention.head_count_kv": 1} | of_queries | {
+        "attention.kv_lora_rank": latent,
+        "attention.key_length": latent + rope,
+        "attention.value_length": latent,
+        "attention.key_length_mla": config["qk_nope_head_dim"] + rope,
+        "attention.value_length_mla": config["v_head_dim"],
+        "rope.dimension_count": rope,
+    }  # fmt: skip
+
+
+def config_of(key: ReadKey) -> dict[str, Any]:
+    """config.json's entries for attention, from a GGUF file's numbers."""
+    rope = key("rope.dimension_count")
+    return {
+        "num_key_value_heads": key("attention.head_count"),
+        "q_lora_rank": key("attention.q_lora_rank", 0) or None,
+        "kv_lora_rank": key("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rope,
+        "qk_nope_head_dim": key("attention.key_length_mla") - rope,
+        "v_head_dim": key("attention.value_length_mla"),
+    }
+
+
+def gguf_problems(config: Config) -> Iterator[str]:
+    """What llama.cpp's latent attention computes differently from the network, in words."""
+    if not config["rope_interleave"]:
+        yield "rope_interleave false: llama.cpp's deepseek2 rotates neighbouring dimensions"
+    if config["rms_norm_eps"] != LATENT_EPSILON and config["rms_norm_eps"] > LARGEST_EPSILON:
+        yield (
+            f"rms_norm_eps {config['rms_norm_eps']}: llama.cpp normalizes latents with it too, the model with "
+            f"{LATENT_EPSILON}"
+        )
