@@ -20,6 +20,7 @@ from dsquant.deployment.facts import (
 )
 from dsquant.deployment.hardware import Machine
 from dsquant.deployment.sizes import OutputSize
+from dsquant.model.families import sizes_of
 
 KV_BYTES = 2  # BF16 or F16
 
@@ -60,16 +61,12 @@ def network_of(config: Mapping[str, Any]) -> Network:
         The network's numbers.
     """
     layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
-    experts = int(config.get("n_routed_experts") or 0)
-    dense = int(config.get("first_k_dense_replace") or 0) if experts else 0
-    if "kv_lora_rank" in config:
-        values, shared = int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"]), True
-    else:
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
-        values, shared = 2 * int(config.get("num_key_value_heads") or heads) * int(head_dim), False
+    sizes = sizes_of(config)
+    experts, dense, cache = sizes.num_experts, sizes.num_dense_layers, sizes.cache
     fp8 = (config.get("quantization_config") or {}).get("quant_method") == "fp8"
-    active = int(config["num_experts_per_tok"]) / experts if experts else 0.0
-    return Network(layers, layers - dense, dense, bool(experts), active, values, shared, heads, fp8)
+    active = sizes.experts_per_token / experts if experts else 0.0
+    split = layers - dense
+    return Network(layers, split, dense, bool(experts), active, cache.num_values, cache.is_shared, heads, fp8)
 
 
 @dataclass(frozen=True)

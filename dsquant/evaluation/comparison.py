@@ -292,7 +292,7 @@ def _reference(original: Original) -> Reference:
         size_bytes=opened.size_bytes,
         fingerprint=opened.fingerprint,
         num_layers=original.skeleton.num_layers,
-        num_experts=int(config.get("n_routed_experts") or 0),
+        num_experts=original.skeleton.sizes.num_experts,
         vocabulary=int(config["vocab_size"]),
     )
 

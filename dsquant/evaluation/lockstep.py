@@ -227,7 +227,7 @@ class Lockstep:
         assert mlp.expert is not None and lane.routing is not None
         rows_at_once = ROWS_AT_ONCE
         if lane is self.noise:  # as many tokens as a batch of its size gives an expert on average
-            share = lane.routing.expert_RK.shape[1] / self.skeleton.config["n_routed_experts"]
+            share = lane.routing.expert_RK.shape[1] / self.skeleton.sizes.num_experts
             rows_at_once = max(1, int(lane.batch_samples * self.tokens_NT.shape[1] * share))
         stream = Stream(lane.weights, lane.inputs, lane.outputs)
         add_expert(self.skeleton, mlp.expert, weights, stream, lane.mlp_inputs, lane.routing, rows_at_once)

@@ -31,12 +31,9 @@ from dsquant.source.weights import CPU, Weights
 
 # What a config says about the network's function: where these differ, the same weights are another model.
 NETWORK_KEYS = (
-    "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "first_k_dense_replace",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
-    "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group",
-    "topk_group", "routed_scaling_factor", "norm_topk_prob", "scoring_func", "topk_method", "rms_norm_eps",
-    "hidden_act", "rope_parameters", "rope_interleave", "tie_word_embeddings", "vocab_size", "attention_bias",
-    "mlp_bias", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "rms_norm_eps", "hidden_act", "rope_parameters", "tie_word_embeddings", "vocab_size", "attention_bias", "mlp_bias",
+    "use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
 )  # fmt: skip
 # Where an engine begins and ends a text.
 TOKEN_KEYS = ("bos_token_id", "eos_token_id")
@@ -206,7 +203,9 @@ def _check_network(checkpoint: Checkpoint, original: Original) -> None:
         raise InputError(f"{checkpoint.folder / 'config.json'}: {type(error).__name__}: {error}") from error
     from_gguf = gguf_file(Path(original.opened.path).expanduser()) is not None
     wanted = original.skeleton.config
-    for key in NETWORK_KEYS if from_gguf else NETWORK_KEYS + TOKEN_KEYS:
+    family = original.skeleton.family
+    keys = [*NETWORK_KEYS, *family.network_keys, *(vars(family.mixture).values() if family.mixture else ())]
+    for key in keys if from_gguf else [*keys, *TOKEN_KEYS]:
         same = _same(found.get(key), wanted.get(key))
         if key == "rope_parameters" and from_gguf:  # which says scaling in other words, and leaves defaults out
             reference = network_rotary(original.skeleton.family, original.checkpoint.config)

@@ -6,7 +6,7 @@ from dsquant.evaluation.intervals import bootstrap_mean
 from dsquant.evaluation.ladders import text_scores
 from dsquant.evaluation.measures import Measures
 from dsquant.evaluation.results import LayerScores, TextScores
-from dsquant.model.structure import DecoderLayer
+from dsquant.model.structure import ROUTER_BIAS, DecoderLayer
 
 
 def scores_by_text(
@@ -64,4 +64,4 @@ def layer_scores(
 def routers_of(layers: Sequence[DecoderLayer]) -> frozenset[str]:
     """The tensors of all routers."""
     prefixes = [layer.router.removesuffix(".weight") for layer in layers if layer.router is not None]
-    return frozenset(f"{prefix}.{kind}" for prefix in prefixes for kind in ("weight", "e_score_correction_bias"))
+    return frozenset(f"{prefix}.{kind}" for prefix in prefixes for kind in ("weight", ROUTER_BIAS))

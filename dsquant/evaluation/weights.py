@@ -18,7 +18,7 @@ import torch
 
 from dsquant.evaluation.results import WeightError
 from dsquant.model.gated import GatedWeights
-from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup
+from dsquant.model.structure import ROUTER_BIAS, DecoderLayer, Mlp, ScaleGroup
 from dsquant.source.weights import Weights
 
 # Below this cosine a row is not the original's times a factor but something else, and no factor is read off it.
@@ -148,7 +148,7 @@ class LayerComparison:
             self._compare(f"{linear}.weight", original, candidate, moments)
         self._unfold(self.layer.mlp_norm, original, candidate)
         router = "" if self.layer.router is None else self.layer.router.removesuffix(".weight")
-        for name in (f"{router}.weight", f"{router}.e_score_correction_bias") if router else ():
+        for name in (f"{router}.weight", f"{router}.{ROUTER_BIAS}") if router else ():
             if name in original and name in candidate:
                 self._compare(name, original, candidate, moments)
         for mlp in self.layer.mlps:

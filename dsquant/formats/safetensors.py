@@ -211,7 +211,7 @@ def _config(
     config = {key: value for key, value in wanted.checkpoint.config.items() if key not in DROPPED_KEYS}
     layers = wanted.skeleton.layers
     if wanted.recipe.mtp == "drop" and wanted.skeleton.num_mtp_layers:
-        config["num_nextn_predict_layers"] = 0
+        config[wanted.skeleton.family.mtp_key] = 0
         layers = layers[: wanted.skeleton.num_layers]
     quantized = {linear: linear in linears for layer in layers for linear in layer.linears}
     config["quantization_config"] = output_format.quantization_config(grid, quantized, widths)

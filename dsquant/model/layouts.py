@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError
-from dsquant.model.families import FAMILIES, architecture_of, unsupported
+from dsquant.model.families import FAMILIES, architecture_of, mtp, unsupported
 from dsquant.model.families.family import Family
 from dsquant.model.structure import layer_number
 from dsquant.source.checkpoint import CONFIG_FILE, FP8, block_size
@@ -28,7 +28,6 @@ SHARED_KEYS = (
 )  # fmt: skip
 # Wrappers may leave out what is transformers' default, on which engines and GGUF's keys cannot rely.
 NEEDED_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-MTP_KEY = "num_nextn_predict_layers"
 # transformers 5.24 saves a Kimi-K2.5 with the names of its vision tower's layers, blocks, in the text model too.
 _NORM = re.compile(r"(?P<body>.*?)(?:layers|blocks)\.\d+\.input_layernorm\.weight")
 _BODY = re.compile(r"(?:layers|blocks)\.(?P<layer>.+)|(?:embed_tokens|norm)\..+")
@@ -168,7 +167,7 @@ def _unfused(config: Mapping[str, Any], family: Family, tensor: TensorInfo) -> I
     if match is None or linears is None:
         yield tensor
         return
-    experts, shape = config.get("n_routed_experts"), tensor.shape
+    experts, shape = config.get(family.mixture.num_experts) if family.mixture else None, tensor.shape
     if len(shape) != 3 or shape[0] != experts or shape[1] % len(linears):
         raise InputError(
             f"{tensor.path}: tensor {tensor.stored_name!r} has shape {list(shape)}; {CONFIG_FILE} has {experts!r} "
@@ -209,8 +208,8 @@ def _beside_notes(beside: Mapping[str, int]) -> tuple[str, ...]:
 
 def _mtp_in_files(config: dict[str, Any], family: Family, index: ShardIndex) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The config with as many MTP layers as the files have, whatever it announces."""
-    decoder, announced = config.get("num_hidden_layers"), config.get(MTP_KEY) or 0
-    if not family.mtp_parts or type(decoder) is not int or type(announced) is not int:
+    decoder, announced = config.get("num_hidden_layers"), config.get(family.mtp_key) or 0
+    if not family.mtp_key or type(decoder) is not int or type(announced) is not int:
         return config, ()
     found: dict[int, set[str]] = {}
     for name, info in index.items():
@@ -219,11 +218,11 @@ def _mtp_in_files(config: dict[str, Any], family: Family, index: ShardIndex) -> 
             found.setdefault(number, set()).update({name.split(".")[3], *info.stored_name.split(".")})
     count = 0
     # Whatever is announced, a layer has to show by its parts, or its prefix, that it is not one decoder layer more.
-    while found.get(decoder + count, set()) & {*family.mtp_parts, "mtp"}:
+    while found.get(decoder + count, set()) & {*mtp.PARTS, "mtp"}:
         count += 1
     if count == announced:
         return config, ()
     announces = f"{CONFIG_FILE} announces {announced or 'no'} multi-token-prediction layer{'s' * (announced != 1)}"
     if count == 0:
-        return {**config, MTP_KEY: 0}, (f"{announces}, the files hold none: the model is taken as one without",)
-    return {**config, MTP_KEY: count}, (f"{announces}, the files hold {count}: these are taken as announced",)
+        return {**config, family.mtp_key: 0}, (f"{announces}, the files hold none: the model is taken as one without",)
+    return {**config, family.mtp_key: count}, (f"{announces}, the files hold {count}: these are taken as announced",)

@@ -16,8 +16,8 @@ from torch import nn
 from dsquant.errors import InputError
 from dsquant.kernels.products import apply_linear
 from dsquant.kernels.threads import blocks_of, side_by_side
-from dsquant.model.families import family_of
-from dsquant.model.families.family import Family
+from dsquant.model.families import family_of, mtp
+from dsquant.model.families.family import Family, MixtureKeys, Sizes
 from dsquant.model.rotary import Rotary, rope_problem, rotary_of, settle_magnitude
 from dsquant.model.structure import DecoderLayer
 from dsquant.source.checkpoint import Checkpoint
@@ -153,7 +153,7 @@ class Skeleton:
             InputError: where the architecture or its config is not supported.
         """
         self.family: Family = family_of(checkpoint.folder, checkpoint.config)
-        _check_counts(checkpoint)
+        _check_counts(self.family, checkpoint)
         _check_values(checkpoint)
         try:
             self._build(checkpoint)
@@ -167,6 +167,7 @@ class Skeleton:
         self.num_mtp_layers = self.family.num_mtp_layers(checkpoint.config)
         hf_config = _hf_config(self.family, checkpoint.config)
         self.config: dict[str, Any] = {**checkpoint.config, **network_config(self.family, checkpoint.config)}
+        self.sizes: Sizes = self.family.sizes(self.config)
         self.num_layers: int = hf_config.num_hidden_layers
         # The MTP layer is one more decoder layer: built beside the others, run only when asked for.
         hf_config.num_hidden_layers += self.num_mtp_layers
@@ -201,28 +202,23 @@ class Skeleton:
         for layer in self.layers:
             shapes.update(self._expert_shapes(layer))
         for layer in self.layers[self.num_layers :]:
-            shapes.update(self._mtp_shapes(layer.prefix))
+            shapes |= {f"{layer.prefix}.{name}.weight": shape for name, shape in mtp.shapes(self.config).items()}
         return shapes
 
     def _expert_shapes(self, layer: DecoderLayer) -> dict[str, tuple[int, ...]]:
-        hidden, width = self.config["hidden_size"], self.config.get("moe_intermediate_size", 0)
+        hidden, width = self.config["hidden_size"], self.sizes.expert_width
         shapes: dict[str, tuple[int, ...]] = {}
         for mlp in layer.experts:
             shapes[f"{mlp.gate}.weight"] = shapes[f"{mlp.up}.weight"] = (width, hidden)
             shapes[f"{mlp.down}.weight"] = (hidden, width)
         return shapes
 
-    def _mtp_shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
-        hidden, vocabulary = self.config["hidden_size"], self.config["vocab_size"]
-        vectors = {f"{prefix}.{norm}.weight": (hidden,) for norm in ("enorm", "hnorm", "shared_head.norm")}
-        tables = {f"{prefix}.{name}.weight": (vocabulary, hidden) for name in ("embed_tokens", "shared_head.head")}
-        return {**vectors, **tables, f"{prefix}.eh_proj.weight": (hidden, 2 * hidden)}
 
-
-def _check_counts(checkpoint: Checkpoint) -> None:
+def _check_counts(family: Family, checkpoint: Checkpoint) -> None:
     """Refuses counts and sizes that the tensors cannot bear out, before anything is built in such numbers."""
     path, config, tensors = checkpoint.folder / "config.json", checkpoint.config, len(checkpoint.weights)
-    most = {"num_hidden_layers": LARGEST_COUNT, "num_nextn_predict_layers": LARGEST_COUNT, "n_routed_experts": tensors}
+    names = family.mixture or MixtureKeys("", num_dense_layers="")
+    most = {"num_hidden_layers": LARGEST_COUNT, family.mtp_key: LARGEST_COUNT, names.num_experts: tensors}
     for key, limit in most.items():
         count, limit = config.get(key), min(limit or LARGEST_COUNT, tensors or LARGEST_COUNT)
         if count is not None and not (isinstance(count, int) and 0 <= count <= limit):
@@ -230,12 +226,12 @@ def _check_counts(checkpoint: Checkpoint) -> None:
                 f"{path}: {key} is {count!r:.80}; the checkpoint has {tensors} tensors in all; config and weights are "
                 "of different models"
             )
-    dense = config.get("first_k_dense_replace")
+    dense = config.get(names.num_dense_layers)
     mixtures = (config.get("num_hidden_layers") or 0) - (dense if isinstance(dense, int) else 0)
-    experts = mixtures * (config.get("n_routed_experts") or 0)
+    experts = mixtures * (config.get(names.num_experts) or 0)
     if tensors and experts > tensors:
         raise InputError(
-            f"{path}: num_hidden_layers and n_routed_experts make {experts} experts; the checkpoint has {tensors} "
+            f"{path}: num_hidden_layers and {names.num_experts} make {experts} experts; the checkpoint has {tensors} "
             "tensors in all; config and weights are of different models"
         )
     for key, size in config.items():

@@ -11,6 +11,8 @@ from typing import Literal
 MlpKind = Literal["dense", "shared", "routed"]
 # Behind kv_b_proj's name: the importance of its keys, which in llama.cpp multiply queries and not the latent.
 KEYS_SUFFIX = ".keys"
+# Of a router, behind its module's name: what is added to the scores by which experts are chosen, and to no share.
+ROUTER_BIAS = "e_score_correction_bias"
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\..+")
 
 

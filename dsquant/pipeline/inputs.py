@@ -12,6 +12,7 @@ from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.formats.checkpoints import open_checkpoint, read_text_config
 from dsquant.formats.table import format_of
 from dsquant.jobs.resources import LARGEST_DEFAULT_BUDGET, default_memory_budget, resolved_device
+from dsquant.model.families import is_mixture
 from dsquant.model.repeated import check_repeated
 from dsquant.model.skeleton import Skeleton
 from dsquant.pipeline.plan import Plan, plan_run
@@ -51,7 +52,7 @@ def resolved(recipe: Recipe) -> Recipe:
         InputError: where the model is not there.
         UsageError: where its device is not there.
     """
-    mixture = bool(read_text_config(locate(recipe.model) / CONFIG_FILE).get("n_routed_experts"))
+    mixture = is_mixture(read_text_config(locate(recipe.model) / CONFIG_FILE))
     preset = recipe.preset or ("quality" if mixture else "compact")
     if preset == "quality" and not mixture:
         preset = "compact"

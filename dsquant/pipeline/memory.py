@@ -186,7 +186,7 @@ def sharing_memory_bytes(
     num_experts = max(len(layer.experts) for layer in skeleton.layers)
     if not num_experts:
         return sums
-    rows = min(num_tokens, 4 * num_tokens * skeleton.config["num_experts_per_tok"] // num_experts)
+    rows = min(num_tokens, 4 * num_tokens * skeleton.sizes.experts_per_token // num_experts)
     return sums + 3 * FLOAT32_BYTES * rows * hidden  # made, put together, received
 
 

@@ -284,6 +284,8 @@ def _config(header: GgufHeader) -> dict[str, Any]:
         "tie_word_embeddings": False,
     }
     config |= family.gguf.config(key, header.tensors)
+    if family.mtp_key:
+        config[family.mtp_key] = 0  # left out
     return config | {"rope_scaling": _rope_scaling(header, family.gguf, config)}
 
 

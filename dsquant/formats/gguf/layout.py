@@ -16,13 +16,14 @@ from typing import Any, Literal
 import torch
 
 from dsquant.model.families import FAMILIES, architecture_of, sizes_of
+from dsquant.model.structure import ROUTER_BIAS
 
 _OUTSIDE_LAYERS = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias|e_score_correction_bias)")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias|" + ROUTER_BIAS + ")")
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj")
 
@@ -57,7 +58,7 @@ def placements(parameter: str, architecture: str) -> tuple[Placement, ...]:
     if match is None:
         return ()
     facts, block, module, kind = FAMILIES[architecture].gguf, f"blk.{match[1]}", match[2], match[3]
-    if kind == "e_score_correction_bias":
+    if kind == ROUTER_BIAS:
         return (Placement(f"{block}.exp_probs_b.bias"),)
     if facts.split is not None and module == facts.split.module:
         keys, values = (f"{block}.{part}.weight" for part in (facts.split.keys, facts.split.values))
@@ -92,7 +93,7 @@ def parameters(tensor: str, shape: tuple[int, ...], config: Mapping[str, Any]) -
     facts = FAMILIES[architecture_of(config)].gguf
     modules = {stored: module for module, stored in facts.modules.items()}
     if part == "exp_probs_b":
-        yield f"{prefix}.mlp.gate.e_score_correction_bias", shape
+        yield f"{prefix}.mlp.gate.{ROUTER_BIAS}", shape
     elif facts.split is not None and part == facts.split.keys:
         heads, keys, values, columns = facts.split.shape(config)
         yield f"{prefix}.{facts.split.module}.weight", (heads * (keys + values), columns)

@@ -35,6 +35,12 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
     return FAMILIES[architecture_of(config)].sizes(config)
 
 
+def is_mixture(config: Mapping[str, Any]) -> bool:
+    """Whether a config describes a network with routed experts; false for architectures that are not supported."""
+    family = FAMILIES.get(architecture_of(config))
+    return family is not None and family.is_mixture(config)
+
+
 def unsupported(folder: Path, architecture: str) -> InputError:
     """The error for an architecture that dsquant does not know."""
     return InputError(

@@ -127,7 +127,7 @@ def _gguf_tensors(config: Mapping[str, Any], layer: int) -> tuple[Shapes, Shapes
 
 def _gguf_config(key: ReadKey, _: Collection[str]) -> dict[str, Any]:
     routing = {"moe_layer_freq": 1, "scoring_func": mlps.scoring(key), "topk_method": "noaux_tc"}
-    return mla.config_of(key) | mlps.mixture_config(key) | routing | {"num_nextn_predict_layers": 0}
+    return mla.config_of(key) | mlps.mixture_config(key) | routing
 
 
 def _gguf_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -160,8 +160,8 @@ DEEPSEEK_V3 = Family(
         problems=_gguf_problems,
         split=mla.KEYS_AND_VALUES,
     ),
-    num_mtp_layers=lambda config: int(config.get("num_nextn_predict_layers") or 0),
-    mtp_parts=tuple(dict.fromkeys(name.split(".")[0] for name in mtp.NAMES)),
+    mtp_key=mtp.COUNT_KEY,
+    network_keys=mla.NETWORK_KEYS + mlps.NETWORK_KEYS,
     fused_experts={"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
     refuse=_refuse,
 )

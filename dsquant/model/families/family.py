@@ -113,10 +113,10 @@ class Family:
     gguf: GgufFacts
     mixture: MixtureKeys | None = None
     """None where all its networks are dense."""
-    num_mtp_layers: Callable[[Config], int] = field(default=lambda config: 0)
-    """Multi-token-prediction layers that follow the decoder's."""
-    mtp_parts: tuple[str, ...] = ()
-    """What such a layer has beside a decoder layer's parts."""
+    mtp_key: str = ""
+    """What its configs call the number of multi-token-prediction layers behind the decoder's; empty where none has."""
+    network_keys: tuple[str, ...] = ()
+    """What its configs say about the network's function beside what those of all architectures do."""
     fused_experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The tensors [experts, rows, columns] in which transformers may save a layer's experts -> the linears whose rows
     follow one another in each."""
@@ -130,6 +130,10 @@ class Family:
             names = {name: key for name, key in vars(self.mixture).items() if key}
             numbers = {name: int(config.get(key) or 0) for name, key in names.items()}
         return Sizes(self.cache(config), **numbers)
+
+    def num_mtp_layers(self, config: Config) -> int:
+        """Multi-token-prediction layers that a config announces."""
+        return int(config.get(self.mtp_key) or 0) if self.mtp_key else 0
 
     def is_mixture(self, config: Config) -> bool:
         """Whether a config describes a network with routed experts."""

@@ -28,6 +28,9 @@ KEYS_AND_VALUES = SplitLinear(
         config["kv_lora_rank"],
     ),
 )
+NETWORK_KEYS = (
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave"
+)  # fmt: skip
 # transformers normalizes latents with this epsilon whatever the config says, llama.cpp with the config's.
 LATENT_EPSILON = 1e-6
 LARGEST_EPSILON = 1e-4

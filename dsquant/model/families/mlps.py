@@ -14,6 +14,8 @@ MIXTURE_NAMES = NAMES | {
 }
 LARGEST_EXPERTS = 1024  # of llama.cpp
 DEEPSEEK = MixtureKeys()
+# What configs say about mixtures beside MixtureKeys.
+NETWORK_KEYS = ("n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "scoring_func", "topk_method")
 # MixtureKeys' fields -> key of a GGUF file.
 _NUMBERS = {
     "num_dense_layers": "leading_dense_block_count",

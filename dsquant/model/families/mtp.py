@@ -10,6 +10,10 @@ NAMES = {
     "shared_head.norm": "nextn.shared_head_norm",
     "shared_head.head": "nextn.shared_head_head",
 }
+# By the first part of these names such a layer shows that it is not one decoder layer more.
+PARTS = frozenset(name.split(".")[0] for name in NAMES)
+COUNT_KEY = "num_nextn_predict_layers"
+"""What configs call the number of such layers."""
 # What llama.cpp does without, taking the decoder's instead.
 OPTIONAL = ("embed_tokens", "shared_head.norm", "shared_head.head")
 
