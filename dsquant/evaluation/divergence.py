@@ -267,7 +267,7 @@ def _run_layers(
         for weights, even, odd, mlp_inputs in models:
             safe_point(layer.index, skeleton.num_layers, layer.prefix)
             stream = Stream(weights, odd, even) if swap else Stream(weights, even, odd)
-            observers = {f"{layer.prefix}.mlp": mlp_inputs.recorder()}
+            observers = {layer.mlp_module: mlp_inputs.recorder()}
             routing = run_dense_part(skeleton, layer, stream, batch_samples, observers)
             if routing is not None:
                 runs.append((stream, mlp_inputs, routing))

@@ -202,7 +202,7 @@ class Lockstep:
     def _run_dense_part(
         self, layer: DecoderLayer, lane: _Lane, weights: Weights, observers: Mapping[str, Observer]
     ) -> None:
-        own = {layer.norm: lane.middle.recorder(), f"{layer.prefix}.mlp": lane.mlp_inputs.recorder()}
+        own = {layer.norm: lane.middle.recorder(), layer.mlp_module: lane.mlp_inputs.recorder()}
         stream = Stream(weights, lane.inputs, lane.outputs)
         lane.routing = run_dense_part(self.skeleton, layer, stream, lane.batch_samples, {**observers, **own})
 

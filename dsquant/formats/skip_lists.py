@@ -13,9 +13,10 @@ parts up one by one: all parts of a fused layer must agree, which both presets g
 import re
 from collections.abc import Iterable, Mapping
 
+from dsquant.model.families.mtp import MATRICES as MTP_MATRICES
+from dsquant.model.structure import ROUTER
+
 HEAD = "lm_head"
-# Never quantized: the router, and what an MTP layer has beside a decoder layer.
-_MTP_PARTS = ("eh_proj", "shared_head.head", "embed_tokens")
 
 
 def skipped_modules(linears: Mapping[str, bool]) -> list[str]:
@@ -28,12 +29,12 @@ def skipped_modules(linears: Mapping[str, bool]) -> list[str]:
         Sorted entries. The router is named by its layer's number, since `mlp.gate` alone would match `mlp.gate_proj`.
     """
     kept = [name for name, quantized in linears.items() if quantized]
-    entries = {HEAD, *_MTP_PARTS}
+    entries = {HEAD, *MTP_MATRICES}
     for name, quantized in linears.items():
         if not quantized and not any(entry in name for entry in entries):
             entries.add(_skipping(name, kept))
     layers = {_layer(name) for name in kept if ".experts." in name}
-    entries.update(_router(layer, kept) for layer in layers if not any(e in f"{layer}mlp.gate" for e in entries))
+    entries.update(_router(layer, kept) for layer in layers if not any(e in f"{layer}{ROUTER}" for e in entries))
     return sorted(entries)
 
 
@@ -80,8 +81,7 @@ def _layer(name: str) -> str:
 
 
 def _router(layer: str, kept: Iterable[str]) -> str:
-    entry = "mlp.gate"
-    return entry if not any(entry in other for other in kept) else f"{layer}mlp.gate"
+    return ROUTER if not any(ROUTER in other for other in kept) else f"{layer}{ROUTER}"
 
 
 def ignored_modules(linears: Mapping[str, bool]) -> list[str]:
@@ -94,6 +94,6 @@ def ignored_modules(linears: Mapping[str, bool]) -> list[str]:
         Full names, the router's and the head's among them; MTP's own linears by regular expressions.
     """
     names = {name for name, quantized in linears.items() if not quantized}
-    routers = {f"{_layer(name)}mlp.gate" for name in linears if ".experts." in name}
-    extra = [f"re:.*{re.escape(part)}$" for part in _MTP_PARTS]
+    routers = {f"{_layer(name)}{ROUTER}" for name in linears if ".experts." in name}
+    extra = [f"re:.*{re.escape(part)}$" for part in MTP_MATRICES]
     return [HEAD, *sorted(names | routers), *extra]

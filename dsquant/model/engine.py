@@ -38,9 +38,9 @@ def rounded_linears(skeleton: Skeleton, layer: DecoderLayer, weights: Weights) -
     Yields:
         Nothing.
     """
+    absorbed = layer.absorbed and layer.absorbed.keys_and_values
     linears = [*layer.attention_linears, *(name for mlp in layer.mlps if mlp.kind != "routed" for name in mlp.linears)]
-    absorbed = layer.absorbed[1:] if layer.absorbed else ()
-    roundings = {name: weights.activation_quantizer(f"{name}.weight") for name in linears if name not in absorbed}
+    roundings = {name: weights.activation_quantizer(f"{name}.weight") for name in linears if name != absorbed}
     with ExitStack() as stack:
         stack.enter_context(_rounded_inputs(skeleton, roundings))
         if layer.absorbed:
@@ -52,10 +52,10 @@ def rounded_linears(skeleton: Skeleton, layer: DecoderLayer, weights: Weights) -
 def _rounded_mla(skeleton: Skeleton, layer: DecoderLayer, weights: Weights) -> Iterator[None]:
     """Rounds what meets kv_b_proj's keys and its values."""
     assert layer.absorbed is not None
-    queries, keys_and_values = layer.absorbed
+    queries, keys_and_values = layer.absorbed.queries, layer.absorbed.keys_and_values
     of_queries, of_latents = (weights.activation_quantizer(f"{keys_and_values}.weight", part) for part in (False, True))
-    heads, width = (int(skeleton.config[key]) for key in ("num_attention_heads", "qk_nope_head_dim"))
-    attention, projection = skeleton.module(f"{layer.prefix}.self_attn"), skeleton.module(keys_and_values)
+    heads, width = layer.absorbed.num_heads, layer.absorbed.key_rows
+    attention, projection = skeleton.module(layer.attention_module), skeleton.module(keys_and_values)
     handles = []
     if of_queries is not unrounded:
         rounding = partial(_round_queries, of_queries, heads, width)

@@ -122,11 +122,22 @@ def settle_magnitude(hf_config: Any) -> None:
     rope["attention_factor"] = magnitude
 
 
-def rotary_of(hf_config: Any) -> Rotary:
+def head_width(hf_config: Any) -> int:
+    """Dimensions of a head that may be rotated."""
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def score_scale(hf_config: Any) -> float:
+    """The factor on the scores of attention that most architectures have."""
+    return head_width(hf_config) ** -0.5
+
+
+def rotary_of(hf_config: Any, scale: float) -> Rotary:
     """Works out a network's rotary embedding.
 
     Args:
         hf_config: its transformers configuration, magnitude settled.
+        scale: the factor on its scores.
 
     Returns:
         What transformers' modules compute, at positions within the trained context.
@@ -134,15 +145,11 @@ def rotary_of(hf_config: Any) -> Rotary:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = hf_config.rope_parameters
-    width = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     if rope["rope_type"] == "default":
+        width = int(head_width(hf_config) * (rope.get("partial_rotary_factor") or 1))
         frequencies_F, magnitude = plain_frequencies(rope["rope_theta"], width), 1.0
     else:
         frequencies_F, magnitude = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config)
-    latent = getattr(hf_config, "kv_lora_rank", None) is not None
-    scale = (hf_config.qk_head_dim if latent else width) ** -0.5
-    if latent and rope["rope_type"] != "default" and rope.get("mscale_all_dim"):  # as DeepSeek's attention does
-        scale *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
     return Rotary(frequencies_F.double(), float(magnitude), scale)
 
 

@@ -178,7 +178,7 @@ class Skeleton:
         )
         for layer in self.layers:
             if layer.router is not None:
-                self.model.set_submodule(f"{layer.prefix}.mlp.experts", RoutingTap())
+                self.model.set_submodule(layer.experts_module, RoutingTap())
 
     def module(self, name: str) -> nn.Module:
         """The transformers module of that name."""
@@ -317,7 +317,8 @@ def network_rotary(family: Family, config: Mapping[str, Any]) -> Rotary:
     Returns:
         Its numbers.
     """
-    return rotary_of(_hf_config(family, config))
+    hf_config = _hf_config(family, config)
+    return rotary_of(hf_config, family.score_scale(hf_config))
 
 
 def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:

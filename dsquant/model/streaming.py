@@ -152,7 +152,7 @@ def run_dense_part(
         for name, observer in (observers or {}).items():
             stack.enter_context(_observed(skeleton.module(name), observer))
         if layer.router is not None:
-            tap = skeleton.module(f"{layer.prefix}.mlp.experts")
+            tap = skeleton.module(layer.experts_module)
             assert isinstance(tap, RoutingTap)
             tap.sink = note
         position_ids = torch.arange(num_tokens, device=stream.weights.device).unsqueeze(0)

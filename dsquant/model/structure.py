@@ -11,6 +11,8 @@ from typing import Literal
 MlpKind = Literal["dense", "shared", "routed"]
 # Behind kv_b_proj's name: the importance of its keys, which in llama.cpp multiply queries and not the latent.
 KEYS_SUFFIX = ".keys"
+ROUTER = "mlp.gate"
+"""A router's module inside a layer."""
 # Of a router, behind its module's name: what is added to the scores by which experts are chosen, and to no share.
 ROUTER_BIAS = "e_score_correction_bias"
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\..+")
@@ -69,6 +71,19 @@ def gates_and_ups(mlps: Iterable[Mlp]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Absorbed:
+    """Of MLA: linears between which engines multiply before they multiply with activations."""
+
+    queries: str
+    """Makes the heads' queries, the part without position first."""
+    keys_and_values: str
+    """kv_b_proj: engines multiply its keys with queries, and its values with mixed latents."""
+    num_heads: int
+    key_rows: int
+    """Of each head, the rows of `keys_and_values` that make keys: they come first."""
+
+
+@dataclass(frozen=True)
 class DecoderLayer:
     """One decoder layer."""
 
@@ -82,14 +97,28 @@ class DecoderLayer:
     """The router's weight, where there is one."""
     mlps: tuple[Mlp, ...]
     """The dense MLP; or the shared expert and every routed expert."""
-    absorbed: tuple[str, str] | None = None
-    """Of MLA: the linear that makes queries, and kv_b_proj, whose keys engines multiply with queries and whose values
-    with mixed latents."""
+    absorbed: Absorbed | None = None
+    """None without latent attention."""
 
     @property
     def prefix(self) -> str:
         """The layer's module name."""
         return f"model.layers.{self.index}"
+
+    @property
+    def attention_module(self) -> str:
+        """transformers' module of attention."""
+        return f"{self.prefix}.self_attn"
+
+    @property
+    def mlp_module(self) -> str:
+        """transformers' module that reads the norm's output: the MLP, or router and experts."""
+        return f"{self.prefix}.mlp"
+
+    @property
+    def experts_module(self) -> str:
+        """transformers' module of the routed experts, called with hidden states, experts and shares."""
+        return f"{self.mlp_module}.experts"
 
     @property
     def norm(self) -> str:

@@ -78,7 +78,7 @@ def keeps_attention(job: LayerJob, report: GridReport, error: float, error_plain
     kept = is_kept(error, error_plain)
     report.attention_error, report.attention_error_plain = error if kept else error_plain, error_plain
     if not kept:
-        report.fallbacks.append(f"{job.layer.prefix}.self_attn")
+        report.fallbacks.append(job.layer.attention_module)
     return kept
 
 
@@ -146,15 +146,16 @@ def note_attention(
         moments: of each group's input.
         scales: float32 [I] of each group that has them.
     """
-    config, (queries, keys_and_values) = job.skeleton.config, job.layer.absorbed or ("", "")
+    absorbed = job.layer.absorbed
     for group, group_moments in moments.items():
         divided = under_scales(group_moments, scales.get(group))
         for linear in group.consumers:
             job.note(grid, linear, divided.importance)
-        if queries in group.consumers:  # folding does not change what comes out of it
-            squares_O, heads = group_moments.loss_O(job.weights[f"{queries}.weight"]), config["num_attention_heads"]
-            keys = squares_O.unflatten(0, (heads, -1))[:, : config["qk_nope_head_dim"]] * group_moments.count
-            job.note(grid, keys_and_values + KEYS_SUFFIX, Importance(keys.contiguous(), group_moments.count))
+        if absorbed and absorbed.queries in group.consumers:  # folding does not change what comes out of it
+            squares_O = group_moments.loss_O(job.weights[f"{absorbed.queries}.weight"])
+            keys = squares_O.unflatten(0, (absorbed.num_heads, -1))[:, : absorbed.key_rows] * group_moments.count
+            linear = absorbed.keys_and_values + KEYS_SUFFIX
+            job.note(grid, linear, Importance(keys.contiguous(), group_moments.count))
 
 
 def few_samples(

@@ -81,7 +81,7 @@ def observe_layer(job: ObservationJob) -> LayerImportance:
         What was observed of attention and routing.
     """
     layer = job.layer
-    job.safe_point(f"{layer.prefix}.self_attn")
+    job.safe_point(layer.attention_module)
     attention, routing = _run_dense_part(job)
     added = top_up(layer, job.weights, job.mlp_inputs, routing) if routing else {}
     for mlp in layer.mlps:
@@ -95,7 +95,7 @@ def _run_dense_part(job: ObservationJob) -> tuple[dict[str, Importance], Routing
     weights = ResidentWeights(job.weights)
     squares = {group.consumers[0]: _Squares() for group in job.layer.attention}
     observers: dict[str, Observer] = {name: found.add for name, found in squares.items()}
-    observers[f"{job.layer.prefix}.mlp"] = job.mlp_inputs.recorder()
+    observers[job.layer.mlp_module] = job.mlp_inputs.recorder()
     keys = _KeySquares(job, weights)
     if keys.projection:
         observers[keys.projection] = _both(observers.get(keys.projection), keys.add)
@@ -121,20 +121,17 @@ class _KeySquares:
     """Mean squares of MLA's queries without position: what the keys of kv_b_proj are multiplied with."""
 
     def __init__(self, job: ObservationJob, weights: Weights) -> None:
-        config, prefix = job.skeleton.config, f"{job.layer.prefix}.self_attn"
-        names = (f"{prefix}.q_b_proj", f"{prefix}.q_proj")
-        self._linear = f"{prefix}.kv_b_proj"
-        latent = self._linear in job.layer.attention_linears
-        self.projection = next((name for name in names if name in job.layer.attention_linears and latent), "")
-        self._squares, self._weights = _Squares(), weights
-        self._heads, self._nope = config["num_attention_heads"], config.get("qk_nope_head_dim", 0)
+        self._absorbed, self._squares, self._weights = job.layer.absorbed, _Squares(), weights
+        self.projection = self._absorbed.queries if self._absorbed else ""
 
     def add(self, inputs_RI: torch.Tensor) -> None:
+        assert self._absorbed is not None
         queries_RO = apply_linear(inputs_RI, self._weights[f"{self.projection}.weight"])
-        self._squares.add(queries_RO.unflatten(1, (self._heads, -1))[..., : self._nope])
+        self._squares.add(queries_RO.unflatten(1, (self._absorbed.num_heads, -1))[..., : self._absorbed.key_rows])
 
     def importance(self) -> dict[str, Importance]:
-        return {self._linear + KEYS_SUFFIX: self._squares.importance()} if self.projection else {}
+        absorbed = self._absorbed
+        return {absorbed.keys_and_values + KEYS_SUFFIX: self._squares.importance()} if absorbed else {}
 
 
 def _observe_mlp(job: ObservationJob, mlp: Mlp, routing: Routing | None, added: Mapping[int, torch.Tensor]) -> None:

@@ -78,7 +78,7 @@ def _check_outputs(job: LayerJob) -> None:
 
 
 def _quantize(job: LayerJob) -> LayerReport:
-    job.safe_point(f"{job.layer.prefix}.self_attn")
+    job.safe_point(job.layer.attention_module)
     attention_moments, norm_rms_H, routing = run_original(job)
     if not bool(norm_rms_H.isfinite().all()):
         raise out_of_range(job.layer.norm)
@@ -132,7 +132,7 @@ def run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], torch.T
             if stop in chunk_ends:
                 collected.end_chunk()
 
-    observers[f"{job.layer.prefix}.mlp"] = note_mlp_inputs
+    observers[job.layer.mlp_module] = note_mlp_inputs
     stream = Stream(job.weights, job.inputs, job.outputs)
     routing = None
     if own[0] < own[1]:

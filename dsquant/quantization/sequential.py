@@ -82,11 +82,9 @@ def _quantize(job: LayerJob) -> LayerReport:
     (grid,), layer, quantized = job.grids, job.layer, job.quantized
     assert quantized is not None and job.ranks.size == 1
     everything, report = (0, job.inputs.shape[0]), GridReport()
-    job.safe_point(f"{layer.prefix}.self_attn")
+    job.safe_point(layer.attention_module)
     streams, attention = _quantize_attention(job, quantized, grid, report)
-    original_routing = streams.run_original(
-        everything, {f"{layer.prefix}.mlp": job.mlp_inputs.recorder()}, folded=False
-    )
+    original_routing = streams.run_original(everything, {layer.mlp_module: job.mlp_inputs.recorder()}, folded=False)
     squares_H = torch.zeros(job.inputs.shape[2], dtype=torch.float64, device=job.weights.device)
     record = quantized.mlp_inputs.recorder()
 
@@ -96,9 +94,7 @@ def _quantize(job: LayerJob) -> LayerReport:
 
     # What always-read MLPs put out is added once they are quantized, as for an expert.
     silenced = {f"{mlp.down}.weight": torch.zeros_like(job.weights[f"{mlp.down}.weight"]) for mlp in _unrouted(job)}
-    routing = streams.run_quantized(
-        attention.dequantized() | silenced, everything, {f"{layer.prefix}.mlp": note_mlp_inputs}
-    )
+    routing = streams.run_quantized(attention.dequantized() | silenced, everything, {layer.mlp_module: note_mlp_inputs})
     rms_H = (squares_H / job.mlp_inputs.num_rows).sqrt().float()
     if not bool(rms_H.isfinite().all()):
         raise FloatingPointError(layer.norm)

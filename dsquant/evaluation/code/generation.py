@@ -86,7 +86,7 @@ def resident_model(skeleton: Skeleton, weights: Weights) -> Iterator[Any]:
     model = skeleton.model
     all_layers = model.model.layers
     taps = {
-        layer: skeleton.module(f"{layer.prefix}.mlp.experts")
+        layer: skeleton.module(layer.experts_module)
         for layer in skeleton.layers[: skeleton.num_layers]
         if layer.router is not None
     }
@@ -99,7 +99,7 @@ def resident_model(skeleton: Skeleton, weights: Weights) -> Iterator[Any]:
                 set_module_tensor_to_device(model, name, weights.device, value=weights[stored])
                 before[name] = tensor
         for layer in taps:
-            model.set_submodule(f"{layer.prefix}.mlp.experts", _Experts(skeleton, layer, weights))
+            model.set_submodule(layer.experts_module, _Experts(skeleton, layer, weights))
         with ExitStack() as stack:
             for layer in skeleton.layers[: skeleton.num_layers]:
                 stack.enter_context(rounded_linears(skeleton, layer, weights))
@@ -107,7 +107,7 @@ def resident_model(skeleton: Skeleton, weights: Weights) -> Iterator[Any]:
             yield model
     finally:
         for layer, tap in taps.items():
-            model.set_submodule(f"{layer.prefix}.mlp.experts", tap)
+            model.set_submodule(layer.experts_module, tap)
         for name, tensor in before.items():
             set_module_tensor_to_device(model, name, tensor.device, value=tensor)
         model.model.layers = all_layers

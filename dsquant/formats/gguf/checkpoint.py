@@ -34,6 +34,7 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # llama.cpp's name of a pre-tokenizer -> the regular expression by which it cuts text (src/llama-vocab.cpp).
 EXPRESSIONS = {
     "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST,
+    "glm4": _WORDS + r"\p{N}{1,3}" + _REST,
     "qwen2": _WORDS + r"\p{N}" + _REST,
     "deepseek-r1-qwen": _WORDS + r"\p{N}" + _REST,
 }

@@ -47,17 +47,17 @@ def placements(parameter: str, architecture: str) -> tuple[Placement, ...]:
 
     Args:
         parameter: its name in the checkpoint.
-        architecture: the checkpoint's, a key of `FAMILIES`.
+        architecture: the checkpoint's.
 
     Returns:
         One placement, two for kv_b_proj; none where a GGUF file has no such tensor.
     """
     if parameter in _OUTSIDE_LAYERS:
         return (Placement(_OUTSIDE_LAYERS[parameter]),)
-    match = _LAYER.fullmatch(parameter)
-    if match is None:
+    match, family = _LAYER.fullmatch(parameter), FAMILIES.get(architecture)
+    if match is None or family is None:
         return ()
-    facts, block, module, kind = FAMILIES[architecture].gguf, f"blk.{match[1]}", match[2], match[3]
+    facts, block, module, kind = family.gguf, f"blk.{match[1]}", match[2], match[3]
     if kind == ROUTER_BIAS:
         return (Placement(f"{block}.exp_probs_b.bias"),)
     if facts.split is not None and module == facts.split.module:

@@ -14,7 +14,10 @@ from dsquant.model.rotary import Rotary
 
 LARGEST_LAYERS = 512
 # Keys inside a config's rope parameters that are written, read as they are by everybody, or change nothing.
-_READ = ("type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "finetuned")
+_READ = (
+    "type", "rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
+    "finetuned",
+)  # fmt: skip
 READ_BY_TYPE = {
     "default": _READ,
     "linear": _READ,

@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dsquant.errors import InputError
@@ -77,13 +78,16 @@ def model_keys(
     return keys | facts.keys(config) | mtp | scaling
 
 
-def add_tokenizer_keys(writer: Any, folder: Path, vocab_size: int) -> list[str]:
+def add_tokenizer_keys(
+    writer: Any, folder: Path, vocab_size: int, names: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
     """Adds tokens, merges, special tokens and the chat template.
 
     Args:
         writer: a `gguf.GGUFWriter`.
         folder: the checkpoint, with tokenizer.json.
         vocab_size: rows of the embedding; ids that the tokenizer does not have become unused tokens.
+        names: pre-tokenizer -> what the architecture calls it, where it has a name of its own.
 
     Returns:
         The added tokens that are left out, having no row of the embedding: llama.cpp wants a row for every token.
@@ -107,7 +111,8 @@ def add_tokenizer_keys(writer: Any, folder: Path, vocab_size: int) -> list[str]:
     _check_normalizer(path, tokenizer)
     tokens, types, left_out = _tokens(path, tokenizer, vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(path, tokenizer))
+    cutting = pre_tokenizer_name(path, tokenizer)
+    writer.add_tokenizer_pre(names.get(cutting, cutting))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     logging.getLogger("gguf").setLevel(logging.ERROR)

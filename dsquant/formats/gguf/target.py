@@ -106,7 +106,8 @@ def plan_model(
         writer.add_file_type(MIXTURES[type_name][1])
         writer.add_quantization_version(QUANTIZATION_VERSION)
         with blaming(checkpoint.folder / "tokenizer.json", THEN):
-            left_out.extend(add_tokenizer_keys(writer, checkpoint.folder, int(config["vocab_size"])))
+            names = family.gguf.pre_tokenizers
+            left_out.extend(add_tokenizer_keys(writer, checkpoint.folder, int(config["vocab_size"]), names))
 
     stem = f"{model_name}-{label or type_name}"
     # gguf-py packs what the config says, whatever that is, into numbers of 32 bits.

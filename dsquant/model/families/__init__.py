@@ -65,19 +65,19 @@ def family_of(folder: Path, config: Mapping[str, Any]) -> Family:
     if architecture not in FAMILIES:
         raise unsupported(folder, repr(architecture))
     family = FAMILIES[architecture]
-    reason = _foreign(config) or family.refuse(config)
+    reason = _foreign(config, family) or family.refuse(config)
     if reason:
         raise InputError(f"{folder / 'config.json'}: {architecture}: {reason}")
     return family
 
 
-def _foreign(config: Mapping[str, Any]) -> str | None:
+def _foreign(config: Mapping[str, Any], family: Family) -> str | None:
     """What a config states that engines of these architectures would leave out, in words."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     stated = {**(rope if isinstance(rope, Mapping) else {}), **config}
     for key, neutral in FOREIGN.items():
         value = stated.get(key)
-        if value is not None and value not in neutral:
+        if value is not None and value not in neutral and key not in family.states:
             return f"{key} {value!r:.80} is not supported: this architecture has nothing of the kind"
     layer_types = config.get("layer_types")
     if layer_types is not None and (not isinstance(layer_types, list) or set(map(str, layer_types)) - FULL_ATTENTION):

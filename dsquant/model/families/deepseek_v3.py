@@ -3,46 +3,15 @@
 Routed experts, shared expert and router read `post_attention_layernorm`: all of them are in its scale group.
 """
 
-from collections.abc import Collection, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from dsquant.model.families import mla, mlps, mtp
-from dsquant.model.families.family import NORMS, Family, GgufFacts, ReadKey, Shapes
-from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup, gates_and_ups
+from dsquant.model.families.family import NORMS, Config, Family, GgufFacts, ReadKey, Shapes
+from dsquant.model.structure import DecoderLayer
 
 
-@lru_cache(1)  # one for all layers
-def _value_rows(heads: int, nope: int, value: int) -> tuple[int, ...]:
-    """Each head's rows of kv_b_proj: `nope` rows of keys, then `value` rows that o_proj reads in the order of heads."""
-    return tuple(head * (nope + value) + nope + row for head in range(heads) for row in range(value))
-
-
-def _attention(prefix: str, config: Mapping[str, Any]) -> tuple[ScaleGroup, ...]:
-    attention = f"{prefix}.self_attn"
-    value_rows = _value_rows(config["num_attention_heads"], config["qk_nope_head_dim"], config["v_head_dim"])
-    key_value = ScaleGroup(f"{attention}.kv_a_layernorm", (f"{attention}.kv_b_proj",))
-    output = ScaleGroup(f"{attention}.kv_b_proj", (f"{attention}.o_proj",), producer_rows=value_rows)
-    if config.get("q_lora_rank") is None:  # Moonlight projects queries directly
-        first = ScaleGroup(f"{prefix}.input_layernorm", (f"{attention}.q_proj", f"{attention}.kv_a_proj_with_mqa"))
-        return first, key_value, output
-    first = ScaleGroup(f"{prefix}.input_layernorm", (f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa"))
-    query = ScaleGroup(f"{attention}.q_a_layernorm", (f"{attention}.q_b_proj",))
-    return first, query, key_value, output
-
-
-def _mlp(kind: Any, prefix: str, expert: int | None = None) -> Mlp:
-    return Mlp(kind, f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj", expert)
-
-
-def _mlps(prefix: str, config: Mapping[str, Any], index: int) -> tuple[Mlp, ...]:
-    if index < config["first_k_dense_replace"]:
-        return (_mlp("dense", f"{prefix}.mlp"),)
-    experts = (_mlp("routed", f"{prefix}.mlp.experts.{expert}", expert) for expert in range(config["n_routed_experts"]))
-    return _mlp("shared", f"{prefix}.mlp.shared_experts"), *experts
-
-
-def decoder_layer(config: Mapping[str, Any], index: int) -> DecoderLayer:
+def decoder_layer(config: Config, index: int) -> DecoderLayer:
     """Layer `index`; the multi-token-prediction layer behind the last one is built the same way.
 
     Args:
@@ -53,15 +22,8 @@ def decoder_layer(config: Mapping[str, Any], index: int) -> DecoderLayer:
         The layer's structure.
     """
     prefix = f"model.layers.{index}"
-    attention = _attention(prefix, config)
-    linears = tuple(name for group in attention for name in group.consumers)
-    mlps = _mlps(prefix, config, index)
-    router = None if mlps[0].kind == "dense" else f"{prefix}.mlp.gate.weight"
-    followers = () if router is None else (router,)
-    mlp_norm = ScaleGroup(f"{prefix}.post_attention_layernorm", gates_and_ups(mlps), followers)
-    queries = "q_proj" if config.get("q_lora_rank") is None else "q_b_proj"
-    absorbed = (f"{prefix}.self_attn.{queries}", f"{prefix}.self_attn.kv_b_proj")
-    return DecoderLayer(index, attention, linears, mlp_norm, router, mlps, absorbed)
+    of_layer = mlps.mixture(prefix, config, index)
+    return mlps.layer_of(index, mla.groups(prefix, config), of_layer, mla.absorbed(prefix, config))
 
 
 # Every release has these; where one is left out, engines assume different things.
@@ -71,7 +33,7 @@ NEEDED = (
 )  # fmt: skip
 
 
-def _refuse(config: Mapping[str, Any]) -> str | None:
+def _refuse(config: Config) -> str | None:
     if config.get("index_topk") or config.get("index_n_heads"):
         return "sparse attention with an indexer (DeepSeek-V3.2) is not supported"
     if config.get("moe_layer_freq", 1) != 1:
@@ -92,26 +54,7 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
         return (
             f"num_key_value_heads {of_keys!r:.40} is not num_attention_heads {heads!r:.40}, as latent attention needs"
         )
-    if not config.get("n_shared_experts"):
-        return "a mixture without a shared expert is not supported"
-    return _routing_problem(config)
-
-
-def _routing_problem(config: Mapping[str, Any]) -> str | None:
-    """What is wrong with the numbers that choose experts: no tensor's shape would show it."""
-    experts, groups = config.get("n_routed_experts"), config["n_group"]
-    kept, chosen = config["topk_group"], config.get("num_experts_per_tok")
-    counts = (experts, groups, kept, chosen)
-    if not all(isinstance(count, int) and count > 0 for count in counts):
-        return f"n_routed_experts, n_group, topk_group, num_experts_per_tok must be positive numbers, found {counts}"
-    if experts % groups or kept > groups or chosen > experts // groups * kept:
-        return (
-            f"{chosen} of {experts} experts cannot be chosen from {kept} of {groups} groups (num_experts_per_tok, "
-            "n_routed_experts, topk_group, n_group)"
-        )
-    if experts // groups < 2:  # a group is ranked by the sum of its two best scores
-        return f"groups of one expert cannot be ranked (n_routed_experts {experts}, n_group {groups})"
-    return None
+    return mlps.routing_problem(config)
 
 
 # Numbers of layers by which llama.cpp knows DeepSeek-V2-Lite and its kin, whose queries are projected directly.
@@ -119,7 +62,7 @@ LITE_LAYERS = (26, 27)
 LITE_LAYERS_AND_TOKENS = (48, 128256)
 
 
-def _gguf_tensors(config: Mapping[str, Any], layer: int) -> tuple[Shapes, Shapes]:
+def _gguf_tensors(config: Config, layer: int) -> tuple[Shapes, Shapes]:
     needed, allowed = mlps.mixture_tensors(config, layer)
     norms = dict.fromkeys(("attn_norm.weight", "ffn_norm.weight"), (config["hidden_size"],))
     return {**norms, **mla.tensors(config), **needed}, allowed
@@ -130,7 +73,7 @@ def _gguf_config(key: ReadKey, _: Collection[str]) -> dict[str, Any]:
     return mla.config_of(key) | mlps.mixture_config(key) | routing
 
 
-def _gguf_problems(config: Mapping[str, Any]) -> Iterator[str]:
+def _gguf_problems(config: Config) -> Iterator[str]:
     layers = config["num_hidden_layers"]
     lite = layers in LITE_LAYERS or (layers, config["vocab_size"]) == LITE_LAYERS_AND_TOKENS
     if lite != (config["q_lora_rank"] is None):
@@ -160,8 +103,9 @@ DEEPSEEK_V3 = Family(
         problems=_gguf_problems,
         split=mla.KEYS_AND_VALUES,
     ),
+    score_scale=mla.score_scale,
     mtp_key=mtp.COUNT_KEY,
     network_keys=mla.NETWORK_KEYS + mlps.NETWORK_KEYS,
-    fused_experts={"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
+    fused_experts=mlps.FUSED,
     refuse=_refuse,
 )

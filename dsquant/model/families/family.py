@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from dsquant.model.rotary import score_scale
 from dsquant.model.structure import DecoderLayer
 
 Config = Mapping[str, Any]
@@ -94,6 +95,9 @@ class GgufFacts:
     """Numbers that llama.cpp does not load or takes for others, in words."""
     interleaved: tuple[str, ...] = ()
     """Modules whose rows are stored with the two halves of each head's rotary dimensions interleaved."""
+    pre_tokenizers: Mapping[str, str] = field(default_factory=dict)
+    """llama.cpp's name of a way to cut text -> its name for the tokenizers of this architecture, which begin no text
+    with a token of their own."""
     split: SplitLinear | None = None
     """Where attention is over latents, whose scores llama.cpp scales in its own way."""
 
@@ -113,8 +117,12 @@ class Family:
     gguf: GgufFacts
     mixture: MixtureKeys | None = None
     """None where all its networks are dense."""
+    score_scale: Callable[[Any], float] = score_scale
+    """The factor on attention's scores, from transformers' configuration."""
     mtp_key: str = ""
     """What its configs call the number of multi-token-prediction layers behind the decoder's; empty where none has."""
+    states: tuple[str, ...] = ()
+    """Keys that mean something here and are refused in configs of other families (`FOREIGN`)."""
     network_keys: tuple[str, ...] = ()
     """What its configs say about the network's function beside what those of all architectures do."""
     fused_experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -1,9 +1,11 @@
 """Grouped-query attention: query heads share heads of keys and values. Llama, Qwen and GLM-4.5 have it."""
 
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Any
 
 from dsquant.model.families.family import Cache, Config, ReadKey, Shapes
+from dsquant.model.structure import ScaleGroup
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -13,6 +15,26 @@ NAMES = {
     "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
 }
+
+
+@lru_cache(1)  # one for all layers
+def _value_rows(heads: int, key_value_heads: int, head_dim: int) -> tuple[int, ...]:
+    """v_proj's row behind each column of o_proj: query heads of one group share a value head."""
+    return tuple(
+        head // (heads // key_value_heads) * head_dim + row for head in range(heads) for row in range(head_dim)
+    )
+
+
+def groups(prefix: str, config: Config) -> tuple[ScaleGroup, ...]:
+    """The scale groups inside attention of the layer whose module is `prefix`."""
+    attention, heads = f"{prefix}.self_attn", config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    value_rows = _value_rows(heads, config.get("num_key_value_heads") or heads, head_dim)
+    inputs = (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj")
+    return (
+        ScaleGroup(f"{prefix}.input_layernorm", inputs),
+        ScaleGroup(f"{attention}.v_proj", (f"{attention}.o_proj",), producer_rows=value_rows),
+    )
 
 
 def cache(config: Config) -> Cache:
@@ -50,14 +72,17 @@ def head_norms(config: Config) -> Shapes:
 def keys(config: Config) -> dict[str, Any]:
     """Attention's numbers in a GGUF file."""
     head = config["head_dim"]
+    rotated = int(head * (config["rope_parameters"].get("partial_rotary_factor") or 1))
     return {
         "attention.head_count_kv": config["num_key_value_heads"],
         "attention.key_length": head,
         "attention.value_length": head,
-        "rope.dimension_count": head,
+        "rope.dimension_count": rotated,
     }
 
 
 def config_of(key: ReadKey, tensors: Collection[str] = ()) -> dict[str, Any]:
     """config.json's entries for attention, from a GGUF file's numbers."""
-    return {"head_dim": key("attention.key_length", key("embedding_length") // key("attention.head_count"))}
+    head = key("attention.key_length", key("embedding_length") // key("attention.head_count"))
+    rotated = key("rope.dimension_count", head)
+    return {"head_dim": head} | ({"partial_rotary_factor": rotated / head} if rotated != head else {})

@@ -1,23 +1,14 @@
 """The dense families of the R1 distills: Llama, Qwen2 and Qwen3."""
 
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Iterator
 from typing import Any
 
 from dsquant.model.families import gqa, mlps
-from dsquant.model.families.family import NORMS, Family, GgufFacts, Shapes
-from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup, gates_and_ups
+from dsquant.model.families.family import NORMS, Config, Family, GgufFacts, Shapes
+from dsquant.model.structure import DecoderLayer
 
 
-@lru_cache(1)  # one for all layers
-def _value_rows(heads: int, key_value_heads: int, head_dim: int) -> tuple[int, ...]:
-    """v_proj's row behind each column of o_proj: query heads of one group share a value head."""
-    return tuple(
-        head // (heads // key_value_heads) * head_dim + row for head in range(heads) for row in range(head_dim)
-    )
-
-
-def decoder_layer(config: Mapping[str, Any], index: int) -> DecoderLayer:
+def decoder_layer(config: Config, index: int) -> DecoderLayer:
     """Layer `index`.
 
     Args:
@@ -28,21 +19,10 @@ def decoder_layer(config: Mapping[str, Any], index: int) -> DecoderLayer:
         The layer's structure.
     """
     prefix = f"model.layers.{index}"
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    value_rows = _value_rows(heads, config.get("num_key_value_heads") or heads, head_dim)
-    inputs = (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj")
-    groups = (
-        ScaleGroup(f"{prefix}.input_layernorm", inputs),
-        ScaleGroup(f"{attention}.v_proj", (f"{attention}.o_proj",), producer_rows=value_rows),
-    )
-    mlps = (Mlp("dense", f"{mlp}.gate_proj", f"{mlp}.up_proj", f"{mlp}.down_proj"),)
-    mlp_norm = ScaleGroup(f"{prefix}.post_attention_layernorm", gates_and_ups(mlps))
-    return DecoderLayer(index, groups, (*inputs, f"{attention}.o_proj"), mlp_norm, None, mlps)
+    return mlps.layer_of(index, gqa.groups(prefix, config), (mlps.dense(prefix),))
 
 
-def _refuse(config: Mapping[str, Any]) -> str | None:
+def _refuse(config: Config) -> str | None:
     if config.get("use_sliding_window"):
         return "sliding-window attention is not supported (no R1 distill uses it)"
     if config.get("mlp_bias"):
@@ -50,7 +30,7 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _refuse_llama(config: Mapping[str, Any]) -> str | None:
+def _refuse_llama(config: Config) -> str | None:
     # Qwen's configs state a window beside `use_sliding_window: false`; Llama's state none unless they mean one.
     window = config.get("sliding_window")
     if window is not None and config.get("use_sliding_window") is not False:
@@ -58,24 +38,24 @@ def _refuse_llama(config: Mapping[str, Any]) -> str | None:
     return _refuse(config)
 
 
-def _tensors(config: Mapping[str, Any]) -> Shapes:
+def _tensors(config: Config) -> Shapes:
     norms = dict.fromkeys(("attn_norm.weight", "ffn_norm.weight"), (config["hidden_size"],))
     return {**norms, **gqa.tensors(config), **mlps.tensors(config)}
 
 
-def _llama_tensors(config: Mapping[str, Any], _: int) -> tuple[Shapes, Shapes]:
+def _llama_tensors(config: Config, _: int) -> tuple[Shapes, Shapes]:
     return _tensors(config), gqa.biases(config) | {"attn_output.bias": (config["hidden_size"],)}
 
 
-def _qwen2_tensors(config: Mapping[str, Any], _: int) -> tuple[Shapes, Shapes]:
+def _qwen2_tensors(config: Config, _: int) -> tuple[Shapes, Shapes]:
     return _tensors(config) | gqa.biases(config), {}  # older versions of llama.cpp need the biases
 
 
-def _qwen3_tensors(config: Mapping[str, Any], _: int) -> tuple[Shapes, Shapes]:
+def _qwen3_tensors(config: Config, _: int) -> tuple[Shapes, Shapes]:
     return _tensors(config) | gqa.head_norms(config), gqa.biases(config)
 
 
-def _qwen2_problems(config: Mapping[str, Any]) -> Iterator[str]:
+def _qwen2_problems(config: Config) -> Iterator[str]:
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     if heads * config["head_dim"] != hidden:
         yield f"{heads} heads of {config['head_dim']}: llama.cpp's qwen2 wants hidden_size {hidden} divided among them"

@@ -4,9 +4,12 @@ llama.cpp absorbs queries into kv_b_proj's keys, so that its attention has one k
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from dsquant.model.families.family import Cache, Config, ReadKey, Shapes, SplitLinear
+from dsquant.model.rotary import yarn_mscale
+from dsquant.model.structure import Absorbed, ScaleGroup
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -36,9 +39,44 @@ LATENT_EPSILON = 1e-6
 LARGEST_EPSILON = 1e-4
 
 
+@lru_cache(1)  # one for all layers
+def _value_rows(heads: int, nope: int, value: int) -> tuple[int, ...]:
+    """Each head's rows of kv_b_proj: `nope` rows of keys, then `value` rows that o_proj reads in the order of heads."""
+    return tuple(head * (nope + value) + nope + row for head in range(heads) for row in range(value))
+
+
+def groups(prefix: str, config: Config) -> tuple[ScaleGroup, ...]:
+    """The scale groups inside attention of the layer whose module is `prefix`."""
+    attention = f"{prefix}.self_attn"
+    value_rows = _value_rows(config["num_attention_heads"], config["qk_nope_head_dim"], config["v_head_dim"])
+    key_value = ScaleGroup(f"{attention}.kv_a_layernorm", (f"{attention}.kv_b_proj",))
+    output = ScaleGroup(f"{attention}.kv_b_proj", (f"{attention}.o_proj",), producer_rows=value_rows)
+    if config.get("q_lora_rank") is None:  # Moonlight projects queries directly
+        first = ScaleGroup(f"{prefix}.input_layernorm", (f"{attention}.q_proj", f"{attention}.kv_a_proj_with_mqa"))
+        return first, key_value, output
+    first = ScaleGroup(f"{prefix}.input_layernorm", (f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa"))
+    query = ScaleGroup(f"{attention}.q_a_layernorm", (f"{attention}.q_b_proj",))
+    return first, query, key_value, output
+
+
+def absorbed(prefix: str, config: Config) -> Absorbed:
+    """The linears that engines multiply with one another."""
+    queries = "q_proj" if config.get("q_lora_rank") is None else "q_b_proj"
+    names = (f"{prefix}.self_attn.{queries}", f"{prefix}.{KEYS_AND_VALUES.module}")
+    return Absorbed(*names, config["num_attention_heads"], config["qk_nope_head_dim"])
+
+
 def cache(config: Config) -> Cache:
     """The latent and the rotary key, which all heads share."""
     return Cache(1, int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"]), is_shared=True)
+
+
+def score_scale(hf_config: Any) -> float:
+    """The factor on the scores, which yarn enlarges."""
+    rope, scale = hf_config.rope_parameters, hf_config.qk_head_dim**-0.5
+    if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):
+        scale *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
+    return scale
 
 
 def tensors(config: Config) -> Shapes:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsquant.model.families.family import Config, MixtureKeys, ReadKey, Shapes
+from dsquant.model.structure import ROUTER, Absorbed, DecoderLayer, Mlp, MlpKind, ScaleGroup, gates_and_ups
 
 NAMES = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 MIXTURE_NAMES = NAMES | {
@@ -16,6 +17,8 @@ LARGEST_EXPERTS = 1024  # of llama.cpp
 DEEPSEEK = MixtureKeys()
 # What configs say about mixtures beside MixtureKeys.
 NETWORK_KEYS = ("n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "scoring_func", "topk_method")
+# The tensors in which transformers may save a layer's experts -> the linears in each.
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # MixtureKeys' fields -> key of a GGUF file.
 _NUMBERS = {
     "num_dense_layers": "leading_dense_block_count",
@@ -24,6 +27,66 @@ _NUMBERS = {
     "num_shared_experts": "expert_shared_count",
     "expert_width": "expert_feed_forward_length",
 }
+
+
+def dense(prefix: str) -> Mlp:
+    """The only MLP of the layer whose module is `prefix`."""
+    return _mlp("dense", f"{prefix}.mlp")
+
+
+def mixture(prefix: str, config: Config, index: int, names: MixtureKeys = DEEPSEEK) -> tuple[Mlp, ...]:
+    """A layer's MLPs: one before the first mixture; shared expert and routed ones in a mixture."""
+    if names.num_dense_layers and index < config[names.num_dense_layers]:
+        return (dense(prefix),)
+    shared = (_mlp("shared", f"{prefix}.mlp.shared_experts"),) if names.num_shared_experts else ()
+    experts = range(config[names.num_experts])
+    return *shared, *(_mlp("routed", f"{prefix}.mlp.experts.{expert}", expert) for expert in experts)
+
+
+def _mlp(kind: MlpKind, module: str, expert: int | None = None) -> Mlp:
+    return Mlp(kind, f"{module}.gate_proj", f"{module}.up_proj", f"{module}.down_proj", expert)
+
+
+def layer_of(
+    index: int, attention: tuple[ScaleGroup, ...], mlps: tuple[Mlp, ...], absorbed: Absorbed | None = None
+) -> DecoderLayer:
+    """Puts a layer together: one norm feeds all its MLPs, and the router where some are routed.
+
+    Args:
+        index: number of the layer.
+        attention: the scale groups inside attention, in the order of the data flow.
+        mlps: the layer's.
+        absorbed: of latent attention.
+
+    Returns:
+        The layer's structure.
+    """
+    prefix = f"model.layers.{index}"
+    router = f"{prefix}.{ROUTER}.weight" if any(mlp.kind == "routed" for mlp in mlps) else None
+    linears = tuple(name for group in attention for name in group.consumers)
+    followers = () if router is None else (router,)
+    norm = ScaleGroup(f"{prefix}.post_attention_layernorm", gates_and_ups(mlps), followers)
+    return DecoderLayer(index, attention, linears, norm, router, mlps, absorbed)
+
+
+def routing_problem(config: Config, names: MixtureKeys = DEEPSEEK) -> str | None:
+    """What is wrong with the numbers that choose experts: no tensor's shape would show it."""
+    if names.num_shared_experts and not config.get(names.num_shared_experts):
+        return "a mixture without a shared expert is not supported"
+    experts, chosen = config.get(names.num_experts), config.get(names.experts_per_token)
+    groups, kept = config.get("n_group", 1), config.get("topk_group", 1)
+    counts = (experts, groups, kept, chosen)
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        keys = f"{names.num_experts}, n_group, topk_group, {names.experts_per_token}"
+        return f"{keys} must be positive numbers, found {counts}"
+    if experts % groups or kept > groups or chosen > experts // groups * kept:
+        return (
+            f"{chosen} of {experts} experts cannot be chosen from {kept} of {groups} groups "
+            f"({names.experts_per_token}, {names.num_experts}, topk_group, n_group)"
+        )
+    if experts // groups < 2:  # a group is ranked by the sum of its two best scores
+        return f"groups of one expert cannot be ranked ({names.num_experts} {experts}, n_group {groups})"
+    return None
 
 
 def gated_tensors(hidden: int, width: int, suffix: str = "") -> Shapes:

@@ -12,6 +12,8 @@ NAMES = {
 }
 # By the first part of these names such a layer shows that it is not one decoder layer more.
 PARTS = frozenset(name.split(".")[0] for name in NAMES)
+# Those that are no norms; never quantized.
+MATRICES = ("eh_proj", "shared_head.head", "embed_tokens")
 COUNT_KEY = "num_nextn_predict_layers"
 """What configs call the number of such layers."""
 # What llama.cpp does without, taking the decoder's instead.
