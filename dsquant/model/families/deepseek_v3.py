@@ -69,7 +69,7 @@ def _gguf_tensors(config: Config, layer: int) -> tuple[Shapes, Shapes]:
 
 
 def _gguf_config(key: ReadKey, _: Collection[str]) -> dict[str, Any]:
-    routing = {"moe_layer_freq": 1, "scoring_func": mlps.scoring(key), "topk_method": "noaux_tc"}
+    routing = {"moe_layer_freq": 1, "scoring_func": mlps.scoring(key, "softmax"), "topk_method": "noaux_tc"}
     return mla.config_of(key) | mlps.mixture_config(key) | routing
 
 
@@ -105,7 +105,7 @@ DEEPSEEK_V3 = Family(
     ),
     score_scale=mla.score_scale,
     mtp_key=mtp.COUNT_KEY,
-    network_keys=mla.NETWORK_KEYS + mlps.NETWORK_KEYS,
+    network_keys=(*mla.NETWORK_KEYS, *mlps.NETWORK_KEYS, "scoring_func", "topk_method"),
     fused_experts=mlps.FUSED,
     refuse=_refuse,
 )

@@ -130,7 +130,7 @@ def config_of(key: ReadKey) -> dict[str, Any]:
 def gguf_problems(config: Config) -> Iterator[str]:
     """What llama.cpp's latent attention computes differently from the network, in words."""
     if not config["rope_interleave"]:
-        yield "rope_interleave false: llama.cpp's deepseek2 rotates neighbouring dimensions"
+        yield "rope_interleave false: llama.cpp rotates neighbouring dimensions"
     if config["rms_norm_eps"] != LATENT_EPSILON and config["rms_norm_eps"] > LARGEST_EPSILON:
         yield (
             f"rms_norm_eps {config['rms_norm_eps']}: llama.cpp normalizes latents with it too, the model with "

@@ -16,7 +16,7 @@ MIXTURE_NAMES = NAMES | {
 LARGEST_EXPERTS = 1024  # of llama.cpp
 DEEPSEEK = MixtureKeys()
 # What configs say about mixtures beside MixtureKeys.
-NETWORK_KEYS = ("n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "scoring_func", "topk_method")
+NETWORK_KEYS = ("n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob")
 # The tensors in which transformers may save a layer's experts -> the linears in each.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # MixtureKeys' fields -> key of a GGUF file.
@@ -145,12 +145,21 @@ def mixture_config(key: ReadKey, names: MixtureKeys = DEEPSEEK) -> dict[str, Any
     }
 
 
-def scoring(key: ReadKey) -> Any:
-    """What a GGUF file says that experts are chosen by, as config.json does; its number where that has no word."""
+def scoring(key: ReadKey, unstated: str) -> Any:
+    """What a GGUF file says that experts are chosen by, in config.json's words; its number where there is no word.
+
+    Args:
+        key: reads the file's numbers.
+        unstated: what llama.cpp takes where the file does not say it.
+
+    Returns:
+        The value of `scoring_func`.
+    """
     from gguf import ExpertGatingFuncType
 
     number = key("expert_gating_func", 0)
-    return {ExpertGatingFuncType.SIGMOID: "sigmoid", ExpertGatingFuncType.SOFTMAX: "softmax"}.get(number, number)
+    words = {0: unstated, ExpertGatingFuncType.SIGMOID: "sigmoid", ExpertGatingFuncType.SOFTMAX: "softmax"}
+    return words.get(number, number)
 
 
 def mixture_problems(config: Config, names: MixtureKeys = DEEPSEEK) -> Iterator[str]:
