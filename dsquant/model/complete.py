@@ -36,6 +36,8 @@ def check_complete(checkpoint: Checkpoint, skeleton: Skeleton, mtp: str = "keep"
     ]
     for name, shape in expected.items():
         if name not in checkpoint.weights:
+            if name in skeleton.optional:
+                continue
             raise InputError(_missing(checkpoint, skeleton, name, unknown))
         check_shape(checkpoint, name, shape)
     if unknown:

@@ -205,6 +205,12 @@ class Skeleton:
             shapes |= {f"{layer.prefix}.{name}.weight": shape for name, shape in mtp.shapes(self.config).items()}
         return shapes
 
+    @property
+    def optional(self) -> frozenset[str]:
+        """Weights that a complete checkpoint may lack: tables of MTP layers for which the decoder's stand."""
+        layers, names = self.layers[self.num_layers :], self.family.mtp_shared
+        return frozenset(f"{layer.prefix}.{name}.weight" for layer in layers for name in names)
+
     def _expert_shapes(self, layer: DecoderLayer) -> dict[str, tuple[int, ...]]:
         hidden, width = self.config["hidden_size"], self.sizes.expert_width
         shapes: dict[str, tuple[int, ...]] = {}

@@ -121,6 +121,8 @@ class Family:
     """The factor on attention's scores, from transformers' configuration."""
     mtp_key: str = ""
     """What its configs call the number of multi-token-prediction layers behind the decoder's; empty where none has."""
+    mtp_shared: tuple[str, ...] = ()
+    """Modules of such a layer that a release may leave out, since the decoder's are meant."""
     states: tuple[str, ...] = ()
     """Keys that mean something here and are refused in configs of other families (`FOREIGN`)."""
     network_keys: tuple[str, ...] = ()
