@@ -1,6 +1,6 @@
 """The dense families of the R1 distills: Llama, Qwen2 and Qwen3."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsquant.model.families import gqa, mlps
@@ -61,8 +61,8 @@ def _qwen2_problems(config: Config) -> Iterator[str]:
         yield f"{heads} heads of {config['head_dim']}: llama.cpp's qwen2 wants hidden_size {hidden} divided among them"
 
 
-def _gguf(architecture: str, tensors: Any, **more: Any) -> GgufFacts:
-    modules = {**NORMS, **gqa.NAMES, **mlps.NAMES}
+def _gguf(architecture: str, tensors: Any, modules: Mapping[str, str] = gqa.NAMES, **more: Any) -> GgufFacts:
+    modules = {**NORMS, **modules, **mlps.NAMES}
     return GgufFacts(architecture, modules, tensors, gqa.keys, gqa.config_of, **more)
 
 
@@ -95,6 +95,6 @@ QWEN3 = Family(
     model_types=("qwen3",),
     layer=decoder_layer,
     cache=gqa.cache,
-    gguf=_gguf("qwen3", _qwen3_tensors),
+    gguf=_gguf("qwen3", _qwen3_tensors, gqa.NAMES | gqa.HEAD_NORM_NAMES),
     refuse=_refuse,
 )
