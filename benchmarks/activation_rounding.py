@@ -18,7 +18,7 @@ import torch
 
 import dsquant
 from dsquant.calibration.texts import HELD_OUT_TEXTS, text_tokens
-from dsquant.evaluation.divergence import compare
+from dsquant.evaluation.divergence import ComparedModels, compare
 from dsquant.evaluation.opening import Original, open_candidate, open_original
 from dsquant.kernels.activation_rounding import Rounding, unrounded
 from dsquant.model.overlays import Overlay
@@ -53,9 +53,10 @@ def kl_of_parts(
     """KL of every predicted position by how it was computed, some samples at a time."""
     weights = open_candidate(str(file), original).weights
     candidates = {"rounded": weights, "plain": Unrounded(weights)}
+    models = ComparedModels(original.skeleton, original.checkpoint.weights, candidates)
     for part_NT in tokens_NT.split(SAMPLES_AT_ONCE):
         own = every_position(original.opened.files[0], part_NT)
-        scores = compare(original.skeleton, original.checkpoint.weights, candidates, part_NT, work, 1)
+        scores = compare(models, part_NT, work)
         yield {name: scores[name].kl_NT.flatten().double() for name in candidates} | {
             "exact": divergence(own, every_position(decoded_file, part_NT)),
             "batch": divergence(own, every_position(file, part_NT)),

@@ -7,7 +7,7 @@ import torch
 from checkpoints import full_model
 
 from dsquant.calibration.texts import held_out_tokens, load_tokenizer
-from dsquant.evaluation.divergence import compare
+from dsquant.evaluation.divergence import ComparedModels, compare
 from dsquant.evaluation.ladders import text_scores
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model import streaming
@@ -30,7 +30,9 @@ def test_streamed_scores_equal_the_whole_models(
     checkpoint = open_checkpoint(tiny_r1)
     tokens = held_out_tokens("code", load_tokenizer(tiny_r1), 128, 3)
     candidate = plainly_rounded(checkpoint.weights)
-    scores = compare(Skeleton(checkpoint), checkpoint.weights, {"c": candidate}, tokens, tmp_path, 2)["c"]
+    scores = compare(ComparedModels(Skeleton(checkpoint), checkpoint.weights, {"c": candidate}, 2), tokens, tmp_path)[
+        "c"
+    ]
     with torch.no_grad():
         wanted, found = (
             full_model(tiny_r1, weights)(tokens).logits.double().log_softmax(-1)[:, :-1]
@@ -62,5 +64,6 @@ def test_streamed_scores_equal_the_whole_models(
 def test_a_model_is_at_no_distance_from_itself(tiny_r1: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_r1)
     tokens = held_out_tokens("wiki", load_tokenizer(tiny_r1), 64, 2)
-    scores = compare(Skeleton(checkpoint), checkpoint.weights, {"c": checkpoint.weights}, tokens, tmp_path, 2)["c"]
+    models = ComparedModels(Skeleton(checkpoint), checkpoint.weights, {"c": checkpoint.weights}, 2)
+    scores = compare(models, tokens, tmp_path)["c"]
     assert scores.summary().mean_kl < 1e-9 and scores.summary().top1_agreement == 1

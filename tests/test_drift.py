@@ -12,6 +12,7 @@ from test_divergence import plainly_rounded
 from dsquant.calibration.texts import load_tokenizer
 from dsquant.errors import InputError, UsageError
 from dsquant.evaluation.code.completion_scores import (
+    Sides,
     code_drift,
     corpus_bleu,
     ends_in_loop,
@@ -22,8 +23,9 @@ from dsquant.evaluation.code.completion_scores import (
 )
 from dsquant.evaluation.code.drift_plan import SHIPPED_PROMPTS, DriftRequest, _prompts_file, plan_drift
 from dsquant.evaluation.code.generation import Completion
-from dsquant.evaluation.code.measure_drift import DriftPlan, measure_drift, teacher_tokens
-from dsquant.evaluation.code.tasks import Task, read_tasks
+from dsquant.evaluation.code.measure_drift import measure_drift, teacher_tokens
+from dsquant.evaluation.code.tasks import DriftPlan, Task, read_tasks
+from dsquant.evaluation.divergence import ComparedModels
 from dsquant.evaluation.opening import Original, open_original
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
@@ -45,7 +47,8 @@ def test_a_candidate_that_is_the_original_has_no_drift_and_a_rounded_one_has(tin
     checkpoint = open_checkpoint(tiny_r1)
     candidates = {"same": checkpoint.weights, "rounded": plainly_rounded(checkpoint.weights)}
     plan = DriftPlan(TASKS[:8], max_tokens=16, batch_prompts=8)
-    found = measure_drift(Skeleton(checkpoint), checkpoint.weights, candidates, load_tokenizer(tiny_r1), plan, tmp_path)
+    models = ComparedModels(Skeleton(checkpoint), checkpoint.weights, candidates)
+    found = measure_drift(models, load_tokenizer(tiny_r1), plan, tmp_path)
     same, rounded = found["same"], found["rounded"]
     assert same.candidate_vs_original is not None and rounded.candidate_vs_original is not None
     assert same.candidate_vs_original.exact_match == same.candidate_vs_original.bleu == 1
@@ -61,7 +64,8 @@ def test_teacher_forced_agreement_is_that_of_transformers_whole_model(tiny_r1: P
     checkpoint = open_checkpoint(tiny_r1)
     candidate, tokenizer = plainly_rounded(checkpoint.weights), load_tokenizer(tiny_r1)
     plan = DriftPlan(TASKS[:5], too_large="a model takes 1 PiB")
-    drift = measure_drift(Skeleton(checkpoint), checkpoint.weights, {"c": candidate}, tokenizer, plan, tmp_path)["c"]
+    compared = ComparedModels(Skeleton(checkpoint), checkpoint.weights, {"c": candidate})
+    drift = measure_drift(compared, tokenizer, plan, tmp_path)["c"]
     same, places = 0, 0
     models = [full_model(tiny_r1, weights) for weights in (checkpoint.weights, candidate)]
     for task in plan.tasks:
@@ -86,9 +90,8 @@ def test_the_interval_of_the_bleu_drop_is_around_the_difference_of_the_corpus_sc
     gold = [task.gold or "" for task in TASKS]
     worse = ["    pass\n" if number % 3 == 0 else text for number, text in enumerate(gold)]
     tokenizer = type("Bytes", (), {"encode": staticmethod(lambda text, **_: list(text.encode()))})
-    drift = code_drift(
-        TASKS, gold_of(TASKS, tokenizer), completed(gold), completed(worse), None, None, [], "by hand", 64
-    )
+    sides = Sides(gold_of(TASKS, tokenizer), completed(gold), completed(worse))
+    drift = code_drift(DriftPlan(TASKS), sides)
     prefixes = [task.prefix for task in TASKS]
     exact = 100 * (corpus_bleu(gold, gold, prefixes) - corpus_bleu(worse, gold, prefixes))
     drop = drift.measures["code_bleu_drop"]
@@ -98,7 +101,7 @@ def test_the_interval_of_the_bleu_drop_is_around_the_difference_of_the_corpus_sc
 
 def test_completions_without_gold_are_compared_with_the_original_alone() -> None:
     tasks = tuple(dataclasses.replace(task, gold=None) for task in TASKS[:3])
-    drift = code_drift(tasks, None, completed("abc"), completed("abd"), None, None, [], "", 64)
+    drift = code_drift(DriftPlan(tasks), Sides(None, completed("abc"), completed("abd")))
     assert drift.original_vs_gold is None and drift.candidate_vs_original is not None
     assert drift.candidate_vs_original.exact_match == pytest.approx(2 / 3)
     assert "code_bleu_drop" not in drift.measures

@@ -19,7 +19,7 @@ import dsquant
 from dsquant.calibration.texts import held_out_tokens, load_tokenizer
 from dsquant.cli import main
 from dsquant.errors import InputError, UsageError
-from dsquant.evaluation.divergence import compare
+from dsquant.evaluation.divergence import ComparedModels, compare
 from dsquant.evaluation.ladders import text_scores
 from dsquant.evaluation.lockstep import Lockstep
 from dsquant.evaluation.opening import open_candidate, open_original
@@ -108,7 +108,7 @@ def test_a_tensor_with_nan_is_named_in_a_candidate_and_refused_in_a_reference(
     broken = changed_copy(tiny_r1, tmp_path / "nan", put_nan(name))
     small = SMALL | {"samples": 1, "seq_len": 64}
     found = dsquant.evaluate(tiny_r1, broken, **small).candidates[0]
-    assert f"tensor {name!r} holds values that are no numbers" in found.findings[0].message
+    assert f"tensor {name!r} holds NaN or infinity" in found.findings[0].message
     with pytest.raises(InputError, match=f"the reference's tensor '{name}' holds NaN or infinity"):
         dsquant.evaluate(broken, tiny_r1, **small)
 
@@ -156,13 +156,14 @@ def test_one_pass_reads_every_tensor_once_for_all_texts_and_scores_as_separate_p
     tokens = {text: held_out_tokens(text, tokenizer, 96, 2) for text in ("code", "wiki")}
     original = CountedWeights(checkpoint.weights)
     together = torch.cat(list(tokens.values()))
-    lockstep = Lockstep(skeleton, original, {"c": candidate}, together, tmp_path, 2, 1, lambda *_: None)
+    lockstep = Lockstep(ComparedModels(skeleton, original, {"c": candidate}, 2), together, tmp_path)
     noise, found = lockstep.run()
     linears = {f"{name}.weight" for layer in skeleton.layers[: skeleton.num_layers] for name in layer.linears}
     names = (*linears, "lm_head.weight", "model.embed_tokens.weight")
     assert {name: original.reads[name, 0] for name in names} == dict.fromkeys(names, 1)
     for number, (text, tokens_NT) in enumerate(tokens.items()):
-        alone = compare(skeleton, checkpoint.weights, {"c": candidate}, tokens_NT, tmp_path, 2)["c"]
+        models = ComparedModels(skeleton, checkpoint.weights, {"c": candidate}, 2)
+        alone = compare(models, tokens_NT, tmp_path)["c"]
         ours, theirs = text_scores(found["c"].tokens.of_samples(2 * number, 2 * number + 2)), text_scores(alone)
         assert ours.mean_kl.estimate == pytest.approx(theirs.mean_kl.estimate, rel=1e-5), text
         assert ours.perplexity == pytest.approx(theirs.perplexity, rel=1e-6)
@@ -255,7 +256,7 @@ def test_other_vocabularies_are_refused(tiny_r1: Path, awq: Path, pico_r1: Path,
     first, second = (token for token, number in vocabulary.items() if number in (500, 501))
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(InputError, match=r"another vocabulary: token 50\d is"):
+    with pytest.raises(InputError, match=r"a different vocabulary: token 50\d is"):
         dsquant.evaluate(tiny_r1, other, **SMALL)
 
 

@@ -10,6 +10,7 @@ from streams import stream_logits
 
 from dsquant.calibration.texts import load_tokenizer
 from dsquant.evaluation.code.generation import complete, resident_size
+from dsquant.evaluation.code.tasks import DriftPlan, Task
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 
@@ -19,6 +20,10 @@ PROMPTS = [
     "import os\n\ndef read(path):\n    with open(",
     "x",
 ]
+
+
+def asked(prompts: list[str], max_tokens: int, batch_prompts: int, stops: tuple[str, ...] = ()) -> DriftPlan:
+    return DriftPlan(tuple(Task("", prompt, None, stops, None) for prompt in prompts), max_tokens, batch_prompts)
 
 
 @functools.cache
@@ -39,9 +44,8 @@ def reference(folder: Path, num_tokens: int) -> list[list[int]]:
 def test_completions_are_those_of_transformers_whole_model(tiny_r1: Path, batch_prompts: int) -> None:
     checkpoint = open_checkpoint(tiny_r1)
     tokenizer = load_tokenizer(tiny_r1)
-    found = complete(
-        Skeleton(checkpoint), checkpoint.weights, tokenizer, PROMPTS, [()] * len(PROMPTS), 20, batch_prompts
-    )
+    plan = asked(PROMPTS, 20, batch_prompts)
+    found = complete(Skeleton(checkpoint), checkpoint.weights, tokenizer, plan)
     assert [list(one.tokens) for one in found] == reference(tiny_r1, 20)
     assert all(one.text == tokenizer.decode(one.tokens, skip_special_tokens=True) for one in found)
 
@@ -50,7 +54,7 @@ def test_a_dense_model_with_a_tied_head_completes_too(tmp_path: Path) -> None:
     folder = add_tokenizer(make_dense(tmp_path / "qwen3", QWEN3))
     checkpoint = open_checkpoint(folder)
     skeleton = Skeleton(checkpoint)
-    found = complete(skeleton, checkpoint.weights, load_tokenizer(folder), PROMPTS, [()] * 4, 8, 4)
+    found = complete(skeleton, checkpoint.weights, load_tokenizer(folder), asked(PROMPTS, 8, 4))
     assert [list(one.tokens) for one in found] == reference(folder, 8)
 
 
@@ -58,7 +62,7 @@ def test_the_network_is_without_weights_again_afterwards_and_streams_as_before(p
     checkpoint = open_checkpoint(pico_r1)
     skeleton, tokens = Skeleton(checkpoint), torch.arange(40).view(2, 20)
     before, _ = stream_logits(pico_r1, checkpoint.weights, tokens)
-    complete(skeleton, checkpoint.weights, load_tokenizer(pico_r1), ["a"], [()], 2, 1)
+    complete(skeleton, checkpoint.weights, load_tokenizer(pico_r1), asked(["a"], 2, 1))
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     assert len(skeleton.model.model.layers) == skeleton.num_layers + skeleton.num_mtp_layers
     after, _ = stream_logits(pico_r1, checkpoint.weights, tokens, skeleton=skeleton)
@@ -69,7 +73,7 @@ def test_a_stop_string_ends_a_completion_and_is_not_part_of_it(tiny_r1: Path) ->
     checkpoint = open_checkpoint(tiny_r1)
     tokenizer = load_tokenizer(tiny_r1)
     whole, stopped = (
-        complete(Skeleton(checkpoint), checkpoint.weights, tokenizer, PROMPTS[1:2], [stops], 24, 1)[0]
+        complete(Skeleton(checkpoint), checkpoint.weights, tokenizer, asked(PROMPTS[1:2], 24, 1, stops))[0]
         for stops in ((), ("items",))
     )
     assert whole.truncated and "items" in whole.text and len(whole.tokens) == 24
@@ -86,7 +90,7 @@ def test_generation_stops_where_the_safe_point_raises_and_leaves_no_weights(pico
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        complete(skeleton, checkpoint.weights, load_tokenizer(pico_r1), ["a"], [()], 8, 1, stop)
+        complete(skeleton, checkpoint.weights, load_tokenizer(pico_r1), asked(["a"], 8, 1), stop)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
 

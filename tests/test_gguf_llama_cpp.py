@@ -14,7 +14,7 @@ from llama_cpp import decoded, every_position, llama_cpp
 
 import dsquant
 from dsquant.calibration.texts import HELD_OUT_TEXTS, held_out_tokens, load_tokenizer, text_tokens
-from dsquant.evaluation.divergence import compare
+from dsquant.evaluation.divergence import ComparedModels, compare
 from dsquant.evaluation.opening import Original, open_candidate, open_original
 from dsquant.formats.checkpoints import open_checkpoint
 
@@ -111,7 +111,8 @@ class Against:
         """Our perplexity and mean KL of a file are llama.cpp's own."""
         original = self.original
         weights = {"file": open_candidate(str(file), original).weights}
-        scores = compare(original.skeleton, original.checkpoint.weights, weights, self.tokens_NT, work, 4)["file"]
+        models = ComparedModels(original.skeleton, original.checkpoint.weights, weights, 4)
+        scores = compare(models, self.tokens_NT, work)["file"]
         ours, found_NTV = scores.summary(), every_position(file, self.tokens_NT)
         own = perplexity(self.log_probabilities_NTV, self.tokens_NT)
         assert ours.perplexity_original == pytest.approx(own, rel=0.001)

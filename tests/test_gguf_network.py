@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import dsquant
 from dsquant.errors import InputError
-from dsquant.evaluation.divergence import compare
+from dsquant.evaluation.divergence import ComparedModels, compare
 from dsquant.evaluation.opening import Original, open_candidate, open_original
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.formats.gguf.checkpoint import gguf_checkpoint, read_header
@@ -160,7 +160,8 @@ def test_r1_0528_qwen3_8b_keeps_its_magnitude_in_dsquant_and_in_llama_cpp(
     assert divergence(wanted_NTV, every_position(file, TOKENS_NT)) < 1e-5
     original = open_original(str(model))
     weights = {"file": open_candidate(str(file), original).weights}
-    scores = compare(original.skeleton, original.checkpoint.weights, weights, TOKENS_NT, tmp_path, 4)["file"].summary()
+    models = ComparedModels(original.skeleton, original.checkpoint.weights, weights, 4)
+    scores = compare(models, TOKENS_NT, tmp_path)["file"].summary()
     ours = float((-wanted_NTV[:, :-1].gather(2, TOKENS_NT[:, 1:, None]).mean()).exp())
     assert scores.perplexity_original == pytest.approx(ours, rel=1e-5) and scores.mean_kl < 1e-9
     assert Skeleton(gguf_checkpoint(read_header(file))).model.model.rotary_emb.attention_scaling == pytest.approx(1.0)
@@ -333,7 +334,7 @@ def test_a_candidate_with_a_tensor_that_the_reference_lacks_is_refused(
     model, file = like_r1_0528
     original = open_original(str(model))
     for name, shape in (("blk.0.attn_q.bias", (256,)), ("output.weight", (300, 256))):
-        with pytest.raises(InputError, match=f"{name}' has no place in the network"):
+        with pytest.raises(InputError, match=f"{name}' is not part of the network"):
             open_candidate(str(with_tensor(file, tmp_path / f"{name}.gguf", name, shape)), original)
 
 

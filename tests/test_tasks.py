@@ -85,7 +85,7 @@ def test_a_file_without_prompts_or_that_is_no_text_is_refused(tmp_path: Path) ->
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot be read"):
         read_tasks(tmp_path / "binary.jsonl")
-    with pytest.raises(InputError, match="no such file; the shipped prompts are called python"):
+    with pytest.raises(InputError, match="no such file; name one, or python for"):
         _prompts_file("nowhere.jsonl")
 
 

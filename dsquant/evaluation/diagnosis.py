@@ -1,8 +1,8 @@
-"""Names what is broken in a candidate: tensors, routers and layers that stand out from their likes.
+"""Names broken parts of a candidate: tensors, routers and layers that stand out from others of their kind.
 
-The limits are wide of what formats of two to eight bits do to healthy weights (2 bits: about 0.35; 4 bits: 0.07 to 0.2)
-and well inside what mistakes do (a zeroed tensor is off by 1, swapped or misplaced codes by 1.4, a router that was not
-compensated by whatever was folded).
+The limits are well above the errors of healthy weights at two to eight bits (2 bits: about 0.35; 4 bits: 0.07 to 0.2)
+and well below those of mistakes (a zeroed tensor is off by 1, swapped or misplaced codes by 1.4, a router that was not
+compensated by the size of the folded scales).
 """
 
 import math
@@ -13,11 +13,11 @@ from statistics import median
 from dsquant.evaluation.results import Finding, LayerScores, WeightError
 from dsquant.evaluation.weights import by_kind, kind_of
 
-# A tensor: so many times the median of its kind, but never below or above these.
+# A tensor's limit: this multiple of the median of its kind, but never below or above these.
 TENSOR_FACTOR, TENSOR_FLOOR, TENSOR_CEILING = 6.0, 0.3, 0.7
 # A router and its bias are stored in BF16 or better: rounding is off by 0.004.
 ROUTER_CEILING = 0.05
-# What a layer adds: so many times the median of the layers, but never below.
+# The limit of a layer's update: this multiple of the median of the layers, but never below.
 LAYER_FACTOR, LAYER_FLOOR = 3.0, 0.15
 TENSORS_OF_A_LAYER, MOST_FINDINGS = 3, 50
 
@@ -25,15 +25,9 @@ TENSORS_OF_A_LAYER, MOST_FINDINGS = 3, 50
 def diagnose(
     layers: Sequence[LayerScores], errors: Sequence[WeightError], routers: frozenset[str]
 ) -> tuple[Finding, ...]:
-    """Finds what stands out.
+    """Finds the outliers of one candidate, ordered by layer; within a layer tensors first, the worst first.
 
-    Args:
-        layers: one candidate's layers.
-        errors: of all its tensors.
-        routers: names of the routers' tensors, which no format quantizes.
-
-    Returns:
-        The findings, by layer; in a layer tensors first, the worst first.
+    `errors` are those of all its tensors, `routers` the names of the routers' tensors, which no format quantizes.
     """
     found = [*_tensors(errors, routers), *_routers(layers), *_layers(layers)]
     order = {"weight": 0, "router": 1, "layer": 2}
@@ -58,12 +52,12 @@ def _tensors(errors: Sequence[WeightError], routers: frozenset[str]) -> list[Fin
 def _of_tensor(error: WeightError, limit: float, routers: frozenset[str]) -> str:
     where = "" if error.layer is None else f"layer {error.layer}: "
     if not math.isfinite(error.relative):
-        return f"{where}tensor {error.name!r} holds values that are no numbers, or differs where the original is zero"
+        return f"{where}tensor {error.name!r} holds NaN or infinity, or differs where the original is zero"
     words = f"{where}tensor {error.name!r} is off by {error.relative:.0%} of its size with folded scales undone "
     words += f"(expected at most {limit:.0%})"
     if error.name in routers:
         return words + "; was the router compensated for the scales folded into its norm?"
-    return words + ("; it is as good as zero" if abs(error.relative - 1) < 0.01 else "")
+    return words + ("; it is nearly zero" if abs(error.relative - 1) < 0.01 else "")
 
 
 def _routers(layers: Sequence[LayerScores]) -> list[Finding]:
@@ -96,10 +90,10 @@ def _layers(layers: Sequence[LayerScores]) -> list[Finding]:
 def _of_layer(layer: LayerScores, typical: float) -> str:
     attention, mlp = _share(layer.local_attention_error), _share(layer.local_mlp_error)
     return (
-        f"layer {layer.index}: on the original's inputs what it adds is off by {_share(layer.local_error)} (attention "
+        f"layer {layer.index}: on the original's inputs its update is off by {_share(layer.local_error)} (attention "
         f"{attention}, MLP {mlp}; the layers' median is {typical:.0%})"
     )
 
 
 def _share(value: float) -> str:
-    return f"{value:.0%}" if math.isfinite(value) else "no number"
+    return f"{value:.0%}" if math.isfinite(value) else "NaN or infinity"

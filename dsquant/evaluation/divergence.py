@@ -1,10 +1,10 @@
-"""What each token's prediction tells: loss, KL divergence both ways and agreement of candidates with the original.
+"""Scores each token's prediction: loss, KL divergence in both directions, agreement of candidates with the original.
 
-Scores over the vocabulary are summed up part by part, so that neither a model's head nor a token's scores over the
-whole vocabulary need to fit in memory for all tokens.
+Logits are reduced part by part of the vocabulary, so that neither a model's head nor the logits of all tokens over the
+whole vocabulary need to fit in memory.
 
 Shape legend: N samples, T tokens of a sample, H hidden size, R rows (tokens, one after another), V tokens of the
-vocabulary, K likeliest tokens.
+vocabulary, K most likely tokens.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,28 +17,35 @@ import torch
 from dsquant.kernels.products import apply_linear
 from dsquant.model.activations import Activations
 from dsquant.model.skeleton import Skeleton
-from dsquant.model.streaming import (
-    Stream,
-    add_experts,
-    embed,
-    final_norm,
-    head_name,
-    run_dense_part,
-    table_parts,
-)
+from dsquant.model.streaming import Stream, add_experts, embed, final_norm, head_name, run_dense_part, table_parts
 from dsquant.source.weights import Weights
 
 # Rows whose scores over a part of the vocabulary are in memory together.
 ROWS_AT_ONCE = 512
 LIKELIEST = 5
 
+SafePoint = Callable[[int, int, str], None]
+"""Called with steps done, steps in all, and what comes next; it may raise to stop."""
+
+
+@dataclass(frozen=True)
+class ComparedModels:
+    """An original and candidates, which run through the original's network together."""
+
+    skeleton: Skeleton
+    original: Weights
+    candidates: Mapping[str, Weights]
+    """Name -> weights, with the original's parameter names and on its device; of any format."""
+    batch_samples: int = 1
+    """Samples that pass attention together."""
+
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What each predicted token cost; the last token of each sample predicts nothing and is not in here."""
+    """Scores of each predicted token; the last token of each sample predicts nothing and is left out."""
 
     nll_original_NT: torch.Tensor
-    """float64 [N, T - 1]: negative log-likelihood of the token that came, in nats, under the original."""
+    """float64 [N, T - 1]: negative log-likelihood of the actual token under the original, in nats."""
     nll_candidate_NT: torch.Tensor
     """The same under the candidate."""
     kl_NT: torch.Tensor
@@ -48,14 +55,14 @@ class TokenScores:
     same_top_NT: torch.Tensor
     """bool [N, T - 1]: whether both rank the same token first."""
     top5_overlap_NT: torch.Tensor
-    """float64 [N, T - 1]: share of the original's five likeliest tokens among the candidate's five."""
+    """float64 [N, T - 1]: share of the original's five most likely tokens among the candidate's five."""
 
     def of_samples(self, start: int, stop: int) -> "TokenScores":
-        """The scores of samples start..stop-1."""
+        """Returns the scores of samples start..stop-1."""
         return TokenScores(*(getattr(self, field.name)[start:stop] for field in fields(self)))
 
     def summary(self) -> "Divergence":
-        """The means."""
+        """Returns the means."""
         return Divergence(
             tokens=self.kl_NT.numel(),
             perplexity_original=float(self.nll_original_NT.mean().exp()),
@@ -67,7 +74,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a candidate is from the original on one text: what the table at the end of a job shows."""
+    """Distance of a candidate from the original on one text: a row of the table at the end of a job."""
 
     tokens: int
     """Predicted tokens."""
@@ -94,7 +101,7 @@ class _Sums:
     def add(
         self, rows: slice, start: int, scores_RV: torch.Tensor, other_RV: torch.Tensor, targets_R: torch.Tensor
     ) -> None:
-        """Takes a part of the vocabulary in."""
+        """Adds a part of the vocabulary."""
         before_R = self.maximum_R[rows]
         maximum_R = torch.maximum(scores_RV.amax(1), before_R)
         shrink_R = torch.exp(before_R - maximum_R)
@@ -122,16 +129,16 @@ class _Sums:
 
 @dataclass(frozen=True)
 class Head:
-    """A model's table of the vocabulary and the normed hidden states that it scores."""
+    """A model's output table and the normed hidden states that it scores."""
 
     weights: Weights
     name: str
-    """Of the table's tensor."""
+    """Name of the table's tensor."""
     hidden: Activations
     """[.., .., H], R rows in all."""
 
     def scores(self, rows_R: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor:
-        """What a part of the table makes of some rows, float64 [R, V]."""
+        """Returns the logits of some rows over a part of the table, float64 [R, V]."""
         rounding = self.weights.activation_quantizer(self.name)
         return apply_linear(rounding(self.hidden.rows(rows_R)), table_VH).double()
 
@@ -148,7 +155,7 @@ class RowScores:
     top5_overlap_R: torch.Tensor
 
     def tokens(self, shape: tuple[int, int]) -> TokenScores:
-        """The first rows as samples of tokens, without each sample's last, which predicts nothing."""
+        """Returns the first rows as samples of tokens, without each sample's last, which predicts nothing."""
         num_rows = shape[0] * shape[1]
         return TokenScores(*(getattr(self, field.name)[:num_rows].view(shape)[:, :-1].cpu() for field in fields(self)))
 
@@ -159,16 +166,9 @@ def score(
     targets_R: torch.Tensor,
     observer: Callable[[Sequence[torch.Tensor]], None] = lambda tables: None,
 ) -> list[RowScores]:
-    """Scores rows of hidden states, with each part of each head read once.
+    """Scores rows of hidden states against their next tokens (int64 [R]), with each part of each head read once.
 
-    Args:
-        original: the original's head.
-        candidates: the others', for as many rows.
-        targets_R: int64 [R], the token that came after each row.
-        observer: gets each part of the tables, float32 [V, H], the original's first.
-
-    Returns:
-        The scores of each candidate.
+    All heads have the same rows. `observer` gets each part of the tables, float32 [V, H], the original's first.
     """
     num_rows = len(targets_R)
     device = targets_R.device
@@ -187,7 +187,7 @@ def score(
 
 
 def _tables(heads: Sequence[Head]) -> Iterator[tuple[int, list[torch.Tensor]]]:
-    """The parts of all heads' tables with their first row; heads with the same weights share what is read."""
+    """Yields the parts of all heads' tables with their first row; heads with the same weights share one read."""
     models = {id(head.weights): table_parts(head.weights, head.name) for head in heads}
     for parts in zip(*models.values(), strict=True):
         read = dict(zip(models, (table_VH for _, table_VH in parts), strict=True))
@@ -208,67 +208,53 @@ def _row_scores(original: _Sums, candidate: _Sums) -> RowScores:
 
 
 def compare(
-    skeleton: Skeleton,
-    original: Weights,
-    candidates: Mapping[str, Weights],
-    tokens_NT: torch.Tensor,
-    work: Path,
-    batch_samples: int,
-    safe_point: Callable[[int, int, str], None] = lambda done, total, what: None,
+    models: ComparedModels, tokens_NT: torch.Tensor, work: Path, safe_point: SafePoint = lambda done, total, what: None
 ) -> dict[str, TokenScores]:
-    """Runs the original and candidates on the same tokens and scores them, nothing else.
+    """Runs all models on the same tokens (int64 [N, T]) and scores each candidate's predictions.
 
-    Args:
-        skeleton: the original's network, which the candidates share.
-        original: its weights.
-        candidates: name -> weights, with the original's parameter names, on its device.
-        tokens_NT: int64 [N, T].
-        work: a folder for hidden states, 4 * N * T * H bytes three times for each model.
-        batch_samples: samples that pass attention together.
-        safe_point: called before each layer and expert with layers done, layers in all and the module's name.
-
-    Returns:
-        Candidate name -> its scores.
+    `work` is a folder for hidden states: 12 * N * T * H bytes for each model. `safe_point` is called before each layer
+    and expert.
     """
+    skeleton, device = models.skeleton, models.original.device
     shape = (tokens_NT.shape[0], tokens_NT.shape[1], skeleton.config["hidden_size"])
-    heads, device = [], original.device
+    heads = []
     try:
-        models = []
-        for number, weights in enumerate((original, *candidates.values())):
+        lanes = []
+        for number, weights in enumerate((models.original, *models.candidates.values())):
             even, odd, mlp_inputs = (
                 Activations.in_file(work / f"evaluate-{number}-{part}.f32", shape, device, torch.float32)
                 for part in range(3)
             )
-            models.append((weights, even, odd, mlp_inputs))
+            lanes.append((weights, even, odd, mlp_inputs))
             embed(skeleton, weights, tokens_NT, even)
-        _run_layers(skeleton, models, batch_samples, safe_point)
-        for weights, even, odd, normed in models:
+        _run_layers(models, lanes, safe_point)
+        for weights, even, odd, normed in lanes:
             last = odd if skeleton.num_layers % 2 else even
             for sample in range(last.shape[0]):
                 normed.set_samples(sample, final_norm(skeleton, weights, last.samples(sample, sample + 1)))
             heads.append(Head(weights, head_name(skeleton), normed))
         safe_point(skeleton.num_layers, skeleton.num_layers, "lm_head")
         scores = score(heads[0], heads[1:], torch.roll(tokens_NT.flatten(), -1).to(device))
-        return {name: rows.tokens(shape[:2]) for name, rows in zip(candidates, scores, strict=True)}
+        return {name: rows.tokens(shape[:2]) for name, rows in zip(models.candidates, scores, strict=True)}
     finally:
         for path in work.glob("evaluate-*.f32"):
             path.unlink()
 
 
 def _run_layers(
-    skeleton: Skeleton,
-    models: Sequence[tuple[Weights, Activations, Activations, Activations]],
-    batch_samples: int,
-    safe_point: Callable[[int, int, str], None],
+    models: ComparedModels,
+    lanes: Sequence[tuple[Weights, Activations, Activations, Activations]],
+    safe_point: SafePoint,
 ) -> None:
+    skeleton = models.skeleton
     for layer in skeleton.layers[: skeleton.num_layers]:
         swap = layer.index % 2
         runs = []
-        for weights, even, odd, mlp_inputs in models:
+        for weights, even, odd, mlp_inputs in lanes:
             safe_point(layer.index, skeleton.num_layers, layer.prefix)
             stream = Stream(weights, odd, even) if swap else Stream(weights, even, odd)
             observers = {layer.mlp_module: mlp_inputs.recorder()}
-            routing = run_dense_part(skeleton, layer, stream, batch_samples, observers)
+            routing = run_dense_part(skeleton, layer, stream, models.batch_samples, observers)
             if routing is not None:
                 runs.append((stream, mlp_inputs, routing))
         if runs:

@@ -1,4 +1,4 @@
-"""Quality gates: limits in a YAML file, and whether the measured intervals are inside, outside or undecided.
+"""Quality gates: limits in a YAML file, and whether the measured intervals are inside, outside or inconclusive.
 
     confidence: 0.95
     gates:
@@ -8,8 +8,8 @@
       - {metric: broken_layers, at_most: 0}
       - {metric: code_bleu_drop, at_most: 0.7}                # needs --prompts
 
-A gate passes where the whole interval is inside its limit and fails where the whole interval is outside; between, more
-samples are needed, and the outcome says how many.
+A gate passes where the whole interval is inside its limit and fails where the whole interval is outside; in between,
+more samples are needed, and the outcome states how many.
 """
 
 import math
@@ -60,14 +60,7 @@ FORM = (
 
 
 class Gate(BaseModel):
-    """One limit.
-
-    Attributes:
-        metric: what is limited; a key of `METRICS`.
-        text: the text it is limited on; every text where it is left out.
-        at_most: the upper limit.
-        at_least: the lower limit.
-    """
+    """One limit, on one text or on every text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -90,24 +83,19 @@ class Gate(BaseModel):
 
     @property
     def bound(self) -> Bound:
-        """Which side the limit is on."""
+        """The side of the limit."""
         return METRICS[self.metric]
 
     @property
     def limit(self) -> float:
-        """The limit."""
+        """The limit's value."""
         limit = self.at_most if self.bound == "at_most" else self.at_least
         assert limit is not None
         return limit
 
 
 class Gates(BaseModel):
-    """A file of gates.
-
-    Attributes:
-        confidence: of the intervals that decide.
-        gates: the limits.
-    """
+    """A file of gates; `confidence` is that of the intervals that decide."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -116,17 +104,7 @@ class Gates(BaseModel):
 
 
 def read_gates(path: Path) -> Gates:
-    """Reads a file of gates.
-
-    Args:
-        path: a YAML file.
-
-    Returns:
-        The gates.
-
-    Raises:
-        InputError: where it is missing or no valid file of gates, with every problem in it.
-    """
+    """Reads a YAML file of gates; raises InputError with every problem in it."""
     content = read_yaml(path, "gates")
     try:
         return Gates.model_validate(content)
@@ -137,11 +115,11 @@ def read_gates(path: Path) -> Gates:
 
 
 def _problem(where: tuple[str | int, ...], kind: str, message: str) -> str:
-    """A problem in words of this file instead of the library's."""
+    """Returns a problem in the terms of this file instead of the library's."""
     words = {
         "missing": "is missing",
         "extra_forbidden": "is unknown",
-        "model_type": "is no mapping",
+        "model_type": "is not a mapping",
         "too_short": "has no limits",
     }
     place = ".".join(str(part) for part in where) or "the file"
@@ -149,16 +127,7 @@ def _problem(where: tuple[str | int, ...], kind: str, message: str) -> str:
 
 
 def check_measured(gates: Gates, texts: list[str], code_measures: Collection[str]) -> None:
-    """Refuses gates on what the evaluation will not measure.
-
-    Args:
-        gates: the gates.
-        texts: names of the texts.
-        code_measures: what is measured of generated code.
-
-    Raises:
-        UsageError: naming the gate.
-    """
+    """Refuses gates on texts that are not evaluated or code measures that are not taken, with UsageError."""
     for gate in gates.gates:
         if gate.text is not None and gate.text not in texts:
             raise UsageError(f"gate on {gate.metric}: no text {gate.text!r} is evaluated, only {', '.join(texts)}")
@@ -171,15 +140,9 @@ def check_measured(gates: Gates, texts: list[str], code_measures: Collection[str
 
 
 def decide(gates: Gates, candidate: Candidate, units_per_sample: float) -> tuple[GateOutcome, ...]:
-    """Decides every gate.
+    """Decides every gate, on each text that it concerns.
 
-    Args:
-        gates: the gates.
-        candidate: what was measured.
-        units_per_sample: blocks of the bootstrap in a sample of text, to say how many samples are needed.
-
-    Returns:
-        One outcome for each gate and text.
+    `units_per_sample` is the number of bootstrap blocks in a sample of text, to state how many samples are needed.
     """
     return tuple(
         _outcome(gate, text, found, units_per_sample)
@@ -236,7 +199,7 @@ def _outcome(gate: Gate, text: str | None, found: Interval, units_per_sample: fl
 
 def _verdict(gate: Gate, found: Interval) -> Verdict:
     if math.isnan(found.estimate):
-        return "fail"  # a candidate whose scores are no numbers
+        return "fail"  # a candidate with scores that are NaN
     inside = found.high <= gate.limit if gate.bound == "at_most" else found.low >= gate.limit
     outside = found.low > gate.limit if gate.bound == "at_most" else found.high < gate.limit
     return "pass" if inside else "fail" if outside else "inconclusive"

@@ -1,6 +1,6 @@
-"""Whether a GGUF file holds the network of a reference: every number that llama.cpp reads, every tensor's shape.
+"""Checks that a GGUF file holds the network of a reference: every number that llama.cpp reads, every tensor's shape.
 
-A candidate's weights are run through the reference's network, so a file that says another one must be refused.
+A candidate's weights are run through the reference's network, so a file that describes another one is refused.
 """
 
 import math
@@ -13,28 +13,22 @@ from dsquant.formats.gguf.layout import placements
 from dsquant.formats.gguf.loader import loader_tensors, number_problem
 from dsquant.formats.gguf.metadata import model_keys
 from dsquant.model.families import GGUF_FAMILIES
-from dsquant.model.families.family import GgufFacts
 from dsquant.model.rotary import Rotary
 from dsquant.source.weights import Weights
 
-# Keys that no weight meets: the longest context, counts that tensors tell (layers and tokens are compared apart).
+# Keys without effect on a weight: the longest context, and counts that tensors show (layers and tokens are compared
+# separately).
 _OTHER_KEYS = ("block_count", "context_length", "vocab_size", "expert_group_count", "expert_group_used_count")
-# What llama.cpp reads and no network of these families has, with the values that change nothing.
+# Keys that llama.cpp reads and no network of these families has, with the values that change nothing.
 _NEUTRAL = {"attention.causal": (True,), "attention.temperature_scale": (0.0,)}
 _TOKENS = "tokenizer.ggml.tokens"
 
 
 def check_same_network(header: GgufHeader, reference: str, config: Mapping[str, Any], rotary: Rotary) -> None:
-    """Refuses a file whose keys describe another network than the reference's.
+    """Refuses a file of the reference's architecture whose keys describe another network.
 
-    Args:
-        header: of the file; its architecture is the reference's.
-        reference: the reference's path, for messages.
-        config: the reference's network, with transformers' defaults filled in.
-        rotary: its rotary embedding.
-
-    Raises:
-        InputError: naming key, value expected and value found.
+    `reference` is the reference's path, for messages; `config` its network with transformers' defaults filled in.
+    Raises InputError with key, expected and found value.
     """
     facts, found = GGUF_FAMILIES[header.keys["general.architecture"]].gguf, _with_defaults(header.numbers)
     problem = number_problem(facts, config)
@@ -52,7 +46,7 @@ def check_same_network(header: GgufHeader, reference: str, config: Mapping[str, 
     for key, value, other in pairs:
         if not _same(value, other):
             raise InputError(_difference(header, key, value, other, reference))
-    _check_rotary(header, facts, reference, config, wanted, rotary)
+    _check_rotary(header, reference, config, wanted, rotary)
     tokens, rows = header.keys.get(_TOKENS), header.num_tokens
     if tokens is not None and len(tokens) != rows:
         raise InputError(
@@ -62,17 +56,7 @@ def check_same_network(header: GgufHeader, reference: str, config: Mapping[str, 
 
 
 def check_same_tensors(header: GgufHeader, reference: str, config: Mapping[str, Any], weights: Weights) -> None:
-    """Refuses a file with tensors that the reference's network has no use for, or of other shapes.
-
-    Args:
-        header: of the file.
-        reference: the reference's path, for messages.
-        config: the reference's network.
-        weights: the reference's.
-
-    Raises:
-        InputError: naming the tensor.
-    """
+    """Refuses a file with tensors that the reference's network does not use, or of other shapes, with InputError."""
     facts, layers = GGUF_FAMILIES[header.keys["general.architecture"]].gguf, config["num_hidden_layers"]
     num_mtp = int(header.numbers.get("nextn_predict_layers", 0))
     needed, allowed = loader_tensors(facts, config, num_mtp)
@@ -83,13 +67,13 @@ def check_same_tensors(header: GgufHeader, reference: str, config: Mapping[str, 
         wanted = needed.get(name, allowed.get(name))
         if wanted is None or not (name in held or _layer(name) >= layers):
             raise InputError(
-                f"{header.file}: tensor {name!r} has no place in the network of {reference}, but llama.cpp would use "
-                "it; not the same model"
+                f"{header.file}: tensor {name!r} is not part of the network of {reference}, but llama.cpp would "
+                "use it; not the same model"
             )
         found = tuple(int(extent) for extent in tensor.shape[::-1])
         if found != wanted:
             raise InputError(
-                f"{header.file}: tensor {name!r} has shape {list(found)}, the network of {reference} makes it "
+                f"{header.file}: tensor {name!r} has shape {list(found)}, the network of {reference} needs "
                 f"{list(wanted)}; not the same model"
             )
 
@@ -103,7 +87,7 @@ def _elsewhere(key: str) -> bool:
 
 
 def _with_defaults(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's keys, with what llama.cpp takes where one is missing."""
+    """Returns a file's keys, with llama.cpp's defaults where one is missing."""
     found = dict(numbers)
     heads, hidden = found.get("attention.head_count"), found.get("embedding_length")
     found.setdefault("attention.head_count_kv", heads)
@@ -119,7 +103,7 @@ def _with_defaults(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _groups(keys: Mapping[str, Any]) -> dict[str, int]:
-    """Groups of experts and how many of them are kept: one of one where all are."""
+    """Returns the number of expert groups and how many of them are kept: one of one where all are."""
     count, kept = keys.get("expert_group_count") or 1, keys.get("expert_group_used_count") or 1
     count, kept = (count, kept) if count > 1 and kept < count else (1, 1)
     return {"expert_group_count": count, "expert_group_used_count": kept}
@@ -132,18 +116,14 @@ def _same(wanted: Any, found: Any) -> bool:
 
 
 def _check_rotary(
-    header: GgufHeader,
-    facts: GgufFacts,
-    reference: str,
-    config: Mapping[str, Any],
-    wanted: Mapping[str, Any],
-    rotary: Rotary,
+    header: GgufHeader, reference: str, config: Mapping[str, Any], wanted: Mapping[str, Any], rotary: Rotary
 ) -> None:
+    facts = GGUF_FAMILIES[header.keys["general.architecture"]].gguf
     kind, known = config["rope_parameters"]["rope_type"], facts.rope_scalings
     if kind not in known:
         raise InputError(
-            f"{header.file}: {reference} has rope scaling of type {kind!r}, which no GGUF file of "
-            f"{facts.architecture} can say (it has {', '.join(known)})"
+            f"{header.file}: {reference} has rope scaling of type {kind!r}, which GGUF files of {facts.architecture} "
+            f"do not have (only {', '.join(known)})"
         )
     difference = rotary.difference(header.rotary)
     if difference is None:
@@ -152,7 +132,9 @@ def _check_rotary(
     keys = dict.fromkeys(key for key in (*wanted, *numbers) if key.startswith("rope."))
     key = next((key for key in keys if not _same(wanted.get(key), numbers.get(key))), None)
     if key is None:
-        raise InputError(f"{header.file}: another rotary embedding than {reference}: {difference}; not the same model")
+        raise InputError(
+            f"{header.file}: its rotary embedding is not that of {reference}: {difference}; not the same model"
+        )
     text = _difference(header, key, wanted.get(key), numbers.get(key), reference)
     raise InputError(f"{text} ({difference})")
 

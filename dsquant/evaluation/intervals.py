@@ -20,32 +20,26 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and where the truth lies with the stated confidence."""
+    """An estimate and the range of the true value at the stated confidence."""
 
     estimate: float
     low: float
     high: float
     units: int
-    """Independent units it rests on: blocks of tokens, or prompts."""
+    """Independent units that it rests on: blocks of tokens, or prompts."""
 
     def transformed(self, function: Callable[[float], float]) -> "Interval":
-        """The interval of an increasing function of the estimated number, such as exp."""
+        """Returns the interval of an increasing function of the estimated number, such as exp."""
         return Interval(function(self.estimate), function(self.low), function(self.high), self.units)
 
 
 def bootstrap_mean(
     values_NT: np.ndarray, confidence: float = CONFIDENCE, seed: int = 0, block_tokens: int = BLOCK_TOKENS
 ) -> Interval:
-    """The mean of values of tokens, with an interval from the block bootstrap (percentiles of 2000 draws).
+    """Returns the mean of values of tokens [N, T] with an interval from the block bootstrap (percentiles of 2000
+    draws).
 
-    Args:
-        values_NT: [N, T], one value for each token.
-        confidence: share of intervals that hold the true mean, 0 to 1.
-        seed: of the draws.
-        block_tokens: tokens of a block.
-
-    Returns:
-        Mean and interval; the interval is the whole line where there is but one block.
+    The interval is the whole line where there is only one block.
     """
     sums_B, counts_B = _blocks(np.asarray(values_NT, dtype=np.float64), block_tokens)
     estimate, blocks = float(sums_B.sum() / counts_B.sum()), len(sums_B)
@@ -60,7 +54,7 @@ def bootstrap_mean(
 
 
 def _blocks(values_NT: np.ndarray, block_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and count of every block; a short last block of a sample counts with its length."""
+    """Returns sum and count of every block; a short last block of a sample counts with its length."""
     starts = np.arange(0, values_NT.shape[1], block_tokens)
     sums_NB = np.add.reduceat(values_NT, starts, axis=1)
     counts_B = np.diff(np.append(starts, values_NT.shape[1]))
@@ -68,16 +62,11 @@ def _blocks(values_NT: np.ndarray, block_tokens: int) -> tuple[np.ndarray, np.nd
 
 
 def units_to_settle(found: Interval, limit: float) -> int | None:
-    """How many units would bring the nearer end of an interval to a limit, if the estimate stayed.
+    """Returns how many units would bring the nearer end of an interval to a gate's limit, if the estimate stayed the
+    same.
 
-    An interval's width falls with the square root of the units it rests on.
-
-    Args:
-        found: an interval that holds the limit.
-        limit: a gate's limit.
-
-    Returns:
-        Units in all, at least two; None where estimate and limit agree so well that no number would do.
+    An interval's width falls with the square root of its units. Returns at least two; None where the estimate is so
+    close to the limit that no number would do.
     """
     distance = abs(found.estimate - limit)
     width = found.high - found.estimate if limit > found.estimate else found.estimate - found.low

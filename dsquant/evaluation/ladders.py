@@ -1,4 +1,4 @@
-"""How per-token scores are summed up: ladders of quantiles, intervals of means, scores by position.
+"""Summarizes scores of tokens: quantiles, intervals of means, scores by position.
 
 Shape legend: N samples, T predicted tokens of a sample.
 """
@@ -15,29 +15,13 @@ POSITION_BINS = 32
 
 
 def ladder(values: np.ndarray) -> Ladder:
-    """The quantiles of a quantity, interpolated linearly as llama-perplexity does.
-
-    Args:
-        values: one number for each token, any shape.
-
-    Returns:
-        Mean, extremes and quantiles.
-    """
+    """Returns mean, extremes and quantiles of one number per token, interpolated linearly as llama-perplexity does."""
     steps = dict(zip(STEPS, (float(value) for value in np.quantile(values, list(STEPS.values()))), strict=True))
     return Ladder(mean=float(values.mean()), minimum=float(values.min()), maximum=float(values.max()), **steps)
 
 
 def text_scores(scores: TokenScores, confidence: float = CONFIDENCE, seed: int = 0) -> TextScores:
-    """Sums up the scores of one text's tokens.
-
-    Args:
-        scores: of every predicted token.
-        confidence: of the intervals.
-        seed: of the bootstrap's draws.
-
-    Returns:
-        Perplexities, divergences and agreements.
-    """
+    """Summarizes the scores of one text's tokens."""
     nll_original_NT, nll_NT = scores.nll_original_NT.numpy(), scores.nll_candidate_NT.numpy()
     kl_NT, reverse_NT = scores.kl_NT.numpy(), scores.kl_reverse_NT.numpy()
     delta_p_NT = np.exp(-nll_NT) - np.exp(-nll_original_NT)

@@ -1,13 +1,14 @@
-"""Runs the original and all candidates through the network together, one layer after another: one pass over the disk.
+"""Runs the original and all candidates through the network together, one layer after another, in one pass over the
+disk.
 
-Every tensor of every model is read once, for all texts. Each candidate runs a layer twice over, on its own hidden
-states and on the original's: the first shows what errors add up to, the second what this layer alone does.
+Every tensor of every model is read once, for all texts. Each candidate runs a layer twice, on its own hidden states and
+on the original's: the first shows the accumulated error, the second the error of this layer alone.
 
 Shape legend: N samples, T tokens of a sample, H hidden size, R tokens of all samples, L decoder layers.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,14 +16,13 @@ import torch
 
 from dsquant.errors import InputError
 from dsquant.evaluation import router
-from dsquant.evaluation.divergence import Head, score
+from dsquant.evaluation.divergence import ComparedModels, Head, SafePoint, score
 from dsquant.evaluation.measures import Distance, LayerMeasures, Measures
 from dsquant.evaluation.results import WeightError
 from dsquant.evaluation.weights import LayerComparison, Moments
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import ResidentWeights, WatchedWeights
-from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import (
     EMBEDDING,
     ROWS_AT_ONCE,
@@ -38,16 +38,13 @@ from dsquant.model.streaming import (
 from dsquant.model.structure import DecoderLayer, Mlp
 from dsquant.source.weights import Weights
 
-# Tokens whose hidden states are scored behind every layer.
+# Tokens whose hidden states are scored after every layer.
 LENS_TOKENS = 128
-
-SafePoint = Callable[[int, int, str], None]
-"""Called before each layer and expert with layers done, layers in all and the module's name; it may raise to stop."""
 
 
 @dataclass
 class _Lane:
-    """A model, and the hidden states that pass through it: its own samples, and behind them the original's."""
+    """A model and the hidden states that pass through it: its own samples, followed by the original's."""
 
     weights: Weights
     batch_samples: int
@@ -59,7 +56,7 @@ class _Lane:
     """Hidden states between attention and MLP."""
     mlp_inputs: Activations
     final: Activations
-    """Normed: of every token behind the last layer, then of the lens's tokens behind each layer."""
+    """Normed: of every token after the last layer, then of the lens's tokens after each layer."""
     routing: Routing | None = None
     layers: list[LayerMeasures] = field(default_factory=list)
     errors: list[WeightError] = field(default_factory=list)
@@ -70,15 +67,20 @@ class _Lane:
         return self.inputs.shape[0] > self.num_own
 
 
+def noise_batch(batch_samples: int) -> int:
+    """Returns the other batch size, in which the original runs a second time for the noise floor."""
+    return batch_samples // 2 or 2
+
+
 def _refuse(name: str) -> None:
     raise InputError(
-        f"the reference's tensor {name!r} holds NaN or infinity, so that nothing can be measured against it; download "
-        "or make the reference again"
+        f"the reference's tensor {name!r} holds NaN or infinity: nothing can be measured against it; download or "
+        "create the reference again"
     )
 
 
 def _without_numbers(name: str) -> WeightError:
-    """Of a tensor that is not compared, such as a norm: AWQ folds scales into it."""
+    """Returns an infinite error for a tensor that is not compared, such as a norm: AWQ folds scales into it."""
     parts = name.split(".")
     return WeightError(name, int(parts[2]) if parts[1] == "layers" else None, math.inf, None)
 
@@ -87,36 +89,20 @@ class Lockstep:
     """The models on their way through the network."""
 
     def __init__(
-        self,
-        skeleton: Skeleton,
-        original: Weights,
-        candidates: Mapping[str, Weights],
-        tokens_NT: torch.Tensor,
-        work: Path,
-        batch_samples: int,
-        noise_batch_samples: int,
-        safe_point: SafePoint,
+        self, models: ComparedModels, tokens_NT: torch.Tensor, work: Path, safe_point: SafePoint = lambda *_: None
     ) -> None:
-        """Lays out the files of hidden states.
+        """Creates the files of hidden states in `work`, for the samples of all texts, int64 [N, T].
 
-        Args:
-            skeleton: the original's network, which the candidates share.
-            original: its weights.
-            candidates: name -> weights, with the original's parameter names.
-            tokens_NT: int64 [N, T], the samples of all texts.
-            work: a folder for hidden states.
-            batch_samples: samples that pass attention together.
-            noise_batch_samples: the same for the original's second run.
-            safe_point: called before each layer and expert.
+        `safe_point` is called before each layer and expert.
         """
-        self.skeleton, self.tokens_NT, self.safe_point = skeleton, tokens_NT, safe_point
-        self._work, self._num_files, self.device = work, 0, original.device
+        self.skeleton, self.tokens_NT, self.safe_point = models.skeleton, tokens_NT, safe_point
+        self._work, self._num_files, self.device = work, 0, models.original.device
         self.lens_R = torch.linspace(0, tokens_NT.numel() - 1, min(LENS_TOKENS, tokens_NT.numel())).long()
-        original = WatchedWeights(original, _refuse)
+        original, batch_samples = WatchedWeights(models.original, _refuse), models.batch_samples
         self.original = self._lane(original, batch_samples, 1)
-        self.noise = self._lane(original, noise_batch_samples, 1)
-        self._not_finite: dict[str, set[str]] = {name: set() for name in candidates}
-        watched = {name: WatchedWeights(one, self._not_finite[name].add) for name, one in candidates.items()}
+        self.noise = self._lane(original, noise_batch(batch_samples), 1)
+        self._not_finite: dict[str, set[str]] = {name: set() for name in models.candidates}
+        watched = {name: WatchedWeights(one, self._not_finite[name].add) for name, one in models.candidates.items()}
         self.candidates = {name: self._lane(weights, batch_samples, 2) for name, weights in watched.items()}
 
     def _lane(self, weights: Weights, batch_samples: int, times: int) -> _Lane:
@@ -137,13 +123,9 @@ class Lockstep:
         return self.original, self.noise, *self.candidates.values()
 
     def run(self) -> tuple[Measures, dict[str, Measures]]:
-        """Runs all layers and scores the tokens.
+        """Runs all layers and scores the tokens; returns the noise floor and each candidate's measures.
 
-        Returns:
-            The noise floor, and each candidate's measures.
-
-        Raises:
-            InputError: where a tensor of the original holds NaN or infinity.
+        Raises InputError where a tensor of the original holds NaN or infinity.
         """
         total = self.skeleton.num_layers
         self._embed()
@@ -157,7 +139,7 @@ class Lockstep:
         return self._score()
 
     def _embed(self) -> None:
-        """Every model's embeddings of its own samples, and the errors of the tables."""
+        """Embeds every model's own samples, and compares the embedding tables."""
         tokens_R = self.tokens_NT.flatten().to(self.device)
         lanes = (self.original, *self.candidates.values())
         errors = {number: Distance() for number in range(1, len(lanes))}
@@ -243,7 +225,7 @@ class Lockstep:
         return {mlp.gate: inputs, mlp.up: inputs, mlp.down: hidden}
 
     def _finish_layer(self, layer: DecoderLayer) -> None:
-        """Takes the layer's measures, keeps the lens's tokens, and moves on."""
+        """Keeps the layer's measures and the lens's tokens, and moves on."""
         for lane in (self.noise, *self.candidates.values()):
             lane.layers.append(self._layer_measures(lane, len(layer.experts)))
         first = self.tokens_NT.numel() + layer.index * len(self.lens_R)

@@ -1,4 +1,4 @@
-"""What is measured of a model that runs beside the original, before it is summed up.
+"""Measurements of a model that runs alongside the original, before they are summarized.
 
 Shape legend: N samples, T tokens of a sample.
 """
@@ -29,14 +29,14 @@ class LayerMeasures:
 
 @dataclass(frozen=True)
 class Measures:
-    """Everything measured of one model."""
+    """All measurements of one model."""
 
     tokens: TokenScores
     layers: tuple[LayerMeasures, ...]
     lens_kl: tuple[float, ...]
-    """Mean KL behind every layer."""
+    """Mean KL after every layer."""
     weights: tuple[WeightError, ...]
-    """Of every tensor."""
+    """Errors of every tensor."""
 
 
 class Distance:
@@ -46,7 +46,7 @@ class Distance:
         self.error, self.size = 0.0, 0.0
 
     def add(self, original: torch.Tensor, candidate: torch.Tensor) -> None:
-        """Takes a part of both in."""
+        """Adds a part of both."""
         for wanted, found in zip(in_parts(original), in_parts(candidate), strict=True):
             self.error += float((found - wanted).double().square_().sum())
             self.size += float(wanted.double().square_().sum())

@@ -1,4 +1,4 @@
-"""Opens the models that an evaluation compares, and refuses those that are not one model in different storage."""
+"""Opens the models that an evaluation compares, and refuses candidates that are not the same model in other storage."""
 
 import hashlib
 import math
@@ -29,7 +29,7 @@ from dsquant.source.shards import ShardIndex
 from dsquant.source.vocabulary import set_embedding_rows
 from dsquant.source.weights import CPU, Weights
 
-# What a config says about the network's function: where these differ, the same weights are another model.
+# Keys of a config that define the network's function: where these differ, the same weights are another model.
 NETWORK_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "rms_norm_eps", "hidden_act", "rope_parameters", "tie_word_embeddings", "vocab_size", "attention_bias", "mlp_bias",
@@ -42,7 +42,7 @@ ENDS_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Opened:
-    """A model's weights and what its files tell of it."""
+    """A model's weights and the facts that its files state."""
 
     path: str
     """As the caller gave it."""
@@ -50,31 +50,31 @@ class Opened:
     """FP8, BF16, AWQ, compressed-tensors or GGUF, with what it says about itself."""
     weights: Weights
     size_bytes: int
-    """Of the data of all its tensors, as the headers tell it: what `plan` and a job's tables call a source's size. The
-    files are larger by their headers."""
+    """Data of all its tensors, from the headers: the size that `plan` and a job's tables give a source. The files are
+    larger by their headers."""
     files: tuple[Path, ...]
-    """With tensors."""
+    """The files that hold its tensors."""
     index: ShardIndex | None = None
     """None for GGUF, whose reader counts no bytes."""
 
     @property
     def bytes_read(self) -> int:
-        """Of tensor data so far, as far as they are counted."""
+        """Tensor data read so far; 0 where it is not counted."""
         return 0 if self.index is None else self.index.bytes_read
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of its tensors' data for each weight in them."""
+        """Bits of tensor data per weight."""
         return 8 * self.size_bytes / sum(math.prod(self.weights.shape(name)) for name in self.weights)
 
     @property
     def rounds_activations(self) -> bool:
-        """Whether activations are rounded beside some of its weights."""
+        """Whether activations are rounded where they meet some of its weights."""
         return any(self.weights.activation_quantizer(name) is not unrounded for name in self.weights)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of each file's name, size, first and last MiB: tells models apart without reading them whole."""
+        """SHA-256 of each file's name, size, first and last MiB: distinguishes models without reading them whole."""
         digest = hashlib.sha256()
         for file in self.files:
             size = file.stat().st_size
@@ -88,7 +88,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Original:
-    """The reference, with what candidates are run through."""
+    """The reference, with everything that candidates are run through."""
 
     opened: Opened
     checkpoint: Checkpoint
@@ -97,17 +97,10 @@ class Original:
 
 
 def open_original(path: str, device: torch.device = CPU) -> Original:
-    """Opens the reference.
+    """Opens the reference: a folder, a hub id, `tiny-r1`, a GGUF file or a folder with one.
 
-    Args:
-        path: a folder, a hub id, `tiny-r1`, a GGUF file or a folder with one.
-        device: where its weights, and the candidates', go when they are read.
-
-    Returns:
-        The reference, checked to be complete.
-
-    Raises:
-        InputError: where it is missing, damaged, or not of a family that dsquant knows.
+    Its weights and the candidates' go to `device` when they are read. Raises InputError where it is missing, damaged,
+    incomplete, or of a family that dsquant does not know.
     """
     file = gguf_file(Path(path).expanduser())
     if file is None:
@@ -127,17 +120,11 @@ def open_original(path: str, device: torch.device = CPU) -> Original:
 
 
 def open_candidate(path: str, original: Original) -> Opened:
-    """Opens a candidate under the original's parameter names.
+    """Opens a candidate under the original's parameter names: a folder, a hub id, `tiny-r1`, a GGUF file or a folder
+    with one.
 
-    Args:
-        path: a folder, a hub id, `tiny-r1`, a GGUF file or a folder with one.
-        original: the reference.
-
-    Returns:
-        The candidate, checked to be the same model.
-
-    Raises:
-        InputError: where it cannot be read, or is of another architecture or vocabulary.
+    Raises InputError where it cannot be read, or is not the same model: architecture, vocabulary, config or shapes
+    differ.
     """
     file = gguf_file(Path(path).expanduser())
     device = original.checkpoint.weights.device
@@ -195,7 +182,7 @@ def _check_architecture(path: str, architecture: str, original: Original) -> Non
 
 
 def _check_network(checkpoint: Checkpoint, original: Original) -> None:
-    """Refuses the same architecture with other numbers."""
+    """Refuses a config of the same architecture with other numbers."""
     try:
         found = network_config(original.skeleton.family, checkpoint.config)
         rotary = network_rotary(original.skeleton.family, checkpoint.config)
@@ -207,7 +194,7 @@ def _check_network(checkpoint: Checkpoint, original: Original) -> None:
     keys = [*NETWORK_KEYS, *family.network_keys, *(vars(family.mixture).values() if family.mixture else ())]
     for key in keys if from_gguf else [*keys, *TOKEN_KEYS]:
         same = _same(found.get(key), wanted.get(key))
-        if key == "rope_parameters" and from_gguf:  # which says scaling in other words, and leaves defaults out
+        if key == "rope_parameters" and from_gguf:  # which writes scaling in other keys, and leaves defaults out
             reference = network_rotary(original.skeleton.family, original.checkpoint.config)
             kinds = {found[key]["rope_type"], wanted[key]["rope_type"]}
             same = len(kinds) == 1 and reference.difference(rotary) is None
@@ -219,7 +206,7 @@ def _check_network(checkpoint: Checkpoint, original: Original) -> None:
 
 
 def _same(found: Any, wanted: Any) -> bool:
-    """Whether two values of a config mean the same: GGUF stores single precision."""
+    """Returns whether two values of a config mean the same: GGUF stores single precision."""
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
         keys = (found.keys() | wanted.keys()) - {"type"}  # of rope_type
         return all(_same(found.get(key), wanted.get(key)) for key in keys)
@@ -229,14 +216,14 @@ def _same(found: Any, wanted: Any) -> bool:
 
 
 def _checkpoint_tokens(checkpoint: Checkpoint) -> Mapping[str, int] | None:
-    """Token -> id; None where the checkpoint has no tokenizer, which weights can do without."""
+    """Returns token -> id; None where the checkpoint has no tokenizer, which weights can do without."""
     if find_file(checkpoint.folder, "tokenizer.json") is None:
         return None
     return dict(load_tokenizer(checkpoint.folder).get_vocab())
 
 
 def _num_tokens(weights: Weights) -> int:
-    """Rows of the embedding; none where it is missing, which is refused later."""
+    """Returns the number of rows of the embedding; 0 where it is missing, which is refused later."""
     return weights.shape(EMBEDDING)[0] if EMBEDDING in weights else 0
 
 
@@ -254,7 +241,7 @@ def _check_vocabulary(path: str, rows: int, tokens: Mapping[str, int] | None, or
     for token, number in original.tokenizer.get_vocab().items():
         if found.get(number, token) != token:
             raise InputError(
-                f"{path}: another vocabulary: token {number} is {found[number]!r}, in the reference it is {token!r}; "
+                f"{path}: a different vocabulary: token {number} is {found[number]!r}, in the reference {token!r}; "
                 "perplexities over different vocabularies cannot be compared"
             )
 
@@ -270,7 +257,7 @@ def _check_shapes(path: str, weights: Weights, skeleton: Skeleton) -> None:
     for name in weights:
         repeated = name == HEAD or name.endswith(COMPUTED_SUFFIX)
         if name not in expected and not repeated and not _of_mtp(name, skeleton):
-            raise InputError(f"{path}: tensor {name!r} has no place in the reference's network; not the same model")
+            raise InputError(f"{path}: tensor {name!r} is not part of the reference's network; not the same model")
     for name, shape in expected.items():
         if _of_mtp(name, skeleton):
             continue  # the candidate may have dropped the MTP layer

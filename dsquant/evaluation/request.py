@@ -1,4 +1,4 @@
-"""What `dsquant eval` is asked for: models, texts, limits; and the texts as samples."""
+"""The request of `dsquant eval`: models, texts, limits; and the texts as samples."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -16,19 +16,19 @@ from dsquant.evaluation.results import Text
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to evaluate and how."""
+    """Models, texts and limits of an evaluation."""
 
     reference: str
     """A folder, a hub id, `tiny-r1`, or a GGUF file."""
     candidates: tuple[str, ...]
-    """The same, of the same model."""
+    """Of the same model, in the same forms."""
     texts: tuple[str, ...] = ()
     """Shipped texts or files; every shipped one where empty."""
     samples: int = 8
-    """The most of each text."""
+    """Largest number of samples of each text."""
     seq_len: int = 512
     seed: int = 0
-    """Of the bootstrap's draws."""
+    """Seed of the bootstrap's draws."""
     gates: Path | None = None
     drift: DriftRequest = field(default_factory=DriftRequest)
     """Whether and how code is generated."""
@@ -50,16 +50,9 @@ class Texts:
 
 
 def candidate_names(paths: tuple[str, ...]) -> dict[str, str]:
-    """Finds a short name for each candidate.
+    """Returns name -> path, with as much of the end of each path as no other candidate shares as its name.
 
-    Args:
-        paths: as the caller gave them.
-
-    Returns:
-        Name -> path; the name is as much of the path's end as no other candidate has.
-
-    Raises:
-        UsageError: where a candidate is named twice.
+    Raises UsageError where a candidate is given twice.
     """
     if len(set(paths)) < len(paths):
         twice = next(path for path, count in Counter(paths).items() if count > 1)
@@ -70,24 +63,15 @@ def candidate_names(paths: tuple[str, ...]) -> dict[str, str]:
 
 
 def _ends(path: str) -> list[str]:
-    """The path's last part, its last two, and so on."""
+    """Returns the path's last part, its last two parts, and so on."""
     parts = Path(path.removesuffix(".gguf")).parts
     return [str(Path(*parts[-count:])) for count in range(1, len(parts) + 1)]
 
 
 def read_texts(request: EvaluationRequest, tokenizer: Any) -> Texts:
-    """Tokenizes the texts of an evaluation.
+    """Tokenizes the texts of an evaluation into samples, with the reference's tokenizer.
 
-    Args:
-        request: which texts.
-        tokenizer: the reference's.
-
-    Returns:
-        Their samples.
-
-    Raises:
-        InputError: where a text is missing, or too short for one sample.
-        UsageError: where a text is named twice.
+    Raises InputError where a text is missing or too short for one sample, UsageError where a text is given twice.
     """
     chosen = request.texts or HELD_OUT_TEXTS
     if len(set(chosen)) < len(chosen):

@@ -1,4 +1,4 @@
-"""What an evaluation found, as data: what report.json holds and every report is made from.
+"""The results of an evaluation: the content of report.json, from which every report is made.
 
     Evaluation
     ├─ reference, identity, texts
@@ -7,12 +7,12 @@
     │  ├─ texts: TextScores     perplexity, KL, agreement, Δp; KL by position
     │  ├─ layers: LayerScores   errors, router overlap, KL through the head after each layer
     │  ├─ weights: WeightError  the worst tensors
-    │  ├─ findings: Finding     what is broken, the first layer first
-    │  ├─ drift: CodeDrift      what generated code tells, where prompts were given
+    │  ├─ findings: Finding     broken parts, the first layer first
+    │  ├─ drift: CodeDrift      scores of generated code, where prompts were given
     │  └─ gates: GateOutcome    pass, fail or inconclusive
     └─ caveats
 
-All numbers are shares (0 to 1), nats or bytes, never per cent.
+All numbers are shares (0 to 1), nats or bytes, never percentages.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ FindingKind = Literal["weight", "router", "layer"]
 
 @dataclass(frozen=True)
 class Ladder:
-    """How a quantity is spread over tokens, in the steps that llama.cpp's users know."""
+    """Distribution of a quantity over tokens, in the quantiles that llama.cpp reports."""
 
     mean: float
     median: float
@@ -73,44 +73,45 @@ class TextScores:
     top1_agreement: Interval
     """Share of tokens where both rank the same token first."""
     top5_agreement: Interval
-    """Mean share of the original's five likeliest tokens among the candidate's five."""
+    """Mean share of the original's five most likely tokens among the candidate's five."""
     delta_p: Ladder
-    """Probability of the token that came, candidate's less original's; skewed to the left is damage."""
+    """Probability of the actual token, candidate's less original's; skewed to the left is damage."""
     delta_p_rms: float
     kl_by_position: tuple[tuple[int, float], ...]
-    """(first position of a bin in the sample, mean KL in it)."""
+    """(first position of a bin in the sample, mean KL in the bin)."""
 
 
 @dataclass(frozen=True)
 class LayerScores:
-    """A candidate against the original in and behind one decoder layer, over all texts.
+    """A candidate against the original in and after one decoder layer, over all texts.
 
-    `local` numbers come from the candidate's layer run on the original's own inputs, so that they tell of this layer
-    alone; the others add up over the layers before.
+    `local` numbers come from the candidate's layer run on the original's inputs, so that they measure this layer alone;
+    the others accumulate over the layers before.
     """
 
     index: int
     name: str
     """model.layers.3"""
     hidden_error: float
-    """|candidate's hidden states - original's| / |original's| behind the layer (Frobenius norms)."""
+    """|candidate's hidden states - original's| / |original's| after the layer (Frobenius norms)."""
     local_error: float
-    """The same of what the layer adds to its input, on the original's input."""
+    """The same for the layer's update of the residual stream, on the original's input."""
     local_attention_error: float
-    """Of what attention adds."""
+    """The same for attention's update."""
     local_mlp_error: float
-    """Of what MLP or experts add."""
+    """The same for the update of the MLP or experts."""
     router_overlap: Interval | None
-    """Mean share of the original's experts among the candidate's, each on its own hidden states; None without one."""
+    """Mean share of the original's experts among the candidate's, each on its own hidden states; None without a router.
+    """
     local_router_overlap: float | None
-    """On the original's hidden states."""
+    """The same on the original's hidden states."""
     router_weight_distance: float | None
     """Mean L1 distance of the experts' shares in the mixture, divided by the sum of the original's shares."""
     load_shift: float | None
-    """Share of routed tokens that would have to change experts to give the original's loads (total variation)."""
+    """Share of routed tokens that would have to change experts to restore the original's loads (total variation)."""
     kl: float
-    """Mean KL(original || candidate) of what final norm and head make of the hidden states behind the layer, on a
-    subset of tokens (`Identity.lens_tokens`)."""
+    """Mean KL(original || candidate) of the hidden states after the layer through final norm and head, on a subset of
+    tokens (`Identity.lens_tokens`)."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class WeightError:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is broken."""
+    """A broken tensor, router or layer."""
 
     kind: FindingKind
     layer: int | None
@@ -137,42 +138,42 @@ class Finding:
     """Tensor or layer."""
     value: float
     expected: float
-    """What a healthy one would have had at the most (overlap: at the least)."""
+    """Largest value of a healthy one (overlap: smallest)."""
     message: str
 
 
 @dataclass(frozen=True)
 class GateOutcome:
-    """What became of one gate."""
+    """The outcome of one gate."""
 
     metric: str
     text: str | None
-    """None where the metric is of the whole model."""
+    """None where the metric concerns the whole model."""
     bound: Literal["at_most", "at_least"]
     limit: float
     found: Interval
     verdict: Verdict
     needed: int | None
-    """Samples (of a text) or prompts in all that would settle it; None where it is settled or no number would do."""
+    """Total samples (of a text) or prompts that would settle it; None where it is settled or no number would."""
     unit: str
-    """Of `needed`: samples or prompts."""
+    """Unit of `needed`: samples or prompts."""
     message: str
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Everything about one candidate."""
+    """All results of one candidate."""
 
     name: str
-    """As a heading: unique among the candidates."""
+    """Heading, unique among the candidates."""
     path: str
     """As the caller gave it."""
     format: str
-    """FP8, BF16, AWQ, compressed-tensors or GGUF, with what it says about itself, such as `GGUF Q4_K_M`."""
+    """FP8, BF16, AWQ, compressed-tensors or GGUF with its parameters, such as `GGUF Q4_K_M`."""
     size_bytes: int
-    """Of the data of all its tensors, without the files' headers."""
+    """Data of all its tensors, without the files' headers."""
     bits_per_weight: float
-    """Of `size_bytes`."""
+    """From `size_bytes`."""
     fingerprint: str
     """SHA-256 of names, sizes and headers of its files."""
     texts: Mapping[str, TextScores]
@@ -188,7 +189,7 @@ class Candidate:
 
     @property
     def first_broken_layer(self) -> int | None:
-        """The first layer that a finding names."""
+        """The first layer with a finding."""
         return next((finding.layer for finding in self.findings if finding.layer is not None), None)
 
     @property
@@ -198,7 +199,7 @@ class Candidate:
 
     @property
     def verdict(self) -> Verdict | None:
-        """fail where a gate failed, inconclusive where one is undecided; None without gates."""
+        """fail where a gate failed, inconclusive where one is inconclusive; None without gates."""
         verdicts = [gate.verdict for gate in self.gates]
         ordered: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
         return next((verdict for verdict in ordered if verdict in verdicts), None)
@@ -222,7 +223,7 @@ class Reference:
     format: str
     architecture: str
     size_bytes: int
-    """Of the data of all its tensors, without the files' headers: what `dsquant plan` tells."""
+    """Data of all its tensors, without the files' headers, as `dsquant plan` reports it."""
     fingerprint: str
     num_layers: int
     num_experts: int
@@ -231,22 +232,22 @@ class Reference:
 
 @dataclass(frozen=True)
 class Identity:
-    """How the numbers came about."""
+    """How the numbers were measured."""
 
     versions: Mapping[str, str]
     seed: int
-    """Of the bootstrap's draws."""
+    """Seed of the bootstrap's draws."""
     confidence: float
-    """Of every interval."""
+    """Confidence of every interval."""
     block_tokens: int
-    """Tokens of a block of the bootstrap."""
+    """Tokens of a bootstrap block."""
     dtype: str
     device: str
     batch_samples: int
     """Samples that pass attention together; the noise floor has another number."""
     noise_batch_samples: int
     lens_tokens: int
-    """Tokens that `LayerScores.kl` is the mean of."""
+    """Number of tokens that `LayerScores.kl` averages."""
     elapsed_s: float
     peak_resident_bytes: int
     bytes_read: int
@@ -254,7 +255,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Evaluation(Shown):
-    """What the candidates cost against the original."""
+    """The losses of candidates against the original."""
 
     schema_version: int
     identity: Identity
@@ -263,20 +264,20 @@ class Evaluation(Shown):
     noise_floor: Mapping[str, TextScores]
     """Text -> the original against itself at another batch size."""
     noise_router_overlap: float | None
-    """Lowest of the layers."""
+    """Lowest over the layers."""
     candidates: tuple[Candidate, ...]
     caveats: tuple[str, ...]
-    """What these numbers do not tell."""
+    """What these numbers do not show."""
 
     @property
     def verdict(self) -> Verdict | None:
-        """The worst of the candidates'; None without gates."""
+        """The worst of the candidates' verdicts; None without gates."""
         verdicts = [candidate.verdict for candidate in self.candidates]
         ordered: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
         return next((verdict for verdict in ordered if verdict in verdicts), None)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values: what report.json holds. Numbers that are not finite become null."""
+        """Returns plain JSON values: the content of report.json. Numbers that are not finite become null."""
         found: dict[str, Any] = _plain(self)
         for plain, candidate in zip(found["candidates"], self.candidates, strict=True):
             plain["verdict"] = candidate.verdict
@@ -284,13 +285,13 @@ class Evaluation(Shown):
         return found | {"verdict": self.verdict}
 
     def tables(self) -> "Iterator[RenderableType]":
-        """What the command line shows: candidates, texts, code, findings, gates."""
+        """Yields the tables of the command line: candidates, texts, code, findings, gates."""
         from dsquant.evaluation.report.terminal import tables
 
         return tables(self)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the page, as report.html has it."""
+        """Returns the report page for a notebook, as in report.html."""
         from dsquant.evaluation.report.page import part
 
         return part(self)

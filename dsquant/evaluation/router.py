@@ -1,4 +1,4 @@
-"""How far a candidate sends tokens to other experts than the original does.
+"""Compares a candidate's routing with the original's.
 
 Shape legend: R tokens, K experts of a token, E experts of a layer.
 """
@@ -9,34 +9,20 @@ from dsquant.model.streaming import Routing
 
 
 def rows_of(routing: Routing, start: int, stop: int) -> Routing:
-    """The routing of tokens start..stop-1."""
+    """Returns the routing of tokens start..stop-1."""
     return Routing(routing.expert_RK[start:stop], routing.share_RK[start:stop])
 
 
 def overlap(original: Routing, candidate: Routing) -> torch.Tensor:
-    """The share of the original's experts that the candidate chooses too.
-
-    Args:
-        original: its routing.
-        candidate: the other's, of the same tokens.
-
-    Returns:
-        float64 [R], 0 to 1.
-    """
+    """Returns the share of the original's experts that the candidate chooses too, by token: float64 [R], 0 to 1."""
     same_RKK = original.expert_RK.unsqueeze(2) == candidate.expert_RK.unsqueeze(1)
     return same_RKK.any(2).double().mean(1)
 
 
 def weight_distance(original: Routing, candidate: Routing, num_experts: int) -> float:
-    """Mean L1 distance of the experts' weights in the mixture, as a share of the original's sum of weights.
+    """Returns the mean L1 distance of the experts' weights in the mixture, as a share of the original's sum of weights.
 
-    Args:
-        original: its routing.
-        candidate: the other's, of the same tokens.
-        num_experts: experts of the layer.
-
-    Returns:
-        0 where the mixtures are the same, 2 where they share no expert.
+    0 where the mixtures are the same, 2 where they share no expert.
     """
     rows = len(original.expert_RK)
     mixtures = [
@@ -48,15 +34,6 @@ def weight_distance(original: Routing, candidate: Routing, num_experts: int) -> 
 
 
 def load_shift(original: Routing, candidate: Routing, num_experts: int) -> float:
-    """The share of routed tokens by which the experts' loads differ (total variation distance).
-
-    Args:
-        original: its routing.
-        candidate: the other's, of as many tokens.
-        num_experts: experts of the layer.
-
-    Returns:
-        0 to 1.
-    """
+    """Returns the share of routed tokens by which the experts' loads differ (total variation distance), 0 to 1."""
     loads = [one.counts(num_experts).double() / one.expert_RK.numel() for one in (original, candidate)]
     return float((loads[0] - loads[1]).abs().sum() / 2)

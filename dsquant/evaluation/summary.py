@@ -1,4 +1,4 @@
-"""Turns measures into results: what a candidate's report shows, made from what was measured token by token."""
+"""Turns measurements of tokens and layers into the results that a candidate's report shows."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,17 +12,7 @@ from dsquant.model.structure import ROUTER_BIAS, DecoderLayer
 def scores_by_text(
     measures: Measures, samples: Mapping[str, slice], confidence: float, seed: int
 ) -> dict[str, TextScores]:
-    """Sums up the scores of every text.
-
-    Args:
-        measures: of one model.
-        samples: text -> its samples.
-        confidence: of the intervals.
-        seed: of the bootstrap's draws.
-
-    Returns:
-        Text -> scores.
-    """
+    """Summarizes the scores of every text; `seed` is that of the bootstrap's draws."""
     return {
         text: text_scores(measures.tokens.of_samples(part.start, part.stop), confidence, seed)
         for text, part in samples.items()
@@ -32,17 +22,7 @@ def scores_by_text(
 def layer_scores(
     measures: Measures, layers: Sequence[DecoderLayer], confidence: float, seed: int
 ) -> tuple[LayerScores, ...]:
-    """Sums up what was measured in every layer.
-
-    Args:
-        measures: of one model.
-        layers: the decoder layers that ran.
-        confidence: of the intervals.
-        seed: of the bootstrap's draws.
-
-    Returns:
-        The scores of every layer.
-    """
+    """Summarizes the measurements of every layer; `seed` is that of the bootstrap's draws."""
     return tuple(
         LayerScores(
             index=layer.index,
@@ -62,6 +42,6 @@ def layer_scores(
 
 
 def routers_of(layers: Sequence[DecoderLayer]) -> frozenset[str]:
-    """The tensors of all routers."""
+    """Returns the names of all routers' tensors."""
     prefixes = [layer.router.removesuffix(".weight") for layer in layers if layer.router is not None]
     return frozenset(f"{prefix}.{kind}" for prefix in prefixes for kind in ("weight", ROUTER_BIAS))

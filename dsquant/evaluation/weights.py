@@ -1,9 +1,9 @@
-"""How far a candidate's tensors are from the original's, with folded scales undone.
+"""Measures how far a candidate's tensors are from the original's, with folded scales undone.
 
-AWQ divides what a norm (or linear) puts out by s and multiplies the columns of every consumer by s: the function stays,
-the tensors do not. What was folded can be read off the tensors themselves: a norm's s is its old gain over its new one,
-a linear's the factor that fits its row best. Consumers are compared after dividing their columns by it; one that was
-left out of the folding, as routers have been, then shows.
+AWQ divides the output of a norm (or linear) by s and multiplies the columns of every consumer by s: the function stays
+the same, the tensors do not. The fold can be read off the tensors: a norm's s is its old gain over its new one, a
+linear's s is the factor that fits its rows best. Consumers are compared after dividing their columns by it, so that one
+that was left out of the fold, such as a router, stands out.
 
 Shape legend: O out features, I in features.
 """
@@ -21,9 +21,9 @@ from dsquant.model.gated import GatedWeights
 from dsquant.model.structure import ROUTER_BIAS, DecoderLayer, Mlp, ScaleGroup
 from dsquant.source.weights import Weights
 
-# Below this cosine a row is not the original's times a factor but something else, and no factor is read off it.
+# Below this cosine a row is not a multiple of the original's, and no factor is read off it.
 LEAST_ROW_COSINE = 0.8
-# Elements of a tensor that are compared together, in float64.
+# Elements of a tensor that are compared at once, in float64.
 ELEMENTS_AT_ONCE = 2**22
 _NUMBERS = re.compile(r"^model\.layers\.\d+\.|\.\d+(?=\.)")
 
@@ -36,50 +36,40 @@ class Moments:
     """float64 [I]; None before the first rows."""
 
     def add(self, inputs_RI: torch.Tensor) -> None:
-        """Takes rows in."""
+        """Adds rows of inputs."""
         squares_I = inputs_RI.double().square().sum(0)
         self.sum_I = squares_I if self.sum_I is None else self.sum_I + squares_I
 
 
 @dataclass
 class Unfolding:
-    """What a candidate's folding multiplied and divided."""
+    """The factors that a candidate's fold multiplied and divided by."""
 
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Linear or router -> float32 [I], what each of its columns was multiplied by."""
+    """Linear or router -> float32 [I], the factor of each of its columns."""
     rows: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Linear -> float32 [O], what each of its rows was divided by."""
+    """Linear -> float32 [O], the divisor of each of its rows."""
 
     def apply(self, name: str, weight_OI: torch.Tensor) -> torch.Tensor:
-        """A weight without its factors, as far as they are known."""
+        """Returns a weight without its known factors."""
         if name in self.columns:
             weight_OI = weight_OI / self.columns[name]
         return weight_OI * self.rows[name].unsqueeze(1) if name in self.rows else weight_OI
 
 
 def norm_factor(original_I: torch.Tensor, candidate_I: torch.Tensor) -> torch.Tensor:
-    """The scale that was folded into a norm: old gain over new gain; 1 where either is 0 or no number.
-
-    Args:
-        original_I: float32 [I].
-        candidate_I: float32 [I].
-
-    Returns:
-        float32 [I].
+    """Returns the scale that was folded into a norm, float32 [I]: old gain over new gain; 1 where that is 0 or not
+    finite.
     """
     factor_I = original_I / candidate_I
     return torch.where(torch.isfinite(factor_I) & (factor_I != 0), factor_I, 1.0)
 
 
 def row_factor(original_OI: torch.Tensor, candidate_OI: torch.Tensor) -> torch.Tensor:
-    """The factor on each of the candidate's rows that brings it closest to the original's (least squares).
+    """Returns the factor on each of the candidate's rows that brings it closest to the original's (least squares).
 
-    Args:
-        original_OI: float32 [O, I].
-        candidate_OI: float32 [O, I], its columns unfolded.
-
-    Returns:
-        float32 [O]; 1 where the rows point in different directions.
+    Both are float32 [O, I], the candidate with its columns unfolded; the factors are float32 [O], 1 where the rows
+    point in different directions.
     """
     dot_O = (original_OI * candidate_OI).sum(1)
     squares_O, candidate_squares_O = original_OI.square().sum(1), candidate_OI.square().sum(1)
@@ -90,17 +80,10 @@ def row_factor(original_OI: torch.Tensor, candidate_OI: torch.Tensor) -> torch.T
 def weight_error(
     name: str, layer: int | None, original: torch.Tensor, candidate: torch.Tensor, moments: Moments | None = None
 ) -> WeightError:
-    """Compares two tensors.
+    """Compares two float32 tensors of the same shape, the candidate's unfolded; `moments` are those of a weight's
+    inputs.
 
-    Args:
-        name: of the tensor.
-        layer: its decoder layer.
-        original: float32, any shape.
-        candidate: float32, the same shape, unfolded.
-        moments: of the original's inputs, for a weight [O, I].
-
-    Returns:
-        Relative errors; 0 where both are zero, infinite where only the original is.
+    The relative errors are 0 where both tensors are zero, infinite where only the original is.
     """
     weights_I = None if moments is None else moments.sum_I
     plain, weighted = [0.0, 0.0], [0.0, 0.0]
@@ -113,12 +96,12 @@ def weight_error(
 
 
 def in_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A tensor's rows, as many at once as may be in memory in float64."""
+    """Splits a tensor into parts of rows that fit in memory in float64."""
     return tensor.split(max(1, ELEMENTS_AT_ONCE // max(1, math.prod(tensor.shape[1:]))))
 
 
 def relative_error(error: float, size: float) -> float:
-    """The root of a ratio of sums of squares; 0 for 0 / 0, infinite for anything else over 0 and for NaN."""
+    """Returns the root of a ratio of sums of squares; 0 for 0 / 0, infinite for anything else over 0 and for NaN."""
     if not (math.isfinite(error) and math.isfinite(size)):
         return math.inf
     if size == 0:
@@ -128,20 +111,16 @@ def relative_error(error: float, size: float) -> float:
 
 @dataclass
 class LayerComparison:
-    """Compares the tensors of one layer, in the order of the data flow."""
+    """Compares the tensors of one layer, in the order of the data flow; `moments` map linears to moments of the
+    original's inputs.
+    """
 
     layer: DecoderLayer
     unfolding: Unfolding = field(default_factory=Unfolding)
     errors: list[WeightError] = field(default_factory=list)
 
     def dense_part(self, original: Weights, candidate: Weights, moments: Mapping[str, Moments]) -> None:
-        """Attention, router, and every MLP that is not routed.
-
-        Args:
-            original: the original's weights.
-            candidate: the candidate's.
-            moments: linear (or router) -> moments of the original's inputs.
-        """
+        """Compares attention, router, and every MLP that is not routed."""
         for group in self.layer.attention:
             self._unfold(group, original, candidate)
         for linear in self.layer.attention_linears:
@@ -156,14 +135,7 @@ class LayerComparison:
                 self.mlp(mlp, GatedWeights.read(original, mlp), GatedWeights.read(candidate, mlp), moments)
 
     def mlp(self, mlp: Mlp, original: GatedWeights, candidate: GatedWeights, moments: Mapping[str, Moments]) -> None:
-        """One gated MLP.
-
-        Args:
-            mlp: the MLP.
-            original: its weights.
-            candidate: the candidate's.
-            moments: linear -> moments of the original's inputs.
-        """
+        """Compares one gated MLP."""
         up_WH = self.unfolding.apply(mlp.up, candidate.up_WH)
         rows_W = row_factor(original.up_WH, up_WH)
         gate_WH = self.unfolding.apply(mlp.gate, candidate.gate_WH)
@@ -176,7 +148,7 @@ class LayerComparison:
             self.errors.append(weight_error(name, self.layer.index, wanted, found, moments.get(linear)))
 
     def _unfold(self, group: ScaleGroup, original: Weights, candidate: Weights) -> None:
-        """Reads off what a group's producer was divided by."""
+        """Reads off the divisor of a group's producer."""
         name = f"{group.producer}.weight"
         wanted, found = original[name], self.unfolding.apply(group.producer, candidate[name])
         if wanted.dim() == 1:
@@ -198,27 +170,19 @@ class LayerComparison:
 
 
 def worst(errors: Sequence[WeightError], count: int = 20) -> tuple[WeightError, ...]:
-    """The tensors with the largest errors, plain or activation-weighted, whichever is larger."""
+    """Returns the tensors with the largest errors, plain or activation-weighted, whichever is larger."""
     return tuple(
         sorted(errors, key=lambda one: max(one.relative, one.activation_weighted or 0.0), reverse=True)[:count]
     )
 
 
 def kind_of(name: str) -> str:
-    """`mlp.experts.down_proj` for `model.layers.3.mlp.experts.17.down_proj.weight`."""
+    """Returns `mlp.experts.down_proj` for `model.layers.3.mlp.experts.17.down_proj.weight`."""
     return _NUMBERS.sub("", name).removesuffix(".weight")
 
 
 def by_kind(errors: Sequence[WeightError], total: Callable[[Sequence[float]], float]) -> dict[str, float]:
-    """Sums up relative errors by kind of module.
-
-    Args:
-        errors: of all tensors.
-        total: such as mean or median.
-
-    Returns:
-        Kind -> number.
-    """
+    """Reduces relative errors to one number for each kind of module, with `total` (mean, median ...)."""
     groups: dict[str, list[float]] = defaultdict(list)
     for error in errors:
         groups[kind_of(error.name)].append(error.relative)

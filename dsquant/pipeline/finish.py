@@ -1,9 +1,11 @@
 """What makes written tensors an output: files beside them, the comparison with the original, the record last."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from dsquant.evaluation.held_out import Comparison, compare_on_texts
+from dsquant.evaluation.divergence import ComparedModels
+from dsquant.evaluation.held_out import compare_on_texts
 from dsquant.files.disk import write_atomically
 from dsquant.formats.safetensors import CARD_FILE
 from dsquant.pipeline.card import model_card
@@ -46,8 +48,9 @@ def _evaluate(run: Run) -> dict[str, dict[str, Any]]:
     source, output = run.source, run.job.output
     candidates = {target.name: target.candidate(output, source.checkpoint) for target in source.plan.targets}
     original = source.checkpoint.weights
-    compared = Comparison(source.skeleton, original, candidates, run.job.work, run.batch_samples, run.safe_point)
-    return compare_on_texts(compared, source.tokenizer, run.recipe.seq_len)
+    models = ComparedModels(source.skeleton, original, candidates, run.batch_samples)
+    safe_point = partial(run.safe_point, "evaluate")
+    return compare_on_texts(models, source.tokenizer, run.recipe.seq_len, run.job.work, safe_point)
 
 
 def _hashing(names: list[str], safe_point: Callable[[Stage, int, int, str], None]) -> Callable[[str], None]:

@@ -14,12 +14,12 @@ Where it differs from the authors' implementation (CodeXGLUE, code-to-code-trans
 * Syntax and data flow are F1 scores. The authors divide by the reference's count alone, so that a candidate with
   everything in it scores 1.
 * The weighted n-gram match is the paper's precision of unigrams; the authors' code computes a recall up to 4-grams.
-* Comments are removed as Python's, whatever the text; the authors' code always removes them as Java's.
+* Comments are always removed as Python's; the authors' code always removes them as Java's.
 * Where neither side has data flow (or syntax), the component is None and the total is the mean of the others; the
   authors' code counts 0 there with a warning, others' 1. A candidate that is empty or does not parse gets 0 against a
   reference that has some: it is never excused.
 * Data flow tells a variable's definitions apart; the authors' compares names alone. Both number variables in the order
-  of their appearance, so an additional variable shifts those behind it.
+  of their appearance, so an additional variable shifts those after it.
 
 Scores are therefore comparable among each other and not with published ones.
 """
@@ -37,7 +37,7 @@ from dsquant.evaluation.code.python_tokens import Behind, parsed, python_tokens
 
 ORDERS = 4
 KEYWORD_WEIGHT, OTHER_WEIGHT = 1.0, 0.2
-# Not part of what a program says: how a name is used follows from its place.
+# Not part of a program's meaning: the use of a name follows from its place.
 FIELDS_LEFT_OUT = ("ctx", "type_comment", "kind", "type_ignores")
 
 # Places in a pair's counts, which add up over a corpus.
@@ -49,31 +49,16 @@ NUM_COUNTS = 18
 
 
 def code_bleu(candidates: Sequence[str], references: Sequence[str], prefixes: Sequence[str] | None = None) -> CodeBleu:
-    """CodeBLEU of a corpus.
+    """Returns CodeBLEU of a corpus of programs with one reference each.
 
-    Args:
-        candidates: programs, or what follows the prefixes.
-        references: one for each candidate.
-        prefixes: what candidate and reference both begin with; it is parsed with them and not scored. None: nothing.
-
-    Returns:
-        The score and its components.
+    `prefixes` are what candidate and reference both begin with; they are parsed with them and not scored.
     """
     pairs = zip(candidates, references, prefixes or [""] * len(candidates), strict=True)
     return score([pair_counts(*pair) for pair in pairs])
 
 
 def pair_counts(candidate: str, reference: str, prefix: str = "") -> np.ndarray:
-    """What one pair adds to a corpus's score.
-
-    Args:
-        candidate: a program, or what follows the prefix.
-        reference: the same.
-        prefix: what both begin with.
-
-    Returns:
-        float64 [18]; `score` sums and reads them.
-    """
+    """Returns the counts that one pair adds to a corpus's score, float64 [18]; `score` sums and reads them."""
     counts = np.zeros(NUM_COUNTS)
     ours, theirs = python_tokens(candidate, prefix), python_tokens(reference, prefix)
     counts[LENGTHS] = len(ours), len(theirs)
@@ -91,14 +76,7 @@ def pair_counts(candidate: str, reference: str, prefix: str = "") -> np.ndarray:
 
 
 def score(counts: Sequence[np.ndarray]) -> CodeBleu:
-    """CodeBLEU of a corpus from its pairs' counts.
-
-    Args:
-        counts: each as `pair_counts` gives it.
-
-    Returns:
-        The score and its components.
-    """
+    """Returns CodeBLEU of a corpus from the `pair_counts` of its pairs."""
     total = np.sum(counts, axis=0)
     length, wanted = total[LENGTHS]
     penalty = float(np.exp(min(0.0, 1 - wanted / length))) if length else 0.0
@@ -136,7 +114,7 @@ def _bleu(total: np.ndarray) -> float:
 
 
 def _matches(found: Counter[Hashable], wanted: Counter[Hashable]) -> tuple[int, int, int]:
-    """What both have, and what each has."""
+    """Returns the number that both have, and that each has."""
     return (found & wanted).total(), found.total(), wanted.total()
 
 
@@ -146,11 +124,11 @@ def _f1(counts: np.ndarray) -> float | None:
 
 
 def _subtrees(tree: ast.Module, prefix: str) -> Counter[Hashable]:
-    """Every subtree that ends behind the prefix and is more than a leaf, without names and constants' values."""
+    """Returns every subtree that ends after the prefix and is more than a leaf, without names and constants' values."""
     behind, found = Behind(prefix), Counter[Hashable]()
 
     def visit(node: ast.AST) -> tuple[Hashable, bool]:
-        """The subtree of a node, and whether it ends behind the prefix."""
+        """Returns the subtree of a node, and whether it ends after the prefix."""
         parts: list[Hashable] = []
         inside = False
         for field, value in ast.iter_fields(node):

@@ -1,4 +1,4 @@
-"""Compares completions: with gold, with the original's, and each model's by themselves. No model runs here.
+"""Compares completions with gold and with the original's, and examines each model's by themselves. No model runs here.
 
 Shape legend: N prompts, D draws of the bootstrap, C counts.
 """
@@ -14,11 +14,11 @@ import numpy as np
 
 from dsquant.calibration.tokenizer import encode
 from dsquant.evaluation.code import code_bleu
-from dsquant.evaluation.code.drift import CodeDrift, Execution, Health, PromptDrift, Similarity
-from dsquant.evaluation.code.execution import paired_difference, paired_ratio
+from dsquant.evaluation.code.drift import CodeDrift, Health, PromptDrift, Similarity
+from dsquant.evaluation.code.execution import ProgramRun, compare_runs, paired_difference, paired_ratio
 from dsquant.evaluation.code.generation import Completion
 from dsquant.evaluation.code.python_tokens import parsed, python_tokens
-from dsquant.evaluation.code.tasks import Task
+from dsquant.evaluation.code.tasks import DriftPlan, Task
 from dsquant.evaluation.intervals import CONFIDENCE, DRAWS, Interval
 
 LOOP_REPEATS = 3
@@ -36,13 +36,27 @@ class Written:
     """The model's tokens of each."""
 
 
+@dataclass(frozen=True)
+class Sides:
+    """Everything that was written for the same prompts, and what its tests said."""
+
+    gold: Written | None
+    """The prompts' own completions."""
+    original: Sequence[Completion]
+    candidate: Sequence[Completion]
+    noise: Sequence[Completion] | None = None
+    """The original's at another batch size."""
+    runs: tuple[Sequence[ProgramRun] | None, Sequence[ProgramRun], Sequence[ProgramRun]] | None = None
+    """Of gold (None without gold), original and candidate, for each task with a test; None where nothing ran."""
+
+
 def written(completions: Sequence[Completion]) -> Written:
-    """A model's completions as one side of a comparison."""
+    """Returns a model's completions as one side of a comparison."""
     return Written(tuple(one.text for one in completions), tuple(one.tokens for one in completions))
 
 
 def gold_of(tasks: Sequence[Task], tokenizer: Any) -> Written | None:
-    """The prompts' own completions as one side of a comparison; None where a prompt has none."""
+    """Returns the prompts' own completions as one side of a comparison; None where a prompt has none."""
     texts = tuple(task.gold for task in tasks if task.gold is not None)
     if len(texts) < len(tasks):
         return None
@@ -50,7 +64,7 @@ def gold_of(tasks: Sequence[Task], tokenizer: Any) -> Written | None:
 
 
 def signatures() -> dict[str, str]:
-    """What to publish beside the scores, so that others can compare theirs."""
+    """Returns the metrics' signatures, to publish with the scores so that they can be compared."""
     lexer = f"lexer:python-{sys.version_info.major}.{sys.version_info.minor}"
     bleu, chrf = _metrics()
     for metric in (bleu, chrf):
@@ -63,15 +77,9 @@ def signatures() -> dict[str, str]:
 
 
 def corpus_bleu(candidates: Sequence[str], references: Sequence[str], prefixes: Sequence[str]) -> float:
-    """Corpus BLEU-4 on Python tokens, by sacrebleu without a tokenizer of its own.
+    """Returns corpus BLEU-4 on Python tokens, 0 to 1, by sacrebleu without a tokenizer of its own.
 
-    Args:
-        candidates: what follows the prefixes.
-        references: the same.
-        prefixes: what both begin with, which is not scored.
-
-    Returns:
-        0 to 1.
+    Candidates and references both follow the prefixes, which are not scored.
     """
     bleu, _ = _metrics()
     sides = [[_words(*pair) for pair in zip(side, prefixes, strict=True)] for side in (candidates, references)]
@@ -80,7 +88,7 @@ def corpus_bleu(candidates: Sequence[str], references: Sequence[str], prefixes: 
 
 
 def _words(text: str, prefix: str) -> str:
-    """Tokens with spaces between them; a space inside a token (a string's) is made visible."""
+    """Joins tokens with spaces; a space inside a token (a string's) is made visible."""
     return " ".join(re.sub(r"\s", "␣", token) for token in python_tokens(text, prefix))
 
 
@@ -93,15 +101,9 @@ def _metrics() -> tuple[Any, Any]:
 
 
 def similarity(candidate: Written, reference: Written, prefixes: Sequence[str]) -> Similarity:
-    """How near completions are to others of the same prompts.
+    """Scores completions against others of the same prompts.
 
-    Args:
-        candidate: what is judged.
-        reference: what it is held against.
-        prefixes: the code that each completion continues; it takes part in parsing and is not scored.
-
-    Returns:
-        The scores.
+    `prefixes` are the code that each completion continues; it is parsed with the completion and not scored.
     """
     _, chrf = _metrics()
     same = [ours.rstrip() == theirs.rstrip() for ours, theirs in zip(candidate.texts, reference.texts, strict=True)]
@@ -118,21 +120,13 @@ def similarity(candidate: Written, reference: Written, prefixes: Sequence[str]) 
 
 
 def first_divergence(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """How many tokens agree before the first that differs; None where all do."""
+    """Returns how many tokens agree before the first that differs; None where all do."""
     pairs = itertools.zip_longest(ours, theirs)
     return next((place for place, (one, other) in enumerate(pairs) if one != other), None)
 
 
 def health(tasks: Sequence[Task], completions: Sequence[Completion]) -> Health:
-    """What can be told from one model's completions alone.
-
-    Args:
-        tasks: the prompts.
-        completions: one for each.
-
-    Returns:
-        Rates, 0 to 1, and the mean length.
-    """
+    """Computes the rates (0 to 1) that need only one model's completions, and their mean length."""
     parse = [parses(task, completion) for task, completion in zip(tasks, completions, strict=True)]
     return Health(
         parse_rate=float(np.mean(parse)),
@@ -143,7 +137,9 @@ def health(tasks: Sequence[Task], completions: Sequence[Completion]) -> Health:
 
 
 def parses(task: Task, completion: Completion) -> bool:
-    """Whether prompt and completion are a Python program; a cut completion's last line, begun only, does not count."""
+    """Returns whether prompt and completion are a Python program; a truncated completion's unfinished last line is left
+    out.
+    """
     text = completion.text
     if completion.truncated and "\n" in text:
         text = text[: text.rindex("\n") + 1]
@@ -151,7 +147,7 @@ def parses(task: Task, completion: Completion) -> bool:
 
 
 def ends_in_loop(tokens: Sequence[int]) -> bool:
-    """Whether tokens end in one block that comes three times or more and at least 12 tokens in all."""
+    """Returns whether tokens end in one block that is repeated three times or more and spans at least 12 tokens."""
     for period in range(1, len(tokens) // LOOP_REPEATS + 1):
         repeats = max(LOOP_REPEATS, -(-LOOP_TOKENS // period))
         tail = tokens[-period * repeats :]
@@ -160,35 +156,9 @@ def ends_in_loop(tokens: Sequence[int]) -> bool:
     return False
 
 
-def code_drift(
-    tasks: Sequence[Task],
-    gold: Written | None,
-    original: Sequence[Completion],
-    candidate: Sequence[Completion],
-    noise: Sequence[Completion] | None,
-    execution: Execution | None,
-    passed: Sequence[tuple[bool, bool]],
-    note: str,
-    max_tokens: int,
-    seed: int = 0,
-) -> CodeDrift:
-    """Everything that completions tell about a candidate.
-
-    Args:
-        tasks: the prompts.
-        gold: their own completions.
-        original: the original's completions.
-        candidate: the candidate's.
-        noise: the original's at another batch size; None where there are none.
-        execution: what tests said; None where nothing ran.
-        passed: for each task whether original and candidate passed; empty where nothing ran.
-        note: how the completions came about.
-        max_tokens: the most tokens of a completion.
-        seed: of the bootstrap's draws.
-
-    Returns:
-        The drift.
-    """
+def code_drift(plan: DriftPlan, sides: Sides, seed: int = 0) -> CodeDrift:
+    """Compares a candidate's completions with the original's and with gold; `seed` is that of the bootstrap's draws."""
+    tasks, gold, original, candidate = plan.tasks, sides.gold, sides.original, sides.candidate
     prefixes = [task.prefix for task in tasks]
     first, second = written(original), written(candidate)
     examples = tuple(
@@ -197,32 +167,26 @@ def code_drift(
     )
     return CodeDrift(
         method="generated",
-        note=note,
+        note=plan.note,
         prompts=len(tasks),
-        max_tokens=max_tokens,
+        max_tokens=plan.max_tokens,
         signatures=signatures(),
         original_vs_gold=similarity(first, gold, prefixes) if gold else None,
         candidate_vs_gold=similarity(second, gold, prefixes) if gold else None,
         candidate_vs_original=similarity(second, first, prefixes),
-        noise_floor=similarity(written(noise), first, prefixes) if noise is not None else None,
+        noise_floor=similarity(written(sides.noise), first, prefixes) if sides.noise is not None else None,
         original=health(tasks, original),
         candidate=health(tasks, candidate),
         agreement=None,
-        execution=execution,
+        execution=compare_runs(*sides.runs) if sides.runs else None,
         examples=examples,
-        measures=_measures(tasks, gold, original, candidate, passed, seed),
+        measures=_measures(tasks, sides, seed),
     )
 
 
-def _measures(
-    tasks: Sequence[Task],
-    gold: Written | None,
-    original: Sequence[Completion],
-    candidate: Sequence[Completion],
-    passed: Sequence[tuple[bool, bool]],
-    seed: int,
-) -> Mapping[str, Interval]:
-    """What gates can be set on. A drop is the original's less the candidate's: positive is worse."""
+def _measures(tasks: Sequence[Task], sides: Sides, seed: int) -> Mapping[str, Interval]:
+    """Computes what gates can be set on. A drop is the original's less the candidate's: positive is worse."""
+    gold, original, candidate = sides.gold, sides.original, sides.candidate
     first, second = written(original), written(candidate)
     prefixes = [task.prefix for task in tasks]
     chosen_DN = np.random.default_rng(seed).integers(len(tasks), size=(DRAWS, len(tasks)))
@@ -248,8 +212,9 @@ def _measures(
         found["codebleu_drop"] = _bootstrap(
             sides_NC, chosen_DN, lambda sums: POINTS * (_total(sums[0]) - _total(sums[1]))
         )
-    if passed:
-        both, only, other = (list(passed).count(kind) for kind in ((True, True), (True, False), (False, True)))
+    if sides.runs:
+        passed = [tuple(run.outcome == "passed" for run in pair) for pair in zip(*sides.runs[1:], strict=True)]
+        both, only, other = (passed.count(kind) for kind in ((True, True), (True, False), (False, True)))
         neither = len(passed) - both - only - other
         found["pass_rate_drop"] = paired_difference(both, only, other, neither)
         # Where the original passes nothing, any share may have been retained.
@@ -276,9 +241,9 @@ def _bootstrap(
     statistic: Callable[[Sequence[np.ndarray]], float],
     widest: float = POINTS,
 ) -> Interval:
-    """A statistic of sums over prompts, with percentiles over draws of prompts (with replacement).
+    """Returns a statistic of sums over prompts, with percentiles over draws of prompts (with replacement).
 
-    One prompt tells nothing of others: the interval is then the widest that there can be.
+    One prompt says nothing about others: the interval is then the widest possible.
     """
     prompts = len(sides_NC[0])
     estimate = statistic([side.sum(0) for side in sides_NC])

@@ -1,12 +1,12 @@
-"""Which value reaches which use: the data-flow graph of a Python program, for CodeBLEU.
+"""Builds the data-flow graph of a Python program for CodeBLEU: which value reaches which use.
 
 A *definition* is one place that binds a name: an assignment, a parameter, a loop's target, an import, a `def`. An
 *edge* leads from a definition to a place that reads it, and says what that place makes of it: another definition, a
-returned value, a condition, a stored or a merely evaluated one. Names do not count (renaming changes nothing); which
+returned value, a condition, a stored value or an evaluated one. Names do not count (renaming changes nothing); which
 definition of a name is read does.
 
-What is not covered: attributes and subscripts are part of the name before them, `global` and `nonlocal` names are taken
-for the function's own, and what a called function does with its arguments is not looked at.
+What is not covered: attributes and subscripts count as the name before them, `global` and `nonlocal` names as the
+function's own, and what a called function does with its arguments is ignored.
 """
 
 import ast
@@ -29,14 +29,8 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
 
 
 def data_flow(tree: ast.Module, prefix: str = "") -> Counter[Edge]:
-    """The edges of a program's data flow.
-
-    Args:
-        tree: the program.
-        prefix: text that the program's source begins with; what is read in it does not count.
-
-    Returns:
-        Edge -> how many places read so.
+    """Returns the edges of a program's data flow with their counts; reads inside `prefix`, the source's beginning, are
+    left out.
     """
     walker = _Walker(Behind(prefix))
     walker.block(tree.body)
@@ -63,7 +57,7 @@ class _Walker:
         return definition
 
     def definition(self, place: ast.AST, name: str) -> Definition:
-        """The definition that a place makes; the same each time the place is walked."""
+        """Returns the definition at a place; the same each time the place is walked."""
         key = (id(place), name)
         if key not in self._definitions:
             number = self._numbers.setdefault((self._scope, name), len(self._numbers))
@@ -98,7 +92,7 @@ class _Walker:
         self.read(target, ["store"])  # the base and the index of what is stored to
 
     def read(self, node: ast.AST | None, sinks: Sequence[Sink]) -> None:
-        """Notes what an expression reads on behalf of the sinks."""
+        """Records the reads of an expression on behalf of the sinks."""
         if node is None:
             return
         if isinstance(node, ast.Name):
@@ -131,7 +125,7 @@ class _Walker:
 
     @contextmanager
     def _inner(self, node: ast.AST) -> Iterator[None]:
-        """A scope: its names end with it."""
+        """Opens a scope: its names end with it."""
         before, scope = dict(self.state), self._scope
         self._scope = id(node)
         yield
@@ -178,7 +172,7 @@ class _Walker:
         self._join(after)
 
     def _join(self, other: State) -> None:
-        """Both states are possible from here on."""
+        """Merges another state: both are possible from here on."""
         for name, (variable, definitions) in other.items():
             known = self.state.get(name)
             both = definitions | known[1] if known else definitions

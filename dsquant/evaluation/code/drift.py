@@ -1,4 +1,4 @@
-"""What generated code tells about a candidate, as data: a part of `results`.
+"""Scores of a candidate's generated code: a part of `results`.
 
 Scores are shares, 0 to 1. "Against gold" compares with the prompts' own completions, "against the original" with what
 the original generated from the same prompt.
@@ -29,14 +29,14 @@ class CodeBleu:
 
 @dataclass(frozen=True)
 class Similarity:
-    """How near one set of completions is to another."""
+    """Similarity of one set of completions to another."""
 
     bleu: float
     """Corpus BLEU-4 on Python tokens."""
     chrf: float
     code_bleu: CodeBleu
     exact_match: float
-    """Share of completions that are the same text."""
+    """Share of completions with identical text."""
     first_divergence: float
     """Mean number of the model's tokens before the first difference; completions that agree count in full."""
     length_ratio: float
@@ -45,44 +45,45 @@ class Similarity:
 
 @dataclass(frozen=True)
 class Health:
-    """What can be told from one model's completions alone."""
+    """Rates that need only one model's completions."""
 
     parse_rate: float
-    """Share of prompts that are Python with their completion; an unfinished last line of a cut one does not count."""
+    """Share of prompts that are Python with their completion; the unfinished last line of a truncated one is left out.
+    """
     loop_rate: float
     """Share of completions that end in one block repeated three times or more."""
     truncation_rate: float
-    """Share of completions that reached the most tokens allowed."""
+    """Share of completions that reached the largest number of tokens."""
     mean_tokens: float
 
 
 @dataclass(frozen=True)
 class Execution:
-    """What the prompts' tests said of the completions; original and candidate in the same limits."""
+    """Results of the prompts' tests on the completions; original and candidate under the same limits."""
 
     tasks: int
     pass_original: Interval
     """pass@1 of greedy completions, with Wilson's interval."""
     pass_candidate: Interval
     pass_gold: float | None
-    """Of the prompts' own completions: below 1, tests or limits are at fault. None where some prompt has none."""
+    """Of the prompts' own completions: below 1, tests or limits are at fault. None where a prompt has none."""
     only_original: int
     """Tasks that the original alone passes."""
     only_candidate: int
     p_value: float
-    """McNemar's exact test, two-sided: how likely so uneven a split of the differing tasks is by chance."""
+    """McNemar's exact test, two-sided: the probability that chance splits the differing tasks at least as unevenly."""
     outcomes_original: Mapping[str, int]
     """passed, failed, error, time limit, memory limit, killed -> tasks."""
     outcomes_candidate: Mapping[str, int]
     protections: tuple[str, ...]
-    """What held the code back, in words."""
+    """The protections that held, in words."""
     left_over: tuple[str, ...] = ()
     """Folders of programs that could not be removed."""
 
 
 @dataclass(frozen=True)
 class PromptDrift:
-    """One prompt and what became of it."""
+    """One prompt and its completions."""
 
     name: str
     prompt: str
@@ -95,17 +96,17 @@ class PromptDrift:
 
 @dataclass(frozen=True)
 class CodeDrift:
-    """What completions of fixed prompts tell about one candidate."""
+    """Scores of one candidate's completions of fixed prompts."""
 
     method: DriftMethod
     """teacher_forced where the model does not fit in memory and nothing was generated."""
     note: str
-    """How the completions came about, in one sentence."""
+    """How the numbers are measured, in one sentence."""
     prompts: int
     max_tokens: int
-    """The most tokens of a completion."""
+    """Largest number of tokens of a completion."""
     signatures: Mapping[str, str]
-    """Metric -> the signature to publish beside it."""
+    """Metric -> the signature to publish with its score."""
     original_vs_gold: Similarity | None
     """None where a prompt has no completion, and where nothing was generated."""
     candidate_vs_gold: Similarity | None
@@ -119,9 +120,10 @@ class CodeDrift:
     execution: Execution | None
     examples: tuple[PromptDrift, ...]
     measures: Mapping[str, Interval] = field(default_factory=dict)
-    """What gates can be set on; `units` are prompts. Drops are the original's less the candidate's.
+    """Values that gates can be set on; `units` are prompts. Drops are the original's less the candidate's.
 
     code_bleu_drop, codebleu_drop: BLEU and CodeBLEU against gold, in points (of 100, as they are published).
-    code_exact_match: share of completions that are the original's. parse_rate_drop, loop_rate_rise: shares.
-    pass_rate_drop: share. accuracy_retained: the candidate's pass@1 divided by the original's.
-    greedy_agreement: `agreement`, where nothing was generated."""
+    code_exact_match: share of completions that equal the original's. parse_rate_drop, loop_rate_rise: shares.
+    pass_rate_drop: share. accuracy_retained: the candidate's pass@1 divided by the original's. greedy_agreement:
+    `agreement`, where nothing was generated.
+    """

@@ -1,6 +1,6 @@
-"""Code drift as a part of an evaluation: which prompts, whether the models fit in memory, and the run itself."""
+"""Plans the measurement of code drift: which prompts, and whether the models fit in memory."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +11,15 @@ from dsquant.calibration.tokenizer import encode
 from dsquant.errors import InputError, UsageError
 from dsquant.evaluation.code.drift import CodeDrift
 from dsquant.evaluation.code.generation import resident_size
-from dsquant.evaluation.code.measure_drift import DriftPlan, SafePoint, measure_drift
-from dsquant.evaluation.code.tasks import Task, read_tasks
-from dsquant.evaluation.opening import Opened, Original
+from dsquant.evaluation.code.tasks import DriftPlan, Task, read_tasks
+from dsquant.evaluation.opening import Original
 from dsquant.recipes import format_size
 from dsquant.source.vocabulary import check_embedded, surplus_tokens
 
 SHIPPED_PROMPTS = "python"
 NO_PROMPTS = "none"
 MAX_TOKENS = 64
-# Of a GPU's free memory: the cache and the activations need the rest.
+# Usable share of a GPU's free memory: the cache and the activations need the rest.
 FREE_SHARE = 0.8
 
 
@@ -31,38 +30,29 @@ class DriftRequest:
     prompts: str | None = None
     """`python` (shipped), a file, or `none`; None takes the shipped ones where the models fit in memory."""
     max_tokens: int = MAX_TOKENS
-    """The most tokens of a completion."""
+    """Largest number of tokens of a completion."""
     execute: bool = False
-    """Whether to run the completions with the prompts' tests; see `execution` for what that means."""
+    """Whether to run the completions with the prompts' tests; `execution` says what that means."""
     allow_code_execution: bool = False
-    """The caller's word that code written by a model may run on this machine."""
+    """The caller's consent to run code written by a model on this machine."""
 
 
 def plan_drift(request: DriftRequest, original: Original, memory_bytes: int) -> DriftPlan | None:
-    """Reads the prompts and decides how code drift is measured, before anything runs.
+    """Reads the prompts and decides how code drift is measured, before anything runs; None where it is not measured.
 
-    Args:
-        request: what is wanted.
-        original: the reference.
-        memory_bytes: what a model's weights may take in memory.
-
-    Returns:
-        The plan; None where no code drift is measured.
-
-    Raises:
-        UsageError: where code is to be run without the word that it may, or without prompts that have tests.
-        InputError: where a file of prompts cannot be used; the line's number is in the message.
+    `memory_bytes` may be taken by a model's weights. Raises UsageError where code is to be run without consent or
+    without prompts that have tests, InputError (with the line's number) where a file of prompts cannot be used.
     """
     if request.execute and not request.allow_code_execution:
         raise UsageError(
-            "--execute runs code that a language model wrote on this machine, in a process with limits that are no "
-            "security boundary; add --allow-code-execution if you mean it"
+            "--execute runs code that a language model wrote on this machine, in a process with limits that are not "
+            "a security boundary; add --allow-code-execution if you mean it"
         )
     if request.allow_code_execution and not request.execute:
         raise UsageError("--allow-code-execution does nothing without --execute")
     if request.prompts == NO_PROMPTS:
         if request.execute:
-            raise UsageError("--execute needs prompts to complete; --prompts none leaves none")
+            raise UsageError("--execute needs prompts to complete; leave out --prompts none")
         return None
     too_large = _too_large(original, memory_bytes)
     if too_large and request.execute:
@@ -77,7 +67,7 @@ def plan_drift(request: DriftRequest, original: Original, memory_bytes: int) -> 
 
 
 def _too_large(original: Original, memory_bytes: int) -> str | None:
-    """Why a model is not generated with, in words; None where it fits."""
+    """Returns why a model generates nothing, in words; None where it fits."""
     needed, device = resident_size(original.skeleton), original.checkpoint.weights.device
     left, where = max(0, memory_bytes), "the memory budget"
     if device.type == "cuda":
@@ -89,30 +79,16 @@ def _too_large(original: Original, memory_bytes: int) -> str | None:
 
 
 def drift_caveats(plan: DriftPlan | None) -> list[str]:
-    """What code drift does not tell, in words.
-
-    Args:
-        plan: how it was measured; None where it was not.
-
-    Returns:
-        Sentences without a stop.
-    """
+    """Returns what the plan's code drift does not show: sentences without a full stop."""
     if plan is None:
-        return ["no code was generated; --prompts says with what, also for models that do not fit in memory"]
+        return ["no code was generated; choose prompts with --prompts, also for models that do not fit in memory"]
     if plan.too_large is not None:
         return [f"no code was generated, {plan.too_large}; both models read the prompts' own completions instead"]
     return [f"code drift rests on {len(plan.tasks)} prompts and greedy completions of at most {plan.max_tokens} tokens"]
 
 
 def left_over_caveats(drifts: Iterable[CodeDrift]) -> list[str]:
-    """Where programs left folders behind that dsquant could not remove, in words.
-
-    Args:
-        drifts: of all candidates.
-
-    Returns:
-        One sentence without a stop, or none.
-    """
+    """Returns a sentence about folders of programs that dsquant could not remove, or nothing."""
     found = dict.fromkeys(folder for one in drifts if one.execution for folder in one.execution.left_over)
     return [f"programs left what could not be removed: {', '.join(found)}; remove it yourself"] if found else []
 
@@ -124,11 +100,11 @@ def _prompts_file(prompts: str) -> Path:
     if prompts == SHIPPED_PROMPTS:
         shipped = (folder / "held-out" / "prompts" / f"{SHIPPED_PROMPTS}.jsonl" for folder in FOLDERS)
         return next(file for file in shipped if file.is_file())
-    raise InputError(f"--prompts {prompts!r}: no such file; the shipped prompts are called {SHIPPED_PROMPTS}")
+    raise InputError(f"--prompts {prompts!r}: no such file; name one, or {SHIPPED_PROMPTS} for the shipped prompts")
 
 
 def _check_tokens(tasks: tuple[Task, ...], request: DriftRequest, original: Original) -> None:
-    """Refuses what does not fit into the model's context, or has tokens that the model does not know."""
+    """Refuses prompts that do not fit into the model's context, or have tokens that the model does not know."""
     for task in tasks if surplus_tokens(original.tokenizer) else ():
         samples = [original.tokenizer.encode(text) for text in (task.prompt, task.gold) if text]
         check_embedded(samples, original.tokenizer, f"prompt {task.name}")
@@ -137,27 +113,6 @@ def _check_tokens(tasks: tuple[Task, ...], request: DriftRequest, original: Orig
     wanted = len(encode(longest.prompt, original.tokenizer)) + request.max_tokens
     if context is not None and wanted > int(context):
         raise UsageError(
-            f"prompt {longest.name} and {request.max_tokens} tokens behind it are {wanted} tokens; the model's context "
+            f"prompt {longest.name} and {request.max_tokens} tokens after it are {wanted} tokens; the model's context "
             f"is {context}; lower --max-tokens or shorten the prompt"
         )
-
-
-def run_drift(
-    plan: DriftPlan, original: Original, candidates: Mapping[str, Opened], work: Path, safe_point: SafePoint
-) -> dict[str, CodeDrift]:
-    """Measures code drift as planned.
-
-    Args:
-        plan: from `plan_drift`.
-        original: the reference.
-        candidates: name -> candidate, of any format.
-        work: a folder for hidden states.
-        safe_point: called before each token and layer; it may raise to stop.
-
-    Returns:
-        Candidate name -> its drift.
-    """
-    weights = {name: opened.weights for name, opened in candidates.items()}
-    return measure_drift(
-        original.skeleton, original.checkpoint.weights, weights, original.tokenizer, plan, work, safe_point
-    )

@@ -1,20 +1,20 @@
-"""Runs completions with their tests, each in a process of its own: pass@1, and what can be said of a difference.
+"""Runs completions with their tests, each in a process of its own: pass@1, and the significance of a difference.
 
-Running what a language model wrote is dangerous. Each program gets: a new Python without site-packages, an empty
-temporary folder, no environment, no standard input, its output thrown away; limits on CPU and wall-clock time, memory,
-size of files, open files and processes. On Linux it also gives up root's user where another can read Python's library,
-all capabilities, and the machine's mounts, network and IPC: its folder is a small file system in memory. The kernel
-opens it no file but those of its folder and of Python's library (Landlock), and refuses every call that is not on a
-list (seccomp): without sockets, processes, threads, clocks, and changes of permissions, owners, times and attributes,
-of its own files too. An audit hook refuses much of the same once more.
+Running code that a language model wrote is dangerous. Each program gets: a new Python without site-packages, an empty
+temporary folder, no environment, no standard input, its output discarded; limits on CPU and wall-clock time, memory,
+file size, open files and processes. On Linux it also gives up root's user where another can read Python's library, all
+capabilities, and the machine's mounts, network and IPC: its folder is a small file system in memory. The kernel opens
+only files of its folder and of Python's library for it (Landlock), and refuses every call that is not on a list
+(seccomp): without sockets, processes, threads, clocks, and changes of permissions, owners, times and attributes, of its
+own files too. An audit hook refuses much of the same once more.
 
-What is not covered: this is no security boundary. The program runs on the same kernel. Each protection is tried alone,
-and `Execution.protections` says which held: containers may refuse mounts and namespaces, kernels before 5.13 have no
-Landlock, macOS and other processors have none of it. Then a program can fill the disk with many small files, and what
-the audit hook alone guards is open to code that means to get round it, which stops no reading of files either. In all
-cases a program can see which files there are and how large, though not what is in them, and code that wants to can
-make its tests pass without solving anything: it runs in their interpreter. For models or prompts that you do not trust,
-run dsquant itself in a container or a virtual machine without a network.
+What is not covered: this is not a security boundary. The program runs on the same kernel. Each protection is tried
+separately, and `Execution.protections` says which held: containers may refuse mounts and namespaces, kernels before
+5.13 have no Landlock, macOS and other processors have none of it. Then a program can fill the disk with many small
+files, and what only the audit hook guards is open to code that is written to evade it, which does not prevent reading
+files either. In all cases a program can see which files there are and how large, though not their content, and code
+that wants to can make its tests pass without solving anything: it runs in their interpreter. For models or prompts that
+you do not trust, run dsquant itself in a container or a virtual machine without a network.
 """
 
 import json
@@ -44,11 +44,11 @@ from dsquant.evaluation.code.system_calls import allowing_filter
 from dsquant.evaluation.intervals import CONFIDENCE, Interval
 
 Outcome = Literal["passed", "failed", "error", "time limit", "memory limit", "killed"]
-# What a program can end with that lived to reply.
+# Outcomes of a program that was able to reply.
 REPLIES: tuple[Outcome, ...] = ("passed", "failed", "error", "memory limit")
 
 CPU_SECONDS = 5
-# Beside a busy machine a program gets less than a whole processor.
+# On a busy machine a program gets less than a whole processor.
 WALL_SECONDS = 20
 MEMORY_BYTES = 2**30
 FILE_BYTES = 2**20
@@ -58,32 +58,25 @@ WORKERS = 4
 
 
 @dataclass(frozen=True)
-class Run:
-    """What became of one program."""
+class ProgramRun:
+    """The outcome of one program."""
 
     outcome: Outcome
     error: str
     """The exception's name; empty where none was raised."""
     protections: tuple[str, ...] = ()
-    """What held it back; empty where it died before it could say."""
+    """The protections that held; empty where it died before it could report them."""
     left_over: str = ""
     """Its folder, where that could not be removed; empty where it is gone."""
 
 
-def run_program(program: str) -> Run:
-    """Runs a program under limits; see the module for what they do not cover.
+def run_program(program: str) -> ProgramRun:
+    """Runs a program, which raises where a test fails, under limits; the module says what they do not cover.
 
-    Args:
-        program: Python that raises where a test fails.
-
-    Returns:
-        What became of it.
-
-    Raises:
-        UsageError: where the platform has no limits (Windows).
+    Raises UsageError where the platform has no limits (Windows).
     """
     if os.name != "posix":
-        raise UsageError("--execute needs a POSIX system: there is nothing to limit a program's resources with here")
+        raise UsageError("--execute needs a POSIX system, which can limit a program's resources")
     folder = tempfile.mkdtemp(prefix="dsquant-run-")
     try:
         run = _run_in(folder, program)
@@ -92,7 +85,7 @@ def run_program(program: str) -> Run:
     return run if gone else replace(run, left_over=folder)
 
 
-def _run_in(folder: str, program: str) -> Run:
+def _run_in(folder: str, program: str) -> ProgramRun:
     limits = {"seconds": CPU_SECONDS, "memory_bytes": MEMORY_BYTES, "file_bytes": FILE_BYTES}
     limits["folder_bytes"] = FOLDER_BYTES
     reading, writing = os.pipe()
@@ -138,17 +131,17 @@ def _read(reading: int) -> bytes:
         return b""
 
 
-def _outcome(return_code: int, reply: bytes, secret: str, timed_out: bool) -> Run:
-    """What the sandbox wrote: a line of its protections, and one that a program may try to write in its place."""
+def _outcome(return_code: int, reply: bytes, secret: str, timed_out: bool) -> ProgramRun:
+    """Parses the sandbox's reply: a line of its protections, and one that a program may try to write in its place."""
     first, _, rest = reply.decode(errors="replace").partition("\n")
     protections = tuple(json.loads(first)) if first else ()
     if timed_out or return_code == -signal.SIGXCPU:
-        return Run("time limit", "", protections)
+        return ProgramRun("time limit", "", protections)
     verdict, _, error = rest.partition("\n")
     for outcome in REPLIES:
         if verdict == f"{secret} {outcome}":
-            return Run(outcome, error, protections)
-    return Run("killed", _ending(return_code), protections)
+            return ProgramRun(outcome, error, protections)
+    return ProgramRun("killed", _ending(return_code), protections)
 
 
 def _ending(return_code: int) -> str:
@@ -160,15 +153,12 @@ def _ending(return_code: int) -> str:
         return f"signal {-return_code}"
 
 
-def run_all(programs: Sequence[str], safe_point: Callable[[int, int], None] = lambda done, total: None) -> list[Run]:
+def run_all(
+    programs: Sequence[str], safe_point: Callable[[int, int], None] = lambda done, total: None
+) -> list[ProgramRun]:
     """Runs programs, a few at a time.
 
-    Args:
-        programs: each as for `run_program`.
-        safe_point: called after each with programs done and programs in all; it may raise to stop.
-
-    Returns:
-        What became of each.
+    `safe_point` is called after each with programs done and programs in all; it may raise to stop.
     """
     found = []
     with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
@@ -181,16 +171,13 @@ def run_all(programs: Sequence[str], safe_point: Callable[[int, int], None] = la
     return found
 
 
-def compare_runs(gold: Sequence[Run] | None, original: Sequence[Run], candidate: Sequence[Run]) -> Execution:
-    """What the runs of two models' completions of the same tasks say.
+def compare_runs(
+    gold: Sequence[ProgramRun] | None, original: Sequence[ProgramRun], candidate: Sequence[ProgramRun]
+) -> Execution:
+    """Returns pass@1 of two models' completions of the same tasks, the tasks that they do not share, and McNemar's
+    test.
 
-    Args:
-        gold: the runs of the tasks' own completions; None where there are none.
-        original: the original's.
-        candidate: the candidate's, task by task.
-
-    Returns:
-        pass@1 of each, the tasks that they do not share, and McNemar's test.
+    `gold` are the runs of the tasks' own completions; None where there are none.
     """
     passed = [tuple(run.outcome == "passed" for run in pair) for pair in zip(original, candidate, strict=True)]
     only_original = passed.count((True, False))
@@ -214,17 +201,10 @@ def compare_runs(gold: Sequence[Run] | None, original: Sequence[Run], candidate:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """McNemar's exact test, two-sided.
+    """Returns the p-value of McNemar's exact test, two-sided: of a split at least as uneven.
 
-    Under the null hypothesis each task that one of two models alone passes is as likely to be the first's as the
+    Under the null hypothesis each task that only one of two models passes is equally likely to be the first's or the
     second's: a binomial distribution with p = 1/2.
-
-    Args:
-        only_first: tasks that the first alone passes.
-        only_second: tasks that the second alone passes.
-
-    Returns:
-        The probability of a split at least as uneven, 0 to 1.
     """
     differing = only_first + only_second
     ways = tail = 1  # of choosing no task
@@ -235,16 +215,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def wilson(passed: int, tasks: int, confidence: float = CONFIDENCE) -> Interval:
-    """A proportion with Wilson's score interval (JASA 22, 1927).
-
-    Args:
-        passed: successes.
-        tasks: trials, at least one.
-        confidence: share of intervals that hold the truth, 0 to 1.
-
-    Returns:
-        The proportion and its interval.
-    """
+    """Returns a proportion of at least one task with Wilson's score interval (JASA 22, 1927)."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, weight = passed / tasks, z * z / tasks
     middle = (share + weight / 2) / (1 + weight)
@@ -254,19 +225,11 @@ def wilson(passed: int, tasks: int, confidence: float = CONFIDENCE) -> Interval:
 
 
 def paired_difference(both: int, only_first: int, only_second: int, neither: int) -> Interval:
-    """First proportion less the second of paired trials, with Newcombe's interval.
+    """Returns the first proportion less the second of paired trials, with Newcombe's interval.
 
-    Newcombe, Statistics in Medicine 17 (1998) 2635-2650, method 10: Wilson's intervals of the two proportions,
-    combined with the correlation of the pairs.
-
-    Args:
-        both: trials in which both succeed.
-        only_first: the first alone.
-        only_second: the second alone.
-        neither: none.
-
-    Returns:
-        The difference and its interval.
+    Newcombe, Statistics in Medicine 17 (1998) 2635-2650, method 10: Wilson's intervals of the two proportions, combined
+    with the correlation of the pairs. The counts are of trials in which both succeed, the first alone, the second
+    alone, and neither.
     """
     first, second, correlation = _margins(both, only_first, only_second, neither)
 
@@ -280,25 +243,16 @@ def paired_difference(both: int, only_first: int, only_second: int, neither: int
 
 
 def paired_ratio(both: int, only_first: int, only_second: int, neither: int) -> Interval:
-    """Second proportion as a share of the first of paired trials.
+    """Returns the second proportion as a share of the first of paired trials; the first must succeed at least once.
 
     Donner and Zou, Statistical Methods in Medical Research 21 (2012) 347-359 (MOVER-R): Wilson's intervals of the two
     proportions, combined with the correlation of the pairs.
-
-    Args:
-        both: trials in which both succeed.
-        only_first: the first alone.
-        only_second: the second alone.
-        neither: none.
-
-    Returns:
-        The ratio and its interval; the first must succeed at least once.
     """
     below, above, correlation = _margins(both, only_first, only_second, neither)
     top, bottom = above.estimate, below.estimate
 
     def root(one: float, other: float) -> tuple[float, float]:
-        """A limit of each proportion to the middle term, and the square root beside it."""
+        """Returns the middle term at a limit of each proportion, and its distance to the roots."""
         middle = top * bottom - correlation * abs(top - one) * abs(other - bottom)
         return middle, math.sqrt(max(0.0, middle**2 - one * other * (2 * top - one) * (2 * bottom - other)))
 
@@ -310,7 +264,7 @@ def paired_ratio(both: int, only_first: int, only_second: int, neither: int) -> 
 
 
 def _margins(both: int, only_first: int, only_second: int, neither: int) -> tuple[Interval, Interval, float]:
-    """Both proportions, and their correlation with Newcombe's correction for continuity."""
+    """Returns both proportions, and their correlation with Newcombe's continuity correction."""
     tasks = both + only_first + only_second + neither
     margins = (both + only_first, only_second + neither, both + only_second, only_first + neither)
     product: float = both * neither - only_first * only_second

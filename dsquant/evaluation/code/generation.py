@@ -1,8 +1,8 @@
 """Completes prompts with a model whose weights come from a lazy mapping.
 
-The network is transformers' own, its cache and its `generate` too. The weights of everything but the routed experts are
-put into the modules for as long as completions are made; experts run one after the other, each with the tokens that
-chose it. Both need memory for the whole model in float32: a larger one is not generated with (`resident_size`).
+The network, its cache and `generate` are transformers' own. The weights of everything but the routed experts are loaded
+into the modules while completions are generated; experts run one after the other, each with the tokens that chose it.
+Both need memory for the whole model in float32: a larger one generates nothing (`resident_size`).
 
 Shape legend: N prompts, T tokens, R tokens of all samples, H hidden size, K experts of a token.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dsquant.calibration.tokenizer import decode, encode
+from dsquant.evaluation.code.tasks import DriftPlan
 from dsquant.model.engine import rounded_head, rounded_linears
 from dsquant.model.gated import GatedWeights
 from dsquant.model.skeleton import Skeleton
@@ -28,24 +29,19 @@ BYTES_OF_FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote behind one prompt."""
+    """A model's completion of one prompt."""
 
     text: str
-    """Without what a stop rule cut off."""
+    """Without the part that a stop rule cut off."""
     tokens: tuple[int, ...]
-    """The model's tokens, with the end of text or the stop string that came last."""
+    """The model's tokens, including a final end of text or stop string."""
     truncated: bool
-    """Whether the most tokens allowed ended it, and no stop rule did."""
+    """Whether it reached the largest number of tokens before a stop rule applied."""
 
 
 def resident_size(skeleton: Skeleton) -> int:
-    """Memory that generation needs for weights.
-
-    Args:
-        skeleton: the network.
-
-    Returns:
-        Bytes: every weight of the decoder in float32, without multi-token-prediction layers.
+    """Returns the bytes that generation needs for weights: the decoder in float32, without multi-token-prediction
+    layers.
     """
     beyond = tuple(f"{layer.prefix}." for layer in skeleton.layers[skeleton.num_layers :])
     shapes = [shape for name, shape in skeleton.expected_shapes().items() if not name.startswith(beyond or "\n")]
@@ -61,7 +57,7 @@ class _Experts(nn.Module):
         self._experts = [GatedWeights.read(weights, mlp) for mlp in layer.experts]
 
     def forward(self, hidden_RH: torch.Tensor, expert_RK: torch.Tensor, share_RK: torch.Tensor) -> torch.Tensor:
-        """The mixture's output [R, H]."""
+        """Returns the mixture's output [R, H]."""
         output_RH = torch.zeros_like(hidden_RH)
         for expert in expert_RK.unique().tolist():
             rows_R, places_R = torch.where(expert_RK == expert)
@@ -72,14 +68,10 @@ class _Experts(nn.Module):
 
 @contextmanager
 def resident_model(skeleton: Skeleton, weights: Weights) -> Iterator[Any]:
-    """Puts weights into the network's modules; takes them out again afterwards.
+    """Loads weights into the network's modules and yields transformers' model, ready for `generate`; unloads them
+    afterwards.
 
-    Args:
-        skeleton: the network; its multi-token-prediction layers are left out meanwhile.
-        weights: its weights.
-
-    Yields:
-        transformers' model, ready for `generate`.
+    Multi-token-prediction layers are left out for that time.
     """
     from accelerate.utils import set_module_tensor_to_device
 
@@ -117,28 +109,15 @@ def complete(
     skeleton: Skeleton,
     weights: Weights,
     tokenizer: Any,
-    prompts: Sequence[str],
-    stops: Sequence[Sequence[str]],
-    max_tokens: int,
-    batch_prompts: int,
+    plan: DriftPlan,
     safe_point: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Completion]:
-    """Completes prompts greedily: the likeliest token each time.
+    """Completes the plan's prompts greedily: the most likely token each time.
 
-    Args:
-        skeleton: the network.
-        weights: its weights.
-        tokenizer: the model's.
-        prompts: texts.
-        stops: for each prompt the strings that end its completion.
-        max_tokens: the most tokens of a completion.
-        batch_prompts: prompts that are completed together. Another number may change a completion: sums in another
-            order differ in their last bits, and where two tokens are nearly as likely the other one may win.
-        safe_point: called before each token of a batch with tokens done and tokens in all; it may raise to stop.
-
-    Returns:
-        A completion for each prompt.
+    `safe_point` is called before each token of a batch with tokens done and tokens in all; it may raise to stop.
     """
+    prompts, stops = [task.prompt for task in plan.tasks], [task.stops for task in plan.tasks]
+    max_tokens, batch_prompts = plan.max_tokens, plan.batch_prompts
     encoded = [encode(prompt, tokenizer) for prompt in prompts]
     # Prompts of like length together: less padding.
     order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
@@ -152,23 +131,18 @@ def complete(
             def note(done: int, before: int = before, in_all: int = in_all) -> None:
                 safe_point(before + done, in_all)
 
-            rows = _generate(model, tokenizer, [encoded[one] for one in batch], max_tokens, rule, note)
+            rows = _generate(model, [encoded[one] for one in batch], max_tokens, rule, note)
             for row, one in enumerate(batch):
                 found[one] = rule.completion(row, rows[row], max_tokens)
     return [found[number] for number in range(len(prompts))]
 
 
 def _generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    rule: "_StopRule",
-    note: Callable[[int], None],
+    model: Any, prompts: Sequence[Sequence[int]], max_tokens: int, rule: "_StopRule", note: Callable[[int], None]
 ) -> list[list[int]]:
-    """The new tokens of each prompt of a batch; padding behind those that ended early."""
+    """Returns the new tokens of each prompt of a batch; those that ended early are padded."""
     width = max(len(prompt) for prompt in prompts)
-    padding = _padding(tokenizer, model.get_input_embeddings().num_embeddings)
+    padding = _padding(rule.tokenizer, model.get_input_embeddings().num_embeddings)
     tokens_NT = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask_NT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
@@ -183,7 +157,7 @@ def _generate(
         use_cache=True,
         max_new_tokens=max_tokens,
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=rule.tokenizer.eos_token_id,
         pad_token_id=padding,
         stopping_criteria=[stopped],
     )
@@ -191,32 +165,32 @@ def _generate(
 
 
 def _padding(tokenizer: Any, rows: int) -> int:
-    """Any token that has a row in the embedding will do: it is masked in front, and cut off behind."""
+    """Returns any token that has a row in the embedding: it is masked before the prompt, and cut off after the end."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in known if token is not None and token < rows)
 
 
 class _StopRule:
-    """Ends a completion at the end of text or behind a stop string."""
+    """Ends a completion at the end of text or after a stop string."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[Sequence[str]], width: int) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._stops = stops
         self._width = width
 
     def text(self, tokens: Sequence[int]) -> str:
-        return decode(tokens, self._tokenizer)
+        return decode(tokens, self.tokenizer)
 
     def __call__(self, row: int, tokens: Sequence[int]) -> bool:
-        return tokens[-1] == self._tokenizer.eos_token_id or self._cut(row, self.text(tokens)) is not None
+        return tokens[-1] == self.tokenizer.eos_token_id or self._cut(row, self.text(tokens)) is not None
 
     def _cut(self, row: int, text: str) -> int | None:
-        """Where the first stop string begins."""
+        """Returns where the first stop string begins."""
         places = [text.find(stop) for stop in self._stops[row]]
         return min((place for place in places if place >= 0), default=None)
 
     def completion(self, row: int, tokens: Sequence[int], max_tokens: int) -> Completion:
-        """What a row of new tokens says."""
+        """Returns the completion that a row of new tokens holds."""
         length = next((end for end in range(1, len(tokens) + 1) if self(row, tokens[:end])), len(tokens))
         kept, text = tuple(tokens[:length]), self.text(tokens[:length])
         ended = bool(kept) and self(row, kept)

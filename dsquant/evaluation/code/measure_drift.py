@@ -1,12 +1,12 @@
-"""Code drift from beginning to end: completions of every model, their tests where asked for, and the comparison.
+"""Measures code drift: completions of every model, their tests where requested, and the comparison.
 
-A model that does not fit in memory is not generated with, since every token would read it from disk once more. Then
-both models read the prompts' own completions in one streamed pass, and what is measured is how often the candidate
-ranks first what the original ranks first there (teacher forcing).
+A model that does not fit in memory generates nothing, since every token would read it from disk once more. Instead both
+models read the prompts' own completions in one streamed pass, and the measure is how often the candidate ranks first
+the token that the original ranks first (teacher forcing).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,110 +14,57 @@ import numpy as np
 import torch
 
 from dsquant.calibration.tokenizer import encode
-from dsquant.evaluation.code.completion_scores import code_drift, gold_of
+from dsquant.evaluation.code.completion_scores import Sides, code_drift, gold_of
 from dsquant.evaluation.code.drift import CodeDrift
-from dsquant.evaluation.code.execution import Run, compare_runs, run_all
+from dsquant.evaluation.code.execution import ProgramRun, run_all
 from dsquant.evaluation.code.generation import Completion, complete
-from dsquant.evaluation.code.tasks import Task
-from dsquant.evaluation.divergence import compare
+from dsquant.evaluation.code.tasks import DriftPlan, Task
+from dsquant.evaluation.divergence import ComparedModels, SafePoint, compare
 from dsquant.evaluation.intervals import CONFIDENCE, DRAWS, Interval
-from dsquant.model.skeleton import Skeleton
-from dsquant.source.weights import Weights
-
-SafePoint = Callable[[int, int, str], None]
-"""Called with steps done, steps in all, and what is being done; it may raise to stop."""
-
-
-@dataclass(frozen=True)
-class DriftPlan:
-    """How code drift is measured."""
-
-    tasks: tuple[Task, ...]
-    max_tokens: int = 64
-    """The most tokens of a completion."""
-    batch_prompts: int = 24
-    execute: bool = False
-    """Whether the completions are run with the tasks' tests; `execution` tells what that means."""
-    too_large: str | None = None
-    """Why nothing is generated, in words; None where the models fit in memory."""
-
-    @property
-    def measures(self) -> tuple[str, ...]:
-        """Names of what gates can be set on."""
-        if self.too_large is not None:
-            return ("greedy_agreement",)
-        names = ["code_exact_match", "parse_rate_drop", "loop_rate_rise"]
-        if all(task.gold is not None for task in self.tasks):
-            names += ["code_bleu_drop", "codebleu_drop"]
-        if self.execute:
-            names += ["pass_rate_drop", "accuracy_retained"]
-        return tuple(names)
-
-    @property
-    def noise_batch_prompts(self) -> int:
-        """The other batch size, for the noise floor."""
-        return max(1, self.batch_prompts // 3)
 
 
 def measure_drift(
-    skeleton: Skeleton,
-    original: Weights,
-    candidates: Mapping[str, Weights],
+    models: ComparedModels,
     tokenizer: Any,
     plan: DriftPlan,
     work: Path,
     safe_point: SafePoint = lambda done, total, what: None,
 ) -> dict[str, CodeDrift]:
-    """Measures the code drift of candidates against the original.
+    """Measures the code drift of every candidate against the original.
 
-    Args:
-        skeleton: the original's network, which the candidates share.
-        original: its weights.
-        candidates: name -> weights, with the original's parameter names; of any format.
-        tokenizer: the original's.
-        plan: prompts and limits.
-        work: a folder for hidden states, where the models are streamed.
-        safe_point: see `SafePoint`.
-
-    Returns:
-        Candidate name -> its drift.
+    `tokenizer` is the original's; `work` is a folder for hidden states, where the models are streamed.
     """
     if plan.too_large is not None:
-        return _teacher_forced(skeleton, original, candidates, tokenizer, plan, work, safe_point)
-    models = [
-        ("original", original, plan.batch_prompts),
-        ("original, other batches", original, plan.noise_batch_prompts),
-        *((name, weights, plan.batch_prompts) for name, weights in candidates.items()),
+        return _teacher_forced(models, tokenizer, plan, work, safe_point)
+    noise_plan = replace(plan, batch_prompts=plan.noise_batch_prompts)
+    runs = [
+        ("original", models.original, plan),
+        ("original, other batches", models.original, noise_plan),
+        *((name, weights, plan) for name, weights in models.candidates.items()),
     ]
-    written = []
-    for number, (name, weights, batch_prompts) in enumerate(models):
+    completions = []
+    for number, (name, weights, limits) in enumerate(runs):
 
         def step(done: int, total: int, number: int = number, name: str = name) -> None:
-            safe_point(number * total + done, len(models) * total, name)
+            safe_point(number * total + done, len(runs) * total, name)
 
-        prompts, stops = [task.prompt for task in plan.tasks], [task.stops for task in plan.tasks]
-        written.append(complete(skeleton, weights, tokenizer, prompts, stops, plan.max_tokens, batch_prompts, step))
-    first, noise, *others = written
-    runs = _runs(plan, [first, *others], safe_point) if plan.execute else None
-    note = (
-        f"greedy, at most {plan.max_tokens} tokens, {plan.batch_prompts} prompts together; noise floor: "
-        f"{plan.noise_batch_prompts} together"
-    )
+        completions.append(complete(models.skeleton, weights, tokenizer, limits, step))
+    first, noise, *others = completions
+    programs = _program_runs(plan, [first, *others], safe_point) if plan.execute else None
     gold, found = gold_of(plan.tasks, tokenizer), {}
-    for number, name in enumerate(candidates):
-        execution, passed = None, []
-        if runs is not None:
-            ours, theirs = runs[1], runs[2 + number]
-            execution = compare_runs(runs[0] if gold else None, ours, theirs)
-            passed = [(one.outcome == "passed", two.outcome == "passed") for one, two in zip(ours, theirs, strict=True)]
-        found[name] = code_drift(
-            plan.tasks, gold, first, others[number], noise, execution, passed, note, plan.max_tokens
-        )
+    for number, name in enumerate(models.candidates):
+        tested = None if programs is None else (programs[0] if gold else None, programs[1], programs[2 + number])
+        found[name] = code_drift(plan, Sides(gold, first, others[number], noise, tested))
     return found
 
 
-def _runs(plan: DriftPlan, models: Sequence[Sequence[Completion]], safe_point: SafePoint) -> list[list[Run]] | None:
-    """What became of gold's and of each model's completions of the tasks that have tests; equal programs run once."""
+def _program_runs(
+    plan: DriftPlan, models: Sequence[Sequence[Completion]], safe_point: SafePoint
+) -> list[list[ProgramRun]] | None:
+    """Runs the tests of gold's and of each model's completions; equal programs run once.
+
+    Returns the runs of the tasks that have a test, gold's first; None where no task has one.
+    """
     tested = [number for number, task in enumerate(plan.tasks) if task.test is not None]
     if not tested:
         return None
@@ -131,24 +78,14 @@ def _runs(plan: DriftPlan, models: Sequence[Sequence[Completion]], safe_point: S
 
 
 def _teacher_forced(
-    skeleton: Skeleton,
-    original: Weights,
-    candidates: Mapping[str, Weights],
-    tokenizer: Any,
-    plan: DriftPlan,
-    work: Path,
-    safe_point: SafePoint,
+    models: ComparedModels, tokenizer: Any, plan: DriftPlan, work: Path, safe_point: SafePoint
 ) -> dict[str, CodeDrift]:
     tokens_NT, scored_NT = teacher_tokens(plan.tasks, tokenizer)
-    scores = compare(skeleton, original, candidates, tokens_NT, work, 1, safe_point)
-    note = (
-        f"nothing was generated: {plan.too_large}. Both models read the prompts with their own completions; agreement "
-        "is the share of places where the candidate ranks the original's greedy token first"
-    )
+    scores = compare(replace(models, batch_samples=1), tokens_NT, work, safe_point)
     return {
         name: CodeDrift(
             method="teacher_forced",
-            note=note,
+            note=plan.note,
             prompts=len(plan.tasks),
             max_tokens=plan.max_tokens,
             signatures={},
@@ -168,14 +105,10 @@ def _teacher_forced(
 
 
 def teacher_tokens(tasks: Sequence[Task], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts with their completions as samples of equal length; what lies behind the end is never seen or scored.
+    """Returns prompts with their completions as samples of equal length, int64 [N, T], and which places are scored.
 
-    Args:
-        tasks: the prompts; one without a completion is scored itself.
-        tokenizer: the model's.
-
-    Returns:
-        Tokens int64 [N, T], and bool [N, T - 1]: whether a place predicts a completion's token.
+    The scored places are bool [N, T - 1]: those that predict a completion's token, or any token of a prompt without a
+    completion. Padding after the end is never seen or scored.
     """
     rows = []
     for task in tasks:
@@ -190,7 +123,7 @@ def teacher_tokens(tasks: Sequence[Task], tokenizer: Any) -> tuple[torch.Tensor,
 
 
 def _agreement(same_NT: torch.Tensor, scored_NT: torch.Tensor) -> Interval:
-    """A share of places with percentiles over draws of prompts."""
+    """Returns a share of places with percentiles over draws of prompts."""
     same_N, scored_N = same_NT.sum(1).numpy(), scored_NT.sum(1).numpy()
     chosen_DN = np.random.default_rng(0).integers(len(same_N), size=(DRAWS, len(same_N)))
     drawn_D = same_N[chosen_DN].sum(1) / np.maximum(1, scored_N[chosen_DN].sum(1))

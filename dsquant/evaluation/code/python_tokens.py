@@ -1,8 +1,8 @@
-"""Python source as tokens and as a syntax tree, also where it is cut short or broken.
+"""Splits Python source into tokens and parses it, also where it is truncated or broken.
 
-Everything here takes a `prefix`: the text that both sides of a comparison begin with (the prompt). It takes part in
-lexing and parsing, so that a completion that begins in the middle of a function makes sense, and is left out of what is
-returned, so that no one is praised for the prompt.
+Everything here takes a `prefix`: the text that both sides of a comparison begin with (the prompt). It is lexed and
+parsed with the text, so that a completion that begins in the middle of a function makes sense, and is left out of the
+result, so that no side is credited with the prompt.
 """
 
 import ast
@@ -21,29 +21,21 @@ Place = tuple[int, int]
 
 
 def normalized(text: str) -> str:
-    """The text with line ends as `\\n`."""
+    """Returns the text with line ends as `\\n`."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def end_of(prefix: str) -> Place:
-    """Where a text ends."""
+    """Returns the place where a text ends."""
     return prefix.count("\n") + 1, len(prefix) - (prefix.rfind("\n") + 1)
 
 
 def python_tokens(text: str, prefix: str = "") -> list[str]:
-    """Splits Python into its tokens, by the standard library's lexer.
+    """Splits Python into its tokens, by the standard library's lexer; returns those that end after the prefix.
 
-    The ends of lines and the beginnings and ends of blocks are tokens of their own, so indentation counts, by its
-    structure and not its width. Comments are left out. Text that the lexer refuses is split into words and signs from
-    there on, each line's indentation with its width; so every text has tokens, and what was cut off in the middle
-    keeps those before the cut.
-
-    Args:
-        text: what follows the prefix.
-        prefix: what comes before it.
-
-    Returns:
-        The tokens that end behind the prefix.
+    Ends of lines and beginnings and ends of blocks are tokens of their own, so that indentation counts by its structure
+    and not its width. Comments are left out. From where the lexer refuses a text, it is split into words and signs,
+    each line's indentation with its width; so every text has tokens, and a truncated one keeps those before the cut.
     """
     prefix, text = normalized(prefix), normalized(text)
     if not text:
@@ -54,7 +46,7 @@ def python_tokens(text: str, prefix: str = "") -> list[str]:
     try:
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             last = token.end
-            # A block's end has no extent: the text behind it makes it.
+            # A block's end has no extent: it belongs to the text after it.
             behind = token.end >= boundary if token.type == tokenize.DEDENT else token.end > boundary
             word = STRUCTURE.get(token.type, token.string).strip()
             if behind and word and token.type not in DROPPED:
@@ -75,17 +67,10 @@ def _word(found: str) -> str:
 
 
 def parsed(source: str) -> ast.Module | None:
-    """The syntax tree of a program.
-
-    Args:
-        source: Python.
-
-    Returns:
-        The tree; None where it is not Python, or is nested deeper than 200 levels.
-    """
+    """Returns the syntax tree of a program; None where it is not Python, or is nested deeper than 200 levels."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes and the like say nothing about us
+            warnings.simplefilter("ignore")  # such as invalid escapes: not our code
             tree = ast.parse(normalized(source))
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return None
@@ -102,7 +87,7 @@ def _depth(tree: ast.AST) -> int:
 
 
 class Behind:
-    """Tells which nodes of a tree end behind a prefix."""
+    """Tells which nodes of a tree end after a prefix."""
 
     def __init__(self, prefix: str) -> None:
         """Takes the prefix that the tree's source begins with."""
@@ -112,6 +97,6 @@ class Behind:
         self._boundary = (line, len(prefix[prefix.rfind("\n") + 1 :].encode()))
 
     def __call__(self, node: ast.AST) -> bool | None:
-        """Whether a node ends behind the prefix; None where nodes of its kind have no place."""
+        """Returns whether a node ends after the prefix; None where nodes of its kind have no place."""
         line, column = getattr(node, "end_lineno", None), getattr(node, "end_col_offset", None)
         return None if line is None or column is None else (line, column) > self._boundary

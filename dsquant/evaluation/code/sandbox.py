@@ -1,8 +1,8 @@
 """Runs one program under limits: the child process of `execution`, which starts this file by its path.
 
-It imports nothing of dsquant. It reads {program, secret, reply_fd, limits, filter} from standard input, gives up what
-it can, writes to the file descriptor what it gave up, runs the program and writes what became of it. See `execution`
-for what is not covered.
+It imports nothing of dsquant. It reads {program, secret, reply_fd, limits, filter} from standard input, gives up its
+rights, writes which ones to the file descriptor, runs the program and writes its outcome. See `execution` for what is
+not covered.
 """
 
 import json
@@ -53,7 +53,7 @@ CHANGING_EVENTS: dict[str, tuple[int, int, int]] = {
 
 
 def main() -> None:
-    """Reads the request, gives up what it can, runs the program, replies."""
+    """Reads the request, gives up its rights, runs the program, replies."""
     request = json.loads(sys.stdin.buffer.read())
     os.close(0)
     os.open(os.devnull, os.O_RDONLY)
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def limit_resources(limits: dict[str, int]) -> str:
-    """Sets the limits that the kernel keeps; returns what they are, in words."""
+    """Sets the limits that the kernel enforces; returns them in words."""
     import resource
 
     seconds, memory, size = limits["seconds"], limits["memory_bytes"], limits["file_bytes"]
@@ -94,13 +94,13 @@ def limit_resources(limits: dict[str, int]) -> str:
     for kind, value in wanted.items():
         _, hard = resource.getrlimit(kind)
         lowest = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        # A second of grace for CPU time: the soft limit's signal tells why the process ended.
+        # A second of grace for CPU time: the soft limit's signal shows why the process ended.
         resource.setrlimit(kind, (lowest, lowest + 1 if kind == resource.RLIMIT_CPU and lowest == value else lowest))
     return f"{seconds} s of CPU time, {memory >> 20} MiB of memory, files of {size >> 20} MiB"
 
 
 def _call(name: str, *arguments: Any) -> int:
-    """A function of the C library, or an error."""
+    """Calls a function of the C library; raises OSError where it fails."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -111,14 +111,14 @@ def _call(name: str, *arguments: Any) -> int:
 
 
 def _control(option: int, *values: int) -> None:
-    """Prctl: all its arguments are long, or those behind are noise."""
+    """Calls prctl: all its arguments are long, or unset ones are noise."""
     import ctypes
 
     _call("prctl", *(ctypes.c_ulong(value) for value in (option, *values, *(0,) * (4 - len(values)))))
 
 
 def take_own_file_system(folder: str, size: int) -> str:
-    """Lays a small file system in memory over the folder, which ends with the process; returns what came of it."""
+    """Mounts a small file system in memory over the folder until the process ends; returns the outcome in words."""
     try:
         _leave_namespaces()
         _call("mount", b"none", b"/", None, RECURSIVE | PRIVATE, None)
@@ -131,7 +131,7 @@ def take_own_file_system(folder: str, size: int) -> str:
 
 
 def _leave_namespaces() -> None:
-    """Takes mounts, network and IPC of its own; who is not root needs a user of its own for that."""
+    """Unshares mounts, network and IPC; without root that needs a user namespace of its own."""
     user, group = os.geteuid(), os.getegid()
     _call("unshare", NEW_MOUNTS | NEW_NETWORK | NEW_IPC | (NEW_USER if user else 0))
     if user:
@@ -141,7 +141,7 @@ def _leave_namespaces() -> None:
 
 
 def give_up_rights(folder: str) -> str:
-    """Gives up root's user and all capabilities, for good; returns what came of it, in words."""
+    """Gives up root's user and all capabilities permanently; returns the outcome in words."""
     remark = _become_nobody(folder) if os.geteuid() == 0 else ""
     try:
         _control(SET_NO_NEW_PRIVILEGES, 1)
@@ -176,7 +176,7 @@ def _library() -> str:
 
 
 def close_files(folder: str) -> str:
-    """Lets the kernel refuse files outside a folder and Python's library (Landlock); returns what came of it."""
+    """Lets the kernel refuse files outside a folder and Python's library (Landlock); returns the outcome in words."""
     try:
         _install_landlock(folder)
     except (OSError, ImportError, AttributeError) as error:
@@ -208,7 +208,7 @@ def _install_landlock(folder: str) -> None:
 
 
 def close_calls(code: bytes) -> str:
-    """Lets the kernel refuse every call that a filter does not allow (seccomp); returns what came of it, in words."""
+    """Lets the kernel refuse every call that a filter does not allow (seccomp); returns the outcome in words."""
     try:
         if not code:
             raise OSError("no list of calls for this processor")
@@ -228,7 +228,7 @@ def _install_seccomp(code: bytes) -> None:
 
 
 def refuse_from_now_on(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
-    """An audit hook that refuses processes, sockets, and changes outside a folder."""
+    """Returns an audit hook that refuses processes, sockets, and changes outside a folder."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event.startswith(DENIED_EVENTS):
@@ -257,7 +257,7 @@ def _changes_outside(event: str, arguments: tuple[Any, ...], folder: str) -> boo
 
 
 def _lies_inside(path: Any, base: int, folder: str) -> bool:
-    """Whether the folder above a path's last part is a folder or lies below it, by whatever links it is reached."""
+    """Returns whether a path's parent folder is a folder or lies below it, through any links."""
     if not isinstance(path, str | bytes):
         return False
     above = os.path.dirname(os.fsdecode(path).rstrip("/")) or "."  # noqa: PTH120

@@ -17,13 +17,9 @@ GET_FLAGS, SET_FLAGS, IMMUTABLE, APPEND_ONLY = 0x80086601, 0x40086602, 0x10, 0x2
 
 
 def remove_tree(folder: str) -> bool:
-    """Removes a folder with everything in it, as far as this user can.
+    """Removes a folder with everything in it, as far as this user can; returns whether it is gone.
 
-    Args:
-        folder: its path.
-
-    Returns:
-        Whether it is gone; what could not be removed stays where it is or lies at the folder's top.
+    Files that could not be removed stay in place or lie at the folder's top.
     """
     parent, name = os.path.split(os.path.abspath(folder))  # noqa: PTH100 - the path itself, not what a link leads to
     with suppress(OSError):
@@ -49,7 +45,7 @@ def _remove(name: str, outer: int) -> None:
 
 @contextmanager
 def _opened(name: str, outer: int) -> Iterator[int]:
-    """A folder inside another one, unlocked."""
+    """Opens a folder inside another one, unlocked."""
     _unlock(name, outer)
     descriptor = os.open(name, FOLDER_FLAGS, dir_fd=outer)
     try:
@@ -84,7 +80,9 @@ def _unlink(name: str, folder: int) -> None:
 
 
 def _unlock(name: str, outer: int) -> None:
-    """Clears the flags of a file or folder that keep it from being removed; gives a folder's owner his rights."""
+    """Clears the flags that keep a file or folder from being removed, and restores a folder's permissions for its
+    owner.
+    """
     with suppress(OSError):
         mode = os.stat(name, dir_fd=outer, follow_symlinks=False).st_mode
         if stat.S_ISREG(mode) or stat.S_ISDIR(mode):

@@ -1,9 +1,9 @@
-"""The calls of the Linux kernel that a program under limits may make: all others fail.
+"""Lists the calls of the Linux kernel that a program under limits may make: all others fail.
 
-A list of what is allowed, not of what is denied: the kernel gains calls with every release. What is here reads, makes,
-renames and removes files (where `sandbox` leaves any in reach), keeps memory and time, or tells the process about
-itself. What is not here: sockets, processes, threads, signals to others, permissions, owners, times and attributes of
-files, clocks, mounts, namespaces, keys, shared memory and message queues that outlive their maker.
+An allow list, not a deny list: the kernel gains calls with every release. Allowed calls read, create, rename and remove
+files (where `sandbox` leaves any in reach), handle memory and time, or describe the process itself. Not allowed:
+sockets, processes, threads, signals to others, permissions, owners, times and attributes of files, clocks, mounts,
+namespaces, keys, shared memory and message queues that outlive their creator.
 """
 
 import struct
@@ -147,13 +147,9 @@ NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16
 
 
 def allowing_filter(machine: str) -> bytes:
-    """Makes a filter of classic BPF for seccomp: a call off the list fails with EPERM, another architecture is killed.
+    """Builds a classic BPF filter for seccomp: a call off the list fails with EPERM, another architecture is killed.
 
-    Args:
-        machine: as `platform.machine` names it.
-
-    Returns:
-        The program's instructions, 8 bytes each; empty for a machine without a list.
+    `machine` is a name of `platform.machine`. Returns instructions of 8 bytes each; empty for a machine without a list.
     """
     if machine not in MACHINES:
         return b""

@@ -1,8 +1,8 @@
-"""Files of prompts: dsquant's own, HumanEval's and MBPP's, one JSON object a line.
+"""Reads files of prompts: dsquant's own, HumanEval's and MBPP's, one JSON object a line.
 
 | format | keys |
 |---|---|
-| dsquant | `prompt`; maybe `completion` (gold), `test` (a program to run behind both), `stop` (strings), `id` |
+| dsquant | `prompt`; optional `completion` (gold), `test` (a program to run after both), `stop` (strings), `id` |
 | HumanEval | `task_id`, `prompt`, `canonical_solution`, `test`, `entry_point` |
 | MBPP | `task_id`, `text`, `code`, `test_list`, `test_setup_code`; sanitized: `prompt` for `text`, `test_imports` |
 """
@@ -17,27 +17,27 @@ from dsquant.evaluation.code.python_tokens import normalized
 from dsquant.files.foreign import read_file
 from dsquant.files.strict_json import parse_json
 
-# What cannot belong to the function any more that a prompt began, as HumanEval's paper cuts (arXiv 2107.03374).
+# Beginnings of lines after the function that a prompt began, as in HumanEval's paper (arXiv 2107.03374).
 BODY_STOPS = ("\ndef ", "\nclass ", "\n@", "\n#", "\nif ", "\nfor ", "\nprint(", "\nimport ", "\nfrom ", "\nassert ")
-# What follows a whole program.
+# What follows a complete program.
 PROGRAM_STOPS = ("\nassert ", "\nprint(", "\nif __name__", '\n"""')
 FORMATS = "`prompt` (and maybe `completion`), or HumanEval's or MBPP's keys"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt, and what its completion is held against."""
+    """A prompt, and what its completion is compared with."""
 
     name: str
     prompt: str
     gold: str | None
     """The completion that its author wrote."""
     stops: tuple[str, ...]
-    """Strings that end a completion; they do not belong to it."""
+    """Strings that end a completion and are not part of it."""
     test: str | None
-    """A program to run behind the completed prompt; it raises where the completion is wrong."""
+    """A program to run after the completed prompt; it raises where the completion is wrong."""
     prompt_is_code: bool = True
-    """Whether the completion continues the prompt's code; if not it is a program of its own."""
+    """Whether the completion continues the prompt's code; otherwise it is a program of its own."""
 
     @property
     def prefix(self) -> str:
@@ -45,21 +45,60 @@ class Task:
         return self.prompt if self.prompt_is_code else ""
 
     def program(self, completion: str) -> str:
-        """Code that runs the test on a completion."""
+        """Returns code that runs the test on a completion."""
         return f"{self.prefix}{completion}\n\n{self.test or ''}\n"
 
 
+@dataclass(frozen=True)
+class DriftPlan:
+    """Prompts and limits of a measurement of code drift."""
+
+    tasks: tuple[Task, ...]
+    max_tokens: int = 64
+    """Largest number of tokens of a completion."""
+    batch_prompts: int = 24
+    """Prompts that are completed together. Another number may change a completion: sums in another order differ in
+    their last bits, and where two tokens are nearly equally likely the other one may win."""
+    execute: bool = False
+    """Whether the completions are run with the tasks' tests; `execution` says what that means."""
+    too_large: str | None = None
+    """Why nothing is generated, in words; None where the models fit in memory."""
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of the measures that gates can be set on."""
+        if self.too_large is not None:
+            return ("greedy_agreement",)
+        names = ["code_exact_match", "parse_rate_drop", "loop_rate_rise"]
+        if all(task.gold is not None for task in self.tasks):
+            names += ["code_bleu_drop", "codebleu_drop"]
+        if self.execute:
+            names += ["pass_rate_drop", "accuracy_retained"]
+        return tuple(names)
+
+    @property
+    def noise_batch_prompts(self) -> int:
+        """The other batch size, for the noise floor."""
+        return max(1, self.batch_prompts // 3)
+
+    @property
+    def note(self) -> str:
+        """How the numbers are measured, in one sentence."""
+        if self.too_large is not None:
+            return (
+                f"nothing was generated: {self.too_large}. Both models read the prompts with their own completions; "
+                "agreement is the share of places where the candidate ranks the original's greedy token first"
+            )
+        return (
+            f"greedy, at most {self.max_tokens} tokens, {self.batch_prompts} prompts together; noise floor: "
+            f"{self.noise_batch_prompts} together"
+        )
+
+
 def read_tasks(path: Path) -> list[Task]:
-    """Reads a file of prompts.
+    """Reads a file of prompts, in the file's order.
 
-    Args:
-        path: the file.
-
-    Returns:
-        The tasks, in the file's order.
-
-    Raises:
-        InputError: where it cannot be read, a line is broken (its number is in the message), or it has none.
+    Raises InputError where it cannot be read, is empty, or a line is broken (its number is in the message).
     """
     try:
         lines = read_file(path).decode("utf-8-sig").split("\n")
@@ -113,7 +152,7 @@ def _mbpp(record: Mapping[str, Any], where: str) -> Task:
     question = _text(record, "text" if "text" in record else "prompt", where)
     if not tests:
         raise InputError(f"{where}: `test_list` is empty; a task of MBPP has tests")
-    # The tests tell the function's name, as in the paper's prompt (arXiv 2108.07732, section 3).
+    # The tests give the function's name, as in the paper's prompt (arXiv 2108.07732, section 3).
     prompt = '"""\n' + "\n".join([question.strip(), *tests]) + '\n"""\n'
     code, test = _text(record, "code", where), "\n".join([*imports, setup, *tests])
     return Task(str(record.get("task_id", where)), prompt, code, PROGRAM_STOPS, test, prompt_is_code=False)

@@ -1,7 +1,7 @@
-"""Charts as inline SVG, drawn with the page's CSS variables, so that light and dark both look right.
+"""Draws charts as inline SVG with the page's CSS variables, so that light and dark both look right.
 
 Colours are classes: `s0` .. `s7` for series, everything else is `axis`, `grid` and text. Numbers that are not finite
-are left out.
+are left out. A chart with nothing to draw is empty.
 """
 
 import math
@@ -33,7 +33,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """Where numbers lie on an axis."""
+    """A scale from numbers to pixels."""
 
     low: float
     high: float
@@ -41,14 +41,16 @@ class Axis:
     stop: float
     """Pixels."""
     logarithmic: bool = False
+    whole: bool = False
+    """Whether only whole numbers get a tick."""
 
     def place(self, value: float) -> float:
-        """The pixel of a number."""
+        """Returns the pixel of a number."""
         low, high, value = (math.log10(one) if self.logarithmic else one for one in (self.low, self.high, value))
         return self.start + (self.stop - self.start) * (value - low) / (high - low)
 
     def ticks(self) -> list[float]:
-        """Round numbers on the axis, some five of them."""
+        """Returns about five round numbers on the axis."""
         if self.logarithmic:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             steps = (1, 2, 5) if math.log10(self.high / self.low) < 2.5 else (1,)
@@ -56,7 +58,8 @@ class Axis:
             return [value for value in values if self.low <= value <= self.high]
         step = _round_step((self.high - self.low) / 5)
         first = math.ceil(self.low / step - 1e-9)
-        return [number * step for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        values = [number * step for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        return [value for value in values if not self.whole or float(value).is_integer()]
 
 
 def _round_step(width: float) -> float:
@@ -65,16 +68,9 @@ def _round_step(width: float) -> float:
 
 
 def axis_of(values: Sequence[float], start: float, stop: float, from_zero: bool = False) -> Axis:
-    """An axis that holds numbers; logarithmic where all are positive and the largest is 10 times the smallest.
+    """Returns an axis from pixel `start` to `stop` that is a little longer than the numbers need.
 
-    Args:
-        values: the numbers.
-        start: pixel of the axis's low end.
-        stop: pixel of its high end.
-        from_zero: whether a linear axis begins at 0.
-
-    Returns:
-        The axis, a little longer than the numbers need.
+    It is logarithmic where all numbers are positive and the largest is more than 10 times the smallest.
     """
     low, high = min(values), max(values)
     if low > 0 and high / low > 10:
@@ -85,37 +81,26 @@ def axis_of(values: Sequence[float], start: float, stop: float, from_zero: bool 
 
 
 def number(value: float) -> str:
-    """A number for an axis: three digits that count."""
+    """Formats a number for an axis with three significant digits."""
     return f"{value:.3g}"
 
 
 def percent(value: float) -> str:
-    """A share for an axis."""
+    """Formats a share for an axis."""
     return f"{100 * value:.3g}%"
 
 
-def line_chart(series: Sequence[Series], x_label: str, y_label: str, shares: bool = False, whole_x: bool = True) -> str:
-    """Lines over a common x.
-
-    Args:
-        series: the lines.
-        x_label: words under the x axis.
-        y_label: words above the y axis.
-        shares: whether y are shares, written in per cent.
-        whole_x: whether x are whole numbers, each of which may have a tick.
-
-    Returns:
-        SVG; empty where there is nothing to draw.
-    """
+def line_chart(series: Sequence[Series], x_label: str, y_label: str, shares: bool = False) -> str:
+    """Draws lines over a common whole-numbered x; `shares` writes y in per cent."""
     points = [point for one in series for point in one.finite]
     if not points:
         return ""
     write = percent if shares else number
     y_axis = axis_of([y for _, y in points], HEIGHT - BOTTOM, TOP, from_zero=not shares)
     xs = [x for x, _ in points]
-    x_axis = Axis(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, LEFT + 10, WIDTH - RIGHT - 8)
-    ticks = [tick for tick in x_axis.ticks() if not whole_x or float(tick).is_integer()]
-    parts = _frame(x_axis, y_axis, ticks, write, x_label, y_label)
+    right = max(xs) if max(xs) > min(xs) else min(xs) + 1
+    x_axis = Axis(min(xs), right, LEFT + 10, WIDTH - RIGHT - 8, whole=True)
+    parts = _frame(x_axis, y_axis, write, x_label, y_label)
     for one in series:
         places = [(x_axis.place(x), y_axis.place(y)) for x, y in one.finite]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -129,16 +114,7 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, shares: boo
 
 
 def scatter_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
-    """Named points; the first point of each series counts.
-
-    Args:
-        series: one for each point.
-        x_label: words under the x axis.
-        y_label: words above the y axis.
-
-    Returns:
-        SVG; empty where there is nothing to draw.
-    """
+    """Draws named points: the first point of each series."""
     points = [(one, one.finite[0]) for one in series if one.finite]
     if not points:
         return ""
@@ -146,7 +122,7 @@ def scatter_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
     xs = [x for _, (x, _) in points]
     room = max((max(xs) - min(xs)) * 0.15, max(xs) * 0.1) or 1.0
     x_axis = Axis(max(0.0, min(xs) - room), max(xs) + room, LEFT, WIDTH - RIGHT)
-    parts = _frame(x_axis, y_axis, x_axis.ticks(), number, x_label, y_label)
+    parts = _frame(x_axis, y_axis, number, x_label, y_label)
     taken: list[tuple[float, float, float]] = []
     for one, (x, y) in sorted(points, key=lambda pair: pair[1][1]):
         px, py = x_axis.place(x), y_axis.place(y)
@@ -164,7 +140,7 @@ def scatter_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
 
 
 def _free_place(taken: Sequence[tuple[float, float, float]], start: float, stop: float, wanted: float) -> float:
-    """The height next to the wanted one where a label covers no other."""
+    """Returns the height next to the wanted one where a label covers no other."""
 
     def free(height: float) -> bool:
         return not any(
@@ -178,15 +154,9 @@ def _free_place(taken: Sequence[tuple[float, float, float]], start: float, stop:
 
 
 def bar_chart(rows: Sequence[tuple[str, float, float | None]], colour: int, marker: str) -> str:
-    """Horizontal bars with names in front and numbers behind.
+    """Draws horizontal bars with names in front and numbers behind.
 
-    Args:
-        rows: name, length of the bar, and where a marker stands; None for none.
-        colour: of the bars.
-        marker: what the markers are, in words.
-
-    Returns:
-        SVG; empty where there is nothing to draw.
+    Each row is a name, the length of its bar, and the place of a marker or None; `marker` says what the markers are.
     """
     drawn = [row for row in rows if math.isfinite(row[1])]
     if not drawn:
@@ -211,18 +181,7 @@ def bar_chart(rows: Sequence[tuple[str, float, float | None]], colour: int, mark
 
 
 def interval_chart(estimate: float, low: float, high: float, limit: float, verdict: str) -> str:
-    """An interval beside its limit, on a line of its own scale.
-
-    Args:
-        estimate: the number found.
-        low: the interval's low end.
-        high: its high end.
-        limit: the gate's limit.
-        verdict: pass, fail or inconclusive; the colour.
-
-    Returns:
-        SVG; empty where the interval has no ends.
-    """
+    """Draws an interval next to its limit, on its own scale, in the colour of its verdict."""
     if not all(math.isfinite(value) for value in (estimate, low, high)):
         return ""
     width, height = 180, 22
@@ -242,21 +201,14 @@ def interval_chart(estimate: float, low: float, high: float, limit: float, verdi
     )
 
 
-def _frame(
-    x_axis: Axis,
-    y_axis: Axis,
-    x_ticks: Sequence[float],
-    write_y: Callable[[float], str],
-    x_label: str,
-    y_label: str,
-) -> list[str]:
-    """Grid, ticks and the axes' names."""
+def _frame(x_axis: Axis, y_axis: Axis, write_y: Callable[[float], str], x_label: str, y_label: str) -> list[str]:
+    """Draws grid, ticks and the axes' names."""
     parts = []
     for tick in y_axis.ticks():
         y = y_axis.place(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{write_y(tick)}</text>')
-    for tick in x_ticks:
+    for tick in x_axis.ticks():
         x = x_axis.place(tick)
         place = f'x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle"'
         parts.append(f'<text class="tick" {place}>{number(tick)}</text>')

@@ -1,4 +1,4 @@
-"""Which chart shows what."""
+"""Chooses the charts of the report page."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ BARS = 12
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its heading, what it tells, and the names of its colours."""
+    """A chart with its heading, its message, and the names of its colours."""
 
     title: str
     caption: str
@@ -23,7 +23,7 @@ class Figure:
 
 
 def size_against_drift(evaluation: "Evaluation") -> list[Figure]:
-    """Where the candidates lie between small and true."""
+    """Draws the candidates' sizes against their KL and their code BLEU."""
     unit, divisor = _unit(evaluation)
     series = [
         Series(one.name, ((one.size_bytes / divisor, one.mean_kl),), number)
@@ -49,7 +49,7 @@ def _unit(evaluation: "Evaluation") -> tuple[str, int]:
 
 
 def kl_by_position(evaluation: "Evaluation") -> list[Figure]:
-    """KL over the length of a sample, a chart for each text."""
+    """Draws KL over the length of a sample, a chart for each text."""
     figures = []
     for text in evaluation.texts:
         series = [
@@ -65,7 +65,7 @@ def kl_by_position(evaluation: "Evaluation") -> list[Figure]:
 
 
 def by_layer(evaluation: "Evaluation") -> list[Figure]:
-    """What each decoder layer adds."""
+    """Draws the error of each decoder layer."""
     legend = _legend(evaluation)
     kl = [
         Series(one.name, tuple((float(layer.index), layer.kl) for layer in one.layers), number)
@@ -86,13 +86,13 @@ def by_layer(evaluation: "Evaluation") -> list[Figure]:
     figures = [
         Figure(
             "KL by layer",
-            "KL of the next token if the model ended behind this layer. A jump shows where the damage is done.",
+            "KL of the next token if the model ended after this layer. A jump shows where the damage is done.",
             line_chart(kl, "layer", "mean KL, nats"),
             legend,
         ),
         Figure(
             "Error of each layer alone",
-            "Of what the layer adds to its input, run on the original's own input: no earlier error is in it.",
+            "Relative error of the layer's update, on the original's input: free of earlier errors.",
             line_chart(own, "layer", "relative error", shares=True),
             legend,
         ),
@@ -107,7 +107,7 @@ def by_layer(evaluation: "Evaluation") -> list[Figure]:
 
 
 def worst_tensors(evaluation: "Evaluation") -> list[Figure]:
-    """The tensors that changed the most, a chart for each candidate."""
+    """Draws the tensors with the largest errors, a chart for each candidate."""
     figures = []
     for number, one in enumerate(evaluation.candidates):
         rows = [(short_name(error.name), error.relative, error.activation_weighted) for error in one.weights[:BARS]]
@@ -119,7 +119,7 @@ def worst_tensors(evaluation: "Evaluation") -> list[Figure]:
 
 
 def short_name(name: str) -> str:
-    """`3 · experts.17.down` for `model.layers.3.mlp.experts.17.down_proj.weight`."""
+    """Returns `3 · experts.17.down` for `model.layers.3.mlp.experts.17.down_proj.weight`."""
     parts = name.removesuffix(".weight").split(".")
     if parts[:2] != ["model", "layers"] or len(parts) < 4:
         return name

@@ -16,17 +16,9 @@ JSON_FILE, MARKDOWN_FILE, PAGE_FILE = "report.json", "report.md", "report.html"
 
 
 def write_reports(evaluation: "Evaluation", folder: Path) -> list[Path]:
-    """Writes report.json, report.md and report.html.
+    """Writes report.json, report.md and report.html into a folder, which is created; returns their paths.
 
-    Args:
-        evaluation: what was found.
-        folder: where to; made where it does not exist, files of these names are replaced.
-
-    Returns:
-        The files.
-
-    Raises:
-        InputError: where the folder cannot be written to.
+    Files of these names are replaced. Raises InputError where the folder cannot be written to.
     """
     texts = {
         JSON_FILE: json.dumps(evaluation.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
@@ -36,7 +28,7 @@ def write_reports(evaluation: "Evaluation", folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            write_atomically(folder / name, text.encode(errors="backslashreplace"))  # of paths that are no text
+            write_atomically(folder / name, text.encode(errors="backslashreplace"))  # paths may not be valid text
     except OSError as error:
         raise InputError(f"{folder}: the reports cannot be written there: {error}") from error
     return [folder / name for name in texts]

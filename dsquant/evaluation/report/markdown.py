@@ -1,4 +1,4 @@
-"""report.md."""
+"""Writes report.md."""
 
 from typing import TYPE_CHECKING
 
@@ -12,14 +12,7 @@ if TYPE_CHECKING:
 
 
 def markdown(evaluation: "Evaluation") -> str:
-    """An evaluation as Markdown.
-
-    Args:
-        evaluation: what was found.
-
-    Returns:
-        The text of report.md.
-    """
+    """Returns the text of report.md."""
     names = ", ".join(one.name for one in evaluation.candidates)
     parts = [f"# {escaped(f'{names} against {evaluation.reference.path}')}"]
     if evaluation.verdict is not None:
@@ -46,7 +39,7 @@ def markdown(evaluation: "Evaluation") -> str:
     parts.append(_table(tables.identity(evaluation)))
     if evaluation.caveats:
         caveats = "\n".join(f"- {escaped(caveat)}" for caveat in evaluation.caveats)
-        parts += ["## What these numbers do not tell", caveats]
+        parts += ["## What these numbers do not show", caveats]
     return "\n\n".join(parts) + "\n"
 
 

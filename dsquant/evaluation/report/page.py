@@ -1,4 +1,4 @@
-"""report.html: one file with everything in it, and the same for a notebook."""
+"""Writes report.html: one file with everything in it, and the same for a notebook."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,7 @@ EXAMPLES = 8
 
 
 def page(evaluation: "Evaluation") -> str:
-    """An evaluation as a page.
-
-    Args:
-        evaluation: what was found.
-
-    Returns:
-        The text of report.html; it loads nothing from anywhere.
-    """
+    """Returns the text of report.html, which loads nothing from anywhere."""
     title = html(f"{_names(evaluation)} against {evaluation.reference.path}")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head += f'<meta name="color-scheme" content="light dark"><title>{title}</title>'
@@ -31,19 +24,12 @@ def page(evaluation: "Evaluation") -> str:
 
 
 def _shown(value: Any) -> Any:
-    """Text of others as it may stand in a page; what is HTML already stays."""
+    """Makes foreign text printable in a page; HTML stays as it is."""
     return printable(value) if type(value) is str else value
 
 
 def part(evaluation: "Evaluation") -> str:
-    """An evaluation as a part of a page, such as a notebook's cell.
-
-    Args:
-        evaluation: what was found.
-
-    Returns:
-        HTML with its own style, which reaches nothing outside.
-    """
+    """Returns an evaluation as HTML for a notebook's cell, with its own style, which affects nothing outside."""
     from jinja2 import Environment, FileSystemLoader
 
     loader = FileSystemLoader(Path(__file__).parent)
@@ -89,7 +75,7 @@ def _subtitle(evaluation: "Evaluation") -> str:
 
 
 def _verdict_words(evaluation: "Evaluation") -> str:
-    """Why: for each candidate the gates that make the verdict, and the first broken layer."""
+    """Returns the reasons for the verdict: for each candidate the deciding gates and the first broken layer."""
     gates = [gate for one in evaluation.candidates for gate in one.gates]
     if evaluation.verdict == "pass":
         return f"{len(gates)} of {len(gates)} gates pass."
@@ -119,7 +105,7 @@ def _gates(evaluation: "Evaluation") -> list[dict[str, Any]]:
 
 
 def _examples(evaluation: "Evaluation") -> list[tuple[str, list[dict[str, str]]]]:
-    """Completions side by side, from where they part; those that part first come first."""
+    """Returns completions side by side, from where they diverge; those that diverge first come first."""
     groups = []
     for one in evaluation.candidates:
         if one.drift is None:

@@ -1,4 +1,4 @@
-"""An evaluation as tables of words: what report.md and report.html both show."""
+"""Lays out an evaluation as tables of words, for report.md and report.html."""
 
 import math
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ class Table:
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
-    """What to know when reading it."""
+    """How to read it."""
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number with so many digits that count."""
+    """Formats a number with `digits` significant digits."""
     if value is None or math.isnan(value):
         return NOTHING
     if math.isinf(value):
@@ -42,17 +42,17 @@ def _magnitude(value: float) -> int:
 
 
 def share(value: float | None) -> str:
-    """A share in per cent."""
+    """Formats a share in per cent."""
     return NOTHING if value is None or not math.isfinite(value) else f"{100 * value:.1f}%"
 
 
 def points(value: float | None) -> str:
-    """A score from 0 to 1 as it is published, of 100."""
+    """Formats a score from 0 to 1 in points of 100, as it is published."""
     return NOTHING if value is None or not math.isfinite(value) else f"{100 * value:.2f}"
 
 
 def interval(found: Interval | None, shares: bool = False) -> str:
-    """A number and its interval."""
+    """Formats a number and its interval."""
     if found is None:
         return NOTHING
     write = share if shares else number
@@ -60,7 +60,7 @@ def interval(found: Interval | None, shares: bool = False) -> str:
 
 
 def summary(evaluation: "Evaluation") -> Table:
-    """One row for each candidate: the numbers to look at first."""
+    """Returns one row for each candidate: the most important numbers."""
     headings = ["candidate", "verdict", "format", "size", "of original", "bits", "mean KL", "perplexity ×"]
     headings += ["same top token", "router overlap", "code BLEU lost", "pass@1"]
     original = evaluation.reference.size_bytes
@@ -92,7 +92,7 @@ def summary(evaluation: "Evaluation") -> Table:
 
 
 def lowest_overlap(candidate: "Candidate") -> float | None:
-    """Router overlap of the worst layer; None where no layer has a router."""
+    """Returns the router overlap of the worst layer; None where no layer has a router."""
     found = [layer.router_overlap.estimate for layer in candidate.layers if layer.router_overlap is not None]
     return min(found, default=None)
 
@@ -113,13 +113,13 @@ def _without_empty_columns(table: Table) -> Table:
 
 
 def ordered_gates(evaluation: "Evaluation") -> "list[tuple[Candidate, GateOutcome]]":
-    """Every candidate's gates: what failed first, then what is undecided, then what passes."""
+    """Returns every candidate's gates: failed ones first, then inconclusive ones, then passed ones."""
     pairs = [(one, gate) for one in evaluation.candidates for gate in one.gates]
     return sorted(pairs, key=lambda pair: ("fail", "inconclusive", "pass").index(pair[1].verdict))
 
 
 def gates(evaluation: "Evaluation") -> Table | None:
-    """Every gate's outcome; None without gates."""
+    """Returns every gate's outcome; None without gates."""
     rows = tuple(
         (
             one.name,
@@ -136,7 +136,7 @@ def gates(evaluation: "Evaluation") -> Table | None:
 
 
 def texts(evaluation: "Evaluation") -> list[Table]:
-    """Perplexity, KL and agreement on each text."""
+    """Returns perplexity, KL and agreement on each text."""
     headings = (
         "candidate",
         "perplexity",
@@ -170,7 +170,7 @@ def texts(evaluation: "Evaluation") -> list[Table]:
 
 
 def ladders(evaluation: "Evaluation") -> list[Table]:
-    """How KL and Δp are spread over the tokens of each text."""
+    """Returns the distribution of KL and Δp over the tokens of each text."""
     kl_headings = ("candidate", "mean", "median", "90 %", "95 %", "99 %", "99.9 %", "max")
     delta_headings = ("candidate", "mean", "RMS", "min", "1 %", "5 %", "median", "95 %", "99 %", "max")
 
@@ -199,11 +199,11 @@ def ladders(evaluation: "Evaluation") -> list[Table]:
 
 
 def layers(candidate: "Candidate") -> Table:
-    """Every decoder layer of a candidate."""
+    """Returns the errors of every decoder layer of a candidate."""
     headings = (
         "layer",
-        "KL behind it",
-        "error behind it",
+        "KL after it",
+        "error after it",
         "own error",
         "of attention",
         "of MLP or experts",
@@ -230,14 +230,14 @@ def layers(candidate: "Candidate") -> Table:
 
 
 def weights(candidate: "Candidate") -> Table:
-    """The worst tensors of a candidate."""
+    """Returns the worst tensors of a candidate."""
     rows = tuple((one.name, share(one.relative), share(one.activation_weighted)) for one in candidate.weights)
     note = "Relative error of the weights, and the same with each column weighted by the inputs that it sees."
     return Table(f"Worst tensors of {candidate.name}", ("tensor", "error", "activation-weighted"), rows, note)
 
 
 def drift(evaluation: "Evaluation") -> list[Table]:
-    """What generated code tells; empty where nothing was generated."""
+    """Returns the scores of generated code; empty where nothing was generated."""
     drifts = [(one.name, one.drift) for one in evaluation.candidates if one.drift is not None]
     if not drifts:
         return []
@@ -294,7 +294,7 @@ def _health(name: str, found: Health) -> tuple[str, ...]:
 
 
 def execution(evaluation: "Evaluation") -> Table | None:
-    """pass@1; None where nothing ran."""
+    """Returns pass@1; None where nothing ran."""
     runs = [
         (one.name, one.drift.execution)
         for one in evaluation.candidates
@@ -314,7 +314,7 @@ def execution(evaluation: "Evaluation") -> Table | None:
 
 
 def identity(evaluation: "Evaluation") -> Table:
-    """How the numbers came about."""
+    """Returns how the numbers were measured."""
     about, reference = evaluation.identity, evaluation.reference
     rows = [
         ("reference", f"{reference.path}, {reference.architecture}, {reference.format}, {reference.fingerprint[:16]}"),
@@ -326,7 +326,7 @@ def identity(evaluation: "Evaluation") -> Table:
         ("versions", ", ".join(f"{name} {version}" for name, version in about.versions.items())),
         ("cost", _cost(evaluation)),
     ]
-    return Table("How these numbers came about", ("what", "value"), tuple(rows))
+    return Table("How these numbers were measured", ("what", "value"), tuple(rows))
 
 
 def _cost(evaluation: "Evaluation") -> str:

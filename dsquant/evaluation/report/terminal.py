@@ -1,4 +1,4 @@
-"""An evaluation in a few tables and lines: what the command line and `print` show."""
+"""Lays out an evaluation in a few tables and lines for the command line and `print`."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -15,14 +15,7 @@ if TYPE_CHECKING:
 
 
 def tables(evaluation: "Evaluation") -> Iterator[RenderableType]:
-    """Shows candidates side by side, then each one's scores, what is broken in it, and its gates.
-
-    Args:
-        evaluation: what was found.
-
-    Yields:
-        What rich prints.
-    """
+    """Yields candidates side by side, then each one's scores, broken parts and gates."""
     yield _candidates_table(evaluation)
     for one in evaluation.candidates:
         yield _texts_table(one)
@@ -50,7 +43,7 @@ def _candidates_table(evaluation: "Evaluation") -> Table:
 
 
 def _table(title: str) -> Table:
-    """A table that is narrow enough for 80 columns."""
+    """Returns a table that fits in 80 columns."""
     return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
@@ -60,7 +53,7 @@ def _add_column(table: Table, heading: str, left: int = 1) -> None:
 
 
 def _code(evaluation: "Evaluation") -> Iterator[RenderableType]:
-    """What generated code tells of every candidate."""
+    """Yields the scores of every candidate's generated code."""
     drifts = [(one.name, one.drift) for one in evaluation.candidates if one.drift is not None]
     table = _table("Generated code against the original's")
     for heading in ("candidate", "BLEU", "chrF", "CodeBLEU", "same text", "BLEU lost", "pass@1 (original's)"):
@@ -88,7 +81,7 @@ def _code(evaluation: "Evaluation") -> Iterator[RenderableType]:
 
 
 def _texts_table(candidate: "Candidate") -> Table:
-    """Perplexities with the interval of their ratio, divergence and agreement on every text."""
+    """Returns perplexities with the interval of their ratio, divergence and agreement on every text."""
     table = _table(f"{candidate.name}: perplexity, KL divergence in nats, agreement")
     for heading in ("text", "original", "candidate", "ratio", "interval", "mean KL", "99 % KL", "top 1"):
         _add_column(table, heading)
@@ -108,7 +101,7 @@ def _texts_table(candidate: "Candidate") -> Table:
 
 
 def _details(candidate: "Candidate") -> Iterator[Text]:
-    """Router overlap and findings of one candidate."""
+    """Yields router overlap and findings of one candidate."""
     overlaps = [layer for layer in candidate.layers if layer.router_overlap is not None]
     if overlaps:
         worst = min(overlaps, key=lambda layer: layer.router_overlap.estimate if layer.router_overlap else 1.0)
@@ -120,7 +113,7 @@ def _details(candidate: "Candidate") -> Iterator[Text]:
 
 
 def _gates(candidate: "Candidate") -> Iterator[Text]:
-    """The gates that did not pass, and how many did."""
+    """Yields the gates that did not pass, and how many did."""
     for gate in candidate.gates:
         if gate.verdict != "pass":
             yield Text(f"{candidate.name}: gate {gate.message}", style="red" if gate.verdict == "fail" else "yellow")
