@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dsquant.incremental.applying import AppliedPatch
     from dsquant.incremental.release import Delta
     from dsquant.pipeline.record import Result
-    from dsquant.releases.job import Release
+    from dsquant.releases.release_job import Release
     from dsquant.reporting.progress import Report
     from dsquant.verification.checks import Verification
 
@@ -356,8 +356,8 @@ def run(
         InconclusiveError: where a gate is undecided; nothing is published.
         Interrupted: where the run stopped; the same recipe goes on with it.
     """
-    from dsquant.releases.job import published, run_recipe
     from dsquant.releases.recipe import read_recipe
+    from dsquant.releases.release_job import published, run_recipe
 
     read = read_recipe(Path(recipe), None if model is None else str(model), None if output is None else Path(output))
     release = published(read)
@@ -451,10 +451,10 @@ def verify(
         UsageError: where every value is asked for and the source is not there.
     """
     from dsquant.reporting.terminal import progress_bar
-    from dsquant.verification import release
+    from dsquant.verification import release_checks
 
     with progress_bar(progress) as report:
-        return release.verify(Path(folder), None if source is None else str(source), everything, report)
+        return release_checks.verify(Path(folder), None if source is None else str(source), everything, report)
 
 
 def inspect(model: str | Path = "tiny-r1") -> Inspection:

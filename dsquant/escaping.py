@@ -67,3 +67,8 @@ def markdown_cell(text: str) -> str:
         Markdown of one cell.
     """
     return markdown(text).replace("|", "\\|")
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns `1 file`, `2 files`: a number with its noun."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

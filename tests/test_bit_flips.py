@@ -65,8 +65,8 @@ def patched(folder: Path, model: Path, text: Path) -> Path:
 
 
 def released(folder: Path, model: Path, text: Path) -> Path:
-    from dsquant.releases.job import run_recipe
     from dsquant.releases.recipe import ReleaseRecipe
+    from dsquant.releases.release_job import run_recipe
 
     recipe = {
         "model": str(model),

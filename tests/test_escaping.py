@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dsquant.cli import main
 from dsquant.escaping import markdown, markdown_cell, printable
-from dsquant.evaluation.report.files import write_reports
+from dsquant.evaluation.report.report_files import write_reports
 from dsquant.pipeline.card import _markdown_table
 from dsquant.reporting.notebook import as_html, as_text, plain_console, table_of
 from dsquant.reporting.progress import Progress, silent

@@ -25,8 +25,8 @@ import dsquant
 from dsquant.errors import InputError
 from dsquant.pipeline import job as pipeline
 from dsquant.recipes import Recipe, gguf_recipe
-from dsquant.releases.job import run_recipe
 from dsquant.releases.recipe import ReleaseRecipe
+from dsquant.releases.release_job import run_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -79,7 +79,7 @@ def _result_types() -> dict[str, type]:
     from dsquant.incremental.applying import AppliedPatch
     from dsquant.incremental.release import Delta
     from dsquant.pipeline.record import Result
-    from dsquant.releases.job import Release
+    from dsquant.releases.release_job import Release
     from dsquant.verification.checks import Verification
 
     types = (Forecast, Evaluation, AppliedPatch, Delta, Inspection, Result, Release, Verification)

@@ -14,8 +14,8 @@ import dsquant
 from dsquant import packages
 from dsquant.cli import main
 from dsquant.errors import PackageError
-from dsquant.releases.job import run_recipe
 from dsquant.releases.recipe import ReleaseRecipe
+from dsquant.releases.release_job import run_recipe
 from dsquant.source.shards import ShardIndex
 
 NOT_INSTALLED = ("dsquant", "autoawq", "compressed-tensors", "gguf")

@@ -17,7 +17,7 @@ from test_delta import changed_copy, contents, noise
 import dsquant
 from dsquant.errors import InputError, Interrupted
 from dsquant.files.sealing import seal
-from dsquant.incremental import applying, manifest
+from dsquant.incremental import applying, patch_manifest
 
 Parts = dict[str, bytes]
 
@@ -76,9 +76,9 @@ def without(word: str) -> Callable[[dict[str, Any], Parts], None]:
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any], Parts], object], str]] = {
     "unknown version": (lambda manifest, _: manifest.update(patch_version=2), "patch_version"),
     "no version": (lambda manifest, _: bool(manifest.pop("patch_version")), "patch_version"),
-    "no shards": (without(".safetensors"), "otherwise than the new output's record"),
+    "no shards": (without(".safetensors"), "with another hash or size than the new output's"),
     "no record": (without("dsquant.json"), "does not hold"),
-    "wrong size": (lambda manifest, _: manifest["files"]["README.md"].update(bytes=1), "tells of 1"),
+    "wrong size": (lambda manifest, _: manifest["files"]["README.md"].update(bytes=1), "lists 1"),
     "short part": (lambda _, parts: parts.update({"new/README.md": b"x"}), "has 1 bytes"),
     "missing part": (lambda _, parts: bool(parts.pop("new/README.md")), "'new/README.md' is in it 0 times"),
     "part of nothing": (lambda _, parts: parts.update({"x": b"y" * 10**6}), "'x' is in it 1 times"),
@@ -95,7 +95,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any], Parts], object], str]] = {
     "file and folder": (renamed("config.json/x"), "cannot be a file and hold"),
     "negative place": (with_places([[-5, 10]]), "greater than or equal to 0"),
     "places in each other": (with_places([[0, 16], [8, 16]]), "begins before"),
-    "place behind the end": (with_places([[2**62, 10]]), "end behind"),
+    "place behind the end": (with_places([[2**62, 10]]), "end after"),
     "old file absent": (
         lambda manifest, _: manifest["files"].update(gone={"bytes": 1, "sha256": "0" * 64, "how": "same"}),
         "gone is missing",
@@ -172,7 +172,7 @@ def test_a_member_that_is_not_what_the_list_says_is_refused_in_little_memory(
 def test_a_list_of_members_that_is_longer_than_any_is_not_read(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest, "LARGEST_TEXT_BYTES", 1000)
+    monkeypatch.setattr(patch_manifest, "LARGEST_TEXT_BYTES", 1000)
     with pytest.raises(InputError, match="list of members has"):
         dsquant.apply_patch(made / "new.patch", made / "old", output=tmp_path / "out", progress=False)
 
@@ -241,7 +241,7 @@ def test_a_patch_is_applied_only_where_nothing_is_in_the_way(made: Path, tmp_pat
     file.write_text("mine")
     refused(file, "is a file")
     refused(file / "x", "is a file")
-    refused(made / "old" / "x", "lie in each other")
+    refused(made / "old" / "x", "lies in the other")
     refused(tmp_path / "out", "does not exist", tmp_path / "absent.patch")
     refused(tmp_path / "out", "is a folder", tmp_path)
     (tmp_path / "out.partial").mkdir()
@@ -300,11 +300,11 @@ def test_a_delta_overwrites_nothing_but_its_own_patch(made: Path, tmp_path: Path
         (tmp_path / "out", tmp_path / ("x" * 300), "cannot be written"),
         (tmp_path / "out", tmp_path / "out" / "x", "would lie in the output"),
         (tmp_path / "out", made / "old" / "x", "would lie in the output"),
-        (made / "old" / "x", tmp_path / "x", "lie in each other"),
+        (made / "old" / "x", tmp_path / "x", "lies in the other"),
     ):
         with pytest.raises(InputError, match=match):
             delta(output, patch)
-    with pytest.raises(InputError, match="lie in each other"):
+    with pytest.raises(InputError, match="lies in the other"):
         delta(made / "old", restart=True)
     with pytest.raises(InputError, match="exists already"):
         delta(made / "new", mine, resume=True)

@@ -16,9 +16,9 @@ from rich.console import Console
 from dsquant.evaluation.intervals import Interval
 from dsquant.evaluation.report.charts import Series, axis_of, line_chart, scatter_chart
 from dsquant.evaluation.report.figures import short_name
-from dsquant.evaluation.report.files import write_reports
 from dsquant.evaluation.report.markdown import markdown
 from dsquant.evaluation.report.page import page
+from dsquant.evaluation.report.report_files import write_reports
 from dsquant.evaluation.report.tables import interval, number
 from dsquant.reporting.terminal import print_evaluation
 

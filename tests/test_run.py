@@ -24,8 +24,8 @@ from dsquant.cli.run import run as run_command
 from dsquant.errors import GateError, InconclusiveError, InputError, UsageError
 from dsquant.jobs.journal import Journal
 from dsquant.releases.evaluation import read_recipe_gates
-from dsquant.releases.job import Release, published, run_recipe
 from dsquant.releases.recipe import ReleaseRecipe, read_recipe
+from dsquant.releases.release_job import Release, published, run_recipe
 from dsquant.reporting.progress import silent
 from dsquant.reporting.prometheus import monitored
 

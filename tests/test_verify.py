@@ -137,7 +137,7 @@ def test_a_flip_in_a_gguf_header_or_its_padding_is_named(output: Path, damaged: 
         end = int(tensor.data_offset) + int(tensor.n_bytes)
         if end % 32:
             padded = damaged(name, end)
-            assert [finding.where for finding in padded.findings] == [f"padding behind {tensor.name!r}"]
+            assert [finding.where for finding in padded.findings] == [f"padding after {tensor.name!r}"]
             break
 
 
@@ -241,7 +241,7 @@ def test_a_folders_record_that_tells_otherwise_than_the_outputs_is_found(output:
     reseal(copy / "awq", lambda record: record["warnings"].append("all is well"))
     reseal(copy, lambda record: None)
     (finding,) = dsquant.verify(copy, progress=False).findings
-    assert finding.file == "awq/dsquant.json" and "tells otherwise" in finding.problem
+    assert finding.file == "awq/dsquant.json" and "differs from what" in finding.problem
 
 
 @pytest.mark.parametrize(("change", "where"), [
@@ -265,7 +265,7 @@ def test_a_sealed_record_that_no_dsquant_wrote_is_refused(
     change(record)
     del record["sections_sha256"]
     (tmp_path / "dsquant.json").write_bytes(seal(record))
-    with pytest.raises(InputError, match=rf"dsquant\.json is not a record that dsquant writes: .*{re.escape(where)}"):
+    with pytest.raises(InputError, match=rf"dsquant\.json is not a record of dsquant: .*{re.escape(where)}"):
         dsquant.verify(tmp_path, progress=False)
 
 
@@ -415,7 +415,7 @@ def test_a_record_that_seals_what_dsquant_never_writes_is_refused(kind: str, out
     del record["sections_sha256"]
     FORGED[kind](record)
     (tmp_path / "dsquant.json").write_bytes(seal(record))
-    with pytest.raises(InputError, match=r"dsquant\.json is not a record that dsquant writes"):
+    with pytest.raises(InputError, match=r"dsquant\.json is not a record of dsquant"):
         dsquant.verify(tmp_path, progress=False)
 
 

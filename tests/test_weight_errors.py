@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsquant.evaluation.weights import LayerComparison, Moments, kind_of, weight_error
+from dsquant.evaluation.weight_errors import LayerComparison, Moments, kind_of, weight_error
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import Fold, FoldedWeights

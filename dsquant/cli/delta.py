@@ -49,7 +49,7 @@ def delta(
         raise click.UsageError("--apply PATCH takes --output and nothing of --quantized, --patch, --resume, --restart")
     if resume and restart:
         raise click.UsageError("--resume and --restart exclude each other")
-    from dsquant.incremental import release, tables
+    from dsquant.incremental import release
     from dsquant.reporting.notebook import plain_console
 
     with reporting(not as_json, metrics_file, metrics_port, metrics_address) as report:
@@ -60,7 +60,5 @@ def delta(
             made = release.delta(old, new, output, quantized, patch, resume, restart, report)
     if as_json:
         click.echo(json.dumps((applied if apply_ else made).as_json(), indent=2))
-    elif apply_:
-        plain_console().print(*tables.patch_tables(applied), sep="\n")
     else:
-        plain_console().print(*tables.delta_tables(made), sep="\n")
+        plain_console().print(*(applied if apply_ else made).tables(), sep="\n")

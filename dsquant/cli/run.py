@@ -43,8 +43,8 @@ def run(
     Entries with `to` also take bits, steps, group_size, symmetric, mtp and max_shard_size, those with `type`
     tensor_types, imatrix, calibrate, scales, mtp and split_max_size; the file also device, budgets and on_failure.
     """
-    from dsquant.releases.job import published, run_recipe
     from dsquant.releases.recipe import read_recipe
+    from dsquant.releases.release_job import published, run_recipe
 
     read = read_recipe(recipe, model, output)
     release = published(read)
@@ -60,9 +60,6 @@ def run(
     if as_json:
         click.echo(json.dumps(release.as_json(), indent=2))
         return
-    from dsquant.releases.tables import release_tables
-    from dsquant.reporting.notebook import plain_console
+    from dsquant.reporting.terminal import print_result
 
-    console = plain_console()
-    for renderable in release_tables(release):
-        console.print(renderable)
+    print_result(release)

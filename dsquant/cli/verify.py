@@ -22,8 +22,7 @@ def verify(folder: Path, source: str | None, everything: bool, as_json: bool) ->
     try:
         from dsquant.reporting.notebook import plain_console
         from dsquant.reporting.terminal import progress_bar
-        from dsquant.verification.release import verify as check
-        from dsquant.verification.tables import verification_tables
+        from dsquant.verification.release_checks import verify as check
     except ImportError as error:
         raise InconclusiveError(f"{folder} was not checked: a package cannot be imported: {error}") from error
 
@@ -32,6 +31,6 @@ def verify(folder: Path, source: str | None, everything: bool, as_json: bool) ->
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=2))
     else:
-        plain_console().print(*verification_tables(found), sep="\n")
+        plain_console().print(*found.tables(), sep="\n")
     if not found.ok:
         sys.exit(InputError.exit_code if found.findings else InconclusiveError.exit_code)

@@ -24,11 +24,11 @@ from dsquant.evaluation.lockstep import LENS_TOKENS, Lockstep, noise_batch
 from dsquant.evaluation.measures import Measures
 from dsquant.evaluation.needs import needs
 from dsquant.evaluation.opening import Opened, Original, open_candidate, open_original
-from dsquant.evaluation.report.files import write_reports
+from dsquant.evaluation.report.report_files import write_reports
 from dsquant.evaluation.request import EvaluationRequest, Texts, candidate_names, read_texts
 from dsquant.evaluation.results import SCHEMA_VERSION, Candidate, Evaluation, Identity, Reference
 from dsquant.evaluation.summary import layer_scores, routers_of, scores_by_text
-from dsquant.evaluation.weights import by_kind, worst
+from dsquant.evaluation.weight_errors import by_kind, worst
 from dsquant.files.disk import remove_empty
 from dsquant.formats.gguf.weights import RELEASE_BYTES
 from dsquant.jobs.folder import check_name, stop_on_signals

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from dsquant.evaluation.results import Finding, LayerScores, WeightError
-from dsquant.evaluation.weights import by_kind, kind_of
+from dsquant.evaluation.weight_errors import by_kind, kind_of
 
 # A tensor's limit: this multiple of the median of its kind, but never below or above these.
 TENSOR_FACTOR, TENSOR_FLOOR, TENSOR_CEILING = 6.0, 0.3, 0.7

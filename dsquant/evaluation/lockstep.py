@@ -19,7 +19,7 @@ from dsquant.evaluation import router
 from dsquant.evaluation.divergence import ComparedModels, Head, SafePoint, score
 from dsquant.evaluation.measures import Distance, LayerMeasures, Measures
 from dsquant.evaluation.results import WeightError
-from dsquant.evaluation.weights import LayerComparison, Moments
+from dsquant.evaluation.weight_errors import LayerComparison, Moments
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import ResidentWeights, WatchedWeights

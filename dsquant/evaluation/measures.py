@@ -9,7 +9,7 @@ import torch
 
 from dsquant.evaluation.divergence import TokenScores
 from dsquant.evaluation.results import WeightError
-from dsquant.evaluation.weights import in_parts, relative_error
+from dsquant.evaluation.weight_errors import in_parts, relative_error
 
 
 @dataclass(frozen=True)

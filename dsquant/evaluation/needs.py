@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dsquant.evaluation.divergence import ROWS_AT_ONCE as SCORED_AT_ONCE
 from dsquant.evaluation.divergence import ComparedModels
 from dsquant.evaluation.lockstep import LENS_TOKENS
-from dsquant.evaluation.weights import ELEMENTS_AT_ONCE
+from dsquant.evaluation.weight_errors import ELEMENTS_AT_ONCE
 from dsquant.model.activations import RELEASE_BYTES
 from dsquant.model.streaming import ROWS_AT_ONCE, VOCABULARY_AT_ONCE
 from dsquant.model.structure import DecoderLayer

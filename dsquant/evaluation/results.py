@@ -286,7 +286,7 @@ class Evaluation(Shown):
 
     def tables(self) -> "Iterator[RenderableType]":
         """Yields the tables of the command line: candidates, texts, code, findings, gates."""
-        from dsquant.evaluation.report.terminal import tables
+        from dsquant.evaluation.report.terminal_tables import tables
 
         return tables(self)
 

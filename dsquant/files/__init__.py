@@ -1,1 +1,1 @@
-"""Files that are whole or absent, and files that others have written."""
+"""Writes files completely or not at all, and reads files that others have written."""

@@ -1,8 +1,8 @@
-"""The boundary to files that others wrote: what may be read of them, and whose fault it is when that fails.
+"""Reads files that others wrote: what may be read of them, and how errors are attributed.
 
-Of a model's folder, or of an output that is read as one, links are followed only inside the folder or inside the hub
+In a model's folder, or in an output that is read as one, links are followed only inside the folder or inside the hub
 cache that it lies in (`models--OWNER--NAME/snapshots/COMMIT`, whose files are links into `blobs`): whatever is read may
-end up in an output that is published.
+end up in a published output.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import BinaryIO
 from dsquant.errors import DsquantError, InputError
 from dsquant.files.disk import NO_ROOM, PARTIAL
 
-# More than any config, index, tokenizer or recipe needs; what is larger is read in parts or not at all.
+# More than any config, index, tokenizer or recipe needs; larger files are read in parts or not at all.
 LARGEST_TEXT_BYTES = 2**28
 # The files of a checkpoint are shorter: R1's index has 9 MB. It is safetensors' own bound for headers.
 LARGEST_MODEL_TEXT_BYTES = 100_000_000
@@ -32,17 +32,9 @@ _KINDS = (
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """Finds a file of a model's folder.
+    """Returns the path of a file in a model's folder, which itself may be a link; None where nothing is there.
 
-    Args:
-        folder: the folder, which itself may be a link: whoever named it meant where it leads.
-        name: the file's path in it.
-
-    Returns:
-        The path; None where nothing is there.
-
-    Raises:
-        InputError: where it is not a regular file, or a link leads out of the model.
+    Raises InputError where it is not a regular file, or a link leads out of the model.
     """
     path = folder / name
     try:
@@ -63,7 +55,7 @@ def find_file(folder: Path, name: str) -> Path | None:
 
 
 def _roots(folder: Path) -> Iterator[Path]:
-    """The folder, and the one of the hub cache that holds all commits of its model."""
+    """Yields the folder, and the one of the hub cache that holds all commits of its model."""
     real = Path(os.path.realpath(folder))
     yield real
     for snapshot in (real, *real.parents):
@@ -75,20 +67,13 @@ def _roots(folder: Path) -> Iterator[Path]:
 def _check_regular(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")
-        raise InputError(f"{path} is {kind}; a regular file is needed there")
+        raise InputError(f"{path} is {kind}; expected a regular file")
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Opens a regular file for reading; waits for nobody, as a named pipe would.
+    """Opens a regular file for reading without blocking, as a named pipe would.
 
-    Args:
-        path: the file.
-
-    Returns:
-        The open file.
-
-    Raises:
-        InputError: where it is not a regular file, or cannot be opened.
+    Raises InputError where it is not a regular file, or cannot be opened.
     """
     try:
         _check_regular(path, path.stat().st_mode)  # before it is opened: that alone may rewind a tape
@@ -105,18 +90,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_file(path: Path, most_bytes: int = LARGEST_TEXT_BYTES) -> bytes:
-    """Reads a regular file whole.
-
-    Args:
-        path: the file.
-        most_bytes: what it may have at the most.
-
-    Returns:
-        Its content.
-
-    Raises:
-        InputError: where it is not a regular file, is larger or cannot be read.
-    """
+    """Reads a regular file whole; raises InputError where it is not one, is longer than `most_bytes`, or unreadable."""
     raw = bytearray()
     with open_file(path) as file:
         check_size(path, most_bytes)
@@ -124,22 +98,14 @@ def read_file(path: Path, most_bytes: int = LARGEST_TEXT_BYTES) -> bytes:
             while block := file.read(BYTES_AT_ONCE):  # a file of /proc says that it has no bytes
                 raw += block
                 if len(raw) > most_bytes:
-                    raise InputError(f"{path} has more than {most_bytes} bytes, which no file of its kind has")
+                    raise InputError(f"{path} has more than {most_bytes} bytes; no file of its kind has")
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     return bytes(raw)
 
 
 def check_size(path: Path, most_bytes: int = LARGEST_TEXT_BYTES) -> None:
-    """Refuses a file that is larger than any of its kind.
-
-    Args:
-        path: an existing file.
-        most_bytes: what it may have at the most.
-
-    Raises:
-        InputError: where it has more.
-    """
+    """Refuses an existing file of more than `most_bytes`, with InputError."""
     size = path.stat().st_size
     if size > most_bytes:
         raise InputError(f"{path} has {size} bytes; a file of its kind has at most {most_bytes}")
@@ -147,25 +113,15 @@ def check_size(path: Path, most_bytes: int = LARGEST_TEXT_BYTES) -> None:
 
 @contextmanager
 def blaming(subject: Path | str, then: str = "restore the file") -> Iterator[None]:
-    """Turns whatever the parser of a foreign file raises into an error that names the file.
+    """Turns any error of the parser of a foreign file into an InputError that names the file and what to do.
 
-    For the parsers of others alone: around our own code it would hide our mistakes.
-
-    Args:
-        subject: the file.
-        then: what to do about it; for the message.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        InputError: where anything is raised inside.
+    Only for other packages' parsers: around our own code it would hide our mistakes.
     """
     try:
         yield
     except (DsquantError, ImportError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise  # a package that is missing is not the file's fault either
-    except BaseException as error:  # a panic of a package in Rust is no Exception
+    except BaseException as error:  # a panic of a package in Rust is not an Exception
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise  # a package keeps something on the disk: not the file's fault
         reason = " ".join(str(error).split())
@@ -173,16 +129,9 @@ def blaming(subject: Path | str, then: str = "restore the file") -> Iterator[Non
 
 
 def check_relative(name: object) -> str:
-    """Checks that a recorded name can only mean a file inside the folder that its record lies in.
+    """Checks that a recorded name can only mean a file inside the folder of its record, and returns it.
 
-    Args:
-        name: as the record has it.
-
-    Returns:
-        The name.
-
-    Raises:
-        ValueError: where it is not a plain relative path, saying why.
+    Raises ValueError with the reason where it is not a plain relative path.
     """
     if not isinstance(name, str):
         raise ValueError(f"{name!r:.80} is not the name of a file")
@@ -199,17 +148,9 @@ def check_relative(name: object) -> str:
 
 
 def own_path(output: Path, name: object) -> Path:
-    """The file that an output's record names, for whoever will write or remove it.
+    """Returns the path of a file that an output's record names, to be written or removed; a link there is not followed.
 
-    Args:
-        output: the output folder.
-        name: as the record has it.
-
-    Returns:
-        Its path; what is there may itself be a link, which is not followed.
-
-    Raises:
-        InputError: where the name, or a link on the way, leads out of the folder.
+    Raises InputError where the name, or a link on the way, leads out of the folder.
     """
     try:
         path = output / check_relative(name)
@@ -226,21 +167,17 @@ def own_path(output: Path, name: object) -> Path:
 
 
 def check_plain_files(output: Path) -> None:
-    """Refuses an output folder that a job shall go on with where writing would go somewhere else.
+    """Refuses to continue in an output folder where writing would go somewhere else.
 
-    Args:
-        output: the folder, which itself may be a link.
-
-    Raises:
-        InputError: where it holds a link, or what is neither a file nor a folder.
+    Raises InputError where it holds a link, or something that is neither a file nor a folder; it may itself be a link.
     """
     for folder, folders, files in os.walk(output):
         for name in (*folders, *files):
             path = Path(folder, name)
             try:
                 mode = path.lstat().st_mode
-            except FileNotFoundError:  # another run is at work here, which the lock will tell
+            except FileNotFoundError:  # another run is working here, as the lock will show
                 continue
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
-                raise InputError(f"{path} is {kind}, and dsquant made none; remove it, or name another folder")
+                raise InputError(f"{path} is {kind}, which dsquant does not create; remove it, or name another folder")

@@ -1,8 +1,8 @@
-"""How an output's record guards every byte of the output, and itself.
+"""Seals an output's record, which guards every byte of the output and of itself.
 
 dsquant.json holds the size and SHA-256 of every other file, and the SHA-256 of each of its own sections. Its bytes are
-a function of its content: so a changed letter in a section shows in that section's hash, and one outside of it (white
-space, a number written otherwise) in the comparison with what the content should look like.
+a function of its content: a changed letter in a section shows in that section's hash, and one outside of it (white
+space, a number in another notation) in the comparison with the bytes that the content should have.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 SECTIONS = "sections_sha256"
-# What `dsquant run` publishes beside its outputs, sealed like their records.
+# The record that `dsquant run` publishes with its outputs, sealed like theirs.
 RELEASE_FILE = "release.json"
 BYTES_AT_ONCE = 2**22
 T = TypeVar("T")
@@ -24,13 +24,8 @@ _INNERMOST_LIST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s+\]")
 
 
 def canonical(data: Any) -> bytes:
-    """JSON in one certain form: indented, lists of plain values on one line.
-
-    Args:
-        data: plain JSON values.
-
-    Returns:
-        UTF-8, with a newline at the end.
+    """Returns plain JSON values in one canonical form: indented, lists of plain values on one line, UTF-8, final
+    newline.
     """
     text = json.dumps(data, indent=2, ensure_ascii=False)
     text = _INNERMOST_LIST.sub(lambda match: "[" + re.sub(r",\n\s+", ", ", match[1]) + "]", text)
@@ -38,14 +33,7 @@ def canonical(data: Any) -> bytes:
 
 
 def seal(record: dict[str, Any]) -> bytes:
-    """A record's bytes, with the hash of each of its sections behind them.
-
-    Args:
-        record: plain JSON values.
-
-    Returns:
-        What dsquant.json holds.
-    """
+    """Returns the content of dsquant.json: a record, with the hash of each of its sections at the end."""
     return canonical({**record, SECTIONS: _section_hashes(record)})
 
 
@@ -54,23 +42,16 @@ def _section_hashes(record: dict[str, Any]) -> dict[str, str]:
 
 
 def broken_sections(raw: bytes) -> list[str]:
-    """What in a record is not as it was sealed.
-
-    Args:
-        raw: the content of dsquant.json.
-
-    Returns:
-        The damaged sections, or the damaged line where it is in none; empty where the record is whole.
-    """
+    """Returns the damaged sections of dsquant.json, or the damaged line where it is in none; empty if intact."""
     try:
         record = json.loads(raw)
         hashes = record[SECTIONS]
         found = _section_hashes(record)
         broken = [key for key in found if hashes.get(key) != found[key]] + [key for key in hashes if key not in found]
     except UnicodeDecodeError as error:
-        return [f"line {raw.count(10, 0, error.start) + 1}, no UTF-8"]
+        return [f"line {raw.count(10, 0, error.start) + 1}, not UTF-8"]
     except json.JSONDecodeError as error:
-        return [f"line {error.lineno}, no JSON"]
+        return [f"line {error.lineno}, not JSON"]
     except (
         KeyError,
         TypeError,
@@ -89,15 +70,9 @@ def broken_sections(raw: bytes) -> list[str]:
 
 
 def record_of_folder(record: dict[str, Any], folder: PurePosixPath, own_name: str) -> dict[str, Any]:
-    """What an output's record tells of one folder in it: that folder's own record.
+    """Returns the record of one folder inside an output, not sealed, from the output's record.
 
-    Args:
-        record: the output's, sealed or not.
-        folder: inside the output.
-        own_name: the name of records, which no record tells of in its own folder.
-
-    Returns:
-        The folder's record, not sealed.
+    `own_name` is the file name of records, which no record lists in its own folder.
     """
     inside = {
         str(PurePosixPath(name).relative_to(folder)): entry
@@ -114,29 +89,17 @@ def record_of_folder(record: dict[str, Any], folder: PurePosixPath, own_name: st
 
 
 def hash_files(folder: Path, names: Iterable[str], after_file: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """Reads files once.
+    """Reads files of a folder once; returns name -> bytes and sha256.
 
-    Args:
-        folder: where they lie.
-        names: their paths in it.
-        after_file: called with each finished file's name, from the calling thread; may raise to stop.
-
-    Returns:
-        Name -> bytes and sha256.
+    `after_file` is called with each finished file's name, from the calling thread; it may raise to stop.
     """
     return for_each_file(lambda name: _hash_file(folder / name), names, after_file)
 
 
 def for_each_file(read: Callable[[str], T], names: Iterable[str], after_file: Callable[[str], None]) -> dict[str, T]:
-    """Reads files in several threads.
+    """Reads files in several threads with `read`; returns name -> its result.
 
-    Args:
-        read: reads a file.
-        names: the files.
-        after_file: called with each finished file's name, from the calling thread; may raise to stop.
-
-    Returns:
-        Name -> what `read` has returned.
+    `after_file` is called with each finished file's name, from the calling thread; it may raise to stop.
     """
     names = list(names)
     found = {}

@@ -1,4 +1,4 @@
-"""JSON that others wrote: what is no certain value (NaN, a key given twice, half a surrogate pair) is refused."""
+"""Parses JSON that others wrote: ambiguous values (NaN, a key given twice, half a surrogate pair) are refused."""
 
 import json
 import math
@@ -14,20 +14,11 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(raw: bytes | str, where: Path | str, then: str = "restore the file", finite: bool = True) -> Any:
-    """Parses JSON.
+    """Parses JSON into plain values; bytes are UTF-8. NaN and infinity are refused unless `finite` is false, for our
+    records.
 
-    Args:
-        raw: the text, UTF-8 where it is bytes.
-        where: the file, and the line where that is known; for the message.
-        then: what to do about it; for the message.
-        finite: whether NaN and infinity are refused; our own records may hold them.
-
-    Returns:
-        Plain values, every number finite unless asked otherwise.
-
-    Raises:
-        InputError: where it is not JSON, is nested too deeply, gives a key twice, or holds a number that is not finite
-            or a text that cannot be written as UTF-8.
+    `where` is the file (and line), `then` what to do about an error, for messages. Raises InputError where it is not
+    JSON, is nested too deeply, gives a key twice, or holds a number that is not finite or a text that is not UTF-8.
     """
     number = _number if finite else float
     try:
@@ -38,7 +29,7 @@ def parse_json(raw: bytes | str, where: Path | str, then: str = "restore the fil
     except RecursionError as error:
         raise InputError(f"{where}: not valid JSON that can be read: it is nested too deeply; {then}") from error
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: a text holds half a surrogate pair, which is no character; {then}") from error
+        raise InputError(f"{where}: a text holds half a surrogate pair, which is not a character; {then}") from error
     except ValueError as error:
         raise InputError(f"{where}: not valid JSON ({error}); {then}") from error
     return found
@@ -49,17 +40,7 @@ def read_json_object(
 ) -> dict[str, Any]:
     """Reads a file that holds a JSON object.
 
-    Args:
-        path: the file.
-        then: what to do where it cannot be used; for the message.
-        finite: as in `parse_json`.
-        most_bytes: the longest file that is read.
-
-    Returns:
-        Its content.
-
-    Raises:
-        InputError: where it cannot be read, or is not what `parse_json` accepts, or is no object.
+    Raises InputError where it cannot be read, is too long, is not what `parse_json` accepts, or not an object.
     """
     try:
         raw = read_file(path, most_bytes)

@@ -1,4 +1,6 @@
-"""YAML that people write: a key given twice is refused, with its lines, and so is what cannot be written as text."""
+"""Reads YAML that people write: a key given twice is refused, with its lines, and so is anything that is not valid
+text.
+"""
 
 from collections.abc import Hashable
 from pathlib import Path
@@ -12,12 +14,12 @@ from dsquant.files.foreign import blaming, read_file
 # Far more than any recipe has.
 LARGEST_BYTES = 2**18
 LONGEST_NUMBER = 100
-# What a file may grow to where its aliases are written out.
+# Largest number of values with aliases written out.
 MOST_VALUES = 10_000
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, for keys that are given once."""
+    """The safe loader, with unique keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Any, int] = {}
@@ -32,17 +34,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """Reads a YAML file.
+    """Reads a YAML file into plain values; `what` names its content in messages.
 
-    Args:
-        path: the file.
-        what: what it should hold; for the message.
-
-    Returns:
-        Plain values.
-
-    Raises:
-        InputError: where it cannot be read, is not YAML, gives a key twice, or holds text that cannot be meant.
+    Raises InputError where it cannot be read, is not YAML, gives a key twice, or holds text that cannot be meant.
     """
     where = f"{path}: the {what} cannot be read"
     raw = read_file(path, LARGEST_BYTES)
@@ -92,4 +86,4 @@ def _check_scalar(node: yaml.ScalarNode) -> None:
     try:
         node.value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"line {_line(node)}: a text holds half a surrogate pair, which is no character") from error
+        raise InputError(f"line {_line(node)}: a text holds half a surrogate pair, which is not a character") from error

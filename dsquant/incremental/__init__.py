@@ -1,1 +1,1 @@
-"""A new release of a quantized model: what changed is quantized under the recorded scales, the rest is reused."""
+"""Requantizes a new release of a model: changed weights under the recorded scales, everything else reused."""

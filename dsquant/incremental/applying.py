@@ -1,4 +1,4 @@
-"""The new output from the earlier one and a patch: all that the patch tells is checked before anything is written."""
+"""Builds the new output from the earlier one and a patch, which is checked completely before anything is written."""
 
 import hashlib
 import json
@@ -13,22 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError
+from dsquant.escaping import counted
 from dsquant.files.disk import NO_ROOM, PARTIAL, copy_file, remove_empty, remove_tree, sync_folder
 from dsquant.files.foreign import check_plain_files, find_file, read_file
 from dsquant.files.sealing import broken_sections, hash_files
-from dsquant.incremental.manifest import PatchManifest, member_blocks, open_patch, read_manifest, read_member
 from dsquant.incremental.patch import block_sizes, xored
+from dsquant.incremental.patch_manifest import PatchManifest, member_blocks, open_patch, read_manifest, read_member
 from dsquant.incremental.places import beside, check_output, lies_in
-from dsquant.incremental.reuse import reuse_file
+from dsquant.incremental.reuse import reuse_file, ways_of
 from dsquant.jobs.folder import JOB_FILE, RECORD_FILE, WORK_FOLDER, remove_work
 from dsquant.jobs.locks import exclusive
 from dsquant.jobs.resources import check_disk
+from dsquant.recipes import format_size
 from dsquant.reporting.notebook import Shown
 
 
 @dataclass(frozen=True)
 class AppliedPatch(Shown):
-    """What applying a patch made."""
+    """The output that a patch was applied to."""
 
     output: Path
     num_files: int
@@ -37,30 +39,23 @@ class AppliedPatch(Shown):
     """How files were reused -> number of files."""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns plain JSON values."""
         return {**vars(self), "output": str(self.output)}
 
-    def tables(self) -> Iterable[Any]:
-        """What the command line shows."""
-        from dsquant.incremental.tables import patch_tables
+    def tables(self) -> Iterator[Any]:
+        """Yields a line with the files and how they were reused."""
+        from rich.text import Text
 
-        return patch_tables(self)
+        files, size = counted(self.num_files, "file"), format_size(self.num_bytes)
+        yield Text(f"{self.output}: {files}, {size}; reused: {ways_of(self.reused)}.")
 
 
 def apply_patch(patch: Path, old: Path, output: Path, safe_point: Callable[[str], None]) -> AppliedPatch:
-    """Makes the new output from the earlier one and a patch; every file of it is hashed.
+    """Builds the new output from the earlier one and a patch, and hashes every file of it.
 
-    Args:
-        patch: the patch.
-        old: the earlier output.
-        output: the folder to make; where this fails or is stopped, nothing of it is left.
-        safe_point: called with each file's name; may raise to stop.
-
-    Returns:
-        What was made.
-
-    Raises:
-        InputError: where the patch is damaged or of another output, an old file is damaged, or the folder is in use.
+    `safe_point` is called with each file's name and may raise to stop; nothing of the output is left where this fails
+    or is stopped. Raises InputError where the patch is damaged or belongs to another output, an old file is damaged, or
+    the output folder is in use.
     """
     try:
         with open_patch(patch) as archive:
@@ -92,7 +87,7 @@ def _apply(
         for name, found in hash_files(work, manifest.files, safe_point).items():
             if found != manifest.files[name].model_dump(include={"bytes", "sha256"}):
                 raise InputError(
-                    f"{old / name} or {patch} is damaged: {name} would not be what it should be; "
+                    f"{old / name} or {patch} is damaged: {name} would have another hash than expected; "
                     f"see `dsquant verify {old}`"
                 )
     return AppliedPatch(
@@ -101,10 +96,10 @@ def _apply(
 
 
 def _check_old(manifest: PatchManifest, patch: Path, old: Path) -> None:
-    """Whether the old output is the patch's, and the files that the patch builds on are there."""
+    """Checks that the old output is the patch's, and that the files that the patch builds on are there."""
     record = find_file(old, RECORD_FILE)
     if record is None or hashlib.sha256(read_file(record)).hexdigest() != manifest.old_record_sha256:
-        raise InputError(f"{old} is not the output that {patch} was made from (its {RECORD_FILE} is another)")
+        raise InputError(f"{old} is not the output that {patch} was made from (its {RECORD_FILE} differs)")
     for name, entry in manifest.files.items():
         if entry.how == "new":
             continue
@@ -117,17 +112,17 @@ def _check_old(manifest: PatchManifest, patch: Path, old: Path) -> None:
 
 
 def _check_record(archive: zipfile.ZipFile, manifest: PatchManifest, patch: Path, old: Path) -> None:
-    """Whether the patch makes the files that the new output's own record tells of."""
+    """Checks that the patch builds the files that the new output's own record lists."""
     entry = manifest.files.get(RECORD_FILE)
     if entry is None or entry.how == "tensors":
-        raise InputError(f"{patch} does not hold the new output's {RECORD_FILE}; make the patch again")
+        raise InputError(f"{patch} does not hold the new output's {RECORD_FILE}; create the patch again")
     same = entry.how == "same"
     raw = read_file(old / RECORD_FILE) if same else read_member(archive, f"new/{RECORD_FILE}", patch)
     if hashlib.sha256(raw).hexdigest() != entry.sha256 or broken_sections(raw):
-        raise InputError(f"{patch}: the new output's {RECORD_FILE} is damaged; make the patch again")
+        raise InputError(f"{patch}: the new output's {RECORD_FILE} is damaged; create the patch again")
     recorded = json.loads(raw).get("files")
     if not isinstance(recorded, dict):
-        raise InputError(f"{patch}: the new output's {RECORD_FILE} tells of no files; make the patch again")
+        raise InputError(f"{patch}: the new output's {RECORD_FILE} lists no files; create the patch again")
     for name in sorted({*manifest.files, *recorded} - {RECORD_FILE}):
         made, told = manifest.files.get(name), recorded.get(name)
         if (
@@ -135,15 +130,17 @@ def _check_record(archive: zipfile.ZipFile, manifest: PatchManifest, patch: Path
             or not isinstance(told, dict)
             or (made.bytes, made.sha256) != (told.get("bytes"), told.get("sha256"))
         ):
-            raise InputError(f"{patch} makes {name} otherwise than the new output's record tells; make the patch again")
+            raise InputError(
+                f"{patch} builds {name} with another hash or size than the new output's record; create the patch again"
+            )
 
 
 @contextmanager
 def _new_folder(patch: Path, old: Path, output: Path) -> Iterator[Path]:
-    """A folder that becomes the output when it is whole, and goes away with all in it otherwise."""
+    """Yields a folder that becomes the output when it is complete, and is removed otherwise."""
     check_output(output, old)
     work = beside(output, PARTIAL)
-    mark = work / WORK_FOLDER  # what a killed run has left is known by it
+    mark = work / WORK_FOLDER  # identifies the leftovers of a killed run
     _check_free(output)
     mine = mark.is_dir() and not work.is_symlink() and not (mark / JOB_FILE).exists()
     if lies_in(old, work) or lies_in(patch, work) or (os.path.lexists(work) and not mine):
@@ -172,7 +169,7 @@ def _new_folder(patch: Path, old: Path, output: Path) -> Iterator[Path]:
 
 def _check_free(output: Path) -> None:
     if output.is_symlink() or (output.exists() and any(output.iterdir())):
-        raise InputError(f"{output} is a link or not empty; name a folder to make")
+        raise InputError(f"{output} is a link or not empty; name a new folder")
 
 
 def _write_new(path: Path, blocks: Iterable[bytes]) -> None:

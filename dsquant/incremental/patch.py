@@ -1,8 +1,8 @@
-"""What turns one output into the next, as one file: a zip of whole small files and of the tensors that changed.
+"""Writes the difference of two outputs as one file: a zip of whole small files and of the tensors that changed.
 
-A changed tensor is stored as its bytes XOR the old ones, deflated: codes that stayed are zeros there. patch.json tells
-of every file of the new output how it comes about, and its hash. A patch's bytes are a function of the two outputs (and
-of the zlib that deflates them): no member carries a time, or the mode of a file.
+A changed tensor is stored as its bytes XOR the old ones, deflated: unchanged codes are zeros there. patch.json lists
+for every file of the new output how it is built, and its hash. A patch's bytes are a function of the two outputs (and
+of the zlib that deflates them): no member carries a time or the mode of a file.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import numpy as np
 from dsquant.files.disk import PARTIAL, naming, publish, sync_folder
 from dsquant.files.foreign import read_file
 from dsquant.files.sealing import BYTES_AT_ONCE
-from dsquant.incremental.manifest import MANIFEST, PatchedFile, PatchManifest
+from dsquant.incremental.patch_manifest import MANIFEST, PatchedFile, PatchManifest
 from dsquant.jobs.folder import RECORD_FILE
 from dsquant.source.shards import read_header
 
@@ -26,11 +26,7 @@ from dsquant.source.shards import read_header
 def write_patch(old: Path, new: Path, patch: Path, safe_point: Callable[[str], None]) -> None:
     """Writes the patch from an output to another of the same layout.
 
-    Args:
-        old: the earlier output.
-        new: the new one.
-        patch: the file to make.
-        safe_point: called with each file's name; may raise to stop.
+    `safe_point` is called with each file's name; it may raise to stop.
     """
     before, now = (_entries(folder) for folder in (old, new))
     partial = patch.with_name(patch.name + PARTIAL)
@@ -58,7 +54,7 @@ def write_patch(old: Path, new: Path, patch: Path, safe_point: Callable[[str], N
 
 
 def _entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every file of an output, its record too."""
+    """Returns the record's entry of every file of an output, the record included."""
     raw = read_file(folder / RECORD_FILE)
     own = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     return {**json.loads(raw)["files"], RECORD_FILE: own}
@@ -73,7 +69,9 @@ def _same_layout(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def _member(name: str, num_bytes: int = 0) -> zipfile.ZipInfo:
-    """A member to add, of 1980 as ZipInfo has it; zipfile itself would take the time of day, and the mode of a file."""
+    """Returns a new member dated 1980, ZipInfo's default; zipfile itself would take the current time, and the mode of a
+    file.
+    """
     info = zipfile.ZipInfo(name)
     info.compress_type, info.file_size = zipfile.ZIP_DEFLATED, num_bytes
     info.create_system, info.external_attr = 3, 0o644 << 16  # a Unix, whose attributes are modes
@@ -87,7 +85,7 @@ def _add_file(archive: zipfile.ZipFile, path: Path, name: str, num_bytes: int) -
 
 
 def _add_tensors(archive: zipfile.ZipFile, old: Path, new: Path, name: str) -> tuple[tuple[int, int], ...]:
-    """Adds every changed tensor of a file; returns the places, [start, bytes]."""
+    """Adds every changed tensor of a file; returns the places, (start, bytes)."""
     places: list[tuple[int, int]] = []
     with old.open("rb") as before, new.open("rb") as now:
         for info in read_header(new).values():
@@ -110,12 +108,12 @@ def _ranges_equal(old: Path, new: Path, start: int, num_bytes: int) -> bool:
 
 
 def block_sizes(num_bytes: int) -> Iterator[int]:
-    """The sizes of the blocks in which so many bytes are read."""
+    """Yields the sizes of the blocks in which a number of bytes is read."""
     while num_bytes:
         yield min(num_bytes, BYTES_AT_ONCE)
         num_bytes -= min(num_bytes, BYTES_AT_ONCE)
 
 
 def xored(first: bytes, second: bytes) -> bytes:
-    """Two blocks of the same size, XOR."""
+    """Returns two blocks of the same size, XOR."""
     return (np.frombuffer(first, np.uint8) ^ np.frombuffer(second, np.uint8)).tobytes()

@@ -1,4 +1,4 @@
-"""Where an output and a patch may be written, found out before any work."""
+"""Checks where an output and a patch may be written, before any work."""
 
 import hashlib
 import tempfile
@@ -7,65 +7,49 @@ from pathlib import Path
 from dsquant.errors import InputError
 from dsquant.files.disk import PARTIAL
 from dsquant.files.foreign import read_file
-from dsquant.incremental.manifest import open_patch, read_manifest
+from dsquant.incremental.patch_manifest import open_patch, read_manifest
 from dsquant.incremental.recording import Recording
 from dsquant.jobs.folder import RECORD_FILE, check_name
 
 
 def lies_in(path: Path, folder: Path) -> bool:
-    """Whether a path is a folder or something in it, links followed."""
+    """Returns whether a path is a folder or something in it, links followed."""
     return path.resolve().is_relative_to(folder.resolve())
 
 
 def beside(output: Path, ending: str) -> Path:
-    """The path whose name is an output's with an ending behind.
+    """Returns the path next to an output whose name is the output's plus an ending such as .patch.
 
-    Args:
-        output: a folder.
-        ending: such as .patch.
-
-    Returns:
-        The path.
-
-    Raises:
-        InputError: where the folder is the root.
+    Raises InputError where the output is the root folder.
     """
     named = output if output.name.strip(".") else output.resolve()
     if not named.name:
-        raise InputError(f"{output} cannot be the folder to make; name another one with --output")
+        raise InputError(f"{output} cannot be the new folder; name another one with --output")
     return named.with_name(named.name + ending)
 
 
 def check_output(output: Path, old: Path) -> None:
-    """Checks that a folder can be made without touching the old output.
+    """Checks that a folder can be created without touching the old output.
 
-    Args:
-        output: the folder to make.
-        old: the old output.
-
-    Raises:
-        InputError: where it would lie in the old output or around it, or there is a file in the way.
+    Raises InputError where one would lie in the other, or a file is in the way.
     """
     check_name(output)
     if lies_in(output, old) or lies_in(old, output):
-        raise InputError(f"{output} and the old output {old} lie in each other; name a folder beside it with --output")
+        raise InputError(
+            f"one of {output} and the old output {old} lies in the other; name a folder outside it with --output"
+        )
 
 
 def check_patch(patch: Path, output: Path, recording: Recording, again: bool) -> None:
     """Checks that a patch can be written, and overwrites nothing but itself.
 
-    Args:
-        patch: the patch to write.
-        output: the folder to make.
-        recording: the old output.
-        again: whether a job is resumed or begun anew, whose own patch may be there.
-
-    Raises:
-        InputError: where it cannot.
+    `again` says whether a job is resumed or restarted, whose own patch may be there. Raises InputError where it cannot.
     """
     for folder in (output, recording.output):
         if lies_in(patch, folder):
-            raise InputError(f"the patch {patch} would lie in the output {folder}; name a place beside it with --patch")
+            raise InputError(
+                f"the patch {patch} would lie in the output {folder}; name a place outside it with --patch"
+            )
     partial = patch.with_name(patch.name + PARTIAL)
     try:
         for path in (patch, partial):
@@ -79,7 +63,7 @@ def check_patch(patch: Path, output: Path, recording: Recording, again: bool) ->
 
 
 def _is_own(patch: Path, output: Path, recording: Recording) -> bool:
-    """Whether a patch is the one from the old output to the one that is there."""
+    """Returns whether a patch leads from the old output to the output that is there."""
     record = output / RECORD_FILE
     if not record.is_file():
         return False

@@ -1,4 +1,4 @@
-"""An earlier output as a recording: what its source was, its scales, and how every weight was rounded."""
+"""Opens an earlier output as a recording: its source's hashes, its scales, and how every weight was rounded."""
 
 import hashlib
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from dsquant.recipes import Recipe
 from dsquant.schemes import QuantizedWeight
 from dsquant.source.shards import ShardIndex, read_index
 from dsquant.verification.damage import recorded_shards
-from dsquant.verification.record import read_record
+from dsquant.verification.strict_record import read_record
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Recording:
     output: Path
     record: dict[str, Any]
     sha256: str
-    """Of dsquant.json."""
+    """SHA-256 of dsquant.json."""
 
     @property
     def source_hashes(self) -> dict[str, str]:
@@ -35,7 +35,7 @@ class Recording:
         return hashes
 
     def recipe(self, model: str, output: Path) -> Recipe:
-        """The recipe for another release under this recording's scales: computed on the CPU, and not evaluated."""
+        """Returns the recipe for another release under this recording's scales: on the CPU, and without evaluation."""
         fields = {**self.record["recipe"], "device": "cpu", "evaluate": False, "scales_from": self.sha256}
         return Recipe.checked(**{**fields, "model": model, "output": output})
 
@@ -52,80 +52,59 @@ class RecordedTarget:
     """Linear -> recorded error."""
 
     def weight(self, linear: str) -> QuantizedWeight:
-        """A linear as it was rounded."""
+        """Reads a linear as it was rounded."""
         names = [tensor.name for tensor in self.target.format.stored(linear, (0, 0), self.target.grid)]
         tensors = {name: self.index.read(name) for name in names}
         return self.target.format.unpack(linear, tensors, self.target.grid)
 
     def hashes(self, file_name: str) -> dict[str, str]:
-        """The tensors of a shard -> SHA-256."""
+        """Returns tensor -> SHA-256 of a shard."""
         tensors = self.recording.record["files"][str(self.target.folder / file_name)]["tensors"]
         return {name: entry[1] for name, entry in tensors.items()}
 
     def intact(self, file_name: str) -> Path:
-        """A shard that is as it was written.
-
-        Args:
-            file_name: its name.
-
-        Returns:
-            Its path.
-
-        Raises:
-            InputError: where it is damaged.
-        """
+        """Returns the path of a shard; raises InputError where it is not as it was written."""
         name = str(self.target.folder / file_name)
         path = self.recording.output / name
         entry = self.recording.record["files"][name]
         there = find_file(self.recording.output, name) is not None
         found = hash_files(self.recording.output, [name], lambda _: None) if there else {}
         if found.get(name) != {key: entry[key] for key in ("bytes", "sha256")}:
-            raise InputError(f"{path} is not what was written; see `dsquant verify {self.recording.output}`")
+            raise InputError(f"{path} is damaged; see `dsquant verify {self.recording.output}`")
         return path
 
 
 def open_recording(output: Path) -> Recording:
-    """Opens an output.
+    """Opens the output folder of `dsquant awq` or `delta`.
 
-    Args:
-        output: the output folder of `dsquant awq` or `delta`.
-
-    Returns:
-        The recording.
-
-    Raises:
-        InputError: where it is no finished output, or its record is damaged.
-        UsageError: where it holds GGUF files or has chosen widths, which are not requantized.
+    Raises InputError where it is not a finished output or its record is damaged, UsageError where it holds GGUF files
+    or has chosen widths, which are not requantized.
     """
     path = find_file(output, RECORD_FILE)
     if path is None or found_in(output) != "finished":
-        raise InputError(f"{output} is no finished output of dsquant ({RECORD_FILE} is missing, or a job is under way)")
+        raise InputError(
+            f"{output} is not a finished output of dsquant ({RECORD_FILE} is missing, or a job is running)"
+        )
     raw = read_file(path)
     if broken_sections(raw):
         raise InputError(f"{path} is damaged; see `dsquant verify {output}`")
     record = read_record(path)
     if record["recipe"].get("target_bits") or record["recipe"].get("target_size"):
-        raise UsageError(f"{output} has chosen widths: a delta of such an output is not there yet; quantize it again")
+        raise UsageError(
+            f"{output} has chosen widths: `delta` does not support them yet; quantize the new release as a whole"
+        )
     gguf = [name for name, entry in record["outputs"].items() if entry["folder"].endswith(".gguf")]
     if gguf:
         raise UsageError(
-            f"{output} holds {', '.join(gguf)}: a delta of GGUF files is not there yet; convert them again"
+            f"{output} holds {', '.join(gguf)}: `delta` does not support GGUF files yet; convert the new release"
         )
     return Recording(output, record, hashlib.sha256(raw).hexdigest())
 
 
 def recorded_targets(recording: Recording, plan: Plan) -> list[RecordedTarget]:
-    """Pairs the formats of a new plan with those of a recording.
+    """Pairs the formats of a new release's plan with those of a recording.
 
-    Args:
-        recording: the earlier output.
-        plan: what the new release becomes under the same recipe.
-
-    Returns:
-        One for each format.
-
-    Raises:
-        InputError: where the new release has other tensors, shapes or files.
+    Raises InputError where the new release has other tensors, shapes or files.
     """
     paired = []
     for target in plan.targets:
@@ -137,7 +116,7 @@ def recorded_targets(recording: Recording, plan: Plan) -> list[RecordedTarget]:
         ]:
             raise InputError(
                 f"{recording.output / folder}: the new release has other tensors or shapes than the one that this was "
-                "made from; quantize it anew with `dsquant awq`"
+                "made from; quantize it with `dsquant awq`"
             )
         directory = recording.output / folder
         errors = recording.record["outputs"][target.name]["weight_errors"]

@@ -1,11 +1,12 @@
-"""What `dsquant delta` does: two releases compared, the new one's output made from the old one's, and a patch."""
+"""Implements `dsquant delta`: compares two releases, builds the new output from the old one, and writes a patch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError, UsageError
+from dsquant.escaping import counted
 from dsquant.files.foreign import read_file
 from dsquant.files.sealing import broken_sections
 from dsquant.formats.checkpoints import open_checkpoint
@@ -14,18 +15,20 @@ from dsquant.incremental.patch import write_patch
 from dsquant.incremental.places import beside, check_output, check_patch
 from dsquant.incremental.recording import Recording, open_recording
 from dsquant.incremental.requantize import requantize
+from dsquant.incremental.reuse import ways_of
 from dsquant.jobs.folder import RECORD_FILE, claim, full_disk_is_resumable, stop_on_signals
 from dsquant.pipeline.record import Result, result_of
+from dsquant.recipes import format_size
 from dsquant.reporting.notebook import Shown
 from dsquant.reporting.progress import Progress, Report, silent
 from dsquant.source.locate import locate
 from dsquant.source.scan import scan
-from dsquant.verification.record import read_record
+from dsquant.verification.strict_record import read_record
 
 
 @dataclass(frozen=True)
 class Delta(Shown):
-    """What a delta made."""
+    """Changes, reuse and sizes of a delta."""
 
     output: Path
     patch: Path
@@ -37,9 +40,9 @@ class Delta(Shown):
     changed: list[str]
     """Parameters whose source has changed."""
     anew: list[str]
-    """Format and linear: what got a new grid, since the recorded one no longer fits."""
+    """Format and linear that got a new grid, since the recorded one no longer fits."""
     old_read_bytes: int
-    """Tensor data read of the old release; 0 where its recorded hashes were taken."""
+    """Tensor data read of the old release; 0 where its recorded hashes were used."""
     new_read_bytes: int
     """Tensor data read of the new release."""
     reused: dict[str, int] = field(default_factory=dict)
@@ -48,14 +51,27 @@ class Delta(Shown):
     already_finished: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns plain JSON values."""
         return {**vars(self), "output": str(self.output), "patch": str(self.patch)}
 
-    def tables(self) -> Iterable[Any]:
-        """What the command line shows."""
-        from dsquant.incremental.tables import delta_tables
+    def tables(self) -> Iterator[Any]:
+        """Yields lines on what changed, was reused and read, and the patch's size."""
+        from rich.text import Text
 
-        return delta_tables(self)
+        if self.already_finished:
+            yield Text(f"{self.output} is finished already; only the patch was written.")
+        yield Text(
+            f"{len(self.changed)} of {counted(self.parameters, 'parameter')} changed and were made with the recorded "
+            f"scales, {counted(len(self.anew), 'linear')} on a new grid."
+        )
+        yield Text(f"Files reused: {ways_of(self.reused)} ({format_size(self.reused_bytes)}).")
+        old = f", {format_size(self.old_read_bytes)} of the old one" if self.old_read_bytes else ""
+        yield Text(f"Read: {format_size(self.new_read_bytes)} of the new release{old}.")
+        output, patch = format_size(self.output_bytes), format_size(self.patch_bytes)
+        yield Text(
+            f"The output has {output}, the patch {patch} ({self.patch_bytes / self.output_bytes:.1%}); {self.patch} "
+            f"turns the old output into {self.output}."
+        )
 
 
 def delta(
@@ -135,7 +151,7 @@ def _default_output(old: str) -> Path:
 
 
 def _check_old(old: str, recording: Recording, report: Report) -> int:
-    """Reads the old release once; returns the bytes."""
+    """Reads the old release once and compares it with the recording; returns the bytes read."""
     index = open_checkpoint(locate(old)).index
     done = 0
 
@@ -150,26 +166,19 @@ def _check_old(old: str, recording: Recording, report: Report) -> int:
     before = recording.source_hashes
     other = next((name for name in hashes.keys() | before.keys() if hashes.get(name) != before.get(name)), None)
     if other is not None:
-        raise InputError(f"{recording.output} was not made from {old}: tensor {other!r} is another there")
+        raise InputError(f"{recording.output} was not made from {old}: tensor {other!r} differs there")
     return index.bytes_read
 
 
 def apply(patch: Path, old: Path, output: Path, report: Report = silent) -> AppliedPatch:
-    """Makes the new output from the old one and a patch.
+    """Builds the new output from the old one and a patch.
 
-    Args:
-        patch: the patch.
-        old: the old output.
-        output: the folder to make.
-        report: gets the progress.
-
-    Returns:
-        What was made.
-
-    Raises:
-        InputError: where patch or output are damaged, or do not belong together.
+    Raises InputError where patch or output are damaged, or do not belong together.
     """
-    with stop_on_signals() as request, full_disk_is_resumable("nothing is left of it: make room and apply it again"):
+    with (
+        stop_on_signals() as request,
+        full_disk_is_resumable("nothing is left of it: free some space and apply it again"),
+    ):
 
         def safe_point(name: str) -> None:
             request.safe_point()

@@ -38,7 +38,7 @@ from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Limits, Progress, Report
 from dsquant.schemes import QuantizedWeight
 from dsquant.source.shards import DTYPES
-from dsquant.verification.record import read_record
+from dsquant.verification.strict_record import read_record
 
 
 @dataclass

@@ -1,7 +1,8 @@
-"""A file in a second place without a second copy of its bytes, where the disk can do that."""
+"""Creates a second file with the same content without copying its bytes, where the disk can do that."""
 
 import errno
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from dsquant.files.disk import PARTIAL, copy_file
@@ -11,16 +12,9 @@ FICLONE = 0x40049409
 
 
 def reuse_file(old: Path, new: Path) -> str:
-    """Makes `new` the same as `old`: by reflink, else hard link, else copy.
+    """Creates or replaces `new` with the content of `old`: by reflink, else hard link, else copy; returns which.
 
-    A reflink is better than a hard link: a change of one file in place does not change the other.
-
-    Args:
-        old: an existing file.
-        new: the name to make; what is there is replaced.
-
-    Returns:
-        `reflink`, `hard link` or `copy`.
+    A reflink is better than a hard link: changing one file in place does not change the other.
     """
     partial = new.with_name(new.name + PARTIAL)
     partial.unlink(missing_ok=True)
@@ -56,3 +50,8 @@ def _link(old: Path, new: Path) -> bool:
             raise
         return False
     return True
+
+
+def ways_of(reused: Mapping[str, int]) -> str:
+    """Returns `3 by reflink, 1 by copy` for the number of files by the way they were reused."""
+    return ", ".join(f"{count} by {way}" for way, count in reused.items()) or "none"

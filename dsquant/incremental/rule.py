@@ -1,4 +1,4 @@
-"""How a changed weight is rounded with nothing but what an earlier output recorded (docs/decisions).
+"""Rounds a changed weight with nothing but the recording of an earlier output (docs/decisions).
 
 Shape legend: O out features, I in features.
 """
@@ -14,16 +14,11 @@ LARGEST_GROWTH = 1.25
 def rounded_as_recorded(
     weight_OI: torch.Tensor, recorded: QuantizedWeight, recorded_error: float
 ) -> tuple[QuantizedWeight, bool]:
-    """Rounds a changed weight.
+    """Rounds a changed weight, float32 [O, I] with the recorded scales applied, and returns whether its grid is new.
 
-    Args:
-        weight_OI: the new weight under the recorded scales, float32 [O, I].
-        recorded: the old weight as it was rounded; its grid (scales and zero points of each group) is used again.
-        recorded_error: the old weight's distance from its rounded values, over its norm.
-
-    Returns:
-        The nearest points of the recorded grid; or of a new grid over each group's range, where the recorded one no
-        longer fits and the new one errs less. And whether the grid is new.
+    The result is the nearest points of the recorded grid (scales and zero points of each group), or of a new grid over
+    each group's range where the recorded one no longer fits and the new one has a smaller error. `recorded_error` is
+    the old weight's distance from its rounded values, over its norm.
     """
     kept = round_to_grid(weight_OI, recorded.grid, recorded.scales_OG, recorded.zero_points_OG)
     error = float(kept.relative_error(weight_OI))

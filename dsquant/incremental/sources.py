@@ -1,4 +1,4 @@
-"""A new release whose tensors are read once each: hashed, and kept as long as they are worked on."""
+"""Reads each tensor of a new release once: hashes it, and keeps it while it is needed."""
 
 import hashlib
 from collections.abc import Iterable
@@ -21,16 +21,9 @@ class HeldTensors(ShardIndex):
         self._held: dict[str, torch.Tensor] = {}
 
     def hold(self, names: Iterable[str]) -> dict[str, str]:
-        """Reads tensors and keeps them in place of those held before.
+        """Reads tensors and keeps them in place of those held before; returns tensor -> SHA-256 of its bytes.
 
-        Args:
-            names: the tensors.
-
-        Returns:
-            Tensor -> SHA-256 of its bytes.
-
-        Raises:
-            InputError: where one holds NaN or infinity.
+        Raises InputError where one holds NaN or infinity.
         """
         self._held = {}
         hashes = {}
@@ -52,15 +45,10 @@ class HeldTensors(ShardIndex):
 
 
 def held_once(checkpoint: Checkpoint, order: Iterable[str]) -> tuple[Checkpoint, HeldTensors]:
-    """A checkpoint whose weights are read through `HeldTensors`.
+    """Returns an FP8 or BF16 checkpoint whose weights are read through `HeldTensors`, and its index.
 
-    Args:
-        checkpoint: an FP8 or BF16 release.
-        order: the order in which the earlier release had its tensors, which the output's files follow; this one may
-            have been saved in another.
-
-    Returns:
-        The same, and its index.
+    `order` is the tensors' order in the earlier release, which the output's files follow; this one may have been saved
+    in another.
     """
     assert isinstance(checkpoint.weights, StoredWeights)
     names = dict.fromkeys([*(name for name in order if name in checkpoint.index), *checkpoint.index])
@@ -69,5 +57,5 @@ def held_once(checkpoint: Checkpoint, order: Iterable[str]) -> tuple[Checkpoint,
 
 
 def stored_parts(index: ShardIndex, parameter: str) -> list[str]:
-    """The stored tensors of a parameter: itself, and its FP8 scales where it has them."""
+    """Returns the stored tensors of a parameter: itself, and its FP8 scales where it has them."""
     return [name for name in (parameter, parameter + SCALE_SUFFIX) if name in index]

@@ -1,7 +1,7 @@
-"""Compares everything a run has made with the original, and decides the gates.
+"""Compares every output of a run with the original, and decides the gates.
 
-The report is published with the outputs, so it holds nothing that two runs would not have in common: no times, no
-memory, and the outputs' names instead of the folder they were made in.
+The report is published with the outputs, so it holds nothing that differs from run to run: no times, no memory, and the
+outputs' names instead of the folder they were built in.
 """
 
 import dataclasses
@@ -20,23 +20,16 @@ if TYPE_CHECKING:
     from dsquant.evaluation.request import EvaluationRequest
     from dsquant.evaluation.results import Candidate, Evaluation
 
-# For the gates, beside the folder that is published: unlike the report it keeps bounds that are infinite.
+# For the gates, next to the published folder: unlike the report it keeps infinite bounds.
 MEASURED_FILE = "measured.json"
-# What an evaluation is made with; the gates decide on its intervals.
+# The gates of the evaluation, which sets the confidence of its intervals.
 GATES_FILE = "gates.json"
 
 
 def read_recipe_gates(recipe: ReleaseRecipe) -> "Gates | None":
-    """The recipe's gates, or those of the file it names.
+    """Reads the recipe's gates, or those of the file it names; None without gates.
 
-    Args:
-        recipe: the recipe.
-
-    Returns:
-        The gates; None where there are none.
-
-    Raises:
-        InputError: where the file cannot be read, or they cannot be meant.
+    Raises InputError where they cannot be read or are not valid.
     """
     if recipe.gates is None:
         return None
@@ -56,17 +49,10 @@ def read_recipe_gates(recipe: ReleaseRecipe) -> "Gates | None":
 def evaluate_outputs(
     recipe: ReleaseRecipe, gates: "Gates | None", folders: Mapping[str, Path], build: Path, report: Report
 ) -> dict[str, Any]:
-    """Compares every output with the original, and writes the report.
+    """Compares every output with the original, and writes the report into the folder that will be published.
 
-    Args:
-        recipe: the recipe.
-        gates: its gates.
-        folders: output -> its folder or GGUF file.
-        build: the folder that is published in the end.
-        report: gets the progress.
-
-    Returns:
-        Output -> text -> its main numbers, as plain JSON values.
+    `folders` maps outputs to their folder or GGUF file. Returns output -> text -> its main numbers, as plain JSON
+    values.
     """
     from dsquant.evaluation.comparison import evaluate
 
@@ -81,15 +67,10 @@ def evaluate_outputs(
 
 
 def check_evaluation(recipe: ReleaseRecipe, gates: "Gates | None") -> None:
-    """Refuses an evaluation that could not be made, before anything is quantized for it.
+    """Refuses an evaluation that would fail, before anything is quantized for it.
 
-    Args:
-        recipe: the recipe, with an evaluate section.
-        gates: its gates.
-
-    Raises:
-        InputError: where the model, a text or a prompt cannot be used.
-        UsageError: where code cannot be run as wanted, or a gate is on what is not measured.
+    Raises InputError where the model, a text or a prompt cannot be used, UsageError where code cannot be run as
+    requested or a gate is on something that is not measured.
     """
     from dsquant.evaluation.comparison import check_request
     from dsquant.packages import load
@@ -122,8 +103,8 @@ def _request(recipe: ReleaseRecipe, candidates: tuple[str, ...], gates_file: Pat
 
 
 def _write(evaluation: "Evaluation", build: Path) -> None:
-    """Replaces the reports one by one: a kill must not leave half a report that a finished stage answers for."""
-    from dsquant.evaluation.report.files import write_reports
+    """Replaces the reports one by one: a kill must not leave half a report of a finished stage."""
+    from dsquant.evaluation.report.report_files import write_reports
 
     (build / EVALUATION_FOLDER).mkdir(exist_ok=True)
     for path in write_reports(evaluation, build.parent / EVALUATION_FOLDER):
@@ -131,7 +112,7 @@ def _write(evaluation: "Evaluation", build: Path) -> None:
 
 
 def _publishable(evaluation: "Evaluation", names: Mapping[str, str]) -> "Evaluation":
-    """Without what differs from run to run."""
+    """Returns the evaluation without what differs from run to run."""
     identity = dataclasses.replace(evaluation.identity, elapsed_s=0.0, peak_resident_bytes=0, bytes_read=0)
     candidates = tuple(
         dataclasses.replace(candidate, name=names[candidate.path], path=names[candidate.path])
@@ -153,20 +134,10 @@ def _summary(candidate: "Candidate") -> dict[str, Any]:
 
 
 def decide_gates(gates: "Gates", build: Path, report: Report) -> dict[str, Any]:
-    """Decides the gates on what the evaluation has measured, and writes the report with the outcomes.
+    """Decides the gates on the measured evaluation, and writes the report with the outcomes.
 
-    Args:
-        gates: the gates.
-        build: the folder with the report.
-        report: is told which passed.
-
-    Returns:
-        The verdict and every outcome, in words.
-
-    Raises:
-        GateError: where a gate failed.
-        InconclusiveError: where none failed, but more samples are needed.
-        UsageError: where a gate is on what was not measured.
+    Returns the verdict and every outcome, in words. Raises GateError where a gate failed, InconclusiveError where none
+    failed but more samples are needed, UsageError where a gate is on something that was not measured.
     """
     from dsquant.evaluation.comparison import raise_verdict
     from dsquant.evaluation.gates import check_measured, decide
@@ -194,7 +165,7 @@ def decide_gates(gates: "Gates", build: Path, report: Report) -> dict[str, Any]:
 
 
 def _read_measured(path: Path) -> "Evaluation":
-    """The evaluation that the stage before has left."""
+    """Reads the evaluation that the previous stage left."""
     from pydantic import TypeAdapter
 
     from dsquant.evaluation.results import Evaluation

@@ -1,4 +1,4 @@
-"""Puts a finished folder where readers find it, by one rename: they see the old result or the new one, never a mixture.
+"""Puts a finished folder in its public place by one rename: readers see the old result or the new one, never a mixture.
 
 `rename`: OUTPUT is the result. An older one is exchanged with it in one step (Linux `renameat2`), then removed.
 `symlink`: results lie in OUTPUT/releases; the link OUTPUT/current is replaced in one step. Older ones stay.
@@ -19,7 +19,7 @@ from dsquant.files.sealing import RELEASE_FILE, broken_sections
 from dsquant.jobs.folder import check_name
 from dsquant.releases.recipe import ReleaseRecipe
 
-# The layout of release.json. 1: first. 2: sealed like an output's record, with hashes of what no such record tells of.
+# The layout of release.json. 1: first. 2: sealed like an output's record, with hashes of files in no such record.
 RELEASE_VERSION = 2
 CURRENT = "current"
 RELEASES = "releases"
@@ -27,17 +27,17 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def published_folder(recipe: ReleaseRecipe) -> Path:
-    """Where readers look."""
+    """Returns where readers look."""
     return recipe.output if recipe.publish == "rename" else recipe.output / CURRENT
 
 
 def published_release(recipe: ReleaseRecipe) -> dict[str, Any] | None:
-    """The record of what is published now; None where nothing is."""
+    """Returns the record of the published release; None without one."""
     return read_release(published_folder(recipe))
 
 
 def read_release(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished result; None where the folder holds none, or a damaged one."""
+    """Reads the record of a finished result; None where the folder holds none, or a damaged one."""
     try:
         raw = read_file(folder / RELEASE_FILE)
         record = json.loads(raw)
@@ -49,20 +49,11 @@ def read_release(folder: Path) -> dict[str, Any] | None:
 
 
 def check_publishable(recipe: ReleaseRecipe) -> None:
-    """Refuses an output that is somebody else's, before hours are spent.
-
-    Args:
-        recipe: the recipe.
-
-    Raises:
-        InputError: where the output holds something that no `dsquant run` published.
-    """
+    """Refuses an output folder with anything but published runs in it, with InputError, before hours are spent."""
     check_name(Path(os.path.realpath(recipe.output)))  # a link may lead to a folder that is still to be made
     output = recipe.output.resolve()
     if output.exists() and output.stat().st_dev != output.parent.stat().st_dev:
-        raise InputError(
-            f"{output} is where another file system is mounted, and results come there by a rename; name a folder in it"
-        )
+        raise InputError(f"{output} is a mount point, and results are renamed into place; name a folder in it")
     if not output.exists() or not any(output.iterdir()):
         return
     if recipe.publish == "rename" and read_release(output) is None:
@@ -76,21 +67,16 @@ def check_publishable(recipe: ReleaseRecipe) -> None:
 
 
 def is_complete(recipe: ReleaseRecipe, key: str) -> bool:
-    """Whether a result already lies among the releases that a link can point to."""
+    """Returns whether a result already lies among the releases that a link can point to."""
     found = read_release(recipe.output / RELEASES / key[:16]) if recipe.publish == "symlink" else None
     return found is not None and found.get("key") == key
 
 
 def publish(recipe: ReleaseRecipe, build: Path | None, key: str) -> None:
-    """Publishes a finished folder.
+    """Publishes a finished folder, which must be on the same file system and is gone afterwards.
 
-    Args:
-        recipe: says where and how.
-        build: the folder, on the same file system; gone afterwards. None where `is_complete`.
-        key: names the result in `releases`.
-
-    Raises:
-        InputError: where an older result cannot be exchanged in one step here.
+    `build` is None where `is_complete`; `key` names the result in `releases`. Raises InputError where an older result
+    cannot be exchanged in one step here.
     """
     output = recipe.output.resolve()
     if recipe.publish == "symlink":

@@ -1,4 +1,4 @@
-"""The stages of a run, each resumable by itself: a stage counts as done when its journal line is on disk."""
+"""Defines the stages of a run, each resumable by itself: a stage is done when its journal line is on disk."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dsquant.jobs.journal import Journal
 from dsquant.recipes import Recipe, gguf_recipe
 from dsquant.releases.evaluation import check_evaluation, decide_gates, evaluate_outputs, read_recipe_gates
-from dsquant.releases.inputs import key_of
+from dsquant.releases.input_state import key_of
 from dsquant.releases.recipe import AwqStep, GgufStep, ReleaseRecipe
 from dsquant.reporting.progress import Report
 
@@ -19,65 +19,60 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where a run works until it publishes."""
+    """Inputs and folders of a run until it publishes."""
 
     recipe: ReleaseRecipe
     inputs: dict[str, Any]
     build: Path
-    """The folder that is published in the end."""
+    """The folder that will be published."""
     journal: Journal
     report: Report
 
 
 @dataclass(frozen=True)
-class Stage:
+class ReleaseStage:
     """One piece of a run."""
 
     name: str
     key: str
-    """Of everything that its result depends on: a line in the journal counts only with this key."""
+    """Hash of everything that its result depends on: a line in the journal counts only with this key."""
     work: Callable[[bool], dict[str, Any]]
-    """Does it, given whether it was begun before with this key; returns what the journal notes."""
+    """Does the work, given whether it was begun before with this key; returns its result for the journal."""
 
 
-def stages_of(shop: Workshop) -> list[Stage]:
-    """Everything between reading the recipe and publishing, in order.
-
-    Args:
-        shop: the run.
-
-    Returns:
-        calibrate, quantize and evaluate for each step, gate.
+def stages_of(shop: Workshop) -> list[ReleaseStage]:
+    """Returns all stages between reading the recipe and publishing, in order: calibrate, quantize each step, evaluate,
+    gate.
     """
     recipe = shop.recipe
     source = key_of(recipe.model, shop.inputs)
     stages = []
     if any(not isinstance(step, GgufStep) or _texts(recipe, step) for step in recipe.quantize):
         calibration = recipe.calibration.model_dump(mode="json")
-        stages.append(Stage("calibrate", key_of(source, calibration), lambda _: _calibrate(shop)))
+        stages.append(ReleaseStage("calibrate", key_of(source, calibration), lambda _: _calibrate(shop)))
     for step in recipe.quantize:
         key = key_of(source, recipe.calibration.model_dump(mode="json"), step.model_dump(mode="json"))
-        stages.append(Stage(f"quantize {step.name}", key, partial(_quantize, shop, step)))
+        stages.append(ReleaseStage(f"quantize {step.name}", key, partial(_quantize, shop, step)))
     if recipe.evaluate is not None:
         gates = read_recipe_gates(recipe)
         confidence = None if gates is None else gates.confidence
         evaluated = key_of([stage.key for stage in stages], recipe.evaluate.model_dump(mode="json"), confidence)
-        stages.append(Stage("evaluate", evaluated, partial(_evaluate, shop, gates)))
+        stages.append(ReleaseStage("evaluate", evaluated, partial(_evaluate, shop, gates)))
         if gates is not None:
             key = key_of(evaluated, gates.model_dump(mode="json"))
-            stages.append(Stage("gate", key, partial(_gate, shop, gates)))
+            stages.append(ReleaseStage("gate", key, partial(_gate, shop, gates)))
     return stages
 
 
 def _texts(recipe: ReleaseRecipe, step: GgufStep) -> tuple[str, ...]:
-    """What a GGUF step is calibrated on."""
+    """Returns the texts that a GGUF step is calibrated on."""
     if not step.calibrate or step.imatrix is not None or step.type in ("F32", "F16", "BF16"):
         return ()
     return recipe.calibration.texts
 
 
 def _calibrate(shop: Workshop) -> dict[str, Any]:
-    """Finds out that the texts are there, and which they are, before hours are spent."""
+    """Checks that the texts exist, and identifies them, before hours are spent."""
     from dsquant.pipeline.inputs import open_calibration, open_model, open_tokenizer
 
     checkpoint, _ = open_model(shop.recipe.model)
@@ -87,7 +82,9 @@ def _calibrate(shop: Workshop) -> dict[str, Any]:
 
 
 def _job_fields(recipe: ReleaseRecipe) -> dict[str, Any]:
-    """What every job takes from the recipe. Jobs do not evaluate themselves: the stage does it for all at once."""
+    """Returns the recipe fields that every job shares. Jobs do not evaluate themselves: a stage does it for all at
+    once.
+    """
     calibration = recipe.calibration.model_dump(exclude={"texts"})
     return {**calibration, "model": recipe.model, "memory_budget": recipe.memory_budget, "evaluate": False}
 
@@ -96,7 +93,7 @@ def _quantize(shop: Workshop, step: AwqStep | GgufStep, begun: bool) -> dict[str
     from dsquant.pipeline import job as pipeline
 
     job = _job(shop, step)
-    # An older attempt that was to become something else is begun anew.
+    # An attempt of an earlier version of the recipe starts over.
     resume, restart = begun or not job.output.exists(), not begun and job.output.exists()
     result = pipeline.run_job(job, resume, restart, shop.report)
     folders = {name: str(folder.relative_to(shop.build)) for name, folder in result.folders.items()}
@@ -104,7 +101,7 @@ def _quantize(shop: Workshop, step: AwqStep | GgufStep, begun: bool) -> dict[str
 
 
 def _job(shop: Workshop, step: AwqStep | GgufStep) -> Recipe:
-    """What `dsquant awq` or `dsquant gguf` would be asked for."""
+    """Returns the recipe of the corresponding `dsquant awq` or `dsquant gguf`."""
     fields, output = _job_fields(shop.recipe), shop.build / step.name
     if isinstance(step, AwqStep):
         own = step.model_dump(exclude={"name", "max_shard_size"}) | {"max_shard_bytes": step.max_shard_size}
@@ -115,14 +112,10 @@ def _job(shop: Workshop, step: AwqStep | GgufStep) -> Recipe:
 
 
 def check_all(shop: Workshop) -> None:
-    """Plans every step from headers, and reads what the evaluation will read, before the first step.
+    """Plans every step from headers, and reads the evaluation's inputs, before the first step.
 
-    Args:
-        shop: the run.
-
-    Raises:
-        InputError: where the model, a text, a prompt or a gate cannot be used.
-        UsageError: where a step cannot work, or a gate is on what is not measured.
+    Raises InputError where the model, a text, a prompt or a gate cannot be used, UsageError where a step cannot work or
+    a gate is on something that is not measured.
     """
     from dsquant.errors import DsquantError
     from dsquant.pipeline.inputs import open_source, resolved
@@ -146,7 +139,7 @@ def _gate(shop: Workshop, gates: "Gates", _: bool) -> dict[str, Any]:
 
 
 def _folders(shop: Workshop) -> dict[str, Path]:
-    """Name of an output -> its folder, from the journal."""
+    """Returns output -> its folder, from the journal."""
     found: dict[str, Path] = {}
     for step in shop.recipe.quantize:
         folders = shop.journal.units[f"quantize {step.name}"]["result"]["folders"]

@@ -1,1 +1,1 @@
-"""How far a job is, and what it made: terminal, notebook, Prometheus."""
+"""Shows the progress and results of jobs: terminal, notebook, Prometheus."""

@@ -1,4 +1,4 @@
-"""How results look: the same tables in a terminal, from `print` and in a notebook."""
+"""Shows results as the same tables in a terminal, from `print` and in a notebook."""
 
 import io
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ class Shown(ABC):
 
     @abstractmethod
     def tables(self) -> Iterable[Any]:
-        """What rich prints of it."""
+        """Yields rich's renderables of the result."""
 
     def __str__(self) -> str:
         return as_text(self.tables())
@@ -28,16 +28,7 @@ class Shown(ABC):
 
 
 def table_of(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
-    """Makes a table for rich: names on the left, numbers on the right.
-
-    Args:
-        title: above it.
-        headings: of the columns.
-        rows: their cells.
-
-    Returns:
-        The table.
-    """
+    """Returns a table for rich: names on the left, numbers on the right."""
     from rich.table import Table
 
     table = Table(title=title)
@@ -49,13 +40,8 @@ def table_of(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]])
 
 
 def plain_console(**options: Any) -> "Console":
-    """Makes a console that shows text as it is: names of others may look like rich's markup, or drive a terminal.
-
-    Args:
-        **options: of rich's console.
-
-    Returns:
-        The console.
+    """Returns a rich console that shows text as it is: foreign names may look like rich's markup, or control a
+    terminal.
     """
     from rich.console import Console
 
@@ -74,7 +60,7 @@ class _Printable:
 
 @dataclass(frozen=True)
 class _Checked:
-    """What rich prints, without characters that a terminal would obey but rich's own."""
+    """A renderable without control characters, except those of rich itself."""
 
     inner: Any
 
@@ -86,15 +72,7 @@ class _Checked:
 
 
 def as_text(renderables: Iterable[Any], width: int = 100) -> str:
-    """Renders what rich can print, without colours.
-
-    Args:
-        renderables: tables and texts.
-        width: columns.
-
-    Returns:
-        Plain text.
-    """
+    """Renders rich's tables and texts as plain text without colours, `width` columns wide."""
     console = plain_console(
         file=io.StringIO(), width=width, force_jupyter=False, force_terminal=False, color_system=None
     )
@@ -105,14 +83,7 @@ def as_text(renderables: Iterable[Any], width: int = 100) -> str:
 
 
 def as_html(renderables: Iterable[Any]) -> str:
-    """Renders what rich can print.
-
-    Args:
-        renderables: tables and texts.
-
-    Returns:
-        HTML with its styles inside.
-    """
+    """Renders rich's tables and texts as HTML with inline styles."""
     console = plain_console(record=True, file=io.StringIO(), width=140, force_jupyter=False)
     for renderable in renderables:
         console.print(renderable)

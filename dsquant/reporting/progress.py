@@ -1,4 +1,4 @@
-"""What a running job tells about itself."""
+"""Progress that a running job reports."""
 
 import re
 import resource
@@ -13,16 +13,16 @@ Stage = Literal["scan", "sensitivity", "quantize", "evaluate", "generate", "hash
 
 @dataclass(frozen=True)
 class Limits:
-    """What a job may use and will need."""
+    """Resources that a job may use and will need."""
 
     output: Path
-    """The folder that it makes."""
+    """The output folder."""
     memory_bytes: int
-    """Resident memory at the most."""
+    """Limit of resident memory."""
     disk_bytes: int
-    """Disk for the output and for what the job keeps while it runs."""
+    """Disk for the output and for temporary files of the job."""
     gpu_memory_bytes: int = 0
-    """GPU memory at the most; 0 where none is used."""
+    """Limit of GPU memory; 0 where none is used."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Progress:
     limits: Limits | None = None
     """At the beginning of a job."""
     layer: Mapping[str, Any] | None = None
-    """What the record will tell of a layer, where this step is its end."""
+    """The record's entry of a layer, where this step finishes it."""
     gates: Mapping[str, bool] | None = None
     """Quality gates, and whether each passed, where this step is their evaluation."""
 
@@ -50,34 +50,34 @@ Report = Callable[[Progress], None]
 
 
 def silent(progress: Progress) -> None:
-    """Tells nobody."""
+    """Reports nothing."""
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now."""
+    """Returns the resident memory of this process now."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def gpu_bytes() -> int:
-    """The GPU memory that PyTorch holds in this process now; 0 where it has used no GPU."""
+    """Returns the GPU memory that PyTorch holds in this process now; 0 where it has used no GPU."""
     import torch
 
     return int(torch.cuda.memory_reserved()) if torch.cuda.is_initialized() else 0
 
 
 def peak_gpu_bytes() -> int:
-    """The most GPU memory that PyTorch has held in this process; 0 where it has used no GPU."""
+    """Returns the peak GPU memory that PyTorch has held in this process; 0 where it has used no GPU."""
     import torch
 
     return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_initialized() else 0
 
 
 def peak_resident_bytes() -> int:
-    """The most resident memory this process has had, as the kernel counts it.
+    """Returns the peak resident memory of this process, as the kernel counts it.
 
-    On Linux not getrusage's, which begins with what the process was forked from: a notebook, a benchmark.
+    On Linux not getrusage's, which starts with that of the process it was forked from: a notebook, a benchmark.
     """
     status = Path("/proc/self/status")
     if status.exists():

@@ -1,7 +1,7 @@
-"""What a running job tells Prometheus: a page to scrape, or a file for node_exporter's textfile collector.
+"""Publishes a running job's metrics: a page to scrape, or a file for node_exporter's textfile collector.
 
-Names follow Prometheus' rules: base units, `_total` for counters, ratios from 0 to 1. The metrics are made anew from
-the latest progress whenever they are asked for.
+Names follow Prometheus' rules: base units, `_total` for counters, ratios from 0 to 1. The metrics are computed from the
+latest progress whenever they are requested.
 """
 
 import os
@@ -37,21 +37,12 @@ def monitored(
     metrics_port: int | None = None,
     metrics_address: str | None = None,
 ) -> Iterator[Report]:
-    """Publishes the progress of the jobs that run inside.
+    """Publishes the progress of the jobs that run inside, and yields what a job reports to.
 
-    Args:
-        report: gets the progress too.
-        metrics_file: a file for node_exporter's textfile collector, replaced as a whole; its name ends in .prom.
-        metrics_port: the port of a page for Prometheus, for as long as the job runs.
-        metrics_address: the address that it is served on; without one only this machine reaches it.
-
-    Yields:
-        What a job reports to.
-
-    Raises:
-        InputError: where the file's folder is missing.
-        UsageError: where the file has another ending, the address or port cannot be opened, or
-            an address has no port.
+    `metrics_file` is a .prom file for node_exporter's textfile collector, replaced as a whole. `metrics_port` serves a
+    page for Prometheus while the job runs, on `metrics_address`; without one only this machine reaches it. Raises
+    InputError where the file's folder is missing, UsageError where the file has another ending, the address or port
+    cannot be opened, or an address has no port.
     """
     if metrics_address is not None and metrics_port is None:
         raise UsageError("--metrics-address does nothing without --metrics-port")
@@ -59,7 +50,7 @@ def monitored(
         yield report
         return
     last_success, gates = _earlier(metrics_file)
-    state = _State(last_success, earlier_gates=gates)
+    state = _JobState(last_success, earlier_gates=gates)
     registry = CollectorRegistry()
     registry.register(state)
     server = None if metrics_port is None else _serve(metrics_address, metrics_port, registry)
@@ -105,7 +96,7 @@ def _serve(address: str | None, port: int, registry: CollectorRegistry) -> Any:
 
 
 def _earlier(metrics_file: Path | None) -> tuple[float | None, dict[str, bool]]:
-    """When the last job that wrote this file succeeded, and its gates: not to be forgotten before there is news."""
+    """Returns when the last job that wrote this file succeeded, and its gates: both stay until there is news."""
     if metrics_file is None:
         return None, {}
     if metrics_file.suffix != ".prom":
@@ -117,19 +108,19 @@ def _earlier(metrics_file: Path | None) -> tuple[float | None, dict[str, bool]]:
     try:
         families = list(text_string_to_metric_families(metrics_file.read_bytes().decode()))
     except ValueError as error:
-        raise InputError(f"{metrics_file} is there already and holds no metrics ({error}); name another") from error
+        raise InputError(f"{metrics_file} exists already and holds no metrics ({error}); name another") from error
     samples = [sample for family in families for sample in family.samples]
     gates = {sample.labels["gate"]: bool(sample.value) for sample in samples if sample.name == GATE_PASSED}
     return next((float(sample.value) for sample in samples if sample.name == LAST_SUCCESS), None), gates
 
 
 @dataclass(eq=False)
-class _State(Collector):
-    """The latest that a job has told, and the metrics made of it."""
+class _JobState(Collector):
+    """The latest progress of a job, and its metrics."""
 
     last_success: float | None
     earlier_gates: Mapping[str, bool]
-    """Of the last job; they stand where this one had nothing to do."""
+    """Gates of the last job; they stay where this one had nothing to do."""
     running: bool = True
     last_progress: float = field(default_factory=time.time)
     progress: Progress | None = None
@@ -142,7 +133,7 @@ class _State(Collector):
     _moment: float = field(default_factory=time.monotonic)
 
     def note(self, progress: Progress) -> None:
-        """Takes a step over."""
+        """Records a step."""
         now = time.monotonic()
         if self.progress is not None:
             stage = self.progress.stage
@@ -155,7 +146,7 @@ class _State(Collector):
         self.gates = {**self.gates, **{printable(gate): outcome for gate, outcome in (progress.gates or {}).items()}}
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics as of now."""
+        """Yields all metrics as of now."""
         yield GaugeMetricFamily("dsquant_running", "1 while a job runs, 0 when it has ended.", float(self.running))
         yield GaugeMetricFamily("dsquant_last_progress_timestamp_seconds", "When the job took its last step.",
                                 self.last_progress)  # fmt: skip
@@ -232,5 +223,5 @@ class _State(Collector):
         disk = os.statvfs(existing)
         there = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
         needed = max(0, self.limits.disk_bytes - there) if self.running else 0
-        yield GaugeMetricFamily("dsquant_disk_needed_bytes", "What the job has still to write at the most.", needed)
-        yield GaugeMetricFamily("dsquant_disk_free_bytes", "What is free there.", disk.f_bavail * disk.f_frsize)
+        yield GaugeMetricFamily("dsquant_disk_needed_bytes", "What the job has still to write at most.", needed)
+        yield GaugeMetricFamily("dsquant_disk_free_bytes", "Free space there.", disk.f_bavail * disk.f_frsize)

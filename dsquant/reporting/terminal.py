@@ -1,4 +1,4 @@
-"""How a run looks on a terminal: a progress bar, and the closing table."""
+"""Shows a run on a terminal: a progress bar, and the final tables."""
 
 import time
 from collections.abc import Iterator
@@ -27,14 +27,7 @@ STAGES = {
 
 @contextmanager
 def progress_bar(visible: bool = True) -> Iterator[Report]:
-    """Shows a bar for each stage on standard error.
-
-    Args:
-        visible: whether to show anything.
-
-    Yields:
-        What a job reports to.
-    """
+    """Shows a bar for each stage on standard error, and yields what a job reports to."""
     console = plain_console(stderr=True)
     if not visible or (console.is_jupyter and find_spec("ipywidgets") is None):  # rich draws nothing without it
         yield silent
@@ -67,7 +60,7 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
 
 
 def _complete(progress: Progress, *tasks: TaskID) -> None:
-    """A stage is over where the next one begins, or the job has ended well."""
+    """Completes the bars of stages: a stage ends where the next one begins, or the job has succeeded."""
     for task in tasks:
         total = next(one.total for one in progress.tasks if one.id == task)
         progress.update(task, completed=total or 1, total=total or 1, what="")
@@ -83,7 +76,7 @@ def _rates(step: Step, elapsed_s: float) -> str:
 
 
 def _short_name(name: str) -> str:
-    """`layer 3 expert 17` for `model.layers.3.mlp.experts.17`."""
+    """Returns `layer 3 expert 17` for `model.layers.3.mlp.experts.17`."""
     parts = name.removeprefix("model.layers.").split(".")
     if not name.startswith("model.layers.") or not parts[0].isdigit():
         return name
@@ -99,13 +92,7 @@ def print_result(result: Shown, console: Console | None = None) -> None:
 
 
 def print_evaluation(evaluation: Shown, output: Path | None = None, console: Console | None = None) -> None:
-    """Prints an evaluation.
-
-    Args:
-        evaluation: what was found.
-        output: where its reports lie, if anywhere.
-        console: where to print; standard output where it is left out.
-    """
+    """Prints an evaluation, and where its reports lie, to a console or standard output."""
     console = console or plain_console()
     print_result(evaluation, console)
     if output is not None:

@@ -1,1 +1,1 @@
-"""Whether an output is what its job wrote, and stands for its source: bytes, contents, values."""
+"""Verifies that an output is what its job wrote, and matches its source: bytes, contents, values."""

@@ -1,11 +1,12 @@
 """Verifies an output: its record, every byte of every file, its contents, and its values against the source."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.errors import InputError, UsageError
+from dsquant.escaping import counted
 from dsquant.files.foreign import read_file
 from dsquant.files.sealing import RELEASE_FILE, broken_sections, for_each_file, record_of_folder, seal
 from dsquant.formats.checkpoints import open_checkpoint
@@ -22,14 +23,14 @@ from dsquant.source.locate import EMBEDDED_MODEL, locate
 from dsquant.source.weights import Weights
 from dsquant.verification.contents import check_checkpoint, check_gguf
 from dsquant.verification.damage import damaged_parts
-from dsquant.verification.folder import NOT_PART, list_strays, printable, what_is_wrong
-from dsquant.verification.record import read_record
-from dsquant.verification.values import Candidate, Comparison, chosen_parameters, wrong_values
+from dsquant.verification.decoded_values import OpenedOutput, SourceComparison, chosen_parameters, wrong_values
+from dsquant.verification.strays import NOT_PART, list_strays, printable, what_is_wrong
+from dsquant.verification.strict_record import read_record
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something that is not as it was written."""
+class FileFinding:
+    """A difference from what was written."""
 
     file: str
     """Path in the output folder."""
@@ -40,51 +41,58 @@ class Finding:
 
 @dataclass
 class Verification(Shown):
-    """What a verification found."""
+    """Results of a verification."""
 
     folder: str
     num_files: int = 0
     num_bytes: int = 0
     source: str | None = None
-    """What values were compared with; None where nothing was."""
+    """The model that values were compared with; None where none were."""
     compared: dict[str, int] = field(default_factory=dict)
     """Format -> parameters whose values were compared."""
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[FileFinding] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
-    """Checks that could not be run, since a package that they need cannot be imported: neither passed nor failed."""
+    """Checks that could not be run because a package that they need cannot be imported: neither passed nor failed."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found, and every check was run."""
+        """Whether there are no findings, and every check was run."""
         return not self.findings and not self.not_checked
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns plain JSON values."""
         return {"ok": self.ok, **asdict(self)}
 
-    def tables(self) -> Iterable[Any]:
-        """What the command line shows."""
-        from dsquant.verification.tables import verification_tables
+    def tables(self) -> Iterator[Any]:
+        """Yields the table of findings, then what was read, compared and left out."""
+        from rich.table import Table
+        from rich.text import Text
 
-        return verification_tables(self)
+        if self.findings:
+            table = Table(title=f"{self.folder} is not what was written", title_justify="left")
+            for heading in ("file", "where", "problem"):
+                table.add_column(heading, overflow="fold")
+            for finding in self.findings:
+                table.add_row(Text(finding.file), Text(finding.where), Text(finding.problem))
+            yield table
+        files, findings = counted(self.num_files, "file"), counted(len(self.findings), "finding")
+        yield Text(f"{files}, {format_size(self.num_bytes)} read; {findings}.")
+        for name, number in self.compared.items():
+            yield Text(f"{name}: {counted(number, 'parameter')} decoded and compared with {self.source}.")
+        for check in self.not_checked:
+            yield Text(f"Not checked: {check}.")
+        for note in self.notes:
+            yield Text(f"Note: {note}.")
 
 
 def verify(folder: Path, source: str | None = None, everything: bool = False, report: Report = silent) -> Verification:
-    """Checks an output of one job, wherever it lies now.
+    """Checks an output of one job, wherever it lies now: its folder, or one format's folder in it.
 
-    Args:
-        folder: the output folder, or one format's folder of it.
-        source: the model that it was made from; None takes the recorded one where it is on this machine.
-        everything: whether every parameter's values are compared with the source's, not a sample.
-        report: gets the progress.
-
-    Returns:
-        What was checked and found.
-
-    Raises:
-        InputError: where it is no finished output of dsquant, or the source is another one.
-        UsageError: where every value is asked for and the source is not there.
+    `source` is the model that it was made from; None takes the recorded one where it is on this machine. `everything`
+    compares every parameter's values with the source's, not a sample. Raises InputError where it is not a finished
+    output of dsquant, or the source is a different one; UsageError where every value is requested and the source is not
+    there.
     """
     if found_in(folder) in ("interrupted", "cleared"):
         raise InputError(f"{folder} holds an interrupted job; finish it with --resume")
@@ -96,9 +104,9 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
         raise InputError(f"{folder / RECORD_FILE} is {problem}; {advice}")
     found = Verification(str(folder))
     raw = read_file(folder / RECORD_FILE)
-    found.findings += [Finding(RECORD_FILE, part, "the record is damaged") for part in broken_sections(raw)]
+    found.findings += [FileFinding(RECORD_FILE, part, "the record is damaged") for part in broken_sections(raw)]
     if found.findings:
-        found.notes.append("nothing else was checked: the hashes of all files stand in the damaged record")
+        found.notes.append("nothing else was checked: the hashes of all files are in the damaged record")
         return found
     record = read_record(folder / RECORD_FILE)
     with stop_on_signals() as request:
@@ -124,7 +132,7 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
 def _open_source(
     source: str | None, record: dict[str, Any], everything: bool, found: Verification
 ) -> Checkpoint | None:
-    """The model to compare with; a recorded hub id is not downloaded."""
+    """Opens the model to compare with; a recorded hub id is not downloaded."""
     recorded = record["recipe"]["model"]
     here = Path(recorded).expanduser().is_dir() or recorded == EMBEDDED_MODEL
     if source is None and not here:
@@ -147,11 +155,13 @@ def _open_source(
 def _check_files(
     folder: Path, record: dict[str, Any], found: Verification, safe_point: Callable[[int, int, str], None]
 ) -> set[str]:
-    """Every byte of every file, and that there are no others; returns the files that are damaged, missing or strays."""
+    """Checks every byte of every file, and that there are no others; returns the files that are damaged, missing or
+    strays.
+    """
     files: dict[str, dict[str, Any]] = record["files"]
     wrong = {name: problem for name in files if (problem := what_is_wrong(folder, name)) is not None}
     there = [name for name in files if name not in wrong]
-    found.findings += [Finding(printable(name), "file", problem) for name, problem in wrong.items()]
+    found.findings += [FileFinding(printable(name), "file", problem) for name, problem in wrong.items()]
     strays = note_strays(folder, {*files, RECORD_FILE}, found)
     done = 0
 
@@ -166,28 +176,23 @@ def _check_files(
         if not damaged[name] and PurePosixPath(name).name == RECORD_FILE:
             part = record_of_folder(record, PurePosixPath(name).parent, RECORD_FILE)
             if read_file(folder / name) != seal(part):
-                damaged[name] = [("content", f"tells otherwise of its folder than {RECORD_FILE} of the whole output")]
-        found.findings += [Finding(printable(name), *part) for part in damaged[name]]
+                damaged[name] = [
+                    ("content", f"differs from what {RECORD_FILE} of the whole output lists of its folder")
+                ]
+        found.findings += [FileFinding(printable(name), *part) for part in damaged[name]]
     return {*wrong, *strays, *(name for name in there if damaged[name])}
 
 
 def note_strays(folder: Path, names: set[str], found: Verification, checked: Collection[str] = ()) -> set[str]:
-    """Tells of everything in a folder that its record does not name.
+    """Adds findings for everything in a folder that is not in `names`, and notes on files of git and the hub's client.
 
-    Args:
-        folder: the folder.
-        names: the files of its record, and that itself.
-        found: gets findings, and notes on what git and the hub's client keep.
-        checked: folders inside that are checked by themselves.
-
-    Returns:
-        The paths of the findings.
+    Folders in `checked` are checked separately. Returns the paths of the findings.
     """
     listing = list_strays(folder, names, checked)
-    found.findings += [Finding(printable(path), "file", problem) for path, problem in listing.strays.items()]
+    found.findings += [FileFinding(printable(path), "file", problem) for path, problem in listing.strays.items()]
     for home, sizes in listing.kept_by_others.items():
-        size = f"{len(sizes)} files, {format_size(sum(sizes))}"
-        found.notes.append(f"{home} ({size}) is kept there by git or the hub's client: {NOT_PART}, and not checked")
+        size = f"{counted(len(sizes), 'file')}, {format_size(sum(sizes))}"
+        found.notes.append(f"{home} ({size}) belongs to git or the hub's client: {NOT_PART}, and not checked")
     return {str(path) for path in listing.strays}
 
 
@@ -201,7 +206,7 @@ def _check_output(
     found: Verification,
     safe_point: Callable[[int, int, str], None],
 ) -> None:
-    """Contents and values of one format, whose files are intact."""
+    """Checks contents and values of one format, whose files are intact."""
     output = record["outputs"][name]
     inside = PurePosixPath(output["folder"])
     is_gguf = inside.suffix == ".gguf"
@@ -214,11 +219,11 @@ def _check_output(
     else:
         checkpoint, problems = check_checkpoint(folder, inside, record)
         weights = checkpoint.weights if checkpoint else None
-    found.findings += [Finding(*problem) for problem in problems]
+    found.findings += [FileFinding(*problem) for problem in problems]
     if weights is None or problems:
         return
     home = inside.parent if is_gguf else inside
-    candidate = Candidate(weights, open_scales(folder / home), output["weight_errors"], is_gguf)
+    candidate = OpenedOutput(weights, open_scales(folder / home), output["weight_errors"], is_gguf)
     chosen = chosen_parameters(candidate, everything)
     done = 0
 
@@ -233,21 +238,23 @@ def _check_output(
     else:
         wrong = wrong_values(comparison, candidate, chosen, before)
         found.compared[name] = len(chosen)
-    found.findings += [Finding(_file_of(record, home, parameter), repr(parameter), text) for parameter, text in wrong]
+    found.findings += [
+        FileFinding(_file_of(record, home, parameter), repr(parameter), text) for parameter, text in wrong
+    ]
 
 
 def _comparison(
     original: Checkpoint | None, record: dict[str, Any], chosen: list[str], named: bool, found: Verification
-) -> Comparison | None:
-    """The source, if it still is the recorded one; an error where the caller has named another."""
+) -> SourceComparison | None:
+    """Returns the source, if it is still the recorded one; InputError where the caller has named a different one."""
     if original is None:
         return None
     layers = {layer.index: layer for layer in Skeleton(original).layers}
-    comparison = Comparison(original, layers, record["source"]["tensors_sha256"])
+    comparison = SourceComparison(original, layers, record["source"]["tensors_sha256"])
     other = next((name for name in chosen if not comparison.is_recorded_source(name)), None)
     if other is None:
         return comparison
-    problem = f"{original.folder}: tensor {other!r} is not the one that the output was made from (another hash)"
+    problem = f"{original.folder}: tensor {other!r} is not the one that the output was made from (the hash differs)"
     if named:
         raise InputError(f"{problem}; name the original release")
     found.source = None
@@ -255,8 +262,8 @@ def _comparison(
     return None
 
 
-def _undecodable(candidate: Candidate, names: list[str], before: Callable[[str], None]) -> list[tuple[str, str]]:
-    """Without the source: what the format's own package does not decode to finite numbers."""
+def _undecodable(candidate: OpenedOutput, names: list[str], before: Callable[[str], None]) -> list[tuple[str, str]]:
+    """Returns what the format's own package does not decode to finite numbers, where there is no source."""
     wrong = []
     for name in names:
         before(name)
@@ -264,7 +271,7 @@ def _undecodable(candidate: Candidate, names: list[str], before: Callable[[str],
             finite = bool(candidate.weights[name].isfinite().all())
         except ImportError:
             raise
-        except Exception as problem:  # whatever the format's own package raises
+        except Exception as problem:  # the format's own package may raise anything
             wrong.append((name, f"does not decode: {problem}"))
             continue
         if not finite:
@@ -273,7 +280,7 @@ def _undecodable(candidate: Candidate, names: list[str], before: Callable[[str],
 
 
 def _file_of(record: dict[str, Any], home: PurePosixPath, parameter: str) -> str:
-    """The file that holds a parameter, or the first of the tensors that it became."""
+    """Returns the file that holds a parameter, or the first of the tensors that it became."""
     prefix = parameter.removesuffix("weight")
     places = {place.tensor for place in placements(parameter, record["source"]["architecture"])}
     for name, entry in record["files"].items():

@@ -1,4 +1,4 @@
-"""Whether an intact output holds what its source holds: every tensor, in the shapes and files that the record tells."""
+"""Checks that an intact output holds what its source holds: every tensor, in the recorded shapes and files."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -20,11 +20,11 @@ from dsquant.verification.damage import recorded_shards
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Problem = tuple[str, str, str]
-"""File, where in it, and what is wrong."""
+"""File, place in it, and problem."""
 
 
 def source_parameters(record: Mapping[str, Any]) -> list[str]:
-    """The parameters that the source has: its tensors without the scales of FP8, and what engines compute."""
+    """Returns the source's parameters: its tensors without FP8's scales and without those that engines compute."""
     tensors = record["source"]["tensors_sha256"]
     return [
         name
@@ -37,21 +37,15 @@ def source_parameters(record: Mapping[str, Any]) -> list[str]:
 def check_checkpoint(
     output: Path, folder: PurePosixPath, record: Mapping[str, Any]
 ) -> tuple[Checkpoint | None, list[Problem]]:
-    """Checks index, headers, config and coverage of a safetensors output.
+    """Checks index, headers, config and coverage of a safetensors output, in `folder` of the output folder.
 
-    Args:
-        output: the output folder.
-        folder: the checkpoint's folder in it.
-        record: the output's record.
-
-    Returns:
-        The opened checkpoint, None where it cannot be opened; and what is wrong.
+    Returns the opened checkpoint, None where it cannot be opened, and the problems.
     """
     plan = recorded_shards(record["files"], folder)
     problems = _check_headers(output / folder, folder, record)
     index = find_file(output, str(folder / INDEX_FILE))
     if index is None or read_file(index) != index_content(plan):
-        problems.append((str(folder / INDEX_FILE), "weight_map", "not the tensors and files that the record tells"))
+        problems.append((str(folder / INDEX_FILE), "weight_map", "not the tensors and files of the record"))
     try:
         checkpoint = open_checkpoint(output / folder)
         check_complete(checkpoint, Skeleton(checkpoint))
@@ -90,7 +84,7 @@ def _check_headers(directory: Path, folder: PurePosixPath, record: Mapping[str, 
 
 
 def _dropped(name: str, record: Mapping[str, Any], layers: int) -> bool:
-    """Whether a tensor belongs to a multi-token-prediction layer that the job was told to drop."""
+    """Returns whether a tensor belongs to a multi-token-prediction layer that the job dropped."""
     parts = name.split(".")
     return record["recipe"]["mtp"] == "drop" and name.startswith("model.layers.") and int(parts[2]) >= layers
 
@@ -101,16 +95,7 @@ def _check_covered(where: str, wanted: Iterable[str], found: Iterable[str]) -> l
 
 
 def check_gguf(output: Path, first: PurePosixPath, record: Mapping[str, Any]) -> list[Problem]:
-    """Checks headers and coverage of a GGUF output.
-
-    Args:
-        output: the output folder.
-        first: its first file.
-        record: the output's record.
-
-    Returns:
-        What is wrong.
-    """
+    """Checks headers and coverage of a GGUF output, whose first file is given relative to the output folder."""
     problems: list[Problem] = []
     found: dict[str, tuple[int, ...]] = {}
     layers = 0

@@ -1,7 +1,7 @@
-"""Where a file is damaged, once its hash has told that it is: the tensor, or the region that belongs to none.
+"""Locates the damage in a file whose hash differs: the tensor, or the region that belongs to none.
 
-The headers of safetensors and the tensor infos of GGUF files follow from what the record tells of their tensors, so a
-damaged header is compared with the right one, byte by byte.
+The headers of safetensors and the tensor infos of GGUF files follow from the record of their tensors, so a damaged
+header is compared with the right one, byte by byte.
 """
 
 import hashlib
@@ -29,26 +29,21 @@ GGUF_VERSION = 3
 
 @dataclass(frozen=True)
 class Region:
-    """Some bytes of a file in a row."""
+    """Consecutive bytes of a file."""
 
     where: str
-    """A tensor's name in quotes, or what else the bytes are."""
+    """A tensor's name in quotes, or another description of the bytes."""
     start: int
     num_bytes: int
     sha256: str | None
-    """What they should be; None for zeros."""
+    """Expected hash; None for zeros."""
 
 
 def damaged_parts(folder: Path, name: str, files: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """Reads a file once, and compares it and every tensor in it with what the record tells of them.
+    """Reads a file once, and compares it and every tensor in it with the record.
 
-    Args:
-        folder: the output folder.
-        name: the file's path in it.
-        files: the record's files.
-
-    Returns:
-        Where, and what is wrong there; empty where nothing is.
+    `name` is the file's path in the output folder, `files` the record's files. Returns place and problem of each
+    damage.
     """
     path, entry = folder / name, files[name]
     with path.open("rb", buffering=0) as file:
@@ -63,8 +58,8 @@ def damaged_parts(folder: Path, name: str, files: dict[str, dict[str, Any]]) -> 
 
 
 def _named(path: Path, name: str, files: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """Where a file is damaged that has its size, and no damaged tensor."""
-    rest = "keys" if name.endswith(".gguf") else "content"  # nothing in the record repeats a GGUF file's keys
+    """Locates the damage of a file that has its size, and no damaged tensor."""
+    rest = "keys" if name.endswith(".gguf") else "content"  # a GGUF file's keys are not in the record
     wrong: list[tuple[str, str]] = []
     if path.stat().st_size > LARGEST_TEXT_BYTES:
         return [(rest, "not the bytes that were written")]
@@ -78,15 +73,7 @@ def _named(path: Path, name: str, files: dict[str, dict[str, Any]]) -> list[tupl
 
 
 def recorded_shards(files: dict[str, dict[str, Any]], folder: PurePosixPath) -> ShardPlan:
-    """The safetensors files of a folder as the record has them.
-
-    Args:
-        files: the record's files.
-        folder: inside the output folder.
-
-    Returns:
-        Their plan.
-    """
+    """Returns the safetensors files of a folder inside the output as the record lists them."""
     names = [PurePosixPath(name) for name in files if name.endswith(".safetensors")]
     return ShardPlan(tuple(_shard(name.name, files[str(name)]) for name in names if name.parent == folder))
 
@@ -97,7 +84,7 @@ def _shard(file_name: str, entry: dict[str, Any]) -> Shard:
 
 
 def _wrong_tensors(file: Hashed, name: str, entry: dict[str, Any]) -> list[tuple[str, str]]:
-    """Compares a file that holds tensors with what the record tells of each, and of what lies between them."""
+    """Compares a file of tensors with the record of each, and of the bytes between them."""
     if "tensors" not in entry:
         return []
     if name.endswith(".gguf"):
@@ -139,30 +126,30 @@ def _wrong_in_gguf(file: Hashed, entry: dict[str, Any]) -> list[tuple[str, str]]
     padded = {name: size + -size % ALIGNMENT for name, size in sizes.items()}
     header_bytes = entry["bytes"] - sum(padded.values())
     if not 0 <= header_bytes <= LARGEST_TEXT_BYTES:
-        return [("header", f"{header_bytes} bytes are left for it beside the recorded tensors")]
+        return [("header", f"{header_bytes} bytes are left for it besides the recorded tensors")]
     found = _wrong_in_gguf_header(file.read(header_bytes), tensors, padded)
     regions, start = [], header_bytes
     for name, size in sizes.items():
         regions.append(Region(repr(name), start, size, entry["tensors"][name][1]))
-        regions.append(Region(f"padding behind {name!r}", start + size, padded[name] - size, None))
+        regions.append(Region(f"padding after {name!r}", start + size, padded[name] - size, None))
         start += padded[name]
     return found + _wrong_regions(file, regions)
 
 
 def _wrong_in_gguf_header(header: bytes, tensors: list[GgufTensor], padded: dict[str, int]) -> list[tuple[str, str]]:
-    """Magic, tensor infos and padding; what lies between, the keys, no record repeats."""
+    """Checks magic, tensor infos and padding; the keys between them are not in any record."""
     prefix = GGUF_PREFIX.pack(b"GGUF", GGUF_VERSION, len(tensors), 0)[:16]
     if header[:16] != prefix:
         place = _first_difference(header[:16], prefix)
         return [("magic, version or number of tensors", f"byte {place} of the file differs")]
     try:
         infos = _gguf_infos(tensors, padded)
-    except PackageError:  # the file's own hash tells whether it is damaged, only not where
+    except PackageError:  # the file's own hash shows that it is damaged, but not where
         return []
     wanted = b"".join(infos)
     if len(header) < len(wanted):
         return [("header", f"the file ends in it, at byte {len(header)}")]
-    # The infos end where the padding begins, whose length the record does not tell: where they fit best.
+    # The infos end where the padding begins, whose length is not in the record: where they fit best.
     ends = range(max(len(wanted), len(header) - ALIGNMENT + 1), len(header) + 1)
     end = min(ends, key=lambda end: (_num_differences(header[end - len(wanted) : end], wanted), -end))
     place = _first_difference(header[end - len(wanted) : end], wanted)
@@ -172,7 +159,7 @@ def _wrong_in_gguf_header(header: bytes, tensors: list[GgufTensor], padded: dict
                 return [(f"info of {tensor.name!r}", f"byte {end - len(wanted) + place} of the file differs")]
             place -= len(info)
     if any(header[end:]):
-        return [("padding behind the header", f"bytes from {end} on of the file differ")]
+        return [("padding after the header", f"bytes from {end} on of the file differ")]
     return []
 
 
@@ -191,7 +178,7 @@ def _gguf_info(tensor: GgufTensor, offset: int) -> bytes:
 
 
 def _wrong_regions(file: Hashed, regions: Iterable[Region]) -> list[tuple[str, str]]:
-    """Reads regions that follow one another."""
+    """Reads consecutive regions."""
     wrong = []
     for region in regions:
         digest, zeros = hashlib.sha256(), True
@@ -224,11 +211,11 @@ def _no_json(path: Path) -> list[tuple[str, str]]:
     try:
         json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
-        return [(f"line {error.lineno}", f"no JSON: {error.msg}")]
+        return [(f"line {error.lineno}", f"not JSON: {error.msg}")]
     except ValueError as error:
-        return [("content", f"no UTF-8: {error}")]
+        return [("content", f"not UTF-8: {error}")]
     except RecursionError:
-        return [("content", "no JSON that can be read: nested too deeply")]
+        return [("content", "unreadable JSON: nested too deeply")]
     return []
 
 

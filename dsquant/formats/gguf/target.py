@@ -9,6 +9,7 @@ from typing import Any
 
 from dsquant.calibration.tokenizer import THEN
 from dsquant.errors import InputError
+from dsquant.escaping import counted
 from dsquant.files.foreign import blaming
 from dsquant.formats.gguf.files import GgufFile, GgufTensor, plan_files
 from dsquant.formats.gguf.layout import Placement, placements, stored_shape
@@ -114,7 +115,7 @@ def plan_model(
     with blaming(checkpoint.folder / CONFIG_FILE, "take config.json from the same release as the weights"):
         files = plan_files(stem, family.gguf.architecture, add_keys, list(tensors.values()), max_file_bytes)
     notes = tuple(
-        f"{count} tensors are {chosen} instead of {wanted}: their rows are not a multiple of {wanted}'s block"
+        f"{counted(count, 'tensor')} stored as {chosen} instead of {wanted}: rows are not multiples of {wanted}'s block"
         for (wanted, chosen), count in replaced.items()
     )
     notes += (missing,) if missing else ()

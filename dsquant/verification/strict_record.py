@@ -1,4 +1,4 @@
-"""The record of an output, read strictly: it may come from anywhere, and its seal says only who changed it last."""
+"""Reads an output's record strictly: it may come from anywhere, and its seal only shows who changed it last."""
 
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ def _place(folder: str) -> str:
 
 
 def _tensor(entry: list[Any]) -> list[Any]:
-    """Dtype, SHA-256 and extents of a tensor."""
+    """Checks dtype, SHA-256 and extents of a tensor."""
     dtype, digest, *shape = entry if len(entry) > 1 else ("", "")
     sizes = all(type(extent) is int and 0 <= extent <= LARGEST_INTEGER for extent in shape)
     if (dtype not in DTYPES and not (dtype in BLOCKS and shape)) or not isinstance(digest, str) or not sizes:
@@ -43,55 +43,48 @@ class _Output(_Strict):
     weight_errors: dict[str, float]
 
 
-class _Recipe(_Strict):
+class _RecordedRecipe(_Strict):
     model: str
     mtp: str
 
 
-class _Source(_Strict):
+class _RecordedSource(_Strict):
     architecture: str
     tensors_sha256: dict[str, Digest]
 
 
 class _Record(_Strict):
-    """What is read of a record; more is its own affair."""
+    """The fields of a record that are read; others are ignored."""
 
-    recipe: _Recipe
-    source: _Source
+    recipe: _RecordedRecipe
+    source: _RecordedSource
     outputs: dict[str, _Output] = Field(min_length=1)
     files: dict[Annotated[str, AfterValidator(check_relative)], _File]
 
 
 class ReleaseRecord(_Strict):
-    """What is read of the record that `dsquant run` writes: the files that no output's record tells of."""
+    """The fields that are read of the record of `dsquant run`: the files that no output's record lists."""
 
     files: dict[Annotated[str, AfterValidator(check_relative)], _File]
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Reads an intact record.
+    """Reads an intact dsquant.json.
 
-    Args:
-        path: dsquant.json.
-
-    Returns:
-        Its content.
-
-    Raises:
-        InputError: where it was written before records held the hashes of files, or no dsquant has written it.
+    Raises InputError where it was written before records held the hashes of files, or not by dsquant.
     """
     record = read_json_object(path, finite=False)
     if "files" not in record or record.get("record_version") == 1:
-        raise InputError(f"{path} is of an older dsquant, whose records hold no hashes of files; convert again")
+        raise InputError(
+            f"{path} is from an older dsquant, whose records hold no hashes of files; convert the model again"
+        )
     try:
         _Record.model_validate(record)
     except ValidationError as error:
         first = error.errors()[0]
         where = ", ".join(repr(part)[:80] for part in first["loc"])
-        raise InputError(
-            f"{path} is not a record that dsquant writes: {where}: {first['msg']}; convert again"
-        ) from error
+        raise InputError(f"{path} is not a record of dsquant: {where}: {first['msg']}; convert again") from error
     for name, entry in record["files"].items():
         if "tensors" not in entry and PurePosixPath(name).suffix in (".safetensors", ".gguf"):
-            raise InputError(f"{path} is not a record that dsquant writes: 'files', {name!r:.80}: holds no tensors")
+            raise InputError(f"{path} is not a record of dsquant: 'files', {name!r:.80}: holds no tensors")
     return record

@@ -1,4 +1,4 @@
-"""Whether an output's weights are the source's: decoded by the format's own package, as near as the record says."""
+"""Compares an output's weights with the source's: decoded by the format's own package, within the recorded error."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,17 +17,17 @@ from dsquant.source.scan import scan_tensor
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import Weights
 
-# How many parameters are decoded where not all are asked for, evenly spaced over quantized and other ones.
+# Parameters that are decoded without --all, evenly spaced over quantized and other ones.
 SAMPLED_QUANTIZED, SAMPLED_OTHER = 24, 8
-# The recorded error is of the same numbers; sums of other order differ by less than this.
+# The recorded error is of the same numbers; sums in another order differ by less than this.
 RELATIVE_TOLERANCE, TOLERANCE = 1e-3, 1e-6
-# A parameter that is stored as it is differs by its storage type's rounding at the most, in relation to its norm.
+# An unquantized parameter differs at most by its storage type's rounding, relative to its norm.
 ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 1e-6, "F64": 1e-6}
 ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class Candidate:
+class OpenedOutput:
     """An opened output."""
 
     weights: Weights
@@ -39,8 +39,8 @@ class Candidate:
 
 
 @dataclass
-class Comparison:
-    """The source, and what compares an output with it."""
+class SourceComparison:
+    """The source that outputs are compared with."""
 
     original: Checkpoint
     layers: Mapping[int, DecoderLayer]
@@ -48,8 +48,8 @@ class Comparison:
     """Source tensor -> recorded SHA-256."""
     _folds: dict[int, Fold] = field(default_factory=dict)
 
-    def fold(self, candidate: Candidate, name: str) -> Fold:
-        """The fold of the layer that a parameter belongs to."""
+    def fold(self, candidate: OpenedOutput, name: str) -> Fold:
+        """Returns the fold of the layer that a parameter belongs to."""
         if not name.startswith("model.layers."):
             return Fold()
         index = int(name.split(".")[2])
@@ -58,14 +58,14 @@ class Comparison:
         return self._folds[index]
 
     def is_recorded_source(self, name: str) -> bool:
-        """Whether a parameter of the source is still the one that was quantized."""
+        """Returns whether a parameter of the source is still the one that was quantized."""
         index = self.original.index
         parts = [part for part in (name, name + SCALE_SUFFIX) if part in index]
         return bool(parts) and all(scan_tensor(index, index[part]) == self.hashes.get(part) for part in parts)
 
 
-def chosen_parameters(candidate: Candidate, everything: bool) -> list[str]:
-    """The parameters to compare, in the order of the model."""
+def chosen_parameters(candidate: OpenedOutput, everything: bool) -> list[str]:
+    """Returns the parameters to compare, in the order of the model."""
     names = list(candidate.weights)
     if everything:
         return names
@@ -79,24 +79,17 @@ def _spread(names: list[str], count: int) -> list[str]:
     return [names[len(names) * place // count] for place in range(count)] if len(names) > count else names
 
 
-def _recorded_error(candidate: Candidate, name: str) -> float | None:
+def _recorded_error(candidate: OpenedOutput, name: str) -> float | None:
     found = candidate.errors.get(name)
     return candidate.errors.get(name.removesuffix(".weight")) if found is None else found
 
 
 def wrong_values(
-    comparison: Comparison, candidate: Candidate, names: Iterable[str], before: Callable[[str], None]
+    comparison: SourceComparison, candidate: OpenedOutput, names: Iterable[str], before: Callable[[str], None]
 ) -> list[tuple[str, str]]:
-    """Decodes parameters and compares them with the source.
+    """Decodes parameters and compares them with the source; returns parameter and problem.
 
-    Args:
-        comparison: the source.
-        candidate: the output.
-        names: the parameters.
-        before: called with each name before it is read; may raise to stop.
-
-    Returns:
-        Parameter and what is wrong with it.
+    `before` is called with each name before it is read; it may raise to stop.
     """
     wrong = []
     for name in names:
@@ -107,20 +100,22 @@ def wrong_values(
             error = _error(comparison, candidate, name)
         except ImportError:
             raise
-        except Exception as problem:  # whatever the format's own package raises
+        except Exception as problem:  # the format's own package may raise anything
             wrong.append((name, f"does not decode: {problem}"))
             continue
         if recorded is None:
             limit = ROUNDING["BF16" if dtype.startswith("F8") else dtype]
             if not error <= limit:
-                wrong.append((name, f"differs from the source by {error:.2e} of its norm, at most {limit:.1e} is due"))
+                wrong.append(
+                    (name, f"differs from the source by {error:.2e} of its norm, expected at most {limit:.1e}")
+                )
         elif not abs(error - recorded) <= RELATIVE_TOLERANCE * recorded + TOLERANCE:
-            wrong.append((name, f"its error is {error:.6f} of the source's norm, recorded are {recorded:.6f}"))
+            wrong.append((name, f"its error is {error:.6f} of the source's norm, recorded {recorded:.6f}"))
     return wrong
 
 
-def _error(comparison: Comparison, candidate: Candidate, name: str) -> float:
-    """The distance of the decoded parameter from the folded source, over the norm of that."""
+def _error(comparison: SourceComparison, candidate: OpenedOutput, name: str) -> float:
+    """Returns the distance of the decoded parameter from the folded source, over the norm of that."""
     original, fold = comparison.original, comparison.fold(candidate, name)
     squared_error = squared_norm = 0.0
     for wanted, found in _parts(original, candidate, name, fold):
@@ -129,7 +124,7 @@ def _error(comparison: Comparison, candidate: Candidate, name: str) -> float:
     return (squared_error / squared_norm) ** 0.5 if squared_norm else squared_error**0.5
 
 
-def _parts(original: Checkpoint, candidate: Candidate, name: str, fold: Fold) -> Iterable[tuple[Any, Any]]:
+def _parts(original: Checkpoint, candidate: OpenedOutput, name: str, fold: Fold) -> Iterable[tuple[Any, Any]]:
     shape = original.weights.shape(name)
     step = error_step(shape, placements(name, original.architecture)[0]) if candidate.is_gguf else 1
     if name in fold or name.removesuffix(".weight") in candidate.errors or len(shape) < 2:

@@ -13,34 +13,23 @@ from dsquant.files.strict_json import read_json_object
 from dsquant.jobs.folder import RECORD_FILE, WORK_FOLDER, stop_on_signals
 from dsquant.reporting.progress import Progress, Report, silent
 from dsquant.verification import checks
-from dsquant.verification.checks import Finding, Verification, note_strays
+from dsquant.verification.checks import FileFinding, Verification, note_strays
 from dsquant.verification.damage import damaged_parts
-from dsquant.verification.folder import what_is_wrong
-from dsquant.verification.record import ReleaseRecord
+from dsquant.verification.strays import what_is_wrong
+from dsquant.verification.strict_record import ReleaseRecord
 
 
 def verify(folder: Path, source: str | None = None, everything: bool = False, report: Report = silent) -> Verification:
     """Checks an output, or a release with all its outputs, wherever it lies now.
 
-    Args:
-        folder: the output folder, one format's folder of it, or what `dsquant run` published.
-        source: the model that it was made from; None takes the recorded one where it is on this machine.
-        everything: whether every parameter's values are compared with the source's, not a sample.
-        report: gets the progress.
-
-    Returns:
-        What was checked and found.
-
-    Raises:
-        InputError: where it is no finished output of dsquant, or the source is another one.
-        UsageError: where every value is asked for and the source is not there.
+    Arguments and errors are those of `checks.verify`; the folder may also be what `dsquant run` published.
     """
     if (folder / RECORD_FILE).exists() or what_is_wrong(folder, RELEASE_FILE) is not None:
         return checks.verify(folder, source, everything, report)
     record, broken = _read_release(folder / RELEASE_FILE)
     found = Verification(str(folder), findings=broken)
     if broken:
-        found.notes.append("nothing else was checked: the hashes of all files stand in the damaged record")
+        found.notes.append("nothing else was checked: the hashes of all files are in the damaged record")
         return found
     files: dict[str, dict[str, Any]] = record["files"]
     outputs = [str(PurePosixPath(name).parent) for name in files if PurePosixPath(name).name == RECORD_FILE]
@@ -54,26 +43,26 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
         for name in outputs:
             problem = what_is_wrong(folder, f"{name}/{RECORD_FILE}")
             if problem is None and (folder / name / WORK_FOLDER).exists():
-                found.findings.append(Finding(f"{name}/{WORK_FOLDER}", "folder", "of an unfinished job"))
+                found.findings.append(FileFinding(f"{name}/{WORK_FOLDER}", "folder", "of an unfinished job"))
             elif problem is None:
                 _merge(found, name, checks.verify(folder / name, source, everything, report))
     return found
 
 
-def _read_release(path: Path) -> tuple[dict[str, Any], list[Finding]]:
-    """The record of a release, and where it is damaged."""
+def _read_release(path: Path) -> tuple[dict[str, Any], list[FileFinding]]:
+    """Reads the record of a release, and where it is damaged."""
     parts = broken_sections(read_file(path))
     if parts == [SECTIONS] and read_json_object(path, finite=False).get("release_version") == 1:
-        raise InputError(f"{path} is of an older dsquant, which kept no hashes there; verify the outputs beside it")
+        raise InputError(f"{path} is of an older dsquant, which kept no hashes there; verify the outputs next to it")
     if parts:
-        return {}, [Finding(RELEASE_FILE, part, "the record is damaged") for part in parts]
+        return {}, [FileFinding(RELEASE_FILE, part, "the record is damaged") for part in parts]
     record = read_json_object(path, finite=False)
     try:
         ReleaseRecord.model_validate(record)
     except ValidationError as error:
         first = error.errors()[0]
         where = ", ".join(repr(part)[:80] for part in first["loc"])
-        raise InputError(f"{path}: {where}: {first['msg']}; no `dsquant run` has written this record") from error
+        raise InputError(f"{path}: {where}: {first['msg']}; `dsquant run` did not write this record") from error
     return record, []
 
 
@@ -84,22 +73,22 @@ def _check_files(
     found: Verification,
     after_file: Callable[[str], None],
 ) -> None:
-    """The files that no output's record tells of, and that there are no others."""
+    """Checks the files that no output's record lists, and that there are no others."""
     wrong = {name: problem for name in files if (problem := what_is_wrong(folder, name)) is not None}
-    found.findings += [Finding(name, "file", problem) for name, problem in wrong.items()]
+    found.findings += [FileFinding(name, "file", problem) for name, problem in wrong.items()]
     note_strays(folder, {*files, RELEASE_FILE}, found, outputs)
     there = [name for name in files if name not in wrong]
     for name, parts in for_each_file(lambda name: damaged_parts(folder, name, files), there, after_file).items():
-        found.findings += [Finding(name, *part) for part in parts]
+        found.findings += [FileFinding(name, *part) for part in parts]
         found.num_files, found.num_bytes = found.num_files + 1, found.num_bytes + files[name]["bytes"]
 
 
 def _merge(found: Verification, name: str, part: Verification) -> None:
-    """Adds what was found in one output of a release."""
+    """Adds the findings of one output of a release."""
     found.num_files, found.num_bytes = found.num_files + part.num_files, found.num_bytes + part.num_bytes
     found.source = found.source or part.source
     found.compared |= {f"{name}/{kind}": count for kind, count in part.compared.items()}
-    findings = [Finding(f"{name}/{finding.file}", finding.where, finding.problem) for finding in part.findings]
+    findings = [FileFinding(f"{name}/{finding.file}", finding.where, finding.problem) for finding in part.findings]
     found.findings += [finding for finding in findings if finding not in found.findings]
     found.not_checked += [f"{name}/{check}" for check in part.not_checked]
     found.notes += [f"{name}: {note}" for note in part.notes]

@@ -1,4 +1,4 @@
-"""What a patch tells of the output that it makes, read strictly: a patch may come from anywhere."""
+"""Reads a patch's list of files strictly: a patch may come from anywhere."""
 
 import io
 import os
@@ -19,10 +19,10 @@ from dsquant.files.sealing import BYTES_AT_ONCE
 from dsquant.jobs.folder import WORK_FOLDER
 from dsquant.jobs.resources import default_memory_budget
 from dsquant.recipes import format_size
-from dsquant.verification.record import Count, Digest
+from dsquant.verification.strict_record import Count, Digest
 
 MANIFEST = "patch.json"
-# The memory that parsing, checking and keeping a byte of JSON takes.
+# Memory for parsing, checking and keeping a byte of JSON.
 PARSED_BYTES = 16
 
 
@@ -36,12 +36,12 @@ FileName = Annotated[str, AfterValidator(_stays_inside)]
 
 
 class PatchedFile(BaseModel):
-    """How a file of the new output comes about.
+    """Size and hash of a file of the new output, and how it is built.
 
     Attributes:
         bytes: its size.
         sha256: its hash.
-        how: as in the old output; the old file with some tensors changed; or whole in the patch.
+        how: the same as in the old output; the old file with some tensors changed; or entirely from the patch.
         tensors: the changed places, start and bytes.
     """
 
@@ -59,20 +59,16 @@ class PatchedFile(BaseModel):
         end = 0
         for start, num_bytes in self.tensors:
             if start < end:
-                raise ValueError(f"the tensor at byte {start} begins before the one before it ends, at byte {end}")
+                raise ValueError(f"the tensor at byte {start} begins before the previous one ends, at byte {end}")
             end = start + num_bytes
             if end > self.bytes:
-                raise ValueError(f"{num_bytes} bytes from byte {start} on end behind the file's {self.bytes} bytes")
+                raise ValueError(f"{num_bytes} bytes from byte {start} on end after the file's {self.bytes} bytes")
         return self
 
 
 class PatchManifest(BaseModel):
-    """The content of patch.json.
-
-    Attributes:
-        patch_version: of this layout.
-        old_record_sha256: of the old output's dsquant.json.
-        files: path in the new output -> how it comes about.
+    """The content of patch.json: the old output's record by its hash, and path -> entry for every file of the new
+    output.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -91,7 +87,9 @@ class PatchManifest(BaseModel):
 
 
 class _InParts(io.BufferedReader):
-    """A file that gives no more at once than a patch's list of members takes, whatever the patch says of its length."""
+    """A file that returns at most as many bytes at once as a patch's list of members has, however long the patch claims
+    it is.
+    """
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:
@@ -103,40 +101,25 @@ class _InParts(io.BufferedReader):
 
 @contextmanager
 def open_patch(patch: Path) -> Iterator[zipfile.ZipFile]:
-    """Opens a patch.
+    """Opens a patch and yields the archive.
 
-    Args:
-        patch: the file.
-
-    Yields:
-        The archive; what shows later that it is damaged becomes an InputError too.
-
-    Raises:
-        InputError: where there is no such file, or it is damaged.
+    Raises InputError where there is no such file or it is damaged, also where the damage shows only while it is read.
     """
     if not patch.is_file():
         found = "is a folder" if patch.is_dir() else "does not exist"
-        raise InputError(f"{patch} {found}; name a patch that `dsquant delta` has made")
+        raise InputError(f"{patch} {found}; name a patch created by `dsquant delta`")
     try:
         with _InParts(io.FileIO(patch)) as file, zipfile.ZipFile(file) as archive:
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError) as error:
-        raise InputError(f"{patch} is damaged or no patch of dsquant ({error}); make it again") from error
+        raise InputError(f"{patch} is damaged or not a patch of dsquant ({error}); create it again") from error
 
 
 def read_manifest(archive: zipfile.ZipFile, patch: Path) -> PatchManifest:
-    """Reads what a patch tells, and checks that the archive holds that and nothing else.
+    """Reads a patch's manifest, and checks that the archive holds exactly its members.
 
-    Args:
-        archive: the opened patch.
-        patch: its path, for messages.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        InputError: where it is not what `dsquant delta` writes, or a part of the patch is missing, of another size or
-            kind, there twice, or not told of.
+    Raises InputError where it is not a manifest of `dsquant delta`, or a member is missing, unlisted, repeated, or of
+    another size or kind.
     """
     try:
         manifest = PatchManifest.model_validate_json(read_member(archive, MANIFEST, patch))
@@ -144,30 +127,30 @@ def read_manifest(archive: zipfile.ZipFile, patch: Path) -> PatchManifest:
         first = error.errors()[0]
         where = ", ".join([MANIFEST, *(repr(part)[:80] for part in first["loc"])])
         raise InputError(
-            f"{patch}: {where}: {first['msg']}; this is no patch that this dsquant reads, make it again"
+            f"{patch}: {where}: {first['msg']}; this dsquant cannot read the patch; create it again"
         ) from error
     wanted = {MANIFEST: archive.getinfo(MANIFEST).file_size, **_member_sizes(manifest)}
     found = Counter(info.filename for info in archive.infolist())
     for member in found.keys() | wanted.keys():
         if found[member] != (member in wanted):
-            told = "once" if member in wanted else "not at all"
+            expected = "once" if member in wanted else "not at all"
             raise InputError(
-                f"{patch}: {member!r:.300} is in it {found[member]} times, {MANIFEST} tells of it {told}; "
-                "make the patch again"
+                f"{patch}: {member!r:.300} is in it {found[member]} times, {MANIFEST} lists it {expected}; create the "
+                "patch again"
             )
     for member, num_bytes in wanted.items():
         info = archive.getinfo(member)
         if info.file_size != num_bytes or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise InputError(
-                f"{patch}: {member} has {info.file_size} bytes, {MANIFEST} tells of {num_bytes}; make the patch again"
+                f"{patch}: {member} has {info.file_size} bytes, {MANIFEST} lists {num_bytes}; create the patch again"
             )
         if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
-            raise InputError(f"{patch}: {member} is no file but a link or a folder; make the patch again")
+            raise InputError(f"{patch}: {member} is a link or a folder, not a file; create the patch again")
     return manifest
 
 
 def _member_sizes(manifest: PatchManifest) -> dict[str, int]:
-    """Every member that a manifest tells of, and its bytes."""
+    """Returns every member that a manifest lists, with its bytes."""
     sizes = {}
     for name, entry in manifest.files.items():
         if entry.how == "new":
@@ -177,34 +160,14 @@ def _member_sizes(manifest: PatchManifest) -> dict[str, int]:
 
 
 def member_blocks(archive: zipfile.ZipFile, name: str) -> Iterator[bytes]:
-    """Reads a member in parts.
-
-    Args:
-        archive: the opened patch.
-        name: the member.
-
-    Yields:
-        Blocks of bounded size, however much the deflated bytes would give; as many bytes as the archive says at most.
-    """
+    """Reads a member in blocks of bounded size, however much the deflated bytes expand to."""
     with archive.open(name) as member:
         while block := member.read(BYTES_AT_ONCE):
             yield block
 
 
 def read_member(archive: zipfile.ZipFile, name: str, patch: Path) -> bytes:
-    """Reads a member whole: JSON, whose values then take many times its bytes of memory.
-
-    Args:
-        archive: the opened patch.
-        name: the member.
-        patch: its path, for messages.
-
-    Returns:
-        Its content.
-
-    Raises:
-        InputError: where it is longer than any such JSON, or than the default memory budget has room for.
-    """
+    """Reads a member of JSON whole; raises InputError where it is too long for its values to fit in memory."""
     num_bytes, budget = archive.getinfo(name).file_size, default_memory_budget()
     if num_bytes > LARGEST_TEXT_BYTES or num_bytes * PARSED_BYTES > budget:
         raise InputError(

@@ -1,8 +1,8 @@
-"""What may lie in a finished output: the files that its record names, the folders on their way, and nothing else.
+"""Finds what may not lie in a finished output: only its record's files, and the folders on their way, belong there.
 
-A file may be a link where that leads to a file inside the output, or into the hub's cache of which the output is a
-snapshot. What git, the hub's client and killed runs leave is told of and not judged, since no engine reads it; there,
-too, only files and folders may lie. Links to anywhere else are never followed.
+A file may be a link to a file inside the output, or into the hub's cache of which the output is a snapshot. What git,
+the hub's client and killed runs leave is reported and not judged, since no engine reads it; there, too, only files and
+folders may lie. Links to anywhere else are never followed.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from dsquant.jobs.folder import REMOVED_FOLDER, WORK_FOLDER
 
-# Kept by git, by the hub's client in what it has downloaded, and left by killed runs for the next one to remove.
+# Kept by git, by the hub's client in its downloads, and left by killed runs for the next one to remove.
 KEPT_BY_OTHERS = tuple(
     PurePosixPath(name)
     for name in (".git", ".gitattributes", ".gitignore", ".cache/huggingface", WORK_FOLDER, REMOVED_FOLDER)
@@ -31,31 +31,22 @@ NOT_PART = "not part of the output"
 
 @dataclass
 class Listing:
-    """What lies in a folder that no record names."""
+    """The content of a folder that no record lists."""
 
     strays: dict[PurePosixPath, str] = field(default_factory=dict)
-    """Path -> what is wrong with it."""
+    """Path -> problem."""
     kept_by_others: dict[PurePosixPath, list[int]] = field(default_factory=dict)
-    """What git or the hub's client keep -> the sizes of its files."""
+    """Folder or file of git or the hub's client -> the sizes of its files."""
 
 
 def printable(path: PurePosixPath | str) -> str:
-    """A path as a terminal can show it, whatever bytes its name has."""
+    """Returns a path as a terminal can show it, whichever bytes its name has."""
     name = os.fsencode(str(path)).decode(errors="backslashreplace")
     return name if name.isprintable() else repr(name)[1:-1]
 
 
 def list_strays(folder: Path, names: Collection[str], checked: Collection[str] = ()) -> Listing:
-    """Finds what lies in a folder beside the files that its record names.
-
-    Args:
-        folder: the folder.
-        names: the files.
-        checked: folders inside that are checked by themselves.
-
-    Returns:
-        Everything else.
-    """
+    """Lists what lies in a folder besides the files in `names`, and outside the folders in `checked`."""
     found = Listing()
     for path, kind, num_bytes in _entries(folder, {PurePosixPath(name) for name in checked}):
         home = next((other for other in KEPT_BY_OTHERS if path.is_relative_to(other)), None)
@@ -69,7 +60,7 @@ def list_strays(folder: Path, names: Collection[str], checked: Collection[str] =
 
 
 def _entries(folder: Path, checked: Collection[PurePosixPath]) -> Iterator[tuple[PurePosixPath, str, int]]:
-    """Everything below a folder that is not itself a folder with something in it: path, kind and bytes."""
+    """Yields everything below a folder that is not itself a non-empty folder: path, kind and bytes."""
     waiting = [PurePosixPath()]
     while waiting:
         inside = waiting.pop()
@@ -91,14 +82,8 @@ def _entries(folder: Path, checked: Collection[PurePosixPath]) -> Iterator[tuple
 
 
 def what_is_wrong(folder: Path, name: str) -> str | None:
-    """Whether a file that a record names can be read as a part of its output.
-
-    Args:
-        folder: the output folder.
-        name: the file's path in it.
-
-    Returns:
-        None where it is a regular file, or a link that may be followed to one; else what is wrong.
+    """Returns why a recorded file cannot be read as a part of its output; None where it is a regular file or a link to
+    one.
     """
     try:
         path = (folder / name).resolve(strict=True)
@@ -112,7 +97,7 @@ def what_is_wrong(folder: Path, name: str) -> str | None:
 
 
 def _blobs(root: Path) -> Iterator[Path]:
-    """Where the hub's cache has the content of a snapshot's files: MODEL/snapshots/COMMIT beside MODEL/blobs."""
+    """Yields the folder of a snapshot's content in the hub's cache: MODEL/blobs for MODEL/snapshots/COMMIT."""
     for folder in (root, *root.parents):
         if folder.parent.name == "snapshots":
             yield folder.parent.parent / "blobs"

@@ -1,4 +1,4 @@
-"""What a run reads besides its recipe, told apart without reading it: a finished recipe has to be a no-op at once."""
+"""Identifies everything that a run reads besides its recipe, without reading it: a finished recipe ends at once."""
 
 import hashlib
 import json
@@ -14,17 +14,10 @@ HUB_TIMEOUT_S = 10
 
 
 def inputs_of(recipe: ReleaseRecipe) -> dict[str, Any]:
-    """Names the state of the source and of every file that the recipe mentions.
+    """Returns the state of the source and of every file in the recipe, as plain JSON values that differ after a change.
 
-    Args:
-        recipe: the recipe.
-
-    Returns:
-        Plain JSON values that differ where something has changed: file sizes and times, a hub model's commit, the
-        version of dsquant for what comes with it.
-
-    Raises:
-        InputError: where the source is neither here nor on the hub.
+    The state is file sizes and times, a hub model's commit, and dsquant's version for the embedded model. Raises
+    InputError where the source is neither here nor on the hub.
     """
     files = [*recipe.calibration.texts, *(recipe.evaluate.texts if recipe.evaluate else ())]
     files += [recipe.evaluate.prompts] if recipe.evaluate else []
@@ -51,7 +44,7 @@ def _source_state(model: str) -> Any:
 
 
 def _hub_commit(model: str) -> str:
-    """The commit that the hub's main branch points to; where it cannot be asked, the one that was fetched last."""
+    """Returns the commit of the hub's main branch; where the hub does not answer, the one that was downloaded last."""
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HFValidationError
@@ -69,5 +62,5 @@ def _hub_commit(model: str) -> str:
 
 
 def key_of(*parts: Any) -> str:
-    """SHA-256 of plain JSON values, hexadecimal."""
+    """Returns the SHA-256 of plain JSON values, hexadecimal."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,13 +1,13 @@
-"""`dsquant run`: does what of a recipe is not done yet, and publishes.
+"""Implements `dsquant run`: does the stages of a recipe that are not done yet, and publishes.
 
-Beside OUTPUT lies `.OUTPUT.dsquant`: the lock, the journal, and the folder that is being built. A run that was killed
-anywhere is gone on with by running the same recipe again; the published bytes are those of an uninterrupted run.
+Next to OUTPUT lies `.OUTPUT.dsquant`: the lock, the journal, and the folder that is being built. A run that was killed
+anywhere continues when the same recipe is run again; the published bytes are those of an uninterrupted run.
 """
 
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from dsquant.files.sealing import RELEASE_FILE, hash_files, seal
 from dsquant.jobs.folder import RECORD_FILE, stop_on_signals
 from dsquant.jobs.journal import Journal
 from dsquant.jobs.locks import HOLDER_FILE, LOCK_FILE, exclusive
-from dsquant.releases.inputs import inputs_of, key_of
+from dsquant.recipes import format_size
+from dsquant.releases.input_state import inputs_of, key_of
 from dsquant.releases.publication import (
     RELEASE_VERSION,
     check_publishable,
@@ -28,7 +29,7 @@ from dsquant.releases.publication import (
     published_release,
 )
 from dsquant.releases.recipe import EVALUATION_FOLDER, WITHOUT_INFLUENCE, ReleaseRecipe
-from dsquant.reporting.notebook import Shown
+from dsquant.reporting.notebook import Shown, table_of
 from dsquant.reporting.progress import Report, silent
 
 JOURNAL_FILE = "journal.jsonl"
@@ -37,48 +38,55 @@ BUILD_FOLDER = "build"
 
 @dataclass(frozen=True)
 class Release(Shown):
-    """What a run published."""
+    """A published run."""
 
     output: Path
-    """Where it can be read: the output folder, or its link `current`."""
+    """Where to read it: the output folder, or its link `current`."""
     key: str
-    """Of recipe and inputs."""
+    """Hash of recipe and inputs."""
     outputs: dict[str, dict[str, Any]]
     """Step -> folders, bytes and warnings."""
     evaluation: dict[str, Any]
     """Output -> its distance from the original; empty without evaluation."""
     gates: dict[str, Any]
-    """What became of the gates; empty without gates."""
+    """Outcomes of the gates; empty without gates."""
     already_published: bool
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns plain JSON values."""
         return {**vars(self), "output": str(self.output)}
 
-    def tables(self) -> Iterable[Any]:
-        """What the command line shows."""
-        from dsquant.releases.tables import release_tables
+    def tables(self) -> Iterator[Any]:
+        """Yields the table of outputs, then distances, gates and warnings."""
+        from rich.table import Table
+        from rich.text import Text
 
-        return release_tables(self)
+        if self.already_published:
+            yield Text(f"{self.output} is published already, and nothing has changed since; nothing to do")
+        table = Table(title=str(self.output), title_justify="left")
+        for heading in ("output", "folder", "size"):
+            table.add_column(heading, justify="right" if heading == "size" else "left", overflow="fold")
+        for step, made in self.outputs.items():
+            for name, folder in made["folders"].items():
+                table.add_row(f"{step}: {name}", folder, format_size(made["bytes"][name]))
+        yield table
+        if self.evaluation:
+            texts = list(next(iter(self.evaluation.values())))
+            distances = self.evaluation.items()
+            rows = ((name, *(f"{found[text]['mean_kl']:.4f}" for text in texts)) for name, found in distances)
+            yield table_of("mean KL against the original, nats a token", ("output", *texts), rows)
+            yield Text(f"The full comparison: {self.output / EVALUATION_FOLDER / 'report.html'}")
+        yield from (Text(line) for line in self.gates.get("outcomes", ()))
+        for step, made in self.outputs.items():
+            yield from (Text(f"Note: {step}: {warning}.") for warning in made["warnings"])
 
 
 def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str = "") -> Release:
-    """Runs a recipe.
+    """Runs a recipe and returns what is published; `recipe_name` is its file, for `on_failure`'s command.
 
-    Args:
-        recipe: the recipe.
-        report: gets the progress.
-        recipe_name: its file, for `on_failure`'s command.
-
-    Returns:
-        What is published.
-
-    Raises:
-        UsageError: where the recipe cannot work.
-        InputError: where model, texts or output cannot be used, or another run works on the output.
-        GateError: where a gate failed; nothing is published.
-        InconclusiveError: where a gate is undecided; nothing is published.
-        Interrupted: where the run stopped; the same recipe goes on with it.
+    Raises UsageError where the recipe cannot work; InputError where model, texts or output cannot be used, or another
+    run works on the output; GateError or InconclusiveError where a gate failed or is inconclusive, with nothing
+    published; Interrupted where the run was stopped: running the same recipe continues it.
     """
     inputs = inputs_of(recipe)
     key = key_of(recipe.hash, inputs)
@@ -98,23 +106,17 @@ def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str 
                 shutil.rmtree(work)
                 remove_empty(missing)
             if isinstance(error, Interrupted):
-                words = str(error).replace("continue with --resume", "run the same recipe again to go on")
+                words = str(error).replace("continue with --resume", "run the same recipe again to continue")
                 raise Interrupted(f"{stage[-1]}: {words}") from error
             raise
     return _release(recipe, key, already_published=False)
 
 
 def published(recipe: ReleaseRecipe) -> Release | None:
-    """What a recipe has published already, if nothing has changed since; imports no torch.
+    """Returns the release that a recipe has published already, if nothing has changed since; imports no torch.
 
-    Args:
-        recipe: the recipe.
-
-    Returns:
-        The release; None where there is something to do, if only to remove what a killed run has left.
-
-    Raises:
-        InputError: where the source is neither here nor on the hub.
+    None where there is something to do, if only to remove what a killed run left. Raises InputError where the source is
+    neither here nor on the hub.
     """
     key = key_of(recipe.hash, inputs_of(recipe))
     if not _is_published(recipe, key) or _left_behind(_work_folder(recipe)):
@@ -123,7 +125,7 @@ def published(recipe: ReleaseRecipe) -> Release | None:
 
 
 def _work_folder(recipe: ReleaseRecipe) -> Path:
-    """Lies beside the output itself, where a link names that: renames stay on its disk."""
+    """Returns the folder next to the output itself, where a link names that: renames stay on its disk."""
     output = recipe.output.resolve()
     return output.parent / f".{output.name}.dsquant"
 
@@ -146,14 +148,14 @@ def _release(recipe: ReleaseRecipe, key: str, already_published: bool) -> Releas
 def _run(
     recipe: ReleaseRecipe, inputs: dict[str, Any], key: str, work: Path, report: Report, entered: list[str]
 ) -> None:
-    """Does every stage that the journal does not have; `entered` gets the names of those that begin."""
+    """Does every stage that is not in the journal; `entered` gets the names of those that begin."""
     from dsquant.releases.stages import Workshop, check_all, stages_of
 
     build, journal = work / BUILD_FOLDER, Journal(work / JOURNAL_FILE)
     if _is_left_over(recipe, journal):
         _tidy(work)
         journal = Journal(work / JOURNAL_FILE)
-    if is_complete(recipe, key):  # killed before the link was switched, or a recipe that was there before
+    if is_complete(recipe, key):  # killed before the link was switched, or an earlier recipe
         publish(recipe, None, key)
         _tidy(work)
         return
@@ -192,12 +194,12 @@ def _run(
 
 
 def _has_outputs(work: Path) -> bool:
-    """Whether a step has left something that the next run can go on with."""
+    """Returns whether a step has left something that the next run can continue."""
     return (work / BUILD_FOLDER).is_dir() and any((work / BUILD_FOLDER).iterdir())
 
 
 def _unrecorded(build: Path) -> list[str]:
-    """The files of a finished folder that no output's record tells of: those records, and the reports."""
+    """Returns the files of a finished folder that no output's record lists: those records, and the reports."""
     outputs = {path.parent for path in build.glob(f"*/{RECORD_FILE}")}
     below = [path for folder in build.iterdir() if folder not in outputs for path in folder.rglob("*")]
     files = [*(folder / RECORD_FILE for folder in outputs), *(path for path in below if path.is_file())]
@@ -205,7 +207,7 @@ def _unrecorded(build: Path) -> list[str]:
 
 
 def _tidy(work: Path) -> None:
-    """Leaves the lock alone in the folder. The journal goes first: what it tells of is there as long as it is."""
+    """Removes everything but the lock. The journal goes first: what it lists must exist as long as it does."""
     (work / JOURNAL_FILE).unlink(missing_ok=True)
     sync_folder(work)
     for path in _left_behind(work):
@@ -213,18 +215,18 @@ def _tidy(work: Path) -> None:
 
 
 def _left_behind(work: Path) -> list[Path]:
-    """Returns what lies in the folder beside the lock."""
+    """Returns what lies in the folder besides the lock."""
     return [path for path in work.glob("*") if path.name not in (LOCK_FILE, HOLDER_FILE)]
 
 
 def _is_left_over(recipe: ReleaseRecipe, journal: Journal) -> bool:
-    """Whether a run was killed after it had published and before it had tidied up."""
+    """Returns whether a run was killed after it had published and before it had cleaned up."""
     entry = journal.units.get("publish")
     return entry is not None and (published_release(recipe) or {}).get("key") == entry["key"]
 
 
 def _remove_foreign(recipe: ReleaseRecipe, build: Path) -> None:
-    """Removes what steps of an earlier version of the recipe have left in the folder that will be published."""
+    """Removes what steps of an earlier version of the recipe left in the folder that will be published."""
     wanted = {step.name for step in recipe.quantize} | ({EVALUATION_FOLDER} if recipe.evaluate else set())
     for path in build.iterdir():
         if path.name not in wanted:
@@ -232,7 +234,7 @@ def _remove_foreign(recipe: ReleaseRecipe, build: Path) -> None:
 
 
 def _after_failure(recipe: ReleaseRecipe, recipe_name: str, work: Path, stage: str, error: Exception) -> None:
-    """Does what `on_failure` says. What an interruption has left is always kept: the next run goes on from there."""
+    """Does what `on_failure` says. What an interruption has left is always kept: the next run continues from there."""
     exit_code = error.exit_code if isinstance(error, DsquantError) else 1
     if recipe.on_failure.outputs == "remove" and not isinstance(error, Interrupted):
         _tidy(work)
