@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsquant.evaluation.weight_errors import LayerComparison, Moments, kind_of, weight_error
+from dsquant.evaluation.weight_errors import LayerComparison, Moments, module_kind, weight_error
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import Fold, FoldedWeights
@@ -67,6 +67,6 @@ def test_errors_weigh_columns_by_what_reaches_them() -> None:
 
 
 def test_kinds_have_no_numbers() -> None:
-    assert kind_of("model.layers.3.mlp.experts.17.down_proj.weight") == "mlp.experts.down_proj"
-    assert kind_of("model.layers.12.mlp.gate.e_score_correction_bias") == "mlp.gate.e_score_correction_bias"
-    assert kind_of("lm_head.weight") == "lm_head"
+    assert module_kind("model.layers.3.mlp.experts.17.down_proj.weight") == "mlp.experts.down_proj"
+    assert module_kind("model.layers.12.mlp.gate.e_score_correction_bias") == "mlp.gate.e_score_correction_bias"
+    assert module_kind("lm_head.weight") == "lm_head"

@@ -38,7 +38,7 @@ def plan(
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=2))
         return
-    from dsquant.deployment.tables import forecast_tables
+    from dsquant.deployment.forecast_tables import forecast_tables
     from dsquant.reporting.notebook import plain_console
 
     console = plain_console()

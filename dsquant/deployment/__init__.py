@@ -1,1 +1,3 @@
-"""What a model becomes in every format, what that runs on and how fast: worked out before a weight is read."""
+"""Plans before a weight is read: sizes of a model in every format, where they run, how fast, and the cost of building
+them.
+"""

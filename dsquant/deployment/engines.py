@@ -1,8 +1,8 @@
-"""The command that serves an output where it has been placed.
+"""Writes the command that serves an output in its placement.
 
-Read in the engines' documentation (November 2026): vLLM and SGLang divide attention heads among tensor-parallel ranks;
-llama.cpp takes the first `-ot` pattern that is found in a tensor's name; KTransformers keeps routed experts in RAM and
-the rest in one GPU.
+From the engines' documentation (November 2026): vLLM and SGLang divide attention heads among tensor-parallel ranks;
+llama.cpp takes the first `-ot` pattern that matches a tensor's name; KTransformers keeps routed experts in RAM and the
+rest in one GPU.
 """
 
 import shlex
@@ -16,19 +16,10 @@ from dsquant.deployment.sizes import OutputSize
 def launch_commands(
     output: OutputSize, network: Network, machine: Machine, placement: Placement, context: int, source: str, name: str
 ) -> dict[str, str]:
-    """The commands of every engine that runs a placement.
+    """Returns engine -> command for every engine that can run a placement.
 
-    Args:
-        output: what runs.
-        network: its model.
-        machine: on what.
-        placement: how it lies there.
-        context: tokens of a sequence.
-        source: the original model's folder or hub id, whose config and tokenizer KTransformers wants.
-        name: the model's, for file names.
-
-    Returns:
-        Engine -> command; empty where nothing runs it.
+    `context` is in tokens of a sequence; `source` is the original model's folder or hub id, whose config and tokenizer
+    KTransformers needs; `name` is the model's, for file names.
     """
     if placement.kind == "none":
         return {}

@@ -1,4 +1,4 @@
-"""What others and dsquant itself have measured, with where it is written; everything a forecast multiplies by."""
+"""Measurements of others and of dsquant with their sources: every factor of a forecast."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class GpuClass:
 
     memory_gib: int
     bandwidth_gbs: Range
-    """Memory bandwidth in GB/s of the slowest and the fastest of them."""
+    """Memory bandwidth in GB/s of the slowest and the fastest card."""
     cards: str
 
 
@@ -49,7 +49,7 @@ GPU_CLASSES = (
     GpuClass(192, Range(5300, 8000), "MI300X to B200"),
     GpuClass(288, Range(6000, 8000), "MI325X to B300"),
 )
-# Up to this much RAM a machine is taken for a desktop.
+# Up to this much RAM a machine counts as a desktop.
 DESKTOP_RAM_GIB = 192
 DESKTOP_RAM = Fact("RAM, two channels", Range(51, 90), "DDR4-3200 to DDR5-5600, 8 bytes a channel and transfer")
 SERVER_RAM = Fact("RAM, eight to twelve channels", Range(205, 538), "8 x DDR4-3200 to 12 x DDR5-5600")
@@ -79,16 +79,16 @@ DISK = Fact(
 )
 EFFICIENCIES = (TENSOR_PARALLEL, ONE_GPU, RAM, DISK)
 
-# What compressed swap (zram) really gains on weights: entropy of their bytes.
+# Measured gain of compressed swap (zram) on weights: entropy of their bytes.
 SWAP_GAIN = {"source": 1.23, "awq": 1.10, "compressed-tensors": 1.10, "gguf": 1.08}
 SWAP_SOURCE = "entropy of INT4 g128 codes 1.10, Q4_K 1.05 to 1.08, FP8 1.23 (arXiv 2508.19263 has 83 % for FP8)"
 
-# Reserves. Assumed: what engines take beside weights and KV cache.
+# Reserves. Assumed: memory of engines in addition to weights and KV cache.
 GPU_RESERVE_BYTES = int(1.5 * GIB)
-ENGINE_SHARE = 0.95  # what vLLM and SGLang are told to use of a GPU
+ENGINE_SHARE = 0.95  # share of a GPU that vLLM and SGLang are told to use
 RAM_RESERVE_BYTES = 4 * GIB
 
-# Making an output: seconds of one core for each weight, from benchmarks/planning_cpu_202611.md.
+# Building an output: seconds of one core for each weight, from benchmarks/planning_cpu_202611.md.
 SCAN_S, READ_S, RUN_S = 2.6e-9, 5.0e-9, 9.1e-9
 SEARCH_S = 7.3e-7
 STORE_S = {"Q8_0": 3.1e-9, "Q6_K": 3.0e-8, "F32": 0.0, "F16": 0.0, "BF16": 0.0}
@@ -96,7 +96,7 @@ STORE_OTHER_S = 1.2e-7  # as Q4_K
 MEASURED_CORES = 2
 MEASURED_IN = "benchmarks/planning_cpu_202611.md"
 PRESET_BEST = (
-    "--preset best makes files of compact's size and layout with a lower drift, in 2.0 to 2.6 times its processor time "
+    "--preset best writes files of compact's size and layout with a lower drift, in 2.0 to 2.6 times its processor time "
     "(benchmarks/quality_peers_cpu_202611.md)"
 )
 # benchmarks/r1_layer_h200_202611.md, a layer of 11,507,286,272 weights and 262,144 tokens: 23.5 and 25.7 s on an H100.

@@ -1,15 +1,15 @@
-"""`dsquant plan`: sizes of every output, what runs where and how fast, what it costs, what cannot work."""
+"""Implements `dsquant plan`: sizes of every output, where each runs and how fast, its cost, and what is impossible."""
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dsquant.deployment import facts
+from dsquant.deployment.build_cost import BuildCost, build_cost_of
 from dsquant.deployment.engines import launch_commands
 from dsquant.deployment.facts import Fact, Range
 from dsquant.deployment.hardware import REFERENCE_MACHINES, Machine, parse_machine
-from dsquant.deployment.making import Making, making_of
 from dsquant.deployment.placement import Network, Placement, network_of, place
 from dsquant.deployment.sizes import OutputSize, output_sizes
 from dsquant.deployment.statements import statements_about
@@ -18,7 +18,7 @@ from dsquant.errors import UsageError
 from dsquant.reporting.notebook import Shown
 
 DEFAULT_CONTEXT = 32768
-# From the best to what loses most; only these are placed on a machine.
+# From the best quality to the worst; only these are placed on a machine.
 CANDIDATES = (
     "source",
     "compressed-tensors quality",
@@ -34,7 +34,7 @@ CANDIDATES = (
     "gguf:Q3_K_M",
     "gguf:Q2_K",
 )
-# Below this, overheads and not bandwidth decide how fast tokens come.
+# Below this, overheads and not bandwidth limit the speed.
 SMALL_BYTES = 2**30
 # Where experts come from disk, more bits than these only cost speed.
 FOR_DISK = ("gguf:Q4_K_M", "gguf:IQ4_XS")
@@ -49,7 +49,7 @@ class Deployment:
     commands: dict[str, str]
     """Engine -> command."""
     price_per_million: Range | None
-    """For a million generated tokens, one sequence at a time; None where no price was given or nothing runs."""
+    """Of a million generated tokens, one sequence at a time; None where no price was given or nothing runs."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class MachineForecast:
     deployments: tuple[Deployment, ...]
     best: Deployment | None
     statements: tuple[str, ...]
-    """What works and what cannot, in words."""
+    """What works and what does not, in words."""
 
 
 @dataclass(frozen=True)
 class Forecast(Shown):
-    """What is known of a model before a weight is read."""
+    """Everything known of a model before a weight is read."""
 
     model: str
     architecture: str
@@ -76,15 +76,15 @@ class Forecast(Shown):
     context: int
     sizes: tuple[OutputSize, ...]
     refused: tuple[str, ...]
-    """Outputs that cannot be made, and why."""
+    """Outputs that cannot be built, and why."""
     notes: tuple[str, ...]
-    makings: tuple[Making, ...]
+    makings: tuple[BuildCost, ...]
     machines: tuple[MachineForecast, ...]
     gpu_price: float | None
     facts: tuple[Fact, ...] = facts.EFFICIENCIES
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns plain JSON values."""
         named = {"machines": [_machine_json(found) for found in self.machines]}
         sizes = [{"name": size.name, **asdict(size), "served_bytes": size.served_bytes} for size in self.sizes]
         makings = [
@@ -103,8 +103,8 @@ class Forecast(Shown):
         return {**plain, "network": network, "sizes": sizes, "makings": makings, **named}
 
     def tables(self) -> Iterable[Any]:
-        """What the command line shows."""
-        from dsquant.deployment.tables import forecast_tables
+        """Yields the tables of the command line."""
+        from dsquant.deployment.forecast_tables import forecast_tables
 
         return forecast_tables(self)
 
@@ -134,22 +134,22 @@ def forecast(
 
     Args:
         model: `tiny-r1`, a folder, a config.json, or a hub id.
-        gpu: the GPUs, such as `4x24GiB` or `4x24GiB@936GB/s`; machines people ask about where neither gpu nor ram.
+        gpu: the GPUs, such as `4x24GiB` or `4x24GiB@936GB/s`; common machines where neither gpu nor ram is given.
         ram: such as `64GiB`.
-        disk: room for the weights.
+        disk: space for the weights.
         disk_read: such as `7GB/s`.
         gpu_price: of one GPU for an hour.
-        context: tokens of KV cache; at most what the model was made for is planned.
+        context: tokens of KV cache; at most the model's own limit is planned.
 
     Returns:
         The forecast.
 
     Raises:
-        InputError: where the model cannot be had or is not supported.
-        UsageError: where the machine's description cannot be read, or the price is none.
+        InputError: where the model cannot be found or is not supported.
+        UsageError: where the machine's description or the price is not valid.
     """
     if gpu_price is not None and not 0 <= gpu_price < math.inf:
-        raise UsageError(f"--gpu-price {gpu_price} is no price; give a number from 0 on")
+        raise UsageError(f"--gpu-price {gpu_price} is not a price; give a number from 0 on")
     machines = [parse_machine(gpu, ram, disk, disk_read)] if gpu or ram else reference_machines(disk, disk_read)
     subject = open_subject(model)
     return forecast_of(subject, output_sizes(subject), machines, gpu_price, context)
@@ -162,46 +162,40 @@ def forecast_of(
     gpu_price: float | None = None,
     context: int = DEFAULT_CONTEXT,
 ) -> Forecast:
-    """Plans everything but the sizes, which are known.
+    """Plans everything but the sizes, which come from `output_sizes`.
 
-    Args:
-        subject: the model.
-        outputs: from `output_sizes`.
-        machines: what it is to run on.
-        gpu_price: of one GPU for an hour.
-        context: tokens of KV cache; at most what the model was made for is planned.
-
-    Returns:
-        The forecast.
+    `gpu_price` is that of one GPU for an hour; `context` is limited to the model's own.
     """
     sizes, refused = outputs
     config = subject.skeleton.config
-    network, asked = network_of(config), context
-    context = min(asked, int(config.get("max_position_embeddings") or asked))
-    return Forecast(
+    limit = min(context, int(config.get("max_position_embeddings") or context))
+    planned = Forecast(
         model=subject.model,
         architecture=subject.checkpoint.architecture,
         from_config_alone=not subject.has_headers,
         num_tensors=len(subject.checkpoint.index),
         source_bytes=subject.checkpoint.index.num_bytes,
-        network=network,
-        context=context,
+        network=network_of(config),
+        context=limit,
         sizes=sizes,
         refused=refused,
-        notes=_notes(subject) if context == asked else (f"the model's context ends at {context:,}", *_notes(subject)),
-        makings=tuple(making_of(size, subject, machines[0]) for size in _candidates(sizes)[1:]),
-        machines=tuple(_on_machine(subject, network, sizes, found, context, gpu_price) for found in machines),
+        notes=(*([f"the model's context is {limit:,} tokens"] if limit < context else []), *_notes(subject)),
+        makings=tuple(build_cost_of(size, subject, machines[0]) for size in _candidates(sizes)[1:]),
+        machines=(),
         gpu_price=gpu_price,
     )
+    return replace(planned, machines=tuple(_on_machine(planned, subject, machine) for machine in machines))
 
 
 def reference_machines(disk: str | None = None, disk_read: str | None = None) -> list[Machine]:
-    """The machines that a plan is about where nobody names one."""
+    """Returns the machines of a plan that names none."""
     return [parse_machine(gpu, ram, disk, disk_read) for gpu, ram in REFERENCE_MACHINES]
 
 
 def _candidates(sizes: Sequence[OutputSize]) -> list[OutputSize]:
-    """One of each name, as its command makes it by default: safetensors with the MTP layer, GGUF without."""
+    """Returns one output of each name, as its command builds it by default: safetensors with the MTP layer, GGUF
+    without.
+    """
     by_name: dict[str, OutputSize] = {}
     for size in sizes:
         by_name.setdefault(size.name, size)
@@ -213,38 +207,30 @@ def _notes(subject: Subject) -> tuple[str, ...]:
     if not subject.has_headers:
         notes.append(
             "from config.json alone: sizes of tensor data are exact; safetensors files differ by the order of names in "
-            "their headers, some kilobytes in all"
+            "their headers, a few kilobytes in all"
         )
     if not subject.has_tokenizer:
         notes.append("no tokenizer.json: GGUF sizes are those of the tensors; the file's header adds the vocabulary")
     if subject.checkpoint.index.num_bytes < SMALL_BYTES:
-        notes.append("so small a model is bound by overheads: take its times and speeds as bounds that nobody reaches")
+        notes.append("a model this small is limited by overheads: its times and speeds are bounds that are not reached")
     notes.append(facts.PRESET_BEST)
-    notes.append("beside the weight files lie tokenizer, config, model card and dsquant.json, a few megabytes")
+    notes.append("tokenizer, config, model card and dsquant.json add a few megabytes to the weight files")
     return tuple(notes)
 
 
-def _on_machine(
-    subject: Subject,
-    network: Network,
-    sizes: Sequence[OutputSize],
-    machine: Machine,
-    context: int,
-    gpu_price: float | None,
-) -> MachineForecast:
-    rows = []
-    for size in _candidates(sizes):
+def _on_machine(planned: Forecast, subject: Subject, machine: Machine) -> MachineForecast:
+    rows, network, context = [], planned.network, planned.context
+    for size in _candidates(planned.sizes):
         placement = place(size, network, machine, context)
         commands = launch_commands(size, network, machine, placement, context, subject.servable, subject.name)
-        price = _price(placement, machine, gpu_price)
-        rows.append(Deployment(size, placement, commands, price))
+        rows.append(Deployment(size, placement, commands, _price(placement, machine, planned.gpu_price)))
     best = min((row for row in rows if row.commands), key=_rank, default=None)
     statements = statements_about(machine, network, [(row.output, row.placement) for row in rows])
     return MachineForecast(machine, tuple(rows), best, statements)
 
 
 def _rank(row: Deployment) -> tuple[int, int]:
-    """GPUs alone, then RAM too, then disk too; inside these the output that loses least."""
+    """Orders outputs in GPUs alone before those that need RAM, then disk; within these by quality."""
     order = CANDIDATES.index(row.output.name)
     if row.placement.kind == "gpu":
         return 0, order

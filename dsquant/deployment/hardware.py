@@ -1,4 +1,4 @@
-"""A machine as the command line describes it: `--gpu 4x24GiB --ram 64GiB --disk-read 7GB/s`."""
+"""Parses a machine from the command line: `--gpu 4x24GiB --ram 64GiB --disk-read 7GB/s`."""
 
 import re
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from dsquant.deployment.facts import DEFAULT_DISK, DESKTOP_RAM, DESKTOP_RAM_GIB,
 from dsquant.errors import UsageError
 from dsquant.recipes import format_size, parse_size
 
-# Less than this cannot be meant: a typing error in the unit.
+# Less than this is a typing error in the unit.
 SMALLEST_MEMORY = 2**20
-# A number without a unit up to this is taken for GiB in the advice; a larger one is a card's name, such as 3090.
+# A number without a unit up to this is read as GiB in the advice; a larger one is a card's name, such as 3090.
 LARGEST_BARE_NUMBER = 2000
 # More than any engine spreads one model over.
 MOST_GPUS = 1024
@@ -17,27 +17,27 @@ MOST_GPUS = 1024
 
 @dataclass(frozen=True)
 class Gpus:
-    """Equal cards."""
+    """Identical cards."""
 
     count: int
     memory_bytes: int
-    """Of one card."""
+    """Memory of one card."""
     bandwidth: Range
     """Bytes a second of one card."""
     source: str
-    """Where the bandwidth is from."""
+    """Source of the bandwidth."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a model is to run on."""
+    """The hardware that a model is to run on."""
 
     gpus: Gpus | None
     ram_bytes: int
     ram_bandwidth: Range
     ram_source: str
     disk_bytes: int | None
-    """Room for the weights; None where nobody said."""
+    """Space for the weights; None where it is not given."""
     disk_read: Range
     disk_source: str
 
@@ -53,19 +53,11 @@ class Machine:
 
 
 def parse_machine(gpu: str | None, ram: str | None, disk: str | None = None, disk_read: str | None = None) -> Machine:
-    """Reads a machine's description.
+    """Parses a machine's description; missing bandwidths are those of cards and memories of that size.
 
-    Args:
-        gpu: `4x24GiB`, or with its bandwidth `4x24GiB@936GB/s`; None for no GPU.
-        ram: `64GiB`, or `64GiB@80GB/s`; None for what an engine needs beside GPUs that hold everything.
-        disk: room for the weights, such as `2TiB`.
-        disk_read: `7GB/s`.
-
-    Returns:
-        The machine; bandwidths that nobody gave are those of the cards and memories of that size.
-
-    Raises:
-        UsageError: where one of them cannot be read.
+    `gpu` is `4x24GiB` or `4x24GiB@936GB/s`, None for no GPU; `ram` is `64GiB` or `64GiB@80GB/s`, None for what an
+    engine needs next to GPUs that hold everything; `disk` is space for the weights, such as `2TiB`; `disk_read` is
+    `7GB/s`. Raises UsageError where one of them is not valid.
     """
     gpus = _parse_gpus(gpu) if gpu else None
     size, _, speed = (ram or "32GiB").partition("@")
@@ -96,7 +88,7 @@ def _parse_gpus(text: str) -> Gpus:
 
 
 def _memory(option: str, text: str, example: str, count: str = "") -> int:
-    """A size whose unit is written: a bare number would be bytes, which nobody means."""
+    """Parses a size with a unit: a bare number would be bytes, which nobody means."""
     number = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*", text)
     if number:
         suggested = f"{count}{number[1]}GiB" if float(number[1]) <= LARGEST_BARE_NUMBER else f"{count}{example}"
@@ -108,16 +100,9 @@ def _memory(option: str, text: str, example: str, count: str = "") -> int:
 
 
 def parse_speed(text: str) -> Range:
-    """Reads a speed such as `7GB/s` or `936`, which is GB/s.
+    """Parses a speed in MB/s, GB/s, GiB/s or TB/s (GB/s without a unit) into bytes a second, with equal bounds.
 
-    Args:
-        text: a number, with a unit MB/s, GB/s, GiB/s or TB/s.
-
-    Returns:
-        Bytes a second, with equal bounds.
-
-    Raises:
-        UsageError: where it is no speed.
+    Raises UsageError where it is not a speed.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([MGT])(i?)B?(?:/s|ps)?)?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
@@ -127,7 +112,7 @@ def parse_speed(text: str) -> Range:
     return Range(value, value)
 
 
-# Machines that people ask about, for a plan that names none.
+# Common machines, for a plan that names none.
 REFERENCE_MACHINES = (
     ("8x141GiB", "1TiB"),
     ("8x80GiB", "512GiB"),

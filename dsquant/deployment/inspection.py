@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its headers alone."""
+"""Describes a checkpoint from its headers alone."""
 
 import math
 from collections import Counter
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsquant.errors import InputError
+from dsquant.escaping import counted
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.complete import check_complete
 from dsquant.model.kinds import kind_of
@@ -29,22 +30,22 @@ class Inspection:
     experts: int
     """Routed experts of a layer; 0 for a dense model."""
     parameters: int
-    """Weights, packed ones counted as what they stand for; without scales and zero points."""
+    """Weights, packed ones with their unpacked number; without scales and zero points."""
     bytes_by_kind: dict[str, int]
-    """Kinds as `dsquant.model.kinds` has them, the largest first."""
+    """Kinds of `dsquant.model.kinds`, the largest first."""
     dtypes: dict[str, int]
     """Stored dtype -> bytes."""
     notes: tuple[str, ...]
-    """Where the files are not what config.json says."""
+    """Differences between the files and config.json."""
 
     def __str__(self) -> str:
         total = sum(self.bytes_by_kind.values())
         dtypes = ", ".join(f"{dtype} {format_size(size)}" for dtype, size in self.dtypes.items())
-        counts = [f"{self.layers} layers"]
+        counts = [counted(self.layers, "layer")]
         if self.experts:
             counts += [
                 f"{self.experts} routed experts a layer",
-                f"{self.mtp_layers} MTP layer{'s' * (self.mtp_layers != 1)}",
+                counted(self.mtp_layers, "MTP layer"),
             ]
         lines = [
             f"{self.folder}: {self.architecture}, {', '.join(counts)}",
@@ -60,7 +61,7 @@ class Inspection:
 
 
 def _check_one_checkpoint(folder: Path) -> None:
-    """Says what to name instead of a folder of several outputs, or of GGUF files."""
+    """Refuses a folder of several outputs, or of GGUF files, with advice what to name instead."""
     if (folder / CONFIG_FILE).exists():
         return
     inside = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG_FILE}"))
@@ -75,16 +76,9 @@ def _check_one_checkpoint(folder: Path) -> None:
 
 
 def describe(model: str) -> Inspection:
-    """Describes a checkpoint.
+    """Describes a checkpoint: a folder, a hub id, or `tiny-r1`.
 
-    Args:
-        model: a folder, a hub id, or `tiny-r1`.
-
-    Returns:
-        The description.
-
-    Raises:
-        InputError: where it cannot be read, or its tensors contradict its config.
+    Raises InputError where it cannot be read, or its tensors contradict its config.
     """
     folder = locate(model)
     _check_one_checkpoint(folder)

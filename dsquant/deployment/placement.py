@@ -1,7 +1,7 @@
-"""Where an output's bytes lie on a machine, and how fast a token can be decoded from there.
+"""Places an output's bytes on a machine, and forecasts how fast a token is decoded there.
 
 Decoding one sequence reads every active weight once a token: the time is the bytes in each place over that place's
-bandwidth, times the share of the bandwidth that engines reach.
+bandwidth, divided by the share of the bandwidth that engines reach.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ KV_BYTES = 2  # BF16 or F16
 
 @dataclass(frozen=True)
 class Network:
-    """What placement asks of a model."""
+    """The facts about a model that placement needs."""
 
     num_layers: int
     num_split: int
@@ -47,19 +47,12 @@ class Network:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Of all layers, in BF16: 70,272 for R1."""
+        """KV cache of all layers, in BF16: 70,272 for R1."""
         return self.kv_values * self.num_layers * KV_BYTES
 
 
 def network_of(config: Mapping[str, Any]) -> Network:
-    """Reads it from a config.
-
-    Args:
-        config: config.json's content.
-
-    Returns:
-        The network's numbers.
-    """
+    """Reads the facts from the content of a config.json."""
     layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
     sizes = sizes_of(config)
     experts, dense, cache = sizes.num_experts, sizes.num_dense_layers, sizes.cache
@@ -84,23 +77,17 @@ class Placement:
     tensor_parallel: int
     pipeline_parallel: int
     max_context: int
-    """Tokens of KV cache for which there is room."""
+    """Tokens of KV cache that fit."""
     tokens_per_s: Range | None
     reason: str
     """Why it cannot run, or what is tight; may be empty."""
 
 
 def place(output: OutputSize, network: Network, machine: Machine, context: int) -> Placement:
-    """Places an output in GPUs where all of it fits, else in GPUs, RAM and disk as llama.cpp can.
+    """Places an output in GPUs where all of it fits, else in GPUs, RAM and disk as llama.cpp can; adds its decoding
+    speed.
 
-    Args:
-        output: what is to run.
-        network: its model.
-        machine: on what.
-        context: tokens of KV cache.
-
-    Returns:
-        The placement with its decoding speed.
+    `context` is in tokens of KV cache.
     """
     if output.format.startswith("gguf:"):
         return _place_split(output, network, machine, context)
@@ -108,7 +95,9 @@ def place(output: OutputSize, network: Network, machine: Machine, context: int) 
 
 
 def _active_bytes(output: OutputSize, network: Network) -> tuple[float, float]:
-    """Bytes read for a token: of the routed experts, and of everything else; of the embedding one row, so nothing."""
+    """Returns the bytes read for a token: of the routed experts, and of everything else; of the embedding one row, so
+    nothing.
+    """
     kinds = output.by_kind
     experts = kinds.get("routed experts", 0)
     head = 0 if "head" in kinds else kinds.get("embedding", 0)  # the embedding is the head too
@@ -117,7 +106,9 @@ def _active_bytes(output: OutputSize, network: Network) -> tuple[float, float]:
 
 
 def _speed(parts: list[tuple[float, Range, Range]], kv_bytes: int, kv_bandwidth: Range) -> Range:
-    """Tokens a second from (bytes, bandwidth, share reached) of each place; the slow end reads a full KV cache too."""
+    """Returns tokens a second from (bytes, bandwidth, share reached) of each place; the slow end reads a full KV cache
+    too.
+    """
     slow = sum(size / (bandwidth.low * share.low) for size, bandwidth, share in parts) + kv_bytes / kv_bandwidth.low
     fast = sum(size / (bandwidth.high * share.high) for size, bandwidth, share in parts)
     return Range(1 / slow, 1 / fast)
@@ -128,7 +119,9 @@ def _impossible(reason: str, kv_bytes: int) -> Placement:
 
 
 def _place_parallel(output: OutputSize, network: Network, machine: Machine, context: int) -> Placement:
-    """vLLM and SGLang: every rank holds its part of the weights; MLA's cache is the same on every rank."""
+    """Places an output for vLLM and SGLang: every rank holds its part of the weights; MLA's cache is the same on every
+    rank.
+    """
     kv_bytes = context * network.kv_bytes_per_token
     if machine.gpus is None:
         return _impossible("vLLM and SGLang need GPUs for this", kv_bytes)
@@ -165,7 +158,9 @@ def _place_parallel(output: OutputSize, network: Network, machine: Machine, cont
 
 
 def _place_split(output: OutputSize, network: Network, machine: Machine, context: int) -> Placement:
-    """llama.cpp: attention and what every token uses in GPUs first, then experts; the rest in RAM, the rest on disk."""
+    """Places an output for llama.cpp: attention and shared weights in GPUs first, then experts; the rest in RAM, then
+    on disk.
+    """
     kv_bytes = context * network.kv_bytes_per_token
     embedding = output.by_kind.get("embedding", 0)  # llama.cpp looks its rows up in RAM
     splittable = output.by_kind.get("routed experts", 0)
@@ -197,9 +192,9 @@ def _place_split(output: OutputSize, network: Network, machine: Machine, context
     kind = ("gpu" if all_in_gpu else "split") if in_gpu else "cpu"
     reason = ""
     if rest > in_ram:
-        reason = f"{(rest - in_ram) / 2**30:.0f} GiB are read from disk again and again"
+        reason = f"{(rest - in_ram) / 2**30:.0f} GiB are read from disk repeatedly"
     elif machine.gpus is not None and not in_gpu:
-        reason = "the GPUs cannot even hold what every token uses"
+        reason = "the GPUs cannot hold even the weights that every token uses"
     return Placement(
         kind, in_gpu, in_ram, rest - in_ram, kv_bytes, gpu_layers, 1, 1, max_context, speed, reason
     )  # fmt: skip
@@ -208,7 +203,7 @@ def _place_split(output: OutputSize, network: Network, machine: Machine, context
 def _split_speed(
     output: OutputSize, network: Network, machine: Machine, places: tuple[int, int, int], kv_bytes: int
 ) -> Range:
-    """What lies outside the GPUs is taken to be used evenly: experts by chance, dense layers all of them."""
+    """Returns the speed if weights outside the GPUs are used evenly: experts by chance, dense layers all of them."""
     in_gpu, in_ram, on_disk = places
     experts, rest = _active_bytes(output, network)
     outside = in_ram + on_disk

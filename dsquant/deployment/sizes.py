@@ -1,4 +1,4 @@
-"""The size of a model in every format and preset: each planned exactly as the job that makes it plans its files."""
+"""Computes the size of a model in every format and preset, each planned exactly as the job plans its files."""
 
 import shlex
 from collections import Counter
@@ -34,45 +34,38 @@ class OutputSize:
     """`source`, `awq`, `compressed-tensors`, or `gguf:TYPE`."""
     preset: str | None
     bits: int | None
-    """What `--bits` says, where the format has a choice."""
+    """The value of `--bits`, where the format has a choice."""
     mtp: str
-    """What becomes of the multi-token-prediction layer: keep, quantize, drop; none where the model has none."""
+    """Handling of the multi-token-prediction layer: keep, quantize, drop; none where the model has none."""
     num_bytes: int
-    """Of the weight files; of their tensors alone where `exact` is false."""
+    """Size of the weight files; of their tensors alone where `exact` is false."""
     exact: bool
     """Whether the files have this size to the byte."""
     by_kind: dict[str, int]
-    """Kind -> bytes of tensor data, as `dsquant.model.kinds` names them."""
+    """Kind -> bytes of tensor data, with the names of `dsquant.model.kinds`."""
     memory_bytes: int
-    """Resident memory that making it needs, beyond the process itself."""
+    """Resident memory to build it, beyond the process itself."""
     work_bytes: int
-    """Disk for hidden states while it is made."""
+    """Disk for hidden states while it is built."""
     folder: str
-    """Where its command writes it, or where the source is: what an engine is given."""
+    """The output folder of its command, or the source: the model argument of an engine."""
     command: str | None
-    """What makes it; None for the source."""
+    """The command that builds it; None for the source."""
 
     @property
     def name(self) -> str:
-        """Short, for tables: `compressed-tensors quality`."""
+        """Short name for tables: `compressed-tensors quality`."""
         bits = f" {self.bits}-bit" if self.bits not in (None, 4) else ""
         return self.format + (f" {self.preset}" if self.preset else "") + bits
 
     @property
     def served_bytes(self) -> int:
-        """What an engine loads: everything but the multi-token-prediction layer."""
+        """Bytes that an engine loads: everything but the multi-token-prediction layer."""
         return sum(self.by_kind.values()) - self.by_kind.get("MTP", 0)
 
 
 def output_sizes(subject: Subject) -> tuple[tuple[OutputSize, ...], tuple[str, ...]]:
-    """Plans every output.
-
-    Args:
-        subject: the model.
-
-    Returns:
-        The source and every output, and what cannot be made, in words.
-    """
+    """Plans every output; returns the source and all outputs, and those that cannot be built, in words."""
     refused: list[str] = []
     sizes = [_source_size(subject)]
     presets = PRESETS if any(layer.experts for layer in subject.skeleton.layers) else ("compact",)
@@ -113,7 +106,9 @@ def _mtp_units(subject: Subject) -> set[str]:
 
 
 def _mtp_copied(subject: Subject, plan: Plan) -> tuple[int, int]:
-    """Bytes of the MTP layer's files and of its tensors where it is kept as it is, which no format changes."""
+    """Returns the bytes of the MTP layer's files and tensors where it is kept unchanged, which are the same in every
+    format.
+    """
     units = _mtp_units(subject)
     target = only_checkpoint(plan.targets)
     shards = [shard for shard in target.shards.shards if shard.unit in units]
@@ -124,7 +119,7 @@ def _mtp_copied(subject: Subject, plan: Plan) -> tuple[int, int]:
 def _safetensors_sizes(
     subject: Subject, plan: Plan, preset: str, copied: tuple[int, int] | None
 ) -> Iterator[OutputSize]:
-    """What becomes of the MTP layer changes its own shards and no other: no shard spans two units."""
+    """Yields the sizes for each handling of the MTP layer, which affects only its own shards."""
     quantized = _safetensors_size(subject, plan, preset)
     if copied is None:
         yield replace(quantized, mtp="none", command=_awq_command(subject, plan, preset, "keep"))
@@ -219,7 +214,9 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
 
 
 def _gguf_header(subject: Subject, parameters: list[str], num_mtp_layers: int) -> bytes:
-    """A header of the size that every type's has: only numbers of fixed width differ. Empty without a tokenizer."""
+    """Returns a header of the size that every type's has: only numbers of fixed width differ. Empty without a
+    tokenizer.
+    """
     if not subject.has_tokenizer:
         return b""
     target = plan_model(subject.checkpoint, subject.name, "F32", parameters, num_mtp_layers, False)

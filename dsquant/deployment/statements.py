@@ -1,4 +1,4 @@
-"""What works on a machine and what cannot, said in words."""
+"""States in words what works on a machine and what does not."""
 
 from collections.abc import Sequence
 
@@ -12,16 +12,7 @@ Placed = Sequence[tuple[OutputSize, Placement]]
 
 
 def statements_about(machine: Machine, network: Network, placed: Placed) -> tuple[str, ...]:
-    """Says what does not fit and why, and which ways out do not help.
-
-    Args:
-        machine: the machine.
-        network: the model's numbers.
-        placed: every output and where it lies.
-
-    Returns:
-        Whole sentences.
-    """
+    """Returns sentences on what does not fit and why, and which workarounds do not help."""
     words: list[str] = []
     four_bits = [(size, found) for size, found in placed if size.format == "compressed-tensors" and size.bits == 4]
     if four_bits and all(found.kind == "none" for _, found in four_bits):

@@ -1,4 +1,4 @@
-"""The model that a plan is about, opened without reading a weight."""
+"""Opens the model of a plan without reading a weight."""
 
 import re
 import shlex
@@ -22,27 +22,27 @@ class Subject:
     """A model known from headers, or from config.json alone."""
 
     model: str
-    """As the user named it."""
+    """As the user gave it."""
     checkpoint: Checkpoint
     skeleton: Skeleton
     has_headers: bool
-    """False where everything follows from config.json."""
+    """False where everything is derived from config.json."""
 
     @property
     def name(self) -> str:
-        """For file names."""
+        """Name for files."""
         path = Path(self.model).expanduser()
         return path.resolve().parent.name if path.is_file() else path.name
 
     @property
     def argument(self) -> str:
-        """What dsquant's other commands are given: beside a config.json, its folder, where the weights belong."""
+        """The model argument of dsquant's other commands: for a config.json its folder, where the weights belong."""
         path = Path(self.model).expanduser()
         return shlex.quote(str(path.parent) if path.is_file() else self.model)
 
     @property
     def servable(self) -> str:
-        """What an engine is given, which knows no embedded model."""
+        """The model argument of an engine, which knows no embedded model."""
         return shlex.quote(str(self.checkpoint.folder)) if self.model == EMBEDDED_MODEL else self.argument
 
     @property
@@ -52,16 +52,10 @@ class Subject:
 
 
 def open_subject(model: str) -> Subject:
-    """Opens a model from its headers or its config.
+    """Opens a model from its headers or its config: `tiny-r1`, a folder, a config.json (or a folder with only that), a
+    hub id.
 
-    Args:
-        model: `tiny-r1`, a folder, a config.json (or a folder with nothing else), or a hub id.
-
-    Returns:
-        The model.
-
-    Raises:
-        InputError: where it cannot be had, is damaged, quantized already or not supported.
+    Raises InputError where it cannot be found, is damaged, already quantized or not supported.
     """
     path = Path(model).expanduser()
     if path.is_file():

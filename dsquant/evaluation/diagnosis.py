@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from dsquant.evaluation.results import Finding, LayerScores, WeightError
-from dsquant.evaluation.weight_errors import by_kind, kind_of
+from dsquant.evaluation.weight_errors import by_kind, module_kind
 
 # A tensor's limit: this multiple of the median of its kind, but never below or above these.
 TENSOR_FACTOR, TENSOR_FLOOR, TENSOR_CEILING = 6.0, 0.3, 0.7
@@ -39,7 +39,7 @@ def _tensors(errors: Sequence[WeightError], routers: frozenset[str]) -> list[Fin
     medians = by_kind(errors, median)
     by_layer: dict[int | None, list[Finding]] = defaultdict(list)
     for error in errors:
-        typical = TENSOR_FACTOR * medians[kind_of(error.name)]
+        typical = TENSOR_FACTOR * medians[module_kind(error.name)]
         limit = min(max(typical, TENSOR_FLOOR), TENSOR_CEILING) if error.name not in routers else ROUTER_CEILING
         if not error.relative <= limit:
             by_layer[error.layer].append(

@@ -176,7 +176,7 @@ def worst(errors: Sequence[WeightError], count: int = 20) -> tuple[WeightError, 
     )
 
 
-def kind_of(name: str) -> str:
+def module_kind(name: str) -> str:
     """Returns `mlp.experts.down_proj` for `model.layers.3.mlp.experts.17.down_proj.weight`."""
     return _NUMBERS.sub("", name).removesuffix(".weight")
 
@@ -185,5 +185,5 @@ def by_kind(errors: Sequence[WeightError], total: Callable[[Sequence[float]], fl
     """Reduces relative errors to one number for each kind of module, with `total` (mean, median ...)."""
     groups: dict[str, list[float]] = defaultdict(list)
     for error in errors:
-        groups[kind_of(error.name)].append(error.relative)
+        groups[module_kind(error.name)].append(error.relative)
     return {kind: total(values) for kind, values in groups.items()}

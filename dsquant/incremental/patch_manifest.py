@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from dsquant.errors import InputError
+from dsquant.escaping import counted
 from dsquant.files.foreign import LARGEST_TEXT_BYTES, check_relative
 from dsquant.files.sealing import BYTES_AT_ONCE
 from dsquant.jobs.folder import WORK_FOLDER
@@ -134,9 +135,9 @@ def read_manifest(archive: zipfile.ZipFile, patch: Path) -> PatchManifest:
     for member in found.keys() | wanted.keys():
         if found[member] != (member in wanted):
             expected = "once" if member in wanted else "not at all"
+            times = counted(found[member], "time")
             raise InputError(
-                f"{patch}: {member!r:.300} is in it {found[member]} times, {MANIFEST} lists it {expected}; create the "
-                "patch again"
+                f"{patch}: {member!r:.300} is in it {times}, {MANIFEST} lists it {expected}; create the patch again"
             )
     for member, num_bytes in wanted.items():
         info = archive.getinfo(member)

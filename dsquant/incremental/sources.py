@@ -8,7 +8,7 @@ import torch
 
 from dsquant.errors import InputError
 from dsquant.source.checkpoint import Checkpoint, StoredWeights
-from dsquant.source.fp8 import SCALE_SUFFIX
+from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.scan import all_finite
 from dsquant.source.shards import ShardIndex
 

@@ -13,7 +13,7 @@ from dsquant.model.layouts import text_config
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import ROUTER_BIAS
 from dsquant.source.checkpoint import Checkpoint, StoredWeights, block_size
-from dsquant.source.fp8 import SCALE_SUFFIX, scale_shape
+from dsquant.source.fp8_blocks import SCALE_SUFFIX, scale_shape
 from dsquant.source.shards import ShardIndex, TensorInfo
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

@@ -1,4 +1,4 @@
-"""A checkpoint as its owner means it: config, and one lazy mapping from names to float32 weights.
+"""Opens a checkpoint: its config, and one lazy mapping from names to float32 weights.
 
 The mapping hides how the weights are stored: FP8 with block scales is dequantized on access (a weight and its scales
 may lie in different shards), BF16 is widened, AWQ and compressed-tensors are decoded by the formats' own packages.
@@ -15,7 +15,7 @@ from dsquant.errors import InputError
 from dsquant.files.foreign import LARGEST_MODEL_TEXT_BYTES, find_file
 from dsquant.files.strict_json import read_json_object
 from dsquant.kernels.fp8 import dequantize_fp8
-from dsquant.source.fp8 import SCALE_SUFFIX, scale_shape
+from dsquant.source.fp8_blocks import SCALE_SUFFIX, scale_shape
 from dsquant.source.quantized import decoded_weights
 from dsquant.source.read_ahead import ReadAhead
 from dsquant.source.shards import ShardIndex, TensorInfo
@@ -28,18 +28,14 @@ FLOATS = ("BF16", "F16", "F32", "F64", FP8)
 
 
 class StoredWeights(Weights):
-    """name -> float32 tensor of an FP8, BF16, F16 or F32 checkpoint, read on each access and kept by nobody."""
+    """name -> float32 tensor of an FP8, BF16, F16 or F32 checkpoint, read on each access and never cached."""
 
     def __init__(self, index: ShardIndex, block: tuple[int, int] | None, device: torch.device = CPU) -> None:
-        """Pairs every FP8 weight with its scales.
+        """Pairs every FP8 weight with its scales; weights cross the bus to the device as they are stored and are
+        widened there.
 
-        Args:
-            index: the checkpoint's tensors.
-            block: rows and columns of an FP8 block; None where the config names none.
-            device: where the weights go; they cross the bus as they are stored, and are widened there.
-
-        Raises:
-            InputError: where an FP8 weight has no scales, or scales of the wrong shape, or the config names no block.
+        `block` is rows and columns of an FP8 block, None where the config names none. Raises InputError where an FP8
+        weight has no scales or scales of the wrong shape, or the config names no block.
         """
         self.index = index
         self.block = block
@@ -66,7 +62,7 @@ class StoredWeights(Weights):
         return name in self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The weight's shape."""
+        """Returns the weight's shape."""
         return self.index.require(name).shape
 
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
@@ -76,14 +72,14 @@ class StoredWeights(Weights):
             return self._read(name, start_row, stop_row).float()
         assert self.block is not None
         first_block = start_row // self.block[0]
-        skipped = start_row - first_block * self.block[0]  # rows of the first block that nobody asked for
+        skipped = start_row - first_block * self.block[0]  # rows of the first block that were not requested
         weight = self._read(name, start_row - skipped, stop_row)
         last_block = first_block + -(-len(weight) // self.block[0])
         scales = self._read(name + SCALE_SUFFIX, first_block, last_block)
         return dequantize_fp8(weight, scales, self.block)[skipped:]
 
     def prefetch(self, names: Sequence[str]) -> None:
-        """Begins to read whole weights, as they are stored, in the background."""
+        """Starts to read whole weights, as they are stored, in the background."""
         self._ahead.begin([stored for name in names for stored in (name, name + SCALE_SUFFIX) if stored in self.index])
 
     def _read(self, name: str, start_row: int, stop_row: int | None) -> torch.Tensor:
@@ -121,12 +117,12 @@ class Checkpoint:
 
     folder: Path
     config: dict[str, Any]
-    """The text model's config.json, in agreement with the files."""
+    """The text model's config.json, corrected to agree with the files."""
     index: ShardIndex
     weights: Weights
     """Original parameter names -> float32."""
     notes: tuple[str, ...] = ()
-    """Where the files are not what config.json says, in words."""
+    """Differences between the files and config.json, in words."""
 
     @property
     def architecture(self) -> str:
@@ -137,20 +133,8 @@ class Checkpoint:
 def stored_checkpoint(
     folder: Path, config: dict[str, Any], index: ShardIndex, notes: tuple[str, ...], device: torch.device = CPU
 ) -> Checkpoint:
-    """Opens weights by how the config says that they are stored.
-
-    Args:
-        folder: the checkpoint's folder.
-        config: its config.
-        index: the tensors.
-        notes: what a user should know.
-        device: where its weights go when they are read.
-
-    Returns:
-        The checkpoint, whose weights are read on access.
-
-    Raises:
-        InputError: where config and tensors contradict each other.
+    """Opens weights in the layout that the config names; raises InputError where config and tensors contradict each
+    other.
     """
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, dict):
@@ -163,22 +147,12 @@ def stored_checkpoint(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads a checkpoint folder's config.json.
-
-    Args:
-        folder: the checkpoint's folder.
-
-    Returns:
-        Its content.
-
-    Raises:
-        InputError: where it is missing or not a JSON object.
-    """
+    """Reads a checkpoint folder's config.json; raises InputError where it is missing or not a JSON object."""
     return read_config_file(find_file(folder, CONFIG_FILE) or folder / CONFIG_FILE)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Reads a config.json that may lie anywhere and have any name; as `read_config`."""
+    """Reads a config.json at any place and of any name; as `read_config`."""
     if not path.exists():
         raise InputError(f"{path} is missing; is {path.parent} a model folder?")
     then = "take config.json from the same release as the weights"
@@ -186,23 +160,15 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def block_size(folder: Path, quantization: dict[str, Any]) -> tuple[int, int] | None:
-    """Reads the FP8 block from a config's quantization_config.
+    """Returns rows and columns of an FP8 block from a quantization_config; None where it names none.
 
-    Args:
-        folder: the checkpoint's folder, for the message.
-        quantization: the quantization_config, empty where there is none.
-
-    Returns:
-        Rows and columns of a block; None where the config names none.
-
-    Raises:
-        InputError: where it is not two positive numbers, or the FP8 is of a kind that is not read.
+    Raises InputError where they are not two positive numbers, or the FP8 is of a kind that is not supported.
     """
     for key, known in (("activation_scheme", "dynamic"), ("fmt", "e4m3")):
         if quantization.get("quant_method") == "fp8" and quantization.get(key, known) != known:
             raise InputError(
                 f"{folder / CONFIG_FILE}: quantization_config has {key} {quantization[key]!r:.80}, dsquant reads "
-                f"{known!r} alone; start from the release with block scales, or from BF16"
+                f"only {known!r}; start from the release with block scales, or from BF16"
             )
     block = quantization.get("weight_block_size")
     if block is None:

@@ -1,4 +1,4 @@
-"""A hub model's headers, config and tokenizer, fetched without its weights: a few megabytes of R1's 641 GiB."""
+"""Fetches a hub model's headers, config and tokenizer without its weights: a few megabytes of R1's 641 GiB."""
 
 from pathlib import Path
 
@@ -11,15 +11,9 @@ SMALL_FILES = ["*.json", "tokenizer*", "*.jinja"]
 def fetch_headers(model: str) -> tuple[Path, ShardIndex | None]:
     """Fetches what planning needs of a hub model; shards are read by range requests for their headers alone.
 
-    Args:
-        model: a hub id such as `deepseek-ai/DeepSeek-R1`.
-
-    Returns:
-        A folder with config and tokenizer, and the index of the tensors, whose weights cannot be read; None where the
-        model has no safetensors weights.
-
-    Raises:
-        InputError: where the hub does not have the model or cannot be reached, or a header is damaged.
+    Returns a folder with config and tokenizer, and the index of the tensors, whose weights cannot be read; None where
+    the model has no safetensors weights. Raises InputError where the hub does not have the model or cannot be reached,
+    or a header is damaged.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import NotASafetensorsRepoError
@@ -33,7 +27,7 @@ def fetch_headers(model: str) -> tuple[Path, ShardIndex | None]:
     except Exception as error:  # httpx, huggingface_hub and its parsers raise of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{model!r}: no such folder here, and the hub did not give its headers: {reason}. Check the name, the "
+            f"{model!r}: no such folder here, and the hub did not return its headers: {reason}. Check the name, the "
             "network and HF_TOKEN, or pass a local folder or a config.json."
         ) from error
     tensors = {}

@@ -1,4 +1,4 @@
-"""Where a model lies: the embedded tiny-r1, a local folder, or a hub id."""
+"""Locates a model: the embedded tiny-r1, a local folder, or a hub id."""
 
 import re
 from pathlib import Path
@@ -11,16 +11,9 @@ HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*"
 
 
 def locate(model: str) -> Path:
-    """Finds a model's folder, downloading it where it is a hub id.
+    """Returns a model's folder, downloading it where `model` is a hub id such as `deepseek-ai/DeepSeek-R1`.
 
-    Args:
-        model: `tiny-r1`, a folder, or a hub id such as `deepseek-ai/DeepSeek-R1`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        InputError: where there is no such folder and no such hub model, or the hub cannot be reached.
+    Raises InputError where there is no such folder and no such hub model, or the hub cannot be reached.
     """
     if model == EMBEDDED_MODEL and not Path(model).is_dir():
         return ASSETS / EMBEDDED_MODEL
@@ -42,6 +35,6 @@ def _download(model: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{model!r}: no such folder here, and the hub did not give it: {reason}. "
+            f"{model!r}: no such folder here, and the hub did not return it: {reason}. "
             "Check the name, the network and HF_TOKEN, or pass a local folder."
         ) from error

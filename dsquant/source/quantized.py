@@ -1,6 +1,6 @@
-"""Quantized checkpoints as lazy weights: each linear is decoded on access by the package that defines its format.
+"""Reads quantized checkpoints as lazy weights: each linear is decoded on access by the package that defines its format.
 
-Not by dsquant's own packer: a mistake in that must not cancel out when the output is judged.
+dsquant's own packer is not used: a mistake in it must not cancel out when the output is judged.
 """
 
 import re
@@ -23,7 +23,7 @@ AWQ_GROUP_SIZES = (16, 32, 64, 128, 256)
 def _whole_number(
     config: Path, values: Mapping[str, Any], key: str, default: int, allowed: tuple[int, ...] | None
 ) -> int:
-    """A positive number of config.json, one of those allowed where they are named."""
+    """Returns a positive number of config.json, one of those allowed where they are given."""
     found = values.get(key, default)
     if not isinstance(found, int) or isinstance(found, bool) or found < 1 or (allowed and found not in allowed):
         wanted = f"one of {', '.join(map(str, allowed))}" if allowed else "a positive number"
@@ -32,37 +32,29 @@ def _whole_number(
 
 
 def _checked(index: ShardIndex, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None) -> TensorInfo:
-    """A matrix's place, refused where its dtype or shape is not what the layout has."""
+    """Returns a matrix's place; refuses a dtype or shape that the layout does not have."""
     info = index[name]
     if info.dtype not in dtypes or (len(info.shape) != 2 if shape is None else info.shape != shape):
         wanted = "two dimensions" if shape is None else f"shape {list(shape)}"
         raise InputError(
             f"{info.path}: tensor {info.label} is {info.dtype} of shape {list(info.shape)}; expected "
-            f"{' or '.join(dtypes)} with {wanted}, as its companions and config.json have it"
+            f"{' or '.join(dtypes)} with {wanted}, to match the related tensors and config.json"
         )
     return info
 
 
 class DecodedWeights(Weights):
-    """name -> float32 tensor of a checkpoint whose linears are packed; the names are the original's."""
+    """name -> float32 tensor of a checkpoint whose linears are packed, under the original's names."""
 
     marker: str
     """The ending of the tensor that marks a packed linear."""
     companions: tuple[str, ...]
-    """The endings of what it needs beside."""
+    """The endings of the other tensors that decoding needs."""
     decoder: tuple[str, str]
     """The package that decodes it, and the module."""
 
     def __init__(self, index: ShardIndex, device: torch.device) -> None:
-        """Finds the packed linears.
-
-        Args:
-            index: the checkpoint's tensors.
-            device: where the weights go.
-
-        Raises:
-            InputError: where a packed linear lacks one of its tensors.
-        """
+        """Finds the packed linears; raises InputError where one lacks one of its tensors."""
         self.index = index
         self.device = device
         self._packed = {
@@ -104,14 +96,14 @@ class DecodedWeights(Weights):
         return {part: self.index.read(prefix + part).to(self.device) for part in parts}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The weight's shape."""
+        """Returns the weight's shape."""
         if name not in self._packed:
             return self.index.require(name).shape
         return self.packed_shape(self._packed[name])
 
     @abstractmethod
     def packed_shape(self, prefix: str) -> tuple[int, int]:
-        """[O, I] of a packed linear, from headers."""
+        """Returns [O, I] of a packed linear, from headers."""
 
 
 class AwqWeights(DecodedWeights):
@@ -122,15 +114,9 @@ class AwqWeights(DecodedWeights):
     decoder = ("autoawq", "awq.utils.packing_utils")
 
     def __init__(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> None:
-        """Reads bits and group size from config.json.
+        """Reads bits and group size from config.json's `quantization_config`.
 
-        Args:
-            index: the checkpoint's tensors.
-            quantization: its `quantization_config`.
-            device: where the weights go.
-
-        Raises:
-            InputError: where the config is not of this layout, or tensors contradict it.
+        Raises InputError where the config is not of this layout, or tensors contradict it.
         """
         super().__init__(index, device)
         version = str(quantization.get("version", "gemm")).lower()
@@ -147,7 +133,7 @@ class AwqWeights(DecodedWeights):
             _checked(index, prefix + "scales", ("F16", "BF16", "F32"), (groups, words * 32 // self._bits))
 
     def packed_shape(self, prefix: str) -> tuple[int, int]:
-        """[O, I]."""
+        """Returns [O, I]."""
         columns, words = self.index[prefix + "qweight"].shape
         return words * 32 // self._bits, columns
 
@@ -159,18 +145,18 @@ class AwqWeights(DecodedWeights):
 
 
 def _weights_group(config: Path, group: Any) -> dict[str, Any]:
-    """A config group, refused where it does not say how weights are stored."""
+    """Returns a config group; refuses one that does not say how weights are stored."""
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         raise InputError(f"{config}: the config group has no object 'weights', found {group!r:.80}")
     _whole_number(config, weights, "num_bits", 4, tuple(range(2, 9)))
     if not isinstance(group.get("targets", []), list):
-        raise InputError(f"{config}: a config group's targets are no list, found {group['targets']!r:.80}")
+        raise InputError(f"{config}: a config group's targets must be a list, found {group['targets']!r:.80}")
     return group
 
 
 def _is_target(name: str, target: Any) -> bool:
-    """Whether a group's target is a module's name, or an expression for it."""
+    """Returns whether a group's target is a module's name, or an expression that matches it."""
     if not isinstance(target, str):
         return False
     return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
@@ -183,16 +169,10 @@ class CompressedTensorsWeights(DecodedWeights):
     decoder = ("compressed-tensors", "compressed_tensors.compressors")
 
     def __init__(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> None:
-        """Reads the scheme from config.json.
+        """Reads the scheme from config.json's `quantization_config`.
 
-        Args:
-            index: the checkpoint's tensors.
-            quantization: its `quantization_config`.
-            device: where the weights go.
-
-        Raises:
-            InputError: where the config has no groups of pack-quantized weights, groups of several sizes or kinds of
-                zero points, or none for a packed linear.
+        Raises InputError where the config has no groups of pack-quantized weights, groups that differ in size or kind
+        of zero point, or none for a packed linear.
         """
         config = index.folder / "config.json"
         groups = quantization.get("config_groups")
@@ -227,7 +207,7 @@ class CompressedTensorsWeights(DecodedWeights):
                 _checked(index, prefix + part, ("I32",), (-(-rows * bits // 32), groups_of_row))
 
     def _matching_group(self, config: Path, prefix: str) -> int:
-        """The number of the group whose targets name a packed linear, or its class."""
+        """Returns the number of the group whose targets name a packed linear, or its class."""
         name = prefix.removesuffix(".")
         for number, group in enumerate(self._groups):
             if any(_is_target(name, target) for target in group.get("targets", ())):
@@ -235,7 +215,7 @@ class CompressedTensorsWeights(DecodedWeights):
         for number, group in enumerate(self._groups):
             if "Linear" in group.get("targets", ()) or len(self._groups) == 1:
                 return number
-        raise InputError(f"{config}: {name!r} is packed, but no config group names it")
+        raise InputError(f"{config}: {name!r} is packed, but no config group has it as a target")
 
     def _bits(self, prefix: str) -> int:
         return int(self._groups[self._group_of[prefix]]["weights"].get("num_bits", 4))
@@ -246,7 +226,7 @@ class CompressedTensorsWeights(DecodedWeights):
         return [scheme.model_validate(group) for group in self._groups]
 
     def packed_shape(self, prefix: str) -> tuple[int, int]:
-        """[O, I]; I as the scales and the group size have it."""
+        """Returns [O, I], where I follows from the scales and the group size."""
         groups = self.index[prefix + "weight_scale"].shape[-1]
         return self.index[prefix + self.marker].shape[0], groups * self._group_size
 
@@ -261,31 +241,19 @@ class CompressedTensorsWeights(DecodedWeights):
 
 
 def check_decoder(format_name: str) -> None:
-    """Imports what decodes an output: an evaluation at a job's end must not be the first to hear that it is missing.
+    """Imports the decoder of a format (a GGUF type too), so that a missing package is found before a job and not at its
+    end.
 
-    Args:
-        format_name: awq, compressed-tensors, or gguf with or without a type.
-
-    Raises:
-        PackageError: where it cannot be imported.
+    Raises PackageError where it cannot be imported.
     """
     decoders = {"awq": AwqWeights.decoder, "compressed-tensors": CompressedTensorsWeights.decoder}
     load(*decoders.get(format_name, ("gguf", "gguf.quants")))
 
 
 def decoded_weights(index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> Weights:
-    """Opens a quantized checkpoint's weights.
+    """Opens a quantized checkpoint's weights under the original's names; packed words are decoded on `device`.
 
-    Args:
-        index: its tensors.
-        quantization: the `quantization_config` of its config.json.
-        device: where the weights go; AWQ's and compressed-tensors' words are decoded there.
-
-    Returns:
-        Weights under the original's names.
-
-    Raises:
-        InputError: where the method is unknown or the tensors contradict the config.
+    Raises InputError where the `quant_method` is unknown or the tensors contradict the config.
     """
     method = quantization.get("quant_method")
     if method == "awq":

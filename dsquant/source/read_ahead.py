@@ -11,14 +11,12 @@ THREADS = 4
 
 
 class ReadAhead:
-    """Tensors that have been asked for before they are needed; each is handed out once."""
+    """Tensors that were requested before they are needed; each is handed out once."""
 
     def __init__(self, index: ShardIndex, pinned: bool) -> None:
-        """Starts no thread before the first request.
+        """Creates no thread before the first request.
 
-        Args:
-            index: what reads.
-            pinned: whether to read into page-locked memory, from where a GPU copies while it computes.
+        `pinned` reads into page-locked memory, from where a GPU copies while it computes.
         """
         self._index = index
         self._pinned = pinned
@@ -26,7 +24,7 @@ class ReadAhead:
         self._begun: dict[str, Future[torch.Tensor]] = {}
 
     def begin(self, names: Sequence[str]) -> None:
-        """Begins to read tensors that nobody has begun yet."""
+        """Starts to read tensors that are not being read yet."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="dsquant-read")
         for name in names:
@@ -34,13 +32,6 @@ class ReadAhead:
                 self._begun[name] = self._pool.submit(self._index.read, name, pinned=self._pinned)
 
     def take(self, name: str) -> torch.Tensor:
-        """The tensor as it is stored, read now where nobody has begun to.
-
-        Args:
-            name: its name.
-
-        Returns:
-            The tensor in host memory.
-        """
+        """Returns a tensor as it is stored, in host memory; reads it now where that has not started."""
         begun = self._begun.pop(name, None)
         return begun.result() if begun is not None else self._index.read(name, pinned=self._pinned)

@@ -1,4 +1,4 @@
-"""One reading of a whole checkpoint before anything is written: every tensor's hash, and no NaN or infinity in it."""
+"""Reads a whole checkpoint once before anything is written: every tensor's hash, and no NaN or infinity in it."""
 
 import hashlib
 import os
@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from dsquant.errors import InputError
-from dsquant.source.fp8 import SCALE_SUFFIX
+from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.shards import ShardIndex, TensorInfo
 
 BYTES_AT_ONCE = 32 * 2**20
-# Of each tensor, where copies of a checkpoint are compared without being read whole.
+# Read of each tensor to compare copies of a checkpoint without reading them whole.
 SAMPLE_BYTES = 4096
 LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 # The exponent bits that are all ones in NaN and infinity (in NaN alone for e4m3fn, which has no infinity).
@@ -27,7 +27,7 @@ _INTEGER_VIEWS = {
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether a tensor has no NaN and no infinity, by its bits: no copy, and FP8 needs no conversion."""
+    """Returns whether a tensor has no NaN and no infinity, by its bits: without a copy, and without converting FP8."""
     if values.dtype not in _INTEGER_VIEWS:
         return not values.is_floating_point() or bool(torch.isfinite(values).all())
     integer, mask = _INTEGER_VIEWS[values.dtype]
@@ -39,7 +39,7 @@ Look = Callable[[TensorInfo, torch.Tensor], None]
 
 
 def unseen(info: TensorInfo, values: torch.Tensor) -> None:
-    """Looks at nothing."""
+    """Ignores the rows."""
 
 
 def scan(
@@ -48,19 +48,11 @@ def scan(
     tensors: Collection[TensorInfo] | None = None,
     look: Look = unseen,
 ) -> dict[str, str]:
-    """Reads every tensor once.
+    """Reads every tensor once, or those given; returns name -> SHA-256 of its stored bytes, hexadecimal.
 
-    Args:
-        index: the checkpoint.
-        after_tensor: called with each finished tensor's name, from the calling thread; may raise to stop.
-        tensors: those to read; None is all.
-        look: gets everything that is read, once it is known to be finite.
-
-    Returns:
-        Tensor name -> SHA-256 of its stored bytes, hexadecimal.
-
-    Raises:
-        InputError: at the first NaN, infinity or impossible FP8 scale, naming file and tensor.
+    `after_tensor` is called with each finished tensor's name, from the calling thread, and may raise to stop; `look`
+    gets everything that is read, once it is known to be finite. Raises InputError at the first NaN, infinity or
+    impossible FP8 scale, with file and tensor.
     """
     hashes = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -76,13 +68,10 @@ def scan(
 
 
 def sampled_hash(index: ShardIndex) -> str:
-    """Hashes what tells two copies of a checkpoint apart without reading them whole.
+    """Hashes enough to distinguish two copies of a checkpoint without reading them whole.
 
-    Args:
-        index: the checkpoint.
-
-    Returns:
-        SHA-256, hexadecimal, of every tensor's name, dtype, shape and `SAMPLE_BYTES` from the middle of its data.
+    Returns the SHA-256 of every tensor's name, dtype, shape and `SAMPLE_BYTES` from the middle of its data,
+    hexadecimal.
     """
 
     def sample(info: TensorInfo) -> bytes:
@@ -99,18 +88,10 @@ def sampled_hash(index: ShardIndex) -> str:
 
 
 def scan_tensor(index: ShardIndex, info: TensorInfo, look: Look = unseen) -> str:
-    """Reads one tensor.
+    """Reads one tensor, some rows at a time, each given to `look`; returns the SHA-256 of its stored bytes,
+    hexadecimal.
 
-    Args:
-        index: the checkpoint.
-        info: the tensor.
-        look: gets its rows, some at a time.
-
-    Returns:
-        SHA-256 of its stored bytes, hexadecimal.
-
-    Raises:
-        InputError: where it holds NaN or infinity, or FP8 scales that are negative or give infinite weights.
+    Raises InputError where it holds NaN or infinity, or FP8 scales that are negative or give infinite weights.
     """
     digest = hashlib.sha256()
     num_rows = info.shape[0] if info.shape else 1

@@ -1,8 +1,8 @@
-"""What a safetensors checkpoint holds and where: an index made from headers alone, and a reader of single tensors.
+"""Indexes a safetensors checkpoint from headers alone, and reads single tensors.
 
 The index is checked completely before a weight is read: a run must not find out after hours that shard 140 is
 truncated. The reader opens the shard for each read and reads into fresh memory: nothing stays mapped, so resident
-memory is what the caller keeps.
+memory is only what the caller keeps.
 
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
 """
@@ -42,19 +42,19 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")
-# What a shape may hold: far beyond any tensor, and short enough to be multiplied and printed.
+# Limits of shapes: far beyond any tensor, and short enough to be multiplied and printed.
 MOST_DIMENSIONS = 8
 LARGEST_INTEGER = 2**63 - 1
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """The size of a tensor's data in bytes, from its safetensors dtype and its shape."""
+    """Returns the bytes of a tensor's data, from its safetensors dtype and its shape."""
     return DTYPES[dtype].itemsize * math.prod(shape)
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor's bytes lie."""
+    """The place of one tensor's bytes."""
 
     name: str
     dtype: str
@@ -64,11 +64,11 @@ class TensorInfo:
     start: int
     """Offset of the first byte in the file."""
     stored_name: str = ""
-    """What the file calls the tensor, or the one that it is a part of, where that is not its name."""
+    """The name in the file of the tensor, or of the one that it is a part of, where it differs."""
 
     @property
     def label(self) -> str:
-        """How messages name it."""
+        """The tensor's name for messages."""
         other = self.stored_name if self.stored_name != self.name else ""
         return f"{self.name!r} (in the file {other!r})" if other else repr(self.name)
 
@@ -102,35 +102,16 @@ class ShardIndex(Mapping[str, TensorInfo]):
         return sum(info.num_bytes for info in self.values())
 
     def require(self, name: str) -> TensorInfo:
-        """Returns the tensor's place.
-
-        Args:
-            name: the tensor's name.
-
-        Returns:
-            Its TensorInfo.
-
-        Raises:
-            InputError: where the checkpoint has no such tensor.
-        """
+        """Returns the tensor's place; raises InputError where the checkpoint has no such tensor."""
         if name not in self._tensors:
             raise InputError(f"{self.folder}: tensor {name!r} is missing; is the checkpoint complete?")
         return self._tensors[name]
 
     def read(self, name: str, start_row: int = 0, stop_row: int | None = None, pinned: bool = False) -> torch.Tensor:
-        """Reads a tensor, or some of its rows, as stored.
+        """Reads a tensor, or rows start_row..stop_row-1 along dimension 0, in its stored dtype and memory of its own.
 
-        Args:
-            name: the tensor's name.
-            start_row: the first row (along dimension 0).
-            stop_row: one past the last row; None reads to the end.
-            pinned: whether to read into page-locked memory.
-
-        Returns:
-            The tensor in its stored dtype, in memory of its own.
-
-        Raises:
-            InputError: where the tensor is missing or the file has shrunk since it was indexed.
+        `pinned` reads into page-locked memory. Raises InputError where the tensor is missing or the file has shrunk
+        since it was indexed.
         """
         info = self.require(name)
         shape, offset = info.shape, info.start
@@ -160,17 +141,7 @@ def _read_exactly(info: TensorInfo, offset: int, buffer: torch.Tensor) -> None:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Reads and checks one shard's header.
-
-    Args:
-        path: a .safetensors file.
-
-    Returns:
-        name -> TensorInfo of its tensors.
-
-    Raises:
-        InputError: where the file is not a complete safetensors file.
-    """
+    """Reads and checks the header of a .safetensors file; raises InputError where the file is not complete."""
     with open_file(path) as file:
         size_bytes = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
@@ -196,7 +167,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _check_no_overlap(path: Path, tensors: dict[str, TensorInfo]) -> None:
-    """Two tensors that share bytes are a forged or damaged header."""
+    """Refuses tensors that share bytes: a forged or damaged header."""
     for before, after in pairwise(sorted(tensors.values(), key=lambda info: (info.start, info.num_bytes))):
         if before.start + before.num_bytes > after.start:
             raise InputError(
@@ -234,17 +205,11 @@ def _integers(numbers: Any, most: int) -> tuple[int, ...]:
 
 
 def read_index(folder: Path) -> ShardIndex:
-    """Indexes a checkpoint folder from its index file and every shard's header.
+    """Indexes a checkpoint folder from its index file and every shard's header, or from one model.safetensors.
 
-    Args:
-        folder: a folder with model.safetensors.index.json and its shards, or with one model.safetensors.
-
-    Returns:
-        The index: every tensor that the index file names, from the shard it names, and what those shards hold beside.
-
-    Raises:
-        InputError: where a file is missing, truncated, or contradicts the index, where a path leaves the folder, or
-            where two shards hold the same tensor.
+    The index has every tensor that the index file names, from the shard it names, and the others in those shards.
+    Raises InputError where a file is missing, truncated, or contradicts the index, where a path leaves the folder, or
+    where two shards hold the same tensor.
     """
     index_path = find_file(folder, INDEX_FILE)
     if index_path is None:
@@ -261,15 +226,15 @@ def read_index(folder: Path) -> ShardIndex:
         if name not in headers[file_name]:
             raise InputError(
                 f"{index_path}: tensor {name!r} should be in {file_name}, whose header does not have it; "
-                "the index and the shard are of different releases"
+                "the index and the shard are from different releases"
             )
     tensors = {name: headers[file_name][name] for name, file_name in weight_map.items()}
     for info in (info for header in headers.values() for info in header.values()):
-        found = tensors.setdefault(info.name, info)  # engines load whole shards, whatever the index names of them
+        found = tensors.setdefault(info.name, info)  # engines load whole shards, unlisted tensors included
         if found is not info:
             raise InputError(
-                f"{index_path}: tensor {info.name!r} is in {found.path.name} and in {info.path.name}; take one of them "
-                "out"
+                f"{index_path}: tensor {info.name!r} is in {found.path.name} and in {info.path.name}; remove one of "
+                "them"
             )
     return ShardIndex(folder, tensors)
 
@@ -291,5 +256,5 @@ def _shard_path(folder: Path, index_path: Path, file_name: str) -> Path:
         )
     path = find_file(folder, file_name)
     if path is None:
-        raise InputError(f"{folder / file_name}: the shard is missing, {index_path.name} names it; download it again")
+        raise InputError(f"{folder / file_name}: the shard in {index_path.name} is missing; download it again")
     return path

@@ -1,4 +1,4 @@
-"""The lazy mapping that everything reads weights through."""
+"""The lazy mapping through which all weights are read."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,45 +11,32 @@ CPU = torch.device("cpu")
 
 
 class Weights(Mapping[str, torch.Tensor]):
-    """name -> float32 tensor on `device`, read on each access and kept by nobody."""
+    """name -> float32 tensor on `device`, read on each access and never cached."""
 
     device: torch.device = CPU
 
     def prefetch(self, names: Sequence[str]) -> None:
-        """Begins to read weights that are wanted next; a mapping that cannot read ahead does nothing."""
+        """Starts to read weights that are needed next; a mapping that cannot read ahead does nothing."""
 
     @abstractmethod
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
-        """Reads some rows of a weight, so that a table need not be in memory as a whole.
-
-        Args:
-            name: the weight's name.
-            start_row: first row.
-            stop_row: one past the last row; None means the end.
-
-        Returns:
-            float32 [stop_row - start_row, ...].
-        """
+        """Reads rows start_row..stop_row-1 of a weight, float32, so that a table need not be in memory as a whole."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """The weight's shape, from headers alone."""
+        """Returns the weight's shape, from headers alone."""
 
     def activation_quantizer(self, name: str, values: bool = False) -> Rounding:
-        """Returns how the engine rounds the activations that it multiplies with a weight; most engines do not.
+        """Returns how the engine rounds a linear's inputs; for MLA's kv_b_proj, the queries, or with `values` the mixed
+        latents.
 
-        Args:
-            name: the weight's name.
-            values: for MLA's kv_b_proj, whether its value rows are meant rather than its key rows.
-
-        Returns:
-            The rounding of a linear's inputs; for kv_b_proj, of the queries or of the mixed latents.
+        Most engines round nothing.
         """
         return unrounded
 
     @abstractmethod
     def __contains__(self, name: object) -> bool:
-        """Whether there is such a weight, without reading it."""
+        """Returns whether there is such a weight, without reading it."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.rows(name)

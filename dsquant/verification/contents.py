@@ -13,7 +13,7 @@ from dsquant.formats.shards import index_content
 from dsquant.model.complete import COMPUTED_SUFFIX, check_complete
 from dsquant.model.skeleton import Skeleton
 from dsquant.source.checkpoint import Checkpoint
-from dsquant.source.fp8 import SCALE_SUFFIX
+from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.shards import INDEX_FILE, read_header
 from dsquant.verification.damage import recorded_shards
 

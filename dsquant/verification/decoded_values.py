@@ -12,7 +12,7 @@ from dsquant.formats.scales import recorded_fold
 from dsquant.model.overlays import Fold
 from dsquant.model.structure import DecoderLayer
 from dsquant.source.checkpoint import Checkpoint
-from dsquant.source.fp8 import SCALE_SUFFIX
+from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.scan import scan_tensor
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import Weights

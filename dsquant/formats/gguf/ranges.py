@@ -8,7 +8,7 @@ from dsquant.errors import InputError
 from dsquant.formats.gguf.files import GgufTensor
 from dsquant.formats.gguf.layout import placements
 from dsquant.source.checkpoint import FP8, Checkpoint
-from dsquant.source.fp8 import SCALE_SUFFIX
+from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.scan import LARGEST_FP8, Look
 from dsquant.source.shards import TensorInfo
 

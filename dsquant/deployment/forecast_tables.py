@@ -1,4 +1,4 @@
-"""A forecast for people, in 80 columns: the answer first, then a table for each question, sources last."""
+"""Lays out a forecast for people in 80 columns: the answer first, then a table for each question, sources last."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -9,9 +9,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dsquant.deployment.build_cost import BuildCost
 from dsquant.deployment.facts import GIB, Range
 from dsquant.deployment.hardware import Machine
-from dsquant.deployment.making import Making
 from dsquant.deployment.sizes import OutputSize
 from dsquant.recipes import format_size
 
@@ -24,14 +24,7 @@ COLORS = {"GPU": "green", "RAM": "yellow", "disk": "red"}
 
 
 def forecast_tables(forecast: "Forecast") -> Iterator[RenderableType]:
-    """Everything that `dsquant plan` prints.
-
-    Args:
-        forecast: the forecast.
-
-    Yields:
-        What rich prints.
-    """
+    """Yields everything that `dsquant plan` prints."""
     origin = "config.json alone" if forecast.from_config_alone else "headers"
     yield Text(
         f"{forecast.model}: {forecast.architecture}, {forecast.num_tensors:,} tensors in "
@@ -56,12 +49,12 @@ def _size(num_bytes: float) -> str:
 
 
 def _unit(sizes: Iterable[int]) -> tuple[str, int]:
-    """One unit for a whole table."""
+    """Returns one unit for a whole table."""
     return ("GiB", GIB) if max(sizes, default=0) >= GIB else ("MiB", 2**20)
 
 
 def _range(values: Range) -> str:
-    """Two significant digits; one number where both ends are the same."""
+    """Formats two significant digits; one number where both ends are the same."""
     low, high = (f"{value:.2g}" if value < 100 else f"{value:,.0f}" for value in (values.low, values.high))
     return low if low == high else f"{low} to {high}"
 
@@ -74,7 +67,7 @@ def _table(title: str, *headings: str, left: int = 1) -> Table:
 
 
 def _overview(forecast: "Forecast") -> Iterator[RenderableType]:
-    table = _table("Best that runs where", "machine", "output", "where", "tokens/s", left=3)
+    table = _table("Best output for each machine", "machine", "output", "where", "tokens/s", left=3)
     made: dict[str, OutputSize] = {}
     for found in forecast.machines:
         if found.best is None:
@@ -87,10 +80,10 @@ def _overview(forecast: "Forecast") -> Iterator[RenderableType]:
         table.add_row(_short(found.machine), output.name, where, speed)
         made[output.name] = output
     yield table
-    yield Text("Name your own machine, for the commands to type: --gpu 4x24GiB --ram 64GiB\n")
+    yield Text("Describe your own machine for commands to type: --gpu 4x24GiB --ram 64GiB\n")
     for output in made.values():
         if output.command is not None:
-            yield Text(f"To make {output.name}:")
+            yield Text(f"To build {output.name}:")
             yield _command(output.command)
     yield Text("")
 
@@ -147,12 +140,12 @@ def _best(best: "Deployment", found: "MachineForecast") -> Iterator[RenderableTy
     speed = f", {_range(best.placement.tokens_per_s)} tokens/s" if best.placement.tokens_per_s else ""
     yield Text(f"Best that runs here: {best.output.name}{speed}", style="bold")
     if best.output.command is not None:
-        yield Text("make it:")
+        yield Text("build it:")
         yield _command(best.output.command)
     for engine, command in best.commands.items():
         yield Text(f"serve it with {engine}:")
         yield _command(command)
-    yield Text("\nWhere its bytes lie:")
+    yield Text("\nWhere its bytes are:")
     placement, machine = best.placement, found.machine
     places = {
         "GPU": (placement.gpu_bytes + (placement.kv_bytes if placement.gpu_bytes else 0), machine.gpu_bytes),
@@ -170,7 +163,7 @@ def _best(best: "Deployment", found: "MachineForecast") -> Iterator[RenderableTy
 
 
 def _command(command: str) -> Text:
-    """A command to copy, its options on lines of their own where it is long."""
+    """Formats a command to copy, its options on separate lines where it is long."""
     lines: list[str] = []
     for part in re.split(r" (?=--?[a-z])", command):
         if lines and len(lines[-1]) + len(part) < COMMAND_WIDTH - 4:
@@ -181,7 +174,7 @@ def _command(command: str) -> Text:
 
 
 def _bar(name: str, used: int, room: int, largest: int, color: str) -> Text:
-    """A bar of the used bytes in front of the free ones."""
+    """Draws a bar of the used bytes, followed by the free ones."""
     filled = round(BAR_WIDTH * used / largest) if largest else 0
     if used and not filled:
         filled = 1
@@ -212,7 +205,7 @@ def _sizes_table(forecast: "Forecast") -> Table:
 def _makings_table(forecast: "Forecast") -> Table:
     makings = forecast.makings
     unit, factor = _unit(making.disk_bytes for making in makings)
-    table = _table("What making it takes", "output", f"memory, {unit}", f"disk, {unit}", "time", "on a GPU")
+    table = _table("Cost of building it", "output", f"memory, {unit}", f"disk, {unit}", "time", "on a GPU")
     for making in makings:
         sizes = (f"{size / factor:,.1f}" for size in (making.memory_bytes, making.disk_bytes))
         on_gpu = _duration(making.hours_on_gpu) if making.hours_on_gpu else ""
@@ -221,7 +214,7 @@ def _makings_table(forecast: "Forecast") -> Table:
 
 
 def _duration(hours: Range) -> str:
-    """In the unit that suits it."""
+    """Formats hours in a suitable unit."""
     for unit, factor in (("h", 1), ("min", 60)):
         if hours.high * factor >= 1:
             return f"{_range(hours * factor)} {unit}"
@@ -234,7 +227,7 @@ def _notes(forecast: "Forecast") -> Iterator[Text]:
         yield Text(f"- {note}")
 
 
-def _assumptions(makings: tuple[Making, ...]) -> Iterator[str]:
+def _assumptions(makings: tuple[BuildCost, ...]) -> Iterator[str]:
     stages: dict[str, list[Range]] = {}
     words = {stage.name: stage.assumption for making in makings for stage in making.stages}
     for making in makings:
@@ -258,7 +251,7 @@ def _speeds(forecast: "Forecast") -> Iterator[str]:
         if machine.gpus is not None:
             yield f"each GPU: {_speed(machine.gpus.bandwidth)} ({machine.gpus.source})"
         yield f"disk: {_speed(machine.disk_read)} ({machine.disk_source})"
-    yield "tokens/s: bandwidth over the bytes of a token, times the share of it that was reached:"
+    yield "tokens/s: bandwidth over the bytes of a token, times the share of it that engines reach:"
     yield from (
         f"{fact.name}: {fact.value.low:.0%} to {fact.value.high:.0%} ({fact.source})" for fact in forecast.facts
     )

@@ -1,4 +1,6 @@
-"""What making an output takes: memory, disk, and hours for each stage, with what each number assumes."""
+"""Forecasts the cost of building an output: memory, disk, and hours for each stage, with the assumptions of each
+number.
+"""
 
 import os
 from dataclasses import dataclass
@@ -25,29 +27,29 @@ class StageCost:
 
 
 @dataclass(frozen=True)
-class Making:
-    """What it takes to make an output."""
+class BuildCost:
+    """Memory, disk and time to build an output."""
 
     output: OutputSize
     memory_bytes: int
-    """Resident memory at the peak."""
+    """Peak resident memory."""
     memory_assumption: str
     disk_bytes: int
-    """For the source, the output and hidden states together."""
+    """Source, output and hidden states together."""
     disk_assumption: str
     stages: tuple[StageCost, ...]
     """On this machine's processor."""
     search_on_gpu: StageCost | None
-    """Instead of `search`, where there is a GPU; None where a GPU has not been measured for this format."""
+    """Replaces `search`, where there is a GPU; None where a GPU has not been measured for this format."""
 
     @property
     def hours(self) -> Range:
-        """Of all stages."""
+        """Total of all stages."""
         return _sum(self.stages)
 
     @property
     def hours_on_gpu(self) -> Range | None:
-        """With the search on a GPU; None where that has not been measured."""
+        """Total with the search on a GPU; None where that has not been measured."""
         searched = self.search_on_gpu
         if searched is None:
             return None
@@ -58,25 +60,16 @@ def _sum(stages: tuple[StageCost, ...]) -> Range:
     return Range(sum(stage.hours.low for stage in stages), sum(stage.hours.high for stage in stages))
 
 
-def making_of(output: OutputSize, subject: Subject, machine: Machine) -> Making:
-    """Forecasts a job.
-
-    Args:
-        output: what it makes.
-        subject: from what.
-        machine: whose disk the source is read from; cores are this machine's.
-
-    Returns:
-        Memory, disk and hours.
-    """
+def build_cost_of(output: OutputSize, subject: Subject, machine: Machine) -> BuildCost:
+    """Forecasts a job; the source is read from the machine's disk, cores are this machine's."""
     weights = sum(prod(subject.checkpoint.weights.shape(name)) for name in subject.checkpoint.weights)
     source_bytes = subject.checkpoint.index.num_bytes
-    return Making(
+    return BuildCost(
         output=output,
         memory_bytes=output.memory_bytes + resident_bytes(),
-        memory_assumption="samples of 512 tokens; the largest stage of any layer, and this process as it is now",
+        memory_assumption="samples of 512 tokens; the largest stage of any layer, and this process at present",
         disk_bytes=source_bytes + output.num_bytes + output.work_bytes,
-        disk_assumption=f"64 samples of 512 tokens; source {source_bytes / 2**30:,.2f} GiB, output beside it",
+        disk_assumption=f"64 samples of 512 tokens; source {source_bytes / 2**30:,.2f} GiB, output next to it",
         stages=(
             _scan(weights, source_bytes, machine),
             *_quantize(output, weights),
@@ -119,7 +112,7 @@ def _quantize(output: OutputSize, weights: int) -> tuple[StageCost, ...]:
 
 
 def _cores(name: str, core_seconds: float, what: str) -> StageCost:
-    """From all cores perfectly used to the two that were measured."""
+    """Returns the hours of a stage, from all cores perfectly used to the two that were measured."""
     cores = _num_cores()
     hours = Range(core_seconds / max(cores, facts.MEASURED_CORES) / 3600, core_seconds / facts.MEASURED_CORES / 3600)
     return StageCost(
