@@ -96,7 +96,7 @@ STORE_OTHER_S = 1.2e-7  # as Q4_K
 MEASURED_CORES = 2
 MEASURED_IN = "benchmarks/planning_cpu_202611.md"
 PRESET_BEST = (
-    "--preset best writes files of compact's size and layout with a lower drift, in 2.0 to 2.6 times its processor time "
+    "--preset best makes files of compact's size and layout with a lower drift, in 2.0 to 2.6 times its processor time "
     "(benchmarks/quality_peers_cpu_202611.md)"
 )
 # benchmarks/r1_layer_h200_202611.md, a layer of 11,507,286,272 weights and 262,144 tokens: 23.5 and 25.7 s on an H100.
