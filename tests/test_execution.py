@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dsquant.evaluation.code import execution
 from dsquant.evaluation.code.drift_plan import left_over_caveats
 from dsquant.evaluation.code.execution import (
-    Run,
+    ProgramRun,
     compare_runs,
     mcnemar,
     paired_difference,
@@ -146,7 +146,7 @@ def test_intervals_of_pairs_hold_their_estimate_and_turn_round_with_the_pair(cou
 
 
 def test_what_two_models_pass_is_counted_task_by_task() -> None:
-    passed, failed = Run("passed", ""), Run("failed", "AssertionError")
+    passed, failed = ProgramRun("passed", ""), ProgramRun("failed", "AssertionError")
     found = compare_runs([passed] * 4, [passed, passed, failed, failed], [passed, failed, passed, failed])
     assert (found.tasks, found.only_original, found.only_candidate, found.p_value) == (4, 1, 1, 1)
     assert found.pass_original.estimate == found.pass_candidate.estimate == 0.5 and found.pass_gold == 1
@@ -154,7 +154,7 @@ def test_what_two_models_pass_is_counted_task_by_task() -> None:
 
 
 def test_folders_that_could_not_be_removed_are_told_of_once() -> None:
-    left = Run("passed", "", left_over="/tmp/dsquant-run-a")
+    left = ProgramRun("passed", "", left_over="/tmp/dsquant-run-a")
     assert compare_runs(None, [left], [left]).left_over == ("/tmp/dsquant-run-a",)
     drift = code_drift(0.9, executed=True)
     assert drift.execution is not None

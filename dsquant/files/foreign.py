@@ -22,13 +22,15 @@ LARGEST_MODEL_TEXT_BYTES = 100_000_000
 LONGEST_NAME_BYTES, LONGEST_PATH_BYTES = 255, 4095
 BYTES_AT_ONCE = 2**20
 _PACKAGE = Path(__file__).parent.parent
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFBLK: "a device",
+    stat.S_IFCHR: "a device",
+    stat.S_IFLNK: "a link",
+}
+"""Type of a file's mode -> what it is in words, where it is not a regular file."""
 
 
 def find_file(folder: Path, name: str) -> Path | None:
@@ -66,8 +68,7 @@ def _roots(folder: Path) -> Iterator[Path]:
 
 def _check_regular(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
-        kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")
-        raise InputError(f"{path} is {kind}; expected a regular file")
+        raise InputError(f"{path} is {KINDS.get(stat.S_IFMT(mode), 'something else')}; expected a regular file")
 
 
 def open_file(path: Path) -> BinaryIO:

@@ -93,10 +93,10 @@ def hash_files(folder: Path, names: Iterable[str], after_file: Callable[[str], N
 
     `after_file` is called with each finished file's name, from the calling thread; it may raise to stop.
     """
-    return for_each_file(lambda name: _hash_file(folder / name), names, after_file)
+    return in_threads(lambda name: _hash_file(folder / name), names, after_file)
 
 
-def for_each_file(read: Callable[[str], T], names: Iterable[str], after_file: Callable[[str], None]) -> dict[str, T]:
+def in_threads(read: Callable[[str], T], names: Iterable[str], after_file: Callable[[str], None]) -> dict[str, T]:
     """Reads files in several threads with `read`; returns name -> its result.
 
     `after_file` is called with each finished file's name, from the calling thread; it may raise to stop.

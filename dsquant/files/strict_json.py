@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dsquant.errors import InputError
 from dsquant.files.foreign import LARGEST_TEXT_BYTES, read_file
 
@@ -65,3 +67,9 @@ def _number(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"the number {text} is not finite")
     return number
+
+
+def first_problem(error: ValidationError, *above: str) -> str:
+    """Returns place and message of the first problem that pydantic found; `above` are the outer parts of the place."""
+    first = error.errors()[0]
+    return f"{', '.join([*above, *(repr(part)[:80] for part in first['loc'])])}: {first['msg']}"

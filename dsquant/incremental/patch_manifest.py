@@ -17,6 +17,7 @@ from dsquant.errors import InputError
 from dsquant.escaping import counted
 from dsquant.files.foreign import LARGEST_TEXT_BYTES, check_relative
 from dsquant.files.sealing import BYTES_AT_ONCE
+from dsquant.files.strict_json import first_problem
 from dsquant.jobs.folder import WORK_FOLDER
 from dsquant.jobs.resources import default_memory_budget
 from dsquant.recipes import format_size
@@ -125,11 +126,8 @@ def read_manifest(archive: zipfile.ZipFile, patch: Path) -> PatchManifest:
     try:
         manifest = PatchManifest.model_validate_json(read_member(archive, MANIFEST, patch))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ", ".join([MANIFEST, *(repr(part)[:80] for part in first["loc"])])
-        raise InputError(
-            f"{patch}: {where}: {first['msg']}; this dsquant cannot read the patch; create it again"
-        ) from error
+        problem = first_problem(error, MANIFEST)
+        raise InputError(f"{patch}: {problem}; this dsquant cannot read the patch; create it again") from error
     wanted = {MANIFEST: archive.getinfo(MANIFEST).file_size, **_member_sizes(manifest)}
     found = Counter(info.filename for info in archive.infolist())
     for member in found.keys() | wanted.keys():

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from dsquant.errors import InputError
+from dsquant.files.sealing import in_threads
 from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.shards import ShardIndex, TensorInfo
 
@@ -54,17 +55,8 @@ def scan(
     gets everything that is read, once it is known to be finite. Raises InputError at the first NaN, infinity or
     impossible FP8 scale, with file and tensor.
     """
-    hashes = {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        try:
-            infos = index.values() if tensors is None else tensors
-            for info, found in zip(infos, pool.map(lambda info: scan_tensor(index, info, look), infos), strict=True):
-                hashes[info.name] = found
-                after_tensor(info.name)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return hashes
+    infos = {info.name: info for info in (index.values() if tensors is None else tensors)}
+    return in_threads(lambda name: scan_tensor(index, infos[name], look), infos, after_tensor)
 
 
 def sampled_hash(index: ShardIndex) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from dsquant.errors import InputError, UsageError
 from dsquant.escaping import counted
 from dsquant.files.foreign import read_file
-from dsquant.files.sealing import RELEASE_FILE, broken_sections, for_each_file, record_of_folder, seal
+from dsquant.files.sealing import RELEASE_FILE, broken_sections, in_threads, record_of_folder, seal
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.formats.gguf.layout import placements
 from dsquant.formats.gguf.weights import GgufWeights
@@ -171,7 +171,7 @@ def _check_files(
         found.num_files, found.num_bytes = done, found.num_bytes + (folder / name).stat().st_size
         safe_point(done, len(there), name)
 
-    damaged = for_each_file(lambda name: damaged_parts(folder, name, files), there, after_file)
+    damaged = in_threads(lambda name: damaged_parts(folder, name, files), there, after_file)
     for name in there:
         if not damaged[name] and PurePosixPath(name).name == RECORD_FILE:
             part = record_of_folder(record, PurePosixPath(name).parent, RECORD_FILE)

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from dsquant.errors import InputError
 from dsquant.files.foreign import read_file
-from dsquant.files.sealing import RELEASE_FILE, SECTIONS, broken_sections, for_each_file
-from dsquant.files.strict_json import read_json_object
+from dsquant.files.sealing import RELEASE_FILE, SECTIONS, broken_sections, in_threads
+from dsquant.files.strict_json import first_problem, read_json_object
 from dsquant.jobs.folder import RECORD_FILE, WORK_FOLDER, stop_on_signals
 from dsquant.reporting.progress import Progress, Report, silent
 from dsquant.verification import checks
@@ -60,9 +60,7 @@ def _read_release(path: Path) -> tuple[dict[str, Any], list[FileFinding]]:
     try:
         ReleaseRecord.model_validate(record)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ", ".join(repr(part)[:80] for part in first["loc"])
-        raise InputError(f"{path}: {where}: {first['msg']}; `dsquant run` did not write this record") from error
+        raise InputError(f"{path}: {first_problem(error)}; `dsquant run` did not write this record") from error
     return record, []
 
 
@@ -78,7 +76,7 @@ def _check_files(
     found.findings += [FileFinding(name, "file", problem) for name, problem in wrong.items()]
     note_strays(folder, {*files, RELEASE_FILE}, found, outputs)
     there = [name for name in files if name not in wrong]
-    for name, parts in for_each_file(lambda name: damaged_parts(folder, name, files), there, after_file).items():
+    for name, parts in in_threads(lambda name: damaged_parts(folder, name, files), there, after_file).items():
         found.findings += [FileFinding(name, *part) for part in parts]
         found.num_files, found.num_bytes = found.num_files + 1, found.num_bytes + files[name]["bytes"]
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from dsquant.files.foreign import KINDS
 from dsquant.jobs.folder import REMOVED_FOLDER, WORK_FOLDER
 
 # Kept by git, by the hub's client in its downloads, and left by killed runs for the next one to remove.
@@ -18,14 +19,6 @@ KEPT_BY_OTHERS = tuple(
     PurePosixPath(name)
     for name in (".git", ".gitattributes", ".gitignore", ".cache/huggingface", WORK_FOLDER, REMOVED_FOLDER)
 )
-KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFBLK: "a device",
-    stat.S_IFCHR: "a device",
-    stat.S_IFLNK: "a link",
-}
 NOT_PART = "not part of the output"
 
 

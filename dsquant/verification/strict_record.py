@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dsquant.errors import InputError
 from dsquant.files.foreign import check_relative
-from dsquant.files.strict_json import read_json_object
+from dsquant.files.strict_json import first_problem, read_json_object
 from dsquant.formats.gguf.types import BLOCKS
 from dsquant.source.shards import DTYPES, LARGEST_INTEGER
 
@@ -81,9 +81,7 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         _Record.model_validate(record)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ", ".join(repr(part)[:80] for part in first["loc"])
-        raise InputError(f"{path} is not a record of dsquant: {where}: {first['msg']}; convert again") from error
+        raise InputError(f"{path} is not a record of dsquant: {first_problem(error)}; convert again") from error
     for name, entry in record["files"].items():
         if "tensors" not in entry and PurePosixPath(name).suffix in (".safetensors", ".gguf"):
             raise InputError(f"{path} is not a record of dsquant: 'files', {name!r:.80}: holds no tensors")

@@ -28,19 +28,11 @@ SET_DEATH_SIGNAL, SET_DUMPABLE, SET_NO_NEW_PRIVILEGES, SET_SECCOMP = 1, 4, 38, 2
 CAPABILITY_VERSION = 0x20080522
 SIGKILL = 9
 NOBODY = 65534
-DENIED_EVENTS: tuple[str, ...] = (
-    "socket.",
-    "subprocess.",
-    "ctypes.",
-    "os.system",
-    "os.exec",
-    "os.fork",
-    "os.posix_spawn",
-    "os.spawn",
-)
-DENIED_EVENTS += ("os.startfile", "os.kill", "os.putenv", "pty.", "signal.", "syslog.", "webbrowser.", "ftplib.")
-DENIED_EVENTS += ("smtplib.", "os.chmod", "os.chown", "os.lchown", "os.chflags", "os.utime", "os.setxattr")
-DENIED_EVENTS += ("os.removexattr",)
+DENIED_EVENTS = (
+    "socket.", "subprocess.", "ctypes.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn",
+    "os.startfile", "os.kill", "os.putenv", "pty.", "signal.", "syslog.", "webbrowser.", "ftplib.", "smtplib.",
+    "os.chmod", "os.chown", "os.lchown", "os.chflags", "os.utime", "os.setxattr", "os.removexattr",
+)  # fmt: skip
 # Event -> its first and last argument that is a path, and that of the folder which the first is relative to.
 CHANGING_EVENTS: dict[str, tuple[int, int, int]] = {
     "os.remove": (0, 0, 1),
