@@ -19,7 +19,7 @@ from dsquant.files.foreign import check_plain_files, find_file, read_file
 from dsquant.files.sealing import broken_sections, hash_files
 from dsquant.incremental.patch import block_sizes, xored
 from dsquant.incremental.patch_manifest import PatchManifest, member_blocks, open_patch, read_manifest, read_member
-from dsquant.incremental.places import beside, check_output, lies_in
+from dsquant.incremental.places import check_output, lies_in, with_ending
 from dsquant.incremental.reuse import reuse_file, ways_of
 from dsquant.jobs.folder import JOB_FILE, RECORD_FILE, WORK_FOLDER, remove_work
 from dsquant.jobs.locks import exclusive
@@ -139,7 +139,7 @@ def _check_record(archive: zipfile.ZipFile, manifest: PatchManifest, patch: Path
 def _new_folder(patch: Path, old: Path, output: Path) -> Iterator[Path]:
     """Yields a folder that becomes the output when it is complete, and is removed otherwise."""
     check_output(output, old)
-    work = beside(output, PARTIAL)
+    work = with_ending(output, PARTIAL)
     mark = work / WORK_FOLDER  # identifies the leftovers of a killed run
     _check_free(output)
     mine = mark.is_dir() and not work.is_symlink() and not (mark / JOB_FILE).exists()

@@ -17,7 +17,7 @@ def lies_in(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def beside(output: Path, ending: str) -> Path:
+def with_ending(output: Path, ending: str) -> Path:
     """Returns the path next to an output whose name is the output's plus an ending such as .patch.
 
     Raises InputError where the output is the root folder.

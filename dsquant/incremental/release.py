@@ -12,7 +12,7 @@ from dsquant.files.sealing import broken_sections
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.incremental.applying import AppliedPatch, apply_patch
 from dsquant.incremental.patch import write_patch
-from dsquant.incremental.places import beside, check_output, check_patch
+from dsquant.incremental.places import check_output, check_patch, with_ending
 from dsquant.incremental.recording import Recording, open_recording
 from dsquant.incremental.requantize import requantize
 from dsquant.incremental.reuse import ways_of
@@ -84,33 +84,33 @@ def delta(
     restart: bool = False,
     report: Report = silent,
 ) -> Delta:
-    """Makes the output of a new release from the old release's, and the patch between the two outputs.
+    """Builds the output of a new release from the old release's output, and the patch between the two outputs.
 
     Args:
-        old: the old release, which is read once and compared with what the old output recorded; or the old output
-            itself, whose recorded hashes then stand for the release.
+        old: the old release, which is read once and compared with the old output's recording; or the old output itself,
+            whose recorded hashes then stand for the release.
         new: the new release.
-        output: the folder to make.
-        quantized: the old output; None where `old` is it, or where it lies under its default name.
-        patch: the patch to write; None is the output's name with .patch behind.
-        resume: go on with an interrupted job, or begin one.
-        restart: begin anew where there is an interrupted or finished one.
+        output: the folder to create.
+        quantized: the old output; None where `old` is it, or where it has its default name.
+        patch: the patch to write; None adds .patch to the output's name.
+        resume: continue an interrupted job, or start one.
+        restart: start over where there is an interrupted or finished one.
         report: gets the progress.
 
     Returns:
-        What changed, what was reused, and the patch's size.
+        The changes, the reuse, and the patch's size.
 
     Raises:
-        InputError: where a release or output cannot be used, they do not belong together, or something that is not
-            this job's lies where the patch or the output shall be.
-        UsageError: where the old output is not named, or holds GGUF files.
+        InputError: where a release or output cannot be used, they do not belong together, or foreign files are in the
+            place of the patch or the output.
+        UsageError: where the old output is not given, or holds GGUF files.
         Interrupted: where the job stopped and can be resumed.
     """
     folder = Path(old).expanduser()
     is_output = (folder / RECORD_FILE).is_file()
     recording = open_recording(folder if is_output else quantized or _default_output(old))
     recipe = recording.recipe(new, output)
-    patch = patch or beside(output, ".patch")
+    patch = patch or with_ending(output, ".patch")
     check_output(output, recording.output)
     claim(output, recipe, resume, restart)
     check_patch(patch, output, recording, again=resume or restart)
@@ -141,7 +141,7 @@ def delta(
 
 
 def _default_output(old: str) -> Path:
-    """Where `dsquant awq` has put the old release's output when it was not told."""
+    """Returns the default output of `dsquant awq` for the old release."""
     records = [path / RECORD_FILE for path in sorted(Path().glob(f"{Path(old).name}-*-*bit"))]
     whole = [path for path in records if path.is_file() and not broken_sections(read_file(path))]
     made = [path.parent for path in whole if read_record(path)["recipe"]["model"] == old]
@@ -192,23 +192,11 @@ def apply(patch: Path, old: Path, output: Path, report: Report = silent) -> Appl
 def full_run(
     model: str, scales_from: Path, output: Path, resume: bool = False, restart: bool = False, report: Report = silent
 ) -> Result:
-    """Quantizes a whole release under an earlier output's scales: what a delta is measured against.
+    """Quantizes a whole release under an earlier output's scales: the reference for a delta.
 
-    Args:
-        model: the release.
-        scales_from: the earlier output.
-        output: the folder to make.
-        resume: go on with an interrupted job, or begin one.
-        restart: begin anew where there is an interrupted or finished one.
-        report: gets the progress.
-
-    Returns:
-        Where the files are.
-
-    Raises:
-        InputError: where the release or the earlier output cannot be used.
-        UsageError: where the earlier output holds GGUF files.
-        Interrupted: where the job stopped and can be resumed.
+    `resume` continues an interrupted job or starts one; `restart` starts over. Raises InputError where the release or
+    the earlier output cannot be used, UsageError where the earlier output holds GGUF files, Interrupted where the job
+    stopped and can be resumed.
     """
     recording = open_recording(scales_from)
     recipe = recording.recipe(model, output)
