@@ -89,7 +89,9 @@ class Divergence:
 class _Sums:
     """Running sums over the vocabulary of one model's scores, for every row."""
 
-    def __init__(self, num_rows: int, device: torch.device) -> None:
+    def __init__(self, targets_R: torch.Tensor) -> None:
+        num_rows, device = len(targets_R), targets_R.device
+        self._targets_R = targets_R
         self.maximum_R = torch.full((num_rows,), -torch.inf, dtype=torch.float64, device=device)
         self.exponentials_R = torch.zeros_like(self.maximum_R)
         self.target_R = torch.zeros_like(self.maximum_R)
@@ -98,11 +100,9 @@ class _Sums:
         # sum of exp(own score) * (own score - the other model's), shrunk along with the exponentials
         self.cross_R = torch.zeros_like(self.maximum_R)
 
-    def add(
-        self, rows: slice, start: int, scores_RV: torch.Tensor, other_RV: torch.Tensor, targets_R: torch.Tensor
-    ) -> None:
-        """Adds a part of the vocabulary."""
-        before_R = self.maximum_R[rows]
+    def add(self, rows: slice, start: int, scores_RV: torch.Tensor, other_RV: torch.Tensor) -> None:
+        """Adds a part of the vocabulary, which begins at token `start`."""
+        before_R, targets_R = self.maximum_R[rows], self._targets_R[rows]
         maximum_R = torch.maximum(scores_RV.amax(1), before_R)
         shrink_R = torch.exp(before_R - maximum_R)
         weight_RV = torch.exp(scores_RV - maximum_R.unsqueeze(1))
@@ -171,8 +171,7 @@ def score(
     All heads have the same rows. `observer` gets each part of the tables, float32 [V, H], the original's first.
     """
     num_rows = len(targets_R)
-    device = targets_R.device
-    pairs = [(_Sums(num_rows, device), _Sums(num_rows, device)) for _ in candidates]
+    pairs = [(_Sums(targets_R), _Sums(targets_R)) for _ in candidates]
     for start, tables in _tables((original, *candidates)):
         observer(tables)
         for first in range(0, num_rows, ROWS_AT_ONCE):
@@ -181,8 +180,8 @@ def score(
             wanted_RV = original.scores(numbers_R, tables[0])
             for head, table_VH, (forward, reverse) in zip(candidates, tables[1:], pairs, strict=True):
                 found_RV = head.scores(numbers_R, table_VH)
-                forward.add(rows, start, wanted_RV, found_RV, targets_R[rows])
-                reverse.add(rows, start, found_RV, wanted_RV, targets_R[rows])
+                forward.add(rows, start, wanted_RV, found_RV)
+                reverse.add(rows, start, found_RV, wanted_RV)
     return [_row_scores(forward, reverse) for forward, reverse in pairs]
 
 

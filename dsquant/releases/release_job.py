@@ -99,7 +99,7 @@ def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str 
             return _release(recipe, key, already_published=True)
         stage = ["prepare"]
         try:
-            _run(recipe, inputs, key, work, report, stage)
+            _run(recipe, inputs, work, report, stage)
         except Exception as error:
             _after_failure(recipe, recipe_name, work, stage[-1], error)
             if isinstance(error, InputError | UsageError) and not _has_outputs(work):
@@ -145,13 +145,11 @@ def _release(recipe: ReleaseRecipe, key: str, already_published: bool) -> Releas
     )
 
 
-def _run(
-    recipe: ReleaseRecipe, inputs: dict[str, Any], key: str, work: Path, report: Report, entered: list[str]
-) -> None:
+def _run(recipe: ReleaseRecipe, inputs: dict[str, Any], work: Path, report: Report, entered: list[str]) -> None:
     """Does every stage that is not in the journal; `entered` gets the names of those that begin."""
     from dsquant.releases.stages import Workshop, check_all, stages_of
 
-    build, journal = work / BUILD_FOLDER, Journal(work / JOURNAL_FILE)
+    key, build, journal = key_of(recipe.hash, inputs), work / BUILD_FOLDER, Journal(work / JOURNAL_FILE)
     if _is_left_over(recipe, journal):
         _tidy(work)
         journal = Journal(work / JOURNAL_FILE)

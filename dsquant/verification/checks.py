@@ -123,7 +123,14 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
             if any(PurePosixPath(file).parent == home for file in damaged):
                 continue
             try:
-                _check_output(folder, name, record, original, everything, source is not None, found, safe_point)
+                candidate = _check_contents(folder, name, record, original, found)
+                if candidate is None:
+                    continue
+                chosen = chosen_parameters(candidate, everything)
+                comparison = _comparison(original, record, chosen, source is not None, found)
+                wrong = _wrong(candidate, comparison, chosen, safe_point)
+                found.compared |= {name: len(chosen)} if comparison is not None else {}
+                found.findings += [FileFinding(_file_of(record, home, part), repr(part), text) for part, text in wrong]
             except ImportError as error:
                 found.not_checked.append(f"{name}, beyond the bytes of its files: {error}")
     return found
@@ -196,17 +203,10 @@ def note_strays(folder: Path, names: set[str], found: Verification, checked: Col
     return {str(path) for path in listing.strays}
 
 
-def _check_output(
-    folder: Path,
-    name: str,
-    record: dict[str, Any],
-    original: Checkpoint | None,
-    everything: bool,
-    named: bool,
-    found: Verification,
-    safe_point: Callable[[int, int, str], None],
-) -> None:
-    """Checks contents and values of one format, whose files are intact."""
+def _check_contents(
+    folder: Path, name: str, record: dict[str, Any], original: Checkpoint | None, found: Verification
+) -> OpenedOutput | None:
+    """Checks the contents of one format, whose files are intact; returns it opened, None where it cannot be decoded."""
     output = record["outputs"][name]
     inside = PurePosixPath(output["folder"])
     is_gguf = inside.suffix == ".gguf"
@@ -221,10 +221,18 @@ def _check_output(
         weights = checkpoint.weights if checkpoint else None
     found.findings += [FileFinding(*problem) for problem in problems]
     if weights is None or problems:
-        return
-    home = inside.parent if is_gguf else inside
-    candidate = OpenedOutput(weights, open_scales(folder / home), output["weight_errors"], is_gguf)
-    chosen = chosen_parameters(candidate, everything)
+        return None
+    scales = open_scales(folder / (inside.parent if is_gguf else inside))
+    return OpenedOutput(weights, scales, output["weight_errors"], is_gguf)
+
+
+def _wrong(
+    candidate: OpenedOutput,
+    comparison: SourceComparison | None,
+    chosen: list[str],
+    safe_point: Callable[[int, int, str], None],
+) -> list[tuple[str, str]]:
+    """Decodes parameters, and compares them with the source where it is there; returns parameter and problem."""
     done = 0
 
     def before(parameter: str) -> None:
@@ -232,15 +240,9 @@ def _check_output(
         safe_point(done, len(chosen), parameter)
         done += 1
 
-    comparison = _comparison(original, record, chosen, named, found)
     if comparison is None:
-        wrong = _undecodable(candidate, chosen, before)
-    else:
-        wrong = wrong_values(comparison, candidate, chosen, before)
-        found.compared[name] = len(chosen)
-    found.findings += [
-        FileFinding(_file_of(record, home, parameter), repr(parameter), text) for parameter, text in wrong
-    ]
+        return _undecodable(candidate, chosen, before)
+    return wrong_values(comparison, candidate, chosen, before)
 
 
 def _comparison(
