@@ -52,7 +52,7 @@ def _tensors(errors: Sequence[WeightError], routers: frozenset[str]) -> list[Fin
 def _of_tensor(error: WeightError, limit: float, routers: frozenset[str]) -> str:
     where = "" if error.layer is None else f"layer {error.layer}: "
     if not math.isfinite(error.relative):
-        return f"{where}tensor {error.name!r} holds NaN or infinity, or differs where the original is zero"
+        return f"{where}tensor {error.name!r} holds values that are not finite, or differs where the original is zero"
     words = f"{where}tensor {error.name!r} is off by {error.relative:.0%} of its size with folded scales undone "
     words += f"(expected at most {limit:.0%})"
     if error.name in routers:
@@ -96,4 +96,4 @@ def _of_layer(layer: LayerScores, typical: float) -> str:
 
 
 def _share(value: float) -> str:
-    return f"{value:.0%}" if math.isfinite(value) else "NaN or infinity"
+    return f"{value:.0%}" if math.isfinite(value) else "not finite"
