@@ -20,6 +20,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dsquant.errors import InputError, UsageError
+from dsquant.escaping import counted
 from dsquant.evaluation.intervals import CONFIDENCE, Interval, units_to_settle
 from dsquant.evaluation.results import Candidate, GateOutcome, Verdict
 from dsquant.files.strict_yaml import read_yaml
@@ -193,7 +194,11 @@ def _outcome(gate: Gate, text: str | None, found: Interval, units_per_sample: fl
     words = f"{gate.metric}{where} is {found.estimate:.4g} [{found.low:.4g}, {found.high:.4g}], {sign} {gate.limit:g}: "
     words += {"pass": "pass", "fail": "fail"}.get(verdict, "inconclusive")
     if verdict == "inconclusive":
-        words += f", about {needed} {unit} would settle it" if needed else ", no number of samples would settle it"
+        words += (
+            f", about {counted(needed, unit.removesuffix('s'))} would settle it"
+            if needed
+            else ", no number of samples would settle it"
+        )
     return GateOutcome(gate.metric, text, gate.bound, gate.limit, found, verdict, needed, unit, words)
 
 

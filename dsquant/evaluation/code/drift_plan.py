@@ -9,6 +9,7 @@ import torch
 from dsquant.calibration.texts import FOLDERS
 from dsquant.calibration.tokenizer import encode
 from dsquant.errors import InputError, UsageError
+from dsquant.escaping import counted
 from dsquant.evaluation.code.drift import CodeDrift
 from dsquant.evaluation.code.generation import resident_size
 from dsquant.evaluation.code.tasks import DriftPlan, Task, read_tasks
@@ -84,7 +85,8 @@ def drift_caveats(plan: DriftPlan | None) -> list[str]:
         return ["no code was generated; choose prompts with --prompts, also for models that do not fit in memory"]
     if plan.too_large is not None:
         return [f"no code was generated, {plan.too_large}; both models read the prompts' own completions instead"]
-    return [f"code drift rests on {len(plan.tasks)} prompts and greedy completions of at most {plan.max_tokens} tokens"]
+    prompts, tokens = counted(len(plan.tasks), "prompt"), counted(plan.max_tokens, "token")
+    return [f"code drift rests on {prompts} and greedy completions of at most {tokens}"]
 
 
 def left_over_caveats(drifts: Iterable[CodeDrift]) -> list[str]:

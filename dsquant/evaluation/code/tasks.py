@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError
+from dsquant.escaping import counted
 from dsquant.evaluation.code.python_tokens import normalized
 from dsquant.files.foreign import read_file
 from dsquant.files.strict_json import parse_json
@@ -89,10 +90,8 @@ class DriftPlan:
                 f"nothing was generated: {self.too_large}. Both models read the prompts with their own completions; "
                 "agreement is the share of places where the candidate ranks the original's greedy token first"
             )
-        return (
-            f"greedy, at most {self.max_tokens} tokens, {self.batch_prompts} prompts together; noise floor: "
-            f"{self.noise_batch_prompts} together"
-        )
+        tokens, prompts = counted(self.max_tokens, "token"), counted(self.batch_prompts, "prompt")
+        return f"greedy, at most {tokens}, {prompts} together; noise floor: {self.noise_batch_prompts} together"
 
 
 def read_tasks(path: Path) -> list[Task]:

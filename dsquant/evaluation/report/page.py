@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsquant.escaping import html, printable
+from dsquant.escaping import counted, html, printable
 from dsquant.evaluation.report import figures, tables
 from dsquant.evaluation.report.charts import interval_chart
 
@@ -69,7 +69,7 @@ def _subtitle(evaluation: "Evaluation") -> str:
     reference = evaluation.reference
     experts = f", {reference.num_experts} experts" if reference.num_experts else ""
     return (
-        f"{reference.architecture}, {reference.num_layers} layers{experts}; {tokens} tokens of {names}; "
+        f"{reference.architecture}, {counted(reference.num_layers, 'layer')}{experts}; {tokens} tokens of {names}; "
         f"intervals of {evaluation.identity.confidence:.0%}"
     )
 
@@ -78,7 +78,7 @@ def _verdict_words(evaluation: "Evaluation") -> str:
     """Returns the reasons for the verdict: for each candidate the deciding gates and the first broken layer."""
     gates = [gate for one in evaluation.candidates for gate in one.gates]
     if evaluation.verdict == "pass":
-        return f"{len(gates)} of {len(gates)} gates pass."
+        return f"{len(gates)} of {counted(len(gates), 'gate')} passed."
     words = []
     for one in evaluation.candidates:
         deciding = dict.fromkeys(gate.metric for gate in one.gates if gate.verdict == evaluation.verdict)
@@ -98,7 +98,7 @@ def _gates(evaluation: "Evaluation") -> list[dict[str, Any]]:
             "limit": f"{'≤' if gate.bound == 'at_most' else '≥'} {gate.limit:g}",
             "svg": interval_chart(gate.found.estimate, gate.found.low, gate.found.high, gate.limit, gate.verdict),
             "verdict": gate.verdict,
-            "needed": f"{gate.needed} {gate.unit}" if gate.needed else "",
+            "needed": counted(gate.needed, gate.unit.removesuffix("s")) if gate.needed else "",
         }
         for one, gate in tables.ordered_gates(evaluation)
     ]

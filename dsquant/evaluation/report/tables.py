@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dsquant.escaping import counted
 from dsquant.evaluation.code.drift import Health, Similarity
 from dsquant.evaluation.intervals import Interval
 from dsquant.recipes import format_size
@@ -127,7 +128,7 @@ def gates(evaluation: "Evaluation") -> Table | None:
             gate.metric + (f" on {gate.text}" if gate.text else ""),
             interval(gate.found),
             f"{'at most' if gate.bound == 'at_most' else 'at least'} {gate.limit:g}",
-            f"{gate.needed} {gate.unit}" if gate.needed else NOTHING,
+            counted(gate.needed, gate.unit.removesuffix("s")) if gate.needed else NOTHING,
         )
         for one, gate in ordered_gates(evaluation)
     )
@@ -162,8 +163,8 @@ def texts(evaluation: "Evaluation") -> list[Table]:
         scored = next((one.texts[text.name] for one in evaluation.candidates if text.name in one.texts), noise)
         original = number(scored.perplexity_original) if scored else NOTHING
         note = (
-            f"{text.samples} samples of {text.seq_len} tokens; the original's perplexity is {original}. Noise floor: "
-            "the original against itself, in batches of another size."
+            f"{counted(text.samples, 'sample')} of {text.seq_len} tokens; the original's perplexity is {original}. "
+            "Noise floor: the original against itself, in batches of another size."
         )
         tables.append(Table(text.name, headings, tuple(rows), note))
     return tables
@@ -265,7 +266,8 @@ def drift(evaluation: "Evaluation") -> list[Table]:
     scored = tuple(_similarity(name, found) for name, found in rows if found is not None)
     if scored:
         words = "; ".join(f"{name}: {signature}" for name, signature in first.signatures.items())
-        note = f"{first.prompts} prompts, {first.note}. First divergence: mean number of tokens that agree. {words}."
+        prompts = counted(first.prompts, "prompt")
+        note = f"{prompts}, {first.note}. First divergence: mean number of tokens that agree. {words}."
         tables.append(Table("Generated code", headings, scored, note))
     healthy = [("original", first.original), *((name, found.candidate) for name, found in drifts)]
     states = tuple(_health(name, found) for name, found in healthy if found is not None)
@@ -308,7 +310,7 @@ def execution(evaluation: "Evaluation") -> Table | None:
         alone = (str(run.only_original), str(run.only_candidate), number(run.p_value))
         rows.append((name, interval(run.pass_candidate, shares=True), *alone))
     held = "; ".join(first.protections)
-    note = f"{first.tasks} tasks, greedy; gold passes {share(first.pass_gold)}. Limits: {held}."
+    note = f"{counted(first.tasks, 'task')}, greedy; gold passes {share(first.pass_gold)}. Limits: {held}."
     headings = ("model", "pass@1", "original alone passes", "candidate alone passes", "McNemar's exact p")
     return Table("Tests run on the completions", headings, tuple(rows), note)
 
@@ -320,8 +322,8 @@ def identity(evaluation: "Evaluation") -> Table:
         ("reference", f"{reference.path}, {reference.architecture}, {reference.format}, {reference.fingerprint[:16]}"),
         *((one.name, f"{one.path}, {one.format}, {one.fingerprint[:16]}") for one in evaluation.candidates),
         *((f"text {text.name}", f"SHA-256 of its tokens {text.tokens_sha256[:16]}") for text in evaluation.texts),
-        ("arithmetic", f"{about.dtype} on {about.device}, {about.batch_samples} samples together"),
-        ("noise floor", f"{about.noise_batch_samples} samples together"),
+        ("arithmetic", f"{about.dtype} on {about.device}, {counted(about.batch_samples, 'sample')} together"),
+        ("noise floor", f"{counted(about.noise_batch_samples, 'sample')} together"),
         ("intervals", f"{about.confidence:.0%}, block bootstrap of {about.block_tokens} tokens, seed {about.seed}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in about.versions.items())),
         ("cost", _cost(evaluation)),
