@@ -194,11 +194,8 @@ def _outcome(gate: Gate, text: str | None, found: Interval, units_per_sample: fl
     words = f"{gate.metric}{where} is {found.estimate:.4g} [{found.low:.4g}, {found.high:.4g}], {sign} {gate.limit:g}: "
     words += {"pass": "pass", "fail": "fail"}.get(verdict, "inconclusive")
     if verdict == "inconclusive":
-        words += (
-            f", about {counted(needed, unit.removesuffix('s'))} would settle it"
-            if needed
-            else ", no number of samples would settle it"
-        )
+        settling = f"about {counted(needed, unit.removesuffix('s'))}" if needed else "no number of samples"
+        words += f", {settling} would settle it"
     return GateOutcome(gate.metric, text, gate.bound, gate.limit, found, verdict, needed, unit, words)
 
 
