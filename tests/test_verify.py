@@ -183,7 +183,7 @@ def test_whatever_lies_beside_the_recorded_files_is_named(output: Path, tmp_path
         ".cache/own/file": foreign,
         ".git/hook": f"a link, {foreign}",
     }
-    assert [note.split(" is ")[0] for note in found.notes] == [".git (1 files, 1 B)"]
+    assert [note.split(" belongs ")[0] for note in found.notes] == [".git (1 file, 1 B)"]
     told = CliRunner().invoke(main, ["verify", str(copy)])
     subprocess.run(["rm", "-r", copy / "d"], check=True)  # too deep for Python's own
     assert told.exit_code == 3 and "\x1b" not in told.stdout
