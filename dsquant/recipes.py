@@ -80,8 +80,8 @@ class Recipe(BaseModel):
     Attributes:
         model: a folder, a hub id, or `tiny-r1`.
         output: the folder to make.
-        to: formats: `awq`, `compressed-tensors`, and `gguf:TYPE` with a type or mixture of
-            `dsquant.formats.gguf.types.MIXTURES`; with a target, of the tensors that no type is chosen for.
+        to: formats, of `dsquant.formats.table.FORMATS`; `gguf:TYPE` with a type or mixture of
+            `dsquant.formats.gguf.types.MIXTURES`, with a target that of the tensors that no type is chosen for.
         bits: bits of a code; with a target, of the grid that scales are searched for.
         target_bits: mean stored bits, scales and zero points included, that the weights which the preset quantizes
             (GGUF: the decoder's linears) may have at most; widths or types are then chosen by measured sensitivity.
@@ -142,8 +142,8 @@ class Recipe(BaseModel):
         if not formats or len(set(formats)) != len(formats):
             raise ValueError(f"name each format once, found {', '.join(formats) or 'none'}")
         for name in formats:
-            if name not in ("awq", "compressed-tensors") and not re.fullmatch(r"gguf:[A-Z0-9_]+\+?", name):
-                raise ValueError(f"{name!r} is none of awq, compressed-tensors, gguf:TYPE")
+            if not re.fullmatch(r"[a-z0-9-]+(:[A-Z0-9_]+\+?)?", name):
+                raise ValueError(f"{name!r} is no format's name, such as awq or gguf:Q4_K_M")
         return formats
 
     @field_validator("calibration", mode="before")

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from dsquant.errors import InputError
-from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.formats.checkpoints import open_checkpoint, stored_weights
 from dsquant.kernels.fp8 import dequantize_fp8
 from dsquant.source.locate import locate
-from dsquant.source.quantized import decoded_weights
 from dsquant.source.scan import all_finite, scan
 from dsquant.source.shards import ShardIndex, read_header, read_index
 
@@ -120,8 +119,8 @@ def packed_linear(folder: Path, **changes: torch.Tensor) -> ShardIndex:
 
 def test_packed_linears_of_both_layouts_are_decoded(tmp_path: Path) -> None:
     index = packed_linear(tmp_path)
-    assert decoded_weights(index, AWQ)["awq.weight"].shape == (64, 128)
-    assert decoded_weights(index, PACKED)["packed.weight"].shape == (64, 64)
+    assert stored_weights(index, {"quantization_config": AWQ})["awq.weight"].shape == (64, 128)
+    assert stored_weights(index, {"quantization_config": PACKED})["packed.weight"].shape == (64, 64)
 
 
 @pytest.mark.parametrize(
@@ -149,4 +148,4 @@ def test_a_quantized_checkpoint_that_contradicts_itself_is_refused_by_name(
 ) -> None:
     index = packed_linear(tmp_path, **tensors)
     with pytest.raises(InputError, match=r"config\.json|tensor '"):
-        decoded_weights(index, config)
+        stored_weights(index, {"quantization_config": config})

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import dsquant
 from dsquant.errors import InputError, UsageError
+from dsquant.formats.checkpoints import stored_weights
 from dsquant.formats.shards import ShardFile, StoredTensor, plan_shards, write_index
 from dsquant.formats.skip_lists import ignored_modules, skipped_modules
 from dsquant.formats.table import FORMATS
 from dsquant.formats.write_behind import WriteBehind
 from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest
-from dsquant.source.quantized import decoded_weights
 from dsquant.source.shards import read_index
 
 LINEAR = "model.layers.0.self_attn.o_proj"
@@ -86,7 +86,7 @@ def test_the_formats_own_package_reads_back_what_was_rounded(
     rounded = round_to_nearest(weight, grid)
     folder = write(tmp_path_factory.mktemp("format"), format_name, rounded)
     config = FORMATS[format_name].quantization_config(grid, {LINEAR: True})
-    found = decoded_weights(read_index(folder), config)[f"{LINEAR}.weight"]
+    found = stored_weights(read_index(folder), {"quantization_config": config})[f"{LINEAR}.weight"]
     assert torch.equal(found, rounded.dequantize())
     half_step = rounded.scales_OG.repeat_interleave(grid.group_size, 1) * 0.51
     inside = (rounded.codes_OI > 0) & (rounded.codes_OI < grid.maximum_code)
@@ -221,13 +221,14 @@ def test_a_packed_linear_without_its_scales_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     save_file({name: tensor for name, tensor in load_file(shard).items() if name != f"{LINEAR}.scales"}, shard)
     with pytest.raises(InputError, match=r"qweight.*scales"):
-        decoded_weights(read_index(folder), FORMATS["awq"].quantization_config(grid, {LINEAR: True}))
+        config = FORMATS["awq"].quantization_config(grid, {LINEAR: True})
+        stored_weights(read_index(folder), {"quantization_config": config})
 
 
 def test_an_unknown_method_is_refused_by_name(tmp_path: Path) -> None:
     folder = write(tmp_path, "awq", counting_weight(Grid(4, 32, False), 64, 32))
     with pytest.raises(InputError, match="'bitsandbytes'"):
-        decoded_weights(read_index(folder), {"quant_method": "bitsandbytes"})
+        stored_weights(read_index(folder), {"quantization_config": {"quant_method": "bitsandbytes"}})
 
 
 def modules() -> dict[str, list[str]]:

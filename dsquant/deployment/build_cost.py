@@ -11,7 +11,8 @@ from dsquant.deployment.facts import Range
 from dsquant.deployment.hardware import Machine
 from dsquant.deployment.sizes import OutputSize
 from dsquant.deployment.subject import Subject
-from dsquant.formats.gguf.types import MIXTURES
+from dsquant.formats.table import format_of
+from dsquant.recipes import FLOAT_TYPES
 from dsquant.reporting.progress import resident_bytes
 
 SEARCHED = "AWQ's scales, clips and rounding of every weight, as in a compact run"
@@ -75,7 +76,7 @@ def build_cost_of(output: OutputSize, subject: Subject, machine: Machine) -> Bui
             *_quantize(output, weights),
             _cores("evaluate", 2 * weights * (facts.READ_S + facts.RUN_S), "original and output, 24 x 512 tokens"),
         ),
-        search_on_gpu=None if output.format.startswith("gguf:") else _search_on_gpu(weights),
+        search_on_gpu=None if _stored_type(output) else _search_on_gpu(weights),
     )
 
 
@@ -94,7 +95,8 @@ def _scan(weights: int, source_bytes: int, machine: Machine) -> StageCost:
 
 
 def _quantize(output: OutputSize, weights: int) -> tuple[StageCost, ...]:
-    if not output.format.startswith("gguf:"):
+    base = _stored_type(output)
+    if base is None:
         return (
             _cores(
                 "search",
@@ -102,13 +104,16 @@ def _quantize(output: OutputSize, weights: int) -> tuple[StageCost, ...]:
                 "AWQ's scales, clips and rounding, for every weight as in a compact run",
             ),
         )
-    base = MIXTURES[output.format.removeprefix("gguf:")][0]
     store = _cores(
         "store", weights * facts.STORE_S.get(base, facts.STORE_OTHER_S), "ggml's quantizers with weighted columns"
     )
-    if base in ("F32", "F16", "BF16"):
+    if base in FLOAT_TYPES:
         return (store,)
     return (_cores("search", weights * facts.SEARCH_S, SEARCHED + "; none with --calibration none"), store)
+
+
+def _stored_type(output: OutputSize) -> str | None:
+    return format_of(output.format).stored_type(output.format.partition(":")[2])
 
 
 def _cores(name: str, core_seconds: float, what: str) -> StageCost:

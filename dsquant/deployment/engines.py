@@ -23,7 +23,7 @@ def launch_commands(
     """
     if placement.kind == "none":
         return {}
-    if not output.format.startswith("gguf:"):
+    if output.placement == "parallel":
         return _parallel_commands(output, placement, context)
     commands = {"llama.cpp": _llama_cpp(output, network, machine, placement, context, name)}
     base = output.served_bytes - output.by_kind.get("routed experts", 0) + placement.kv_bytes

@@ -79,8 +79,8 @@ DISK = Fact(
 )
 EFFICIENCIES = (TENSOR_PARALLEL, ONE_GPU, RAM, DISK)
 
-# Measured gain of compressed swap (zram) on weights: entropy of their bytes.
-SWAP_GAIN = {"source": 1.23, "awq": 1.10, "compressed-tensors": 1.10, "gguf": 1.08}
+# Measured gain of compressed swap (zram) on 4-bit weights: entropy of their bytes.
+SWAP_GAIN = 1.10
 SWAP_SOURCE = "entropy of INT4 g128 codes 1.10, Q4_K 1.05 to 1.08, FP8 1.23 (arXiv 2508.19263 has 83 % for FP8)"
 
 # Reserves. Assumed: memory of engines in addition to weights and KV cache.

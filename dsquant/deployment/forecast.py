@@ -11,20 +11,19 @@ from dsquant.deployment.engines import launch_commands
 from dsquant.deployment.facts import Fact, Range
 from dsquant.deployment.hardware import REFERENCE_MACHINES, Machine, parse_machine
 from dsquant.deployment.placement import Network, Placement, network_of, place
-from dsquant.deployment.sizes import OutputSize, output_sizes
+from dsquant.deployment.sizes import PRESETS, SOURCE, OutputSize, output_sizes
 from dsquant.deployment.statements import statements_about
 from dsquant.deployment.subject import Subject, open_subject
 from dsquant.errors import UsageError
+from dsquant.formats.table import SAFETENSORS
 from dsquant.reporting.notebook import Shown
 
 DEFAULT_CONTEXT = 32768
 # From the best quality to the worst; only these are placed on a machine.
+_PARALLEL = sorted((known for known in SAFETENSORS.values() if known.placement), key=lambda known: known.rank)
 CANDIDATES = (
-    "source",
-    "compressed-tensors quality",
-    "awq quality",
-    "compressed-tensors compact",
-    "awq compact",
+    SOURCE,
+    *(f"{known.name} {preset}" for preset in PRESETS for known in _PARALLEL),
     "gguf:Q8_0",
     "gguf:Q6_K",
     "gguf:Q5_K_M",

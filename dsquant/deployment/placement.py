@@ -89,9 +89,9 @@ def place(output: OutputSize, network: Network, machine: Machine, context: int) 
 
     `context` is in tokens of KV cache.
     """
-    if output.format.startswith("gguf:"):
-        return _place_split(output, network, machine, context)
-    return _place_parallel(output, network, machine, context)
+    assert output.placement is not None, output.name
+    placing = _place_split if output.placement == "split" else _place_parallel
+    return placing(output, network, machine, context)
 
 
 def _active_bytes(output: OutputSize, network: Network) -> tuple[float, float]:

@@ -12,15 +12,15 @@ from dsquant.formats.gguf.files import GgufFile
 from dsquant.formats.gguf.output import scalable_linears
 from dsquant.formats.gguf.target import choose_tensors, largest_whole, loadable_shapes, plan_model
 from dsquant.formats.gguf.types import FLOAT_TYPES, MIXTURES
-from dsquant.formats.safetensors import only_checkpoint
+from dsquant.formats.safetensors_target import only_checkpoint
+from dsquant.formats.table import SAFETENSORS, format_of
 from dsquant.model.kinds import kind_of
 from dsquant.pipeline.memory import FLOAT32_BYTES, conversion_memory_bytes
 from dsquant.pipeline.plan import Plan, plan_run, plan_units
 from dsquant.recipes import Recipe, gguf_recipe
 
+SOURCE = "source"
 PRESETS = ("quality", "compact")
-# Format -> the bits it can be asked for, the default first.
-BITS = {"awq": (4,), "compressed-tensors": (4, 8, 3)}
 # Only planned, never written: a recipe has to name some folder.
 NOWHERE = Path("planned")
 DEFAULTS = gguf_recipe(output=NOWHERE, type="Q4_K_M")
@@ -31,7 +31,7 @@ class OutputSize:
     """One output of dsquant, or the source."""
 
     format: str
-    """`source`, `awq`, `compressed-tensors`, or `gguf:TYPE`."""
+    """`source`, or what `--to` calls it."""
     preset: str | None
     bits: int | None
     """The value of `--bits`, where the format has a choice."""
@@ -59,6 +59,11 @@ class OutputSize:
         return self.format + (f" {self.preset}" if self.preset else "") + bits
 
     @property
+    def placement(self) -> str | None:
+        """How engines place it: `Format.placement`; those that run a format of safetensors run the source as well."""
+        return "parallel" if self.format == SOURCE else format_of(self.format).placement
+
+    @property
     def served_bytes(self) -> int:
         """Bytes that an engine loads: everything but the multi-token-prediction layer."""
         return sum(self.by_kind.values()) - self.by_kind.get("MTP", 0)
@@ -71,7 +76,7 @@ def output_sizes(subject: Subject) -> tuple[tuple[OutputSize, ...], tuple[str, .
     presets = PRESETS if any(layer.experts for layer in subject.skeleton.layers) else ("compact",)
     mtp = subject.skeleton.num_mtp_layers > 0
     copied = None
-    for name, preset, bits in ((n, p, b) for n, widths in BITS.items() for p in presets for b in widths):
+    for name, preset, bits in ((n, p, b) for n, known in SAFETENSORS.items() for p in presets for b in known.bits):
         try:
             if mtp and copied is None:
                 copied = _mtp_copied(subject, _plan(subject, name, preset, bits, "keep"))
@@ -91,7 +96,7 @@ def _source_size(subject: Subject) -> OutputSize:
     index = subject.checkpoint.index
     kinds = _by_kind(subject, ((name, info.num_bytes) for name, info in index.items()))
     mtp = "keep" if subject.skeleton.num_mtp_layers else "none"
-    return OutputSize("source", None, None, mtp, index.num_bytes, False, kinds, 0, 0, subject.servable, None)
+    return OutputSize(SOURCE, None, None, mtp, index.num_bytes, False, kinds, 0, 0, subject.servable, None)
 
 
 def _by_kind(subject: Subject, tensors: Iterable[tuple[str, int]]) -> dict[str, int]:

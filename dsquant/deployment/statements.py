@@ -14,17 +14,18 @@ Placed = Sequence[tuple[OutputSize, Placement]]
 def statements_about(machine: Machine, network: Network, placed: Placed) -> tuple[str, ...]:
     """Returns sentences on what does not fit and why, and which workarounds do not help."""
     words: list[str] = []
-    four_bits = [(size, found) for size, found in placed if size.format == "compressed-tensors" and size.bits == 4]
+    first = next((size.format for size, _ in placed if size.preset), None)
+    four_bits = [(size, found) for size, found in placed if size.format == first and size.bits == 4]
     if four_bits and all(found.kind == "none" for _, found in four_bits):
-        words.append(_four_bits_do_not_fit(machine, network, [size.served_bytes for size, _ in four_bits]))
+        words.append(_four_bits_do_not_fit(machine, network, [size for size, _ in four_bits]))
     on_disk = [(size, found) for size, found in placed if size.format == "gguf:Q4_K_M" and found.disk_bytes]
     for size, found in on_disk:
         words.append(_disk_bound(machine, size, found))
     if on_disk:
-        gain, held = SWAP_GAIN["awq"], format_size(machine.ram_bytes * SWAP_GAIN["awq"])
+        held = format_size(machine.ram_bytes * SWAP_GAIN)
         words.append(
-            f"Compressed swap (zram) does not make up for it: 4-bit weights shrink by a factor of {gain:.1f}, not 3 "
-            f"({SWAP_SOURCE}); {format_size(machine.ram_bytes)} of RAM would hold {held} of them at the "
+            f"Compressed swap (zram) does not make up for it: 4-bit weights shrink by a factor of {SWAP_GAIN:.1f}, not "
+            f"3 ({SWAP_SOURCE}); {format_size(machine.ram_bytes)} of RAM would hold {held} of them at the "
             "most, less the time to unpack them for every token."
         )
     if network.is_fp8 and any(size.format == "source" and found.kind == "gpu" for size, found in placed):
@@ -35,7 +36,8 @@ def statements_about(machine: Machine, network: Network, placed: Placed) -> tupl
     return tuple(words)
 
 
-def _four_bits_do_not_fit(machine: Machine, network: Network, sizes: list[int]) -> str:
+def _four_bits_do_not_fit(machine: Machine, network: Network, outputs: list[OutputSize]) -> str:
+    sizes = [output.served_bytes for output in outputs]
     between = f"{min(sizes) / 2**30:,.0f} to {max(sizes) / 2**30:,.0f} GiB"
     if max(sizes) < 2**30:
         between = f"{format_size(min(sizes))} to {format_size(max(sizes))}"
@@ -47,7 +49,7 @@ def _four_bits_do_not_fit(machine: Machine, network: Network, sizes: list[int]) 
         )
     way_out = "its routed experts have to lie" if network.has_experts else "part of its layers has to lie"
     return (
-        f"At 4 bits (compressed-tensors) this model takes {between}; {cards}: {way_out} in RAM or on disk, which "
+        f"At 4 bits ({outputs[0].format}) this model takes {between}; {cards}: {way_out} in RAM or on disk, which "
         "llama.cpp does."
     )
 

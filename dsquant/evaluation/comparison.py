@@ -30,6 +30,7 @@ from dsquant.evaluation.results import SCHEMA_VERSION, Candidate, Evaluation, Id
 from dsquant.evaluation.summary import layer_scores, routers_of, scores_by_text
 from dsquant.evaluation.weight_errors import by_kind, worst
 from dsquant.files.disk import remove_empty
+from dsquant.formats.decoded import DecodedWeights
 from dsquant.formats.gguf.weights import RELEASE_BYTES
 from dsquant.jobs.folder import check_name, stop_on_signals
 from dsquant.jobs.resources import check_disk, default_memory_budget, resolved_device
@@ -39,7 +40,6 @@ from dsquant.model.structure import DecoderLayer
 from dsquant.packages import PACKAGES, load, version
 from dsquant.recipes import format_size
 from dsquant.reporting.progress import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
-from dsquant.source.quantized import DecodedWeights
 from dsquant.source.vocabulary import surplus_notes
 
 MEMORY_STEP = 16 * 2**20

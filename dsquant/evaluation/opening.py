@@ -14,7 +14,7 @@ from dsquant.calibration.texts import load_tokenizer
 from dsquant.errors import InputError
 from dsquant.evaluation.gguf_candidate import check_same_network, check_same_tensors
 from dsquant.files.foreign import find_file
-from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.formats.checkpoints import format_of_config, open_checkpoint
 from dsquant.formats.gguf.checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
 from dsquant.formats.gguf.output import open_gguf
 from dsquant.formats.gguf.weights import gguf_file, gguf_parts
@@ -47,7 +47,7 @@ class Opened:
     path: str
     """As the caller gave it."""
     format: str
-    """FP8, BF16, AWQ, compressed-tensors or GGUF, with what it says about itself."""
+    """Such as FP8, BF16 or `AWQ 4 bits, groups of 128`."""
     weights: Weights
     size_bytes: int
     """Data of all its tensors, from the headers: the size that `plan` and a job's tables give a source. The files are
@@ -158,14 +158,9 @@ def _opened(path: str, checkpoint: Checkpoint) -> Opened:
 
 
 def _stored_format(checkpoint: Checkpoint) -> str:
-    quantization = checkpoint.config.get("quantization_config") or {}
-    method = quantization.get("quant_method")
-    if method == "awq":
-        return f"AWQ {quantization.get('bits', 4)} bits, groups of {quantization.get('group_size', 128)}"
-    if method == "compressed-tensors":
-        schemes = [group["weights"] for group in quantization["config_groups"].values()]
-        bits = " and ".join(str(weights["num_bits"]) for weights in schemes)
-        return f"compressed-tensors {bits} bits, groups of {schemes[0]['group_size']}"
+    known = format_of_config(checkpoint.config)
+    if known is not None:
+        return known.described(checkpoint.config["quantization_config"])
     sizes: Counter[str] = Counter()
     for info in checkpoint.index.values():
         sizes[info.dtype] += info.num_bytes

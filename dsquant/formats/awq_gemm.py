@@ -6,40 +6,97 @@ qweight int32 [I, O/8] and qzeros int32 [G, O/8] hold eight codes in each word, 
 from the lowest bits up; scales float16 [G, O]. (Layout: autoawq 0.2.9, `awq.utils.packing_utils`.)
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
-from dsquant.errors import UsageError
-from dsquant.formats.protocol import NO_CHOICE
+from dsquant.errors import InputError, UsageError
+from dsquant.formats.decoded import DecodedWeights, checked_matrix, whole_number
 from dsquant.formats.safetensors import SafetensorsFormat
 from dsquant.formats.shards import StoredTensor
 from dsquant.formats.skip_lists import skipped_modules
+from dsquant.formats.wanted import NO_CHOICE, Width
 from dsquant.kernels.packing import pack_awq, unpack_awq
-from dsquant.schemes import UNQUANTIZED, Grid, QuantizedWeight, group_size_hint
+from dsquant.packages import load
+from dsquant.schemes import Grid, QuantizedWeight, group_size_hint
+from dsquant.source.shards import ShardIndex
+from dsquant.source.weights import CPU
 
 BITS = 4
 # vLLM's and autoawq's kernels work on this many output columns at a time.
 OUT_MULTIPLE = 64
+GROUP_SIZES = (16, 32, 64, 128, 256)
+
+
+class AwqWeights(DecodedWeights):
+    """AutoAWQ's GEMM layout, decoded by autoawq."""
+
+    marker = "qweight"
+    companions = ("qzeros", "scales")
+    decoder = ("autoawq", "awq.utils.packing_utils")
+
+    def __init__(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> None:
+        """Reads bits and group size from config.json's `quantization_config`.
+
+        Raises InputError where the config is not of this layout, or tensors contradict it.
+        """
+        super().__init__(index, device)
+        version = str(quantization.get("version", "gemm")).lower()
+        if version != "gemm":
+            raise InputError(f"{index.folder}/config.json: awq version {version!r} is not supported, only 'gemm' is")
+        config = index.folder / "config.json"
+        self._bits = whole_number(config, quantization, "bits", 4, (4,))
+        self._group_size = whole_number(config, quantization, "group_size", 128, GROUP_SIZES)
+        for prefix in self._packed.values():
+            qweight = checked_matrix(index, prefix + "qweight", ("I32",), None)
+            columns, words = qweight.shape
+            groups = columns // self._group_size
+            checked_matrix(index, prefix + "qzeros", ("I32",), (groups, words))
+            checked_matrix(index, prefix + "scales", ("F16", "BF16", "F32"), (groups, words * 32 // self._bits))
+
+    def packed_shape(self, prefix: str) -> tuple[int, int]:
+        """Returns [O, I]."""
+        columns, words = self.index[prefix + "qweight"].shape
+        return words * 32 // self._bits, columns
+
+    def decode(self, prefix: str) -> torch.Tensor:
+        """Decodes through autoawq's `dequantize_gemm`, in float32."""
+        qweight, qzeros, scales = self._parts(prefix).values()
+        dequantize = load(*self.decoder).dequantize_gemm
+        return dequantize(qweight, qzeros, scales.float(), self._bits, self._group_size).T.contiguous()
 
 
 class AwqGemm(SafetensorsFormat):
     """The format `awq`."""
 
     name = "awq"
-    widths = (BITS, UNQUANTIZED)
+    help = "AutoAWQ's GEMM layout, 4 bits"
+    bits = (BITS,)
+    decoder = AwqWeights.decoder
+
+    def described(self, quantization: Mapping[str, Any]) -> str:
+        """Returns bits and group size."""
+        return f"AWQ {quantization.get('bits', 4)} bits, groups of {quantization.get('group_size', 128)}"
+
+    def decoded(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> AwqWeights:
+        """Opens the weights, decoded by autoawq."""
+        return AwqWeights(index, quantization, device)
+
+    def library(self, widths: Collection[int], mixture: bool) -> str | None:
+        """Returns transformers for dense models alone."""
+        return None if mixture else super().library(widths, mixture)
+
+    def engine_notes(self, widths: Collection[Width], mixture: bool, to_choose: bool) -> list[str]:
+        """Says what transformers does to mixtures."""
+        note = (
+            "transformers (5.24) loads a mixture in the format awq without its experts' weights: serve it by vLLM or "
+            "SGLang; for transformers take --to compressed-tensors"
+        )
+        return [note] if mixture else []
 
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Refuses other than 4 bits, and shapes that groups or kernels do not divide.
-
-        Args:
-            grid: the quantization grid.
-            shapes: linear -> [O, I].
-
-        Raises:
-            UsageError: naming the linear.
-        """
+        """Refuses other than 4 bits, and shapes that groups or kernels do not divide."""
         if grid.bits != BITS:
             raise UsageError(f"the awq format holds 4-bit weights only, not {grid.bits}; use --to compressed-tensors")
         for linear, (rows, columns) in shapes.items():
@@ -55,16 +112,7 @@ class AwqGemm(SafetensorsFormat):
                 )
 
     def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:
-        """qweight, qzeros and scales.
-
-        Args:
-            linear: its module name.
-            shape: [O, I].
-            grid: the quantization grid.
-
-        Returns:
-            Names, dtypes and shapes.
-        """
+        """Names qweight, qzeros and scales."""
         rows, columns = shape
         groups = columns // grid.group_size
         return [
@@ -74,15 +122,7 @@ class AwqGemm(SafetensorsFormat):
         ]
 
     def pack(self, linear: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """Packs the codes, the zero points and the scales.
-
-        Args:
-            linear: its module name.
-            weight: the weight.
-
-        Returns:
-            Tensor name -> tensor.
-        """
+        """Packs the codes, the zero points and the scales."""
         return {
             f"{linear}.qweight": pack_awq(weight.codes_OI),
             f"{linear}.qzeros": pack_awq(weight.zero_points_OG),
@@ -90,16 +130,7 @@ class AwqGemm(SafetensorsFormat):
         }
 
     def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
-        """Undoes `pack`.
-
-        Args:
-            linear: its module name.
-            tensors: tensor name -> tensor, as `stored` announced.
-            grid: the quantization grid.
-
-        Returns:
-            The weight.
-        """
+        """Undoes `pack`."""
         return QuantizedWeight(
             unpack_awq(tensors[f"{linear}.qweight"]),
             tensors[f"{linear}.scales"].float().T.contiguous(),
@@ -110,16 +141,7 @@ class AwqGemm(SafetensorsFormat):
     def quantization_config(
         self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE
     ) -> dict[str, Any]:
-        """AutoAWQ's config. `zero_point` is true for symmetric grids too: qzeros are there, all 8.
-
-        Args:
-            grid: the quantization grid.
-            linears: every linear of the decoder -> whether it is quantized.
-            widths: linear -> bits, where widths were chosen: 4 for all that are quantized.
-
-        Returns:
-            Plain JSON values.
-        """
+        """Returns AutoAWQ's config; `zero_point` is true for symmetric grids too: qzeros are there, all 8."""
         return {
             "quant_method": "awq",
             "bits": grid.bits,

@@ -9,48 +9,168 @@ asymmetric weight_zero_point int32 [ceil(O * B / 32), G], packed along O. (Layou
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dsquant.errors import UsageError
-from dsquant.formats.protocol import NO_CHOICE
+from dsquant.errors import InputError, UsageError
+from dsquant.formats.decoded import DecodedWeights, checked_matrix, whole_number
 from dsquant.formats.safetensors import SafetensorsFormat
 from dsquant.formats.shards import StoredTensor
 from dsquant.formats.skip_lists import ignored_modules, targets_by_width
+from dsquant.formats.wanted import NO_CHOICE, Width
 from dsquant.kernels.packing import pack_rows, unpack_rows
 from dsquant.kernels.values import WORD_BITS
-from dsquant.schemes import UNQUANTIZED, Grid, QuantizedWeight, group_size_hint
+from dsquant.packages import load
+from dsquant.schemes import Grid, QuantizedWeight, group_size_hint
+from dsquant.source.shards import ShardIndex
+from dsquant.source.weights import CPU
+
+
+def _weights_group(config: Path, group: Any) -> dict[str, Any]:
+    """Returns a config group; refuses one that does not say how weights are stored."""
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict):
+        raise InputError(f"{config}: the config group has no object 'weights', found {group!r:.80}")
+    whole_number(config, weights, "num_bits", 4, tuple(range(2, 9)))
+    if not isinstance(group.get("targets", []), list):
+        raise InputError(f"{config}: a config group's targets must be a list, found {group['targets']!r:.80}")
+    return group
+
+
+def _is_target(name: str, target: Any) -> bool:
+    """Returns whether a group's target is a module's name, or an expression that matches it."""
+    if not isinstance(target, str):
+        return False
+    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+
+
+class CompressedTensorsWeights(DecodedWeights):
+    """compressed-tensors' pack-quantized layout, decoded by compressed-tensors."""
+
+    marker = "weight_packed"
+    decoder = ("compressed-tensors", "compressed_tensors.compressors")
+
+    def __init__(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> None:
+        """Reads the scheme from config.json's `quantization_config`.
+
+        Raises InputError where the config has no groups of pack-quantized weights, groups that differ in size or kind
+        of zero point, or none for a packed linear.
+        """
+        config = index.folder / "config.json"
+        groups = quantization.get("config_groups")
+        if not isinstance(groups, dict) or not groups or quantization.get("format") != "pack-quantized":
+            raise InputError(
+                f"{config}: only compressed-tensors of format 'pack-quantized' with config groups can be read, "
+                f"found format {quantization.get('format')!r} with config_groups {groups!r:.80}"
+            )
+        self._groups = [_weights_group(config, group) for group in groups.values()]
+        alike = {
+            (group["weights"].get("group_size"), group["weights"].get("symmetric", True)) for group in self._groups
+        }
+        if len(alike) > 1:
+            raise InputError(
+                f"{config}: config groups that differ in more than bits cannot be read, found group sizes and symmetry "
+                f"{sorted(alike, key=str)}"
+            )
+        weights = self._groups[0]["weights"]
+        self._group_size = whole_number(config, weights, "group_size", 128, None)
+        zero_points = () if weights.get("symmetric", True) else ("weight_zero_point",)
+        self.companions = ("weight_scale", "weight_shape", *zero_points)
+        super().__init__(index, device)
+        self._group_of = {prefix: self._matching_group(config, prefix) for prefix in self._packed.values()}
+        for prefix in self._packed.values():
+            bits = self._bits(prefix)
+            scales = checked_matrix(index, prefix + "weight_scale", ("BF16", "F16", "F32"), None)
+            rows, groups_of_row = scales.shape
+            words = -(-groups_of_row * self._group_size * bits // 32)
+            checked_matrix(index, prefix + self.marker, ("I32",), (rows, words))
+            checked_matrix(index, prefix + "weight_shape", ("I64", "I32"), (2,))
+            for part in zero_points:
+                checked_matrix(index, prefix + part, ("I32",), (-(-rows * bits // 32), groups_of_row))
+
+    def _matching_group(self, config: Path, prefix: str) -> int:
+        """Returns the number of the group whose targets name a packed linear, or its class."""
+        name = prefix.removesuffix(".")
+        for number, group in enumerate(self._groups):
+            if any(_is_target(name, target) for target in group.get("targets", ())):
+                return number
+        for number, group in enumerate(self._groups):
+            if "Linear" in group.get("targets", ()) or len(self._groups) == 1:
+                return number
+        raise InputError(f"{config}: {name!r} is packed, but no config group has it as a target")
+
+    def _bits(self, prefix: str) -> int:
+        return int(self._groups[self._group_of[prefix]]["weights"].get("num_bits", 4))
+
+    @cached_property
+    def _schemes(self) -> list[Any]:
+        scheme = load(self.decoder[0], "compressed_tensors.quantization").QuantizationScheme
+        return [scheme.model_validate(group) for group in self._groups]
+
+    def packed_shape(self, prefix: str) -> tuple[int, int]:
+        """Returns [O, I], where I follows from the scales and the group size."""
+        groups = self.index[prefix + "weight_scale"].shape[-1]
+        return self.index[prefix + self.marker].shape[0], groups * self._group_size
+
+    def decode(self, prefix: str) -> torch.Tensor:
+        """Decodes through compressed-tensors' own decompressor, in float32."""
+        compressor = load(*self.decoder).PackedQuantizationCompressor
+        tensors = self._parts(prefix)
+        tensors["weight_scale"] = tensors["weight_scale"].float()
+        scheme = self._schemes[self._group_of[prefix]]
+        weight: torch.Tensor = compressor.decompress(tensors, scheme)["weight"]
+        return weight.float()
 
 
 class CompressedTensors(SafetensorsFormat):
     """The format `compressed-tensors`."""
 
     name = "compressed-tensors"
-    widths = (3, 4, 8, UNQUANTIZED)
+    help = "pack-quantized, 4, 8 or 3 bits"
+    bits = (4, 8, 3)
+    rank = 0
+    decoder = CompressedTensorsWeights.decoder
+
+    def described(self, quantization: Mapping[str, Any]) -> str:
+        """Returns bits and group size."""
+        schemes = [group["weights"] for group in quantization["config_groups"].values()]
+        bits = " and ".join(str(weights["num_bits"]) for weights in schemes)
+        return f"compressed-tensors {bits} bits, groups of {schemes[0]['group_size']}"
+
+    def decoded(
+        self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU
+    ) -> CompressedTensorsWeights:
+        """Opens the weights, decoded by compressed-tensors."""
+        return CompressedTensorsWeights(index, quantization, device)
 
     def default_symmetric(self, mixture: bool) -> bool | None:
-        """Whether its engines want no zero points: vLLM's mixture kernels take it only so.
-
-        Args:
-            mixture: whether the model has routed experts.
-
-        Returns:
-            True, false, or None where there is no choice.
-        """
+        """Says that vLLM's mixture kernels take it only without zero points."""
         return mixture
 
+    def engine_notes(self, widths: Collection[Width], mixture: bool, to_choose: bool) -> list[str]:
+        """Says which engines have no kernels for 3 bits."""
+        found = "the target needs linears of 3 bits" if to_choose else "linears of 3 bits"
+        note = (
+            f"{found}: compressed-tensors and transformers decode them, vLLM and SGLang have kernels for 4 and 8 bits "
+            "alone (a recent vLLM for 2 to 8)"
+        )
+        return [note] if 3 in widths else []
+
+    def mixed_notes(self, widths: Collection[Width], mixture: bool) -> list[str]:
+        """Says what transformers does to mixtures."""
+        note = (
+            f"linears have {' and '.join(map(str, sorted(widths)))} bits, by the names in config.json, which vLLM and "
+            "SGLang follow; transformers (5.24) decodes a mixture's linears as if all were alike: do not load it there"
+        )
+        return [note] if mixture else []
+
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Refuses groups that do not divide a linear, and zero points in experts.
-
-        Args:
-            grid: the quantization grid.
-            shapes: linear -> [O, I].
-
-        Raises:
-            UsageError: naming the linear.
-        """
+        """Refuses groups that do not divide a linear, and zero points in experts."""
         for linear, (rows, columns) in shapes.items():
             if columns % grid.group_size:
                 raise UsageError(
@@ -64,16 +184,7 @@ class CompressedTensors(SafetensorsFormat):
                 )
 
     def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:
-        """weight_packed, weight_scale, weight_shape, and zero points where the grid has them.
-
-        Args:
-            linear: its module name.
-            shape: [O, I].
-            grid: the quantization grid.
-
-        Returns:
-            Names, dtypes and shapes.
-        """
+        """Names weight_packed, weight_scale, weight_shape, and zero points where the grid has them."""
         rows, columns = shape
         groups = columns // grid.group_size
         tensors = [
@@ -87,15 +198,7 @@ class CompressedTensors(SafetensorsFormat):
         return tensors
 
     def pack(self, linear: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """Packs the codes, the scales and, where they vary, the zero points.
-
-        Args:
-            linear: its module name.
-            weight: the weight.
-
-        Returns:
-            Tensor name -> tensor.
-        """
+        """Packs the codes, the scales and, where they vary, the zero points."""
         tensors = {
             f"{linear}.weight_packed": pack_rows(weight.codes_OI, weight.grid.bits),
             f"{linear}.weight_scale": weight.scales_OG.to(torch.bfloat16),
@@ -107,16 +210,7 @@ class CompressedTensors(SafetensorsFormat):
         return tensors
 
     def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
-        """Undoes `pack`.
-
-        Args:
-            linear: its module name.
-            tensors: tensor name -> tensor, as `stored` announced.
-            grid: the quantization grid.
-
-        Returns:
-            The weight.
-        """
+        """Undoes `pack`."""
         rows, columns = tensors[f"{linear}.weight_shape"].tolist()
         scales_OG = tensors[f"{linear}.weight_scale"].float()
         zero_points_OG = torch.full(scales_OG.shape, grid.middle, dtype=torch.uint8)
@@ -129,16 +223,7 @@ class CompressedTensors(SafetensorsFormat):
     def quantization_config(
         self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE
     ) -> dict[str, Any]:
-        """The config that compressed-tensors 0.20 writes for weights only.
-
-        Args:
-            grid: the quantization grid.
-            linears: every linear of the decoder -> whether it is quantized.
-            widths: linear -> bits, where widths were chosen.
-
-        Returns:
-            Plain JSON values.
-        """
+        """Returns the config that compressed-tensors 0.20 writes for weights only."""
         targets = targets_by_width(widths) if widths else {grid.bits: ["Linear"]}
         groups = [_config_group(grid.with_bits(bits), names) for bits, names in targets.items()]
         return {

@@ -8,90 +8,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
+from dsquant.formats.wanted import NO_CHOICE, Choice, Choosable, Wanted, Width
 from dsquant.formats.write_behind import WriteBehind
 from dsquant.jobs.ranks import ALONE, Ranks
-from dsquant.model.skeleton import Skeleton
-from dsquant.model.structure import DecoderLayer
-from dsquant.recipes import Recipe
 from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.scan import Look, unseen
 from dsquant.source.weights import Weights
 
-Width = int | str
-"""Bits of a code, 16 for a linear that stays as it is; or a type of GGUF."""
-NO_CHOICE: Mapping[str, Any] = MappingProxyType({})
-"""Where nothing was chosen."""
-Tensors = dict[str, dict[str, list[Any]]]
-"""File in the output folder -> tensor -> dtype or type, SHA-256, and its shape."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a format is asked to plan."""
-
-    recipe: Recipe
-    name: str
-    """As `--to` has it."""
-    folder: PurePosixPath
-    """Inside the output folder; `.` where there is one format."""
-    checkpoint: Checkpoint
-    skeleton: Skeleton
-    parameters: Mapping[str, tuple[str, ...]]
-    """Unit -> its parameters, of all units that are made, in order."""
-    layers: tuple[DecoderLayer, ...]
-    """Those that are quantized."""
-    linears: frozenset[str]
-    """Those that the preset quantizes."""
-    dtypes: Mapping[str, str]
-    """Parameter -> safetensors dtype in which it is stored where it is not quantized."""
-    chosen: Mapping[str, Any] = field(default_factory=dict)
-    """Group of linears or tensor (`Choosable`) -> the width that was chosen for it."""
-
-    @property
-    def mixture(self) -> bool:
-        """Whether the network has routed experts."""
-        return any(layer.experts for layer in self.skeleton.layers)
-
-    @property
-    def num_mtp_layers(self) -> int:
-        """Multi-token-prediction layers that the output has."""
-        return 0 if self.recipe.mtp == "drop" else self.skeleton.num_mtp_layers
-
-
-@dataclass(frozen=True)
-class Choosable:
-    """Linears of a layer, or a tensor of GGUF, that get one width."""
-
-    name: str
-    layer: int
-    linears: tuple[str, ...]
-    num_bytes: Mapping[Any, int]
-    """Width -> stored bytes of all of them, with scales and zero points."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a format leaves to choose where the recipe has a target for bits or size."""
-
-    groups: tuple[Choosable, ...]
-    elements: int
-    """Weights that the mean of the bits is over."""
-    other_bytes: int
-    """Of all tensors that are in no group."""
-    fixed_bytes: int
-    """Of those in no group whose weights are among `elements`."""
-    words: str
-    """What is chosen, for messages."""
-    widths: tuple[Any, ...]
-    """What groups may get."""
-    preferred: Collection[Any] = ()
-    """Widths that engines take; others are chosen only where a target cannot be met without them."""
+Contents = dict[str, dict[str, Any]]
+"""File in the output folder -> what the record tells of it: `tensors`, each with its dtype or type, SHA-256, and shape;
+and `metadata`, what a safetensors header says of its format where that is not `pt`."""
 
 
 @dataclass(frozen=True)
@@ -298,8 +229,8 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def tensors(self, hashes: Mapping[str, str], output: Path) -> Tensors:
-        """What lies in its files.
+    def contents(self, hashes: Mapping[str, str], output: Path) -> Contents:
+        """Lists what lies in its files.
 
         Args:
             hashes: tensor -> SHA-256.
@@ -361,19 +292,30 @@ class Target(ABC):
 
 
 class Format(ABC):
-    """A way to store a model."""
+    """A way to store a model, with everything that is said of it elsewhere."""
 
     name: str
     """What `--to` calls it, up to a colon."""
+    help: str
+    """What the command line says of it."""
+    has_types = False
+    """Whether a type follows its name, behind a colon."""
     needs_texts = True
     """Whether it cannot do without calibration."""
     encoded_by_package = False
-    """Whether the package that decodes an output is needed to write it."""
+    """Whether the package that decodes an output is needed to write it, since that rounds the weights."""
     takes_ranks = True
     """Whether several processes may write one output."""
+    keeps_mtp = True
+    """Whether its engines take multi-token-prediction layers."""
+    decoder: tuple[str, str] | None = None
+    """The package that decodes an output, and the module; None where none is needed."""
+    placement: Literal["parallel", "split"] | None
+    """How `plan` places an output: every GPU holds its part of all layers (vLLM, SGLang); GPUs, RAM and disk share the
+    layers (llama.cpp); None: its engines run on machines that `plan` does not know."""
 
     def default_symmetric(self, mixture: bool) -> bool | None:
-        """Whether its engines want no zero points; None where there is no choice.
+        """Says whether its engines want no zero points.
 
         Args:
             mixture: whether the model has routed experts.
@@ -382,6 +324,31 @@ class Format(ABC):
             True, false, or None where there is no choice.
         """
         return None
+
+    def stored_type(self, type_name: str) -> str | None:
+        """Returns ggml's type of most tensors of an output; None where codes are no ggml types."""
+        return None
+
+    def engine_notes(self, widths: Collection[Width], mixture: bool, to_choose: bool) -> list[str]:
+        """Says what the engines of today do not read of an output.
+
+        Args:
+            widths: of its linears.
+            mixture: whether the model has routed experts.
+            to_choose: whether a target chooses among these widths.
+
+        Returns:
+            Sentences without a full stop.
+        """
+        return []
+
+    def mixed_notes(self, widths: Collection[Width], mixture: bool) -> list[str]:
+        """Says the same of an output whose linears have got several widths."""
+        return []
+
+    @abstractmethod
+    def serve_command(self, location: Path | str) -> str:
+        """Returns the command that serves the output at a location."""
 
     @abstractmethod
     def plan(self, wanted: Wanted) -> Target:

@@ -1,15 +1,48 @@
 """The output formats by the name that `--to` gives them, up to a colon."""
 
+from dsquant.errors import UsageError
 from dsquant.formats.awq_gemm import AwqGemm
 from dsquant.formats.compressed_tensors import CompressedTensors
 from dsquant.formats.gguf.output import Gguf
 from dsquant.formats.protocol import Format
 from dsquant.formats.safetensors import SafetensorsFormat
+from dsquant.packages import load
 
-SAFETENSORS: dict[str, SafetensorsFormat] = {"awq": AwqGemm(), "compressed-tensors": CompressedTensors()}
+SAFETENSORS: dict[str, SafetensorsFormat] = {
+    "awq": AwqGemm(),
+    "compressed-tensors": CompressedTensors(),
+}
 FORMATS: dict[str, Format] = {**SAFETENSORS, "gguf": Gguf()}
 
 
 def format_of(name: str) -> Format:
-    """The format that a name of `--to` means, such as `gguf:Q4_K_M`."""
-    return FORMATS[name.partition(":")[0]]
+    """Finds the format that a name of `--to` means.
+
+    Args:
+        name: such as `awq` or `gguf:Q4_K_M`.
+
+    Returns:
+        The format.
+
+    Raises:
+        UsageError: where there is none.
+    """
+    found = FORMATS.get(name.partition(":")[0])
+    if found is None or found.has_types != (":" in name):
+        known = (f"{key}:TYPE" if one.has_types else key for key, one in FORMATS.items())
+        raise UsageError(f"to: {name!r} is none of {', '.join(known)}")
+    return found
+
+
+def check_decoder(name: str) -> None:
+    """Imports what decodes an output: an evaluation at a job's end must not be the first to hear that it is missing.
+
+    Args:
+        name: of the format; its type may be left out.
+
+    Raises:
+        PackageError: where it cannot be imported.
+    """
+    decoder = (FORMATS.get(name) or format_of(name)).decoder
+    if decoder is not None:
+        load(*decoder)

@@ -16,7 +16,7 @@ import torch
 from dsquant.errors import InputError
 from dsquant.files.disk import sync_folder
 from dsquant.formats.protocol import Surroundings, UnitWriter
-from dsquant.formats.safetensors import ROWS_AT_ONCE, OpenCheckpoint
+from dsquant.formats.safetensors_writer import ROWS_AT_ONCE, OpenCheckpoint
 from dsquant.formats.scales import recorded_fold
 from dsquant.formats.shards import Shard, ShardFile
 from dsquant.incremental.recording import RecordedTarget, Recording, recorded_targets

@@ -5,17 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.escaping import markdown, markdown_cell
+from dsquant.formats.table import SAFETENSORS
 from dsquant.jobs.folder import RECORD_FILE
 from dsquant.precision.groups import WIDTH_COLUMNS, width_rows
 from dsquant.recipes import format_size, preset_and_steps
 from dsquant.schemes import UNQUANTIZED
-
-
-def serve_command(folder: Path | str) -> str:
-    """The command that serves an output; bfloat16, since float16 overflows in DeepSeek's deeper layers."""
-    if str(folder).endswith(".gguf"):
-        return f"llama-server -m {folder}"
-    return f"vllm serve {folder} --dtype bfloat16"
 
 
 def divergence_table(texts: dict[str, dict[str, Any]]) -> str:
@@ -48,7 +42,7 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
     Returns:
         Markdown.
     """
-    recipe, output = record["recipe"], record["outputs"][format_name]
+    recipe, output, known = record["recipe"], record["outputs"][format_name], SAFETENSORS[format_name]
     grid = output["grid"]
     kind = "symmetric" if grid["symmetric"] else "asymmetric"
     quantized = len(output["weight_errors"])
@@ -63,13 +57,13 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
     )
     tags = ["dsquant", format_name, *(f"{width}-bit" for width in sorted(chosen) or [grid["bits"]])]
     mixture = any(layer["tokens_per_expert"] for layer in record["layers"])
-    wrong = len(chosen) > 1 or (mixture and format_name == "awq")  # in transformers
-    library = "" if wrong else "library_name: transformers\n"
+    library = known.library(chosen, mixture)
+    named = f"library_name: {library}\n" if library else ""
     parts = [
-        f"---\n{library}tags:\n" + "".join(f"- {tag}\n" for tag in tags) + "---",
+        f"---\n{named}tags:\n" + "".join(f"- {tag}\n" for tag in tags) + "---",
         f"# {markdown(Path(recipe['model']).name)}, {bits} bits",
         made,
-        f"```\n{serve_command('.')}\n```",
+        f"```\n{known.serve_command('.')}\n```",
     ]
     if record.get("precision"):
         parts += ["## Widths", "Chosen by measured sensitivity, for the target in the recipe:"]

@@ -7,7 +7,7 @@ from typing import Any
 from dsquant.evaluation.divergence import ComparedModels
 from dsquant.evaluation.held_out import compare_on_texts
 from dsquant.files.disk import write_atomically
-from dsquant.formats.safetensors import CARD_FILE
+from dsquant.formats.safetensors_writer import CARD_FILE
 from dsquant.pipeline.card import model_card
 from dsquant.pipeline.kept import kept_file, kept_of
 from dsquant.pipeline.manifest import run_tensors, write_record

@@ -9,7 +9,7 @@ import torch
 
 from dsquant.calibration.texts import calibration_tokens, check_held_out, load_tokenizer
 from dsquant.errors import InputError, Interrupted, UsageError
-from dsquant.formats.checkpoints import open_checkpoint, read_text_config
+from dsquant.formats.checkpoints import format_of_config, open_checkpoint, read_text_config
 from dsquant.formats.table import format_of
 from dsquant.jobs.resources import LARGEST_DEFAULT_BUDGET, default_memory_budget, resolved_device
 from dsquant.model.families import is_mixture
@@ -117,10 +117,10 @@ def check_unquantized(checkpoint: Checkpoint) -> None:
     Raises:
         InputError: where its weights are neither FP8 nor floats.
     """
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method", "fp8")
-    if method != "fp8":
+    found = format_of_config(checkpoint.config)
+    if found is not None:
         raise InputError(
-            f"{checkpoint.folder}: the model is already quantized ({method}); start from the FP8 or BF16 release"
+            f"{checkpoint.folder}: the model is already quantized ({found.name}); start from the FP8 or BF16 release"
         )
 
 

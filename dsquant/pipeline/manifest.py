@@ -8,14 +8,14 @@ import torch
 
 from dsquant.files.disk import write_atomically
 from dsquant.files.sealing import hash_files, record_of_folder, seal
-from dsquant.formats.protocol import Tensors
+from dsquant.formats.protocol import Contents
 from dsquant.formats.scales import SCALES_FILE, open_scales, store_scales
 from dsquant.jobs.folder import RECORD_FILE, Job
 from dsquant.pipeline.kept import kept_of, scales_file
 from dsquant.pipeline.units import Run
 
 
-def run_tensors(run: Run) -> Tensors:
+def run_tensors(run: Run) -> Contents:
     """Writes the folded scales beside every output, and lists all tensors of all files.
 
     Args:
@@ -24,22 +24,23 @@ def run_tensors(run: Run) -> Tensors:
     Returns:
         Every file that holds tensors.
     """
-    found = Tensors()
+    found = Contents()
     for target in run.source.plan.targets:
-        found |= target.tensors(_hashes(run.job.journal.units, target.folder), run.job.output)
+        found |= target.contents(_hashes(run.job.journal.units, target.folder), run.job.output)
         if target.linears:
             found |= _scale_tensors(run.job, [unit.name for unit in run.source.plan.units], target.folder)
     return found
 
 
-def _scale_tensors(job: Job, units: Iterable[str], folder: PurePosixPath) -> Tensors:
+def _scale_tensors(job: Job, units: Iterable[str], folder: PurePosixPath) -> Contents:
     """Writes an output's dsquant.scales and lists what is in it."""
     scales: dict[str, torch.Tensor] = {}
     for part in kept_of((job.work / scales_file(unit) for unit in units), str(folder)):
         scales |= part
     hashes = store_scales(job.output / folder, scales)
     index = open_scales(job.output / folder)
-    return {str(folder / SCALES_FILE): {name: ["F32", hashes[name], *info.shape] for name, info in index.items()}}
+    held = {name: ["F32", hashes[name], *info.shape] for name, info in index.items()}
+    return {str(folder / SCALES_FILE): {"tensors": held}}
 
 
 def _hashes(journal: Mapping[str, Mapping[str, Any]], folder: PurePosixPath) -> dict[str, str]:
@@ -47,7 +48,7 @@ def _hashes(journal: Mapping[str, Mapping[str, Any]], folder: PurePosixPath) -> 
 
 
 def write_record(
-    output: Path, record: dict[str, Any], names: Iterable[str], tensors: Tensors, after_file: Callable[[str], None]
+    output: Path, record: dict[str, Any], names: Iterable[str], tensors: Contents, after_file: Callable[[str], None]
 ) -> dict[str, Any]:
     """Hashes every file of an output and writes its record, the last file of all.
 
@@ -68,8 +69,8 @@ def write_record(
     records = {str(folder / RECORD_FILE) for folder in (*folders, PurePosixPath("."))}
     there = [name for name in names if name not in records and (output / name).is_file()]
     files = hash_files(output, there, after_file)
-    for name, held in tensors.items():
-        files[name]["tensors"] = held
+    for name, entry in tensors.items():
+        files[name] |= entry
     for folder in sorted(folders):
         part = record_of_folder({**record, "files": files}, folder, RECORD_FILE)
         write_atomically(output / folder / RECORD_FILE, seal(part))

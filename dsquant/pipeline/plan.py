@@ -7,8 +7,9 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from dsquant.errors import UsageError
-from dsquant.formats.protocol import NO_CHOICE, Target, Wanted
+from dsquant.formats.protocol import Target
 from dsquant.formats.table import format_of
+from dsquant.formats.wanted import NO_CHOICE, Wanted
 from dsquant.model.complete import COMPUTED_SUFFIX, check_complete
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import EMBEDDING

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,10 @@ from dsquant.evaluation.divergence import Divergence
 from dsquant.files.foreign import blaming
 from dsquant.files.strict_json import read_json_object
 from dsquant.formats.protocol import Target
+from dsquant.formats.table import SAFETENSORS, format_of
 from dsquant.jobs.folder import RECORD_FILE, Job
 from dsquant.jobs.journal import BEGIN_ANEW
 from dsquant.packages import PACKAGES, version
-from dsquant.pipeline.card import serve_command
 from dsquant.pipeline.inputs import Source
 from dsquant.pipeline.units import Run
 from dsquant.precision.groups import WIDTH_COLUMNS, MixedPlan, width_rows
@@ -87,12 +88,12 @@ class Result(Shown):
         yield from (f"Note: {warning}." for warning in self.warnings)
         for name in (name for name, size in self.output_bytes.items() if size > self.source_bytes):
             reason = "its types have more bits than the original's"
-            if not name.startswith("gguf:"):
+            if not format_of(name).has_types:
                 kept = "what is not quantized (attention, embedding, head, a kept MTP layer)"
                 reason = f"{kept} lies in BF16, twice its size in FP8"
             yield f"Note: {name} is larger than the original: {reason}."
         for name, folder in self.folders.items():
-            command = serve_command(folder)
+            command = format_of(name).serve_command(folder)
             yield Text(f"{name} is in {folder}; serve it with:\n  {command}", overflow="fold", no_wrap=True)
         if not self.already_finished:
             peak = f"{format_size(self.peak_resident_bytes)} of memory"
@@ -287,7 +288,11 @@ def _unused(recipe: Recipe, mixed: MixedPlan | None, job: Job) -> list[str]:
     used = sum(entry["bytes"][str(entry["width"])] for entry in job.notes[SENSITIVITY].values())
     if used >= MOST_UNUSED * mixed.budget_bytes:
         return []
-    more = "; --to compressed-tensors has 8 bits as well" if "awq" in recipe.to else ""
+    more = ""
+    if recipe.to[0] in SAFETENSORS:
+        most = max(SAFETENSORS[recipe.to[0]].bits)
+        wider = (known for known in SAFETENSORS.values() if max(known.bits) > most)
+        more = "".join(f"; --to {known.name} has {max(known.bits)} bits as well" for known in islice(wider, 1))
     sizes = f"{format_size(used)} of {format_size(mixed.budget_bytes)}"
     return [f"{recipe.target}: what is chosen takes {sizes}, no group of linears fits into what is left{more}"]
 
@@ -341,22 +346,17 @@ def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
             f"{recipe.samples} were asked for"
         )
     mixed = source.plan.mixed
-    rounded = any(target.grid.rounded for target in source.plan.targets)
-    if 3 in ((recipe.bits,) if mixed is None else mixed.widths) and rounded:
-        found = "linears of 3 bits" if mixed is None else "the target needs linears of 3 bits"
-        words.append(
-            f"{found}: compressed-tensors and transformers decode them, vLLM and SGLang have kernels for 4 and 8 bits "
-            "alone (a recent vLLM for 2 to 8)"
-        )
-    if "awq" in recipe.to and any(layer.experts for layer in source.skeleton.layers):
-        words.append(
-            "transformers (5.24) loads a mixture in the format awq without its experts' weights: serve it by vLLM or "
-            "SGLang; for transformers take --to compressed-tensors"
-        )
+    widths = (recipe.bits,) if mixed is None else mixed.widths
+    for name in recipe.to:
+        words += format_of(name).engine_notes(widths, _is_mixture(source), mixed is not None)
     words += [note for target in source.plan.targets for note in target.notes]
     if source.skeleton.num_mtp_layers and recipe.mtp == "drop":
         words.append("the multi-token-prediction layer is dropped: engines cannot draft with it any more")
     return words
+
+
+def _is_mixture(source: Source) -> bool:
+    return any(layer.experts for layer in source.skeleton.layers)
 
 
 def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
@@ -371,11 +371,8 @@ def _warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
             f"{on}; more --samples help"
         )
     widths = set(run.source.plan.widths.values())
-    if len(widths) > 1 and any(layer.experts for layer in run.source.skeleton.layers):
-        words.append(
-            f"linears have {' and '.join(map(str, sorted(widths)))} bits, by the names in config.json, which vLLM and "
-            "SGLang follow; transformers (5.24) decodes a mixture's linears as if all were alike: do not load it there"
-        )
+    if len(widths) > 1:
+        words += format_of(run.recipe.to[0]).mixed_notes(widths, _is_mixture(run.source))
     grids = [grid for layer in layers for grid in layer.get("grids", [])]
     lost = sum(any((grid[key] or 0) > MOST_LOST for key in LAYER_ERRORS) for grid in grids)
     if lost:

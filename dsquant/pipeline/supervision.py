@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError
-from dsquant.formats.table import format_of
+from dsquant.formats.table import check_decoder, format_of
 from dsquant.jobs.folder import WORK_FOLDER, Job, StopRequest, memory_guard, open_job
 from dsquant.jobs.journal import BEGIN_ANEW
 from dsquant.jobs.ranks import ALONE, Ranks
@@ -18,7 +18,6 @@ from dsquant.packages import PACKAGES, version
 from dsquant.pipeline.memory import check_memory
 from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Limits, Progress, Report, resident_bytes
-from dsquant.source.quantized import check_decoder
 from dsquant.source.scan import Look, sampled_hash, scan, unseen
 from dsquant.source.shards import ShardIndex
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dsquant.errors import UsageError
-from dsquant.formats.protocol import Choice, Choosable
+from dsquant.formats.wanted import Choice, Choosable
 from dsquant.recipes import Recipe, format_size
 from dsquant.schemes import UNQUANTIZED
 

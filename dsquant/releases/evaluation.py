@@ -73,8 +73,8 @@ def check_evaluation(recipe: ReleaseRecipe, gates: "Gates | None") -> None:
     requested or a gate is on something that is not measured.
     """
     from dsquant.evaluation.comparison import check_request
+    from dsquant.formats.table import check_decoder
     from dsquant.packages import load
-    from dsquant.source.quantized import check_decoder
 
     load("jinja2", "jinja2")
     for step in recipe.quantize:

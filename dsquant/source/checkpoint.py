@@ -1,7 +1,7 @@
 """Opens a checkpoint: its config, and one lazy mapping from names to float32 weights.
 
 The mapping hides how the weights are stored: FP8 with block scales is dequantized on access (a weight and its scales
-may lie in different shards), BF16 is widened, AWQ and compressed-tensors are decoded by the formats' own packages.
+may lie in different shards), BF16 is widened, quantized formats are decoded by their own packages.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,6 @@ from dsquant.files.foreign import LARGEST_MODEL_TEXT_BYTES, find_file
 from dsquant.files.strict_json import read_json_object
 from dsquant.kernels.fp8 import dequantize_fp8
 from dsquant.source.fp8_blocks import SCALE_SUFFIX, scale_shape
-from dsquant.source.quantized import decoded_weights
 from dsquant.source.read_ahead import ReadAhead
 from dsquant.source.shards import ShardIndex, TensorInfo
 from dsquant.source.weights import CPU, Weights
@@ -128,22 +127,6 @@ class Checkpoint:
     def architecture(self) -> str:
         """The first entry of the config's `architectures`."""
         return str((self.config.get("architectures") or ["(none named)"])[0])
-
-
-def stored_checkpoint(
-    folder: Path, config: dict[str, Any], index: ShardIndex, notes: tuple[str, ...], device: torch.device = CPU
-) -> Checkpoint:
-    """Opens weights in the layout that the config names; raises InputError where config and tensors contradict each
-    other.
-    """
-    quantization = config.get("quantization_config") or {}
-    if not isinstance(quantization, dict):
-        raise InputError(f"{folder / CONFIG_FILE}: quantization_config must be an object, found {quantization!r:.80}")
-    method = quantization.get("quant_method")
-    if method in (None, "fp8"):
-        stored = StoredWeights(index, block_size(folder, quantization), device)
-        return Checkpoint(folder, config, index, stored, notes)
-    return Checkpoint(folder, config, index, decoded_weights(index, quantization, device), notes)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

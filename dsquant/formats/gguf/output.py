@@ -30,17 +30,14 @@ from dsquant.formats.gguf.types import BLOCKS, CANDIDATES, FLOAT_TYPES, MIXTURES
 from dsquant.formats.gguf.unit import OpenGguf
 from dsquant.formats.gguf.weights import GgufWeights
 from dsquant.formats.protocol import (
-    Choice,
-    Choosable,
+    Contents,
     Format,
     StoredFile,
     Surroundings,
     Target,
-    Tensors,
-    Wanted,
-    Width,
 )
 from dsquant.formats.scales import SCALES_FILE
+from dsquant.formats.wanted import Choice, Choosable, Wanted, Width
 from dsquant.model.families import family_of
 from dsquant.model.overlays import on_device
 from dsquant.model.skeleton import Skeleton, network_config
@@ -60,9 +57,21 @@ class Gguf(Format):
     """The format `gguf:TYPE`."""
 
     name = "gguf"
+    help = "llama.cpp's, with AWQ's scales folded in"
+    has_types = True
     needs_texts = False
     encoded_by_package = True
     takes_ranks = False
+    decoder = ("gguf", "gguf.quants")
+    placement = "split"
+
+    def stored_type(self, type_name: str) -> str | None:
+        """Returns the type of most of a mixture's tensors."""
+        return MIXTURES[type_name][0]
+
+    def serve_command(self, location: Path | str) -> str:
+        """Returns llama.cpp's command."""
+        return f"llama-server -m {location}"
 
     def plan(self, wanted: Wanted) -> "GgufTarget":
         """Plans every tensor and file.
@@ -276,7 +285,7 @@ class GgufTarget(Target):
         """
         return open_gguf(output / self.location, checkpoint)
 
-    def tensors(self, hashes: Mapping[str, str], output: Path) -> Tensors:
+    def contents(self, hashes: Mapping[str, str], output: Path) -> Contents:
         """What lies in the files and in the importance matrix.
 
         Args:
@@ -286,7 +295,7 @@ class GgufTarget(Target):
         Returns:
             Their entries for the record.
         """
-        found: Tensors = {
+        found = {
             str(self.folder / file.file_name): {
                 tensor.name: [tensor.type_name, hashes[tensor.name], *tensor.shape] for tensor in file.tensors
             }
@@ -294,7 +303,7 @@ class GgufTarget(Target):
         }
         if (output / self.folder / IMATRIX_FILE).is_file():
             found[str(self.folder / IMATRIX_FILE)] = stored_tensors(output / self.folder / IMATRIX_FILE)
-        return found
+        return {name: {"tensors": held} for name, held in found.items()}
 
     def recorded(self, errors: Mapping[str, float]) -> dict[str, Any]:
         """What the record tells of it.

@@ -1,0 +1,143 @@
+"""One checkpoint of safetensors shards, planned from headers to the byte."""
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from dsquant.errors import UsageError
+from dsquant.formats.protocol import Contents, StoredFile, Surroundings, Target
+from dsquant.formats.safetensors_writer import CARD_FILE, OpenCheckpoint
+from dsquant.formats.scales import SCALES_FILE
+from dsquant.formats.shards import ShardPlan
+from dsquant.formats.wanted import Choice, Choosable, Wanted
+from dsquant.model.structure import linear_groups
+from dsquant.schemes import UNQUANTIZED
+from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
+from dsquant.source.shards import INDEX_FILE, read_index, tensor_bytes
+from dsquant.source.weights import Weights
+
+if TYPE_CHECKING:
+    from dsquant.formats.safetensors import SafetensorsFormat
+
+# What vLLM's and SGLang's kernels take; other widths are chosen only where a target cannot be met without them.
+STOCK_WIDTHS = (4, 8, UNQUANTIZED)
+
+
+def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Returns a linear's [O, I]."""
+    return shape[0], shape[1]
+
+
+@dataclass(frozen=True)
+class SafetensorsTarget(Target):
+    """One checkpoint to write."""
+
+    format: "SafetensorsFormat"
+    shards: ShardPlan
+    dtypes: Mapping[str, str]
+    """Parameter -> safetensors dtype in which it is stored where it is not quantized."""
+    config: Mapping[str, Any]
+    """The content of config.json."""
+    copied: tuple[str, ...]
+    """The source's files that the output gets as they are."""
+    chosen: Mapping[str, int] = field(default_factory=dict)
+    """Quantized linear -> bits, where widths were chosen."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all shards."""
+        return self.shards.num_bytes
+
+    @property
+    def location(self) -> PurePosixPath:
+        """The folder itself."""
+        return self.folder
+
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """Quantized linear -> bits, where widths were chosen; else all have the grid's."""
+        return self.chosen
+
+    def file_names(self) -> list[str]:
+        """Shards, index, config, card, scales, and what is copied."""
+        names = [shard.file_name for shard in self.shards.shards]
+        return [*names, *self.copied, CONFIG_FILE, INDEX_FILE, CARD_FILE, SCALES_FILE]
+
+    def open(self, surroundings: Surroundings, resumed: bool) -> OpenCheckpoint:
+        """Opens nothing yet: each unit has its own shards."""
+        return OpenCheckpoint(self, surroundings)
+
+    def finished_files(self, output: Path, units: Sequence[str], tensors: Collection[str]) -> Iterable[StoredFile]:
+        """Lists the shards of finished units."""
+        for shard in (shard for unit in units for shard in self.shards.shards_of(unit)):
+            places, offset = {}, len(shard.header)
+            for tensor in shard.tensors:
+                places[tensor.name] = (offset, tensor.num_bytes)
+                offset += tensor.num_bytes
+            yield StoredFile(output / self.folder / shard.file_name, shard.header, shard.num_bytes, places)
+
+    def candidate(self, output: Path, checkpoint: Checkpoint) -> Weights:
+        """Opens the finished checkpoint's weights, on the original's device."""
+        index = read_index(output / self.folder)
+        return self.format.decoded(index, self.config["quantization_config"], checkpoint.weights.device)
+
+    def contents(self, hashes: Mapping[str, str], output: Path) -> Contents:
+        """Lists what lies in the shards."""
+        return {
+            str(self.folder / shard.file_name): {
+                "tensors": {tensor.name: [tensor.dtype, hashes[tensor.name], *tensor.shape] for tensor in shard.tensors}
+            }
+            for shard in self.shards.shards
+        }
+
+    def recorded(self, errors: Mapping[str, float]) -> dict[str, Any]:
+        """Returns sizes, the grid and the errors of weights."""
+        return {
+            "folder": str(self.folder),
+            "bytes": self.num_bytes,
+            "grid": vars(self.grid),
+            "weight_errors": dict(errors),
+        }
+
+    def choice(self, wanted: Wanted) -> Choice:
+        """Offers a width for each group of linears that engines fuse or that share their scales."""
+        if wanted.recipe.mtp == "quantize":
+            raise UsageError(
+                f"{wanted.recipe.target}: no width is chosen for a multi-token-prediction layer; take --mtp keep or "
+                "drop"
+            )
+        shapes = {linear: matrix(wanted.checkpoint.weights.shape(f"{linear}.weight")) for linear in wanted.linears}
+
+        def size(linear: str, width: int) -> int:
+            if width == UNQUANTIZED:
+                return tensor_bytes(wanted.dtypes[f"{linear}.weight"], shapes[linear])
+            stored = self.format.stored(linear, shapes[linear], self.grid.with_bits(width))
+            return sum(tensor.num_bytes for tensor in stored)
+
+        groups = tuple(
+            Choosable(name, layer.index, inside, {w: sum(size(one, w) for one in inside) for w in self.format.widths})
+            for layer in wanted.layers
+            for name, inside in linear_groups(layer, wanted.linears).items()
+        )
+        parameters = [name for names in wanted.parameters.values() for name in names]
+        rest = [name for name in parameters if name.removesuffix(".weight") not in wanted.linears]
+        others = sum(tensor_bytes(wanted.dtypes[name], wanted.checkpoint.weights.shape(name)) for name in rest)
+        widths = ", ".join(f"{width} bits" for width in self.format.widths if width != UNQUANTIZED)
+        return Choice(
+            groups,
+            elements=sum(math.prod(shape) for shape in shapes.values()),
+            other_bytes=others,
+            fixed_bytes=0,
+            words=f"{self.format.name} with {widths} or BF16 for what preset {wanted.recipe.preset} quantizes",
+            widths=self.format.widths,
+            preferred=STOCK_WIDTHS,
+        )
+
+
+def only_checkpoint(targets: Sequence[Target]) -> SafetensorsTarget:
+    """The only output of a plan, a checkpoint."""
+    (target,) = targets
+    assert isinstance(target, SafetensorsTarget), target.name
+    return target

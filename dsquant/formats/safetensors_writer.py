@@ -1,0 +1,109 @@
+"""Writes a checkpoint of safetensors shards, unit by unit."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dsquant.files.disk import PARTIAL, copy_file, naming, write_atomically
+from dsquant.formats.protocol import OpenTarget, Surroundings, UnitWriter
+from dsquant.formats.shards import ShardFile, write_index
+from dsquant.schemes import QuantizedWeight
+from dsquant.source.checkpoint import CONFIG_FILE
+from dsquant.source.shards import DTYPES
+
+if TYPE_CHECKING:
+    from dsquant.formats.safetensors_target import SafetensorsTarget
+
+CARD_FILE = "README.md"
+# Tables are copied in parts of this many rows: a multiple of the FP8 block, 112 MiB for R1's embedding.
+ROWS_AT_ONCE = 4096
+
+
+class ShardWriter(UnitWriter):
+    """Writes one unit's tensors into its shards."""
+
+    def __init__(
+        self, target: "SafetensorsTarget", surroundings: Surroundings, unit: str, parameters: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        self._target, self._surroundings, self._parameters = target, surroundings, parameters
+        begins, folder = surroundings.ranks.first, surroundings.output / target.folder
+        self._shards = [ShardFile(folder, shard, begins) for shard in target.shards.shards_of(unit)]
+        self._shard_of = {tensor.name: shard for shard in self._shards for tensor in shard.plan.tensors}
+        self._written: set[str] = set()
+
+    def write(self, name: str, value: QuantizedWeight | torch.Tensor) -> None:
+        """Writes a linear's quantized weight, or a parameter's values in its planned dtype."""
+        if isinstance(value, QuantizedWeight):
+            for stored_name, tensor in self._target.format.pack(name, value).items():
+                self._write_rows(stored_name, 0, tensor)
+            self._written.add(f"{name}.weight")
+            return
+        self._write_rows(name, 0, value.to(DTYPES[self._target.dtypes[name]]))
+        self._written.add(name)
+
+    def _write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
+        shard, behind = self._shard_of[name], self._surroundings.write_behind
+        if behind is not None:  # all of a shard in one thread
+            behind.write(rows, partial(shard.write_rows, name, start))
+        else:
+            shard.write_rows(name, start, rows)
+        self.bytes_written += rows.nbytes
+
+    def copy_rest(self, safe_point: Callable[[str], None]) -> None:
+        """Copies the unit's parameters that nothing has changed, in parts of bounded size."""
+        weights, ranks = self._surroundings.checkpoint.weights, self._surroundings.ranks
+        written = set[str]().union(*ranks.gather(self._written))
+        rest = [name for name in self._parameters if name not in written]
+        for name in rest[ranks.rank :: ranks.size]:
+            safe_point(name)
+            dtype, num_rows = DTYPES[self._target.dtypes[name]], weights.shape(name)[0]
+            for start in range(0, num_rows, ROWS_AT_ONCE):
+                rows = weights.rows(name, start, min(start + ROWS_AT_ONCE, num_rows))
+                self._write_rows(name, start, rows.to(dtype))
+
+    def commit(self) -> dict[str, str]:
+        """Brings every shard to disk under its final name; returns tensor name -> SHA-256."""
+        if self._surroundings.write_behind is not None:
+            self._surroundings.write_behind.wait()
+        own = [shard.sync() for shard in self._shards]
+        found = [hashes for part in self._surroundings.ranks.gather(own) for hashes in part]
+        hashes = {name: digest for hashes in found for name, digest in hashes.items()}
+        for shard in self._shards:
+            shard.publish(hashes)
+        return {tensor.name: hashes[tensor.name] for shard in self._shards for tensor in shard.plan.tensors}
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        if self._surroundings.write_behind is not None:
+            self._surroundings.write_behind.drop()
+        for shard in self._shards:
+            shard.discard()
+
+
+class OpenCheckpoint(OpenTarget):
+    """A checkpoint that is being written."""
+
+    def __init__(self, target: "SafetensorsTarget", surroundings: Surroundings) -> None:
+        self.target = target
+        self._surroundings = surroundings
+        self._folder = surroundings.output / target.folder
+
+    def unit(self, name: str, parameters: tuple[str, ...]) -> ShardWriter:
+        """Begins a unit's shards."""
+        self._folder.mkdir(exist_ok=True)
+        return ShardWriter(self.target, self._surroundings, name, parameters)
+
+    def finish(self, kept: Iterable[Mapping[str, torch.Tensor]], calibration: Mapping[str, Any] | None) -> None:
+        """Writes what makes the shards a checkpoint: config, index, and what is copied."""
+        for name in self.target.copied:
+            partial_file = self._folder / (name + PARTIAL)
+            with naming(self._folder / name):
+                copy_file(self._surroundings.checkpoint.folder / name, partial_file)
+            partial_file.replace(self._folder / name)
+        content = json.dumps(self.target.config, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self._folder / CONFIG_FILE, content.encode())
+        write_index(self._folder, self.target.shards)

@@ -1,0 +1,80 @@
+"""What a format is asked to plan, and what it leaves to choose."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from types import MappingProxyType
+from typing import Any
+
+from dsquant.model.skeleton import Skeleton
+from dsquant.model.structure import DecoderLayer
+from dsquant.recipes import Recipe
+from dsquant.source.checkpoint import Checkpoint
+
+Width = int | str
+"""Bits of a code, 16 for a linear that stays as it is; or a type of GGUF."""
+NO_CHOICE: Mapping[str, Any] = MappingProxyType({})
+"""Where nothing was chosen."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a format is asked to plan."""
+
+    recipe: Recipe
+    name: str
+    """As `--to` has it."""
+    folder: PurePosixPath
+    """Inside the output folder; `.` where there is one format."""
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    parameters: Mapping[str, tuple[str, ...]]
+    """Unit -> its parameters, of all units that are made, in order."""
+    layers: tuple[DecoderLayer, ...]
+    """Those that are quantized."""
+    linears: frozenset[str]
+    """Those that the preset quantizes."""
+    dtypes: Mapping[str, str]
+    """Parameter -> safetensors dtype in which it is stored where it is not quantized."""
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+    """Group of linears or tensor (`Choosable`) -> the width that was chosen for it."""
+
+    @property
+    def mixture(self) -> bool:
+        """Whether the network has routed experts."""
+        return any(layer.experts for layer in self.skeleton.layers)
+
+    @property
+    def num_mtp_layers(self) -> int:
+        """Multi-token-prediction layers that the output has."""
+        return 0 if self.recipe.mtp == "drop" else self.skeleton.num_mtp_layers
+
+
+@dataclass(frozen=True)
+class Choosable:
+    """Linears of a layer, or a tensor of GGUF, that get one width."""
+
+    name: str
+    layer: int
+    linears: tuple[str, ...]
+    num_bytes: Mapping[Any, int]
+    """Width -> stored bytes of all of them, with scales and zero points."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a format leaves to choose where the recipe has a target for bits or size."""
+
+    groups: tuple[Choosable, ...]
+    elements: int
+    """Weights that the mean of the bits is over."""
+    other_bytes: int
+    """Of all tensors that are in no group."""
+    fixed_bytes: int
+    """Of those in no group whose weights are among `elements`."""
+    words: str
+    """What is chosen, for messages."""
+    widths: tuple[Any, ...]
+    """What groups may get."""
+    preferred: Collection[Any] = ()
+    """Widths that engines take; others are chosen only where a target cannot be met without them."""
