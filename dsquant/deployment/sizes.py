@@ -78,6 +78,10 @@ def output_sizes(subject: Subject) -> tuple[tuple[OutputSize, ...], tuple[str, .
     copied = None
     for name, preset, bits in ((n, p, b) for n, known in SAFETENSORS.items() for p in presets for b in known.bits):
         try:
+            if not SAFETENSORS[name].keeps_mtp:
+                plan = _plan(subject, name, preset, bits, "drop")
+                sizes.append(replace(_safetensors_size(subject, plan, preset, "drop"), mtp="drop" if mtp else "none"))
+                continue
             if mtp and copied is None:
                 copied = _mtp_copied(subject, _plan(subject, name, preset, bits, "keep"))
             plan = _plan(subject, name, preset, bits, "quantize")
@@ -125,7 +129,7 @@ def _safetensors_sizes(
     subject: Subject, plan: Plan, preset: str, copied: tuple[int, int] | None
 ) -> Iterator[OutputSize]:
     """Yields the sizes for each handling of the MTP layer, which affects only its own shards."""
-    quantized = _safetensors_size(subject, plan, preset)
+    quantized = _safetensors_size(subject, plan, preset, "quantize")
     if copied is None:
         yield replace(quantized, mtp="none", command=_awq_command(subject, plan, preset, "keep"))
         return
@@ -146,21 +150,21 @@ def _plan(subject: Subject, name: str, preset: str, bits: int, mtp: str) -> Plan
     return plan_run(recipe, subject.checkpoint, subject.skeleton)
 
 
-def _safetensors_size(subject: Subject, plan: Plan, preset: str) -> OutputSize:
+def _safetensors_size(subject: Subject, plan: Plan, preset: str, mtp: str) -> OutputSize:
     target = only_checkpoint(plan.targets)
     tensors = ((tensor.name, tensor.num_bytes) for shard in target.shards.shards for tensor in shard.tensors)
     return OutputSize(
         format=target.format.name,
         preset=preset,
         bits=target.grid.bits,
-        mtp="quantize",
+        mtp=mtp,
         num_bytes=target.shards.num_bytes,
         exact=subject.has_headers,
         by_kind=_by_kind(subject, tensors),
         memory_bytes=plan.memory_bytes,
         work_bytes=plan.work_bytes,
         folder=_awq_folder(subject, plan, preset),
-        command=_awq_command(subject, plan, preset, "quantize"),
+        command=_awq_command(subject, plan, preset, mtp),
     )
 
 

@@ -146,7 +146,7 @@ def _check_packages(inputs: _Inputs) -> None:
     """Loads the packages that the last steps need, so that a missing one is found before the work begins."""
     _versions()
     for model in inputs.opened:
-        if isinstance(model.weights, DecodedWeights):
+        if isinstance(model.weights, DecodedWeights) and model.weights.decoder is not None:
             load(*model.weights.decoder)
     if inputs.plan is not None:
         load("sacrebleu", "sacrebleu")

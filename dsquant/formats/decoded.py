@@ -45,8 +45,8 @@ class DecodedWeights(Weights):
     """The ending of the tensor that marks a packed linear."""
     companions: tuple[str, ...]
     """The endings of the other tensors that decoding needs."""
-    decoder: tuple[str, str]
-    """The package that decodes it, and the module."""
+    decoder: tuple[str, str] | None
+    """The package that decodes it, and the module; None where none is needed."""
 
     def __init__(self, index: ShardIndex, device: torch.device) -> None:
         """Finds the packed linears; raises InputError where one lacks one of its tensors."""

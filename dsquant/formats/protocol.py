@@ -77,7 +77,7 @@ class UnitWriter(ABC):
 
     @property
     def kept(self) -> Mapping[str, torch.Tensor]:
-        """What `OpenTarget.finish` needs of the unit, for the work folder."""
+        """Tensors that `OpenTarget.finish` needs of the unit, for the work folder."""
         return {}
 
 
@@ -86,15 +86,7 @@ class OpenTarget(ABC):
 
     @abstractmethod
     def unit(self, name: str, parameters: tuple[str, ...]) -> UnitWriter:
-        """Begins a unit.
-
-        Args:
-            name: of the unit.
-            parameters: its parameters.
-
-        Returns:
-            Its writer.
-        """
+        """Begins a unit with these parameters."""
 
     @abstractmethod
     def finish(self, kept: Iterable[Mapping[str, torch.Tensor]], calibration: Mapping[str, Any] | None) -> None:
@@ -146,7 +138,7 @@ class Target(ABC):
     @property
     @abstractmethod
     def location(self) -> PurePosixPath:
-        """What engines are given: the folder, or a file in it."""
+        """The path that engines are given: the folder, or a file in it."""
 
     @property
     def storing_bytes(self) -> int:
@@ -160,7 +152,7 @@ class Target(ABC):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What a job notes and records of how this output is made; a resumed job must find the same."""
+        """Notes of how this output is made, for job and record; a resumed job must find the same."""
         return {}
 
     @property
@@ -170,18 +162,12 @@ class Target(ABC):
 
     @property
     def details(self) -> Mapping[str, str]:
-        """What a preview tells of it."""
+        """Rows of a preview."""
         return {}
 
     def look(self, checkpoint: Checkpoint) -> Look:
-        """Gives what looks at the source while it is hashed.
-
-        Args:
-            checkpoint: the source.
-
-        Returns:
-            What gets every tensor of the source; raises InputError where the output cannot hold its values.
-        """
+        """Returns what sees every tensor of the source while it is hashed, and raises InputError where one is out of
+        the output's range."""
         return unseen
 
     @abstractmethod
@@ -205,7 +191,7 @@ class Target(ABC):
 
     @abstractmethod
     def finished_files(self, output: Path, units: Sequence[str], tensors: Collection[str]) -> Iterable[StoredFile]:
-        """What finished units have left.
+        """Lists what finished units have left.
 
         Args:
             output: the job's output folder.
@@ -218,15 +204,7 @@ class Target(ABC):
 
     @abstractmethod
     def candidate(self, output: Path, checkpoint: Checkpoint) -> Weights:
-        """Reads the finished output back, for the comparison with the original.
-
-        Args:
-            output: the job's output folder.
-            checkpoint: the original.
-
-        Returns:
-            The weights.
-        """
+        """Reads the finished output back from the job's folder, for the comparison with the original checkpoint."""
 
     @abstractmethod
     def contents(self, hashes: Mapping[str, str], output: Path) -> Contents:
@@ -242,7 +220,7 @@ class Target(ABC):
 
     @abstractmethod
     def recorded(self, errors: Mapping[str, float]) -> dict[str, Any]:
-        """What the record tells of it.
+        """Returns what the record tells of it.
 
         Args:
             errors: linear or parameter -> the relative error of its weight.
@@ -253,7 +231,7 @@ class Target(ABC):
 
     @abstractmethod
     def choice(self, wanted: Wanted) -> Choice:
-        """What a target for bits or size leaves to choose.
+        """Lists what a target for bits or size leaves to choose.
 
         Args:
             wanted: what was planned.
@@ -274,7 +252,7 @@ class Target(ABC):
         weight_OI: torch.Tensor,
         importance: Mapping[str, tuple[torch.Tensor, int]],
     ) -> torch.Tensor:
-        """A linear's weight once it is stored at a width, where the format rounds itself.
+        """Returns a linear's weight once it is stored at a width, where the format rounds itself.
 
         Args:
             checkpoint: the source.

@@ -4,9 +4,9 @@ A format of this kind is `pack`, its inverse, the reader that evaluations use, a
 """
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from dsquant.formats.protocol import Format
 from dsquant.formats.safetensors_target import SafetensorsTarget, matrix
 from dsquant.formats.shards import StoredTensor, plan_shards
 from dsquant.formats.wanted import NO_CHOICE, Wanted
-from dsquant.model.structure import linear_groups
+from dsquant.model.structure import DecoderLayer, linear_groups
 from dsquant.schemes import UNQUANTIZED, Grid, QuantizedWeight
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU, Weights
@@ -30,9 +30,13 @@ DROPPED_KEYS = ("quantization_config", "auto_map")
 class SafetensorsFormat(Format):
     """A way to store quantized linears in safetensors."""
 
-    placement = "parallel"
+    placement: Literal["parallel", "split"] | None = "parallel"
     bits: tuple[int, ...]
     """Of the codes that it can hold, the default first."""
+    metadata = "pt"
+    """What its shards' headers say of the tensors' layout."""
+    config_keys: tuple[str, ...] = ("quantization_config",)
+    """Of config.json, that hold its words for what is quantized."""
     rank = 1
     """Where `plan` names it among formats of one preset, which lose alike."""
 
@@ -134,6 +138,21 @@ class SafetensorsFormat(Format):
             Plain JSON values.
         """
 
+    def stack_of(self, tensor: str) -> tuple[str, int] | None:
+        """Returns the stored tensor that a parameter, or one of `stored`, is a part of, and its place there.
+
+        Args:
+            tensor: its name.
+
+        Returns:
+            A stack of tensors of one shape, and the place; None where it is stored by itself.
+        """
+        return None
+
+    def quantizable(self, wanted: Wanted) -> frozenset[str]:
+        """Returns those of the preset's linears that its engines take quantized."""
+        return wanted.linears
+
     def default_symmetric(self, mixture: bool) -> bool | None:
         """Says that its engines take zero points."""
         return False
@@ -149,9 +168,10 @@ class SafetensorsFormat(Format):
         if symmetric is None:
             symmetric = bool(self.default_symmetric(wanted.mixture))
         grid = Grid(recipe.bits, recipe.group_size, symmetric)
-        groups = _groups(wanted) if wanted.chosen else {}
-        widths = {linear: int(wanted.chosen[name]) for name, linears in groups.items() for linear in linears}
-        linears = wanted.linears.difference(linear for linear, width in widths.items() if width == UNQUANTIZED)
+        linears = self.quantizable(wanted)
+        groups = _groups(wanted.layers, linears) if wanted.chosen else {}
+        widths = {linear: int(wanted.chosen[name]) for name, inside in groups.items() for linear in inside}
+        linears = linears.difference(linear for linear, width in widths.items() if width == UNQUANTIZED)
         shapes = {linear: matrix(weights.shape(f"{linear}.weight")) for linear in sorted(linears)}
         self.check(grid, shapes)
 
@@ -161,17 +181,21 @@ class SafetensorsFormat(Format):
                 return self.stored(linear, shapes[linear], grid.with_bits(widths.get(linear, grid.bits)))
             return [StoredTensor(parameter, wanted.dtypes[parameter], weights.shape(parameter))]
 
-        tensors = [
-            (unit, [tensor for parameter in parameters for tensor in stored(parameter)])
-            for unit, parameters in wanted.parameters.items()
-        ]
+        stacks: dict[str, tuple[str, ...]] = {}
+        tensors = []
+        for unit, parameters in wanted.parameters.items():
+            parts = [tensor for parameter in parameters for tensor in stored(parameter)]
+            stacked, found = _stacked(self, parts)
+            tensors.append((unit, stacked))
+            stacks |= found
         return SafetensorsTarget(
             name=wanted.name,
             folder=wanted.folder,
             grid=grid,
             linears=linears,
             format=self,
-            shards=plan_shards(tensors, recipe.max_shard_bytes),
+            shards=plan_shards(tensors, recipe.max_shard_bytes, self.metadata),
+            stacks=stacks,
             dtypes=wanted.dtypes,
             config=_config(wanted, self, grid, linears, {linear: widths[linear] for linear in shapes if widths}),
             copied=tuple(copied_files(wanted.checkpoint.folder)),
@@ -194,9 +218,29 @@ def copied_files(folder: Path) -> list[str]:
     return [name for name in COPIED if find_file(folder, name) is not None]
 
 
-def _groups(wanted: Wanted) -> dict[str, tuple[str, ...]]:
+def _groups(layers: Iterable[DecoderLayer], quantizable: Collection[str]) -> dict[str, tuple[str, ...]]:
     """The groups of linears that get one width, of all layers."""
-    return {name: linears for layer in wanted.layers for name, linears in linear_groups(layer, wanted.linears).items()}
+    return {name: inside for layer in layers for name, inside in linear_groups(layer, quantizable).items()}
+
+
+def _stacked(
+    known: SafetensorsFormat, parts: Iterable[StoredTensor]
+) -> tuple[list[StoredTensor], dict[str, tuple[str, ...]]]:
+    """A unit's tensors with stacks in place of what lies in them, and stack -> its tensors in order."""
+    places: dict[str, dict[int, StoredTensor]] = {}
+    stored: dict[str, StoredTensor] = {}
+    for part in parts:
+        stack, place = known.stack_of(part.name) or (part.name, None)
+        if place is not None:
+            places.setdefault(stack, {})[place] = part
+            part = StoredTensor(stack, part.dtype, (len(places[stack]), *part.shape))
+        stored[stack] = part
+    for stack, held in places.items():
+        assert sorted(held) == list(range(len(held))), f"{stack}: parts {sorted(held)}"
+        assert len({(part.dtype, part.shape) for part in held.values()}) == 1, f"{stack}: parts of several shapes"
+    return list(stored.values()), {
+        stack: tuple(held[place].name for place in range(len(held))) for stack, held in places.items()
+    }
 
 
 def _config(
@@ -209,5 +253,5 @@ def _config(
         config[wanted.skeleton.family.mtp_key] = 0
         layers = layers[: wanted.skeleton.num_layers]
     quantized = {linear: linear in linears for layer in layers for linear in layer.linears}
-    config["quantization_config"] = output_format.quantization_config(grid, quantized, widths)
-    return config
+    words = output_format.quantization_config(grid, quantized, widths)
+    return config | dict.fromkeys(output_format.config_keys, words)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,15 @@ class SafetensorsTarget(Target):
     """The content of config.json."""
     copied: tuple[str, ...]
     """The source's files that the output gets as they are."""
+    stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Stored tensor -> the tensors that lie in it one behind the other."""
     chosen: Mapping[str, int] = field(default_factory=dict)
     """Quantized linear -> bits, where widths were chosen."""
+
+    @cached_property
+    def place_of(self) -> Mapping[str, tuple[str, int]]:
+        """Tensor -> the stack that it lies in, and where."""
+        return {part: (stack, place) for stack, parts in self.stacks.items() for place, part in enumerate(parts)}
 
     @property
     def num_bytes(self) -> int:
@@ -87,7 +95,10 @@ class SafetensorsTarget(Target):
         """Lists what lies in the shards."""
         return {
             str(self.folder / shard.file_name): {
-                "tensors": {tensor.name: [tensor.dtype, hashes[tensor.name], *tensor.shape] for tensor in shard.tensors}
+                "tensors": {
+                    tensor.name: [tensor.dtype, hashes[tensor.name], *tensor.shape] for tensor in shard.tensors
+                },
+                **({} if shard.metadata == "pt" else {"metadata": shard.metadata}),
             }
             for shard in self.shards.shards
         }
@@ -108,7 +119,8 @@ class SafetensorsTarget(Target):
                 f"{wanted.recipe.target}: no width is chosen for a multi-token-prediction layer; take --mtp keep or "
                 "drop"
             )
-        shapes = {linear: matrix(wanted.checkpoint.weights.shape(f"{linear}.weight")) for linear in wanted.linears}
+        quantizable = self.format.quantizable(wanted)
+        shapes = {linear: matrix(wanted.checkpoint.weights.shape(f"{linear}.weight")) for linear in quantizable}
 
         def size(linear: str, width: int) -> int:
             if width == UNQUANTIZED:
@@ -119,10 +131,10 @@ class SafetensorsTarget(Target):
         groups = tuple(
             Choosable(name, layer.index, inside, {w: sum(size(one, w) for one in inside) for w in self.format.widths})
             for layer in wanted.layers
-            for name, inside in linear_groups(layer, wanted.linears).items()
+            for name, inside in linear_groups(layer, quantizable).items()
         )
         parameters = [name for names in wanted.parameters.values() for name in names]
-        rest = [name for name in parameters if name.removesuffix(".weight") not in wanted.linears]
+        rest = [name for name in parameters if name.removesuffix(".weight") not in quantizable]
         others = sum(tensor_bytes(wanted.dtypes[name], wanted.checkpoint.weights.shape(name)) for name in rest)
         widths = ", ".join(f"{width} bits" for width in self.format.widths if width != UNQUANTIZED)
         return Choice(

@@ -46,11 +46,12 @@ class ShardWriter(UnitWriter):
         self._written.add(name)
 
     def _write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
-        shard, behind = self._shard_of[name], self._surroundings.write_behind
+        stored, place = self._target.place_of.get(name, (name, None))
+        shard, behind = self._shard_of[stored], self._surroundings.write_behind
         if behind is not None:  # all of a shard in one thread
-            behind.write(rows, partial(shard.write_rows, name, start))
+            behind.write(rows, partial(shard.write_rows, stored, start, place=place))
         else:
-            shard.write_rows(name, start, rows)
+            shard.write_rows(stored, start, rows, place)
         self.bytes_written += rows.nbytes
 
     def copy_rest(self, safe_point: Callable[[str], None]) -> None:
@@ -69,12 +70,14 @@ class ShardWriter(UnitWriter):
         """Brings every shard to disk under its final name; returns tensor name -> SHA-256."""
         if self._surroundings.write_behind is not None:
             self._surroundings.write_behind.wait()
-        own = [shard.sync() for shard in self._shards]
-        found = [hashes for part in self._surroundings.ranks.gather(own) for hashes in part]
-        hashes = {name: digest for hashes in found for name, digest in hashes.items()}
-        for shard in self._shards:
-            shard.publish(hashes)
-        return {tensor.name: hashes[tensor.name] for shard in self._shards for tensor in shard.plan.tensors}
+        ranks = self._surroundings.ranks
+        written = ranks.gather([shard.sync() for shard in self._shards])
+
+        def publish() -> dict[str, str]:
+            parts = zip(self._shards, *written, strict=True)
+            return {name: found for shard, *own in parts for name, found in shard.publish(*own).items()}
+
+        return ranks.once(publish)
 
     def discard(self) -> None:
         """Removes what was written."""

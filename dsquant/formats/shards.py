@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from dsquant.source.shards import DTYPE_NAMES, INDEX_FILE, tensor_bytes
 ALIGNMENT = 8
 # So many bytes are written before the disk is told to begin with them.
 BEGIN_AT = 64 * 2**20
+BYTES_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ class Shard:
     file_name: str
     unit: str
     tensors: tuple[StoredTensor, ...]
+    metadata: str = "pt"
+    """What the header says of the tensors' layout, for the libraries that ask."""
 
     @property
     def header(self) -> bytes:
         """The file's first bytes: length and JSON header, padded with spaces."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        entries: dict[str, Any] = {"__metadata__": {"format": self.metadata}}
         begin = 0
         for tensor in self.tensors:
             end = begin + tensor.num_bytes
@@ -90,19 +93,22 @@ class ShardPlan:
         return tuple(shard for shard in self.shards if shard.unit == unit)
 
 
-def plan_shards(units: Sequence[tuple[str, Sequence[StoredTensor]]], max_shard_bytes: int) -> ShardPlan:
+def plan_shards(
+    units: Sequence[tuple[str, Sequence[StoredTensor]]], max_shard_bytes: int, metadata: str = "pt"
+) -> ShardPlan:
     """Distributes tensors over files.
 
     Args:
         units: unit -> its tensors, in the order in which they are made.
         max_shard_bytes: the most tensor data in a file; a larger tensor gets a file of its own.
+        metadata: of every shard.
 
     Returns:
         The plan, with file names that count all shards.
     """
     parts = [(unit, part) for unit, tensors in units for part in _split(tensors, max_shard_bytes)]
     names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
-    shards = (Shard(name, unit, tuple(part)) for name, (unit, part) in zip(names, parts, strict=True))
+    shards = (Shard(name, unit, tuple(part), metadata) for name, (unit, part) in zip(names, parts, strict=True))
     return ShardPlan(tuple(shards))
 
 
@@ -118,10 +124,14 @@ def _split(tensors: Sequence[StoredTensor], max_bytes: int) -> list[list[StoredT
     return parts
 
 
-class ShardFile:
-    """A planned shard being written; its tensors may come in any order, each row once and in ascending order.
+Written = dict[str, str | int]
+"""Tensor -> SHA-256 of its bytes where one process has written them in order; else how many it has written."""
 
-    Several processes and threads may write into one shard, each of them whole tensors.
+
+class ShardFile:
+    """A planned shard being written; its tensors may come in any order, each row once.
+
+    A tensor may be a stack of others, which come one by one. Several processes and threads may write into one shard.
     """
 
     def __init__(self, folder: Path, plan: Shard, begins: bool = True) -> None:
@@ -149,29 +159,33 @@ class ShardFile:
         for tensor in plan.tensors:
             self._offsets[tensor.name] = offset
             offset += tensor.num_bytes
-        self._rows_done = dict.fromkeys(self._tensors, 0)
+        self._bytes_written = dict.fromkeys(self._tensors, 0)
+        self._bytes_hashed = dict.fromkeys(self._tensors, 0)
         self._digests = {name: hashlib.sha256() for name in self._tensors}
 
-    def write_rows(self, name: str, start_row: int, rows: torch.Tensor) -> None:
-        """Writes some rows of a tensor; a scalar or a whole tensor is its rows from 0.
+    def write_rows(self, name: str, start_row: int, rows: torch.Tensor, place: int | None = None) -> None:
+        """Writes some rows of a tensor; a whole tensor is its rows from 0.
 
         Args:
             name: the tensor's name.
-            start_row: the first row, where the call before ended.
+            start_row: the first row.
             rows: the rows, in the planned dtype.
+            place: of the tensor in the stack that is written, whose rows these are; None where it is no stack.
         """
         planned = self._tensors[name]
+        shape = planned.shape if place is None else planned.shape[1:]
         assert DTYPE_NAMES[rows.dtype] == planned.dtype, (name, rows.dtype, planned.dtype)
-        assert tuple(rows.shape[1:]) == planned.shape[1:], (name, tuple(rows.shape), planned.shape)
-        assert start_row == self._rows_done[name], (name, start_row, self._rows_done[name])
+        assert tuple(rows.shape[1:]) == shape[1:], (name, tuple(rows.shape), planned.shape)
         raw = memoryview(rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        row_bytes = planned.num_bytes // max(1, planned.shape[0])
-        start = self._offsets[name] + start_row * row_bytes
+        before = (place or 0) * tensor_bytes(planned.dtype, shape) + start_row * tensor_bytes(planned.dtype, shape[1:])
+        start = self._offsets[name] + before
         with naming(self._path):
             write_at(self._file.fileno(), raw, start)
         self._let_the_disk_begin(start, len(raw))
-        self._digests[name].update(raw)
-        self._rows_done[name] += rows.shape[0]
+        self._bytes_written[name] += len(raw)
+        if before == self._bytes_hashed[name]:  # what comes out of order is read back when the file is whole
+            self._digests[name].update(raw)
+            self._bytes_hashed[name] += len(raw)
 
     def _let_the_disk_begin(self, start: int, count: int) -> None:
         """Has the disk work all the time, and not at the end alone."""
@@ -187,38 +201,53 @@ class ShardFile:
         Returns:
             Tensor name -> SHA-256 of its bytes, hexadecimal.
         """
-        hashes = self.sync()
-        self.publish(hashes)
-        return hashes
+        return self.publish(self.sync())
 
-    def sync(self) -> dict[str, str]:
+    def sync(self) -> Written:
         """Brings what this process has written to disk.
 
         Returns:
-            Tensor name -> SHA-256 of its bytes, hexadecimal; those that this process has written.
+            The tensors that this process has written something of.
         """
         with naming(self._path):
             os.fsync(self._file.fileno())
         self._file.close()
-        for name, tensor in self._tensors.items():
-            done = self._rows_done[name]
-            assert done in (0, tensor.shape[0]), f"{name}: {done} of {tensor.shape} rows"
-        return {name: self._digests[name].hexdigest() for name in self._tensors if self._wrote(name)}
+        return {
+            name: self._digests[name].hexdigest() if self._bytes_hashed[name] == tensor.num_bytes else count
+            for name, tensor in self._tensors.items()
+            if (count := self._bytes_written[name]) or not tensor.num_bytes
+        }
 
-    def _wrote(self, name: str) -> bool:
-        return self._rows_done[name] == self._tensors[name].shape[0]
-
-    def publish(self, hashes: Collection[str]) -> None:
+    def publish(self, *written: Written) -> dict[str, str]:
         """Gives the file its name.
 
         Args:
-            hashes: the tensors that all processes have brought to disk.
+            *written: what each process has brought to disk.
+
+        Returns:
+            Tensor name -> SHA-256 of its bytes, hexadecimal.
         """
-        missing = [name for name in self._tensors if name not in hashes]
-        assert not missing, f"{self._path}: {missing[:3]} are not written"
-        if self._begins:
-            self._partial.replace(self._path)
-            sync_folder(self._path.parent)
+        assert self._begins, f"{self._path}: another process gives it its name"
+        hashes = {}
+        for name, tensor in self._tensors.items():
+            hashes[name] = self._hash(tensor, [part[name] for part in written if name in part])
+        self._partial.replace(self._path)
+        sync_folder(self._path.parent)
+        return hashes
+
+    def _hash(self, tensor: StoredTensor, parts: Sequence[str | int]) -> str:
+        if len(parts) == 1 and isinstance(parts[0], str):
+            return parts[0]
+        count = sum(part for part in parts if isinstance(part, int))
+        assert count == tensor.num_bytes, (
+            f"{self._path}: {count} of {tensor.num_bytes} bytes of {tensor.name} are written"
+        )
+        digest = hashlib.sha256()
+        with self._partial.open("rb") as file:
+            file.seek(self._offsets[tensor.name])
+            for start in range(0, count, BYTES_AT_ONCE):
+                digest.update(file.read(min(BYTES_AT_ONCE, count - start)))
+        return digest.hexdigest()
 
     def discard(self) -> None:
         """Removes the unfinished file; does nothing after `commit`."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
+
 from dsquant.errors import InputError, UsageError
 from dsquant.files.foreign import find_file, read_file
 from dsquant.files.sealing import broken_sections, hash_files
@@ -54,8 +56,15 @@ class RecordedTarget:
     def weight(self, linear: str) -> QuantizedWeight:
         """Reads a linear as it was rounded."""
         names = [tensor.name for tensor in self.target.format.stored(linear, (0, 0), self.target.grid)]
-        tensors = {name: self.index.read(name) for name in names}
+        tensors = {name: self.read(name) for name in names}
         return self.target.format.unpack(linear, tensors, self.target.grid)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads a tensor, or its part of the stack that it lies in."""
+        if name not in self.target.place_of:
+            return self.index.read(name)
+        stack, place = self.target.place_of[name]
+        return self.index.read(stack, place, place + 1)[0]
 
     def hashes(self, file_name: str) -> dict[str, str]:
         """Returns tensor -> SHA-256 of a shard."""

@@ -244,10 +244,11 @@ class _RecordedWriter(UnitWriter):
             self._write(stored_name, 0, tensor)
 
     def _write(self, name: str, start: int, rows: torch.Tensor) -> None:
-        shard = self._shard_of[name]
+        stored, place = self.target.target.place_of.get(name, (name, None))
+        shard = self._shard_of[stored]
         if shard.file_name not in self._open:
             self._open[shard.file_name] = ShardFile(self._folder, shard)
-        self._open[shard.file_name].write_rows(name, start, rows)
+        self._open[shard.file_name].write_rows(stored, start, rows, place)
         self._written.add(name)
         self.bytes_written += rows.nbytes
 
@@ -264,7 +265,9 @@ class _RecordedWriter(UnitWriter):
 
     def _finish_shard(self, shard: Shard) -> dict[str, str]:
         file = self._open.get(shard.file_name)
-        missing = [tensor.name for tensor in shard.tensors if tensor.name not in self._written]
+        stacks = self.target.target.stacks
+        parts = [part for tensor in shard.tensors for part in stacks.get(tensor.name, (tensor.name,))]
+        missing = [name for name in parts if name not in self._written]
         old = self.target.intact(shard.file_name) if missing else None
         if file is None and old is not None:
             self._work.done.reused[reuse_file(old, self._folder / shard.file_name)] += 1
@@ -272,7 +275,8 @@ class _RecordedWriter(UnitWriter):
             return self.target.hashes(shard.file_name)
         assert file is not None
         for name in missing:
-            file.write_rows(name, 0, self.target.index.read(name))
+            stored, place = self.target.target.place_of.get(name, (name, None))
+            file.write_rows(stored, 0, self.target.read(name), place)
         return file.commit()
 
     def scales(self) -> dict[str, torch.Tensor]:

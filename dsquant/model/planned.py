@@ -35,10 +35,10 @@ def planned_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[Checkpoint
     config = text_config(folder, config)
     quantization = config.get("quantization_config") or {}
     method = quantization.get("quant_method")
-    if method not in (None, "fp8"):
+    if method not in (None, "fp8") or "bits" in quantization:
         raise InputError(
-            f"{folder / 'config.json'}: describes a model that is already quantized ({method}); take the config of "
-            "the FP8 or BF16 release"
+            f"{folder / 'config.json'}: describes a model that is already quantized ({method or quantization}); take "
+            "the config of the FP8 or BF16 release"
         )
     block = block_size(folder, quantization)
     empty = ShardIndex(folder, {})

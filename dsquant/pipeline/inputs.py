@@ -46,7 +46,8 @@ def resolved(recipe: Recipe) -> Recipe:
         recipe: as given.
 
     Returns:
-        The recipe with a device, a preset and, where all its formats agree, with or without zero points.
+        The recipe with a device, a preset, what becomes of multi-token-prediction layers that no format keeps, and,
+        where all formats agree, with or without zero points.
 
     Raises:
         InputError: where the model is not there.
@@ -59,8 +60,9 @@ def resolved(recipe: Recipe) -> Recipe:
     symmetric = {format_of(name).default_symmetric(mixture) for name in recipe.to} - {None}
     agreed = symmetric.pop() if len(symmetric) == 1 else None
     chosen = agreed if recipe.symmetric is None else recipe.symmetric
+    mtp = recipe.mtp if any(format_of(name).keeps_mtp for name in recipe.to) else "drop"
     device = resolved_device(recipe.device)
-    return recipe.model_copy(update={"preset": preset, "symmetric": chosen, "device": device})
+    return recipe.model_copy(update={"preset": preset, "symmetric": chosen, "mtp": mtp, "device": device})
 
 
 def open_source(recipe: Recipe, gpu_budget_bytes: int | None = None, num_ranks: int = 1) -> Source:

@@ -133,6 +133,7 @@ def plan_run(
     for target in targets:
         if target.linears:
             by_grid[target.grid] = by_grid.get(target.grid, frozenset()) | target.linears
+    _check_together(recipe, targets, by_grid, skeleton)
     _check_steps(recipe, targets, by_grid, skeleton)
     mixed = plan_mixed(recipe, targets[0].choice(wanted[0])) if recipe.target is not None else None
     needs = _needs(recipe, checkpoint, skeleton, targets, by_grid, gpu_budget_bytes, num_ranks)
@@ -217,6 +218,24 @@ def _check_choosing(recipe: Recipe) -> None:
         raise UsageError(f"{option} chooses for one format; found --to {', '.join(recipe.to)}")
     if "follow" in recipe.steps:
         raise UsageError(f"{option}: no widths are chosen with {FOLLOW}; {WITHOUT_FOLLOW}")
+
+
+def _check_together(
+    recipe: Recipe, targets: tuple[Target, ...], by_grid: Mapping[Grid, frozenset[str]], skeleton: Skeleton
+) -> None:
+    """Refuses formats that cannot be made in one run."""
+    for target in targets:
+        if recipe.mtp != "drop" and skeleton.num_mtp_layers and not format_of(target.name).keeps_mtp:
+            raise UsageError(
+                f"--to {target.name}: its engines take no multi-token-prediction layer; add --mtp drop, or make it in "
+                "its own run"
+            )
+        left = sorted(by_grid.get(target.grid, frozenset()) - target.linears)
+        if left:
+            raise UsageError(
+                f"--to {target.name}: its engines take {left[0]} unquantized, which another of {', '.join(recipe.to)} "
+                "quantizes; take --preset quality, or make each in its own run"
+            )
 
 
 def _check_steps(

@@ -8,7 +8,7 @@ each of its scale groups and streams, once more for the scales, and once more fo
 Shape legend: N samples, T tokens, H hidden size, R tokens of all samples.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,12 +120,13 @@ def _quantize_attention(
     """Attention quantized group by group; plainly rounded where that leaves its output nearer to the original's."""
     weights = ResidentWeights(job.weights)
     unfolded = _Streams(job, quantized, weights, weights)
-    moments = _behind_quantized_layers(unfolded) if "scales" in job.steps else {}
+    groups = [group for group in job.layer.attention if group.consumers[0] in job.linears[grid]]
+    moments = _behind_quantized_layers(unfolded, groups) if "scales" in job.steps else {}
     fold, scales = search_scales(weights, moments, grid, job.steps)
     streams = _Streams(job, quantized, weights, ResidentWeights(FoldedWeights(weights, fold)))
     linears: dict[str, QuantizedWeight] = {}
     dequantized: dict[str, torch.Tensor] = {}
-    for group in job.layer.attention:
+    for group in groups:
         job.safe_point(group.consumers[0])
         pairs = _observed_pairs(streams, dequantized, group.consumers[0])
         rounded = pairs.rounded([streams.folded[f"{linear}.weight"] for linear in group.consumers], grid, job.steps)
@@ -147,12 +148,12 @@ def _error(streams: _Streams, attention: AttentionResult) -> float:
     return float((found - wanted).square().sum() / wanted.square().sum())
 
 
-def _behind_quantized_layers(streams: _Streams) -> dict[ScaleGroup, InputMoments]:
-    """The moments of what every group of attention reads behind the quantized layers before this one."""
+def _behind_quantized_layers(streams: _Streams, groups: Sequence[ScaleGroup]) -> dict[ScaleGroup, InputMoments]:
+    """The moments of what groups of attention read behind the quantized layers before this one."""
     job, width_of = streams.job, streams.job.weights.shape
     statistics = {
         group: InputStatistics(width_of(f"{group.consumers[0]}.weight")[1], job.seed, job.weights.device)
-        for group in job.layer.attention
+        for group in groups
     }
     observers = {group.consumers[0]: found.add for group, found in statistics.items()}
     streams.run_quantized({}, (0, job.inputs.shape[0]), observers)

@@ -13,6 +13,7 @@ from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.formats.gguf.layout import placements
 from dsquant.formats.gguf.weights import GgufWeights
 from dsquant.formats.scales import open_scales
+from dsquant.formats.table import SAFETENSORS
 from dsquant.jobs.folder import RECORD_FILE, found_in, stop_on_signals
 from dsquant.model.skeleton import Skeleton
 from dsquant.recipes import format_size
@@ -130,7 +131,9 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
                 comparison = _comparison(original, record, chosen, source is not None, found)
                 wrong = _wrong(candidate, comparison, chosen, safe_point)
                 found.compared |= {name: len(chosen)} if comparison is not None else {}
-                found.findings += [FileFinding(_file_of(record, home, part), repr(part), text) for part, text in wrong]
+                found.findings += [
+                    FileFinding(_file_of(record, name, home, part), repr(part), text) for part, text in wrong
+                ]
             except ImportError as error:
                 found.not_checked.append(f"{name}, beyond the bytes of its files: {error}")
     return found
@@ -281,10 +284,13 @@ def _undecodable(candidate: OpenedOutput, names: list[str], before: Callable[[st
     return wrong
 
 
-def _file_of(record: dict[str, Any], home: PurePosixPath, parameter: str) -> str:
+def _file_of(record: dict[str, Any], format_name: str, home: PurePosixPath, parameter: str) -> str:
     """Returns the file that holds a parameter, or the first of the tensors that it became."""
     prefix = parameter.removesuffix("weight")
-    places = {place.tensor for place in placements(parameter, record["source"]["architecture"])}
+    stack = SAFETENSORS[format_name].stack_of(parameter) if format_name in SAFETENSORS else None
+    places = (
+        {stack[0]} if stack else {place.tensor for place in placements(parameter, record["source"]["architecture"])}
+    )
     for name, entry in record["files"].items():
         held = entry.get("tensors", {}) if PurePosixPath(name).parent == home else {}
         if places.intersection(held) or any(tensor.startswith(prefix) for tensor in held):

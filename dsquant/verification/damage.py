@@ -80,7 +80,7 @@ def recorded_shards(files: dict[str, dict[str, Any]], folder: PurePosixPath) -> 
 
 def _shard(file_name: str, entry: dict[str, Any]) -> Shard:
     tensors = (StoredTensor(name, dtype, tuple(shape)) for name, (dtype, _, *shape) in entry["tensors"].items())
-    return Shard(file_name, "", tuple(tensors))
+    return Shard(file_name, "", tuple(tensors), entry.get("metadata", "pt"))
 
 
 def _wrong_tensors(file: Hashed, name: str, entry: dict[str, Any]) -> list[tuple[str, str]]:

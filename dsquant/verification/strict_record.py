@@ -36,6 +36,7 @@ class _File(_Strict):
     bytes: Count
     sha256: Digest
     tensors: dict[str, Annotated[list[Any], AfterValidator(_tensor)]] | None = None
+    metadata: str = "pt"
 
 
 class _Output(_Strict):
