@@ -183,14 +183,14 @@ REFUSED = {
     "MLA halves": (PICO_R1 | {"rope_interleave": False}, "rope_interleave"),
     "MLA halves, by null": (PICO_R1 | {"rope_interleave": None}, "rope_interleave"),
     "MLA epsilon": (PICO_R1 | {"rms_norm_eps": 1e-2}, "rms_norm_eps"),
-    "MLA biases": (PICO_R1 | {"attention_bias": True}, "has no tensor 'blk.0.attn_kv_a_mqa.bias'"),
+    "MLA biases": (PICO_R1 | {"attention_bias": True}, "no place for tensor 'model.layers.0.self_attn.kv_a"),
     "MLA without q_lora": (PICO_R1 | {"q_lora_rank": None}, "q_lora_rank None with 2 layers"),
     "activation": (LLAMA | {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "window": (LLAMA | {"sliding_window": 8}, "sliding_window 8"),
     "window by layer": (QWEN2 | {"layer_types": ["sliding_attention"]}, "layer_types"),
     "logit scale": (LLAMA | {"logit_scale": 0.5}, "logit_scale 0.5"),
     "Qwen2's heads": (QWEN2 | {"head_dim": 32}, "hidden_size 256 divided"),
-    "Qwen3's bias": (QWEN3 | {"attention_bias": True}, "has no tensor 'blk.0.attn_output.bias'"),
+    "Qwen3's bias": (QWEN3 | {"attention_bias": True}, "no place for tensor 'model.layers.0.self_attn.o_proj.bias'"),
 }  # fmt: skip
 
 

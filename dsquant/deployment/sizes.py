@@ -191,7 +191,7 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
     units = plan_units("drop" if mtp == "drop" else "keep", checkpoint, skeleton)
     parameters = [name for unit in units if unit.action != "drop" for name in unit.parameters]
     num_mtp_layers = skeleton.num_mtp_layers if mtp == "keep" else 0
-    shapes = loadable_shapes(checkpoint, parameters, num_mtp_layers)
+    shapes = loadable_shapes(checkpoint, parameters)
     linears, _ = scalable_linears(checkpoint, skeleton)
     largest = largest_whole(checkpoint, parameters)
     header = _gguf_header(subject, parameters, num_mtp_layers)

@@ -9,9 +9,10 @@ from typing import Any
 
 from dsquant.errors import InputError
 from dsquant.formats.gguf.checkpoint import GgufHeader
-from dsquant.formats.gguf.layout import placements
-from dsquant.formats.gguf.loader import loader_tensors, number_problem
+from dsquant.formats.gguf.layout import placements, stored_shape
+from dsquant.formats.gguf.loader import number_problem
 from dsquant.formats.gguf.metadata import model_keys
+from dsquant.formats.gguf.rope import FACTORED
 from dsquant.model.families import GGUF_FAMILIES
 from dsquant.model.rotary import Rotary
 from dsquant.source.weights import Weights
@@ -57,24 +58,27 @@ def check_same_network(header: GgufHeader, reference: str, config: Mapping[str, 
 
 def check_same_tensors(header: GgufHeader, reference: str, config: Mapping[str, Any], weights: Weights) -> None:
     """Refuses a file with tensors that the reference's network does not use, or of other shapes, with InputError."""
-    facts, layers = GGUF_FAMILIES[header.keys["general.architecture"]].gguf, config["num_hidden_layers"]
-    num_mtp = int(header.numbers.get("nextn_predict_layers", 0))
-    needed, allowed = loader_tensors(facts, config, num_mtp)
-    held = {place.tensor for name in weights for place in placements(name, header.architecture)} | {"rope_freqs.weight"}
+    wanted = {
+        place.tensor: stored_shape(weights.shape(name), place, config)
+        for name in weights
+        for place in placements(name, header.architecture)
+    }
     if config["tie_word_embeddings"]:
-        held.discard("output.weight")
+        wanted.pop("output.weight", None)
+    if FACTORED in GGUF_FAMILIES[header.keys["general.architecture"]].gguf.rope_scalings:
+        wanted["rope_freqs.weight"] = (config["head_dim"] // 2,)
+    layers, num_mtp = config["num_hidden_layers"], int(header.numbers.get("nextn_predict_layers", 0))
     for name, tensor in header.tensors.items():
-        wanted = needed.get(name, allowed.get(name))
-        if wanted is None or not (name in held or _layer(name) >= layers):
+        if name not in wanted and not layers <= _layer(name) < layers + num_mtp:
             raise InputError(
                 f"{header.file}: tensor {name!r} is not part of the network of {reference}, but llama.cpp would "
                 "use it; not the same model"
             )
         found = tuple(int(extent) for extent in tensor.shape[::-1])
-        if found != wanted:
+        if found != wanted.get(name, found):
             raise InputError(
                 f"{header.file}: tensor {name!r} has shape {list(found)}, the network of {reference} needs "
-                f"{list(wanted)}; not the same model"
+                f"{list(wanted[name])}; not the same model"
             )
 
 

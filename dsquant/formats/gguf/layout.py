@@ -66,7 +66,7 @@ def placements(parameter: str, architecture: str) -> tuple[Placement, ...]:
     expert = _EXPERT.fullmatch(module)
     if expert is not None:
         return (Placement(f"{block}.ffn_{expert[2]}_exps.weight", expert=int(expert[1])),)
-    if module not in facts.modules:
+    if module not in facts.modules or (kind == "bias" and module not in facts.biases):
         return ()
     transform: Transform = "rotary" if module in facts.interleaved else "same"
     return (Placement(f"{block}.{facts.modules[module]}.{kind}", transform),)

@@ -1,4 +1,4 @@
-"""What llama.cpp's loader accepts: its rules for numbers and tensors, checked before the first weight is converted.
+"""What llama.cpp's loader accepts: its rules for numbers, checked before the first weight is converted.
 
 Reference: load_hparams in src/llama-model.cpp, and the architectures of src/models, whose own rules families state.
 """
@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsquant.formats.gguf.metadata import model_keys
-from dsquant.formats.gguf.rope import BETA_FAST, BETA_SLOW, FACTORED, rope_factors, rotary_of_keys
-from dsquant.model.families import mtp
-from dsquant.model.families.family import GgufFacts, Shapes
+from dsquant.formats.gguf.rope import BETA_FAST, BETA_SLOW, rope_factors, rotary_of_keys
+from dsquant.model.families.family import GgufFacts
 from dsquant.model.rotary import Rotary
 
 LARGEST_LAYERS = 512
@@ -26,34 +25,18 @@ READ_BY_TYPE = {
 }
 
 
-def loading_problem(
-    facts: GgufFacts, config: Mapping[str, Any], rotary: Rotary, shapes: Mapping[str, tuple[int, ...]], num_mtp: int
-) -> str | None:
-    """Says why llama.cpp would not load a file, or would compute another function with it; None where it is right.
+def loading_problem(facts: GgufFacts, config: Mapping[str, Any], rotary: Rotary) -> str | None:
+    """Says why llama.cpp would not load a network, or would compute another function with it; None where it is right.
 
     Args:
         facts: of the network's architecture.
         config: the network's, with transformers' defaults filled in.
         rotary: the network's rotary embedding.
-        shapes: the file's tensors, columns last.
-        num_mtp: multi-token-prediction layers among them.
 
     Returns:
         The reason in words.
     """
-    problem = number_problem(facts, config) or _rope_problem(facts, config, rotary)
-    if problem:
-        return problem
-    architecture = facts.architecture
-    needed, allowed = loader_tensors(facts, config, num_mtp)
-    for name, shape in shapes.items():
-        wanted = needed.get(name, allowed.get(name))
-        if wanted is None:
-            return f"llama.cpp's {architecture} has no tensor {name!r}, and loads no file with one"
-        if wanted != shape:
-            return f"tensor {name!r} has the shape {list(shape)}, llama.cpp's {architecture} wants {list(wanted)}"
-    missing = next((name for name in needed if name not in shapes), None)
-    return f"llama.cpp's {architecture} needs tensor {missing!r}, which the model lacks" if missing else None
+    return number_problem(facts, config) or _rope_problem(facts, config, rotary)
 
 
 def number_problem(facts: GgufFacts, config: Mapping[str, Any]) -> str | None:
@@ -98,28 +81,3 @@ def _rope_problem(facts: GgufFacts, config: Mapping[str, Any], wanted: Rotary) -
         f"rope scaling {dict(rope)}: llama.cpp takes beta_fast {BETA_FAST:.0f}, beta_slow {BETA_SLOW:.0f} and truncate "
         f"for granted, and would have {difference}"
     )
-
-
-def loader_tensors(facts: GgufFacts, config: Mapping[str, Any], num_mtp: int) -> tuple[Shapes, Shapes]:
-    """The tensors that llama.cpp looks for.
-
-    Args:
-        facts: of the network's architecture.
-        config: the network's, with transformers' defaults filled in.
-        num_mtp: multi-token-prediction layers that the file announces.
-
-    Returns:
-        Name -> shape, columns last, of those that it needs, and of those that it takes where they are.
-    """
-    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
-    needed: Shapes = {"token_embd.weight": (vocabulary, hidden), "output_norm.weight": (hidden,)}
-    allowed: Shapes = {"output.weight": (vocabulary, hidden)}
-    layers = config["num_hidden_layers"]
-    for layer in range(layers + num_mtp):
-        parts = [facts.tensors(config, layer), *([mtp.tensors(config)] if layer >= layers else [])]
-        for more_needed, more_allowed in parts:
-            needed |= {f"blk.{layer}.{name}": shape for name, shape in more_needed.items()}
-            allowed |= {f"blk.{layer}.{name}": shape for name, shape in more_allowed.items()}
-    if FACTORED in facts.rope_scalings:
-        allowed["rope_freqs.weight"] = (config["head_dim"] // 2,)
-    return needed, allowed

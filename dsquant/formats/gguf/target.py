@@ -94,7 +94,7 @@ def plan_model(
     """
     family = family_of(checkpoint.folder, checkpoint.config)
     config, rotary = network_config(family, checkpoint.config), network_rotary(family, checkpoint.config)
-    shapes = loadable_shapes(checkpoint, parameters, num_mtp_layers)
+    shapes = loadable_shapes(checkpoint, parameters)
     tensors, replaced = choose_tensors(config, shapes, type_name, num_mtp_layers, has_imatrix, overrides)
     missing = check_quantizer(
         {tensor.type_name for tensor in tensors.values()}, checkpoint.weights.device.type == "cuda"
@@ -156,51 +156,27 @@ def choose_tensors(
     return tensors, replaced
 
 
-def loadable_shapes(
-    checkpoint: Checkpoint, parameters: Sequence[str], num_mtp_layers: int
-) -> dict[str, tuple[int, ...]]:
+def loadable_shapes(checkpoint: Checkpoint, parameters: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The tensors that parameters become in a GGUF model, if llama.cpp loads it and computes the same network.
 
     Args:
         checkpoint: the source.
         parameters: names of its parameters, in order.
-        num_mtp_layers: multi-token-prediction layers among them.
 
     Returns:
         GGUF tensor -> shape, rows last but one as in the checkpoint.
 
     Raises:
-        InputError: where llama.cpp does not load such a model, or computes another function.
+        InputError: where llama.cpp does not load such a model, or computes another function; or a parameter has no
+            place in GGUF.
     """
     family = family_of(checkpoint.folder, checkpoint.config)
     config, rotary = network_config(family, checkpoint.config), network_rotary(family, checkpoint.config)
-    shapes = stored_shapes(checkpoint, config, parameters)
-    problem = loading_problem(family.gguf, config, rotary, shapes, num_mtp_layers)
+    problem = loading_problem(family.gguf, config, rotary)
     if problem:
         raise InputError(f"{checkpoint.folder / CONFIG_FILE}: not for GGUF: {problem}")
-    return shapes
-
-
-def stored_shapes(
-    checkpoint: Checkpoint, config: Mapping[str, Any], parameters: Sequence[str]
-) -> dict[str, tuple[int, ...]]:
-    """The tensors that parameters become in a GGUF model.
-
-    Args:
-        checkpoint: the source.
-        config: its network's, with transformers' defaults filled in.
-        parameters: names of its parameters, in order.
-
-    Returns:
-        GGUF tensor -> shape, rows last but one as in the checkpoint.
-
-    Raises:
-        InputError: where a parameter has no place in GGUF.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
     factors = rope_factors(config)
-    if factors is not None:
-        shapes[ROPE_FACTORS] = tuple(factors.shape)
+    shapes = {} if factors is None else {ROPE_FACTORS: tuple(factors.shape)}
     for name in parameters:
         for placement in places_of(checkpoint, name):
             shapes[placement.tensor] = stored_shape(checkpoint.weights.shape(name), placement, config)

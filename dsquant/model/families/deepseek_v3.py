@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from dsquant.model.families import mla, mlps, mtp
-from dsquant.model.families.family import NORMS, Config, Family, GgufFacts, ReadKey, Shapes
+from dsquant.model.families.family import NORMS, Config, Family, GgufFacts, ReadKey
 from dsquant.model.structure import DecoderLayer
 
 
@@ -62,12 +62,6 @@ LITE_LAYERS = (26, 27)
 LITE_LAYERS_AND_TOKENS = (48, 128256)
 
 
-def _gguf_tensors(config: Config, layer: int) -> tuple[Shapes, Shapes]:
-    needed, allowed = mlps.mixture_tensors(config, layer)
-    norms = dict.fromkeys(("attn_norm.weight", "ffn_norm.weight"), (config["hidden_size"],))
-    return {**norms, **mla.tensors(config), **needed}, allowed
-
-
 def _gguf_config(key: ReadKey, _: Collection[str]) -> dict[str, Any]:
     routing = {"moe_layer_freq": 1, "scoring_func": mlps.scoring(key, "softmax"), "topk_method": "noaux_tc"}
     return mla.config_of(key) | mlps.mixture_config(key) | routing
@@ -96,7 +90,6 @@ DEEPSEEK_V3 = Family(
     gguf=GgufFacts(
         architecture="deepseek2",
         modules={**NORMS, **mla.NAMES, **mlps.MIXTURE_NAMES, **mtp.NAMES},
-        tensors=_gguf_tensors,
         keys=lambda config: mla.keys(config) | mlps.mixture_keys(config),
         config=_gguf_config,
         rope_scalings=("default", "yarn"),

@@ -11,7 +11,6 @@ from dsquant.model.structure import DecoderLayer
 
 Config = Mapping[str, Any]
 """config.json's content; where numbers are written down for llama.cpp, with transformers' defaults filled in."""
-Shapes = dict[str, tuple[int, ...]]
 # GGUF's names of a layer's norms in most architectures.
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
@@ -82,15 +81,14 @@ class GgufFacts:
     """`general.architecture`."""
     modules: Mapping[str, str]
     """Module inside a layer -> tensor inside a block; routed experts, the router's bias and a split linear apart."""
-    tensors: Callable[[Config, int], tuple[Shapes, Shapes]]
-    """Tensor inside the block of a layer -> shape, columns last: those that the loader needs, and those that it takes
-    where they are; of multi-token prediction apart."""
     keys: Callable[[Config], dict[str, Any]]
     """The network's numbers, in the order of the file, behind those that every architecture has."""
     config: Callable[[ReadKey, Collection[str]], dict[str, Any]]
     """The reverse of `keys`: config.json's entries from a file's numbers and the names of its tensors."""
     rope_scalings: tuple[str, ...] = ("default", "linear", "yarn")
     """Kinds of scaling that its keys can say."""
+    biases: tuple[str, ...] = ()
+    """Modules whose biases it reads; it loads no file with others."""
     problems: Callable[[Config], Iterable[str]] = field(default=lambda config: ())
     """Numbers that llama.cpp does not load or takes for others, in words."""
     interleaved: tuple[str, ...] = ()

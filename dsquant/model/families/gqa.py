@@ -4,7 +4,7 @@ from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
-from dsquant.model.families.family import Cache, Config, ReadKey, Shapes
+from dsquant.model.families.family import Cache, Config, ReadKey
 from dsquant.model.structure import ScaleGroup
 
 NAMES = {
@@ -13,6 +13,7 @@ NAMES = {
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
 }
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 HEAD_NORM_NAMES = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 
 
@@ -42,30 +43,6 @@ def cache(config: Config) -> Cache:
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     key_value_heads = int(config.get("num_key_value_heads") or heads)
     return Cache(key_value_heads, 2 * key_value_heads * int(head_dim), is_shared=False)
-
-
-def _rows(config: Config) -> dict[str, int]:
-    """Rows of the projections to queries, keys and values."""
-    head = config["head_dim"]
-    keys = config["num_key_value_heads"] * head
-    return {"q": config["num_attention_heads"] * head, "k": keys, "v": keys}
-
-
-def tensors(config: Config) -> Shapes:
-    """Attention's weights in a GGUF block."""
-    hidden, rows = config["hidden_size"], _rows(config)
-    weights: Shapes = {f"attn_{kind}.weight": (size, hidden) for kind, size in rows.items()}
-    return weights | {"attn_output.weight": (hidden, rows["q"])}
-
-
-def biases(config: Config) -> Shapes:
-    """The biases of queries, keys and values in a GGUF block."""
-    return {f"attn_{kind}.bias": (size,) for kind, size in _rows(config).items()}
-
-
-def head_norms(config: Config) -> Shapes:
-    """The norms of each head's query and key in a GGUF block."""
-    return {f"attn_{kind}_norm.weight": (config["head_dim"],) for kind in "qk"}
 
 
 def keys(config: Config) -> dict[str, Any]:

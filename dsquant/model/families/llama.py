@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsquant.model.families import gqa, mlps
-from dsquant.model.families.family import NORMS, Config, Family, GgufFacts, Shapes
+from dsquant.model.families.family import NORMS, Config, Family, GgufFacts
 from dsquant.model.structure import DecoderLayer
 
 
@@ -38,32 +38,15 @@ def _refuse_llama(config: Config) -> str | None:
     return _refuse(config)
 
 
-def _tensors(config: Config) -> Shapes:
-    norms = dict.fromkeys(("attn_norm.weight", "ffn_norm.weight"), (config["hidden_size"],))
-    return {**norms, **gqa.tensors(config), **mlps.tensors(config)}
-
-
-def _llama_tensors(config: Config, _: int) -> tuple[Shapes, Shapes]:
-    return _tensors(config), gqa.biases(config) | {"attn_output.bias": (config["hidden_size"],)}
-
-
-def _qwen2_tensors(config: Config, _: int) -> tuple[Shapes, Shapes]:
-    return _tensors(config) | gqa.biases(config), {}  # older versions of llama.cpp need the biases
-
-
-def _qwen3_tensors(config: Config, _: int) -> tuple[Shapes, Shapes]:
-    return _tensors(config) | gqa.head_norms(config), gqa.biases(config)
-
-
 def _qwen2_problems(config: Config) -> Iterator[str]:
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     if heads * config["head_dim"] != hidden:
         yield f"{heads} heads of {config['head_dim']}: llama.cpp's qwen2 wants hidden_size {hidden} divided among them"
 
 
-def _gguf(architecture: str, tensors: Any, modules: Mapping[str, str] = gqa.NAMES, **more: Any) -> GgufFacts:
+def _gguf(architecture: str, modules: Mapping[str, str] = gqa.NAMES, **more: Any) -> GgufFacts:
     modules = {**NORMS, **modules, **mlps.NAMES}
-    return GgufFacts(architecture, modules, tensors, gqa.keys, gqa.config_of, **more)
+    return GgufFacts(architecture, modules, gqa.keys, gqa.config_of, **{"biases": gqa.PROJECTIONS} | more)
 
 
 LLAMA = Family(
@@ -74,9 +57,9 @@ LLAMA = Family(
     cache=gqa.cache,
     gguf=_gguf(
         "llama",
-        _llama_tensors,
+        biases=(*gqa.PROJECTIONS, "self_attn.o_proj"),
         rope_scalings=("default", "linear", "yarn", "llama3"),
-        interleaved=("self_attn.q_proj", "self_attn.k_proj"),
+        interleaved=gqa.PROJECTIONS[:2],
     ),
     refuse=_refuse_llama,
 )
@@ -86,7 +69,7 @@ QWEN2 = Family(
     model_types=("qwen2",),
     layer=decoder_layer,
     cache=gqa.cache,
-    gguf=_gguf("qwen2", _qwen2_tensors, problems=_qwen2_problems),
+    gguf=_gguf("qwen2", problems=_qwen2_problems),
     refuse=_refuse,
 )
 QWEN3 = Family(
@@ -95,6 +78,6 @@ QWEN3 = Family(
     model_types=("qwen3",),
     layer=decoder_layer,
     cache=gqa.cache,
-    gguf=_gguf("qwen3", _qwen3_tensors, gqa.NAMES | gqa.HEAD_NORM_NAMES),
+    gguf=_gguf("qwen3", gqa.NAMES | gqa.HEAD_NORM_NAMES),
     refuse=_refuse,
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from dsquant.model.families.family import Cache, Config, ReadKey, Shapes, SplitLinear
+from dsquant.model.families.family import Cache, Config, ReadKey, SplitLinear
 from dsquant.model.rotary import yarn_mscale
 from dsquant.model.structure import Absorbed, ScaleGroup
 
@@ -77,27 +77,6 @@ def score_scale(hf_config: Any) -> float:
     if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):
         scale *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
     return scale
-
-
-def tensors(config: Config) -> Shapes:
-    """Attention's weights in a GGUF block."""
-    hidden, query, rope = config["hidden_size"], config["q_lora_rank"], config["qk_rope_head_dim"]
-    heads, nope, value, latent = KEYS_AND_VALUES.shape(config)
-    rows = heads * (nope + rope)
-    shapes: Shapes = {
-        "attn_kv_a_mqa.weight": (latent + rope, hidden),
-        "attn_kv_a_norm.weight": (latent,),
-        "attn_k_b.weight": (heads, latent, nope),
-        "attn_v_b.weight": (heads, value, latent),
-        "attn_output.weight": (hidden, heads * value),
-    }
-    if query is None:
-        return shapes | {"attn_q.weight": (rows, hidden)}
-    return shapes | {
-        "attn_q_a.weight": (query, hidden),
-        "attn_q_a_norm.weight": (query,),
-        "attn_q_b.weight": (rows, query),
-    }
 
 
 def keys(config: Config) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from dsquant.model.families.family import Config, MixtureKeys, ReadKey, Shapes
+from dsquant.model.families.family import Config, MixtureKeys, ReadKey
 from dsquant.model.structure import ROUTER, Absorbed, DecoderLayer, Mlp, MlpKind, ScaleGroup, gates_and_ups
 
 NAMES = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
@@ -87,31 +87,6 @@ def routing_problem(config: Config, names: MixtureKeys = DEEPSEEK) -> str | None
     if experts // groups < 2:  # a group is ranked by the sum of its two best scores
         return f"groups of one expert cannot be ranked ({names.num_experts} {experts}, n_group {groups})"
     return None
-
-
-def gated_tensors(hidden: int, width: int, suffix: str = "") -> Shapes:
-    """A gated MLP's weights in a GGUF block."""
-    return {
-        f"ffn_gate{suffix}.weight": (width, hidden),
-        f"ffn_up{suffix}.weight": (width, hidden),
-        f"ffn_down{suffix}.weight": (hidden, width),
-    }
-
-
-def tensors(config: Config) -> Shapes:
-    """A dense MLP's weights in a GGUF block."""
-    return gated_tensors(config["hidden_size"], config["intermediate_size"])
-
-
-def mixture_tensors(config: Config, layer: int, names: MixtureKeys = DEEPSEEK) -> tuple[Shapes, Shapes]:
-    """The weights of a layer's dense MLP, or of its mixture and the bias of its router, in a GGUF block."""
-    hidden, width, experts = config["hidden_size"], config[names.expert_width], config[names.num_experts]
-    if names.num_dense_layers and layer < config[names.num_dense_layers]:
-        return tensors(config), {}
-    routed: Shapes = {name: (experts, *shape) for name, shape in gated_tensors(hidden, width, "_exps").items()}
-    if names.num_shared_experts:
-        routed |= gated_tensors(hidden, width * config[names.num_shared_experts], "_shexp")
-    return routed | {"ffn_gate_inp.weight": (experts, hidden)}, {"exp_probs_b.bias": (experts,)}
 
 
 def _named(names: MixtureKeys) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What a layer for multi-token prediction has beside a decoder layer's parts (DeepSeek-V3 report, arXiv 2412.19437)."""
 
-from dsquant.model.families.family import Config, Shapes
+from dsquant.model.families.family import Config
 
 NAMES = {
     "enorm": "nextn.enorm",
@@ -16,20 +16,11 @@ PARTS = frozenset(name.split(".")[0] for name in NAMES)
 MATRICES = ("eh_proj", "shared_head.head", "embed_tokens")
 COUNT_KEY = "num_nextn_predict_layers"
 """What configs call the number of such layers."""
-# What llama.cpp does without, taking the decoder's instead.
-OPTIONAL = ("embed_tokens", "shared_head.norm", "shared_head.head")
 
 
-def shapes(config: Config) -> Shapes:
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Module -> shape of its weight."""
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     vectors = dict.fromkeys(("enorm", "hnorm", "shared_head.norm"), (hidden,))
     tables = dict.fromkeys(("embed_tokens", "shared_head.head"), (vocabulary, hidden))
     return {**vectors, **tables, "eh_proj": (hidden, 2 * hidden)}
-
-
-def tensors(config: Config) -> tuple[Shapes, Shapes]:
-    """The weights in a GGUF block: those that the loader needs, and those that it takes where they are."""
-    found = shapes(config)
-    needed = {f"{NAMES[name]}.weight": shape for name, shape in found.items() if name not in OPTIONAL}
-    return needed, {f"{NAMES[name]}.weight": found[name] for name in OPTIONAL}
