@@ -37,7 +37,7 @@ class GatedWeights:
         return cls(weights[gate], weights[up], weights[down], quantizers=quantizers)
 
     def hidden(self, skeleton: Skeleton, inputs_RH: torch.Tensor) -> torch.Tensor:
-        """The down projection's input before it is rounded: act(gate(x)) * up(x), [R, W]."""
+        """Returns the down projection's input before it is rounded: act(gate(x)) * up(x), [R, W]."""
         of_gate, of_up, _ = self.quantizers
         for_gate_RH = of_gate(inputs_RH)
         for_up_RH = for_gate_RH if of_up is of_gate else of_up(inputs_RH)
@@ -45,5 +45,5 @@ class GatedWeights:
         return gated_RW.mul_(apply_linear(for_up_RH, self.up_WH))
 
     def output(self, skeleton: Skeleton, inputs_RH: torch.Tensor) -> torch.Tensor:
-        """The MLP's output, [R, H]."""
+        """Returns the MLP's output, [R, H]."""
         return apply_linear(self.quantizers[2](self.hidden(skeleton, inputs_RH)), self.down_HW)

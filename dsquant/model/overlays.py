@@ -15,7 +15,7 @@ from dsquant.source.weights import Weights
 
 @dataclass
 class Fold:
-    """Factors by which parameters are multiplied when scales are folded; together they change no function."""
+    """Factors by which folded scales multiply parameters; together they leave the network's function unchanged."""
 
     rows: dict[str, torch.Tensor] = field(default_factory=dict)
     """Parameter -> float32 [O], factor of each output row (or element of a vector)."""
@@ -35,7 +35,7 @@ class Fold:
         return name in self.rows or name in self.columns
 
     def update(self, other: "Fold") -> None:
-        """Takes over another fold's factors; a parameter that both scale the same way would be a bug."""
+        """Takes over another fold's factors; both scaling one parameter the same way would be a bug."""
         assert not self.rows.keys() & other.rows.keys() and not self.columns.keys() & other.columns.keys()
         self.rows.update(other.rows)
         self.columns.update(other.columns)
@@ -87,7 +87,7 @@ class MovedWeights(Overlay):
 
 
 def on_device(weights: Weights, device: torch.device) -> Weights:
-    """The weights as they are where they are on the device already, moved otherwise."""
+    """Returns weights on a device: the same object where they are there already."""
     return weights if weights.device == device else MovedWeights(weights, device)
 
 
@@ -103,7 +103,7 @@ class ReplacedWeights(Overlay):
 
 
 class WatchedWeights(Overlay):
-    """The base's weights; whoever asked for it hears of each tensor that holds NaN or infinity when it is read."""
+    """The base's weights; `not_finite` is called with the name of each tensor read that holds NaN or infinity."""
 
     def __init__(self, base: Weights, not_finite: Callable[[str], None]) -> None:
         super().__init__(base)
@@ -147,7 +147,7 @@ class ResidentWeights(Overlay):
 
 
 def fold_of(weights: Weights, group: ScaleGroup, scales_I: torch.Tensor) -> Fold:
-    """The factors that fold scales into a group's producer, consumers and followers.
+    """Makes the factors that fold scales into a group: they divide its producer, and multiply consumers and followers.
 
     Args:
         weights: the layer's weights, for shapes and for whether the producer has a bias.

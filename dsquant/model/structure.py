@@ -1,4 +1,4 @@
-"""What a decoder layer consists of, as data: the families fill it in, the algorithms read nothing else.
+"""Describes a decoder layer as data: the families fill it in, the algorithms read nothing else.
 
 All names are full: modules as `model.layers.3.mlp.up_proj`, parameters with `.weight` or `.bias` behind.
 """
@@ -19,7 +19,7 @@ _LAYER = re.compile(r"model\.layers\.(\d{1,9})\..+")
 
 
 def layer_number(name: str) -> int | None:
-    """The layer that a parameter belongs to; None where it belongs to none."""
+    """Returns the number of the layer that a parameter belongs to; None where it belongs to none."""
     match = _LAYER.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -66,7 +66,7 @@ class Mlp:
 
 
 def gates_and_ups(mlps: Iterable[Mlp]) -> tuple[str, ...]:
-    """The linears that read the MLPs' input."""
+    """Returns the linears that read the MLPs' input."""
     return tuple(linear for mlp in mlps for linear in (mlp.gate, mlp.up))
 
 

@@ -1,4 +1,4 @@
-"""How a layer's attention is quantized: scale groups in the order of the data flow, then clip and rounding."""
+"""Quantizes a layer's attention: scale groups in the order of the data flow, then clip and rounding."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ class AttentionResult:
     """By group, float32 [I]; none where nothing is folded."""
 
     def dequantized(self) -> dict[str, torch.Tensor]:
-        """Parameter name -> what an engine computes with."""
+        """Returns each parameter as an engine computes with it, by name."""
         return {f"{linear}.weight": weight.dequantize() for linear, weight in self.linears.items()}
 
 

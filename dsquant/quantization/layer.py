@@ -1,7 +1,7 @@
 """Quantizes one decoder layer: the original's forward, the search, the proof, and what a writer gets.
 
-The layer's weights pass through memory once, one expert at a time; 32 experts are read once more for the search of
-the scales that all of them share. The next layer's inputs are the original layer's outputs.
+The layer's weights pass through memory once, one expert at a time; some experts are read again for the search of the
+scales that all of them share (`mlp_norm`). The next layer's inputs are the original layer's outputs.
 
 Shape legend: N samples, T tokens, H hidden size, R tokens of all samples, E experts.
 """
@@ -63,7 +63,7 @@ def checked(job: LayerJob, quantize: Callable[[LayerJob], LayerReport]) -> Layer
 
 
 def out_of_range(where: str) -> InputError:
-    """The error of hidden states that are not finite."""
+    """Makes the error for hidden states that are not finite."""
     return InputError(
         f"{where}: the hidden states are not finite here; the weights of this or an earlier layer, or numbers in "
         "config.json, are out of any sensible range. Correct the model and run again."
@@ -103,9 +103,13 @@ def _quantize(job: LayerJob) -> LayerReport:
 
 
 def run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], torch.Tensor, Routing | None]:
-    """The original's dense part: fills outputs (still without experts) and mlp_inputs, collects statistics.
+    """Runs the original's dense part: fills `outputs`, still without experts, and `mlp_inputs`; collects statistics.
 
-    Returns the moments of attention's inputs (on rank 0), the root mean square of the MLPs' input [H] and the routing.
+    Args:
+        job: the layer and its surroundings.
+
+    Returns:
+        The moments of attention's inputs (on rank 0), the root mean square of the MLPs' input [H], and the routing.
     """
     device, ranks, shares = job.weights.device, job.ranks, job.shares
     num_tokens, own = job.inputs.shape[1], shares.samples(job.ranks.rank)

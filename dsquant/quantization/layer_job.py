@@ -1,4 +1,4 @@
-"""What quantizing a decoder layer needs, and what it tells.
+"""The job of quantizing a decoder layer, and its report.
 
 Shape legend: N samples, T tokens, H hidden size, I in features.
 """
@@ -18,8 +18,8 @@ from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.weights import Weights
 
 Emit = Callable[[Grid, str, QuantizedWeight | torch.Tensor], None]
-"""Gets the grid, and a linear's name with its quantized weight or a folded parameter's name with its float32 values.
-What is not emitted has not changed."""
+"""Gets the grid, and a linear's name with its quantized weight or a folded parameter's name with its float32 values;
+parameters that are not emitted have not changed."""
 
 Note = Callable[[Grid, str, Importance], None]
 KeepScales = Callable[[Grid, str, torch.Tensor], None]
@@ -83,22 +83,22 @@ class LayerJob:
         return tuple(self.linears)
 
     def grid_of(self, grid: Grid, linear: str) -> Grid:
-        """The grid that a linear is rounded on, where scales are searched for a grid."""
+        """Returns the grid that a linear is rounded on, where scales are searched for `grid`."""
         return grid.with_bits(self.widths.get(linear, grid.bits))
 
     def anywhere(self, linear: str) -> bool:
-        """Whether a linear is quantized onto any grid."""
+        """Returns whether a linear is quantized onto any grid."""
         return any(linear in linears for linears in self.linears.values())
 
     def compensates(self, linear: str) -> bool:
-        """Whether a linear's rounding errors are compensated on any grid."""
+        """Returns whether a linear's rounding errors are compensated on any grid."""
         rounded = any(grid.rounded and linear in linears for grid, linears in self.linears.items())
         return rounded and "compensate" in self.steps
 
 
 @dataclass
 class GridReport:
-    """What quantizing a layer onto one grid cost: squared output errors relative to the output."""
+    """The cost of quantizing a layer onto one grid: squared output errors relative to the output."""
 
     attention_error: float | None = None
     attention_error_plain: float | None = None
@@ -112,7 +112,7 @@ class GridReport:
 
 @dataclass
 class LayerReport:
-    """What happened in a layer."""
+    """The outcome for one layer."""
 
     tokens_per_expert: list[int]
     """Empty for a dense layer."""

@@ -1,4 +1,4 @@
-"""How a layer's MLPs pass through memory, one at a time on each rank: run, quantized, emitted.
+"""Takes a layer's MLPs through memory, one at a time on each rank: run, quantized, emitted.
 
 Shape legend: H hidden size, R tokens.
 """
@@ -127,16 +127,16 @@ def _contribution(
 
 
 def shared_inverses(job: LayerJob, norm_scales: Sequence[torch.Tensor]) -> list[tuple[InverseFactor, ...]]:
-    """What errors of gate and up are compensated by where the hidden size is too wide for each MLP's own Gram matrix.
+    """Makes the factors that compensate errors of gate and up where inputs are too wide for one Gram matrix each.
 
-    It comes from the Gram matrix of all the layer's tokens, or of `SHARED_ROWS` of them (docs/decisions/0018).
+    All MLPs share that of the layer's tokens, or of `SHARED_ROWS` of them (docs/decisions/0018).
 
     Args:
         job: the layer and its surroundings; `mlp_inputs` is filled.
         norm_scales: by grid, the scales folded into the norm before the MLPs, float32 [H].
 
     Returns:
-        By grid; nothing where MLPs have their own, or errors are not compensated.
+        One entry a grid; empty where MLPs have their own, or errors are not compensated.
     """
     hidden, mlp_inputs = job.inputs.shape[2], job.mlp_inputs
     wanted = [grid.rounded and any(mlp.up in job.linears[grid] for mlp in job.layer.mlps) for grid in job.grids]

@@ -1,4 +1,4 @@
-"""How a gated MLP (dense, shared expert or routed expert) is quantized.
+"""Quantizes a gated MLP: the dense one, the shared expert or a routed expert.
 
 Shape legend: R tokens, H hidden size, W width of the MLP.
 """
@@ -38,7 +38,7 @@ class LoadedMlp:
 
 @dataclass(frozen=True)
 class MlpErrors:
-    """What quantizing a gated MLP cost."""
+    """The cost of quantizing a gated MLP."""
 
     name: str
     error: float
@@ -62,7 +62,7 @@ class RoundedMlp:
     moments: tuple[InputMoments, InputMoments]
     """Of the inputs of gate and up, and of down, under the scales."""
     up_scales_W: torch.Tensor
-    """What up's rows are divided by and down's columns multiplied with, float32 [W]."""
+    """Divide up's rows and multiply down's columns, float32 [W]."""
 
     def dequantized(self) -> GatedWeights:
         """Returns what an engine computes with."""
@@ -96,7 +96,7 @@ def quantize_mlp(
         grid: the grid that scales are searched for.
 
     Returns:
-        The quantized weights, or those of plain rounding where these are nearer to the original, and what they cost.
+        The quantized weights and their errors (`judged`).
 
     Raises:
         FloatingPointError: where the MLP's outputs are not finite.
@@ -115,17 +115,17 @@ def quantize_mlp(
 def judged(
     job: LayerJob, loaded: LoadedMlp, proposed: RoundedMlp, norm_scales_H: torch.Tensor, grid: Grid
 ) -> MlpResult:
-    """Keeps what a search proposes only where the MLP's output is nearer to the original's than plain rounding gets.
+    """Keeps the proposal, or plain rounding where this brings the MLP's output nearer to the original's.
 
     Args:
         job: the layer and its surroundings.
         loaded: the MLP.
-        proposed: what was searched.
+        proposed: the weights as searched.
         norm_scales_H: the scales folded into the norm, [H].
         grid: the grid that weights are rounded on.
 
     Returns:
-        The quantized weights and what they cost.
+        The weights that are kept, and their errors.
 
     Raises:
         FloatingPointError: where the MLP's outputs are not finite.
@@ -171,7 +171,7 @@ def judged(
 
 
 def _unsearched(proposed: RoundedMlp, unscaled: GatedWeights, grid: Grid) -> RoundedMlp:
-    """The MLP under the norm's scales alone, plainly rounded."""
+    """Rounds the MLP plainly, under the norm's scales alone."""
     (of_input, of_hidden), scales_W = proposed.moments, proposed.up_scales_W
     linears = tuple(round_to_nearest(weight, grid) for weight in unscaled.parts)
     return RoundedMlp(unscaled, linears, (of_input, of_hidden.divided(1 / scales_W)), torch.ones_like(scales_W))

@@ -1,4 +1,4 @@
-"""The tokens that each MLP of a layer is judged on.
+"""Chooses the tokens that each MLP of a layer is judged on.
 
 Shape legend: R tokens, H hidden size, E experts.
 """

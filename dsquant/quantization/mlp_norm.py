@@ -1,6 +1,6 @@
-"""The search of the scales of the norm before a layer's MLPs, which all of them and the router read.
+"""Searches the scales of the norm before a layer's MLPs, which all of them and the router read.
 
-The group's consumers, hundreds of experts, are not in memory together: some of them judge for all.
+The group's consumers, hundreds of experts, do not fit into memory together: some of them judge for all.
 
 Shape legend: H hidden size, C candidates.
 """
@@ -71,7 +71,7 @@ def _gates_and_ups(job: LayerJob, mlps: Sequence[Mlp]) -> list[torch.Tensor]:
 
 
 def _errors(job: LayerJob, grid: Grid, mlp: Mlp, inputs: MlpInputs, scales_H: torch.Tensor) -> tuple[float, float]:
-    """The output error of an MLP with gate and up rounded under the scales, and rounded plainly."""
+    """Returns the output error of an MLP with gate and up rounded under the scales, and plainly rounded."""
     original = GatedWeights.read(job.weights, mlp)
     inputs_RH = inputs.few()
     wanted_RH = original.output(job.skeleton, inputs_RH)

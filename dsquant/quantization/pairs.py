@@ -1,4 +1,4 @@
-"""What a linear reads in the quantized model beside what it read in the original, and the weight that serves there.
+"""Fits a weight to its inputs in the quantized model, so that it puts out what the original did.
 
 In the quantized model a linear reads x~, where it read x in the original. The weight whose outputs on x~ are nearest
 to W x has a closed form, W E[x x~^T] E[x~ x~^T]^-1 = W + W E[(x - x~) x~^T] E[x~ x~^T]^-1 (asymmetric calibration:
@@ -38,7 +38,7 @@ class PairMoments:
     """float32 [I, I], the mean of (x - x~)^T x~; None where the inputs are wide."""
 
     def divided(self, scales_I: torch.Tensor) -> "PairMoments":
-        """The moments of inputs whose channels are divided by `scales_I` in both models."""
+        """Returns the moments of inputs whose channels are divided by `scales_I` in both models."""
         drift_II = None if self.drift_II is None else self.drift_II / scales_I / scales_I.unsqueeze(1)
         return PairMoments(self.moments.divided(scales_I), drift_II)
 
@@ -64,7 +64,7 @@ class PairMoments:
         return weight_OI + torch.where(problem == 0, change_OI, 0.0)
 
     def rounded(self, weights: Sequence[torch.Tensor], grid: Grid, steps: Collection[Step]) -> list[QuantizedWeight]:
-        """Rounds weights that read this input so that their outputs in the quantized model are near to the original's.
+        """Fits weights that read this input to it and rounds them.
 
         Args:
             weights: float32 [O, I], each with its own O.
@@ -79,7 +79,7 @@ class PairMoments:
 
 
 def _solved(sides_RI: torch.Tensor, factor_II: torch.Tensor) -> torch.Tensor:
-    """X with X H = sides, H = factor factor^T in float64; X is float32."""
+    """Solves X H = sides with H = factor factor^T in float64; X is float32."""
     return torch.cholesky_solve(sides_RI.double().T, factor_II).T.float()
 
 
@@ -99,7 +99,7 @@ class PairStatistics:
         self._drift_II = None if wide else torch.zeros(num_features, num_features, device=device)
 
     def add(self, original_RI: torch.Tensor, quantized_RI: torch.Tensor, weights_R: torch.Tensor | None = None) -> None:
-        """Takes more tokens into the sums: x and x~ of the same tokens, float32 [R, I], and what multiplies them."""
+        """Adds x and x~ of the same tokens, float32 [R, I], each multiplied by its weight."""
         if weights_R is not None:
             original_RI, quantized_RI = (part_RI * weights_R.unsqueeze(1) for part_RI in (original_RI, quantized_RI))
         self._statistics.add(quantized_RI)
@@ -107,6 +107,6 @@ class PairStatistics:
             add_product(self._drift_II, (original_RI - quantized_RI).T, quantized_RI)
 
     def moments(self) -> PairMoments:
-        """The means over all tokens added so far."""
+        """Returns the means over all tokens added so far."""
         count = max(self._statistics.count, 1)
         return PairMoments(self._statistics.moments(), None if self._drift_II is None else self._drift_II / count)

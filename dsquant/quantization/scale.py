@@ -1,4 +1,4 @@
-"""The search for AWQ's scales (Lin et al., AWQ, arXiv 2306.00978, section 3.2), on second moments of the inputs.
+"""Searches AWQ's scales (Lin et al., AWQ, arXiv 2306.00978, section 3.2) on second moments of the inputs.
 
 Shape legend: C candidates, O out features, I in features.
 """
@@ -22,13 +22,13 @@ SEARCH_ROWS = 512
 
 
 def rms_of_columns(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Root mean square of each column over all rows of several weights [O, I], float32 [I]."""
+    """Returns the root mean square of each column over all rows of several weights [O, I], float32 [I]."""
     squares_I = torch.stack([weight_OI.square().sum(0) for weight_OI in weights]).sum(0)
     return (squares_I / sum(len(weight_OI) for weight_OI in weights)).sqrt()
 
 
 def candidate_scales(activation_I: torch.Tensor, weight_I: torch.Tensor) -> torch.Tensor:
-    """The scales to try: identity, and two families of 20.
+    """Makes the scales to try: identity, and two families of 20.
 
     With r in {1/20, ..., 1}: a**r, and a**r / w**(1-r) (AutoAWQ's "duo scaling"); each divided by sqrt(max * min) so
     that the scales centre on 1.
@@ -55,12 +55,12 @@ def _relative_to_mean(values_I: torch.Tensor) -> torch.Tensor:
 
 
 def powers_of_two(scales: torch.Tensor) -> torch.Tensor:
-    """The nearest powers of two: folding them is exact in every binary float format."""
+    """Returns the nearest powers of two: folding them is exact in every binary float format."""
     return torch.exp2(scales.log2().round())
 
 
 def scale_losses(weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Grid, moments: InputMoments) -> torch.Tensor:
-    """The output error of a weight rounded under each candidate scale.
+    """Measures the output error of a weight rounded under each candidate scale.
 
     loss(s) = tr(dW H dW^T) with dW = Q(W diag(s)) diag(s)^-1 - W and H the Gram matrix of the inputs; W is thinned to
     at most `SEARCH_ROWS` rows.

@@ -117,7 +117,7 @@ def _unrouted(job: LayerJob) -> list[Mlp]:
 def _quantize_attention(
     job: LayerJob, quantized: QuantizedStream, grid: Grid, report: GridReport
 ) -> tuple[_Streams, AttentionResult]:
-    """Attention quantized group by group; plainly rounded where that leaves its output nearer to the original's."""
+    """Quantizes attention group by group; rounds it plainly where its output is nearer to the original's then."""
     weights = ResidentWeights(job.weights)
     unfolded = _Streams(job, quantized, weights, weights)
     groups = [group for group in job.layer.attention if group.consumers[0] in job.linears[grid]]
@@ -139,7 +139,7 @@ def _quantize_attention(
 
 
 def _error(streams: _Streams, attention: AttentionResult) -> float:
-    """The squared error of what attention adds to the hidden states of a few samples, relative to what it adds."""
+    """Returns the relative squared error of what attention adds to the hidden states of a few samples."""
     job = streams.job
     wanted, _ = few_samples(job, streams.original_weights)
     found, _ = few_samples(job, ReplacedWeights(streams.folded, attention.dequantized()), streams.quantized.inputs)
@@ -149,7 +149,7 @@ def _error(streams: _Streams, attention: AttentionResult) -> float:
 
 
 def _behind_quantized_layers(streams: _Streams, groups: Sequence[ScaleGroup]) -> dict[ScaleGroup, InputMoments]:
-    """The moments of what groups of attention read behind the quantized layers before this one."""
+    """Returns the moments of the groups\' inputs behind the quantized layers before this one."""
     job, width_of = streams.job, streams.job.weights.shape
     statistics = {
         group: InputStatistics(width_of(f"{group.consumers[0]}.weight")[1], job.seed, job.weights.device)
@@ -161,7 +161,7 @@ def _behind_quantized_layers(streams: _Streams, groups: Sequence[ScaleGroup]) ->
 
 
 def _observed_pairs(streams: _Streams, replaced: Mapping[str, torch.Tensor], linear: str) -> PairMoments:
-    """What a linear reads in both models, batch by batch."""
+    """Runs both models batch by batch and returns the moments of a linear's inputs in them."""
     job = streams.job
     statistics = PairStatistics(job.weights.shape(f"{linear}.weight")[1], job.seed, job.weights.device)
     seen: list[torch.Tensor] = []

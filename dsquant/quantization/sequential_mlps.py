@@ -1,6 +1,6 @@
-"""How a layer's MLPs pass through memory where they are rounded for the quantized model's inputs (`sequential`).
+"""Takes a layer's MLPs through memory and rounds them for the quantized model's inputs (`sequential`).
 
-Gate and up are rounded first, then down for what they put out. Every MLP's outputs are added to the hidden states of
+Gate and up are rounded first, then down for their outputs. Every MLP's outputs are added to the hidden states of
 both models while it is in memory.
 
 Shape legend: H hidden size, W width of the MLP, R tokens.
@@ -104,7 +104,7 @@ def _hidden_moments(
 
 
 def _tokens(job: LayerJob, mlp: Mlp, routing: Routing | None) -> Tokens:
-    """All tokens, with a share of 1; an expert's as they are routed."""
+    """Returns all tokens with a share of 1; for an expert, its tokens as they are routed."""
     if mlp.expert is None:
         rows_R = torch.arange(job.mlp_inputs.num_rows, device=job.weights.device)
         return rows_R, torch.ones(len(rows_R), device=job.weights.device)

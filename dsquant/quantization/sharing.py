@@ -1,7 +1,7 @@
-"""What ranks tell one another of a layer, so that its bytes do not depend on their number.
+"""Exchanges a layer's statistics and outputs between ranks, so that bytes do not depend on the number of ranks.
 
-Sums over samples are made chunk by chunk and added in the order of chunks; sums over a token's experts are made where
-the token is, in the order of experts (docs/decisions/0013).
+Sums over samples are formed chunk by chunk and added in the order of chunks; sums over a token's experts are formed
+where the token is, in the order of experts (docs/decisions/0013).
 
 Shape legend: N samples, T tokens of a sample, H hidden size, I in features, R tokens of all samples, K experts of a
 token.
@@ -21,7 +21,7 @@ from dsquant.model.structure import Mlp
 from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.statistics import WIDEST_PART, InputMoments, InputStatistics
 
-# Apart from one another, so that no two chunks combine their tokens with the same signs.
+# Between the seeds of chunks, so that no two combine their tokens with the same signs.
 SEED_STEP = 7919
 
 
@@ -54,7 +54,7 @@ class SampleStatistics:
         self._chunk.add(inputs_RI)
 
     def end_chunk(self) -> None:
-        """What comes now belongs to the next chunk."""
+        """Ends the chunk; later tokens belong to the next one."""
         if self._ranks.first:  # the order begins with its chunks
             self._merge(self._chunk)
         else:
@@ -63,7 +63,7 @@ class SampleStatistics:
         self._chunk = self._empty(self._number)
 
     def moments(self, num_tokens: int) -> InputMoments:
-        """The means over the tokens of all ranks; only on rank 0, elsewhere there is nothing in them.
+        """Returns the means over the tokens of all ranks on rank 0, and empty ones elsewhere.
 
         Args:
             num_tokens: T.
@@ -86,7 +86,7 @@ class SampleStatistics:
 
 
 def share_rows(activations: Activations, ranks: Ranks, shares: Shares) -> None:
-    """Lets every rank have all samples, of which each has made its share.
+    """Gives every rank all samples, of which each has computed its share.
 
     Args:
         activations: in a file that all ranks have open, or each rank's own in memory.
@@ -101,7 +101,7 @@ def share_rows(activations: Activations, ranks: Ranks, shares: Shares) -> None:
 
 
 def share_routing(routing: Routing | None, ranks: Ranks, device: torch.device) -> Routing | None:
-    """The routing of all samples' tokens.
+    """Puts together the routing of all samples' tokens.
 
     Args:
         routing: that of this rank's samples; None where it has none, or the layer has no experts.
