@@ -60,6 +60,7 @@ class _Work:
 
     run: Run
     held: HeldTensors
+    targets: Sequence[RecordedTarget]
     reuse: bool
     done: Requantization
 
@@ -109,10 +110,10 @@ def requantize(
             if job.notes["shards"] != shard_times(index):
                 raise InputError(f"{index.folder} has changed since the job began; start over with --restart")
             run = Run(recipe, source, job, report, request.safe_point)
-            work = _Work(run, index, reuse, Requantization({}))
+            work = _Work(run, index, targets, reuse, Requantization({}))
             surroundings = Surroundings(checkpoint, job.output, job.work)
             run.opened = [_RecordedOutput(work, target, surroundings) for target in targets]
-            convert(run, partial(_make_unit, work, targets))
+            convert(run, partial(_make_unit, work))
             _hash_rest(work)
             work.done.record = finish(run, *_summary(work))
             job.finish()
@@ -121,15 +122,10 @@ def requantize(
 
 
 def _make_unit(
-    work: _Work,
-    targets: Sequence[RecordedTarget],
-    run: Run,
-    unit: Unit,
-    writers: Writers,
-    safe_point: Callable[[str], None],
+    work: _Work, run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str], None]
 ) -> dict[str, Any]:
     """Hashes a unit's source, and makes of each parameter what has changed."""
-    recording = targets[0].recording
+    recording = work.targets[0].recording
     pairs = [(target, writer) for (target, _), writer in zip(writers.by_target, _own(writers), strict=True)]
     source: dict[str, str] = {}
     changed = []
