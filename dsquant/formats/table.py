@@ -4,6 +4,7 @@ from dsquant.errors import UsageError
 from dsquant.formats.awq_gemm import AwqGemm
 from dsquant.formats.compressed_tensors import CompressedTensors
 from dsquant.formats.gguf.output import Gguf
+from dsquant.formats.mlx import Mlx
 from dsquant.formats.protocol import Format
 from dsquant.formats.safetensors import SafetensorsFormat
 from dsquant.packages import load
@@ -11,6 +12,7 @@ from dsquant.packages import load
 SAFETENSORS: dict[str, SafetensorsFormat] = {
     "awq": AwqGemm(),
     "compressed-tensors": CompressedTensors(),
+    "mlx": Mlx(),
 }
 FORMATS: dict[str, Format] = {**SAFETENSORS, "gguf": Gguf()}
 
