@@ -144,9 +144,10 @@ def run(options: argparse.Namespace, samples: int) -> dict[str, Any]:
     if options.stages:
         stage_timers(seconds)
     torch.cuda.reset_peak_memory_stats()
+    from dsquant.options import parse_size
     from dsquant.pipeline import job as pipeline
     from dsquant.pipeline import supervision
-    from dsquant.recipes import Recipe, parse_size
+    from dsquant.recipes import Recipe
 
     supervision.scan_source = once(
         supervision.scan_source

@@ -10,6 +10,8 @@
 Importing this package imports no torch; the first call does.
 """
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from dsquant.errors import (
@@ -44,6 +46,10 @@ __all__ = [
     "run",
     "verify",
 ]
+
+if "torch" not in sys.modules:  # which reads these when it is imported; what the user has set stays
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a shared machine, waiting threads must not spin
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # a budget has no room for gaps
 
 
 def __getattr__(name: str) -> Any:

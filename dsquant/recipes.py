@@ -8,26 +8,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
-    BaseModel,
+    AliasChoices,
     BeforeValidator,
-    ConfigDict,
     Field,
-    ValidationError,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
-from dsquant.errors import UsageError
+from dsquant.options import Accepts, Options, Size, Spelling, Texts, text_of_path
 
 # What a resumed job may change: these have no influence on the weights' bytes.
 CHANGEABLE_ON_RESUME = ("output", "memory_budget", "gpu_memory_budget", "evaluate")
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 Preset = Literal["quality", "compact", "best"]
 Step = Literal["scales", "clip", "compensate", "top-up", "gate-weights", "follow", "descend"]
-"""A step of the quantization. `scales`: AWQ's scales are searched and folded in. `clip`: each group's range is shrunk
-to what costs least. `compensate`: later columns make good what earlier ones lost (GPTQ). `top-up`: experts with few
+"""A step of the quantization. `scales`: AWQ's scales are searched and folded in. `clip`: each group's range is clipped
+to what costs least. `compensate`: later columns compensate earlier rounding errors (GPTQ). `top-up`: experts with few
 tokens get those that the router scores highest for them. `gate-weights`: a token counts in an expert's statistics by
 its squared share in the mixture. `follow`: statistics of the quantized model's inputs, aiming at the original's
 outputs. `descend`: coordinate descent on scales, zero points and codes."""
@@ -41,22 +40,12 @@ PRESET_STEPS: Mapping[Preset, tuple[Step, ...]] = {
 }
 
 
-def listed_steps(steps: Any) -> Any:
-    """Steps as a list, which may be given as names with commas, or as `none`.
-
-    Args:
-        steps: a text, or names.
-
-    Returns:
-        The names.
-
-    Raises:
-        ValueError: naming what is no step.
-    """
+def _listed_steps(steps: Any) -> list[Any]:
+    """Reads steps given as a list, as names with commas, or as `none`."""
     if isinstance(steps, str):
         steps = [name.strip() for name in steps.split(",")]
     if not isinstance(steps, list | tuple | set | frozenset):
-        raise ValueError(f"{steps!r:.80} is no list of steps: give some of {', '.join(STEPS)}, or none alone")
+        raise ValueError(f"{steps!r:.80} is not a list of steps: give some of {', '.join(STEPS)}, or none alone")
     if list(steps) == ["none"]:
         return []
     unknown = [repr(step) for step in steps if step not in STEPS]
@@ -65,135 +54,36 @@ def listed_steps(steps: Any) -> Any:
     return list(steps)
 
 
-StepNames = Annotated[tuple[Step, ...], BeforeValidator(listed_steps)]
+class Job(Options):
+    """What every job is asked."""
+
+    model: Annotated[str, BeforeValidator(text_of_path), Accepts(str | Path)] = Field(
+        default="tiny-r1", description="A folder, a hub id, or tiny-r1."
+    )
+    output: Annotated[Path, Spelling("-o", default="./NAME-FORMAT-Nbit")] = Field(description="Folder to create.")
+    evaluate: bool = Field(default=True, description="Compare with the original at the end.")
 
 
-def _told(problem: Mapping[str, Any]) -> str:
-    """One of pydantic's problems; of a whole recipe it names no field."""
-    field, words = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
-    return f"{field}: {words}" if field else words
+class Target(Options):
+    """How large the output may become; widths or types are then chosen by measured sensitivity."""
 
-
-class Recipe(BaseModel):
-    """Everything that determines a quantization run.
-
-    Attributes:
-        model: a folder, a hub id, or `tiny-r1`.
-        output: the folder to make.
-        to: formats, of `dsquant.formats.table.FORMATS`; `gguf:TYPE` with a type or mixture of
-            `dsquant.formats.gguf.types.MIXTURES`, with a target that of the tensors that no type is chosen for.
-        bits: bits of a code; with a target, of the grid that scales are searched for.
-        target_bits: mean stored bits, scales and zero points included, that the weights which the preset quantizes
-            (GGUF: the decoder's linears) may have at most; widths or types are then chosen by measured sensitivity.
-        target_size: bytes of all tensors that the output may have at most; likewise.
-        group_size: input channels that share a scale.
-        symmetric: whether zero points are constant; None takes what each format's engines want.
-        preset: `quality` quantizes routed experts only, `compact` every linear of the decoder, `best` every linear
-            for the inputs that the quantized model gives it; None is quality for mixtures of experts and compact for
-            dense models.
-        steps: of the quantization; also given as names with commas, or `none`. None takes the preset's.
-        calibration: texts, mixes or hub sets; none where empty, which GGUF alone can do without.
-        samples: calibration samples.
-        seq_len: tokens of a sample.
-        seed: of the choice of texts and of every random sum.
-        mtp: what happens to multi-token-prediction layers: kept in BF16, quantized, or dropped.
-        device: where to compute; auto is a GPU where there is one. The bytes differ in the last bits between devices.
-        max_shard_bytes: upper bound on a shard's size, as far as single tensors allow.
-        imatrix: of GGUF: a file of importances to use instead of calibration.
-        tensor_types: of GGUF: overrides `REGEX=TYPE`; the first that is found in a tensor's GGUF name counts.
-        split_max_bytes: of GGUF: the most tensor data in one file, as far as single tensors allow; 0 makes one file.
-        memory_budget: bytes of resident memory; None is 80 % of what is available, at most 16 GiB.
-        gpu_memory_budget: bytes of GPU memory; None is 90 % of what is free, at most 16 GiB.
-        evaluate: whether the output is compared with the original at the end.
-        scales_from: SHA-256 of the record of the output whose scales, grids and codes are used; None calibrates.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str = "tiny-r1"
-    output: Path
-    to: tuple[str, ...] = ("awq",)
-    target_bits: float | None = Field(default=None, gt=0, le=32)
-    target_size: int | None = Field(default=None, ge=1)
-    bits: Literal[3, 4, 8] = 4
-    group_size: Literal[32, 64, 128] = 128
-    symmetric: bool | None = None
-    preset: Preset | None = None
-    steps: tuple[Step, ...] = Field(default=None, validate_default=True)
-    calibration: tuple[str, ...] = ("r1-mix",)
-    samples: int = Field(default=64, ge=1)
-    seq_len: int = Field(default=512, ge=8)
-    seed: int = Field(default=0, ge=0)
-    mtp: Literal["keep", "quantize", "drop"] = "keep"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_shard_bytes: int = Field(default=5 * 2**30, ge=1)
-    # Left out of records and hashes where they are not given, as in those from before they were fields here.
-    imatrix: Path | None = Field(default=None, exclude_if=lambda path: path is None)
-    tensor_types: tuple[str, ...] = Field(default=(), exclude_if=lambda types: not types)
-    split_max_bytes: int = Field(default=0, ge=0, exclude_if=lambda size: not size)
-    memory_budget: int | None = Field(default=None, ge=1)
-    gpu_memory_budget: int | None = Field(default=None, ge=1)
-    evaluate: bool = True
-    scales_from: str | None = None
-
-    @field_validator("to")
-    @classmethod
-    def _distinct(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
-        if not formats or len(set(formats)) != len(formats):
-            raise ValueError(f"name each format once, found {', '.join(formats) or 'none'}")
-        for name in formats:
-            if not re.fullmatch(r"[a-z0-9-]+(:[A-Z0-9_]+\+?)?", name):
-                raise ValueError(f"{name!r} is no format's name, such as awq or gguf:Q4_K_M")
-        return formats
-
-    @field_validator("calibration", mode="before")
-    @classmethod
-    def _none(cls, texts: Any) -> Any:
-        return () if texts in ("none", ["none"], ("none",)) else texts
-
-    @field_validator("steps", mode="before")
-    @classmethod
-    def _listed(cls, steps: Any, info: ValidationInfo) -> Any:
-        return PRESET_STEPS[info.data.get("preset") or "quality"] if steps is None else listed_steps(steps)
-
-    @field_validator("steps")
-    @classmethod
-    def _in_order(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-        return tuple(step for step in STEPS if step in steps)
+    target_bits: float | None = Field(
+        default=None,
+        gt=0,
+        le=32,
+        description="Mean stored bits of what the preset quantizes (GGUF: of the decoder's weights), scales included, "
+        "such as 4.5: widths (4, 8, BF16; 3 where nothing else fits; for awq 4 or BF16) or types are chosen by "
+        "measured sensitivity.",
+    )
+    target_size: Size | None = Field(
+        default=None, ge=1, description="The same, for the size of all tensors, such as 340GiB."
+    )
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
         if self.target_bits is not None and self.target_size is not None:
             raise ValueError("--target-bits and --target-size exclude each other; give one")
         return self
-
-    @classmethod
-    def checked(cls, /, **fields: Any) -> Self:
-        """Builds a recipe.
-
-        Args:
-            **fields: the fields that differ from the defaults.
-
-        Returns:
-            The recipe.
-
-        Raises:
-            UsageError: where a field is unknown or has a value that cannot be meant.
-        """
-        try:
-            return cls(**fields)
-        except ValidationError as error:
-            problems = "; ".join(_told(problem) for problem in error.errors())
-            raise UsageError(problems) from error
-
-    def lasting(self) -> dict[str, Any]:
-        """The fields that determine the output's bytes, as plain JSON values."""
-        return self.model_dump(mode="json", exclude=set(CHANGEABLE_ON_RESUME))
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of `lasting`, hexadecimal."""
-        return hashlib.sha256(json.dumps(self.lasting(), sort_keys=True).encode()).hexdigest()
 
     @property
     def target(self) -> str | None:
@@ -210,48 +100,216 @@ class Recipe(BaseModel):
         return None if self.target_size is None else format_size(self.target_size).replace(" ", "")
 
 
+class Quantization(Target):
+    """How weights are quantized, and to which formats."""
+
+    to: Annotated[Texts, Spelling(metavar="FORMAT", default="awq")] = Field(
+        default=("awq",),
+        description="awq, compressed-tensors, or gguf:TYPE with AWQ's scales folded in; may be repeated, for one "
+        "calibration and several outputs.",
+    )
+    bits: Literal[3, 4, 8] = Field(
+        default=4, description="Bits of a weight; with a target, those that scales are searched for."
+    )
+    preset: Annotated[Preset | None, Spelling(default="quality; compact for dense models")] = Field(
+        default=None,
+        description="quality: routed experts only; compact: every linear; best: every linear, each for what the "
+        "quantized model gives it, least drift, slower.",
+    )
+    steps: Annotated[
+        tuple[Step, ...],
+        Accepts(str | Sequence[str] | None),
+        Spelling(metavar="LIST", default="scales, clip, compensate, top-up; for best follow and descend too"),
+    ] = Field(
+        default=None,
+        validate_default=True,
+        description=f"How the linears are quantized: some of {', '.join(STEPS)}, with commas, or none.",
+    )
+    group_size: Literal[32, 64, 128] = Field(default=128, description="Input channels that share a scale.")
+    symmetric: Annotated[
+        bool | None, Spelling("--symmetric/--asymmetric", default="what the format's engines want")
+    ] = Field(default=None, description="Without or with zero points.")
+    mtp: Literal["keep", "quantize", "drop"] = Field(
+        default="keep", description="Multi-token-prediction layers: keep in BF16, quantize, or drop."
+    )
+    max_shard_bytes: Size = Field(
+        default=5 * 2**30,
+        ge=1,
+        validation_alias=AliasChoices("max_shard_size", "max_shard_bytes"),
+        serialization_alias="max_shard_size",
+        description="Size of the largest output file.",
+    )
+
+    @field_validator("to")
+    @classmethod
+    def _distinct(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
+        if not formats or len(set(formats)) != len(formats):
+            raise ValueError(f"name each format once, found {', '.join(formats) or 'none'}")
+        for name in formats:
+            if not re.fullmatch(r"[a-z0-9-]+(:[A-Z0-9_]+\+?)?", name):
+                raise ValueError(f"{name!r} is not a format's name, such as awq or gguf:Q4_K_M")
+        return formats
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _listed(cls, steps: Any, info: ValidationInfo) -> Any:
+        return PRESET_STEPS[info.data.get("preset") or "quality"] if steps is None else _listed_steps(steps)
+
+
+class GgufFiles(Options):
+    """What GGUF files alone can be asked for."""
+
+    imatrix: Path | None = Field(
+        default=None, description="Importance matrix created by llama-imatrix or dsquant, instead of calibration."
+    )
+    tensor_types: Annotated[Texts, Spelling("--tensor-type", metavar="REGEX=TYPE")] = Field(
+        default=(),
+        description="Type of the tensors in whose GGUF names the pattern is found; the first one counts.",
+    )
+    split_max_bytes: Annotated[Size, Spelling(default="one file")] = Field(
+        default=0,
+        ge=0,
+        validation_alias=AliasChoices("split_max_size", "split_max_bytes"),
+        serialization_alias="split_max_size",
+        description="Write several files of at most this size, such as 48GiB.",
+    )
+
+
+class GgufQuantization(Target):
+    """How the weights of GGUF files are quantized."""
+
+    type: str = Field(
+        default="Q4_K_M",
+        description="A type or mixture of llama.cpp, such as Q8_0, Q4_K_M, IQ4_XS, BF16; or Q4_K_M+, which keeps MLA "
+        "attention, shared experts and dense layers at Q8_0; with a target, of what no type is chosen for.",
+    )
+    scales: bool = Field(default=True, description="Fold AWQ's scales in, beside the importance matrix.")
+    mtp: Literal["keep", "drop"] = Field(
+        default="drop", description="Multi-token-prediction layer: keep as llama.cpp's nextn tensors, or drop."
+    )
+
+
+class SampleLength(Options):
+    """How texts are cut."""
+
+    seq_len: int = Field(default=512, ge=8, description="Tokens of a sample.")
+
+
+class Sampling(SampleLength):
+    """How many tokens are taken from the calibration texts."""
+
+    samples: int = Field(default=64, ge=1, description="Calibration samples.")
+    seed: int = Field(default=0, ge=0, description="Of the choice of texts and of every random sum.")
+
+
+class Calibration(Sampling):
+    """What scales and importances are taken from."""
+
+    calibration: Annotated[Texts, Spelling(default="r1-mix")] = Field(
+        default=("r1-mix",),
+        description="A .txt, .jsonl or .parquet file, a mix (code, wiki, r1-mix), or "
+        "hf:NAME[/CONFIG][:SPLIT][#COLUMN]; may be repeated; none does without, for GGUF alone.",
+    )
+
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _none(cls, texts: Any) -> Any:
+        return () if texts in ("none", ["none"], ("none",)) else texts
+
+
+class Device(Options):
+    """Where to compute, and in how much memory."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="auto is a GPU where there is one; the last bits of the output differ between devices.",
+    )
+    memory_budget: Annotated[Size | None, Spelling(default="80 % of what is free, at most 16GiB")] = Field(
+        default=None, ge=1, description="Most resident memory, such as 16GiB."
+    )
+
+
+class Machine(Device):
+    """Where to compute, and in how much memory of each kind."""
+
+    gpu_memory_budget: Annotated[Size | None, Spelling(default="90 % of what is free, at most 16GiB")] = Field(
+        default=None, ge=1, description="Most GPU memory, such as 16GiB."
+    )
+
+
+class AwqOptions(Machine, Calibration, Quantization, Job):
+    """What `dsquant awq` takes."""
+
+
+class GgufOptions(Machine, Calibration, GgufFiles, GgufQuantization, Job):
+    """What `dsquant gguf` takes: its defaults, and its own names for what a recipe says by `to` and `steps`."""
+
+    output: Annotated[Path, Spelling("-o", default="./NAME-TYPE-GGUF; the target in the place of TYPE")] = Field(
+        description="Folder to create."
+    )
+
+
+class Recipe(AwqOptions, GgufFiles):
+    """Everything that determines a quantization run, whatever its formats."""
+
+    scales_from: str | None = Field(
+        default=None,
+        description="SHA-256 of the record of the output whose scales, grids and codes are used; None calibrates.",
+    )
+
+    @field_validator("steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        return tuple(step for step in STEPS if step in steps)
+
+    @model_serializer(mode="wrap")
+    def _without_unused_gguf_settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves them out of records and hashes, which thus stay those of recipes that did not have them."""
+        unused = {name for name, field in GgufFiles.model_fields.items() if getattr(self, name) == field.default}
+        return {name: value for name, value in handler(self).items() if name not in unused}
+
+    def lasting(self) -> dict[str, Any]:
+        """The fields that determine the output's bytes, as plain JSON values."""
+        return self.model_dump(mode="json", exclude=set(CHANGEABLE_ON_RESUME))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of `lasting`, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.lasting(), sort_keys=True).encode()).hexdigest()
+
+
 FLOAT_TYPES = ("F32", "F16", "BF16")
 _SHORT_TYPES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 
-def gguf_recipe(
-    *,
-    type: str,
-    calibration: tuple[str, ...] | None = None,
-    imatrix: Path | None = None,
-    scales: bool = True,
-    mtp: str = "drop",
-    **fields: Any,
-) -> Recipe:
-    """The recipe of a job that makes GGUF files alone, with the defaults of `dsquant gguf`.
+def gguf_recipe(**options: Any) -> Recipe:
+    """Builds the recipe of a job that creates GGUF files alone, with the defaults of `dsquant gguf`.
 
     Args:
-        type: a type or mixture; Q4_K is Q4_K_M, as for llama-quantize.
-        calibration: texts to take scales and importances from; None is r1-mix, or no calibration where an imatrix is
-            given or the type does not quantize.
-        imatrix: a file of importances to use.
-        scales: whether AWQ's scales are searched and folded in, where there is calibration.
-        mtp: whether the multi-token-prediction layer is kept as `nextn` tensors or dropped.
-        **fields: further fields of the recipe.
+        **options: fields of `GgufOptions`. The type Q4_K is Q4_K_M, as for llama-quantize. Without `calibration`,
+            texts are read only where the type quantizes and no imatrix is given.
 
     Returns:
         The recipe.
 
     Raises:
-        UsageError: where a field is unknown or has a value that cannot be meant.
+        UsageError: where an option is unknown or its value is not allowed.
     """
-    type_name = _SHORT_TYPES.get(type.upper(), type.upper())
-    calibration = () if calibration == ("none",) else calibration
-    if calibration is None:
-        calibration = () if imatrix or type_name in FLOAT_TYPES else ("r1-mix",)
+    asked = GgufOptions.checked(**options)
+    type_name = _SHORT_TYPES.get(asked.type.upper(), asked.type.upper())
+    texts = asked.calibration
+    if "calibration" not in asked.model_fields_set and (asked.imatrix or type_name in FLOAT_TYPES):
+        texts = ()
+    fields = {name: getattr(asked, name) for name in GgufOptions.model_fields if name not in ("type", "scales")}
     return Recipe.checked(
-        to=(f"gguf:{type_name}",),
-        preset="compact",
-        steps=PRESET_STEPS["compact"] if scales and calibration else (),
-        calibration=calibration,
-        imatrix=imatrix,
-        mtp="quantize" if mtp == "keep" else mtp,
-        **fields,
+        **fields
+        | {
+            "to": (f"gguf:{type_name}",),
+            "preset": "compact",
+            "steps": PRESET_STEPS["compact"] if asked.scales and texts else (),
+            "calibration": texts,
+            "mtp": "quantize" if asked.mtp == "keep" else "drop",
+        }
     )
 
 
@@ -260,28 +318,6 @@ def preset_and_steps(preset: Preset, steps: Sequence[Step]) -> str:
     if set(steps) == set(PRESET_STEPS[preset]):
         return preset
     return f"{preset}, steps {' and '.join(steps)}" if steps else f"{preset}, no steps"
-
-
-# More than this is no size of anything.
-MOST_BYTES = 2**60
-
-
-def parse_size(text: str) -> int:
-    """Reads a size such as `16GiB`, `512MiB` or `1000000`.
-
-    Args:
-        text: a number with an optional unit B, KiB, MiB, GiB, TiB.
-
-    Returns:
-        Bytes.
-
-    Raises:
-        UsageError: where it is no size.
-    """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT]?)i?B?)?\s*", text, re.IGNORECASE)
-    if match is None or not 0 < float(match[1]) < MOST_BYTES:
-        raise UsageError(f"{text!r} is not a size; write it as 16GiB, 512MiB or a number of bytes")
-    return int(float(match[1]) * UNITS[(match[2] or "").upper()])
 
 
 def format_size(num_bytes: float) -> str:

@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
 import dsquant
 from dsquant.cli import main
 from dsquant.errors import UsageError
-from dsquant.recipes import Recipe, format_size, parse_size
+from dsquant.options import parse_size
+from dsquant.recipes import Recipe, format_size
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -39,7 +41,8 @@ def test_every_command_has_help_and_stands_in_the_readme(command: str) -> None:
 
 
 def test_options_in_the_readme_exist() -> None:
-    known = {option for command in main.commands.values() for parameter in command.params for option in parameter.opts}
+    parameters = [item for one in main.commands.values() for item in one.get_params(click.Context(one))]
+    known = {option for parameter in parameters for option in parameter.opts}
     commands = re.findall(r"dsquant (?:awq|eval|inspect)[^`\n]*(?:\\\n[^`\n]*)*", README)
     named = {option for command in commands for option in re.findall(r"--[a-z-]+", command)}
     assert named and named <= known

@@ -21,12 +21,13 @@ from dsquant.evaluation.code.completion_scores import (
     health,
     parses,
 )
-from dsquant.evaluation.code.drift_plan import SHIPPED_PROMPTS, DriftRequest, _prompts_file, plan_drift
+from dsquant.evaluation.code.drift_plan import SHIPPED_PROMPTS, _prompts_file, plan_drift
 from dsquant.evaluation.code.generation import Completion
 from dsquant.evaluation.code.measure_drift import measure_drift, teacher_tokens
 from dsquant.evaluation.code.tasks import DriftPlan, Task, read_tasks
 from dsquant.evaluation.divergence import ComparedModels
 from dsquant.evaluation.opening import Original, open_original
+from dsquant.evaluation.request import DriftRequest
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.skeleton import Skeleton
 
@@ -152,7 +153,7 @@ def test_prompts_that_cannot_work_are_refused_before_anything_runs(original: Ori
         plan_drift(DriftRequest(prompts=str(path)), original, ENOUGH)
     path.write_text('{"prompt": "x = 1"}\n')
     with pytest.raises(InputError, match="no prompt has a test"):
-        plan_drift(DriftRequest(str(path), execute=True, allow_code_execution=True), original, ENOUGH)
+        plan_drift(DriftRequest(prompts=path, execute=True, allow_code_execution=True), original, ENOUGH)
     with pytest.raises(UsageError, match="context"):
-        plan_drift(DriftRequest(str(path), max_tokens=10**6), original, ENOUGH)
+        plan_drift(DriftRequest(prompts=path, max_tokens=10**6), original, ENOUGH)
     assert plan_drift(DriftRequest(prompts="none"), original, ENOUGH) is None

@@ -23,6 +23,7 @@ from dsquant.cli import main
 from dsquant.cli.run import run as run_command
 from dsquant.errors import GateError, InconclusiveError, InputError, UsageError
 from dsquant.jobs.journal import Journal
+from dsquant.options import options_of
 from dsquant.releases.evaluation import read_recipe_gates
 from dsquant.releases.recipe import ReleaseRecipe, read_recipe
 from dsquant.releases.release_job import Release, published, run_recipe
@@ -459,7 +460,7 @@ def test_the_recipe_in_the_commands_help_is_valid(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(shown)
     recipe = read_recipe(tmp_path / "recipe.yaml")
     assert [step.name for step in recipe.quantize] == ["four", "mixed", "k-quants"]
-    keys = {key for step in recipe.quantize for key in type(step).model_fields}
+    keys = {key for step in recipe.quantize for key in options_of(type(step))}
     assert all(re.search(rf"\b{key}\b", text) for key in keys), keys
 
 

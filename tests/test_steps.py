@@ -163,8 +163,8 @@ def test_added_tokens_weigh_as_the_least_of_an_experts_own() -> None:
         ({"steps": "clip,fold"}, "steps: 'fold': give some of scales, clip, .*, or none alone"),
         ({"steps": "none,clip"}, "steps: 'none': give some of .*, or none alone"),
         ({"steps": ""}, "steps: '': give some of .*, or none alone"),
-        ({"steps": 5}, "steps: 5 is no list of steps: give some of"),
-        ({"steps": iter(["clip"])}, "is no list of steps"),
+        ({"steps": 5}, "steps: 5 is not a list of steps: give some of"),
+        ({"steps": iter(["clip"])}, "is not a list of steps"),
         ({"steps": ["none", "clip"]}, "steps: 'none': give some of"),
     ],
 )

@@ -1,6 +1,6 @@
-"""How a command ends that is told to: by a signal with exit code 75, by a reader who leaves not at all.
+"""How a command ends when it is asked to: a signal ends it with exit code 75, a reader who leaves does not.
 
-A job stops at a safe point (`jobs.stop_on_signals`); this is for all that is not a job's: starting, reading, printing.
+A job stops at a safe point (`jobs.stop_on_signals`); this covers everything else: starting, reading, printing.
 """
 
 import errno

@@ -1,69 +1,29 @@
 """The command `dsquant eval`."""
 
-import json
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsquant.cli.process import dsquant_command, quiet_libraries
+from dsquant.cli.fields import FieldsCommand
+from dsquant.cli.process import dsquant_command, echo_json, json_option, quiet_libraries
 from dsquant.errors import GateError, InconclusiveError
 
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
-@click.command("eval")
+
+def _models() -> "tuple[type[BaseModel], ...]":
+    from dsquant.evaluation.request import EvaluationRequest
+
+    return (EvaluationRequest,)
+
+
+@click.command("eval", cls=FieldsCommand, models=_models)
 @click.argument("reference")
 @click.argument("candidates", nargs=-1, required=True, metavar="CANDIDATE...")
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    help="Shipped text (code, wiki, reasoning) or text file; may be repeated.  [default: all shipped texts]",
-)
-@click.option(
-    "--prompts",
-    help="Prompts for code: python (shipped), a .jsonl file (also HumanEval's and MBPP's), or none.  [default: python, "
-    "where the models fit in memory]",
-)
-@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens of a completion.")
-@click.option("--execute", is_flag=True, help="Run the completions with the prompts' tests, and report pass@1.")
-@click.option(
-    "--allow-code-execution",
-    is_flag=True,
-    help="Needed beside --execute: code that a model wrote will run on this machine, under limits that are no security "
-    "boundary.",
-)
-@click.option(
-    "--gates",
-    type=click.Path(path_type=Path),
-    help="YAML file of limits that decide the exit code; its form stands above.",
-)
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder for the report.")
-@click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="The most samples of each text.")
-@click.option("--seq-len", type=click.IntRange(8), default=512, show_default=True, help="Tokens of a sample.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the intervals' random draws.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option(
-    "--memory-budget",
-    help="Most resident memory, such as 16GiB.  [default: 80 % of what is free, at most 16GiB]",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress bar.")
+@json_option
 @dsquant_command
-def evaluate(
-    reference: str,
-    candidates: tuple[str, ...],
-    texts: tuple[str, ...],
-    prompts: str | None,
-    max_tokens: int,
-    execute: bool,
-    allow_code_execution: bool,
-    gates: Path | None,
-    output: Path | None,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    device: str,
-    memory_budget: str | None,
-    as_json: bool,
-) -> None:
+def evaluate(as_json: bool, **options: Any) -> None:
     """Measures what each CANDIDATE costs against REFERENCE: perplexity, KL divergence, routing, weights, code.
 
     Both are a folder, a hub id, tiny-r1, or a GGUF file: FP8, BF16, AWQ, compressed-tensors or GGUF of one model.
@@ -82,31 +42,18 @@ def evaluate(
       router_overlap; of code: code_exact_match, accuracy_retained,
       greedy_agreement
     """
-    from dsquant.evaluation import comparison
-    from dsquant.evaluation.code.drift_plan import DriftRequest
     from dsquant.evaluation.request import EvaluationRequest
-    from dsquant.recipes import parse_size
+
+    request = EvaluationRequest.checked(**options)
+    from dsquant.evaluation import comparison
     from dsquant.reporting.terminal import print_evaluation, progress_bar
 
-    request = EvaluationRequest(
-        reference=reference,
-        candidates=candidates,
-        texts=texts,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        drift=DriftRequest(prompts, max_tokens, execute, allow_code_execution),
-        gates=gates,
-        output=output,
-        device=device,
-        memory_budget=parse_size(memory_budget) if memory_budget is not None else None,
-    )
     with quiet_libraries(), progress_bar(not as_json) as report:
         evaluation = comparison.evaluate(request, report)
     if as_json:
-        click.echo(json.dumps(evaluation.as_json(), indent=2))
+        echo_json(evaluation)
     else:
-        print_evaluation(evaluation, output)
+        print_evaluation(evaluation, request.output)
     try:
         comparison.raise_verdict(evaluation)
     except (GateError, InconclusiveError) as error:

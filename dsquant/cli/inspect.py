@@ -4,12 +4,12 @@ import json
 
 import click
 
-from dsquant.cli.process import dsquant_command
+from dsquant.cli.process import dsquant_command, model_argument
 from dsquant.escaping import printable
 
 
 @click.command()
-@click.argument("model", default="tiny-r1", metavar="[MODEL=tiny-r1]")
+@model_argument
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @dsquant_command
 def inspect(model: str, as_json: bool) -> None:

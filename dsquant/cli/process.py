@@ -1,13 +1,13 @@
 """What every command does around its work: settings of the process, messages and exit codes of errors."""
 
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,10 @@ from dsquant.cli.ending import stopped_words
 from dsquant.errors import DsquantError, InputError, Interrupted, PackageError, UsageError
 from dsquant.escaping import printable
 from dsquant.jobs.launcher import launched, several_ranks
+
+if TYPE_CHECKING:
+    from dsquant.reporting.progress import Report
+    from dsquant.running import Metrics
 
 # Past this size glibc maps memory of its own for a block and gives it back at once; without it the heap keeps what a
 # few large tensors once needed.
@@ -71,12 +75,10 @@ def _take_own_gpu() -> None:
 
 
 def _prepare_process() -> None:
-    """Settings of this process that a library must not make for its caller."""
+    """Changes settings of this process that a library must leave to its caller."""
     import ctypes
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a shared machine, waiting threads must not spin
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # a budget has no room for gaps
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if several_ranks():
         _take_own_gpu()
@@ -86,37 +88,23 @@ def _prepare_process() -> None:
         libc.mallopt(mmap_threshold, MALLOC_MMAP_THRESHOLD)
 
 
-def metrics_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The options of every command that runs a job: where its metrics go."""
-    port = click.option("--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics on this port.")
-    address = click.option(
-        "--metrics-address",
-        help="Serve them on this address; 0.0.0.0 is every network that this machine is in.  [default: 127.0.0.1]",
-    )
-    file = click.option(
-        "--metrics-file",
-        type=click.Path(path_type=Path),
-        help="Write metrics for node_exporter's textfile collector; the name ends in .prom.",
-    )
-    return port(address(file(function)))
+model_argument = click.argument("model", default="tiny-r1", metavar="[MODEL=tiny-r1]")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress bar.")
+
+
+def echo_json(found: Any) -> None:
+    """Prints a result as JSON."""
+    click.echo(json.dumps(found.as_json(), indent=2))
 
 
 @contextmanager
-def reporting(
-    visible: bool,
-    metrics_file: Path | None,
-    metrics_port: int | None,
-    metrics_address: str | None,
-    first: bool = True,
-) -> Iterator[Any]:
+def reporting(visible: bool, metrics: "Metrics", first: bool = True) -> "Iterator[Report]":
     """Shows a progress bar and publishes metrics while a job runs, of several ranks the first; yields the report."""
     from dsquant.reporting.prometheus import monitored
     from dsquant.reporting.terminal import progress_bar
 
-    if not first:
-        visible, metrics_file, metrics_port, metrics_address = False, None, None, None
-    metrics = (metrics_file, metrics_port, metrics_address)
-    with quiet_libraries(), progress_bar(visible) as bar, monitored(bar, *metrics) as report:
+    published = metrics.model_dump() if first else {}
+    with quiet_libraries(), progress_bar(visible and first) as bar, monitored(bar, **published) as report:
         yield report
 
 

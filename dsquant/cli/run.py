@@ -1,32 +1,33 @@
 """The command `dsquant run`."""
 
-import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsquant.cli.process import dsquant_command, metrics_options, reporting
+from dsquant.cli.fields import FieldsCommand
+from dsquant.cli.process import dsquant_command, echo_json, json_option, reporting
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
-@click.command()
+def _models() -> "tuple[type[BaseModel], ...]":
+    from dsquant.running import Metrics
+
+    return (Metrics,)
+
+
+@click.command(cls=FieldsCommand, models=_models, own_first=True)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--model", help="Instead of the recipe's.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Instead of the recipe's.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress bar.")
-@metrics_options
+@json_option
 @dsquant_command
-def run(
-    recipe: Path,
-    model: str | None,
-    output: Path | None,
-    as_json: bool,
-    metrics_file: Path | None,
-    metrics_port: int | None,
-    metrics_address: str | None,
-) -> None:
+def run(recipe: Path, model: str | None, output: Path | None, as_json: bool, **options: Any) -> None:
     """Runs RECIPE (YAML): calibrate, quantize to several formats, evaluate, gate, publish.
 
-    A finished recipe is left alone; one that was stopped anywhere goes on where it was.
+    A finished recipe is left alone; one that was stopped anywhere continues where it was.
 
     \b
     model: tiny-r1
@@ -43,22 +44,24 @@ def run(
     Entries with `to` also take bits, steps, group_size, symmetric, mtp and max_shard_size, those with `type`
     tensor_types, imatrix, calibrate, scales, mtp and split_max_size; the file also device, budgets and on_failure.
     """
+    from dsquant.options import taken
     from dsquant.releases.recipe import read_recipe
     from dsquant.releases.release_job import published, run_recipe
+    from dsquant.running import Metrics
 
-    read = read_recipe(recipe, model, output)
+    metrics, read = taken(Metrics, options), read_recipe(recipe, model, output)
     release = published(read)
     if release is None:  # only now is torch imported
-        with reporting(not as_json, metrics_file, metrics_port, metrics_address) as report:
+        with reporting(not as_json, metrics) as report:
             release = run_recipe(read, report, str(recipe))
-    elif metrics_file is not None:  # nothing to do is a success too
+    elif metrics.metrics_file is not None:  # nothing to do is a success too
         from dsquant.reporting.progress import silent
         from dsquant.reporting.prometheus import monitored
 
-        with monitored(silent, metrics_file):
+        with monitored(silent, metrics.metrics_file):
             pass
     if as_json:
-        click.echo(json.dumps(release.as_json(), indent=2))
+        echo_json(release)
         return
     from dsquant.reporting.terminal import print_result
 

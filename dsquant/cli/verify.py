@@ -1,18 +1,17 @@
 """The command `dsquant verify`."""
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
-from dsquant.cli.process import dsquant_command, quiet_libraries
+from dsquant.cli.process import dsquant_command, echo_json, quiet_libraries
 from dsquant.errors import InconclusiveError, InputError
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--source", help="The model that DIR was made from.  [default: the recorded one, where it is here]")
+@click.option("--source", help="The model that DIR was created from.  [default: the recorded one, where it is here]")
 @click.option("--all", "everything", is_flag=True, help="Compare every parameter with the source, not a sample.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON, and no progress bar.")
 @dsquant_command
@@ -29,7 +28,7 @@ def verify(folder: Path, source: str | None, everything: bool, as_json: bool) ->
     with quiet_libraries(), progress_bar(not as_json) as report:
         found = check(folder, source, everything, report)
     if as_json:
-        click.echo(json.dumps(found.as_json(), indent=2))
+        echo_json(found)
     else:
         plain_console().print(*found.tables(), sep="\n")
     if not found.ok:

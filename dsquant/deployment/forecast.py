@@ -1,6 +1,5 @@
 """Implements `dsquant plan`: sizes of every output, where each runs and how fast, its cost, and what is impossible."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -9,16 +8,14 @@ from dsquant.deployment import facts
 from dsquant.deployment.build_cost import BuildCost, build_cost_of
 from dsquant.deployment.engines import launch_commands
 from dsquant.deployment.facts import Fact, Range
-from dsquant.deployment.hardware import REFERENCE_MACHINES, Machine, parse_machine
+from dsquant.deployment.hardware import DEFAULT_CONTEXT, REFERENCE_MACHINES, Machine, PlanOptions, parse_machine
 from dsquant.deployment.placement import Network, Placement, network_of, place
 from dsquant.deployment.sizes import PRESETS, SOURCE, OutputSize, output_sizes
 from dsquant.deployment.statements import statements_about
 from dsquant.deployment.subject import Subject, open_subject
-from dsquant.errors import UsageError
 from dsquant.formats.table import SAFETENSORS
 from dsquant.reporting.notebook import Shown
 
-DEFAULT_CONTEXT = 32768
 # From the best quality to the worst; only these are placed on a machine.
 _PARALLEL = sorted((known for known in SAFETENSORS.values() if known.placement), key=lambda known: known.rank)
 CANDIDATES = (
@@ -120,38 +117,25 @@ def _machine_json(found: MachineForecast) -> dict[str, Any]:
     }
 
 
-def forecast(
-    model: str,
-    gpu: str | None = None,
-    ram: str | None = None,
-    disk: str | None = None,
-    disk_read: str | None = None,
-    gpu_price: float | None = None,
-    context: int = DEFAULT_CONTEXT,
-) -> Forecast:
+def forecast(model: str, **options: Any) -> Forecast:
     """Plans everything about a model from its headers or its config.
 
     Args:
         model: `tiny-r1`, a folder, a config.json, or a hub id.
-        gpu: the GPUs, such as `4x24GiB` or `4x24GiB@936GB/s`; common machines where neither gpu nor ram is given.
-        ram: such as `64GiB`.
-        disk: space for the weights.
-        disk_read: such as `7GB/s`.
-        gpu_price: of one GPU for an hour.
-        context: tokens of KV cache; at most the model's own limit is planned.
+        **options: fields of `PlanOptions`; common machines where neither gpu nor ram is given.
 
     Returns:
         The forecast.
 
     Raises:
         InputError: where the model cannot be found or is not supported.
-        UsageError: where the machine's description or the price is not valid.
+        UsageError: where the machine's description or another option is not valid.
     """
-    if gpu_price is not None and not 0 <= gpu_price < math.inf:
-        raise UsageError(f"--gpu-price {gpu_price} is not a price; give a number from 0 on")
-    machines = [parse_machine(gpu, ram, disk, disk_read)] if gpu or ram else reference_machines(disk, disk_read)
+    asked = PlanOptions.checked(**options)
+    described = parse_machine(asked.gpu, asked.ram, asked.disk, asked.disk_read) if asked.gpu or asked.ram else None
+    machines = [described] if described else reference_machines(asked.disk, asked.disk_read)
     subject = open_subject(model)
-    return forecast_of(subject, output_sizes(subject), machines, gpu_price, context)
+    return forecast_of(subject, output_sizes(subject), machines, asked.gpu_price, asked.context)
 
 
 def forecast_of(

@@ -2,10 +2,14 @@
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from dsquant.deployment.facts import DEFAULT_DISK, DESKTOP_RAM, DESKTOP_RAM_GIB, GB, GIB, GPU_CLASSES, SERVER_RAM, Range
 from dsquant.errors import UsageError
-from dsquant.recipes import format_size, parse_size
+from dsquant.options import Options, Spelling, parse_size
+from dsquant.recipes import format_size
 
 # Less than this is a typing error in the unit.
 SMALLEST_MEMORY = 2**20
@@ -13,6 +17,28 @@ SMALLEST_MEMORY = 2**20
 LARGEST_BARE_NUMBER = 2000
 # More than any engine spreads one model over.
 MOST_GPUS = 1024
+
+
+DEFAULT_CONTEXT = 32768
+
+
+class PlanOptions(Options):
+    """The machine to plan for, and what is asked of it."""
+
+    gpu: Annotated[str | None, Spelling(metavar="4x24GiB")] = Field(
+        default=None, description="GPUs, with their bandwidth if known: 4x24GiB@936GB/s."
+    )
+    ram: Annotated[str | None, Spelling(metavar="64GiB")] = Field(
+        default=None, description="Memory, with its bandwidth if known: 64GiB@80GB/s."
+    )
+    disk: Annotated[str | None, Spelling(metavar="2TiB")] = Field(default=None, description="Room for the weights.")
+    disk_read: Annotated[str | None, Spelling(metavar="7GB/s")] = Field(
+        default=None, description="How fast the disk reads."
+    )
+    gpu_price: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="Price of one GPU for an hour, in any currency."
+    )
+    context: int = Field(default=DEFAULT_CONTEXT, ge=1, description="Tokens of KV cache.")
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from dsquant.evaluation.measures import Measures
 from dsquant.evaluation.needs import needs
 from dsquant.evaluation.opening import Opened, Original, open_candidate, open_original
 from dsquant.evaluation.report.report_files import write_reports
-from dsquant.evaluation.request import EvaluationRequest, Texts, candidate_names, read_texts
+from dsquant.evaluation.request import EvaluationRequest, candidate_names
 from dsquant.evaluation.results import SCHEMA_VERSION, Candidate, Evaluation, Identity, Reference
+from dsquant.evaluation.samples import Texts, read_texts
 from dsquant.evaluation.summary import layer_scores, routers_of, scores_by_text
 from dsquant.evaluation.weight_errors import by_kind, worst
 from dsquant.files.disk import remove_empty
@@ -130,7 +131,7 @@ def _open(request: EvaluationRequest, gates: Gates | None, paths: tuple[str, ...
     original = open_original(request.reference, torch.device(resolved_device(request.device)))
     candidates = {name: open_candidate(path, original) for name, path in candidate_names(paths).items()}
     texts = read_texts(request, original.tokenizer)
-    plan = plan_drift(request.drift, original, _budget(request) - resident_bytes())
+    plan = plan_drift(request, original, _budget(request) - resident_bytes())
     if gates is not None:
         check_measured(gates, list(texts.samples), () if plan is None else plan.measures)
     inputs = _Inputs(request, gates, original, candidates, texts, plan)

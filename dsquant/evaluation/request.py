@@ -1,52 +1,58 @@
-"""The request of `dsquant eval`: models, texts, limits; and the texts as samples."""
+"""What `dsquant eval` is asked for: models, texts, limits. Imports no torch."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import torch
+from pydantic import BeforeValidator, Field
 
-from dsquant.calibration.texts import HELD_OUT_TEXTS, text_tokens, tokens_sha256
 from dsquant.errors import UsageError
-from dsquant.evaluation.code.drift_plan import DriftRequest
-from dsquant.evaluation.results import Text
+from dsquant.options import Accepts, Options, Spelling, Texts, text_of_path
+from dsquant.recipes import Device, SampleLength
 
 
-@dataclass(frozen=True)
-class EvaluationRequest:
-    """Models, texts and limits of an evaluation."""
-
-    reference: str
-    """A folder, a hub id, `tiny-r1`, or a GGUF file."""
-    candidates: tuple[str, ...]
-    """Of the same model, in the same forms."""
-    texts: tuple[str, ...] = ()
-    """Shipped texts or files; every shipped one where empty."""
-    samples: int = 8
-    """Largest number of samples of each text."""
-    seq_len: int = 512
-    seed: int = 0
-    """Seed of the bootstrap's draws."""
-    gates: Path | None = None
-    drift: DriftRequest = field(default_factory=DriftRequest)
+class DriftRequest(Options):
     """Whether and how code is generated."""
-    output: Path | None = None
-    """Folder for report.json, report.md and report.html."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    memory_budget: int | None = None
-    """Bytes; None is 80 % of what is available, at most 16 GiB."""
+
+    prompts: Annotated[
+        str | None,
+        BeforeValidator(text_of_path),
+        Accepts(str | Path | None),
+        Spelling(default="python, where the models fit in memory"),
+    ] = Field(
+        default=None,
+        description="Prompts for code: python (shipped), a .jsonl file (also HumanEval's and MBPP's), or none.",
+    )
+    max_tokens: int = Field(default=64, ge=1, description="Tokens of a completion.")
+    execute: Annotated[bool, Spelling("--execute")] = Field(
+        default=False, description="Run the completions with the prompts' tests, and report pass@1."
+    )
+    allow_code_execution: Annotated[bool, Spelling("--allow-code-execution")] = Field(
+        default=False,
+        description="Needed beside --execute: code that a model wrote will run on this machine, under limits that are "
+        "not a security boundary.",
+    )
 
 
-@dataclass(frozen=True)
-class Texts:
-    """The samples of all texts, one after another."""
+class Measured(SampleLength, DriftRequest):
+    """What candidates are measured on."""
 
-    tokens_NT: torch.Tensor
-    samples: Mapping[str, slice]
-    described: tuple[Text, ...]
+    texts: Annotated[Texts, Spelling("--text", default="all shipped texts")] = Field(
+        default=(), description="Shipped text (code, wiki, reasoning) or text file; may be repeated."
+    )
+    samples: int = Field(default=8, ge=1, description="The most samples of each text.")
+
+
+class EvaluationRequest(Device, Measured):
+    """What to evaluate and how."""
+
+    reference: Annotated[str, BeforeValidator(text_of_path)] = Field(
+        description="The original: a folder, a hub id, tiny-r1, or a GGUF file."
+    )
+    candidates: Texts = Field(description="The same, of the same model.")
+    seed: int = Field(default=0, ge=0, description="Of the intervals' random draws.")
+    gates: Path | None = Field(default=None, description="YAML file of limits that decide the exit code.")
+    output: Annotated[Path | None, Spelling("-o")] = Field(default=None, description="Folder for the report.")
 
 
 def candidate_names(paths: tuple[str, ...]) -> dict[str, str]:
@@ -66,23 +72,3 @@ def _ends(path: str) -> list[str]:
     """Returns the path's last part, its last two parts, and so on."""
     parts = Path(path.removesuffix(".gguf")).parts
     return [str(Path(*parts[-count:])) for count in range(1, len(parts) + 1)]
-
-
-def read_texts(request: EvaluationRequest, tokenizer: Any) -> Texts:
-    """Tokenizes the texts of an evaluation into samples, with the reference's tokenizer.
-
-    Raises InputError where a text is missing or too short for one sample, UsageError where a text is given twice.
-    """
-    chosen = request.texts or HELD_OUT_TEXTS
-    if len(set(chosen)) < len(chosen):
-        raise UsageError("name each --text once")
-    short = Counter(Path(text).name for text in chosen)
-    parts, samples, described, start = [], {}, [], 0
-    for text in chosen:
-        name = Path(text).name if short[Path(text).name] == 1 else text
-        tokens_NT = text_tokens(text, tokenizer, request.seq_len, request.samples)
-        parts.append(tokens_NT)
-        samples[name] = slice(start, start + len(tokens_NT))
-        described.append(Text(name, len(tokens_NT), request.seq_len, tokens_sha256(tokens_NT)))
-        start += len(tokens_NT)
-    return Texts(torch.cat(parts), samples, tuple(described))

@@ -21,6 +21,7 @@ from dsquant.pipeline.record import Result, result_of
 from dsquant.recipes import format_size
 from dsquant.reporting.notebook import Shown
 from dsquant.reporting.progress import Progress, Report, silent
+from dsquant.running import DeltaOptions
 from dsquant.source.locate import locate
 from dsquant.source.scan import scan
 from dsquant.verification.strict_record import read_record
@@ -74,16 +75,7 @@ class Delta(Shown):
         )
 
 
-def delta(
-    old: str,
-    new: str,
-    output: Path,
-    quantized: Path | None = None,
-    patch: Path | None = None,
-    resume: bool = False,
-    restart: bool = False,
-    report: Report = silent,
-) -> Delta:
+def delta(old: str, new: str, output: Path, asked: DeltaOptions, report: Report = silent) -> Delta:
     """Builds the output of a new release from the old release's output, and the patch between the two outputs.
 
     Args:
@@ -91,10 +83,7 @@ def delta(
             whose recorded hashes then stand for the release.
         new: the new release.
         output: the folder to create.
-        quantized: the old output; None where `old` is it, or where it has its default name.
-        patch: the patch to write; None adds .patch to the output's name.
-        resume: continue an interrupted job, or start one.
-        restart: start over where there is an interrupted or finished one.
+        asked: the old output, the patch, and what happens to a job in `output`.
         report: gets the progress.
 
     Returns:
@@ -108,9 +97,9 @@ def delta(
     """
     folder = Path(old).expanduser()
     is_output = (folder / RECORD_FILE).is_file()
-    recording = open_recording(folder if is_output else quantized or _default_output(old))
+    recording = open_recording(folder if is_output else asked.quantized or _default_output(old))
     recipe = recording.recipe(new, output)
-    patch = patch or with_ending(output, ".patch")
+    patch, resume, restart = asked.patch or with_ending(output, ".patch"), asked.resume, asked.restart
     check_output(output, recording.output)
     claim(output, recipe, resume, restart)
     check_patch(patch, output, recording, again=resume or restart)

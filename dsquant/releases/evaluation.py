@@ -84,19 +84,14 @@ def check_evaluation(recipe: ReleaseRecipe, gates: "Gates | None") -> None:
 
 
 def _request(recipe: ReleaseRecipe, candidates: tuple[str, ...], gates_file: Path | None) -> "EvaluationRequest":
-    from dsquant.evaluation.code.drift_plan import DriftRequest
     from dsquant.evaluation.request import EvaluationRequest
 
-    wanted = recipe.evaluate
-    assert wanted is not None
+    assert recipe.evaluate is not None
     return EvaluationRequest(
+        **recipe.evaluate.model_dump(),
         reference=recipe.model,
         candidates=candidates,
-        texts=wanted.texts,
-        samples=wanted.samples,
-        seq_len=wanted.seq_len,
         gates=gates_file,
-        drift=DriftRequest(wanted.prompts, wanted.max_tokens, wanted.execute, wanted.allow_code_execution),
         device=recipe.device,
         memory_budget=recipe.memory_budget,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsquant.jobs.journal import Journal
-from dsquant.recipes import Recipe, gguf_recipe
+from dsquant.recipes import Machine, Recipe, gguf_recipe
 from dsquant.releases.evaluation import check_evaluation, decide_gates, evaluate_outputs, read_recipe_gates
 from dsquant.releases.input_state import key_of
 from dsquant.releases.recipe import AwqStep, GgufStep, ReleaseRecipe
@@ -85,8 +85,8 @@ def _job_fields(recipe: ReleaseRecipe) -> dict[str, Any]:
     """Returns the recipe fields that every job shares. Jobs do not evaluate themselves: a stage does it for all at
     once.
     """
-    calibration = recipe.calibration.model_dump(exclude={"texts"})
-    return {**calibration, "model": recipe.model, "memory_budget": recipe.memory_budget, "evaluate": False}
+    shared = {name: getattr(recipe, name) for name in Machine.model_fields}
+    return {**recipe.calibration.model_dump(exclude={"texts"}), **shared, "model": recipe.model, "evaluate": False}
 
 
 def _quantize(shop: Workshop, step: AwqStep | GgufStep, begun: bool) -> dict[str, Any]:
@@ -102,13 +102,11 @@ def _quantize(shop: Workshop, step: AwqStep | GgufStep, begun: bool) -> dict[str
 
 def _job(shop: Workshop, step: AwqStep | GgufStep) -> Recipe:
     """Returns the recipe of the corresponding `dsquant awq` or `dsquant gguf`."""
-    fields, output = _job_fields(shop.recipe), shop.build / step.name
+    fields = _job_fields(shop.recipe) | step.model_dump(exclude={"name", "calibrate"})
+    fields["output"] = shop.build / step.name
     if isinstance(step, AwqStep):
-        own = step.model_dump(exclude={"name", "max_shard_size"}) | {"max_shard_bytes": step.max_shard_size}
-        own |= {"device": shop.recipe.device, "gpu_memory_budget": shop.recipe.gpu_memory_budget}
-        return Recipe.checked(**fields, **own, output=output, calibration=shop.recipe.calibration.texts)
-    own = step.model_dump(exclude={"name", "split_max_size", "calibrate"}) | {"split_max_bytes": step.split_max_size}
-    return gguf_recipe(**fields, **own, output=output, calibration=_texts(shop.recipe, step))
+        return Recipe.checked(**fields, calibration=shop.recipe.calibration.texts)
+    return gguf_recipe(**fields, calibration=_texts(shop.recipe, step))
 
 
 def check_all(shop: Workshop) -> None:

@@ -1,7 +1,6 @@
 """Plans the measurement of code drift: which prompts, and whether the models fit in memory."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,28 +13,14 @@ from dsquant.evaluation.code.drift import CodeDrift
 from dsquant.evaluation.code.generation import resident_size
 from dsquant.evaluation.code.tasks import DriftPlan, Task, read_tasks
 from dsquant.evaluation.opening import Original
+from dsquant.evaluation.request import DriftRequest
 from dsquant.recipes import format_size
 from dsquant.source.vocabulary import check_embedded, surplus_tokens
 
 SHIPPED_PROMPTS = "python"
 NO_PROMPTS = "none"
-MAX_TOKENS = 64
 # Usable share of a GPU's free memory: the cache and the activations need the rest.
 FREE_SHARE = 0.8
-
-
-@dataclass(frozen=True)
-class DriftRequest:
-    """Whether and how code is generated."""
-
-    prompts: str | None = None
-    """`python` (shipped), a file, or `none`; None takes the shipped ones where the models fit in memory."""
-    max_tokens: int = MAX_TOKENS
-    """Largest number of tokens of a completion."""
-    execute: bool = False
-    """Whether to run the completions with the prompts' tests; `execution` says what that means."""
-    allow_code_execution: bool = False
-    """The caller's consent to run code written by a model on this machine."""
 
 
 def plan_drift(request: DriftRequest, original: Original, memory_bytes: int) -> DriftPlan | None:
