@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from dsquant.kernels.descent import descend_group, descend_group_reference
+from dsquant.kernels.descent import descend_block, descend_block_reference
 from dsquant.kernels.losses import gram_losses
 from dsquant.quantization import descent
 from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest
@@ -44,8 +44,8 @@ def main() -> None:
         gram_II = inputs_RI.T @ inputs_RI / TOKENS + 0.01 * torch.eye(columns, device="cuda")
         for symmetric in (True, False):
             start = round_to_nearest(weight_OI, Grid(4, 128, symmetric))
-            for how, groups, repeats in (("PyTorch", descend_group_reference, 1), ("Triton", descend_group, 3)):
-                descent.descend_group = groups
+            for how, groups, repeats in (("PyTorch", descend_block_reference, 1), ("Triton", descend_block, 3)):
+                descent.descend_block = groups
                 spent, found = milliseconds(lambda: descent.descended_weight(start, weight_OI, gram_II), repeats)  # noqa: B023
                 error = float(gram_losses(found.difference(weight_OI), gram_II).sum())
                 print(f"| {name} | {'symmetric' if symmetric else 'asymmetric'} | {how} | {spent:.1f} | {error:.1f} |")

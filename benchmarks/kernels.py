@@ -31,10 +31,11 @@ from dsquant.kernels import (
     packing_triton,
     rounding_triton,
 )
+from dsquant.schemes import CLIP_RATIOS, Grid, round_to_nearest
 
-SHRINKS = tuple(1 - step / 25 for step in range(10))
 HIDDEN, INTERMEDIATE = 7168, 2048
 GROUP, BITS = 128, 4
+LEVELS = Grid(BITS, GROUP, True).levels
 # Together larger than the second-level cache.
 WEIGHTS = 10
 
@@ -67,22 +68,23 @@ def searches() -> Iterator[Case]:
     """Compensation of one group of down_proj, and the clip search of gate_proj."""
     weight_SO = torch.randn(GROUP, HIDDEN, device="cuda")
     factor_SS = torch.linalg.cholesky(_gram(GROUP).double(), upper=True).float()
-    compensated = (weight_SO, factor_SS, SHRINKS, BITS, True)
+    candidates = grids.range_parameters(weight_SO.T, GROUP, LEVELS, CLIP_RATIOS)
+    compensated = (weight_SO, factor_SS, candidates, LEVELS)
     yield Case(
         "compensate_group",
-        f"[{GROUP}, {HIDDEN}], 10 shrinks",
+        f"[{GROUP}, {HIDDEN}], 10 clip ratios",
         lambda: compensation_triton.compensate_group(*compensated),
         lambda: compensation.compensate_group_reference(*compensated),
     )
     weight_OI = torch.randn(INTERMEDIATE, HIDDEN, device="cuda")
     grams_GSS = torch.stack([_gram(GROUP) for _ in range(HIDDEN // GROUP)])
-    clipped = (weight_OI, grams_GSS, SHRINKS, BITS, True)
+    clipped = (weight_OI, grams_GSS, grids.range_parameters(weight_OI, GROUP, LEVELS, CLIP_RATIOS), LEVELS)
     yield Case(
-        "best_shrinks",
-        f"[{INTERMEDIATE}, {HIDDEN}], 10 shrinks",
-        lambda: clipping_triton.best_shrinks(*clipped),
-        lambda: clipping.best_shrinks_reference(*clipped),
-        operations=2 * weight_OI.numel() * GROUP * len(SHRINKS),
+        "clip_losses",
+        f"[{INTERMEDIATE}, {HIDDEN}], 10 clip ratios",
+        lambda: clipping_triton.clip_losses(*clipped),
+        lambda: clipping.clip_losses_reference(*clipped),
+        operations=2 * weight_OI.numel() * GROUP * len(CLIP_RATIOS),
     )
     gram_II = _gram(HIDDEN)
     yield Case(
@@ -107,15 +109,15 @@ def single_passes() -> Iterator[Case]:
     shape = f"[{INTERMEDIATE}, {HIDDEN}]"
     weight_OI = torch.randn(INTERMEDIATE, HIDDEN, device="cuda")
     size = weight_OI.numel()
-    rounded = (weight_OI, GROUP, BITS, True)
+    rounded = (weight_OI, GROUP, LEVELS)
     yield Case(
-        "round_rows",
+        "round_to_range",
         shape,
-        lambda: rounding_triton.round_rows(*rounded),
-        lambda: grids.round_rows_reference(*rounded),
+        lambda: rounding_triton.round_to_range(*rounded),
+        lambda: grids.round_to_range_reference(*rounded),
         moved_bytes=5 * size,
     )
-    scaled = (weight_OI, torch.rand(1, HIDDEN, device="cuda") + 0.5, GROUP, BITS, True)
+    scaled = (weight_OI, torch.rand(1, HIDDEN, device="cuda") + 0.5, GROUP, LEVELS)
     yield Case(
         "fake_quantize_difference",
         shape,
@@ -123,7 +125,7 @@ def single_passes() -> Iterator[Case]:
         lambda: grids.fake_quantize_difference_reference(*scaled),
         moved_bytes=8 * size,
     )
-    codes_OI = grids.round_rows(*rounded).codes_OI
+    codes_OI, _ = grids.round_to_range(*rounded)
     yield Case(
         "pack_awq",
         shape,
@@ -187,7 +189,7 @@ def products() -> Iterator[Product]:
 
 def _packed_weight(rows: int, columns: int) -> tuple[tuple[torch.Tensor, ...], ...]:
     """A rounded weight as autoawq's Triton functions take it, and in AWQ's and in compressed-tensors' layout."""
-    rounded = grids.round_rows(torch.randn(rows, columns, device="cuda"), GROUP, BITS, True)
+    rounded = round_to_nearest(torch.randn(rows, columns, device="cuda"), Grid(BITS, GROUP, True))
     qweight, qzeros = (packing.pack_awq(part) for part in (rounded.codes_OI, rounded.zero_points_OG))
     scales_GO = rounded.scales_OG.T.half().contiguous()
     dense = (packing.pack_rows(rounded.codes_OI, BITS), rounded.scales_OG.bfloat16())

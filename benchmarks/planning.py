@@ -49,7 +49,7 @@ def main() -> None:
     quantized = QuantizedWeight(codes, packed_scales, torch.full(packed_scales.shape, 8, dtype=torch.uint8), grid)
     statistics = InputStatistics(HIDDEN, 0, compensated=True)
     statistics.add(torch.randn(1100, HIDDEN))
-    moments = with_inverses(statistics.moments(), grid.group_size)
+    moments = with_inverses(statistics.moments(), grid)
     importance = torch.rand(HIDDEN) + 0.1
     stages = {
         "scan: SHA-256 and no NaN, FP8": lambda: (hashlib.sha256(raw), all_finite(stored)),

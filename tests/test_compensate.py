@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from dsquant.quantization.clip import SHRINKS, clipped_weight
+from dsquant.quantization.clip import clipped_weight
 from dsquant.quantization.compensate import DAMPING, LEAST_DAMPING, compensated_weight
 from dsquant.quantization.mlp_inputs import FEWEST_TOKENS
 from dsquant.quantization.statistics import WIDEST_GRAM, InputMoments, InputStatistics
-from dsquant.schemes import Grid, grid_parameters
+from dsquant.schemes import Grid
 
 SEED = 7
 
@@ -30,7 +30,7 @@ def _weight(rows: int, columns: int) -> torch.Tensor:
 
 
 def _gptq(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments) -> np.ndarray:
-    """GPTQ one row, one shrink and one column at a time, in float64, by the inverse's own downdate."""
+    """GPTQ one row, one clip ratio and one column at a time, in float64, by the inverse's own downdate."""
     assert moments.gram_II is not None
     gram = moments.gram_II.double().numpy()
     size, num = grid.group_size, len(gram)
@@ -48,8 +48,10 @@ def _gptq(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments) -> np.ndar
         for start in range(0, num, size):
             group = torch.tensor(values[start : start + size], dtype=torch.float32).unsqueeze(0)
             best = None
-            for shrink in SHRINKS:
-                scale, zero = (float(part) for part in grid_parameters(group, grid, shrink))
+            candidates = grid.parameters(group, grid.clip_ratios)
+            for scale, zero in zip(
+                candidates.scales.flatten().tolist(), candidates.zero_points.flatten().tolist(), strict=True
+            ):
                 tried, downdated, cost = values.copy(), inverse.copy(), 0.0
                 for column in range(start, start + size):
                     code = np.clip(np.round(tried[column] / scale) + zero, 0, grid.maximum_code)
@@ -74,7 +76,7 @@ def test_blocked_compensation_equals_gptq_column_by_column(grid: Grid) -> None:
     found = compensated_weight(weight_OI, grid, moments).dequantize()
     wanted = torch.tensor(_gptq(weight_OI, grid, moments), dtype=torch.float32)
     same_rows = ((found - wanted).abs().amax(1) < 1e-5).double().mean()
-    assert same_rows > 0.8  # a tie between two shrinks may fall the other way in float32
+    assert same_rows > 0.8  # a tie between two ratios may fall the other way in float32
     assert float(moments.loss(found - weight_OI)) == pytest.approx(float(moments.loss(wanted - weight_OI)), rel=0.01)
 
 

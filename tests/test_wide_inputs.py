@@ -65,7 +65,7 @@ def test_errors_are_compensated_inside_each_part(monkeypatch: pytest.MonkeyPatch
     inputs_RI, weight_OI = _inputs(1500, 512), _weight(40, 512)
     scales_I = torch.linspace(0.5, 2, 512)
     moments = _moments(inputs_RI * scales_I).divided(scales_I)
-    assert len(with_inverses(moments, GRID.group_size).inverses) == 2
+    assert len(with_inverses(moments, GRID).inverses) == 2
 
     def error(found: torch.Tensor) -> float:
         return float(((found - weight_OI) @ inputs_RI.T).square().sum())

@@ -204,7 +204,7 @@ class CompressedTensors(SafetensorsFormat):
             f"{linear}.weight_scale": weight.scales_OG.to(torch.bfloat16),
             f"{linear}.weight_shape": torch.tensor(weight.codes_OI.shape, dtype=torch.int64),
         }
-        if not weight.grid.symmetric:
+        if not weight.grid.levels.symmetric:
             packed = pack_rows(weight.zero_points_OG.T, weight.grid.bits)
             tensors[f"{linear}.weight_zero_point"] = packed.T.contiguous()
         return tensors

@@ -1,33 +1,30 @@
-"""Error-compensating rounding of one group: GPTQ's column loop under every shrink of the range, each row's best kept.
+"""Error-compensating rounding of one group: GPTQ's column loop with every candidate's parameters, each row's best kept.
 
 GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1): with U the upper Cholesky factor of the inverse Gram matrix,
 rounding column j with error e changes column k > j by -e / U_jj * U_jk and costs (e / U_jj)^2 of output error.
 
-Shape legend: S columns of the group, O rows of the weight, C shrinks, P = C * O.
+Shape legend: S columns of the group, O rows of the weight, B blocks of the group, C candidates, P = C * O.
 """
-
-from collections.abc import Sequence
 
 import torch
 
-from dsquant.kernels.grids import grid_parameters
-from dsquant.kernels.values import CompensatedGroup
+from dsquant.kernels.grids import nearest_codes, weights_of_codes
+from dsquant.kernels.values import CompensatedGroup, Levels, Parameters
 
-# Columns that are updated one by one before the rest of the group is, by one product.
+# Columns that are updated one by one before the rest of the group is, by one product; a block has whole times as many.
 COLUMNS_AT_ONCE = 16
 
 
 def compensate_group(
-    weight_SO: torch.Tensor, factor_SS: torch.Tensor, shrinks: Sequence[float], bits: int, symmetric: bool
+    weight_SO: torch.Tensor, factor_SS: torch.Tensor, candidates: Parameters, levels: Levels
 ) -> CompensatedGroup:
-    """Rounds a group's columns one after the other under every shrink and keeps each row's best.
+    """Rounds a group's columns one after the other with every candidate and keeps each row's best.
 
     Args:
-        weight_SO: float32 [S, O], the group's columns in the order of rounding, S = 16, 32, 64 or 128.
-        factor_SS: float32 [S, S], the group's block of U; what lies below the diagonal is not read.
-        shrinks: factors in (0, 1] on the range that each row's grid spans.
-        bits: of a code.
-        symmetric: whether the zero point is constant.
+        weight_SO: float32 [S, O], the group's columns in the order of rounding, S a multiple of 16.
+        factor_SS: float32 [S, S], the group's part of U; what lies below the diagonal is not read.
+        candidates: [C, O, B], blocks in the order of rounding.
+        levels: what codes stand for.
 
     Returns:
         For each row the result with the least sum of squared errors, the first of equals.
@@ -35,46 +32,30 @@ def compensate_group(
     if weight_SO.is_cuda:
         from dsquant.kernels import compensation_triton
 
-        return compensation_triton.compensate_group(weight_SO, factor_SS, shrinks, bits, symmetric)
-    return compensate_group_reference(weight_SO, factor_SS, shrinks, bits, symmetric)
+        return compensation_triton.compensate_group(weight_SO, factor_SS, candidates, levels)
+    return compensate_group_reference(weight_SO, factor_SS, candidates, levels)
 
 
 def compensate_group_reference(
-    weight_SO: torch.Tensor, factor_SS: torch.Tensor, shrinks: Sequence[float], bits: int, symmetric: bool
+    weight_SO: torch.Tensor, factor_SS: torch.Tensor, candidates: Parameters, levels: Levels
 ) -> CompensatedGroup:
-    """`compensate_group` in PyTorch, on any device.
-
-    Args:
-        weight_SO: as for `compensate_group`.
-        factor_SS: as for `compensate_group`.
-        shrinks: as for `compensate_group`.
-        bits: as for `compensate_group`.
-        symmetric: as for `compensate_group`.
-
-    Returns:
-        As `compensate_group`.
-    """
-    size, num_rows = weight_SO.shape
-    shrinks_P1 = weight_SO.new_tensor(shrinks).repeat_interleave(num_rows).unsqueeze(1)
-    working_SP = weight_SO.repeat(1, len(shrinks))
-    grids = grid_parameters(working_SP.T, size, bits, symmetric, shrinks_P1)
-    scales_P, zero_points_P = (part_P1[:, 0] for part_P1 in grids)
+    """`compensate_group` in PyTorch, on any device."""
+    (size, num_rows), (num_candidates, _, num_blocks) = weight_SO.shape, candidates.scales.shape
+    scales_BP, zero_points_BP = (
+        part.flatten(0, 1).T.contiguous() for part in (candidates.scales, candidates.zero_points)
+    )
+    working_SP = weight_SO.repeat(1, num_candidates)
     codes_SP, errors_SP = torch.empty_like(working_SP), torch.empty_like(working_SP)
     for start in range(0, size, COLUMNS_AT_ONCE):
-        stop = start + COLUMNS_AT_ONCE
+        stop, block = start + COLUMNS_AT_ONCE, start * num_blocks // size
+        parameters = (scales_BP[block], zero_points_BP[block], levels)
         for column in range(start, stop):
             values_P = working_SP[column]
-            codes_P = (values_P / scales_P).round_().add_(zero_points_P).clamp_(0, 2**bits - 1)
-            rounded_P = (codes_P - zero_points_P).mul_(scales_P)
-            errors_P = (values_P - rounded_P).div_(factor_SS[column, column])
+            codes_P = nearest_codes(values_P, *parameters)
+            errors_P = (values_P - weights_of_codes(codes_P, *parameters)).div_(factor_SS[column, column])
             working_SP[column + 1 : stop].addr_(factor_SS[column, column + 1 : stop], errors_P, alpha=-1)
             codes_SP[column], errors_SP[column] = codes_P, errors_P
         working_SP[stop:].addmm_(factor_SS[start:stop, stop:].T, errors_SP[start:stop], alpha=-1)
-    best_O = errors_SP.square().sum(0).view(len(shrinks), num_rows).argmin(0)
+    best_O = errors_SP.square().sum(0).view(num_candidates, num_rows).argmin(0)
     chosen_O = best_O * num_rows + torch.arange(num_rows, device=best_O.device)
-    return CompensatedGroup(
-        codes_SP[:, chosen_O].to(torch.uint8),
-        errors_SP[:, chosen_O],
-        scales_P[chosen_O],
-        zero_points_P[chosen_O].to(torch.uint8),
-    )
+    return CompensatedGroup(codes_SP[:, chosen_O].to(torch.uint8), errors_SP[:, chosen_O], best_O)

@@ -1,15 +1,17 @@
-"""Group-wise integer grids: what spans a group's range, the codes on it, and the error of rounding to them.
+"""Rounding to the levels of a scheme, and the parameters of integer groups.
 
-The grid of one (row, group) is `w ≈ scale * (code - zero_point)` with `code` in [0, 2**bits - 1]; the symmetric one has
-the zero point 2**(bits - 1). The arithmetic is the same to the bit on a CPU and on a GPU: divisions are IEEE divisions
-(PyTorch multiplies by the reciprocal where a CUDA tensor is divided by a number).
+The arithmetic is the same to the bit on a CPU and on a GPU: divisions are IEEE divisions (PyTorch multiplies by the
+reciprocal where a CUDA tensor is divided by a number).
 
-Shape legend: O out features, I in features, G groups along I, S = group size (I = G * S).
+Shape legend: C candidates, O out features, I in features, B blocks along I that share a scale, S = block size
+(I = B * S).
 """
+
+from collections.abc import Sequence
 
 import torch
 
-from dsquant.kernels.values import LARGEST_SCALE, SMALLEST_SCALE, RoundedRows
+from dsquant.kernels.values import LARGEST_SCALE, SMALLEST_SCALE, Kind, Levels, Parameters, table_on
 
 
 def storable_scales(scales: torch.Tensor) -> torch.Tensor:
@@ -24,119 +26,195 @@ def storable_scales(scales: torch.Tensor) -> torch.Tensor:
     return scales.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.bfloat16).float()
 
 
-def grid_parameters(
-    weight_OI: torch.Tensor, group_size: int, bits: int, symmetric: bool, shrink_OG: torch.Tensor | float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points that span each group's range, times `shrink_OG`.
+def range_parameters(
+    weight_OI: torch.Tensor, group_size: int, levels: Levels, clip_ratios: Sequence[float]
+) -> Parameters:
+    """Scales and zero points of integers that span each group's range, times each of several ratios.
 
-    Asymmetric: scale = (max - min) / (2**bits - 1), zero point = round(-min / scale), the range widened to hold 0
-    (AutoAWQ's `pseudo_quantize_tensor`). Symmetric: scale = max|w| / ((2**bits - 1) / 2), zero point 2**(bits - 1)
+    Asymmetric: scale = (max - min) / largest code, zero point = round(-min / scale), the range widened to hold 0
+    (AutoAWQ's `pseudo_quantize_tensor`). Symmetric: scale = max|w| / (largest code / 2), zero point (largest + 1) / 2
     (compressed-tensors' `calculate_qparams`).
 
     Args:
-        weight_OI: float32 [O, I].
-        group_size: S.
-        bits: of a code.
-        symmetric: whether the zero point is constant.
-        shrink_OG: factor in (0, 1] on each group's range, [O, G] or a number.
-
-    Returns:
-        scales float32 [O, G] and zero points float32 [O, G] holding integers.
-    """
-    weight_OGS = weight_OI.unflatten(1, (-1, group_size))
-    largest = 2**bits - 1
-    if symmetric:
-        extent_OG = weight_OGS.abs().amax(-1) * shrink_OG
-        scales_OG = storable_scales(extent_OG / extent_OG.new_full((), largest / 2))
-        return scales_OG, torch.full_like(scales_OG, 2 ** (bits - 1))
-    low_OG = weight_OGS.amin(-1).clamp(max=0) * shrink_OG
-    high_OG = weight_OGS.amax(-1).clamp(min=0) * shrink_OG
-    scales_OG = storable_scales((high_OG - low_OG) / low_OG.new_full((), largest))
-    return scales_OG, (-low_OG / scales_OG).round().clamp(0, largest)
-
-
-def round_rows(
-    weight_OI: torch.Tensor, group_size: int, bits: int, symmetric: bool, shrink_OG: torch.Tensor | float = 1.0
-) -> RoundedRows:
-    """Plain rounding: the grid spans each group's (shrunk) range and every weight goes to the nearest point.
-
-    Args:
-        weight_OI: float32 [O, I].
+        weight_OI: float32 [O, I], of any strides.
         group_size: S, on a GPU a power of two.
-        bits: of a code.
-        symmetric: whether the zero point is constant.
-        shrink_OG: factor in (0, 1] on each group's range, float32 [O, G] or a number.
+        levels: integers.
+        clip_ratios: factors on each group's range.
 
     Returns:
-        Codes, scales and zero points, the same bits on every device.
+        Candidates [C, O, B], float32; the same bits on every device.
     """
     if weight_OI.is_cuda:
         from dsquant.kernels import rounding_triton
 
-        return rounding_triton.round_rows(weight_OI, group_size, bits, symmetric, shrink_OG)
-    return round_rows_reference(weight_OI, group_size, bits, symmetric, shrink_OG)
+        return rounding_triton.range_parameters(weight_OI, group_size, levels, clip_ratios)
+    return range_parameters_reference(weight_OI, group_size, levels, clip_ratios)
 
 
-def round_rows_reference(
-    weight_OI: torch.Tensor, group_size: int, bits: int, symmetric: bool, shrink_OG: torch.Tensor | float = 1.0
-) -> RoundedRows:
-    """`round_rows` in PyTorch, on any device.
+def range_parameters_reference(
+    weight_OI: torch.Tensor, group_size: int, levels: Levels, clip_ratios: Sequence[float]
+) -> Parameters:
+    """`range_parameters` in PyTorch, on any device."""
+    weight_OGS = weight_OI.unflatten(1, (-1, group_size))
+    ratios_C11 = weight_OI.new_tensor(clip_ratios).view(-1, 1, 1)
+    largest = weight_OI.new_tensor(float(levels.largest))
+    if levels.symmetric:
+        scales_COG = storable_scales(weight_OGS.abs().amax(-1) * ratios_C11 / (largest / 2))
+        return Parameters(scales_COG, torch.full_like(scales_COG, (levels.largest + 1) // 2))
+    low_COG = weight_OGS.amin(-1).clamp_(max=0) * ratios_C11
+    high_COG = weight_OGS.amax(-1).clamp_(min=0) * ratios_C11
+    scales_COG = storable_scales((high_COG - low_COG) / largest)
+    return Parameters(scales_COG, (-low_COG / scales_COG).round_().clamp_(0, levels.largest))
+
+
+def nearest_codes(
+    weight: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, levels: Levels
+) -> torch.Tensor:
+    """The codes of the nearest levels, by whose scales and zero points are broadcast; on any device.
 
     Args:
-        weight_OI: as for `round_rows`.
-        group_size: as for `round_rows`.
-        bits: as for `round_rows`.
-        symmetric: as for `round_rows`.
-        shrink_OG: as for `round_rows`.
+        weight: float32.
+        scales: float32. A block whose scale is 0 has one level only, and code 0 or that of a table's 0.
+        zero_points: of the same dtype, or offsets.
+        levels: what codes stand for.
 
     Returns:
-        As `round_rows`.
+        Whole numbers, float32.
     """
-    scales_OG, zero_points_OG = grid_parameters(weight_OI, group_size, bits, symmetric, shrink_OG)
-    codes_OGS = (weight_OI.unflatten(1, (-1, group_size)) / scales_OG.unsqueeze(-1)).round_()
-    codes_OGS.add_(zero_points_OG.unsqueeze(-1)).clamp_(0, 2**bits - 1)
-    return RoundedRows(codes_OGS.flatten(1).to(torch.uint8), scales_OG, zero_points_OG.to(torch.uint8))
+    if levels.kind == Kind.INTEGERS:
+        return (weight / scales).round_().add_(zero_points).clamp_(0, levels.largest)
+    scales = torch.where(scales != 0, scales, torch.inf)
+    if levels.kind == Kind.OFFSETS:
+        return ((weight + zero_points) / scales).round_().clamp_(0, levels.largest)
+    return _codes_of_table(weight / scales, levels)
 
 
-def dequantize_rows(rounded: RoundedRows, group_size: int, minus_OI: torch.Tensor | None = None) -> torch.Tensor:
+def _codes_of_table(values: torch.Tensor, levels: Levels) -> torch.Tensor:
+    return torch.bucketize(values.contiguous(), table_on(values.device, levels)[levels.largest + 1 :]).float()
+
+
+def nearest_levels(values: torch.Tensor, levels: Levels) -> torch.Tensor:
+    """The levels next to values in units of the scale, float32; what comes in may be overwritten."""
+    if levels.kind == Kind.TABLE:
+        return values_of_codes(_codes_of_table(values, levels), levels)
+    return values.round_().clamp_(0, levels.largest)
+
+
+def values_of_codes(codes: torch.Tensor, levels: Levels) -> torch.Tensor:
+    """What codes, of any dtype, stand for in units of the scale, float32."""
+    return table_on(codes.device, levels)[codes.int()] if levels.kind == Kind.TABLE else codes.float()
+
+
+def codes_of_values(values: torch.Tensor, levels: Levels) -> torch.Tensor:
+    """Undoes `values_of_codes`: uint8."""
+    codes = _codes_of_table(values, levels) if levels.kind == Kind.TABLE else values
+    return codes.to(torch.uint8)
+
+
+def weights_of_codes(
+    codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, levels: Levels
+) -> torch.Tensor:
+    """The weights that codes stand for, by whose scales and zero points are broadcast; on any device.
+
+    Args:
+        codes: whole numbers, float32.
+        scales: float32.
+        zero_points: float32, or offsets.
+        levels: what codes stand for.
+
+    Returns:
+        float32.
+    """
+    if levels.kind == Kind.INTEGERS:
+        return (codes - zero_points).mul_(scales)
+    weights = values_of_codes(codes, levels) * scales
+    return weights.sub_(zero_points) if levels.kind == Kind.OFFSETS else weights
+
+
+def round_rows(weight_OI: torch.Tensor, parameters: Parameters, levels: Levels) -> torch.Tensor:
+    """Rounds each weight to the nearest level of its block.
+
+    Args:
+        weight_OI: float32 [O, I].
+        parameters: [O, B]; on a GPU, I / B is a power of two.
+        levels: what codes stand for.
+
+    Returns:
+        Codes, uint8 [O, I], the same bits on every device.
+    """
+    if weight_OI.is_cuda:
+        from dsquant.kernels import rounding_triton
+
+        return rounding_triton.round_rows(weight_OI, parameters, levels)
+    return round_rows_reference(weight_OI, parameters, levels)
+
+
+def round_rows_reference(weight_OI: torch.Tensor, parameters: Parameters, levels: Levels) -> torch.Tensor:
+    """`round_rows` in PyTorch, on any device."""
+    scales_OB1, zero_points_OB1 = parameters.scales.unsqueeze(-1), parameters.zero_points.float().unsqueeze(-1)
+    weight_OBS = weight_OI.unflatten(1, (parameters.scales.shape[1], -1))
+    return nearest_codes(weight_OBS, scales_OB1, zero_points_OB1, levels).flatten(1).to(torch.uint8)
+
+
+def round_to_range(weight_OI: torch.Tensor, group_size: int, levels: Levels) -> tuple[torch.Tensor, Parameters]:
+    """Plain rounding to integers that span each group's range; on a GPU in one pass.
+
+    Args:
+        weight_OI: float32 [O, I].
+        group_size: S, on a GPU a power of two.
+        levels: integers.
+
+    Returns:
+        Codes, uint8 [O, I], and parameters [O, B]; the same bits on every device.
+    """
+    if weight_OI.is_cuda:
+        from dsquant.kernels import rounding_triton
+
+        return rounding_triton.round_to_range(weight_OI, group_size, levels)
+    return round_to_range_reference(weight_OI, group_size, levels)
+
+
+def round_to_range_reference(
+    weight_OI: torch.Tensor, group_size: int, levels: Levels
+) -> tuple[torch.Tensor, Parameters]:
+    """`round_to_range` in PyTorch, on any device."""
+    parameters = range_parameters_reference(weight_OI, group_size, levels, (1.0,)).each(lambda part: part[0])
+    return round_rows_reference(weight_OI, parameters, levels), parameters
+
+
+def dequantize_rows(
+    codes_OI: torch.Tensor, parameters: Parameters, levels: Levels, minus_OI: torch.Tensor | None = None
+) -> torch.Tensor:
     """The weight that codes stand for, or how far it is from another.
 
     Args:
-        rounded: codes, scales and zero points.
-        group_size: S, on a GPU a power of two.
+        codes_OI: uint8 [O, I].
+        parameters: [O, B]; on a GPU, I / B is a power of two.
+        levels: what codes stand for.
         minus_OI: what is subtracted, float32 [O, I]; None is nothing.
 
     Returns:
         float32 [O, I], the same bits on every device.
     """
-    if rounded.codes_OI.is_cuda:
+    if codes_OI.is_cuda:
         from dsquant.kernels import rounding_triton
 
-        return rounding_triton.dequantize_rows(rounded, group_size, minus_OI)
-    return dequantize_rows_reference(rounded, group_size, minus_OI)
+        return rounding_triton.dequantize_rows(codes_OI, parameters, levels, minus_OI)
+    return dequantize_rows_reference(codes_OI, parameters, levels, minus_OI)
 
 
 def dequantize_rows_reference(
-    rounded: RoundedRows, group_size: int, minus_OI: torch.Tensor | None = None
+    codes_OI: torch.Tensor, parameters: Parameters, levels: Levels, minus_OI: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`dequantize_rows` in PyTorch, on any device.
-
-    Args:
-        rounded: as for `dequantize_rows`.
-        group_size: as for `dequantize_rows`.
-        minus_OI: as for `dequantize_rows`.
-
-    Returns:
-        As `dequantize_rows`.
-    """
-    centred_OGS = rounded.codes_OI.unflatten(1, (-1, group_size)).float()
-    centred_OGS -= rounded.zero_points_OG.float().unsqueeze(-1)
-    weight_OI = centred_OGS.mul_(rounded.scales_OG.unsqueeze(-1)).flatten(1)
+    """`dequantize_rows` in PyTorch, on any device."""
+    scales_OB1, zero_points_OB1 = parameters.scales.unsqueeze(-1), parameters.zero_points.float().unsqueeze(-1)
+    codes_OBS = codes_OI.unflatten(1, (parameters.scales.shape[1], -1)).float()
+    weight_OI = weights_of_codes(codes_OBS, scales_OB1, zero_points_OB1, levels).flatten(1)
     return weight_OI if minus_OI is None else weight_OI.sub_(minus_OI)
 
 
 def fake_quantize_difference(
-    weight_OI: torch.Tensor, column_scales_CI: torch.Tensor, group_size: int, bits: int, symmetric: bool
+    weight_OI: torch.Tensor, column_scales_CI: torch.Tensor, group_size: int, levels: Levels
 ) -> torch.Tensor:
     """The error of plain rounding with columns scaled, Q(W diag(s)) diag(s)^-1 - W, for each of several scales s.
 
@@ -144,8 +222,7 @@ def fake_quantize_difference(
         weight_OI: W, float32 [O, I].
         column_scales_CI: in each row an s, positive float32 [C, I].
         group_size: S, on a GPU a power of two.
-        bits: of a code.
-        symmetric: whether the zero point is constant.
+        levels: integers, which span each group's range.
 
     Returns:
         float32 [C, O, I], the same bits on every device.
@@ -153,27 +230,16 @@ def fake_quantize_difference(
     if weight_OI.is_cuda:
         from dsquant.kernels import rounding_triton
 
-        return rounding_triton.fake_quantize_difference(weight_OI, column_scales_CI, group_size, bits, symmetric)
-    return fake_quantize_difference_reference(weight_OI, column_scales_CI, group_size, bits, symmetric)
+        return rounding_triton.fake_quantize_difference(weight_OI, column_scales_CI, group_size, levels)
+    return fake_quantize_difference_reference(weight_OI, column_scales_CI, group_size, levels)
 
 
 def fake_quantize_difference_reference(
-    weight_OI: torch.Tensor, column_scales_CI: torch.Tensor, group_size: int, bits: int, symmetric: bool
+    weight_OI: torch.Tensor, column_scales_CI: torch.Tensor, group_size: int, levels: Levels
 ) -> torch.Tensor:
-    """`fake_quantize_difference` in PyTorch, on any device.
-
-    Args:
-        weight_OI: as for `fake_quantize_difference`.
-        column_scales_CI: as for `fake_quantize_difference`.
-        group_size: as for `fake_quantize_difference`.
-        bits: as for `fake_quantize_difference`.
-        symmetric: as for `fake_quantize_difference`.
-
-    Returns:
-        As `fake_quantize_difference`.
-    """
+    """`fake_quantize_difference` in PyTorch, on any device."""
     differences = []
     for scales_I in column_scales_CI:
-        rounded = round_rows_reference(weight_OI * scales_I, group_size, bits, symmetric)
-        differences.append(dequantize_rows_reference(rounded, group_size).div_(scales_I).sub_(weight_OI))
+        rounded = round_to_range_reference(weight_OI * scales_I, group_size, levels)
+        differences.append(dequantize_rows_reference(*rounded, levels).div_(scales_I).sub_(weight_OI))
     return torch.stack(differences)

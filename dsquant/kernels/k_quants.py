@@ -11,6 +11,8 @@ Shape legend: R rows, I columns, S super-blocks of 256 weights, B blocks of a su
 N blocks.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 SUPER_BLOCK = 256
@@ -58,16 +60,16 @@ def quantize(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor) 
 
 def _q4_k(weight_SW: torch.Tensor, importance_SW: torch.Tensor) -> torch.Tensor:
     header_SN, codes_SBW = _affine(weight_SW, importance_SW, 15)
-    return torch.cat([header_SN, _nibbles(codes_SBW)], 1)
+    return torch.cat([header_SN, nibbles(codes_SBW)], 1)
 
 
 def _q5_k(weight_SW: torch.Tensor, importance_SW: torch.Tensor) -> torch.Tensor:
     header_SN, codes_SBW = _affine(weight_SW, importance_SW, 31)
     high_SW = ((codes_SBW >> 4) << _shifts(codes_SBW, 8, 1)).sum(1, dtype=torch.uint8)
-    return torch.cat([header_SN, high_SW, _nibbles(codes_SBW & 15)], 1)
+    return torch.cat([header_SN, high_SW, nibbles(codes_SBW & 15)], 1)
 
 
-def _nibbles(codes_SBW: torch.Tensor) -> torch.Tensor:
+def nibbles(codes_SBW: torch.Tensor) -> torch.Tensor:
     """Blocks in pairs: the first one's codes are the low halves of 32 bytes, the second one's the high halves."""
     pairs = codes_SBW.unflatten(1, (4, 2))
     return (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).flatten(1)
@@ -78,29 +80,61 @@ def _shifts(like: torch.Tensor, count: int, step: int) -> torch.Tensor:
     return torch.arange(0, count * step, step, dtype=torch.uint8, device=like.device).unsqueeze(1)
 
 
-def _affine(weight_SW: torch.Tensor, importance_SW: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The 16 bytes of scales before the codes, and the codes."""
+@dataclass(frozen=True)
+class AffineScales:
+    """What a super-block of Q4_K or Q5_K stores beside its codes: scale * code - offset, each a factor times 6 bits."""
+
+    scale_S1: torch.Tensor
+    """float16 [S, 1]."""
+    scale_codes_SB: torch.Tensor
+    """Whole numbers in [0, 63], float32 [S, 8]."""
+    offset_S1: torch.Tensor
+    offset_codes_SB: torch.Tensor
+
+    def header(self) -> torch.Tensor:
+        """Packs the 16 bytes before the codes, uint8 [S, 16]."""
+        low, high = self.scale_codes_SB.byte().chunk(2, 1)
+        low_offsets, high_offsets = self.offset_codes_SB.byte().chunk(2, 1)
+        packed = [
+            torch.cat([self.scale_S1, self.offset_S1], 1).view(torch.uint8),
+            low | ((high >> 4) << 6),
+            low_offsets | ((high_offsets >> 4) << 6),
+            (high & 15) | ((high_offsets & 15) << 4),
+        ]
+        return torch.cat(packed, 1)
+
+
+def affine_scales(weight_SW: torch.Tensor, importance_SW: torch.Tensor, steps: int) -> AffineScales:
+    """Searches the scales of super-blocks.
+
+    Args:
+        weight_SW: float32 [S, 256].
+        importance_SW: float32 [S, 256], positive: what each squared error weighs.
+        steps: the largest code.
+
+    Returns:
+        The scales, as they are stored.
+    """
     spread_S1 = 2 * weight_SW.square().mean(1, keepdim=True)
     weights_SBW = (importance_SW * (spread_S1 + weight_SW.square()).sqrt()).unflatten(1, (8, 32))
-    weight_SBW = weight_SW.unflatten(1, (8, 32))
     shares_SB = weights_SBW.sum(2)
-    found = _affine_search(_blocks_last(weight_SBW), _blocks_last(weights_SBW), steps)
+    found = _affine_search(_blocks_last(weight_SW.unflatten(1, (8, 32))), _blocks_last(weights_SBW), steps)
     scale_SB, code_SB, mean_SB = (values_N.view_as(shares_SB) for values_N in found)
     scale_S1, scale_codes_SB = _scale_search(scale_SB, shares_SB)
     scale_SB = scale_S1.float() * scale_codes_SB
     # The offset that fits the scale as it is stored. Where the line would start above zero it starts at zero.
     offset_S1, offset_codes_SB = _scale_search((scale_SB * code_SB - mean_SB).clamp_(min=0), shares_SB)
-    scale_SB1, offset_SB1 = scale_SB.unsqueeze(2), (offset_S1.float() * offset_codes_SB).unsqueeze(2)
-    codes_SBW = ((weight_SBW + offset_SB1) / torch.where(scale_SB1 > 0, scale_SB1, torch.inf)).round().clamp(0, steps)
-    low, high = scale_codes_SB.byte().chunk(2, 1)
-    low_offsets, high_offsets = offset_codes_SB.byte().chunk(2, 1)
-    packed = [
-        torch.cat([scale_S1, offset_S1], 1).view(torch.uint8),
-        low | ((high >> 4) << 6),
-        low_offsets | ((high_offsets >> 4) << 6),
-        (high & 15) | ((high_offsets & 15) << 4),
-    ]
-    return torch.cat(packed, 1), codes_SBW.byte()
+    return AffineScales(scale_S1, scale_codes_SB, offset_S1, offset_codes_SB)
+
+
+def _affine(weight_SW: torch.Tensor, importance_SW: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 16 bytes of scales before the codes, and the codes."""
+    found = affine_scales(weight_SW, importance_SW, steps)
+    scale_SB1 = (found.scale_S1.float() * found.scale_codes_SB).unsqueeze(2)
+    offset_SB1 = (found.offset_S1.float() * found.offset_codes_SB).unsqueeze(2)
+    shifted_SBW = weight_SW.unflatten(1, (8, 32)) + offset_SB1
+    codes_SBW = (shifted_SBW / torch.where(scale_SB1 > 0, scale_SB1, torch.inf)).round().clamp(0, steps)
+    return found.header(), codes_SBW.byte()
 
 
 def _blocks_last(values_SBW: torch.Tensor) -> torch.Tensor:

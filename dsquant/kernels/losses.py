@@ -24,13 +24,5 @@ def gram_losses(difference_OI: torch.Tensor, gram_II: torch.Tensor) -> torch.Ten
 
 
 def gram_losses_reference(difference_OI: torch.Tensor, gram_II: torch.Tensor) -> torch.Tensor:
-    """`gram_losses` in PyTorch, on any device.
-
-    Args:
-        difference_OI: as for `gram_losses`.
-        gram_II: as for `gram_losses`.
-
-    Returns:
-        As `gram_losses`.
-    """
+    """`gram_losses` in PyTorch, on any device."""
     return (difference_OI @ gram_II).mul_(difference_OI).sum(1).clamp_(min=0)

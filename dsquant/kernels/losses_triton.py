@@ -18,48 +18,47 @@ COLUMNS = 128
 DEPTH = 64
 WARPS = 8
 STAGES = 3
+SPLIT_AT_ONCE: tl.constexpr = tl.constexpr(4096)
+M: tl.constexpr = tl.constexpr(ROWS)
+N: tl.constexpr = tl.constexpr(COLUMNS)
+K: tl.constexpr = tl.constexpr(DEPTH)
 
 
 def gram_losses(difference_OI: torch.Tensor, gram_II: torch.Tensor) -> torch.Tensor:
-    """The losses on the difference's GPU.
-
-    Args:
-        difference_OI: as for `losses.gram_losses`.
-        gram_II: as for `losses.gram_losses`.
-
-    Returns:
-        As `losses.gram_losses`, within 2**-15 of the sum of the products' absolute values.
-    """
+    """`losses.gram_losses` on the difference's GPU, within 2**-15 of the sum of the products' absolute values."""
     num_rows, num_columns = difference_OI.shape
     row_tiles, column_tiles = triton.cdiv(num_rows, ROWS), triton.cdiv(num_columns, COLUMNS)
     difference_OI, gram_II = difference_OI.contiguous(), gram_II.contiguous()
     shares = difference_OI.new_empty(column_tiles, num_rows)
     parts = (*_split_tensor(difference_OI), *_split_tensor(gram_II))
-    shape = (num_rows, num_columns, ROWS, COLUMNS, DEPTH)
-    _shares[row_tiles * column_tiles,](difference_OI, *parts, shares, *shape, num_warps=WARPS, num_stages=STAGES)
+    tensors = (difference_OI, *parts, shares)
+    _shares[row_tiles * column_tiles,](*tensors, num_rows, num_columns, num_warps=WARPS, num_stages=STAGES)
     return shares.sum(0).clamp_(min=0)
 
 
 def _split_tensor(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.float32 if tl.float32 == OPERAND else torch.bfloat16
     high, low = torch.empty_like(values, dtype=dtype), torch.empty_like(values, dtype=dtype)
-    _split[triton.cdiv(values.numel(), 4096),](values, high, low, values.numel(), 4096, OPERAND, num_warps=4)
+    programs = triton.cdiv(values.numel(), SPLIT_AT_ONCE.value)
+    _split[programs,](values, high, low, values.numel(), OPERAND, num_warps=4)
     return high, low
 
 
 @triton.jit
-def _split(values, high, low, size, BLOCK: tl.constexpr, OPERAND: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _split(values, high, low, size, OPERAND: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * SPLIT_AT_ONCE + tl.arange(0, SPLIT_AT_ONCE)
     upper, rest = split(tl.load(values + places, mask=places < size, other=0.0), OPERAND)
     tl.store(high + places, upper, mask=places < size)
     tl.store(low + places, rest, mask=places < size)
 
 
 @triton.jit
-def _accumulate(
-    sums_MN, high, low, gram_high, gram_low, rows_M, columns_N, start, stop, num_rows, num_columns, K: tl.constexpr
-):
+def _accumulate(sums_MN, operands, places, shape, depths):
     """Adds dW[:, start:stop] @ H[start:stop, columns]."""
+    high, low, gram_high, gram_low = operands
+    rows_M, columns_N = places
+    num_rows, num_columns = shape
+    start, stop = depths
     rows_M1 = rows_M.to(tl.int64)[:, None]
     for first in range(start, stop, K):
         depths_K = first + tl.arange(0, K)
@@ -88,9 +87,6 @@ def _shares(
     shares,
     num_rows,
     num_columns,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
 ):
     row_tiles = tl.cdiv(num_rows, M)
     # The last column tiles have the most work and start first.
@@ -99,12 +95,9 @@ def _shares(
     columns_N = column_tile * N + tl.arange(0, N)
     start = column_tile * N
     sums_MN = tl.zeros([M, N], tl.float32)
-    sums_MN = _accumulate(
-        sums_MN, high, low, gram_high, gram_low, rows_M, columns_N, 0, start, num_rows, num_columns, K
-    )
-    sums_MN = _accumulate(
-        sums_MN * 2, high, low, gram_high, gram_low, rows_M, columns_N, start, start + N, num_rows, num_columns, K
-    )
+    operands, places, shape = (high, low, gram_high, gram_low), (rows_M, columns_N), (num_rows, num_columns)
+    sums_MN = _accumulate(sums_MN, operands, places, shape, (0, start))
+    sums_MN = _accumulate(sums_MN * 2, operands, places, shape, (start, start + N))
     places_MN = rows_M.to(tl.int64)[:, None] * num_columns + columns_N[None, :]
     inside_MN = (rows_M < num_rows)[:, None] & (columns_N < num_columns)[None, :]
     difference_MN = tl.load(difference + places_MN, mask=inside_MN, other=0.0)

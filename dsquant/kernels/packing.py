@@ -31,14 +31,7 @@ def pack_awq(codes_OI: torch.Tensor) -> torch.Tensor:
 
 
 def pack_awq_reference(codes_OI: torch.Tensor) -> torch.Tensor:
-    """`pack_awq` in PyTorch, on any device.
-
-    Args:
-        codes_OI: as for `pack_awq`.
-
-    Returns:
-        As `pack_awq`.
-    """
+    """`pack_awq` in PyTorch, on any device."""
     codes_IO = codes_OI.T
     words = torch.zeros(len(codes_IO), codes_IO.shape[1] // 8, dtype=torch.int32, device=codes_OI.device)
     for place, column in enumerate(AWQ_COLUMNS):
@@ -64,15 +57,7 @@ def pack_rows(codes_OI: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def pack_rows_reference(codes_OI: torch.Tensor, bits: int) -> torch.Tensor:
-    """`pack_rows` in PyTorch, on any device.
-
-    Args:
-        codes_OI: as for `pack_rows`.
-        bits: as for `pack_rows`.
-
-    Returns:
-        As `pack_rows`.
-    """
+    """`pack_rows` in PyTorch, on any device."""
     num_columns = codes_OI.shape[1]
     padded = torch.nn.functional.pad(codes_OI, (0, -num_columns % WORD_BITS)).unflatten(1, (-1, WORD_BITS))
     words = torch.zeros(*padded.shape[:2], bits, dtype=torch.int32, device=codes_OI.device)

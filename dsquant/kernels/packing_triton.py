@@ -14,48 +14,36 @@ AWQ_WORDS = 32
 AWQ_ROWS = 64
 WORDS = 256
 WARPS = 4
+W: tl.constexpr = tl.constexpr(WORDS)
+AWQ_W: tl.constexpr = tl.constexpr(AWQ_WORDS)
+AWQ_R: tl.constexpr = tl.constexpr(AWQ_ROWS)
 
 
 def pack_awq(codes_OI: torch.Tensor) -> torch.Tensor:
-    """Packs along O on the codes' GPU.
-
-    Args:
-        codes_OI: as for `packing.pack_awq`.
-
-    Returns:
-        As `packing.pack_awq`.
-    """
+    """`packing.pack_awq` on the codes' GPU."""
     codes_OI = codes_OI.contiguous()
     num_words, num_columns = codes_OI.shape[0] // 8, codes_OI.shape[1]
     words_IW = torch.empty(num_columns, num_words, dtype=torch.int32, device=codes_OI.device)
     programs = (triton.cdiv(num_columns, AWQ_ROWS), triton.cdiv(num_words, AWQ_WORDS))
-    _pack_awq[programs](codes_OI, words_IW, num_columns, num_words, AWQ_WORDS, AWQ_ROWS, num_warps=WARPS)
+    _pack_awq[programs](codes_OI, words_IW, num_columns, num_words, num_warps=WARPS)
     return words_IW
 
 
 def pack_rows(codes_OI: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packs along I on the codes' GPU.
-
-    Args:
-        codes_OI: as for `packing.pack_rows`.
-        bits: a divisor of 32.
-
-    Returns:
-        As `packing.pack_rows`.
-    """
+    """`packing.pack_rows` on the codes' GPU, of codes whose bits divide 32."""
     codes_OI = codes_OI.contiguous()
     num_rows, num_columns = codes_OI.shape
     row_words = triton.cdiv(num_columns * bits, WORD_BITS)
     words_OW = torch.empty(num_rows, row_words, dtype=torch.int32, device=codes_OI.device)
-    shape = (num_columns, row_words, words_OW.numel(), WORDS, WORD_BITS // bits)
+    shape = (num_columns, words_OW.numel(), WORD_BITS // bits)
     _pack_rows[triton.cdiv(words_OW.numel(), WORDS),](codes_OI, words_OW, *shape, num_warps=WARPS)
     return words_OW
 
 
 @triton.jit
-def _pack_awq(codes, words, num_columns, num_words, W: tl.constexpr, R: tl.constexpr):
-    columns_R = tl.program_id(0) * R + tl.arange(0, R)
-    words_W = tl.program_id(1) * W + tl.arange(0, W)
+def _pack_awq(codes, words, num_columns, num_words):
+    columns_R = tl.program_id(0) * AWQ_R + tl.arange(0, AWQ_R)
+    words_W = tl.program_id(1) * AWQ_W + tl.arange(0, AWQ_W)
     places_P = tl.arange(0, 8)
     rows_WP = words_W[:, None] * 8 + ((places_P % 4) * 2 + places_P // 4)[None, :]
     codes_WPR = rows_WP.to(tl.int64)[:, :, None] * num_columns + columns_R[None, None, :]
@@ -67,7 +55,8 @@ def _pack_awq(codes, words, num_columns, num_words, W: tl.constexpr, R: tl.const
 
 
 @triton.jit
-def _pack_rows(codes, words, num_columns, row_words, num_words, W: tl.constexpr, P: tl.constexpr):
+def _pack_rows(codes, words, num_columns, num_words, P: tl.constexpr):
+    row_words = tl.cdiv(num_columns, P)
     words_W = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
     inside_W = words_W < num_words
     places_P = tl.arange(0, P)

@@ -1,9 +1,12 @@
 """What the hot loops take and give, for the PyTorch reference of each and its Triton twin.
 
-Shape legend: O rows of a weight, I columns, G groups along I, S columns of one group.
+Shape legend: C candidates, O rows of a weight, I columns, B blocks of columns that share a scale, S columns of a group.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
 
 import torch
 
@@ -14,16 +17,66 @@ SMALLEST_SCALE = 2.0**-16
 LARGEST_SCALE = 65280.0
 
 
-@dataclass(frozen=True)
-class RoundedRows:
-    """A weight on its grid: `weight ≈ scales * (codes - zero_points)`."""
+class Kind(IntEnum):
+    """How a code becomes a weight; kernels are compiled for each."""
 
-    codes_OI: torch.Tensor
-    """uint8 in [0, 2**bits - 1]."""
-    scales_OG: torch.Tensor
-    """float32 whose values float16 and bfloat16 both hold exactly."""
-    zero_points_OG: torch.Tensor
-    """uint8 in [0, 2**bits - 1]."""
+    INTEGERS = 0
+    """scale * (code - zero_point)"""
+    OFFSETS = 1
+    """scale * code - offset"""
+    TABLE = 2
+    """scale * table[code]"""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What the codes of a scheme stand for, in units of their block's scale."""
+
+    largest: int
+    """The largest code; the smallest is 0."""
+    kind: Kind = Kind.INTEGERS
+    symmetric: bool = True
+    """Whether integers' zero points are all (largest + 1) / 2."""
+    table: tuple[float, ...] = ()
+    """The value of each code, ascending."""
+    thresholds: tuple[float, ...] = ()
+    """A value has as many of them below it as its code says; midpoints of the table, as the format breaks ties."""
+
+
+@cache
+def table_on(device: torch.device, levels: Levels) -> torch.Tensor:
+    """The table and its thresholds as float32 [2 * largest + 1] on a device, copied there once; [0] without a table."""
+    return torch.tensor((*levels.table, *levels.thresholds), dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How the codes of each block are read: tensors [O, B], or [C, O, B] of several candidates."""
+
+    scales: torch.Tensor
+    """float32: a block's scale as an engine computes it from what is stored."""
+    zero_points: torch.Tensor
+    """Whole numbers, uint8 or float32; of `Kind.OFFSETS` the offsets, float32. A table needs none: 0."""
+    super_scales: tuple[torch.Tensor, ...] = ()
+    """float32: what scales and offsets are whole multiples of, where a format stores those multiples."""
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Parameters":
+        """These with every tensor changed."""
+        return Parameters(change(self.scales), change(self.zero_points), tuple(map(change, self.super_scales)))
+
+    def chosen(self, candidates: torch.Tensor) -> "Parameters":
+        """One candidate's of each block: int64 [O, B], or [O, 1] for all blocks of a row."""
+        return self.each(lambda part: part.take_along_dim(candidates.unsqueeze(0), 0)[0])
+
+
+def joined_blocks(parts: Sequence[Parameters]) -> Parameters:
+    """Blocks of the same rows, one part's behind the other's."""
+    supers = zip(*(part.super_scales for part in parts), strict=True)
+    return Parameters(
+        torch.cat([part.scales for part in parts], -1),
+        torch.cat([part.zero_points for part in parts], -1),
+        tuple(torch.cat(same, -1) for same in supers),
+    )
 
 
 @dataclass(frozen=True)
@@ -31,22 +84,20 @@ class CompensatedGroup:
     """A group's columns, rounded one after the other."""
 
     codes_SO: torch.Tensor
-    """uint8 in [0, 2**bits - 1]."""
+    """uint8."""
     errors_SO: torch.Tensor
     """float32: each column's error over its U_jj, what columns of later groups are changed by."""
-    scales_O: torch.Tensor
-    """float32."""
-    zero_points_O: torch.Tensor
-    """uint8 in [0, 2**bits - 1]."""
+    chosen_O: torch.Tensor
+    """int64: the candidate whose parameters each row took."""
 
 
 @dataclass(frozen=True)
-class DescendingGroup:
-    """The codes, scales and zero points of one group while they move; all contiguous."""
+class DescendingBlock:
+    """The levels, scales and zero points of one block while they move; all contiguous."""
 
-    codes_SO: torch.Tensor
-    """float32 [S, O], whole numbers in [0, maximum_code], S = 32, 64 or 128."""
+    levels_SO: torch.Tensor
+    """float32 [S, O]: codes, or a table's values, S = 16, 32, 64 or 128."""
     scales_O: torch.Tensor
-    """float32 [O], positive and storable."""
+    """float32 [O]."""
     zero_points_O: torch.Tensor
-    """float32 [O], whole numbers in [0, maximum_code]."""
+    """float32 [O], whole numbers in [0, largest]; 0 where there are offsets or a table."""

@@ -6,10 +6,11 @@ from dsquant.model.activations import RELEASE_BYTES
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import BATCH_TOKENS, ROWS_AT_ONCE, VOCABULARY_AT_ONCE, samples_together
 from dsquant.model.structure import DecoderLayer
-from dsquant.quantization.clip import ELEMENTS_AT_ONCE, SHRINKS
+from dsquant.quantization.clip import ELEMENTS_AT_ONCE
 from dsquant.quantization.pairs import WIDEST_PAIRS
 from dsquant.quantization.statistics import FACTOR_ROWS, WIDEST_PART, is_wide, part_width
 from dsquant.recipes import format_size
+from dsquant.schemes import CLIP_RATIOS
 from dsquant.source.checkpoint import Checkpoint
 
 FLOAT32_BYTES = 4
@@ -64,7 +65,7 @@ def _layer_bytes(
     sizes = {linear: _num_elements(checkpoint, linear) for linear in layer.linears}
     quantized = [size for linear, size in sizes.items() if linear in linears]
     # clip and rounding work on parts with about 8 temporaries
-    rounds = 8 * FLOAT32_BYTES * min(ELEMENTS_AT_ONCE, len(SHRINKS) * max(quantized, default=0))
+    rounds = 8 * FLOAT32_BYTES * min(ELEMENTS_AT_ONCE, len(CLIP_RATIOS) * max(quantized, default=0))
     routed = {linear for mlp in layer.experts for linear in mlp.linears}
     dense = FLOAT32_BYTES * sum(size for linear, size in sizes.items() if linear not in routed)
     folded_and_rounded = 1.5 if layer.attention_linears[0] in linears else 1

@@ -1,20 +1,19 @@
 """The search for AWQ's clipping: each group's range is shrunk where that lowers the output error.
 
-Shape legend: O out features, I in features, G groups, S = group size.
+Shape legend: C candidates, O out features, I in features, G groups, B blocks that share a scale, S = block size.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from dsquant.kernels.clipping import best_shrinks
+from dsquant.kernels.clipping import clip_losses
+from dsquant.kernels.grids import round_rows
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.threads import side_by_side
 from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments
-from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest, stacked
+from dsquant.schemes import QuantizedWeight, Scheme, quantized, round_to_nearest, stacked
 
-# AutoAWQ goes down to 0.55 in steps of 0.05; less than 0.65 was never chosen, so the same number of steps is finer.
-SHRINKS = tuple(1 - step / 25 for step in range(10))
 FULL_RANGE = (1.0,)
 # Rows of a weight are rounded in parts, so many of them at a time at the most, which have so many weights together: it
 # bounds what rounding takes beside the weight.
@@ -23,29 +22,38 @@ PARTS_AT_ONCE = 4
 
 
 def clipped_weight(
-    weight_OI: torch.Tensor, grid: Grid, moments: InputMoments, shrinks: Sequence[float] = SHRINKS
+    weight_OI: torch.Tensor, scheme: Scheme, moments: InputMoments, clip_ratios: Sequence[float] | None = None
 ) -> QuantizedWeight:
-    """Rounds a weight with each group's range shrunk to what serves the output best.
+    """Rounds a weight with each group's range times the ratio that serves the output best.
 
-    The shrink of a (row, group) minimises dw H_gg dw^T with H_gg the group's block of the Gram matrix; a row keeps its
-    shrinks only where its whole error dw H dw^T falls too, since the groups' errors may add up differently.
+    The ratio of a (row, group) minimises the sum of its blocks' dw H_bb dw^T with H_bb their parts of the Gram matrix.
+    A row keeps its ratios only where its whole error dw H dw^T falls too, since the blocks' errors may add up
+    differently.
 
     Args:
         weight_OI: float32 [O, I].
-        grid: the quantization grid.
+        scheme: what its groups may be.
         moments: the inputs' moments.
-        shrinks: factors in (0, 1] on the range that the grid spans; `FULL_RANGE` rounds plainly.
+        clip_ratios: factors on the range, the first of them 1; `FULL_RANGE` rounds plainly, None takes the scheme's.
 
     Returns:
         The rounded weight, no row of which errs more than under plain rounding.
     """
-    if shrinks == FULL_RANGE:
-        return round_to_nearest(weight_OI, grid)
-    grams_GSS = moments.group_grams_GSS(grid.group_size)
+    scheme = scheme.fitted(weight_OI)
+    ratios = scheme.clip_ratios if clip_ratios is None else tuple(clip_ratios)
+    if ratios == FULL_RANGE:
+        return round_to_nearest(weight_OI, scheme)
+    grams_BSS = moments.group_grams_GSS(scheme.block_size)
+    importance_I = moments.rms_I.square()
     parts = weight_OI.split(rows_of_part(weight_OI))
-    return stacked(
-        side_by_side(lambda rows_OI: _clip_rows(rows_OI, grid, moments, grams_GSS, shrinks), parts, PARTS_AT_ONCE)
-    )
+
+    def clipped_rows(part_OI: torch.Tensor) -> QuantizedWeight:
+        plain, clipped = _clip_rows(part_OI, scheme, (grams_BSS, importance_I), ratios)
+        with fast_matmuls(part_OI.device):
+            plain_O, clipped_O = (moments.loss_O(found.difference(part_OI)) for found in (plain, clipped))
+        return clipped.or_else(plain, clipped_O < plain_O)
+
+    return stacked(side_by_side(clipped_rows, parts, PARTS_AT_ONCE))
 
 
 def rows_of_part(weight_OI: torch.Tensor) -> int:
@@ -55,10 +63,16 @@ def rows_of_part(weight_OI: torch.Tensor) -> int:
 
 
 def _clip_rows(
-    weight_OI: torch.Tensor, grid: Grid, moments: InputMoments, grams_GSS: torch.Tensor, shrinks: Sequence[float]
-) -> QuantizedWeight:
-    shrink_OG = best_shrinks(weight_OI, grams_GSS, shrinks, grid.bits, grid.symmetric)
-    plain, clipped = (round_to_nearest(weight_OI, grid, shrink) for shrink in (1.0, shrink_OG))
-    with fast_matmuls(weight_OI.device):
-        plain_O, clipped_O = (moments.loss_O(part.difference(weight_OI)) for part in (plain, clipped))
-    return clipped.or_else(plain, clipped_O < plain_O)
+    weight_OI: torch.Tensor, scheme: Scheme, inputs: tuple[torch.Tensor, torch.Tensor], clip_ratios: Sequence[float]
+) -> tuple[QuantizedWeight, QuantizedWeight]:
+    """Rows rounded plainly, and with each group's best ratio: the first of equals, or where no loss is a number."""
+    grams_BSS, importance_I = inputs
+    blocks, candidates = scheme.group_size // scheme.block_size, scheme.parameters(weight_OI, clip_ratios, importance_I)
+    losses_COB = clip_losses(weight_OI, grams_BSS, candidates, scheme.levels)
+    losses_COG = losses_COB.unflatten(2, (-1, blocks)).sum(3)
+    best_OG = torch.where(losses_COG.isnan(), torch.inf, losses_COG).argmin(0)
+    found = (
+        candidates.chosen(best) for best in (torch.zeros_like(best_OG[:, :1]), best_OG.repeat_interleave(blocks, 1))
+    )
+    plain, clipped = (quantized(round_rows(weight_OI, one, scheme.levels), one, scheme) for one in found)
+    return plain, clipped

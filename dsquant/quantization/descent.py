@@ -1,25 +1,26 @@
 """Coordinate descent after rounding: scales, zero points and codes change one at a time while the output error falls.
 
 With H the (damped) Gram matrix and D = Q - W the rounding error of a row, the error is D H D^T and its half gradient
-R = D H. A sweep goes through the groups, in each through its scale, its zero point and its codes (`kernels.descent`).
-What a group changes is brought at once to the gradient of the groups next to it, and to those farther on in one product
-for many groups; those before it wait for the next sweep, which computes R anew.
+R = D H. A sweep goes through the blocks that share a scale, in each through its scale, its zero point and its codes
+(`kernels.descent`). What a block changes is brought at once to the gradient of the blocks next to it, and to those
+farther on in one product for many blocks; those before it wait for the next sweep, which computes R anew.
 
-Shape legend: O out features, I in features, G groups along I, S = group size.
+Shape legend: O out features, I in features, B blocks along I, S = block size.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from dsquant.kernels.descent import descend_group
+from dsquant.kernels.descent import descend_block
+from dsquant.kernels.grids import codes_of_values, values_of_codes
 from dsquant.kernels.losses import gram_losses
 from dsquant.kernels.precision import fast_matmuls
-from dsquant.kernels.values import DescendingGroup
-from dsquant.schemes import Grid, QuantizedWeight
+from dsquant.kernels.values import DescendingBlock, Kind, Parameters
+from dsquant.schemes import QuantizedWeight, Scheme, quantized
 
 SWEEPS = 4
-# Columns whose gradient is brought up to date group by group.
+# Columns whose gradient is brought up to date block by block.
 NEAR = 1024
 
 
@@ -34,12 +35,7 @@ def descended_weight(weight: QuantizedWeight, wanted_OI: torch.Tensor, gram_II: 
     Returns:
         The weight with new codes, scales and zero points; a row that gained nothing is as it was.
     """
-    state = _State(
-        weight.grid,
-        weight.codes_OI.T.float().contiguous(),
-        weight.scales_OG.T.contiguous(),
-        weight.zero_points_OG.T.float().contiguous(),
-    )
+    state = _State.of(weight)
     with fast_matmuls(wanted_OI.device):
         for _ in range(SWEEPS):
             _sweep(state, (state.weight().difference(wanted_OI) @ gram_II).T.contiguous(), gram_II)
@@ -52,26 +48,39 @@ def descended_weight(weight: QuantizedWeight, wanted_OI: torch.Tensor, gram_II: 
 class _State:
     """A weight while it changes, a column's rows next to each other."""
 
-    grid: Grid
-    codes_IO: torch.Tensor
-    scales_GO: torch.Tensor
-    zero_points_GO: torch.Tensor
+    scheme: Scheme
+    fixed: Parameters
+    """Of the weight before: what does not move is taken from there."""
+    levels_IO: torch.Tensor
+    scales_BO: torch.Tensor
+    zero_points_BO: torch.Tensor
+
+    @staticmethod
+    def of(weight: QuantizedWeight) -> "_State":
+        levels, zeros_OB = weight.grid.levels, weight.zero_points_OG.float()
+        if levels.kind != Kind.INTEGERS:  # offsets do not move, so changes need not know of them
+            zeros_OB = torch.zeros_like(zeros_OB)
+        parts = (values_of_codes(weight.codes_OI, levels), weight.scales_OG, zeros_OB)
+        return _State(weight.grid, weight.parameters, *(part.T.contiguous() for part in parts))
 
     def weight(self) -> QuantizedWeight:
-        codes_OI, zeros_OG = (part.T.to(torch.uint8).contiguous() for part in (self.codes_IO, self.zero_points_GO))
-        return QuantizedWeight(codes_OI, self.scales_GO.T.contiguous(), zeros_OG, self.grid)
+        codes_OI = codes_of_values(self.levels_IO.T, self.scheme.levels).contiguous()
+        if self.scheme.levels.kind != Kind.INTEGERS:
+            return quantized(codes_OI, self.fixed, self.scheme)
+        moved = Parameters(self.scales_BO.T.contiguous(), self.zero_points_BO.T.contiguous())
+        return quantized(codes_OI, moved, self.scheme)
 
-    def descend(self, group: int, gradient_SO: torch.Tensor, gram_SS: torch.Tensor) -> torch.Tensor:
-        """Moves one group; what its weights changed by."""
-        size = self.grid.group_size
-        codes_SO = self.codes_IO[group * size : (group + 1) * size]
-        moving = DescendingGroup(codes_SO, self.scales_GO[group], self.zero_points_GO[group])
-        return descend_group(moving, gradient_SO, gram_SS, self.grid.maximum_code, self.grid.symmetric)
+    def descend(self, block: int, gradient_SO: torch.Tensor, gram_SS: torch.Tensor) -> torch.Tensor:
+        """Moves one block; what its weights changed by."""
+        size = self.scheme.block_size
+        levels_SO = self.levels_IO[block * size : (block + 1) * size]
+        moving = DescendingBlock(levels_SO, self.scales_BO[block], self.zero_points_BO[block])
+        return descend_block(moving, gradient_SO, gram_SS, self.scheme.levels)
 
 
 def _sweep(state: _State, gradient_IO: torch.Tensor, gram_II: torch.Tensor) -> None:
-    """Once through all groups; the gradient is brought up to date ahead of them only."""
-    size, width = state.grid.group_size, len(gradient_IO)
+    """Once through all blocks; the gradient is brought up to date ahead of them only."""
+    size, width = state.scheme.block_size, len(gradient_IO)
     for near in range(0, width, NEAR):
         far = min(near + NEAR, width)
         changes = []

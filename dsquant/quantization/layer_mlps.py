@@ -149,7 +149,7 @@ def shared_inverses(job: LayerJob, norm_scales: Sequence[torch.Tensor]) -> list[
             statistics.add(mlp_inputs.rows(rows_R))
     moments = statistics.moments()
     return [
-        with_inverses(moments.divided(scales_H), grid.group_size).inverses if asked else ()
+        with_inverses(moments.divided(scales_H), grid).inverses if asked else ()
         for grid, scales_H, asked in zip(job.grids, norm_scales, wanted, strict=True)
     ]
 

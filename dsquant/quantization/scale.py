@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dsquant.jobs.ranks import ALONE, Ranks
-from dsquant.kernels.grids import fake_quantize_difference
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.threads import side_by_side
 from dsquant.model.structure import ScaleGroup
 from dsquant.quantization.clip import ELEMENTS_AT_ONCE
 from dsquant.quantization.statistics import GPU_ELEMENTS_AT_ONCE, InputMoments
-from dsquant.schemes import Grid
+from dsquant.schemes import Scheme
 
 NUM_RATIOS = 20
 # The scale search reads at most this many rows of a weight, evenly spaced: the loss is a sum over rows.
@@ -59,7 +58,7 @@ def powers_of_two(scales: torch.Tensor) -> torch.Tensor:
     return torch.exp2(scales.log2().round())
 
 
-def scale_losses(weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Grid, moments: InputMoments) -> torch.Tensor:
+def scale_losses(weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Scheme, moments: InputMoments) -> torch.Tensor:
     """Measures the output error of a weight rounded under each candidate scale.
 
     loss(s) = tr(dW H dW^T) with dW = Q(W diag(s)) diag(s)^-1 - W and H the Gram matrix of the inputs; W is thinned to
@@ -78,8 +77,7 @@ def scale_losses(weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Grid, m
     at_once = max(1, GPU_ELEMENTS_AT_ONCE // weight_OI.numel()) if weight_OI.is_cuda else 1
 
     def losses_of(part_CI: torch.Tensor) -> torch.Tensor:
-        difference_COI = fake_quantize_difference(weight_OI, part_CI, grid.group_size, grid.bits, grid.symmetric)
-        return moments.loss(difference_COI)
+        return moments.loss(grid.scaled_differences(weight_OI, part_CI))
 
     with fast_matmuls(weight_OI.device):
         together = max(1, ELEMENTS_AT_ONCE // weight_OI.numel())
@@ -90,7 +88,7 @@ Judge = Callable[[], tuple[Sequence[torch.Tensor], InputMoments]]
 """Reads some of a group's consumers into memory, with the moments of their input."""
 
 
-def best_scales(scales_CI: torch.Tensor, judges: Sequence[Judge], grid: Grid, ranks: Ranks = ALONE) -> torch.Tensor:
+def best_scales(scales_CI: torch.Tensor, judges: Sequence[Judge], grid: Scheme, ranks: Ranks = ALONE) -> torch.Tensor:
     """Returns the candidate under which the consumers' summed output error is least: the search of every scale group.
 
     Args:

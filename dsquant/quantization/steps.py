@@ -8,27 +8,27 @@ from collections.abc import Collection
 import torch
 
 from dsquant.kernels.threads import side_by_side
-from dsquant.quantization.clip import FULL_RANGE, PARTS_AT_ONCE, SHRINKS, clipped_weight, rows_of_part
+from dsquant.quantization.clip import FULL_RANGE, PARTS_AT_ONCE, clipped_weight, rows_of_part
 from dsquant.quantization.compensate import compensated_weight, damped, damping_of, with_inverses
 from dsquant.quantization.descent import descended_weight
 from dsquant.quantization.statistics import InputMoments
 from dsquant.recipes import Step
-from dsquant.schemes import Grid, QuantizedWeight, stacked
+from dsquant.schemes import Grid, QuantizedWeight, Scheme, stacked
 
 
 def prepared(moments: InputMoments, grid: Grid, steps: Collection[Step]) -> InputMoments:
     """Moments with what `rounded_weight` would otherwise make of them for each weight that reads these inputs."""
-    return with_inverses(moments, grid.group_size) if grid.rounded and "compensate" in steps else moments
+    return with_inverses(moments, grid) if grid.rounded and "compensate" in steps else moments
 
 
 def rounded_weight(
-    weight_OI: torch.Tensor, grid: Grid, moments: InputMoments, steps: Collection[Step]
+    weight_OI: torch.Tensor, grid: Scheme, moments: InputMoments, steps: Collection[Step]
 ) -> QuantizedWeight:
     """Rounds a weight with `clip`, `compensate` and `descend`, those of them that are steps; plainly with none.
 
     Args:
         weight_OI: float32 [O, I].
-        grid: the quantization grid.
+        grid: what its groups may be.
         moments: the inputs' moments. Where they hold no token, or too little for it, nothing is compensated
             (`compensated_weight`); nothing descends where they hold no whole Gram matrix.
         steps: of the quantization.
@@ -36,8 +36,8 @@ def rounded_weight(
     Returns:
         The rounded weight.
     """
-    shrinks = SHRINKS if "clip" in steps else FULL_RANGE
-    rounded = (compensated_weight if "compensate" in steps else clipped_weight)(weight_OI, grid, moments, shrinks)
+    ratios = None if "clip" in steps else FULL_RANGE
+    rounded = (compensated_weight if "compensate" in steps else clipped_weight)(weight_OI, grid, moments, ratios)
     if "descend" not in steps or moments.gram_II is None or not moments.count:
         return rounded
     damped_II = damped(moments.gram_II.clone(), damping_of(len(moments.gram_II), moments.count))

@@ -1,0 +1,84 @@
+"""Integers in groups with a scale and a zero point.
+
+`weight ≈ scale * (code - zero_point)` with codes of 2 to 8 bits. The symmetric grid is the same with a constant zero
+point of 2**(bits - 1), as compressed-tensors defines it, so one representation serves both.
+
+Shape legend: C candidates, O out features, I in features, B groups along I.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from dsquant.kernels import grids
+from dsquant.kernels.values import Levels, Parameters
+from dsquant.schemes.scheme import Scheme
+
+# The width of a linear that is left in BF16, where widths are chosen.
+UNQUANTIZED = 16
+GROUP_SIZES = (128, 64, 32)
+SCALE_BITS = 16
+# AutoAWQ goes down to 0.55 in steps of 0.05; less than 0.65 was never chosen, so the same number of steps is finer.
+CLIP_RATIOS = tuple(1 - step / 25 for step in range(10))
+
+
+@dataclass(frozen=True)
+class Grid(Scheme):
+    """How a weight is quantized: a hashable value that AWQ, writers and planning share."""
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    rounded: bool = True
+    """False: scales are searched for this grid, but weights go on unrounded, to a format that rounds itself."""
+
+    def with_bits(self, bits: int) -> "Grid":
+        """The same grid with codes of other bits."""
+        return replace(self, bits=bits)
+
+    @property
+    def maximum_code(self) -> int:
+        """The largest code; the smallest is 0."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """The constant zero point of the symmetric grid."""
+        return 2 ** (self.bits - 1)
+
+    @property
+    def levels(self) -> Levels:
+        """Whole numbers around the zero point."""
+        return Levels(self.maximum_code, symmetric=self.symmetric)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Codes, scales, and zero points where they differ."""
+        return self.bits + (SCALE_BITS + (0 if self.symmetric else self.bits)) / self.group_size
+
+    @property
+    def clip_ratios(self) -> tuple[float, ...]:
+        """From the whole range down to 0.64 of it."""
+        return CLIP_RATIOS
+
+    def parameters(
+        self, weight_OI: torch.Tensor, clip_ratios: Sequence[float] = (1.0,), importance_I: torch.Tensor | None = None
+    ) -> Parameters:
+        """Spans each group's range times each ratio (`grids.range_parameters`)."""
+        del importance_I
+        return grids.range_parameters(weight_OI, self.group_size, self.levels, clip_ratios)
+
+    def round_plainly(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, Parameters]:
+        """As every scheme does, in one pass on a GPU."""
+        return grids.round_to_range(weight_OI, self.group_size, self.levels)
+
+    def scaled_differences(self, weight_OI: torch.Tensor, column_scales_CI: torch.Tensor) -> torch.Tensor:
+        """As every scheme does, in one pass on a GPU."""
+        return grids.fake_quantize_difference(weight_OI, column_scales_CI, self.group_size, self.levels)
+
+
+def group_size_hint(columns: int) -> str:
+    """What a message says of the group sizes that divide a linear's columns."""
+    fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
+    return f"try --group-size {' or '.join(fitting)}" if fitting else "none of them divides these columns"

@@ -1,0 +1,93 @@
+"""What a scheme says, whatever its numbers are.
+
+Shape legend: C candidates, O out features, I in features, B blocks along I.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+
+from dsquant.kernels import grids
+from dsquant.kernels.values import Levels, Parameters
+
+
+class Scheme(ABC):
+    """What a group of weights may be: the parameters of its blocks, and the levels that their codes stand for.
+
+    Schemes are hashable values. One scale serves a block; the parameters of a group's blocks are chosen together, since
+    a format may store scales themselves with few bits.
+    """
+
+    @property
+    @abstractmethod
+    def group_size(self) -> int:
+        """Columns of a group."""
+
+    @property
+    def block_size(self) -> int:
+        """Columns of a block, a power of two of at least 16 that divides a group."""
+        return self.group_size
+
+    @property
+    @abstractmethod
+    def levels(self) -> Levels:
+        """What codes stand for."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.levels.largest.bit_length()
+
+    @property
+    @abstractmethod
+    def bits_per_weight(self) -> float:
+        """What a weight takes with its share of the parameters, in the formats that store the fewest."""
+
+    @property
+    @abstractmethod
+    def clip_ratios(self) -> tuple[float, ...]:
+        """Factors on a group's range that a search tries, 1 before all others."""
+
+    def fitted(self, weight_OI: torch.Tensor) -> "Scheme":
+        """Returns the scheme with what one whole weight decides, such as a scale of the tensor."""
+        del weight_OI
+        return self
+
+    @abstractmethod
+    def parameters(
+        self, weight_OI: torch.Tensor, clip_ratios: Sequence[float] = (1.0,), importance_I: torch.Tensor | None = None
+    ) -> Parameters:
+        """Chooses what is stored of each group but its codes.
+
+        Args:
+            weight_OI: float32 [O, I] of whole groups.
+            clip_ratios: a candidate for each.
+            importance_I: float32 [I], positive: what a column's squared error weighs in a search; None weighs all
+                alike. Parameters that follow from a range do not ask.
+
+        Returns:
+            Candidates [C, O, B], rounded to what is stored.
+        """
+
+    def round_plainly(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, Parameters]:
+        """Rounds to the nearest levels: codes uint8 [O, I], and parameters [O, B]."""
+        parameters = self.parameters(weight_OI).each(lambda part: part[0])
+        return grids.round_rows(weight_OI, parameters, self.levels), parameters
+
+    def scaled_differences(self, weight_OI: torch.Tensor, column_scales_CI: torch.Tensor) -> torch.Tensor:
+        """The error of plain rounding with columns scaled, Q(W diag(s)) diag(s)^-1 - W, for each of several scales s.
+
+        Args:
+            weight_OI: W, float32 [O, I].
+            column_scales_CI: in each row an s, positive float32 [C, I].
+
+        Returns:
+            float32 [C, O, I].
+        """
+        differences = []
+        for scales_I in column_scales_CI:
+            codes_OI, parameters = self.round_plainly(weight_OI * scales_I)
+            rounded_OI = grids.dequantize_rows(codes_OI, parameters, self.levels)
+            differences.append(rounded_OI.div_(scales_I).sub_(weight_OI))
+        return torch.stack(differences)
