@@ -192,7 +192,7 @@ class Mlx(SafetensorsFormat):
         return {
             f"{linear}.weight": pack_rows(weight.codes_OI, weight.grid.bits).view(torch.uint32),
             f"{linear}.scales": weight.scales_OG.to(torch.bfloat16),
-            f"{linear}.biases": (-weight.grid.middle * weight.scales_OG).to(torch.bfloat16),
+            f"{linear}.biases": (-weight.grid.levels.middle * weight.scales_OG).to(torch.bfloat16),
         }
 
     def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:

@@ -60,7 +60,7 @@ def range_parameters_reference(
     largest = weight_OI.new_tensor(float(levels.largest))
     if levels.symmetric:
         scales_COG = storable_scales(weight_OGS.abs().amax(-1) * ratios_C11 / (largest / 2))
-        return Parameters(scales_COG, torch.full_like(scales_COG, (levels.largest + 1) // 2))
+        return Parameters(scales_COG, torch.full_like(scales_COG, levels.middle))
     low_COG = weight_OGS.amin(-1).clamp_(max=0) * ratios_C11
     high_COG = weight_OGS.amax(-1).clamp_(min=0) * ratios_C11
     scales_COG = storable_scales((high_COG - low_COG) / largest)

@@ -36,11 +36,16 @@ class Levels:
     """The largest code; the smallest is 0."""
     kind: Kind = Kind.INTEGERS
     symmetric: bool = True
-    """Whether integers' zero points are all (largest + 1) / 2."""
+    """Whether integers' zero points are all `middle`."""
     table: tuple[float, ...] = ()
     """The value of each code, ascending."""
     thresholds: tuple[float, ...] = ()
     """A value has as many of them below it as its code says; midpoints of the table, as the format breaks ties."""
+
+    @property
+    def middle(self) -> int:
+        """The zero point of symmetric integers."""
+        return (self.largest + 1) // 2
 
 
 @cache

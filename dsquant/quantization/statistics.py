@@ -155,7 +155,7 @@ def part_width(num_features: int) -> int:
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """How the error of a column is made good in the columns that are rounded after it (`compensate`)."""
+    """How columns that are rounded later compensate the error of one (`compensate`)."""
 
     order_I: torch.Tensor
     """int64 [I]: the columns in the order of rounding."""

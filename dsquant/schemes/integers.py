@@ -45,7 +45,7 @@ class Grid(Scheme):
     @property
     def middle(self) -> int:
         """The constant zero point of the symmetric grid."""
-        return 2 ** (self.bits - 1)
+        return self.levels.middle
 
     @property
     def levels(self) -> Levels:

@@ -87,7 +87,8 @@ class Scheme(ABC):
         """
         differences = []
         for scales_I in column_scales_CI:
-            codes_OI, parameters = self.round_plainly(weight_OI * scales_I)
+            scaled_OI = weight_OI * scales_I
+            codes_OI, parameters = self.fitted(scaled_OI).round_plainly(scaled_OI)
             rounded_OI = grids.dequantize_rows(codes_OI, parameters, self.levels)
             differences.append(rounded_OI.div_(scales_I).sub_(weight_OI))
         return torch.stack(differences)
