@@ -4,7 +4,7 @@ dsquant's own packer is not used: a mistake in it must not cancel out when the o
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +65,11 @@ class DecodedWeights(Weights):
                         "shard; the checkpoint is incomplete"
                     )
         parts = {prefix + part for prefix in self._packed.values() for part in (self.marker, *self.companions)}
-        self._names = dict.fromkeys([*(name for name in index if name not in parts), *self._packed])
+        self.names = dict.fromkeys([*(name for name in index if name not in parts), *self._packed])
 
     @abstractmethod
     def decode(self, prefix: str) -> torch.Tensor:
         """Decodes the linear whose tensors begin with `prefix`, float32 [O, I]."""
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
 
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
         """Reads some rows of a weight; a packed one is decoded as a whole."""

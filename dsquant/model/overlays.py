@@ -3,7 +3,7 @@
 A mapping over a mapping: the layer that runs on it is always the same transformers code.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,21 +45,12 @@ class Overlay(Weights):
     """Base of the mappings here: names and shapes are the base mapping's."""
 
     def __init__(self, base: Weights) -> None:
-        self.base = base
+        self.base = self.names = base
         self.device = base.device
 
     def prefetch(self, names: Sequence[str]) -> None:
         """Lets the base read ahead."""
         self.base.prefetch(names)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.base)
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.base
 
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
         """Reads rows of the base's weight."""

@@ -4,7 +4,7 @@ The mapping hides how the weights are stored: FP8 with block scales is dequantiz
 may lie in different shards), BF16 is widened, quantized formats are decoded by their own packages.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ class StoredWeights(Weights):
         self.device = device
         self._ahead = ReadAhead(index, pinned=device.type == "cuda")
         scales = {name + SCALE_SUFFIX for name, info in index.items() if info.dtype == FP8}
-        self._names = dict.fromkeys(name for name in index if name not in scales)
-        for name in self._names:
+        self.names = dict.fromkeys(name for name in index if name not in scales)
+        for name in self.names:
             if index[name].dtype not in FLOATS and not name.endswith(SCALE_SUFFIX):
                 raise InputError(
                     f"{index[name].path}: tensor {index[name].label} has dtype {index[name].dtype}; weights are one of "
@@ -50,15 +50,6 @@ class StoredWeights(Weights):
                 )
             if index[name].dtype == FP8:
                 self._check_scales(index[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the weight's shape."""

@@ -1,7 +1,8 @@
 """The lazy mapping through which all weights are read."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -14,6 +15,8 @@ class Weights(Mapping[str, torch.Tensor]):
     """name -> float32 tensor on `device`, read on each access and never cached."""
 
     device: torch.device = CPU
+    names: Mapping[str, Any]
+    """Its keys, in their order; the values are the subclass's own."""
 
     def prefetch(self, names: Sequence[str]) -> None:
         """Starts to read weights that are needed next; a mapping that cannot read ahead does nothing."""
@@ -34,9 +37,14 @@ class Weights(Mapping[str, torch.Tensor]):
         """
         return unrounded
 
-    @abstractmethod
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
     def __contains__(self, name: object) -> bool:
-        """Returns whether there is such a weight, without reading it."""
+        return name in self.names  # without reading the weight, unlike Mapping's own
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.rows(name)

@@ -2,7 +2,7 @@
 
 import mmap
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class GgufWeights(Weights):
             for name, places in found.items()
             if places and all(place.tensor in self._tensors for place in places)
         }
+        self.names = self._placements
         self._shapes = {name: names[name] for name in self._placements}
         for name, shape in self._shapes.items():
             self._check_shape(path, name, shape)
@@ -80,15 +81,6 @@ class GgufWeights(Weights):
                     f"{path}: tensor {place.tensor!r} has shape {list(stored)}, the reference's {name!r} needs "
                     f"{list(wanted)}; not the same model"
                 )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._placements)
-
-    def __len__(self) -> int:
-        return len(self._placements)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._placements
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The parameter's shape."""
