@@ -9,36 +9,33 @@ import shlex
 
 from dsquant.deployment.facts import ENGINE_SHARE, GPU_RESERVE_BYTES
 from dsquant.deployment.hardware import Machine
-from dsquant.deployment.placement import Network, Placement
+from dsquant.deployment.placement import MachinePlacement, Network
 from dsquant.deployment.sizes import OutputSize
+from dsquant.deployment.subject import Subject
 
 
 def launch_commands(
-    output: OutputSize, network: Network, machine: Machine, placement: Placement, context: int, source: str, name: str
+    output: OutputSize, network: Network, machine: Machine, placement: MachinePlacement, subject: Subject
 ) -> dict[str, str]:
-    """Returns engine -> command for every engine that can run a placement.
-
-    `context` is in tokens of a sequence; `source` is the original model's folder or hub id, whose config and tokenizer
-    KTransformers needs; `name` is the model's, for file names.
-    """
+    """Returns engine -> command for every engine that can run a placement, with the context that it was planned for."""
     if placement.kind == "none":
         return {}
     if output.placement == "parallel":
-        return _parallel_commands(output, placement, context)
-    commands = {"llama.cpp": _llama_cpp(output, network, machine, placement, context, name)}
+        return _parallel_commands(output, placement, placement.kv_bytes // network.kv_bytes_per_token)
+    commands = {"llama.cpp": _llama_cpp(output, network, machine, placement, subject.name)}
     base = output.served_bytes - output.by_kind.get("routed experts", 0) + placement.kv_bytes
     holds_base = machine.gpus is not None and machine.gpus.memory_bytes - GPU_RESERVE_BYTES >= base
     if network.has_experts and network.shared_kv and holds_base and placement.kind == "split":
         experts = output.by_kind.get("routed experts", 0)
         if experts < machine.ram_bytes:
             commands["ktransformers"] = (
-                f"python -m ktransformers.local_chat --model_path {source} --gguf_path {output.folder} "
+                f"python -m ktransformers.local_chat --model_path {subject.servable} --gguf_path {output.folder} "
                 "--cpu_infer $(($(nproc) - 1)) --max_new_tokens 4096"
             )
     return commands
 
 
-def _parallel_commands(output: OutputSize, placement: Placement, context: int) -> dict[str, str]:
+def _parallel_commands(output: OutputSize, placement: MachinePlacement, context: int) -> dict[str, str]:
     sizes = f"--tensor-parallel-size {placement.tensor_parallel}"
     if placement.pipeline_parallel > 1:
         sizes += f" --pipeline-parallel-size {placement.pipeline_parallel}"
@@ -55,10 +52,9 @@ def _parallel_commands(output: OutputSize, placement: Placement, context: int) -
     }
 
 
-def _llama_cpp(
-    output: OutputSize, network: Network, machine: Machine, placement: Placement, context: int, name: str
-) -> str:
+def _llama_cpp(output: OutputSize, network: Network, machine: Machine, placement: MachinePlacement, name: str) -> str:
     file = shlex.quote(f"{name}-{output.format.removeprefix('gguf:')}.gguf")
+    context = placement.kv_bytes // network.kv_bytes_per_token
     command = f"llama-server -m {output.folder}/{file} -c {context}"
     if placement.kind == "cpu":
         return f"{command} -ngl 0"

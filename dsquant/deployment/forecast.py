@@ -9,7 +9,7 @@ from dsquant.deployment.build_cost import BuildCost, build_cost_of
 from dsquant.deployment.engines import launch_commands
 from dsquant.deployment.facts import Fact, Range
 from dsquant.deployment.hardware import DEFAULT_CONTEXT, REFERENCE_MACHINES, Machine, PlanOptions, parse_machine
-from dsquant.deployment.placement import Network, Placement, network_of, place
+from dsquant.deployment.placement import MachinePlacement, Network, network_of, place
 from dsquant.deployment.sizes import PRESETS, SOURCE, OutputSize, output_sizes
 from dsquant.deployment.statements import statements_about
 from dsquant.deployment.subject import Subject, open_subject
@@ -41,7 +41,7 @@ class Deployment:
     """One output on one machine."""
 
     output: OutputSize
-    placement: Placement
+    placement: MachinePlacement
     commands: dict[str, str]
     """Engine -> command."""
     price_per_million: Range | None
@@ -202,10 +202,10 @@ def _notes(subject: Subject) -> tuple[str, ...]:
 
 
 def _on_machine(planned: Forecast, subject: Subject, machine: Machine) -> MachineForecast:
-    rows, network, context = [], planned.network, planned.context
+    rows, network = [], planned.network
     for size in _candidates(planned.sizes):
-        placement = place(size, network, machine, context)
-        commands = launch_commands(size, network, machine, placement, context, subject.servable, subject.name)
+        placement = place(size, network, machine, planned.context)
+        commands = launch_commands(size, network, machine, placement, subject)
         rows.append(Deployment(size, placement, commands, _price(placement, machine, planned.gpu_price)))
     best = min((row for row in rows if row.commands), key=_rank, default=None)
     statements = statements_about(machine, network, [(row.output, row.placement) for row in rows])
@@ -222,7 +222,7 @@ def _rank(row: Deployment) -> tuple[int, int]:
     return 2, FOR_DISK.index(row.output.name) if row.output.name in FOR_DISK else len(FOR_DISK) + order
 
 
-def _price(placement: Placement, machine: Machine, gpu_price: float | None) -> Range | None:
+def _price(placement: MachinePlacement, machine: Machine, gpu_price: float | None) -> Range | None:
     if gpu_price is None or placement.tokens_per_s is None or machine.gpus is None:
         return None
     an_hour = gpu_price * machine.gpus.count

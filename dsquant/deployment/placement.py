@@ -63,7 +63,7 @@ def network_of(config: Mapping[str, Any]) -> Network:
 
 
 @dataclass(frozen=True)
-class Placement:
+class MachinePlacement:
     """An output on a machine."""
 
     kind: str
@@ -83,7 +83,7 @@ class Placement:
     """Why it cannot run, or what is tight; may be empty."""
 
 
-def place(output: OutputSize, network: Network, machine: Machine, context: int) -> Placement:
+def place(output: OutputSize, network: Network, machine: Machine, context: int) -> MachinePlacement:
     """Places an output in GPUs where all of it fits, else in GPUs, RAM and disk as llama.cpp can; adds its decoding
     speed.
 
@@ -114,11 +114,11 @@ def _speed(parts: list[tuple[float, Range, Range]], kv_bytes: int, kv_bandwidth:
     return Range(1 / slow, 1 / fast)
 
 
-def _impossible(reason: str, kv_bytes: int) -> Placement:
-    return Placement("none", 0, 0, 0, kv_bytes, 0, 0, 0, 0, None, reason)
+def _impossible(reason: str, kv_bytes: int) -> MachinePlacement:
+    return MachinePlacement("none", 0, 0, 0, kv_bytes, 0, 0, 0, 0, None, reason)
 
 
-def _place_parallel(output: OutputSize, network: Network, machine: Machine, context: int) -> Placement:
+def _place_parallel(output: OutputSize, network: Network, machine: Machine, context: int) -> MachinePlacement:
     """Places an output for vLLM and SGLang: every rank holds its part of the weights; MLA's cache is the same on every
     rank.
     """
@@ -142,7 +142,7 @@ def _place_parallel(output: OutputSize, network: Network, machine: Machine, cont
     share = TENSOR_PARALLEL.value if tensor > 1 else ONE_GPU.value
     bandwidth = machine.gpus.bandwidth * tensor
     speed = _speed([(experts + rest, bandwidth, share)], kv_bytes, machine.gpus.bandwidth)
-    return Placement(
+    return MachinePlacement(
         kind="gpu",
         gpu_bytes=output.served_bytes,
         ram_bytes=0,
@@ -157,7 +157,7 @@ def _place_parallel(output: OutputSize, network: Network, machine: Machine, cont
     )
 
 
-def _place_split(output: OutputSize, network: Network, machine: Machine, context: int) -> Placement:
+def _place_split(output: OutputSize, network: Network, machine: Machine, context: int) -> MachinePlacement:
     """Places an output for llama.cpp: attention and shared weights in GPUs first, then experts; the rest in RAM, then
     on disk.
     """
@@ -195,7 +195,7 @@ def _place_split(output: OutputSize, network: Network, machine: Machine, context
         reason = f"{(rest - in_ram) / 2**30:.0f} GiB are read from disk repeatedly"
     elif machine.gpus is not None and not in_gpu:
         reason = "the GPUs cannot hold even the weights that every token uses"
-    return Placement(
+    return MachinePlacement(
         kind, in_gpu, in_ram, rest - in_ram, kv_bytes, gpu_layers, 1, 1, max_context, speed, reason
     )  # fmt: skip
 

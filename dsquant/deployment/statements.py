@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from dsquant.deployment.facts import SWAP_GAIN, SWAP_SOURCE
 from dsquant.deployment.hardware import Machine
-from dsquant.deployment.placement import Network, Placement
+from dsquant.deployment.placement import MachinePlacement, Network
 from dsquant.deployment.sizes import OutputSize
 from dsquant.recipes import format_size
 
-Placed = Sequence[tuple[OutputSize, Placement]]
+Placed = Sequence[tuple[OutputSize, MachinePlacement]]
 
 
 def statements_about(machine: Machine, network: Network, placed: Placed) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ def _four_bits_do_not_fit(machine: Machine, network: Network, outputs: list[Outp
     )
 
 
-def _disk_bound(machine: Machine, size: OutputSize, found: Placement) -> str:
+def _disk_bound(machine: Machine, size: OutputSize, found: MachinePlacement) -> str:
     assert found.tokens_per_s is not None
     return (
         f"GPUs and RAM hold {format_size(found.gpu_bytes + found.ram_bytes)} of Q4_K_M's "

@@ -1,7 +1,7 @@
-"""Makes the output of a new release under an earlier output's scales, unit by unit; the job can be resumed.
+"""Builds the output of a new release under an earlier output's scales, unit by unit; the job can be resumed.
 
 The rule of docs/decisions: parameters whose source is unchanged stay as recorded, changed ones are folded with the
-recorded scales and rounded by `rule`. A delta reuses the files in which nothing changed; a full run makes every byte
+recorded scales and rounded by `rule`. A delta reuses the files in which nothing changed; a full run computes every byte
 from the source and the recording. Both give the same output.
 """
 
@@ -43,11 +43,11 @@ from dsquant.verification.strict_record import read_record
 
 @dataclass
 class Requantization:
-    """What a job under recorded scales did."""
+    """Results of a job under recorded scales."""
 
     record: dict[str, Any]
     read_bytes: int = 0
-    """Tensor data of the new release that were read."""
+    """Tensor data read of the new release."""
     reused: Counter[str] = field(default_factory=Counter)
     """How files were reused (reflink, hard link, copy) -> number of files."""
     reused_bytes: int = 0
@@ -56,7 +56,7 @@ class Requantization:
 
 @dataclass
 class _Work:
-    """What every unit needs."""
+    """The state that all units share."""
 
     run: Run
     held: HeldTensors
@@ -68,23 +68,12 @@ class _Work:
 def requantize(
     recipe: Recipe, recording: Recording, reuse: bool, resume: bool, restart: bool, report: Report
 ) -> Requantization:
-    """Makes the output.
+    """Builds the output of a recipe from `Recording.recipe`; returns the record, and what was read and reused.
 
-    Args:
-        recipe: from `Recording.recipe`.
-        recording: the earlier output.
-        reuse: whether files in which nothing changed are reused, and unchanged tensors copied.
-        resume: go on with an interrupted job, or begin one.
-        restart: begin anew where there is an interrupted or finished one.
-        report: gets the progress.
-
-    Returns:
-        The record, and what was read and reused.
-
-    Raises:
-        InputError: where the new release cannot be read, has other tensors, or the earlier output is damaged.
-        UsageError: where the recipe differs from an interrupted job's.
-        Interrupted: where the job stopped and can be resumed.
+    `reuse` reuses files in which nothing changed, and copies unchanged tensors; `resume` continues an interrupted job
+    or starts one; `restart` starts over. Raises InputError where the new release cannot be read or has other tensors,
+    or the earlier output is damaged, UsageError where the recipe differs from an interrupted job's, Interrupted where
+    the job stopped and can be resumed.
     """
     with (
         stop_on_signals() as request,
@@ -124,7 +113,7 @@ def requantize(
 def _make_unit(
     work: _Work, run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Hashes a unit's source, and makes of each parameter what has changed."""
+    """Hashes a unit's source, and builds the parameters that changed."""
     recording = work.targets[0].recording
     pairs = [(target, writer) for (target, _), writer in zip(writers.by_target, _own(writers), strict=True)]
     source: dict[str, str] = {}
@@ -157,7 +146,7 @@ def _own(writers: Writers) -> "Iterator[_RecordedWriter]":
 
 
 def _hash_rest(work: _Work) -> None:
-    """Hashes what is in no unit: dropped layers, and what engines compute."""
+    """Hashes the tensors that are in no unit: dropped layers, and those that engines compute."""
     run = work.run
     hashes = {name: found for entry in run.job.journal.units.values() for name, found in entry["source"].items()}
     for name in work.held:
@@ -175,7 +164,7 @@ class _RecordedOutput(OpenCheckpoint):
         self._work, self._recorded = work, recorded
 
     def unit(self, name: str, parameters: tuple[str, ...]) -> "_RecordedWriter":  # type: ignore[override]
-        """Begins a unit's shards."""
+        """Starts a unit's shards."""
         unit = next(unit for unit in self._work.run.source.plan.units if unit.name == name)
         return _RecordedWriter(self._work, self._recorded, unit)
 
@@ -200,7 +189,7 @@ class _RecordedWriter(UnitWriter):
         self._written: set[str] = set()
 
     def take(self, parameter: str, changed: bool) -> None:
-        """Makes a parameter, or leaves it to `finish`."""
+        """Builds a parameter, or leaves it to `commit`."""
         linear = parameter.removesuffix(".weight")
         quantized = linear in self.target.errors
         if quantized and not changed:
@@ -249,10 +238,10 @@ class _RecordedWriter(UnitWriter):
         self.bytes_written += rows.nbytes
 
     def copy_rest(self, safe_point: Callable[[str], None]) -> None:
-        """Leaves what has not changed to `commit`, which knows of whole files."""
+        """Leaves unchanged tensors to `commit`, which handles whole files."""
 
     def commit(self) -> dict[str, str]:
-        """Copies what has not changed, reuses whole files, and brings all to disk; returns tensor -> SHA-256."""
+        """Copies unchanged tensors, reuses whole files, and flushes everything to disk; returns tensor -> SHA-256."""
         hashes: dict[str, str] = {}
         for shard in self._shards:
             hashes |= self._finish_shard(shard)
@@ -276,18 +265,18 @@ class _RecordedWriter(UnitWriter):
         return file.commit()
 
     def scales(self) -> dict[str, torch.Tensor]:
-        """The recorded scales of the unit's layer."""
+        """Returns the recorded scales of the unit's layer."""
         prefix = f"{self._layer.prefix}." if self._layer else " "
         return {name: self.target.scales.read(name) for name in self.target.scales if name.startswith(prefix)}
 
     def discard(self) -> None:
-        """Removes what is unfinished."""
+        """Removes unfinished files."""
         for file in self._open.values():
             file.discard()
 
 
 def _summary(work: _Work) -> tuple[dict[str, Any], list[str]]:
-    """What the record tells of the changes, and what a user should know."""
+    """Returns the record's section on the changes, and a warning for the user."""
     journal = work.run.job.journal.units.values()
     changed = [name for entry in journal for name in entry["changed"]]
     anew = [name for entry in journal for name in entry["anew"]]
