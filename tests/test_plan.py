@@ -18,11 +18,13 @@ import dsquant
 from dsquant.deployment.facts import GIB
 from dsquant.deployment.forecast import Forecast, MachineForecast, forecast, forecast_of, reference_machines
 from dsquant.deployment.hardware import parse_machine, parse_speed
-from dsquant.deployment.sizes import BITS, PRESETS, OutputSize, output_sizes
+from dsquant.deployment.sizes import PRESETS, OutputSize, output_sizes
 from dsquant.deployment.subject import open_subject
 from dsquant.errors import InputError, UsageError
 from dsquant.formats.gguf.types import MIXTURES
+from dsquant.formats.table import SAFETENSORS
 
+BITS = {name: SAFETENSORS[name].bits for name in ("awq", "compressed-tensors")}
 FAST = {"samples": 2, "seq_len": 16, "calibration": "code", "evaluate": False, "progress": False}
 
 
