@@ -135,15 +135,17 @@ def _compensate(
     size, order_I, factor_II = scheme.group_size, inverse.order_I, inverse.factor_II
     working_IO = weight_OI[:, order_I].T.contiguous()
     importance_I = factor_II.diagonal().square().reciprocal()
-    groups, parameters = [], []
+    tried, codes, chosen = [], [], []
     for start in range(0, len(working_IO), size):
         stop = start + size
         columns_SO = working_IO[start:stop]
         candidates = scheme.parameters(columns_SO.T, clip_ratios, importance_I[start:stop])
         group = compensate_group(columns_SO, factor_II[start:stop, start:stop], candidates, scheme.levels)
         working_IO[stop:].addmm_(factor_II[start:stop, stop:].T, group.errors_SO, alpha=-1)
-        groups.append(group.codes_SO)
-        parameters.append(candidates.chosen(group.chosen_O.unsqueeze(1)))
+        tried.append(candidates)
+        codes.append(group.codes_SO)
+        chosen.append(group.chosen_O)
     place_I, place_B = order_I.argsort(), (order_I[:: scheme.block_size] // scheme.block_size).argsort()
-    codes_OI = torch.cat(groups)[place_I].T.contiguous()
-    return quantized(codes_OI, joined_blocks(parameters).each(lambda part: part[:, place_B]), scheme)
+    chosen_OB = torch.stack(chosen, 1).repeat_interleave(size // scheme.block_size, 1)
+    parameters = joined_blocks(tried).chosen(chosen_OB).each(lambda part: part[:, place_B])
+    return quantized(torch.cat(codes)[place_I].T.contiguous(), parameters, scheme)
