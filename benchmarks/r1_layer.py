@@ -33,7 +33,7 @@ LAYERS, MIXTURES = 61, 58
 
 def stage_timers(seconds: dict[str, float]) -> None:
     """Makes each stage of the pipeline add its time to `seconds`; the GPU is waited for at its borders."""
-    from dsquant.formats.safetensors import ShardWriter
+    from dsquant.formats.safetensors_writer import ShardWriter
     from dsquant.model.activations import Activations
     from dsquant.model.gated import GatedWeights
     from dsquant.pipeline import supervision, units
