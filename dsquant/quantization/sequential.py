@@ -149,7 +149,7 @@ def _error(streams: _Streams, attention: AttentionResult) -> float:
 
 
 def _behind_quantized_layers(streams: _Streams, groups: Sequence[ScaleGroup]) -> dict[ScaleGroup, InputMoments]:
-    """Returns the moments of the groups\' inputs behind the quantized layers before this one."""
+    """Returns the moments of the groups' inputs behind the quantized layers before this one."""
     job, width_of = streams.job, streams.job.weights.shape
     statistics = {
         group: InputStatistics(width_of(f"{group.consumers[0]}.weight")[1], job.seed, job.weights.device)

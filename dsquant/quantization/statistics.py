@@ -1,4 +1,4 @@
-"""What quantization needs to know of a linear's inputs, summed over the tokens that reach it.
+"""Sums what quantization needs to know of a linear's inputs over the tokens that reach it.
 
 Shape legend: R tokens, I in features, O out features, G blocks of B channels, K rows of the factor, P parts of W
 channels.
@@ -130,7 +130,7 @@ class InputStatistics:
         return apply_linear(signs_KR.float().mul_(2).sub_(1), inputs_RI.T).mul_(FACTOR_ROWS**-0.5)
 
     def moments(self) -> "InputMoments":
-        """The means over all tokens added so far; all zero where there were none."""
+        """Returns the means over all tokens added so far; all zero where there were none."""
         count = max(self.count, 1)
         if self._gram_II is None:
             parts_PWW = None if self._parts_PWW is None else self._parts_PWW / count
@@ -141,12 +141,12 @@ class InputStatistics:
 
 
 def is_wide(num_features: int) -> bool:
-    """Whether inputs are too wide for a Gram matrix of each linear's own."""
+    """Returns whether inputs are too wide for a Gram matrix of each linear's own."""
     return num_features > WIDEST_GRAM
 
 
 def part_width(num_features: int) -> int:
-    """The width of the widest equal parts of inputs that are at most `WIDEST_PART` wide and of whole blocks."""
+    """Returns the width of the widest equal parts of inputs: at most `WIDEST_PART`, and whole blocks."""
     if num_features <= WIDEST_PART or num_features % BLOCK:
         return num_features
     blocks = num_features // BLOCK
@@ -178,7 +178,7 @@ class InputMoments:
     parts_PWW: torch.Tensor | None = None
     """float32 [P, W, W] where wide inputs' errors will be compensated: the Gram matrices of P equal parts of them."""
     inverses: tuple[InverseFactor, ...] = ()
-    """What errors are compensated by, one for each part of the inputs; none where it has not been made yet."""
+    """Compensate errors, one for each part of the inputs; empty where they have not been computed yet."""
 
     @property
     def rms_I(self) -> torch.Tensor:
@@ -191,7 +191,7 @@ class InputMoments:
         return Importance(self.rms_I.square() * self.count, self.count)
 
     def divided(self, scales_I: torch.Tensor) -> "InputMoments":
-        """The moments of inputs whose channels are divided by `scales_I`, without `inverses`."""
+        """Returns the moments of inputs whose channels are divided by `scales_I`, without `inverses`."""
         scales_GB = scales_I.view(self.blocks_GBB.shape[0], -1)
         return InputMoments(
             self.count,
@@ -219,11 +219,11 @@ class InputMoments:
         return gram_losses(difference_OI, self.gram_II).clamp_(min=0)
 
     def loss(self, difference: torch.Tensor) -> torch.Tensor:
-        """The sum of `loss_O` over all rows: float64 [] for a difference [O, I], [C] for several [C, O, I]."""
+        """Returns the sum of `loss_O` over all rows: float64 [] for a difference [O, I], [C] for several [C, O, I]."""
         return self.loss_O(difference.flatten(0, -2)).double().view(difference.shape[:-1]).sum(-1)
 
     def group_grams_GSS(self, group_size: int) -> torch.Tensor:
-        """The diagonal blocks of the Gram matrix, one for each quantization group, float32 [G, S, S]."""
+        """Returns the diagonal blocks of the Gram matrix, one for each quantization group, float32 [G, S, S]."""
         per_block = self.blocks_GBB.shape[1] // group_size
         parts = self.blocks_GBB.unflatten(2, (per_block, group_size)).unflatten(1, (per_block, group_size))
         return parts.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).flatten(0, 1)
