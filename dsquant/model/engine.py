@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from dsquant.kernels.activation_rounding import Rounding, unrounded
-from dsquant.model.skeleton import Skeleton, attend
+from dsquant.model.attention import attend
+from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import DecoderLayer
 from dsquant.source.weights import Weights
 

@@ -30,7 +30,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 
 
 def add_model_keys(
-    writer: Any, facts: GgufFacts, config: Mapping[str, Any], rotary: Rotary, name: str, num_mtp_layers: int
+    writer: Any, facts: GgufFacts, config: Mapping[str, Any], rotary: Rotary, num_mtp_layers: int
 ) -> None:
     """Adds the network's numbers.
 
@@ -39,11 +39,8 @@ def add_model_keys(
         facts: of the network's architecture.
         config: the network's, with transformers' defaults filled in.
         rotary: the network's rotary embedding.
-        name: the model's name, for people.
         num_mtp_layers: multi-token-prediction layers that the file holds.
     """
-    writer.add_type("model")
-    writer.add_name(name)
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in model_keys(facts, config, rotary, num_mtp_layers).items():
         add[type(value)](f"{facts.architecture}.{key}", value)

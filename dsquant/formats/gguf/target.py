@@ -103,7 +103,9 @@ def plan_model(
     left_out: list[str] = []
 
     def add_keys(writer: Any) -> None:
-        add_model_keys(writer, family.gguf, config, rotary, model_name, num_mtp_layers)
+        writer.add_type("model")
+        writer.add_name(model_name)
+        add_model_keys(writer, family.gguf, config, rotary, num_mtp_layers)
         writer.add_file_type(MIXTURES[type_name][1])
         writer.add_quantization_version(QUANTIZATION_VERSION)
         with blaming(checkpoint.folder / "tokenizer.json", THEN):
