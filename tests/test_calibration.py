@@ -10,14 +10,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from dsquant.calibration.texts import (
-    FOLDERS,
-    HUB_SPEC,
-    calibration_tokens,
-    held_out_tokens,
-    load_tokenizer,
-    render_chat,
-)
+from dsquant.calibration.documents import FOLDERS, HUB_SPEC
+from dsquant.calibration.texts import calibration_tokens, held_out_tokens, load_tokenizer, render_chat
 from dsquant.errors import InputError, UsageError
 
 CALIBRATION = next(folder for folder in FOLDERS if folder.is_dir())

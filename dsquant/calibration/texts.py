@@ -2,13 +2,10 @@
 
 A document becomes one BOS, its tokens and one EOS; documents are shuffled, joined and cut into samples of equal length,
 so nothing is padded. The same texts, tokenizer and seed give the same tokens on every machine.
-
-What is not covered: audio or images in messages, and tool calls; such messages are refused.
 """
 
 import hashlib
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +13,13 @@ from typing import Any
 
 import torch
 
+from dsquant.calibration.documents import documents_of, shuffled, text_sources
 from dsquant.calibration.tokenizer import THEN, check_tokenizer_files, encode, render
 from dsquant.errors import InputError, PackageError, UsageError
 from dsquant.files.foreign import blaming, find_file, open_file
-from dsquant.files.strict_json import parse_json
-from dsquant.files.strict_yaml import read_yaml
 from dsquant.source.checkpoint import CONFIG_FILE, read_config
 from dsquant.source.vocabulary import check_embedded, surplus_tokens
 
-_PACKAGE = Path(__file__).parent.parent
-# Beside the package in a checkout, inside it in a wheel.
-FOLDERS = (_PACKAGE.parent / "calibration", _PACKAGE / "assets" / "calibration")
 # What a tokenizer is made of.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,9 +33,6 @@ TOKENIZER_FILES = (
 )
 LONGEST_DOCUMENT = 10**12
 THINK, END_THINK = "<think>", "</think>"
-HUB_SPEC = re.compile(
-    r"hf:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]%:-]+))?(?:#(?P<column>\w+))?"
-)
 HELD_OUT_TEXTS = ("code", "wiki", "reasoning")
 
 
@@ -56,15 +46,6 @@ class CalibrationTokens:
     """Of the tokens as little-endian int64, after their shape as text."""
     sources: tuple[dict[str, Any], ...]
     """For each source its name and how many samples it gave."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    name: str
-    spec: str
-    share: float
-    columns: tuple[tuple[str, str], ...] = ()
-    """(part, column) of a hub set that keeps a dialogue in columns; parts are prompt, reasoning and completion."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -103,7 +84,7 @@ def load_tokenizer(folder: Path) -> Any:
 def check_held_out(tokenizer: Any) -> None:
     """Refuses a tokenizer whose tokens for the shipped held-out texts the embedding has no row for."""
     for text in HELD_OUT_TEXTS if surplus_tokens(tokenizer) else ():
-        documents = (_encode(document, tokenizer) for document in _documents(f"held-out/{text}/*"))
+        documents = (_encode(document, tokenizer) for document in documents_of(f"held-out/{text}/*"))
         check_embedded(documents, tokenizer, f"held-out text {text!r} (--no-evaluate does without it)")
 
 
@@ -131,11 +112,11 @@ def calibration_tokens(
         raise UsageError("calibration names no text; name a file, a mix such as r1-mix, or a hub set as hf:NAME")
     if any(spec.endswith(".safetensors") for spec in specs):
         return _ready_tokens(specs, num_samples, seq_len, tokenizer)
-    sources = [source for spec in specs for source in _sources(spec, 1 / len(specs))]
+    sources = [source for spec in specs for source in text_sources(spec, 1 / len(specs))]
     wanted = {source: max(1, round(source.share * num_samples)) for source in sources}
     streams = {
         source: _samples(
-            _shuffled(_documents(source.spec, dict(source.columns)), seed, source.spec), tokenizer, seq_len
+            shuffled(documents_of(source.spec, dict(source.columns)), seed, source.spec), tokenizer, seq_len
         )
         for source in sources
     }
@@ -171,7 +152,7 @@ def held_out_tokens(text: str, tokenizer: Any, seq_len: int, max_samples: int) -
     Raises:
         InputError: where the text is too short for one sample.
     """
-    documents = _documents(f"held-out/{text}/*")
+    documents = documents_of(f"held-out/{text}/*")
     samples = _take(_samples(documents, tokenizer, seq_len), max_samples)
     check_embedded(samples, tokenizer, f"held-out text {text!r}")
     if not samples:
@@ -202,7 +183,7 @@ def text_tokens(text: str, tokenizer: Any, seq_len: int, max_samples: int) -> to
 
     def counted() -> Iterator[Any]:
         nonlocal found
-        for document in _documents(text):
+        for document in documents_of(text):
             found += len(_encode(document, tokenizer))
             yield document
 
@@ -241,146 +222,6 @@ def _ready_tokens(specs: Sequence[str], num_samples: int, seq_len: int, tokenize
         raise InputError(f"{specs[0]}: 'tokens' is empty or holds numbers outside 0..{len(tokenizer) - 1}")
     check_embedded(tokens.tolist(), tokenizer, specs[0])
     return CalibrationTokens(tokens, tokens_sha256(tokens), ({"name": Path(specs[0]).name, "samples": len(tokens)},))
-
-
-def _sources(spec: str, share: float) -> list[_Source]:
-    """The sources of a spec; a mix is read from its YAML file."""
-    mix = next((folder / f"{spec}.yaml" for folder in FOLDERS if (folder / f"{spec}.yaml").is_file()), None)
-    if mix is None or Path(spec).exists() or not re.fullmatch(r"[\w-]+", spec):
-        return [_Source(spec if spec.startswith("hf:") else Path(spec).name, spec, share)]
-    entries = read_yaml(mix, "mix")["sources"]
-    total = sum(entry["weight"] for entry in entries)
-    return [
-        _Source(
-            f"{spec}:{entry['source']}",
-            entry["source"],
-            share * entry["weight"] / total,
-            tuple(entry.get("columns", {}).items()),
-        )
-        for entry in entries
-    ]
-
-
-def _documents(spec: str, columns: dict[str, str] | None = None) -> Iterator[Any]:
-    """Every document of a source: a text, or a list of messages."""
-    if spec.startswith("hf:"):
-        yield from _hub_documents(spec, columns or {})
-        return
-    for path in _paths(spec):
-        if path.suffix == ".jsonl":
-            yield from _lines(path)
-        elif path.suffix == ".parquet":
-            yield from _parquet_documents(path)
-        else:
-            yield _read_text(path)
-
-
-def _paths(spec: str) -> list[Path]:
-    path = Path(spec).expanduser()
-    if path.is_file():
-        return [path]
-    if re.fullmatch(r"[\w-]+(/[\w-]+)*/\*", spec) and not path.is_absolute():  # a folder of the shipped texts
-        for folder in FOLDERS:
-            found = sorted(path for path in folder.glob(spec) if path.is_file())
-            if found:
-                return found
-    mixes = sorted({path.stem for folder in FOLDERS for path in folder.glob("*.yaml")})
-    raise InputError(
-        f"text {spec!r}: no such file, and no mix of that name (there are {', '.join(mixes)}); "
-        "hub sets are written hf:NAME"
-    )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # editors put a byte order mark before UTF-8
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from error
-    except (OSError, MemoryError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); name a text file") from error
-
-
-def _lines(path: Path) -> Iterator[Any]:
-    # Not splitlines: a JSON text may hold U+2028 and its like as they are.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        yield _document(parse_json(line, where, "mend the line or leave it out"), where)
-
-
-def _document(record: Any, where: str) -> Any:
-    """The text or the messages in a record."""
-    if isinstance(record, dict):
-        if isinstance(record.get("text"), str):
-            return record["text"]
-        if isinstance(record.get("messages"), list):
-            return _checked_messages(record["messages"], where)
-        if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-            answer = {"role": "assistant", "content": record["completion"]}
-            if isinstance(record.get("reasoning"), str):
-                answer["reasoning_content"] = record["reasoning"]
-            return [{"role": "user", "content": record["prompt"]}, answer]
-    raise InputError(f"{where}: expected an object with 'text', 'messages', or 'prompt' and 'completion'")
-
-
-def _checked_messages(messages: list[Any], where: str) -> list[dict[str, str]]:
-    for message in messages:
-        known = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
-        if not known or not isinstance(message.get("content"), str):
-            raise InputError(f"{where}: each message needs a 'role' (system, user, assistant) and a text 'content'")
-    return messages
-
-
-def _parquet_documents(path: Path) -> Iterator[Any]:
-    import datasets
-
-    try:
-        table = datasets.Dataset.from_parquet(str(path))
-    except ImportError:
-        raise
-    except Exception as error:  # pyarrow's errors have no common base
-        raise InputError(f"{path}: not a readable parquet file: {error}") from error
-    for number, record in enumerate(table):
-        yield _document(record, f"{path}, row {number}")
-
-
-def _hub_documents(spec: str, columns: dict[str, str]) -> Iterator[Any]:
-    """Streams a hub set; `hf:owner/name/config:split#column`, or `hf:name` where it has no owner."""
-    match = HUB_SPEC.fullmatch(spec)
-    if match is None:
-        raise UsageError(f"text {spec!r}: write hub sets as hf:NAME[/CONFIG][:SPLIT][#COLUMN]")
-    name = match["name"]
-    if any(set(part) == {"."} for part in name.split("/")) or Path(name).is_dir():
-        raise InputError(f"text {spec!r}: hf: is for sets on the hub, {name} is a folder here; name its files instead")
-    import datasets
-
-    try:
-        records = datasets.load_dataset(name, match["config"], split=match["split"] or "train", streaming=True)
-        for number, record in enumerate(records):
-            if match["column"]:
-                record = {"text": record[match["column"]]}
-            elif columns:
-                record = {part: record[column] for part, column in columns.items()}
-            yield _document(record, f"{spec}, record {number}")
-    except InputError:
-        raise
-    except ImportError:
-        raise
-    except Exception as error:  # the hub, the network and the set's own loader each raise their own
-        raise InputError(f"text {spec!r}: the hub did not give it: {error}") from error
-
-
-def _shuffled(documents: Iterator[Any], seed: int, name: str, buffer: int = 4096) -> Iterator[Any]:
-    """Documents in an order that depends on the seed alone; only a few thousand of a long set are held."""
-    order = random.Random(f"{seed} {name}")
-    held: list[Any] = []
-    for document in documents:
-        held.append(document)
-        if len(held) == buffer:
-            yield held.pop(order.randrange(buffer))
-    order.shuffle(held)
-    yield from held
 
 
 def _samples(documents: Iterator[Any], tokenizer: Any, seq_len: int) -> Iterator[list[int]]:

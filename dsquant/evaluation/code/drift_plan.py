@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dsquant.calibration.texts import FOLDERS
+from dsquant.calibration.documents import FOLDERS
 from dsquant.calibration.tokenizer import encode
 from dsquant.errors import InputError, UsageError
 from dsquant.escaping import counted
