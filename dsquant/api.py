@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dsquant.evaluation.results import Evaluation
     from dsquant.incremental.applying import AppliedPatch
     from dsquant.incremental.release import Delta
-    from dsquant.pipeline.record import Result
+    from dsquant.pipeline.result import Result
     from dsquant.releases.release_job import Release
     from dsquant.verification.checks import Verification
 

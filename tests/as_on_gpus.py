@@ -12,7 +12,7 @@ import torch
 from dsquant.cli import main
 from dsquant.model import activations
 from dsquant.pipeline import inputs as preparation
-from dsquant.pipeline import units as conversion
+from dsquant.pipeline import run_state
 from dsquant.pipeline.plan import Plan, plan_run
 
 KEPT = {"none": range(0), "odd": range(1, 100, 2)}
@@ -22,10 +22,11 @@ def patch(kept: range) -> None:
     """Changes what depends on the device; everything else is the real job."""
 
     def planned(*arguments: Any, **named: Any) -> Plan:
-        return replace(plan_run(*arguments, **named), gpu_resident=frozenset(kept))
+        plan = plan_run(*arguments, **named)
+        return replace(plan, needs=replace(plan.needs, gpu_resident=frozenset(kept)))
 
     preparation.plan_run = planned
-    for module in (activations, conversion):
+    for module in (activations, run_state):
         module.stored_dtype = lambda device: torch.bfloat16
 
 

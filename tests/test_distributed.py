@@ -62,16 +62,33 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return add_tokenizer(make_pico_r1(folder, outliers=True, num_hidden_layers=2))
 
 
+# Every linear is quantized, in both kinds of format.
+ALL = ("--preset", "compact", "--to", "awq", "--to", "gguf:Q4_K_M")
+
+
 @pytest.fixture(scope="module")
 def whole(model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of one uninterrupted process, every linear quantized."""
+    """The output of one uninterrupted process."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    subprocess.run(command(model, text_file, output, "--preset", "compact"), check=True, capture_output=True)
+    subprocess.run(command(model, text_file, output, *ALL), check=True, capture_output=True)
     return output
 
 
 def test_two_ranks_write_the_bytes_of_one_in_both_formats(model: Path, text_file: Path, tmp_path: Path) -> None:
     more = ("--to", "awq", "--to", "compressed-tensors", "--preset", "quality", "--mtp", "quantize")
+    subprocess.run(command(model, text_file, tmp_path / "one", *more), check=True, capture_output=True)
+    finish(start(2, model, text_file, tmp_path / "two", *more))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--to", "gguf:IQ4_XS", "--preset", "compact", "--steps", "none", "--mtp", "quantize", "--samples", "2"),
+        ("--to", "awq", "--to", "gguf:Q4_K_M", "--preset", "compact", "--target-bits", "6", "--samples", "2"),
+    ],
+)
+def test_two_ranks_write_the_gguf_of_one(model: Path, text_file: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     subprocess.run(command(model, text_file, tmp_path / "one", *more), check=True, capture_output=True)
     finish(start(2, model, text_file, tmp_path / "two", *more))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
@@ -91,7 +108,7 @@ def test_a_lost_rank_stops_the_other_with_75_and_any_number_of_ranks_goes_on(
     model: Path, text_file: Path, whole: Path, tmp_path: Path, lost: int, resumed_on: int
 ) -> None:
     output = tmp_path / "out"
-    processes = start(2, model, text_file, output, "--preset", "compact")
+    processes = start(2, model, text_file, output, *ALL)
     journal = output / ".dsquant-work" / "journal.jsonl"
     while not (journal.exists() and journal.read_text().count("\n")):
         assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
@@ -102,7 +119,7 @@ def test_a_lost_rank_stops_the_other_with_75_and_any_number_of_ranks_goes_on(
     assert processes[1 - lost].returncode == 75, errors
     assert "another is lost" in errors and "--resume" in errors
     assert not (output / "dsquant.json").exists()
-    again = (model, text_file, output, "--preset", "compact", "--resume")
+    again = (model, text_file, output, *ALL, "--resume")
     if resumed_on == 1:
         subprocess.run(command(*again), check=True, capture_output=True)
     else:
@@ -113,15 +130,15 @@ def test_a_lost_rank_stops_the_other_with_75_and_any_number_of_ranks_goes_on(
 @pytest.mark.slow
 def test_torchrun_starts_the_ranks(model: Path, text_file: Path, whole: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    what = command(model, text_file, tmp_path / "out", "--preset", "compact")[1:]
+    what = command(model, text_file, tmp_path / "out", *ALL)[1:]
     subprocess.run([*launcher, *what], check=True, capture_output=True)
     assert contents(tmp_path / "out") == contents(whole)
 
 
 def test_what_ranks_cannot_share_is_refused_by_all_of_them(model: Path, text_file: Path, tmp_path: Path) -> None:
-    for process in start(2, model, text_file, tmp_path / "out", "--to", "gguf:Q4_K_M"):
+    for process in start(2, model, text_file, tmp_path / "out", "--preset", "best"):
         _, errors = process.communicate(timeout=120)
-        assert process.returncode == 2 and "dsquant gguf" in errors
+        assert process.returncode == 2 and "step follow" in errors
     assert not (tmp_path / "out").exists()
 
 
@@ -206,7 +223,7 @@ def test_what_ranks_exchange_is_planned_by_the_layers_that_are_quantized(model: 
         recipe = Recipe.checked(
             model=str(folder), output=tmp_path / "out", preset="compact", group_size=64, device="cpu"
         )
-        one, two = (plan_run(recipe, *open_model(recipe.model), num_ranks=size).memory_bytes for size in (1, 2))
+        one, two = (plan_run(recipe, *open_model(recipe.model), num_ranks=size).needs.memory_bytes for size in (1, 2))
         planned.append(two - one)
     assert planned[0] == planned[1] > 0
 

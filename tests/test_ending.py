@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from dsquant.errors import Interrupted
-from dsquant.jobs.folder import stop_on_signals
+from dsquant.jobs.stopping import stop_on_signals
 
 COMMAND = """
 import time, click
 from dsquant.cli import main
 from dsquant.cli.process import dsquant_command
 from dsquant.errors import GateError
-from dsquant.jobs.folder import stop_on_signals
+from dsquant.jobs.stopping import stop_on_signals
 
 @click.command()
 @dsquant_command

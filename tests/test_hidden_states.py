@@ -8,7 +8,7 @@ import torch
 
 import dsquant
 from dsquant.model.activations import Activations
-from dsquant.pipeline import plan as planning
+from dsquant.pipeline import memory
 
 SHAPE = (6, 4, 8)
 FIRST, END = 2, 5
@@ -54,7 +54,7 @@ def test_a_gpu_without_room_for_hidden_states_writes_the_same_bytes(
 ) -> None:
     options: dict[str, Any] = {"calibration": "code", "samples": 32, "seq_len": 256, "device": "cuda", "preset": preset}
     dsquant.awq(tiny_r1, output=tmp_path / "on-the-gpu", evaluate=False, progress=False, **options)
-    monkeypatch.setattr(planning, "passing_bytes", lambda *_: 2**60)
+    monkeypatch.setattr(memory, "passing_bytes", lambda *_: 2**60)
     dsquant.awq(tiny_r1, output=tmp_path / "in-files", evaluate=False, progress=False, **options)
     for path in (tmp_path / "on-the-gpu").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "in-files" / path.name).read_bytes()

@@ -19,7 +19,7 @@ from dsquant.evaluation.gates import read_gates
 from dsquant.files.foreign import find_file
 from dsquant.formats.gguf.weights import gguf_file
 from dsquant.formats.safetensors import copied_files
-from dsquant.jobs.folder import claim
+from dsquant.jobs.folder_state import claim
 from dsquant.pipeline.inputs import open_model, open_tokenizer
 from dsquant.recipes import Recipe, gguf_recipe
 from dsquant.releases.recipe import read_recipe

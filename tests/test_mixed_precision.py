@@ -185,7 +185,7 @@ def test_killed_and_resumed_it_makes_the_same_bytes(dense: Path, text_file: Path
         ({"target_bits": 4.5, "target_size": "1MiB"}, "exclude each other"),
         ({"target_bits": 4.5, "preset": "best"}, "no widths are chosen with step follow"),
         ({"target_bits": 4.5, "mtp": "quantize"}, "--mtp keep or drop"),
-        ({"target_bits": 4.5, "to": ["awq", "compressed-tensors"]}, "chooses for one format"),
+        ({"target_bits": 4.5, "to": ["gguf:Q4_K_M", "gguf:Q5_K_M"]}, "types of one GGUF output"),
     ],
 )
 def test_what_cannot_be_met_is_refused_before_any_work(
@@ -195,6 +195,21 @@ def test_what_cannot_be_met_is_refused_before_any_work(
     with pytest.raises(UsageError, match=message):
         dsquant.awq(pico_r1, output=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_each_of_several_formats_gets_the_widths_of_a_job_of_its_own(
+    pico_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {**COMPACT, "calibration": str(text_file), "target_bits": 6.0, "symmetric": True}
+    formats = ("awq", "compressed-tensors")
+    together = dsquant.awq(pico_r1, output=tmp_path / "all", to=formats, **options)
+    widths = [{group: entry["width"] for group, entry in together.precision[name].items()} for name in formats]
+    assert widths[0] != widths[1]  # of one grid: awq has no 8 bits
+    alone = dsquant.awq(pico_r1, output=tmp_path / "alone", to=formats[1], **options)
+    assert alone.precision == together.precision[formats[1]]
+    for path in alone.output.glob("*.safetensors"):
+        assert (together.folders[formats[1]] / path.name).read_bytes() == path.read_bytes()
+    assert "| group | stored as |" in (together.folders["awq"] / "README.md").read_text()
 
 
 def test_a_target_that_is_not_used_up_is_told_of(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:

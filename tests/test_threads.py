@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import dsquant
-from dsquant.jobs.folder import WORK_FOLDER
+from dsquant.jobs.folder_state import WORK_FOLDER
 from dsquant.kernels.products import add_product, apply_linear
 from dsquant.kernels.threads import blocks_of, one_thread_an_operation, side_by_side
 from dsquant.model.attention import attend

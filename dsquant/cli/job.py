@@ -9,7 +9,7 @@ from dsquant.cli.process import echo_json
 from dsquant.escaping import printable
 
 if TYPE_CHECKING:
-    from dsquant.pipeline.record import Result
+    from dsquant.pipeline.result import Result
     from dsquant.recipes import Recipe
     from dsquant.running import Again
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from dsquant.deployment.subject import Subject
 from dsquant.errors import InputError, UsageError
 from dsquant.formats.gguf.files import GgufFile
-from dsquant.formats.gguf.output import scalable_linears
-from dsquant.formats.gguf.target import choose_tensors, largest_whole, loadable_shapes, plan_model
+from dsquant.formats.gguf.output import SCALES_GRID, scalable_linears
+from dsquant.formats.gguf.target import choose_tensors, largest_whole, loadable_shapes, plan_model, storing_bytes
 from dsquant.formats.gguf.types import FLOAT_TYPES, MIXTURES
 from dsquant.formats.safetensors_target import only_checkpoint
 from dsquant.formats.table import SAFETENSORS, format_of
 from dsquant.model.kinds import kind_of
-from dsquant.pipeline.memory import FLOAT32_BYTES, conversion_memory_bytes
+from dsquant.pipeline.memory import Workload, run_needs
 from dsquant.pipeline.plan import Plan, plan_run, plan_units
 from dsquant.recipes import Recipe, gguf_recipe
 
@@ -23,7 +23,6 @@ SOURCE = "source"
 PRESETS = ("quality", "compact")
 # Only planned, never written: a recipe has to name some folder.
 NOWHERE = Path("planned")
-DEFAULTS = gguf_recipe(output=NOWHERE, type="Q4_K_M")
 
 
 @dataclass(frozen=True)
@@ -161,8 +160,8 @@ def _safetensors_size(subject: Subject, plan: Plan, preset: str, mtp: str) -> Ou
         num_bytes=target.shards.num_bytes,
         exact=subject.has_headers,
         by_kind=_by_kind(subject, tensors),
-        memory_bytes=plan.memory_bytes,
-        work_bytes=plan.work_bytes,
+        memory_bytes=plan.needs.memory_bytes,
+        work_bytes=plan.needs.work_bytes,
         folder=_awq_folder(subject, plan, preset),
         command=_awq_command(subject, plan, preset, mtp),
     )
@@ -193,14 +192,12 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
     num_mtp_layers = skeleton.num_mtp_layers if mtp == "keep" else 0
     shapes = loadable_shapes(checkpoint, parameters)
     linears, _ = scalable_linears(checkpoint, skeleton)
-    largest = largest_whole(checkpoint, parameters)
     header = _gguf_header(subject, parameters, num_mtp_layers)
-    memory = {
-        False: conversion_memory_bytes(checkpoint, skeleton, largest, None, frozenset()),
-        True: conversion_memory_bytes(checkpoint, skeleton, largest, (DEFAULTS.samples, DEFAULTS.seq_len), linears),
-    }
-    files = 4 if mtp == "keep" else 3  # the inputs of a multi-token-prediction layer are prepared in one more
-    work = files * DEFAULTS.samples * DEFAULTS.seq_len * int(skeleton.config["hidden_size"]) * FLOAT32_BYTES
+    storing = storing_bytes(largest_whole(checkpoint, parameters))
+    needs = {}
+    for calibrated, one in ((False, "F32"), (True, "Q4_K_M")):
+        recipe = gguf_recipe(output=NOWHERE, type=one, mtp="keep" if mtp == "keep" else "drop")
+        needs[calibrated] = run_needs(Workload(recipe, checkpoint, skeleton, {SCALES_GRID: linears}, storing))
     for type_name in MIXTURES:
         calibrated = type_name not in FLOAT_TYPES
         tensors, _ = choose_tensors(skeleton.config, shapes, type_name, num_mtp_layers, calibrated)
@@ -215,8 +212,8 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
             num_bytes=GgufFile("planned", header, tuple(tensors.values())).num_bytes if header else sum(sizes.values()),
             exact=subject.has_headers and bool(header),
             by_kind=_by_kind(subject, sizes.items()),
-            memory_bytes=memory[calibrated],
-            work_bytes=work if calibrated else 0,
+            memory_bytes=needs[calibrated].memory_bytes,
+            work_bytes=needs[calibrated].work_bytes,
             folder=folder,
             command=f"dsquant gguf {subject.argument} {options} --output {folder}",
         )

@@ -33,8 +33,9 @@ from dsquant.evaluation.weight_errors import by_kind, worst
 from dsquant.files.disk import remove_empty
 from dsquant.formats.decoded import DecodedWeights
 from dsquant.formats.gguf.weights import RELEASE_BYTES
-from dsquant.jobs.folder import check_name, stop_on_signals
+from dsquant.jobs.folder_state import check_name
 from dsquant.jobs.resources import check_disk, default_memory_budget, resolved_device
+from dsquant.jobs.stopping import stop_on_signals
 from dsquant.kernels.threads import one_thread_an_operation
 from dsquant.model.streaming import samples_together
 from dsquant.model.structure import DecoderLayer

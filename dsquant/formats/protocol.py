@@ -26,6 +26,18 @@ and `metadata`, what a safetensors header says of its format where that is not `
 
 
 @dataclass(frozen=True)
+class ScaledLinear:
+    """A linear under the scales that will be folded in."""
+
+    name: str
+    weight_OI: torch.Tensor
+    """float32."""
+    importance: Mapping[str, tuple[torch.Tensor, int]]
+    """Linear, with `KEYS_SUFFIX` for kv_b_proj's keys -> sums of squared inputs, float32 [I], of keys [H, N]; and the
+    tokens behind them."""
+
+
+@dataclass(frozen=True)
 class Surroundings:
     """What writing needs of the running job."""
 
@@ -243,25 +255,14 @@ class Target(ABC):
             UsageError: where nothing can be chosen.
         """
 
-    def as_stored(
-        self,
-        checkpoint: Checkpoint,
-        group: Choosable,
-        width: Width,
-        linear: str,
-        weight_OI: torch.Tensor,
-        importance: Mapping[str, tuple[torch.Tensor, int]],
-    ) -> torch.Tensor:
-        """Returns a linear's weight once it is stored at a width, where the format rounds itself.
+    def as_stored(self, checkpoint: Checkpoint, group: Choosable, width: Width, linear: ScaledLinear) -> torch.Tensor:
+        """Stores a linear's weight at a width and reads it back, where the format rounds itself.
 
         Args:
             checkpoint: the source.
             group: one of `choice`.
             width: one of the group's.
             linear: one of the group's.
-            weight_OI: its weight under the scales, float32 [O, I].
-            importance: linear, with `KEYS_SUFFIX` for kv_b_proj's keys -> sums of squared inputs, float32 [I], of keys
-                [H, N]; and the tokens behind them.
 
         Returns:
             float32 [O, I].
@@ -282,8 +283,6 @@ class Format(ABC):
     """Whether it cannot do without calibration."""
     encoded_by_package = False
     """Whether the package that decodes an output is needed to write it, since that rounds the weights."""
-    takes_ranks = True
-    """Whether several processes may write one output."""
     keeps_mtp = True
     """Whether its engines take multi-token-prediction layers."""
     decoder: tuple[str, str] | None = None

@@ -167,7 +167,8 @@ class SafetensorsFormat(Format):
         symmetric = recipe.symmetric
         if symmetric is None:
             symmetric = bool(self.default_symmetric(wanted.mixture))
-        grid = Grid(recipe.bits, recipe.group_size, symmetric)
+        own = wanted.name if wanted.chosen and len(recipe.to) > 1 else ""
+        grid = Grid(recipe.bits, recipe.group_size, symmetric, output=own)
         linears = self.quantizable(wanted)
         groups = _groups(wanted.layers, linears) if wanted.chosen else {}
         widths = {linear: int(wanted.chosen[name]) for name, inside in groups.items() for linear in inside}

@@ -108,7 +108,7 @@ class SafetensorsTarget(Target):
         return {
             "folder": str(self.folder),
             "bytes": self.num_bytes,
-            "grid": vars(self.grid),
+            "grid": {name: value for name, value in vars(self.grid).items() if name != "output"},
             "weight_errors": dict(errors),
         }
 

@@ -21,7 +21,8 @@ from dsquant.incremental.patch import block_sizes, xored
 from dsquant.incremental.patch_manifest import PatchManifest, member_blocks, open_patch, read_manifest, read_member
 from dsquant.incremental.places import check_output, lies_in, with_ending
 from dsquant.incremental.reuse import reuse_file, ways_of
-from dsquant.jobs.folder import JOB_FILE, RECORD_FILE, WORK_FOLDER, remove_work
+from dsquant.jobs.folder import remove_work
+from dsquant.jobs.folder_state import JOB_FILE, RECORD_FILE, WORK_FOLDER
 from dsquant.jobs.locks import exclusive
 from dsquant.jobs.resources import check_disk
 from dsquant.recipes import format_size

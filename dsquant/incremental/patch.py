@@ -19,7 +19,7 @@ from dsquant.files.disk import PARTIAL, naming, publish, sync_folder
 from dsquant.files.foreign import read_file
 from dsquant.files.sealing import BYTES_AT_ONCE
 from dsquant.incremental.patch_manifest import MANIFEST, PatchedFile, PatchManifest
-from dsquant.jobs.folder import RECORD_FILE
+from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.source.shards import read_header
 
 

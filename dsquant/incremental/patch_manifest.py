@@ -18,7 +18,7 @@ from dsquant.escaping import counted
 from dsquant.files.foreign import LARGEST_TEXT_BYTES, check_relative
 from dsquant.files.sealing import BYTES_AT_ONCE
 from dsquant.files.strict_json import first_problem
-from dsquant.jobs.folder import WORK_FOLDER
+from dsquant.jobs.folder_state import WORK_FOLDER
 from dsquant.jobs.resources import default_memory_budget
 from dsquant.recipes import format_size
 from dsquant.verification.strict_record import Count, Digest

@@ -9,7 +9,7 @@ from dsquant.files.disk import PARTIAL
 from dsquant.files.foreign import read_file
 from dsquant.incremental.patch_manifest import open_patch, read_manifest
 from dsquant.incremental.recording import Recording
-from dsquant.jobs.folder import RECORD_FILE, check_name
+from dsquant.jobs.folder_state import RECORD_FILE, check_name
 
 
 def lies_in(path: Path, folder: Path) -> bool:

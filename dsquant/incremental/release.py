@@ -16,8 +16,9 @@ from dsquant.incremental.places import check_output, check_patch, with_ending
 from dsquant.incremental.recording import Recording, open_recording
 from dsquant.incremental.requantize import requantize
 from dsquant.incremental.reuse import ways_of
-from dsquant.jobs.folder import RECORD_FILE, claim, full_disk_is_resumable, stop_on_signals
-from dsquant.pipeline.record import Result, result_of
+from dsquant.jobs.folder_state import RECORD_FILE, claim
+from dsquant.jobs.stopping import full_disk_is_resumable, stop_on_signals
+from dsquant.pipeline.result import Result, result_of
 from dsquant.recipes import format_size
 from dsquant.reporting.notebook import Shown
 from dsquant.reporting.progress import Progress, Report, silent

@@ -23,8 +23,10 @@ from dsquant.incremental.recording import RecordedTarget, Recording, recorded_ta
 from dsquant.incremental.reuse import reuse_file
 from dsquant.incremental.rule import rounded_as_recorded
 from dsquant.incremental.sources import HeldTensors, held_once, stored_parts
-from dsquant.jobs.folder import RECORD_FILE, full_disk_is_resumable, held, open_job, stop_on_signals
+from dsquant.jobs.folder import held, open_job
+from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.jobs.resources import check_disk
+from dsquant.jobs.stopping import full_disk_is_resumable, stop_on_signals
 from dsquant.kernels.threads import one_thread_an_operation
 from dsquant.model.overlays import Fold
 from dsquant.model.repeated import check_repeated
@@ -32,8 +34,9 @@ from dsquant.pipeline.finish import finish
 from dsquant.pipeline.inputs import Source, memory_budget, open_model
 from dsquant.pipeline.plan import Unit, plan_run
 from dsquant.pipeline.record import output_files
+from dsquant.pipeline.run_state import Run
 from dsquant.pipeline.supervision import check_inputs, input_hashes, shard_times
-from dsquant.pipeline.units import Run, Writers, convert
+from dsquant.pipeline.units import Writers, convert
 from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Limits, Progress, Report
 from dsquant.schemes import QuantizedWeight

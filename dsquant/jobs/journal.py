@@ -12,7 +12,7 @@ from dsquant.files.foreign import read_file
 from dsquant.files.strict_json import parse_json
 
 # What to do where an interrupted job is damaged.
-BEGIN_ANEW = "start over with --restart"
+START_OVER = "start over with --restart"
 _CHECKSUM = b', "sha256": "'
 
 
@@ -44,8 +44,8 @@ def read_checked_line(line: bytes, where: str) -> dict[str, Any]:
     """
     text, _, checksum = line.removesuffix(b"\n").rpartition(_CHECKSUM)
     if checksum != hashlib.sha256(text).hexdigest().encode() + b'"}':
-        raise InputError(f"{where} is damaged: it does not match its checksum; {BEGIN_ANEW}")
-    notes = parse_json(text + b"}", where, BEGIN_ANEW, finite=False)
+        raise InputError(f"{where} is damaged: it does not match its checksum; {START_OVER}")
+    notes = parse_json(text + b"}", where, START_OVER, finite=False)
     assert isinstance(notes, dict)
     return notes
 
@@ -74,9 +74,9 @@ class Journal:
     def _entry(self, line: bytes, where: str) -> dict[str, Any]:
         entry = read_checked_line(line, where)
         if not isinstance(entry.get("unit"), str):
-            raise InputError(f"{where}: not a line of a journal, which names a 'unit'; {BEGIN_ANEW}")
+            raise InputError(f"{where}: not a line of a journal, which names a 'unit'; {START_OVER}")
         if entry.pop("job", None) != self._job:
-            raise InputError(f"{where}: written by another job than the one in this folder; {BEGIN_ANEW}")
+            raise InputError(f"{where}: written by another job than the one in this folder; {START_OVER}")
         return entry
 
     @property

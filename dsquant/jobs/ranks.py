@@ -13,10 +13,10 @@ same OMP_NUM_THREADS everywhere; torchrun sets it to 1 where it is not set.
 
 Rank 0 alone holds the folder's lock and writes the journal. A unit counts once all its parts are on disk, so a lost
 rank costs the unit at work: every other rank ends with exit code 75 (at once where a process has died, after
-`SILENCE_S` where a machine has fallen silent), and `--resume` goes on, on any number of ranks.
+`SILENCE_S` where a machine has fallen silent), and `--resume` continues on any number of ranks.
 
-Memory budgets are for one rank. What is not covered: GGUF targets; more than `CHUNKS` ranks in a layer's dense part;
-attention's own search and the evaluation at the end, which rank 0 does alone.
+Memory budgets are for one rank. What is not covered: more than `CHUNKS` ranks in a layer's dense part; attention's own
+search and the evaluation at the end, which rank 0 does alone.
 """
 
 import os
@@ -76,9 +76,12 @@ class Ranks:
 
     def spread(self, function: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
         """The function's value for every item, in their order; each is computed by one rank."""
-        own = [function(item) for item in items[self.rank :: self.size]]
+        return self.in_turns([function(item) for item in items[self.rank :: self.size]], len(items))
+
+    def in_turns(self, own: Sequence[Value], count: int) -> list[Value]:
+        """All of `count` values, in order, of which the ranks have made one each in turn."""
         parts = self.gather(own)
-        return [parts[number % self.size][number // self.size] for number in range(len(items))]
+        return [parts[number % self.size][number // self.size] for number in range(count)]
 
     def together(self, function: Callable[[], Value]) -> Value:
         """Every rank does it, or none: where one fails, all raise the first rank's error."""
@@ -99,7 +102,7 @@ class Ranks:
         return self.alone(lambda beat: function())
 
     def alone(self, function: Callable[[Callable[[], None]], Value]) -> Value:
-        """Like `once` for what may take longer than `SILENCE_S`: the function calls what it is given now and then."""
+        """Does what `once` does, for longer than `SILENCE_S`: the function calls its argument now and then."""
         if self.size == 1:
             return function(lambda: None)
         if not self.first:
@@ -133,7 +136,7 @@ class Ranks:
         return value if self.first else function()
 
     def barrier(self) -> None:
-        """No rank goes on before all are here."""
+        """Waits until all ranks are here."""
         self.gather(None)
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
@@ -230,8 +233,8 @@ class Ranks:
         except RuntimeError as error:
             reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
             raise Interrupted(
-                f"of {self.size} ranks another is lost ({reason[:120]}); finished units are kept: go "
-                "on with --resume, on any number of ranks"
+                f"of {self.size} ranks another is lost ({reason[:120]}); finished units are kept: "
+                "continue with --resume, on any number of ranks"
             ) from error
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from dsquant.escaping import markdown, markdown_cell
 from dsquant.formats.table import SAFETENSORS
-from dsquant.jobs.folder import RECORD_FILE
-from dsquant.precision.groups import WIDTH_COLUMNS, width_rows
+from dsquant.jobs.folder_state import RECORD_FILE
+from dsquant.precision.groups import WIDTH_COLUMNS, by_output, width_rows
 from dsquant.recipes import format_size, preset_and_steps
 from dsquant.schemes import UNQUANTIZED
 
@@ -46,7 +46,8 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
     grid = output["grid"]
     kind = "symmetric" if grid["symmetric"] else "asymmetric"
     quantized = len(output["weight_errors"])
-    chosen = {entry["width"] for entry in record.get("precision", {}).values()} - {UNQUANTIZED}
+    precision = by_output(record.get("precision", {}), record["outputs"]).get(format_name, {})
+    chosen = {entry["width"] for entry in precision.values()} - {UNQUANTIZED}
     bits = " and ".join(map(str, sorted(chosen))) or str(grid["bits"])
     preset = preset_and_steps(recipe["preset"], recipe["steps"])
     made = (
@@ -65,9 +66,9 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
         made,
         f"```\n{known.serve_command('.')}\n```",
     ]
-    if record.get("precision"):
+    if precision:
         parts += ["## Widths", "Chosen by measured sensitivity, for the target in the recipe:"]
-        parts += [_markdown_table(WIDTH_COLUMNS, width_rows(record["precision"]))]
+        parts += [_markdown_table(WIDTH_COLUMNS, width_rows(precision))]
     texts = record["divergence"].get(format_name)
     if texts:
         parts += ["## What it cost", "Against the original, on texts that calibration has not seen:"]

@@ -1,28 +1,30 @@
-"""Chooses a width for every group of tensors, so that an output meets a target for its size with the least error.
+"""Chooses a width for every group of tensors, so that each output meets a target for its size with the least error.
 
 What came of the pass before it is noted in the job's record before any unit is made, and kept on resume.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from dsquant.formats.protocol import Target
+from dsquant.formats.protocol import ScaledLinear, Target
+from dsquant.formats.wanted import Choosable
 from dsquant.model.structure import KEYS_SUFFIX, DecoderLayer
 from dsquant.pipeline.inputs import Source
 from dsquant.pipeline.plan import plan_run
-from dsquant.pipeline.units import Run
+from dsquant.pipeline.run_state import Run
 from dsquant.precision.groups import MixedPlan
-from dsquant.precision.sensitivity import SENSITIVITY, SensitivityPass, choose
+from dsquant.precision.layer_errors import Store, Trial
+from dsquant.precision.sensitivity import SENSITIVITY, SensitivityPass, choose, measured
 from dsquant.quantization.statistics import Importance, InputMoments
 from dsquant.quantization.steps import rounded_weight
 from dsquant.schemes import Grid
 
 
 def choose_widths(run: Run, output_files: Callable[[Source], list[str]], gpu_budget_bytes: int) -> None:
-    """Plans the run anew, with a width for every group, where its recipe has a target; else does nothing.
+    """Plans the run again, with a width for every group of every output, where its recipe has a target.
 
     Args:
         run: the running job, before its outputs are open.
@@ -33,74 +35,83 @@ def choose_widths(run: Run, output_files: Callable[[Source], list[str]], gpu_bud
         InputError: where the original's hidden states are not finite.
         Interrupted: at a safe point, where the job has to stop.
     """
-    mixed, source = run.source.plan.mixed, run.source
-    if mixed is None:
+    source = run.source
+    if not source.plan.mixed:
         return
-    found = run.job.notes.get(SENSITIVITY) or choose(_pass(run, mixed))
-    chosen = {name: entry["width"] for name, entry in found.items()}
+    noted = run.ranks.once(lambda: run.job.notes.get(SENSITIVITY))
+    found = noted or _choices(run)
+    chosen = {name: {group: entry["width"] for group, entry in groups.items()} for name, groups in found.items()}
     plan = plan_run(run.recipe, source.checkpoint, source.skeleton, gpu_budget_bytes, run.ranks.size, chosen)
     run.source = replace(source, plan=plan)
-    if SENSITIVITY not in run.job.notes:
-        run.job.note(**{SENSITIVITY: found, "files": output_files(run.source)})
+    if not noted:
+        run.ranks.once(lambda: run.job.note(**{SENSITIVITY: found, "files": output_files(run.source)}))
 
 
-def _pass(run: Run, mixed: MixedPlan) -> SensitivityPass[Any]:
-    """Weights are rounded, or stored, as the job will do it."""
-    source = run.source
+def _choices(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
+    """Folder -> group -> its width with what was measured; weights are rounded, or stored, as the job will do it."""
+    source, plan = run.source, run.source.plan
     assert source.tokens_NT is not None
-    (target,) = source.plan.targets
-    store = _Rounded(run, target.grid) if target.grid.rounded else _Stored(run, target, mixed)
+    keys: dict[str, tuple[torch.Tensor, int]] = {}
+
+    def note(grid: Grid, linear: str, importance: Importance) -> None:
+        if linear.endswith(KEYS_SUFFIX):  # what is known of keys is not in an input's moments
+            keys[linear] = (importance.squares_I, importance.count)
+
+    trials = {}
+    for grid in plan.linears:
+        targets = [target for target in plan.targets if target.grid == grid]
+        store = _rounded(run, grid) if grid.rounded else _stored(run, targets[0], keys)
+        trials[grid] = Trial(_all_groups([plan.mixed[str(target.folder)] for target in targets]), store)
 
     def linears_of(layer: DecoderLayer) -> Mapping[Grid, frozenset[str]]:
-        searched = source.plan.linears_of(layer)
-        return searched or {target.grid: frozenset(layer.linears)}
+        return plan.linears_of(layer) if plan.quantizes else {grid: frozenset(layer.linears) for grid in plan.linears}
 
-    return SensitivityPass(
-        mixed,
-        source.skeleton,
-        source.checkpoint.weights,
-        source.tokens_NT,
-        linears_of,
-        store,
-        run.recipe.steps if source.plan.linears else (),
-        run.job.work,
-        run.batch_samples,
-        run.recipe.seed,
-        run.safe_point,
-        store.note,
+    errors = measured(
+        SensitivityPass(
+            trials,
+            source.skeleton,
+            source.checkpoint.weights,
+            source.tokens_NT,
+            linears_of,
+            run.recipe.steps if plan.quantizes else (),
+            run.job.work,
+            run.batch_samples,
+            run.recipe.seed,
+            run.safe_point,
+            note,
+            run.ranks,
+        )
     )
+    return {str(target.folder): choose(plan.mixed[str(target.folder)], errors[target.grid]) for target in plan.targets}
 
 
-class _Rounded:
+def _all_groups(plans: Sequence[MixedPlan]) -> list[Choosable]:
+    """The groups of outputs on one grid, each with the widths that any of the outputs may give it."""
+    groups: dict[str, Choosable] = {}
+    for group in (group for plan in plans for group in plan.groups):
+        known = groups.get(group.name, group)
+        groups[group.name] = replace(known, num_bytes={**known.num_bytes, **group.num_bytes})
+    return list(groups.values())
+
+
+def _rounded(run: Run, grid: Grid) -> Store[Any]:
     """Rounds weights at a width, as the steps say."""
 
-    def __init__(self, run: Run, grid: Grid) -> None:
-        self._grid, self._steps = grid, run.recipe.steps
-
-    def __call__(
-        self, group: str, width: int, linear: str, weight_OI: torch.Tensor, moments: InputMoments
+    def store(
+        group: Choosable, width: int, linear: str, weight_OI: torch.Tensor, moments: InputMoments
     ) -> torch.Tensor:
-        return rounded_weight(weight_OI, self._grid.with_bits(width), moments, self._steps).dequantize()
+        return rounded_weight(weight_OI, grid.with_bits(width), moments, run.recipe.steps).dequantize()
 
-    def note(self, grid: Grid, linear: str, importance: Importance) -> None:
-        """Needs no importance."""
+    return store
 
 
-class _Stored:
+def _stored(run: Run, target: Target, keys: Mapping[str, tuple[torch.Tensor, int]]) -> Store[Any]:
     """Stores weights by their importance, under the scales that will be folded in."""
 
-    def __init__(self, run: Run, target: Target, mixed: MixedPlan) -> None:
-        self._checkpoint, self._target = run.source.checkpoint, target
-        self._groups = {group.name: group for group in mixed.groups}
-        self._keys: dict[str, tuple[torch.Tensor, int]] = {}
-
-    def __call__(
-        self, group: str, width: str, linear: str, weight_OI: torch.Tensor, moments: InputMoments
+    def store(
+        group: Choosable, width: str, linear: str, weight_OI: torch.Tensor, moments: InputMoments
     ) -> torch.Tensor:
-        known = self._keys | {linear: (moments.importance.squares_I, moments.importance.count)}
-        return self._target.as_stored(self._checkpoint, self._groups[group], width, linear, weight_OI, known)
+        known = {**keys, linear: (moments.importance.squares_I, moments.importance.count)}
+        return target.as_stored(run.source.checkpoint, group, width, ScaledLinear(linear, weight_OI, known))
 
-    def note(self, grid: Grid, linear: str, importance: Importance) -> None:
-        """Keeps what is known of keys, which is not in an input's moments."""
-        if linear.endswith(KEYS_SUFFIX):
-            self._keys[linear] = (importance.squares_I, importance.count)
+    return store

@@ -12,7 +12,7 @@ from dsquant.pipeline.card import model_card
 from dsquant.pipeline.kept import kept_file, kept_of
 from dsquant.pipeline.manifest import run_tensors, write_record
 from dsquant.pipeline.record import output_files, run_record
-from dsquant.pipeline.units import Run
+from dsquant.pipeline.run_state import Run
 from dsquant.reporting.progress import Stage
 
 

@@ -199,8 +199,8 @@ def gpu_within_budget(budget_bytes: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise Interrupted(
-            f"the GPU budget of {format_size(budget_bytes)} is exceeded ({str(error).splitlines()[0][:200]}); go on "
-            "with --resume and a larger --gpu-memory-budget"
+            f"the GPU budget of {format_size(budget_bytes)} is exceeded ({str(error).splitlines()[0][:200]}); "
+            "continue with --resume and a larger --gpu-memory-budget"
         ) from error
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

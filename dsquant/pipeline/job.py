@@ -12,11 +12,12 @@ import torch
 
 from dsquant.errors import UsageError
 from dsquant.formats.protocol import OpenTarget, Surroundings
-from dsquant.formats.table import format_of
 from dsquant.formats.write_behind import WriteBehind
-from dsquant.jobs.folder import Job, StopRequest, found_state, full_disk_is_resumable, held, stop_on_signals
+from dsquant.jobs.folder import Job, held
+from dsquant.jobs.folder_state import found_state
 from dsquant.jobs.ranks import ALONE, Ranks
 from dsquant.jobs.resources import check_disk
+from dsquant.jobs.stopping import StopRequest, full_disk_is_resumable, stop_on_signals
 from dsquant.kernels.threads import one_thread_an_operation
 from dsquant.pipeline.choice import choose_widths
 from dsquant.pipeline.finish import finish
@@ -29,10 +30,14 @@ from dsquant.pipeline.inputs import (
     resolved,
 )
 from dsquant.pipeline.memory import check_memory
+from dsquant.pipeline.notices import planned_warnings
 from dsquant.pipeline.plan import FOLLOW, WITHOUT_FOLLOW, Plan
-from dsquant.pipeline.record import Preview, Result, finished_result, output_files, planned_warnings, result_of
+from dsquant.pipeline.preview import Preview
+from dsquant.pipeline.record import output_files
+from dsquant.pipeline.result import Result, finished_result, result_of
+from dsquant.pipeline.run_state import Run
 from dsquant.pipeline.supervision import Supervised, input_hashes
-from dsquant.pipeline.units import Run, convert
+from dsquant.pipeline.units import convert
 from dsquant.precision.groups import MixedPlan
 from dsquant.recipes import Recipe, format_size, preset_and_steps
 from dsquant.reporting.progress import Limits, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
@@ -73,8 +78,9 @@ def run_job(
         limits = Limits(recipe.output, budget, source.plan.disk_bytes, gpu_budget)
         look = _looks(source)
         supervised = Supervised(recipe, state, source.checkpoint.index, limits, request, report, ranks, look)
-        supervised.check(source.plan.memory_bytes, source.plan.gpu_memory_bytes)
+        supervised.check(source.plan.needs.memory_bytes, source.plan.needs.gpu_memory_bytes)
         facts = {name: value for target in source.plan.targets for name, value in target.facts.items()}
+        ranks.check_alike(facts, UsageError, "install the same packages for every rank")
         files = [recipe.imatrix] if recipe.imatrix else []
         inputs = input_hashes(source.checkpoint.config, source.calibration, *files)
         with supervised.job(inputs, {"files": output_files(source), **facts}) as (job, check):
@@ -95,7 +101,7 @@ def run_job(
 
 
 def _looks(source: Source) -> Look:
-    """What looks at the source for every output while it is hashed."""
+    """Returns what looks at the source for every output while it is hashed."""
     looks = [target.look(source.checkpoint) for target in source.plan.targets]
 
     def look(info: TensorInfo, values: torch.Tensor) -> None:
@@ -143,21 +149,10 @@ def _held(recipe: Recipe, resume: bool, restart: bool, ranks: Ranks = ALONE) -> 
 
 
 def _resolved_for(recipe: Recipe, ranks: Ranks) -> Recipe:
-    alone = [name for name in recipe.to if not format_of(name).takes_ranks]
-    if alone and ranks.size > 1:
-        raise UsageError(
-            f"--to {alone[0]}: {ranks.size} processes cannot share the writing of GGUF; start one, or leave this out "
-            "and run `dsquant gguf` afterwards"
-        )
     if "follow" in recipe.steps and ranks.size > 1:
         raise UsageError(
             f"{FOLLOW}: {ranks.size} processes cannot share a layer that is rounded linear by linear; start one, or "
             f"{WITHOUT_FOLLOW}"
-        )
-    if recipe.target is not None and ranks.size > 1:
-        raise UsageError(
-            f"--target-bits, --target-size: {ranks.size} processes cannot share the measuring of sensitivities yet; "
-            "start one, or leave the target out"
         )
     return resolved(recipe)
 
@@ -192,14 +187,13 @@ def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> Prev
     source = open_source(recipe)
     state = found_state(recipe.output, recipe, resume, restart)
     budget, resident = memory_budget(recipe), resident_bytes()
-    check_memory(source.plan.memory_bytes, budget, resident)
-    check_memory(source.plan.gpu_memory_bytes, gpu_memory_budget(recipe), 0, "--gpu-memory-budget")
+    check_memory(source.plan.needs.memory_bytes, budget, resident)
+    check_memory(source.plan.needs.gpu_memory_bytes, gpu_memory_budget(recipe), 0, "--gpu-memory-budget")
     check_disk(recipe.output, source.plan.disk_bytes)
     plan = source.plan
-    if plan.mixed is not None:
-        outputs = {target.name: plan.mixed.total_bytes for target in plan.targets}
-    else:
-        outputs = {name: size for target in plan.targets for name, size in target.bytes_by_file.items()}
+    outputs = {name: size for target in plan.targets for name, size in target.bytes_by_file.items()}
+    if plan.mixed:
+        outputs = {target.name: plan.mixed[str(target.folder)].total_bytes for target in plan.targets}
     return Preview(
         model=str(source.checkpoint.folder),
         architecture=source.checkpoint.architecture,
@@ -210,9 +204,9 @@ def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> Prev
         details=_details(recipe, plan),
         calibration=source.calibration,
         notes=planned_warnings(recipe, source),
-        memory_bytes=plan.memory_bytes + resident,
+        memory_bytes=plan.needs.memory_bytes + resident,
         memory_budget_bytes=budget,
-        work_disk_bytes=plan.work_bytes,
+        work_disk_bytes=plan.needs.work_bytes,
     )
 
 
@@ -223,10 +217,12 @@ def _details(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     }
     for target in plan.targets:
         details |= target.facts
-    if plan.mixed is not None:
-        return details | {"target": _target_words(recipe, plan.mixed)}
     for target in plan.targets:
-        details |= target.details
+        if plan.mixed:
+            key = "target" if len(plan.targets) == 1 else f"target of {target.name}"
+            details[key] = _target_words(recipe, plan.mixed[str(target.folder)])
+        else:
+            details |= target.details
     return details
 
 

@@ -10,9 +10,10 @@ from dsquant.files.disk import write_atomically
 from dsquant.files.sealing import hash_files, record_of_folder, seal
 from dsquant.formats.protocol import Contents
 from dsquant.formats.scales import SCALES_FILE, open_scales, store_scales
-from dsquant.jobs.folder import RECORD_FILE, Job
+from dsquant.jobs.folder import Job
+from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.pipeline.kept import kept_of, scales_file
-from dsquant.pipeline.units import Run
+from dsquant.pipeline.run_state import Run
 
 
 def run_tensors(run: Run) -> Contents:

@@ -1,4 +1,9 @@
-"""What a run takes at its peak, worked out from headers alone: the largest stage of any layer, head, host."""
+"""What a run takes at its peak, worked out from headers alone: the largest stage of any layer, head, host, disk."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 from dsquant.errors import UsageError
 from dsquant.jobs.ranks import CHUNKS, Shares
@@ -9,8 +14,8 @@ from dsquant.model.structure import DecoderLayer
 from dsquant.quantization.clip import ELEMENTS_AT_ONCE
 from dsquant.quantization.pairs import WIDEST_PAIRS
 from dsquant.quantization.statistics import FACTOR_ROWS, WIDEST_PART, is_wide, part_width
-from dsquant.recipes import format_size
-from dsquant.schemes import CLIP_RATIOS
+from dsquant.recipes import Recipe, format_size
+from dsquant.schemes import CLIP_RATIOS, Grid
 from dsquant.source.checkpoint import Checkpoint
 
 FLOAT32_BYTES = 4
@@ -22,47 +27,115 @@ CUDA_HOST_BYTES = 4 * 2**30
 BFLOAT16_BYTES = 2
 
 
-def layer_memory_bytes(
-    num_tokens: int,
-    seq_len: int,
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    linears: frozenset[str],
-    compensated: frozenset[str] = frozenset(),
-    num_grids: int = 1,
-) -> dict[int, int]:
-    """The need of each layer's largest stage; benchmarks/r1_width.py compares it with what a run really takes.
+@dataclass(frozen=True)
+class Workload:
+    """What the needs of a run depend on."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    linears: Mapping[Grid, frozenset[str]]
+    """Grid -> the linears that are quantized onto it, or scaled for it."""
+    storing_bytes: int
+    """What storing a weight takes beside the weight."""
+    num_grids: int = 1
+    """Grids that share the calibration."""
+    num_ranks: int = 1
+    """Planned for the rank with the most samples."""
+    gpu_budget_bytes: int = 0
+    """The most GPU memory; where it suffices, hidden states stay there."""
+
+    @cached_property
+    def everything(self) -> frozenset[str]:
+        """The linears that are quantized or scaled."""
+        return frozenset[str]().union(*self.linears.values())
+
+    @cached_property
+    def compensated(self) -> frozenset[str]:
+        """Those of them whose errors are compensated."""
+        if "compensate" not in self.recipe.steps:
+            return frozenset()
+        return frozenset[str]().union(*(linears for grid, linears in self.linears.items() if grid.rounded))
+
+    @property
+    def streams(self) -> int:
+        """Models whose hidden states pass: the original, and with the step `follow` the quantized one."""
+        return 2 if "follow" in self.recipe.steps else 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Calibration tokens."""
+        return self.recipe.samples * self.recipe.seq_len
+
+    @property
+    def hidden_size(self) -> int:
+        """Of the network."""
+        return int(self.skeleton.config["hidden_size"])
+
+    def width(self, linear: str) -> int:
+        """In features of a linear."""
+        return self.checkpoint.weights.shape(f"{linear}.weight")[1]
+
+    def num_elements(self, linear: str) -> int:
+        """Weights of a linear."""
+        return math.prod(self.checkpoint.weights.shape(f"{linear}.weight"))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run takes."""
+
+    memory_bytes: int
+    """Resident memory beyond what the process has when it starts."""
+    gpu_memory_bytes: int = 0
+    """GPU memory; 0 on a CPU."""
+    gpu_resident: frozenset[int] = frozenset()
+    """The layers whose hidden states stay on the GPU while their experts pass."""
+    work_bytes: int = 0
+    """Disk for hidden states while the run lasts."""
+
+
+def run_needs(work: Workload) -> Needs:
+    """Works out what a run takes.
 
     Args:
-        num_tokens: calibration tokens.
-        seq_len: tokens of a sample.
-        checkpoint: the source.
-        skeleton: its network.
-        linears: those that are quantized onto a grid.
-        compensated: those of them whose errors are compensated.
-        num_grids: grids that share the calibration.
+        work: the run.
 
     Returns:
-        Layer -> bytes on the device that computes.
+        Its needs.
     """
-    return {
-        layer.index: _layer_bytes(layer, num_tokens, seq_len, checkpoint, skeleton, linears, compensated, num_grids)
-        for layer in skeleton.layers
-    }
+    recipe, storing = work.recipe, work.storing_bytes
+    if not recipe.calibration:
+        return Needs(storing)
+    num_hidden, head = work.num_tokens * work.hidden_size, _head_bytes(work.skeleton)
+    beside = _sharing_bytes(work) + (_pair_bytes(work) if work.streams == 2 else 0)
+    needs = {layer.index: _layer_bytes(work, layer) + beside for layer in work.skeleton.layers}
+    memory, gpu_memory = max(storing, max(head, *needs.values()) + _host_bytes(num_hidden, work.streams)), 0
+    resident = frozenset[int]()
+    if recipe.device == "cuda":
+        hidden = work.streams * work.hidden_size * passing_bytes(recipe.samples, recipe.seq_len, work.num_ranks)
+        resident = frozenset(layer for layer, need in needs.items() if need + hidden <= work.gpu_budget_bytes)
+        gpu_memory = max(head, *(need + hidden * (layer in resident) for layer, need in needs.items()))
+        memory = CUDA_HOST_BYTES + max(storing, _host_bytes(num_hidden, work.streams))
+    prepares = recipe.mtp == "quantize" and work.skeleton.num_mtp_layers > 0
+    kept = work.streams * num_hidden * _kept_bytes(recipe.device, len(resident) == len(needs), prepares)
+    return Needs(memory, gpu_memory, resident, kept)
 
 
-def _layer_bytes(
-    layer: DecoderLayer,
-    num_tokens: int,
-    seq_len: int,
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    linears: frozenset[str],
-    compensated: frozenset[str],
-    num_grids: int,
-) -> int:
-    hidden = skeleton.config["hidden_size"]
-    sizes = {linear: _num_elements(checkpoint, linear) for linear in layer.linears}
+def _kept_bytes(device: str, resident: bool, prepares: bool) -> int:
+    """Bytes in files for each hidden value while a layer is made: its inputs, its outputs, what its MLPs read.
+
+    A multi-token-prediction layer's inputs are prepared in one more file.
+    """
+    if device != "cuda":
+        return (3 + prepares) * FLOAT32_BYTES
+    return (2 + prepares) * BFLOAT16_BYTES + (0 if resident else BFLOAT16_BYTES + FLOAT32_BYTES)
+
+
+def _layer_bytes(work: Workload, layer: DecoderLayer) -> int:
+    """The need of a layer's largest stage; benchmarks/r1_width.py compares it with what a run really takes."""
+    linears, hidden, num_tokens = work.everything, work.hidden_size, work.num_tokens
+    sizes = {linear: work.num_elements(linear) for linear in layer.linears}
     quantized = [size for linear, size in sizes.items() if linear in linears]
     # clip and rounding work on parts with about 8 temporaries
     rounds = 8 * FLOAT32_BYTES * min(ELEMENTS_AT_ONCE, len(CLIP_RATIOS) * max(quantized, default=0))
@@ -73,34 +146,41 @@ def _layer_bytes(
         sum(sizes[linear] for linear in mlp.linears) * FLOAT32_BYTES * (5 if mlp.up in linears else 1)
         for mlp in layer.mlps
     ]
-    widths = [checkpoint.weights.shape(f"{linear}.weight")[1] for linear in layer.attention_linears]
+    widths = [work.width(linear) for linear in layer.attention_linears]
     sums = 2 if layer.attention_linears[0] in linears else 1  # attention's: of all samples, and of a chunk of them
     statistics = FLOAT32_BYTES * FACTOR_ROWS * (sums * sum(widths) + 4 * hidden)
-    batch_tokens = min(num_tokens, max(BATCH_TOKENS, seq_len))
-    attention = 6 * FLOAT32_BYTES * batch_tokens * _widest_attention(checkpoint, layer)
+    batch_tokens = min(num_tokens, max(BATCH_TOKENS, work.recipe.seq_len))
+    attention = (
+        6
+        * FLOAT32_BYTES
+        * batch_tokens
+        * max(sizes[linear] // work.width(linear) for linear in layer.attention_linears)
+    )
     rows = 6 * FLOAT32_BYTES * min(ROWS_AT_ONCE, num_tokens) * hidden
-    whole, matrix = _attention_matrices(checkpoint, layer, compensated)
-    downs = {checkpoint.weights.shape(f"{mlp.down}.weight")[1] for mlp in layer.mlps if mlp.down in compensated}
+    whole, matrix = _attention_matrices(work, layer)
+    downs = {work.width(mlp.down) for mlp in layer.mlps if mlp.down in work.compensated}
     down = max((width for width in downs if is_wide(width)), default=0)
-    shared = hidden if downs and is_wide(hidden) else 0
+    shared = _matrices(hidden if downs and is_wide(hidden) else 0)
     return (
         statistics
         + 3 * whole  # sums of all samples and of a chunk, and their means
         + max(
             int(dense * (1 + folded_and_rounded)) + max(attention, rounds, 2 * matrix + _inverting(matrix)),
-            3 * _matrices(shared) + num_grids * _matrices(shared) + _inverting(_matrices(shared)),
-            max(mlps) + rounds + rows + num_grids * _matrices(shared) + 4 * _matrices(down) + _inverting(_part(down)),
+            (3 + work.num_grids) * shared + _inverting(shared),
+            max(mlps)
+            + rounds
+            + rows
+            + work.num_grids * _matrices(shared)
+            + 4 * _matrices(down)
+            + _inverting(_part(down)),
         )
     )
 
 
-def _attention_matrices(checkpoint: Checkpoint, layer: DecoderLayer, compensated: frozenset[str]) -> tuple[int, int]:
+def _attention_matrices(work: Workload, layer: DecoderLayer) -> tuple[int, int]:
     """Bytes of the Gram matrices of attention's wide inputs that are compensated: of all, and of the widest."""
-    widths = [
-        checkpoint.weights.shape(f"{group.consumers[0]}.weight")[1]
-        for group in layer.attention
-        if group.consumers[0] in compensated
-    ]
+    inputs = [group.consumers[0] for group in layer.attention if group.consumers[0] in work.compensated]
+    widths = [work.width(linear) for linear in inputs]
     matrices = [_matrices(width) for width in widths if is_wide(width) and width <= WIDEST_PART]
     return sum(matrices), max(matrices, default=0)
 
@@ -120,7 +200,7 @@ def _inverting(matrix_bytes: int) -> int:
 
 
 def passing_bytes(samples: int, seq_len: int, num_ranks: int) -> int:
-    """What a GPU takes for each channel of the hidden states while a layer's MLPs pass, where they stay on it.
+    """Counts what a GPU takes for each channel of the hidden states while a layer's MLPs pass, where they stay on it.
 
     Args:
         samples: calibration samples.
@@ -135,127 +215,50 @@ def passing_bytes(samples: int, seq_len: int, num_ranks: int) -> int:
     return seq_len * (BFLOAT16_BYTES * samples + FLOAT32_BYTES * own)
 
 
-def pair_memory_bytes(checkpoint: Checkpoint, skeleton: Skeleton) -> int:
-    """What the step `follow` takes: whole matrices of the widest inputs, and attention once more.
-
-    Args:
-        checkpoint: the source.
-        skeleton: its network.
-
-    Returns:
-        Bytes on the device that computes.
-    """
-    linears = {linear for layer in skeleton.layers for linear in layer.linears}
-    widths = {checkpoint.weights.shape(f"{linear}.weight")[1] for linear in linears}
+def _pair_bytes(work: Workload) -> int:
+    """What the step `follow` takes: whole matrices of the widest inputs, and attention once more."""
+    widths = {work.width(linear) for layer in work.skeleton.layers for linear in layer.linears}
     widest = max((width for width in widths if width <= WIDEST_PAIRS), default=0)
     # Gram matrix and drift with their divided copies in float32, five double precision matrices for the factor
     matrices = widest**2 * (6 * FLOAT32_BYTES + 5 * 8)
     # wider ones: the parts' sums, means, divided copies and factors
     matrices = max([matrices, *(4 * _matrices(width) + _inverting(_part(width)) for width in widths)])
-    attention = max(
-        sum(_num_elements(checkpoint, linear) for linear in layer.attention_linears) for layer in skeleton.layers
-    )
+    attention = max(sum(map(work.num_elements, layer.attention_linears)) for layer in work.skeleton.layers)
     return matrices + 2 * FLOAT32_BYTES * attention
 
 
-def sharing_memory_bytes(
-    num_tokens: int,
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    linears: frozenset[str],
-    compensated: frozenset[str],
-    num_ranks: int,
-) -> int:
-    """What a rank keeps and passes on for the others; planned for experts with up to 4 times their share of tokens.
-
-    Args:
-        num_tokens: calibration tokens.
-        checkpoint: the source.
-        skeleton: its network.
-        linears: those that are quantized onto a grid.
-        compensated: those of them whose errors are compensated.
-        num_ranks: how many ranks share a layer.
-
-    Returns:
-        Bytes on the device that computes; 0 for one rank.
-    """
-    if num_ranks == 1:
+def _sharing_bytes(work: Workload) -> int:
+    """What a rank keeps and passes on for the others; planned for experts with up to 4 times their share of tokens."""
+    if work.num_ranks == 1:
         return 0
-    hidden = skeleton.config["hidden_size"]
-    chunk = max(_chunk_bytes(layer, checkpoint, hidden, linears, compensated) for layer in skeleton.layers)
-    sums = -(-CHUNKS // num_ranks) * chunk
-    num_experts = max(len(layer.experts) for layer in skeleton.layers)
+    layers, num_tokens = work.skeleton.layers, work.num_tokens
+    sums = -(-CHUNKS // work.num_ranks) * max(_chunk_bytes(work, layer) for layer in layers)
+    num_experts = max(len(layer.experts) for layer in layers)
     if not num_experts:
         return sums
-    rows = min(num_tokens, 4 * num_tokens * skeleton.sizes.experts_per_token // num_experts)
-    return sums + 3 * FLOAT32_BYTES * rows * hidden  # made, put together, received
+    rows = min(num_tokens, 4 * num_tokens * work.skeleton.sizes.experts_per_token // num_experts)
+    return sums + 3 * FLOAT32_BYTES * rows * work.hidden_size  # made, put together, received
 
 
-def _chunk_bytes(
-    layer: DecoderLayer, checkpoint: Checkpoint, hidden: int, linears: frozenset[str], compensated: frozenset[str]
-) -> int:
+def _chunk_bytes(work: Workload, layer: DecoderLayer) -> int:
     """A chunk's sums over the inputs of a layer's norm and of its attention."""
-    inputs = [group.consumers[0] for group in layer.attention if group.consumers[0] in linears]
-    widths = hidden + sum(checkpoint.weights.shape(f"{linear}.weight")[1] for linear in inputs)
-    return FLOAT32_BYTES * FACTOR_ROWS * widths + _attention_matrices(checkpoint, layer, compensated)[0]
+    inputs = [group.consumers[0] for group in layer.attention if group.consumers[0] in work.everything]
+    widths = work.hidden_size + sum(map(work.width, inputs))
+    return FLOAT32_BYTES * FACTOR_ROWS * widths + _attention_matrices(work, layer)[0]
 
 
-def head_memory_bytes(skeleton: Skeleton) -> int:
+def _head_bytes(skeleton: Skeleton) -> int:
     """What a part of a vocabulary-sized table takes with its scores."""
     hidden, vocabulary = skeleton.config["hidden_size"], skeleton.config["vocab_size"]
     return FLOAT32_BYTES * min(VOCABULARY_AT_ONCE, vocabulary) * (2 * hidden + 4 * 1024)
 
 
-def host_memory_bytes(num_hidden: int, streams: int = 1) -> int:
+def _host_bytes(num_hidden: int, streams: int) -> int:
     """What a run takes beside its layer: libraries, and touched pages of three files of hidden states for each stream.
 
     On a GPU there may be a fourth, which `CUDA_HOST_BYTES` has room for.
-
-    Args:
-        num_hidden: calibration tokens times hidden size.
-        streams: models whose hidden states pass: the original, and with the step `follow` the quantized one.
-
-    Returns:
-        Bytes of resident memory.
     """
     return 3 * streams * min(RELEASE_BYTES, FLOAT32_BYTES * num_hidden) + LIBRARY_BYTES
-
-
-def _num_elements(checkpoint: Checkpoint, linear: str) -> int:
-    rows, columns = checkpoint.weights.shape(f"{linear}.weight")
-    return rows * columns
-
-
-def _widest_attention(checkpoint: Checkpoint, layer: DecoderLayer) -> int:
-    return max(checkpoint.weights.shape(f"{linear}.weight")[0] for linear in layer.attention_linears)
-
-
-def conversion_memory_bytes(
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    largest_whole: int,
-    tokens: tuple[int, int] | None,
-    linears: frozenset[str],
-) -> int:
-    """What a conversion needs beyond what the process has when it starts.
-
-    Args:
-        checkpoint: the source.
-        skeleton: its network.
-        largest_whole: weights of the largest parameter that is not stored in parts.
-        tokens: calibration samples, and tokens of each; None without calibration.
-        linears: those whose inputs are scaled.
-
-    Returns:
-        Bytes of resident memory.
-    """
-    memory = 6 * FLOAT32_BYTES * max(ELEMENTS_AT_ONCE, largest_whole)
-    if tokens is None:
-        return memory
-    samples, seq_len = tokens
-    needs = layer_memory_bytes(samples * seq_len, seq_len, checkpoint, skeleton, linears)
-    layer = max(head_memory_bytes(skeleton), *needs.values())
-    return max(memory, layer + host_memory_bytes(samples * seq_len * skeleton.config["hidden_size"]))
 
 
 def check_memory(needed_bytes: int, budget_bytes: int, resident_bytes: int, option: str = "--memory-budget") -> None:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -14,17 +14,7 @@ from dsquant.model.complete import COMPUTED_SUFFIX, check_complete
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import EMBEDDING
 from dsquant.model.structure import DecoderLayer, layer_number
-from dsquant.pipeline.memory import (
-    BFLOAT16_BYTES,
-    CUDA_HOST_BYTES,
-    FLOAT32_BYTES,
-    head_memory_bytes,
-    host_memory_bytes,
-    layer_memory_bytes,
-    pair_memory_bytes,
-    passing_bytes,
-    sharing_memory_bytes,
-)
+from dsquant.pipeline.memory import Needs, Workload, run_needs
 from dsquant.precision.groups import MixedPlan, plan_mixed
 from dsquant.recipes import Recipe
 from dsquant.schemes import Grid
@@ -54,28 +44,26 @@ class Plan:
     units: tuple[Unit, ...]
     targets: tuple[Target, ...]
     linears: Mapping[Grid, frozenset[str]]
-    """Grid -> the linears that are quantized onto it."""
-    memory_bytes: int
-    """Resident memory that the run needs beyond what the process has when it starts."""
-    gpu_memory_bytes: int
-    """GPU memory that the run needs; 0 on a CPU."""
-    gpu_resident: frozenset[int]
-    """The layers whose hidden states stay on the GPU while their experts pass."""
-    work_bytes: int
-    """Disk for hidden states while the run lasts."""
-    mixed: MixedPlan | None = None
-    """What a target for size or bits leaves to choose."""
+    """Grid -> the linears that are quantized onto it, or scaled for it."""
+    needs: Needs
+    mixed: Mapping[str, MixedPlan] = field(default_factory=dict)
+    """Folder of an output -> what a target for size or bits leaves to choose for it."""
 
     @property
     def disk_bytes(self) -> int:
         """Disk for the output and, while the run lasts, for hidden states."""
-        files = sum(target.num_bytes for target in self.targets)
-        return self.work_bytes + (files if self.mixed is None else max(files, self.mixed.total_bytes))
+        most = {folder: mixed.total_bytes for folder, mixed in self.mixed.items()}
+        return self.needs.work_bytes + sum(max(one.num_bytes, most.get(str(one.folder), 0)) for one in self.targets)
 
     @property
-    def widths(self) -> Mapping[str, int]:
-        """Quantized linear -> bits, where widths were chosen; there is one output then."""
-        return self.targets[0].widths
+    def widths(self) -> Mapping[Grid, Mapping[str, int]]:
+        """Grid -> quantized linear -> bits, where widths were chosen: then each output has a grid of its own."""
+        return {target.grid: target.widths for target in self.targets}
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any linear is quantized or scaled; else layers are only observed."""
+        return any(self.linears.values())
 
     def linears_of(self, layer: DecoderLayer) -> dict[Grid, frozenset[str]]:
         """Grid -> a layer's linears that are quantized onto it."""
@@ -88,7 +76,7 @@ def plan_run(
     skeleton: Skeleton,
     gpu_budget_bytes: int = 0,
     num_ranks: int = 1,
-    chosen: Mapping[str, Any] = NO_CHOICE,
+    chosen: Mapping[str, Mapping[str, Any]] = NO_CHOICE,
 ) -> Plan:
     """Plans a run.
 
@@ -98,7 +86,8 @@ def plan_run(
         skeleton: its network.
         gpu_budget_bytes: the most GPU memory; where it suffices, hidden states stay there.
         num_ranks: how many processes share the run; memory is planned for one of them.
-        chosen: group of linears, or tensor -> the width that was chosen for it; nothing before they are.
+        chosen: folder of an output -> group of linears, or tensor -> the width that was chosen for it; nothing before
+            they are.
 
     Returns:
         The plan.
@@ -124,20 +113,25 @@ def plan_run(
             layers=layers,
             linears=_by_preset(recipe, layers),
             dtypes=dtypes,
-            chosen=chosen,
+            chosen=chosen.get(str(folders[name]), NO_CHOICE),
         )
         for name in recipe.to
     ]
     targets = tuple(format_of(one.name).plan(one) for one in wanted)
     by_grid: dict[Grid, frozenset[str]] = {}
     for target in targets:
-        if target.linears:
-            by_grid[target.grid] = by_grid.get(target.grid, frozenset()) | target.linears
+        by_grid[target.grid] = by_grid.get(target.grid, frozenset()) | target.linears
     _check_together(recipe, targets, by_grid, skeleton)
     _check_steps(recipe, targets, by_grid, skeleton)
-    mixed = plan_mixed(recipe, targets[0].choice(wanted[0])) if recipe.target is not None else None
-    needs = _needs(recipe, checkpoint, skeleton, targets, by_grid, gpu_budget_bytes, num_ranks)
-    return Plan(units, targets, by_grid, needs.memory, needs.gpu_memory, needs.resident, needs.work, mixed)
+    mixed = {}
+    if recipe.target is not None:
+        choices = [(str(one.folder), target.choice(one)) for one, target in zip(wanted, targets, strict=True)]
+        mixed = {folder: plan_mixed(recipe, choice) for folder, choice in choices}
+    # widths of their own part outputs on one grid
+    num_grids = len(by_grid) if recipe.target is None else len(targets)
+    storing = max(target.storing_bytes for target in targets)
+    work = Workload(recipe, checkpoint, skeleton, by_grid, storing, num_grids, num_ranks, gpu_budget_bytes)
+    return Plan(units, targets, by_grid, run_needs(work), mixed)
 
 
 def _folders(names: tuple[str, ...]) -> dict[str, PurePosixPath]:
@@ -152,70 +146,14 @@ def _folders(names: tuple[str, ...]) -> dict[str, PurePosixPath]:
     }
 
 
-@dataclass(frozen=True)
-class _Needs:
-    """What a run takes."""
-
-    memory: int
-    gpu_memory: int
-    resident: frozenset[int]
-    """The layers whose hidden states stay on the GPU while their experts pass."""
-    work: int
-    """Disk for hidden states."""
-
-
-def _needs(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    targets: tuple[Target, ...],
-    by_grid: Mapping[Grid, frozenset[str]],
-    gpu_budget_bytes: int,
-    num_ranks: int,
-) -> _Needs:
-    storing = max(target.storing_bytes for target in targets)
-    if not recipe.calibration:
-        return _Needs(storing, 0, frozenset(), 0)
-    everything = frozenset[str]().union(*by_grid.values())
-    rounded = [linears for grid, linears in by_grid.items() if grid.rounded and "compensate" in recipe.steps]
-    compensated, num_tokens = frozenset[str]().union(*rounded), recipe.samples * recipe.seq_len
-    streams = 2 if "follow" in recipe.steps else 1
-    num_hidden = num_tokens * skeleton.config["hidden_size"]
-    head = head_memory_bytes(skeleton)
-    grids = max(1, len(by_grid))
-    needs = layer_memory_bytes(num_tokens, recipe.seq_len, checkpoint, skeleton, everything, compensated, grids)
-    shared = sharing_memory_bytes(num_tokens, checkpoint, skeleton, everything, compensated, num_ranks)
-    pairs = pair_memory_bytes(checkpoint, skeleton) if streams == 2 else 0
-    needs = {layer: need + shared + pairs for layer, need in needs.items()}
-    memory, gpu_memory = max(storing, max(head, *needs.values()) + host_memory_bytes(num_hidden, streams)), 0
-    resident = frozenset[int]()
-    if recipe.device == "cuda":
-        hidden = streams * skeleton.config["hidden_size"] * passing_bytes(recipe.samples, recipe.seq_len, num_ranks)
-        resident = frozenset(layer for layer, need in needs.items() if need + hidden <= gpu_budget_bytes)
-        gpu_memory = max(head, *(need + hidden * (layer in resident) for layer, need in needs.items()))
-        memory = CUDA_HOST_BYTES + max(storing, host_memory_bytes(num_hidden, streams))
-    prepares = recipe.mtp == "quantize" and skeleton.num_mtp_layers > 0
-    work = streams * num_hidden * _kept_bytes(recipe.device, len(resident) == len(needs), prepares)
-    return _Needs(memory, gpu_memory, resident, work)
-
-
-def _kept_bytes(device: str, resident: bool, prepares: bool) -> int:
-    """Bytes in files for each hidden value while a layer is made: its inputs, its outputs, what its MLPs read.
-
-    A multi-token-prediction layer's inputs are prepared in one more file.
-    """
-    if device != "cuda":
-        return (3 + prepares) * FLOAT32_BYTES
-    return (2 + prepares) * BFLOAT16_BYTES + (0 if resident else BFLOAT16_BYTES + FLOAT32_BYTES)
-
-
 def _check_choosing(recipe: Recipe) -> None:
     """Refuses what widths are not chosen for."""
     if recipe.target is None:
         return
     option = "--target-bits" if recipe.target_bits is not None else "--target-size"
-    if len(recipe.to) > 1:
-        raise UsageError(f"{option} chooses for one format; found --to {', '.join(recipe.to)}")
+    kinds = [name.partition(":")[0] for name in recipe.to]
+    if len(set(kinds)) < len(kinds):
+        raise UsageError(f"{option} chooses the types of one GGUF output; found --to {', '.join(recipe.to)}")
     if "follow" in recipe.steps:
         raise UsageError(f"{option}: no widths are chosen with {FOLLOW}; {WITHOUT_FOLLOW}")
 

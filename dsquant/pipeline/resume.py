@@ -1,4 +1,4 @@
-"""What an interrupted job has left is checked before it goes on: nothing damaged becomes part of an output."""
+"""What an interrupted job has left is checked before it continues: nothing damaged becomes part of an output."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from typing import Any
 from dsquant.errors import InputError
 from dsquant.formats.protocol import Target
 from dsquant.jobs.folder import Job
-from dsquant.jobs.journal import BEGIN_ANEW
+from dsquant.jobs.journal import START_OVER
 
 BYTES_AT_ONCE = 2**22
 # Files in the work folder are hashed in parts of this size, many at a time: hidden states are gigabytes.
@@ -19,7 +19,7 @@ PART_BYTES = 2**26
 
 
 def kept_files(work: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What a unit leaves in the work folder for later units, for its journal line.
+    """Lists what a unit leaves in the work folder for later units, for its journal line.
 
     Args:
         work: the work folder.
@@ -54,10 +54,10 @@ def check_units(job: Job, units: Sequence[str]) -> None:
     """
     for unit, entry in job.journal.units.items():
         if not _is_sound(entry):
-            raise InputError(f"{job.work}: the journal's line of {unit} is damaged; {BEGIN_ANEW}")
+            raise InputError(f"{job.work}: the journal's line of {unit} is damaged; {START_OVER}")
     found = list(job.journal.units)
     if found != list(units[: len(found)]):
-        raise InputError(f"{job.work}: the journal does not hold the job's first units in order; {BEGIN_ANEW}")
+        raise InputError(f"{job.work}: the journal does not hold the job's first units in order; {START_OVER}")
 
 
 def _is_sound(entry: Mapping[str, Any]) -> bool:
@@ -87,17 +87,17 @@ def check_kept(job: Job, hidden: Sequence[str], safe_point: Callable[[], None]) 
     missing = [name for name in hidden if name not in kept]
     if missing:
         raise InputError(
-            f"{job.work}: the journal does not tell of {missing[0]}, which the next unit reads; {BEGIN_ANEW}"
+            f"{job.work}: the journal does not tell of {missing[0]}, which the next unit reads; {START_OVER}"
         )
     wanted = {name: entry for name, entry in kept.items() if name in hidden or not name.endswith(".f32")}
     for name, entry in wanted.items():
         path = job.work / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise InputError(f"{path} of the interrupted job is gone or has another size; {BEGIN_ANEW}")
+            raise InputError(f"{path} of the interrupted job is gone or has another size; {START_OVER}")
     found = _hash_parts(job.work, wanted, safe_point)
     damaged = [name for name, entry in wanted.items() if found[name] != entry]
     if damaged:
-        raise InputError(f"{job.work / damaged[0]} of the interrupted job is damaged; {BEGIN_ANEW}")
+        raise InputError(f"{job.work / damaged[0]} of the interrupted job is damaged; {START_OVER}")
 
 
 def check_target(job: Job, target: Target, safe_point: Callable[[], None]) -> None:
@@ -125,10 +125,10 @@ def _hashes(job: Job, folder: PurePosixPath) -> dict[str, str]:
 
 def _check_whole(path: Path, header: bytes, num_bytes: int) -> None:
     if not path.is_file() or path.stat().st_size != num_bytes:
-        raise InputError(f"{path} of the interrupted job is gone or has another size; {BEGIN_ANEW}")
+        raise InputError(f"{path} of the interrupted job is gone or has another size; {START_OVER}")
     with path.open("rb") as file:
         if file.read(len(header)) != header:
-            raise InputError(f"{path} of the interrupted job has another header; {BEGIN_ANEW}")
+            raise InputError(f"{path} of the interrupted job has another header; {START_OVER}")
 
 
 def _check_tensors(
@@ -137,7 +137,7 @@ def _check_tensors(
     with closing(_hashed(places.values())) as digests:
         for name, digest in zip(places, digests, strict=True):
             if digest != hashes.get(name):
-                raise InputError(f"{places[name][0]}: tensor {name!r} of the interrupted job is damaged; {BEGIN_ANEW}")
+                raise InputError(f"{places[name][0]}: tensor {name!r} of the interrupted job is damaged; {START_OVER}")
             safe_point()
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 from dsquant.errors import InputError
 from dsquant.formats.table import check_decoder, format_of
-from dsquant.jobs.folder import WORK_FOLDER, Job, StopRequest, memory_guard, open_job
-from dsquant.jobs.journal import BEGIN_ANEW
+from dsquant.jobs.folder import Job, open_job
+from dsquant.jobs.folder_state import WORK_FOLDER
+from dsquant.jobs.journal import START_OVER
 from dsquant.jobs.ranks import ALONE, Ranks
 from dsquant.jobs.resources import check_disk
+from dsquant.jobs.stopping import StopRequest, memory_guard
 from dsquant.packages import PACKAGES, version
 from dsquant.pipeline.memory import check_memory
 from dsquant.recipes import Recipe
@@ -24,7 +26,7 @@ from dsquant.source.shards import ShardIndex
 
 @dataclass(frozen=True)
 class Supervised:
-    """A job that is about to begin or to go on."""
+    """A job that is about to begin or to continue."""
 
     recipe: Recipe
     state: str
@@ -149,7 +151,7 @@ def check_inputs(job: Job, inputs: Mapping[str, str]) -> None:
     changed = [name for name in inputs if before.get(name) != inputs[name]]
     if changed:
         raise InputError(
-            f"{job.output}: {changed[0]}: not what the job began with; restore what has changed, or {BEGIN_ANEW}"
+            f"{job.output}: {changed[0]}: not what the job began with; restore what has changed, or {START_OVER}"
         )
 
 

@@ -1,6 +1,6 @@
 """Makes the units of an output, one after the other: each is written, brought to disk and journaled before the next."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,127 +9,20 @@ from typing import Any
 import torch
 
 from dsquant.files.disk import sync_folder
-from dsquant.formats.protocol import OpenTarget, Target, UnitWriter
-from dsquant.jobs.folder import Job
-from dsquant.jobs.ranks import ALONE, Ranks, Shares
-from dsquant.model.activations import Activations, stored_dtype
-from dsquant.model.skeleton import Skeleton
-from dsquant.model.streaming import Stream, embed, mtp_inputs, samples_together
+from dsquant.formats.protocol import Target, UnitWriter
+from dsquant.model.activations import Activations
+from dsquant.model.streaming import Stream, embed, mtp_inputs
 from dsquant.model.structure import DecoderLayer
-from dsquant.pipeline.inputs import Source
 from dsquant.pipeline.kept import keep_by_folder, kept_file, scales_file
 from dsquant.pipeline.plan import Unit
 from dsquant.pipeline.resume import check_kept, check_target, check_units, kept_files
-from dsquant.quantization.importance import ObservationJob, observe_layer
+from dsquant.pipeline.run_state import Run
+from dsquant.quantization.importance import observe_layer
 from dsquant.quantization.layer import quantize_layer
 from dsquant.quantization.layer_job import LayerJob, QuantizedStream
 from dsquant.quantization.sequential import quantize_sequentially
 from dsquant.quantization.statistics import Importance
-from dsquant.recipes import Recipe
-from dsquant.reporting.progress import Progress, Report, Stage
 from dsquant.schemes import Grid, QuantizedWeight
-from dsquant.source.weights import Weights
-
-
-@dataclass
-class Run:
-    """What a running job needs everywhere."""
-
-    recipe: Recipe
-    source: Source
-    job: Job
-    report: Report
-    check: Callable[[], None]
-    """Raises where the job has to stop here."""
-    opened: Sequence[OpenTarget] = ()
-    """Of each of the plan's targets, open once every tensor has its width."""
-    ranks: Ranks = ALONE
-    """Who does the job."""
-    bytes_written: int = 0
-    tokens_done: int = 0
-
-    def safe_point(self, stage: Stage, done: int, total: int, what: str) -> None:
-        """Tells where the job is, and stops it if it must."""
-        self.check()
-        self.tell(stage, done, total, what)
-
-    def tell(self, stage: Stage, done: int, total: int, what: str, layer: dict[str, Any] | None = None) -> None:
-        """Tells where the job is, and what came of a finished layer."""
-        counts = (self.source.checkpoint.index.bytes_read, self.bytes_written, self.tokens_done)
-        self.report(Progress(stage, done, total, what, *counts, layer=layer))
-
-    @property
-    def batch_samples(self) -> int:
-        """Samples that pass attention together."""
-        return samples_together(self.recipe.seq_len)
-
-    def hidden_path(self, layer: int) -> Path:
-        """The file of a layer's inputs, float32; bfloat16 where a GPU makes them."""
-        return self.job.work / f"hidden-{layer}.f32"
-
-    def quantized_path(self, layer: int) -> Path:
-        """The file of what a layer gets in the quantized model."""
-        return self.job.work / f"hidden-{layer}-quantized.f32"
-
-    def kept_paths(self, layer: int) -> list[Path]:
-        """The files that a layer reads."""
-        own = [self.hidden_path(layer)]
-        return [*own, self.quantized_path(layer)] if self.follows_quantized else own
-
-    @property
-    def follows_quantized(self) -> bool:
-        """Whether linears are rounded for the inputs that the quantized model gives them."""
-        return "follow" in self.recipe.steps
-
-    @property
-    def mtp_path(self) -> Path:
-        """The file of a multi-token-prediction layer's inputs."""
-        return self.job.work / "mtp.f32"
-
-    @property
-    def device(self) -> torch.device:
-        """Where the job computes."""
-        return self.source.checkpoint.weights.device
-
-    def activations(self, path: Path) -> Activations:
-        """The activations in a file of the work folder."""
-        return Activations.in_file(path, self._hidden_shape, self.device)
-
-    def mlp_inputs(self, layer: int, path: Path) -> Activations:
-        """What a layer's MLPs read: on the GPU where the plan has room for it there, else in a file."""
-        if layer not in self.source.plan.gpu_resident:
-            return self.activations(path)
-        return Activations(torch.zeros(self._hidden_shape, dtype=stored_dtype(self.device), device=self.device))
-
-    def outputs(self, layer: int, path: Path) -> Activations:
-        """What a layer's outputs are summed in, float32, until `keep` lays them into the file that is named."""
-        if layer in self.source.plan.gpu_resident:
-            (first, end), (_, *shape) = self.own_samples, self._hidden_shape
-            return Activations(torch.zeros(end - first, *shape, device=self.device), first_sample=first)
-        return Activations.in_file(self.sums_path(path), self._hidden_shape, self.device, torch.float32)
-
-    def sums_path(self, path: Path) -> Path:
-        """The file in which outputs are summed that another keeps: the same where that keeps float32."""
-        return path if stored_dtype(self.device) == torch.float32 else path.with_suffix(".sums.f32")
-
-    def keep(self, outputs: Activations, path: Path) -> None:
-        """Brings this rank's samples of what a layer's outputs were summed in to disk."""
-        if outputs.path == path:
-            outputs.flush()
-        else:
-            outputs.save(path, self.own_samples)
-
-    @property
-    def own_samples(self) -> tuple[int, int]:
-        """This rank's samples in a layer's dense part: the first, and the one behind the last."""
-        shares = Shares(self._hidden_shape[0], self.batch_samples, self.ranks.size)
-        return shares.samples(self.ranks.rank)
-
-    @property
-    def _hidden_shape(self) -> tuple[int, int, int]:
-        assert self.source.tokens_NT is not None
-        samples, tokens = self.source.tokens_NT.shape
-        return samples, tokens, int(self.source.skeleton.config["hidden_size"])
 
 
 @dataclass
@@ -154,12 +47,6 @@ class Writers:
         for target, _ in self.by_target:
             if target.grid == grid:
                 self.scales.setdefault(str(target.folder), {})[producer] = scales_I.to("cpu", copy=True)
-
-    def observe(self, linear: str, weight: torch.Tensor, importance: Importance) -> None:
-        """Stores an original weight by its importance."""
-        for _, writer in self.by_target:
-            writer.note(linear, importance.squares_I, importance.count)
-            writer.write(f"{linear}.weight", weight)
 
     def finish(self, run: Run, unit: Unit, safe_point: Callable[[str], None]) -> dict[str, dict[str, str]]:
         """Writes the rest and brings all to disk; returns folder -> tensor -> SHA-256."""
@@ -336,14 +223,13 @@ def _run_layer(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str
         run.ranks.once(lambda: _prepare_mtp(run, layer, inputs, prepared))
         inputs = run.activations(run.mtp_path)
     outputs = run.outputs(layer.index, run.hidden_path(layer.index + 1))
-    mlp_inputs = run.mlp_inputs(layer.index, run.job.work / "mlp-inputs.f32")
-    surroundings = (source.skeleton, layer, source.checkpoint.weights, inputs, outputs, mlp_inputs)
-    if not source.plan.linears:
-        report = _observe_layer(run, surroundings, writers, safe_point)
-        run.keep(outputs, run.hidden_path(layer.index + 1))
-        return {"layer": layer.index, **report}
     job = LayerJob(
-        *surroundings,
+        source.skeleton,
+        layer,
+        source.checkpoint.weights,
+        inputs,
+        outputs,
+        run.mlp_inputs(layer.index, run.job.work / "mlp-inputs.f32"),
         linears=source.plan.linears_of(layer),
         widths=source.plan.widths,
         steps=run.recipe.steps,
@@ -356,22 +242,9 @@ def _run_layer(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str
         quantized=_quantized_stream(run, layer) if run.follows_quantized else None,
         ranks=run.ranks,
     )
-    report = asdict(quantize_sequentially(job) if job.quantized else quantize_layer(job))
+    make = quantize_layer if source.plan.quantizes else observe_layer
+    report = asdict(quantize_sequentially(job) if job.quantized else make(job))
     made = [outputs, job.quantized.outputs] if job.quantized else [outputs]
     for path, activations in zip(run.kept_paths(layer.index + 1), made, strict=True):
         run.keep(activations, path)
     return {"layer": layer.index, **report}
-
-
-_Surroundings = tuple[Skeleton, DecoderLayer, Weights, Activations, Activations, Activations]
-
-
-def _observe_layer(
-    run: Run, surroundings: _Surroundings, writers: Writers, safe_point: Callable[[str], None]
-) -> dict[str, Any]:
-    job = ObservationJob(*surroundings, run.batch_samples, writers.observe, safe_point)
-    found = observe_layer(job)
-    for linear, importance in found.attention.items():
-        for _, writer in writers.by_target:
-            writer.note(linear, importance.squares_I, importance.count)
-    return {"tokens_per_expert": found.tokens_per_expert, "topped_up": found.topped_up}

@@ -7,7 +7,7 @@ of a layer. A group never divides these.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,6 +78,21 @@ def _budget_bytes(recipe: Recipe, choice: Choice) -> int:
     if not smallest <= budget <= largest:
         raise UsageError(f"{recipe.target}: {choice.words} gives {possible}; ask for something between")
     return budget
+
+
+def by_output(precision: Mapping[str, Any], outputs: Collection[str]) -> Mapping[str, Mapping[str, Any]]:
+    """Gives the chosen widths of a record by output; the record of a single one does not name it.
+
+    Args:
+        precision: as in the record; empty where nothing was chosen.
+        outputs: the record's.
+
+    Returns:
+        Output -> group -> its width, stored bytes and error.
+    """
+    if not precision or len(outputs) > 1:
+        return precision
+    return dict.fromkeys(outputs, precision)
 
 
 def width_rows(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:

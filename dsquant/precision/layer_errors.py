@@ -7,12 +7,15 @@ they were independent, as rounding errors of different weights nearly are.
 Shape legend: R tokens, H hidden size, W width of an MLP, O out features, I in features.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Generic
 
 import torch
 
+from dsquant.formats.wanted import Choosable
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import FoldedWeights, ReplacedWeights, ResidentWeights
@@ -22,40 +25,39 @@ from dsquant.precision.allocation import Width
 from dsquant.quantization.attention import few_samples, note_attention, search_scales, under_scales
 from dsquant.quantization.layer import out_of_range, run_original
 from dsquant.quantization.layer_job import LayerJob
-from dsquant.quantization.layer_mlps import MLPS_AHEAD, add_contributions, moments_of, shared_inverses
+from dsquant.quantization.layer_mlps import moments_of, own_mlps, shared_inverses
 from dsquant.quantization.mlp import scaled, search_up_scales
 from dsquant.quantization.mlp_inputs import CHECK_ROWS, MlpInputs, inputs_of
 from dsquant.quantization.mlp_norm import search_norm_fold
-from dsquant.quantization.statistics import InputMoments
+from dsquant.quantization.statistics import InputMoments, InverseFactor
 from dsquant.quantization.steps import prepared
-from dsquant.schemes import Grid
+from dsquant.schemes import UNQUANTIZED, Grid
 
 # At most this many routed experts of a layer, evenly spaced, are stored at each width; they stand for all.
 EXPERTS = 32
 
-Store = Callable[[str, Width, str, torch.Tensor, InputMoments], torch.Tensor]
+Store = Callable[[Choosable, Width, str, torch.Tensor, InputMoments], torch.Tensor]
 """Gets a group, a width, one of the group's linears, its weight under the scales [O, I] and the moments of what it
 reads; returns what an engine will compute with."""
+Errors = dict[Grid, dict[str, dict[Width, float]]]
+"""Grid -> group -> width -> summed squared error."""
+_Found = tuple[Grid, str, Width, float]
 
 
 @dataclass(frozen=True)
 class Trial(Generic[Width]):
-    """What is tried on a layer."""
+    """What is tried under the scales of one grid."""
 
-    groups: Mapping[str, Sequence[str]]
-    """Name -> linears: some that read one input in attention, some of one MLP, or the same of all routed experts."""
-    widths: Mapping[str, Sequence[Width]]
-    """Group -> the widths to try."""
+    groups: Sequence[Choosable]
+    """Linears that read one input in attention, those of one MLP, or the same of all routed experts."""
     store: Store[Width]
 
-    def groups_of(self, linears: Sequence[str]) -> dict[str, list[str]]:
-        """The groups that have some of the linears -> those."""
-        inside = {name: [one for one in linears if one in members] for name, members in self.groups.items()}
-        return {name: members for name, members in inside.items() if members}
-
-
-Errors = dict[str, dict[Width, float]]
-"""Group -> width -> summed squared error."""
+    def inside(self, linears: Sequence[str]) -> Iterator[tuple[Choosable, list[str], list[Width]]]:
+        """The groups that have some of the linears, with those, and the widths to try."""
+        for group in self.groups:
+            members = [linear for linear in linears if linear in group.linears]
+            if members:
+                yield group, members, [width for width in group.num_bytes if width != UNQUANTIZED]
 
 
 @dataclass(frozen=True)
@@ -63,48 +65,40 @@ class Sensitivity(Generic[Width]):
     """What a layer's groups cost."""
 
     errors: Errors[Width]
-    """Of the layer's output."""
+    """Of the layer's output; 0 where a group is not quantized."""
     energy: float
     """Summed squares of the layer's outputs."""
 
 
-def measure_layer(job: LayerJob, trial: Trial[Width]) -> Sensitivity[Width]:
+def measure_layer(job: LayerJob, trials: Mapping[Grid, Trial[Width]]) -> Sensitivity[Width]:
     """Runs the original layer, and stores every group at every width while its weights are in memory.
 
     Args:
-        job: the layer and its surroundings, with one grid; `emit` is not called, `note` only for attention.
-        trial: the groups and widths.
+        job: the layer and its surroundings; `emit` is not called, `note` only for attention.
+        trials: what is tried on each of its grids.
 
     Returns:
-        The groups' errors. The layer's outputs are in `job.outputs` then.
+        The groups' errors, on every rank. The layer's outputs are in `job.outputs` then.
 
     Raises:
         InputError: where the original's hidden states are not finite.
     """
-    (grid,) = job.grids
-    errors: Errors[Width] = {name: dict.fromkeys(trial.widths[name], 0.0) for name in trial.groups}
     moments, norm_rms_H, routing = run_original(job)
     if not bool(norm_rms_H.isfinite().all()):
         raise out_of_range(job.layer.norm)
-    for name, width, error in _attention_errors(job, moments, grid, trial):
-        errors[name][width] += error
+    attention = job.ranks.once(lambda: list(_attention_errors(job, moments, trials)))
     inputs = {mlp: inputs_of(job.mlp_inputs, mlp, routing, {}, job.steps) for mlp in job.layer.mlps}
-    _, norm_scales_H = search_norm_fold(job, grid, inputs, norm_rms_H)
-    (inverses,) = shared_inverses(job, [norm_scales_H])
-    shares = _experts(job.layer, inputs)
-    for number, mlp in enumerate(job.layer.mlps):
-        job.safe_point(mlp.up.rsplit(".", 1)[0])
-        original = GatedWeights.read(job.weights, mlp)
-        ahead = job.layer.mlps[number + 1 :][:MLPS_AHEAD]
-        job.weights.prefetch([f"{linear}.weight" for other in ahead for linear in other.linears])
-        if routing is not None:
-            add_contributions(job, [mlp], original, routing)
-        if mlp not in shares or not trial.groups_of(mlp.linears) or not len(inputs[mlp].rows_R):
-            continue
-        of_input, of_hidden = moments_of(job, mlp, original, inputs[mlp], job.seed + number)
-        found = replace(of_input.divided(norm_scales_H), inverses=inverses), of_hidden
-        for name, width, error in _mlp_errors(job, mlp, original, inputs[mlp], found, routing, norm_scales_H, trial):
-            errors[name][width] += error * shares[mlp]
+    norm_scales = {grid: search_norm_fold(job, grid, inputs, norm_rms_H)[1] for grid in job.grids}
+    inverses = dict(zip(job.grids, shared_inverses(job, list(norm_scales.values())), strict=True))
+    tried = _TriedMlps(job, trials, inputs, routing, norm_scales, inverses)
+    own = [list(tried.errors(number, original)) for number, original in own_mlps(job, routing)]
+    errors: Errors[Width] = {
+        grid: {group.name: dict.fromkeys(group.num_bytes, 0.0) for group in trial.groups}
+        for grid, trial in trials.items()
+    }
+    for found in (attention, *job.ranks.in_turns(own, len(job.layer.mlps))):
+        for grid, name, width, error in found:
+            errors[grid][name][width] += error
     return Sensitivity(errors, _energy(job))
 
 
@@ -116,69 +110,96 @@ def _experts(layer: DecoderLayer, inputs: Mapping[Mlp, MlpInputs]) -> dict[Mlp, 
 
 
 def _energy(job: LayerJob) -> float:
-    energy = 0.0
-    for start in range(0, job.outputs.shape[0], job.batch_samples):
-        part = job.outputs.samples(start, min(start + job.batch_samples, job.outputs.shape[0]))
-        energy += float(part.square().sum(dtype=torch.float64))
-    if not torch.tensor(energy).isfinite():
+    (first, end), energy = job.shares.samples(job.ranks.rank), 0.0
+    own = [
+        float(job.outputs.samples(start, min(start + job.batch_samples, end)).square().sum(dtype=torch.float64))
+        for start in range(first, end, job.batch_samples)
+    ]
+    for part in job.ranks.gather(own):
+        for found in part:
+            energy += found
+    if not math.isfinite(energy):
         raise out_of_range(f"{job.layer.prefix}, its outputs")
     return energy
 
 
 def _attention_errors(
-    job: LayerJob, moments: Mapping[ScaleGroup, InputMoments], grid: Grid, trial: Trial[Width]
-) -> Iterator[tuple[str, Width, float]]:
-    """Group, width, error; on a few samples, as of all."""
+    job: LayerJob, moments: Mapping[ScaleGroup, InputMoments], trials: Mapping[Grid, Trial[Width]]
+) -> Iterator[_Found[Width]]:
+    """Errors on a few samples, as of all."""
     if not moments:
         return
     weights = ResidentWeights(job.weights)
-    fold, scales = search_scales(weights, moments, grid, job.steps)
-    if not grid.rounded:
-        note_attention(job, grid, moments, scales)
-    folded = ResidentWeights(FoldedWeights(weights, fold))
     wanted, _ = few_samples(job, weights)
-    for group, found in moments.items():
-        job.safe_point(group.consumers[0])
-        divided = prepared(under_scales(found, scales.get(group)), grid, job.steps)
-        for name, linears in trial.groups_of(group.consumers).items():
-            for width in trial.widths[name]:
-                replaced = {
-                    f"{linear}.weight": trial.store(name, width, linear, folded[f"{linear}.weight"], divided)
-                    for linear in linears
-                }
-                output, _ = few_samples(job, ReplacedWeights(folded, replaced))
-                error = float((output - wanted).square().sum(dtype=torch.float64))
-                yield name, width, error * job.inputs.shape[0] / len(wanted)
+    for grid, trial in trials.items():
+        own = {group: found for group, found in moments.items() if group.consumers[0] in job.linears[grid]}
+        fold, scales = search_scales(weights, own, grid, job.steps)
+        if not grid.rounded:
+            note_attention(job, grid, own, scales)
+        folded = ResidentWeights(FoldedWeights(weights, fold))
+        for group, found in own.items():
+            job.safe_point(group.consumers[0])
+            divided = prepared(under_scales(found, scales.get(group)), grid, job.steps)
+            for choosable, linears, widths in trial.inside(group.consumers):
+                for width in widths:
+                    replaced = {
+                        f"{linear}.weight": trial.store(choosable, width, linear, folded[f"{linear}.weight"], divided)
+                        for linear in linears
+                    }
+                    output, _ = few_samples(job, ReplacedWeights(folded, replaced))
+                    error = float((output - wanted).square().sum(dtype=torch.float64))
+                    yield grid, choosable.name, width, error * job.inputs.shape[0] / len(wanted)
 
 
-def _mlp_errors(
-    job: LayerJob,
-    mlp: Mlp,
-    original: GatedWeights,
-    inputs: MlpInputs,
-    moments: tuple[InputMoments, InputMoments],
-    routing: Routing | None,
-    norm_scales_H: torch.Tensor,
-    trial: Trial[Width],
-) -> Iterator[tuple[str, Width, float]]:
-    """Group, width, error; of at most `CHECK_ROWS` tokens, as of all. Only down's moments are not under scales yet."""
-    (grid,) = job.grids
-    of_input, of_hidden = moments
-    up_scales_W = search_up_scales(original, of_hidden, grid, job.steps)
-    folded = dict(zip(mlp.linears, scaled(original, norm_scales_H, up_scales_W).parts, strict=True))
-    of_input, of_hidden = (prepared(one, grid, job.steps) for one in (of_input, of_hidden.divided(up_scales_W)))
-    reads = dict(zip(mlp.linears, (of_input, of_input, of_hidden), strict=True))
-    step = max(1, -(-len(inputs.rows_R) // CHECK_ROWS))
-    inputs_RH = inputs.activations.rows(inputs.rows_R[::step])
-    share_R1 = torch.ones(len(inputs_RH), 1, device=inputs_RH.device)
-    if mlp.expert is not None and routing is not None:
-        share_R1 = routing.tokens_of(mlp.expert)[1][::step].unsqueeze(1)
-    with fast_matmuls(inputs_RH.device):
-        wanted_RH = original.output(job.skeleton, inputs_RH)
-    for name, linears in trial.groups_of(mlp.linears).items():
-        for width in trial.widths[name]:
-            stored = {one: trial.store(name, width, one, folded[one], reads[one]) for one in linears}
-            with fast_matmuls(inputs_RH.device):
-                found_RH = GatedWeights(*(folded | stored).values()).output(job.skeleton, inputs_RH / norm_scales_H)
-            error = float(((found_RH - wanted_RH) * share_R1).square().sum(dtype=torch.float64))
-            yield name, width, error * len(inputs.rows_R) / len(inputs_RH)
+@dataclass(frozen=True)
+class _TriedMlps(Generic[Width]):
+    """What a layer's MLPs are tried on."""
+
+    job: LayerJob
+    trials: Mapping[Grid, Trial[Width]]
+    inputs: Mapping[Mlp, MlpInputs]
+    routing: Routing | None
+    norm_scales: Mapping[Grid, torch.Tensor]
+    """float32 [H]."""
+    inverses: Mapping[Grid, tuple[InverseFactor, ...]]
+
+    @cached_property
+    def _shares(self) -> dict[Mlp, float]:
+        return _experts(self.job.layer, self.inputs)
+
+    def errors(self, number: int, original: GatedWeights) -> Iterator[_Found[Width]]:
+        """Errors of an MLP's groups, for all tokens that it stands for."""
+        job, mlp = self.job, self.job.layer.mlps[number]
+        grids = [grid for grid, trial in self.trials.items() if any(trial.inside(mlp.linears))]
+        if mlp not in self._shares or not grids or not len(self.inputs[mlp].rows_R):
+            return
+        moments = moments_of(job, mlp, original, self.inputs[mlp], job.seed + number)
+        for grid in grids:
+            for name, width, error in self._on_grid(grid, mlp, original, moments):
+                yield grid, name, width, error * self._shares[mlp]
+
+    def _on_grid(
+        self, grid: Grid, mlp: Mlp, original: GatedWeights, moments: tuple[InputMoments, InputMoments]
+    ) -> Iterator[tuple[str, Width, float]]:
+        """Errors on at most `CHECK_ROWS` tokens, as of all."""
+        job, inputs, norm_scales_H = self.job, self.inputs[mlp], self.norm_scales[grid]
+        of_input = replace(moments[0].divided(norm_scales_H), inverses=self.inverses[grid])
+        up_scales_W = search_up_scales(original, moments[1], grid, job.steps)
+        folded = dict(zip(mlp.linears, scaled(original, norm_scales_H, up_scales_W).parts, strict=True))
+        of_input, of_hidden = (prepared(one, grid, job.steps) for one in (of_input, moments[1].divided(up_scales_W)))
+        reads = dict(zip(mlp.linears, (of_input, of_input, of_hidden), strict=True))
+        step = max(1, -(-len(inputs.rows_R) // CHECK_ROWS))
+        inputs_RH = inputs.activations.rows(inputs.rows_R[::step])
+        share_R1 = torch.ones(len(inputs_RH), 1, device=inputs_RH.device)
+        if mlp.expert is not None and self.routing is not None:
+            share_R1 = self.routing.tokens_of(mlp.expert)[1][::step].unsqueeze(1)
+        with fast_matmuls(inputs_RH.device):
+            wanted_RH = original.output(job.skeleton, inputs_RH)
+        trial = self.trials[grid]
+        for group, linears, widths in trial.inside(mlp.linears):
+            for width in widths:
+                stored = {one: trial.store(group, width, one, folded[one], reads[one]) for one in linears}
+                with fast_matmuls(inputs_RH.device):
+                    found_RH = GatedWeights(*(folded | stored).values()).output(job.skeleton, inputs_RH / norm_scales_H)
+                error = float(((found_RH - wanted_RH) * share_R1).square().sum(dtype=torch.float64))
+                yield group.name, width, error * len(inputs.rows_R) / len(inputs_RH)

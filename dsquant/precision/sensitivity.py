@@ -2,31 +2,32 @@
 
 Errors of different layers compare by their share of the layer's output: hidden states grow from layer to layer, and
 every norm divides by their size, so that the same squared error costs more behind an early layer (docs/decisions/0016).
-What the pass finds is plain JSON, for the job's record. A pass that was interrupted begins anew.
+The choices are plain JSON, for the job's record. A pass that was interrupted starts over.
 
 Shape legend: N samples, T tokens.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic
 
 import torch
 
 from dsquant.errors import InputError
+from dsquant.jobs.ranks import ALONE, Ranks
 from dsquant.model.activations import Activations
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import embed
 from dsquant.model.structure import DecoderLayer
 from dsquant.precision.allocation import Choice, Width, allocate
 from dsquant.precision.groups import MixedPlan
-from dsquant.precision.layer_errors import Errors, Store, Trial, measure_layer
+from dsquant.precision.layer_errors import Errors, Sensitivity, Trial, measure_layer
 from dsquant.quantization.layer_job import LayerJob, Note
 from dsquant.recipes import Step
 from dsquant.reporting.progress import Stage
-from dsquant.schemes import UNQUANTIZED, Grid
+from dsquant.schemes import Grid
 from dsquant.source.weights import Weights
 
 # Sensitivities are measured on at most this many samples.
@@ -39,14 +40,14 @@ SENSITIVITY = "sensitivity"
 class SensitivityPass(Generic[Width]):
     """What the pass needs."""
 
-    mixed: MixedPlan
+    trials: Mapping[Grid, Trial[Width]]
+    """What is tried on each grid, of all layers."""
     skeleton: Skeleton
     weights: Weights
     tokens_NT: torch.Tensor
     """Calibration tokens, int64; the first `SAMPLES` samples are taken."""
     linears_of: Callable[[DecoderLayer], Mapping[Grid, frozenset[str]]]
-    """Gives the grid that a layer's scales are searched for, and the linears that it is for."""
-    store: Store[Width]
+    """Gives the grids that a layer's scales are searched for, and the linears that each is for."""
     steps: tuple[Step, ...]
     """Of the quantization."""
     work: Path
@@ -55,24 +56,25 @@ class SensitivityPass(Generic[Width]):
     seed: int
     safe_point: Callable[[Stage, int, int, str], None]
     note: Note = field(default=lambda grid, linear, importance: None)
+    ranks: Ranks = ALONE
+    """Who shares it."""
 
 
-def choose(own: SensitivityPass[Width]) -> dict[str, dict[str, Any]]:
-    """Measures every group and divides the bytes.
+def choose(mixed: MixedPlan, errors: Mapping[str, Mapping[Width, float]]) -> dict[str, dict[str, Any]]:
+    """Divides the bytes of one output.
 
     Args:
-        own: the pass.
+        mixed: what it leaves to choose.
+        errors: group -> width -> error, from `measured`.
 
     Returns:
         Group -> its `width`, and `bytes` and `errors` of every width.
-
-    Raises:
-        InputError: where the original's hidden states are not finite.
-        Interrupted: at a safe point, where the job has to stop.
     """
-    errors = _errors(own)
-    choices = [Choice(group.name, group.num_bytes, errors[group.name]) for group in own.mixed.groups]
-    widths = allocate(choices, own.mixed.budget_bytes)
+    choices = [
+        Choice(group.name, group.num_bytes, {width: errors[group.name][width] for width in group.num_bytes})
+        for group in mixed.groups
+    ]
+    widths = allocate(choices, mixed.budget_bytes)
     return {
         choice.name: {
             "width": widths[choice.name],
@@ -83,16 +85,32 @@ def choose(own: SensitivityPass[Width]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _errors(own: SensitivityPass[Width]) -> Errors[Width]:
-    """Group -> width -> error over the energy of the layer's output, 0 where it is not quantized."""
+def measured(own: SensitivityPass[Width]) -> Errors[Width]:
+    """Measures every group at every width.
+
+    Args:
+        own: the pass.
+
+    Returns:
+        The errors over the energy of the layer's output, on every rank.
+
+    Raises:
+        InputError: where the original's hidden states are not finite.
+        Interrupted: at a safe point, where the job has to stop.
+    """
     skeleton, tokens_NT = own.skeleton, own.tokens_NT[:SAMPLES]
     shape = (*tokens_NT.shape, int(skeleton.config["hidden_size"]))
-    files = [own.work / f"sensitivity-{name}.f32" for name in ("inputs", "outputs", "mlp-inputs")]
     inputs, outputs, mlp_inputs = (
-        Activations.in_file(path, shape, own.weights.device, torch.float32) for path in files
+        Activations.in_file(own.work / f"sensitivity-{name}.f32", shape, own.weights.device, torch.float32)
+        for name in ("inputs", "outputs", "mlp-inputs")
     )
-    embed(skeleton, own.weights, tokens_NT, inputs)
-    found: Errors[Width] = {group.name: dict.fromkeys(group.num_bytes, 0.0) for group in own.mixed.groups}
+
+    def begin() -> None:
+        embed(skeleton, own.weights, tokens_NT, inputs)
+        inputs.flush()
+
+    own.ranks.once(begin)
+    found: Errors[Width] = {grid: {} for grid in own.trials}
     layers = skeleton.layers[: skeleton.num_layers]
     for number, layer in enumerate(layers):
 
@@ -114,21 +132,22 @@ def _errors(own: SensitivityPass[Width]) -> Errors[Width]:
             safe_point=safe_point,
             note=own.note,
             steps=own.steps,
+            ranks=own.ranks,
         )
-        measured = measure_layer(job, _trial(own, layer))
-        for name, errors in measured.errors.items():
-            if not all(map(math.isfinite, errors.values())):
-                raise InputError(f"{name}: its error is not finite; its weights are out of any sensible range")
-            found[name] |= {width: error / (measured.energy or 1.0) for width, error in errors.items()}
+        layers_own = {
+            grid: replace(trial, groups=[group for group in trial.groups if group.layer == layer.index])
+            for grid, trial in own.trials.items()
+        }
+        _add_relative(found, measure_layer(job, layers_own))
         inputs, outputs = outputs, inputs
     own.safe_point("sensitivity", len(layers), len(layers), "")
-    del inputs, outputs, mlp_inputs, job
-    for path in files:
-        path.unlink()
     return found
 
 
-def _trial(own: SensitivityPass[Width], layer: DecoderLayer) -> Trial[Width]:
-    groups = [group for group in own.mixed.groups if group.layer == layer.index]
-    widths = {group.name: [width for width in group.num_bytes if width != UNQUANTIZED] for group in groups}
-    return Trial({group.name: group.linears for group in groups}, widths, own.store)
+def _add_relative(found: Errors[Width], layer: Sensitivity[Width]) -> None:
+    """Adds a layer's errors, over the energy of its output."""
+    for grid, groups in layer.errors.items():
+        for name, errors in groups.items():
+            if not all(map(math.isfinite, errors.values())):
+                raise InputError(f"{name}: its error is not finite; its weights are out of any sensible range")
+            found[grid][name] = {width: error / (layer.energy or 1.0) for width, error in errors.items()}

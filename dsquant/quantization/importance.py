@@ -6,106 +6,81 @@ tokens of its own is judged on its router's next best as well, as for AWQ.
 Shape legend: R tokens, I in features, H heads, N rows of a head's keys without position.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 
 from dsquant.kernels.products import apply_linear
-from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import ResidentWeights
-from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import ROWS_AT_ONCE, Observer, Routing, Stream, run_dense_part
-from dsquant.model.structure import KEYS_SUFFIX, DecoderLayer, Mlp
+from dsquant.model.structure import KEYS_SUFFIX, Mlp
+from dsquant.quantization.layer_job import LayerJob, LayerReport
+from dsquant.quantization.layer_mlps import own_mlps
 from dsquant.quantization.mlp_inputs import top_up
+from dsquant.quantization.sharing import share_routing, share_rows
 from dsquant.quantization.statistics import Importance
 from dsquant.source.weights import Weights
 
-Emit = Callable[[str, torch.Tensor, Importance], None]
-"""Gets a linear's name, its weight and its importance."""
-
 
 class _Squares:
+    """Sums of squares of every part that is observed, added in their order at the end."""
+
     def __init__(self) -> None:
-        self._sum_I: torch.Tensor | None = None
-        self._count = 0
+        self.parts: list[tuple[torch.Tensor, int]] = []
 
     def add(self, inputs_RI: torch.Tensor) -> None:
-        squares_I = inputs_RI.square().sum(0, dtype=torch.float64)
-        self._sum_I = squares_I if self._sum_I is None else self._sum_I + squares_I
-        self._count += len(inputs_RI)
+        self.parts.append((inputs_RI.square().sum(0, dtype=torch.float64), len(inputs_RI)))
 
     def importance(self) -> Importance:
-        assert self._sum_I is not None
-        return Importance(self._sum_I.float(), self._count)
+        sum_I = self.parts[0][0].clone()
+        for squares_I, _ in self.parts[1:]:
+            sum_I += squares_I
+        return Importance(sum_I.float(), sum(count for _, count in self.parts))
 
 
-@dataclass(frozen=True)
-class ObservationJob:
-    """What observing a layer needs."""
-
-    skeleton: Skeleton
-    layer: DecoderLayer
-    weights: Weights
-    inputs: Activations
-    outputs: Activations
-    """Gets the layer's outputs."""
-    mlp_inputs: Activations
-    """Gets what the MLPs read."""
-    batch_samples: int
-    emit: Emit
-    """Gets every linear of every MLP, one after the other."""
-    safe_point: Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class LayerImportance:
-    """What was observed."""
-
-    attention: dict[str, Importance]
-    """Linear, or kv_b_proj with `KEYS_SUFFIX` -> importance."""
-    tokens_per_expert: list[int]
-    """Empty for a dense layer."""
-    topped_up: dict[int, int]
-    """Expert -> tokens added to its own."""
-
-
-def observe_layer(job: ObservationJob) -> LayerImportance:
-    """Runs an original layer; its MLPs pass through memory one by one and are handed on with their importance.
+def observe_layer(job: LayerJob) -> LayerReport:
+    """Runs an original layer and notes the importance of all its linears; those of MLPs are emitted as they are.
 
     Args:
-        job: the layer and its surroundings.
+        job: the layer and its surroundings, with one grid, onto which nothing is quantized.
 
     Returns:
-        What was observed of attention and routing.
+        The tokens of each expert.
     """
     layer = job.layer
     job.safe_point(layer.attention_module)
-    attention, routing = _run_dense_part(job)
+    routing = _observe_dense_part(job)
     added = top_up(layer, job.weights, job.mlp_inputs, routing) if routing else {}
-    for mlp in layer.mlps:
-        job.safe_point(mlp.up.rsplit(".", 1)[0])
-        _observe_mlp(job, mlp, routing, added)
+    for number, original in own_mlps(job, routing):
+        _observe_mlp(job, layer.mlps[number], original, routing, added)
     counts = routing.counts(len(layer.experts)).tolist() if routing else []
-    return LayerImportance(attention, counts, {expert: len(rows_R) for expert, rows_R in added.items()})
+    return LayerReport(counts, {expert: len(rows_R) for expert, rows_R in added.items()}, [])
 
 
-def _run_dense_part(job: ObservationJob) -> tuple[dict[str, Importance], Routing | None]:
+def _observe_dense_part(job: LayerJob) -> Routing | None:
+    (grid,), layer, own = job.grids, job.layer, job.shares.samples(job.ranks.rank)
     weights = ResidentWeights(job.weights)
-    squares = {group.consumers[0]: _Squares() for group in job.layer.attention}
+    squares = {group.consumers[0]: _Squares() for group in layer.attention}
     observers: dict[str, Observer] = {name: found.add for name, found in squares.items()}
-    observers[job.layer.mlp_module] = job.mlp_inputs.recorder()
+    observers[layer.mlp_module] = job.mlp_inputs.recorder(own[0] * job.inputs.shape[1])
     keys = _KeySquares(job, weights)
     if keys.projection:
         observers[keys.projection] = _both(observers.get(keys.projection), keys.add)
-    routing = run_dense_part(
-        job.skeleton, job.layer, Stream(weights, job.inputs, job.outputs), job.batch_samples, observers
-    )
-    found = {
-        linear: squares[group.consumers[0]].importance() for group in job.layer.attention for linear in group.consumers
-    }
-    return found | keys.importance(), routing
+    routing, stream = None, Stream(weights, job.inputs, job.outputs)
+    if own[0] < own[1]:
+        routing = run_dense_part(job.skeleton, layer, stream, job.batch_samples, observers, own)
+    for found in (*squares.values(), keys.squares):
+        parts = job.ranks.gather([(squares_I.cpu(), count) for squares_I, count in found.parts])
+        found.parts = [part for rank in parts for part in rank]
+    if job.ranks.first:
+        for group in layer.attention:
+            for linear in group.consumers:
+                job.note(grid, linear, squares[group.consumers[0]].importance())
+        if keys.absorbed:
+            job.note(grid, keys.absorbed.keys_and_values + KEYS_SUFFIX, keys.squares.importance())
+    share_rows(job.mlp_inputs, job.ranks, job.shares)
+    return share_routing(routing, job.ranks, job.weights.device)
 
 
 def _both(first: Observer | None, second: Observer) -> Observer:
@@ -120,39 +95,30 @@ def _both(first: Observer | None, second: Observer) -> Observer:
 class _KeySquares:
     """Mean squares of MLA's queries without position: what the keys of kv_b_proj are multiplied with."""
 
-    def __init__(self, job: ObservationJob, weights: Weights) -> None:
-        self._absorbed, self._squares, self._weights = job.layer.absorbed, _Squares(), weights
-        self.projection = self._absorbed.queries if self._absorbed else ""
+    def __init__(self, job: LayerJob, weights: Weights) -> None:
+        self.absorbed, self.squares, self._weights = job.layer.absorbed, _Squares(), weights
+        self.projection = self.absorbed.queries if self.absorbed else ""
 
     def add(self, inputs_RI: torch.Tensor) -> None:
-        assert self._absorbed is not None
+        assert self.absorbed is not None
         queries_RO = apply_linear(inputs_RI, self._weights[f"{self.projection}.weight"])
-        self._squares.add(queries_RO.unflatten(1, (self._absorbed.num_heads, -1))[..., : self._absorbed.key_rows])
-
-    def importance(self) -> dict[str, Importance]:
-        absorbed = self._absorbed
-        return {absorbed.keys_and_values + KEYS_SUFFIX: self._squares.importance()} if absorbed else {}
+        self.squares.add(queries_RO.unflatten(1, (self.absorbed.num_heads, -1))[..., : self.absorbed.key_rows])
 
 
-def _observe_mlp(job: ObservationJob, mlp: Mlp, routing: Routing | None, added: Mapping[int, torch.Tensor]) -> None:
-    original = GatedWeights.read(job.weights, mlp)
+def _observe_mlp(
+    job: LayerJob, mlp: Mlp, original: GatedWeights, routing: Routing | None, added: Mapping[int, torch.Tensor]
+) -> None:
+    (grid,) = job.grids
     rows_R = torch.arange(job.mlp_inputs.num_rows, device=job.weights.device)
     if mlp.expert is not None:
         assert routing is not None
-        own_R, share_R = routing.tokens_of(mlp.expert)
-        for part_R, part_share_R in zip(own_R.split(ROWS_AT_ONCE), share_R.split(ROWS_AT_ONCE), strict=True):
-            output_RH = original.output(job.skeleton, job.mlp_inputs.rows(part_R))
-            job.outputs.add_rows(part_R, output_RH.mul_(part_share_R.unsqueeze(1)))
+        own_R, _ = routing.tokens_of(mlp.expert)
         rows_R = torch.cat([own_R, added.get(mlp.expert, own_R[:0])])
     of_input, of_hidden = _Squares(), _Squares()
     for part_R in rows_R.split(ROWS_AT_ONCE):
         inputs_RH = job.mlp_inputs.rows(part_R)
         of_input.add(inputs_RH)
         of_hidden.add(original.hidden(job.skeleton, inputs_RH))
-    for linear, weight, squares in zip(
-        mlp.linears,
-        (original.gate_WH, original.up_WH, original.down_HW),
-        (of_input, of_input, of_hidden),
-        strict=True,
-    ):
-        job.emit(linear, weight, squares.importance())
+    for linear, weight, squares in zip(mlp.linears, original.parts, (of_input, of_input, of_hidden), strict=True):
+        job.note(grid, linear, squares.importance())
+        job.emit(grid, f"{linear}.weight", weight)

@@ -63,8 +63,8 @@ class LayerJob:
     keep_scales: KeepScales = lambda grid, producer, scales: None
     """Gets all scales that are folded in, so that a later release can be quantized under them."""
 
-    widths: Mapping[str, int] = field(default_factory=dict)
-    """Linear -> bits, where they are not its grid's: scales are searched for the grid, codes have these bits."""
+    widths: Mapping[Grid, Mapping[str, int]] = field(default_factory=dict)
+    """Grid -> linear -> bits, where they are not its grid's: scales are searched for the grid, codes have these."""
     steps: Collection[Step] = PRESET_STEPS["compact"]
     """Of the quantization; `follow` is one where there is `quantized`."""
     quantized: QuantizedStream | None = None
@@ -84,7 +84,7 @@ class LayerJob:
 
     def grid_of(self, grid: Grid, linear: str) -> Grid:
         """Returns the grid that a linear is rounded on, where scales are searched for `grid`."""
-        return grid.with_bits(self.widths.get(linear, grid.bits))
+        return grid.with_bits(self.widths.get(grid, {}).get(linear, grid.bits))
 
     def anywhere(self, linear: str) -> bool:
         """Returns whether a linear is quantized onto any grid."""

@@ -48,9 +48,26 @@ def quantize_mlps(
     Returns:
         By MLP and grid, on every rank.
     """
+    mlps, inverses = job.layer.mlps, shared_inverses(job, norm_scales)
+    loaded = (
+        LoadedMlp(mlps[number], original, inputs[mlps[number]], job.seed + number)
+        for number, original in own_mlps(job, routing)
+    )
+    own = [_quantize_mlp(job, one, norm_scales, inverses) for one in loaded]
+    return job.ranks.in_turns(own, len(mlps))
+
+
+def own_mlps(job: LayerJob, routing: Routing | None) -> Iterator[tuple[int, GatedWeights]]:
+    """Reads the MLPs, of which each rank has one at a time, and adds what experts contribute to the layer's outputs.
+
+    Args:
+        job: the layer and its surroundings.
+        routing: of all tokens; None where the layer has no experts.
+
+    Yields:
+        The numbers and weights of this rank's; all ranks have to take all of theirs.
+    """
     mlps, ranks = job.layer.mlps, job.ranks
-    inverses = shared_inverses(job, norm_scales)
-    own: list[list[MlpOutcome]] = []
     for begin in range(0, len(mlps), ranks.size):
         number, original = begin + ranks.rank, None
         if number < len(mlps):
@@ -59,12 +76,9 @@ def quantize_mlps(
             ahead = mlps[number + ranks.size :: ranks.size][:MLPS_AHEAD]
             job.weights.prefetch([f"{linear}.weight" for mlp in ahead for linear in mlp.linears])
         if routing is not None:
-            add_contributions(job, mlps[begin : begin + ranks.size], original, routing)
+            _add_contributions(job, mlps[begin : begin + ranks.size], original, routing)
         if original is not None:
-            loaded = LoadedMlp(mlps[number], original, inputs[mlps[number]], job.seed + number)
-            own.append(_quantize_mlp(job, loaded, norm_scales, inverses))
-    parts = ranks.gather(own)
-    return [parts[number % ranks.size][number // ranks.size] for number in range(len(mlps))]
+            yield number, original
 
 
 def _quantize_mlp(
@@ -104,7 +118,7 @@ def _emit_folded(job: LayerJob, grid: Grid, mlp: Mlp, folded: GatedWeights) -> N
         job.emit(grid, f"{linear}.weight", weight)
 
 
-def add_contributions(job: LayerJob, turn: Sequence[Mlp], original: GatedWeights | None, routing: Routing) -> None:
+def _add_contributions(job: LayerJob, turn: Sequence[Mlp], original: GatedWeights | None, routing: Routing) -> None:
     """Adds what a turn's experts, one for each rank, contribute to the outputs of the tokens that reach them."""
     expert = None if original is None else turn[job.ranks.rank].expert
     parts = _contribution(job, original, *routing.tokens_of(expert)) if original and expert is not None else iter(())

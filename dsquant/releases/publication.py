@@ -16,7 +16,7 @@ from dsquant.errors import InputError
 from dsquant.files.disk import sync_folder
 from dsquant.files.foreign import read_file
 from dsquant.files.sealing import RELEASE_FILE, broken_sections
-from dsquant.jobs.folder import check_name
+from dsquant.jobs.folder_state import check_name
 from dsquant.releases.recipe import ReleaseRecipe
 
 # The layout of release.json. 1: first. 2: sealed like an output's record, with hashes of files in no such record.

@@ -15,9 +15,10 @@ from typing import Any
 from dsquant.errors import DsquantError, InputError, Interrupted, UsageError
 from dsquant.files.disk import remove_empty, sync_folder, write_atomically
 from dsquant.files.sealing import RELEASE_FILE, hash_files, seal
-from dsquant.jobs.folder import RECORD_FILE, stop_on_signals
+from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.jobs.journal import Journal
 from dsquant.jobs.locks import HOLDER_FILE, LOCK_FILE, exclusive
+from dsquant.jobs.stopping import stop_on_signals
 from dsquant.recipes import format_size
 from dsquant.releases.input_state import inputs_of, key_of
 from dsquant.releases.publication import (

@@ -32,6 +32,8 @@ class Grid(Scheme):
     symmetric: bool = False
     rounded: bool = True
     """False: scales are searched for this grid, but weights go on unrounded, to a format that rounds itself."""
+    output: str = ""
+    """Keeps apart outputs on one grid whose linears have widths of their own."""
 
     def with_bits(self, bits: int) -> "Grid":
         """The same grid with codes of other bits."""

@@ -14,7 +14,8 @@ from dsquant.formats.gguf.layout import placements
 from dsquant.formats.gguf.weights import GgufWeights
 from dsquant.formats.scales import open_scales
 from dsquant.formats.table import SAFETENSORS
-from dsquant.jobs.folder import RECORD_FILE, found_in, stop_on_signals
+from dsquant.jobs.folder_state import RECORD_FILE, found_in
+from dsquant.jobs.stopping import stop_on_signals
 from dsquant.model.skeleton import Skeleton
 from dsquant.recipes import format_size
 from dsquant.reporting.notebook import Shown

@@ -19,7 +19,7 @@ from dsquant.files.sealing import BYTES_AT_ONCE, Hashed, broken_sections
 from dsquant.formats.gguf.files import ALIGNMENT, GgufTensor
 from dsquant.formats.scales import SCALES_FILE
 from dsquant.formats.shards import Shard, ShardPlan, StoredTensor, index_content
-from dsquant.jobs.folder import RECORD_FILE
+from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.packages import load
 from dsquant.source.shards import INDEX_FILE
 

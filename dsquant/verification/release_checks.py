@@ -10,7 +10,8 @@ from dsquant.errors import InputError
 from dsquant.files.foreign import read_file
 from dsquant.files.sealing import RELEASE_FILE, SECTIONS, broken_sections, in_threads
 from dsquant.files.strict_json import first_problem, read_json_object
-from dsquant.jobs.folder import RECORD_FILE, WORK_FOLDER, stop_on_signals
+from dsquant.jobs.folder_state import RECORD_FILE, WORK_FOLDER
+from dsquant.jobs.stopping import stop_on_signals
 from dsquant.reporting.progress import Progress, Report, silent
 from dsquant.verification import checks
 from dsquant.verification.checks import FileFinding, Verification, note_strays

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from dsquant.files.foreign import KINDS
-from dsquant.jobs.folder import REMOVED_FOLDER, WORK_FOLDER
+from dsquant.jobs.folder_state import REMOVED_FOLDER, WORK_FOLDER
 
 # Kept by git, by the hub's client in its downloads, and left by killed runs for the next one to remove.
 KEPT_BY_OTHERS = tuple(

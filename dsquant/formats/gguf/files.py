@@ -1,6 +1,6 @@
 """GGUF files that are planned to the byte before a weight is read, and filled in place.
 
-Every tensor has its offset from the start, so any part can be written at any time; a killed job goes on in the same
+Every tensor has its offset from the start, so any part can be written at any time; a killed job continues in the same
 file. It carries a temporary name until all of it is there.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -10,7 +10,8 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
-from dsquant.files.disk import PARTIAL, naming, sync_folder
+from dsquant.files.disk import PARTIAL, naming, sync_folder, write_at
 from dsquant.formats.gguf.types import row_bytes
+from dsquant.jobs.ranks import ALONE, Ranks
 
 ALIGNMENT = 32
+BYTES_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -109,92 +112,102 @@ def plan_files(
 
 
 class GgufFiles:
-    """The planned files on disk, under temporary names, open for writing."""
+    """The planned files on disk, under temporary names, open for writing.
 
-    def __init__(self, folder: Path, files: Sequence[GgufFile], resume: bool) -> None:
+    Several ranks may write into them, each whole rows of matrices; where one rank writes all of a tensor in its order,
+    its hash is made meanwhile, else from the file.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[GgufFile], resume: bool, ranks: Ranks = ALONE) -> None:
         """Makes the files at their full size, or finds those of an interrupted job.
 
         Args:
             folder: where they lie.
             files: the plan.
             resume: whether they are there already.
+            ranks: who writes; all of them open the files.
 
         Raises:
             InputError: where an interrupted job's file is gone or not the planned one.
         """
-        self._folder, self._files = folder, files
-        self._streams = {file.file_name: self._open(file, resume) for file in files}
+        self._folder, self._files, self._ranks = folder, files, ranks
+        if not resume:
+            ranks.once(self._make)
+        self._opened = ranks.together(lambda: {file.file_name: self._open(file) for file in files})
         self._place = {name: (file, offset) for file in files for name, offset in file.offsets.items()}
         self._tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
-        self._digests: dict[str, Any] = {}
-        self._written: dict[str, int] = {}
+        self._written: dict[str, _Written] = {}
 
-    def _open(self, file: GgufFile, resume: bool) -> Any:
-        path = self._folder / (file.file_name + PARTIAL)
-        if resume:
-            if not path.is_file():  # stopped when everything was written: while it was compared or hashed
-                path = self._folder / file.file_name
-            if not path.is_file() or path.stat().st_size != file.num_bytes:
-                raise InputError(f"{path} of the interrupted job is gone or damaged; start over with --restart")
-            stream = path.open("r+b")
-            if stream.read(len(file.header)) != file.header:
-                stream.close()
-                raise InputError(f"{path} was planned otherwise by the interrupted job; start over with --restart")
-            return stream
-        stream = path.open("w+b")
-        try:
-            with naming(path):
-                stream.write(file.header)
+    def _make(self) -> None:
+        self._folder.mkdir(exist_ok=True)
+        for file in self._files:
+            path = self._folder / (file.file_name + PARTIAL)
+            path.unlink(missing_ok=True)  # a process of an earlier job may still have that one open
+            with naming(path), path.open("xb", buffering=0) as stream:
+                write_at(stream.fileno(), memoryview(file.header), 0)
                 stream.truncate(file.num_bytes)
-        except OSError:
-            stream.detach().close()  # without what could not be written
-            raise
+
+    def _open(self, file: GgufFile) -> FileIO:
+        path = self._folder / (file.file_name + PARTIAL)
+        if not path.is_file():  # stopped when everything was written: while it was compared or hashed
+            path = self._folder / file.file_name
+        if not path.is_file() or path.stat().st_size != file.num_bytes:
+            raise InputError(f"{path} of the interrupted job is gone or damaged; start over with --restart")
+        stream = path.open("r+b", buffering=0)
+        if os.pread(stream.fileno(), len(file.header), 0) != file.header:
+            stream.close()
+            raise InputError(f"{path} was planned otherwise by the interrupted job; start over with --restart")
         return stream
 
     def write(self, name: str, start: int, stored: torch.Tensor) -> None:
-        """Writes bytes of a tensor, each call where the last one of this tensor ended.
+        """Writes bytes of a tensor, each byte once.
 
         Args:
             name: the tensor.
             start: the first byte, counted from the tensor's beginning.
-            stored: uint8, any shape, contiguous.
+            stored: uint8, any shape.
         """
         file, offset = self._place[name]
-        if start == 0:
-            self._digests[name], self._written[name] = hashlib.sha256(), 0
-        assert start == self._written[name], f"{name}: byte {start} after {self._written[name]}"
         raw = memoryview(stored.contiguous().view(-1).numpy().data)
-        stream = self._streams[file.file_name]
         with naming(self._folder / file.file_name):
-            stream.seek(offset + start)
-            stream.write(raw)
-        self._digests[name].update(raw)
-        self._written[name] += len(raw)
+            write_at(self._opened[file.file_name].fileno(), raw, offset + start)
+        self._written.setdefault(name, _Written()).add(start, raw)
 
     def commit(self, names: Sequence[str]) -> dict[str, str]:
         """Brings tensors to disk.
 
         Args:
-            names: the tensors, all of them wholly written.
+            names: the tensors, wholly written by all ranks together.
 
         Returns:
-            Tensor -> SHA-256 of its bytes, hexadecimal.
+            Tensor -> SHA-256 of its bytes, hexadecimal, on every rank.
         """
-        for name in names:
-            wanted = self._tensors[name].num_bytes
-            assert self._written.get(name) == wanted, f"{name}: {self._written.get(name)} of {wanted} bytes"
         for file_name in {self._place[name][0].file_name for name in names}:
-            stream = self._streams[file_name]
             with naming(self._folder / file_name):
-                stream.flush()
-                os.fsync(stream.fileno())
-        return {name: self._digests.pop(name).hexdigest() for name in names}
+                os.fsync(self._opened[file_name].fileno())
+        own = {name: self._written.pop(name, _Written()).counted(self._tensors[name].num_bytes) for name in names}
+        found = self._ranks.gather(own)
+        for name in names:
+            written, wanted = sum(part[name][0] for part in found), self._tensors[name].num_bytes
+            assert written == wanted, f"{name}: {written} of {wanted} bytes"
+        whole = {name: digest for part in found for name, (_, digest) in part.items() if digest}
+        shared = [name for name in names if name not in whole]
+        return whole | dict(zip(shared, self._ranks.spread(self._hash, shared), strict=True))
+
+    def _hash(self, name: str) -> str:
+        """The hash of a tensor that several ranks have written."""
+        file, offset = self._place[name]
+        digest, end = hashlib.sha256(), offset + self._tensors[name].num_bytes
+        with naming(self._folder / file.file_name):
+            for start in range(offset, end, BYTES_AT_ONCE):
+                count = min(BYTES_AT_ONCE, end - start)
+                digest.update(os.pread(self._opened[file.file_name].fileno(), count, start))
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Closes the files; what is on disk stays, for a resumed job."""
-        for file_name, stream in self._streams.items():
-            with naming(self._folder / file_name):
-                stream.close()
+        for stream in self._opened.values():
+            stream.close()
 
     def finish(self) -> None:
         """Gives the files their names."""
@@ -204,3 +217,22 @@ class GgufFiles:
             if path.exists():
                 path.replace(self._folder / file.file_name)
         sync_folder(self._folder)
+
+
+@dataclass
+class _Written:
+    """What this rank has written of a tensor."""
+
+    num_bytes: int = 0
+    _hashed: int = 0
+    _digest: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, start: int, raw: memoryview) -> None:
+        if start == self._hashed == self.num_bytes:
+            self._digest.update(raw)
+            self._hashed += len(raw)
+        self.num_bytes += len(raw)
+
+    def counted(self, wanted: int) -> tuple[int, str]:
+        """How many bytes, and their hash where they are the whole tensor, in its order."""
+        return self.num_bytes, self._digest.hexdigest() if self._hashed == wanted else ""

@@ -19,6 +19,7 @@ from dsquant.errors import InputError
 from dsquant.files.disk import PARTIAL, naming, publish
 from dsquant.files.foreign import open_file, read_file
 from dsquant.formats.gguf.file import read_gguf
+from dsquant.formats.gguf.files import GgufTensor
 
 # An expert's own statistic counts against its layer's as this many tokens of the layer.
 PRIOR_TOKENS = 32
@@ -93,7 +94,7 @@ def write_imatrix(
 
 
 def stored_tensors(path: Path) -> dict[str, list[Any]]:
-    """What an imatrix file of the newer format holds.
+    """Lists the tensors of an imatrix file of the newer format.
 
     Args:
         path: the file.
@@ -120,7 +121,7 @@ def read_imatrix(path: Path) -> dict[str, TensorImportance]:
         path: the file.
 
     Returns:
-        GGUF tensor name -> importance. Sums of an older file are flat: M is 1 until `fitted` knows the tensor.
+        GGUF tensor name -> importance. Sums of an older file are flat: M is 1 until `fitting_imatrix` knows the tensor.
 
     Raises:
         InputError: where it is missing, damaged, or no imatrix.
@@ -186,21 +187,40 @@ def _read_legacy(raw: bytes) -> dict[str, TensorImportance]:
     return entries
 
 
-def fitted(path: Path, name: str, shape: tuple[int, ...], entry: TensorImportance) -> TensorImportance:
-    """Brings an entry into the shape of its tensor.
+def fitting_imatrix(path: Path, tensors: Mapping[str, GgufTensor]) -> tuple[dict[str, TensorImportance], list[str]]:
+    """Reads an importance matrix for a model.
 
     Args:
-        path: the file, for the message.
-        name: the tensor.
-        shape: its shape, columns last.
-        entry: as read.
+        path: the file.
+        tensors: the model's.
 
     Returns:
-        The entry with M = the tensor's matrices.
+        Tensor -> importance, and what to tell of them.
 
     Raises:
-        InputError: where it is of a tensor of another shape.
+        InputError: where the file is damaged or of another model.
     """
+    entries = read_imatrix(path)
+    unknown = [name for name in entries if name not in tensors]
+    if len(unknown) * 2 > len(entries):
+        raise InputError(
+            f"{path}: {len(unknown)} of its {len(entries)} tensors, such as {unknown[0]!r}, are not in this model; the "
+            "imatrix is of another one"
+        )
+    found = {
+        name: _fitted(path, name, tensors[name].shape, entry) for name, entry in entries.items() if name in tensors
+    }
+    quantized = [name for name, tensor in tensors.items() if len(tensor.shape) > 1 and tensor.type_name != "F32"]
+    covered = sum(name in found for name in quantized)
+    starved = sum(int((entry.counts_M == 0).sum()) for entry in found.values())
+    notes = [f"the imatrix covers {covered} of {len(quantized)} tensors; the others weigh all columns alike"]
+    if starved:
+        notes.append(f"{starved} experts' matrices have no token in the imatrix; they take their tensor's mean")
+    return found, notes
+
+
+def _fitted(path: Path, name: str, shape: tuple[int, ...], entry: TensorImportance) -> TensorImportance:
+    """Brings an entry into the shape of its tensor, columns last: M = the tensor's matrices."""
     matrices = shape[0] if len(shape) == 3 else 1
     if entry.sums_MI.numel() != matrices * shape[-1]:
         raise InputError(

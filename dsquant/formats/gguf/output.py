@@ -6,42 +6,34 @@ Shape legend: M matrices of a tensor, O out features, I in features, H heads, N 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import torch
 
-from dsquant.errors import InputError, UsageError
+from dsquant.errors import UsageError
 from dsquant.files.disk import PARTIAL
-from dsquant.formats.gguf.files import GgufTensor
-from dsquant.formats.gguf.imatrix import (
-    TensorImportance,
-    column_importance,
-    fitted,
-    read_imatrix,
-    stored_tensors,
-)
+from dsquant.formats.gguf.imatrix import TensorImportance, column_importance, fitting_imatrix, stored_tensors
 from dsquant.formats.gguf.layout import decode_rotary, encode, join_keys_and_values
 from dsquant.formats.gguf.ranges import range_look
-from dsquant.formats.gguf.store import decoded_rows, is_available, quantizer_name, stored_rows
-from dsquant.formats.gguf.target import ELEMENTS_AT_ONCE, IMATRIX_FILE, GgufModel, places_of, plan_model
-from dsquant.formats.gguf.types import BLOCKS, CANDIDATES, FLOAT_TYPES, MIXTURES, fitting_type, parse_overrides
+from dsquant.formats.gguf.store import decoded_rows, quantizer_name, stored_rows
+from dsquant.formats.gguf.target import IMATRIX_FILE, GgufModel, places_of, plan_model, storing_bytes
+from dsquant.formats.gguf.type_choice import type_choice
+from dsquant.formats.gguf.types import MIXTURES, parse_overrides
 from dsquant.formats.gguf.unit import OpenGguf
-from dsquant.formats.gguf.weights import GgufWeights
+from dsquant.formats.gguf.weights import open_gguf
 from dsquant.formats.protocol import (
     Contents,
     Format,
+    ScaledLinear,
     StoredFile,
     Surroundings,
     Target,
 )
 from dsquant.formats.scales import SCALES_FILE
 from dsquant.formats.wanted import Choice, Choosable, Wanted, Width
-from dsquant.model.families import family_of
-from dsquant.model.overlays import on_device
-from dsquant.model.skeleton import Skeleton, network_config
-from dsquant.model.structure import KEYS_SUFFIX, DecoderLayer
+from dsquant.model.skeleton import Skeleton
+from dsquant.model.structure import KEYS_SUFFIX
 from dsquant.recipes import format_size
 from dsquant.schemes import Grid
 from dsquant.source.checkpoint import Checkpoint
@@ -50,7 +42,6 @@ from dsquant.source.weights import Weights
 
 # What scales are searched on: 4 bits with scale and minimum for 32 weights, as Q4_K has.
 SCALES_GRID = Grid(4, 32, False, rounded=False)
-FLOAT32_BYTES = 4
 
 
 class Gguf(Format):
@@ -61,7 +52,6 @@ class Gguf(Format):
     has_types = True
     needs_texts = False
     encoded_by_package = True
-    takes_ranks = False
     decoder = ("gguf", "gguf.quants")
     placement = "split"
 
@@ -111,10 +101,9 @@ class Gguf(Format):
         )
         linears, notes = _scaled(wanted)
         notes = [*model.notes, *notes]
-        imatrix = None
         if recipe.imatrix:
-            imatrix, found = _fitting_imatrix(recipe.imatrix, model.tensors)
-            notes += found
+            imatrix, found = fitting_imatrix(recipe.imatrix, model.tensors)
+            model, notes = replace(model, imatrix=imatrix), [*notes, *found]
         return GgufTarget(
             name=f"gguf:{recipe.target_name or type_name}",
             folder=wanted.folder,
@@ -122,7 +111,6 @@ class Gguf(Format):
             linears=linears,
             notes=tuple(notes),
             model=model,
-            imatrix=imatrix,
             calibrated=bool(recipe.calibration),
             on_gpu=recipe.device == "cuda",
         )
@@ -158,31 +146,11 @@ def scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozen
     return linears, []
 
 
-def _fitting_imatrix(path: Path, tensors: Mapping[str, GgufTensor]) -> tuple[dict[str, TensorImportance], list[str]]:
-    entries = read_imatrix(path)
-    unknown = [name for name in entries if name not in tensors]
-    if len(unknown) * 2 > len(entries):
-        raise InputError(
-            f"{path}: {len(unknown)} of its {len(entries)} tensors, such as {unknown[0]!r}, are not in this model; the "
-            "imatrix is of another one"
-        )
-    found = {name: fitted(path, name, tensors[name].shape, entry) for name, entry in entries.items() if name in tensors}
-    quantized = [name for name, tensor in tensors.items() if len(tensor.shape) > 1 and tensor.type_name != "F32"]
-    covered = sum(name in found for name in quantized)
-    starved = sum(int((entry.counts_M == 0).sum()) for entry in found.values())
-    notes = [f"the imatrix covers {covered} of {len(quantized)} tensors; the others weigh all columns alike"]
-    if starved:
-        notes.append(f"{starved} experts' matrices have no token in the imatrix; they take their tensor's mean")
-    return found, notes
-
-
 @dataclass(frozen=True)
 class GgufTarget(Target):
     """One GGUF model to write."""
 
     model: GgufModel
-    imatrix: Mapping[str, TensorImportance] | None
-    """Importances from a file; None where there is none."""
     calibrated: bool
     """Whether importances are taken from calibration."""
     on_gpu: bool
@@ -203,7 +171,7 @@ class GgufTarget(Target):
     @property
     def storing_bytes(self) -> int:
         """Memory for the parts of a weight while it is stored, or for one that is stored whole."""
-        return 6 * FLOAT32_BYTES * max(ELEMENTS_AT_ONCE, self.model.largest_whole)
+        return storing_bytes(self.model.largest_whole)
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -249,7 +217,7 @@ class GgufTarget(Target):
         Raises:
             InputError: where an interrupted job's files are gone or not the planned ones.
         """
-        return OpenGguf(self.model, self.imatrix, surroundings.output / self.folder, surroundings, resumed)
+        return OpenGguf(self.model, surroundings.output / self.folder, surroundings, resumed)
 
     def finished_files(self, output: Path, units: Sequence[str], tensors: Collection[str]) -> Iterable[StoredFile]:
         """The files, with the tensors of finished units.
@@ -286,7 +254,7 @@ class GgufTarget(Target):
         return open_gguf(output / self.location, checkpoint)
 
     def contents(self, hashes: Mapping[str, str], output: Path) -> Contents:
-        """What lies in the files and in the importance matrix.
+        """Lists what lies in the files and in the importance matrix.
 
         Args:
             hashes: tensor -> SHA-256.
@@ -306,7 +274,7 @@ class GgufTarget(Target):
         return {name: {"tensors": held} for name, held in found.items()}
 
     def recorded(self, errors: Mapping[str, float]) -> dict[str, Any]:
-        """What the record tells of it.
+        """Gives what the record tells of it.
 
         Args:
             errors: parameter -> the relative error of its stored rows.
@@ -333,59 +301,27 @@ class GgufTarget(Target):
         Raises:
             UsageError: where there is nothing to choose for.
         """
-        recipe, tensors, checkpoint = wanted.recipe, self.model.tensors, wanted.checkpoint
-        filled = {
-            layer.index: _filled(checkpoint, layer) for layer in wanted.skeleton.layers[: wanted.skeleton.num_layers]
-        }
-        groups = tuple(
-            Choosable(name, layer, linears, {one: replace(tensors[name], type_name=one).num_bytes for one in types})
-            for layer, found in filled.items()
-            for name, linears in found.items()
-            if len(types := _candidates(recipe.tensor_types, tensors[name])) > 1
-        )
-        if not groups:
-            raise UsageError(f"{recipe.target}: --tensor-type leaves no tensor to choose a type for")
-        names = {group.name for group in groups}
-        decoder = {name for found in filled.values() for name in found}
-        everything = sorted({chosen for group in groups for chosen in group.num_bytes}, key=_bits_and_name)
-        return Choice(
-            groups,
-            elements=sum(prod(tensors[name].shape) for name in decoder),
-            other_bytes=sum(tensor.num_bytes for name, tensor in tensors.items() if name not in names),
-            fixed_bytes=sum(tensors[name].num_bytes for name in decoder - names),
-            words=f"one of {', '.join(everything)} for each of {len(groups)} tensors",
-            widths=tuple(everything),
-        )
+        return type_choice(self.model.tensors, wanted)
 
-    def as_stored(
-        self,
-        checkpoint: Checkpoint,
-        group: Choosable,
-        width: Width,
-        linear: str,
-        weight_OI: torch.Tensor,
-        importance: Mapping[str, tuple[torch.Tensor, int]],
-    ) -> torch.Tensor:
-        """A linear's weight once one of the tensors that it fills is stored in a type.
+    def as_stored(self, checkpoint: Checkpoint, group: Choosable, width: Width, linear: ScaledLinear) -> torch.Tensor:
+        """Stores a linear's weight in one of the tensors that it fills and reads it back.
 
         Args:
             checkpoint: the source.
             group: the tensor.
             width: the type.
             linear: the linear.
-            weight_OI: its weight under the scales, float32 [O, I].
-            importance: linear, with `KEYS_SUFFIX` for kv_b_proj's keys -> sums of squared inputs, float32 [I], of keys
-                [H, N]; and the tokens behind them.
 
         Returns:
             float32 [O, I], what is in no such tensor unchanged.
         """
-        parameter, config = f"{linear}.weight", self.model.config
+        parameter, config, weight_OI = f"{linear.name}.weight", self.model.config, linear.weight_OI
         placement = next(place for place in places_of(checkpoint, parameter) if place.tensor == group.name)
         matrices = encode(weight_OI, parameter, placement.transform, config)
         if matrices.dim() == 2:
             matrices = matrices.unsqueeze(0)
-        squares, count = importance[linear + KEYS_SUFFIX if placement.transform == "keys" else linear]
+        known = linear.name + (KEYS_SUFFIX if placement.transform == "keys" else "")
+        squares, count = linear.importance[known]
         sums_MI = squares.cpu().expand(len(matrices), -1)
         columns_MI = column_importance(TensorImportance(sums_MI, torch.full((len(matrices),), float(count))))
         rounded = torch.stack(
@@ -399,40 +335,3 @@ class GgufTarget(Target):
         if placement.transform == "values":
             return join_keys_and_values(encode(weight_OI, parameter, "keys", config), rounded)
         return decode_rotary(rounded[0], parameter, config) if placement.transform == "rotary" else rounded[0]
-
-
-def _bits_and_name(type_name: str) -> tuple[float, str]:
-    weights, size = BLOCKS[type_name]
-    return 8 * size / weights, type_name
-
-
-def _filled(checkpoint: Checkpoint, layer: DecoderLayer) -> dict[str, tuple[str, ...]]:
-    """GGUF tensor -> the layer's linears that fill it."""
-    found: dict[str, tuple[str, ...]] = {}
-    for linear in layer.linears:
-        for placement in places_of(checkpoint, f"{linear}.weight"):
-            found[placement.tensor] = (*found.get(placement.tensor, ()), linear)
-    return found
-
-
-def _candidates(overrides: Sequence[str], tensor: GgufTensor) -> tuple[str, ...]:
-    """The types that a tensor may get; none where an override says it."""
-    if any(pattern.search(tensor.name) for pattern, _ in parse_overrides(overrides)):
-        return ()
-    types = dict.fromkeys(fitting_type(wanted, tensor.shape[-1]) for wanted in CANDIDATES)
-    return tuple(name for name in types if name not in FLOAT_TYPES and is_available(name))
-
-
-def open_gguf(file: Path, original: Checkpoint) -> Weights:
-    """Opens a GGUF file's weights under the names of the checkpoint that it was made from.
-
-    Args:
-        file: the file, or the first of a split one.
-        original: the checkpoint.
-
-    Returns:
-        The weights, decoded on access, on the checkpoint's device.
-    """
-    shapes = {name: original.weights.shape(name) for name in original.weights}
-    network = network_config(family_of(original.folder, original.config), original.config)
-    return on_device(GgufWeights(file, shapes, {**original.config, **network}), original.weights.device)

@@ -53,7 +53,7 @@ def check_quantizer(type_names: Collection[str], on_gpu: bool) -> str | None:
 
 
 def is_available(type_name: str) -> bool:
-    """Whether something installed can quantize to a type."""
+    """Tells whether something installed can quantize to a type."""
     return ggml.library() is not None or type_name in k_quants.ROW_BLOCKS or type_name in _BY_GGUF_PY
 
 

@@ -12,6 +12,7 @@ from dsquant.errors import InputError
 from dsquant.escaping import counted
 from dsquant.files.foreign import blaming
 from dsquant.formats.gguf.files import GgufFile, GgufTensor, plan_files
+from dsquant.formats.gguf.imatrix import TensorImportance
 from dsquant.formats.gguf.layout import Placement, placements, stored_shape
 from dsquant.formats.gguf.loader import loading_problem
 from dsquant.formats.gguf.metadata import add_model_keys, add_tokenizer_keys
@@ -26,6 +27,7 @@ IMATRIX_FILE = "imatrix.gguf"
 ROPE_FACTORS = "rope_freqs.weight"
 EMBEDDING = "model.embed_tokens.weight"
 QUANTIZATION_VERSION = 2
+FLOAT32_BYTES = 4
 # Weights that are in memory together while a matrix is stored.
 ELEMENTS_AT_ONCE = 2**24
 # A parameter's error is measured on this many rows, evenly spaced: gguf-py decodes slowly.
@@ -46,6 +48,8 @@ class GgufModel:
     """What a user should know, in words."""
     largest_whole: int
     """Weights of the largest parameter that is not stored in parts."""
+    imatrix: Mapping[str, TensorImportance] | None = None
+    """Importances from a file."""
 
     @property
     def num_bytes(self) -> int:
@@ -186,7 +190,7 @@ def loadable_shapes(checkpoint: Checkpoint, parameters: Sequence[str]) -> dict[s
 
 
 def places_of(checkpoint: Checkpoint, parameter: str) -> tuple[Placement, ...]:
-    """Where a parameter goes; nowhere for a head that is the embedding too.
+    """Finds where a parameter goes; nowhere for a head that is the embedding too.
 
     Args:
         checkpoint: the source.
@@ -211,6 +215,11 @@ def places_of(checkpoint: Checkpoint, parameter: str) -> tuple[Placement, ...]:
 def error_step(shape: tuple[int, ...], placement: Placement) -> int:
     """Every how many rows of a parameter its error is measured; 1 where the file has them in another order."""
     return max(1, -(-shape[0] // ERROR_ROWS)) if placement.transform == "same" and len(shape) > 1 else 1
+
+
+def storing_bytes(largest_whole: int) -> int:
+    """Memory for the parts of a weight while it is stored, or for one of so many weights that is stored whole."""
+    return 6 * FLOAT32_BYTES * max(ELEMENTS_AT_ONCE, largest_whole)
 
 
 def largest_whole(checkpoint: Checkpoint, parameters: Sequence[str]) -> int:

@@ -25,25 +25,16 @@ from dsquant.formats.gguf.types import row_bytes
 from dsquant.formats.protocol import OpenTarget, Surroundings, UnitWriter
 from dsquant.model.structure import KEYS_SUFFIX
 from dsquant.schemes import QuantizedWeight
-from dsquant.source.checkpoint import Checkpoint
 
 
 class OpenGguf(OpenTarget):
     """Files that are being filled."""
 
-    def __init__(
-        self,
-        model: GgufModel,
-        imatrix: Mapping[str, TensorImportance] | None,
-        folder: Path,
-        surroundings: Surroundings,
-        resumed: bool,
-    ) -> None:
+    def __init__(self, model: GgufModel, folder: Path, surroundings: Surroundings, resumed: bool) -> None:
         """Opens the files.
 
         Args:
             model: the plan.
-            imatrix: importances from a file.
             folder: where the files lie.
             surroundings: of the job.
             resumed: whether finished units are there already.
@@ -51,9 +42,8 @@ class OpenGguf(OpenTarget):
         Raises:
             InputError: where an interrupted job's files are gone or not the planned ones.
         """
-        self._model, self._imatrix, self._surroundings, self._folder = model, imatrix, surroundings, folder
-        folder.mkdir(exist_ok=True)
-        self._files = GgufFiles(folder, model.files, resumed)
+        self._model, self._surroundings, self._folder = model, surroundings, folder
+        self._files = GgufFiles(folder, model.files, resumed, surroundings.ranks)
 
     def unit(self, name: str, parameters: tuple[str, ...]) -> "GgufUnitWriter":
         """Begins a unit.
@@ -65,7 +55,7 @@ class OpenGguf(OpenTarget):
         Returns:
             Its writer.
         """
-        return GgufUnitWriter(self._surroundings.checkpoint, self._model, self._files, parameters, self._imatrix)
+        return GgufUnitWriter(self._surroundings, self._model, self._files, parameters)
 
     def finish(self, kept: Iterable[Mapping[str, torch.Tensor]], calibration: Mapping[str, Any] | None) -> None:
         """Gives the files their names and writes the calibration's importances, as `llama-quantize` accepts them.
@@ -93,25 +83,19 @@ class GgufUnitWriter(UnitWriter):
     """Writes one unit's parameters into a target's files."""
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        model: GgufModel,
-        files: GgufFiles,
-        parameters: tuple[str, ...],
-        imatrix: Mapping[str, TensorImportance] | None,
+        self, surroundings: Surroundings, model: GgufModel, files: GgufFiles, parameters: tuple[str, ...]
     ) -> None:
         """Begins a unit.
 
         Args:
-            checkpoint: the source.
+            surroundings: of the job.
             model: the plan.
             files: open.
             parameters: the unit's.
-            imatrix: importances from a file.
         """
         super().__init__()
-        self._checkpoint, self._model, self._files = checkpoint, model, files
-        self._parameters, self._imatrix = parameters, imatrix
+        self._checkpoint, self._ranks = surroundings.checkpoint, surroundings.ranks
+        self._model, self._files, self._parameters = model, files, parameters
         self._observed: dict[str, TensorImportance] = {}
         self._losses: dict[str, tuple[float, float]] = {}
         """Parameter -> squared error and squared norm of the rows that were measured."""
@@ -202,8 +186,8 @@ class GgufUnitWriter(UnitWriter):
     def _importance(self, name: str, placement: Placement, matrix: int) -> torch.Tensor | None:
         """float32 [I] of one matrix of a tensor; None where nothing is known of it."""
         number = matrix if placement.expert is None else placement.expert
-        if self._imatrix is not None and name in self._imatrix:
-            return column_importance(self._imatrix[name])[number]
+        if self._model.imatrix is not None and name in self._model.imatrix:
+            return column_importance(self._model.imatrix[name])[number]
         entry = self._observed.get(name)
         if entry is None:
             return None
@@ -213,14 +197,31 @@ class GgufUnitWriter(UnitWriter):
         return column_importance(TensorImportance(entry.sums_MI[rows], entry.counts_M[rows]))[0]
 
     def copy_rest(self, safe_point: Callable[[str], None]) -> None:
-        """Stores the unit's parameters that have not been written."""
+        """Stores the unit's parameters that no rank has written, each rank its share."""
+        ranks = self._ranks
         factors = rope_factors(self._model.config) if EMBEDDING in self._parameters else None
-        if factors is not None:
+        if factors is not None and ranks.first:
             self._files.write(ROPE_FACTORS, 0, factors.view(torch.uint8))
-        for parameter in sorted(self._parameters, key=self._place):
-            if parameter not in self._written:
-                safe_point(parameter)
-                self.write(parameter)
+        self._share_importances()
+        written = set[str]().union(*ranks.gather(self._written))
+        rest = sorted((name for name in self._parameters if name not in written), key=self._place)
+        for parameter in rest[ranks.rank :: ranks.size]:
+            safe_point(parameter)
+            self.write(parameter)
+        losses = {name: loss for part in ranks.gather(self._losses) for name, loss in part.items()}
+        self._losses = {name: losses[name] for name in self._parameters if name in losses}
+
+    def _share_importances(self) -> None:
+        """Lets every rank have what all have noted: each matrix is noted by one of them, elsewhere it is zero."""
+        observed: dict[str, TensorImportance] = {}
+        for part in self._ranks.gather(self._observed):
+            for name, entry in part.items():
+                sums = observed.get(name)
+                observed[name] = TensorImportance(
+                    entry.sums_MI if sums is None else entry.sums_MI + sums.sums_MI,
+                    entry.counts_M if sums is None else entry.counts_M + sums.counts_M,
+                )
+        self._observed = observed
 
     def _place(self, parameter: str) -> tuple[str, int]:
         """Where it goes first: tensors grow expert by expert, whatever the order of the names."""

@@ -20,7 +20,10 @@ from dsquant.formats.gguf.layout import (
     stored_shape,
 )
 from dsquant.kernels.activation_rounding import Rounding, rounding_of_type
-from dsquant.model.families import FAMILIES
+from dsquant.model.families import FAMILIES, family_of
+from dsquant.model.overlays import on_device
+from dsquant.model.skeleton import network_config
+from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.weights import Weights
 
 # Pages of a file that may stay mapped: many times a tensor's, little beside what evaluation needs.
@@ -161,3 +164,18 @@ def gguf_parts(path: Path) -> list[Path]:
         return [path]
     count = int(match[3])
     return [path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+
+
+def open_gguf(file: Path, original: Checkpoint) -> Weights:
+    """Opens a GGUF file's weights under the names of the checkpoint that it was made from.
+
+    Args:
+        file: the file, or the first of a split one.
+        original: the checkpoint.
+
+    Returns:
+        The weights, decoded on access, on the checkpoint's device.
+    """
+    shapes = {name: original.weights.shape(name) for name in original.weights}
+    network = network_config(family_of(original.folder, original.config), original.config)
+    return on_device(GgufWeights(file, shapes, {**original.config, **network}), original.weights.device)

@@ -1,0 +1,118 @@
+"""A running job, as every stage sees it: its recipe, source and folder, where hidden states lie, and whom it tells."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsquant.formats.protocol import OpenTarget
+from dsquant.jobs.folder import Job
+from dsquant.jobs.ranks import ALONE, Ranks, Shares
+from dsquant.model.activations import Activations, stored_dtype
+from dsquant.model.streaming import samples_together
+from dsquant.pipeline.inputs import Source
+from dsquant.recipes import Recipe
+from dsquant.reporting.progress import Progress, Report, Stage
+
+
+@dataclass
+class Run:
+    """What a running job needs everywhere."""
+
+    recipe: Recipe
+    source: Source
+    job: Job
+    report: Report
+    check: Callable[[], None]
+    """Raises where the job has to stop here."""
+    opened: Sequence[OpenTarget] = ()
+    """Of each of the plan's targets, open once every tensor has its width."""
+    ranks: Ranks = ALONE
+    """Who does the job."""
+    bytes_written: int = 0
+    tokens_done: int = 0
+
+    def safe_point(self, stage: Stage, done: int, total: int, what: str) -> None:
+        """Tells where the job is, and stops it if it must."""
+        self.check()
+        self.tell(stage, done, total, what)
+
+    def tell(self, stage: Stage, done: int, total: int, what: str, layer: dict[str, Any] | None = None) -> None:
+        """Tells where the job is, and what came of a finished layer."""
+        counts = (self.source.checkpoint.index.bytes_read, self.bytes_written, self.tokens_done)
+        self.report(Progress(stage, done, total, what, *counts, layer=layer))
+
+    @property
+    def batch_samples(self) -> int:
+        """Samples that pass attention together."""
+        return samples_together(self.recipe.seq_len)
+
+    def hidden_path(self, layer: int) -> Path:
+        """The file of a layer's inputs, float32; bfloat16 where a GPU makes them."""
+        return self.job.work / f"hidden-{layer}.f32"
+
+    def quantized_path(self, layer: int) -> Path:
+        """The file of what a layer gets in the quantized model."""
+        return self.job.work / f"hidden-{layer}-quantized.f32"
+
+    def kept_paths(self, layer: int) -> list[Path]:
+        """The files that a layer reads."""
+        own = [self.hidden_path(layer)]
+        return [*own, self.quantized_path(layer)] if self.follows_quantized else own
+
+    @property
+    def follows_quantized(self) -> bool:
+        """Whether linears are rounded for the inputs that the quantized model gives them."""
+        return "follow" in self.recipe.steps
+
+    @property
+    def mtp_path(self) -> Path:
+        """The file of a multi-token-prediction layer's inputs."""
+        return self.job.work / "mtp.f32"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the job computes."""
+        return self.source.checkpoint.weights.device
+
+    def activations(self, path: Path) -> Activations:
+        """The activations in a file of the work folder."""
+        return Activations.in_file(path, self._hidden_shape, self.device)
+
+    def mlp_inputs(self, layer: int, path: Path) -> Activations:
+        """Opens what a layer's MLPs read: on the GPU where the plan has room for it there, else in a file."""
+        if layer not in self.source.plan.needs.gpu_resident:
+            return self.activations(path)
+        return Activations(torch.zeros(self._hidden_shape, dtype=stored_dtype(self.device), device=self.device))
+
+    def outputs(self, layer: int, path: Path) -> Activations:
+        """Opens what a layer's outputs are summed in, float32, until `keep` lays them into the file that is named."""
+        if layer in self.source.plan.needs.gpu_resident:
+            (first, end), (_, *shape) = self.own_samples, self._hidden_shape
+            return Activations(torch.zeros(end - first, *shape, device=self.device), first_sample=first)
+        return Activations.in_file(self.sums_path(path), self._hidden_shape, self.device, torch.float32)
+
+    def sums_path(self, path: Path) -> Path:
+        """The file in which outputs are summed that another keeps: the same where that keeps float32."""
+        return path if stored_dtype(self.device) == torch.float32 else path.with_suffix(".sums.f32")
+
+    def keep(self, outputs: Activations, path: Path) -> None:
+        """Brings this rank's samples of what a layer's outputs were summed in to disk."""
+        if outputs.path == path:
+            outputs.flush()
+        else:
+            outputs.save(path, self.own_samples)
+
+    @property
+    def own_samples(self) -> tuple[int, int]:
+        """This rank's samples in a layer's dense part: the first, and the one behind the last."""
+        shares = Shares(self._hidden_shape[0], self.batch_samples, self.ranks.size)
+        return shares.samples(self.ranks.rank)
+
+    @property
+    def _hidden_shape(self) -> tuple[int, int, int]:
+        assert self.source.tokens_NT is not None
+        samples, tokens = self.source.tokens_NT.shape
+        return samples, tokens, int(self.source.skeleton.config["hidden_size"])
