@@ -206,7 +206,9 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
 
 def _documentation(name: str, field: FieldInfo) -> str:
     default = spelling_of(field).default
-    text = f"{name}: {field.description}" + (f" Default: {default}." if default else "")
+    words = field.description or ""
+    words = words if words[1:2].isupper() else words[:1].lower() + words[1:]  # but for GPUs, YAML
+    text = f"{name}: {words}" + (f" Default: {default}." if default else "")
     return textwrap.fill(text, 112, initial_indent=" " * 8, subsequent_indent=" " * 12) + "\n"
 
 

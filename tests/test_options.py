@@ -74,7 +74,7 @@ def test_a_new_field_is_an_option_an_argument_and_a_key_without_another_line() -
     assert "[default: 3; 1<=x<=9]" in invoke(command, ["--help"]).output
     assert invoke(command, ["--rounds", "5"]).output == "5\n" and invoke(command, ["--rounds", "10"]).exit_code == 2
     assert str(inspect.signature(function).parameters["rounds"]) == "rounds: int = 3"
-    assert "rounds: Rounds of the search." in (function.__doc__ or "")
+    assert "rounds: rounds of the search." in (function.__doc__ or "")
     assert MoreStep.checked(name="a", output="b", rounds=4).rounds == 4
 
 
