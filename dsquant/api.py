@@ -82,7 +82,7 @@ def evaluate(reference: str | Path, *candidates: str | Path, progress: bool = Tr
 
     Args:
         reference: the original: a folder, a hub id, `tiny-r1`, or a GGUF file.
-        *candidates: the same, of the same model: FP8, BF16, AWQ, compressed-tensors or GGUF.
+        *candidates: the same, of the same model, as FP8 or BF16, or in any format of dsquant.
         progress: whether to show a progress bar.
         **options: those of `dsquant eval`.
 

@@ -105,8 +105,7 @@ class Quantization(Target):
 
     to: Annotated[Texts, Spelling(metavar="FORMAT", default="awq")] = Field(
         default=("awq",),
-        description="awq, compressed-tensors, or gguf:TYPE with AWQ's scales folded in; may be repeated, for one "
-        "calibration and several outputs.",
+        description="Format of the output; may be repeated, for one calibration and several outputs.",
     )
     bits: Literal[3, 4, 8] = Field(
         default=4, description="Bits of a weight; with a target, those that scales are searched for."

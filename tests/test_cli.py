@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import dsquant
 from dsquant.cli import main
 from dsquant.errors import UsageError
+from dsquant.formats.table import FORMATS
 from dsquant.options import parse_size
 from dsquant.recipes import Recipe, format_size
 
@@ -38,6 +39,12 @@ def test_every_command_has_help_and_stands_in_the_readme(command: str) -> None:
     code, _ = invoke(command, "--help")
     assert code == 0 and main.commands[command].help
     assert f"dsquant {command}" in README
+
+
+def test_the_help_of_awq_lists_every_format() -> None:
+    code, output = invoke("awq", "--help")
+    listed = output.partition("Formats:")[2]
+    assert code == 0 and all(name in listed and known.help for name, known in FORMATS.items())
 
 
 def test_options_in_the_readme_exist() -> None:

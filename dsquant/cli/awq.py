@@ -25,7 +25,18 @@ def _models() -> "tuple[type[BaseModel], ...]":
     return AwqOptions, Again, Metrics
 
 
-@click.command(cls=FieldsCommand, models=_models)
+class _AwqCommand(FieldsCommand):
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the formats: to know them takes an import of torch, which no other help waits for."""
+        from dsquant.formats.table import FORMATS
+
+        with formatter.section("Formats"):
+            formatter.write_dl(
+                [(f"{name}:TYPE" if known.has_types else name, known.help) for name, known in FORMATS.items()]
+            )
+
+
+@click.command(cls=_AwqCommand, models=_models)
 @model_argument
 @dry_run_option
 @json_option

@@ -26,7 +26,7 @@ def _models() -> "tuple[type[BaseModel], ...]":
 def evaluate(as_json: bool, **options: Any) -> None:
     """Measures what each CANDIDATE costs against REFERENCE: perplexity, KL divergence, routing, weights, code.
 
-    Both are a folder, a hub id, tiny-r1, or a GGUF file: FP8, BF16, AWQ, compressed-tensors or GGUF of one model.
+    Both are a folder, a hub id, tiny-r1, or a GGUF file: one model as FP8 or BF16, or in any format of dsquant.
     With --gates the exit code is 4 where a gate failed, and 5 where none failed but more samples are needed.
 
     \b

@@ -169,7 +169,7 @@ class Candidate:
     path: str
     """As the caller gave it."""
     format: str
-    """FP8, BF16, AWQ, compressed-tensors or GGUF with its parameters, such as `GGUF Q4_K_M`."""
+    """Such as FP8, `AWQ 4 bits, groups of 128` or `GGUF Q4_K_M`."""
     size_bytes: int
     """Data of all its tensors, without the files' headers."""
     bits_per_weight: float
