@@ -34,6 +34,11 @@ def command(model: Path, text: Path, output: Path, *more: str, program: tuple[st
 
 
 def start(size: int, *what: Any, program: tuple[str, ...] = DSQUANT) -> list[subprocess.Popen[str]]:
+    """Starts ranks of `awq` as a launcher does."""
+    return launched(size, command(*what, program=program))
+
+
+def launched(size: int, line: list[str]) -> list[subprocess.Popen[str]]:
     """Starts ranks as a launcher does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -41,7 +46,7 @@ def start(size: int, *what: Any, program: tuple[str, ...] = DSQUANT) -> list[sub
     shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         subprocess.Popen(
-            command(*what, program=program),
+            line,
             env=os.environ | {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
@@ -91,6 +96,16 @@ def test_two_ranks_write_the_bytes_of_one_in_both_formats(model: Path, text_file
 def test_two_ranks_write_the_gguf_of_one(model: Path, text_file: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     subprocess.run(command(model, text_file, tmp_path / "one", *more), check=True, capture_output=True)
     finish(start(2, model, text_file, tmp_path / "two", *more))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_two_ranks_convert_to_gguf_without_calibration(model: Path, tmp_path: Path) -> None:
+    def convert(output: Path) -> list[str]:
+        options = ["--type", "Q8_0", "--calibration", "none", "--mtp", "keep", "--no-evaluate", "--json"]
+        return [sys.executable, *DSQUANT, "gguf", str(model), "--output", str(output), *options]
+
+    subprocess.run(convert(tmp_path / "one"), check=True, capture_output=True)
+    finish(launched(2, convert(tmp_path / "two")))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 

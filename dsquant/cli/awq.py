@@ -7,15 +7,16 @@ import click
 from click.core import ParameterSource
 
 from dsquant.cli.fields import FieldsCommand
-from dsquant.cli.job import check_again, dry_run_option, show_plan, show_result
-from dsquant.cli.process import dsquant_command, json_option, model_argument, reporting
-from dsquant.errors import UsageError
-from dsquant.jobs.launcher import several_ranks
+from dsquant.cli.job import check_again, check_one_process, dry_run_option, run_and_show, show_plan
+from dsquant.cli.process import dsquant_command, json_option, model_argument
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from dsquant.jobs.ranks import Ranks
+    from dsquant.pipeline.result import Result
     from dsquant.recipes import Recipe
+    from dsquant.reporting.progress import Report
 
 
 def _models() -> "tuple[type[BaseModel], ...]":
@@ -57,25 +58,22 @@ def awq(dry_run: bool, as_json: bool, scales_from: Path | None, **options: Any) 
     if scales_from is not None:
         _check_alone()
     recipe = _recipe(options)
-    if several_ranks() and (dry_run or scales_from is not None):
-        option = "--scales-from" if scales_from is not None else "--dry-run"
-        raise UsageError(f"{option} runs in one process; start it without a launcher")
+    if scales_from is not None:
+        check_one_process("--scales-from")
     if dry_run:
         show_plan(recipe, again, as_json)
         return
-    from dsquant.jobs.ranks import joined
 
-    with joined() as ranks, reporting(not as_json, metrics, ranks.first) as report:
+    def run(report: "Report", ranks: "Ranks") -> "Result":
         if scales_from is None:
             from dsquant.pipeline.job import run_job
 
-            result = run_job(recipe, again.resume, again.restart, report, ranks)
-        else:
-            from dsquant.incremental.release import full_run
+            return run_job(recipe, again.resume, again.restart, report, ranks)
+        from dsquant.incremental.release import full_run
 
-            result = full_run(recipe.model, scales_from, recipe.output, again.resume, again.restart, report)
-    if ranks.first:
-        show_result(result, as_json)
+        return full_run(recipe.model, scales_from, recipe.output, again.resume, again.restart, report)
+
+    run_and_show(run, metrics, as_json)
 
 
 def _check_alone() -> None:

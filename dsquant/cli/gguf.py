@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsquant.cli.fields import FieldsCommand
-from dsquant.cli.job import check_again, dry_run_option, show_plan, show_result
-from dsquant.cli.process import dsquant_command, json_option, model_argument, reporting
+from dsquant.cli.job import check_again, dry_run_option, run_and_show, show_plan
+from dsquant.cli.process import dsquant_command, json_option, model_argument
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -39,9 +39,7 @@ def gguf(dry_run: bool, as_json: bool, **options: Any) -> None:
         return
     from dsquant.pipeline.job import run_job
 
-    with reporting(not as_json, metrics) as report:
-        result = run_job(recipe, again.resume, again.restart, report)
-    show_result(result, as_json)
+    run_and_show(lambda report, ranks: run_job(recipe, again.resume, again.restart, report, ranks), metrics, as_json)
 
 
 def _recipe(options: dict[str, Any]) -> "Recipe":

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # few large tensors once needed.
 MALLOC_MMAP_THRESHOLD = 2**20
 # What a launcher (torchrun, accelerate) may start as several processes; the others would all do the same.
-SHARED_COMMANDS = ("awq",)
+SHARED_COMMANDS = ("awq", "gguf")
 
 
 def dsquant_command(function: Callable[..., None]) -> Callable[..., None]:
@@ -36,7 +36,7 @@ def dsquant_command(function: Callable[..., None]) -> Callable[..., None]:
             _prepare_process()
             if launched().size > 1 and function.__name__ not in SHARED_COMMANDS:
                 raise UsageError(
-                    f"{function.__name__} runs in one process; of all commands only `dsquant awq` shares its work"
+                    f"{function.__name__} runs in one process; only {' and '.join(SHARED_COMMANDS)} share their work"
                 )
             _check_texts(options)
             function(*arguments, **options)
