@@ -47,6 +47,11 @@ def test_the_help_of_awq_lists_every_format() -> None:
     assert code == 0 and all(name in listed and known.help for name, known in FORMATS.items())
 
 
+def test_zero_points_are_the_formats_choice_where_no_option_says_so() -> None:
+    for given, wanted in (((), None), (("--symmetric",), True), (("--asymmetric",), False)):
+        assert main.commands["awq"].make_context("awq", ["tiny-r1", *given]).params["symmetric"] is wanted
+
+
 def test_options_in_the_readme_exist() -> None:
     parameters = [item for one in main.commands.values() for item in one.get_params(click.Context(one))]
     known = {option for parameter in parameters for option in parameter.opts}

@@ -90,7 +90,7 @@ def _is_text(field: "FieldInfo") -> bool:
 def _settings(field: "FieldInfo", value_type: Any) -> dict[str, Any]:
     """Finds click's settings for a type. A tuple of names is one text with commas, one of texts may be repeated."""
     if value_type is bool:
-        return {"is_flag": True}
+        return {"is_flag": True, **({"default": None} if field.default is None else {})}
     if get_origin(value_type) is Literal:
         return {"type": click.Choice(get_args(value_type))}
     if get_origin(value_type) is tuple:
