@@ -142,11 +142,17 @@ def test_a_delta_writes_the_changed_experts_into_their_stacks(pico: Path, output
     assert dsquant.verify(tmp_path / "delta", everything=True, progress=False).ok
 
 
-def test_two_ranks_write_the_stacks_of_one(pico: Path, text_file: Path, tmp_path: Path) -> None:
-    more = ("--to", "mlx", "--preset", "quality")
+def test_two_ranks_write_the_stacks_of_one_beside_a_format_that_quantizes_more(
+    pico: Path, text_file: Path, tmp_path: Path
+) -> None:
+    formats = ("--to", "mlx", "--to", "compressed-tensors", "--mtp", "drop")
+    more = (*formats, "--preset", "compact", "--steps", "scales")
     subprocess.run(command(pico, text_file, tmp_path / "one", *more), check=True, capture_output=True)
     finish(start(2, pico, text_file, tmp_path / "two", *more))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    keys_and_values = "model.layers.1.self_attn.kv_b_proj.weight"
+    assert keys_and_values in read_index(tmp_path / "one" / "mlx")
+    assert f"{keys_and_values}_packed" in read_index(tmp_path / "one" / "compressed-tensors")
 
 
 def test_chosen_widths_stand_under_the_names_of_modules(text_file: Path, tmp_path: Path) -> None:
@@ -166,7 +172,6 @@ def test_chosen_widths_stand_under_the_names_of_modules(text_file: Path, tmp_pat
     ("options", "message"),
     [
         ({"to": "mlx", "symmetric": False}, "symmetric grids alone"),
-        ({"to": ["compressed-tensors", "mlx"], "mtp": "drop"}, "kv_b_proj unquantized"),
         ({"to": ["awq", "mlx"]}, "--mtp drop"),
     ],
 )

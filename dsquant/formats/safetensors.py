@@ -167,9 +167,10 @@ class SafetensorsFormat(Format):
         symmetric = recipe.symmetric
         if symmetric is None:
             symmetric = bool(self.default_symmetric(wanted.mixture))
-        own = wanted.name if wanted.chosen and len(recipe.to) > 1 else ""
-        grid = Grid(recipe.bits, recipe.group_size, symmetric, output=own)
         linears = self.quantizable(wanted)
+        differs = wanted.chosen or linears != wanted.linears
+        own = wanted.name if differs and len(recipe.to) > 1 else ""
+        grid = Grid(recipe.bits, recipe.group_size, symmetric, output=own)
         groups = _groups(wanted.layers, linears) if wanted.chosen else {}
         widths = {linear: int(wanted.chosen[name]) for name, inside in groups.items() for linear in inside}
         linears = linears.difference(linear for linear, width in widths.items() if width == UNQUANTIZED)

@@ -121,7 +121,7 @@ def plan_run(
     by_grid: dict[Grid, frozenset[str]] = {}
     for target in targets:
         by_grid[target.grid] = by_grid.get(target.grid, frozenset()) | target.linears
-    _check_together(recipe, targets, by_grid, skeleton)
+    _check_mtp(recipe, skeleton)
     _check_steps(recipe, targets, by_grid, skeleton)
     mixed = {}
     if recipe.target is not None:
@@ -158,22 +158,14 @@ def _check_choosing(recipe: Recipe) -> None:
         raise UsageError(f"{option}: no widths are chosen with {FOLLOW}; {WITHOUT_FOLLOW}")
 
 
-def _check_together(
-    recipe: Recipe, targets: tuple[Target, ...], by_grid: Mapping[Grid, frozenset[str]], skeleton: Skeleton
-) -> None:
-    """Refuses formats that cannot be made in one run."""
-    for target in targets:
-        if recipe.mtp != "drop" and skeleton.num_mtp_layers and not format_of(target.name).keeps_mtp:
-            raise UsageError(
-                f"--to {target.name}: its engines take no multi-token-prediction layer; add --mtp drop, or make it in "
-                "its own run"
-            )
-        left = sorted(by_grid.get(target.grid, frozenset()) - target.linears)
-        if left:
-            raise UsageError(
-                f"--to {target.name}: its engines take {left[0]} unquantized, which another of {', '.join(recipe.to)} "
-                "quantizes; take --preset quality, or make each in its own run"
-            )
+def _check_mtp(recipe: Recipe, skeleton: Skeleton) -> None:
+    """Refuses to leave multi-token-prediction layers out of one of several outputs."""
+    leaving = next((name for name in recipe.to if not format_of(name).keeps_mtp), None)
+    if leaving and recipe.mtp != "drop" and skeleton.num_mtp_layers:
+        raise UsageError(
+            f"--to {leaving}: its engines take no multi-token-prediction layer; add --mtp drop, or make it in its own "
+            "run"
+        )
 
 
 def _check_steps(

@@ -33,7 +33,7 @@ class Grid(Scheme):
     rounded: bool = True
     """False: scales are searched for this grid, but weights go on unrounded, to a format that rounds itself."""
     output: str = ""
-    """Keeps apart outputs on one grid whose linears have widths of their own."""
+    """Keeps apart outputs on one grid that quantize other linears, or to other widths."""
 
     def with_bits(self, bits: int) -> "Grid":
         """The same grid with codes of other bits."""
