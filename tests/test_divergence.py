@@ -8,7 +8,7 @@ from checkpoints import full_model
 
 from dsquant.calibration.texts import held_out_tokens, load_tokenizer
 from dsquant.evaluation.divergence import ComparedModels, compare
-from dsquant.evaluation.ladders import text_scores
+from dsquant.evaluation.summary import text_scores
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model import streaming
 from dsquant.model.overlays import ReplacedWeights

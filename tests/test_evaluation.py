@@ -20,10 +20,10 @@ from dsquant.calibration.texts import held_out_tokens, load_tokenizer
 from dsquant.cli import main
 from dsquant.errors import InputError, UsageError
 from dsquant.evaluation.divergence import ComparedModels, compare
-from dsquant.evaluation.ladders import text_scores
 from dsquant.evaluation.lockstep import Lockstep
 from dsquant.evaluation.opening import open_candidate, open_original
 from dsquant.evaluation.results import Evaluation
+from dsquant.evaluation.summary import text_scores
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.overlays import Overlay
 from dsquant.model.skeleton import Skeleton

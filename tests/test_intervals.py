@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsquant.evaluation.intervals import BLOCK_TOKENS, Interval, bootstrap_mean, units_to_settle
-from dsquant.evaluation.ladders import ladder
+from dsquant.evaluation.summary import ladder
 
 
 def correlated(generator: np.random.Generator, samples: int, tokens: int, memory: float) -> np.ndarray:

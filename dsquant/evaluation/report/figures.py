@@ -1,12 +1,13 @@
 """Chooses the charts of the report page."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dsquant.evaluation.report.charts import Series, bar_chart, line_chart, scatter_chart
 
 if TYPE_CHECKING:
-    from dsquant.evaluation.results import Candidate, Evaluation
+    from dsquant.evaluation.results import Candidate, Evaluation, LayerScores
 
 BARS = 12
 
@@ -67,33 +68,25 @@ def kl_by_position(evaluation: "Evaluation") -> list[Figure]:
 def by_layer(evaluation: "Evaluation") -> list[Figure]:
     """Draws the error of each decoder layer."""
     legend = _legend(evaluation)
-    kl = [
-        Series(one.name, tuple((float(layer.index), layer.kl) for layer in one.layers), number)
-        for number, one in enumerate(evaluation.candidates)
-    ]
-    own = [
-        Series(one.name, tuple((float(layer.index), layer.local_error) for layer in one.layers), number)
-        for number, one in enumerate(evaluation.candidates)
-    ]
-    overlap = [
-        Series(
-            one.name,
-            tuple((float(layer.index), layer.router_overlap.estimate) for layer in one.layers if layer.router_overlap),
-            number,
-        )
-        for number, one in enumerate(evaluation.candidates)
-    ]
+
+    def lines(measure: Callable[["LayerScores"], float | None]) -> list[Series]:
+        return [
+            Series(one.name, tuple((float(at.index), y) for at in one.layers if (y := measure(at)) is not None), number)
+            for number, one in enumerate(evaluation.candidates)
+        ]
+
+    overlap = lines(lambda layer: layer.router_overlap.estimate if layer.router_overlap else None)
     figures = [
         Figure(
             "KL by layer",
             "KL of the next token if the model ended after this layer. A jump shows where the damage is done.",
-            line_chart(kl, "layer", "mean KL, nats"),
+            line_chart(lines(lambda layer: layer.kl), "layer", "mean KL, nats"),
             legend,
         ),
         Figure(
             "Error of each layer alone",
             "Relative error of the layer's update, on the original's input: free of earlier errors.",
-            line_chart(own, "layer", "relative error", shares=True),
+            line_chart(lines(lambda layer: layer.local_error), "layer", "relative error", shares=True),
             legend,
         ),
         Figure(
