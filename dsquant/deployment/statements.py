@@ -24,9 +24,9 @@ def statements_about(machine: Machine, network: Network, placed: Placed) -> tupl
     if on_disk:
         held = format_size(machine.ram_bytes * SWAP_GAIN)
         words.append(
-            f"Compressed swap (zram) does not make up for it: 4-bit weights shrink by a factor of {SWAP_GAIN:.1f}, not "
-            f"3 ({SWAP_SOURCE}); {format_size(machine.ram_bytes)} of RAM would hold {held} of them at the "
-            "most, less the time to unpack them for every token."
+            f"Compressed swap (zram) does not help: 4-bit weights shrink by a factor of {SWAP_GAIN:.1f}, not 3 "
+            f"({SWAP_SOURCE}); {format_size(machine.ram_bytes)} of RAM would hold at most {held} of them, and "
+            "unpacking them takes time for every token."
         )
     if network.is_fp8 and any(size.format == "source" and found.kind == "gpu" for size, found in placed):
         words.append(
@@ -47,7 +47,7 @@ def _four_bits_do_not_fit(machine: Machine, network: Network, outputs: list[Outp
             f"{machine.gpus.count}x{machine.gpus.memory_bytes / 2**30:.0f} GiB of GPU memory are "
             f"{machine.gpu_bytes / 2**30:.0f} GiB"
         )
-    way_out = "its routed experts have to lie" if network.has_experts else "part of its layers has to lie"
+    way_out = "its routed experts have to be" if network.has_experts else "some of its layers have to be"
     return (
         f"At 4 bits ({outputs[0].format}) this model takes {between}; {cards}: {way_out} in RAM or on disk, which "
         "llama.cpp does."
@@ -58,7 +58,7 @@ def _disk_bound(machine: Machine, size: OutputSize, found: MachinePlacement) -> 
     assert found.tokens_per_s is not None
     return (
         f"GPUs and RAM hold {format_size(found.gpu_bytes + found.ram_bytes)} of Q4_K_M's "
-        f"{format_size(size.served_bytes)}; {format_size(found.disk_bytes)} stay on disk and are read anew for every "
+        f"{format_size(size.served_bytes)}; {format_size(found.disk_bytes)} stay on disk and are read again for every "
         f"token that needs them: at {machine.disk_read.high / 1e9:g} GB/s no engine decodes more than "
         f"{found.tokens_per_s.high:.2g} tokens/s."
     )
