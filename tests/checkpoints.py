@@ -82,12 +82,6 @@ DENSE = {
 QWEN2 = {**DENSE, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = {**DENSE, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True}
 LLAMA = {**DENSE, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-GLM: dict[str, Any] = DENSE | {
-    "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "num_hidden_layers": 3, "attention_bias": True,
-    "use_qk_norm": True, "partial_rotary_factor": 0.5, "first_k_dense_replace": 1, "moe_intermediate_size": 128,
-    "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-5, "num_nextn_predict_layers": 1,
-}  # fmt: skip
 
 
 def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,24 +175,6 @@ def dense_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, sizes["q"])
         shapes[f"{prefix}.mlp.gate_proj.weight"] = shapes[f"{prefix}.mlp.up_proj.weight"] = (width, hidden)
         shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, width)
-    return shapes
-
-
-def glm_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight of a GLM-4.5 checkpoint: attention of the dense ones, mixtures and MTP of R1."""
-    hidden, keys = config["hidden_size"], config["num_key_value_heads"] * config["head_dim"]
-    queries = config["num_attention_heads"] * config["head_dim"]
-    of_r1 = r1_shapes(PICO_R1 | config | {"attention_bias": False})
-    shapes = {name: shape for name, shape in of_r1.items() if ".self_attn." not in name}
-    for layer in range(config["num_hidden_layers"] + config["num_nextn_predict_layers"]):
-        attention = f"model.layers.{layer}.self_attn"
-        for kind, rows in (("q", queries), ("k", keys), ("v", keys)):
-            shapes[f"{attention}.{kind}_proj.weight"] = (rows, hidden)
-            if config["attention_bias"]:
-                shapes[f"{attention}.{kind}_proj.bias"] = (rows,)
-        if config["use_qk_norm"]:
-            shapes |= dict.fromkeys((f"{attention}.{kind}_norm.weight" for kind in "qk"), (config["head_dim"],))
-        shapes[f"{attention}.o_proj.weight"] = (hidden, queries)
     return shapes
 
 
@@ -309,12 +285,6 @@ def make_dense(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
     """A random dense BF16 checkpoint of an R1-Distill family."""
     tensors = stored(random_weights(dense_shapes(config), seed), fp8=False)
     return save_checkpoint(folder, {**config, "torch_dtype": "bfloat16"}, tensors, num_shards=2)
-
-
-def make_glm(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A random BF16 checkpoint of GLM-4.5's family: a dense layer, mixtures, and an MTP layer."""
-    config = {**GLM, **changes, "torch_dtype": "bfloat16"}
-    return save_checkpoint(folder, config, stored(random_weights(glm_shapes(config), seed), fp8=False))
 
 
 def add_tokenizer(folder: Path, vocabulary: int = 300) -> Path:

@@ -5,8 +5,9 @@ from pathlib import Path
 import gguf as gguf_py
 import pytest
 import torch
-from checkpoints import GLM, add_tokenizer, full_model, glm_shapes, make_glm, save_checkpoint
+from checkpoints import add_tokenizer, full_model, save_checkpoint
 from gguf_files import PLAIN, tensors_of
+from glm_checkpoint import GLM, glm_shapes, make_glm
 from llama_cpp import every_position
 from safetensors.torch import load_file
 from streams import stream_logits
