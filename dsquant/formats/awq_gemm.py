@@ -56,7 +56,6 @@ class AwqWeights(DecodedWeights):
             checked_matrix(index, prefix + "scales", ("F16", "BF16", "F32"), (groups, words * 32 // self._bits))
 
     def packed_shape(self, prefix: str) -> tuple[int, int]:
-        """Returns [O, I]."""
         columns, words = self.index[prefix + "qweight"].shape
         return words * 32 // self._bits, columns
 
@@ -76,19 +75,15 @@ class AwqGemm(SafetensorsFormat):
     decoder = AwqWeights.decoder
 
     def described(self, quantization: Mapping[str, Any]) -> str:
-        """Returns bits and group size."""
         return f"AWQ {quantization.get('bits', 4)} bits, groups of {quantization.get('group_size', 128)}"
 
     def decoded(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> AwqWeights:
-        """Opens the weights, decoded by autoawq."""
         return AwqWeights(index, quantization, device)
 
     def library(self, widths: Collection[int], mixture: bool) -> str | None:
-        """Returns transformers for dense models alone."""
         return None if mixture else super().library(widths, mixture)
 
     def engine_notes(self, widths: Collection[Width], mixture: bool, to_choose: bool) -> list[str]:
-        """Says what transformers does to mixtures."""
         note = (
             "transformers (5.24) loads a mixture in the format awq without its experts' weights: serve it by vLLM or "
             "SGLang; for transformers take --to compressed-tensors"
@@ -96,7 +91,6 @@ class AwqGemm(SafetensorsFormat):
         return [note] if mixture else []
 
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Refuses other than 4 bits, and shapes that groups or kernels do not divide."""
         if grid.bits != BITS:
             raise UsageError(f"the awq format holds 4-bit weights only, not {grid.bits}; use --to compressed-tensors")
         for linear, (rows, columns) in shapes.items():
@@ -112,7 +106,6 @@ class AwqGemm(SafetensorsFormat):
                 )
 
     def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:
-        """Names qweight, qzeros and scales."""
         rows, columns = shape
         groups = columns // grid.group_size
         return [
@@ -122,7 +115,6 @@ class AwqGemm(SafetensorsFormat):
         ]
 
     def pack(self, linear: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """Packs the codes, the zero points and the scales."""
         return {
             f"{linear}.qweight": pack_awq(weight.codes_OI),
             f"{linear}.qzeros": pack_awq(weight.zero_points_OG),
@@ -130,7 +122,6 @@ class AwqGemm(SafetensorsFormat):
         }
 
     def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
-        """Undoes `pack`."""
         return QuantizedWeight(
             unpack_awq(tensors[f"{linear}.qweight"]),
             tensors[f"{linear}.scales"].float().T.contiguous(),

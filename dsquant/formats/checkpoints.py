@@ -17,18 +17,10 @@ from dsquant.source.weights import CPU, Weights
 
 
 def open_checkpoint(folder: Path, device: torch.device = CPU) -> Checkpoint:
-    """Opens a checkpoint folder; reads config.json and the shards' headers, no weights.
+    """Opens a checkpoint folder from config.json and the shards' headers; weights are read on access, to `device`.
 
-    Args:
-        folder: a folder with config.json and safetensors shards.
-        device: where its weights go when they are read.
-
-    Returns:
-        The checkpoint, whose weights are read on access.
-
-    Raises:
-        InputError: where the architecture is not supported, or config.json or the shards are missing, damaged, or
-            contradict each other.
+    Raises InputError where the architecture is not supported, or config.json or the shards are missing, damaged, or
+    contradict each other.
     """
     config = read_config(folder)
     _check_architecture(folder, config)  # before its tensors, which may be of a kind that is known for no other reason
@@ -36,19 +28,9 @@ def open_checkpoint(folder: Path, device: torch.device = CPU) -> Checkpoint:
 
 
 def checkpoint_of(folder: Path, config: dict[str, Any], index: ShardIndex, device: torch.device = CPU) -> Checkpoint:
-    """Puts a config and an index together.
+    """Makes a checkpoint of config.json's content and the tensors as they are stored; weights are read on access.
 
-    Args:
-        folder: the checkpoint's folder.
-        config: config.json's content.
-        index: the tensors, as they are stored.
-        device: where its weights go when they are read.
-
-    Returns:
-        The checkpoint, whose weights are read on access.
-
-    Raises:
-        InputError: where the architecture is not supported, or config and tensors contradict each other.
+    Raises InputError where the architecture is not supported, or config and tensors contradict each other.
     """
     _check_architecture(folder, config)
     config, index, notes = as_released(folder, config, index)
@@ -56,18 +38,9 @@ def checkpoint_of(folder: Path, config: dict[str, Any], index: ShardIndex, devic
 
 
 def stored_weights(index: ShardIndex, config: Mapping[str, Any], device: torch.device = CPU) -> Weights:
-    """Opens weights as config.json says that they are stored.
+    """Opens weights, under the original's names, as config.json describes them; quantized ones are decoded on `device`.
 
-    Args:
-        index: the tensors.
-        config: config.json's content.
-        device: where the weights go when they are read, and where quantized ones are decoded.
-
-    Returns:
-        Weights under the original's names.
-
-    Raises:
-        InputError: where the config is of no format that is read, or the tensors contradict it.
+    Raises InputError where dsquant does not read the config's format, or the tensors contradict it.
     """
     quantization = config.get("quantization_config") or {}
     path = index.folder / CONFIG_FILE
@@ -85,7 +58,8 @@ def stored_weights(index: ShardIndex, config: Mapping[str, Any], device: torch.d
 
 
 def format_of_config(config: Mapping[str, Any]) -> SafetensorsFormat | None:
-    """The format that a config.json describes; None where its weights are FP8 or floats, or of no format known."""
+    """Returns the format that a config.json describes; None where its weights are FP8 or floats, or of an unknown
+    format."""
     quantization = config.get("quantization_config") or {}
     return next((known for known in SAFETENSORS.values() if known.wrote(quantization)), None)
 
@@ -95,5 +69,5 @@ def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
 
 
 def read_text_config(path: Path) -> dict[str, Any]:
-    """Reads the text model's config from a config.json; as `read_config_file`."""
+    """Reads the text model's config from a config.json."""
     return text_config(path.parent, read_config_file(path))

@@ -32,7 +32,6 @@ from dsquant.source.weights import CPU
 
 
 def _weights_group(config: Path, group: Any) -> dict[str, Any]:
-    """Returns a config group; refuses one that does not say how weights are stored."""
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         raise InputError(f"{config}: the config group has no object 'weights', found {group!r:.80}")
@@ -43,7 +42,6 @@ def _weights_group(config: Path, group: Any) -> dict[str, Any]:
 
 
 def _is_target(name: str, target: Any) -> bool:
-    """Returns whether a group's target is a module's name, or an expression that matches it."""
     if not isinstance(target, str):
         return False
     return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
@@ -113,7 +111,6 @@ class CompressedTensorsWeights(DecodedWeights):
         return [scheme.model_validate(group) for group in self._groups]
 
     def packed_shape(self, prefix: str) -> tuple[int, int]:
-        """Returns [O, I], where I follows from the scales and the group size."""
         groups = self.index[prefix + "weight_scale"].shape[-1]
         return self.index[prefix + self.marker].shape[0], groups * self._group_size
 
@@ -137,7 +134,6 @@ class CompressedTensors(SafetensorsFormat):
     decoder = CompressedTensorsWeights.decoder
 
     def described(self, quantization: Mapping[str, Any]) -> str:
-        """Returns bits and group size."""
         schemes = [group["weights"] for group in quantization["config_groups"].values()]
         bits = " and ".join(str(weights["num_bits"]) for weights in schemes)
         return f"compressed-tensors {bits} bits, groups of {schemes[0]['group_size']}"
@@ -145,15 +141,13 @@ class CompressedTensors(SafetensorsFormat):
     def decoded(
         self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU
     ) -> CompressedTensorsWeights:
-        """Opens the weights, decoded by compressed-tensors."""
         return CompressedTensorsWeights(index, quantization, device)
 
     def default_symmetric(self, mixture: bool) -> bool | None:
-        """Says that vLLM's mixture kernels take it only without zero points."""
+        """vLLM's kernels for mixtures take it without zero points only."""
         return mixture
 
     def engine_notes(self, widths: Collection[Width], mixture: bool, to_choose: bool) -> list[str]:
-        """Says which engines have no kernels for 3 bits."""
         found = "the target needs linears of 3 bits" if to_choose else "linears of 3 bits"
         note = (
             f"{found}: compressed-tensors and transformers decode them, vLLM and SGLang have kernels for 4 and 8 bits "
@@ -162,7 +156,6 @@ class CompressedTensors(SafetensorsFormat):
         return [note] if 3 in widths else []
 
     def mixed_notes(self, widths: Collection[Width], mixture: bool) -> list[str]:
-        """Says what transformers does to mixtures."""
         note = (
             f"linears have {' and '.join(map(str, sorted(widths)))} bits, by the names in config.json, which vLLM and "
             "SGLang follow; transformers (5.24) decodes a mixture's linears as if all were alike: do not load it there"
@@ -170,7 +163,6 @@ class CompressedTensors(SafetensorsFormat):
         return [note] if mixture else []
 
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Refuses groups that do not divide a linear, and zero points in experts."""
         for linear, (rows, columns) in shapes.items():
             if columns % grid.group_size:
                 raise UsageError(
@@ -184,7 +176,6 @@ class CompressedTensors(SafetensorsFormat):
                 )
 
     def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:
-        """Names weight_packed, weight_scale, weight_shape, and zero points where the grid has them."""
         rows, columns = shape
         groups = columns // grid.group_size
         tensors = [
@@ -198,7 +189,6 @@ class CompressedTensors(SafetensorsFormat):
         return tensors
 
     def pack(self, linear: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """Packs the codes, the scales and, where they vary, the zero points."""
         tensors = {
             f"{linear}.weight_packed": pack_rows(weight.codes_OI, weight.grid.bits),
             f"{linear}.weight_scale": weight.scales_OG.to(torch.bfloat16),
@@ -210,7 +200,6 @@ class CompressedTensors(SafetensorsFormat):
         return tensors
 
     def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
-        """Undoes `pack`."""
         rows, columns = tensors[f"{linear}.weight_shape"].tolist()
         scales_OG = tensors[f"{linear}.weight_scale"].float()
         zero_points_OG = torch.full(scales_OG.shape, grid.middle, dtype=torch.uint8)
@@ -238,7 +227,6 @@ class CompressedTensors(SafetensorsFormat):
 
 
 def _config_group(grid: Grid, targets: Sequence[str]) -> dict[str, Any]:
-    """One scheme and the linears that have it."""
     weights = {
         "num_bits": grid.bits,
         "type": "int",

@@ -18,7 +18,7 @@ from dsquant.source.weights import Weights
 def whole_number(
     config: Path, values: Mapping[str, Any], key: str, default: int, allowed: tuple[int, ...] | None
 ) -> int:
-    """Returns a positive number of config.json, one of those allowed where they are given."""
+    """Returns a positive integer of config.json, one of those allowed where they are given."""
     found = values.get(key, default)
     if not isinstance(found, int) or isinstance(found, bool) or found < 1 or (allowed and found not in allowed):
         wanted = f"one of {', '.join(map(str, allowed))}" if allowed else "a positive number"
@@ -72,7 +72,7 @@ class DecodedWeights(Weights):
         """Decodes the linear whose tensors begin with `prefix`, float32 [O, I]."""
 
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
-        """Reads some rows of a weight; a packed one is decoded as a whole."""
+        """Reads rows of a weight; a packed one is decoded as a whole."""
         if name in self._packed:
             return self.decode(self._packed[name])[start_row:stop_row]
         return self.index.read(name, start_row, stop_row).to(self.device).float()
@@ -82,7 +82,6 @@ class DecodedWeights(Weights):
         return {part: self.index.read(prefix + part).to(self.device) for part in parts}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the weight's shape."""
         if name not in self._packed:
             return self.index.require(name).shape
         return self.packed_shape(self._packed[name])

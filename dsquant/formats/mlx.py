@@ -43,15 +43,9 @@ class MlxWeights(DecodedWeights):
     decoder = None
 
     def __init__(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> None:
-        """Reads bits and group sizes from config.json.
+        """Reads bits and group sizes from config.json's `quantization`.
 
-        Args:
-            index: the checkpoint's tensors.
-            quantization: its `quantization`.
-            device: where the weights go.
-
-        Raises:
-            InputError: where the config is not of this layout, or tensors contradict it.
+        Raises InputError where the config is not of this layout, or tensors contradict it.
         """
         config = index.folder / CONFIG_FILE
         if quantization.get("mode", "affine") != "affine":
@@ -60,7 +54,7 @@ class MlxWeights(DecodedWeights):
         self._group_sizes = {prefix: self._check(config, quantization, prefix) for prefix in self._packed.values()}
 
     def _check(self, config: Path, quantization: Mapping[str, Any], prefix: str) -> int:
-        """A packed linear's group size, with which its tensors agree."""
+        """Returns a packed linear's group size, after checking its tensors against it."""
         stored = self.index[prefix + self.marker].stored_name or prefix + self.marker
         entry = quantization.get(stored.removesuffix(f".{self.marker}"), quantization)
         if not isinstance(entry, dict):
@@ -74,7 +68,6 @@ class MlxWeights(DecodedWeights):
         return group_size
 
     def packed_shape(self, prefix: str) -> tuple[int, int]:
-        """Returns [O, I]."""
         rows, groups = self.index[prefix + self.marker].shape
         return rows, groups * self._group_sizes[prefix]
 
@@ -97,7 +90,7 @@ class MlxWeights(DecodedWeights):
 
 
 def _unstacked(index: ShardIndex) -> Iterator[TensorInfo]:
-    """One expert's tensors, as ranges of those that hold all experts; any other tensor as it is."""
+    """Lists each expert's tensors as ranges of those that hold all experts; any other tensor as it is."""
     for info in index.values():
         match = _STACK.fullmatch(info.name)
         if match is None:
@@ -123,11 +116,10 @@ class Mlx(SafetensorsFormat):
     config_keys = ("quantization", "quantization_config")
 
     def wrote(self, quantization: Mapping[str, Any]) -> bool:
-        """Tells by bits and group size without a method."""
+        """mlx-lm names no method: bits and group size stand alone."""
         return "quant_method" not in quantization and {"bits", "group_size"} <= quantization.keys()
 
     def described(self, quantization: Mapping[str, Any]) -> str:
-        """Returns bits and group size."""
         entries: list[Mapping[str, Any]] = [entry for entry in quantization.values() if isinstance(entry, dict)]
         bits = " and ".join(
             str(width) for width in sorted({int(entry.get("bits", 4)) for entry in entries or [quantization]})
@@ -135,23 +127,19 @@ class Mlx(SafetensorsFormat):
         return f"MLX {bits} bits, groups of {quantization['group_size']}"
 
     def decoded(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> MlxWeights:
-        """Opens the weights."""
         return MlxWeights(index, quantization, device)
 
     def library(self, widths: Collection[int], mixture: bool) -> str | None:
-        """Returns mlx."""
         return "mlx"
 
     def serve_command(self, location: Path | str) -> str:
-        """Returns mlx-lm's command."""
         return f"mlx_lm.server --model {location}"
 
     def engine_notes(self, widths: Collection[Width], mixture: bool, to_choose: bool) -> list[str]:
-        """Says what has been tried."""
         return ["the format mlx has been read by mlx-lm 0.32.2 on a CPU, not on an Apple GPU"]
 
     def default_symmetric(self, mixture: bool) -> bool | None:
-        """Says that biases hold the zero point of symmetric grids alone."""
+        """Biases hold the zero points of symmetric grids only."""
         return True
 
     def quantizable(self, wanted: Wanted) -> frozenset[str]:
@@ -159,7 +147,6 @@ class Mlx(SafetensorsFormat):
         return wanted.linears.difference(layer.absorbed.keys_and_values for layer in wanted.layers if layer.absorbed)
 
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Refuses zero points, and groups that do not divide a linear."""
         if not grid.symmetric:
             raise UsageError(
                 "the mlx format stores -scale * zero point in BF16, which holds it exactly for symmetric grids alone; "
@@ -178,7 +165,6 @@ class Mlx(SafetensorsFormat):
         return (f"{match[1]}switch_mlp.{match[3]}", int(match[2])) if match else None
 
     def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:
-        """Names weight, scales and biases."""
         rows, columns = shape
         groups = columns // grid.group_size
         return [
@@ -188,7 +174,7 @@ class Mlx(SafetensorsFormat):
         ]
 
     def pack(self, linear: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """Packs the codes, the scales and what a code of 0 stands for."""
+        """Packs codes, scales and biases, the weights that a code of 0 stands for."""
         return {
             f"{linear}.weight": pack_rows(weight.codes_OI, weight.grid.bits).view(torch.uint32),
             f"{linear}.scales": weight.scales_OG.to(torch.bfloat16),
@@ -196,7 +182,6 @@ class Mlx(SafetensorsFormat):
         }
 
     def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
-        """Undoes `pack`."""
         scales_OG = tensors[f"{linear}.scales"].float()
         columns = scales_OG.shape[1] * grid.group_size
         codes_OI = unpack_rows(tensors[f"{linear}.weight"].view(torch.int32), columns, grid.bits)

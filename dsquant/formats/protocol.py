@@ -1,7 +1,7 @@
-"""What the rest of dsquant knows of an output format: how an output is planned, written unit by unit, and finished.
+"""How an output is planned, written unit by unit, and finished: all that the rest of dsquant knows of a format.
 
-A `Format` plans a `Target`: all of an output that headers tell. A running job opens it, and the `OpenTarget` gives a
-`UnitWriter` for each unit of the job (embedding, layer, head).
+A `Format` plans a `Target`: everything about an output that headers tell. A running job opens it, and the `OpenTarget`
+gives a `UnitWriter` for each unit of the job (embedding, layer, head).
 """
 
 from abc import ABC, abstractmethod
@@ -21,8 +21,8 @@ from dsquant.source.scan import Look, unseen
 from dsquant.source.weights import Weights
 
 Contents = dict[str, dict[str, Any]]
-"""File in the output folder -> what the record tells of it: `tensors`, each with its dtype or type, SHA-256, and shape;
-and `metadata`, what a safetensors header says of its format where that is not `pt`."""
+"""File in the output folder -> its entry in the record: `tensors`, each with its dtype or type, SHA-256, and shape; and
+`metadata`, the format in a safetensors header where that is not `pt`."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,11 @@ class ScaledLinear:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What writing needs of the running job."""
+    """The parts of the running job that writing needs."""
 
     checkpoint: Checkpoint
     output: Path
-    """The job's output folder."""
     work: Path
-    """The job's work folder."""
     ranks: Ranks = ALONE
     write_behind: WriteBehind | None = None
     """Writes what comes from a GPU."""
@@ -62,17 +60,12 @@ class UnitWriter(ABC):
         """Writes a linear's quantized weight, or a parameter's float32 values."""
 
     def note(self, linear: str, squares: torch.Tensor, count: int) -> None:  # noqa: B027 - most formats need none
-        """Notes how much each input column of a linear matters, before it is written.
-
-        Args:
-            linear: its name; kv_b_proj's with `KEYS_SUFFIX` for its keys alone.
-            squares: float32 [I], sums of squared inputs; [H, N] for keys.
-            count: tokens behind the sums.
-        """
+        """Notes how much each input column of a linear matters, before it is written: sums of squared inputs over
+        `count` tokens, float32 [I]; [H, N] for kv_b_proj's keys alone, which have `KEYS_SUFFIX` behind the name."""
 
     @abstractmethod
     def copy_rest(self, safe_point: Callable[[str], None]) -> None:
-        """Writes the unit's parameters that nothing has changed, in parts of bounded size."""
+        """Writes the unit's unchanged parameters, in parts of bounded size."""
 
     @abstractmethod
     def commit(self) -> dict[str, str]:
@@ -89,7 +82,7 @@ class UnitWriter(ABC):
 
     @property
     def kept(self) -> Mapping[str, torch.Tensor]:
-        """Tensors that `OpenTarget.finish` needs of the unit, for the work folder."""
+        """Tensors of the unit that `OpenTarget.finish` needs, for the work folder."""
         return {}
 
 
@@ -102,12 +95,8 @@ class OpenTarget(ABC):
 
     @abstractmethod
     def finish(self, kept: Iterable[Mapping[str, torch.Tensor]], calibration: Mapping[str, Any] | None) -> None:
-        """Writes what makes an output of the units.
-
-        Args:
-            kept: what `UnitWriter.kept` was of each unit, in order.
-            calibration: what the tokens were; None without.
-        """
+        """Completes the output; `kept` is each unit's `UnitWriter.kept`, in order, `calibration` describes the
+        tokens."""
 
     def close(self) -> None:  # noqa: B027 - most hold nothing open
         """Closes what is open; what is on disk stays, for a resumed job."""
@@ -121,7 +110,7 @@ class StoredFile:
     header: bytes
     num_bytes: int
     places: Mapping[str, tuple[int, int]]
-    """Tensor -> where its data begin in the file, and their size; of finished units alone."""
+    """Tensor of a finished unit -> where its data begin in the file, and their size."""
 
 
 @dataclass(frozen=True)
@@ -129,18 +118,18 @@ class Target(ABC):
     """One output, planned from headers."""
 
     name: str
-    """What results and records call it."""
+    """Its name in results and records."""
     folder: PurePosixPath
     """Inside the job's output folder."""
     grid: Grid
-    """What scales are searched for."""
+    """The grid that scales are searched for."""
     linears: frozenset[str]
     """Those that are quantized onto the grid, or whose inputs are scaled for it."""
     notes: tuple[str, ...] = field(default=(), kw_only=True)
-    """What a user should know, in words."""
+    """Sentences for the user."""
 
     packages: ClassVar[tuple[str, ...]] = ()
-    """Packages that the record names, beside those of every job."""
+    """Packages that the record names in addition to those of every job."""
 
     @property
     @abstractmethod
@@ -150,7 +139,7 @@ class Target(ABC):
     @property
     @abstractmethod
     def location(self) -> PurePosixPath:
-        """The path that engines are given: the folder, or a file in it."""
+        """The path for engines: the folder, or a file in it."""
 
     @property
     def storing_bytes(self) -> int:
@@ -164,12 +153,12 @@ class Target(ABC):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """Notes of how this output is made, for job and record; a resumed job must find the same."""
+        """How this output is made, for job and record; a resumed job must find the same."""
         return {}
 
     @property
     def bytes_by_file(self) -> dict[str, int]:
-        """Sizes of its files for a preview; of all together where there are many."""
+        """Sizes of its files for a preview; one sum where there are many."""
         return {self.name: self.num_bytes}
 
     @property
@@ -178,41 +167,24 @@ class Target(ABC):
         return {}
 
     def look(self, checkpoint: Checkpoint) -> Look:
-        """Returns what sees every tensor of the source while it is hashed, and raises InputError where one is out of
-        the output's range."""
+        """Returns a function that is given every tensor of the source while it is hashed, and raises InputError where
+        values are out of the output's range."""
         return unseen
 
     @abstractmethod
     def file_names(self) -> list[str]:
-        """Every file that may come to lie in its folder."""
+        """Every file that may be written to its folder."""
 
     @abstractmethod
     def open(self, surroundings: Surroundings, resumed: bool) -> OpenTarget:
-        """Opens the output for writing.
+        """Opens the output for writing; `resumed` where finished units are there already.
 
-        Args:
-            surroundings: of the job.
-            resumed: whether finished units are there already.
-
-        Returns:
-            The output.
-
-        Raises:
-            InputError: where an interrupted job's files are gone or not the planned ones.
+        Raises InputError where an interrupted job's files are missing or not the planned ones.
         """
 
     @abstractmethod
     def finished_files(self, output: Path, units: Sequence[str], tensors: Collection[str]) -> Iterable[StoredFile]:
-        """Lists what finished units have left.
-
-        Args:
-            output: the job's output folder.
-            units: the finished ones.
-            tensors: theirs.
-
-        Returns:
-            The files.
-        """
+        """Lists the files in the job's output folder with the tensors of the finished units."""
 
     @abstractmethod
     def candidate(self, output: Path, checkpoint: Checkpoint) -> Weights:
@@ -220,69 +192,37 @@ class Target(ABC):
 
     @abstractmethod
     def contents(self, hashes: Mapping[str, str], output: Path) -> Contents:
-        """Lists what lies in its files.
-
-        Args:
-            hashes: tensor -> SHA-256.
-            output: the job's output folder.
-
-        Returns:
-            Their entries for the record.
-        """
+        """Returns the record's entries for its files, from tensor -> SHA-256 and the job's output folder."""
 
     @abstractmethod
     def recorded(self, errors: Mapping[str, float]) -> dict[str, Any]:
-        """Returns what the record tells of it.
-
-        Args:
-            errors: linear or parameter -> the relative error of its weight.
-
-        Returns:
-            Plain JSON values, `folder`, `bytes` and `weight_errors` among them.
-        """
+        """Returns the record's entry as plain JSON values, `folder`, `bytes` and `weight_errors` among them; `errors`
+        is linear or parameter -> the relative error of its weight."""
 
     @abstractmethod
     def choice(self, wanted: Wanted) -> Choice:
-        """Lists what a target for bits or size leaves to choose.
-
-        Args:
-            wanted: what was planned.
-
-        Returns:
-            The groups and their sizes.
-
-        Raises:
-            UsageError: where nothing can be chosen.
-        """
+        """Lists the groups that get a width where the recipe has a target for bits or size, and their sizes; raises
+        UsageError where there are none."""
 
     def as_stored(self, checkpoint: Checkpoint, group: Choosable, width: Width, linear: ScaledLinear) -> torch.Tensor:
-        """Stores a linear's weight at a width and reads it back, where the format rounds itself.
-
-        Args:
-            checkpoint: the source.
-            group: one of `choice`.
-            width: one of the group's.
-            linear: one of the group's.
-
-        Returns:
-            float32 [O, I].
-        """
+        """Stores a linear's weight at one of the widths of its group and reads it back, float32 [O, I], where the
+        format rounds itself."""
         raise NotImplementedError
 
 
 class Format(ABC):
-    """A way to store a model, with everything that is said of it elsewhere."""
+    """A way to store a model, with everything that other stages ask about it."""
 
     name: str
-    """What `--to` calls it, up to a colon."""
+    """Its name in `--to`, up to a colon."""
     help: str
-    """What the command line says of it."""
+    """Its description on the command line."""
     has_types = False
     """Whether a type follows its name, behind a colon."""
     needs_texts = True
-    """Whether it cannot do without calibration."""
+    """Whether it needs calibration."""
     encoded_by_package = False
-    """Whether the package that decodes an output is needed to write it, since that rounds the weights."""
+    """Whether writing an output needs the package that decodes it, since that rounds the weights."""
     keeps_mtp = True
     """Whether its engines take multi-token-prediction layers."""
     decoder: tuple[str, str] | None = None
@@ -292,35 +232,21 @@ class Format(ABC):
     layers (llama.cpp); None: its engines run on machines that `plan` does not know."""
 
     def default_symmetric(self, mixture: bool) -> bool | None:
-        """Says whether its engines want no zero points.
-
-        Args:
-            mixture: whether the model has routed experts.
-
-        Returns:
-            True, false, or None where there is no choice.
-        """
+        """Returns whether its engines want no zero points, for a model with routed experts or one without; None where
+        there is no choice."""
         return None
 
     def stored_type(self, type_name: str) -> str | None:
-        """Returns ggml's type of most tensors of an output; None where codes are no ggml types."""
+        """Returns ggml's type of most tensors of an output; None where codes are not of ggml's types."""
         return None
 
     def engine_notes(self, widths: Collection[Width], mixture: bool, to_choose: bool) -> list[str]:
-        """Says what the engines of today do not read of an output.
-
-        Args:
-            widths: of its linears.
-            mixture: whether the model has routed experts.
-            to_choose: whether a target chooses among these widths.
-
-        Returns:
-            Sentences without a full stop.
-        """
+        """Returns what current engines do not read of an output with linears of these widths, as sentences without a
+        full stop; `to_choose` where a target chooses among the widths."""
         return []
 
     def mixed_notes(self, widths: Collection[Width], mixture: bool) -> list[str]:
-        """Says the same of an output whose linears have got several widths."""
+        """Returns the same for an output whose linears have several widths."""
         return []
 
     @abstractmethod
@@ -331,13 +257,6 @@ class Format(ABC):
     def plan(self, wanted: Wanted) -> Target:
         """Plans an output, to the byte.
 
-        Args:
-            wanted: the recipe and the source.
-
-        Returns:
-            The plan.
-
-        Raises:
-            InputError: where the format has no place for a parameter.
-            UsageError: where it cannot store what the recipe asks for.
+        Raises InputError where the format has no place for a parameter, UsageError where it cannot store what the
+        recipe asks for.
         """

@@ -1,6 +1,6 @@
 """Formats of safetensors shards that engines load as a folder: how a quantized linear becomes tensors, and back.
 
-A format of this kind is `pack`, its inverse, the reader that evaluations use, and the config's words for it.
+A format of this kind is `pack`, its inverse, the reader that evaluations use, and its entry in config.json.
 """
 
 from abc import abstractmethod
@@ -32,121 +32,66 @@ class SafetensorsFormat(Format):
 
     placement: Literal["parallel", "split"] | None = "parallel"
     bits: tuple[int, ...]
-    """Of the codes that it can hold, the default first."""
+    """Bits of a code that it can hold, the default first."""
     metadata = "pt"
-    """What its shards' headers say of the tensors' layout."""
+    """The tensors' layout in its shards' headers."""
     config_keys: tuple[str, ...] = ("quantization_config",)
-    """Of config.json, that hold its words for what is quantized."""
+    """Keys of config.json that describe what is quantized."""
     rank = 1
-    """Where `plan` names it among formats of one preset, which lose alike."""
+    """Its place in `plan` among formats of one preset, which lose alike."""
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The bits of a code that it can hold, and 16 for linears that stay as they are."""
+        """Bits of a code that it can hold, and 16 for linears that stay as they are."""
         return (*sorted(self.bits), UNQUANTIZED)
 
     def wrote(self, quantization: Mapping[str, Any]) -> bool:
-        """Tells by a config.json's `quantization_config` whether a checkpoint is in this format."""
+        """Returns whether a config.json's `quantization_config` is of this format."""
         return quantization.get("quant_method") == self.name
 
     @abstractmethod
     def described(self, quantization: Mapping[str, Any]) -> str:
-        """Returns what reports call a checkpoint with this `quantization_config`."""
+        """Returns a short description of a `quantization_config` for reports."""
 
     @abstractmethod
     def decoded(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> Weights:
-        """Opens the weights of a checkpoint in this format.
-
-        Args:
-            index: its tensors.
-            quantization: its `quantization_config`.
-            device: where the weights go; they are decoded there.
-
-        Returns:
-            Weights under the original's names.
-
-        Raises:
-            InputError: where the tensors contradict the config.
-        """
+        """Opens the weights of a checkpoint in this format, under the original's names, from its tensors and its
+        `quantization_config`; they are decoded on `device`. Raises InputError where the tensors contradict the
+        config."""
 
     def library(self, widths: Collection[int], mixture: bool) -> str | None:
-        """Returns the library that model cards name for an output with linears of these widths; None without."""
+        """Returns the library that model cards name for an output with linears of these widths, if any."""
         return "transformers" if len(widths) < 2 else None
 
     @abstractmethod
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Refuses what the format or the engines that read it cannot hold.
-
-        Args:
-            grid: the quantization grid.
-            shapes: linear -> [O, I] of everything to be quantized.
-
-        Raises:
-            UsageError: naming the linear, where it is about one.
-        """
+        """Raises UsageError where the format or its engines cannot hold the grid, or linears (name -> [O, I]) on it."""
 
     @abstractmethod
     def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:
-        """The tensors that a quantized linear becomes.
-
-        Args:
-            linear: its module name.
-            shape: [O, I].
-            grid: the quantization grid.
-
-        Returns:
-            Names, dtypes and shapes.
-        """
+        """Returns the tensors that a quantized linear of shape [O, I] becomes."""
 
     @abstractmethod
     def pack(self, linear: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """Packs a quantized weight into those tensors.
-
-        Args:
-            linear: its module name.
-            weight: the weight.
-
-        Returns:
-            Tensor name -> tensor, as `stored` announced.
-        """
+        """Packs a quantized weight: tensor name -> tensor, as `stored` announces them."""
 
     @abstractmethod
     def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
-        """Undoes `pack`.
-
-        Args:
-            linear: its module name.
-            tensors: tensor name -> tensor, as `stored` announced.
-            grid: the quantization grid.
-
-        Returns:
-            The weight.
-        """
+        """Undoes `pack`."""
 
     @abstractmethod
     def quantization_config(
         self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE
     ) -> dict[str, Any]:
-        """The `quantization_config` of config.json.
+        """Returns the `quantization_config` of config.json as plain JSON values.
 
-        Args:
-            grid: the quantization grid.
-            linears: every linear of the decoder -> whether it is quantized.
-            widths: linear -> bits, where widths were chosen; else all have the grid's.
-
-        Returns:
-            Plain JSON values.
+        `linears` is every linear of the decoder -> whether it is quantized; `widths` linear -> bits where widths were
+        chosen, else all have the grid's.
         """
 
     def stack_of(self, tensor: str) -> tuple[str, int] | None:
-        """Returns the stored tensor that a parameter, or one of `stored`, is a part of, and its place there.
-
-        Args:
-            tensor: its name.
-
-        Returns:
-            A stack of tensors of one shape, and the place; None where it is stored by itself.
-        """
+        """Returns the stack of tensors of one shape that stores a parameter, or one of `stored`, and its place there;
+        None where it is stored by itself."""
         return None
 
     def quantizable(self, wanted: Wanted) -> frozenset[str]:
@@ -154,15 +99,13 @@ class SafetensorsFormat(Format):
         return wanted.linears
 
     def default_symmetric(self, mixture: bool) -> bool | None:
-        """Says that its engines take zero points."""
         return False
 
     def serve_command(self, location: Path | str) -> str:
-        """Returns vLLM's command; bfloat16, since float16 overflows in DeepSeek's deeper layers."""
+        """vLLM's; bfloat16, since float16 overflows in DeepSeek's deeper layers."""
         return f"vllm serve {location} --dtype bfloat16"
 
     def plan(self, wanted: Wanted) -> SafetensorsTarget:
-        """Plans every shard."""
         recipe, weights = wanted.recipe, wanted.checkpoint.weights
         symmetric = recipe.symmetric
         if symmetric is None:
@@ -206,17 +149,8 @@ class SafetensorsFormat(Format):
 
 
 def copied_files(folder: Path) -> list[str]:
-    """The files of a checkpoint that its quantized version needs as they are.
-
-    Args:
-        folder: the checkpoint.
-
-    Returns:
-        Their names.
-
-    Raises:
-        InputError: where one is not a regular file, or a link that leads out of the checkpoint.
-    """
+    """Lists the checkpoint's files that its quantized version needs as they are; raises InputError where one is not a
+    regular file, or a link that leads out of the checkpoint."""
     return [name for name in COPIED if find_file(folder, name) is not None]
 
 
@@ -228,7 +162,7 @@ def _groups(layers: Iterable[DecoderLayer], quantizable: Collection[str]) -> dic
 def _stacked(
     known: SafetensorsFormat, parts: Iterable[StoredTensor]
 ) -> tuple[list[StoredTensor], dict[str, tuple[str, ...]]]:
-    """A unit's tensors with stacks in place of what lies in them, and stack -> its tensors in order."""
+    """Returns a unit's tensors with stacks in place of their parts, and stack -> its parts in order."""
     places: dict[str, dict[int, StoredTensor]] = {}
     stored: dict[str, StoredTensor] = {}
     for part in parts:
@@ -248,7 +182,7 @@ def _stacked(
 def _config(
     wanted: Wanted, output_format: SafetensorsFormat, grid: Grid, linears: frozenset[str], widths: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The source's config.json with the output's quantization_config in place of the FP8 one."""
+    """Returns the source's config.json with the output's quantization_config in place of the FP8 one."""
     config = {key: value for key, value in wanted.checkpoint.config.items() if key not in DROPPED_KEYS}
     layers = wanted.skeleton.layers
     if wanted.recipe.mtp == "drop" and wanted.skeleton.num_mtp_layers:

@@ -33,18 +33,17 @@ def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class SafetensorsTarget(Target):
-    """One checkpoint to write."""
+    """A checkpoint to write."""
 
     format: "SafetensorsFormat"
     shards: ShardPlan
     dtypes: Mapping[str, str]
     """Parameter -> safetensors dtype in which it is stored where it is not quantized."""
     config: Mapping[str, Any]
-    """The content of config.json."""
     copied: tuple[str, ...]
     """The source's files that the output gets as they are."""
     stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Stored tensor -> the tensors that lie in it one behind the other."""
+    """Stored tensor -> the tensors that it concatenates."""
     chosen: Mapping[str, int] = field(default_factory=dict)
     """Quantized linear -> bits, where widths were chosen."""
 
@@ -55,21 +54,17 @@ class SafetensorsTarget(Target):
 
     @property
     def num_bytes(self) -> int:
-        """Size of all shards."""
         return self.shards.num_bytes
 
     @property
     def location(self) -> PurePosixPath:
-        """The folder itself."""
         return self.folder
 
     @property
     def widths(self) -> Mapping[str, int]:
-        """Quantized linear -> bits, where widths were chosen; else all have the grid's."""
         return self.chosen
 
     def file_names(self) -> list[str]:
-        """Shards, index, config, card, scales, and what is copied."""
         names = [shard.file_name for shard in self.shards.shards]
         return [*names, *self.copied, CONFIG_FILE, INDEX_FILE, CARD_FILE, SCALES_FILE]
 
@@ -78,7 +73,6 @@ class SafetensorsTarget(Target):
         return OpenCheckpoint(self, surroundings)
 
     def finished_files(self, output: Path, units: Sequence[str], tensors: Collection[str]) -> Iterable[StoredFile]:
-        """Lists the shards of finished units."""
         for shard in (shard for unit in units for shard in self.shards.shards_of(unit)):
             places, offset = {}, len(shard.header)
             for tensor in shard.tensors:
@@ -87,12 +81,10 @@ class SafetensorsTarget(Target):
             yield StoredFile(output / self.folder / shard.file_name, shard.header, shard.num_bytes, places)
 
     def candidate(self, output: Path, checkpoint: Checkpoint) -> Weights:
-        """Opens the finished checkpoint's weights, on the original's device."""
         index = read_index(output / self.folder)
         return self.format.decoded(index, self.config["quantization_config"], checkpoint.weights.device)
 
     def contents(self, hashes: Mapping[str, str], output: Path) -> Contents:
-        """Lists what lies in the shards."""
         return {
             str(self.folder / shard.file_name): {
                 "tensors": {
@@ -104,7 +96,6 @@ class SafetensorsTarget(Target):
         }
 
     def recorded(self, errors: Mapping[str, float]) -> dict[str, Any]:
-        """Returns sizes, the grid and the errors of weights."""
         return {
             "folder": str(self.folder),
             "bytes": self.num_bytes,
@@ -149,7 +140,7 @@ class SafetensorsTarget(Target):
 
 
 def only_checkpoint(targets: Sequence[Target]) -> SafetensorsTarget:
-    """The only output of a plan, a checkpoint."""
+    """Returns the only output of a plan, a checkpoint."""
     (target,) = targets
     assert isinstance(target, SafetensorsTarget), target.name
     return target

@@ -36,7 +36,6 @@ class ShardWriter(UnitWriter):
         self._written: set[str] = set()
 
     def write(self, name: str, value: QuantizedWeight | torch.Tensor) -> None:
-        """Writes a linear's quantized weight, or a parameter's values in its planned dtype."""
         if isinstance(value, QuantizedWeight):
             for stored_name, tensor in self._target.format.pack(name, value).items():
                 self._write_rows(stored_name, 0, tensor)
@@ -55,7 +54,6 @@ class ShardWriter(UnitWriter):
         self.bytes_written += rows.nbytes
 
     def copy_rest(self, safe_point: Callable[[str], None]) -> None:
-        """Copies the unit's parameters that nothing has changed, in parts of bounded size."""
         weights, ranks = self._surroundings.checkpoint.weights, self._surroundings.ranks
         written = set[str]().union(*ranks.gather(self._written))
         rest = [name for name in self._parameters if name not in written]
@@ -67,7 +65,6 @@ class ShardWriter(UnitWriter):
                 self._write_rows(name, start, rows.to(dtype))
 
     def commit(self) -> dict[str, str]:
-        """Brings every shard to disk under its final name; returns tensor name -> SHA-256."""
         if self._surroundings.write_behind is not None:
             self._surroundings.write_behind.wait()
         ranks = self._surroundings.ranks
@@ -80,7 +77,6 @@ class ShardWriter(UnitWriter):
         return ranks.once(publish)
 
     def discard(self) -> None:
-        """Removes what was written."""
         if self._surroundings.write_behind is not None:
             self._surroundings.write_behind.drop()
         for shard in self._shards:
@@ -96,12 +92,11 @@ class OpenCheckpoint(OpenTarget):
         self._folder = surroundings.output / target.folder
 
     def unit(self, name: str, parameters: tuple[str, ...]) -> ShardWriter:
-        """Begins a unit's shards."""
         self._folder.mkdir(exist_ok=True)
         return ShardWriter(self.target, self._surroundings, name, parameters)
 
     def finish(self, kept: Iterable[Mapping[str, torch.Tensor]], calibration: Mapping[str, Any] | None) -> None:
-        """Writes what makes the shards a checkpoint: config, index, and what is copied."""
+        """Copies files, and writes config.json and the index."""
         for name in self.target.copied:
             partial_file = self._folder / (name + PARTIAL)
             with naming(self._folder / name):

@@ -1,4 +1,4 @@
-"""The folded scales as a file beside the weights, dsquant.scales: what a later release needs to be folded the same way.
+"""The folded scales in a file next to the weights, dsquant.scales: they fold a later release in the same way.
 
 It is a safetensors file: producer (a norm or a linear) -> float32 scales [I] that its output is divided by. The name
 has no .safetensors ending, since some engines load every such file of a folder.
@@ -20,15 +20,7 @@ SCALES_FILE = "dsquant.scales"
 
 
 def store_scales(folder: Path, scales: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Writes scales.
-
-    Args:
-        folder: where the file goes.
-        scales: producer -> float32 [I].
-
-    Returns:
-        Producer -> SHA-256 of its scales.
-    """
+    """Writes producer -> float32 scales [I] into a folder; returns producer -> SHA-256."""
     tensors = tuple(StoredTensor(name, "F32", tuple(kept.shape)) for name, kept in scales.items())
     file = ShardFile(folder, Shard(SCALES_FILE, "", tensors))
     try:
@@ -40,32 +32,14 @@ def store_scales(folder: Path, scales: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def open_scales(folder: Path) -> ShardIndex:
-    """The scales of an output, read on access.
-
-    Args:
-        folder: the checkpoint's folder.
-
-    Returns:
-        Producer -> where its scales lie; empty where nothing is folded.
-
-    Raises:
-        InputError: where the file is damaged.
-    """
+    """Opens the scales of a checkpoint folder, producer -> place; empty where nothing is folded. Raises InputError
+    where the file is damaged."""
     path = find_file(folder, SCALES_FILE)
     return ShardIndex(folder, {} if path is None else read_header(path))
 
 
 def recorded_fold(layer: DecoderLayer, weights: Weights, scales: ShardIndex) -> Fold:
-    """The factors of every parameter of a layer, from the scales that a job has kept.
-
-    Args:
-        layer: the layer.
-        weights: its weights, for shapes.
-        scales: from `open_scales`.
-
-    Returns:
-        The fold; nothing in it where nothing was folded.
-    """
+    """Returns the factors of every parameter of a layer from the scales of `open_scales`; `weights` gives shapes."""
     fold = Fold()
     for group in layer.scale_groups:
         if group.producer in scales:

@@ -1,8 +1,8 @@
 """Safetensors shards that are planned to the byte before a weight is read, and written tensor by tensor.
 
-A unit (embedding, one layer, head) is what a job finishes and journals in one go; no shard spans two units, so an
-interrupted job never has half a shard to go on with. A shard grows under a temporary name and takes its own only when
-it is whole and on disk.
+A unit (embedding, one layer, head) is the part of a job that is finished and journaled in one go; no shard spans two
+units, so an interrupted job never has to continue half a shard. A shard grows under a temporary name and takes its own
+only when it is whole and on disk.
 
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
 """
@@ -40,7 +40,6 @@ class StoredTensor:
 
     @cached_property
     def num_bytes(self) -> int:
-        """Size of its data."""
         return tensor_bytes(self.dtype, self.shape)
 
 
@@ -52,7 +51,7 @@ class Shard:
     unit: str
     tensors: tuple[StoredTensor, ...]
     metadata: str = "pt"
-    """What the header says of the tensors' layout, for the libraries that ask."""
+    """The tensors' layout in the header, for the libraries that ask."""
 
     @property
     def header(self) -> bytes:
@@ -73,7 +72,6 @@ class Shard:
 
     @cached_property
     def num_bytes(self) -> int:
-        """Size of the file."""
         return len(self.header) + sum(tensor.num_bytes for tensor in self.tensors)
 
 
@@ -85,27 +83,17 @@ class ShardPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files."""
         return sum(shard.num_bytes for shard in self.shards)
 
     def shards_of(self, unit: str) -> tuple[Shard, ...]:
-        """The files of one unit."""
         return tuple(shard for shard in self.shards if shard.unit == unit)
 
 
 def plan_shards(
     units: Sequence[tuple[str, Sequence[StoredTensor]]], max_shard_bytes: int, metadata: str = "pt"
 ) -> ShardPlan:
-    """Distributes tensors over files.
-
-    Args:
-        units: unit -> its tensors, in the order in which they are made.
-        max_shard_bytes: the most tensor data in a file; a larger tensor gets a file of its own.
-        metadata: of every shard.
-
-    Returns:
-        The plan, with file names that count all shards.
-    """
+    """Distributes the tensors of each unit, in the order in which they are made, over files of at most
+    `max_shard_bytes` of data; a larger tensor gets a file of its own. The files' names count all shards."""
     parts = [(unit, part) for unit, tensors in units for part in _split(tensors, max_shard_bytes)]
     names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     shards = (Shard(name, unit, tuple(part), metadata) for name, (unit, part) in zip(names, parts, strict=True))
@@ -135,13 +123,8 @@ class ShardFile:
     """
 
     def __init__(self, folder: Path, plan: Shard, begins: bool = True) -> None:
-        """Begins the file under its temporary name, or joins the process that has begun it.
-
-        Args:
-            folder: where it goes.
-            plan: what it will hold.
-            begins: whether this process begins it, names it when it is whole and removes it when it is given up.
-        """
+        """Creates the file under its temporary name, or joins the process that has created it; `begins` is that
+        process, which also renames the file when it is whole, or removes it when it is given up."""
         self.plan = plan
         self._path = folder / plan.file_name
         self._partial = folder / (plan.file_name + PARTIAL)
@@ -164,14 +147,8 @@ class ShardFile:
         self._digests = {name: hashlib.sha256() for name in self._tensors}
 
     def write_rows(self, name: str, start_row: int, rows: torch.Tensor, place: int | None = None) -> None:
-        """Writes some rows of a tensor; a whole tensor is its rows from 0.
-
-        Args:
-            name: the tensor's name.
-            start_row: the first row.
-            rows: the rows, in the planned dtype.
-            place: of the tensor in the stack that is written, whose rows these are; None where it is no stack.
-        """
+        """Writes rows of a tensor in the planned dtype, from `start_row` on: of a stack, those of the tensor at
+        `place`."""
         planned = self._tensors[name]
         shape = planned.shape if place is None else planned.shape[1:]
         assert DTYPE_NAMES[rows.dtype] == planned.dtype, (name, rows.dtype, planned.dtype)
@@ -188,7 +165,7 @@ class ShardFile:
             self._bytes_hashed[name] += len(raw)
 
     def _let_the_disk_begin(self, start: int, count: int) -> None:
-        """Has the disk work all the time, and not at the end alone."""
+        """Keeps the disk busy all the time, not only at the end."""
         self._waiting.append((start, start + count))
         if sum(end - begin for begin, end in self._waiting) >= BEGIN_AT:
             first, last = min(begin for begin, _ in self._waiting), max(end for _, end in self._waiting)
@@ -196,19 +173,11 @@ class ShardFile:
             self._waiting.clear()
 
     def commit(self) -> dict[str, str]:
-        """Brings the whole file to disk and gives it its name.
-
-        Returns:
-            Tensor name -> SHA-256 of its bytes, hexadecimal.
-        """
+        """Brings the whole file to disk and gives it its name; returns tensor -> SHA-256, hexadecimal."""
         return self.publish(self.sync())
 
     def sync(self) -> Written:
-        """Brings what this process has written to disk.
-
-        Returns:
-            The tensors that this process has written something of.
-        """
+        """Brings the rows that this process has written to disk."""
         with naming(self._path):
             os.fsync(self._file.fileno())
         self._file.close()
@@ -219,14 +188,8 @@ class ShardFile:
         }
 
     def publish(self, *written: Written) -> dict[str, str]:
-        """Gives the file its name.
-
-        Args:
-            *written: what each process has brought to disk.
-
-        Returns:
-            Tensor name -> SHA-256 of its bytes, hexadecimal.
-        """
+        """Gives the file its name once every process has called `sync`, which returned `written`; returns tensor ->
+        SHA-256."""
         assert self._begins, f"{self._path}: another process gives it its name"
         hashes = {}
         for name, tensor in self._tensors.items():
@@ -257,24 +220,11 @@ class ShardFile:
 
 
 def write_index(folder: Path, plan: ShardPlan) -> None:
-    """Writes model.safetensors.index.json.
-
-    Args:
-        folder: the checkpoint's folder.
-        plan: its shards.
-    """
     write_atomically(folder / INDEX_FILE, index_content(plan))
 
 
 def index_content(plan: ShardPlan) -> bytes:
-    """The content of model.safetensors.index.json.
-
-    Args:
-        plan: the shards.
-
-    Returns:
-        JSON.
-    """
+    """Returns the content of model.safetensors.index.json."""
     total = sum(tensor.num_bytes for shard in plan.shards for tensor in shard.tensors)
     weight_map = {tensor.name: shard.file_name for shard in plan.shards for tensor in shard.tensors}
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -20,13 +20,10 @@ HEAD = "lm_head"
 
 
 def skipped_modules(linears: Mapping[str, bool]) -> list[str]:
-    """AWQ's `modules_to_not_convert`: entries that occur in the name of every unquantized linear and of no other.
+    """Returns AWQ's `modules_to_not_convert`, sorted: entries that occur in the name of every unquantized linear and of
+    no other, for every linear of the decoder -> whether it is quantized.
 
-    Args:
-        linears: every linear of the decoder -> whether it is quantized.
-
-    Returns:
-        Sorted entries. The router is named by its layer's number, since `mlp.gate` alone would match `mlp.gate_proj`.
+    The router is named by its layer's number, since `mlp.gate` alone would match `mlp.gate_proj`.
     """
     kept = [name for name, quantized in linears.items() if quantized]
     entries = {HEAD, *MTP_MATRICES}
@@ -39,16 +36,11 @@ def skipped_modules(linears: Mapping[str, bool]) -> list[str]:
 
 
 def targets_by_width(widths: Mapping[str, int]) -> dict[int, list[str]]:
-    """compressed-tensors' `targets` of every width, as regular expressions of whole names.
+    """Returns compressed-tensors' `targets`, bits in ascending order -> regular expressions of whole names, one for
+    each kind of linear, for every quantized linear -> bits.
 
     vLLM and SGLang look for a fused layer's name, then for its class, then for its parts: a group for the class
     `Linear` would win over names of parts, so each group names its linears.
-
-    Args:
-        widths: every quantized linear -> bits.
-
-    Returns:
-        Bits, in ascending order -> expressions behind `re:`, one for each kind of linear.
     """
     layers: dict[tuple[int, str], dict[int, None]] = {}
     for name, bits in widths.items():
@@ -62,7 +54,7 @@ def targets_by_width(widths: Mapping[str, int]) -> dict[int, list[str]]:
 
 
 def _skipping(name: str, kept: Iterable[str]) -> str:
-    """The linear's parent module, where nothing in it is quantized; else the linear."""
+    """Returns the linear's parent module where nothing in it is quantized; else the linear."""
     parent = name.rsplit(".", 1)[0]
     inside_experts = re.sub(r"\.experts\.\d+$", "", parent)
     experts = re.sub(r"\.\d+$", "", parent)  # engines ask for a layer's experts as one module
@@ -85,14 +77,8 @@ def _router(layer: str, kept: Iterable[str]) -> str:
 
 
 def ignored_modules(linears: Mapping[str, bool]) -> list[str]:
-    """compressed-tensors' `ignore`: every unquantized linear.
-
-    Args:
-        linears: every linear of the decoder -> whether it is quantized.
-
-    Returns:
-        Full names, the router's and the head's among them; MTP's own linears by regular expressions.
-    """
+    """Returns compressed-tensors' `ignore` for every linear of the decoder -> whether it is quantized: full names of
+    the unquantized ones, the router's and the head's among them; MTP's own linears by regular expressions."""
     names = {name for name, quantized in linears.items() if not quantized}
     routers = {f"{_layer(name)}{ROUTER}" for name in linears if ".experts." in name}
     extra = [f"re:.*{re.escape(part)}$" for part in MTP_MATRICES]

@@ -18,17 +18,7 @@ FORMATS: dict[str, Format] = {**SAFETENSORS, "gguf": Gguf()}
 
 
 def format_of(name: str) -> Format:
-    """Finds the format that a name of `--to` means.
-
-    Args:
-        name: such as `awq` or `gguf:Q4_K_M`.
-
-    Returns:
-        The format.
-
-    Raises:
-        UsageError: where there is none.
-    """
+    """Returns the format of a name such as `awq` or `gguf:Q4_K_M`; raises UsageError where there is none."""
     found = FORMATS.get(name.partition(":")[0])
     if found is None or found.has_types != (":" in name):
         known = (f"{key}:TYPE" if one.has_types else key for key, one in FORMATS.items())
@@ -37,14 +27,8 @@ def format_of(name: str) -> Format:
 
 
 def check_decoder(name: str) -> None:
-    """Imports what decodes an output: an evaluation at a job's end must not be the first to hear that it is missing.
-
-    Args:
-        name: of the format; its type may be left out.
-
-    Raises:
-        PackageError: where it cannot be imported.
-    """
+    """Imports the package that decodes a format's output, so that an evaluation at a job's end is not the first to miss
+    it; the name may lack its type. Raises PackageError where it cannot be imported."""
     decoder = (FORMATS.get(name) or format_of(name)).decoder
     if decoder is not None:
         load(*decoder)

@@ -1,4 +1,4 @@
-"""What a format is asked to plan, and what it leaves to choose."""
+"""The request that a format plans, and the choices that it leaves."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -14,12 +14,11 @@ from dsquant.source.checkpoint import Checkpoint
 Width = int | str
 """Bits of a code, 16 for a linear that stays as it is; or a type of GGUF."""
 NO_CHOICE: Mapping[str, Any] = MappingProxyType({})
-"""Where nothing was chosen."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a format is asked to plan."""
+    """A request to plan an output."""
 
     recipe: Recipe
     name: str
@@ -46,7 +45,7 @@ class Wanted:
 
     @property
     def num_mtp_layers(self) -> int:
-        """Multi-token-prediction layers that the output has."""
+        """Multi-token-prediction layers of the output."""
         return 0 if self.recipe.mtp == "drop" else self.skeleton.num_mtp_layers
 
 
@@ -63,18 +62,17 @@ class Choosable:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a format leaves to choose where the recipe has a target for bits or size."""
+    """The widths that a target for bits or size can choose."""
 
     groups: tuple[Choosable, ...]
     elements: int
-    """Weights that the mean of the bits is over."""
+    """Weights over which the mean of the bits is taken."""
     other_bytes: int
     """Of all tensors that are in no group."""
     fixed_bytes: int
     """Of those in no group whose weights are among `elements`."""
     words: str
-    """What is chosen, for messages."""
+    """A description of the choice, for messages."""
     widths: tuple[Any, ...]
-    """What groups may get."""
     preferred: Collection[Any] = ()
     """Widths that engines take; others are chosen only where a target cannot be met without them."""

@@ -10,7 +10,7 @@ MOST_WAITING_BYTES = 64 * 2**20
 
 
 class WriteBehind:
-    """One thread that does what it is given, in order; the first error comes out of the next call."""
+    """One thread that does its work in order; the first error is raised by the next call."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="dsquant-write")
@@ -18,12 +18,7 @@ class WriteBehind:
         self._stream: torch.cuda.Stream | None = None
 
     def write(self, tensor: torch.Tensor, sink: Callable[[torch.Tensor], None]) -> None:
-        """Hands a tensor's values to `sink` in the background, in host memory.
-
-        Args:
-            tensor: on a GPU or not; nobody changes it any more.
-            sink: gets the values, in the thread that gets all others.
-        """
+        """Hands a tensor's values, which nobody changes any more, to `sink` in the thread, in host memory."""
         ready = torch.cuda.Event() if tensor.is_cuda else None
         if ready is not None:
             ready.record()
@@ -47,18 +42,16 @@ class WriteBehind:
         return host
 
     def wait(self) -> None:
-        """Returns when everything is written."""
         while self._waiting:
             self._waiting.pop(0)[0].result()
 
     def drop(self) -> None:
-        """Gives up what has not been written; returns when nothing is being written any more."""
+        """Gives up what is not written yet; returns when nothing is being written any more."""
         for waiting, _ in self._waiting:
             waiting.cancel()
         wait([waiting for waiting, _ in self._waiting if not waiting.cancelled()])
         self._waiting.clear()
 
     def close(self) -> None:
-        """Ends the thread."""
         self.drop()
         self._pool.shutdown()
