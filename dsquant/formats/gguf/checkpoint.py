@@ -50,7 +50,7 @@ LLAMA3_ROPE = {
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says about itself."""
+    """The keys of a GGUF file, and its tensors without their data."""
 
     file: Path
     """The file, or the first of a split one."""
@@ -60,7 +60,7 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
-        """The checkpoint's name for it, llama.cpp's where dsquant does not know it."""
+        """The checkpoint's name of the architecture; llama.cpp's where dsquant does not know it."""
         name = str(self.keys.get("general.architecture"))
         return GGUF_FAMILIES[name].architecture if name in GGUF_FAMILIES else name
 
@@ -73,11 +73,8 @@ class GgufHeader:
 
     @property
     def rotary(self) -> Rotary:
-        """What llama.cpp computes from the file.
-
-        Raises:
-            InputError: where it lacks a key, or scales in an unknown way.
-        """
+        """The rotary embedding that llama.cpp computes; raises InputError where a key is missing or the scaling is
+        unknown."""
         factors = self.tensors.get("rope_freqs.weight")
         factors_F = None if factors is None else torch.from_numpy(factors.data.copy()).float().flatten()
         try:
@@ -89,13 +86,12 @@ class GgufHeader:
 
     @property
     def num_tokens(self) -> int:
-        """Rows of the embedding; none where there is none."""
+        """Rows of the embedding; 0 without one."""
         table = self.tensors.get("token_embd.weight")
         return 0 if table is None else int(table.shape[1])
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of tensor data in all parts."""
         return sum(int(tensor.n_bytes) for tensor in self.tensors.values())
 
     @property
@@ -111,11 +107,8 @@ class GgufHeader:
 
     @property
     def tokens(self) -> dict[str, int] | None:
-        """Token -> id of the vocabulary without unused places; None where the file holds none.
-
-        Raises:
-            InputError: where tokens and their types do not belong together.
-        """
+        """Token -> id of the vocabulary without unused ids; None where the file holds none. Raises InputError where
+        tokens and their types do not match."""
         tokens, types = self.keys.get("tokenizer.ggml.tokens"), self.keys.get("tokenizer.ggml.token_type")
         if tokens is None or types is None:
             return None
@@ -130,17 +123,8 @@ def _one(value: Any) -> Any:
 
 
 def read_header(file: Path) -> GgufHeader:
-    """Reads the keys of a file and the directory of its tensors.
-
-    Args:
-        file: the file, or the first of a split one.
-
-    Returns:
-        The header.
-
-    Raises:
-        InputError: where a file is missing or damaged.
-    """
+    """Reads the keys and the directory of tensors of a file, or of a split one from its first part; raises InputError
+    where a part is missing or damaged."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -159,17 +143,9 @@ def read_header(file: Path) -> GgufHeader:
 
 
 def gguf_checkpoint(header: GgufHeader, device: torch.device = CPU) -> Checkpoint:
-    """Makes a checkpoint of a GGUF file alone; multi-token-prediction layers are left out.
+    """Makes a checkpoint of a GGUF file alone, without multi-token-prediction layers and with an empty index of shards.
 
-    Args:
-        header: of the file.
-        device: where its weights go when they are read.
-
-    Returns:
-        The checkpoint; its index of shards is empty.
-
-    Raises:
-        InputError: where the file is damaged, or of an architecture that dsquant does not know.
+    Raises InputError where the file is damaged, or of an architecture that dsquant does not know.
     """
     config = _config(header)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -187,17 +163,8 @@ def gguf_checkpoint(header: GgufHeader, device: torch.device = CPU) -> Checkpoin
 
 
 def gguf_tokenizer(header: GgufHeader) -> Any:
-    """Builds the tokenizer that a file holds.
-
-    Args:
-        header: of the file.
-
-    Returns:
-        A transformers tokenizer.
-
-    Raises:
-        InputError: where the file holds none, or one of a kind that dsquant cannot build.
-    """
+    """Builds a transformers tokenizer from a file's keys; raises InputError where it holds none, or one of a kind that
+    dsquant cannot build."""
     kind = header.keys.get("tokenizer.ggml.model")
     if header.tokens is None or kind != "gpt2" or "tokenizer.ggml.merges" not in header.keys:
         found = f"tokenizer.ggml.model is {kind!r:.80}"
@@ -207,7 +174,6 @@ def gguf_tokenizer(header: GgufHeader) -> Any:
 
 
 def _byte_level_bpe(file: Path, keys: Mapping[str, Any], vocabulary: dict[str, int]) -> Any:
-    """A tokenizer from a vocabulary that the packages may refuse."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
@@ -291,7 +257,7 @@ def _config(header: GgufHeader) -> dict[str, Any]:
 
 
 def _rope_scaling(header: GgufHeader, facts: GgufFacts, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config's words for a file's scaling; llama.cpp has linear where no type is stated."""
+    """Returns a config's entry for a file's scaling; for llama.cpp it is linear where no type is stated."""
     numbers = header.numbers
     if "rope_freqs.weight" in header.tensors:
         return LLAMA3_ROPE
@@ -312,7 +278,7 @@ def _rope_scaling(header: GgufHeader, facts: GgufFacts, config: Mapping[str, Any
 
 
 def _check_rotary(header: GgufHeader, config: Mapping[str, Any]) -> None:
-    """Refuses a file whose scaling no config says: llama.cpp would compute something else."""
+    """Refuses a file whose scaling no config can state: llama.cpp would compute something else."""
     try:
         wanted = network_rotary(FAMILIES[header.architecture], config)
     except Exception as error:  # transformers raises of every kind for a config that makes no sense

@@ -25,17 +25,8 @@ _LENGTH, _KIND = struct.Struct("<Q"), struct.Struct("<I")
 
 
 def read_gguf(path: Path) -> Any:
-    """Reads a file's keys and the directory of its tensors.
-
-    Args:
-        path: the file.
-
-    Returns:
-        gguf-py's reader.
-
-    Raises:
-        InputError: where it is missing or damaged, or claims what no file holds.
-    """
+    """Opens a file with gguf-py's reader; raises InputError where it is missing or damaged, or claims what no file
+    holds."""
     reader_of = load("gguf", "gguf").GGUFReader
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -53,7 +44,7 @@ def read_gguf(path: Path) -> Any:
 
 
 def _check_places(tensors: Any, size: int) -> None:
-    """No tensor ends behind the file, and none shares its bytes with another."""
+    """Refuses tensors that end after the file, or share bytes with another."""
     placed = sorted(tensors, key=lambda tensor: (tensor.data_offset, tensor.n_bytes))
     for tensor in placed:
         if tensor.data_offset + tensor.n_bytes > size:

@@ -38,7 +38,6 @@ class GgufTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Size of its data."""
         return prod(self.shape[:-1]) * row_bytes(self.type_name, self.shape[-1])
 
 
@@ -62,7 +61,6 @@ class GgufFile:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the file."""
         return len(self.header) + sum(_padded(tensor.num_bytes) for tensor in self.tensors)
 
 
@@ -79,15 +77,9 @@ def plan_files(
 ) -> tuple[GgufFile, ...]:
     """Distributes tensors over files and builds their headers; gguf-py does both.
 
-    Args:
-        stem: the name of the file without its ending; split files get `-00001-of-00003` behind it.
-        architecture: `general.architecture`.
-        add_keys: adds every other key to a `gguf.GGUFWriter`.
-        tensors: all tensors in order.
-        max_file_bytes: the most tensor data in a file, as far as single tensors allow; 0 makes one file.
-
-    Returns:
-        The files.
+    `stem` is the file name without its ending; split files get `-00001-of-00003` behind it. `add_keys` adds every key
+    but `general.architecture` to a `gguf.GGUFWriter`. A file holds at most `max_file_bytes` of tensor data, as far as
+    single tensors allow; 0 makes one file.
     """
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -119,16 +111,10 @@ class GgufFiles:
     """
 
     def __init__(self, folder: Path, files: Sequence[GgufFile], resume: bool, ranks: Ranks = ALONE) -> None:
-        """Makes the files at their full size, or finds those of an interrupted job.
+        """Creates the files at their full size, or with `resume` opens those of an interrupted job; all ranks open
+        them.
 
-        Args:
-            folder: where they lie.
-            files: the plan.
-            resume: whether they are there already.
-            ranks: who writes; all of them open the files.
-
-        Raises:
-            InputError: where an interrupted job's file is gone or not the planned one.
+        Raises InputError where an interrupted job's file is missing or not the planned one.
         """
         self._folder, self._files, self._ranks = folder, files, ranks
         if not resume:
@@ -160,13 +146,7 @@ class GgufFiles:
         return stream
 
     def write(self, name: str, start: int, stored: torch.Tensor) -> None:
-        """Writes bytes of a tensor, each byte once.
-
-        Args:
-            name: the tensor.
-            start: the first byte, counted from the tensor's beginning.
-            stored: uint8, any shape.
-        """
+        """Writes bytes of a tensor, uint8 of any shape, from byte `start` of the tensor on; each byte once."""
         file, offset = self._place[name]
         raw = memoryview(stored.contiguous().view(-1).numpy().data)
         with naming(self._folder / file.file_name):
@@ -174,14 +154,8 @@ class GgufFiles:
         self._written.setdefault(name, _Written()).add(start, raw)
 
     def commit(self, names: Sequence[str]) -> dict[str, str]:
-        """Brings tensors to disk.
-
-        Args:
-            names: the tensors, wholly written by all ranks together.
-
-        Returns:
-            Tensor -> SHA-256 of its bytes, hexadecimal, on every rank.
-        """
+        """Brings tensors that all ranks together have written to disk; returns tensor -> SHA-256, hexadecimal, on every
+        rank."""
         for file_name in {self._place[name][0].file_name for name in names}:
             with naming(self._folder / file_name):
                 os.fsync(self._opened[file_name].fileno())
@@ -195,7 +169,7 @@ class GgufFiles:
         return whole | dict(zip(shared, self._ranks.spread(self._hash, shared), strict=True))
 
     def _hash(self, name: str) -> str:
-        """The hash of a tensor that several ranks have written."""
+        """Hashes a tensor that several ranks have written."""
         file, offset = self._place[name]
         digest, end = hashlib.sha256(), offset + self._tensors[name].num_bytes
         with naming(self._folder / file.file_name):
@@ -205,7 +179,6 @@ class GgufFiles:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Closes the files; what is on disk stays, for a resumed job."""
         for stream in self._opened.values():
             stream.close()
 
@@ -221,7 +194,7 @@ class GgufFiles:
 
 @dataclass
 class _Written:
-    """What this rank has written of a tensor."""
+    """The bytes of a tensor that this rank has written."""
 
     num_bytes: int = 0
     _hashed: int = 0
@@ -234,5 +207,5 @@ class _Written:
         self.num_bytes += len(raw)
 
     def counted(self, wanted: int) -> tuple[int, str]:
-        """How many bytes, and their hash where they are the whole tensor, in its order."""
+        """Returns their number, and their hash where they are the whole tensor, written in order."""
         return self.num_bytes, self._digest.hexdigest() if self._hashed == wanted else ""

@@ -33,23 +33,15 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 @dataclass(frozen=True)
 class TensorImportance:
-    """One tensor's entry."""
-
     sums_MI: torch.Tensor
-    """float32 [M, I]: sums of squares."""
+    """float32 [M, I], sums of squared inputs."""
     counts_M: torch.Tensor
-    """float32 [M]: tokens behind them."""
+    """float32 [M], tokens behind them."""
 
 
 def column_importance(entry: TensorImportance) -> torch.Tensor:
-    """The weights that a quantizer uses: means, shrunk towards the tensor's where tokens are few, never zero.
-
-    Args:
-        entry: of a tensor.
-
-    Returns:
-        float32 [M, I], positive; all ones where no token came at all.
-    """
+    """Returns the weights of a quantizer, float32 [M, I], positive: means, shrunk towards the tensor's where tokens are
+    few; all ones without any token."""
     counts_M1 = entry.counts_M.unsqueeze(1)
     total = float(entry.counts_M.sum())
     if total == 0:
@@ -65,15 +57,8 @@ def column_importance(entry: TensorImportance) -> torch.Tensor:
 def write_imatrix(
     path: Path, entries: Mapping[str, TensorImportance], datasets: list[str], chunks: int, chunk_tokens: int
 ) -> None:
-    """Writes an imatrix file that `llama-quantize --imatrix` accepts.
-
-    Args:
-        path: the file.
-        entries: GGUF tensor name -> importance.
-        datasets: what it was calibrated on.
-        chunks: samples.
-        chunk_tokens: tokens of a sample.
-    """
+    """Writes tensor -> importance as an imatrix file that `llama-quantize --imatrix` accepts; `chunks` counts
+    samples."""
     from gguf import GGUFWriter
 
     partial = path.with_name(path.name + PARTIAL)
@@ -94,14 +79,7 @@ def write_imatrix(
 
 
 def stored_tensors(path: Path) -> dict[str, list[Any]]:
-    """Lists the tensors of an imatrix file of the newer format.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Tensor -> type, SHA-256 of its bytes and extents, columns last; in the order of the file.
-    """
+    """Lists an imatrix file of the newer format: tensor -> type, SHA-256 of its bytes and extents, columns last."""
     from gguf import GGUFReader
 
     return {
@@ -115,17 +93,8 @@ def stored_tensors(path: Path) -> dict[str, list[Any]]:
 
 
 def read_imatrix(path: Path) -> dict[str, TensorImportance]:
-    """Reads an imatrix file of either format.
-
-    Args:
-        path: the file.
-
-    Returns:
-        GGUF tensor name -> importance. Sums of an older file are flat: M is 1 until `fitting_imatrix` knows the tensor.
-
-    Raises:
-        InputError: where it is missing, damaged, or no imatrix.
-    """
+    """Reads tensor -> importance from an imatrix file of either format. Sums of an older file are flat: M is 1 until
+    `fitting_imatrix` knows the tensor. Raises InputError where it is missing, damaged, or not an imatrix."""
     if not path.exists():
         raise InputError(f"{path}: no such imatrix file")
     try:
@@ -162,7 +131,7 @@ def _read_gguf(path: Path) -> dict[str, TensorImportance]:
 
 
 def _read_legacy(raw: bytes) -> dict[str, TensorImportance]:
-    """The older format: a count of entries; for each name, calls and values. Values are means times calls."""
+    """Reads the older format: a count of entries; for each name, calls and values. Values are means times calls."""
     place = 0
 
     def number() -> int:
@@ -188,18 +157,8 @@ def _read_legacy(raw: bytes) -> dict[str, TensorImportance]:
 
 
 def fitting_imatrix(path: Path, tensors: Mapping[str, GgufTensor]) -> tuple[dict[str, TensorImportance], list[str]]:
-    """Reads an importance matrix for a model.
-
-    Args:
-        path: the file.
-        tensors: the model's.
-
-    Returns:
-        Tensor -> importance, and what to tell of them.
-
-    Raises:
-        InputError: where the file is damaged or of another model.
-    """
+    """Reads an importance matrix for a model's tensors, and makes notes on it for the user; raises InputError where the
+    file is damaged or of another model."""
     entries = read_imatrix(path)
     unknown = [name for name in entries if name not in tensors]
     if len(unknown) * 2 > len(entries):
@@ -220,7 +179,7 @@ def fitting_imatrix(path: Path, tensors: Mapping[str, GgufTensor]) -> tuple[dict
 
 
 def _fitted(path: Path, name: str, shape: tuple[int, ...], entry: TensorImportance) -> TensorImportance:
-    """Brings an entry into the shape of its tensor, columns last: M = the tensor's matrices."""
+    """Reshapes an entry to M = the tensor's matrices, whose shape has columns last."""
     matrices = shape[0] if len(shape) == 3 else 1
     if entry.sums_MI.numel() != matrices * shape[-1]:
         raise InputError(

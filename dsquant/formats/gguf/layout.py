@@ -1,11 +1,11 @@
-"""Where a checkpoint's parameters lie in a GGUF file: names and shapes as llama.cpp reads them.
+"""The places of a checkpoint's parameters in a GGUF file: names and shapes as llama.cpp reads them.
 
 The network is the same; only the storage differs: a layer's experts are merged into one three-dimensional tensor, MLA's
 kv_b_proj is split into keys (transposed, so that queries are absorbed) and values, and Llama's queries and keys have
-their rotary halves interleaved. What each architecture has of this, its family says (`GgufFacts`).
+their rotary halves interleaved. Each architecture's family states which of these it has (`GgufFacts`).
 
-Shape legend: O out features, I in features, H heads, N rows of a head's keys without position, V of its values,
-L latent width, E experts.
+Shape legend: O out features, I in features, H heads, N rows of a head's keys without position, V of its values, L
+latent width, E experts.
 """
 
 import re
@@ -35,7 +35,6 @@ class Placement:
     """A part of a GGUF file that a parameter fills."""
 
     tensor: str
-    """The GGUF tensor's name."""
     transform: Transform = "same"
     """same; keys or values: that part of kv_b_proj; rotary: rows of each head interleaved."""
     expert: int | None = None
@@ -43,15 +42,7 @@ class Placement:
 
 
 def placements(parameter: str, architecture: str) -> tuple[Placement, ...]:
-    """Where a parameter goes.
-
-    Args:
-        parameter: its name in the checkpoint.
-        architecture: the checkpoint's.
-
-    Returns:
-        One placement, two for kv_b_proj; none where a GGUF file has no such tensor.
-    """
+    """Returns the place of a parameter: one, or two for kv_b_proj; none where a GGUF file has no such tensor."""
     if parameter in _OUTSIDE_LAYERS:
         return (Placement(_OUTSIDE_LAYERS[parameter]),)
     match, family = _LAYER.fullmatch(parameter), FAMILIES.get(architecture)
@@ -73,15 +64,10 @@ def placements(parameter: str, architecture: str) -> tuple[Placement, ...]:
 
 
 def parameters(tensor: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The parameters that a GGUF tensor holds: the reverse of `placements`.
+    """Yields names and shapes of the parameters that a GGUF tensor of a shape (columns last) holds: the reverse of
+    `placements`.
 
-    Args:
-        tensor: its name.
-        shape: its shape, the fastest dimension last.
-        config: the model's.
-
-    Yields:
-        Names and shapes; none for tensors that are computed or unknown. kv_b_proj comes with its keys.
+    None for tensors that are computed or unknown; kv_b_proj comes with its keys.
     """
     outside = {stored: name for name, stored in _OUTSIDE_LAYERS.items()}
     if tensor in outside:
@@ -106,16 +92,8 @@ def parameters(tensor: str, shape: tuple[int, ...], config: Mapping[str, Any]) -
 
 
 def stored_shape(shape: tuple[int, ...], placement: Placement, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape of the GGUF tensor that a parameter of some shape fills, rows last but one as in the checkpoint.
-
-    Args:
-        shape: the parameter's.
-        placement: where it goes.
-        config: config.json's content.
-
-    Returns:
-        [O, I], [E, O, I], [H, L, N] for keys, [H, V, L] for values, or the parameter's own shape.
-    """
+    """Returns the shape of the GGUF tensor that a parameter of some shape fills, columns last: [O, I], [E, O, I], [H,
+    L, N] for keys, [H, V, L] for values, or the parameter's own shape."""
     if placement.expert is not None:
         return (sizes_of(config).num_experts, *shape)
     if placement.transform in ("keys", "values"):
@@ -125,17 +103,7 @@ def stored_shape(shape: tuple[int, ...], placement: Placement, config: Mapping[s
 
 
 def encode(weight: torch.Tensor, parameter: str, transform: Transform, config: Mapping[str, Any]) -> torch.Tensor:
-    """Brings a whole parameter into the order of its placement.
-
-    Args:
-        weight: the parameter.
-        parameter: its name.
-        transform: the placement's.
-        config: config.json's content.
-
-    Returns:
-        [H, L, N], [H, V, L] or the parameter's shape.
-    """
+    """Transforms a whole parameter as its placement requires: [H, L, N], [H, V, L] or the parameter's shape."""
     if transform == "same":
         return weight
     if transform == "rotary":
@@ -153,12 +121,12 @@ def decode_rotary(weight: torch.Tensor, parameter: str, config: Mapping[str, Any
 
 
 def join_keys_and_values(keys_HLN: torch.Tensor, values_HVL: torch.Tensor) -> torch.Tensor:
-    """kv_b_proj's weight [H * (N + V), L] from its two parts."""
+    """Joins kv_b_proj's weight [H * (N + V), L] from its two parts."""
     return torch.cat([keys_HLN.transpose(1, 2), values_HVL], dim=1).flatten(0, 1)
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Heads of a split linear, and the rows of keys and of values that each has."""
+    """Returns the heads of a split linear, and the rows of keys and of values of each."""
     split = FAMILIES[architecture_of(config)].gguf.split
     assert split is not None
     return split.shape(config)[:3]

@@ -1,4 +1,4 @@
-"""What llama.cpp's loader accepts: its rules for numbers, checked before the first weight is converted.
+"""Rules of llama.cpp's loader for numbers, checked before the first weight is converted.
 
 Reference: load_hparams in src/llama-model.cpp, and the architectures of src/models, whose own rules families state.
 """
@@ -26,29 +26,15 @@ READ_BY_TYPE = {
 
 
 def loading_problem(facts: GgufFacts, config: Mapping[str, Any], rotary: Rotary) -> str | None:
-    """Says why llama.cpp would not load a network, or would compute another function with it; None where it is right.
+    """Returns in words why llama.cpp would not load a network, or would compute another function with it; else None.
 
-    Args:
-        facts: of the network's architecture.
-        config: the network's, with transformers' defaults filled in.
-        rotary: the network's rotary embedding.
-
-    Returns:
-        The reason in words.
+    `config` is the network's, with transformers' defaults filled in.
     """
     return number_problem(facts, config) or _rope_problem(facts, config, rotary)
 
 
 def number_problem(facts: GgufFacts, config: Mapping[str, Any]) -> str | None:
-    """Says which number of a network llama.cpp does not load, or takes for another; None where there is none.
-
-    Args:
-        facts: of the network's architecture.
-        config: the network's, with transformers' defaults filled in.
-
-    Returns:
-        The reason in words.
-    """
+    """Returns in words which number of a network llama.cpp does not load, or reads as another; else None."""
     if config["hidden_act"] not in ("silu", "swish"):
         return f"hidden_act {config['hidden_act']!r}: llama.cpp's {facts.architecture} computes silu"
     layers = config["num_hidden_layers"]
@@ -58,7 +44,7 @@ def number_problem(facts: GgufFacts, config: Mapping[str, Any]) -> str | None:
 
 
 def _rope_problem(facts: GgufFacts, config: Mapping[str, Any], wanted: Rotary) -> str | None:
-    """Says why llama.cpp would compute another rotary embedding than a network's; None where it would not."""
+    """Returns in words why llama.cpp would compute another rotary embedding than the network's; else None."""
     rope = config["rope_parameters"]
     kind, known = rope["rope_type"], facts.rope_scalings
     if kind not in known:

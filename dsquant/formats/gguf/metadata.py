@@ -32,15 +32,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 def add_model_keys(
     writer: Any, facts: GgufFacts, config: Mapping[str, Any], rotary: Rotary, num_mtp_layers: int
 ) -> None:
-    """Adds the network's numbers.
-
-    Args:
-        writer: a `gguf.GGUFWriter`.
-        facts: of the network's architecture.
-        config: the network's, with transformers' defaults filled in.
-        rotary: the network's rotary embedding.
-        num_mtp_layers: multi-token-prediction layers that the file holds.
-    """
+    """Adds the network's numbers, `model_keys`, to a `gguf.GGUFWriter`."""
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in model_keys(facts, config, rotary, num_mtp_layers).items():
         add[type(value)](f"{facts.architecture}.{key}", value)
@@ -49,16 +41,9 @@ def add_model_keys(
 def model_keys(
     facts: GgufFacts, config: Mapping[str, Any], rotary: Rotary, num_mtp_layers: int = 0
 ) -> dict[str, bool | int | float | str]:
-    """The network's numbers as a GGUF file says them.
+    """Returns the network's numbers in the order of the file: key without the architecture's name -> value.
 
-    Args:
-        facts: of the network's architecture.
-        config: the network's, with transformers' defaults filled in.
-        rotary: the network's rotary embedding.
-        num_mtp_layers: multi-token-prediction layers that the file holds.
-
-    Returns:
-        Key without the architecture's name -> value, in the order of the file.
+    `config` has transformers' defaults filled in; the file holds `num_mtp_layers` multi-token-prediction layers.
     """
     keys = {
         "block_count": config["num_hidden_layers"] + num_mtp_layers,
@@ -78,20 +63,12 @@ def model_keys(
 def add_tokenizer_keys(
     writer: Any, folder: Path, vocab_size: int, names: Mapping[str, str] = MappingProxyType({})
 ) -> list[str]:
-    """Adds tokens, merges, special tokens and the chat template.
+    """Adds tokens, merges, special tokens and the chat template of a checkpoint folder to a `gguf.GGUFWriter`.
 
-    Args:
-        writer: a `gguf.GGUFWriter`.
-        folder: the checkpoint, with tokenizer.json.
-        vocab_size: rows of the embedding; ids that the tokenizer does not have become unused tokens.
-        names: pre-tokenizer -> what the architecture calls it, where it has a name of its own.
-
-    Returns:
-        The added tokens that are left out, having no row of the embedding: llama.cpp wants a row for every token.
-
-    Raises:
-        InputError: where the tokenizer is not one that llama.cpp has under a name, or begins or ends texts with a token
-            that the embedding has no row for.
+    Ids below `vocab_size`, the rows of the embedding, that the tokenizer does not have become unused tokens; `names`
+    are the architecture's own names of pre-tokenizers. Returns the added tokens that are left out for want of a row:
+    llama.cpp wants one for every token. Raises InputError where llama.cpp has no name for the tokenizer, or texts begin
+    or end with a token that the embedding has no row for.
     """
     from gguf import SpecialVocab
 
@@ -124,7 +101,7 @@ def add_tokenizer_keys(
 
 
 def _tokens(path: Path, tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int], list[str]]:
-    """Tokens and their types by id, and the added tokens without a row of the embedding."""
+    """Returns tokens and their types by id, and the added tokens without a row of the embedding."""
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
     types = [UNUSED] * vocab_size
     vocabulary, added_tokens = tokenizer["model"].get("vocab", {}), tokenizer.get("added_tokens", [])
@@ -145,7 +122,7 @@ def _tokens(path: Path, tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[
 
 
 def _check_normalizer(path: Path, tokenizer: Mapping[str, Any]) -> None:
-    """llama.cpp cuts the text as it stands; NFC changes none of what models are asked."""
+    """Refuses normalizers but NFC, which changes no usual text: llama.cpp cuts texts as they stand."""
     normalizer = tokenizer.get("normalizer")
     steps = normalizer.get("normalizers", [normalizer]) if isinstance(normalizer, dict) else [normalizer]
     other = next((step for step in steps if step is not None and step != {"type": "NFC"}), None)
@@ -166,18 +143,8 @@ def _check_ids(path: Path, tokens: list[tuple[Any, Any]]) -> None:
 
 
 def pre_tokenizer_name(path: Path, tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name for a tokenizer's way to cut text into words, found from its regular expressions.
-
-    Args:
-        path: of tokenizer.json, for the message.
-        tokenizer: its content.
-
-    Returns:
-        deepseek-v3, kimi-k2, llama-bpe, qwen2 or gpt-2.
-
-    Raises:
-        InputError: where it is none of these.
-    """
+    """Returns llama.cpp's name for the pre-tokenizer of a tokenizer.json's content, found from its regular expressions;
+    raises InputError where it has none."""
     found = json.dumps(tokenizer.get("pre_tokenizer"), ensure_ascii=False)
     patterns = re.findall(r'"Regex": ("(?:[^"\\]|\\.)*")', found)
     expressions = [str(json.loads(pattern)) for pattern in patterns]

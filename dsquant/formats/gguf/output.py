@@ -1,4 +1,5 @@
-"""GGUF as an output format: files that llama.cpp loads, their importance matrix, and what a target lets choose.
+"""GGUF as an output format: files that llama.cpp loads, their importance matrix, and their choice of types for a
+target.
 
 Shape legend: M matrices of a tensor, O out features, I in features, H heads, N rows of a head's keys.
 """
@@ -56,26 +57,17 @@ class Gguf(Format):
     placement = "split"
 
     def stored_type(self, type_name: str) -> str | None:
-        """Returns the type of most of a mixture's tensors."""
         return MIXTURES[type_name][0]
 
     def serve_command(self, location: Path | str) -> str:
-        """Returns llama.cpp's command."""
         return f"llama-server -m {location}"
 
     def plan(self, wanted: Wanted) -> "GgufTarget":
         """Plans every tensor and file.
 
-        Args:
-            wanted: the recipe and the source.
-
-        Returns:
-            The plan.
-
-        Raises:
-            InputError: where a parameter has no place in GGUF, the tokenizer is unknown to llama.cpp, or an imatrix is
-                of another model.
-            UsageError: where the type is unknown, nothing installed can make it, or scales cannot be searched.
+        Raises InputError where a parameter has no place in GGUF, the tokenizer is unknown to llama.cpp, or an imatrix
+        is of another model; UsageError where the type is unknown, nothing installed can make it, or scales cannot be
+        searched.
         """
         recipe, type_name = wanted.recipe, wanted.name.partition(":")[2]
         if type_name not in MIXTURES:
@@ -117,7 +109,8 @@ class Gguf(Format):
 
 
 def _scaled(wanted: Wanted) -> tuple[frozenset[str], list[str]]:
-    """The linears whose inputs are scaled, and what to tell where none are; alone, GGUF can do without."""
+    """Returns the linears whose inputs are scaled, and notes where there are none, which GGUF as the only output
+    allows."""
     recipe, alone = wanted.recipe, len(wanted.recipe.to) == 1
     if alone and not (recipe.calibration and "scales" in recipe.steps):
         return frozenset(), []
@@ -128,15 +121,7 @@ def _scaled(wanted: Wanted) -> tuple[frozenset[str], list[str]]:
 
 
 def scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozenset[str], list[str]]:
-    """Finds the linears that scales are searched for: those of every layer, or none.
-
-    Args:
-        checkpoint: the source.
-        skeleton: its network.
-
-    Returns:
-        The linears, and what to tell where scales cannot be searched for all of them.
-    """
+    """Returns the linears that scales are searched for, those of every layer or none, and notes why none are."""
     linears = frozenset(linear for layer in skeleton.layers for linear in layer.linears)
     for linear in sorted(linears):
         columns = checkpoint.weights.shape(f"{linear}.weight")[1]
@@ -148,88 +133,52 @@ def scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozen
 
 @dataclass(frozen=True)
 class GgufTarget(Target):
-    """One GGUF model to write."""
+    """A GGUF model to write."""
 
     model: GgufModel
     calibrated: bool
     """Whether importances are taken from calibration."""
     on_gpu: bool
-    """Whether weights are quantized on a GPU, as far as it has kernels."""
+    """Whether weights are quantized on a GPU, as far as it has kernels for their types."""
 
     packages: ClassVar[tuple[str, ...]] = ("gguf",)
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files."""
         return self.model.num_bytes
 
     @property
     def location(self) -> PurePosixPath:
-        """The first file, which is what llama.cpp is given."""
         return self.folder / self.model.files[0].file_name
 
     @property
     def storing_bytes(self) -> int:
-        """Memory for the parts of a weight while it is stored, or for one that is stored whole."""
         return storing_bytes(self.model.largest_whole)
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """Which code quantizes: jobs with the same words write the same bytes."""
+        """The code that quantizes: jobs with the same words write the same bytes."""
         return {"quantizer": quantizer_name(self.on_gpu)}
 
     @property
     def bytes_by_file(self) -> dict[str, int]:
-        """Each file's size."""
         return {file.file_name: file.num_bytes for file in self.model.files}
 
     @property
     def details(self) -> Mapping[str, str]:
-        """The size of its tensors in each type."""
         return {f"in {name}": format_size(size) for name, size in self.model.bytes_by_type.items()}
 
     def file_names(self) -> list[str]:
-        """Model files; with calibration an importance matrix and scales."""
         names = [file.file_name for file in self.model.files]
         return names + ([IMATRIX_FILE, SCALES_FILE] if self.calibrated else [])
 
     def look(self, checkpoint: Checkpoint) -> Look:
-        """Finds the source's values that the planned types cannot hold.
-
-        Args:
-            checkpoint: the source.
-
-        Returns:
-            What gets every tensor of the source while it is hashed; raises InputError.
-        """
         return range_look(checkpoint, self.model.tensors.values())
 
     def open(self, surroundings: Surroundings, resumed: bool) -> OpenGguf:
-        """Makes the files at their full size, or opens those of an interrupted job.
-
-        Args:
-            surroundings: of the job.
-            resumed: whether finished units are there already.
-
-        Returns:
-            The output.
-
-        Raises:
-            InputError: where an interrupted job's files are gone or not the planned ones.
-        """
         return OpenGguf(self.model, surroundings.output / self.folder, surroundings, resumed)
 
     def finished_files(self, output: Path, units: Sequence[str], tensors: Collection[str]) -> Iterable[StoredFile]:
-        """The files, with the tensors of finished units.
-
-        Args:
-            output: the job's output folder.
-            units: the finished ones.
-            tensors: theirs.
-
-        Yields:
-            Each file.
-        """
         for file in self.model.files:
             path = output / self.folder / (file.file_name + PARTIAL)
             path = path if path.is_file() else path.with_name(file.file_name)
@@ -242,27 +191,9 @@ class GgufTarget(Target):
             yield StoredFile(path, file.header, file.num_bytes, places)
 
     def candidate(self, output: Path, checkpoint: Checkpoint) -> Weights:
-        """The finished files' weights.
-
-        Args:
-            output: the job's output folder.
-            checkpoint: the original.
-
-        Returns:
-            The weights, decoded on access.
-        """
         return open_gguf(output / self.location, checkpoint)
 
     def contents(self, hashes: Mapping[str, str], output: Path) -> Contents:
-        """Lists what lies in the files and in the importance matrix.
-
-        Args:
-            hashes: tensor -> SHA-256.
-            output: the job's output folder.
-
-        Returns:
-            Their entries for the record.
-        """
         found = {
             str(self.folder / file.file_name): {
                 tensor.name: [tensor.type_name, hashes[tensor.name], *tensor.shape] for tensor in file.tensors
@@ -274,14 +205,6 @@ class GgufTarget(Target):
         return {name: {"tensors": held} for name, held in found.items()}
 
     def recorded(self, errors: Mapping[str, float]) -> dict[str, Any]:
-        """Gives what the record tells of it.
-
-        Args:
-            errors: parameter -> the relative error of its stored rows.
-
-        Returns:
-            Plain JSON values; `folder` is the first file.
-        """
         return {
             "folder": str(self.location),
             "bytes": self.num_bytes,
@@ -290,31 +213,11 @@ class GgufTarget(Target):
         }
 
     def choice(self, wanted: Wanted) -> Choice:
-        """A type for each tensor of the decoder that no override is for.
-
-        Args:
-            wanted: what was planned.
-
-        Returns:
-            The tensors to choose for, and their sizes in each type.
-
-        Raises:
-            UsageError: where there is nothing to choose for.
-        """
         return type_choice(self.model.tensors, wanted)
 
     def as_stored(self, checkpoint: Checkpoint, group: Choosable, width: Width, linear: ScaledLinear) -> torch.Tensor:
-        """Stores a linear's weight in one of the tensors that it fills and reads it back.
-
-        Args:
-            checkpoint: the source.
-            group: the tensor.
-            width: the type.
-            linear: the linear.
-
-        Returns:
-            float32 [O, I], what is in no such tensor unchanged.
-        """
+        """Stores a linear's weight in one of the tensors that it fills and reads it back; the others' rows stay
+        exact."""
         parameter, config, weight_OI = f"{linear.name}.weight", self.model.config, linear.weight_OI
         placement = next(place for place in places_of(checkpoint, parameter) if place.tensor == group.name)
         matrices = encode(weight_OI, parameter, placement.transform, config)

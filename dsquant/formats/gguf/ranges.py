@@ -1,4 +1,5 @@
-"""What the types of a GGUF file can hold: found while the source is hashed, before the first weight is converted."""
+"""Finds values that the types of a GGUF file cannot hold, while the source is hashed: before any weight is
+converted."""
 
 from collections.abc import Iterable
 
@@ -19,16 +20,10 @@ ROWS_AT_ONCE = 1024
 
 
 def range_look(checkpoint: Checkpoint, tensors: Iterable[GgufTensor]) -> Look:
-    """Makes what finds the source's values that the planned types cannot hold.
+    """Returns a function that is given every stored tensor, and raises InputError where the planned types cannot hold
+    it.
 
     Folding scales in can still make a value too large, which is found when it is stored.
-
-    Args:
-        checkpoint: the source.
-        tensors: of all GGUF models to write.
-
-    Returns:
-        What gets every stored tensor, and raises InputError.
     """
     bounded = {tensor.name: tensor.type_name for tensor in tensors if tensor.type_name not in UNBOUNDED}
     types: dict[str, str] = {}
@@ -52,17 +47,7 @@ def range_look(checkpoint: Checkpoint, tensors: Iterable[GgufTensor]) -> Look:
 
 
 def check_range(checkpoint: Checkpoint, parameter: str, type_name: str, values: torch.Tensor) -> None:
-    """Refuses values that a type cannot hold.
-
-    Args:
-        checkpoint: the source, for the message.
-        parameter: the parameter.
-        type_name: its type in the file.
-        values: some of its values, of any float type but FP8.
-
-    Raises:
-        InputError: naming the parameter, and the value.
-    """
+    """Raises InputError where values of a parameter, of any float type but FP8, are out of a type's range."""
     lowest, highest = (float(value) for value in values.aminmax()) if values.numel() else (0.0, 0.0)
     largest = max(-lowest, highest)
     if type_name not in UNBOUNDED and not largest <= LARGEST_F16:

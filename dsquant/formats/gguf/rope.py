@@ -1,9 +1,9 @@
-"""Rotary embeddings in GGUF: the keys that say them, and what llama.cpp computes from such keys.
+"""Rotary embeddings in GGUF: the keys that describe them, and what llama.cpp computes from such keys.
 
-llama.cpp takes yarn's beta_fast 32, beta_slow 1 and whole-numbered bounds for granted in these architectures, reads
-frequency factors where an architecture has that kind of scaling, and with latent attention derives the scale of the
-scores from yarn's magnitude. So what a config says is written in keys, the keys are computed as llama.cpp does, and a
-difference is refused.
+In these architectures llama.cpp assumes yarn's beta_fast 32, beta_slow 1 and whole-numbered bounds, reads frequency
+factors where an architecture has that kind of scaling, and with latent attention derives the scale of the scores from
+yarn's magnitude. So a config is written as keys, the keys are evaluated as llama.cpp does it, and a difference is
+refused.
 
 Reference: src/llama-context.cpp (yarn_attn_factor), src/models/deepseek2.cpp (kq_scale) and ggml's rope_yarn.
 """
@@ -26,15 +26,9 @@ FACTORED = "llama3"
 
 
 def scaling_keys(rope: Mapping[str, Any], latent: bool, magnitude: float) -> dict[str, Any]:
-    """The keys of rope scaling.
+    """Returns the keys of a network's `rope_parameters`, without the architecture's name, in the order of the file.
 
-    Args:
-        rope: a network's `rope_parameters`.
-        latent: whether its attention is over latents.
-        magnitude: of its rotary embedding.
-
-    Returns:
-        Key without the architecture's name -> value, in the order of the file.
+    `latent`: attention is over latents; `magnitude` is the rotary embedding's.
     """
     if rope["rope_type"] == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
@@ -59,15 +53,10 @@ def scaling_keys(rope: Mapping[str, Any], latent: bool, magnitude: float) -> dic
 
 
 def rope_factors(config: Mapping[str, Any]) -> torch.Tensor | None:
-    """Llama 3's frequency factors, which GGUF stores as the tensor `rope_freqs.weight`.
+    """Returns Llama 3's frequency factors, stored in GGUF as the tensor `rope_freqs.weight`: float32 [head_dim / 2];
+    None for other scalings. `config` has transformers' defaults filled in.
 
     Reference: transformers' `_compute_llama3_parameters`; ggml divides each frequency by its factor.
-
-    Args:
-        config: the network's, with transformers' defaults filled in.
-
-    Returns:
-        float32 [head_dim / 2]; None where the model does not scale its frequencies so.
     """
     rope = config["rope_parameters"]
     if rope["rope_type"] != FACTORED:
@@ -81,19 +70,9 @@ def rope_factors(config: Mapping[str, Any]) -> torch.Tensor | None:
 
 
 def rotary_of_keys(facts: GgufFacts, keys: Mapping[str, Any], factors_F: torch.Tensor | None) -> Rotary:
-    """Works out the rotary embedding that llama.cpp computes from a file's keys.
-
-    Args:
-        facts: of the file's architecture.
-        keys: key without the architecture's name -> value.
-        factors_F: the tensor `rope_freqs.weight`, where the file has one.
-
-    Returns:
-        The rotary embedding.
-
-    Raises:
-        KeyError: where a key without a default is missing, or the type of scaling is unknown.
-    """
+    """Returns the rotary embedding that llama.cpp computes from keys without the architecture's name, and the tensor
+    `rope_freqs.weight` where there is one; raises KeyError where a key without a default is missing, or the scaling is
+    unknown."""
     key_length = keys.get("attention.key_length") or keys["embedding_length"] // keys["attention.head_count"]
     width, base = keys.get("rope.dimension_count", key_length), float(keys.get("rope.freq_base", 10000.0))
     kind = keys.get("rope.scaling.type", "linear")
@@ -126,7 +105,7 @@ def rotary_of_keys(facts: GgufFacts, keys: Mapping[str, Any], factors_F: torch.T
 
 
 def _extrapolated(width: int, base: float, original: int) -> torch.Tensor:
-    """How much of each frequency yarn leaves as it is, [width / 2]; bounds in float32, as ggml computes them."""
+    """Returns how much of each frequency yarn keeps, [width / 2]; bounds in float32, as ggml computes them."""
 
     def bound(turns: float) -> float:
         single = np.float32

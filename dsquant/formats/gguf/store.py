@@ -1,4 +1,4 @@
-"""Turns rows of weights into a GGUF type's bytes, by the best quantizer that is there."""
+"""Encodes rows of weights as a GGUF type's bytes, with the best quantizer installed."""
 
 from collections.abc import Collection
 
@@ -14,31 +14,14 @@ _INSTALL = "pip install 'dsquant[gguf]'"
 
 
 def quantizer_name(on_gpu: bool) -> str:
-    """Which code quantizes, in words; jobs with the same words write the same bytes.
-
-    Args:
-        on_gpu: whether the rows are on a GPU.
-
-    Returns:
-        The words.
-    """
+    """Returns the name of the code that quantizes; jobs with the same name write the same bytes."""
     rest = "ggml (xllamacpp)" if ggml.library() is not None else "PyTorch and gguf-py"
     return f"Triton ({', '.join(k_quants.ROW_BLOCKS)}), {rest}" if on_gpu else rest
 
 
 def check_quantizer(type_names: Collection[str], on_gpu: bool) -> str | None:
-    """Refuses types that nothing installed can quantize to.
-
-    Args:
-        type_names: the types of the planned tensors.
-        on_gpu: whether their rows will be on a GPU.
-
-    Returns:
-        What a user should know where ggml is missing; None where it is there or not needed.
-
-    Raises:
-        UsageError: naming them, and what to install.
-    """
+    """Returns a note for the user where ggml is missing but needed for the planned types; raises UsageError where
+    nothing installed quantizes to one of them."""
     quantized = sorted(set(type_names) - set(FLOAT_TYPES) - set(k_quants.ROW_BLOCKS if on_gpu else ()))
     if ggml.library() is not None or not quantized:
         return None
@@ -53,20 +36,16 @@ def check_quantizer(type_names: Collection[str], on_gpu: bool) -> str | None:
 
 
 def is_available(type_name: str) -> bool:
-    """Tells whether something installed can quantize to a type."""
+    """Returns whether something installed can quantize to a type."""
     return ggml.library() is not None or type_name in k_quants.ROW_BLOCKS or type_name in _BY_GGUF_PY
 
 
 def stored_rows(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor | None) -> torch.Tensor:
-    """Stores rows of a weight.
+    """Stores rows of a weight, float32 [R, I], as uint8 [R, bytes of a row] on the CPU; I is a multiple of the type's
+    block.
 
-    Args:
-        rows_RI: float32 [R, I]; where they are on a GPU, it quantizes to the types that it has kernels for.
-        type_name: the GGUF type; I is a multiple of its block.
-        importance_I: float32 [I], positive, the weight of each column's squared error; None weighs all alike.
-
-    Returns:
-        uint8 [R, bytes of a row], on the CPU.
+    `importance_I`, float32 [I] and positive, weighs each column's squared error; None weighs all alike. Rows on a GPU
+    are quantized there where it has a kernel for the type.
     """
     if type_name in FLOAT_TYPES:
         return rows_RI.to(_DTYPES[type_name]).contiguous().view(torch.uint8).cpu()
@@ -84,15 +63,7 @@ def stored_rows(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tenso
 
 
 def decoded_rows(stored: torch.Tensor, type_name: str) -> torch.Tensor:
-    """Decodes stored rows by gguf-py.
-
-    Args:
-        stored: uint8 [R, bytes of a row].
-        type_name: their GGUF type.
-
-    Returns:
-        float32 [R, I].
-    """
+    """Decodes stored rows, uint8 [R, bytes of a row], to float32 [R, I] with gguf-py."""
     import numpy as np
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize

@@ -36,16 +36,16 @@ ERROR_ROWS = 16
 
 @dataclass(frozen=True)
 class GgufModel:
-    """One GGUF model to write."""
+    """A GGUF model to write."""
 
     type_name: str
-    """What `--type` calls it."""
+    """Its name in `--type`."""
     config: Mapping[str, Any]
     """The network's, with transformers' defaults filled in."""
     tensors: Mapping[str, GgufTensor]
     files: tuple[GgufFile, ...]
     notes: tuple[str, ...]
-    """What a user should know, in words."""
+    """Sentences for the user."""
     largest_whole: int
     """Weights of the largest parameter that is not stored in parts."""
     imatrix: Mapping[str, TensorImportance] | None = None
@@ -53,7 +53,6 @@ class GgufModel:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files."""
         return sum(file.num_bytes for file in self.files)
 
     @property
@@ -78,23 +77,10 @@ def plan_model(
 ) -> GgufModel:
     """Plans every tensor and file of a GGUF model, to the byte.
 
-    Args:
-        checkpoint: the source.
-        model_name: for file names and `general.name`.
-        type_name: a key of `MIXTURES`.
-        parameters: the source's parameters that the model gets, in order.
-        num_mtp_layers: multi-token-prediction layers among them.
-        has_imatrix: whether measured importances are used.
-        overrides: types by pattern, from `parse_overrides`.
-        max_file_bytes: the most tensor data in a file; 0 makes one file.
-        label: what names say instead of the type.
-
-    Returns:
-        The plan.
-
-    Raises:
-        InputError: where a parameter has no place in GGUF, or the tokenizer is unknown to llama.cpp.
-        UsageError: where nothing installed can quantize to a type.
+    `parameters` are the source's that the model gets, in order, `num_mtp_layers` multi-token-prediction layers among
+    them. A file holds at most `max_file_bytes` of tensor data, 0 makes one file; its name has `label` in place of the
+    type. Raises InputError where a parameter has no place in GGUF, or the tokenizer is unknown to llama.cpp; UsageError
+    where nothing installed can quantize to a type.
     """
     family = family_of(checkpoint.folder, checkpoint.config)
     config, rotary = network_config(family, checkpoint.config), network_rotary(family, checkpoint.config)
@@ -139,18 +125,10 @@ def choose_tensors(
     has_imatrix: bool,
     overrides: Sequence[tuple[re.Pattern[str], str]] = (),
 ) -> tuple[dict[str, GgufTensor], Counter[tuple[str, str]]]:
-    """Gives every tensor of a GGUF model its type.
+    """Gives every tensor (name -> shape, from `loadable_shapes`) its type, by a key of `MIXTURES` and
+    `parse_overrides`.
 
-    Args:
-        config: the network's, with transformers' defaults filled in.
-        shapes: tensor -> shape, from `loadable_shapes`.
-        type_name: a key of `MIXTURES`.
-        num_mtp_layers: multi-token-prediction layers among them.
-        has_imatrix: whether measured importances are used.
-        overrides: types by pattern, from `parse_overrides`.
-
-    Returns:
-        The tensors in order, and how often a type was replaced: (wanted, chosen) -> tensors.
+    Returns the tensors in order, and how often a type was replaced: (wanted, chosen) -> tensors.
     """
     facts = model_facts(config, int(config["num_hidden_layers"]) + num_mtp_layers, "output.weight" not in shapes)
     tensors, replaced = {}, Counter[tuple[str, str]]()
@@ -163,18 +141,10 @@ def choose_tensors(
 
 
 def loadable_shapes(checkpoint: Checkpoint, parameters: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """The tensors that parameters become in a GGUF model, if llama.cpp loads it and computes the same network.
+    """Returns the tensors of a GGUF model with these parameters: name -> shape, columns last.
 
-    Args:
-        checkpoint: the source.
-        parameters: names of its parameters, in order.
-
-    Returns:
-        GGUF tensor -> shape, rows last but one as in the checkpoint.
-
-    Raises:
-        InputError: where llama.cpp does not load such a model, or computes another function; or a parameter has no
-            place in GGUF.
+    Raises InputError where llama.cpp does not load such a model, or computes another function; or a parameter has no
+    place in GGUF.
     """
     family = family_of(checkpoint.folder, checkpoint.config)
     config, rotary = network_config(family, checkpoint.config), network_rotary(family, checkpoint.config)
@@ -190,18 +160,8 @@ def loadable_shapes(checkpoint: Checkpoint, parameters: Sequence[str]) -> dict[s
 
 
 def places_of(checkpoint: Checkpoint, parameter: str) -> tuple[Placement, ...]:
-    """Finds where a parameter goes; nowhere for a head that is the embedding too.
-
-    Args:
-        checkpoint: the source.
-        parameter: its name.
-
-    Returns:
-        The placements.
-
-    Raises:
-        InputError: where GGUF has no place for it.
-    """
+    """Returns the places of a parameter, none for a head that is the embedding too; raises InputError where GGUF has
+    none."""
     if parameter == "lm_head.weight" and checkpoint.config.get("tie_word_embeddings"):
         return ()
     found = placements(parameter, checkpoint.architecture)
@@ -213,17 +173,18 @@ def places_of(checkpoint: Checkpoint, parameter: str) -> tuple[Placement, ...]:
 
 
 def error_step(shape: tuple[int, ...], placement: Placement) -> int:
-    """Every how many rows of a parameter its error is measured; 1 where the file has them in another order."""
+    """Returns the step between rows on which a parameter's error is measured; 1 where the file has them in another
+    order."""
     return max(1, -(-shape[0] // ERROR_ROWS)) if placement.transform == "same" and len(shape) > 1 else 1
 
 
 def storing_bytes(largest_whole: int) -> int:
-    """Memory for the parts of a weight while it is stored, or for one of so many weights that is stored whole."""
+    """Returns the memory for the parts of a weight while it is stored, or for one of `largest_whole` weights."""
     return 6 * FLOAT32_BYTES * max(ELEMENTS_AT_ONCE, largest_whole)
 
 
 def largest_whole(checkpoint: Checkpoint, parameters: Sequence[str]) -> int:
-    """The weights of the largest parameter that is not stored in parts of bounded size."""
+    """Returns the weights of the largest parameter that is not stored in parts of bounded size."""
     sizes = (
         prod(checkpoint.weights.shape(name))
         for name in parameters

@@ -1,4 +1,4 @@
-"""What a target for bits or size leaves to choose in GGUF: a type for each tensor of the decoder."""
+"""The choice of types in GGUF for a target of bits or size: one for each tensor of the decoder."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,18 +15,8 @@ from dsquant.source.checkpoint import Checkpoint
 
 
 def type_choice(tensors: Mapping[str, GgufTensor], wanted: Wanted) -> Choice:
-    """Finds the tensors that get a chosen type: those of the decoder that no override is for.
-
-    Args:
-        tensors: the planned ones.
-        wanted: what was planned.
-
-    Returns:
-        The tensors to choose for, and their sizes in each type.
-
-    Raises:
-        UsageError: where there is nothing to choose for.
-    """
+    """Returns the tensors of the decoder that no override is for, and their sizes in each type; raises UsageError where
+    there are none."""
     recipe, checkpoint = wanted.recipe, wanted.checkpoint
     filled = {layer.index: _filled(checkpoint, layer) for layer in wanted.skeleton.layers[: wanted.skeleton.num_layers]}
     groups = tuple(
@@ -65,7 +55,7 @@ def _filled(checkpoint: Checkpoint, layer: DecoderLayer) -> dict[str, tuple[str,
 
 
 def _candidates(overrides: Sequence[str], tensor: GgufTensor) -> tuple[str, ...]:
-    """The types that a tensor may get; none where an override says it."""
+    """Returns the types that a tensor may get; none where an override states its type."""
     if any(pattern.search(tensor.name) for pattern, _ in parse_overrides(overrides)):
         return ()
     types = dict.fromkeys(fitting_type(wanted, tensor.shape[-1]) for wanted in CANDIDATES)

@@ -1,4 +1,4 @@
-"""Which type each tensor of a GGUF file gets: llama.cpp's own rules for these architectures, and one better mixture.
+"""Types of the tensors of a GGUF file: llama.cpp's own rules for these architectures, and one better mixture.
 
 Reference: `llama_tensor_get_type` and `tensor_type_fallback` in llama.cpp's src/llama-quant.cpp. Its rules for
 attention never match MLA's names, so in Q4_K_M the 1.4 % of R1's weights that every token uses get 4 bits; `Q4_K_M+`
@@ -61,7 +61,7 @@ _KEPT_AT_8_BITS = re.compile(r"\.(attn_\w+|ffn_(gate|up|down)(_shexp)?|nextn\.eh
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the rules ask of a model."""
+    """The facts about a model that the rules depend on."""
 
     num_layers: int
     """With the MTP layer, where the file holds it."""
@@ -87,22 +87,14 @@ def model_facts(config: Mapping[str, Any], num_layers: int, tied: bool) -> Model
 
 
 def row_bytes(type_name: str, columns: int) -> int:
-    """Bytes of a row of `columns` weights."""
     block, size = BLOCKS[type_name]
     return columns // block * size
 
 
 def parse_overrides(texts: Sequence[str]) -> list[tuple[re.Pattern[str], str]]:
-    """Reads `--tensor-type REGEX=TYPE`.
+    """Parses `--tensor-type REGEX=TYPE`, in order: the first pattern found in a tensor's name counts.
 
-    Args:
-        texts: each `REGEX=TYPE`.
-
-    Returns:
-        Patterns and types, in order; the first that is found in a tensor's name counts.
-
-    Raises:
-        UsageError: where one is not of that form, its type unknown or its pattern no regular expression.
+    Raises UsageError where one is not of that form, its type unknown or its pattern not a regular expression.
     """
     overrides = []
     for text in texts:
@@ -124,19 +116,8 @@ def choose_type(
     has_imatrix: bool,
     overrides: Sequence[tuple[re.Pattern[str], str]] = (),
 ) -> tuple[str, str | None]:
-    """The type of one tensor.
-
-    Args:
-        tensor: its GGUF name.
-        shape: as stored, columns last.
-        mixture: a key of `MIXTURES`.
-        facts: of the model.
-        has_imatrix: whether measured importances are used.
-        overrides: from `parse_overrides`.
-
-    Returns:
-        The type, and the type that was wanted where rows of this length do not fit it.
-    """
+    """Returns the type of a tensor (shape as stored, columns last) in a mixture, a key of `MIXTURES`, with
+    `parse_overrides`; and the type that was wanted where rows of this length do not fit it."""
     if len(shape) < 2 or not tensor.endswith(".weight") or "_norm.weight" in tensor or ".ffn_gate_inp." in tensor:
         return "F32", None
     base = MIXTURES[mixture][0]
@@ -147,15 +128,8 @@ def choose_type(
 
 
 def fitting_type(wanted: str, columns: int) -> str:
-    """The type that rows get where one is wanted: its fallback where it does not fit, F16 where that does not either.
-
-    Args:
-        wanted: a key of `BLOCKS`.
-        columns: weights of a row.
-
-    Returns:
-        A key of `BLOCKS`.
-    """
+    """Returns the wanted type where rows of so many columns fit it; else its fallback, or F16 where that does not fit
+    either."""
     fitting = (name for name in (wanted, _FALLBACKS.get(wanted, "F16")) if columns % BLOCKS[name][0] == 0)
     return next(fitting, "F16")
 

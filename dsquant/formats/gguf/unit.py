@@ -1,4 +1,4 @@
-"""A GGUF output that is being written: its files, filled unit by unit, and the importance matrix beside them."""
+"""A GGUF output that is being written: its files, filled unit by unit, and the importance matrix next to them."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -28,42 +28,17 @@ from dsquant.schemes import QuantizedWeight
 
 
 class OpenGguf(OpenTarget):
-    """Files that are being filled."""
+    """GGUF files that are being filled."""
 
     def __init__(self, model: GgufModel, folder: Path, surroundings: Surroundings, resumed: bool) -> None:
-        """Opens the files.
-
-        Args:
-            model: the plan.
-            folder: where the files lie.
-            surroundings: of the job.
-            resumed: whether finished units are there already.
-
-        Raises:
-            InputError: where an interrupted job's files are gone or not the planned ones.
-        """
         self._model, self._surroundings, self._folder = model, surroundings, folder
         self._files = GgufFiles(folder, model.files, resumed, surroundings.ranks)
 
     def unit(self, name: str, parameters: tuple[str, ...]) -> "GgufUnitWriter":
-        """Begins a unit.
-
-        Args:
-            name: of the unit.
-            parameters: its parameters.
-
-        Returns:
-            Its writer.
-        """
         return GgufUnitWriter(self._surroundings, self._model, self._files, parameters)
 
     def finish(self, kept: Iterable[Mapping[str, torch.Tensor]], calibration: Mapping[str, Any] | None) -> None:
-        """Gives the files their names and writes the calibration's importances, as `llama-quantize` accepts them.
-
-        Args:
-            kept: what was observed in each unit, in order.
-            calibration: what the tokens were; None without.
-        """
+        """Gives the files their names and writes the calibration's importances, as `llama-quantize` accepts them."""
         self._files.finish()
         if calibration is None:
             return
@@ -75,24 +50,15 @@ class OpenGguf(OpenTarget):
         write_imatrix(self._folder / IMATRIX_FILE, entries, datasets, calibration["samples"], calibration["seq_len"])
 
     def close(self) -> None:
-        """Closes the files; what is on disk stays, for a resumed job."""
         self._files.close()
 
 
 class GgufUnitWriter(UnitWriter):
-    """Writes one unit's parameters into a target's files."""
+    """Writes one unit's parameters into the files of a model."""
 
     def __init__(
         self, surroundings: Surroundings, model: GgufModel, files: GgufFiles, parameters: tuple[str, ...]
     ) -> None:
-        """Begins a unit.
-
-        Args:
-            surroundings: of the job.
-            model: the plan.
-            files: open.
-            parameters: the unit's.
-        """
         super().__init__()
         self._checkpoint, self._ranks = surroundings.checkpoint, surroundings.ranks
         self._model, self._files, self._parameters = model, files, parameters
@@ -102,13 +68,6 @@ class GgufUnitWriter(UnitWriter):
         self._written: set[str] = set()
 
     def note(self, linear: str, squares: torch.Tensor, count: int) -> None:
-        """Notes how much each input column of a linear matters, before it is written.
-
-        Args:
-            linear: its name; kv_b_proj's with `KEYS_SUFFIX` for its keys alone, without for its values alone.
-            squares: float32 [I], sums of squared inputs; [H, N] for keys.
-            count: tokens behind the sums.
-        """
         keys = linear.endswith(KEYS_SUFFIX)
         for placement in places_of(self._checkpoint, f"{linear.removesuffix(KEYS_SUFFIX)}.weight"):
             if (placement.transform == "keys") != keys:
@@ -122,12 +81,7 @@ class GgufUnitWriter(UnitWriter):
             entry.counts_M[rows] = count
 
     def write(self, name: str, value: QuantizedWeight | torch.Tensor | None = None) -> None:
-        """Stores a parameter wherever it goes, in parts of bounded size.
-
-        Args:
-            name: of the parameter.
-            value: its values, float32; read from the source where None.
-        """
+        """Stores a parameter wherever it goes, in parts of bounded size; without a value it is read from the source."""
         assert not isinstance(value, QuantizedWeight)
         for placement in places_of(self._checkpoint, name):
             tensor = self._model.tensors[placement.tensor]
@@ -157,7 +111,7 @@ class GgufUnitWriter(UnitWriter):
 
     @property
     def weight_errors(self) -> dict[str, float]:
-        """Parameter -> the stored rows' distance from the folded ones, over their norm, on the rows that count."""
+        """Parameter -> the stored rows' distance from the folded ones, over their norm, on the measured rows."""
         return {name: (error / norm) ** 0.5 if norm else 0.0 for name, (error, norm) in self._losses.items()}
 
     @property
@@ -184,7 +138,7 @@ class GgufUnitWriter(UnitWriter):
         return enumerate(whole if whole.dim() == 3 else [whole.reshape(-1, whole.shape[-1])])
 
     def _importance(self, name: str, placement: Placement, matrix: int) -> torch.Tensor | None:
-        """float32 [I] of one matrix of a tensor; None where nothing is known of it."""
+        """Returns float32 [I] of one matrix of a tensor; None where nothing is known of it."""
         number = matrix if placement.expert is None else placement.expert
         if self._model.imatrix is not None and name in self._model.imatrix:
             return column_importance(self._model.imatrix[name])[number]
@@ -212,7 +166,7 @@ class GgufUnitWriter(UnitWriter):
         self._losses = {name: losses[name] for name in self._parameters if name in losses}
 
     def _share_importances(self) -> None:
-        """Lets every rank have what all have noted: each matrix is noted by one of them, elsewhere it is zero."""
+        """Gives every rank what all have noted: each matrix is noted by one of them, elsewhere it is zero."""
         observed: dict[str, TensorImportance] = {}
         for part in self._ranks.gather(self._observed):
             for name, entry in part.items():
@@ -224,11 +178,10 @@ class GgufUnitWriter(UnitWriter):
         self._observed = observed
 
     def _place(self, parameter: str) -> tuple[str, int]:
-        """Where it goes first: tensors grow expert by expert, whatever the order of the names."""
+        """Returns the first place of a parameter: tensors grow expert by expert, in any order of the names."""
         return next(((one.tensor, one.expert or 0) for one in places_of(self._checkpoint, parameter)), ("", 0))
 
     def commit(self) -> dict[str, str]:
-        """Brings the unit's tensors to disk; returns tensor -> SHA-256."""
         names = [placement.tensor for name in self._parameters for placement in places_of(self._checkpoint, name)]
         if EMBEDDING in self._parameters and ROPE_FACTORS in self._model.tensors:
             names.append(ROPE_FACTORS)

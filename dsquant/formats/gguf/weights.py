@@ -35,15 +35,10 @@ class GgufWeights(Weights):
     """name -> float32 tensor; a table's rows and one expert's part are decoded alone."""
 
     def __init__(self, path: Path, names: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
-        """Opens a file, with all its parts where it is split.
+        """Opens a file, or all parts of a split one from its first, for the original's parameters -> shape; those that
+        the file does not hold are left out.
 
-        Args:
-            path: the file, or its first part.
-            names: the original's parameters -> shape; what the file does not hold is left out.
-            config: the original's config.json, whose network the file must hold.
-
-        Raises:
-            InputError: where a file is missing or damaged, or of another architecture.
+        Raises InputError where a file is missing or damaged, or of another architecture than the original's config.
         """
         self._tensors: dict[str, Any] = {}
         self._maps: list[mmap.mmap] = []
@@ -86,11 +81,9 @@ class GgufWeights(Weights):
                 )
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The parameter's shape."""
         return self._shapes[name]
 
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
-        """Decodes some rows of a parameter."""
         places = self._placements[name]
         if places[0].transform == "keys":
             parts = [self._decode(place) for place in places]
@@ -100,7 +93,7 @@ class GgufWeights(Weights):
         return self._decode(places[0], start_row, stop_row)
 
     def activation_quantizer(self, name: str, values: bool = False) -> Rounding:
-        """What llama.cpp's CPU kernels do beside the type that a parameter is stored in."""
+        """Returns the rounding of activations in llama.cpp's CPU kernels for the type that a parameter is stored in."""
         from gguf import GGML_QUANT_SIZES
 
         kind = self._tensors[self._placements[name][int(values)].tensor].tensor_type
@@ -117,7 +110,7 @@ class GgufWeights(Weights):
         return decoded
 
     def _release(self, num_bytes: int) -> None:
-        """Hands back the pages of the files now and then: they would count as this process's memory."""
+        """Hands back the pages of the files from time to time: they would count as this process's memory."""
         self._touched += num_bytes
         if self._touched > RELEASE_BYTES:
             for mapped in self._maps:
@@ -126,17 +119,8 @@ class GgufWeights(Weights):
 
 
 def gguf_file(path: Path) -> Path | None:
-    """The GGUF file that a path means: itself, or the only (or first split) one of a folder; None where there is none.
-
-    Args:
-        path: a file or folder.
-
-    Returns:
-        The file.
-
-    Raises:
-        InputError: where a folder holds several models.
-    """
+    """Returns the GGUF file that a path means, itself, or the only (or first split) one of a folder, if there is one;
+    raises InputError where a folder holds several models."""
     if path.is_file():
         return path if path.suffix == ".gguf" else None
     if not path.is_dir() or (path / "config.json").is_file():
@@ -151,14 +135,7 @@ def gguf_file(path: Path) -> Path | None:
 
 
 def gguf_parts(path: Path) -> list[Path]:
-    """The files of a model: the file itself, or all of a split one, which carry their number in their names.
-
-    Args:
-        path: the file, or one of a split model's.
-
-    Returns:
-        The files in their order.
-    """
+    """Returns the files of a model: the file itself, or all of a split one, which carry their number in their names."""
     match = _SPLIT.fullmatch(path.name)
     if match is None:
         return [path]
@@ -167,15 +144,8 @@ def gguf_parts(path: Path) -> list[Path]:
 
 
 def open_gguf(file: Path, original: Checkpoint) -> Weights:
-    """Opens a GGUF file's weights under the names of the checkpoint that it was made from.
-
-    Args:
-        file: the file, or the first of a split one.
-        original: the checkpoint.
-
-    Returns:
-        The weights, decoded on access, on the checkpoint's device.
-    """
+    """Opens the weights of a GGUF file, or of a split one from its first part, under the names of the checkpoint that
+    it was made from and on its device; they are decoded on access."""
     shapes = {name: original.weights.shape(name) for name in original.weights}
     network = network_config(family_of(original.folder, original.config), original.config)
     return on_device(GgufWeights(file, shapes, {**original.config, **network}), original.weights.device)
