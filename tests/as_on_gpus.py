@@ -1,15 +1,10 @@
-"""`dsquant` as it runs on GPUs, on a CPU: hidden states are kept in bfloat16, and stay in memory in the layers named.
+"""`dsquant` on a CPU as it runs on GPUs: hidden states are kept in bfloat16, and in memory in the layers named."""
 
-python tests/as_on_gpus.py none|odd awq MODEL ...
-"""
-
-import sys
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from dsquant.cli import main
 from dsquant.model import activations
 from dsquant.pipeline import inputs as preparation
 from dsquant.pipeline import run_state
@@ -28,8 +23,3 @@ def patch(kept: range) -> None:
     preparation.plan_run = planned
     for module in (activations, run_state):
         module.stored_dtype = lambda device: torch.bfloat16
-
-
-if __name__ == "__main__":
-    patch(KEPT[sys.argv.pop(1)])
-    main()

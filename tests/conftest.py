@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 
 import pytest
 from checkpoints import add_tokenizer, make_pico_r1
+from shapes import SMALLEST
 
 TINY_R1 = Path(__file__).parent.parent / "dsquant" / "assets" / "tiny-r1"
 
@@ -31,8 +32,28 @@ def pico_r1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def nano_r1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a dense layer and a mixture of four experts, for jobs whose test the size proves nothing."""
+    return add_tokenizer(make_pico_r1(tmp_path_factory.mktemp("smallest") / "pico-r1", **SMALLEST))
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text to calibrate on."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n".join(file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))[:6]))
+    shipped = sorted((TINY_R1.parents[2] / "calibration" / "code").glob("*.py"))
+    path.write_text("\n".join(file.read_text() for file in shipped[:4]))
     return path
+
+
+@pytest.fixture(scope="session")
+def imported(nano_r1: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whatever a job imports is imported: forked processes (`forked`) have it, and need not do so one by one."""
+    import torch.distributed.tensor  # noqa: F401
+
+    import dsquant
+
+    dsquant.awq(
+        nano_r1, output=tmp_path_factory.mktemp("imports") / "out", to=["awq", "compressed-tensors"], steps="none",
+        calibration=text_file, samples=1, seq_len=16, group_size=64, evaluate=False, progress=False,
+    )  # fmt: skip

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import QWEN2, add_tokenizer, full_model, make_dense
+from small_jobs import FAST, contents
 from streams import stream_logits
-from test_awq_job import FAST, contents
 
 import dsquant
 from dsquant.calibration.texts import held_out_tokens, load_tokenizer
@@ -72,7 +72,9 @@ def _mean_kl(folder: Path, original_NTV: torch.Tensor, tokens_NT: torch.Tensor, 
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 def test_it_drifts_less_than_compact(tiny_r1: Path, tmp_path: Path, device: str) -> None:
     tokens_NT = held_out_tokens("code", load_tokenizer(tiny_r1), 256, 24)
     with torch.no_grad():

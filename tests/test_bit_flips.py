@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from checkpoints import QWEN3, add_tokenizer, make_dense, make_pico_r1
-from test_delta import changed_copy, contents, noise
+from small_jobs import changed_copy, contents, noise
 
 import dsquant
 from dsquant.errors import DsquantError, Interrupted

@@ -1,12 +1,9 @@
 """Deltas: equal to a full run under the recorded scales, each source read once, patches that give the same bytes."""
 
-import hashlib
 import json
 import os
-import random
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_jobs import changed_copy, contents, noise
 
 import dsquant
 from dsquant.cli import main
@@ -26,37 +24,6 @@ from dsquant.incremental.release import full_run
 from dsquant.incremental.rule import rounded_as_recorded
 from dsquant.schemes import Grid, round_to_nearest
 from dsquant.source.shards import read_index
-
-
-def contents(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def changed_copy(source: Path, target: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> list[str]:
-    """Copies a checkpoint; `change` returns new values of the tensors that are to change."""
-    shutil.copytree(source, target)
-    names = []
-    for file in sorted(target.glob("*.safetensors")):
-        tensors = load_file(file)
-        for name in sorted(tensors):
-            values = None if name.endswith("_scale_inv") else change(name, tensors[name].float())
-            if values is not None:
-                tensors[name] = values.to(tensors[name].dtype)
-                names.append(name)
-        save_file(tensors, file)
-    return names
-
-
-def noise(share: float, seed: int) -> Callable[[str, torch.Tensor], torch.Tensor | None]:
-    chance, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-
-    def change(name: str, values: torch.Tensor) -> torch.Tensor | None:
-        if chance.random() >= share:
-            return None
-        return (values * (1 + 0.03 * torch.randn(values.shape, generator=generator))).clamp(-448, 448)
-
-    return change
 
 
 @pytest.fixture(scope="module")

@@ -1,70 +1,41 @@
 """Several processes that do one job (gloo on the CPU): the bytes of one, and what happens when one is lost."""
 
-import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import forked
 import pytest
 import torch
+from as_on_gpus import KEPT
+from as_on_gpus import patch as as_on_gpus
 from checkpoints import add_tokenizer, make_pico_r1
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_awq_job import contents
+from ranks import command, finish, launched, start, variables
+from shapes import SMALLEST
+from small_jobs import contents
 
+from dsquant.cli import main
 from dsquant.jobs.ranks import CHUNKS, Shares
 from dsquant.pipeline.inputs import open_model
 from dsquant.pipeline.plan import plan_run
 from dsquant.quantization.statistics import FACTOR_ROWS, InputStatistics
 from dsquant.recipes import Recipe
 
-# Three batches, the last of them short: each rank gets one, or one of two gets two.
-SETTINGS = ["--samples", "5", "--seq-len", "500", "--group-size", "64", "--no-evaluate", "--json"]
-
-
-DSQUANT = ("-m", "dsquant.cli")
-
-
-def command(model: Path, text: Path, output: Path, *more: str, program: tuple[str, ...] = DSQUANT) -> list[str]:
-    options = [*SETTINGS, "--calibration", str(text), *more]
-    return [sys.executable, *program, "awq", str(model), "--output", str(output), *options]
-
-
-def start(size: int, *what: Any, program: tuple[str, ...] = DSQUANT) -> list[subprocess.Popen[str]]:
-    """Starts ranks of `awq` as a launcher does."""
-    return launched(size, command(*what, program=program))
-
-
-def launched(size: int, line: list[str]) -> list[subprocess.Popen[str]]:
-    """Starts ranks as a launcher does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        subprocess.Popen(
-            line,
-            env=os.environ | {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-
-
-def finish(processes: list[subprocess.Popen[str]]) -> None:
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+pytestmark = pytest.mark.usefixtures("imported")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a dense layer, a mixture layer, and a layer for multi-token prediction."""
     folder = tmp_path_factory.mktemp("ranks") / "model"
-    return add_tokenizer(make_pico_r1(folder, outliers=True, num_hidden_layers=2))
+    return add_tokenizer(make_pico_r1(folder, outliers=True, **SMALLEST))
 
 
 # Every linear is quantized, in both kinds of format.
@@ -75,13 +46,13 @@ ALL = ("--preset", "compact", "--to", "awq", "--to", "gguf:Q4_K_M")
 def whole(model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of one uninterrupted process."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    subprocess.run(command(model, text_file, output, *ALL), check=True, capture_output=True)
+    forked.finish(*command(model, text_file, output, *ALL))
     return output
 
 
 def test_two_ranks_write_the_bytes_of_one_in_both_formats(model: Path, text_file: Path, tmp_path: Path) -> None:
     more = ("--to", "awq", "--to", "compressed-tensors", "--preset", "quality", "--mtp", "quantize")
-    subprocess.run(command(model, text_file, tmp_path / "one", *more), check=True, capture_output=True)
+    forked.finish(*command(model, text_file, tmp_path / "one", *more))
     finish(start(2, model, text_file, tmp_path / "two", *more))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
@@ -90,11 +61,14 @@ def test_two_ranks_write_the_bytes_of_one_in_both_formats(model: Path, text_file
     "more",
     [
         ("--to", "gguf:IQ4_XS", "--preset", "compact", "--steps", "none", "--mtp", "quantize", "--samples", "2"),
-        ("--to", "awq", "--to", "gguf:Q4_K_M", "--preset", "compact", "--target-bits", "6", "--samples", "2"),
+        pytest.param(
+            ("--to", "awq", "--to", "gguf:Q4_K_M", "--preset", "compact", "--target-bits", "6", "--samples", "2"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_two_ranks_write_the_gguf_of_one(model: Path, text_file: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
-    subprocess.run(command(model, text_file, tmp_path / "one", *more), check=True, capture_output=True)
+    forked.finish(*command(model, text_file, tmp_path / "one", *more))
     finish(start(2, model, text_file, tmp_path / "two", *more))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
@@ -102,23 +76,24 @@ def test_two_ranks_write_the_gguf_of_one(model: Path, text_file: Path, tmp_path:
 def test_two_ranks_convert_to_gguf_without_calibration(model: Path, tmp_path: Path) -> None:
     def convert(output: Path) -> list[str]:
         options = ["--type", "Q8_0", "--calibration", "none", "--mtp", "keep", "--no-evaluate", "--json"]
-        return [sys.executable, *DSQUANT, "gguf", str(model), "--output", str(output), *options]
+        return ["gguf", str(model), "--output", str(output), *options]
 
-    subprocess.run(convert(tmp_path / "one"), check=True, capture_output=True)
+    forked.finish(*convert(tmp_path / "one"))
     finish(launched(2, convert(tmp_path / "two")))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_hidden_states_on_gpus_or_in_files_give_the_same_bytes_on_any_number_of_ranks(
     model: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    program, more = str(Path(__file__).with_name("as_on_gpus.py")), ("--preset", "compact", "--mtp", "quantize")
+    more = ("--preset", "compact", "--mtp", "quantize")
     for kept, size in (("none", 1), ("odd", 3)):
-        finish(start(size, model, text_file, tmp_path / kept, *more, program=(program, kept)))
+        finish(start(size, model, text_file, tmp_path / kept, *more, before=partial(as_on_gpus, KEPT[kept])))
     assert contents(tmp_path / "odd") == contents(tmp_path / "none")
 
 
-@pytest.mark.parametrize(("lost", "resumed_on"), [(1, 1), (0, 3)])
+@pytest.mark.parametrize(("lost", "resumed_on"), [(1, 1), pytest.param(0, 3, marks=pytest.mark.slow)])
 def test_a_lost_rank_stops_the_other_with_75_and_any_number_of_ranks_goes_on(
     model: Path, text_file: Path, whole: Path, tmp_path: Path, lost: int, resumed_on: int
 ) -> None:
@@ -128,7 +103,7 @@ def test_a_lost_rank_stops_the_other_with_75_and_any_number_of_ranks_goes_on(
     while not (journal.exists() and journal.read_text().count("\n")):
         assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
         time.sleep(0.01)
-    processes[lost].kill()
+    processes[lost].send_signal(signal.SIGKILL)
     _, errors = processes[1 - lost].communicate(timeout=120)
     processes[lost].communicate()
     assert processes[1 - lost].returncode == 75, errors
@@ -136,7 +111,7 @@ def test_a_lost_rank_stops_the_other_with_75_and_any_number_of_ranks_goes_on(
     assert not (output / "dsquant.json").exists()
     again = (model, text_file, output, *ALL, "--resume")
     if resumed_on == 1:
-        subprocess.run(command(*again), check=True, capture_output=True)
+        forked.finish(*command(*again))
     else:
         finish(start(resumed_on, *again))
     assert contents(output) == contents(whole)
@@ -145,8 +120,8 @@ def test_a_lost_rank_stops_the_other_with_75_and_any_number_of_ranks_goes_on(
 @pytest.mark.slow
 def test_torchrun_starts_the_ranks(model: Path, text_file: Path, whole: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    what = command(model, text_file, tmp_path / "out", *ALL)[1:]
-    subprocess.run([*launcher, *what], check=True, capture_output=True)
+    what = command(model, text_file, tmp_path / "out", *ALL)
+    subprocess.run([*launcher, "-m", "dsquant.cli", *what], check=True, capture_output=True)
     assert contents(tmp_path / "out") == contents(whole)
 
 
@@ -157,30 +132,18 @@ def test_what_ranks_cannot_share_is_refused_by_all_of_them(model: Path, text_fil
     assert not (tmp_path / "out").exists()
 
 
-def started(launched: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
-    run = [sys.executable, *DSQUANT, *command]
-    return subprocess.run(run, env=os.environ | launched, capture_output=True, text=True, timeout=60)
-
-
 def pair(model: tuple[Path, Path], text: Path, output: Path, *more: tuple[str, ...]) -> list[tuple[int, str]]:
     """Two ranks with a model and options of their own; their exit codes and messages."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
-        subprocess.Popen(
-            command(model[rank], text, output, *more[rank]), env=os.environ | shared | {"RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+        forked.start(*command(model[rank], text, output, *more[rank]), environment=told)
+        for rank, told in enumerate(variables(2))
+    ]
     told = [process.communicate(timeout=120)[1] for process in processes]
     return [(process.returncode, words) for process, words in zip(processes, told, strict=True)]
 
 
 def test_ranks_with_other_weights_are_refused_by_all_of_them(model: Path, text_file: Path, tmp_path: Path) -> None:
-    other = make_pico_r1(tmp_path / "model", outliers=True, seed=1, num_hidden_layers=2)
+    other = make_pico_r1(tmp_path / "model", outliers=True, seed=1, **SMALLEST)
     ends = pair((model, add_tokenizer(other)), text_file, tmp_path / "out", (), ())
     for code, words in ends:
         assert code == 3 and "the model's tensors is not the same on rank 1" in words, ends
@@ -210,10 +173,10 @@ def test_a_launchers_variable_that_makes_no_sense_is_named(
     changes: dict[str, str | None], named: str, model: Path, text_file: Path, tmp_path: Path
 ) -> None:
     usual = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
-    launched = {name: value for name, value in (usual | changes).items() if value is not None}
-    assert started(launched, "--help").returncode == 0
-    found = started(launched, "awq", str(model), "--output", str(tmp_path / "out"))
-    assert found.returncode == 2 and named in found.stderr and "Traceback" not in found.stderr
+    run = CliRunner(env=usual | changes)
+    assert run.invoke(main, ["--help"]).exit_code == 0
+    found = run.invoke(main, ["awq", str(model), "--output", str(tmp_path / "out")])
+    assert found.exit_code == 2 and named in found.stderr and "Traceback" not in found.stderr
 
 
 def test_a_rank_that_waits_for_the_others_can_be_stopped(model: Path, text_file: Path, tmp_path: Path) -> None:
@@ -223,16 +186,16 @@ def test_a_rank_that_waits_for_the_others_can_be_stopped(model: Path, text_file:
         launched = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1"}
         launched["MASTER_PORT"] = str(taken.getsockname()[1])
         what = command(model, text_file, tmp_path / "out")
-        process = subprocess.Popen(what, env=os.environ | launched, stderr=subprocess.PIPE, text=True)
+        process = forked.start(*what, environment=launched)
         silent, _ = taken.accept()
         with silent:
-            process.terminate()
+            process.send_signal(signal.SIGTERM)
             _, errors = process.communicate(timeout=30)
     assert process.returncode == 75 and "stopped by SIGTERM" in errors
 
 
 def test_what_ranks_exchange_is_planned_by_the_layers_that_are_quantized(model: Path, tmp_path: Path) -> None:
-    without_mtp = make_pico_r1(tmp_path / "model", outliers=True, num_hidden_layers=2, num_nextn_predict_layers=0)
+    without_mtp = make_pico_r1(tmp_path / "model", outliers=True, num_nextn_predict_layers=0, **SMALLEST)
     planned = []
     for folder in (model, add_tokenizer(without_mtp)):
         recipe = Recipe.checked(

@@ -5,21 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import full_model
+from streams import plainly_rounded
 
 from dsquant.calibration.texts import held_out_tokens, load_tokenizer
 from dsquant.evaluation.divergence import ComparedModels, compare
 from dsquant.evaluation.summary import text_scores
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model import streaming
-from dsquant.model.overlays import ReplacedWeights
 from dsquant.model.skeleton import Skeleton
-from dsquant.schemes import Grid, fake_quantize
-from dsquant.source.weights import Weights
-
-
-def plainly_rounded(weights: Weights) -> ReplacedWeights:
-    names = [name for name in weights if name.endswith("_proj.weight") and "eh_proj" not in name]
-    return ReplacedWeights(weights, {name: fake_quantize(weights[name], Grid(4, 128, True)) for name in names})
 
 
 @pytest.mark.parametrize("vocabulary_at_once", [8192, 500], ids=["whole vocabulary", "vocabulary in parts"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import full_model
-from test_divergence import plainly_rounded
+from streams import plainly_rounded
 
 from dsquant.calibration.texts import load_tokenizer
 from dsquant.errors import InputError, UsageError

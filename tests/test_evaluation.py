@@ -13,7 +13,7 @@ import torch
 from broken import Change, changed_copy, expert_zeroed, nibbles_swapped, router_not_compensated, scale_not_a_number
 from checkpoints import LLAMA, add_tokenizer, make_dense
 from click.testing import CliRunner
-from test_divergence import plainly_rounded
+from streams import plainly_rounded
 
 import dsquant
 from dsquant.calibration.texts import held_out_tokens, load_tokenizer

@@ -37,17 +37,16 @@ from dsquant.recipes import gguf_recipe
 
 @pytest.mark.parametrize("type_name", ["F32", "BF16", "F16", "Q8_0", "Q4_0", "Q2_K", "Q4_K_M", "Q4_K_M+", "IQ4_XS"])
 def test_every_tensor_decodes_to_its_source_within_the_types_error(
-    tiny_r1: Path, tmp_path: Path, type_name: str
+    nano_r1: Path, tmp_path: Path, type_name: str
 ) -> None:
-    dsquant.gguf(tiny_r1, type=type_name, output=tmp_path / "out", **PLAIN)
-    wanted, found = expected(tiny_r1, 4), tensors_of(tmp_path / "out")
+    dsquant.gguf(nano_r1, type=type_name, output=tmp_path / "out", **PLAIN)
+    wanted, found = expected(nano_r1, 2), tensors_of(tmp_path / "out")
     assert set(found) == set(wanted)
     for name, tensor in found.items():
         values = decoded(tensor)
         assert values.shape == wanted[name].shape, name
         error = float((values - wanted[name]).norm() / wanted[name].norm())
-        # tiny-r1 has outlier channels: blocks hold weights of several sizes, which doubles the error
-        assert error <= 2 * LARGEST_ERROR[tensor.tensor_type.name], (name, tensor.tensor_type.name, error)
+        assert error <= 1.3 * LARGEST_ERROR[tensor.tensor_type.name], (name, tensor.tensor_type.name, error)
 
 
 def test_more_than_ten_experts_lie_in_their_order_whatever_the_order_of_names(tmp_path: Path) -> None:
@@ -63,9 +62,9 @@ def test_more_than_ten_experts_lie_in_their_order_whatever_the_order_of_names(tm
 
 
 @pytest.mark.parametrize("type_name", ["F16", "Q8_0", "Q4_K_M"])
-def test_a_value_that_a_type_cannot_hold_is_refused_by_name(tiny_r1: Path, tmp_path: Path, type_name: str) -> None:
+def test_a_value_that_a_type_cannot_hold_is_refused_by_name(nano_r1: Path, tmp_path: Path, type_name: str) -> None:
     model = tmp_path / "model"
-    shutil.copytree(tiny_r1, model)
+    shutil.copytree(nano_r1, model)
     name = "model.layers.1.mlp.experts.3.down_proj.weight_scale_inv"
     path = model / json.loads((model / "model.safetensors.index.json").read_text())["weight_map"][name]
     tensors = load_file(path)
@@ -78,16 +77,16 @@ def test_a_value_that_a_type_cannot_hold_is_refused_by_name(tiny_r1: Path, tmp_p
 
 
 def test_rows_that_a_type_cannot_hold_take_the_documented_fallback_and_it_is_reported(
-    pico_r1: Path, tmp_path: Path
+    nano_r1: Path, tmp_path: Path
 ) -> None:
-    result = dsquant.gguf(pico_r1, type="Q4_K_M", output=tmp_path / "out", **PLAIN)
+    result = dsquant.gguf(nano_r1, type="Q4_K_M", output=tmp_path / "out", **PLAIN)
     found = {name: tensor.tensor_type.name for name, tensor in tensors_of(tmp_path / "out").items()}
-    assert found["blk.2.attn_q_b.weight"] == "Q5_0"  # 128 columns
-    assert found["blk.2.attn_q_a.weight"] == "Q4_K"  # 256
-    assert found["blk.4.ffn_down_exps.weight"] == "Q8_0"  # 192 columns, Q6_K wanted
-    assert found["blk.2.attn_k_b.weight"] == "Q5_0"  # 64
+    assert found["blk.1.attn_q_b.weight"] == "Q5_0"  # 128 columns
+    assert found["blk.1.attn_q_a.weight"] == "Q4_K"  # 256
+    assert found["blk.1.ffn_down_exps.weight"] == "Q8_0"  # 192 columns, Q6_K wanted
+    assert found["blk.1.attn_k_b.weight"] == "Q5_0"  # 64
     assert any("Q5_0 instead of Q4_K" in warning for warning in result.warnings)
-    wanted = expected(pico_r1, 5)
+    wanted = expected(nano_r1, 2)
     for name, tensor in tensors_of(tmp_path / "out").items():
         assert float((decoded(tensor) - wanted[name]).norm()) <= 0.13 * float(wanted[name].norm()), name
 
@@ -133,57 +132,57 @@ def test_r1_is_planned_from_headers_alone(tmp_path: Path) -> None:
     assert all(sum(t.num_bytes for t in file.tensors) <= 48 * 2**30 for file in target.files)
 
 
-def test_q4_k_m_plus_keeps_what_every_token_uses_at_8_bits(tiny_r1: Path, tmp_path: Path) -> None:
-    dsquant.gguf(tiny_r1, type="Q4_K_M+", output=tmp_path / "out", **PLAIN)
+def test_q4_k_m_plus_keeps_what_every_token_uses_at_8_bits(nano_r1: Path, tmp_path: Path) -> None:
+    dsquant.gguf(nano_r1, type="Q4_K_M+", output=tmp_path / "out", **PLAIN)
     types = {name: tensor.tensor_type.name for name, tensor in tensors_of(tmp_path / "out").items()}
     for part in ("attn_q_a", "attn_k_b", "attn_v_b", "attn_output", "ffn_up_shexp", "ffn_down_shexp"):
-        assert types[f"blk.2.{part}.weight"] == "Q8_0"
-    assert types["blk.0.ffn_up.weight"] == "Q8_0" and types["blk.2.ffn_up_exps.weight"] == "Q4_K"
+        assert types[f"blk.1.{part}.weight"] == "Q8_0"
+    assert types["blk.0.ffn_up.weight"] == "Q8_0" and types["blk.1.ffn_up_exps.weight"] == "Q4_K"
 
 
 def test_types_can_be_overridden_by_pattern(tiny_r1: Path, tmp_path: Path) -> None:
     overrides = [r"blk\.[01]\.attn_output=q6_k", r"attn_output=F16"]
-    dsquant.gguf(tiny_r1, type="Q4_K_M", output=tmp_path / "out", tensor_types=overrides, **PLAIN)
+    dsquant.gguf(tiny_r1, type="Q8_0", output=tmp_path / "out", tensor_types=overrides, **PLAIN)
     types = {name: tensor.tensor_type.name for name, tensor in tensors_of(tmp_path / "out").items()}
     assert types["blk.1.attn_output.weight"] == "Q6_K" and types["blk.2.attn_output.weight"] == "F16"
 
 
-def test_split_files_hold_the_same_tensors_under_llama_cpps_names(tiny_r1: Path, tmp_path: Path) -> None:
-    dsquant.gguf(tiny_r1, type="Q4_K_M", output=tmp_path / "one", **PLAIN)
-    result = dsquant.gguf(tiny_r1, type="Q4_K_M", output=tmp_path / "many", split_max_size="1MiB", **PLAIN)
+def test_split_files_hold_the_same_tensors_under_llama_cpps_names(nano_r1: Path, tmp_path: Path) -> None:
+    dsquant.gguf(nano_r1, type="Q4_K_M", output=tmp_path / "one", **PLAIN)
+    result = dsquant.gguf(nano_r1, type="Q4_K_M", output=tmp_path / "many", split_max_size="200KiB", **PLAIN)
     files = sorted((tmp_path / "many").glob("*.gguf"))
     count = len(files)
     assert count > 3
     assert [file.name for file in files] == [
-        f"tiny-r1-Q4_K_M-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)
+        f"pico-r1-Q4_K_M-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)
     ]
     for number, file in enumerate(files):
         fields = gguf_py.GGUFReader(file).fields
         assert fields["split.no"].contents() == number and fields["split.count"].contents() == count
         data = sum(int(tensor.n_bytes) for tensor in gguf_py.GGUFReader(file).tensors)
-        assert data <= 2**20 or len(gguf_py.GGUFReader(file).tensors) == 1
+        assert data <= 200 * 2**10 or len(gguf_py.GGUFReader(file).tensors) == 1
     one, many = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many")
     assert set(one) == set(many)
     assert all(np.array_equal(one[name].data, many[name].data) for name in one)
     assert result.output_bytes["gguf:Q4_K_M"] == sum(file.stat().st_size for file in files)
 
 
-def test_a_dry_run_tells_every_file_to_the_byte_and_writes_nothing(tiny_r1: Path, tmp_path: Path) -> None:
+def test_a_dry_run_tells_every_file_to_the_byte_and_writes_nothing(nano_r1: Path, tmp_path: Path) -> None:
     arguments = [
         "gguf",
-        str(tiny_r1),
+        str(nano_r1),
         "--type",
         "Q5_K_M",
         "--output",
         str(tmp_path / "out"),
         "--split-max-size",
-        "2MiB",
+        "400KiB",
     ]
     answer = CliRunner().invoke(main, [*arguments, "--calibration", "none", "--dry-run", "--json"])
     assert answer.exit_code == 0, answer.output
     planned = json.loads(answer.stdout)["output_bytes"]
     assert not (tmp_path / "out").exists()
-    dsquant.gguf(tiny_r1, type="Q5_K_M", output=tmp_path / "out", split_max_size="2MiB", **PLAIN)
+    dsquant.gguf(nano_r1, type="Q5_K_M", output=tmp_path / "out", split_max_size="400KiB", **PLAIN)
     assert planned == {file.name: file.stat().st_size for file in (tmp_path / "out").glob("*.gguf")}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from checkpoints import add_tokenizer, make_pico_r1
 from kills import KILLED, REFUSED, contents, run, tear
-from test_delta import changed_copy, noise
+from small_jobs import changed_copy, noise
 
 import dsquant
 from dsquant.errors import InputError

@@ -2,17 +2,18 @@
 
 import json
 import re
-import subprocess
+import signal
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from checkpoints import QWEN2, add_tokenizer, full_model, make_dense, make_pico_r1
 from safetensors.torch import load_file
-from test_awq_job import FAST, arguments, contents
+from small_jobs import FAST, arguments, contents
 
 import dsquant
 from benchmarks.peers.decoding import decode_compressed_tensors, stored_bits
@@ -164,15 +165,15 @@ def test_a_job_stopped_while_measuring_or_later_makes_the_same_bytes(
 @pytest.mark.slow
 def test_killed_and_resumed_it_makes_the_same_bytes(dense: Path, text_file: Path, tmp_path: Path) -> None:
     more = ("--to", "compressed-tensors", "--target-bits", "5.0", "--resume")
-    subprocess.run(arguments(dense, text_file, tmp_path / "whole", *more), check=True, capture_output=True)
+    forked.finish(*arguments(dense, text_file, tmp_path / "whole", *more))
     command, job = arguments(dense, text_file, tmp_path / "out", *more), tmp_path / "out" / ".dsquant-work" / "job.json"
     for marker in (lambda: job.is_file(), lambda: '"sensitivity"' in job.read_text()):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = forked.start(*command)
         while process.poll() is None and not marker():
             time.sleep(0.005)
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run(command, check=True, capture_output=True)
+    forked.finish(*command)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from checkpoints import LLAMA, add_tokenizer, full_model, make_dense, make_pico_r1
 from gguf_files import CALIBRATED, decoded, tensors_of
-from test_awq_job import contents
+from shapes import SMALLEST
+from small_jobs import contents
 
 import dsquant
 from dsquant.calibration.texts import calibration_tokens, load_tokenizer
@@ -22,7 +23,7 @@ from dsquant.recipes import gguf_recipe
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pico-r1 of two layers whose channels differ."""
-    return add_tokenizer(make_pico_r1(tmp_path_factory.mktemp("small") / "model", outliers=True, num_hidden_layers=2))
+    return add_tokenizer(make_pico_r1(tmp_path_factory.mktemp("small") / "model", outliers=True, **SMALLEST))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,9 @@ def test_it_verifies_and_tells_the_types(chosen: Path, small: Path, text_file: P
     assert again.already_finished and "attn_k_b" in again._repr_html_() and "of the error" in again._repr_html_()
 
 
-@pytest.mark.parametrize("target", [3.5, 4.5, 6.5, "600KiB", "900KiB"])
+@pytest.mark.parametrize(
+    "target", [3.5, "900KiB", *(pytest.param(one, marks=pytest.mark.slow) for one in (4.5, 6.5, "600KiB"))]
+)
 def test_targets_of_bits_and_size_are_met_closely(text_file: Path, tmp_path: Path, target: Any) -> None:
     model = add_tokenizer(make_dense(tmp_path / "model", LLAMA), vocabulary=290)
     is_size = isinstance(target, str)
@@ -127,6 +130,7 @@ def test_what_is_measured_is_what_is_stored(small: Path, text_file: Path, tmp_pa
         assert entries[name]["error"] == pytest.approx(error, rel=0.02), name
 
 
+@pytest.mark.slow
 def test_more_bits_bring_the_model_nearer(small: Path, text_file: Path, tmp_path: Path) -> None:
     divergences = []
     for target in (3.5, 4.5, 6.5):
@@ -174,16 +178,16 @@ def test_a_job_stopped_while_measuring_or_later_makes_the_same_bytes(
     ],
 )  # fmt: skip
 def test_what_cannot_be_met_is_refused_before_any_work(
-    pico_r1: Path, text_file: Path, tmp_path: Path, options: dict[str, Any], words: str
+    nano_r1: Path, text_file: Path, tmp_path: Path, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UsageError, match=words):
-        dsquant.gguf(pico_r1, output=tmp_path / "out", **{**CALIBRATED, "calibration": str(text_file), **options})
+        dsquant.gguf(nano_r1, output=tmp_path / "out", **{**CALIBRATED, "calibration": str(text_file), **options})
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_tells_the_target(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_dry_run_tells_the_target(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = gguf_recipe(
-        model=str(pico_r1), type="Q4_K_M", output=tmp_path / "out", target_bits=4.5, calibration=(str(text_file),)
+        model=str(nano_r1), type="Q4_K_M", output=tmp_path / "out", target_bits=4.5, calibration=(str(text_file),)
     )
     told = pipeline.preview(recipe)
     assert "at most 4.5 bits" in str(told) and "one of Q2_K" in str(told) and not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from checkpoints import add_tokenizer, make_pico_r1
 from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -121,10 +122,9 @@ def test_promtool_accepts_the_rules_and_proves_every_alert() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="apt-get install prometheus")
-def test_a_real_prometheus_scrapes_a_real_run_and_answers_the_dashboard(
-    pico_r1: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_real_prometheus_scrapes_a_real_run_and_answers_the_dashboard(text_file: Path, tmp_path: Path) -> None:
     port, page = free_port(), free_port()
     config = {
         "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "200ms"},
@@ -137,10 +137,11 @@ def test_a_real_prometheus_scrapes_a_real_run_and_answers_the_dashboard(
         ["prometheus", *options, f"--web.listen-address=localhost:{port}"], stderr=subprocess.DEVNULL
     )
     try:
+        model = add_tokenizer(make_pico_r1(tmp_path / "model"))
         command = job(text_file, tmp_path / "out", "--metrics-port", str(page))
         last_page = ""
         with (tmp_path / "log").open("w") as log:
-            running = subprocess.Popen([*command, str(pico_r1)], stdout=log, stderr=log)
+            running = subprocess.Popen([*command, str(model)], stdout=log, stderr=log)
             while running.poll() is None:
                 last_page = scraped(page) or last_page
                 time.sleep(0.1)

@@ -1,6 +1,8 @@
 """examples/quickstart.ipynb runs, and every result shows itself."""
 
+import ast
 import dataclasses
+import inspect
 import os
 import sys
 import typing
@@ -29,6 +31,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "here"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_quickstart_notebook_runs_and_shows_tables_and_plots(kernel: str, tmp_path: Path) -> None:
     notebook = nbformat.read(QUICKSTART, as_version=4)
@@ -57,6 +60,19 @@ def test_the_quickstart_notebook_runs_and_shows_tables_and_plots(kernel: str, tm
 def test_the_notebook_in_the_repository_holds_no_outputs() -> None:
     notebook = nbformat.read(QUICKSTART, as_version=4)
     assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_the_notebooks_calls_are_calls_that_dsquant_takes() -> None:
+    code = "\n".join(cell.source for cell in nbformat.read(QUICKSTART, as_version=4).cells if cell.cell_type == "code")
+    calls = [
+        node for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("dsquant.")
+    ]  # fmt: skip
+    assert len(calls) >= 4
+    for call in calls:
+        function = getattr(dsquant, ast.unparse(call.func).removeprefix("dsquant."))
+        named = {keyword.arg: None for keyword in call.keywords if keyword.arg is not None}
+        inspect.signature(function).bind(*call.args, **named)
 
 
 def test_every_command_is_a_function_whose_result_has_a_type_and_shows_itself() -> None:

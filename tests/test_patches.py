@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_delta import changed_copy, contents, noise
+from small_jobs import changed_copy, contents, noise
 
 import dsquant
 from dsquant.errors import InputError, Interrupted

@@ -64,13 +64,16 @@ def test_a_gguf_file_is_decoded_under_the_original_names(tiny_r1: Path, tmp_path
         torch.testing.assert_close(found[name], weight, rtol=2**-8, atol=0)
 
 
-def test_stored_bits_count_codes_zero_points_and_scales(tiny_r1: Path, tmp_path: Path) -> None:
-    for form, bits in (("awq", 4 + 4 / 128 + 16 / 128), ("compressed-tensors", 4 + 16 / 128)):
+def test_stored_bits_count_codes_zero_points_and_scales(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    for form, bits in (("awq", 4 + 4 / 64 + 16 / 64), ("compressed-tensors", 4 + 16 / 64)):
         options = {"symmetric": True} if form == "compressed-tensors" else {}
         output = tmp_path / form
         dsquant.awq(
-            tiny_r1,
+            nano_r1,
             to=[form],
+            calibration=text_file,
+            steps="none",
+            group_size=64,
             preset="compact",
             output=output,
             samples=4,
@@ -95,4 +98,9 @@ def test_each_seed_chooses_other_windows_that_do_not_overlap() -> None:
     "path", sorted(Path(__file__).parent.parent.glob("benchmarks/*.py")), ids=lambda path: path.stem
 )
 def test_every_benchmark_names_what_there_is(path: Path) -> None:
-    importlib.import_module(f"benchmarks.{path.stem}")
+    try:
+        importlib.import_module(f"benchmarks.{path.stem}")
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").split(".")[0] in ("dsquant", "benchmarks", "tests"):
+            raise
+        pytest.skip(f"needs {missing.name}, which is no dependency")

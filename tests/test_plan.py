@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import LLAMA, make_dense
+from checkpoints import LLAMA, add_tokenizer, make_dense, make_pico_r1
+from click.testing import CliRunner
 from hub_server import hub_of
 from r1_config import R1_CONFIG
+from shapes import SMALLEST
 
 import dsquant
+from dsquant.cli import main
+from dsquant.deployment import sizes
 from dsquant.deployment.facts import GIB
 from dsquant.deployment.forecast import Forecast, MachineForecast, forecast, forecast_of, reference_machines
 from dsquant.deployment.hardware import parse_machine, parse_speed
@@ -25,7 +29,9 @@ from dsquant.formats.gguf.types import MIXTURES
 from dsquant.formats.table import SAFETENSORS
 
 BITS = {name: SAFETENSORS[name].bits for name in ("awq", "compressed-tensors")}
-FAST = {"samples": 2, "seq_len": 16, "calibration": "code", "evaluate": False, "progress": False}
+FAST: dict[str, Any] = {
+    "samples": 2, "seq_len": 16, "steps": "none", "calibration": "code", "evaluate": False, "progress": False,
+}  # fmt: skip
 
 
 def command(*arguments: str) -> list[str]:
@@ -33,20 +39,30 @@ def command(*arguments: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def tiny_sizes(tiny_r1: Path) -> dict[tuple[str, str], OutputSize]:
-    sizes, refused = output_sizes(open_subject("tiny-r1"))
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An R1 of two layers whose linears have whole groups of 128 weights."""
+    shape = {**SMALLEST, "moe_intermediate_size": 128, "intermediate_size": 256}
+    return add_tokenizer(make_pico_r1(tmp_path_factory.mktemp("small") / "small", **shape))
+
+
+@pytest.fixture(scope="module")
+def small_sizes(small: Path) -> dict[tuple[str, str], OutputSize]:
+    sizes, refused = output_sizes(open_subject(str(small)))
     assert not refused
     return {(size.name, size.mtp): size for size in sizes}
 
 
 @pytest.fixture(scope="module")
 def r1() -> Callable[..., Forecast]:
-    """R1's forecast from its config alone; its sizes are worked out once."""
+    """R1's forecast from its config alone; its sizes at 4 bits are worked out once: each takes seconds."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.json")
         path.write_text(json.dumps(R1_CONFIG))
         subject = open_subject(str(path))
-    outputs = output_sizes(subject)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sizes, "SAFETENSORS", {name: SAFETENSORS[name] for name in BITS})
+        patch.setattr(type(SAFETENSORS["compressed-tensors"]), "bits", (4,))
+        outputs = output_sizes(subject)
 
     def of(gpu_price: float | None = None, **machine: Any) -> Forecast:
         named = [parse_machine(machine.pop("gpu"), machine.pop("ram"), **machine)] if machine else []
@@ -74,12 +90,12 @@ def written(folder: Path) -> int:
     ],
 )
 def test_the_planned_size_of_a_safetensors_output_is_what_is_written(
-    tiny_sizes: dict[tuple[str, str], OutputSize], tmp_path: Path, preset: Any, mtp: Any, bits: Any
+    small: Path, small_sizes: dict[tuple[str, str], OutputSize], tmp_path: Path, preset: Any, mtp: Any, bits: Any
 ) -> None:
     formats = [name for name, widths in BITS.items() if bits in widths]
-    result = dsquant.awq("tiny-r1", output=tmp_path / "out", to=formats, preset=preset, mtp=mtp, bits=bits, **FAST)
+    result = dsquant.awq(small, output=tmp_path / "out", to=formats, preset=preset, mtp=mtp, bits=bits, **FAST)
     for name in formats:
-        size = tiny_sizes[f"{name} {preset}{'' if bits == 4 else f' {bits}-bit'}", mtp]
+        size = small_sizes[f"{name} {preset}{'' if bits == 4 else f' {bits}-bit'}", mtp]
         assert size.exact
         assert size.num_bytes == written(result.folders[name])
 
@@ -94,11 +110,13 @@ def test_the_planned_size_of_a_safetensors_output_is_what_is_written(
     ],
 )
 def test_the_planned_size_of_a_gguf_output_is_what_is_written(
-    tiny_sizes: dict[tuple[str, str], OutputSize], tmp_path: Path, type_name: str, mtp: str
+    small: Path, small_sizes: dict[tuple[str, str], OutputSize], tmp_path: Path, type_name: str, mtp: str
 ) -> None:
-    options = FAST if MIXTURES[type_name][0] not in ("F32", "F16", "BF16") else {"evaluate": False, "progress": False}
-    dsquant.gguf("tiny-r1", type=type_name, output=tmp_path / "out", mtp=mtp, **options)
-    size = tiny_sizes[f"gguf:{type_name}", mtp]
+    options = {name: FAST[name] for name in ("evaluate", "progress")}
+    if MIXTURES[type_name][0] not in ("F32", "F16", "BF16"):
+        options |= {name: FAST[name] for name in ("samples", "seq_len", "calibration")}
+    dsquant.gguf(small, type=type_name, output=tmp_path / "out", mtp=mtp, **options)
+    size = small_sizes[f"gguf:{type_name}", mtp]
     assert size.exact
     assert size.num_bytes == written(tmp_path / "out")
 
@@ -234,9 +252,9 @@ def test_a_machine_that_cannot_be_meant_is_refused(gpu: str) -> None:
         parse_machine(gpu, "64GiB")
 
 
-def test_the_table_the_json_and_the_notebook_tell_the_same(tiny_r1: Path) -> None:
-    shown = subprocess.run(command("--gpu", "1x24GiB", "--ram", "64GiB"), capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
+def test_the_table_the_json_and_the_notebook_tell_the_same() -> None:
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(main, ["plan", "--gpu", "1x24GiB", "--ram", "64GiB"])
+    assert shown.exit_code == 0, shown.stderr
     assert "11.6 MiB" in shown.stdout and "█" in shown.stdout and "vllm serve" in shown.stdout
     found = dsquant.plan("tiny-r1", gpu="1x24GiB", ram="64GiB")
     json.dumps(found.as_json())

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import yaml
 from checkpoints import put_into_norm
@@ -30,12 +31,13 @@ from dsquant.releases.release_job import Release, published, run_recipe
 from dsquant.reporting.progress import silent
 from dsquant.reporting.prometheus import monitored
 
+pytestmark = pytest.mark.usefixtures("imported")
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 
-def content(pico_r1: Path, text_file: Path, output: Path, **changes: Any) -> dict[str, Any]:
+def content(nano_r1: Path, text_file: Path, output: Path, **changes: Any) -> dict[str, Any]:
     recipe = {
-        "model": str(pico_r1),
+        "model": str(nano_r1),
         "output": str(output),
         "calibration": {"texts": [str(text_file)], "samples": 4, "seq_len": 32},
         "quantize": [
@@ -47,8 +49,8 @@ def content(pico_r1: Path, text_file: Path, output: Path, **changes: Any) -> dic
     return recipe | changes
 
 
-def recipe_of(pico_r1: Path, text_file: Path, output: Path, **changes: Any) -> ReleaseRecipe:
-    return ReleaseRecipe.model_validate(content(pico_r1, text_file, output, **changes))
+def recipe_of(nano_r1: Path, text_file: Path, output: Path, **changes: Any) -> ReleaseRecipe:
+    return ReleaseRecipe.model_validate(content(nano_r1, text_file, output, **changes))
 
 
 def write(path: Path, recipe: dict[str, Any]) -> Path:
@@ -57,7 +59,7 @@ def write(path: Path, recipe: dict[str, Any]) -> Path:
 
 
 def command(recipe: Path, *options: str) -> list[str]:
-    return [sys.executable, "-c", "from dsquant.cli import main; main()", "run", str(recipe), "--json", *options]
+    return ["run", str(recipe), "--json", *options]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -65,9 +67,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(pico_r1: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Release, dict[str, bytes]]:
+def whole(nano_r1: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Release, dict[str, bytes]]:
     """An uninterrupted run, and its files."""
-    release = run_recipe(recipe_of(pico_r1, text_file, tmp_path_factory.mktemp("whole") / "out"))
+    release = run_recipe(recipe_of(nano_r1, text_file, tmp_path_factory.mktemp("whole") / "out"))
     return release, files(release.output)
 
 
@@ -83,10 +85,10 @@ def test_a_recipe_makes_every_output_evaluates_and_publishes_them(whole: tuple[R
 
 
 def test_a_finished_recipe_is_a_no_op_without_torch(
-    whole: tuple[Release, dict[str, bytes]], pico_r1: Path, text_file: Path, tmp_path: Path
+    whole: tuple[Release, dict[str, bytes]], nano_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
     release, before = whole
-    path = write(tmp_path / "recipe.yaml", content(pico_r1, text_file, release.output))
+    path = write(tmp_path / "recipe.yaml", content(nano_r1, text_file, release.output))
     script = (
         "import sys, time; started = time.perf_counter(); from dsquant.cli import main\n"
         f"main(['run', {str(path)!r}], standalone_mode=False)\n"
@@ -130,10 +132,10 @@ def test_a_release_is_verified_with_its_record_its_reports_and_all_its_outputs(
 
 
 def test_a_release_whose_record_is_damaged_counts_as_none(
-    whole: tuple[Release, dict[str, bytes]], pico_r1: Path, text_file: Path, tmp_path: Path
+    whole: tuple[Release, dict[str, bytes]], nano_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(whole[0].output, tmp_path / "moved"))
-    recipe = recipe_of(pico_r1, text_file, whole[0].output).model_copy(update={"output": copy})
+    recipe = recipe_of(nano_r1, text_file, whole[0].output).model_copy(update={"output": copy})
     assert published(recipe) is not None
     raw = (copy / "release.json").read_bytes()
     (copy / "release.json").write_bytes(raw.replace(b'"mean_kl": 0.', b'"mean_kl": 1.', 1))
@@ -147,13 +149,13 @@ class Killed(BaseException):
 @pytest.mark.parametrize("after_the_line", [pytest.param(value, marks=pytest.mark.slow) for value in (False, True)])
 def test_killed_at_every_line_of_the_journal_the_published_bytes_are_the_same(
     whole: tuple[Release, dict[str, bytes]],
-    pico_r1: Path,
+    nano_r1: Path,
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     after_the_line: bool,
 ) -> None:
-    recipe = recipe_of(pico_r1, text_file, tmp_path / "out")
+    recipe = recipe_of(nano_r1, text_file, tmp_path / "out")
     append, reached = Journal.append, set[str]()
 
     def dying(journal: Journal, unit: str, **notes: Any) -> None:
@@ -176,7 +178,7 @@ def test_killed_at_every_line_of_the_journal_the_published_bytes_are_the_same(
     assert files(tmp_path / "out") == whole[1]
 
 
-def wait_for(path: Path, process: subprocess.Popen[Any]) -> None:
+def wait_for(path: Path, process: forked.Forked) -> None:
     while process.poll() is None and not path.exists():
         time.sleep(0.01)
 
@@ -187,29 +189,29 @@ def journal_has(path: Path, line: str) -> bool:
 
 @pytest.mark.slow
 def test_killed_by_the_kernel_in_every_stage_the_published_bytes_are_the_same(
-    whole: tuple[Release, dict[str, bytes]], pico_r1: Path, text_file: Path, tmp_path: Path
+    whole: tuple[Release, dict[str, bytes]], nano_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    path = write(tmp_path / "recipe.yaml", content(pico_r1, text_file, tmp_path / "out"))
+    path = write(tmp_path / "recipe.yaml", content(nano_r1, text_file, tmp_path / "out"))
     journal = tmp_path / ".out.dsquant" / "journal.jsonl"
     for stage in ("calibrate", "quantize awq", "quantize q4", "evaluate"):
-        process = subprocess.Popen(command(path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = forked.start(*command(path))
         while process.poll() is None and not journal_has(journal, f"begin {stage}"):
             time.sleep(0.005)
         time.sleep(0.05)
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    assert subprocess.run(command(path), capture_output=True).returncode == 0
+    forked.finish(*command(path))
     assert files(tmp_path / "out") == whole[1]
 
 
 def test_of_two_runs_at_once_one_works_and_the_other_says_who_holds_the_lock(
-    pico_r1: Path, text_file: Path, tmp_path: Path
+    nano_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
     step = {"name": "q", "type": "Q8_0", "calibrate": False}
     path = write(
-        tmp_path / "recipe.yaml", content(pico_r1, text_file, tmp_path / "out", quantize=[step], evaluate=None)
+        tmp_path / "recipe.yaml", content(nano_r1, text_file, tmp_path / "out", quantize=[step], evaluate=None)
     )
-    first = subprocess.Popen(command(path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    first = forked.start(*command(path))
     wait_for(tmp_path / ".out.dsquant" / "holder.json", first)
     first.send_signal(signal.SIGSTOP)
     with pytest.raises(InputError, match=rf"process {first.pid} on {socket.gethostname()}, since 20\d\d-"):
@@ -221,30 +223,30 @@ def test_of_two_runs_at_once_one_works_and_the_other_says_who_holds_the_lock(
     assert files(tmp_path / "out") == files(tmp_path / "alone")
 
 
-def test_sigterm_ends_with_75_and_the_next_run_goes_on(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_sigterm_ends_with_75_and_the_next_run_goes_on(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
     told = f"echo $DSQUANT_STAGE $DSQUANT_EXIT_CODE > {tmp_path}/told"
     changes: dict[str, Any] = {"evaluate": None, "on_failure": {"outputs": "remove", "command": told}}
     changes["quantize"] = [{"name": "awq", "to": "awq", "group_size": 64}]
-    path = write(tmp_path / "recipe.yaml", content(pico_r1, text_file, tmp_path / "out", **changes))
-    process = subprocess.Popen(command(path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    path = write(tmp_path / "recipe.yaml", content(nano_r1, text_file, tmp_path / "out", **changes))
+    process = forked.start(*command(path))
     while process.poll() is None and not journal_has(tmp_path / ".out.dsquant" / "journal.jsonl", "begin quantize awq"):
         time.sleep(0.005)
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 75 and "run the same recipe again" in errors, errors
     assert (tmp_path / "told").read_text().split() == ["quantize", "awq", "75"]
     assert (run_recipe(read_recipe(path)).output / "awq" / "config.json").is_file()
 
 
-def small(pico_r1: Path, text_file: Path, output: Path, **changes: Any) -> ReleaseRecipe:
+def small(nano_r1: Path, text_file: Path, output: Path, **changes: Any) -> ReleaseRecipe:
     step = {"name": "q", "type": "Q8_0", "calibrate": False}
-    return recipe_of(pico_r1, text_file, output, **{"quantize": [step], "evaluate": None, **changes})
+    return recipe_of(nano_r1, text_file, output, **{"quantize": [step], "evaluate": None, **changes})
 
 
-def test_a_link_is_switched_to_each_new_result_and_back(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
-    first = small(pico_r1, text_file, tmp_path / "out", publish="symlink")
+def test_a_link_is_switched_to_each_new_result_and_back(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    first = small(nano_r1, text_file, tmp_path / "out", publish="symlink")
     step = {"name": "q", "type": "BF16"}
-    second = small(pico_r1, text_file, tmp_path / "out", publish="symlink", quantize=[step])
+    second = small(nano_r1, text_file, tmp_path / "out", publish="symlink", quantize=[step])
     one = files(run_recipe(first).output)
     target = (tmp_path / "out" / "current").readlink()
     assert (tmp_path / "out" / target / "q" / "pico-r1-Q8_0.gguf").is_file()
@@ -256,18 +258,18 @@ def test_a_link_is_switched_to_each_new_result_and_back(pico_r1: Path, text_file
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="renameat2")
-def test_an_output_behind_a_link_is_exchanged_where_it_lies(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_an_output_behind_a_link_is_exchanged_where_it_lies(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
-    run_recipe(small(pico_r1, text_file, tmp_path / "out"))
-    run_recipe(small(pico_r1, text_file, tmp_path / "out", quantize=[{"name": "b", "type": "BF16"}]))
+    run_recipe(small(nano_r1, text_file, tmp_path / "out"))
+    run_recipe(small(nano_r1, text_file, tmp_path / "out", quantize=[{"name": "b", "type": "BF16"}]))
     assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "real" / "b").is_dir()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="renameat2")
-def test_an_older_result_is_exchanged_and_nothing_of_it_stays(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
-    run_recipe(small(pico_r1, text_file, tmp_path / "out"))
-    run_recipe(small(pico_r1, text_file, tmp_path / "out", quantize=[{"name": "b", "type": "BF16"}]))
+def test_an_older_result_is_exchanged_and_nothing_of_it_stays(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    run_recipe(small(nano_r1, text_file, tmp_path / "out"))
+    run_recipe(small(nano_r1, text_file, tmp_path / "out", quantize=[{"name": "b", "type": "BF16"}]))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"b", "release.json"}
     assert {path.name for path in (tmp_path / ".out.dsquant").iterdir()} <= {"lock", "holder.json"}
 
@@ -282,21 +284,21 @@ def failing_late(model: Path, text: Path, output: Path, **changes: Any) -> Relea
     return recipe_of(model, text, output, quantize=[Q8], evaluate=evaluate, gates=gates, **changes)
 
 
-def test_a_step_that_has_not_changed_is_not_made_again(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_step_that_has_not_changed_is_not_made_again(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(GateError):
-        run_recipe(failing_late(pico_r1, text_file, tmp_path / "out"))
+        run_recipe(failing_late(nano_r1, text_file, tmp_path / "out"))
     made = tmp_path / ".out.dsquant" / "build" / "q" / "pico-r1-Q8_0.gguf"
     before = made.stat().st_mtime_ns
     steps = [Q8, {"name": "good", "type": "BF16"}]
-    release = run_recipe(small(pico_r1, text_file, tmp_path / "out", quantize=steps))
+    release = run_recipe(small(nano_r1, text_file, tmp_path / "out", quantize=steps))
     assert (release.output / "q" / "pico-r1-Q8_0.gguf").stat().st_mtime_ns == before
     assert {path.name for path in release.output.iterdir()} == {"q", "good", "release.json"}
 
 
-def test_steps_count_only_where_a_recipe_names_them(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_steps_count_only_where_a_recipe_names_them(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
     step = {"name": "a", "to": ["compressed-tensors"], "preset": "compact", "group_size": 64}
     recipes = [
-        small(pico_r1, text_file, tmp_path / "out", quantize=[step | more])
+        small(nano_r1, text_file, tmp_path / "out", quantize=[step | more])
         for more in ({}, {"steps": None}, {"steps": "clip, compensate"}, {"steps": ["clip", "compensate"]})
     ]
     assert "steps" not in recipes[0].model_dump(mode="json")["quantize"][0]
@@ -306,8 +308,8 @@ def test_steps_count_only_where_a_recipe_names_them(pico_r1: Path, text_file: Pa
     assert record["recipe"]["steps"] == ["clip", "compensate"]
 
 
-def test_a_source_that_changed_makes_the_recipe_run_again(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(pico_r1, tmp_path / "model")
+def test_a_source_that_changed_makes_the_recipe_run_again(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(nano_r1, tmp_path / "model")
     recipe = small(model, text_file, tmp_path / "out")
     one = files(run_recipe(recipe).output)
     assert published(recipe) is not None
@@ -321,34 +323,34 @@ def test_a_source_that_changed_makes_the_recipe_run_again(pico_r1: Path, text_fi
 
 @pytest.mark.parametrize("publish", ["rename", "symlink"])
 def test_a_folder_that_is_somebody_elses_is_refused(
-    pico_r1: Path, text_file: Path, tmp_path: Path, publish: str
+    nano_r1: Path, text_file: Path, tmp_path: Path, publish: str
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty"):
-        run_recipe(small(pico_r1, text_file, tmp_path / "out", publish=publish))
+        run_recipe(small(nano_r1, text_file, tmp_path / "out", publish=publish))
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("outputs", ["keep", "remove"])
-def test_a_failure_keeps_or_removes_and_tells(pico_r1: Path, text_file: Path, tmp_path: Path, outputs: str) -> None:
+def test_a_failure_keeps_or_removes_and_tells(nano_r1: Path, text_file: Path, tmp_path: Path, outputs: str) -> None:
     told = tmp_path / "told"
     failure = {"outputs": outputs, "command": f'echo "$DSQUANT_STAGE|$DSQUANT_EXIT_CODE|$DSQUANT_ERROR" > {told}'}
     with pytest.raises(GateError):
-        run_recipe(failing_late(pico_r1, text_file, tmp_path / "out", on_failure=failure))
+        run_recipe(failing_late(nano_r1, text_file, tmp_path / "out", on_failure=failure))
     assert told.read_text().startswith("gate|4|") and "mean_kl" in told.read_text()
     assert (tmp_path / ".out.dsquant" / "build" / "q").exists() == (outputs == "keep")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_gate_that_fails_publishes_nothing_and_a_wider_one_needs_no_second_evaluation(
-    whole: tuple[Release, dict[str, bytes]], pico_r1: Path, text_file: Path, tmp_path: Path
+    whole: tuple[Release, dict[str, bytes]], nano_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
     def with_limit(limit: float) -> ReleaseRecipe:
         gates = {"gates": [{"metric": "mean_kl", "at_most": limit}]}
         step = {"name": "q", "type": "Q8_0", "calibrate": False}
         evaluate = {"texts": [str(text_file)], "samples": 3, "seq_len": 80}
-        return recipe_of(pico_r1, text_file, tmp_path / "out", quantize=[step], evaluate=evaluate, gates=gates)
+        return recipe_of(nano_r1, text_file, tmp_path / "out", quantize=[step], evaluate=evaluate, gates=gates)
 
     with pytest.raises(GateError, match="mean_kl"):
         run_recipe(with_limit(0.0))
@@ -370,11 +372,11 @@ def test_a_gate_that_fails_publishes_nothing_and_a_wider_one_needs_no_second_eva
     assert published_report["candidates"][0]["gates"][0]["limit"] == 10.0
 
 
-def test_an_undecided_gate_ends_with_5(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_an_undecided_gate_ends_with_5(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
     def with_limit(limit: float) -> ReleaseRecipe:
         changes: dict[str, Any] = {"gates": {"gates": [{"metric": "mean_kl", "at_most": limit}]}}
         changes["evaluate"] = {"texts": [str(text_file)], "samples": 3, "seq_len": 80}
-        return small(pico_r1, text_file, tmp_path / "out", **changes)
+        return small(nano_r1, text_file, tmp_path / "out", **changes)
 
     with pytest.raises(GateError):
         run_recipe(with_limit(0.0))
@@ -391,10 +393,10 @@ def test_an_undecided_gate_ends_with_5(pico_r1: Path, text_file: Path, tmp_path:
     "gates", [{"gates": [{"metric": "mean_k", "at_most": 1}]}, {"gates": [{"metric": "mean_kl", "at_least": 1}]}]
 )
 def test_gates_that_cannot_be_meant_are_refused_before_anything_is_made(
-    pico_r1: Path, text_file: Path, tmp_path: Path, gates: Any
+    nano_r1: Path, text_file: Path, tmp_path: Path, gates: Any
 ) -> None:
     with pytest.raises(InputError, match="gates"):
-        run_recipe(recipe_of(pico_r1, text_file, tmp_path / "out", gates=gates))
+        run_recipe(recipe_of(nano_r1, text_file, tmp_path / "out", gates=gates))
     assert not (tmp_path / ".out.dsquant").exists()
 
 
@@ -446,9 +448,9 @@ def test_the_shipped_recipes_are_those_that_the_issue_names() -> None:
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_the_keys_path(
-    pico_r1: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
+    nano_r1: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    path = write(tmp_path / "recipe.yaml", content(pico_r1, text_file, tmp_path / "out", **changes))
+    path = write(tmp_path / "recipe.yaml", content(nano_r1, text_file, tmp_path / "out", **changes))
     with pytest.raises(UsageError, match=message):
         read_recipe(path)
 
@@ -477,9 +479,9 @@ def test_a_recipe_that_gives_a_key_twice_names_both_lines(tmp_path: Path) -> Non
         read_recipe(tmp_path / "recipe.yaml")
 
 
-def test_a_model_that_is_bad_leaves_nothing_beside_the_output(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_bad_leaves_nothing_beside_the_output(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
-    shutil.copytree(pico_r1, model)
+    shutil.copytree(nano_r1, model)
     put_into_norm(model, layer=0, value=3e38)
     step = {"name": "a", "to": ["awq"], "group_size": 64}
     with pytest.raises(InputError, match="not finite"):
@@ -487,9 +489,9 @@ def test_a_model_that_is_bad_leaves_nothing_beside_the_output(pico_r1: Path, tex
     assert not (tmp_path / "new").exists()
 
 
-def test_the_python_function_takes_a_file_and_changes(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_the_python_function_takes_a_file_and_changes(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
     step = {"name": "q", "type": "Q8_0", "calibrate": False}
-    path = write(tmp_path / "r.yaml", content(pico_r1, text_file, Path("x"), quantize=[step], evaluate=None))
+    path = write(tmp_path / "r.yaml", content(nano_r1, text_file, Path("x"), quantize=[step], evaluate=None))
     release = dsquant.run(path, output=tmp_path / "out", progress=False)
     assert release.output == tmp_path / "out" and not release.already_published
     assert dsquant.run(path, output=tmp_path / "out", progress=False).already_published
@@ -525,8 +527,8 @@ def test_the_recipe_for_everything_runs_on_tiny_r1(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_in_a_later_step_is_found_before_the_first(
-    pico_r1: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
+    nano_r1: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises((InputError, UsageError), match=message):
-        run_recipe(recipe_of(pico_r1, text_file, tmp_path / "out", **changes))
+        run_recipe(recipe_of(nano_r1, text_file, tmp_path / "out", **changes))
     assert not (tmp_path / ".out.dsquant").exists()

@@ -1,14 +1,15 @@
 """Inputs too wide for a Gram matrix of each linear's own: errors are compensated all the same (docs/decisions/0018)."""
 
 import json
-import subprocess
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from checkpoints import QWEN2, add_tokenizer, make_dense, make_pico_r1
-from test_awq_job import contents
-from test_distributed import command, finish, start
+from ranks import command, finish, start
+from shapes import SMALLEST
+from small_jobs import contents
 
 import dsquant
 from dsquant.precision import layer_errors as sensitivity
@@ -101,12 +102,16 @@ def test_chunks_of_wide_inputs_add_up_to_their_gram_matrix() -> None:
     assert torch.allclose(parts_PWW[0], inputs_RI.T @ inputs_RI / 700, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense layer and a mixture layer whose hidden size is too wide for a Gram matrix of each expert's own."""
-    folder = tmp_path_factory.mktemp("wide") / "model"
-    shape = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_nextn_predict_layers": 0}
-    return add_tokenizer(make_pico_r1(folder, **shape))
+def _wide(folder: Path, **shape: int) -> Path:
+    """A dense layer and a mixture layer."""
+    return add_tokenizer(make_pico_r1(folder, **{"num_hidden_layers": 2, "num_nextn_predict_layers": 0, **shape}))
+
+
+# What is wide is a constant: tests of the whole path lower it, and one of them, slow, has inputs as wide as that.
+WIDTHS = [
+    pytest.param(HIDDEN, {"hidden_size": HIDDEN}, marks=pytest.mark.slow),
+    pytest.param(255, SMALLEST),
+]
 
 
 def _share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,10 +120,12 @@ def _share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "shared_inverses", lambda job, norm_scales: [() for _ in norm_scales])
 
 
+@pytest.mark.parametrize(("widest", "shape"), WIDTHS)
 def test_what_mlps_share_and_attention_keeps_lowers_the_errors_of_a_wide_mixture(
-    wide: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, widest: int, shape: dict[str, int]
 ) -> None:
-    errors = {}
+    wide, errors = _wide(tmp_path / "model", **shape), {}
+    monkeypatch.setattr(statistics, "WIDEST_GRAM", min(widest, statistics.WIDEST_GRAM))
     for kind in ("compensated", "clipped"):
         if kind == "clipped":
             _share_nothing(monkeypatch)
@@ -136,10 +143,12 @@ def test_what_mlps_share_and_attention_keeps_lowers_the_errors_of_a_wide_mixture
         assert mlp < 0.6 * clipped_mlp
 
 
+@pytest.mark.parametrize("hidden", [pytest.param(HIDDEN, marks=pytest.mark.slow), 256])
 def test_a_wide_dense_model_chooses_widths_by_compensated_errors(
-    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: int
 ) -> None:
-    model = add_tokenizer(make_dense(tmp_path / "model", {**QWEN2, "hidden_size": HIDDEN, "vocab_size": 320}))
+    monkeypatch.setattr(statistics, "WIDEST_GRAM", min(hidden - 1, statistics.WIDEST_GRAM))
+    model = add_tokenizer(make_dense(tmp_path / "model", {**QWEN2, "hidden_size": hidden, "vocab_size": 320}))
     errors = {}
     for kind in ("compensated", "clipped"):
         if kind == "clipped":
@@ -156,8 +165,10 @@ def test_a_wide_dense_model_chooses_widths_by_compensated_errors(
     assert lower and all("mlp" in name for name in lower)
 
 
-def test_two_ranks_write_the_bytes_of_one_for_a_wide_mixture(wide: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_ranks_write_the_bytes_of_one_for_a_wide_mixture(text_file: Path, tmp_path: Path) -> None:
+    wide = _wide(tmp_path / "model", hidden_size=HIDDEN)
     more = ("--preset", "compact", "--to", "awq", "--steps", "clip,compensate")
-    subprocess.run(command(wide, text_file, tmp_path / "one", *more), check=True, capture_output=True)
+    forked.finish(*command(wide, text_file, tmp_path / "one", *more))
     finish(start(2, wide, text_file, tmp_path / "two", *more))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
