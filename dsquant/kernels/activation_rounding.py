@@ -1,8 +1,8 @@
-"""How ggml's CPU kernels round what they multiply with a weight: beside quantized ones to 8 bits, block by block.
+"""Rounds activations as ggml's CPU kernels do before multiplying with a weight: 8 bits, block by block, if quantized.
 
-What is returned are the rounded numbers in float32, not codes: ggml multiplies codes with codes, sums them up exactly
-in a block and applies both scales then, which is the same product up to the order of sums.
-Reference: ggml-quants.c, `quantize_row_q8_K_ref` and `quantize_row_q8_0_ref`, https://github.com/ggml-org/ggml
+Returned are the rounded numbers in float32, not codes: ggml multiplies codes with codes, sums them up exactly in a
+block and applies both scales then, which is the same product up to the order of sums. Reference: ggml-quants.c,
+`quantize_row_q8_K_ref` and `quantize_row_q8_0_ref`, https://github.com/ggml-org/ggml
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ Q8_0_BLOCK = 32
 
 
 def unrounded(values: torch.Tensor) -> torch.Tensor:
-    """Beside F32 weights, and in engines that do not round: the values themselves."""
+    """For F32 weights, and in engines that do not round: returns the values themselves."""
     return values
 
 
 def q8_k(values: torch.Tensor) -> torch.Tensor:
-    """Blocks of 256 beside K-quants: the largest magnitude becomes 127 (-127 in ggml, which gives the same numbers)."""
+    """For K-quants, blocks of 256: the largest magnitude becomes 127 (-127 in ggml, which gives the same numbers)."""
     blocks = values.unflatten(-1, (-1, Q8_K_BLOCK))
     largest = blocks.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(largest, 127) / largest  # 127 / tensor would be 127 times a rounded reciprocal
@@ -31,7 +31,7 @@ def q8_k(values: torch.Tensor) -> torch.Tensor:
 
 
 def q8_0(values: torch.Tensor) -> torch.Tensor:
-    """Blocks of 32 beside all other types: halves away from zero, the scale stored in F16."""
+    """For all other types, blocks of 32: halves away from zero, the scale stored in F16."""
     blocks = values.unflatten(-1, (-1, Q8_0_BLOCK))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     inverse = 1 / scale
@@ -47,24 +47,19 @@ def _nothing_in_empty_blocks(codes: torch.Tensor, inverse: torch.Tensor) -> torc
 
 
 def f16(values: torch.Tensor) -> torch.Tensor:
-    """Beside F16 weights: to the nearest number of that type."""
+    """For F16 weights: rounds to the nearest number of that type."""
     return values.half().float()
 
 
 def bf16(values: torch.Tensor) -> torch.Tensor:
-    """Beside BF16 weights: to the nearest number of that type."""
+    """For BF16 weights: rounds to the nearest number of that type."""
     return values.bfloat16().float()
 
 
 def rounding_of_type(name: str, block: int) -> Rounding:
-    """What ggml does beside a weight of a type.
+    """Returns the rounding for weights of a ggml type, such as Q4_K, by the weights of one of its blocks.
 
-    Args:
-        name: the type's name, such as Q4_K.
-        block: weights of one of its blocks: 256 of K- and I-quants, 32 of the others, 1 of F32, F16 and BF16.
-
-    Returns:
-        The rounding.
+    256 of K- and I-quants, 32 of the others, 1 of F32, F16 and BF16.
     """
     if block == 1:
         return {"F16": f16, "BF16": bf16}.get(name, unrounded)

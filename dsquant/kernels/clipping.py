@@ -12,16 +12,9 @@ from dsquant.kernels.values import Levels, Parameters
 def clip_losses(
     weight_OI: torch.Tensor, grams_BSS: torch.Tensor, candidates: Parameters, levels: Levels
 ) -> torch.Tensor:
-    """Each block's dw H_bb dw^T under each candidate, dw the error of plain rounding.
+    """Returns each block's dw H_bb dw^T, dw the error of plain rounding, under each candidate: float32 [C, O, B].
 
-    Args:
-        weight_OI: float32 [O, I].
-        grams_BSS: float32 [B, S, S], symmetric: each block's part of the inputs' Gram matrix.
-        candidates: [C, O, B].
-        levels: what codes stand for.
-
-    Returns:
-        float32 [C, O, B].
+    Each of `grams_BSS`, float32 [B, S, S] and symmetric, is a block's part of the inputs' Gram matrix.
     """
     if weight_OI.is_cuda:
         from dsquant.kernels import clipping_triton

@@ -18,16 +18,11 @@ COLUMNS_AT_ONCE = 16
 def compensate_group(
     weight_SO: torch.Tensor, factor_SS: torch.Tensor, candidates: Parameters, levels: Levels
 ) -> CompensatedGroup:
-    """Rounds a group's columns one after the other with every candidate and keeps each row's best.
+    """Rounds a group's columns one after the other with every candidate and keeps each row's best, the first of equals.
 
-    Args:
-        weight_SO: float32 [S, O], the group's columns in the order of rounding, S a multiple of 16.
-        factor_SS: float32 [S, S], the group's part of U; what lies below the diagonal is not read.
-        candidates: [C, O, B], blocks in the order of rounding.
-        levels: what codes stand for.
-
-    Returns:
-        For each row the result with the least sum of squared errors, the first of equals.
+    The columns, float32 [S, O] with S a multiple of 16, and candidates [C, O, B] are in the order of rounding. Of
+    `factor_SS`, the group's part of U, nothing below the diagonal is read. A row's best has the least summed squared
+    errors.
     """
     if weight_SO.is_cuda:
         from dsquant.kernels import compensation_triton

@@ -120,16 +120,7 @@ def _try(
 
 @triton.jit
 def _copy_best(
-    tried_codes,
-    tried_errors,
-    losses,
-    codes,
-    errors,
-    chosen,
-    num_candidates,
-    num_rows,
-    S: tl.constexpr,
-    R: tl.constexpr,
+    tried_codes, tried_errors, losses, codes, errors, chosen, num_candidates, num_rows, S: tl.constexpr, R: tl.constexpr
 ):
     """Copies each row's results with the candidate of its least loss, the first of equals."""
     rows_R = tl.program_id(0) * R + tl.arange(0, R)

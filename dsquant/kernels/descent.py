@@ -21,16 +21,10 @@ from dsquant.kernels.values import DescendingBlock, Kind, Levels
 def descend_block(
     block: DescendingBlock, gradient_SO: torch.Tensor, gram_SS: torch.Tensor, levels: Levels
 ) -> torch.Tensor:
-    """Moves a block's scales, zero points and levels to their best values, one after the other.
+    """Moves a block's scales, zero points and levels to their best values, in place, one after the other.
 
-    Args:
-        block: overwritten with what is found.
-        gradient_SO: float32 [S, O], R before, contiguous; not changed.
-        gram_SS: float32 [S, S], the block's part of H, contiguous, its diagonal positive.
-        levels: what may be chosen.
-
-    Returns:
-        What each weight changed by, float32 [S, O].
+    `gradient_SO` is R before, float32 and contiguous, and does not change; `gram_SS` is the block's part of H, float32
+    and contiguous, its diagonal positive. Returns the change of each weight, float32 [S, O].
     """
     if gradient_SO.is_cuda:
         from dsquant.kernels import descent_triton

@@ -59,7 +59,7 @@ def _gram_tile(gram, start, first, S: tl.constexpr):
 
 @triton.jit
 def _fit_scales(block, state, rows_R, num_rows, S: tl.constexpr):
-    """Each row's change of scale; leaves H u in `working`, and sums the gradient's columns beside it."""
+    """Each row's change of scale; leaves H u in `working`, and sums the gradient's columns."""
     levels, gradient, gram, working = block
     scales_R, zeros_R = state
     curvature_R = tl.zeros(scales_R.shape, tl.float32)
@@ -81,7 +81,7 @@ def _fit_scales(block, state, rows_R, num_rows, S: tl.constexpr):
 
 @triton.jit
 def _slopes(block, scale_change_R, rows_R, num_rows, S: tl.constexpr):
-    """What the error changes by to first and second order where all weights move together."""
+    """The error's change to first and second order where all weights move together."""
     _, gradient, gram, working = block
     slope_R = tl.zeros(scale_change_R.shape, tl.float32)
     curvature = 0.0

@@ -9,16 +9,10 @@ import torch
 def dequantize_fp8(
     weight_OI: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Multiplies each block by its scale.
+    """Multiplies each block of a float8_e4m3fn weight [O, I] by its scale: [O, I], the same bits on every device.
 
-    Args:
-        weight_OI: float8_e4m3fn [O, I], O counted from the first row of a block.
-        scales: [ceil(O / block rows), ceil(I / block columns)], float32 or float8_e8m0fnu.
-        block: rows and columns of a block; the last ones may be ragged.
-        dtype: of the result; the product is rounded to it once.
-
-    Returns:
-        [O, I], the same bits on every device.
+    O counts from the first row of a block. Scales are [ceil(O / block rows), ceil(I / block columns)], float32 or
+    float8_e8m0fnu; the last blocks may be ragged. The product is rounded to `dtype` once.
     """
     if weight_OI.is_cuda:
         from dsquant.kernels import fp8_triton
@@ -30,17 +24,7 @@ def dequantize_fp8(
 def dequantize_fp8_reference(
     weight_OI: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """`dequantize_fp8` in PyTorch, on any device.
-
-    Args:
-        weight_OI: as for `dequantize_fp8`.
-        scales: as for `dequantize_fp8`.
-        block: as for `dequantize_fp8`.
-        dtype: as for `dequantize_fp8`.
-
-    Returns:
-        As `dequantize_fp8`.
-    """
+    """`dequantize_fp8` in PyTorch, on any device."""
     num_rows, num_columns = weight_OI.shape
     weight = weight_OI.float()
     scales_per_column = scales.float().repeat_interleave(block[1], dim=1)[:, :num_columns]

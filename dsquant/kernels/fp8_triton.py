@@ -16,17 +16,7 @@ WARPS = 4
 def dequantize_fp8(
     weight_OI: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Dequantizes on the weight's GPU.
-
-    Args:
-        weight_OI: as for `fp8.dequantize_fp8`.
-        scales: as for `fp8.dequantize_fp8`.
-        block: as for `fp8.dequantize_fp8`.
-        dtype: as for `fp8.dequantize_fp8`.
-
-    Returns:
-        As `fp8.dequantize_fp8`.
-    """
+    """`fp8.dequantize_fp8` on the weight's GPU."""
     num_rows, num_columns = weight_OI.shape
     values_OI = torch.empty(num_rows, num_columns, dtype=dtype, device=weight_OI.device)
     programs = (triton.cdiv(num_columns, COLUMNS), triton.cdiv(num_rows, ROWS))

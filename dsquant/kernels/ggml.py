@@ -48,17 +48,10 @@ def library() -> ctypes.CDLL | None:
 
 
 def quantize(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor, threads: int = 0) -> torch.Tensor:
-    """Quantizes rows with ggml's C code.
+    """Quantizes float32 rows [R, I], I a multiple of the type's block, with ggml's C code: uint8 [R, bytes of a row].
 
-    Args:
-        rows_RI: float32 [R, I].
-        type_name: a key of `TYPE_NUMBERS`; I is a multiple of its block.
-        importance_I: float32 [I], positive: the weight of each column's squared error. All ones still makes ggml take
-            its better search.
-        threads: threads to use; 0 is one for each core this process may run on.
-
-    Returns:
-        uint8 [R, bytes of a row].
+    `importance_I`, float32 and positive, weighs each column's squared error; all ones still make ggml take its better
+    search. 0 threads are one for each core that this process may use.
     """
     ggml = library()
     assert ggml is not None

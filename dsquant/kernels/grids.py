@@ -15,34 +15,19 @@ from dsquant.kernels.values import LARGEST_SCALE, SMALLEST_SCALE, Kind, Levels, 
 
 
 def storable_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Rounds scales to values that float16 and bfloat16 both hold.
-
-    Args:
-        scales: positive float32, any shape.
-
-    Returns:
-        float32 of the same shape, at least `SMALLEST_SCALE`.
-    """
+    """Rounds positive float32 scales to values that float16 and bfloat16 both hold, at least `SMALLEST_SCALE`."""
     return scales.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.bfloat16).float()
 
 
 def range_parameters(
     weight_OI: torch.Tensor, group_size: int, levels: Levels, clip_ratios: Sequence[float]
 ) -> Parameters:
-    """Scales and zero points of integers that span each group's range, times each of several ratios.
+    """Returns scales and zero points [C, O, B] of integers that span each group's range, times each of several ratios.
 
     Asymmetric: scale = (max - min) / largest code, zero point = round(-min / scale), the range widened to hold 0
     (AutoAWQ's `pseudo_quantize_tensor`). Symmetric: scale = max|w| / (largest code / 2), zero point (largest + 1) / 2
-    (compressed-tensors' `calculate_qparams`).
-
-    Args:
-        weight_OI: float32 [O, I], of any strides.
-        group_size: S, on a GPU a power of two.
-        levels: integers.
-        clip_ratios: factors on each group's range.
-
-    Returns:
-        Candidates [C, O, B], float32; the same bits on every device.
+    (compressed-tensors' `calculate_qparams`). The weight is float32 [O, I] of any strides; on a GPU the group size is a
+    power of two. The same bits on every device.
     """
     if weight_OI.is_cuda:
         from dsquant.kernels import rounding_triton
@@ -70,16 +55,10 @@ def range_parameters_reference(
 def nearest_codes(
     weight: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, levels: Levels
 ) -> torch.Tensor:
-    """The codes of the nearest levels, by whose scales and zero points are broadcast; on any device.
+    """Returns the codes of the nearest levels, whole numbers in float32; scales and zero points are broadcast.
 
-    Args:
-        weight: float32.
-        scales: float32. A block whose scale is 0 has one level only, and code 0 or that of a table's 0.
-        zero_points: of the same dtype, or offsets.
-        levels: what codes stand for.
-
-    Returns:
-        Whole numbers, float32.
+    A block whose scale is 0 has one level only, and code 0 or that of a table's 0. Zero points have the scales' dtype,
+    or are offsets.
     """
     if levels.kind == Kind.INTEGERS:
         return (weight / scales).round_().add_(zero_points).clamp_(0, levels.largest)
@@ -94,14 +73,14 @@ def _codes_of_table(values: torch.Tensor, levels: Levels) -> torch.Tensor:
 
 
 def nearest_levels(values: torch.Tensor, levels: Levels) -> torch.Tensor:
-    """The levels next to values in units of the scale, float32; what comes in may be overwritten."""
+    """Returns the levels next to values in units of the scale, float32; may overwrite the values."""
     if levels.kind == Kind.TABLE:
         return values_of_codes(_codes_of_table(values, levels), levels)
     return values.round_().clamp_(0, levels.largest)
 
 
 def values_of_codes(codes: torch.Tensor, levels: Levels) -> torch.Tensor:
-    """What codes, of any dtype, stand for in units of the scale, float32."""
+    """Returns the values of codes, of any dtype, in units of the scale, float32."""
     return table_on(codes.device, levels)[codes.int()] if levels.kind == Kind.TABLE else codes.float()
 
 
@@ -114,17 +93,7 @@ def codes_of_values(values: torch.Tensor, levels: Levels) -> torch.Tensor:
 def weights_of_codes(
     codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, levels: Levels
 ) -> torch.Tensor:
-    """The weights that codes stand for, by whose scales and zero points are broadcast; on any device.
-
-    Args:
-        codes: whole numbers, float32.
-        scales: float32.
-        zero_points: float32, or offsets.
-        levels: what codes stand for.
-
-    Returns:
-        float32.
-    """
+    """Returns the float32 weights of codes, whole numbers in float32; scales and zero points are broadcast."""
     if levels.kind == Kind.INTEGERS:
         return (codes - zero_points).mul_(scales)
     weights = values_of_codes(codes, levels) * scales
@@ -132,15 +101,9 @@ def weights_of_codes(
 
 
 def round_rows(weight_OI: torch.Tensor, parameters: Parameters, levels: Levels) -> torch.Tensor:
-    """Rounds each weight to the nearest level of its block.
+    """Rounds each weight [O, I] to the nearest level of its block [O, B]: codes, uint8 [O, I].
 
-    Args:
-        weight_OI: float32 [O, I].
-        parameters: [O, B]; on a GPU, I / B is a power of two.
-        levels: what codes stand for.
-
-    Returns:
-        Codes, uint8 [O, I], the same bits on every device.
+    On a GPU, I / B is a power of two. The same bits on every device.
     """
     if weight_OI.is_cuda:
         from dsquant.kernels import rounding_triton
@@ -157,15 +120,9 @@ def round_rows_reference(weight_OI: torch.Tensor, parameters: Parameters, levels
 
 
 def round_to_range(weight_OI: torch.Tensor, group_size: int, levels: Levels) -> tuple[torch.Tensor, Parameters]:
-    """Plain rounding to integers that span each group's range; on a GPU in one pass.
+    """Rounds to integers that span each group's range: codes, uint8 [O, I], and parameters [O, B].
 
-    Args:
-        weight_OI: float32 [O, I].
-        group_size: S, on a GPU a power of two.
-        levels: integers.
-
-    Returns:
-        Codes, uint8 [O, I], and parameters [O, B]; the same bits on every device.
+    On a GPU in one pass; there the group size is a power of two. The same bits on every device.
     """
     if weight_OI.is_cuda:
         from dsquant.kernels import rounding_triton
@@ -185,16 +142,9 @@ def round_to_range_reference(
 def dequantize_rows(
     codes_OI: torch.Tensor, parameters: Parameters, levels: Levels, minus_OI: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The weight that codes stand for, or how far it is from another.
+    """Returns the weight that codes stand for, float32 [O, I], or how far it is from another, `minus_OI`.
 
-    Args:
-        codes_OI: uint8 [O, I].
-        parameters: [O, B]; on a GPU, I / B is a power of two.
-        levels: what codes stand for.
-        minus_OI: what is subtracted, float32 [O, I]; None is nothing.
-
-    Returns:
-        float32 [O, I], the same bits on every device.
+    On a GPU, I / B is a power of two. The same bits on every device.
     """
     if codes_OI.is_cuda:
         from dsquant.kernels import rounding_triton
@@ -216,16 +166,10 @@ def dequantize_rows_reference(
 def fake_quantize_difference(
     weight_OI: torch.Tensor, column_scales_CI: torch.Tensor, group_size: int, levels: Levels
 ) -> torch.Tensor:
-    """The error of plain rounding with columns scaled, Q(W diag(s)) diag(s)^-1 - W, for each of several scales s.
+    """Returns errors of plain rounding with columns scaled by s, Q(W diag(s)) diag(s)^-1 - W, float32 [C, O, I].
 
-    Args:
-        weight_OI: W, float32 [O, I].
-        column_scales_CI: in each row an s, positive float32 [C, I].
-        group_size: S, on a GPU a power of two.
-        levels: integers, which span each group's range.
-
-    Returns:
-        float32 [C, O, I], the same bits on every device.
+    Levels are integers that span each group's range; on a GPU the group size is a power of two. The same bits on every
+    device.
     """
     if weight_OI.is_cuda:
         from dsquant.kernels import rounding_triton

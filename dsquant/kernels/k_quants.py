@@ -32,15 +32,9 @@ WEIGHTS_AT_ONCE = 2**17
 
 
 def quantize(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor) -> torch.Tensor:
-    """Quantizes rows.
+    """Quantizes float32 rows [R, I] to uint8 [R, bytes of a row], on their device.
 
-    Args:
-        rows_RI: float32 [R, I], on any device.
-        type_name: a key of `ROW_BLOCKS`; I is a multiple of its block.
-        importance_I: float32 [I], positive: the weight of each column's squared error.
-
-    Returns:
-        uint8 [R, bytes of a row], on the same device.
+    `importance_I`, float32 and positive, weighs each column's squared error; I is a multiple of the type's block.
     """
     block, size = ROW_BLOCKS[type_name]
     num_rows, num_columns = rows_RI.shape
@@ -82,7 +76,7 @@ def _shifts(like: torch.Tensor, count: int, step: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class AffineScales:
-    """What a super-block of Q4_K or Q5_K stores beside its codes: scale * code - offset, each a factor times 6 bits."""
+    """The stored scales of a super-block of Q4_K or Q5_K: scale * code - offset, each a factor times 6 bits."""
 
     scale_S1: torch.Tensor
     """float16 [S, 1]."""
@@ -105,15 +99,9 @@ class AffineScales:
 
 
 def affine_scales(weight_SW: torch.Tensor, importance_SW: torch.Tensor, steps: int) -> AffineScales:
-    """Searches the scales of super-blocks.
+    """Searches the scales of super-blocks, float32 [S, 256], as they are stored; `steps` is the largest code.
 
-    Args:
-        weight_SW: float32 [S, 256].
-        importance_SW: float32 [S, 256], positive: what each squared error weighs.
-        steps: the largest code.
-
-    Returns:
-        The scales, as they are stored.
+    `importance_SW`, positive, weighs each squared error.
     """
     spread_S1 = 2 * weight_SW.square().mean(1, keepdim=True)
     weights_SBW = (importance_SW * (spread_S1 + weight_SW.square()).sqrt()).unflatten(1, (8, 32))

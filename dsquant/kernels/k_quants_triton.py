@@ -33,16 +33,7 @@ WARPS = 1
 
 
 def quantize(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor) -> torch.Tensor:
-    """Quantizes rows on their GPU.
-
-    Args:
-        rows_RI: float32 [R, I].
-        type_name: a key of `k_quants.ROW_BLOCKS`; I is a multiple of its block.
-        importance_I: float32 [I], positive: the weight of each column's squared error.
-
-    Returns:
-        uint8 [R, bytes of a row], on the same GPU.
-    """
+    """`k_quants.quantize` on the rows' GPU."""
     block, size = k_quants.ROW_BLOCKS[type_name]
     num_rows, num_columns = rows_RI.shape
     rows_RI = rows_RI.float().contiguous()

@@ -7,15 +7,7 @@ import torch
 
 
 def gram_losses(difference_OI: torch.Tensor, gram_II: torch.Tensor) -> torch.Tensor:
-    """Each row's dw H dw^T, the row sums of (dW H) * dW.
-
-    Args:
-        difference_OI: dW, float32 [O, I].
-        gram_II: H, float32 [I, I], symmetric.
-
-    Returns:
-        float32 [O], at least 0.
-    """
+    """Returns each row's dw H dw^T, the row sums of (dW H) * dW with H symmetric: float32 [O], at least 0."""
     if difference_OI.is_cuda:
         from dsquant.kernels import losses_triton
 

@@ -78,16 +78,7 @@ def _accumulate(sums_MN, operands, places, shape, depths):
 
 
 @triton.jit
-def _shares(
-    difference,
-    high,
-    low,
-    gram_high,
-    gram_low,
-    shares,
-    num_rows,
-    num_columns,
-):
+def _shares(difference, high, low, gram_high, gram_low, shares, num_rows, num_columns):
     row_tiles = tl.cdiv(num_rows, M)
     # The last column tiles have the most work and start first.
     column_tile = tl.cdiv(num_columns, N) - 1 - tl.program_id(0) // row_tiles

@@ -15,14 +15,7 @@ AWQ_BITS = 4
 
 
 def pack_awq(codes_OI: torch.Tensor) -> torch.Tensor:
-    """AutoAWQ's GEMM layout: 4-bit codes packed along O.
-
-    Args:
-        codes_OI: uint8 [O, I] in [0, 15]; O is a multiple of 8.
-
-    Returns:
-        int32 [I, O / 8].
-    """
+    """Packs 4-bit codes [O, I], O a multiple of 8, along O in AutoAWQ's GEMM layout: int32 [I, O / 8]."""
     if codes_OI.is_cuda:
         from dsquant.kernels import packing_triton
 
@@ -40,14 +33,9 @@ def pack_awq_reference(codes_OI: torch.Tensor) -> torch.Tensor:
 
 
 def pack_rows(codes_OI: torch.Tensor, bits: int) -> torch.Tensor:
-    """compressed-tensors' layout: each row is a dense stream of codes, the first in the lowest bits.
+    """Packs codes [O, I] of 1 to 8 bits in compressed-tensors' layout: int32 [O, ceil(I * B / 32)].
 
-    Args:
-        codes_OI: uint8 [O, I] in [0, 2**B - 1].
-        bits: B, 1 to 8; a code may straddle two words.
-
-    Returns:
-        int32 [O, ceil(I * B / 32)].
+    Each row is a dense stream of codes, the first in the lowest bits; a code may straddle two words.
     """
     if codes_OI.is_cuda and WORD_BITS % bits == 0:
         from dsquant.kernels import packing_triton
@@ -71,14 +59,7 @@ def pack_rows_reference(codes_OI: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_awq(words: torch.Tensor) -> torch.Tensor:
-    """Undoes `pack_awq`.
-
-    Args:
-        words: int32 [I, O / 8].
-
-    Returns:
-        uint8 [O, I].
-    """
+    """Undoes `pack_awq`: uint8 [O, I]."""
     codes_IO = torch.empty(len(words), words.shape[1] * 8, dtype=torch.uint8)
     for place, column in enumerate(AWQ_COLUMNS):
         codes_IO[:, column::8] = (words >> (AWQ_BITS * place) & (2**AWQ_BITS - 1)).to(torch.uint8)
@@ -86,16 +67,7 @@ def unpack_awq(words: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_rows(words: torch.Tensor, columns: int, bits: int) -> torch.Tensor:
-    """Undoes `pack_rows`.
-
-    Args:
-        words: int32 [O, ceil(I * B / 32)].
-        columns: I.
-        bits: B.
-
-    Returns:
-        uint8 [O, I].
-    """
+    """Undoes `pack_rows`: uint8 [O, I]."""
     starts_I = torch.arange(columns) * bits
     place_I, shift_I = starts_I // WORD_BITS, starts_I % WORD_BITS
     parts = []

@@ -1,4 +1,4 @@
-"""How exactly a GPU multiplies float32 matrices."""
+"""The precision of a GPU's float32 matrix products."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,7 @@ def fast_matmuls(device: torch.device) -> Iterator[None]:
     """Lets matrix products on a GPU round their inputs to TF32 (11 bits) inside a block: 5 to 8 times as fast.
 
     Good for the original's own forward and for sums of squared errors, not for proofs that two results are the same.
-
-    Args:
-        device: where the block computes; a CPU is left as it is.
-
-    Yields:
-        Nothing.
+    Nothing changes on a CPU.
     """
     if device.type != "cuda":
         yield

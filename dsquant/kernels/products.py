@@ -10,16 +10,7 @@ from dsquant.kernels.threads import blocks_of, side_by_side
 
 
 def apply_linear(inputs: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiplies inputs with a weight as `torch.nn.functional.linear` does.
-
-    Args:
-        inputs: [..., I].
-        weight_OI: [O, I].
-        bias_O: [O].
-
-    Returns:
-        [..., O].
-    """
+    """Multiplies inputs [..., I] with a weight [O, I] as `torch.nn.functional.linear` does: [..., O]."""
     (num_columns, width), num_rows = weight_OI.shape, inputs.shape[:-1].numel()
     by_rows = num_rows >= num_columns
     blocks = blocks_of(max(num_rows, num_columns), min(num_rows, num_columns) * width)
@@ -38,13 +29,7 @@ def apply_linear(inputs: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Te
 
 
 def add_product(total_RO: torch.Tensor, left_RI: torch.Tensor, right_IO: torch.Tensor) -> None:
-    """Adds a product to a matrix in place.
-
-    Args:
-        total_RO: [R, O], changed.
-        left_RI: [R, I].
-        right_IO: [I, O].
-    """
+    """Adds a product to a matrix in place."""
     if total_RO.is_cuda:
         total_RO.addmm_(left_RI, right_IO)
         return

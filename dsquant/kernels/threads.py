@@ -40,11 +40,7 @@ _workers = _Workers()
 def one_thread_an_operation(device: torch.device | str) -> Iterator[None]:
     """Keeps every tensor operation to one thread; as many threads as PyTorch had take the blocks of `side_by_side`.
 
-    Args:
-        device: where the job computes; with a GPU nothing changes, as its bytes are made there.
-
-    Yields:
-        Nothing.
+    Nothing changes for a job on a GPU, where its bytes are computed.
     """
     if torch.device(device).type != "cpu":
         yield
@@ -77,15 +73,10 @@ def _leave() -> None:
 
 
 def side_by_side(function: Callable[[Part], Result], parts: Iterable[Part], at_most: int | None = None) -> list[Result]:
-    """Calls a function for every part, in a job's threads where there are several.
+    """Calls a function for every part, in a job's threads where there are several; returns results in part order.
 
-    Args:
-        function: computes one part; it writes nothing that another part reads or writes.
-        parts: the parts, which must not depend on the number of threads.
-        at_most: parts in work at a time, which bounds their memory; None is as many as there are threads.
-
-    Returns:
-        The results in the order of parts.
+    The function writes nothing that another part reads or writes; parts must not depend on the number of threads.
+    `at_most` parts in work at a time (None: as many as threads) bound their memory.
     """
     parts, pool = list(parts), _workers.pool
     if pool is None or _workers.number == 1 or len(parts) == 1 or getattr(_workers.inside, "block", False):
@@ -112,16 +103,10 @@ def side_by_side(function: Callable[[Part], Result], parts: Iterable[Part], at_m
 
 
 def blocks_of(extent: int, work: int, least: int = 256, alignment: int = 64) -> list[slice]:
-    """Cuts a dimension into blocks that are worth a thread's while.
+    """Cuts a dimension into blocks, in order, that are worth a thread's while.
 
-    Args:
-        extent: of the dimension.
-        work: multiplications for each of its places.
-        least: the fewest places of a block.
-        alignment: what edges are multiples of; kernels go through rows and columns in steps of up to 64.
-
-    Returns:
-        The blocks, in order.
+    `work` is the multiplications for each of its places, `least` the fewest places of a block. Edges are multiples of
+    `alignment`; kernels go through rows and columns in steps of up to 64.
     """
     number = max(1, extent // max(least, -(-LEAST_WORK // max(1, work))))
     edges = [extent * place // number // alignment * alignment for place in range(number)] + [extent]

@@ -1,4 +1,4 @@
-"""What the hot loops take and give, for the PyTorch reference of each and its Triton twin.
+"""The arguments and results of the hot loops, for the PyTorch reference of each and its Triton twin.
 
 Shape legend: C candidates, O rows of a weight, I columns, B blocks of columns that share a scale, S columns of a group.
 """
@@ -18,7 +18,7 @@ LARGEST_SCALE = 65280.0
 
 
 class Kind(IntEnum):
-    """How a code becomes a weight; kernels are compiled for each."""
+    """The formula from a code to a weight; kernels are compiled for each."""
 
     INTEGERS = 0
     """scale * (code - zero_point)"""
@@ -30,7 +30,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Levels:
-    """What the codes of a scheme stand for, in units of their block's scale."""
+    """The values of a scheme's codes, in units of their block's scale."""
 
     largest: int
     """The largest code; the smallest is 0."""
@@ -50,13 +50,13 @@ class Levels:
 
 @cache
 def table_on(device: torch.device, levels: Levels) -> torch.Tensor:
-    """The table and its thresholds as float32 [2 * largest + 1] on a device, copied there once; [0] without a table."""
+    """Copies the table and its thresholds to a device once: float32 [2 * largest + 1]; [0] without a table."""
     return torch.tensor((*levels.table, *levels.thresholds), dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """How the codes of each block are read: tensors [O, B], or [C, O, B] of several candidates."""
+    """The scales and zero points of each block: tensors [O, B], or [C, O, B] of several candidates."""
 
     scales: torch.Tensor
     """float32: a block's scale as an engine computes it from what is stored."""
@@ -66,16 +66,16 @@ class Parameters:
     """float32: what scales and offsets are whole multiples of, where a format stores those multiples."""
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Parameters":
-        """These with every tensor changed."""
+        """Returns these with every tensor changed."""
         return Parameters(change(self.scales), change(self.zero_points), tuple(map(change, self.super_scales)))
 
     def chosen(self, candidates: torch.Tensor) -> "Parameters":
-        """One candidate's of each block: int64 [O, B], or [O, 1] for all blocks of a row."""
+        """Returns one candidate's of each block: int64 [O, B], or [O, 1] for all blocks of a row."""
         return self.each(lambda part: part.take_along_dim(candidates.unsqueeze(0), 0)[0])
 
 
 def joined_blocks(parts: Sequence[Parameters]) -> Parameters:
-    """Blocks of the same rows, one part's behind the other's."""
+    """Joins blocks of the same rows, one part's behind the other's."""
     supers = zip(*(part.super_scales for part in parts), strict=True)
     return Parameters(
         torch.cat([part.scales for part in parts], -1),

@@ -21,7 +21,7 @@ RELEASE_BYTES = 256 * 2**20
 
 
 def stored_dtype(device: torch.device) -> torch.dtype:
-    """How hidden states are stored between layers that run on a device."""
+    """Returns the type in which hidden states are stored between layers that run on a device."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -39,14 +39,9 @@ class Activations:
         path: Path | None = None,
         first_sample: int = 0,
     ) -> None:
-        """Wraps an array.
+        """Wraps float32 or bfloat16 [N, T, H], changed in place by the setters, with the mapping of its file, if any.
 
-        Args:
-            values_NTH: float32 or bfloat16 [N, T, H]; changed in place by the setters.
-            mapped: the file mapping behind it, if there is one.
-            device: where reads go; None is where the array is.
-            path: the file that is mapped.
-            first_sample: the number of the array's first sample.
+        Reads go to `device`; None is where the array is. The array's first sample has the number `first_sample`.
         """
         self.shape = (values_NTH.shape[0], values_NTH.shape[1], values_NTH.shape[2])
         self.device = device or values_NTH.device
@@ -62,17 +57,7 @@ class Activations:
     def in_file(
         cls, path: Path, shape: tuple[int, int, int], device: torch.device = CPU, dtype: torch.dtype | None = None
     ) -> "Activations":
-        """Opens a file of activations, which is made (filled with zeros) where it does not exist.
-
-        Args:
-            path: the file.
-            shape: samples, tokens of a sample, hidden size.
-            device: where reads go.
-            dtype: how they are stored; None is `stored_dtype`.
-
-        Returns:
-            The activations.
-        """
+        """Opens a file of activations [N, T, H], filled with zeros where it is new; None is `stored_dtype`."""
         dtype = dtype or stored_dtype(device)
         num_bytes = dtype.itemsize * shape[0] * shape[1] * shape[2]
         with naming(path), path.open("ab") as file:
@@ -93,7 +78,7 @@ class Activations:
         return self._map is not None
 
     def stored(self, start: int, stop: int) -> torch.Tensor:
-        """Samples start..stop-1 themselves, as they are stored."""
+        """Returns samples start..stop-1 themselves, as they are stored."""
         assert start >= self._first_sample, (start, self._first_sample)
         return self._values_NTH[start - self._first_sample : stop - self._first_sample]
 
@@ -118,7 +103,7 @@ class Activations:
         return pinned_NTH
 
     def samples(self, start: int, stop: int) -> torch.Tensor:
-        """A copy of samples start..stop-1, [stop - start, T, H]."""
+        """Returns a copy of samples start..stop-1, [stop - start, T, H]."""
         begun = self._ahead.pop((start, stop), None)
         if begun is not None:
             return self._handed_out(begun.result().to(self.device, non_blocking=True))
@@ -130,7 +115,7 @@ class Activations:
         self._release(values_NTH)
 
     def rows(self, rows_R: torch.Tensor) -> torch.Tensor:
-        """A copy of the given tokens, [R, H]."""
+        """Returns a copy of the given tokens, [R, H]."""
         return self._handed_out(self._values_RH[self._local(rows_R)])
 
     def set_rows(self, rows_R: torch.Tensor, values_RH: torch.Tensor) -> None:
@@ -156,12 +141,7 @@ class Activations:
         return record
 
     def save(self, path: Path, samples: tuple[int, int]) -> None:
-        """Writes samples to their place in a file that `in_file` opens; when this returns they are on disk.
-
-        Args:
-            path: the file, which may be there already.
-            samples: the first, and the one behind the last.
-        """
+        """Writes samples (first, end) to their place in a file that `in_file` opens; on return they are on disk."""
         dtype, (begin, end) = stored_dtype(self.device), samples
         at_once = max(1, RELEASE_BYTES // (4 * self.shape[1] * self.shape[2]))
         path.touch()

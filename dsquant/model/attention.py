@@ -1,4 +1,4 @@
-"""What runs in place of transformers' attention and linears: the fused kernel, and products that threads share."""
+"""Replaces transformers' attention and linears: the fused kernel, and products that threads share."""
 
 from typing import Any
 
@@ -20,22 +20,15 @@ def attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Causal attention through PyTorch's fused kernel.
+    """Computes causal attention with PyTorch's fused kernel: [batch, tokens, heads, value dimension].
 
-    On a GPU, where matrix products may be fast rather than exact (kernels.precision), it computes in bfloat16.
-    MLA's values are narrower than its keys (128 against 192 in R1), which the fused CPU kernel refuses: it would fall
-    back to a full score matrix (2 GiB for 2,048 tokens and 128 heads). Padding the narrower with zeros keeps it fused.
+    On a GPU, where matrix products may be fast rather than exact (kernels.precision), it computes in bfloat16. MLA's
+    values are narrower than its keys (128 against 192 in R1), which the fused CPU kernel refuses: it would fall back to
+    a full score matrix (2 GiB for 2,048 tokens and 128 heads). Padding the narrower with zeros keeps it fused.
 
-    Args:
-        query: [batch, heads, tokens, key dimension].
-        key: [batch, key-value heads, tokens, key dimension].
-        value: [batch, key-value heads, tokens, value dimension].
-        attention_mask: bool [batch, 1, tokens, keys], True where a key is seen; None for samples of equal length
-            without padding, whose queries see the keys up to themselves.
-        scaling: factor on the scores.
-
-    Returns:
-        The output [batch, tokens, heads, value dimension].
+    Query, key and value are [batch, heads or key-value heads, tokens, dimension]. The mask, bool [batch, 1, tokens,
+    keys], is True where a key is seen; None for samples of equal length without padding, whose queries see the keys up
+    to themselves. `scaling` is a factor on the scores.
     """
     dtype, width = query.dtype, value.shape[-1]
     if query.is_cuda and torch.get_float32_matmul_precision() != "highest":  # what the flash kernel takes
@@ -84,19 +77,10 @@ def fused_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls as attention: `attend`, or what an engine has put into the module's place `mix`.
+    """Called by transformers as attention: `attend`, or what an engine has put into the module's place `mix`.
 
-    Args:
-        module: the attention module.
-        query: as `attend` takes it, and so the next four.
-        key: keys.
-        value: values.
-        attention_mask: which keys a query sees.
-        scaling: factor on the scores.
-        **kwargs: what transformers passes beside; unused.
-
-    Returns:
-        The output [batch, tokens, heads, value dimension], and no weights.
+    Arguments are as in `attend`, others unused. Returns the output [batch, tokens, heads, value dimension], and no
+    weights.
     """
     mix = getattr(module, "mix", None)
     if mix is not None:

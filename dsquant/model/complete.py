@@ -16,13 +16,8 @@ HEAD = "lm_head.weight"
 def check_complete(checkpoint: Checkpoint, skeleton: Skeleton, mtp: str = "keep") -> None:
     """Checks every tensor of a checkpoint against the network that its config describes.
 
-    Args:
-        checkpoint: the checkpoint.
-        skeleton: its network.
-        mtp: `drop` where nothing of the multi-token-prediction layers is used, so that anything may be in them.
-
-    Raises:
-        InputError: at the first tensor that is missing, superfluous or of another shape.
+    With `mtp="drop"` anything may be in the multi-token-prediction layers. Raises InputError at the first tensor that
+    is missing, superfluous or of another shape.
     """
     unused = range(skeleton.num_layers, len(skeleton.layers)) if mtp == "drop" else range(0)
     expected = {name: shape for name, shape in skeleton.expected_shapes().items() if layer_number(name) not in unused}
@@ -46,7 +41,7 @@ def check_complete(checkpoint: Checkpoint, skeleton: Skeleton, mtp: str = "keep"
 
 
 def _missing(checkpoint: Checkpoint, skeleton: Skeleton, name: str, unknown: Sequence[str]) -> str:
-    """What to tell of a missing tensor: where others are there that nobody calls for, nothing may be missing at all."""
+    """Returns the message for a missing tensor; where others are superfluous, all may be there in another layout."""
     if unknown:
         path, label = _place(checkpoint, unknown[0])
         return (
@@ -63,7 +58,7 @@ def _missing(checkpoint: Checkpoint, skeleton: Skeleton, name: str, unknown: Seq
 
 
 def _place(checkpoint: Checkpoint, name: str) -> tuple[Path, str]:
-    """The file of a tensor, and how it is named in messages."""
+    """Returns the file of a tensor, and its name in messages."""
     info = checkpoint.index.get(name)
     return (info.path, info.label) if info else (checkpoint.folder, repr(name))
 

@@ -1,9 +1,9 @@
-"""What an engine does to activations that the network itself does not: rounds them beside quantized weights.
+"""Rounds activations before quantized weights, as engines do and the network itself does not.
 
 `Weights.activation_quantizer` says which rounding; here it is put into transformers' modules. Routed experts are not
 modules: `GatedWeights` rounds for them.
 
-MLA is rounded where llama.cpp rounds it, which makes neither keys nor values: it multiplies each head's query with
+MLA is rounded where llama.cpp rounds it, which computes neither keys nor values: it multiplies each head's query with
 kv_b_proj's rows of keys and the product with the latents, then mixes latents and multiplies them with its rows of
 values. So it is queries that are rounded, which needs no other attention, and mixed latents, which does (decision 14).
 
@@ -29,16 +29,7 @@ HEADS_AT_ONCE = 16
 
 @contextmanager
 def rounded_linears(skeleton: Skeleton, layer: DecoderLayer, weights: Weights) -> Iterator[None]:
-    """Lets a layer's linears, but not its routed experts, round their inputs for as long as the context is open.
-
-    Args:
-        skeleton: the network.
-        layer: the layer.
-        weights: what it runs on.
-
-    Yields:
-        Nothing.
-    """
+    """Lets a layer's linears, but not its routed experts, round their inputs for as long as the context is open."""
     absorbed = layer.absorbed and layer.absorbed.keys_and_values
     linears = [*layer.attention_linears, *(name for mlp in layer.mlps if mlp.kind != "routed" for name in mlp.linears)]
     roundings = {name: weights.activation_quantizer(f"{name}.weight") for name in linears if name != absorbed}
@@ -88,7 +79,7 @@ class _MixedLatents:
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
     ) -> torch.Tensor:
-        """The output [N, T, H, V]; a few heads at a time, as a mixed latent is four times as wide as R1's values."""
+        """Returns [N, T, H, V]; a few heads at a time, as a mixed latent is four times as wide as R1's values."""
         weight_HVL = self._projection.weight.unflatten(0, (self._num_heads, -1))[:, self._width :]  # type: ignore[operator]
         outputs = []
         for first in range(0, self._num_heads, HEADS_AT_ONCE):
@@ -102,16 +93,7 @@ class _MixedLatents:
 
 @contextmanager
 def rounded_head(skeleton: Skeleton, table: str, weights: Weights) -> Iterator[None]:
-    """Lets the head round its input for as long as the context is open.
-
-    Args:
-        skeleton: the network.
-        table: the name of the head's weight.
-        weights: what the network runs on.
-
-    Yields:
-        Nothing.
-    """
+    """Lets the head, whose weight is `table`, round its input for as long as the context is open."""
     with _rounded_inputs(skeleton, {"lm_head": weights.activation_quantizer(table)}):
         yield
 

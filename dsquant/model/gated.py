@@ -22,7 +22,7 @@ class GatedWeights:
     up_WH: torch.Tensor
     down_HW: torch.Tensor
     quantizers: tuple[Rounding, ...] = field(default=(unrounded, unrounded, unrounded), kw_only=True)
-    """How the engine rounds the activations that gate, up and down read."""
+    """The engine's rounding of the activations that gate, up and down read."""
 
     @property
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What part of a network a tensor belongs to, by its name in a checkpoint or in a GGUF file."""
+"""Names the part of a network that a tensor belongs to, by its name in a checkpoint or in a GGUF file."""
 
 import re
 
@@ -18,15 +18,7 @@ _LAYER = re.compile(r"(?:model\.layers|blk)\.(\d+)\.")
 
 
 def kind_of(name: str, num_layers: int) -> str:
-    """Finds what a tensor belongs to.
-
-    Args:
-        name: the tensor's.
-        num_layers: decoder layers; those behind them are for multi-token prediction.
-
-    Returns:
-        One of `KINDS`.
-    """
+    """Returns which of `KINDS` a tensor belongs to; layers behind the decoder's are for multi-token prediction."""
     layer = _LAYER.match(name)
     if layer is not None and int(layer[1]) >= num_layers:
         return "MTP"

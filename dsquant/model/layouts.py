@@ -36,17 +36,9 @@ _FUSED = re.compile(r"(?P<experts>model\.layers\.\d+\.mlp\.experts\.)(?P<name>\w
 
 
 def text_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Finds the text model's config: config.json itself, or a part of a wrapper's.
+    """Returns the text model's config, config.json itself or a part of a wrapper's, as its own release would have it.
 
-    Args:
-        folder: the checkpoint's folder, for the message.
-        config: config.json's content.
-
-    Returns:
-        The config as a release of the text model alone would have it.
-
-    Raises:
-        InputError: where a wrapper's text model is not supported, or left without its sizes.
+    Raises InputError where a wrapper's text model is not supported, or left without its sizes.
     """
     key = next((key for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
     if key is None or architecture_of(config) in FAMILIES:
@@ -69,17 +61,17 @@ class _Places:
     """Where a checkpoint has its text model."""
 
     body: str
-    """What stands before `layers.0.`; `model.` in a release."""
+    """The prefix of `layers.0.`; `model.` in a release."""
     num_layers: int
     """Decoder layers, behind which MTP layers are counted."""
 
     @property
     def root(self) -> str:
-        """What the names of body and head begin with; nothing where they share that with other models."""
+        """The prefix of the names of body and head; nothing where they share that with other models."""
         return self.body.removesuffix("model.") if self.body != "model." else ""
 
     def released_name(self, name: str) -> str | None:
-        """The name in a release; None for what is not a part of the text model."""
+        """Returns the name in a release; None for what is not a part of the text model."""
         if name.startswith(self.body) and (inside := _BODY.fullmatch(name.removeprefix(self.body))):
             return f"model.layers.{inside['layer']}" if inside["layer"] else f"model.{inside[0]}"
         for part in ("mtp", "lm_head"):
@@ -100,18 +92,10 @@ class _Places:
 def as_released(
     folder: Path, config: Mapping[str, Any], index: ShardIndex
 ) -> tuple[dict[str, Any], ShardIndex, tuple[str, ...]]:
-    """Brings a checkpoint to the names and the config of a release.
+    """Brings a checkpoint of a supported architecture to the names and the config of a release.
 
-    Args:
-        folder: its folder.
-        config: config.json's content, of a supported architecture.
-        index: its tensors as they are stored.
-
-    Returns:
-        Config, index, and what a user should know; the index as it is where it is a release's already.
-
-    Raises:
-        InputError: where two tensors are the same part of the model, or fused experts are not in transformers' layout.
+    Returns config, index (unchanged where it is a release's already), and notes for the user. Raises InputError where
+    two tensors are the same part of the model, or fused experts are not in transformers' layout.
     """
     released = text_config(folder, config)
     family = FAMILIES[str(architecture_of(released))]
@@ -140,7 +124,7 @@ def as_released(
 
 
 def _body(folder: Path, index: ShardIndex, wrapped: bool) -> str:
-    """What stands before the decoder's `layers.0.`."""
+    """Returns the prefix of the decoder's `layers.0.`."""
     matches = (match["body"] for name in index if (match := _NORM.fullmatch(name)))
     bodies = {body for body in matches if not body.endswith("mtp.")}
     bodies = {body for body in bodies if f"{body}embed_tokens.weight" in index} or bodies
@@ -161,7 +145,7 @@ def _module(name: str) -> str:
 
 
 def _unfused(config: Mapping[str, Any], family: Family, tensor: TensorInfo) -> Iterator[TensorInfo]:
-    """One expert's linears, as ranges of the tensor that holds all experts; any other tensor as it is."""
+    """Yields one expert's linears, as ranges of the tensor that holds all experts; any other tensor unchanged."""
     match = _FUSED.fullmatch(tensor.name)
     linears = family.fused_experts.get(match["name"]) if match else None
     if match is None or linears is None:
@@ -207,7 +191,7 @@ def _beside_notes(beside: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _mtp_in_files(config: dict[str, Any], family: Family, index: ShardIndex) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The config with as many MTP layers as the files have, whatever it announces."""
+    """Returns the config with as many MTP layers as the files have."""
     decoder, announced = config.get("num_hidden_layers"), config.get(family.mtp_key) or 0
     if not family.mtp_key or type(decoder) is not int or type(announced) is not int:
         return config, ()

@@ -138,16 +138,7 @@ class ResidentWeights(Overlay):
 
 
 def fold_of(weights: Weights, group: ScaleGroup, scales_I: torch.Tensor) -> Fold:
-    """Makes the factors that fold scales into a group: they divide its producer, and multiply consumers and followers.
-
-    Args:
-        weights: the layer's weights, for shapes and for whether the producer has a bias.
-        group: the group.
-        scales_I: the scales, float32 [I].
-
-    Returns:
-        The fold.
-    """
+    """Returns the factors of scales folded into a group: producer divided, consumers and followers multiplied."""
     rows = 1 / scales_I
     if group.producer_rows is not None:
         rows = torch.ones(weights.shape(f"{group.producer}.weight")[0], device=scales_I.device)

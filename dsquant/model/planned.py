@@ -20,17 +20,10 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def planned_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[Checkpoint, Skeleton]:
-    """Makes the checkpoint that a config describes.
+    """Returns the checkpoint that a config describes, with names and shapes but no weight to read, and its network.
 
-    Args:
-        folder: where config.json lies, for messages; a tokenizer beside it is used.
-        config: its content.
-
-    Returns:
-        A checkpoint whose weights have names and shapes and cannot be read, and its network.
-
-    Raises:
-        InputError: where the architecture is not supported, or the checkpoint is quantized otherwise than to FP8.
+    A tokenizer in `folder` is used. Raises InputError where the architecture is not supported, or the checkpoint is
+    quantized otherwise than to FP8.
     """
     config = text_config(folder, config)
     quantization = config.get("quantization_config") or {}

@@ -11,17 +11,9 @@ from dsquant.source.checkpoint import Checkpoint
 
 
 def check_repeated(checkpoint: Checkpoint, skeleton: Skeleton) -> list[str]:
-    """Checks the tensors that repeat what the network has elsewhere: a tied head, the frequencies of old Llamas.
+    """Checks the tensors that repeat others, a tied head and the frequencies of old Llamas; returns notes for the user.
 
-    Args:
-        checkpoint: the checkpoint, complete.
-        skeleton: its network.
-
-    Returns:
-        What a user should know, in words.
-
-    Raises:
-        InputError: where such a tensor holds other values, so that config and files mean different networks.
+    Raises InputError where such a tensor holds other values, so that config and files mean different networks.
     """
     _check_frequencies(checkpoint, skeleton)
     weights = checkpoint.weights

@@ -21,7 +21,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Rotary:
-    """How positions enter the scores of attention."""
+    """The effect of positions on the scores of attention."""
 
     frequencies_F: torch.Tensor
     """float64 [rotated dimensions / 2], radians for each position."""
@@ -46,14 +46,7 @@ class Rotary:
 
 
 def rope_problem(config: Mapping[str, Any]) -> str | None:
-    """Finds what cannot be meant in what a config.json says about rotary embeddings.
-
-    Args:
-        config: its content.
-
-    Returns:
-        The problem in words; None where there is none.
-    """
+    """Returns the problem, in words, of a config.json's statements on rotary embeddings; None where there is none."""
     stated = {field: config[field] for field in ROPE_FIELDS if config.get(field)}
     for field, rope in stated.items():
         if not isinstance(rope, Mapping):
@@ -90,17 +83,12 @@ def _comparable(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settle_magnitude(hf_config: Any) -> None:
-    """Brings every way to state yarn's magnitude into the one that transformers reads, `attention_factor`.
+    """Brings every way to state yarn's magnitude into the one that transformers reads, `attention_factor`, in place.
 
     R1-0528-Qwen3-8B has `attn_factor`, which vLLM multiplies with what yarn infers from the factor, and which
     transformers ignores: without it queries and keys would be 1.139 times as large as they are meant to be.
-    `apply_yarn_scaling: false` takes the inferred part away.
-
-    Args:
-        hf_config: a transformers configuration, its `rope_parameters` changed in place.
-
-    Raises:
-        ValueError: where the statements contradict each other, or nothing computes what they ask for.
+    `apply_yarn_scaling: false` takes the inferred part away. Raises ValueError where the statements contradict each
+    other, or nothing computes what they ask for.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -123,25 +111,17 @@ def settle_magnitude(hf_config: Any) -> None:
 
 
 def head_width(hf_config: Any) -> int:
-    """Dimensions of a head that may be rotated."""
+    """Returns the dimensions of a head that may be rotated."""
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
 
 def score_scale(hf_config: Any) -> float:
-    """The factor on the scores of attention that most architectures have."""
+    """Returns the factor on the scores of attention that most architectures have."""
     return head_width(hf_config) ** -0.5
 
 
 def rotary_of(hf_config: Any, scale: float) -> Rotary:
-    """Works out a network's rotary embedding.
-
-    Args:
-        hf_config: its transformers configuration, magnitude settled.
-        scale: the factor on its scores.
-
-    Returns:
-        What transformers' modules compute, at positions within the trained context.
-    """
+    """Returns what transformers' modules compute at positions within the trained context; the magnitude is settled."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = hf_config.rope_parameters
@@ -154,10 +134,10 @@ def rotary_of(hf_config: Any, scale: float) -> Rotary:
 
 
 def plain_frequencies(base: float, width: int) -> torch.Tensor:
-    """Frequencies without scaling, float64 [width / 2]."""
+    """Returns frequencies without scaling, float64 [width / 2]."""
     return float(base) ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """Yarn's magnitude for a factor, `get_mscale` of its authors."""
+    """Returns yarn's magnitude for a factor, `get_mscale` of its authors."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -50,14 +50,7 @@ class Skeleton:
     """transformers' modules on the meta device, and the structure of every layer."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Builds the modules; loads no weight.
-
-        Args:
-            checkpoint: an opened checkpoint of a supported family.
-
-        Raises:
-            InputError: where the architecture or its config is not supported.
-        """
+        """Builds the modules of a checkpoint, loads no weight; raises InputError where its config is not supported."""
         self.family: Family = family_of(checkpoint.folder, checkpoint.config)
         _check_counts(self.family, checkpoint)
         _check_values(checkpoint)
@@ -166,16 +159,7 @@ def _check_extents(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 def check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    """Compares a weight with what the config makes of it.
-
-    Args:
-        checkpoint: the checkpoint.
-        name: a weight that it has.
-        shape: its shape by config.json.
-
-    Raises:
-        InputError: where it has another one.
-    """
+    """Raises InputError where a weight has another shape than config.json gives it."""
     found = checkpoint.weights.shape(name)
     if found != shape:
         info = checkpoint.index.get(name)
@@ -205,30 +189,14 @@ def _check_values(checkpoint: Checkpoint) -> None:
 
 
 def network_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Brings a config.json into transformers' form of today, defaults filled in.
-
-    Args:
-        family: the architecture.
-        config: config.json's content.
-
-    Returns:
-        Plain values.
-    """
+    """Brings a config.json into the current form of transformers, defaults filled in."""
     found = dict(_hf_config(family, config).to_dict())
     head_dim = found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"]
     return found | {"head_dim": head_dim}
 
 
 def network_rotary(family: Family, config: Mapping[str, Any]) -> Rotary:
-    """The rotary embedding of the network that a config.json describes.
-
-    Args:
-        family: the architecture.
-        config: config.json's content.
-
-    Returns:
-        Its numbers.
-    """
+    """Returns the rotary embedding of the network that a config.json describes."""
     hf_config = _hf_config(family, config)
     return rotary_of(hf_config, family.score_scale(hf_config))
 

@@ -44,14 +44,7 @@ class Routing:
     """float32 [R, K]: the weight of each expert in the mixture."""
 
     def tokens_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens that reach an expert.
-
-        Args:
-            expert: its number.
-
-        Returns:
-            Their rows int64 [n] in ascending order, and the expert's share in each, float32 [n].
-        """
+        """Returns an expert's tokens: their rows int64 [n] in ascending order, and its share in each, float32 [n]."""
         rows_R, places_R = torch.where(self.expert_RK == expert)
         return rows_R, self.share_RK[rows_R, places_R]
 
@@ -86,14 +79,7 @@ def _loaded(skeleton: Skeleton, name: str, weights: Weights) -> Iterator[nn.Modu
 
 
 def embed(skeleton: Skeleton, weights: Weights, tokens_NT: torch.Tensor, outputs: Activations) -> None:
-    """Stores the embeddings of all samples; the table passes through memory in parts.
-
-    Args:
-        skeleton: the network.
-        weights: its weights.
-        tokens_NT: int64 [N, T].
-        outputs: [N, T, H], written.
-    """
+    """Stores the embeddings of all samples [N, T] in `outputs` [N, T, H]; the table passes through memory in parts."""
     tokens_R = tokens_NT.flatten().to(weights.device)
     for start, table_VH in table_parts(weights, EMBEDDING):
         rows_R = torch.where((tokens_R >= start) & (tokens_R < start + len(table_VH)))[0]
@@ -102,15 +88,7 @@ def embed(skeleton: Skeleton, weights: Weights, tokens_NT: torch.Tensor, outputs
 
 
 def table_parts(weights: Weights, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-    """Reads a vocabulary-sized table in parts of bounded size.
-
-    Args:
-        weights: the weights.
-        name: a weight [V, H].
-
-    Yields:
-        The part's first row, and its rows float32 [<= 8192, H].
-    """
+    """Reads a vocabulary-sized table in parts: yields a part's first row, and its rows float32 [<= 8192, H]."""
     num_rows = weights.shape(name)[0]
     for start in range(0, num_rows, VOCABULARY_AT_ONCE):
         yield start, weights.rows(name, start, min(start + VOCABULARY_AT_ONCE, num_rows))
@@ -125,19 +103,11 @@ def run_dense_part(
     samples: tuple[int, int] | None = None,
     after_batch: Callable[[int], None] = lambda stop: None,
 ) -> Routing | None:
-    """Runs a layer without its routed experts' contributions.
+    """Runs a layer without its routed experts' contributions; returns the routing, None where it has no experts.
 
-    Args:
-        skeleton: the network.
-        layer: the layer.
-        stream: its weights, the layer's inputs, and where its outputs go.
-        batch_samples: samples that pass together.
-        observers: module name -> what gets every input of that module, [rows, features], in the order of samples.
-        samples: the first sample, and the one behind the last; None is all.
-        after_batch: called after every batch with the number of the sample that comes next.
-
-    Returns:
-        The routing of these samples' tokens; None where the layer has no experts.
+    `batch_samples` pass together. Observers, by module name, get every input [rows, features] of that module in the
+    order of samples. `samples` are the first and the one behind the last; None is all. `after_batch` is called after
+    every batch with the number of the sample that comes next.
     """
     indices: list[torch.Tensor] = []
     shares: list[torch.Tensor] = []
@@ -190,12 +160,8 @@ def add_experts(
 ) -> None:
     """Adds the routed experts' contributions to the outputs, expert by expert in ascending order.
 
-    Args:
-        skeleton: the network.
-        layer: a layer with experts.
-        streams: for each stream the experts' inputs [N, T, H] and the routing. Streams advance together, so those
-            that share a cached base read each expert once.
-        after_expert: called after every expert; it may raise to stop.
+    Each stream has its experts' inputs [N, T, H] and routing. Streams advance together, so those that share a cached
+    base read each expert once. `after_expert` is called after every expert; it may raise to stop.
     """
     for mlp in layer.experts:
         assert mlp.expert is not None
@@ -214,17 +180,7 @@ def add_expert(
     routing: Routing,
     rows_at_once: int = ROWS_AT_ONCE,
 ) -> None:
-    """Adds one expert's contributions to the outputs of the tokens that reach it.
-
-    Args:
-        skeleton: the network.
-        expert: its number.
-        weights: its weights.
-        stream: where the outputs are.
-        mlp_inputs: the experts' inputs [N, T, H].
-        routing: of all tokens.
-        rows_at_once: tokens that pass together.
-    """
+    """Adds one expert's contributions to the outputs of the tokens that reach it, `rows_at_once` together."""
     rows_R, share_R = routing.tokens_of(expert)
     for part_R, part_share_R in zip(rows_R.split(rows_at_once), share_R.split(rows_at_once), strict=True):
         contribution = weights.output(skeleton, mlp_inputs.rows(part_R))
@@ -232,13 +188,13 @@ def add_expert(
 
 
 def final_norm(skeleton: Skeleton, weights: Weights, hidden_NTH: torch.Tensor) -> torch.Tensor:
-    """The decoder's last norm, [N, T, H] to the same shape."""
+    """Applies the decoder's last norm, [N, T, H] to the same shape."""
     with _loaded(skeleton, "model.norm", weights) as module, torch.no_grad():
         return module(hidden_NTH)
 
 
 def head_name(skeleton: Skeleton) -> str:
-    """The name of the table that scores the next token."""
+    """Returns the name of the table that scores the next token."""
     return EMBEDDING if skeleton.config.get("tie_word_embeddings") else "lm_head.weight"
 
 
@@ -247,15 +203,8 @@ def mtp_inputs(
 ) -> None:
     """Prepares the inputs of a multi-token-prediction layer (DeepSeek-V3 report, arXiv 2412.19437, section 2.2).
 
-    eh_proj([enorm(embedding of the next token); hnorm(the decoder's normed output)]). The last token of a sample has
-    no successor here and takes its own.
-
-    Args:
-        skeleton: the network.
-        weights: its weights.
-        layer: the layer.
-        tokens_NT: int64 [N, T].
-        stream: `inputs` holds the last decoder layer's outputs, `outputs` is written.
+    eh_proj([enorm(embedding of the next token); hnorm(the decoder's normed output)]). The last token of a sample has no
+    successor here and takes its own. The stream's `inputs` hold the last decoder layer's outputs; `outputs` is written.
     """
     next_NT = torch.cat([tokens_NT[:, 1:], tokens_NT[:, -1:]], dim=1)
     embed(skeleton, weights, next_NT, stream.outputs)
@@ -273,5 +222,5 @@ def _rms_norm(skeleton: Skeleton, hidden: torch.Tensor, gain_H: torch.Tensor) ->
 
 
 def samples_together(seq_len: int) -> int:
-    """Samples of so many tokens that pass attention together."""
+    """Returns how many samples of so many tokens pass attention together."""
     return max(1, BATCH_TOKENS // seq_len)

@@ -142,17 +142,10 @@ class DecoderLayer:
 
 
 def linear_groups(layer: DecoderLayer, quantized: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """The groups of a layer's linears.
+    """Returns name -> linears of a layer's groups that its preset quantizes.
 
-    Attention's are those that read one input, since they share their scales; an MLP is one group, since it is judged
-    as a whole; a layer's routed experts are one.
-
-    Args:
-        layer: the layer.
-        quantized: the linears that its preset quantizes.
-
-    Returns:
-        Name -> linears.
+    Attention's are those that read one input, since they share their scales; an MLP is one group, since it is judged as
+    a whole; a layer's routed experts are one.
     """
     found = {f"{group.consumers[0]}": group.consumers for group in layer.attention}
     found |= {mlp.up.rsplit(".", 1)[0]: mlp.linears for mlp in layer.mlps if mlp.expert is None}

@@ -1,10 +1,10 @@
 """Divides a budget of bytes among groups that can each be stored at several widths: least summed error.
 
-A width is whatever names a way to store a group: bits of a code, or a type of GGUF.
+A width names a way to store a group: bits of a code, or a type of GGUF.
 
 Each group's widths that lie on the lower convex hull of (bytes, error) are its steps. Steps of all groups, in the order
-of what they gain for each byte, are taken until one does not fit: that is the optimum for the size reached (Shoham and
-Gersho, 1988). What is left is filled with later steps that fit.
+of their gain for each byte, are taken until one does not fit: that is the optimum for the size reached (Shoham and
+Gersho, 1988). The remaining bytes are filled with later steps that fit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,16 +40,9 @@ class _Step(Generic[Width]):
 
 
 def allocate(choices: Sequence[Choice[Width]], budget_bytes: int) -> dict[str, Width]:
-    """Chooses a width for each group.
+    """Chooses a width for each group; the budget is at least the sum of the smallest.
 
     The summed error is never above that of any one width for all groups that fits, and never rises with the budget.
-
-    Args:
-        choices: the groups, each with one width at least.
-        budget_bytes: what all of them may take; at least the sum of their smallest.
-
-    Returns:
-        Group -> width.
     """
     hulls = [_hull(choice) for choice in choices]
     smallest = [hull[0] for hull in hulls]

@@ -1,4 +1,4 @@
-"""What a target for size or bits leaves to choose: groups of tensors, and what each takes at every width.
+"""Groups the tensors that a target for size or bits leaves to choose, with the size of each at every width.
 
 A width is bits of a code, or a type of GGUF. Engines fuse linears, and want one scheme for what they fuse: vLLM and
 SGLang q_a_proj with kv_a_proj_with_mqa, q_proj with k_proj and v_proj, gate_proj with up_proj, and all routed experts
@@ -24,11 +24,11 @@ _GROUP = re.compile(r"(?:model\.layers|blk)\.(\d+)\.(.+?)(?:\.weight)?")
 
 @dataclass(frozen=True)
 class MixedPlan:
-    """What a target leaves to choose."""
+    """The choices that a target leaves."""
 
     groups: tuple[Choosable, ...]
     widths: tuple[Any, ...]
-    """What groups may get: bits of a code, 16 is unquantized; or types."""
+    """The widths that groups may get: bits of a code, 16 is unquantized; or types."""
     budget_bytes: int
     """For all groups together."""
     other_bytes: int
@@ -36,22 +36,14 @@ class MixedPlan:
 
     @property
     def total_bytes(self) -> int:
-        """What the output's tensors take at the most."""
+        """The largest size of the output's tensors."""
         return self.budget_bytes + self.other_bytes
 
 
 def plan_mixed(recipe: Recipe, choice: Choice) -> MixedPlan:
-    """Works out what a target leaves to choose, from headers alone.
+    """Works out, from headers alone, what a target leaves to choose of what the format offers.
 
-    Args:
-        recipe: the run's recipe, with a target.
-        choice: what the format offers.
-
-    Returns:
-        The groups, their sizes, and the bytes that they may take.
-
-    Raises:
-        UsageError: where no choice of widths meets the target, with the range that can be met.
+    Raises UsageError where no choice of widths meets the target, with the range that can be met.
     """
     budget = _budget_bytes(recipe, choice)
     stock = tuple(width for width in choice.widths if width in choice.preferred)
@@ -64,7 +56,7 @@ def plan_mixed(recipe: Recipe, choice: Choice) -> MixedPlan:
 
 
 def _budget_bytes(recipe: Recipe, choice: Choice) -> int:
-    """What all groups together may take."""
+    """Returns the largest size of all groups together."""
     smallest, largest = (sum(pick(group.num_bytes.values()) for group in choice.groups) for pick in (min, max))
     if recipe.target_size is not None:
         budget = recipe.target_size - choice.other_bytes
@@ -81,28 +73,16 @@ def _budget_bytes(recipe: Recipe, choice: Choice) -> int:
 
 
 def by_output(precision: Mapping[str, Any], outputs: Collection[str]) -> Mapping[str, Mapping[str, Any]]:
-    """Gives the chosen widths of a record by output; the record of a single one does not name it.
-
-    Args:
-        precision: as in the record; empty where nothing was chosen.
-        outputs: the record's.
-
-    Returns:
-        Output -> group -> its width, stored bytes and error.
-    """
+    """Returns the chosen widths of a record by output; the record of a single one does not name it."""
     if not precision or len(outputs) > 1:
         return precision
     return dict.fromkeys(outputs, precision)
 
 
 def width_rows(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The chosen widths for people: one row for each kind of group and width, with the layers that have it.
+    """Returns the chosen widths for people: one row for each kind of group and width, all together in the last row.
 
-    Args:
-        groups: group -> its width, stored bytes and error, as the record tells them.
-
-    Returns:
-        Kind, bits or type, layers, size and share of the summed error; all together in the last row.
+    A row has kind, bits or type, layers, size and share of the summed error.
     """
     total = sum(entry["error"] for entry in groups.values()) or 1.0
     found: dict[tuple[str, int | str], list[tuple[int, Mapping[str, Any]]]] = {}

@@ -1,4 +1,4 @@
-"""How much a layer's output errs when one group of its linears is stored at one width, the rest left as it is.
+"""Measures the error of a layer's output when one group of its linears is stored at one width, the rest unchanged.
 
 Weights are stored as the job will store them, under the scales of its grid, on fewer samples. Errors are summed squares
 in the hidden states between layers, so those of a layer's groups add up and compare. Experts' errors are added as if
@@ -46,7 +46,7 @@ _Found = tuple[Grid, str, Width, float]
 
 @dataclass(frozen=True)
 class Trial(Generic[Width]):
-    """What is tried under the scales of one grid."""
+    """The groups and widths to try under the scales of one grid."""
 
     groups: Sequence[Choosable]
     """Linears that read one input in attention, those of one MLP, or the same of all routed experts."""
@@ -62,7 +62,7 @@ class Trial(Generic[Width]):
 
 @dataclass(frozen=True)
 class Sensitivity(Generic[Width]):
-    """What a layer's groups cost."""
+    """The errors of a layer's groups."""
 
     errors: Errors[Width]
     """Of the layer's output; 0 where a group is not quantized."""
@@ -73,15 +73,8 @@ class Sensitivity(Generic[Width]):
 def measure_layer(job: LayerJob, trials: Mapping[Grid, Trial[Width]]) -> Sensitivity[Width]:
     """Runs the original layer, and stores every group at every width while its weights are in memory.
 
-    Args:
-        job: the layer and its surroundings; `emit` is not called, `note` only for attention.
-        trials: what is tried on each of its grids.
-
-    Returns:
-        The groups' errors, on every rank. The layer's outputs are in `job.outputs` then.
-
-    Raises:
-        InputError: where the original's hidden states are not finite.
+    `emit` is not called, `note` only for attention; afterwards the layer's outputs are in `job.outputs`. Returns the
+    errors on every rank. Raises InputError where the original's hidden states are not finite.
     """
     moments, norm_rms_H, routing = run_original(job)
     if not bool(norm_rms_H.isfinite().all()):
@@ -153,7 +146,7 @@ def _attention_errors(
 
 @dataclass(frozen=True)
 class _TriedMlps(Generic[Width]):
-    """What a layer's MLPs are tried on."""
+    """The inputs on which a layer's MLPs are tried."""
 
     job: LayerJob
     trials: Mapping[Grid, Trial[Width]]

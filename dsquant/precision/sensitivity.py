@@ -38,10 +38,10 @@ SENSITIVITY = "sensitivity"
 
 @dataclass(frozen=True)
 class SensitivityPass(Generic[Width]):
-    """What the pass needs."""
+    """The arguments of the pass."""
 
     trials: Mapping[Grid, Trial[Width]]
-    """What is tried on each grid, of all layers."""
+    """The groups and widths to try on each grid, of all layers."""
     skeleton: Skeleton
     weights: Weights
     tokens_NT: torch.Tensor
@@ -61,15 +61,7 @@ class SensitivityPass(Generic[Width]):
 
 
 def choose(mixed: MixedPlan, errors: Mapping[str, Mapping[Width, float]]) -> dict[str, dict[str, Any]]:
-    """Divides the bytes of one output.
-
-    Args:
-        mixed: what it leaves to choose.
-        errors: group -> width -> error, from `measured`.
-
-    Returns:
-        Group -> its `width`, and `bytes` and `errors` of every width.
-    """
+    """Divides the bytes of one output: group -> its `width`, and `bytes` and `errors` of every width."""
     choices = [
         Choice(group.name, group.num_bytes, {width: errors[group.name][width] for width in group.num_bytes})
         for group in mixed.groups
@@ -86,17 +78,10 @@ def choose(mixed: MixedPlan, errors: Mapping[str, Mapping[Width, float]]) -> dic
 
 
 def measured(own: SensitivityPass[Width]) -> Errors[Width]:
-    """Measures every group at every width.
+    """Measures every group at every width: errors over the energy of the layer's output, on every rank.
 
-    Args:
-        own: the pass.
-
-    Returns:
-        The errors over the energy of the layer's output, on every rank.
-
-    Raises:
-        InputError: where the original's hidden states are not finite.
-        Interrupted: at a safe point, where the job has to stop.
+    Raises InputError where the original's hidden states are not finite, and Interrupted at a safe point where the job
+    has to stop.
     """
     skeleton, tokens_NT = own.skeleton, own.tokens_NT[:SAMPLES]
     shape = (*tokens_NT.shape, int(skeleton.config["hidden_size"]))

@@ -42,14 +42,8 @@ def quantize_attention(
 ) -> AttentionResult:
     """Searches scales for every group that is quantized, folds them and rounds, as far as these are steps.
 
-    Args:
-        job: the layer and its surroundings.
-        grid: the grid that scales are searched for.
-        moments: of each group's input, in the order of the data flow.
-        report: gets the errors.
-
-    Returns:
-        The quantized attention; plainly rounded where that comes nearer to the original's output.
+    `moments` are those of each group's input, in the order of the data flow. The linears are plainly rounded where that
+    comes nearer to the original's output; `report` gets the errors.
     """
     own = {group: found for group, found in moments.items() if group.consumers[0] in job.linears[grid]}
     if not own:
@@ -85,17 +79,7 @@ def keeps_attention(job: LayerJob, report: GridReport, error: float, error_plain
 def search_scales(
     weights: Weights, moments: Mapping[ScaleGroup, InputMoments], grid: Grid, steps: Collection[Step]
 ) -> tuple[Fold, dict[ScaleGroup, torch.Tensor]]:
-    """Searches the scales of every group.
-
-    Args:
-        weights: a layer's weights.
-        moments: of each group's input.
-        grid: the grid that scales are searched for.
-        steps: of the quantization.
-
-    Returns:
-        The fold, and each group's scales, float32 [I]; both empty where `scales` is not a step.
-    """
+    """Returns the fold and each group's scales, float32 [I]; both empty where `scales` is not a step."""
     fold = Fold()
     if "scales" not in steps:
         return fold, {}
@@ -118,34 +102,15 @@ def under_scales(moments: InputMoments, scales_I: torch.Tensor | None) -> InputM
 
 
 def round_attention(linears: Iterable[str], weights: Weights, grid_of: Callable[[str], Grid]) -> AttentionResult:
-    """Rounds attention's linears plainly: what the search is measured against, and its fallback.
-
-    Args:
-        linears: those to round.
-        weights: their layer's weights.
-        grid_of: gives the grid that a linear is rounded on.
-
-    Returns:
-        The rounded attention, with nothing folded.
-    """
+    """Rounds attention's linears plainly, with nothing folded: the search's yardstick and its fallback."""
     rounded = {linear: round_to_nearest(weights[f"{linear}.weight"], grid_of(linear)) for linear in linears}
     return AttentionResult(Fold(), rounded)
 
 
 def note_attention(
-    job: LayerJob,
-    grid: Grid,
-    moments: Mapping[ScaleGroup, InputMoments],
-    scales: Mapping[ScaleGroup, torch.Tensor],
+    job: LayerJob, grid: Grid, moments: Mapping[ScaleGroup, InputMoments], scales: Mapping[ScaleGroup, torch.Tensor]
 ) -> None:
-    """Notes the importance of what attention's linears read under the scales.
-
-    Args:
-        job: the layer and its surroundings.
-        grid: the grid.
-        moments: of each group's input.
-        scales: float32 [I] of each group that has them.
-    """
+    """Notes the importance of the inputs of attention's linears under the scales, float32 [I] of each scaled group."""
     absorbed = job.layer.absorbed
     for group, group_moments in moments.items():
         divided = under_scales(group_moments, scales.get(group))
@@ -161,15 +126,9 @@ def note_attention(
 def few_samples(
     job: LayerJob, weights: Weights, hidden: Activations | None = None
 ) -> tuple[torch.Tensor, Routing | None]:
-    """Runs a few samples through the layer's dense part under other weights.
+    """Runs a few samples of the layer's inputs, or of `hidden` [N, T, H], through its dense part under other weights.
 
-    Args:
-        job: the layer and its surroundings.
-        weights: the weights.
-        hidden: the layer's inputs [N, T, H]; None is the original's.
-
-    Returns:
-        The outputs, float32 [n, T, H], and the routing.
+    Returns the outputs, float32 [n, T, H], and the routing.
     """
     hidden = hidden or job.inputs
     inputs = Activations(hidden.samples(0, min(CHECK_SAMPLES, hidden.shape[0])))

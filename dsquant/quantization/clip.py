@@ -24,20 +24,12 @@ PARTS_AT_ONCE = 4
 def clipped_weight(
     weight_OI: torch.Tensor, scheme: Scheme, moments: InputMoments, clip_ratios: Sequence[float] | None = None
 ) -> QuantizedWeight:
-    """Rounds a weight with each group's range times the ratio that serves the output best.
+    """Rounds a weight [O, I] with each group's range times the ratio of the least output error.
 
     The ratio of a (row, group) minimises the sum of its blocks' dw H_bb dw^T with H_bb their parts of the Gram matrix.
     A row keeps its ratios only where its whole error dw H dw^T falls too, since the blocks' errors may add up
-    differently.
-
-    Args:
-        weight_OI: float32 [O, I].
-        scheme: what its groups may be.
-        moments: the inputs' moments.
-        clip_ratios: factors on the range, the first of them 1; `FULL_RANGE` rounds plainly, None takes the scheme's.
-
-    Returns:
-        The rounded weight, no row of which errs more than under plain rounding.
+    differently; so no row errs more than under plain rounding. The first ratio is 1; `FULL_RANGE` rounds plainly, None
+    takes the scheme's ratios.
     """
     scheme = scheme.fitted(weight_OI)
     ratios = scheme.clip_ratios if clip_ratios is None else tuple(clip_ratios)
@@ -57,7 +49,7 @@ def clipped_weight(
 
 
 def rows_of_part(weight_OI: torch.Tensor) -> int:
-    """How many rows of a weight [O, I] are rounded as one part."""
+    """Returns how many rows of a weight [O, I] are rounded as one part."""
     elements = GPU_ELEMENTS_AT_ONCE if weight_OI.is_cuda else ELEMENTS_AT_ONCE // PARTS_AT_ONCE
     return max(1, elements // weight_OI.shape[1])
 

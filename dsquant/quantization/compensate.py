@@ -36,17 +36,11 @@ LEAST_DAMPING = 0.005
 def compensated_weight(
     weight_OI: torch.Tensor, scheme: Scheme, moments: InputMoments, clip_ratios: Sequence[float] | None = None
 ) -> QuantizedWeight:
-    """Rounds a weight so that errors of different columns cancel in the output.
+    """Rounds a weight [O, I] so that errors of different columns cancel in the output.
 
-    Args:
-        weight_OI: float32 [O, I].
-        scheme: what its groups may be.
-        moments: the inputs' moments. Where they hold neither Gram matrices nor `inverses`, or no token, ranges are
-            clipped and columns rounded each for itself: errors must not be hidden where a sketch is blind.
-        clip_ratios: factors on each group's range, the first of them 1; None takes the scheme's.
-
-    Returns:
-        The rounded weight, no row of which errs more than with clipping alone, as the moments estimate it.
+    Where the moments hold neither Gram matrices nor `inverses`, or no token, ranges are clipped and columns rounded
+    independently: errors must not be hidden where a sketch is blind. Ratios are as in `clipped_weight`. No row errs
+    more than with clipping alone, as the moments estimate it.
     """
     clipped = clipped_weight(weight_OI, scheme, moments, clip_ratios)
     ratios = scheme.clip_ratios if clip_ratios is None else clip_ratios
@@ -68,14 +62,9 @@ def compensated_weight(
 
 
 def with_inverses(moments: InputMoments, scheme: Scheme) -> InputMoments:
-    """Makes what compensation takes of the Gram matrices, once for all weights that read these inputs.
+    """Computes `inverses` from the Gram matrices, once for all weights that read these inputs.
 
-    Args:
-        moments: the inputs' moments.
-        scheme: of the weights.
-
-    Returns:
-        The same with `inverses`; as they are where they have them, hold no Gram matrix of whole groups, or no token.
+    Moments that have them, hold no Gram matrix of whole groups, or no token, are returned unchanged.
     """
     grams = moments.parts_PWW if moments.gram_II is None else [moments.gram_II]
     if moments.inverses or grams is None or not moments.count or len(grams[0]) % scheme.group_size:
@@ -85,7 +74,7 @@ def with_inverses(moments: InputMoments, scheme: Scheme) -> InputMoments:
 
 
 def damping_of(num_features: int, num_tokens: int) -> float:
-    """The share of the Gram matrix's mean diagonal by which the diagonal is raised."""
+    """Returns the share of the Gram matrix's mean diagonal by which the diagonal is raised."""
     return max(LEAST_DAMPING, DAMPING * num_features / num_tokens)
 
 
@@ -97,7 +86,7 @@ def damped(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def _order(energy_I: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """The columns in the order of rounding, int64 [I]: groups of blocks, the most energetic of each first."""
+    """Returns the columns in the order of rounding, int64 [I]: groups of blocks, the most energetic of each first."""
     order_I = torch.arange(len(energy_I), device=energy_I.device)
     for unit, whole in pairwise((1, scheme.block_size, scheme.group_size, len(energy_I))):
         parts = (-1, whole // unit, unit)

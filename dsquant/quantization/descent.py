@@ -1,9 +1,9 @@
 """Coordinate descent after rounding: scales, zero points and codes change one at a time while the output error falls.
 
-With H the (damped) Gram matrix and D = Q - W the rounding error of a row, the error is D H D^T and its half gradient
-R = D H. A sweep goes through the blocks that share a scale, in each through its scale, its zero point and its codes
-(`kernels.descent`). What a block changes is brought at once to the gradient of the blocks next to it, and to those
-farther on in one product for many blocks; those before it wait for the next sweep, which computes R anew.
+With H the (damped) Gram matrix and D = Q - W the rounding error of a row, the error is D H D^T and its half gradient R
+= D H. A sweep goes through the blocks that share a scale, in each through its scale, its zero point and its codes
+(`kernels.descent`). The changes of a block are added at once to the gradient of the blocks next to it, and to those
+farther on in one product for many blocks; those before it wait for the next sweep, which computes R again.
 
 Shape legend: O out features, I in features, B blocks along I, S = block size.
 """
@@ -25,15 +25,10 @@ NEAR = 1024
 
 
 def descended_weight(weight: QuantizedWeight, wanted_OI: torch.Tensor, gram_II: torch.Tensor) -> QuantizedWeight:
-    """Lowers each row's D H D^T, four times over all scales, zero points and codes.
+    """Lowers each row's D H D^T by `SWEEPS` sweeps over all scales, zero points and codes.
 
-    Args:
-        weight: a rounded weight.
-        wanted_OI: what it should be, float32 [O, I].
-        gram_II: H, float32 [I, I], symmetric, its diagonal positive.
-
-    Returns:
-        The weight with new codes, scales and zero points; a row that gained nothing is as it was.
+    `wanted_OI` is the weight before rounding; `gram_II` is H, float32 and symmetric with a positive diagonal. A row
+    that gains nothing stays unchanged.
     """
     state = _State.of(weight)
     with fast_matmuls(wanted_OI.device):
@@ -50,7 +45,7 @@ class _State:
 
     scheme: Scheme
     fixed: Parameters
-    """Of the weight before: what does not move is taken from there."""
+    """Of the weight before: source of what does not move."""
     levels_IO: torch.Tensor
     scales_BO: torch.Tensor
     zero_points_BO: torch.Tensor
@@ -71,7 +66,7 @@ class _State:
         return quantized(codes_OI, moved, self.scheme)
 
     def descend(self, block: int, gradient_SO: torch.Tensor, gram_SS: torch.Tensor) -> torch.Tensor:
-        """Moves one block; what its weights changed by."""
+        """Moves one block; returns the change of its weights."""
         size = self.scheme.block_size
         levels_SO = self.levels_IO[block * size : (block + 1) * size]
         moving = DescendingBlock(levels_SO, self.scales_BO[block], self.zero_points_BO[block])

@@ -1,7 +1,7 @@
-"""How much each input channel of each linear matters: llama.cpp's importance matrix, from the original's forward pass.
+"""Collects each input channel's importance in the original's forward pass, as in llama.cpp's importance matrix.
 
 The importance of a column is the mean square of its input over the tokens that reach the linear. An expert with few
-tokens of its own is judged on its router's next best as well, as for AWQ.
+tokens of its own is judged on its router's next best too, as in AWQ.
 
 Shape legend: R tokens, I in features, H heads, N rows of a head's keys without position.
 """
@@ -40,13 +40,9 @@ class _Squares:
 
 
 def observe_layer(job: LayerJob) -> LayerReport:
-    """Runs an original layer and notes the importance of all its linears; those of MLPs are emitted as they are.
+    """Runs an original layer and notes the importance of all its linears; those of MLPs are emitted unchanged.
 
-    Args:
-        job: the layer and its surroundings, with one grid, onto which nothing is quantized.
-
-    Returns:
-        The tokens of each expert.
+    The job has one grid, onto which nothing is quantized. The report has the tokens of each expert.
     """
     layer = job.layer
     job.safe_point(layer.attention_module)

@@ -29,31 +29,13 @@ from dsquant.schemes import Grid
 def quantize_layer(job: LayerJob) -> LayerReport:
     """Runs the original layer, quantizes it onto every grid and hands everything to `emit`.
 
-    Args:
-        job: the layer and its surroundings.
-
-    Returns:
-        Errors before and after, tokens per expert, fallbacks.
-
-    Raises:
-        InputError: where the original's hidden states are not finite.
+    Raises InputError where the original's hidden states are not finite.
     """
     return checked(job, _quantize)
 
 
 def checked(job: LayerJob, quantize: Callable[[LayerJob], LayerReport]) -> LayerReport:
-    """Quantizes a layer and checks that the original's outputs are finite.
-
-    Args:
-        job: the layer and its surroundings.
-        quantize: does it.
-
-    Returns:
-        What `quantize` returns.
-
-    Raises:
-        InputError: where the original's hidden states are not finite.
-    """
+    """Returns a layer's report from `quantize`; raises InputError where the original's outputs are not finite."""
     try:
         report = quantize(job)
     except FloatingPointError as error:
@@ -105,11 +87,7 @@ def _quantize(job: LayerJob) -> LayerReport:
 def run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], torch.Tensor, Routing | None]:
     """Runs the original's dense part: fills `outputs`, still without experts, and `mlp_inputs`; collects statistics.
 
-    Args:
-        job: the layer and its surroundings.
-
-    Returns:
-        The moments of attention's inputs (on rank 0), the root mean square of the MLPs' input [H], and the routing.
+    Returns the moments of attention's inputs (on rank 0), the root mean square of the MLPs' input [H], and the routing.
     """
     device, ranks, shares = job.weights.device, job.ranks, job.shares
     num_tokens, own = job.inputs.shape[1], shares.samples(job.ranks.rank)

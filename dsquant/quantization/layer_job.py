@@ -28,14 +28,14 @@ KeepScales = Callable[[Grid, str, torch.Tensor], None]
 
 @dataclass(frozen=True)
 class QuantizedStream:
-    """The hidden states of the quantized model, beside the original's."""
+    """The hidden states of the quantized model, next to the original's."""
 
     inputs: Activations
-    """What the layer gets from the quantized layers before it [N, T, H]."""
+    """The layer's inputs from the quantized layers before it [N, T, H]."""
     outputs: Activations
     """Gets the quantized layer's outputs."""
     mlp_inputs: Activations
-    """Gets what the MLPs read behind quantized attention."""
+    """Gets the MLPs' inputs behind quantized attention."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LayerJob:
     outputs: Activations
     """Gets the original layer's outputs."""
     mlp_inputs: Activations
-    """Gets what the MLPs read."""
+    """Gets the MLPs' inputs."""
     linears: Mapping[Grid, frozenset[str]]
     """Grid -> the layer's linears that are quantized onto it."""
     batch_samples: int
@@ -70,7 +70,7 @@ class LayerJob:
     quantized: QuantizedStream | None = None
     """The quantized model's hidden states, where linears are rounded for them; there is one grid then, and one rank."""
     ranks: Ranks = ALONE
-    """Who shares the layer. Each emits what it has made; rank 0 has all that is not an MLP."""
+    """Who shares the layer. Each emits what it has quantized; rank 0 has all that is not an MLP."""
 
     @property
     def shares(self) -> Shares:

@@ -28,7 +28,7 @@ SHARED_ROWS = 2**16
 
 @dataclass(frozen=True)
 class MlpOutcome:
-    """What quantizing an MLP onto one grid cost; nothing where it is not quantized."""
+    """The cost of quantizing an MLP onto one grid; nothing where it is not quantized."""
 
     errors: MlpErrors | None = None
     weight_errors: dict[str, float] = field(default_factory=dict)
@@ -39,14 +39,8 @@ def quantize_mlps(
 ) -> list[list[MlpOutcome]]:
     """Runs the original's MLPs, quantizes them onto every grid and emits them; each rank has one of them at a time.
 
-    Args:
-        job: the layer and its surroundings.
-        inputs: the tokens that each MLP is judged on.
-        norm_scales: by grid, the scales folded into the norm before the MLPs, float32 [H].
-        routing: of all tokens; None where the layer has no experts.
-
-    Returns:
-        By MLP and grid, on every rank.
+    `norm_scales` are those folded into the norm before the MLPs, float32 [H], by grid. Returns the outcomes by MLP and
+    grid, on every rank.
     """
     mlps, inverses = job.layer.mlps, shared_inverses(job, norm_scales)
     loaded = (
@@ -60,12 +54,7 @@ def quantize_mlps(
 def own_mlps(job: LayerJob, routing: Routing | None) -> Iterator[tuple[int, GatedWeights]]:
     """Reads the MLPs, of which each rank has one at a time, and adds what experts contribute to the layer's outputs.
 
-    Args:
-        job: the layer and its surroundings.
-        routing: of all tokens; None where the layer has no experts.
-
-    Yields:
-        The numbers and weights of this rank's; all ranks have to take all of theirs.
+    Yields the numbers and weights of this rank's; every rank has to consume all of its own.
     """
     mlps, ranks = job.layer.mlps, job.ranks
     for begin in range(0, len(mlps), ranks.size):
@@ -82,10 +71,7 @@ def own_mlps(job: LayerJob, routing: Routing | None) -> Iterator[tuple[int, Gate
 
 
 def _quantize_mlp(
-    job: LayerJob,
-    loaded: LoadedMlp,
-    norm_scales: list[torch.Tensor],
-    inverses: list[tuple[InverseFactor, ...]],
+    job: LayerJob, loaded: LoadedMlp, norm_scales: list[torch.Tensor], inverses: list[tuple[InverseFactor, ...]]
 ) -> list[MlpOutcome]:
     """Quantizes one MLP onto every grid and emits it; returns what it cost on each grid."""
     mlp, original, outcomes = loaded.mlp, loaded.original, list[MlpOutcome]()
@@ -141,16 +127,10 @@ def _contribution(
 
 
 def shared_inverses(job: LayerJob, norm_scales: Sequence[torch.Tensor]) -> list[tuple[InverseFactor, ...]]:
-    """Makes the factors that compensate errors of gate and up where inputs are too wide for one Gram matrix each.
+    """Computes the factors that compensate errors of gate and up where inputs are too wide for one Gram matrix each.
 
-    All MLPs share that of the layer's tokens, or of `SHARED_ROWS` of them (docs/decisions/0018).
-
-    Args:
-        job: the layer and its surroundings; `mlp_inputs` is filled.
-        norm_scales: by grid, the scales folded into the norm before the MLPs, float32 [H].
-
-    Returns:
-        One entry a grid; empty where MLPs have their own, or errors are not compensated.
+    All MLPs share that of the layer's tokens, or of `SHARED_ROWS` of them (docs/decisions/0018); `mlp_inputs` is
+    filled. Returns one entry for each grid; empty where MLPs have their own, or errors are not compensated.
     """
     hidden, mlp_inputs = job.inputs.shape[2], job.mlp_inputs
     wanted = [grid.rounded and any(mlp.up in job.linears[grid] for mlp in job.layer.mlps) for grid in job.grids]

@@ -88,18 +88,8 @@ def quantize_mlp(
 ) -> MlpResult:
     """Quantizes gate, up and down of one MLP: searches the scales between up and down and rounds, as the steps say.
 
-    Args:
-        job: the layer and its surroundings.
-        loaded: the MLP.
-        moments: of its input under the norm's scales, and of the down projection's input.
-        norm_scales_H: the scales folded into the norm, [H].
-        grid: the grid that scales are searched for.
-
-    Returns:
-        The quantized weights and their errors (`judged`).
-
-    Raises:
-        FloatingPointError: where the MLP's outputs are not finite.
+    `moments` are those of its input under the norm's scales, and of the down projection's input; scales are searched
+    for `grid`. Raises FloatingPointError where the MLP's outputs are not finite.
     """
     (of_input, of_hidden), rounding = moments, job.grid_of(grid, loaded.mlp.up)
     up_scales_W = search_up_scales(loaded.original, of_hidden, grid, job.steps)
@@ -115,20 +105,9 @@ def quantize_mlp(
 def judged(
     job: LayerJob, loaded: LoadedMlp, proposed: RoundedMlp, norm_scales_H: torch.Tensor, grid: Grid
 ) -> MlpResult:
-    """Keeps the proposal, or plain rounding where this brings the MLP's output nearer to the original's.
+    """Keeps the proposal, or plain rounding on `grid` where this brings the MLP's output nearer to the original's.
 
-    Args:
-        job: the layer and its surroundings.
-        loaded: the MLP.
-        proposed: the weights as searched.
-        norm_scales_H: the scales folded into the norm, [H].
-        grid: the grid that weights are rounded on.
-
-    Returns:
-        The weights that are kept, and their errors.
-
-    Raises:
-        FloatingPointError: where the MLP's outputs are not finite.
+    Raises FloatingPointError where the MLP's outputs are not finite.
     """
     original, inputs, name = loaded.original, loaded.inputs, loaded.mlp.up.rsplit(".", 1)[0]
     inputs_RH = inputs.few()
@@ -188,14 +167,6 @@ def scaled(original: GatedWeights, norm_scales_H: torch.Tensor, up_scales_W: tor
 
     Columns are multiplied before rows are divided, the other way round than in `Fold.apply`, which a delta takes: the
     last bit of a weight can differ.
-
-    Args:
-        original: the weights.
-        norm_scales_H: multiply gate's and up's columns.
-        up_scales_W: divide up's rows and multiply down's columns.
-
-    Returns:
-        The scaled weights.
     """
     return GatedWeights(
         original.gate_WH * norm_scales_H,
@@ -219,15 +190,9 @@ def search_up_scales(
 
 
 def prove_same(what: str, wanted: torch.Tensor, found: torch.Tensor) -> None:
-    """Checks that folding scales has not changed a function; this guards against our own bugs.
+    """Checks that folding scales has not changed the function of a module; this guards against our own bugs.
 
-    Args:
-        what: name of the module, for the message.
-        wanted: its output before.
-        found: its output after, on the same input.
-
-    Raises:
-        FloatingPointError: where the outputs are not finite.
+    Raises FloatingPointError where the outputs are not finite.
     """
     check_same(what, float(relative_change(wanted, found)))
 
@@ -238,14 +203,9 @@ def relative_change(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
 
 
 def check_same(what: str, change: float) -> None:
-    """Checks that folding scales has not changed a function.
+    """Checks by the `relative_change` of a module's output that folding scales has not changed its function.
 
-    Args:
-        what: name of the module, for the message.
-        change: the `relative_change` of its output.
-
-    Raises:
-        FloatingPointError: where the outputs are not finite.
+    Raises FloatingPointError where the outputs are not finite.
     """
     if not math.isfinite(change):
         raise FloatingPointError(f"{what}: outputs are not finite")

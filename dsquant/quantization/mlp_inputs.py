@@ -62,14 +62,7 @@ class MlpInputs:
 def top_up(layer: DecoderLayer, weights: Weights, mlp_inputs: Activations, routing: Routing) -> dict[int, torch.Tensor]:
     """Finds for each rare expert the tokens to add: those of other experts whose router scores for it are highest.
 
-    Args:
-        layer: a layer with experts.
-        weights: its weights.
-        mlp_inputs: what the experts read.
-        routing: the tokens of each expert.
-
-    Returns:
-        Expert -> int64 rows of `mlp_inputs`; with its own tokens they are `FEWEST_TOKENS`, or all there are.
+    Returns expert -> int64 rows of `mlp_inputs`; with its own tokens they are `FEWEST_TOKENS`, or all there are.
     """
     assert layer.router is not None
     counts = routing.counts(len(layer.experts))
@@ -91,16 +84,7 @@ def top_up(layer: DecoderLayer, weights: Weights, mlp_inputs: Activations, routi
 def read_by_mlps(
     job: LayerJob, mlp_inputs: Activations, routing: Routing | None
 ) -> tuple[dict[Mlp, MlpInputs], dict[int, torch.Tensor]]:
-    """Chooses the tokens that each MLP is judged on.
-
-    Args:
-        job: the layer and its surroundings.
-        mlp_inputs: what the MLPs read.
-        routing: the tokens of each expert; None where the layer has none.
-
-    Returns:
-        MLP -> its tokens; and rare expert -> the tokens added to its own, where `top-up` is a step.
-    """
+    """Returns MLP -> the tokens it is judged on; and rare expert -> those added to its own by the step `top-up`."""
     added = {}
     if routing and "top-up" in job.steps and job.anywhere(job.layer.experts[0].up):
         added = top_up(job.layer, job.weights, mlp_inputs, routing)
@@ -114,18 +98,10 @@ def inputs_of(
     added: Mapping[int, torch.Tensor],
     steps: Collection[Step],
 ) -> MlpInputs:
-    """Chooses the tokens that one MLP is judged on.
+    """Returns the tokens that one MLP is judged on: all; or an expert's own and those `added` for it.
 
-    Args:
-        mlp_inputs: what the MLPs read.
-        mlp: the MLP.
-        routing: the tokens of each expert; None where the layer has none.
-        added: expert -> tokens to add to its own.
-        steps: of the quantization.
-
-    Returns:
-        All tokens; or an expert's own and the added ones, weighted by the expert's share in each where `gate-weights`
-        is a step. Added ones, in which it has no share, get its least one; 1 where it has no token at all.
+    An expert's are weighted by its share in each where `gate-weights` is a step. Added ones, in which it has no share,
+    get its least one; 1 where it has no token at all.
     """
     if mlp.expert is None:
         return MlpInputs(mlp_inputs, torch.arange(mlp_inputs.num_rows, device=mlp_inputs.device))

@@ -31,17 +31,10 @@ ACCEPTED_BY = 8
 def search_norm_fold(
     job: LayerJob, grid: Grid, inputs: Mapping[Mlp, MlpInputs], norm_rms_H: torch.Tensor
 ) -> tuple[Fold, torch.Tensor]:
-    """Searches the scales of the norm before the MLPs.
+    """Searches the scales of the norm before the MLPs, by the root mean square of its output over all tokens [H].
 
-    Args:
-        job: the layer and its surroundings.
-        grid: the quantization grid.
-        inputs: the tokens that each MLP is judged on.
-        norm_rms_H: root mean square of the norm's output over all tokens, float32 [H].
-
-    Returns:
-        The fold and the scales, float32 [H]; no fold where no MLP is quantized or scaled, and identity there and where
-        no candidate is kept.
+    Returns the fold and the scales, float32 [H]; no fold where no MLP is quantized or scaled, and identity there and
+    where no candidate is kept.
     """
     group = job.layer.mlp_norm
     identity_H = torch.ones(job.inputs.shape[2], device=job.weights.device)

@@ -43,13 +43,9 @@ class PairMoments:
         return PairMoments(self.moments.divided(scales_I), drift_II)
 
     def fitted(self, weight_OI: torch.Tensor) -> torch.Tensor:
-        """Returns W + W C (H + damping)^-1, C the drift and H the Gram matrix.
+        """Returns W + W C (H + damping)^-1 with C the drift and H the Gram matrix, float32 [O, I].
 
-        Args:
-            weight_OI: W, float32 [O, I].
-
-        Returns:
-            float32 [O, I]; W itself where there is no whole Gram matrix or no token.
+        W itself where there is no whole Gram matrix or no token.
         """
         gram_II = self.moments.gram_II
         if gram_II is None or self.drift_II is None or not self.moments.count:
@@ -64,15 +60,9 @@ class PairMoments:
         return weight_OI + torch.where(problem == 0, change_OI, 0.0)
 
     def rounded(self, weights: Sequence[torch.Tensor], grid: Grid, steps: Collection[Step]) -> list[QuantizedWeight]:
-        """Fits weights that read this input to it and rounds them.
+        """Fits weights that read this input to it and rounds them; each is float32 [O, I] with its own O.
 
-        Args:
-            weights: float32 [O, I], each with its own O.
-            grid: the quantization grid.
-            steps: of the quantization.
-
-        Returns:
-            The rounded weights; with inputs wider than `WIDEST_PAIRS` not fitted, and compensated in parts.
+        With inputs wider than `WIDEST_PAIRS` they are not fitted, and compensated in parts.
         """
         wanted_OI = self.fitted(torch.cat(list(weights)))
         return rounded_weight(wanted_OI, grid, self.moments, steps).split([len(weight_OI) for weight_OI in weights])
@@ -87,13 +77,7 @@ class PairStatistics:
     """Sums over the inputs of a linear in the original and in the quantized model."""
 
     def __init__(self, num_features: int, seed: int, device: torch.device = CPU) -> None:
-        """Starts with no tokens.
-
-        Args:
-            num_features: I.
-            seed: of the random signs that combine tokens of wide inputs.
-            device: where the inputs are.
-        """
+        """Starts with no tokens; the seed is of the random signs that combine tokens of wide inputs."""
         self._statistics = InputStatistics(num_features, seed, device, WIDEST_PAIRS, compensated=True)
         wide = num_features > WIDEST_PAIRS
         self._drift_II = None if wide else torch.zeros(num_features, num_features, device=device)

@@ -27,17 +27,10 @@ def rms_of_columns(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def candidate_scales(activation_I: torch.Tensor, weight_I: torch.Tensor) -> torch.Tensor:
-    """Makes the scales to try: identity, and two families of 20.
+    """Returns the scales to try: identity (row 0), and two families of 20, positive float32 [C, I].
 
     With r in {1/20, ..., 1}: a**r, and a**r / w**(1-r) (AutoAWQ's "duo scaling"); each divided by sqrt(max * min) so
-    that the scales centre on 1.
-
-    Args:
-        activation_I: a, the root mean square of each input channel, [I].
-        weight_I: w, the root mean square of each column of the weights that read it, [I].
-
-    Returns:
-        float32 [C, I], positive; row 0 is all ones.
+    that the scales centre on 1. a is the root mean square of each input channel, w that of each column of the weights.
     """
     activation_I, weight_I = _relative_to_mean(activation_I), _relative_to_mean(weight_I)
     ratios_C1 = torch.arange(1, NUM_RATIOS + 1, device=activation_I.device).unsqueeze(1) / NUM_RATIOS
@@ -59,19 +52,10 @@ def powers_of_two(scales: torch.Tensor) -> torch.Tensor:
 
 
 def scale_losses(weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Scheme, moments: InputMoments) -> torch.Tensor:
-    """Measures the output error of a weight rounded under each candidate scale.
+    """Measures the output error of a weight [O, I] rounded under each candidate scale, float64 [C].
 
     loss(s) = tr(dW H dW^T) with dW = Q(W diag(s)) diag(s)^-1 - W and H the Gram matrix of the inputs; W is thinned to
     at most `SEARCH_ROWS` rows.
-
-    Args:
-        weight_OI: float32 [O, I].
-        scales_CI: the candidates.
-        grid: the quantization grid.
-        moments: the inputs' moments.
-
-    Returns:
-        float64 [C].
     """
     weight_OI = weight_OI[:: -(-len(weight_OI) // SEARCH_ROWS)]
     at_once = max(1, GPU_ELEMENTS_AT_ONCE // weight_OI.numel()) if weight_OI.is_cuda else 1
@@ -89,16 +73,10 @@ Judge = Callable[[], tuple[Sequence[torch.Tensor], InputMoments]]
 
 
 def best_scales(scales_CI: torch.Tensor, judges: Sequence[Judge], grid: Scheme, ranks: Ranks = ALONE) -> torch.Tensor:
-    """Returns the candidate under which the consumers' summed output error is least: the search of every scale group.
+    """Returns the candidate under which the consumers' summed output error is least, float32 [I].
 
-    Args:
-        scales_CI: the candidates; the first is identity, which wins a tie.
-        judges: called one at a time; their losses count as often as they have tokens.
-        grid: the quantization grid.
-        ranks: all ranks, which share the judges.
-
-    Returns:
-        float32 [I], on the candidates' device.
+    The first candidate is identity, which wins a tie. Judges are called one at a time, spread over all ranks; their
+    losses count as often as they have tokens.
     """
 
     def losses(judge: Judge) -> list[torch.Tensor]:
@@ -113,16 +91,10 @@ def best_scales(scales_CI: torch.Tensor, judges: Sequence[Judge], grid: Scheme, 
 def group_candidates(
     group: ScaleGroup, producer: torch.Tensor, activation_I: torch.Tensor, weight_I: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the candidates that can be folded into a group's producer and followers.
+    """Returns the candidates that can be folded into a group, float32 [C, I]; row 0 is all ones.
 
-    Args:
-        group: the group.
-        producer: the producer's weight, [O, I] or a norm's [I].
-        activation_I: root mean square of each channel of the consumers' input, [I].
-        weight_I: root mean square of each column of the consumers, [I].
-
-    Returns:
-        float32 [C, I]; row 0 is all ones.
+    The producer's weight is [O, I], or a norm's [I]; `activation_I` and `weight_I` are the root mean squares of the
+    consumers' input channels and of their columns.
     """
     if group.producer_rows is not None:  # columns fed by one producer row share a scale
         rows_I = torch.tensor(group.producer_rows, device=activation_I.device)
@@ -137,15 +109,9 @@ def group_candidates(
 
 
 def is_kept(error: float, error_plain: float) -> bool:
-    """Decides whether what a search proposes is kept: the one rule for everything that is searched.
+    """Decides whether a search's proposal is kept, by summed squared output errors: the one rule for all searches.
 
-    Args:
-        error: summed squared error of the outputs that it feeds: attention's, an MLP's; for the norm before the MLPs,
-            those of several MLPs.
-        error_plain: the same with plain rounding.
-
-    Returns:
-        Whether the outputs come as near to the original's as under plain rounding; False where they are not finite.
+    False where the errors are not finite.
     """
     return error <= error_plain
 
@@ -160,17 +126,10 @@ def _shared_rms(values_I: torch.Tensor, rows_I: torch.Tensor) -> torch.Tensor:
 
 
 def foldable_scales(scales_I: torch.Tensor, producer_I: torch.Tensor) -> torch.Tensor:
-    """Adjusts scales so that the producer's divided gain is exact in bfloat16, its storage type.
+    """Adjusts scales (by less than 2**-8) so that the producer's divided gain is exact in bfloat16, its storage type.
 
     The gain g is stored as g' = bfloat16(g / s); consumers are multiplied by g / g' instead of s, so rounding g' costs
     nothing. Channels whose gain is 0 keep scale 1.
-
-    Args:
-        scales_I: the wanted scales, float32 [I].
-        producer_I: g, float32 [I].
-
-    Returns:
-        float32 [I], within 2**-8 of the wanted scales.
     """
     stored_I = (producer_I / scales_I).to(torch.bfloat16).float()
     return torch.where(stored_I == 0, 1.0, producer_I / torch.where(stored_I == 0, 1.0, stored_I))

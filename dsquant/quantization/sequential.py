@@ -17,13 +17,7 @@ from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.overlays import FoldedWeights, ReplacedWeights, ResidentWeights
 from dsquant.model.streaming import Observer, Routing, Stream, run_dense_part
 from dsquant.model.structure import Mlp, ScaleGroup
-from dsquant.quantization.attention import (
-    AttentionResult,
-    few_samples,
-    keeps_attention,
-    round_attention,
-    search_scales,
-)
+from dsquant.quantization.attention import AttentionResult, few_samples, keeps_attention, round_attention, search_scales
 from dsquant.quantization.layer import checked, emit_dense_part, sum_up
 from dsquant.quantization.layer_job import GridReport, LayerJob, LayerReport, QuantizedStream
 from dsquant.quantization.mlp_inputs import read_by_mlps
@@ -38,14 +32,8 @@ from dsquant.source.weights import Weights
 def quantize_sequentially(job: LayerJob) -> LayerReport:
     """Runs the original and the quantized layer, quantizing as it goes, and hands everything to `emit`.
 
-    Args:
-        job: the layer and its surroundings, with `quantized` and one grid.
-
-    Returns:
-        Errors before and after, tokens per expert (of the quantized model), fallbacks.
-
-    Raises:
-        InputError: where the original's hidden states are not finite.
+    The job has `quantized` and one grid; the tokens per expert are the quantized model's. Raises InputError where the
+    original's hidden states are not finite.
     """
     return checked(job, _quantize)
 

@@ -34,14 +34,8 @@ def quantize_mlps(
 ) -> list[MlpOutcome]:
     """Runs a layer's MLPs in both models, quantizes and emits them one after the other.
 
-    Args:
-        job: the layer and its surroundings, with `quantized` and one grid.
-        inputs: what each MLP reads in the quantized model.
-        norm_scales_H: the scales folded into the norm before the MLPs, float32 [H].
-        routings: of the original and the quantized model; None where the layer has no experts.
-
-    Returns:
-        What each MLP cost.
+    The job has `quantized` and one grid; `inputs` are the MLPs' in the quantized model, `routings` the original's and
+    the quantized model's.
     """
     (grid,), quantized, outcomes = job.grids, job.quantized, []
     assert quantized is not None

@@ -31,11 +31,7 @@ class SampleStatistics:
     def __init__(self, job: LayerJob, num_features: int, compensated: bool = False) -> None:
         """Starts with this rank's first chunk.
 
-        Args:
-            job: the layer and its surroundings.
-            num_features: I.
-            compensated: whether errors will be compensated; wider inputs than `WIDEST_PART` are not, since every
-                chunk's Gram matrices would have to travel.
+        Inputs wider than `WIDEST_PART` are not compensated, since every chunk's Gram matrices would have to travel.
         """
         self._ranks, self._shares, self._device = job.ranks, job.shares, job.weights.device
         self._features, self._seed = num_features, job.seed
@@ -63,14 +59,7 @@ class SampleStatistics:
         self._chunk = self._empty(self._number)
 
     def moments(self, num_tokens: int) -> InputMoments:
-        """Returns the means over the tokens of all ranks on rank 0, and empty ones elsewhere.
-
-        Args:
-            num_tokens: T.
-
-        Returns:
-            The moments.
-        """
+        """Returns the means over the tokens of all ranks on rank 0, and empty ones elsewhere."""
         for rank in range(1, self._ranks.size):
             for start, stop in self._shares.chunks(rank):
                 if self._ranks.rank in (0, rank):
@@ -86,13 +75,7 @@ class SampleStatistics:
 
 
 def share_rows(activations: Activations, ranks: Ranks, shares: Shares) -> None:
-    """Gives every rank all samples, of which each has computed its share.
-
-    Args:
-        activations: in a file that all ranks have open, or each rank's own in memory.
-        ranks: all ranks.
-        shares: who has made which samples.
-    """
+    """Gives every rank all samples, of which each has computed its share, in a common file or in memory."""
     if activations.in_a_file:
         ranks.barrier()
         return
@@ -101,16 +84,7 @@ def share_rows(activations: Activations, ranks: Ranks, shares: Shares) -> None:
 
 
 def share_routing(routing: Routing | None, ranks: Ranks, device: torch.device) -> Routing | None:
-    """Puts together the routing of all samples' tokens.
-
-    Args:
-        routing: that of this rank's samples; None where it has none, or the layer has no experts.
-        ranks: all ranks.
-        device: where the routing is used.
-
-    Returns:
-        The routing on every rank; None where the layer has no experts.
-    """
+    """Returns the routing of all samples' tokens on every rank, from each rank's; None where there are no experts."""
     if ranks.size == 1:
         return routing
     found = ranks.gather(None if routing is None else (routing.expert_RK.cpu(), routing.share_RK.cpu()))
@@ -123,11 +97,8 @@ def share_routing(routing: Routing | None, ranks: Ranks, device: torch.device) -
 def exchange_contributions(job: LayerJob, turn: Sequence[Mlp], own_RH: torch.Tensor, routing: Routing) -> None:
     """Adds the contributions of a turn's experts, one for each rank, to this rank's samples in the order of experts.
 
-    Args:
-        job: the layer and its surroundings.
-        turn: the MLPs of this turn, in order; rank r has the r-th.
-        own_RH: what this rank's expert adds to each of its tokens, in their order; [0, H] where it has none.
-        routing: of all tokens.
+    The r-th MLP of `turn` is rank r's; `own_RH` is what this rank's expert adds to each of its tokens, in their order
+    ([0, H] where it has none).
     """
     outputs, ranks, shares = job.outputs, job.ranks, job.shares
     edges = [shares.samples(rank)[0] for rank in range(ranks.size)] + [shares.num_samples]

@@ -27,7 +27,7 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Importance:
-    """How much each input channel of a linear matters: sums of squares over the tokens that reach it."""
+    """The importance of each input channel of a linear: sums of squares over the tokens that reach it."""
 
     squares_I: torch.Tensor
     """float32 [I], or [H, N] for the keys of MLA."""
@@ -46,14 +46,10 @@ class InputStatistics:
         widest_gram: int | None = None,
         compensated: bool = False,
     ) -> None:
-        """Starts with no tokens.
+        """Starts with no tokens; the seed is of the random signs that combine tokens.
 
-        Args:
-            num_features: I.
-            seed: of the random signs that combine tokens.
-            device: where the inputs are.
-            widest_gram: inputs up to this width are kept as their Gram matrix; None is `WIDEST_GRAM`.
-            compensated: whether errors will be compensated, so that of wider inputs the parts' are kept.
+        Inputs up to `widest_gram` (None: `WIDEST_GRAM`) are kept as their Gram matrix; of wider ones the parts' are
+        kept where errors will be `compensated`.
         """
         self.count = 0
         self._block = BLOCK if num_features % BLOCK == 0 else num_features
@@ -98,11 +94,9 @@ class InputStatistics:
         self.count += other.count
 
     def travel(self, count: int, carry: Callable[[torch.Tensor], None]) -> None:
-        """Lets the sums pass between processes, which all call this.
+        """Lets the sums over `count` tokens pass between processes, which all call this.
 
-        Args:
-            count: the tokens behind the sums.
-            carry: called with each tensor; the receivers' are overwritten.
+        `carry` is called with each tensor; the receivers' are overwritten.
         """
         if self.count != count:  # here they arrive
             self.count = count
@@ -155,7 +149,7 @@ def part_width(num_features: int) -> int:
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """How columns that are rounded later compensate the error of one (`compensate`)."""
+    """Compensates the error of a column in those that are rounded later (`compensate`)."""
 
     order_I: torch.Tensor
     """int64 [I]: the columns in the order of rounding."""
@@ -202,16 +196,10 @@ class InputMoments:
         )
 
     def loss_O(self, difference_OI: torch.Tensor) -> torch.Tensor:
-        """Mean squared output error that a weight difference causes, by output row.
+        """Returns the mean squared output error that a weight difference dW [O, I] causes, by output row, float32 [O].
 
-        The row sums of (dW H) * dW, whose total is tr(dW H dW^T) with H the Gram matrix; with a factor F of H, those
-        of (dW F^T)^2.
-
-        Args:
-            difference_OI: dW, float32 [O, I].
-
-        Returns:
-            float32 [O].
+        The row sums of (dW H) * dW, whose total is tr(dW H dW^T) with H the Gram matrix; with a factor F of H, those of
+        (dW F^T)^2.
         """
         if self.factor_KI is not None:
             return (difference_OI @ self.factor_KI.T).square_().sum(1)

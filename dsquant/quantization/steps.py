@@ -1,4 +1,4 @@
-"""A weight rounded as the steps of a recipe say.
+"""Rounds a weight as the steps of a recipe say.
 
 Shape legend: O out features, I in features.
 """
@@ -17,24 +17,17 @@ from dsquant.schemes import Grid, QuantizedWeight, Scheme, stacked
 
 
 def prepared(moments: InputMoments, grid: Grid, steps: Collection[Step]) -> InputMoments:
-    """Moments with what `rounded_weight` would otherwise make of them for each weight that reads these inputs."""
+    """Returns moments with what `rounded_weight` would otherwise compute for each weight that reads these inputs."""
     return with_inverses(moments, grid) if grid.rounded and "compensate" in steps else moments
 
 
 def rounded_weight(
     weight_OI: torch.Tensor, grid: Scheme, moments: InputMoments, steps: Collection[Step]
 ) -> QuantizedWeight:
-    """Rounds a weight with `clip`, `compensate` and `descend`, those of them that are steps; plainly with none.
+    """Rounds a weight [O, I] with `clip`, `compensate` and `descend`, those of them that are steps; plainly with none.
 
-    Args:
-        weight_OI: float32 [O, I].
-        grid: what its groups may be.
-        moments: the inputs' moments. Where they hold no token, or too little for it, nothing is compensated
-            (`compensated_weight`); nothing descends where they hold no whole Gram matrix.
-        steps: of the quantization.
-
-    Returns:
-        The rounded weight.
+    Where the moments hold no token, or too little for it, nothing is compensated (`compensated_weight`); nothing
+    descends where they hold no whole Gram matrix.
     """
     ratios = None if "clip" in steps else FULL_RANGE
     rounded = (compensated_weight if "compensate" in steps else clipped_weight)(weight_OI, grid, moments, ratios)

@@ -1,4 +1,4 @@
-"""What a group of weights may be; rounding, clip, compensation and descent are written for any scheme."""
+"""The numbers that weights may be rounded to; rounding, clip, compensation and descent work with any scheme."""
 
 from dsquant.schemes.integers import CLIP_RATIOS, GROUP_SIZES, UNQUANTIZED, Grid, group_size_hint
 from dsquant.schemes.scheme import Scheme

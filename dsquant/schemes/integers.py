@@ -25,7 +25,7 @@ CLIP_RATIOS = tuple(1 - step / 25 for step in range(10))
 
 @dataclass(frozen=True)
 class Grid(Scheme):
-    """How a weight is quantized: a hashable value that AWQ, writers and planning share."""
+    """Integers in groups: a hashable value that AWQ, writers and planning share."""
 
     bits: int = 4
     group_size: int = 128
@@ -81,6 +81,6 @@ class Grid(Scheme):
 
 
 def group_size_hint(columns: int) -> str:
-    """What a message says of the group sizes that divide a linear's columns."""
+    """Returns a message's advice on the group sizes that divide a linear's columns."""
     fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
     return f"try --group-size {' or '.join(fitting)}" if fitting else "none of them divides these columns"

@@ -1,4 +1,4 @@
-"""What a scheme says, whatever its numbers are.
+"""The interface of schemes.
 
 Shape legend: C candidates, O out features, I in features, B blocks along I.
 """
@@ -13,7 +13,7 @@ from dsquant.kernels.values import Levels, Parameters
 
 
 class Scheme(ABC):
-    """What a group of weights may be: the parameters of its blocks, and the levels that their codes stand for.
+    """The numbers that a group of weights may hold: the parameters of its blocks, and the levels of their codes.
 
     Schemes are hashable values. One scale serves a block; the parameters of a group's blocks are chosen together, since
     a format may store scales themselves with few bits.
@@ -32,7 +32,7 @@ class Scheme(ABC):
     @property
     @abstractmethod
     def levels(self) -> Levels:
-        """What codes stand for."""
+        """The values of codes."""
 
     @property
     def bits(self) -> int:
@@ -42,7 +42,7 @@ class Scheme(ABC):
     @property
     @abstractmethod
     def bits_per_weight(self) -> float:
-        """What a weight takes with its share of the parameters, in the formats that store the fewest."""
+        """Bits with the weight's share of the parameters, in the formats that store the fewest."""
 
     @property
     @abstractmethod
@@ -58,16 +58,10 @@ class Scheme(ABC):
     def parameters(
         self, weight_OI: torch.Tensor, clip_ratios: Sequence[float] = (1.0,), importance_I: torch.Tensor | None = None
     ) -> Parameters:
-        """Chooses what is stored of each group but its codes.
+        """Returns candidates [C, O, B], one for each ratio, of all that is stored of each group but its codes.
 
-        Args:
-            weight_OI: float32 [O, I] of whole groups.
-            clip_ratios: a candidate for each.
-            importance_I: float32 [I], positive: what a column's squared error weighs in a search; None weighs all
-                alike. Parameters that follow from a range do not ask.
-
-        Returns:
-            Candidates [C, O, B], rounded to what is stored.
+        `importance_I` (float32 [I], positive) weighs columns' squared errors in a search; None weighs all alike.
+        Parameters that follow from a range do not ask.
         """
 
     def round_plainly(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, Parameters]:
@@ -76,15 +70,7 @@ class Scheme(ABC):
         return grids.round_rows(weight_OI, parameters, self.levels), parameters
 
     def scaled_differences(self, weight_OI: torch.Tensor, column_scales_CI: torch.Tensor) -> torch.Tensor:
-        """The error of plain rounding with columns scaled, Q(W diag(s)) diag(s)^-1 - W, for each of several scales s.
-
-        Args:
-            weight_OI: W, float32 [O, I].
-            column_scales_CI: in each row an s, positive float32 [C, I].
-
-        Returns:
-            float32 [C, O, I].
-        """
+        """Returns errors of plain rounding with columns scaled by s, Q(W diag(s)) diag(s)^-1 - W, float32 [C, O, I]."""
         differences = []
         for scales_I in column_scales_CI:
             scaled_OI = weight_OI * scales_I

@@ -32,7 +32,7 @@ class Q4K(Scheme):
 
     @property
     def block_size(self) -> int:
-        """What a scale and an offset serve."""
+        """The columns that share a scale and an offset."""
         return BLOCK
 
     @property
@@ -72,14 +72,7 @@ class Q4K(Scheme):
 
 
 def packed_q4_k(weight: QuantizedWeight) -> torch.Tensor:
-    """Packs a weight of the scheme `Q4K` as ggml stores it.
-
-    Args:
-        weight: [O, I], I a multiple of 256.
-
-    Returns:
-        uint8 [O, I / 256 * 144].
-    """
+    """Packs a weight of the scheme `Q4K`, [O, I], as ggml stores it: uint8 [O, I / 256 * 144]."""
     rows = len(weight.codes_OI)
     factors, codes = [], []
     pairs = zip(weight.super_scales_OG, (weight.scales_OG, weight.zero_points_OG), strict=True)

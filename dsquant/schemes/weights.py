@@ -40,21 +40,21 @@ class QuantizedWeight:
         return grids.dequantize_rows(self.codes_OI, self.parameters, self.grid.levels)
 
     def difference(self, weight_OI: torch.Tensor) -> torch.Tensor:
-        """How far the weight that the codes stand for is from another, float32 [O, I]."""
+        """Returns how far the weight that the codes stand for is from another, float32 [O, I]."""
         return grids.dequantize_rows(self.codes_OI, self.parameters, self.grid.levels, weight_OI)
 
     def relative_error(self, weight_OI: torch.Tensor) -> torch.Tensor:
-        """The distance from the weight that was rounded, over that weight's norm, float64 []; 0 for one of zeros."""
+        """Returns the distance from the weight before rounding, over its norm, float64 []; 0 for one of zeros."""
         norm = weight_OI.norm().double()
         return torch.where(norm > 0, self.difference(weight_OI).norm().double() / norm, 0.0)
 
     def split(self, num_rows: int | list[int]) -> list["QuantizedWeight"]:
-        """Parts of so many rows each, as `torch.split` makes them."""
+        """Returns parts of so many rows each, as `torch.split` does."""
         parts = zip(*(part.split(num_rows) for part in self._tensors), strict=True)
         return [_of_tensors(tensors, self.grid) for tensors in parts]
 
     def or_else(self, other: "QuantizedWeight", keep_O: torch.Tensor) -> "QuantizedWeight":
-        """These rows where `keep_O` (bool [O]) is true, and another's of the same scheme elsewhere."""
+        """Takes these rows where `keep_O` (bool [O]) is true, and those of another of the same scheme elsewhere."""
         pairs = zip(self._tensors, other._tensors, strict=True)
         return _of_tensors([torch.where(keep_O.unsqueeze(1), own, its) for own, its in pairs], self.grid)
 
@@ -69,19 +69,19 @@ def _of_tensors(tensors: Sequence[torch.Tensor], grid: Scheme) -> QuantizedWeigh
 
 
 def quantized(codes_OI: torch.Tensor, parameters: Parameters, scheme: Scheme) -> QuantizedWeight:
-    """A weight of codes and parameters [O, G], zero points in the type that writers take."""
+    """Makes a weight of codes and parameters [O, G], zero points in the type that writers take."""
     zeros_OG = parameters.zero_points
     zeros_OG = zeros_OG if scheme.levels.kind == Kind.OFFSETS else zeros_OG.to(torch.uint8)
     return QuantizedWeight(codes_OI, parameters.scales, zeros_OG, scheme, parameters.super_scales)
 
 
 def stacked(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """One weight of the rows of several, which share a scheme and their number of columns."""
+    """Joins the rows of several weights, which share a scheme and their number of columns."""
     return _together(parts, torch.cat)
 
 
 def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """One weight of the columns of several, whole groups of the same rows."""
+    """Joins the columns of several weights, whole groups of the same rows."""
     return parts[0] if len(parts) == 1 else _together(parts, lambda same: torch.cat(same, dim=1))
 
 
@@ -94,31 +94,13 @@ def _together(
 def round_to_grid(
     weight_OI: torch.Tensor, grid: Scheme, scales_OG: torch.Tensor, zero_points_OG: torch.Tensor
 ) -> QuantizedWeight:
-    """Rounds each weight to the nearest level of given parameters.
-
-    Args:
-        weight_OI: float32 [O, I].
-        grid: the scheme.
-        scales_OG: float32 [O, G].
-        zero_points_OG: [O, G] holding integers.
-
-    Returns:
-        The quantized weight.
-    """
+    """Rounds each weight [O, I] to the nearest level of given scales and whole-numbered zero points [O, G]."""
     parameters = Parameters(scales_OG, zero_points_OG)
     return quantized(grids.round_rows(weight_OI, parameters, grid.levels), parameters, grid)
 
 
 def round_to_nearest(weight_OI: torch.Tensor, grid: Scheme) -> QuantizedWeight:
-    """Plain rounding: parameters span each group's range, or are searched, and weights go to the nearest level.
-
-    Args:
-        weight_OI: float32 [O, I].
-        grid: the scheme.
-
-    Returns:
-        The quantized weight.
-    """
+    """Rounds plainly: parameters span each group's range, or are searched, and weights go to the nearest level."""
     grid = grid.fitted(weight_OI)
     return quantized(*grid.round_plainly(weight_OI), grid)
 
