@@ -167,12 +167,7 @@ def _layer_bytes(work: Workload, layer: DecoderLayer) -> int:
         + max(
             int(dense * (1 + folded_and_rounded)) + max(attention, rounds, 2 * matrix + _inverting(matrix)),
             (3 + work.num_grids) * shared + _inverting(shared),
-            max(mlps)
-            + rounds
-            + rows
-            + work.num_grids * _matrices(shared)
-            + 4 * _matrices(down)
-            + _inverting(_part(down)),
+            max(mlps) + rounds + rows + work.num_grids * shared + 4 * _matrices(down) + _inverting(_part(down)),
         )
     )
 
