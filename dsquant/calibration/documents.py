@@ -36,15 +36,8 @@ class TextSource:
 
 
 def text_sources(spec: str, share: float) -> list[TextSource]:
-    """Resolves a text that a user names; a mix is read from its YAML file.
-
-    Args:
-        spec: a file, the name of a mix, or `hf:NAME`.
-        share: of the samples that all of it is to give.
-
-    Returns:
-        Its sources; one, unless it is a mix.
-    """
+    """Returns the sources of a text that a user names, a file, the name of a mix, or `hf:NAME`: one, or those in the
+    mix's YAML file. `share` is the part of all samples that they give together."""
     mix = next((folder / f"{spec}.yaml" for folder in FOLDERS if (folder / f"{spec}.yaml").is_file()), None)
     if mix is None or Path(spec).exists() or not re.fullmatch(r"[\w-]+", spec):
         return [TextSource(spec if spec.startswith("hf:") else Path(spec).name, spec, share)]
@@ -62,19 +55,9 @@ def text_sources(spec: str, share: float) -> list[TextSource]:
 
 
 def documents_of(spec: str, columns: dict[str, str] | None = None) -> Iterator[Any]:
-    """Reads every document of a source.
-
-    Args:
-        spec: a source's.
-        columns: of a hub set that keeps a dialogue in columns: part -> column.
-
-    Yields:
-        A text, or a list of messages.
-
-    Raises:
-        InputError: where the source is missing or damaged.
-        UsageError: where a hub set is not written as one.
-    """
+    """Yields every document of a source, a text or a list of messages; `columns` (part -> column) is for a hub set that
+    keeps a dialogue in columns. Raises InputError where the source is missing or damaged, UsageError where a hub set is
+    not written as one."""
     if spec.startswith("hf:"):
         yield from _hub_documents(spec, columns or {})
         return
@@ -184,17 +167,8 @@ def _hub_documents(spec: str, columns: dict[str, str]) -> Iterator[Any]:
 
 
 def shuffled(documents: Iterator[Any], seed: int, name: str, buffer: int = 4096) -> Iterator[Any]:
-    """Brings documents into an order that depends on the seed and name alone; a few thousand are held.
-
-    Args:
-        documents: in their own order.
-        seed: of the order.
-        name: of their source.
-        buffer: how many are held.
-
-    Yields:
-        The documents.
-    """
+    """Yields documents in an order that depends on the seed and their source's name alone; at most `buffer` are
+    held."""
     order = random.Random(f"{seed} {name}")
     held: list[Any] = []
     for document in documents:

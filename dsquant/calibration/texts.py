@@ -49,17 +49,8 @@ class CalibrationTokens:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Loads a checkpoint's tokenizer; code in the checkpoint is never run.
-
-    Args:
-        folder: the checkpoint.
-
-    Returns:
-        A transformers tokenizer.
-
-    Raises:
-        InputError: where there is none, or it cannot be read.
-    """
+    """Loads a checkpoint's transformers tokenizer; code in the checkpoint is never run. Raises InputError where there
+    is none, or it cannot be read."""
     from transformers import AutoTokenizer
 
     if not read_config(folder).get("model_type"):
@@ -91,22 +82,13 @@ def check_held_out(tokenizer: Any) -> None:
 def calibration_tokens(
     specs: Sequence[str], tokenizer: Any, num_samples: int, seq_len: int, seed: int
 ) -> CalibrationTokens:
-    """Makes calibration samples.
+    """Makes calibration samples, fewer than `num_samples` where the texts do not yield them; `seed` gives the
+    documents' order.
 
-    Args:
-        specs: text files (.txt, .md, .py and other text; .jsonl; .parquet), a .safetensors file with ready `tokens`,
-            names of mixes, or `hf:NAME[/CONFIG][:SPLIT][#COLUMN]`; each gets an equal share, a mix divides its own.
-        tokenizer: the model's.
-        num_samples: samples wanted; fewer come back where the texts do not yield them.
-        seq_len: tokens of a sample.
-        seed: of the order of documents.
-
-    Returns:
-        The samples.
-
-    Raises:
-        InputError: where a source is missing, damaged or empty, or all of them yield no sample.
-        UsageError: where a spec is none of the above.
+    A spec is a text file (.txt, .md, .py and other text; .jsonl; .parquet), a .safetensors file with ready `tokens`,
+    the name of a mix, or `hf:NAME[/CONFIG][:SPLIT][#COLUMN]`; each gets an equal share, a mix divides its own. Raises
+    InputError where a source is missing, damaged or empty, or all of them yield no sample, UsageError where a spec is
+    none of the above.
     """
     if not specs:
         raise UsageError("calibration names no text; name a file, a mix such as r1-mix, or a hub set as hf:NAME")
@@ -138,20 +120,8 @@ def calibration_tokens(
 
 
 def held_out_tokens(text: str, tokenizer: Any, seq_len: int, max_samples: int) -> torch.Tensor:
-    """Samples of a shipped text that no mix contains.
-
-    Args:
-        text: `code`, `wiki` or `reasoning`.
-        tokenizer: the model's.
-        seq_len: tokens of a sample.
-        max_samples: the most samples.
-
-    Returns:
-        int64 [N, seq_len].
-
-    Raises:
-        InputError: where the text is too short for one sample.
-    """
+    """Samples a shipped text that no mix contains (`code`, `wiki` or `reasoning`): int64 [N, seq_len], N at most
+    `max_samples`. Raises InputError where it is too short for one sample."""
     documents = documents_of(f"held-out/{text}/*")
     samples = _take(_samples(documents, tokenizer, seq_len), max_samples)
     check_embedded(samples, tokenizer, f"held-out text {text!r}")
@@ -161,19 +131,10 @@ def held_out_tokens(text: str, tokenizer: Any, seq_len: int, max_samples: int) -
 
 
 def text_tokens(text: str, tokenizer: Any, seq_len: int, max_samples: int) -> torch.Tensor:
-    """Samples of a text to evaluate on, in the order of the text.
+    """Samples a text to evaluate on, in the order of the text: int64 [N, seq_len], N at most `max_samples`.
 
-    Args:
-        text: a shipped held-out text (`code`, `wiki`, `reasoning`), a file, or `hf:NAME[/CONFIG][:SPLIT][#COLUMN]`.
-        tokenizer: the model's.
-        seq_len: tokens of a sample.
-        max_samples: the most samples.
-
-    Returns:
-        int64 [N, seq_len].
-
-    Raises:
-        InputError: where the text is missing, or too short for one sample.
+    It is a shipped held-out text (`code`, `wiki`, `reasoning`), a file, or `hf:NAME[/CONFIG][:SPLIT][#COLUMN]`. Raises
+    InputError where it is missing, or too short for one sample.
     """
     if text in HELD_OUT_TEXTS:
         return held_out_tokens(text, tokenizer, seq_len, max_samples)
@@ -250,17 +211,11 @@ def _encode(document: Any, tokenizer: Any) -> list[int]:
 
 
 def render_chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
-    """Renders a conversation up to its last assistant turn as the model would have produced it.
+    """Renders a conversation up to its last assistant turn as the model would have produced it; messages have `role`,
+    `content` and, the assistant's, perhaps `reasoning_content`.
 
     R1's template deletes everything before </think> from assistant turns, so the last turn is not given to it: the
     template renders the conversation before it with the generation prompt, and reasoning and answer follow.
-
-    Args:
-        messages: `role` and `content`; the assistant's may have `reasoning_content`.
-        tokenizer: the model's.
-
-    Returns:
-        The text.
     """
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
     if last == len(messages) or not tokenizer.chat_template:

@@ -26,14 +26,8 @@ THEN = "take the tokenizer's files from the release that the weights are from"
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Checks every file that a tokenizer may be read from: which ones depends on its class.
-
-    Args:
-        folder: the checkpoint.
-
-    Raises:
-        InputError: where something is not a regular file, a link that leads out of the folder, or too large.
-    """
+    """Raises InputError where a file that a tokenizer may be read from (which ones depends on its class) is not a
+    regular file, is a link that leads out of the folder, or is too large."""
     for inside in (".", "additional_chat_templates"):
         for path in sorted((folder / inside).glob("*")):
             there = None if path.is_dir() else find_file(folder, str(path.relative_to(folder)))
@@ -42,55 +36,23 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def encode(text: str, tokenizer: Any, add_special_tokens: bool = True) -> list[int]:
-    """Turns a text into tokens.
-
-    Args:
-        text: the text.
-        tokenizer: the model's.
-        add_special_tokens: whether the tokenizer puts those before and behind that it is configured to.
-
-    Returns:
-        The tokens.
-
-    Raises:
-        InputError: where the tokenizer fails.
-    """
+    """Returns a text's tokens, by default with the special ones that the tokenizer is configured to put before and
+    after it; raises InputError where the tokenizer fails."""
     with blaming(f"the tokenizer of {_name(tokenizer)}", THEN):
         tokens: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     return tokens
 
 
 def decode(tokens: Sequence[int], tokenizer: Any) -> str:
-    """Turns tokens into text, without special ones.
-
-    Args:
-        tokens: the tokens.
-        tokenizer: the model's.
-
-    Returns:
-        The text.
-
-    Raises:
-        InputError: where the tokenizer fails.
-    """
+    """Turns tokens into text, without special ones; raises InputError where the tokenizer fails."""
     with blaming(f"the tokenizer of {_name(tokenizer)}", THEN):
         text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
 
 
 def render(messages: Sequence[dict[str, str]], tokenizer: Any) -> str:
-    """Renders a conversation with the tokenizer's chat template, up to where the model's answer begins.
-
-    Args:
-        messages: `role` and `content`.
-        tokenizer: the model's.
-
-    Returns:
-        The text.
-
-    Raises:
-        InputError: where the template raises, takes too long or too much memory, or writes far more than it was given.
-    """
+    """Renders a conversation with the tokenizer's chat template, up to where the model's answer begins; raises
+    InputError where the template raises, takes too long or too much memory, or writes far more than it was given."""
     most = MOST_ADDED + MOST_REPEATED * sum(len(message["content"]) for message in messages)
     with blaming(f"the chat template of {_name(tokenizer)}", THEN), _bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
         text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)

@@ -43,14 +43,7 @@ def quiet_ending() -> Iterator[None]:
 
 
 def stopped_words(number: int) -> str:
-    """Tells which signal ended the command, and what to do.
-
-    Args:
-        number: of the signal.
-
-    Returns:
-        A line.
-    """
+    """Returns a line that tells which signal ended the command, and what to do."""
     words = "continue a job in its output folder with --resume; start anything else again"
     return f"dsquant: stopped by {signal.Signals(number).name}; {words}"
 

@@ -24,14 +24,8 @@ class FieldsCommand(click.Command):
         own_first: bool = False,
         **settings: Any,
     ) -> None:
-        """Takes what click's commands take.
-
-        Args:
-            *arguments: click's.
-            models: imports the models.
-            own_first: whether the command's other options stand before the models'.
-            **settings: click's.
-        """
+        """Takes what click's commands take, a function that imports the models, and whether the command's other options
+        stand before the models'."""
         super().__init__(*arguments, **settings)
         self._models, self._own_first = models, own_first
         self._complete = False

@@ -118,18 +118,11 @@ def _machine_json(found: MachineForecast) -> dict[str, Any]:
 
 
 def forecast(model: str, **options: Any) -> Forecast:
-    """Plans everything about a model from its headers or its config.
+    """Plans everything about a model (`tiny-r1`, a folder, a config.json, or a hub id) from its headers or its config;
+    without the options gpu and ram, for common machines.
 
-    Args:
-        model: `tiny-r1`, a folder, a config.json, or a hub id.
-        **options: fields of `PlanOptions`; common machines where neither gpu nor ram is given.
-
-    Returns:
-        The forecast.
-
-    Raises:
-        InputError: where the model cannot be found or is not supported.
-        UsageError: where the machine's description or another option is not valid.
+    Raises InputError where the model cannot be found or is not supported, UsageError where the machine's description or
+    another option is not valid.
     """
     asked = PlanOptions.checked(**options)
     described = parse_machine(asked.gpu, asked.ram, asked.disk, asked.disk_read) if asked.gpu or asked.ram else None

@@ -79,22 +79,10 @@ class Delta(Shown):
 def delta(old: str, new: str, output: Path, asked: DeltaOptions, report: Report = silent) -> Delta:
     """Builds the output of a new release from the old release's output, and the patch between the two outputs.
 
-    Args:
-        old: the old release, which is read once and compared with the old output's recording; or the old output itself,
-            whose recorded hashes then stand for the release.
-        new: the new release.
-        output: the folder to create.
-        asked: the old output, the patch, and what happens to a job in `output`.
-        report: gets the progress.
-
-    Returns:
-        The changes, the reuse, and the patch's size.
-
-    Raises:
-        InputError: where a release or output cannot be used, they do not belong together, or foreign files are in the
-            place of the patch or the output.
-        UsageError: where the old output is not given, or holds GGUF files.
-        Interrupted: where the job stopped and can be resumed.
+    The old release is read once and compared with the old output's recording; where `old` is the old output itself, its
+    recorded hashes stand for the release. Raises InputError where a release or output cannot be used, they do not
+    belong together, or foreign files are in the place of the patch or the output; UsageError where the old output is
+    not given, or holds GGUF files; Interrupted where the job stopped and can be resumed.
     """
     folder = Path(old).expanduser()
     is_output = (folder / RECORD_FILE).is_file()

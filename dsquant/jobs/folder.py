@@ -64,23 +64,11 @@ def _job_key(notes: dict[str, Any]) -> str:
 
 @contextmanager
 def held(output: Path, recipe: Recipe, resume: bool, restart: bool) -> Iterator[str]:
-    """Holds an output folder for this run alone, from before anything is decided to the end.
+    """Holds an output folder for this run alone, from before anything is decided to the end; yields `claim`'s answer
+    under the lock. A finished output is not locked: nothing will be done to it.
 
-    Where the run ends before it has begun a job, or its job was refused for its input before a unit of worth was
-    finished, nothing of it stays.
-
-    Args:
-        output: the folder.
-        recipe: the run's recipe.
-        resume: as in `claim`.
-        restart: as in `claim`.
-
-    Yields:
-        What `claim` says under the lock. A finished output is not locked: nothing will be done to it.
-
-    Raises:
-        InputError: where another run works on the folder, and as `claim`.
-        UsageError: as `claim`.
+    Where the run ends before it has begun a job, or its job was refused for its input before more than the first unit
+    was finished, nothing of it stays. Raises as `claim`, and InputError where another run works on the folder.
     """
     check_name(output)
     found = found_in(output)
@@ -107,23 +95,11 @@ def held(output: Path, recipe: Recipe, resume: bool, restart: bool) -> Iterator[
 
 @contextmanager
 def open_job(output: Path, recipe: Recipe, state: str, notes: dict[str, Any]) -> Iterator[Job]:
-    """Begins or continues the job of a folder that is `held`.
+    """Begins or continues the job of a folder whose `state` is `held`'s; a new one notes `notes`, a resumed one has its
+    own.
 
     A new job that is refused for its input leaves nothing, unless more than its first unit, a copied table, is
-    finished.
-
-    Args:
-        output: the folder.
-        recipe: the run's recipe.
-        state: what `held` yielded.
-        notes: what to note where the job is new; a resumed job has its own.
-
-    Yields:
-        The job.
-
-    Raises:
-        InputError: where an interrupted job is damaged; and what is raised inside: a job that has begun here and has
-            no layer in its journal yet then leaves nothing, and the error of any other says what is kept.
+    finished: then the error says what is kept. Raises InputError where an interrupted job is damaged.
     """
     work = output / WORK_FOLDER
     if state == "resume":
@@ -173,11 +149,8 @@ def _clear(output: Path) -> None:
 
 
 def remove_work(output: Path) -> None:
-    """Removes the work folder in one step; what a kill leaves of it lies under another name, for whoever comes next.
-
-    Args:
-        output: the output folder; its lock is held.
-    """
+    """Removes the work folder of a locked output in one step; what a kill leaves of it lies under another name, for the
+    next run to remove."""
     removed = output / REMOVED_FOLDER
     if not (output / WORK_FOLDER).exists():
         return

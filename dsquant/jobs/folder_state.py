@@ -30,40 +30,19 @@ JOB_NOTES = ("recipe", "tensors", "shards", "inputs", "files")
 
 
 def claim(output: Path, recipe: Recipe, resume: bool, restart: bool) -> str:
-    """Finds out what a run may do with an output folder; changes nothing.
+    """Returns what a run may do with an output folder (`new`, `resume`, `restart` or `finished`); changes nothing.
 
-    The answer lasts only while the folder's lock is held: `held` asks again under it.
-
-    Args:
-        output: the folder.
-        recipe: the run's recipe.
-        resume: whether an interrupted job may be continued.
-        restart: whether an interrupted or finished job may be started over.
-
-    Returns:
-        `new`, `resume`, `restart` or `finished`.
-
-    Raises:
-        InputError: where the folder holds something this run may not touch, or another version of dsquant began it.
-        UsageError: where the recipe differs from the interrupted job's.
+    `resume` allows to continue an interrupted job, `restart` to start an interrupted or finished one over. The answer
+    lasts only while the folder's lock is held: `held` asks again under it. Raises InputError where the folder holds
+    something this run may not touch, or another version of dsquant began it, UsageError where the recipe differs from
+    the interrupted job's.
     """
     check_name(output)
     return claimed(output, found_in(output), recipe, resume, restart)
 
 
 def claimed(output: Path, found: str, recipe: Recipe, resume: bool, restart: bool) -> str:
-    """Decides what a run may do, as `claim`, once it is known what lies in the folder.
-
-    Args:
-        output: the folder.
-        found: what `found_in` returns.
-        recipe: the run's recipe.
-        resume: as in `claim`.
-        restart: as in `claim`.
-
-    Returns:
-        What `claim` returns.
-    """
+    """Does what `claim` does, given what `found_in` returns."""
     if found == "absent":
         check_plain_files(output)
         return "new"
@@ -93,18 +72,9 @@ def claimed(output: Path, found: str, recipe: Recipe, resume: bool, restart: boo
 
 
 def found_in(output: Path) -> str:
-    """Tells what lies in an output folder.
-
-    Args:
-        output: the folder.
-
-    Returns:
-        `absent` also where there is nothing but what a run leaves that was killed before it began; `interrupted`,
-        `cleared`, `finished` or `foreign` (see above).
-
-    Raises:
-        InputError: where something else has the name of a file or folder of dsquant's.
-    """
+    """Returns `absent`, `interrupted`, `cleared`, `finished` or `foreign` (see above); `absent` also where there is
+    only what a run leaves that was killed before it began. Raises InputError where something else has the name of a
+    file or folder of dsquant's."""
     if not output.is_dir():
         return "absent"
     work = output / WORK_FOLDER
@@ -133,17 +103,8 @@ def _is_folder_or_absent(path: Path) -> bool:
 
 
 def found_state(output: Path, recipe: Recipe, resume: bool, restart: bool) -> str:
-    """Does what `claim` does, for a preview: dsquant's own output in the way is a state to tell of, not an error.
-
-    Args:
-        output: the folder.
-        recipe: the run's recipe.
-        resume: as in `claim`.
-        restart: as in `claim`.
-
-    Returns:
-        What `claim` returns, or `interrupted, in the way` or `finished, in the way`.
-    """
+    """Does what `claim` does, for a preview: dsquant's own output in the way is a state (`interrupted, in the way` or
+    `finished, in the way`), not an error."""
     check_name(output)
     if not resume and not restart and (found := found_in(output)) not in ("absent", "foreign"):
         return "finished, in the way" if found == "finished" else "interrupted, in the way"
@@ -151,14 +112,7 @@ def found_state(output: Path, recipe: Recipe, resume: bool, restart: bool) -> st
 
 
 def check_name(output: Path) -> None:
-    """Refuses a path where no folder can be made.
-
-    Args:
-        output: the path.
-
-    Raises:
-        InputError: where its name cannot be one, or it or what it lies in is a file.
-    """
+    """Raises InputError where no folder can be made: its name cannot be one, or it or what it lies in is a file."""
     try:
         allowed = "\0" not in str(output) and all(len(os.fsencode(part)) <= LONGEST_NAME_BYTES for part in output.parts)
     except UnicodeEncodeError:
@@ -176,17 +130,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def read_job_notes(path: Path) -> dict[str, Any]:
-    """Reads the record of an interrupted job.
-
-    Args:
-        path: the file.
-
-    Returns:
-        What was noted when the job began, and since.
-
-    Raises:
-        InputError: where it is damaged.
-    """
+    """Reads the notes of an interrupted job; raises InputError where they are damaged."""
     notes = read_checked_line(read_file(path), str(path))
     missing = [key for key in JOB_NOTES if key not in notes]
     if missing:
@@ -218,17 +162,8 @@ def _check_same_version(output: Path, notes: dict[str, Any]) -> None:
 
 
 def recorded_files(output: Path) -> list[Path]:
-    """Finds the files that the records in an output name as theirs.
-
-    Args:
-        output: the folder.
-
-    Returns:
-        Their paths; some may be gone.
-
-    Raises:
-        InputError: where a record names what is not a file of this folder.
-    """
+    """Returns the files that the records in an output name as theirs, some of which may be gone; raises InputError
+    where one is not a file of this folder."""
     work, found = output / WORK_FOLDER, []
     for record in (work / JOB_FILE, output / RECORD_FILE, *(work / name for name in EARLIER.values())):
         files = _read_record(record).get("files", []) if record.is_file() else []

@@ -17,31 +17,13 @@ _CHECKSUM = b', "sha256": "'
 
 
 def checked_line(notes: dict[str, Any]) -> bytes:
-    """Returns a JSON object in one line, its last key the SHA-256 of all before it.
-
-    Args:
-        notes: plain JSON values, at least one.
-
-    Returns:
-        UTF-8, with a newline at the end.
-    """
+    """Returns a JSON object of at least one key as a line of UTF-8, its last key the SHA-256 of all before it."""
     text = json.dumps(notes).encode()[:-1]
     return text + _CHECKSUM + hashlib.sha256(text).hexdigest().encode() + b'"}\n'
 
 
 def read_checked_line(line: bytes, where: str) -> dict[str, Any]:
-    """Reads what `checked_line` wrote.
-
-    Args:
-        line: the line; a newline at its end is optional.
-        where: file and line, for the message.
-
-    Returns:
-        The notes.
-
-    Raises:
-        InputError: where a byte of it has changed.
-    """
+    """Reads what `checked_line` wrote; raises InputError, which names `where`, if a byte of it has changed."""
     text, _, checksum = line.removesuffix(b"\n").rpartition(_CHECKSUM)
     if checksum != hashlib.sha256(text).hexdigest().encode() + b'"}':
         raise InputError(f"{where} is damaged: it does not match its checksum; {START_OVER}")
@@ -54,15 +36,8 @@ class Journal:
     """An append-only file with one checked line for each finished unit."""
 
     def __init__(self, path: Path, job: str = "") -> None:
-        """Reads what is there; a line that a kill cut off does not count, and is cut away.
-
-        Args:
-            path: the journal's file.
-            job: the key of the job that it belongs to; every line carries it.
-
-        Raises:
-            InputError: where a line is damaged, or was written by another job.
-        """
+        """Reads what is there and cuts away a line that a kill cut off; raises InputError where a line is damaged, or
+        carries another key than `job`."""
         self._path, self._job = path, job
         raw = read_file(path) if path.exists() else b""
         complete = raw[: raw.rfind(b"\n") + 1]

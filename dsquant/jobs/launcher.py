@@ -25,14 +25,8 @@ def several_ranks() -> bool:
 
 
 def launched() -> Launched:
-    """Reads the launcher's environment variables.
-
-    Returns:
-        The process; the only one where no launcher has started it.
-
-    Raises:
-        UsageError: naming the variable that is missing or makes no sense.
-    """
+    """Reads the launcher's environment variables; without a launcher this is the only process. Raises UsageError naming
+    a variable that is missing or makes no sense."""
     size = _number("WORLD_SIZE", 1, least=1)
     if size == 1:
         return Launched()

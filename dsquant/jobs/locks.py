@@ -21,18 +21,11 @@ HOLDER_FILE = "holder.json"
 
 @contextmanager
 def exclusive(folder: Path, subject: Path) -> Iterator[Callable[[], bool]]:
-    """Holds a folder's lock.
+    """Holds the lock in `folder`, which is made where it is absent; `subject` is what is locked, for the message.
 
-    Args:
-        folder: where the lock's files lie; it is made where it is absent.
-        subject: what is locked, for the message.
-
-    Yields:
-        Tells whether the folder is still the one whose lock is held, which lasts until the end: whoever holds it may
-        move the folder away, and another run may then make and lock a new one.
-
-    Raises:
-        InputError: where another process holds it, with its number, its host and since when; or a link lies there.
+    Yields a function that tells whether the folder is still the one whose lock is held: the holder may move the folder
+    away, and another run may then make and lock a new one. Raises InputError where another process holds it, with its
+    number, its host and since when; or a link lies there.
     """
     path = folder / LOCK_FILE
     descriptor = _locked(path, subject)

@@ -156,32 +156,16 @@ class Ranks:
                 dist.recv(_raw(tensor), source)
 
     def deliver(self, rows_RH: torch.Tensor, to: Sequence[int], come: Sequence[int]) -> torch.Tensor:
-        """Sends rows to all ranks and returns those that come from them.
-
-        Args:
-            rows_RH: float32 [R, H], rank 0's rows first.
-            to: how many of them are for each rank.
-            come: how many come from each rank.
-
-        Returns:
-            float32 [sum of come, H], those from rank 0 first.
-        """
+        """Sends float32 rows [R, H], `to[r]` of them to rank r in order of ranks, and returns those that come from the
+        ranks, float32 [sum of come, H], in the same order."""
         found_RH = rows_RH.new_empty(sum(come), rows_RH.shape[1])
         with self._exchange(rows_RH):
             dist.all_to_all_single(found_RH, rows_RH.contiguous(), list(come), list(to))
         return found_RH
 
     def check_alike(self, told: Mapping[str, Any], error: type[DsquantError], then: str) -> None:
-        """Refuses ranks that differ from rank 0 in what they have been told or have read.
-
-        Args:
-            told: name for messages -> value.
-            error: what is raised.
-            then: what to do.
-
-        Raises:
-            DsquantError: the same on all ranks, naming what differs, the rank and its machine.
-        """
+        """Raises `error` on all ranks where one differs from rank 0 in what it was told or has read (name for messages
+        -> value), naming what differs, the rank and its machine; `then` says what to do."""
         if self.size == 1:
             return
         found = self.gather((dict(told), socket.gethostname()))
@@ -192,14 +176,8 @@ class Ranks:
                     raise error(f"{name} is not the same on rank {rank} ({host}) as on rank 0{shown}; {then}")
 
     def check_shared(self, folder: Path) -> None:
-        """Refuses a folder that not all ranks see, and ranks of several versions of dsquant.
-
-        Args:
-            folder: the job's work folder, which rank 0 has made.
-
-        Raises:
-            InputError: naming the rank and its machine.
-        """
+        """Raises InputError, naming the rank and its machine, where a rank does not see the work folder that rank 0 has
+        made, or runs another version of dsquant."""
         path = folder / TOKEN_FILE
         token = self.once(lambda: _new_token(path))
         seen = path.is_file() and path.read_text() == token
@@ -268,15 +246,9 @@ class Shares:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Joins the ranks that accelerate's launcher or torchrun has started.
-
-    Yields:
-        This rank; the only one where no launcher has started this process.
-
-    Raises:
-        UsageError: where the launcher's variables make no sense.
-        Interrupted: where the others do not come.
-    """
+    """Joins the ranks that accelerate's launcher or torchrun has started, and yields this one; without a launcher it is
+    the only one. Raises UsageError where the launcher's variables make no sense, Interrupted where the others do not
+    come."""
     here = launched()
     if here.size == 1:
         yield ALONE

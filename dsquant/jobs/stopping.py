@@ -23,11 +23,7 @@ class StopRequest:
         self._signal = number
 
     def safe_point(self) -> None:
-        """Stops the job here if a signal has asked for it.
-
-        Raises:
-            Interrupted: where a signal has come.
-        """
+        """Raises Interrupted where a signal has asked to stop."""
         if self._signal is not None:
             name = signal.Signals(self._signal).name
             raise Interrupted(f"stopped by {name} at a safe point; continue with --resume")
@@ -37,10 +33,8 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Turns SIGTERM, SIGHUP and SIGINT into a request that safe points obey; the old handlers return afterwards.
 
-    A signal that is ignored, as SIGHUP under nohup, stays so.
-
-    Yields:
-        The request. Outside the main thread, where Python sets no handlers, nothing ever sets it.
+    A signal that is ignored, as SIGHUP under nohup, stays so. Outside the main thread, where Python sets no handlers,
+    nothing ever sets the request.
     """
     import threading
 
@@ -68,17 +62,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
 def full_disk_is_resumable(
     then: str = "finished units are kept: make room and continue with --resume",
 ) -> Iterator[None]:
-    """Turns a full disk into a stop that can be resumed.
-
-    Args:
-        then: what is kept, and what to do.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        Interrupted: where the disk or the quota is full, or a file may grow no further.
-    """
+    """Raises Interrupted where the disk or the quota is full, or a file may grow no further; `then` says what is kept,
+    and what to do."""
     try:
         yield
     except OSError as error:
@@ -89,15 +74,7 @@ def full_disk_is_resumable(
 
 
 def memory_guard(budget_bytes: int, resident_bytes: Callable[[], int]) -> Callable[[], None]:
-    """Makes a check that stops the job when it outgrows its budget.
-
-    Args:
-        budget_bytes: the most resident memory.
-        resident_bytes: measures it.
-
-    Returns:
-        A function that raises `Interrupted` above the budget.
-    """
+    """Returns a function that raises Interrupted where the resident memory is above the budget."""
 
     def check() -> None:
         found = resident_bytes()

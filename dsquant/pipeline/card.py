@@ -33,15 +33,7 @@ def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def model_card(record: dict[str, Any], format_name: str) -> str:
-    """The output's README.md.
-
-    Args:
-        record: the run's record.
-        format_name: which of its outputs.
-
-    Returns:
-        Markdown.
-    """
+    """Returns an output's README.md, from the run's record."""
     recipe, output, known = record["recipe"], record["outputs"][format_name], SAFETENSORS[format_name]
     grid = output["grid"]
     kind = "symmetric" if grid["symmetric"] else "asymmetric"

@@ -26,14 +26,8 @@ from dsquant.schemes import Grid
 def choose_widths(run: Run, output_files: Callable[[Source], list[str]], gpu_budget_bytes: int) -> None:
     """Plans the run again, with a width for every group of every output, where its recipe has a target.
 
-    Args:
-        run: the running job, before its outputs are open.
-        output_files: every file that a source may become, for the job's record.
-        gpu_budget_bytes: the most GPU memory.
-
-    Raises:
-        InputError: where the original's hidden states are not finite.
-        Interrupted: at a safe point, where the job has to stop.
+    Called before outputs are open; `output_files` lists every file that a source may become, for the job's record.
+    Raises InputError where the original's hidden states are not finite.
     """
     source = run.source
     if not source.plan.mixed:

@@ -17,16 +17,8 @@ from dsquant.reporting.progress import Stage
 
 
 def finish(run: Run, more: Mapping[str, Any] | None = None, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """Writes what makes the shards a checkpoint, evaluates it, and writes the record last.
-
-    Args:
-        run: the run, with every unit made.
-        more: further sections of the record.
-        notes: further warnings.
-
-    Returns:
-        The record.
-    """
+    """Writes the files that make the shards a checkpoint, evaluates it, and writes and returns the record, with `more`
+    sections and the warnings `notes`, last."""
     source, targets = run.source, run.source.plan.targets
     files = [run.job.work / kept_file(unit.name) for unit in source.plan.units]
     for target, opened in zip(targets, run.opened, strict=True):

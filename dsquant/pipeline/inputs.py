@@ -40,18 +40,10 @@ class Source:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """Writes out the recipe's defaults that depend on the model, so that a default and its name are the same recipe.
+    """Fills in the recipe's defaults that depend on the model, so that a default and its name are the same recipe:
+    device, preset, mtp, and, where all formats agree, symmetric.
 
-    Args:
-        recipe: as given.
-
-    Returns:
-        The recipe with a device, a preset, what becomes of multi-token-prediction layers that no format keeps, and,
-        where all formats agree, with or without zero points.
-
-    Raises:
-        InputError: where the model is not there.
-        UsageError: where its device is not there.
+    Raises InputError where the model is not there, UsageError where its device is not there.
     """
     mixture = is_mixture(read_text_config(locate(recipe.model) / CONFIG_FILE))
     preset = recipe.preset or ("quality" if mixture else "compact")
@@ -66,19 +58,11 @@ def resolved(recipe: Recipe) -> Recipe:
 
 
 def open_source(recipe: Recipe, gpu_budget_bytes: int | None = None, num_ranks: int = 1) -> Source:
-    """Opens and validates everything a run reads, from headers, tokenizer and calibration texts alone.
+    """Opens and validates everything a run of `num_ranks` processes reads, from headers, tokenizer and calibration
+    texts alone.
 
-    Args:
-        recipe: the run's recipe.
-        gpu_budget_bytes: the most GPU memory; None is `gpu_memory_budget`.
-        num_ranks: how many processes share the run.
-
-    Returns:
-        The source.
-
-    Raises:
-        InputError: where anything is missing, damaged or contradicts something else.
-        UsageError: where a format cannot store what the recipe asks for.
+    Without `gpu_budget_bytes`, the budget is `gpu_memory_budget`'s. Raises InputError where anything is missing,
+    damaged or contradicts something else, UsageError where a format cannot store what the recipe asks for.
     """
     _check_texts(recipe)
     checkpoint, skeleton = open_model(recipe.model, torch.device(recipe.device))
@@ -93,32 +77,15 @@ def open_source(recipe: Recipe, gpu_budget_bytes: int | None = None, num_ranks: 
 
 
 def open_model(model: str, device: torch.device = CPU) -> tuple[Checkpoint, Skeleton]:
-    """Opens an unquantized checkpoint and builds its network.
-
-    Args:
-        model: a folder, a hub id, or `tiny-r1`.
-        device: where its weights go when they are read.
-
-    Returns:
-        The checkpoint and its network.
-
-    Raises:
-        InputError: where it is missing, damaged, or quantized already.
-    """
+    """Opens an unquantized checkpoint (a folder, a hub id, or `tiny-r1`) and builds its network; `device` gets the
+    weights that are read. Raises InputError where it is missing, damaged, or quantized already."""
     checkpoint = open_checkpoint(locate(model), device)
     check_unquantized(checkpoint)
     return checkpoint, Skeleton(checkpoint)
 
 
 def check_unquantized(checkpoint: Checkpoint) -> None:
-    """Refuses a checkpoint that is quantized already.
-
-    Args:
-        checkpoint: the checkpoint.
-
-    Raises:
-        InputError: where its weights are neither FP8 nor floats.
-    """
+    """Raises InputError where a checkpoint's weights are neither FP8 nor floats: it is quantized already."""
     found = format_of_config(checkpoint.config)
     if found is not None:
         raise InputError(
@@ -133,15 +100,8 @@ def _check_texts(recipe: Recipe) -> None:
 
 
 def open_calibration(recipe: Recipe, tokenizer: Any) -> tuple[torch.Tensor | None, dict[str, Any] | None]:
-    """Tokenizes the calibration texts.
-
-    Args:
-        recipe: says which texts, and how many samples of how many tokens.
-        tokenizer: the model's.
-
-    Returns:
-        Tokens int64 [N, T], and where they come from with their hash; None twice without texts.
-    """
+    """Tokenizes the calibration texts: int64 [N, T], and their origin with the tokens' hash; None twice without
+    texts."""
     if not recipe.calibration:
         return None, None
     tokens = calibration_tokens(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
@@ -150,17 +110,8 @@ def open_calibration(recipe: Recipe, tokenizer: Any) -> tuple[torch.Tensor | Non
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Any:
-    """Loads a checkpoint's tokenizer, which refuses texts with tokens that the embedding has no row for.
-
-    Args:
-        checkpoint: the checkpoint.
-
-    Returns:
-        A transformers tokenizer.
-
-    Raises:
-        InputError: where it is missing or damaged.
-    """
+    """Loads a checkpoint's transformers tokenizer, which refuses texts with tokens that the embedding has no row for;
+    raises InputError where it is missing or damaged."""
     tokenizer = load_tokenizer(checkpoint.folder)
     set_embedding_rows(tokenizer, checkpoint.weights.shape("model.embed_tokens.weight")[0])
     return tokenizer
@@ -180,17 +131,8 @@ def gpu_memory_budget(recipe: Recipe) -> int:
 
 @contextmanager
 def gpu_within_budget(budget_bytes: int) -> Iterator[None]:
-    """Lets PyTorch take no more GPU memory than the budget inside a block.
-
-    Args:
-        budget_bytes: the budget; 0 where no GPU is used.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        Interrupted: where the block needs more; finished units are kept.
-    """
+    """Lets PyTorch take no more GPU memory than the budget inside a block; raises Interrupted where the block needs
+    more. A budget of 0 stands for no GPU."""
     if not budget_bytes:
         yield
         return

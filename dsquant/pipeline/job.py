@@ -49,22 +49,12 @@ from dsquant.source.shards import TensorInfo
 def run_job(
     recipe: Recipe, resume: bool = False, restart: bool = False, report: Report = silent, ranks: Ranks = ALONE
 ) -> Result:
-    """Quantizes a model as the recipe says.
+    """Quantizes a model as the recipe says; all ranks call this.
 
-    Args:
-        recipe: what to do.
-        resume: continue an interrupted job, or start one.
-        restart: start over where there is an interrupted or finished one.
-        report: gets the progress.
-        ranks: who does it; all of them call this.
-
-    Returns:
-        Where the files are, and what quantization cost.
-
-    Raises:
-        UsageError: where the recipe cannot work (memory budget, a format that cannot store it).
-        InputError: where model, texts or output folder cannot be used; nothing was written.
-        Interrupted: where the job stopped and can be resumed.
+    `resume` continues an interrupted job, or starts one; `restart` starts over where there is an interrupted or
+    finished one. Raises UsageError where the recipe cannot work (memory budget, a format that cannot store it),
+    InputError where model, texts or output folder cannot be used and nothing was written, Interrupted where the job
+    stopped and can be resumed.
     """
     started = time.monotonic()
     recipe = ranks.together(lambda: _resolved_for(recipe, ranks))
@@ -169,19 +159,9 @@ def _finish_and_remove(run: Run, check: Callable[[], None], beat: Callable[[], N
 
 
 def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> Preview:
-    """Validates everything that headers tell and says what a run would do; writes nothing.
+    """Validates everything that headers tell and returns the sizes, memory and disk of a run; writes nothing.
 
-    Args:
-        recipe: what to do.
-        resume: as in `awq`.
-        restart: as in `awq`.
-
-    Returns:
-        Sizes, memory and disk.
-
-    Raises:
-        UsageError: where the recipe cannot work.
-        InputError: where model, texts or output folder cannot be used.
+    Raises UsageError where the recipe cannot work, InputError where model, texts or output folder cannot be used.
     """
     recipe = resolved(recipe)
     source = open_source(recipe)

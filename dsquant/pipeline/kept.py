@@ -20,27 +20,16 @@ def kept_file(unit: str) -> str:
 
 
 def keep_by_folder(path: Path, found: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Lays tensors into the work folder; makes no file where there are none.
-
-    Args:
-        path: the file.
-        found: output folder -> name -> tensor.
-    """
+    """Writes tensors (output folder -> name -> tensor) to a file in the work folder; makes no file where there are
+    none."""
     flat = {f"{folder}:{name}": kept for folder, tensors in found.items() for name, kept in tensors.items()}
     if flat:
         write_atomically(path, save(flat))
 
 
 def kept_of(paths: Iterable[Path], folder: str) -> Iterable[dict[str, torch.Tensor]]:
-    """Reads back what an output folder has in each of some files.
-
-    Args:
-        paths: the files; one that is not there holds nothing.
-        folder: the output folder.
-
-    Yields:
-        Name -> tensor, names in order, of each file.
-    """
+    """Yields name -> tensor, names in order, of an output folder from each file; a file that is not there holds
+    nothing."""
     for path in paths:
         flat = load_file(path) if path.is_file() else {}
         names = sorted(name for name in flat if name.startswith(f"{folder}:"))

@@ -17,14 +17,7 @@ from dsquant.pipeline.run_state import Run
 
 
 def run_tensors(run: Run) -> Contents:
-    """Writes the folded scales beside every output, and lists all tensors of all files.
-
-    Args:
-        run: the finished run.
-
-    Returns:
-        Every file that holds tensors.
-    """
+    """Writes the folded scales next to every output, and lists the tensors of every file of a finished run."""
     found = Contents()
     for target in run.source.plan.targets:
         found |= target.contents(_hashes(run.job.journal.units, target.folder), run.job.output)
@@ -51,19 +44,11 @@ def _hashes(journal: Mapping[str, Mapping[str, Any]], folder: PurePosixPath) -> 
 def write_record(
     output: Path, record: dict[str, Any], names: Iterable[str], tensors: Contents, after_file: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Hashes every file of an output and writes its record, the last file of all.
+    """Hashes every file of an output and writes its record, the last file of all, which it returns.
 
-    Each folder inside gets a record of its own, of what lies in it: it stays whole when it is moved alone.
-
-    Args:
-        output: the output folder.
-        record: everything but the files.
-        names: paths in the output folder; those that are not there are left out.
-        tensors: what the files that hold tensors hold.
-        after_file: called with each hashed file's name; may raise to stop.
-
-    Returns:
-        The record.
+    Each folder inside gets a record of its own content: it stays whole when it is moved alone. `record` is everything
+    but the files, `names` are paths in the output folder (those that are not there are left out), `tensors` the content
+    of the files that hold tensors; `after_file` gets each hashed file's name and may raise to stop.
     """
     folders = {PurePosixPath(entry["folder"]) for entry in record["outputs"].values()}
     folders = {folder.parent if folder.suffix == ".gguf" else folder for folder in folders} - {PurePosixPath(".")}

@@ -96,14 +96,7 @@ class Needs:
 
 
 def run_needs(work: Workload) -> Needs:
-    """Works out what a run takes.
-
-    Args:
-        work: the run.
-
-    Returns:
-        Its needs.
-    """
+    """Works out the memory and disk that a run needs."""
     recipe, storing = work.recipe, work.storing_bytes
     if not recipe.calibration:
         return Needs(storing)
@@ -195,16 +188,9 @@ def _inverting(matrix_bytes: int) -> int:
 
 
 def passing_bytes(samples: int, seq_len: int, num_ranks: int) -> int:
-    """Counts what a GPU takes for each channel of the hidden states while a layer's MLPs pass, where they stay on it.
-
-    Args:
-        samples: calibration samples.
-        seq_len: tokens of each.
-        num_ranks: how many ranks share the samples; planned for the one with the most of them.
-
-    Returns:
-        Bytes: of what the MLPs read, all samples in bfloat16; of the outputs, the rank's own in float32.
-    """
+    """Counts the bytes of GPU memory for each channel of hidden states that stay there while a layer's MLPs run: their
+    inputs, all samples in bfloat16, and the outputs, the rank's own in float32. Planned for the rank with the most
+    samples."""
     shares = Shares(samples, samples_together(seq_len), num_ranks)
     own = max(end - first for first, end in map(shares.samples, range(num_ranks)))
     return seq_len * (BFLOAT16_BYTES * samples + FLOAT32_BYTES * own)
@@ -257,17 +243,7 @@ def _host_bytes(num_hidden: int, streams: int) -> int:
 
 
 def check_memory(needed_bytes: int, budget_bytes: int, resident_bytes: int, option: str = "--memory-budget") -> None:
-    """Refuses a budget that cannot work.
-
-    Args:
-        needed_bytes: what the run needs.
-        budget_bytes: the budget.
-        resident_bytes: what the process holds already.
-        option: where the budget was given.
-
-    Raises:
-        UsageError: where the run needs more, with the number.
-    """
+    """Raises UsageError with the bytes needed where a budget, given by `option`, does not suffice."""
     needed = needed_bytes + resident_bytes
     if needed > budget_bytes:
         raise UsageError(

@@ -21,15 +21,7 @@ MOST_UNUSED = 0.97
 
 
 def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
-    """Lists what a user should know before a quantization begins, in words.
-
-    Args:
-        recipe: the run's recipe.
-        source: the opened model.
-
-    Returns:
-        Sentences without a full stop.
-    """
+    """Lists what a user should know before a quantization begins, as sentences without a full stop."""
     words = [*source.checkpoint.notes, *source.notes]
     if source.tokenizer is not None:  # under recorded scales no text is read
         words += surplus_notes(source.tokenizer)
@@ -53,15 +45,7 @@ def _is_mixture(source: Source) -> bool:
 
 
 def run_warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
-    """Lists what a user should know of a finished run, in words.
-
-    Args:
-        run: the run.
-        layers: the layers' reports.
-
-    Returns:
-        Sentences without a full stop.
-    """
+    """Lists what a user should know of a finished run, from its layers' reports, as sentences without a full stop."""
     words = planned_warnings(run.recipe, run.source)
     counts = [count for layer in layers for count in layer["tokens_per_expert"]]
     topped_up = sum(len(layer["topped_up"]) for layer in layers)

@@ -80,21 +80,10 @@ def plan_run(
 ) -> Plan:
     """Plans a run.
 
-    Args:
-        recipe: the run's recipe.
-        checkpoint: the source.
-        skeleton: its network.
-        gpu_budget_bytes: the most GPU memory; where it suffices, hidden states stay there.
-        num_ranks: how many processes share the run; memory is planned for one of them.
-        chosen: folder of an output -> group of linears, or tensor -> the width that was chosen for it; nothing before
-            they are.
-
-    Returns:
-        The plan.
-
-    Raises:
-        InputError: where the source's tensors are not what its config promises, or a format has no place for one.
-        UsageError: where a format cannot store what the recipe asks for.
+    `gpu_budget_bytes` is the most GPU memory: hidden states stay there where it suffices; memory is planned for one of
+    `num_ranks` processes. `chosen` is folder of an output -> group of linears, or tensor -> its chosen width; empty
+    before the choice. Raises InputError where the source's tensors are not what its config promises, or a format has no
+    place for one, UsageError where a format cannot store what the recipe asks for.
     """
     check_complete(checkpoint, skeleton, recipe.mtp)
     _check_choosing(recipe)
@@ -206,16 +195,8 @@ def _by_preset(recipe: Recipe, layers: tuple[DecoderLayer, ...]) -> frozenset[st
 
 
 def plan_units(mtp: str, checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[Unit, ...]:
-    """Divides a model into units of work.
-
-    Args:
-        mtp: `keep`, `quantize` or `drop` the multi-token-prediction layers.
-        checkpoint: the source.
-        skeleton: its network.
-
-    Returns:
-        Embedding, decoder layers, head, MTP layers, in this order.
-    """
+    """Divides a model into units of work: embedding, decoder layers, head, MTP layers, in this order; `mtp` is `keep`,
+    `quantize` or `drop`."""
     names = [name for name in checkpoint.weights if not name.endswith(COMPUTED_SUFFIX)]
     per_layer: dict[int, list[str]] = {layer.index: [] for layer in skeleton.layers}
     rest = []

@@ -26,15 +26,8 @@ def output_files(source: Source) -> list[str]:
 
 
 def run_record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Everything about an output that two runs have in common; times and memory are not in here.
-
-    Args:
-        run: the finished run.
-        divergence: format -> text -> distance from the original.
-
-    Returns:
-        Plain JSON values.
-    """
+    """Returns everything about an output that two runs have in common, so no times and memory; `divergence` is format
+    -> text -> distance from the original."""
     source, journal = run.source, run.job.journal.units
     weights, targets = source.checkpoint.weights, source.plan.targets
     layers, errors = _layers(journal)

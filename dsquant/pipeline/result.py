@@ -100,17 +100,8 @@ def _distances(found: Divergence) -> tuple[str, ...]:
 
 
 def finished_result(recipe: Recipe) -> Result:
-    """The result of a job that has finished before.
-
-    Args:
-        recipe: the job's recipe.
-
-    Returns:
-        The result.
-
-    Raises:
-        InputError: where the record in the output folder is not one that dsquant writes.
-    """
+    """Returns the result of a job that has finished before; raises InputError where its record is not one that dsquant
+    writes."""
     path = recipe.output / RECORD_FILE
     record = read_json_object(path, START_OVER, finite=False)
     with blaming(path, START_OVER):
@@ -120,16 +111,7 @@ def finished_result(recipe: Recipe) -> Result:
 
 
 def result_of(recipe: Recipe, record: dict[str, Any], **changes: Any) -> Result:
-    """The result that a record tells of.
-
-    Args:
-        recipe: the job's recipe.
-        record: its record.
-        **changes: fields of the result that no record holds.
-
-    Returns:
-        The result.
-    """
+    """Returns the result of a recipe's record; `changes` are fields of the result that no record holds."""
     outputs = record["outputs"]
     return Result(
         output=recipe.output,

@@ -19,15 +19,8 @@ PART_BYTES = 2**26
 
 
 def kept_files(work: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Lists what a unit leaves in the work folder for later units, for its journal line.
-
-    Args:
-        work: the work folder.
-        names: files that the unit may have made.
-
-    Returns:
-        File -> bytes, and the SHA-256 of each part of `PART_BYTES`; those that are there.
-    """
+    """Returns file -> bytes, and the SHA-256 of each part of `PART_BYTES`, of what a unit leaves in the work folder for
+    later units, for its journal line; names of absent files are left out."""
     return _hash_parts(work, [name for name in names if (work / name).is_file()], lambda: None)
 
 
@@ -43,15 +36,7 @@ def _hash_parts(folder: Path, names: Iterable[str], safe_point: Callable[[], Non
 
 
 def check_units(job: Job, units: Sequence[str]) -> None:
-    """Checks that the journal holds the first units, in order, and nothing else.
-
-    Args:
-        job: the resumed job.
-        units: the names of all units, in order.
-
-    Raises:
-        InputError: where it does not.
-    """
+    """Raises InputError unless the journal holds the first of all units, in order, and nothing else."""
     for unit, entry in job.journal.units.items():
         if not _is_sound(entry):
             raise InputError(f"{job.work}: the journal's line of {unit} is damaged; {START_OVER}")
@@ -73,16 +58,8 @@ def _is_sound(entry: Mapping[str, Any]) -> bool:
 
 
 def check_kept(job: Job, hidden: Sequence[str], safe_point: Callable[[], None]) -> None:
-    """Checks what finished units have left in the work folder.
-
-    Args:
-        job: the resumed job.
-        hidden: the files of hidden states that the next unit reads.
-        safe_point: called now and then; may raise to stop.
-
-    Raises:
-        InputError: where a file is gone or not what the journal says.
-    """
+    """Checks what finished units have left in the work folder, `hidden` being the files of hidden states that the next
+    unit reads; raises InputError where a file is gone or not what the journal says."""
     kept = {name: entry for unit in job.journal.units.values() for name, entry in unit.get("kept", {}).items()}
     missing = [name for name in hidden if name not in kept]
     if missing:
@@ -101,16 +78,8 @@ def check_kept(job: Job, hidden: Sequence[str], safe_point: Callable[[], None]) 
 
 
 def check_target(job: Job, target: Target, safe_point: Callable[[], None]) -> None:
-    """Checks what finished units have left of an output: files' sizes and headers, and every tensor's hash.
-
-    Args:
-        job: the resumed job.
-        target: the output.
-        safe_point: called after each tensor; may raise to stop.
-
-    Raises:
-        InputError: where a file is gone or damaged.
-    """
+    """Checks what finished units have left of an output: files' sizes and headers, and every tensor's hash; raises
+    InputError where a file is gone or damaged."""
     hashes = _hashes(job, target.folder)
     for file in target.finished_files(job.output, list(job.journal.units), hashes):
         _check_whole(file.path, file.header, file.num_bytes)

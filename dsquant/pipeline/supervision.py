@@ -41,16 +41,10 @@ class Supervised:
     """Gets everything that is read while the source is hashed."""
 
     def check(self, memory_bytes: int, gpu_memory_bytes: int = 0) -> None:
-        """Refuses a job that will not fit.
+        """Refuses a job that will not fit, from the memory it needs in addition to what is resident now.
 
-        Args:
-            memory_bytes: what it needs beside what is resident now.
-            gpu_memory_bytes: what it needs on a GPU.
-
-        Raises:
-            PackageError: where a package is missing that the job needs, be it at its end.
-            UsageError: where memory does not suffice.
-            InputError: where the disk does not.
+        Raises PackageError where a package is missing that the job needs, be it at its end, UsageError where memory
+        does not suffice, InputError where the disk does not.
         """
         limits, ranks = self.limits, self.ranks
         ranks.together(lambda: _check_packages(self.recipe))
@@ -62,18 +56,12 @@ class Supervised:
 
     @contextmanager
     def job(self, inputs: dict[str, str], notes: dict[str, Any]) -> Iterator[tuple[Job, Callable[[], None]]]:
-        """Hashes the source or finds it unchanged, and opens the job of a folder that is held.
+        """Hashes the source or finds it unchanged, and opens the job of a folder that is held; yields the job and its
+        safe point.
 
-        Args:
-            inputs: from `input_hashes`: what else has to be the same when the job is resumed.
-            notes: what a new job keeps about itself beside the hashes.
-
-        Yields:
-            The job and what stops it at a safe point where it has to.
-
-        Raises:
-            InputError: where the source is damaged, not what it was when the job began, or not the same for all ranks.
-            Interrupted: where the job was asked to stop.
+        `inputs`, from `input_hashes`, have to be the same when the job is resumed; `notes` are what a new job records
+        of itself in addition to the hashes. Raises InputError where the source is damaged, changed since the job began,
+        or not the same for all ranks.
         """
         if self.ranks.size > 1:
             read = {"the model's tensors": sampled_hash(self.index), **inputs}
@@ -121,16 +109,8 @@ def _check_packages(recipe: Recipe) -> None:
 
 
 def input_hashes(config: Mapping[str, Any], calibration: Mapping[str, Any] | None, *files: Path) -> dict[str, str]:
-    """Hashes what a job's bytes depend on beside its recipe and the source's tensors.
-
-    Args:
-        config: the checkpoint's.
-        calibration: the texts and their tokens' hash; None where there are none.
-        *files: others that the job reads.
-
-    Returns:
-        Name for messages -> SHA-256.
-    """
+    """Hashes what a job's bytes depend on in addition to its recipe and the source's tensors: name for messages ->
+    SHA-256."""
     texts = {"the model's config.json": config, "the calibration texts": calibration}
     hashed = {name: json.dumps(value, sort_keys=True, default=str).encode() for name, value in texts.items()}
     hashed |= {str(file): file.read_bytes() for file in files}
@@ -138,15 +118,7 @@ def input_hashes(config: Mapping[str, Any], calibration: Mapping[str, Any] | Non
 
 
 def check_inputs(job: Job, inputs: Mapping[str, str]) -> None:
-    """Refuses to continue a job with other inputs.
-
-    Args:
-        job: the job.
-        inputs: from `input_hashes`.
-
-    Raises:
-        InputError: where one is not what it was when the job began.
-    """
+    """Raises InputError where an input, from `input_hashes`, has changed since the job began."""
     before = job.notes["inputs"]
     changed = [name for name in inputs if before.get(name) != inputs[name]]
     if changed:
@@ -158,17 +130,9 @@ def check_inputs(job: Job, inputs: Mapping[str, str]) -> None:
 def scan_source(
     index: ShardIndex, report: Report, check: Callable[[], None], ranks: Ranks = ALONE, look: Look = unseen
 ) -> dict[str, str]:
-    """Hashes every stored tensor, each rank its share.
+    """Returns the SHA-256 of every stored tensor, in the index's order; each rank hashes its share, which `look` gets.
 
-    Args:
-        index: the source.
-        report: gets the progress.
-        check: called after every tensor; it may raise to stop.
-        ranks: all ranks.
-        look: gets everything that is read.
-
-    Returns:
-        Tensor name -> SHA-256, in the index's order.
+    `check` is called after every tensor, and may raise to stop.
     """
     own = list(index.values())[ranks.rank :: ranks.size]
     done = 0

@@ -92,15 +92,10 @@ Maker = Callable[[Run, Unit, Writers, Callable[[str], None]], dict[str, Any]]
 
 
 def convert(run: Run, make: "Maker | None" = None) -> None:
-    """Makes every unit that the journal does not have yet.
+    """Makes every unit that the journal does not have yet; without `make`, runs the original on the calibration tokens
+    and quantizes the layers they reach.
 
-    Args:
-        run: the running job.
-        make: makes a unit; None runs the original on the calibration tokens and quantizes what they reach.
-
-    Raises:
-        InputError: where what finished units have left is damaged.
-        Interrupted: at a safe point, where the job has to stop; finished units are kept.
+    Raises InputError where files of finished units are damaged, Interrupted at a safe point; finished units are kept.
     """
     units = [unit for unit in run.source.plan.units if unit.action != "drop"]
     done = run.ranks.once(lambda: run.job.journal.units)

@@ -180,19 +180,10 @@ class ReleaseRecipe(Part, Machine):
 
 
 def read_recipe(path: Path, model: str | None = None, output: Path | None = None) -> ReleaseRecipe:
-    """Reads and checks a recipe.
+    """Reads and checks a recipe in YAML; `model` and `output` replace the recipe's.
 
-    Args:
-        path: a YAML file.
-        model: instead of the recipe's.
-        output: instead of the recipe's.
-
-    Returns:
-        The recipe.
-
-    Raises:
-        InputError: where the file is missing or is not YAML.
-        UsageError: where a key is unknown or a value is not allowed, with the key's path.
+    Raises InputError where the file is missing or is not YAML, UsageError, with the key's path, where a key is unknown
+    or a value is not allowed.
     """
     content = read_yaml(path, "recipe")
     if not isinstance(content, dict):
