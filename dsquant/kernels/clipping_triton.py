@@ -43,21 +43,9 @@ def split(values, OPERAND: tl.constexpr):
 
 @triton.jit
 def _clip_losses(
-    weight,
-    grams,
-    scales,
-    zero_points,
-    table,
-    losses,
-    num_candidates,
-    num_rows,
-    num_blocks,
-    S: tl.constexpr,
-    R: tl.constexpr,
-    LARGEST: tl.constexpr,
-    KIND: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
+    weight, grams, scales, zero_points, table, losses, num_candidates, num_rows, num_blocks,
+    S: tl.constexpr, R: tl.constexpr, LARGEST: tl.constexpr, KIND: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(1).to(tl.int64)
     rows_R = tl.program_id(0) * R + tl.arange(0, R)
     inside_R = rows_R < num_rows

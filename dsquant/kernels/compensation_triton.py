@@ -73,21 +73,9 @@ def _change_tile(tensors, start, rows_R, num_rows, S: tl.constexpr):
 # num_rows unspecialized: its divisors would let a thread load four rows of a column, and then compute all four.
 @triton.jit(do_not_specialize=["num_rows"])
 def _try(
-    weight,
-    factor,
-    scales,
-    zero_points,
-    table,
-    codes,
-    errors,
-    losses,
-    num_rows,
-    S: tl.constexpr,
-    B: tl.constexpr,
-    R: tl.constexpr,
-    LARGEST: tl.constexpr,
-    KIND: tl.constexpr,
-):
+    weight, factor, scales, zero_points, table, codes, errors, losses, num_rows,
+    S: tl.constexpr, B: tl.constexpr, R: tl.constexpr, LARGEST: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
     """Rounds a program's rows with one candidate."""
     candidate = tl.program_id(1)
     rows_R = tl.program_id(0) * R + tl.arange(0, R)

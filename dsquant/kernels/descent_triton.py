@@ -151,20 +151,9 @@ def _fit_parameters(block, state, rows, LARGEST: tl.constexpr, S: tl.constexpr, 
 # num_rows unspecialized: its divisors would let a thread load four rows of a column, and then compute all four.
 @triton.jit(do_not_specialize=["num_rows"])
 def _descend(
-    levels,
-    scales,
-    zero_points,
-    table,
-    gradient,
-    gram,
-    working,
-    changes,
-    num_rows,
-    S: tl.constexpr,
-    LARGEST: tl.constexpr,
-    KIND: tl.constexpr,
-    MOVES: tl.constexpr,
-):
+    levels, scales, zero_points, table, gradient, gram, working, changes, num_rows,
+    S: tl.constexpr, LARGEST: tl.constexpr, KIND: tl.constexpr, MOVES: tl.constexpr,
+):  # fmt: skip
     rows_R = tl.program_id(0) * R + tl.arange(0, R)
     inside_R = rows_R < num_rows
     rows, block = (rows_R, num_rows), (levels, gradient, gram, working)

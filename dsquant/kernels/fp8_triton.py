@@ -28,17 +28,9 @@ def dequantize_fp8(
 
 @triton.jit
 def _dequantize(
-    weight,
-    scales,
-    values,
-    num_rows,
-    num_columns,
-    row_scales,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
-):
+    weight, scales, values, num_rows, num_columns, row_scales,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     rows_R = tl.program_id(1) * R + tl.arange(0, R)
     columns_C = tl.program_id(0) * C + tl.arange(0, C)
     places_RC = rows_R.to(tl.int64)[:, None] * num_columns + columns_C[None, :]

@@ -107,20 +107,9 @@ def _on(device: torch.device, numbers: tuple[float, ...]) -> torch.Tensor:
 
 @triton.jit
 def _range_parameters(
-    weight,
-    ratios,
-    scales,
-    zero_points,
-    num_rows,
-    per_row,
-    row_stride,
-    column_stride,
-    num_ratios,
-    S: tl.constexpr,
-    N: tl.constexpr,
-    LARGEST: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-):
+    weight, ratios, scales, zero_points, num_rows, per_row, row_stride, column_stride, num_ratios,
+    S: tl.constexpr, N: tl.constexpr, LARGEST: tl.constexpr, SYMMETRIC: tl.constexpr,
+):  # fmt: skip
     blocks_N = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     inside_N = blocks_N < num_rows * per_row
     columns_NS = ((blocks_N % per_row) * S)[:, None] + tl.arange(0, S)[None, :]
@@ -136,19 +125,10 @@ def _range_parameters(
 
 @triton.jit
 def _round(
-    weight,
-    scales,
-    zero_points,
-    table,
-    codes,
-    num_blocks,
-    S: tl.constexpr,
-    N: tl.constexpr,
-    LARGEST: tl.constexpr,
-    KIND: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
+    weight, scales, zero_points, table, codes, num_blocks,
+    S: tl.constexpr, N: tl.constexpr, LARGEST: tl.constexpr, KIND: tl.constexpr, SYMMETRIC: tl.constexpr,
     GIVEN: tl.constexpr,
-):
+):  # fmt: skip
     """By given parameters, or by those of each group's range, which it stores."""
     blocks_N = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     inside_N = blocks_N < num_blocks
@@ -167,18 +147,9 @@ def _round(
 
 @triton.jit
 def _dequantize(
-    codes,
-    scales,
-    zero_points,
-    table,
-    minus,
-    weight,
-    num_blocks,
-    S: tl.constexpr,
-    N: tl.constexpr,
-    KIND: tl.constexpr,
-    SUBTRACT: tl.constexpr,
-):
+    codes, scales, zero_points, table, minus, weight, num_blocks,
+    S: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr, SUBTRACT: tl.constexpr,
+):  # fmt: skip
     blocks_N = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     inside_N = blocks_N < num_blocks
     places_NS = blocks_N[:, None] * S + tl.arange(0, S)[None, :]
@@ -194,16 +165,9 @@ def _dequantize(
 
 @triton.jit
 def _difference(
-    weight,
-    column_scales,
-    difference,
-    num_blocks,
-    per_row,
-    S: tl.constexpr,
-    N: tl.constexpr,
-    LARGEST: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-):
+    weight, column_scales, difference, num_blocks, per_row,
+    S: tl.constexpr, N: tl.constexpr, LARGEST: tl.constexpr, SYMMETRIC: tl.constexpr,
+):  # fmt: skip
     blocks_N = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     inside_N1 = (blocks_N < num_blocks)[:, None]
     columns_S = tl.arange(0, S)[None, :]
