@@ -26,12 +26,10 @@ class GatedWeights:
 
     @property
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gate, up and down."""
         return self.gate_WH, self.up_WH, self.down_HW
 
     @classmethod
     def read(cls, weights: Weights, mlp: Mlp) -> "GatedWeights":
-        """Reads an MLP's weights."""
         gate, up, down = (f"{linear}.weight" for linear in mlp.linears)
         quantizers = tuple(weights.activation_quantizer(name) for name in (gate, up, down))
         return cls(weights[gate], weights[up], weights[down], quantizers=quantizers)

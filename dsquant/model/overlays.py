@@ -49,19 +49,15 @@ class Overlay(Weights):
         self.device = base.device
 
     def prefetch(self, names: Sequence[str]) -> None:
-        """Lets the base read ahead."""
         self.base.prefetch(names)
 
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
-        """Reads rows of the base's weight."""
         return self.base.rows(name, start_row, stop_row)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The base's shape."""
         return self.base.shape(name)
 
     def activation_quantizer(self, name: str, values: bool = False) -> Rounding:
-        """The base's."""
         return self.base.activation_quantizer(name, values)
 
 
@@ -73,7 +69,6 @@ class MovedWeights(Overlay):
         self.device = device
 
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
-        """Reads rows of the base's weight and moves them."""
         return self.base.rows(name, start_row, stop_row).to(self.device)
 
 
@@ -104,7 +99,6 @@ class WatchedWeights(Overlay):
         return self._watched(name, self.base[name])
 
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
-        """Reads some rows of a tensor."""
         return self._watched(name, self.base.rows(name, start_row, stop_row))
 
     def _watched(self, name: str, values: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,6 @@ class Skeleton:
                 self.model.set_submodule(layer.experts_module, RoutingTap())
 
     def module(self, name: str) -> nn.Module:
-        """The transformers module of that name."""
         return self.model.get_submodule(name)
 
     def activation(self, values: torch.Tensor) -> torch.Tensor:

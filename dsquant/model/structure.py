@@ -61,7 +61,6 @@ class Mlp:
 
     @property
     def linears(self) -> tuple[str, str, str]:
-        """The three linears."""
         return self.gate, self.up, self.down
 
 
@@ -102,7 +101,6 @@ class DecoderLayer:
 
     @property
     def prefix(self) -> str:
-        """The layer's module name."""
         return f"model.layers.{self.index}"
 
     @property
@@ -122,7 +120,6 @@ class DecoderLayer:
 
     @property
     def norm(self) -> str:
-        """The norm that feeds the MLPs and the router."""
         return self.mlp_norm.producer
 
     @property
@@ -137,7 +134,6 @@ class DecoderLayer:
 
     @property
     def experts(self) -> tuple[Mlp, ...]:
-        """The routed experts."""
         return tuple(mlp for mlp in self.mlps if mlp.kind == "routed")
 
 

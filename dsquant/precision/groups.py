@@ -36,7 +36,7 @@ class MixedPlan:
 
     @property
     def total_bytes(self) -> int:
-        """The largest size of the output's tensors."""
+        """The bytes that the output's tensors may take."""
         return self.budget_bytes + self.other_bytes
 
 
@@ -56,7 +56,7 @@ def plan_mixed(recipe: Recipe, choice: Choice) -> MixedPlan:
 
 
 def _budget_bytes(recipe: Recipe, choice: Choice) -> int:
-    """Returns the largest size of all groups together."""
+    """Returns the bytes that all groups together may take."""
     smallest, largest = (sum(pick(group.num_bytes.values()) for group in choice.groups) for pick in (min, max))
     if recipe.target_size is not None:
         budget = recipe.target_size - choice.other_bytes

@@ -79,7 +79,6 @@ class LayerJob:
 
     @property
     def grids(self) -> tuple[Grid, ...]:
-        """The grids."""
         return tuple(self.linears)
 
     def grid_of(self, grid: Grid, linear: str) -> Grid:

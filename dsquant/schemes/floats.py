@@ -63,7 +63,6 @@ class Nvfp4(Scheme):
 
     @property
     def levels(self) -> Levels:
-        """The 15 values of E2M1."""
         return E2M1
 
     @property
@@ -105,12 +104,10 @@ class Mxfp4(Scheme):
 
     @property
     def levels(self) -> Levels:
-        """The 15 values of E2M1."""
         return E2M1
 
     @property
     def bits_per_weight(self) -> float:
-        """Codes and a byte for each block."""
         return 4.25
 
     @property

@@ -36,7 +36,6 @@ class Grid(Scheme):
     """Keeps apart outputs on one grid that quantize other linears, or to other widths."""
 
     def with_bits(self, bits: int) -> "Grid":
-        """The same grid with codes of other bits."""
         return replace(self, bits=bits)
 
     @property
@@ -51,7 +50,6 @@ class Grid(Scheme):
 
     @property
     def levels(self) -> Levels:
-        """Whole numbers around the zero point."""
         return Levels(self.maximum_code, symmetric=self.symmetric)
 
     @property
@@ -72,11 +70,11 @@ class Grid(Scheme):
         return grids.range_parameters(weight_OI, self.group_size, self.levels, clip_ratios)
 
     def round_plainly(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, Parameters]:
-        """As every scheme does, in one pass on a GPU."""
+        """In one pass on a GPU."""
         return grids.round_to_range(weight_OI, self.group_size, self.levels)
 
     def scaled_differences(self, weight_OI: torch.Tensor, column_scales_CI: torch.Tensor) -> torch.Tensor:
-        """As every scheme does, in one pass on a GPU."""
+        """In one pass on a GPU."""
         return grids.fake_quantize_difference(weight_OI, column_scales_CI, self.group_size, self.levels)
 
 

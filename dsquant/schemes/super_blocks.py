@@ -27,7 +27,6 @@ class Q4K(Scheme):
 
     @property
     def group_size(self) -> int:
-        """A super-block."""
         return k_quants.SUPER_BLOCK
 
     @property
@@ -37,7 +36,6 @@ class Q4K(Scheme):
 
     @property
     def levels(self) -> Levels:
-        """Codes with offsets."""
         return Levels(15, Kind.OFFSETS)
 
     @property
