@@ -13,13 +13,13 @@ import torch
 
 from dsquant.errors import InputError, UsageError
 from dsquant.formats.decoded import DecodedWeights, checked_matrix, whole_number
-from dsquant.formats.safetensors import SafetensorsFormat
+from dsquant.formats.safetensors import SafetensorsFormat, check_columns
 from dsquant.formats.shards import StoredTensor
 from dsquant.formats.skip_lists import skipped_modules
 from dsquant.formats.wanted import NO_CHOICE, Width
 from dsquant.kernels.packing import pack_awq, unpack_awq
 from dsquant.packages import load
-from dsquant.schemes import Grid, QuantizedWeight, group_size_hint
+from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU
 
@@ -99,11 +99,7 @@ class AwqGemm(SafetensorsFormat):
                     f"{linear}: shape [{rows}, {columns}] does not suit the awq format: the rows must be a multiple of "
                     f"{OUT_MULTIPLE}; use --to compressed-tensors"
                 )
-            if columns % grid.group_size:
-                raise UsageError(
-                    f"{linear}: shape [{rows}, {columns}]: the columns must be a multiple of --group-size "
-                    f"{grid.group_size}; {group_size_hint(columns)}"
-                )
+            check_columns(linear, (rows, columns), grid)
 
     def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:
         rows, columns = shape

@@ -19,14 +19,14 @@ import torch
 
 from dsquant.errors import InputError, UsageError
 from dsquant.formats.decoded import DecodedWeights, checked_matrix, whole_number
-from dsquant.formats.safetensors import SafetensorsFormat
+from dsquant.formats.safetensors import SafetensorsFormat, check_columns
 from dsquant.formats.shards import StoredTensor
 from dsquant.formats.skip_lists import ignored_modules, targets_by_width
 from dsquant.formats.wanted import NO_CHOICE, Width
 from dsquant.kernels.packing import pack_rows, unpack_rows
 from dsquant.kernels.values import WORD_BITS
 from dsquant.packages import load
-from dsquant.schemes import Grid, QuantizedWeight, group_size_hint
+from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU
 
@@ -163,12 +163,8 @@ class CompressedTensors(SafetensorsFormat):
         return [note] if mixture else []
 
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
-        for linear, (rows, columns) in shapes.items():
-            if columns % grid.group_size:
-                raise UsageError(
-                    f"{linear}: shape [{rows}, {columns}]: the columns must be a multiple of --group-size "
-                    f"{grid.group_size}; {group_size_hint(columns)}"
-                )
+        for linear, shape in shapes.items():
+            check_columns(linear, shape, grid)
             if ".experts." in linear and not grid.symmetric:
                 raise UsageError(
                     f"{linear}: vLLM's mixture-of-experts kernels take compressed-tensors weights only without zero "

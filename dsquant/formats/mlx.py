@@ -18,12 +18,12 @@ import torch
 
 from dsquant.errors import InputError, UsageError
 from dsquant.formats.decoded import DecodedWeights, checked_matrix, whole_number
-from dsquant.formats.safetensors import SafetensorsFormat
+from dsquant.formats.safetensors import SafetensorsFormat, check_columns
 from dsquant.formats.shards import StoredTensor
 from dsquant.formats.wanted import NO_CHOICE, Wanted, Width
 from dsquant.kernels.packing import pack_rows, unpack_rows
 from dsquant.kernels.values import WORD_BITS
-from dsquant.schemes import Grid, QuantizedWeight, group_size_hint
+from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.checkpoint import CONFIG_FILE
 from dsquant.source.shards import ShardIndex, TensorInfo
 from dsquant.source.weights import CPU
@@ -152,12 +152,8 @@ class Mlx(SafetensorsFormat):
                 "the mlx format stores -scale * zero point in BF16, which holds it exactly for symmetric grids alone; "
                 "leave --asymmetric out"
             )
-        for linear, (rows, columns) in shapes.items():
-            if columns % grid.group_size:
-                raise UsageError(
-                    f"{linear}: shape [{rows}, {columns}]: the columns must be a multiple of --group-size "
-                    f"{grid.group_size}; {group_size_hint(columns)}"
-                )
+        for linear, shape in shapes.items():
+            check_columns(linear, shape, grid)
 
     def stack_of(self, tensor: str) -> tuple[str, int] | None:
         """Stacks each linear of a layer's routed experts."""

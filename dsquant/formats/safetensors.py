@@ -11,13 +11,14 @@ from typing import Any, Literal
 import torch
 
 from dsquant.calibration.texts import TOKENIZER_FILES
+from dsquant.errors import UsageError
 from dsquant.files.foreign import find_file
 from dsquant.formats.protocol import Format
 from dsquant.formats.safetensors_target import SafetensorsTarget, matrix
 from dsquant.formats.shards import StoredTensor, plan_shards
 from dsquant.formats.wanted import NO_CHOICE, Wanted
-from dsquant.model.structure import DecoderLayer, linear_groups
-from dsquant.schemes import UNQUANTIZED, Grid, QuantizedWeight
+from dsquant.model.structure import linear_groups
+from dsquant.schemes import UNQUANTIZED, Grid, QuantizedWeight, group_size_hint
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU, Weights
 
@@ -114,8 +115,9 @@ class SafetensorsFormat(Format):
         differs = wanted.chosen or linears != wanted.linears
         own = wanted.name if differs and len(recipe.to) > 1 else ""
         grid = Grid(recipe.bits, recipe.group_size, symmetric, output=own)
-        groups = _groups(wanted.layers, linears) if wanted.chosen else {}
-        widths = {linear: int(wanted.chosen[name]) for name, inside in groups.items() for linear in inside}
+        chosen, layers = wanted.chosen, wanted.layers if wanted.chosen else ()
+        groups = [group for layer in layers for group in linear_groups(layer, linears).items()]
+        widths = {linear: int(chosen[name]) for name, inside in groups for linear in inside}
         linears = linears.difference(linear for linear, width in widths.items() if width == UNQUANTIZED)
         shapes = {linear: matrix(weights.shape(f"{linear}.weight")) for linear in sorted(linears)}
         self.check(grid, shapes)
@@ -148,15 +150,19 @@ class SafetensorsFormat(Format):
         )
 
 
+def check_columns(linear: str, shape: tuple[int, int], grid: Grid) -> None:
+    """Raises UsageError where a linear's columns are not whole groups."""
+    if shape[1] % grid.group_size:
+        raise UsageError(
+            f"{linear}: shape {list(shape)}: the columns must be a multiple of --group-size {grid.group_size}; "
+            f"{group_size_hint(shape[1])}"
+        )
+
+
 def copied_files(folder: Path) -> list[str]:
     """Lists the checkpoint's files that its quantized version needs as they are; raises InputError where one is not a
     regular file, or a link that leads out of the checkpoint."""
     return [name for name in COPIED if find_file(folder, name) is not None]
-
-
-def _groups(layers: Iterable[DecoderLayer], quantizable: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """The groups of linears that get one width, of all layers."""
-    return {name: inside for layer in layers for name, inside in linear_groups(layer, quantizable).items()}
 
 
 def _stacked(

@@ -60,11 +60,7 @@ class Shard:
         begin = 0
         for tensor in self.tensors:
             end = begin + tensor.num_bytes
-            entries[tensor.name] = {
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
-            }
+            entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
             begin = end
         raw = json.dumps(entries, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % ALIGNMENT)

@@ -205,8 +205,7 @@ def _pre_tokenizer(file: Path, name: str) -> Any:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     if name not in EXPRESSIONS:
         raise InputError(
-            f"{file}: pre-tokenizer {name!r} is none of deepseek-v3, gpt-2, {', '.join(EXPRESSIONS)}; name the "
-            "checkpoint that it was made from as the reference"
+            f"{file}: pre-tokenizer {name!r} is none of deepseek-v3, gpt-2, {', '.join(EXPRESSIONS)}; {OR_REFERENCE}"
         )
     split = pre_tokenizers.Split(Regex(EXPRESSIONS[name]), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -225,10 +224,7 @@ def _config(header: GgufHeader) -> dict[str, Any]:
     def key(name: str, default: Any = None) -> Any:
         value = numbers.get(name, default)
         if value is None:
-            raise InputError(
-                f"{file}: key '{architecture}.{name}' is missing; name the checkpoint that it was made from as the "
-                "reference"
-            )
+            raise InputError(f"{file}: key '{architecture}.{name}' is missing; {OR_REFERENCE}")
         if not isinstance(value, int | float) or not 0 <= value <= LARGEST_NUMBER:
             raise InputError(f"{file}: key '{architecture}.{name}' is {value!r:.80}, expected a number")
         return value
@@ -287,5 +283,5 @@ def _check_rotary(header: GgufHeader, config: Mapping[str, Any]) -> None:
     if difference:
         raise InputError(
             f"{header.file}: its rotary embedding is scaled in a way that dsquant does not read back (it finds "
-            f"{config['rope_scaling']}: {difference}); name the checkpoint that it was made from as the reference"
+            f"{config['rope_scaling']}: {difference}); {OR_REFERENCE}"
         )

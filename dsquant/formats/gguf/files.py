@@ -69,11 +69,7 @@ def _padded(size: int) -> int:
 
 
 def plan_files(
-    stem: str,
-    architecture: str,
-    add_keys: Callable[[Any], None],
-    tensors: Sequence[GgufTensor],
-    max_file_bytes: int,
+    stem: str, architecture: str, add_keys: Callable[[Any], None], tensors: Sequence[GgufTensor], max_file_bytes: int
 ) -> tuple[GgufFile, ...]:
     """Distributes tensors over files and builds their headers; gguf-py does both.
 

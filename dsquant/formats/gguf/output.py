@@ -23,14 +23,7 @@ from dsquant.formats.gguf.type_choice import type_choice
 from dsquant.formats.gguf.types import MIXTURES, parse_overrides
 from dsquant.formats.gguf.unit import OpenGguf
 from dsquant.formats.gguf.weights import open_gguf
-from dsquant.formats.protocol import (
-    Contents,
-    Format,
-    ScaledLinear,
-    StoredFile,
-    Surroundings,
-    Target,
-)
+from dsquant.formats.protocol import Contents, Format, ScaledLinear, StoredFile, Surroundings, Target
 from dsquant.formats.scales import SCALES_FILE
 from dsquant.formats.wanted import Choice, Choosable, Wanted, Width
 from dsquant.model.skeleton import Skeleton

@@ -59,7 +59,10 @@ def stored_rows(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tenso
         return ggml.quantize(rows_RI, type_name, weights_I)
     if type_name in k_quants.ROW_BLOCKS:
         return k_quants.quantize(rows_RI, type_name, weights_I)
-    return _by_gguf_py(rows_RI, type_name)
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    return torch.from_numpy(quantize(rows_RI.numpy(), GGMLQuantizationType[type_name]))
 
 
 def decoded_rows(stored: torch.Tensor, type_name: str) -> torch.Tensor:
@@ -70,10 +73,3 @@ def decoded_rows(stored: torch.Tensor, type_name: str) -> torch.Tensor:
 
     decoded = dequantize(stored.contiguous().numpy(), GGMLQuantizationType[type_name])
     return torch.from_numpy(np.array(decoded, dtype=np.float32))
-
-
-def _by_gguf_py(rows_RI: torch.Tensor, type_name: str) -> torch.Tensor:
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
-    return torch.from_numpy(quantize(rows_RI.numpy(), GGMLQuantizationType[type_name]))

@@ -12,13 +12,7 @@ import torch
 from dsquant.errors import InputError
 from dsquant.files.foreign import blaming, find_file
 from dsquant.formats.gguf.file import read_gguf
-from dsquant.formats.gguf.layout import (
-    Placement,
-    decode_rotary,
-    join_keys_and_values,
-    placements,
-    stored_shape,
-)
+from dsquant.formats.gguf.layout import Placement, decode_rotary, join_keys_and_values, placements, stored_shape
 from dsquant.kernels.activation_rounding import Rounding, rounding_of_type
 from dsquant.model.families import FAMILIES, family_of
 from dsquant.model.overlays import on_device
