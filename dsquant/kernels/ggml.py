@@ -41,7 +41,7 @@ def quantize(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor, 
     """Quantizes float32 rows [R, I], I a multiple of the type's block, with ggml's C code: uint8 [R, bytes of a row].
 
     `importance_I`, float32 and positive, weighs each column's squared error; all ones still make ggml take its better
-    search. 0 threads are one for each core that this process may use.
+    search. `threads` 0 is one for each core that this process may use.
     """
     ggml = library()
     assert ggml is not None

@@ -57,7 +57,7 @@ class Activations:
     def in_file(
         cls, path: Path, shape: tuple[int, int, int], device: torch.device = CPU, dtype: torch.dtype | None = None
     ) -> "Activations":
-        """Opens a file of activations [N, T, H], filled with zeros where it is new; None is `stored_dtype`."""
+        """Opens a file of activations [N, T, H], filled with zeros where it is new; `dtype` None is `stored_dtype`."""
         dtype = dtype or stored_dtype(device)
         num_bytes = dtype.itemsize * shape[0] * shape[1] * shape[2]
         with naming(path), path.open("ab") as file:

@@ -129,8 +129,8 @@ def _contribution(
 def shared_inverses(job: LayerJob, norm_scales: Sequence[torch.Tensor]) -> list[tuple[InverseFactor, ...]]:
     """Computes the factors that compensate errors of gate and up where inputs are too wide for one Gram matrix each.
 
-    All MLPs share that of the layer's tokens, or of `SHARED_ROWS` of them (docs/decisions/0018); `mlp_inputs` is
-    filled. Returns one entry for each grid; empty where MLPs have their own, or errors are not compensated.
+    All MLPs share that of the layer's tokens in `mlp_inputs`, or of `SHARED_ROWS` of them (docs/decisions/0018).
+    Returns one entry for each grid; empty where MLPs have their own, or errors are not compensated.
     """
     hidden, mlp_inputs = job.inputs.shape[2], job.mlp_inputs
     wanted = [grid.rounded and any(mlp.up in job.linears[grid] for mlp in job.layer.mlps) for grid in job.grids]
