@@ -1,1 +1,1 @@
-"""What an output is: how weights are stored, and read back."""
+"""Output formats: how weights are stored, and read back."""

@@ -4,8 +4,8 @@ Shape legend: E experts, O out features, I in features, G groups along I, B bits
 
 weight uint32 [O, I * B / 32] is a dense stream of B-bit codes along I, the first in the lowest bits; scales and biases
 bfloat16 [O, G], and a weight is code * scale + bias. A layer's routed experts lie in one tensor, [E, O, ...], under
-`switch_mlp`. kv_b_proj stays as it is: mlx-lm transposes its keys, along which no group of codes lies. (Layout: mlx
-0.32, `mx.dequantize`; mlx-lm 0.32, `models/switch_layers` and `models/deepseek_v3`.)
+`switch_mlp`. kv_b_proj stays as it is: mlx-lm transposes its keys, so groups would not run along their columns.
+(Layout: mlx 0.32, `mx.dequantize`; mlx-lm 0.32, `models/switch_layers` and `models/deepseek_v3`.)
 """
 
 import re
@@ -116,7 +116,7 @@ class Mlx(SafetensorsFormat):
     config_keys = ("quantization", "quantization_config")
 
     def wrote(self, quantization: Mapping[str, Any]) -> bool:
-        """mlx-lm names no method: bits and group size stand alone."""
+        """Returns whether bits and group size stand without a method."""
         return "quant_method" not in quantization and {"bits", "group_size"} <= quantization.keys()
 
     def described(self, quantization: Mapping[str, Any]) -> str:

@@ -61,7 +61,7 @@ class UnitWriter(ABC):
 
     def note(self, linear: str, squares: torch.Tensor, count: int) -> None:  # noqa: B027 - most formats need none
         """Notes how much each input column of a linear matters, before it is written: sums of squared inputs over
-        `count` tokens, float32 [I]; [H, N] for kv_b_proj's keys alone, which have `KEYS_SUFFIX` behind the name."""
+        `count` tokens, float32 [I]; [H, N] for kv_b_proj's keys alone, whose name ends in `KEYS_SUFFIX`."""
 
     @abstractmethod
     def copy_rest(self, safe_point: Callable[[str], None]) -> None:
@@ -218,7 +218,7 @@ class Format(ABC):
     help: str
     """Its description on the command line."""
     has_types = False
-    """Whether a type follows its name, behind a colon."""
+    """Whether a type follows its name, after a colon."""
     needs_texts = True
     """Whether it needs calibration."""
     encoded_by_package = False

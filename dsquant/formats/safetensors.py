@@ -24,7 +24,7 @@ from dsquant.source.weights import CPU, Weights
 
 # Never code: a checkpoint's own Python files stay where they are.
 COPIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
-# What is the source's in a config.json, and not the output's.
+# Keys of a config.json that hold for the source only.
 DROPPED_KEYS = ("quantization_config", "auto_map")
 
 

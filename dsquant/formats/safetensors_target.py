@@ -22,7 +22,7 @@ from dsquant.source.weights import Weights
 if TYPE_CHECKING:
     from dsquant.formats.safetensors import SafetensorsFormat
 
-# What vLLM's and SGLang's kernels take; other widths are chosen only where a target cannot be met without them.
+# vLLM's and SGLang's kernels take these; other widths are chosen only where a target cannot be met without them.
 STOCK_WIDTHS = (4, 8, UNQUANTIZED)
 
 

@@ -4,7 +4,7 @@ How they are matched, as read in the engines' sources (November 2026):
 * AWQ's `modules_to_not_convert`: vLLM and SGLang skip a layer when an entry is a substring of its name; transformers
   when the name begins with an entry (as a regular expression) or ends with it. So an entry is a beginning that goes
   down to a whole module, or an ending.
-* compressed-tensors' `ignore`: full module names, or regular expressions behind `re:`; every linear that the checkpoint
+* compressed-tensors' `ignore`: full module names, or regular expressions after `re:`; every linear that the checkpoint
   does not quantize has to match, `lm_head` and the router too.
 Engines fuse gate_proj with up_proj, q_a_proj with kv_a_proj_with_mqa, and q_proj with k_proj and v_proj, and look the
 parts up one by one: all parts of a fused layer must agree, which both presets give.

@@ -264,7 +264,7 @@ def _rope_scaling(header: GgufHeader, facts: GgufFacts, config: Mapping[str, Any
         return {"rope_type": "linear", "factor": factor}
     original = numbers.get("rope.scaling.original_context_length", config["max_position_embeddings"])
     found = {"type": kind, "factor": factor, "original_max_position_embeddings": original}
-    found |= {"beta_fast": 32.0, "beta_slow": 1.0}  # whatever the keys say: llama.cpp reads them in other architectures
+    found |= {"beta_fast": 32.0, "beta_slow": 1.0}  # not the keys': llama.cpp reads them in other architectures only
     rotary = header.rotary
     if facts.split is None:
         plain = math.isclose(rotary.magnitude, yarn_mscale(factor), rel_tol=1e-6)

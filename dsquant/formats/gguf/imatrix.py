@@ -103,7 +103,7 @@ def read_imatrix(path: Path) -> dict[str, TensorImportance]:
         entries = _read_gguf(path) if is_gguf else _read_legacy(read_file(path, LARGEST_LEGACY_BYTES))
     except (InputError, ImportError):
         raise
-    except Exception as error:  # gguf-py raises whatever numpy does on damaged files
+    except Exception as error:  # gguf-py lets numpy's errors through on damaged files
         raise InputError(f"{path} is damaged or no imatrix: {error}") from error
     if not entries:
         raise InputError(f"{path} holds no importance of any tensor")

@@ -34,7 +34,7 @@ from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.scan import Look
 from dsquant.source.weights import Weights
 
-# What scales are searched on: 4 bits with scale and minimum for 32 weights, as Q4_K has.
+# Scales are searched on this grid: 4 bits with scale and minimum for 32 weights, as Q4_K has.
 SCALES_GRID = Grid(4, 32, False, rounded=False)
 
 

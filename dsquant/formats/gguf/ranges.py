@@ -37,7 +37,7 @@ def range_look(checkpoint: Checkpoint, tensors: Iterable[GgufTensor]) -> Look:
             check_range(checkpoint, info.name, types[info.name], values)
         parameter = info.name.removesuffix(SCALE_SUFFIX)
         if parameter in types and info.name != parameter and LARGEST_FP8 * float(values.float().max()) > LARGEST_F16:
-            # The largest scale may lie beside small numbers: only now is the weight itself looked at.
+            # The largest scale may belong to small numbers: only now is the weight itself read.
             rows = checkpoint.weights.shape(parameter)[0]
             for start in range(0, rows, ROWS_AT_ONCE):
                 part = checkpoint.weights.rows(parameter, start, min(start + ROWS_AT_ONCE, rows))

@@ -103,7 +103,7 @@ def plan_model(
             left_out.extend(add_tokenizer_keys(writer, checkpoint.folder, int(config["vocab_size"]), names))
 
     stem = f"{model_name}-{label or type_name}"
-    # gguf-py packs what the config says, whatever that is, into numbers of 32 bits.
+    # gguf-py packs any value of the config into numbers of 32 bits.
     with blaming(checkpoint.folder / CONFIG_FILE, "take config.json from the same release as the weights"):
         files = plan_files(stem, family.gguf.architecture, add_keys, list(tensors.values()), max_file_bytes)
     notes = tuple(

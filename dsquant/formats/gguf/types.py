@@ -32,7 +32,7 @@ BLOCKS = {
     "IQ4_XS": (256, 136),
 }
 FLOAT_TYPES = ("F32", "F16", "BF16")
-# What `--type` accepts -> (the type of most tensors, `general.file_type`).
+# Value of `--type` -> (the type of most tensors, `general.file_type`).
 MIXTURES = {
     "F32": ("F32", 0),
     "F16": ("F16", 1),
@@ -54,7 +54,7 @@ MIXTURES = {
 }
 # The type that takes a row whose length is not a multiple of a block of 256.
 _FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
-# What a target may choose from: what engines run fast, from the fewest bits to the most.
+# Types that a target chooses from: engines run them fast; from the fewest bits to the most.
 CANDIDATES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 _KEPT_AT_8_BITS = re.compile(r"\.(attn_\w+|ffn_(gate|up|down)(_shexp)?|nextn\.eh_proj)\.weight$")
 
@@ -69,7 +69,7 @@ class ModelFacts:
     num_query_groups: int
     """Query heads of a key-value head; MLA counts as one key-value head."""
     tied: bool
-    """Whether the embedding is the head too."""
+    """Whether the embedding is also the head."""
     is_70b: bool
 
 

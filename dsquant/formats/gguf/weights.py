@@ -20,13 +20,13 @@ from dsquant.model.skeleton import network_config
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.weights import Weights
 
-# Pages of a file that may stay mapped: many times a tensor's, little beside what evaluation needs.
+# Pages of a file that may stay mapped: many times a tensor's, few compared with an evaluation's memory.
 RELEASE_BYTES = 64 * 2**20
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 class GgufWeights(Weights):
-    """name -> float32 tensor; a table's rows and one expert's part are decoded alone."""
+    """name -> float32 tensor; a table's rows and one expert's part are decoded on their own."""
 
     def __init__(self, path: Path, names: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
         """Opens a file, or all parts of a split one from its first, for the original's parameters -> shape; those that
