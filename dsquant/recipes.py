@@ -54,7 +54,7 @@ def _listed_steps(steps: Any) -> list[Any]:
     return list(steps)
 
 
-class Job(Options):
+class JobOptions(Options):
     """What every job is asked."""
 
     model: Annotated[str, BeforeValidator(text_of_path), Accepts(str | Path)] = Field(
@@ -64,7 +64,7 @@ class Job(Options):
     evaluate: bool = Field(default=True, description="Compare with the original at the end.")
 
 
-class Target(Options):
+class TargetOptions(Options):
     """How large the output may become; widths or types are then chosen by measured sensitivity."""
 
     target_bits: float | None = Field(
@@ -100,7 +100,7 @@ class Target(Options):
         return None if self.target_size is None else format_size(self.target_size).replace(" ", "")
 
 
-class Quantization(Target):
+class Quantization(TargetOptions):
     """How weights are quantized, and to which formats."""
 
     to: Annotated[Texts, Spelling(metavar="FORMAT", default="awq")] = Field(
@@ -174,7 +174,7 @@ class GgufFiles(Options):
     )
 
 
-class GgufQuantization(Target):
+class GgufQuantization(TargetOptions):
     """How the weights of GGUF files are quantized."""
 
     type: str = Field(
@@ -228,7 +228,7 @@ class Device(Options):
     )
 
 
-class Machine(Device):
+class MachineOptions(Device):
     """Where to compute, and in how much memory of each kind."""
 
     gpu_memory_budget: Annotated[Size | None, Spelling(default="90 % of what is free, at most 16GiB")] = Field(
@@ -236,11 +236,11 @@ class Machine(Device):
     )
 
 
-class AwqOptions(Machine, Calibration, Quantization, Job):
+class AwqOptions(MachineOptions, Calibration, Quantization, JobOptions):
     """What `dsquant awq` takes."""
 
 
-class GgufOptions(Machine, Calibration, GgufFiles, GgufQuantization, Job):
+class GgufOptions(MachineOptions, Calibration, GgufFiles, GgufQuantization, JobOptions):
     """What `dsquant gguf` takes: its defaults, and its own names for what a recipe says by `to` and `steps`."""
 
     output: Annotated[Path, Spelling("-o", default="./NAME-TYPE-GGUF; the target in the place of TYPE")] = Field(

@@ -17,7 +17,7 @@ LIBRARIES = 128 * 2**20
 
 
 @dataclass(frozen=True)
-class Needs:
+class EvaluationNeeds:
     """Memory and disk in bytes."""
 
     memory: int
@@ -26,7 +26,7 @@ class Needs:
     """For hidden states, while the evaluation lasts."""
 
 
-def needs(models: ComparedModels, num_samples: int, seq_len: int) -> Needs:
+def needs(models: ComparedModels, num_samples: int, seq_len: int) -> EvaluationNeeds:
     """Computes the memory and disk that an evaluation of samples needs, for all texts together."""
     skeleton, num_candidates = models.skeleton, len(models.candidates)
     hidden, num_rows = skeleton.config["hidden_size"], num_samples * seq_len
@@ -41,7 +41,7 @@ def needs(models: ComparedModels, num_samples: int, seq_len: int) -> Needs:
     parts = 8 * DOUBLE * SCORED_AT_ONCE * vocabulary
     sums = scored * (num_candidates + 1) * 2 * 14 * DOUBLE
     mapped = sum(min(size, RELEASE_BYTES) for size in files)
-    return Needs(max(*layers, tables + parts + sums) + mapped + LIBRARIES, sum(files))
+    return EvaluationNeeds(max(*layers, tables + parts + sums) + mapped + LIBRARIES, sum(files))
 
 
 def _layer(models: ComparedModels, layer: DecoderLayer, seq_len: int) -> int:

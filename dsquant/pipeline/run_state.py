@@ -60,11 +60,11 @@ class Run:
     def kept_paths(self, layer: int) -> list[Path]:
         """The files that a layer reads."""
         own = [self.hidden_path(layer)]
-        return [*own, self.quantized_path(layer)] if self.follows_quantized else own
+        return [*own, self.quantized_path(layer)] if self.sequential else own
 
     @property
-    def follows_quantized(self) -> bool:
-        """Whether linears are rounded for the inputs that the quantized model gives them."""
+    def sequential(self) -> bool:
+        """Whether calibration is sequential: linears are rounded for the inputs that the quantized model gives them."""
         return "follow" in self.recipe.steps
 
     @property

@@ -234,7 +234,7 @@ def _run_layer(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str
         safe_point=safe_point,
         note=writers.note,
         keep_scales=writers.keep_scales,
-        quantized=_quantized_stream(run, layer) if run.follows_quantized else None,
+        quantized=_quantized_stream(run, layer) if run.sequential else None,
         ranks=run.ranks,
     )
     make = quantize_layer if source.plan.quantizes else observe_layer

@@ -16,7 +16,7 @@ Width = TypeVar("Width", bound=int | str)
 
 
 @dataclass(frozen=True)
-class Choice(Generic[Width]):
+class GroupCosts(Generic[Width]):
     """A group and what it may become."""
 
     name: str
@@ -39,7 +39,7 @@ class _Step(Generic[Width]):
     """Less error than before."""
 
 
-def allocate(choices: Sequence[Choice[Width]], budget_bytes: int) -> dict[str, Width]:
+def allocate(choices: Sequence[GroupCosts[Width]], budget_bytes: int) -> dict[str, Width]:
     """Chooses a width for each group; the budget is at least the sum of the smallest.
 
     The summed error is never above that of any one width for all groups that fits, and never rises with the budget.
@@ -53,7 +53,7 @@ def allocate(choices: Sequence[Choice[Width]], budget_bytes: int) -> dict[str, W
     return {choice.name: width for choice, width in zip(choices, best, strict=True)}
 
 
-def _hull(choice: Choice[Width]) -> list[Width]:
+def _hull(choice: GroupCosts[Width]) -> list[Width]:
     """The widths on the lower convex hull, from the smallest up: each costs more bytes, errs less, and gains less."""
     hull: list[Width] = []
     for width in sorted(choice.num_bytes, key=lambda width: (choice.num_bytes[width], choice.errors[width])):
@@ -65,12 +65,12 @@ def _hull(choice: Choice[Width]) -> list[Width]:
     return hull
 
 
-def _slope(choice: Choice[Width], width: Width, wider: Width) -> float:
+def _slope(choice: GroupCosts[Width], width: Width, wider: Width) -> float:
     gain = choice.errors[width] - choice.errors[wider]
     return gain / max(1, choice.num_bytes[wider] - choice.num_bytes[width])
 
 
-def _steps(choices: Sequence[Choice[Width]], hulls: Sequence[Sequence[Width]]) -> Iterator[_Step[Width]]:
+def _steps(choices: Sequence[GroupCosts[Width]], hulls: Sequence[Sequence[Width]]) -> Iterator[_Step[Width]]:
     for place, (choice, hull) in enumerate(zip(choices, hulls, strict=True)):
         for width, wider in pairwise(hull):
             more = choice.num_bytes[wider] - choice.num_bytes[width]
@@ -101,16 +101,16 @@ def _filled(smallest: Sequence[Width], steps: Sequence[_Step[Width]], left: int)
         yield filled
 
 
-def _uniform(choices: Sequence[Choice[Width]], budget_bytes: int) -> Iterator[list[Width]]:
+def _uniform(choices: Sequence[GroupCosts[Width]], budget_bytes: int) -> Iterator[list[Width]]:
     for width in [width for width in choices[0].num_bytes if all(width in choice.num_bytes for choice in choices)]:
         widths = [width] * len(choices)
         if _bytes(choices, widths) <= budget_bytes:
             yield widths
 
 
-def _bytes(choices: Sequence[Choice[Width]], widths: Sequence[Width]) -> int:
+def _bytes(choices: Sequence[GroupCosts[Width]], widths: Sequence[Width]) -> int:
     return sum(choice.num_bytes[width] for choice, width in zip(choices, widths, strict=True))
 
 
-def _error(choices: Sequence[Choice[Width]], widths: Sequence[Width]) -> float:
+def _error(choices: Sequence[GroupCosts[Width]], widths: Sequence[Width]) -> float:
     return sum(choice.errors[width] for choice, width in zip(choices, widths, strict=True))

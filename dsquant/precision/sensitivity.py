@@ -21,7 +21,7 @@ from dsquant.model.activations import Activations
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import embed
 from dsquant.model.structure import DecoderLayer
-from dsquant.precision.allocation import Choice, Width, allocate
+from dsquant.precision.allocation import GroupCosts, Width, allocate
 from dsquant.precision.groups import MixedPlan
 from dsquant.precision.layer_errors import Errors, Sensitivity, Trial, measure_layer
 from dsquant.quantization.layer_job import LayerJob, Note
@@ -63,7 +63,7 @@ class SensitivityPass(Generic[Width]):
 def choose(mixed: MixedPlan, errors: Mapping[str, Mapping[Width, float]]) -> dict[str, dict[str, Any]]:
     """Divides the bytes of one output: group -> its `width`, and `bytes` and `errors` of every width."""
     choices = [
-        Choice(group.name, group.num_bytes, {width: errors[group.name][width] for width in group.num_bytes})
+        GroupCosts(group.name, group.num_bytes, {width: errors[group.name][width] for width in group.num_bytes})
         for group in mixed.groups
     ]
     widths = allocate(choices, mixed.budget_bytes)

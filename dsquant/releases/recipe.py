@@ -39,7 +39,7 @@ from dsquant.files.disk import PARTIAL
 from dsquant.files.sealing import RELEASE_FILE
 from dsquant.files.strict_yaml import read_yaml
 from dsquant.options import Options, Texts, problem_text
-from dsquant.recipes import GgufFiles, GgufQuantization, Machine, Quantization, Sampling
+from dsquant.recipes import GgufFiles, GgufQuantization, MachineOptions, Quantization, Sampling
 
 # Of small letters, since some file systems take no notice of case; some drop a dot at the end as well.
 NAME = r"^[a-z0-9]([a-z0-9._-]*[a-z0-9_-])?$"
@@ -62,7 +62,7 @@ class Named(Part):
     name: str = Field(pattern=NAME, max_length=LONGEST_NAME)
 
 
-class Calibration(Part, Sampling):
+class CalibrationPart(Part, Sampling):
     """What scales and importances are taken from: files, mixes or hub sets."""
 
     texts: Texts = ("r1-mix",)
@@ -130,7 +130,7 @@ Step = Annotated[Annotated[AwqStep, Tag("awq")] | Annotated[GgufStep, Tag("gguf"
 WITHOUT_INFLUENCE = ("output", "memory_budget", "gpu_memory_budget", "publish", "on_failure")
 
 
-class ReleaseRecipe(Part, Machine):
+class ReleaseRecipe(Part, MachineOptions):
     """A whole recipe.
 
     Attributes:
@@ -147,7 +147,7 @@ class ReleaseRecipe(Part, Machine):
 
     model: str = "tiny-r1"
     output: Path
-    calibration: Calibration = Calibration()
+    calibration: CalibrationPart = CalibrationPart()
     quantize: tuple[Step, ...] = Field(min_length=1)
     evaluate: EvaluateStep | None = None
     gates: dict[str, Any] | Path | None = None
@@ -215,5 +215,5 @@ def _part_at(location: tuple[Any, ...]) -> type[Part]:
     """Finds the mapping that a key is in."""
     if location[:1] == ("quantize",):
         return GgufStep if "gguf" in location else AwqStep
-    parts: dict[Any, type[Part]] = {"calibration": Calibration, "evaluate": EvaluateStep, "on_failure": OnFailure}
+    parts: dict[Any, type[Part]] = {"calibration": CalibrationPart, "evaluate": EvaluateStep, "on_failure": OnFailure}
     return parts[location[0]] if len(location) > 1 and location[0] in parts else ReleaseRecipe

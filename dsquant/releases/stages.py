@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsquant.jobs.journal import Journal
-from dsquant.recipes import Machine, Recipe, gguf_recipe
+from dsquant.recipes import MachineOptions, Recipe, gguf_recipe
 from dsquant.releases.evaluation import check_evaluation, decide_gates, evaluate_outputs, read_recipe_gates
 from dsquant.releases.input_state import key_of
 from dsquant.releases.recipe import AwqStep, GgufStep, ReleaseRecipe
@@ -85,7 +85,7 @@ def _job_fields(recipe: ReleaseRecipe) -> dict[str, Any]:
     """Returns the recipe fields that every job shares. Jobs do not evaluate themselves: a stage does it for all at
     once.
     """
-    shared = {name: getattr(recipe, name) for name in Machine.model_fields}
+    shared = {name: getattr(recipe, name) for name in MachineOptions.model_fields}
     return {**recipe.calibration.model_dump(exclude={"texts"}), **shared, "model": recipe.model, "evaluate": False}
 
 

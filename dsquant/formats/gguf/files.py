@@ -99,7 +99,7 @@ def plan_files(
     )
 
 
-class GgufFiles:
+class OpenGgufFiles:
     """The planned files on disk, under temporary names, open for writing.
 
     Several ranks may write into them, each whole rows of matrices; where one rank writes all of a tensor in its order,

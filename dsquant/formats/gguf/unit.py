@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dsquant.formats.gguf.files import GgufFiles
+from dsquant.formats.gguf.files import OpenGgufFiles
 from dsquant.formats.gguf.imatrix import TensorImportance, column_importance, write_imatrix
 from dsquant.formats.gguf.layout import Placement, encode
 from dsquant.formats.gguf.ranges import check_range
@@ -32,7 +32,7 @@ class OpenGguf(OpenTarget):
 
     def __init__(self, model: GgufModel, folder: Path, surroundings: Surroundings, resumed: bool) -> None:
         self._model, self._surroundings, self._folder = model, surroundings, folder
-        self._files = GgufFiles(folder, model.files, resumed, surroundings.ranks)
+        self._files = OpenGgufFiles(folder, model.files, resumed, surroundings.ranks)
 
     def unit(self, name: str, parameters: tuple[str, ...]) -> "GgufUnitWriter":
         return GgufUnitWriter(self._surroundings, self._model, self._files, parameters)
@@ -57,7 +57,7 @@ class GgufUnitWriter(UnitWriter):
     """Writes one unit's parameters into the files of a model."""
 
     def __init__(
-        self, surroundings: Surroundings, model: GgufModel, files: GgufFiles, parameters: tuple[str, ...]
+        self, surroundings: Surroundings, model: GgufModel, files: OpenGgufFiles, parameters: tuple[str, ...]
     ) -> None:
         super().__init__()
         self._checkpoint, self._ranks = surroundings.checkpoint, surroundings.ranks
