@@ -56,8 +56,7 @@ def text_sources(spec: str, share: float) -> list[TextSource]:
 
 def documents_of(spec: str, columns: dict[str, str] | None = None) -> Iterator[Any]:
     """Yields every document of a source, a text or a list of messages; `columns` (part -> column) is for a hub set that
-    keeps a dialogue in columns. Raises InputError where the source is missing or damaged, UsageError where a hub set is
-    not written as one."""
+    keeps a dialogue in columns. Raises InputError where it is missing or damaged, UsageError for a malformed spec."""
     if spec.startswith("hf:"):
         yield from _hub_documents(spec, columns or {})
         return
@@ -167,8 +166,7 @@ def _hub_documents(spec: str, columns: dict[str, str]) -> Iterator[Any]:
 
 
 def shuffled(documents: Iterator[Any], seed: int, name: str, buffer: int = 4096) -> Iterator[Any]:
-    """Yields documents in an order that depends on the seed and their source's name alone; at most `buffer` are
-    held."""
+    """Yields documents in an order that depends on seed and source name alone; at most `buffer` are held."""
     order = random.Random(f"{seed} {name}")
     held: list[Any] = []
     for document in documents:

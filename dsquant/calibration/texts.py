@@ -49,8 +49,7 @@ class CalibrationTokens:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Loads a checkpoint's transformers tokenizer; code in the checkpoint is never run. Raises InputError where there
-    is none, or it cannot be read."""
+    """Loads a checkpoint's transformers tokenizer, running no code of it; raises InputError where it cannot be read."""
     from transformers import AutoTokenizer
 
     if not read_config(folder).get("model_type"):

@@ -24,8 +24,8 @@ class FieldsCommand(click.Command):
         own_first: bool = False,
         **settings: Any,
     ) -> None:
-        """Takes what click's commands take, a function that imports the models, and whether the command's other options
-        stand before the models'."""
+        """Takes click's arguments, a function that imports the models, and whether the other options precede the
+        models'."""
         super().__init__(*arguments, **settings)
         self._models, self._own_first = models, own_first
         self._complete = False

@@ -169,9 +169,7 @@ def reference_machines(disk: str | None = None, disk_read: str | None = None) ->
 
 
 def _candidates(sizes: Sequence[OutputSize]) -> list[OutputSize]:
-    """Returns one output of each name, as its command builds it by default: safetensors with the MTP layer, GGUF
-    without.
-    """
+    """Returns one output of each name as its command builds it by default: with the MTP layer, except for GGUF."""
     by_name: dict[str, OutputSize] = {}
     for size in sizes:
         by_name.setdefault(size.name, size)

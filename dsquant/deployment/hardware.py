@@ -126,10 +126,8 @@ def _memory(option: str, text: str, example: str, count: str = "") -> int:
 
 
 def parse_speed(text: str) -> Range:
-    """Parses a speed in MB/s, GB/s, GiB/s or TB/s (GB/s without a unit) into bytes a second, with equal bounds.
-
-    Raises UsageError where it is not a speed.
-    """
+    """Parses a speed in MB/s, GB/s, GiB/s or TB/s (GB/s without a unit) into bytes a second, with equal bounds. Raises
+    UsageError where it is not a speed."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([MGT])(i?)B?(?:/s|ps)?)?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise UsageError(f"{text!r} is not a speed; write it as 7GB/s")

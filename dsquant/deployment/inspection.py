@@ -43,10 +43,7 @@ class Inspection:
         dtypes = ", ".join(f"{dtype} {format_size(size)}" for dtype, size in self.dtypes.items())
         counts = [counted(self.layers, "layer")]
         if self.experts:
-            counts += [
-                f"{self.experts} routed experts a layer",
-                counted(self.mtp_layers, "MTP layer"),
-            ]
+            counts += [f"{self.experts} routed experts a layer", counted(self.mtp_layers, "MTP layer")]
         lines = [
             f"{self.folder}: {self.architecture}, {', '.join(counts)}",
             f"{self.parameters:,} parameters in {format_size(total)}: {dtypes}",
@@ -76,10 +73,7 @@ def _check_one_checkpoint(folder: Path) -> None:
 
 
 def describe(model: str) -> Inspection:
-    """Describes a checkpoint: a folder, a hub id, or `tiny-r1`.
-
-    Raises InputError where it cannot be read, or its tensors contradict its config.
-    """
+    """Describes a checkpoint (a folder, a hub id, or `tiny-r1`); raises InputError where it cannot be read."""
     folder = locate(model)
     _check_one_checkpoint(folder)
     checkpoint = open_checkpoint(folder)

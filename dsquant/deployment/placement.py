@@ -95,9 +95,7 @@ def place(output: OutputSize, network: Network, machine: Machine, context: int) 
 
 
 def _active_bytes(output: OutputSize, network: Network) -> tuple[float, float]:
-    """Returns the bytes read for a token: of the routed experts, and of everything else; of the embedding one row, so
-    nothing.
-    """
+    """Returns the bytes read for a token: of the routed experts, and of the rest, without the embedding's one row."""
     kinds = output.by_kind
     experts = kinds.get("routed experts", 0)
     head = 0 if "head" in kinds else kinds.get("embedding", 0)  # the embedding is the head too
@@ -106,9 +104,8 @@ def _active_bytes(output: OutputSize, network: Network) -> tuple[float, float]:
 
 
 def _speed(parts: list[tuple[float, Range, Range]], kv_bytes: int, kv_bandwidth: Range) -> Range:
-    """Returns tokens a second from (bytes, bandwidth, share reached) of each place; the slow end reads a full KV cache
-    too.
-    """
+    """Returns tokens a second from each place's (bytes, bandwidth, share reached); the slow end reads a full KV
+    cache."""
     slow = sum(size / (bandwidth.low * share.low) for size, bandwidth, share in parts) + kv_bytes / kv_bandwidth.low
     fast = sum(size / (bandwidth.high * share.high) for size, bandwidth, share in parts)
     return Range(1 / slow, 1 / fast)
@@ -119,9 +116,7 @@ def _impossible(reason: str, kv_bytes: int) -> MachinePlacement:
 
 
 def _place_parallel(output: OutputSize, network: Network, machine: Machine, context: int) -> MachinePlacement:
-    """Places an output for vLLM and SGLang: every rank holds its part of the weights; MLA's cache is the same on every
-    rank.
-    """
+    """Places an output for vLLM and SGLang: every rank holds its part of the weights, and all of MLA's cache."""
     kv_bytes = context * network.kv_bytes_per_token
     if machine.gpus is None:
         return _impossible("vLLM and SGLang need GPUs for this", kv_bytes)
@@ -158,9 +153,8 @@ def _place_parallel(output: OutputSize, network: Network, machine: Machine, cont
 
 
 def _place_split(output: OutputSize, network: Network, machine: Machine, context: int) -> MachinePlacement:
-    """Places an output for llama.cpp: attention and shared weights in GPUs first, then experts; the rest in RAM, then
-    on disk.
-    """
+    """Places an output for llama.cpp: attention and shared weights in GPUs, then experts; the rest in RAM, then on
+    disk."""
     kv_bytes = context * network.kv_bytes_per_token
     embedding = output.by_kind.get("embedding", 0)  # llama.cpp looks its rows up in RAM
     splittable = output.by_kind.get("routed experts", 0)

@@ -114,9 +114,7 @@ def _mtp_units(subject: Subject) -> set[str]:
 
 
 def _mtp_copied(subject: Subject, plan: Plan) -> tuple[int, int]:
-    """Returns the bytes of the MTP layer's files and tensors where it is kept unchanged, which are the same in every
-    format.
-    """
+    """Returns the bytes of the MTP layer's files and tensors where it is kept unchanged: the same in every format."""
     units = _mtp_units(subject)
     target = only_checkpoint(plan.targets)
     shards = [shard for shard in target.shards.shards if shard.unit in units]
@@ -220,9 +218,7 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
 
 
 def _gguf_header(subject: Subject, parameters: list[str], num_mtp_layers: int) -> bytes:
-    """Returns a header of the size that every type's has: only numbers of fixed width differ. Empty without a
-    tokenizer.
-    """
+    """Returns a header of every type's size, since only numbers of fixed width differ; empty without a tokenizer."""
     if not subject.has_tokenizer:
         return b""
     target = plan_model(subject.checkpoint, subject.name, "F32", parameters, num_mtp_layers, False)

@@ -53,10 +53,7 @@ class Subject:
 
 def open_subject(model: str) -> Subject:
     """Opens a model from its headers or its config: `tiny-r1`, a folder, a config.json (or a folder with only that), a
-    hub id.
-
-    Raises InputError where it cannot be found, is damaged, already quantized or not supported.
-    """
+    hub id. Raises InputError where it cannot be found, is damaged, already quantized or not supported."""
     path = Path(model).expanduser()
     if path.is_file():
         return _from_config(model, path.parent, path)

@@ -123,10 +123,8 @@ class Lockstep:
         return self.original, self.noise, *self.candidates.values()
 
     def run(self) -> tuple[Measures, dict[str, Measures]]:
-        """Runs all layers and scores the tokens; returns the noise floor and each candidate's measures.
-
-        Raises InputError where a tensor of the original holds NaN or infinity.
-        """
+        """Runs all layers and scores the tokens; returns the noise floor and each candidate's measures. Raises
+        InputError where a tensor of the original holds NaN or infinity."""
         total = self.skeleton.num_layers
         self._embed()
         for layer in self.skeleton.layers[:total]:

@@ -58,10 +58,8 @@ class EvaluationRequest(Device, Measured):
 
 
 def candidate_names(paths: tuple[str, ...]) -> dict[str, str]:
-    """Returns name -> path, with as much of the end of each path as no other candidate shares as its name.
-
-    Raises UsageError where a candidate is given twice.
-    """
+    """Returns name -> path, with as much of the end of each path as no other candidate shares as its name. Raises
+    UsageError where a candidate is given twice."""
     if len(set(paths)) < len(paths):
         twice = next(path for path, count in Counter(paths).items() if count > 1)
         raise UsageError(f"candidate {twice!r} is named twice")

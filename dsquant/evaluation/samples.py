@@ -24,10 +24,8 @@ class Texts:
 
 
 def read_texts(request: EvaluationRequest, tokenizer: Any) -> Texts:
-    """Tokenizes the texts of an evaluation into samples, with the reference's tokenizer.
-
-    Raises InputError where a text is missing or too short for one sample, UsageError where a text is given twice.
-    """
+    """Tokenizes the texts of an evaluation into samples, with the reference's tokenizer. Raises InputError where a text
+    is missing or too short for one sample, UsageError where a text is given twice."""
     chosen = request.texts or HELD_OUT_TEXTS
     if len(set(chosen)) < len(chosen):
         raise UsageError("name each --text once")

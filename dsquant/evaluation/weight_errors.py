@@ -58,9 +58,7 @@ class Unfolding:
 
 
 def norm_factor(original_I: torch.Tensor, candidate_I: torch.Tensor) -> torch.Tensor:
-    """Returns the scale that was folded into a norm, float32 [I]: old gain over new gain; 1 where that is 0 or not
-    finite.
-    """
+    """Returns the scale folded into a norm, float32 [I]: old gain over new gain; 1 where that is 0 or not finite."""
     factor_I = original_I / candidate_I
     return torch.where(torch.isfinite(factor_I) & (factor_I != 0), factor_I, 1.0)
 
@@ -111,9 +109,8 @@ def relative_error(error: float, size: float) -> float:
 
 @dataclass
 class LayerComparison:
-    """Compares the tensors of one layer, in the order of the data flow; `moments` map linears to moments of the
-    original's inputs.
-    """
+    """Compares a layer's tensors in the order of the data flow; `moments` are those of the original's inputs, by
+    linear."""
 
     layer: DecoderLayer
     unfolding: Unfolding = field(default_factory=Unfolding)

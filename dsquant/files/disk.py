@@ -52,9 +52,8 @@ def publish(partial: Path, path: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes a folder with everything in it, if it exists; another process may be removing it too. A link is left
-    alone.
-    """
+    """Removes a folder with everything in it, if it exists, also while another process removes it; leaves a link
+    alone."""
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -34,10 +34,8 @@ KINDS = {
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """Returns the path of a file in a model's folder, which itself may be a link; None where nothing is there.
-
-    Raises InputError where it is not a regular file, or a link leads out of the model.
-    """
+    """Returns the path of a file in a model's folder, which itself may be a link; None where nothing is there. Raises
+    InputError where it is not a regular file, or a link leads out of the model."""
     path = folder / name
     try:
         mode = path.stat().st_mode
@@ -72,10 +70,8 @@ def _check_regular(path: Path, mode: int) -> None:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Opens a regular file for reading without blocking, as a named pipe would.
-
-    Raises InputError where it is not a regular file, or cannot be opened.
-    """
+    """Opens a regular file for reading without blocking, as a named pipe would. Raises InputError where it is not a
+    regular file, or cannot be opened."""
     try:
         _check_regular(path, path.stat().st_mode)  # before it is opened: that alone may rewind a tape
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
@@ -130,10 +126,8 @@ def blaming(subject: Path | str, then: str = "restore the file") -> Iterator[Non
 
 
 def check_relative(name: object) -> str:
-    """Checks that a recorded name can only mean a file inside the folder of its record, and returns it.
-
-    Raises ValueError with the reason where it is not a plain relative path.
-    """
+    """Checks that a recorded name can only mean a file inside the folder of its record, and returns it. Raises
+    ValueError with the reason where it is not a plain relative path."""
     if not isinstance(name, str):
         raise ValueError(f"{name!r:.80} is not the name of a file")
     parts = PurePosixPath(name).parts
@@ -150,9 +144,7 @@ def check_relative(name: object) -> str:
 
 def own_path(output: Path, name: object) -> Path:
     """Returns the path of a file that an output's record names, to be written or removed; a link there is not followed.
-
-    Raises InputError where the name, or a link on the way, leads out of the folder.
-    """
+    Raises InputError where the name, or a link on the way, leads out of the folder."""
     try:
         path = output / check_relative(name)
         if len(os.fsencode(path.absolute())) + len(PARTIAL) > LONGEST_PATH_BYTES:
@@ -168,10 +160,8 @@ def own_path(output: Path, name: object) -> Path:
 
 
 def check_plain_files(output: Path) -> None:
-    """Refuses to continue in an output folder where writing would go somewhere else.
-
-    Raises InputError where it holds a link, or something that is neither a file nor a folder; it may itself be a link.
-    """
+    """Refuses to continue in an output folder where writing would go somewhere else. Raises InputError where it holds a
+    link, or something that is neither a file nor a folder; it may itself be a link."""
     for folder, folders, files in os.walk(output):
         for name in (*folders, *files):
             path = Path(folder, name)

@@ -24,9 +24,7 @@ _INNERMOST_LIST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s+\]")
 
 
 def canonical(data: Any) -> bytes:
-    """Returns plain JSON values in one canonical form: indented, lists of plain values on one line, UTF-8, final
-    newline.
-    """
+    """Returns plain JSON values as canonical UTF-8: indented, lists of plain values on one line, final newline."""
     text = json.dumps(data, indent=2, ensure_ascii=False)
     text = _INNERMOST_LIST.sub(lambda match: "[" + re.sub(r",\n\s+", ", ", match[1]) + "]", text)
     return (text + "\n").encode()

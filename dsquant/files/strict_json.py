@@ -40,10 +40,8 @@ def parse_json(raw: bytes | str, where: Path | str, then: str = "restore the fil
 def read_json_object(
     path: Path, then: str = "restore the file", finite: bool = True, most_bytes: int = LARGEST_TEXT_BYTES
 ) -> dict[str, Any]:
-    """Reads a file that holds a JSON object.
-
-    Raises InputError where it cannot be read, is too long, is not what `parse_json` accepts, or not an object.
-    """
+    """Reads a file that holds a JSON object. Raises InputError where it cannot be read, is too long, is not what
+    `parse_json` accepts, or not an object."""
     try:
         raw = read_file(path, most_bytes)
     except InputError as error:

@@ -34,10 +34,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """Reads a YAML file into plain values; `what` names its content in messages.
-
-    Raises InputError where it cannot be read, is not YAML, gives a key twice, or holds text that cannot be meant.
-    """
+    """Reads a YAML file into plain values; `what` names its content in messages. Raises InputError where it cannot be
+    read, is not YAML, gives a key twice, or holds text that cannot be meant."""
     where = f"{path}: the {what} cannot be read"
     raw = read_file(path, LARGEST_BYTES)
     try:

@@ -69,9 +69,7 @@ def _same_layout(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def _member(name: str, num_bytes: int = 0) -> zipfile.ZipInfo:
-    """Returns a new member dated 1980, ZipInfo's default; zipfile itself would take the current time, and the mode of a
-    file.
-    """
+    """Returns a new member dated 1980, ZipInfo's default; zipfile itself would take current time and file mode."""
     info = zipfile.ZipInfo(name)
     info.compress_type, info.file_size = zipfile.ZIP_DEFLATED, num_bytes
     info.create_system, info.external_attr = 3, 0o644 << 16  # a Unix, whose attributes are modes

@@ -69,9 +69,7 @@ class PatchedFile(BaseModel):
 
 
 class PatchManifest(BaseModel):
-    """The content of patch.json: the old output's record by its hash, and path -> entry for every file of the new
-    output.
-    """
+    """The content of patch.json: the old output's record by its hash, and path -> entry of the new output's files."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -89,9 +87,7 @@ class PatchManifest(BaseModel):
 
 
 class _InParts(io.BufferedReader):
-    """A file that returns at most as many bytes at once as a patch's list of members has, however long the patch claims
-    it is.
-    """
+    """A file that returns at most as many bytes at once as a patch's list of members has, whatever length it claims."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:
@@ -103,10 +99,8 @@ class _InParts(io.BufferedReader):
 
 @contextmanager
 def open_patch(patch: Path) -> Iterator[zipfile.ZipFile]:
-    """Opens a patch and yields the archive.
-
-    Raises InputError where there is no such file or it is damaged, also where the damage shows only while it is read.
-    """
+    """Opens a patch and yields the archive. Raises InputError where there is no such file or it is damaged, also where
+    the damage shows only while it is read."""
     if not patch.is_file():
         found = "is a folder" if patch.is_dir() else "does not exist"
         raise InputError(f"{patch} {found}; name a patch created by `dsquant delta`")
@@ -118,11 +112,8 @@ def open_patch(patch: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def read_manifest(archive: zipfile.ZipFile, patch: Path) -> PatchManifest:
-    """Reads a patch's manifest, and checks that the archive holds exactly its members.
-
-    Raises InputError where it is not a manifest of `dsquant delta`, or a member is missing, unlisted, repeated, or of
-    another size or kind.
-    """
+    """Reads a patch's manifest, and checks that the archive holds exactly its members. Raises InputError where it is
+    not a manifest of `dsquant delta`, or a member is missing, unlisted, repeated, or of another size or kind."""
     try:
         manifest = PatchManifest.model_validate_json(read_member(archive, MANIFEST, patch))
     except ValidationError as error:

@@ -18,10 +18,8 @@ def lies_in(path: Path, folder: Path) -> bool:
 
 
 def with_ending(output: Path, ending: str) -> Path:
-    """Returns the path next to an output whose name is the output's plus an ending such as .patch.
-
-    Raises InputError where the output is the root folder.
-    """
+    """Returns the path next to an output whose name is the output's plus an ending such as .patch. Raises InputError
+    where the output is the root folder."""
     named = output if output.name.strip(".") else output.resolve()
     if not named.name:
         raise InputError(f"{output} cannot be the new folder; name another one with --output")
@@ -29,10 +27,7 @@ def with_ending(output: Path, ending: str) -> Path:
 
 
 def check_output(output: Path, old: Path) -> None:
-    """Checks that a folder can be created without touching the old output.
-
-    Raises InputError where one would lie in the other, or a file is in the way.
-    """
+    """Raises InputError where a folder cannot be created, or it and the old output lie in each other."""
     check_name(output)
     if lies_in(output, old) or lies_in(old, output):
         raise InputError(

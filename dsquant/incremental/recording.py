@@ -84,11 +84,8 @@ class RecordedTarget:
 
 
 def open_recording(output: Path) -> Recording:
-    """Opens the output folder of `dsquant awq` or `delta`.
-
-    Raises InputError where it is not a finished output or its record is damaged, UsageError where it holds GGUF files
-    or has chosen widths, which are not requantized.
-    """
+    """Opens the output folder of `dsquant awq` or `delta`. Raises InputError where it is not a finished output or its
+    record is damaged, UsageError where it holds GGUF files or has chosen widths, which are not requantized."""
     path = find_file(output, RECORD_FILE)
     if path is None or found_in(output) != "finished":
         raise InputError(
@@ -111,10 +108,8 @@ def open_recording(output: Path) -> Recording:
 
 
 def recorded_targets(recording: Recording, plan: Plan) -> list[RecordedTarget]:
-    """Pairs the formats of a new release's plan with those of a recording.
-
-    Raises InputError where the new release has other tensors, shapes or files.
-    """
+    """Pairs planned formats of a new release with a recording's; raises InputError where tensors, shapes or files
+    differ."""
     paired = []
     for target in plan.targets:
         assert isinstance(target, SafetensorsTarget)

@@ -149,10 +149,7 @@ def _check_old(old: str, recording: Recording, report: Report) -> int:
 
 
 def apply(patch: Path, old: Path, output: Path, report: Report = silent) -> AppliedPatch:
-    """Builds the new output from the old one and a patch.
-
-    Raises InputError where patch or output are damaged, or do not belong together.
-    """
+    """Builds the new output from the old one and a patch; raises InputError where they are damaged or do not match."""
     with (
         stop_on_signals() as request,
         full_disk_is_resumable("nothing is left of it: free some space and apply it again"),

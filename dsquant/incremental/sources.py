@@ -21,10 +21,8 @@ class HeldTensors(ShardIndex):
         self._held: dict[str, torch.Tensor] = {}
 
     def hold(self, names: Iterable[str]) -> dict[str, str]:
-        """Reads tensors and keeps them in place of those held before; returns tensor -> SHA-256 of its bytes.
-
-        Raises InputError where one holds NaN or infinity.
-        """
+        """Reads tensors and keeps them in place of those held before; returns tensor -> SHA-256 of its bytes. Raises
+        InputError where one holds NaN or infinity."""
         self._held = {}
         hashes = {}
         for name in names:

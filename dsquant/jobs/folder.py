@@ -149,8 +149,7 @@ def _clear(output: Path) -> None:
 
 
 def remove_work(output: Path) -> None:
-    """Removes the work folder of a locked output in one step; what a kill leaves of it lies under another name, for the
-    next run to remove."""
+    """Removes the work folder of a locked output in one step; what a kill leaves of it lies under another name."""
     removed = output / REMOVED_FOLDER
     if not (output / WORK_FOLDER).exists():
         return

@@ -72,9 +72,8 @@ def claimed(output: Path, found: str, recipe: Recipe, resume: bool, restart: boo
 
 
 def found_in(output: Path) -> str:
-    """Returns `absent`, `interrupted`, `cleared`, `finished` or `foreign` (see above); `absent` also where there is
-    only what a run leaves that was killed before it began. Raises InputError where something else has the name of a
-    file or folder of dsquant's."""
+    """Returns `absent`, `interrupted`, `cleared`, `finished` or `foreign` (see above); `absent` also after a run that
+    was killed before it began. Raises InputError where something else has the name of a file or folder of dsquant's."""
     if not output.is_dir():
         return "absent"
     work = output / WORK_FOLDER

@@ -36,8 +36,8 @@ class Journal:
     """An append-only file with one checked line for each finished unit."""
 
     def __init__(self, path: Path, job: str = "") -> None:
-        """Reads what is there and cuts away a line that a kill cut off; raises InputError where a line is damaged, or
-        carries another key than `job`."""
+        """Reads the lines, without one that a kill cut off; raises InputError where one is damaged or of another
+        job."""
         self._path, self._job = path, job
         raw = read_file(path) if path.exists() else b""
         complete = raw[: raw.rfind(b"\n") + 1]

@@ -247,8 +247,7 @@ class Shares:
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Joins the ranks that accelerate's launcher or torchrun has started, and yields this one; without a launcher it is
-    the only one. Raises UsageError where the launcher's variables make no sense, Interrupted where the others do not
-    come."""
+    alone. Raises UsageError where the launcher's variables make no sense, Interrupted where ranks are missing."""
     here = launched()
     if here.size == 1:
         yield ALONE

@@ -12,8 +12,7 @@ LARGEST_DEFAULT_BUDGET = 16 * 2**30
 
 
 def resolved_device(device: str) -> str:
-    """Returns `cpu` or `cuda`, for `auto` a GPU where there is one; raises UsageError where `cuda` is asked for and
-    there is none."""
+    """Returns `cpu` or `cuda`, for `auto` a GPU where there is one; raises UsageError for `cuda` without a GPU."""
     found = torch.cuda.is_available()
     if device == "cuda" and not found:
         raise UsageError("--device cuda: PyTorch finds no GPU here; leave --device out to compute on the CPU")
@@ -29,8 +28,8 @@ def default_memory_budget() -> int:
 
 
 def check_disk(output: Path, needed_bytes: int) -> None:
-    """Raises InputError, with the bytes needed and free, where the disk cannot hold the output, with what is there
-    already."""
+    """Raises InputError where the disk cannot hold the output, with what is there; it gives the bytes needed and
+    free."""
     existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     there = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     statistics = os.statvfs(existing)

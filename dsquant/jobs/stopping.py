@@ -62,8 +62,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 def full_disk_is_resumable(
     then: str = "finished units are kept: make room and continue with --resume",
 ) -> Iterator[None]:
-    """Raises Interrupted where the disk or the quota is full, or a file may grow no further; `then` says what is kept,
-    and what to do."""
+    """Raises Interrupted where disk or quota is full, or a file may grow no further; its message ends with `then`."""
     try:
         yield
     except OSError as error:

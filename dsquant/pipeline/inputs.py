@@ -100,8 +100,7 @@ def _check_texts(recipe: Recipe) -> None:
 
 
 def open_calibration(recipe: Recipe, tokenizer: Any) -> tuple[torch.Tensor | None, dict[str, Any] | None]:
-    """Tokenizes the calibration texts: int64 [N, T], and their origin with the tokens' hash; None twice without
-    texts."""
+    """Tokenizes the calibration texts: int64 [N, T], and their origin and hash; None twice without texts."""
     if not recipe.calibration:
         return None, None
     tokens = calibration_tokens(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)

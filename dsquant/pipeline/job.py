@@ -21,14 +21,7 @@ from dsquant.jobs.stopping import StopRequest, full_disk_is_resumable, stop_on_s
 from dsquant.kernels.threads import one_thread_an_operation
 from dsquant.pipeline.choice import choose_widths
 from dsquant.pipeline.finish import finish
-from dsquant.pipeline.inputs import (
-    Source,
-    gpu_memory_budget,
-    gpu_within_budget,
-    memory_budget,
-    open_source,
-    resolved,
-)
+from dsquant.pipeline.inputs import Source, gpu_memory_budget, gpu_within_budget, memory_budget, open_source, resolved
 from dsquant.pipeline.memory import check_memory
 from dsquant.pipeline.notices import planned_warnings
 from dsquant.pipeline.plan import FOLLOW, WITHOUT_FOLLOW, Plan
@@ -159,10 +152,8 @@ def _finish_and_remove(run: Run, check: Callable[[], None], beat: Callable[[], N
 
 
 def preview(recipe: Recipe, resume: bool = False, restart: bool = False) -> Preview:
-    """Validates everything that headers tell and returns the sizes, memory and disk of a run; writes nothing.
-
-    Raises UsageError where the recipe cannot work, InputError where model, texts or output folder cannot be used.
-    """
+    """Validates everything that headers tell and returns the sizes, memory and disk of a run; writes nothing. Raises
+    UsageError where the recipe cannot work, InputError where model, texts or output folder cannot be used."""
     recipe = resolved(recipe)
     source = open_source(recipe)
     state = found_state(recipe.output, recipe, resume, restart)

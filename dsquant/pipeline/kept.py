@@ -20,16 +20,14 @@ def kept_file(unit: str) -> str:
 
 
 def keep_by_folder(path: Path, found: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Writes tensors (output folder -> name -> tensor) to a file in the work folder; makes no file where there are
-    none."""
+    """Writes tensors (output folder -> name -> tensor) to a file in the work folder; no file without tensors."""
     flat = {f"{folder}:{name}": kept for folder, tensors in found.items() for name, kept in tensors.items()}
     if flat:
         write_atomically(path, save(flat))
 
 
 def kept_of(paths: Iterable[Path], folder: str) -> Iterable[dict[str, torch.Tensor]]:
-    """Yields name -> tensor, names in order, of an output folder from each file; a file that is not there holds
-    nothing."""
+    """Yields an output folder's tensors in each file by name, names in order; a missing file holds nothing."""
     for path in paths:
         flat = load_file(path) if path.is_file() else {}
         names = sorted(name for name in flat if name.startswith(f"{folder}:"))

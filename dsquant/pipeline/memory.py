@@ -189,8 +189,7 @@ def _inverting(matrix_bytes: int) -> int:
 
 def passing_bytes(samples: int, seq_len: int, num_ranks: int) -> int:
     """Counts the bytes of GPU memory for each channel of hidden states that stay there while a layer's MLPs run: their
-    inputs, all samples in bfloat16, and the outputs, the rank's own in float32. Planned for the rank with the most
-    samples."""
+    inputs, all samples in bfloat16, and the outputs, in float32 those of the rank with the most samples."""
     shares = Shares(samples, samples_together(seq_len), num_ranks)
     own = max(end - first for first, end in map(shares.samples, range(num_ranks)))
     return seq_len * (BFLOAT16_BYTES * samples + FLOAT32_BYTES * own)

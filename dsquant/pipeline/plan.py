@@ -195,8 +195,8 @@ def _by_preset(recipe: Recipe, layers: tuple[DecoderLayer, ...]) -> frozenset[st
 
 
 def plan_units(mtp: str, checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[Unit, ...]:
-    """Divides a model into units of work: embedding, decoder layers, head, MTP layers, in this order; `mtp` is `keep`,
-    `quantize` or `drop`."""
+    """Divides a model into units: embedding, decoder layers, head, MTP layers (`mtp`: keep, quantize or drop), in this
+    order."""
     names = [name for name in checkpoint.weights if not name.endswith(COMPUTED_SUFFIX)]
     per_layer: dict[int, list[str]] = {layer.index: [] for layer in skeleton.layers}
     rest = []

@@ -100,8 +100,7 @@ def _distances(found: Divergence) -> tuple[str, ...]:
 
 
 def finished_result(recipe: Recipe) -> Result:
-    """Returns the result of a job that has finished before; raises InputError where its record is not one that dsquant
-    writes."""
+    """Returns the result of a job that has finished before; raises InputError where its record is not dsquant's."""
     path = recipe.output / RECORD_FILE
     record = read_json_object(path, START_OVER, finite=False)
     with blaming(path, START_OVER):

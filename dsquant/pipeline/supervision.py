@@ -109,8 +109,7 @@ def _check_packages(recipe: Recipe) -> None:
 
 
 def input_hashes(config: Mapping[str, Any], calibration: Mapping[str, Any] | None, *files: Path) -> dict[str, str]:
-    """Hashes what a job's bytes depend on in addition to its recipe and the source's tensors: name for messages ->
-    SHA-256."""
+    """Hashes what a job's bytes depend on besides its recipe and the source's tensors: name for messages -> SHA-256."""
     texts = {"the model's config.json": config, "the calibration texts": calibration}
     hashed = {name: json.dumps(value, sort_keys=True, default=str).encode() for name, value in texts.items()}
     hashed |= {str(file): file.read_bytes() for file in files}

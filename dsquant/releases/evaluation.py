@@ -27,10 +27,8 @@ GATES_FILE = "gates.json"
 
 
 def read_recipe_gates(recipe: ReleaseRecipe) -> "Gates | None":
-    """Reads the recipe's gates, or those of the file it names; None without gates.
-
-    Raises InputError where they cannot be read or are not valid.
-    """
+    """Reads the recipe's gates, or those of the file it names; None without gates. Raises InputError for invalid
+    ones."""
     if recipe.gates is None:
         return None
     from pydantic import ValidationError

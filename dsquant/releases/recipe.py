@@ -180,11 +180,8 @@ class ReleaseRecipe(Part, MachineOptions):
 
 
 def read_recipe(path: Path, model: str | None = None, output: Path | None = None) -> ReleaseRecipe:
-    """Reads and checks a recipe in YAML; `model` and `output` replace the recipe's.
-
-    Raises InputError where the file is missing or is not YAML, UsageError, with the key's path, where a key is unknown
-    or a value is not allowed.
-    """
+    """Reads and checks a recipe in YAML; `model` and `output` replace the recipe's. Raises InputError where the file is
+    missing or is not YAML, UsageError, with the key's path, where a key is unknown or a value is not allowed."""
     content = read_yaml(path, "recipe")
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a recipe is a mapping with model, output and quantize, found {content!r:.80}")

@@ -41,9 +41,7 @@ class ReleaseStage:
 
 
 def stages_of(shop: Workshop) -> list[ReleaseStage]:
-    """Returns all stages between reading the recipe and publishing, in order: calibrate, quantize each step, evaluate,
-    gate.
-    """
+    """Returns all stages before publishing, in order: calibrate, quantize each step, evaluate, gate."""
     recipe = shop.recipe
     source = key_of(recipe.model, shop.inputs)
     stages = []
@@ -82,9 +80,7 @@ def _calibrate(shop: Workshop) -> dict[str, Any]:
 
 
 def _job_fields(recipe: ReleaseRecipe) -> dict[str, Any]:
-    """Returns the recipe fields that every job shares. Jobs do not evaluate themselves: a stage does it for all at
-    once.
-    """
+    """Returns the recipe fields that every job shares, without evaluation: a stage evaluates all at once."""
     shared = {name: getattr(recipe, name) for name in MachineOptions.model_fields}
     return {**recipe.calibration.model_dump(exclude={"texts"}), **shared, "model": recipe.model, "evaluate": False}
 

@@ -134,10 +134,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def block_size(folder: Path, quantization: dict[str, Any]) -> tuple[int, int] | None:
-    """Returns rows and columns of an FP8 block from a quantization_config; None where it names none.
-
-    Raises InputError where they are not two positive numbers, or the FP8 is of a kind that is not supported.
-    """
+    """Returns rows and columns of an FP8 block from a quantization_config; None where it names none. Raises InputError
+    where they are not two positive numbers, or the FP8 is of a kind that is not supported."""
     for key, known in (("activation_scheme", "dynamic"), ("fmt", "e4m3")):
         if quantization.get("quant_method") == "fp8" and quantization.get(key, known) != known:
             raise InputError(

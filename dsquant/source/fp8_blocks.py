@@ -12,7 +12,6 @@ SCALE_SUFFIX = "_scale_inv"
 
 
 def scale_shape(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    """Returns the shape of the scales of a weight [O, I], one for each block or part of one: [ceil(O / rows), ceil(I /
-    columns)].
-    """
+    """Returns the scales' shape for a weight [O, I], one for each block or part: [ceil(O / rows), ceil(I /
+    columns)]."""
     return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])

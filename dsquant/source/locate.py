@@ -11,10 +11,8 @@ HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*"
 
 
 def locate(model: str) -> Path:
-    """Returns a model's folder, downloading it where `model` is a hub id such as `deepseek-ai/DeepSeek-R1`.
-
-    Raises InputError where there is no such folder and no such hub model, or the hub cannot be reached.
-    """
+    """Returns a model's folder, downloading it where `model` is a hub id such as `deepseek-ai/DeepSeek-R1`. Raises
+    InputError where there is no such folder and no such hub model, or the hub cannot be reached."""
     if model == EMBEDDED_MODEL and not Path(model).is_dir():
         return ASSETS / EMBEDDED_MODEL
     folder = Path(model).expanduser()

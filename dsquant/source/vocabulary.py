@@ -31,10 +31,7 @@ def surplus_notes(tokenizer: Any) -> list[str]:
 
 def check_embedded(samples: Iterable[Sequence[int]], tokenizer: Any, text: str) -> None:
     """Refuses samples (token ids) with a token that has no row in the embedding; `text` is their origin, for the
-    message.
-
-    Raises InputError at the first such token.
-    """
+    message. Raises InputError at the first such token."""
     rows = getattr(tokenizer, "embedding_rows", None)
     if rows is None:
         return

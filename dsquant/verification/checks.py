@@ -166,9 +166,8 @@ def _open_source(
 def _check_files(
     folder: Path, record: dict[str, Any], found: Verification, safe_point: Callable[[int, int, str], None]
 ) -> set[str]:
-    """Checks every byte of every file, and that there are no others; returns the files that are damaged, missing or
-    strays.
-    """
+    """Checks every byte of every file, and that there are no others; returns files that are damaged, missing or
+    strays."""
     files: dict[str, dict[str, Any]] = record["files"]
     wrong = {name: problem for name in files if (problem := what_is_wrong(folder, name)) is not None}
     there = [name for name in files if name not in wrong]

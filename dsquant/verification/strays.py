@@ -75,9 +75,7 @@ def _entries(folder: Path, checked: Collection[PurePosixPath]) -> Iterator[tuple
 
 
 def what_is_wrong(folder: Path, name: str) -> str | None:
-    """Returns why a recorded file cannot be read as a part of its output; None where it is a regular file or a link to
-    one.
-    """
+    """Returns why a recorded file cannot be read as part of its output; None for a regular file or a link to one."""
     try:
         path = (folder / name).resolve(strict=True)
     except (OSError, RuntimeError, ValueError):  # a link that leads to itself, and a null byte in the folder's name

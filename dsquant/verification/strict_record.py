@@ -70,10 +70,8 @@ class ReleaseRecord(_Strict):
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Reads an intact dsquant.json.
-
-    Raises InputError where it was written before records held the hashes of files, or not by dsquant.
-    """
+    """Reads an intact dsquant.json; raises InputError where it is not dsquant's, or from before records held files'
+    hashes."""
     record = read_json_object(path, finite=False)
     if "files" not in record or record.get("record_version") == 1:
         raise InputError(

@@ -137,9 +137,7 @@ def health(tasks: Sequence[Task], completions: Sequence[Completion]) -> Health:
 
 
 def parses(task: Task, completion: Completion) -> bool:
-    """Returns whether prompt and completion are a Python program; a truncated completion's unfinished last line is left
-    out.
-    """
+    """Returns whether prompt and completion are Python, without the unfinished last line of a truncated completion."""
     text = completion.text
     if completion.truncated and "\n" in text:
         text = text[: text.rindex("\n") + 1]

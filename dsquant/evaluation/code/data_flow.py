@@ -29,9 +29,7 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
 
 
 def data_flow(tree: ast.Module, prefix: str = "") -> Counter[Edge]:
-    """Returns the edges of a program's data flow with their counts; reads inside `prefix`, the source's beginning, are
-    left out.
-    """
+    """Returns the edges of a program's data flow with their counts, without reads in its beginning `prefix`."""
     walker = _Walker(Behind(prefix))
     walker.block(tree.body)
     return Counter((sink, source) for _, sink, source in walker.edges)

@@ -71,10 +71,8 @@ class ProgramRun:
 
 
 def run_program(program: str) -> ProgramRun:
-    """Runs a program, which raises where a test fails, under limits; the module says what they do not cover.
-
-    Raises UsageError where the platform has no limits (Windows).
-    """
+    """Runs a program, which raises where a test fails, under limits; the module says what they do not cover. Raises
+    UsageError where the platform has no limits (Windows)."""
     if os.name != "posix":
         raise UsageError("--execute needs a POSIX system, which can limit a program's resources")
     folder = tempfile.mkdtemp(prefix="dsquant-run-")

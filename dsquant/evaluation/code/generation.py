@@ -40,9 +40,7 @@ class Completion:
 
 
 def resident_size(skeleton: Skeleton) -> int:
-    """Returns the bytes that generation needs for weights: the decoder in float32, without multi-token-prediction
-    layers.
-    """
+    """Returns the bytes that generation needs for weights: the decoder in float32, without MTP layers."""
     beyond = tuple(f"{layer.prefix}." for layer in skeleton.layers[skeleton.num_layers :])
     shapes = [shape for name, shape in skeleton.expected_shapes().items() if not name.startswith(beyond or "\n")]
     return BYTES_OF_FLOAT32 * sum(torch.Size(shape).numel() for shape in shapes)

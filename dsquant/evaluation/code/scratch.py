@@ -80,9 +80,7 @@ def _unlink(name: str, folder: int) -> None:
 
 
 def _unlock(name: str, outer: int) -> None:
-    """Clears the flags that keep a file or folder from being removed, and restores a folder's permissions for its
-    owner.
-    """
+    """Clears flags that keep a file or folder from being removed, and restores the owner's permissions for a folder."""
     with suppress(OSError):
         mode = os.stat(name, dir_fd=outer, follow_symlinks=False).st_mode
         if stat.S_ISREG(mode) or stat.S_ISDIR(mode):

@@ -95,10 +95,8 @@ class DriftPlan:
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """Reads a file of prompts, in the file's order.
-
-    Raises InputError where it cannot be read, is empty, or a line is broken (its number is in the message).
-    """
+    """Reads a file of prompts, in the file's order. Raises InputError where it cannot be read, is empty, or a line is
+    broken (its number is in the message)."""
     try:
         lines = read_file(path).decode("utf-8-sig").split("\n")
     except (InputError, UnicodeDecodeError) as error:
