@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsquant.cli.fields import FieldsCommand
-from dsquant.cli.job import check_again
-from dsquant.cli.process import dsquant_command, echo_json, json_option, reporting
+from dsquant.cli.job import check_again, show_result
+from dsquant.cli.process import dsquant_command, json_option, reporting
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+
+    from dsquant.reporting.notebook import Shown
 
 
 def _models() -> "tuple[type[BaseModel], ...]":
@@ -43,14 +45,11 @@ def delta(releases: tuple[str, ...], output: Path, apply_: Path | None, as_json:
 
     asked, metrics = taken(DeltaOptions, options), taken(Metrics, options)
     from dsquant.incremental import release
-    from dsquant.reporting.notebook import plain_console
 
     with reporting(not as_json, metrics) as report:
+        done: Shown
         if apply_:
-            applied = release.apply(apply_, Path(releases[0]), output, report)
+            done = release.apply(apply_, Path(releases[0]), output, report)
         else:
-            made = release.delta(releases[0], releases[1], output, asked, report)
-    if as_json:
-        echo_json(applied if apply_ else made)
-    else:
-        plain_console().print(*(applied if apply_ else made).tables(), sep="\n")
+            done = release.delta(releases[0], releases[1], output, asked, report)
+    show_result(done, as_json)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dsquant.jobs.ranks import Ranks
     from dsquant.pipeline.result import Result
     from dsquant.recipes import Recipe
+    from dsquant.reporting.notebook import Shown
     from dsquant.reporting.progress import Report
     from dsquant.running import Again, Metrics
 
@@ -54,8 +55,8 @@ def show_plan(recipe: "Recipe", again: "Again", as_json: bool) -> None:
         click.echo(printable(str(plan)))
 
 
-def show_result(result: "Result", as_json: bool) -> None:
-    """Prints what a job did."""
+def show_result(result: "Shown", as_json: bool) -> None:
+    """Prints a result as JSON, or as tables."""
     from dsquant.reporting.terminal import print_result
 
     if as_json:

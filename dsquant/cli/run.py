@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsquant.cli.fields import FieldsCommand
-from dsquant.cli.process import dsquant_command, echo_json, json_option, reporting
+from dsquant.cli.job import show_result
+from dsquant.cli.process import dsquant_command, json_option, reporting
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -60,9 +61,4 @@ def run(recipe: Path, model: str | None, output: Path | None, as_json: bool, **o
 
         with monitored(silent, metrics.metrics_file):
             pass
-    if as_json:
-        echo_json(release)
-        return
-    from dsquant.reporting.terminal import print_result
-
-    print_result(release)
+    show_result(release, as_json)

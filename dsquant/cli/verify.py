@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-from dsquant.cli.process import dsquant_command, echo_json, quiet_libraries
+from dsquant.cli.job import show_result
+from dsquant.cli.process import dsquant_command, quiet_libraries
 from dsquant.errors import InconclusiveError, InputError
 
 
@@ -19,7 +20,6 @@ def verify(folder: Path, source: str | None, everything: bool, as_json: bool) ->
     """Checks every byte of DIR, an output or what `dsquant run` published, its coverage of the source, and its values;
     exit code 3 on damage, 5 where a check could not be run."""
     try:
-        from dsquant.reporting.notebook import plain_console
         from dsquant.reporting.terminal import progress_bar
         from dsquant.verification.release_checks import verify as check
     except ImportError as error:
@@ -27,9 +27,6 @@ def verify(folder: Path, source: str | None, everything: bool, as_json: bool) ->
 
     with quiet_libraries(), progress_bar(not as_json) as report:
         found = check(folder, source, everything, report)
-    if as_json:
-        echo_json(found)
-    else:
-        plain_console().print(*found.tables(), sep="\n")
+    show_result(found, as_json)
     if not found.ok:
         sys.exit(InputError.exit_code if found.findings else InconclusiveError.exit_code)

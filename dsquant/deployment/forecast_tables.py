@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +13,7 @@ from dsquant.deployment.facts import GIB, Range
 from dsquant.deployment.hardware import Machine
 from dsquant.deployment.sizes import OutputSize
 from dsquant.recipes import format_size
+from dsquant.reporting.notebook import narrow_table
 
 if TYPE_CHECKING:
     from dsquant.deployment.forecast import Deployment, Forecast, MachineForecast
@@ -60,9 +60,8 @@ def _range(values: Range) -> str:
 
 
 def _table(title: str, *headings: str, left: int = 1) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < left else "right", overflow="fold", no_wrap=number == 0)
+    table = narrow_table(title, headings, left)
+    table.columns[0].no_wrap = True
     return table
 
 

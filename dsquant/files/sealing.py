@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path, PurePosixPath
@@ -115,6 +115,13 @@ def in_threads(read: Callable[[str], T], names: Iterable[str], after_file: Calla
 def _hash_file(path: Path) -> dict[str, Any]:
     with path.open("rb", buffering=0) as file:
         return Hashed(file).rest()
+
+
+def block_sizes(num_bytes: int) -> Iterator[int]:
+    """Yields the sizes of the blocks in which a number of bytes is read."""
+    while num_bytes:
+        yield min(num_bytes, BYTES_AT_ONCE)
+        num_bytes -= min(num_bytes, BYTES_AT_ONCE)
 
 
 class Hashed:

@@ -16,8 +16,8 @@ from dsquant.errors import InputError
 from dsquant.escaping import counted
 from dsquant.files.disk import NO_ROOM, PARTIAL, copy_file, remove_empty, remove_tree, sync_folder
 from dsquant.files.foreign import check_plain_files, find_file, read_file
-from dsquant.files.sealing import broken_sections, hash_files
-from dsquant.incremental.patch import block_sizes, xored
+from dsquant.files.sealing import block_sizes, broken_sections, hash_files
+from dsquant.incremental.patch import xored
 from dsquant.incremental.patch_manifest import PatchManifest, member_blocks, open_patch, read_manifest, read_member
 from dsquant.incremental.places import check_output, lies_in, with_ending
 from dsquant.incremental.reuse import reuse_file, ways_of

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from dsquant.files.disk import PARTIAL, naming, publish, sync_folder
 from dsquant.files.foreign import read_file
-from dsquant.files.sealing import BYTES_AT_ONCE
+from dsquant.files.sealing import BYTES_AT_ONCE, block_sizes
 from dsquant.incremental.patch_manifest import MANIFEST, PatchedFile, PatchManifest
 from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.source.shards import read_header
@@ -103,13 +103,6 @@ def _ranges_equal(old: Path, new: Path, start: int, num_bytes: int) -> bool:
         before.seek(start)
         now.seek(start)
         return all(before.read(size) == now.read(size) for size in block_sizes(num_bytes))
-
-
-def block_sizes(num_bytes: int) -> Iterator[int]:
-    """Yields the sizes of the blocks in which a number of bytes is read."""
-    while num_bytes:
-        yield min(num_bytes, BYTES_AT_ONCE)
-        num_bytes -= min(num_bytes, BYTES_AT_ONCE)
 
 
 def xored(first: bytes, second: bytes) -> bytes:

@@ -20,7 +20,7 @@ def run_tensors(run: Run) -> Contents:
     """Writes the folded scales next to every output, and lists the tensors of every file of a finished run."""
     found = Contents()
     for target in run.source.plan.targets:
-        found |= target.contents(_hashes(run.job.journal.units, target.folder), run.job.output)
+        found |= target.contents(tensor_hashes(run.job.journal.units, target.folder), run.job.output)
         if target.linears:
             found |= _scale_tensors(run.job, [unit.name for unit in run.source.plan.units], target.folder)
     return found
@@ -37,7 +37,8 @@ def _scale_tensors(job: Job, units: Iterable[str], folder: PurePosixPath) -> Con
     return {str(folder / SCALES_FILE): {"tensors": held}}
 
 
-def _hashes(journal: Mapping[str, Mapping[str, Any]], folder: PurePosixPath) -> dict[str, str]:
+def tensor_hashes(journal: Mapping[str, Mapping[str, Any]], folder: PurePosixPath) -> dict[str, str]:
+    """Returns the SHA-256 of each tensor of an output folder, as the units' lines in the journal have it."""
     return {name: found for entry in journal.values() for name, found in entry["tensors"].get(str(folder), {}).items()}
 
 

@@ -5,15 +5,16 @@ import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError
+from dsquant.files.sealing import block_sizes
 from dsquant.formats.protocol import Target
 from dsquant.jobs.folder import Job
 from dsquant.jobs.journal import START_OVER
+from dsquant.pipeline.manifest import tensor_hashes
 
-BYTES_AT_ONCE = 2**22
 # Files in the work folder are hashed in parts of this size, many at a time: hidden states are gigabytes.
 PART_BYTES = 2**26
 
@@ -80,16 +81,11 @@ def check_kept(job: Job, hidden: Sequence[str], safe_point: Callable[[], None]) 
 def check_target(job: Job, target: Target, safe_point: Callable[[], None]) -> None:
     """Checks what finished units have left of an output: files' sizes and headers, and every tensor's hash; raises
     InputError where a file is gone or damaged."""
-    hashes = _hashes(job, target.folder)
+    hashes = tensor_hashes(job.journal.units, target.folder)
     for file in target.finished_files(job.output, list(job.journal.units), hashes):
         _check_whole(file.path, file.header, file.num_bytes)
         places = {name: (file.path, offset, size) for name, (offset, size) in file.places.items()}
         _check_tensors(places, hashes, safe_point)
-
-
-def _hashes(job: Job, folder: PurePosixPath) -> dict[str, str]:
-    units = job.journal.units.values()
-    return {name: digest for unit in units for name, digest in unit.get("tensors", {}).get(str(folder), {}).items()}
 
 
 def _check_whole(path: Path, header: bytes, num_bytes: int) -> None:
@@ -123,7 +119,6 @@ def _hash(path: Path, offset: int, num_bytes: int) -> str:
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
-        while num_bytes and (block := file.read(min(BYTES_AT_ONCE, num_bytes))):
-            digest.update(block)
-            num_bytes -= len(block)
+        for size in block_sizes(num_bytes):
+            digest.update(file.read(size))
     return digest.hexdigest()

@@ -59,14 +59,11 @@ class Release(Shown):
 
     def tables(self) -> Iterator[Any]:
         """Yields the table of outputs, then distances, gates and warnings."""
-        from rich.table import Table
         from rich.text import Text
 
         if self.already_published:
             yield Text(f"{self.output} is published already, and nothing has changed since; nothing to do")
-        table = Table(title=str(self.output), title_justify="left")
-        for heading in ("output", "folder", "size"):
-            table.add_column(heading, justify="right" if heading == "size" else "left", overflow="fold")
+        table = table_of(str(self.output), ("output", "folder", "size"), left=2, title_justify="left")
         for step, made in self.outputs.items():
             for name, folder in made["folders"].items():
                 table.add_row(f"{step}: {name}", folder, format_size(made["bytes"][name]))

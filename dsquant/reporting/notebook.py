@@ -27,16 +27,27 @@ class Shown(ABC):
         return as_html(self.tables())
 
 
-def table_of(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
-    """Returns a table for rich: names on the left, numbers on the right."""
+def table_of(
+    title: str, headings: Sequence[str], rows: Iterable[Sequence[Any]] = (), left: int = 1, **style: Any
+) -> "Table":
+    """Returns a table for rich, the first `left` columns left-justified, the others right-justified."""
     from rich.table import Table
 
-    table = Table(title=title)
+    table = Table(title=title, **style)
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+        table.add_column(heading, justify="left" if number < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def narrow_table(title: str, headings: Sequence[str], left: int = 1) -> "Table":
+    """Returns an empty table without outer borders, for 80 columns."""
+    from rich.box import SIMPLE_HEAD
+
+    return table_of(
+        title, headings, (), left, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
 
 
 def plain_console(**options: Any) -> "Console":

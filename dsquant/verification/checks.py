@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,14 +19,20 @@ from dsquant.jobs.folder_state import RECORD_FILE, found_in
 from dsquant.jobs.stopping import stop_on_signals
 from dsquant.model.skeleton import Skeleton
 from dsquant.recipes import format_size
-from dsquant.reporting.notebook import Shown
+from dsquant.reporting.notebook import Shown, table_of
 from dsquant.reporting.progress import Progress, Report, silent
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.locate import EMBEDDED_MODEL, locate
 from dsquant.source.weights import Weights
 from dsquant.verification.contents import check_checkpoint, check_gguf
 from dsquant.verification.damage import damaged_parts
-from dsquant.verification.decoded_values import OpenedOutput, SourceComparison, chosen_parameters, wrong_values
+from dsquant.verification.decoded_values import (
+    OpenedOutput,
+    SourceComparison,
+    chosen_parameters,
+    problems_of,
+    wrong_value,
+)
 from dsquant.verification.strays import NOT_PART, list_strays, printable, what_is_wrong
 from dsquant.verification.strict_record import read_record
 
@@ -68,16 +75,12 @@ class Verification(Shown):
 
     def tables(self) -> Iterator[Any]:
         """Yields the table of findings, then what was read, compared and left out."""
-        from rich.table import Table
         from rich.text import Text
 
         if self.findings:
-            table = Table(title=f"{self.folder} is not what was written", title_justify="left")
-            for heading in ("file", "where", "problem"):
-                table.add_column(heading, overflow="fold")
-            for finding in self.findings:
-                table.add_row(Text(finding.file), Text(finding.where), Text(finding.problem))
-            yield table
+            title, headings = f"{self.folder} is not what was written", ("file", "where", "problem")
+            rows = ((Text(finding.file), Text(finding.where), Text(finding.problem)) for finding in self.findings)
+            yield table_of(title, headings, rows, left=3, title_justify="left")
         files, findings = counted(self.num_files, "file"), counted(len(self.findings), "finding")
         yield Text(f"{files}, {format_size(self.num_bytes)} read; {findings}.")
         for name, number in self.compared.items():
@@ -243,9 +246,8 @@ def _wrong(
         safe_point(done, len(chosen), parameter)
         done += 1
 
-    if comparison is None:
-        return _undecodable(candidate, chosen, before)
-    return wrong_values(comparison, candidate, chosen, before)
+    check = _undecodable if comparison is None else partial(wrong_value, comparison)
+    return problems_of(chosen, lambda parameter: check(candidate, parameter), before)
 
 
 def _comparison(
@@ -267,21 +269,8 @@ def _comparison(
     return None
 
 
-def _undecodable(candidate: OpenedOutput, names: list[str], before: Callable[[str], None]) -> list[tuple[str, str]]:
-    """Returns what the format's own package does not decode to finite numbers, where there is no source."""
-    wrong = []
-    for name in names:
-        before(name)
-        try:
-            finite = bool(candidate.weights[name].isfinite().all())
-        except ImportError:
-            raise
-        except Exception as problem:  # the format's own package may raise anything
-            wrong.append((name, f"does not decode: {problem}"))
-            continue
-        if not finite:
-            wrong.append((name, "decodes to NaN or infinity"))
-    return wrong
+def _undecodable(candidate: OpenedOutput, name: str) -> str | None:
+    return None if candidate.weights[name].isfinite().all() else "decodes to NaN or infinity"
 
 
 def _file_of(record: dict[str, Any], format_name: str, home: PurePosixPath, parameter: str) -> str:

@@ -8,14 +8,14 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsquant.errors import PackageError
 from dsquant.files.foreign import LARGEST_TEXT_BYTES
-from dsquant.files.sealing import BYTES_AT_ONCE, Hashed, broken_sections
+from dsquant.files.sealing import Hashed, block_sizes, broken_sections
 from dsquant.formats.gguf.files import ALIGNMENT, GgufTensor
 from dsquant.formats.scales import SCALES_FILE
 from dsquant.formats.shards import Shard, ShardPlan, StoredTensor, index_content
@@ -182,19 +182,14 @@ def _wrong_regions(file: Hashed, regions: Iterable[Region]) -> list[tuple[str, s
     wrong = []
     for region in regions:
         digest, zeros = hashlib.sha256(), True
-        for block in _blocks(file, region.num_bytes):
+        for size in block_sizes(region.num_bytes):
+            block = file.read(size)
             digest.update(block)
             zeros = zeros and (region.sha256 is not None or not any(block))
         if not zeros or (region.sha256 is not None and digest.hexdigest() != region.sha256):
             last = region.start + region.num_bytes - 1
             wrong.append((region.where, f"bytes {region.start} to {last} of the file differ"))
     return wrong
-
-
-def _blocks(file: Hashed, num_bytes: int) -> Iterator[bytes]:
-    while num_bytes and (block := file.read(min(num_bytes, BYTES_AT_ONCE))):
-        num_bytes -= len(block)
-        yield block
 
 
 def _wrong_lines(path: Path, wanted: bytes) -> list[tuple[str, str]]:

@@ -84,34 +84,37 @@ def _recorded_error(candidate: OpenedOutput, name: str) -> float | None:
     return candidate.errors.get(name.removesuffix(".weight")) if found is None else found
 
 
-def wrong_values(
-    comparison: SourceComparison, candidate: OpenedOutput, names: Iterable[str], before: Callable[[str], None]
+def problems_of(
+    names: Iterable[str], check: Callable[[str], str | None], before: Callable[[str], None]
 ) -> list[tuple[str, str]]:
-    """Decodes parameters and compares them with the source; returns parameter and problem.
+    """Returns parameter and problem where `check` finds one, or a parameter cannot be decoded for it.
 
     `before` is called with each name before it is read; it may raise to stop.
     """
     wrong = []
     for name in names:
         before(name)
-        recorded = _recorded_error(candidate, name)
-        dtype = comparison.original.index[name].dtype
         try:
-            error = _error(comparison, candidate, name)
+            problem = check(name)
         except ImportError:
             raise
-        except Exception as problem:  # the format's own package may raise anything
-            wrong.append((name, f"does not decode: {problem}"))
-            continue
-        if recorded is None:
-            limit = ROUNDING["BF16" if dtype.startswith("F8") else dtype]
-            if not error <= limit:
-                wrong.append(
-                    (name, f"differs from the source by {error:.2e} of its norm, expected at most {limit:.1e}")
-                )
-        elif not abs(error - recorded) <= RELATIVE_TOLERANCE * recorded + TOLERANCE:
-            wrong.append((name, f"its error is {error:.6f} of the source's norm, recorded {recorded:.6f}"))
+        except Exception as error:  # the format's own package may raise anything
+            problem = f"does not decode: {error}"
+        if problem is not None:
+            wrong.append((name, problem))
     return wrong
+
+
+def wrong_value(comparison: SourceComparison, candidate: OpenedOutput, name: str) -> str | None:
+    """Decodes a parameter and returns its difference from the source, in words; None within the recorded error."""
+    recorded, dtype = _recorded_error(candidate, name), comparison.original.index[name].dtype
+    error = _error(comparison, candidate, name)
+    if recorded is None:
+        limit = ROUNDING["BF16" if dtype.startswith("F8") else dtype]
+        within = error <= limit
+        return None if within else f"differs from the source by {error:.2e} of its norm, expected at most {limit:.1e}"
+    within = abs(error - recorded) <= RELATIVE_TOLERANCE * recorded + TOLERANCE
+    return None if within else f"its error is {error:.6f} of the source's norm, recorded {recorded:.6f}"
 
 
 def _error(comparison: SourceComparison, candidate: OpenedOutput, name: str) -> float:

@@ -94,7 +94,7 @@ class PromptDrift:
     """The model's tokens before the first difference; None where the completions agree."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CodeDrift:
     """Scores of one candidate's completions of fixed prompts."""
 
@@ -105,20 +105,20 @@ class CodeDrift:
     prompts: int
     max_tokens: int
     """Largest number of tokens of a completion."""
-    signatures: Mapping[str, str]
+    signatures: Mapping[str, str] = field(default_factory=dict)
     """Metric -> the signature to publish with its score."""
-    original_vs_gold: Similarity | None
+    original_vs_gold: Similarity | None = None
     """None where a prompt has no completion, and where nothing was generated."""
-    candidate_vs_gold: Similarity | None
-    candidate_vs_original: Similarity | None
-    noise_floor: Similarity | None
+    candidate_vs_gold: Similarity | None = None
+    candidate_vs_original: Similarity | None = None
+    noise_floor: Similarity | None = None
     """The original against itself at another batch size."""
-    original: Health | None
-    candidate: Health | None
-    agreement: Interval | None
+    original: Health | None = None
+    candidate: Health | None = None
+    agreement: Interval | None = None
     """Teacher-forced: share of the original's greedy tokens that the candidate ranks first too, `units` are prompts."""
-    execution: Execution | None
-    examples: tuple[PromptDrift, ...]
+    execution: Execution | None = None
+    examples: tuple[PromptDrift, ...] = ()
     measures: Mapping[str, Interval] = field(default_factory=dict)
     """Values that gates can be set on; `units` are prompts. Drops are the original's less the candidate's.
 

@@ -88,16 +88,7 @@ def _teacher_forced(
             note=plan.note,
             prompts=len(plan.tasks),
             max_tokens=plan.max_tokens,
-            signatures={},
-            original_vs_gold=None,
-            candidate_vs_gold=None,
-            candidate_vs_original=None,
-            noise_floor=None,
-            original=None,
-            candidate=None,
             agreement=(agreement := _agreement(found.same_top_NT & scored_NT, scored_NT)),
-            execution=None,
-            examples=(),
             measures={"greedy_agreement": agreement},
         )
         for name, found in scores.items()

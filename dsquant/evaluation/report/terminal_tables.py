@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import JustifyMethod, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from dsquant.recipes import format_size
+from dsquant.reporting.notebook import narrow_table
 
 if TYPE_CHECKING:
     from dsquant.evaluation.results import Candidate, Evaluation
@@ -31,9 +31,8 @@ def tables(evaluation: "Evaluation") -> Iterator[RenderableType]:
 
 def _candidates_table(evaluation: "Evaluation") -> Table:
     reference = evaluation.reference
-    table = _table(f"Against {reference.path} ({reference.format}, {format_size(reference.size_bytes)})")
-    for heading in ("candidate", "verdict", "format", "size", "bits", "mean KL"):
-        _add_column(table, heading, 3)
+    title = f"Against {reference.path} ({reference.format}, {format_size(reference.size_bytes)})"
+    table = narrow_table(title, ("candidate", "verdict", "format", "size", "bits", "mean KL"), left=3)
     for one in evaluation.candidates:
         broken = None if one.first_broken_layer is None else f"layer {one.first_broken_layer} broken"
         verdict = ", ".join(filter(None, (one.verdict, broken))) or "no gates"
@@ -42,22 +41,11 @@ def _candidates_table(evaluation: "Evaluation") -> Table:
     return table
 
 
-def _table(title: str) -> Table:
-    """Returns a table that fits in 80 columns."""
-    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-
-
-def _add_column(table: Table, heading: str, left: int = 1) -> None:
-    justify: JustifyMethod = "left" if len(table.columns) < left else "right"
-    table.add_column(heading, justify=justify, overflow="fold")
-
-
 def _code(evaluation: "Evaluation") -> Iterator[RenderableType]:
     """Yields the scores of every candidate's generated code."""
     drifts = [(one.name, one.drift) for one in evaluation.candidates if one.drift is not None]
-    table = _table("Generated code against the original's")
-    for heading in ("candidate", "BLEU", "chrF", "CodeBLEU", "same text", "BLEU lost", "pass@1 (original's)"):
-        _add_column(table, heading)
+    headings = ("candidate", "BLEU", "chrF", "CodeBLEU", "same text", "BLEU lost", "pass@1 (original's)")
+    table = narrow_table("Generated code against the original's", headings)
     for name, drift in drifts:
         found, lost, run = drift.candidate_vs_original, drift.measures.get("code_bleu_drop"), drift.execution
         if found is None:
@@ -82,9 +70,8 @@ def _code(evaluation: "Evaluation") -> Iterator[RenderableType]:
 
 def _texts_table(candidate: "Candidate") -> Table:
     """Returns perplexities with the interval of their ratio, divergence and agreement on every text."""
-    table = _table(f"{candidate.name}: perplexity, KL divergence in nats, agreement")
-    for heading in ("text", "original", "candidate", "ratio", "interval", "mean KL", "99 % KL", "top 1"):
-        _add_column(table, heading)
+    headings = ("text", "original", "candidate", "ratio", "interval", "mean KL", "99 % KL", "top 1")
+    table = narrow_table(f"{candidate.name}: perplexity, KL divergence in nats, agreement", headings)
     for text, found in candidate.texts.items():
         ratio = found.perplexity_ratio
         table.add_row(
