@@ -45,9 +45,8 @@ def narrow_table(title: str, headings: Sequence[str], left: int = 1) -> "Table":
     """Returns an empty table without outer borders, for 80 columns."""
     from rich.box import SIMPLE_HEAD
 
-    return table_of(
-        title, headings, (), left, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
+    style = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    return table_of(title, headings, (), left, **style)
 
 
 def plain_console(**options: Any) -> "Console":

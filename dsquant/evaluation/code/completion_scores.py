@@ -175,7 +175,6 @@ def code_drift(plan: DriftPlan, sides: Sides, seed: int = 0) -> CodeDrift:
         noise_floor=similarity(written(sides.noise), first, prefixes) if sides.noise is not None else None,
         original=health(tasks, original),
         candidate=health(tasks, candidate),
-        agreement=None,
         execution=compare_runs(*sides.runs) if sides.runs else None,
         examples=examples,
         measures=_measures(tasks, sides, seed),
