@@ -1,6 +1,6 @@
 """Documents of texts, mixes and hub sets: each a text, or the messages of a conversation.
 
-What is not covered: audio or images in messages, and tool calls; such messages are refused.
+Not covered: audio or images in messages, and tool calls; such messages are refused.
 """
 
 import random

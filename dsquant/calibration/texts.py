@@ -20,7 +20,7 @@ from dsquant.files.foreign import blaming, find_file, open_file
 from dsquant.source.checkpoint import CONFIG_FILE, read_config
 from dsquant.source.vocabulary import check_embedded, surplus_tokens
 
-# What a tokenizer is made of.
+# Files of a tokenizer.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -20,7 +20,7 @@ TOKENIZER_FILE = re.compile(r"token|vocab|merges|template|\.jinja|\.model$")
 # For one conversation, which takes milliseconds.
 TEMPLATE_SECONDS = 10.0
 TEMPLATE_BYTES = 2**28
-# What a template may add to the messages, and how many times it may repeat them.
+# Limits of the text that a template adds to messages, and of how often it repeats them.
 MOST_ADDED, MOST_REPEATED = 2**20, 8
 THEN = "take the tokenizer's files from the release that the weights are from"
 

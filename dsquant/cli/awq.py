@@ -77,7 +77,7 @@ def awq(dry_run: bool, as_json: bool, scales_from: Path | None, **options: Any) 
 
 
 def _check_alone() -> None:
-    """Refuses settings beside --scales-from: they all come from there."""
+    """Refuses other settings with --scales-from, from where they all come."""
     context = click.get_current_context()
     metrics = ("metrics_file", "metrics_port", "metrics_address")
     allowed = ("model", "output", "scales_from", "resume", "restart", "as_json", *metrics)

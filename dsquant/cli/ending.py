@@ -88,7 +88,7 @@ def _failed_ranks_end_at_once() -> Iterator[None]:
 def _signals_end() -> Iterator[None]:
     """Has signals end the process, but for those that are ignored, as under nohup.
 
-    At once, since libraries make errors of their own of an exception that a signal raises, or go on behind it.
+    At once, since libraries make errors of their own of an exception that a signal raises, or go on after it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

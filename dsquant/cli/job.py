@@ -1,4 +1,4 @@
-"""What the commands share that run a job."""
+"""Options and steps of the commands that run a job."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Past this size glibc maps memory of its own for a block and gives it back at once; without it the heap keeps what a
 # few large tensors once needed.
 MALLOC_MMAP_THRESHOLD = 2**20
-# What a launcher (torchrun, accelerate) may start as several processes; the others would all do the same.
+# Commands that a launcher (torchrun, accelerate) may start as several processes; others would repeat their work.
 SHARED_COMMANDS = ("awq", "gguf")
 
 

@@ -43,7 +43,7 @@ class Job:
         self.output = output
         self.work = work
         self.notes = notes
-        """What was noted when the job began: recipe, source, whatever must not be looked up again on resume."""
+        """Noted when the job began: recipe, source, all that must not be looked up again on resume."""
         self.journal = Journal(work / JOURNAL_FILE, _job_key(notes))
 
     def note(self, **notes: Any) -> None:

@@ -19,13 +19,13 @@ from dsquant.packages import version
 from dsquant.recipes import CHANGEABLE_ON_RESUME, Recipe
 
 WORK_FOLDER = ".dsquant-work"
-# What the work folder is called while it is removed.
+# The work folder's name while it is removed.
 REMOVED_FOLDER = ".dsquant-removed"
 RECORD_FILE = "dsquant.json"
 JOB_FILE = "job.json"
-# What the records of earlier jobs are called in the work folder while their files are removed.
+# Names of earlier jobs' records in the work folder while their files are removed.
 EARLIER = {JOB_FILE: "earlier-job.json", RECORD_FILE: "earlier-dsquant.json"}
-# What a job's own record holds at least; more is its own affair.
+# Keys that every job's own record has; it may have more.
 JOB_NOTES = ("recipe", "tensors", "shards", "inputs", "files")
 
 

@@ -1,6 +1,6 @@
 """One run at a time on a folder; who comes second is told who works on it.
 
-The lock itself is the kernel's and ends with its process, however that ends. Who holds it stands in a file beside it.
+The lock itself is the kernel's and ends with its process, however that ends. A file next to it names its holder.
 """
 
 import fcntl

@@ -15,7 +15,7 @@ Rank 0 alone holds the folder's lock and writes the journal. A unit counts once 
 rank costs the unit at work: every other rank ends with exit code 75 (at once where a process has died, after
 `SILENCE_S` where a machine has fallen silent), and `--resume` continues on any number of ranks.
 
-Memory budgets are for one rank. What is not covered: more than `CHUNKS` ranks in a layer's dense part; attention's own
+Memory budgets are for one rank. Not covered: more than `CHUNKS` ranks in a layer's dense part; attention's own
 search and the evaluation at the end, which rank 0 does alone.
 """
 
@@ -39,7 +39,7 @@ from dsquant.errors import DsquantError, InputError, Interrupted
 from dsquant.jobs.launcher import launched
 from dsquant.packages import version
 
-# Samples are summed in this many chunks, whatever the number of ranks, and the chunks' sums in their order.
+# Samples are summed in this many chunks for any number of ranks, and the chunks' sums in their order.
 CHUNKS = 16
 # A rank that says nothing for so long is lost; the search of one layer's attention or of one expert takes less.
 SILENCE_S = 30 * 60
@@ -221,7 +221,7 @@ ALONE = Ranks()
 
 @dataclass(frozen=True)
 class Shares:
-    """How samples are divided: batches into chunks, whatever the number of ranks, and chunks among ranks."""
+    """How samples are divided: batches into chunks, the same for any number of ranks, and chunks among ranks."""
 
     num_samples: int
     batch_samples: int
@@ -229,13 +229,13 @@ class Shares:
     """How many ranks."""
 
     def chunks(self, rank: int) -> list[tuple[int, int]]:
-        """A rank's chunks that are not empty, each its first sample and the one behind its last."""
+        """A rank's chunks that are not empty, each its first sample and the one after its last."""
         begin, end = (-(-edge * CHUNKS // self.size) for edge in (rank, rank + 1))
         edges = [self._edge(chunk) for chunk in range(begin, end + 1)]
         return [(start, stop) for start, stop in pairwise(edges) if start < stop]
 
     def samples(self, rank: int) -> tuple[int, int]:
-        """A rank's samples: the first, and the one behind the last."""
+        """A rank's samples: the first, and the one after the last."""
         begin, end = (-(-edge * CHUNKS // self.size) for edge in (rank, rank + 1))
         return self._edge(begin), self._edge(end)
 

@@ -1,4 +1,4 @@
-"""What a machine has for a job: a device, memory, disk."""
+"""Resources of a machine for a job: a device, memory, disk."""
 
 import os
 from pathlib import Path

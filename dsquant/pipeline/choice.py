@@ -1,6 +1,6 @@
 """Chooses a width for every group of tensors, so that each output meets a target for its size with the least error.
 
-What came of the pass before it is noted in the job's record before any unit is made, and kept on resume.
+The measured sensitivities are noted in the job's record before any unit is made, and kept on resume.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What makes written tensors an output: files beside them, the comparison with the original, the record last."""
+"""Completes an output: the files that go with its tensors, the comparison with the original, the record last."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -36,7 +36,7 @@ class Source:
     """Where they come from and their hash."""
     plan: Plan
     notes: tuple[str, ...] = ()
-    """What a user should know of the model's files, in words."""
+    """Notes for the user on the model's files."""
 
 
 def resolved(recipe: Recipe) -> Recipe:

@@ -1,4 +1,4 @@
-"""What units lay into the work folder for the job's end: folded scales, and what formats ask to keep."""
+"""Files of units in the work folder for the job's end: folded scales, and tensors that formats ask to keep."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

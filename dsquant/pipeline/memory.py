@@ -1,4 +1,4 @@
-"""What a run takes at its peak, worked out from headers alone: the largest stage of any layer, head, host, disk."""
+"""Computes a run's peak needs from headers alone: the largest stage of any layer, head, host, disk."""
 
 import math
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ BFLOAT16_BYTES = 2
 
 @dataclass(frozen=True)
 class Workload:
-    """What the needs of a run depend on."""
+    """Everything that the needs of a run depend on."""
 
     recipe: Recipe
     checkpoint: Checkpoint
@@ -37,7 +37,7 @@ class Workload:
     linears: Mapping[Grid, frozenset[str]]
     """Grid -> the linears that are quantized onto it, or scaled for it."""
     storing_bytes: int
-    """What storing a weight takes beside the weight."""
+    """Memory for storing a weight in addition to the weight."""
     num_grids: int = 1
     """Grids that share the calibration."""
     num_ranks: int = 1
@@ -83,7 +83,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run takes."""
+    """Memory and disk that a run needs, in bytes."""
 
     memory_bytes: int
     """Resident memory beyond what the process has when it starts."""
@@ -101,8 +101,8 @@ def run_needs(work: Workload) -> Needs:
     if not recipe.calibration:
         return Needs(storing)
     num_hidden, head = work.num_tokens * work.hidden_size, _head_bytes(work.skeleton)
-    beside = _sharing_bytes(work) + (_pair_bytes(work) if work.streams == 2 else 0)
-    needs = {layer.index: _layer_bytes(work, layer) + beside for layer in work.skeleton.layers}
+    shared = _sharing_bytes(work) + (_pair_bytes(work) if work.streams == 2 else 0)
+    needs = {layer.index: _layer_bytes(work, layer) + shared for layer in work.skeleton.layers}
     memory, gpu_memory = max(storing, max(head, *needs.values()) + _host_bytes(num_hidden, work.streams)), 0
     resident = frozenset[int]()
     if recipe.device == "cuda":
@@ -196,7 +196,7 @@ def passing_bytes(samples: int, seq_len: int, num_ranks: int) -> int:
 
 
 def _pair_bytes(work: Workload) -> int:
-    """What the step `follow` takes: whole matrices of the widest inputs, and attention once more."""
+    """Returns the bytes that the step `follow` needs: whole matrices of the widest inputs, and attention once more."""
     widths = {work.width(linear) for layer in work.skeleton.layers for linear in layer.linears}
     widest = max((width for width in widths if width <= WIDEST_PAIRS), default=0)
     # Gram matrix and drift with their divided copies in float32, five double precision matrices for the factor
@@ -208,7 +208,7 @@ def _pair_bytes(work: Workload) -> int:
 
 
 def _sharing_bytes(work: Workload) -> int:
-    """What a rank keeps and passes on for the others; planned for experts with up to 4 times their share of tokens."""
+    """Returns a rank's bytes for exchange with others; planned for experts with up to 4 times their share of tokens."""
     if work.num_ranks == 1:
         return 0
     layers, num_tokens = work.skeleton.layers, work.num_tokens
@@ -228,13 +228,13 @@ def _chunk_bytes(work: Workload, layer: DecoderLayer) -> int:
 
 
 def _head_bytes(skeleton: Skeleton) -> int:
-    """What a part of a vocabulary-sized table takes with its scores."""
+    """Returns the bytes of a part of a vocabulary-sized table with its scores."""
     hidden, vocabulary = skeleton.config["hidden_size"], skeleton.config["vocab_size"]
     return FLOAT32_BYTES * min(VOCABULARY_AT_ONCE, vocabulary) * (2 * hidden + 4 * 1024)
 
 
 def _host_bytes(num_hidden: int, streams: int) -> int:
-    """What a run takes beside its layer: libraries, and touched pages of three files of hidden states for each stream.
+    """Returns the bytes besides a layer's: libraries, and touched pages of three files of hidden states a stream.
 
     On a GPU there may be a fourth, which `CUDA_HOST_BYTES` has room for.
     """

@@ -1,4 +1,4 @@
-"""What a user should know of a job, in words: before it begins, and once it is done."""
+"""Notes for the user of a job: before it begins, and once it is done."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -75,7 +75,7 @@ def run_warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
 
 
 def _unused(run: Run) -> Iterator[str]:
-    """What a user should know where a target's bytes could not be used."""
+    """Yields notes on targets whose bytes could not be used."""
     for target in run.source.plan.targets:
         folder = str(target.folder)
         groups = run.job.notes.get(SENSITIVITY, {}).get(folder, {})

@@ -1,4 +1,4 @@
-"""What a run will do and make, worked out from headers alone: units of work, exact output tensors, its needs."""
+"""Plans a run from headers alone: units of work, exact output tensors, its needs."""
 
 from collections import Counter
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a job would make, from headers alone."""
+"""Describes the output of a job from headers alone, before it runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ STATES = {
 
 @dataclass(frozen=True)
 class Preview:
-    """What a job would make, from headers alone."""
+    """The planned output of a job, and its needs."""
 
     model: str
     architecture: str

@@ -1,4 +1,4 @@
-"""What callers get of a job: where the files are, and what quantization cost."""
+"""The result of a job for its caller: where the files are, and what quantization cost."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result(Shown):
-    """What a quantization run made, and what it cost."""
+    """The output of a quantization run, and its cost."""
 
     output: Path
     folders: dict[str, Path]
@@ -29,7 +29,7 @@ class Result(Shown):
     source_bytes: int
     """Of the data of the source's tensors, without the files' headers."""
     bf16_bytes: int
-    """What the source would take in BF16: the 4-bit formats keep in BF16 what they do not quantize."""
+    """The source's size in BF16, in which the 4-bit formats keep unquantized tensors."""
     output_bytes: dict[str, int]
     """Format -> bytes of its shards."""
     divergence: dict[str, dict[str, Divergence]]

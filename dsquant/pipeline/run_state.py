@@ -19,7 +19,7 @@ from dsquant.reporting.progress import Progress, Report, Stage
 
 @dataclass
 class Run:
-    """What a running job needs everywhere."""
+    """The state of a running job that every stage needs."""
 
     recipe: Recipe
     source: Source
@@ -88,7 +88,7 @@ class Run:
         return Activations(torch.zeros(self._hidden_shape, dtype=stored_dtype(self.device), device=self.device))
 
     def outputs(self, layer: int, path: Path) -> Activations:
-        """Opens what a layer's outputs are summed in, float32, until `keep` lays them into the file that is named."""
+        """Opens the float32 sums of a layer's outputs, which `keep` brings into the named file."""
         if layer in self.source.plan.needs.gpu_resident:
             (first, end), (_, *shape) = self.own_samples, self._hidden_shape
             return Activations(torch.zeros(end - first, *shape, device=self.device), first_sample=first)
@@ -107,7 +107,7 @@ class Run:
 
     @property
     def own_samples(self) -> tuple[int, int]:
-        """This rank's samples in a layer's dense part: the first, and the one behind the last."""
+        """This rank's samples in a layer's dense part: the first, and the one after the last."""
         shares = Shares(self._hidden_shape[0], self.batch_samples, self.ranks.size)
         return shares.samples(self.ranks.rank)
 

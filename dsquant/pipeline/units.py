@@ -195,7 +195,7 @@ def _prepare_mtp(run: Run, layer: DecoderLayer, inputs: Activations, prepared: A
 
 
 def _quantized_stream(run: Run, layer: DecoderLayer) -> QuantizedStream:
-    """The quantized model's hidden states before and behind a layer."""
+    """The quantized model's hidden states before and after a layer."""
     inputs = run.activations(run.quantized_path(layer.index))
     if layer.index >= run.source.skeleton.num_layers:
         prepared = run.activations(run.job.work / "mtp-quantized.f32")

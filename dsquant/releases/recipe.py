@@ -43,10 +43,10 @@ from dsquant.recipes import GgufFiles, GgufQuantization, MachineOptions, Quantiz
 
 # Of small letters, since some file systems take no notice of case; some drop a dot at the end as well.
 NAME = r"^[a-z0-9]([a-z0-9._-]*[a-z0-9_-])?$"
-# A step is a folder, and file names beside it get endings.
+# A step is a folder, and names of files next to it get endings.
 LONGEST_NAME = 100
 EVALUATION_FOLDER = "evaluation"
-# What a release writes beside its steps' folders.
+# Files and folders that a release writes next to its steps'.
 OWN_NAMES = (EVALUATION_FOLDER, RELEASE_FILE)
 
 

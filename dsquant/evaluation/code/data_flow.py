@@ -5,7 +5,7 @@ A *definition* is one place that binds a name: an assignment, a parameter, a loo
 returned value, a condition, a stored value or an evaluated one. Names do not count (renaming changes nothing); which
 definition of a name is read does.
 
-What is not covered: attributes and subscripts count as the name before them, `global` and `nonlocal` names as the
+Not covered: attributes and subscripts count as the name before them, `global` and `nonlocal` names as the
 function's own, and what a called function does with its arguments is ignored.
 """
 

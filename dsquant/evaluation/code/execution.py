@@ -8,7 +8,7 @@ only files of its folder and of Python's library for it (Landlock), and refuses 
 (seccomp): without sockets, processes, threads, clocks, and changes of permissions, owners, times and attributes, of its
 own files too. An audit hook refuses much of the same once more.
 
-What is not covered: this is not a security boundary. The program runs on the same kernel. Each protection is tried
+Not covered: this is not a security boundary. The program runs on the same kernel. Each protection is tried
 separately, and `Execution.protections` says which held: containers may refuse mounts and namespaces, kernels before
 5.13 have no Landlock, macOS and other processors have none of it. Then a program can fill the disk with many small
 files, and what only the audit hook guards is open to code that is written to evade it, which does not prevent reading

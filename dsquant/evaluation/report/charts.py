@@ -154,7 +154,7 @@ def _free_place(taken: Sequence[tuple[float, float, float]], start: float, stop:
 
 
 def bar_chart(rows: Sequence[tuple[str, float, float | None]], colour: int, marker: str) -> str:
-    """Draws horizontal bars with names in front and numbers behind.
+    """Draws horizontal bars with names before and numbers after them.
 
     Each row is a name, the length of its bar, and the place of a marker or None; `marker` says what the markers are.
     """
