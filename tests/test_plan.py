@@ -113,7 +113,7 @@ def test_the_planned_size_of_a_gguf_output_is_what_is_written(
     small: Path, small_sizes: dict[tuple[str, str], OutputSize], tmp_path: Path, type_name: str, mtp: str
 ) -> None:
     options = {name: FAST[name] for name in ("evaluate", "progress")}
-    if MIXTURES[type_name][0] not in ("F32", "F16", "BF16"):
+    if MIXTURES[type_name] not in ("F32", "F16", "BF16"):
         options |= {name: FAST[name] for name in ("samples", "seq_len", "calibration")}
     dsquant.gguf(small, type=type_name, output=tmp_path / "out", mtp=mtp, **options)
     size = small_sizes[f"gguf:{type_name}", mtp]

@@ -12,12 +12,6 @@ from functools import cache
 
 import torch
 
-# ggml's numbers of the types that it quantizes to.
-TYPE_NUMBERS = {
-    "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11,
-    "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23,
-}  # fmt: skip
-
 
 @cache
 def library() -> ctypes.CDLL | None:
@@ -43,9 +37,11 @@ def quantize(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor, 
     `importance_I`, float32 and positive, weighs each column's squared error; all ones still make ggml take its better
     search. `threads` 0 is one for each core that this process may use.
     """
+    from gguf import GGMLQuantizationType
+
     ggml = library()
     assert ggml is not None
-    number, (num_rows, num_columns) = TYPE_NUMBERS[type_name], rows_RI.shape
+    number, (num_rows, num_columns) = int(GGMLQuantizationType[type_name]), rows_RI.shape
     rows_RI, importance_I = rows_RI.contiguous(), importance_I.contiguous()
     stored = torch.empty(num_rows, ggml.ggml_row_size(number, num_columns), dtype=torch.uint8)
     threads = min(threads or len(os.sched_getaffinity(0)), num_rows)

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from dsquant.errors import InputError
 from dsquant.files.foreign import check_relative
 from dsquant.files.strict_json import first_problem, read_json_object
-from dsquant.formats.gguf.types import BLOCKS
+from dsquant.formats.gguf.types import TYPES
 from dsquant.source.shards import DTYPES, LARGEST_INTEGER
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -23,7 +23,7 @@ def _tensor(entry: list[Any]) -> list[Any]:
     """Checks dtype, SHA-256 and extents of a tensor."""
     dtype, digest, *shape = entry if len(entry) > 1 else ("", "")
     sizes = all(type(extent) is int and 0 <= extent <= LARGEST_INTEGER for extent in shape)
-    if (dtype not in DTYPES and not (dtype in BLOCKS and shape)) or not isinstance(digest, str) or not sizes:
+    if (dtype not in DTYPES and not (dtype in TYPES and shape)) or not isinstance(digest, str) or not sizes:
         raise ValueError("must be a known dtype, a hash and extents")
     return entry
 

@@ -50,7 +50,7 @@ class Gguf(Format):
     placement = "split"
 
     def stored_type(self, type_name: str) -> str | None:
-        return MIXTURES[type_name][0]
+        return MIXTURES[type_name]
 
     def serve_command(self, location: Path | str) -> str:
         return f"llama-server -m {location}"

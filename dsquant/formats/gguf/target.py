@@ -18,7 +18,7 @@ from dsquant.formats.gguf.loader import loading_problem
 from dsquant.formats.gguf.metadata import add_model_keys, add_tokenizer_keys
 from dsquant.formats.gguf.rope import rope_factors
 from dsquant.formats.gguf.store import check_quantizer
-from dsquant.formats.gguf.types import MIXTURES, choose_type, model_facts
+from dsquant.formats.gguf.types import choose_type, file_type_of, model_facts
 from dsquant.model.families import family_of
 from dsquant.model.skeleton import network_config, network_rotary
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
@@ -96,7 +96,7 @@ def plan_model(
         writer.add_type("model")
         writer.add_name(model_name)
         add_model_keys(writer, family.gguf, config, rotary, num_mtp_layers)
-        writer.add_file_type(MIXTURES[type_name][1])
+        writer.add_file_type(file_type_of(type_name))
         writer.add_quantization_version(QUANTIZATION_VERSION)
         with blaming(checkpoint.folder / "tokenizer.json", THEN):
             names = family.gguf.pre_tokenizers

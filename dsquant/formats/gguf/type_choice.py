@@ -8,7 +8,7 @@ from dsquant.errors import UsageError
 from dsquant.formats.gguf.files import GgufTensor
 from dsquant.formats.gguf.store import is_available
 from dsquant.formats.gguf.target import places_of
-from dsquant.formats.gguf.types import BLOCKS, CANDIDATES, FLOAT_TYPES, fitting_type, parse_overrides
+from dsquant.formats.gguf.types import CANDIDATES, FLOAT_TYPES, block_of, fitting_type, parse_overrides
 from dsquant.formats.wanted import Choice, Choosable, Wanted
 from dsquant.model.structure import DecoderLayer
 from dsquant.source.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ def type_choice(tensors: Mapping[str, GgufTensor], wanted: Wanted) -> Choice:
 
 
 def _bits_and_name(type_name: str) -> tuple[float, str]:
-    weights, size = BLOCKS[type_name]
+    weights, size = block_of(type_name)
     return 8 * size / weights, type_name
 
 

@@ -8,50 +8,23 @@ keeps them, the shared experts and the dense layers at 8.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from dsquant.errors import UsageError
 from dsquant.model.families import sizes_of
 
-# type -> (weights of a block, bytes of a block)
-BLOCKS = {
-    "F32": (1, 4),
-    "F16": (1, 2),
-    "BF16": (1, 2),
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-    "Q8_0": (32, 34),
-    "Q2_K": (256, 84),
-    "Q3_K": (256, 110),
-    "Q4_K": (256, 144),
-    "Q5_K": (256, 176),
-    "Q6_K": (256, 210),
-    "IQ4_NL": (32, 18),
-    "IQ4_XS": (256, 136),
-}
+TYPES = (
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
+    "IQ4_XS",
+)  # fmt: skip
 FLOAT_TYPES = ("F32", "F16", "BF16")
-# Value of `--type` -> (the type of most tensors, `general.file_type`).
+# Value of `--type`, which is llama.cpp's name for the mixture -> the type of most tensors.
 MIXTURES = {
-    "F32": ("F32", 0),
-    "F16": ("F16", 1),
-    "BF16": ("BF16", 32),
-    "Q8_0": ("Q8_0", 7),
-    "Q4_0": ("Q4_0", 2),
-    "Q5_0": ("Q5_0", 8),
-    "Q2_K": ("Q2_K", 10),
-    "Q3_K_S": ("Q3_K", 11),
-    "Q3_K_M": ("Q3_K", 12),
-    "Q4_K_S": ("Q4_K", 14),
-    "Q4_K_M": ("Q4_K", 15),
-    "Q4_K_M+": ("Q4_K", 15),
-    "Q5_K_S": ("Q5_K", 16),
-    "Q5_K_M": ("Q5_K", 17),
-    "Q6_K": ("Q6_K", 18),
-    "IQ4_NL": ("IQ4_NL", 25),
-    "IQ4_XS": ("IQ4_XS", 30),
-}
+    "F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q5_0": "Q5_0", "Q2_K": "Q2_K",
+    "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q4_K_M+": "Q4_K", "Q5_K_S": "Q5_K",
+    "Q5_K_M": "Q5_K", "Q6_K": "Q6_K", "IQ4_NL": "IQ4_NL", "IQ4_XS": "IQ4_XS",
+}  # fmt: skip
 # The type that takes a row whose length is not a multiple of a block of 256.
 _FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 # Types that a target chooses from: engines run them fast; from the fewest bits to the most.
@@ -86,8 +59,24 @@ def model_facts(config: Mapping[str, Any], num_layers: int, tied: bool) -> Model
     )
 
 
+@cache
+def block_of(type_name: str) -> tuple[int, int]:
+    """Returns a block's weights and bytes, from gguf-py."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    return GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+
+
+def file_type_of(mixture: str) -> int:
+    """Returns the number of a mixture, a key of `MIXTURES`, in `general.file_type`, from gguf-py."""
+    from gguf import LlamaFileType
+
+    name = mixture.removesuffix("+")
+    return LlamaFileType[f"ALL_{name}" if name == "F32" else f"MOSTLY_{name}"].value
+
+
 def row_bytes(type_name: str, columns: int) -> int:
-    block, size = BLOCKS[type_name]
+    block, size = block_of(type_name)
     return columns // block * size
 
 
@@ -99,8 +88,8 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[re.Pattern[str], str]]:
     overrides = []
     for text in texts:
         pattern, separator, type_name = text.rpartition("=")
-        if not separator or not pattern or type_name.upper() not in BLOCKS:
-            raise UsageError(f"--tensor-type {text!r}: write REGEX=TYPE with a type of {', '.join(BLOCKS)}")
+        if not separator or not pattern or type_name.upper() not in TYPES:
+            raise UsageError(f"--tensor-type {text!r}: write REGEX=TYPE with a type of {', '.join(TYPES)}")
         try:
             overrides.append((re.compile(pattern), type_name.upper()))
         except re.error as error:
@@ -120,7 +109,7 @@ def choose_type(
     `parse_overrides`; and the type that was wanted where rows of this length do not fit it."""
     if len(shape) < 2 or not tensor.endswith(".weight") or "_norm.weight" in tensor or ".ffn_gate_inp." in tensor:
         return "F32", None
-    base = MIXTURES[mixture][0]
+    base = MIXTURES[mixture]
     wanted = base if base in FLOAT_TYPES else _preferred(tensor, shape[-1], mixture, base, facts, has_imatrix)
     wanted = next((type_name for pattern, type_name in overrides if pattern.search(tensor)), wanted)
     stored = fitting_type(wanted, shape[-1])
@@ -130,13 +119,13 @@ def choose_type(
 def fitting_type(wanted: str, columns: int) -> str:
     """Returns the wanted type where rows of so many columns fit it; else its fallback, or F16 where that does not fit
     either."""
-    fitting = (name for name in (wanted, _FALLBACKS.get(wanted, "F16")) if columns % BLOCKS[name][0] == 0)
+    fitting = (name for name in (wanted, _FALLBACKS.get(wanted, "F16")) if columns % block_of(name)[0] == 0)
     return next(fitting, "F16")
 
 
 def _preferred(tensor: str, columns: int, mixture: str, base: str, facts: ModelFacts, has_imatrix: bool) -> str:
     if tensor == "output.weight" or (facts.tied and tensor == "token_embd.weight"):
-        return "Q8_0" if base == "Q8_0" or columns % BLOCKS[base][0] else "Q6_K"
+        return "Q8_0" if base == "Q8_0" or columns % block_of(base)[0] else "Q6_K"
     if mixture == "Q4_K_M+":
         if _KEPT_AT_8_BITS.search(tensor):
             return "Q8_0"
