@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -180,9 +180,10 @@ class GgufQuantization(TargetOptions):
     type: str = Field(
         default="Q4_K_M",
         description="A type or mixture of llama.cpp, such as Q8_0, Q4_K_M, IQ4_XS, BF16; or Q4_K_M+, which keeps MLA "
-        "attention, shared experts and dense layers at Q8_0; with a target, of what no type is chosen for.",
+        "attention, shared experts and dense layers at Q8_0; with a target, the type of tensors for which none is "
+        "chosen.",
     )
-    scales: bool = Field(default=True, description="Fold AWQ's scales in, beside the importance matrix.")
+    scales: bool = Field(default=True, description="Fold AWQ's scales in, in addition to the importance matrix.")
     mtp: Literal["keep", "drop"] = Field(
         default="drop", description="Multi-token-prediction layer: keep as llama.cpp's nextn tensors, or drop."
     )
@@ -198,7 +199,7 @@ class Sampling(SampleLength):
     """How many tokens are taken from the calibration texts."""
 
     samples: int = Field(default=64, ge=1, description="Calibration samples.")
-    seed: int = Field(default=0, ge=0, description="Of the choice of texts and of every random sum.")
+    seed: int = Field(default=0, ge=0, description="Seed for the choice of texts and for random sums.")
 
 
 class Calibration(Sampling):
@@ -207,7 +208,7 @@ class Calibration(Sampling):
     calibration: Annotated[Texts, Spelling(default="r1-mix")] = Field(
         default=("r1-mix",),
         description="A .txt, .jsonl or .parquet file, a mix (code, wiki, r1-mix), or "
-        "hf:NAME[/CONFIG][:SPLIT][#COLUMN]; may be repeated; none does without, for GGUF alone.",
+        "hf:NAME[/CONFIG][:SPLIT][#COLUMN]; may be repeated; `none` skips calibration (GGUF only).",
     )
 
     @field_validator("calibration", mode="before")
@@ -224,7 +225,7 @@ class Device(Options):
         description="auto is a GPU where there is one; the last bits of the output differ between devices.",
     )
     memory_budget: Annotated[Size | None, Spelling(default="80 % of what is free, at most 16GiB")] = Field(
-        default=None, ge=1, description="Most resident memory, such as 16GiB."
+        default=None, ge=1, description="Maximum resident memory, such as 16GiB."
     )
 
 
@@ -232,7 +233,7 @@ class MachineOptions(Device):
     """Where to compute, and in how much memory of each kind."""
 
     gpu_memory_budget: Annotated[Size | None, Spelling(default="90 % of what is free, at most 16GiB")] = Field(
-        default=None, ge=1, description="Most GPU memory, such as 16GiB."
+        default=None, ge=1, description="Maximum GPU memory, such as 16GiB."
     )
 
 
@@ -246,6 +247,22 @@ class GgufOptions(MachineOptions, Calibration, GgufFiles, GgufQuantization, JobO
     output: Annotated[Path, Spelling("-o", default="./NAME-TYPE-GGUF; the target in the place of TYPE")] = Field(
         description="Folder to create."
     )
+
+
+# Fields that records and hashes have whatever their value; one that is added later is there when it is not its default.
+FIRST_FIELDS = frozenset({
+    "bits", "calibrate", "calibration", "device", "evaluate", "gpu_memory_budget", "group_size", "imatrix",
+    "max_shard_bytes", "memory_budget", "model", "mtp", "name", "output", "preset", "samples", "scales", "scales_from",
+    "seed", "seq_len", "split_max_bytes", "steps", "symmetric", "target_bits", "target_size", "tensor_types", "to",
+    "type",
+})  # fmt: skip
+
+
+def without_newer_defaults(options: Options, values: dict[str, Any], always: Set[str]) -> dict[str, Any]:
+    """Returns the dumped values of options without those that are not in `always` and have their default."""
+    fields = type(options).model_fields.items()
+    unused = {name for name, field in fields if name not in always and getattr(options, name) == field.default}
+    return {name: value for name, value in values.items() if name not in unused}
 
 
 class Recipe(AwqOptions, GgufFiles):
@@ -262,10 +279,9 @@ class Recipe(AwqOptions, GgufFiles):
         return tuple(step for step in STEPS if step in steps)
 
     @model_serializer(mode="wrap")
-    def _without_unused_gguf_settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves them out of records and hashes, which thus stay those of recipes that did not have them."""
-        unused = {name for name, field in GgufFiles.model_fields.items() if getattr(self, name) == field.default}
-        return {name: value for name, value in handler(self).items() if name not in unused}
+    def _without_newer_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves newer fields out at their defaults: records and hashes stay those of recipes without them."""
+        return without_newer_defaults(self, handler(self), FIRST_FIELDS - GgufFiles.model_fields.keys())
 
     def lasting(self) -> dict[str, Any]:
         """The fields that determine the output's bytes, as plain JSON values."""

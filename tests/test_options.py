@@ -113,3 +113,16 @@ def test_importing_dsquant_sets_what_torch_reads_when_it_is_imported(
     environment = {name: value for name, value in os.environ.items() if name not in names} | given
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     assert told.stdout == f"{found}\n"
+
+
+def test_an_option_that_is_added_at_its_default_changes_no_record_and_no_hash() -> None:
+    class Later(Recipe):
+        rare_below: int = 256
+
+    class LaterStep(AwqStep):
+        rare_below: int = 256
+
+    asked = {"model": "tiny-r1", "output": "out", "bits": 8}
+    assert Later.checked(**asked).hash == Recipe.checked(**asked).hash
+    assert Later.checked(**asked, rare_below=100).hash != Recipe.checked(**asked).hash
+    assert LaterStep.checked(name="a").model_dump() == AwqStep.checked(name="a").model_dump()

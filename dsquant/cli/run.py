@@ -37,8 +37,8 @@ def run(recipe: Path, model: str | None, output: Path | None, as_json: bool, **o
     quantize:
       - {name: four, to: [awq], preset: compact}
       - {name: mixed, to: [compressed-tensors], target_bits: 4.5}
-      - {name: k-quants, type: Q4_K_M, target_size: 340GiB}
-    evaluate: {samples: 8, seq_len: 512, texts: [code.txt], prompts: python}
+      - {name: k-quants, type: Q4_K_M, target_size: 5MiB}
+    evaluate: {samples: 8, seq_len: 512, texts: [code], prompts: python}
     gates: {gates: [{metric: mean_kl, at_most: 0.02}]}
     publish: rename
 

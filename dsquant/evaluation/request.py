@@ -51,9 +51,7 @@ class EvaluationRequest(Device, Measured):
     )
     candidates: Texts = Field(description="The same, of the same model.")
     seed: int = Field(default=0, ge=0, description="Of the intervals' random draws.")
-    gates: Path | None = Field(
-        default=None, description="YAML file of limits that decide verdict and exit code, as in `dsquant eval --help`."
-    )
+    gates: Path | None = Field(default=None, description="YAML file of limits that decide verdict and exit code.")
     output: Annotated[Path | None, Spelling("-o")] = Field(default=None, description="Folder for the report.")
 
 

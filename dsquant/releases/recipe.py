@@ -39,7 +39,15 @@ from dsquant.files.disk import PARTIAL
 from dsquant.files.sealing import RELEASE_FILE
 from dsquant.files.strict_yaml import read_yaml
 from dsquant.options import Options, Texts, problem_text
-from dsquant.recipes import GgufFiles, GgufQuantization, MachineOptions, Quantization, Sampling
+from dsquant.recipes import (
+    FIRST_FIELDS,
+    GgufFiles,
+    GgufQuantization,
+    MachineOptions,
+    Quantization,
+    Sampling,
+    without_newer_defaults,
+)
 
 # Of small letters, since some file systems take no notice of case; some drop a dot at the end as well.
 NAME = r"^[a-z0-9]([a-z0-9._-]*[a-z0-9_-])?$"
@@ -72,11 +80,10 @@ class AwqStep(Named, Quantization):
     """One `dsquant awq` run; several formats share its calibration pass."""
 
     @model_serializer(mode="wrap")
-    def _without_preset_steps(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves `steps` out where the file does, as in releases from before there were steps."""
-        return {
-            name: value for name, value in handler(self).items() if name != "steps" or name in self.model_fields_set
-        }
+    def _as_in_earlier_releases(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves `steps` out where the file does, and newer fields at their defaults."""
+        values = without_newer_defaults(self, handler(self), FIRST_FIELDS)
+        return {name: value for name, value in values.items() if name != "steps" or name in self.model_fields_set}
 
 
 class GgufStep(Named, GgufFiles, GgufQuantization):
