@@ -1,11 +1,14 @@
 """The folder tree is what README says it is."""
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import dsquant
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dsquant"
 
 
 def test_readmes_tree_is_the_packages() -> None:
@@ -33,3 +36,21 @@ def test_what_the_package_offers_changes_on_purpose_alone() -> None:
     assert set(dsquant.__all__) == errors | functions
     assert all(callable(getattr(dsquant, name)) for name in dsquant.__all__)
     assert set(dir(dsquant)) == {*dsquant.__all__, "__version__"}
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                yield f"{path.relative_to(PACKAGE)}: {node.name}", node
+
+
+def test_no_function_has_more_than_fifty_lines_and_no_file_more_than_350() -> None:
+    assert [name for name, node in functions() if (node.end_lineno or 0) - node.lineno >= 50] == []
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert [str(path) for path in files if len(path.read_text().splitlines()) > 350] == []
+
+
+def test_few_functions_have_six_parameters_or_more() -> None:
+    counts = [len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs) for _, node in functions()]
+    assert sum(count >= 6 for count in counts) <= 60

@@ -88,24 +88,7 @@ def plan_run(
     check_complete(checkpoint, skeleton, recipe.mtp)
     _check_choosing(recipe)
     units = plan_units(recipe.mtp, checkpoint, skeleton)
-    dtypes = {name: _plain_dtype(checkpoint, name) for name in checkpoint.weights}
-    layers = _touched(recipe, skeleton)
-    folders = _folders(recipe.to)
-    wanted = [
-        Wanted(
-            recipe=recipe,
-            name=name,
-            folder=folders[name],
-            checkpoint=checkpoint,
-            skeleton=skeleton,
-            parameters={unit.name: unit.parameters for unit in units if unit.action != "drop"},
-            layers=layers,
-            linears=_by_preset(recipe, layers),
-            dtypes=dtypes,
-            chosen=chosen.get(str(folders[name]), NO_CHOICE),
-        )
-        for name in recipe.to
-    ]
+    wanted = _wanted(recipe, checkpoint, skeleton, units, chosen)
     targets = tuple(format_of(one.name).plan(one) for one in wanted)
     by_grid: dict[Grid, frozenset[str]] = {}
     for target in targets:
@@ -121,6 +104,34 @@ def plan_run(
     storing = max(target.storing_bytes for target in targets)
     work = Workload(recipe, checkpoint, skeleton, by_grid, storing, num_grids, num_ranks, gpu_budget_bytes)
     return Plan(units, targets, by_grid, run_needs(work), mixed)
+
+
+def _wanted(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    units: tuple[Unit, ...],
+    chosen: Mapping[str, Mapping[str, Any]],
+) -> list[Wanted]:
+    """Returns what each format is asked to plan."""
+    dtypes = {name: _plain_dtype(checkpoint, name) for name in checkpoint.weights}
+    layers = _touched(recipe, skeleton)
+    folders = _folders(recipe.to)
+    return [
+        Wanted(
+            recipe=recipe,
+            name=name,
+            folder=folders[name],
+            checkpoint=checkpoint,
+            skeleton=skeleton,
+            parameters={unit.name: unit.parameters for unit in units if unit.action != "drop"},
+            layers=layers,
+            linears=_by_preset(recipe, layers),
+            dtypes=dtypes,
+            chosen=chosen.get(str(folders[name]), NO_CHOICE),
+        )
+        for name in recipe.to
+    ]
 
 
 def _folders(names: tuple[str, ...]) -> dict[str, PurePosixPath]:

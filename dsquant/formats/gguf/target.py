@@ -86,10 +86,8 @@ def plan_model(
     config, rotary = network_config(family, checkpoint.config), network_rotary(family, checkpoint.config)
     shapes = loadable_shapes(checkpoint, parameters)
     tensors, replaced = choose_tensors(config, shapes, type_name, num_mtp_layers, has_imatrix, overrides)
-    missing = check_quantizer(
-        {tensor.type_name for tensor in tensors.values()}, checkpoint.weights.device.type == "cuda"
-    )
-
+    on_gpu = checkpoint.weights.device.type == "cuda"
+    missing = check_quantizer({tensor.type_name for tensor in tensors.values()}, on_gpu)
     left_out: list[str] = []
 
     def add_keys(writer: Any) -> None:
