@@ -42,7 +42,9 @@ def awq(model: str | Path = "tiny-r1", *, output: str | Path, progress: bool = T
         Interrupted: where the job stopped and can be resumed.
     """
     again, metrics = taken(Again, options), taken(Metrics, options)
-    return _run(Recipe.checked(model=model, output=output, **options), again, metrics, progress)
+    asked = AwqOptions.checked(model=model, output=output, **options)
+    recipe = Recipe.checked(**{name: getattr(asked, name) for name in asked.model_fields_set})
+    return _run(recipe, again, metrics, progress)
 
 
 @documented(GgufOptions, Again, Metrics)
@@ -68,6 +70,8 @@ def gguf(model: str | Path = "tiny-r1", *, output: str | Path, progress: bool = 
 
 
 def _run(recipe: Recipe, again: Again, metrics: Metrics, progress: bool) -> Result:
+    if again.resume and again.restart:
+        raise UsageError("resume and restart exclude each other")
     from dsquant.pipeline.job import run_job
     from dsquant.reporting.prometheus import monitored
     from dsquant.reporting.terminal import progress_bar

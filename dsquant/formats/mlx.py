@@ -33,6 +33,8 @@ _STACK = re.compile(r"(model\.layers\.\d+\.mlp\.)switch_mlp\.(.+)")
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (16, 32, 64, 128)
 ROWS_AT_ONCE = 1024
+# Models of mlx-lm 0.32 that read neither rope_scaling nor tie_word_embeddings, by their `model_type`.
+UNSCALED = ("glm4_moe",)
 
 
 class MlxWeights(DecodedWeights):
@@ -145,6 +147,19 @@ class Mlx(SafetensorsFormat):
     def quantizable(self, wanted: Wanted) -> frozenset[str]:
         """Returns the preset's linears without kv_b_proj."""
         return wanted.linears.difference(layer.absorbed.keys_and_values for layer in wanted.layers if layer.absorbed)
+
+    def engines_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns rope_theta, rope_scaling and partial_rotary_factor, which most of mlx-lm's models read only there."""
+        rope = config.get("rope_parameters") or {}
+        scaling = config.get("rope_scaling") or {key: rope[key] for key in rope if key != "rope_theta"}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        stated = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if rope.get(key) is not None}
+        if config.get("model_type") in UNSCALED and (kind != "default" or config.get("tie_word_embeddings")):
+            raise UsageError(
+                f"--to mlx: mlx-lm's {config['model_type']} has neither rope scaling ({kind}) nor a head tied to the "
+                "embedding; take another format"
+            )
+        return stated | {"rope_scaling": None if kind == "default" else scaling | {"type": kind, "rope_type": kind}}
 
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
         if not grid.symmetric:

@@ -95,6 +95,13 @@ class SafetensorsFormat(Format):
         None where it is stored by itself."""
         return None
 
+    def engines_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the keys of config.json in which the format's engines read what transformers writes in others.
+
+        Raises UsageError where the engines would compute another network.
+        """
+        return {}
+
     def quantizable(self, wanted: Wanted) -> frozenset[str]:
         """Returns those of the preset's linears that its engines take quantized."""
         return wanted.linears
@@ -196,4 +203,4 @@ def _config(
         layers = layers[: wanted.skeleton.num_layers]
     quantized = {linear: linear in linears for layer in layers for linear in layer.linears}
     words = output_format.quantization_config(grid, quantized, widths)
-    return config | dict.fromkeys(output_format.config_keys, words)
+    return config | output_format.engines_config(config) | dict.fromkeys(output_format.config_keys, words)

@@ -64,7 +64,7 @@ def _weight_errors(
 ) -> Mapping[str, float]:
     """An output's own errors where its format rounds itself, else those of its grid."""
     if target.grid.rounded:
-        return by_grid[grids.index(target.grid)]
+        return by_grid.get(grids.index(target.grid), {})  # nothing, where a choice left every linear in BF16
     found: dict[str, float] = {}
     for entry in journal.values():
         found |= entry["weight_errors"].get(str(target.folder), {})

@@ -42,7 +42,7 @@ class _Squares:
 def observe_layer(job: LayerJob) -> LayerReport:
     """Runs an original layer and notes the importance of all its linears; those of MLPs are emitted unchanged.
 
-    The job has one grid, onto which nothing is quantized. The report has the tokens of each expert.
+    Nothing is quantized onto the job's grids. The report has the tokens of each expert.
     """
     layer = job.layer
     job.safe_point(layer.attention_module)
@@ -55,7 +55,7 @@ def observe_layer(job: LayerJob) -> LayerReport:
 
 
 def _observe_dense_part(job: LayerJob) -> Routing | None:
-    (grid,), layer, own = job.grids, job.layer, job.shares.samples(job.ranks.rank)
+    grid, layer, own = job.grids[0], job.layer, job.shares.samples(job.ranks.rank)
     weights = ResidentWeights(job.weights)
     squares = {group.consumers[0]: _Squares() for group in layer.attention}
     observers: dict[str, Observer] = {name: found.add for name, found in squares.items()}
@@ -104,7 +104,7 @@ class _KeySquares:
 def _observe_mlp(
     job: LayerJob, mlp: Mlp, original: GatedWeights, routing: Routing | None, added: Mapping[int, torch.Tensor]
 ) -> None:
-    (grid,) = job.grids
+    grid = job.grids[0]
     rows_R = torch.arange(job.mlp_inputs.num_rows, device=job.weights.device)
     if mlp.expert is not None:
         assert routing is not None
