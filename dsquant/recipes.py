@@ -283,6 +283,12 @@ class Recipe(AwqOptions, GgufFiles):
         """Leaves newer fields out at their defaults: records and hashes stay those of recipes without them."""
         return without_newer_defaults(self, handler(self), FIRST_FIELDS - GgufFiles.model_fields.keys())
 
+    @property
+    def model_name(self) -> str:
+        """The model's name in files and folders: the last part of its path or hub id."""
+        name = Path(self.model).name
+        return Path(self.model).resolve().name if name in ("", "..") else name
+
     def lasting(self) -> dict[str, Any]:
         """The fields that determine the output's bytes, as plain JSON values."""
         return self.model_dump(mode="json", exclude=set(CHANGEABLE_ON_RESUME))

@@ -126,3 +126,8 @@ def test_an_option_that_is_added_at_its_default_changes_no_record_and_no_hash() 
     assert Later.checked(**asked).hash == Recipe.checked(**asked).hash
     assert Later.checked(**asked, rare_below=100).hash != Recipe.checked(**asked).hash
     assert LaterStep.checked(name="a").model_dump() == AwqStep.checked(name="a").model_dump()
+
+
+def test_a_model_in_the_present_folder_has_the_folders_name() -> None:
+    names = {model: Recipe.checked(model=model, output="out").model_name for model in (".", "..", "org/R1", "/m/x/")}
+    assert names == {".": Path.cwd().name, "..": Path.cwd().parent.name, "org/R1": "R1", "/m/x/": "x"}

@@ -94,5 +94,5 @@ def _recipe(options: dict[str, Any]) -> "Recipe":
     output, formats = options["output"], dict.fromkeys(options["to"] or ("awq",))
     recipe = Recipe.checked(**options | {"output": output or ".", "to": tuple(formats)})
     kind = recipe.to[0].replace(":", "-") if len(recipe.to) == 1 else "quantized"
-    name = f"{Path(recipe.model).name}-{kind}-{recipe.target_name or f'{recipe.bits}bit'}"
+    name = f"{recipe.model_name}-{kind}-{recipe.target_name or f'{recipe.bits}bit'}"
     return recipe if output else recipe.model_copy(update={"output": Path(name)})

@@ -47,5 +47,5 @@ def _recipe(options: dict[str, Any]) -> "Recipe":
 
     output, type_name = options["output"], options["type"].upper()
     recipe = gguf_recipe(**options | {"output": output or "."})
-    name = f"{Path(recipe.model).name}-{recipe.target_name or type_name}-GGUF"
+    name = f"{recipe.model_name}-{recipe.target_name or type_name}-GGUF"
     return recipe if output else recipe.model_copy(update={"output": Path(name)})

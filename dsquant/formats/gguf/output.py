@@ -75,7 +75,7 @@ class Gguf(Format):
         chosen = [(re.compile(f"^{re.escape(name)}$"), str(width)) for name, width in wanted.chosen.items()]
         model = plan_model(
             wanted.checkpoint,
-            Path(recipe.model).name,
+            recipe.model_name,
             type_name,
             [name for parameters in wanted.parameters.values() for name in parameters],
             wanted.num_mtp_layers,
