@@ -191,5 +191,5 @@ def test_a_dry_run_tells_the_target(nano_r1: Path, text_file: Path, tmp_path: Pa
     )
     told = pipeline.preview(recipe)
     assert "at most 4.5 bits" in str(told) and "one of Q2_K" in str(told) and not (tmp_path / "out").exists()
-    by_size = pipeline.preview(recipe.model_copy(update={"target_bits": None, "target_size": 4_000_000}))
-    assert by_size.output_bytes == {"gguf:3.8MiB": 4_000_000}
+    by_size = pipeline.preview(recipe.model_copy(update={"target_bits": None, "target_size": 1_200_000}))
+    assert by_size.output_bytes == {"gguf:1.1MiB": 1_200_000}
