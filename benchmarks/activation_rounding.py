@@ -22,7 +22,7 @@ from dsquant.evaluation.divergence import ComparedModels, compare
 from dsquant.evaluation.opening import Original, open_candidate, open_original
 from dsquant.kernels.activation_rounding import Rounding, unrounded
 from dsquant.model.overlays import Overlay
-from tests.llama_cpp import decoded, every_position
+from tests.support.llama_cpp import decoded, every_position
 
 SEQ_LEN, SAMPLES_AT_ONCE = 256, 32
 

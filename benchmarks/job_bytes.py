@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoints import (
+from tests.support.checkpoints import (
     FP8,
     LLAMA,
     PICO_R1,

@@ -17,7 +17,7 @@ from mlx.utils import tree_map
 from mlx_lm.utils import load_model
 
 from dsquant.formats.checkpoints import open_checkpoint
-from tests.checkpoints import full_model
+from tests.support.checkpoints import full_model
 
 SAMPLES, TOKENS = 2, 48
 

@@ -38,6 +38,11 @@ def test_what_the_package_offers_changes_on_purpose_alone() -> None:
     assert set(dir(dsquant)) == {*dsquant.__all__, "__version__"}
 
 
+def test_the_tests_folders_are_the_packages() -> None:
+    folders = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("*.py"))}
+    assert folders - {"support"} <= {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+
+
 def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -22,7 +22,7 @@ from dsquant.formats.checkpoints import open_checkpoint
 
 # All of them in the slow tests, a few in the quick ones, whose bounds are wider.
 POSITIONS, FEW = range(8, 256), range(8, 256, 8)
-CALIBRATION = Path(__file__).parents[1] / "calibration"
+CALIBRATION = Path(__file__).parents[2] / "calibration"
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from dsquant.evaluation.code.execution import (
     run_program,
     wilson,
 )
-from tests.evaluations import code_drift
+from tests.support.evaluations import code_drift
 
 LINUX = sys.platform == "linux"
 

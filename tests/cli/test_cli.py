@@ -19,7 +19,7 @@ from dsquant.formats.table import FORMATS
 from dsquant.options import parse_size
 from dsquant.recipes import Recipe, format_size
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def invoke(*arguments: str) -> tuple[int, str]:

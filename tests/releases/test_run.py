@@ -32,7 +32,7 @@ from dsquant.reporting.progress import silent
 from dsquant.reporting.prometheus import monitored
 
 pytestmark = pytest.mark.usefixtures("imported")
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 def content(nano_r1: Path, text_file: Path, output: Path, **changes: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs" / "scheduling"
+DOCS = Path(__file__).parents[2] / "docs" / "scheduling"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 from dsquant.model.families import FAMILIES
 from dsquant.model.families.family import Family
 
-PACKAGE = Path(__file__).parents[1] / "dsquant"
+PACKAGE = Path(__file__).parents[2] / "dsquant"
 PARTICULAR = re.compile(
     r"kv_lora_rank|q_lora_rank|qk_\w+_head_dim|v_head_dim|n_(routed|shared)_experts|first_k_dense_replace|"
     r"moe_intermediate_size|num_experts_per_tok|num_nextn_predict|[A-Z]\w+[0-9]\w*ForCausalLM|"

@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 import dsquant
 import dsquant.api
 
-QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart.ipynb"
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 
 
 @pytest.fixture

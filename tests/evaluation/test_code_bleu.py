@@ -12,7 +12,7 @@ from dsquant.evaluation.code.data_flow import data_flow
 from dsquant.evaluation.code.python_tokens import parsed, python_tokens
 
 REFERENCE = "def f(a, b):\n    c = a + b\n    return c\n"
-CODEXGLUE = Path(__file__).parents[2] / "shared" / "data" / "codexglue"
+CODEXGLUE = Path(__file__).parents[3] / "shared" / "data" / "codexglue"
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_program_scores_one_against_itself(program: str) -> None:
 
 
 def test_every_source_file_scores_one_against_itself() -> None:
-    texts = [path.read_text() for path in sorted(Path(__file__).parent.parent.glob("dsquant/evaluation/*.py"))]
+    texts = [path.read_text() for path in sorted(Path(__file__).parents[2].glob("dsquant/evaluation/*.py"))]
     assert code_bleu(texts, texts).total == 1
 
 

@@ -21,7 +21,7 @@ from dsquant.reporting.notebook import as_html, as_text, plain_console, table_of
 from dsquant.reporting.progress import Progress, silent
 from dsquant.reporting.prometheus import monitored
 from dsquant.reporting.terminal import print_evaluation, progress_bar
-from tests.evaluations import candidate, evaluation
+from tests.support.evaluations import candidate, evaluation
 
 # Each would be a tag, a link, a style, a cell, or an order to a terminal.
 EVIL = (

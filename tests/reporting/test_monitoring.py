@@ -24,7 +24,7 @@ from dsquant.errors import InputError, UsageError
 from dsquant.reporting.progress import Limits, Progress, silent
 from dsquant.reporting.prometheus import monitored
 
-DOCS = Path(__file__).parent.parent / "docs" / "monitoring"
+DOCS = Path(__file__).parents[2] / "docs" / "monitoring"
 promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="apt-get install prometheus")
 
 

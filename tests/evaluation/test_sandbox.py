@@ -14,7 +14,7 @@ from dsquant.evaluation.code import execution, sandbox
 from dsquant.evaluation.code.execution import run_program
 from dsquant.evaluation.code.scratch import remove_tree
 from dsquant.evaluation.code.system_calls import CALLS, allowing_filter
-from tests import hostile_programs as hostile
+from tests.support import hostile_programs as hostile
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the layers are Linux's")
 X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers are x86-64's")

@@ -89,7 +89,7 @@ def test_a_file_without_prompts_or_that_is_no_text_is_refused(tmp_path: Path) ->
         _prompts_file("nowhere.jsonl")
 
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 @pytest.mark.parametrize(
