@@ -13,7 +13,7 @@ import torch
 
 from dsquant.kernels.descent import descend_block, descend_block_reference
 from dsquant.kernels.losses import gram_losses
-from dsquant.quantization import descent
+from dsquant.quantization import descend
 from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest
 
 SHAPES = {"gate": (2048, 7168), "down": (7168, 2048)}
@@ -45,8 +45,8 @@ def main() -> None:
         for symmetric in (True, False):
             start = round_to_nearest(weight_OI, Grid(4, 128, symmetric))
             for how, groups, repeats in (("PyTorch", descend_block_reference, 1), ("Triton", descend_block, 3)):
-                descent.descend_block = groups
-                spent, found = milliseconds(lambda: descent.descended_weight(start, weight_OI, gram_II), repeats)  # noqa: B023
+                descend.descend_block = groups
+                spent, found = milliseconds(lambda: descend.descended_weight(start, weight_OI, gram_II), repeats)  # noqa: B023
                 error = float(gram_losses(found.difference(weight_OI), gram_II).sum())
                 print(f"| {name} | {'symmetric' if symmetric else 'asymmetric'} | {how} | {spent:.1f} | {error:.1f} |")
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,11 @@ def test_readmes_tree_is_the_packages() -> None:
 
 def test_the_top_of_the_package_holds_few_modules() -> None:
     assert len(list((ROOT / "dsquant").glob("*.py"))) <= 12
+
+
+def test_a_modules_name_stands_for_one_module_in_the_whole_package() -> None:
+    stems = Counter(path.stem for path in PACKAGE.rglob("*.py") if path.stem != "__init__")
+    assert [stem for stem, times in stems.items() if times > 1] == []
 
 
 def test_what_the_package_offers_changes_on_purpose_alone() -> None:

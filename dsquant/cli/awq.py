@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from dsquant.cli.fields import FieldsCommand
-from dsquant.cli.job import check_again, check_one_process, dry_run_option, run_and_show, show_plan
+from dsquant.cli.job_steps import check_again, check_one_process, dry_run_option, run_and_show, show_plan
 from dsquant.cli.process import dsquant_command, json_option, model_argument
 
 if TYPE_CHECKING:

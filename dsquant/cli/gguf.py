@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsquant.cli.fields import FieldsCommand
-from dsquant.cli.job import check_again, dry_run_option, run_and_show, show_plan
+from dsquant.cli.job_steps import check_again, dry_run_option, run_and_show, show_plan
 from dsquant.cli.process import dsquant_command, json_option, model_argument
 
 if TYPE_CHECKING:

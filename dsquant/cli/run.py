@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsquant.cli.fields import FieldsCommand
-from dsquant.cli.job import show_result
+from dsquant.cli.job_steps import show_result
 from dsquant.cli.process import dsquant_command, json_option, reporting
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from dsquant.cli.job import show_result
+from dsquant.cli.job_steps import show_result
 from dsquant.cli.process import dsquant_command, quiet_libraries
 from dsquant.errors import InconclusiveError, InputError
 

@@ -16,7 +16,7 @@ from dsquant.formats.safetensors_target import only_checkpoint
 from dsquant.formats.table import SAFETENSORS, format_of
 from dsquant.model.kinds import kind_of
 from dsquant.pipeline.memory import Workload, run_needs
-from dsquant.pipeline.plan import Plan, plan_run, plan_units
+from dsquant.pipeline.planning import Plan, plan_run, plan_units
 from dsquant.recipes import Recipe, gguf_recipe
 
 SOURCE = "source"

@@ -32,7 +32,7 @@ from dsquant.evaluation.summary import layer_scores, routers_of, scores_by_text
 from dsquant.evaluation.weight_errors import by_kind, worst
 from dsquant.files.disk import remove_empty
 from dsquant.formats.decoded import DecodedWeights
-from dsquant.formats.gguf.weights import RELEASE_BYTES
+from dsquant.formats.gguf.gguf_weights import RELEASE_BYTES
 from dsquant.jobs.folder_state import check_name
 from dsquant.jobs.resources import check_disk, default_memory_budget, resolved_device
 from dsquant.jobs.stopping import stop_on_signals

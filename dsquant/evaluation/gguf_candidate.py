@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsquant.errors import InputError
-from dsquant.formats.gguf.checkpoint import GgufHeader
+from dsquant.formats.gguf.gguf_checkpoint import GgufHeader
 from dsquant.formats.gguf.layout import placements, stored_shape
 from dsquant.formats.gguf.loader import number_problem
 from dsquant.formats.gguf.metadata import model_keys

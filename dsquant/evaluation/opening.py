@@ -15,8 +15,8 @@ from dsquant.errors import InputError
 from dsquant.evaluation.gguf_candidate import check_same_network, check_same_tensors
 from dsquant.files.foreign import find_file
 from dsquant.formats.checkpoints import format_of_config, open_checkpoint
-from dsquant.formats.gguf.checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
-from dsquant.formats.gguf.weights import gguf_file, gguf_parts, open_gguf
+from dsquant.formats.gguf.gguf_checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
+from dsquant.formats.gguf.gguf_weights import gguf_file, gguf_parts, open_gguf
 from dsquant.kernels.activation_rounding import unrounded
 from dsquant.model.complete import COMPUTED_SUFFIX, HEAD, check_complete
 from dsquant.model.repeated import check_repeated

@@ -19,8 +19,8 @@ import torch
 
 from dsquant.errors import InputError, UsageError
 from dsquant.formats.decoded import DecodedWeights, checked_matrix, whole_number
+from dsquant.formats.output_shards import StoredTensor
 from dsquant.formats.safetensors import SafetensorsFormat, check_columns
-from dsquant.formats.shards import StoredTensor
 from dsquant.formats.skip_lists import ignored_modules, targets_by_width
 from dsquant.formats.wanted import NO_CHOICE, Width
 from dsquant.kernels.packing import pack_rows, unpack_rows

@@ -13,9 +13,9 @@ import torch
 from dsquant.calibration.texts import TOKENIZER_FILES
 from dsquant.errors import UsageError
 from dsquant.files.foreign import find_file
+from dsquant.formats.output_shards import StoredTensor, plan_shards
 from dsquant.formats.protocol import Format
 from dsquant.formats.safetensors_target import SafetensorsTarget, matrix
-from dsquant.formats.shards import StoredTensor, plan_shards
 from dsquant.formats.wanted import NO_CHOICE, Wanted
 from dsquant.model.structure import linear_groups
 from dsquant.schemes import UNQUANTIZED, Grid, QuantizedWeight, group_size_hint

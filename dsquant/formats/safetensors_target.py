@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dsquant.errors import UsageError
+from dsquant.formats.output_shards import ShardPlan
 from dsquant.formats.protocol import Contents, StoredFile, Surroundings, Target
 from dsquant.formats.safetensors_writer import CARD_FILE, OpenCheckpoint
 from dsquant.formats.scales import SCALES_FILE
-from dsquant.formats.shards import ShardPlan
 from dsquant.formats.wanted import Choice, Choosable, Wanted
 from dsquant.model.structure import linear_groups
 from dsquant.schemes import UNQUANTIZED

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dsquant.files.disk import PARTIAL, copy_file, naming, write_atomically
+from dsquant.formats.output_shards import ShardFile, write_index
 from dsquant.formats.protocol import OpenTarget, Surroundings, UnitWriter
-from dsquant.formats.shards import ShardFile, write_index
 from dsquant.schemes import QuantizedWeight
 from dsquant.source.checkpoint import CONFIG_FILE
 from dsquant.source.shards import DTYPES

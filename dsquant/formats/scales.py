@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dsquant.files.foreign import find_file
-from dsquant.formats.shards import Shard, ShardFile, StoredTensor
+from dsquant.formats.output_shards import Shard, ShardFile, StoredTensor
 from dsquant.model.overlays import Fold, fold_of
 from dsquant.model.structure import DecoderLayer
 from dsquant.source.shards import ShardIndex, read_header

@@ -13,7 +13,7 @@ from dsquant.files.sealing import broken_sections, hash_files
 from dsquant.formats.safetensors_target import SafetensorsTarget
 from dsquant.formats.scales import open_scales
 from dsquant.jobs.folder_state import RECORD_FILE, found_in
-from dsquant.pipeline.plan import Plan
+from dsquant.pipeline.planning import Plan
 from dsquant.recipes import Recipe
 from dsquant.schemes import QuantizedWeight
 from dsquant.source.shards import ShardIndex, read_index

@@ -15,10 +15,10 @@ import torch
 
 from dsquant.errors import InputError
 from dsquant.files.disk import sync_folder
+from dsquant.formats.output_shards import Shard, ShardFile
 from dsquant.formats.protocol import Surroundings, UnitWriter
 from dsquant.formats.safetensors_writer import ROWS_AT_ONCE, OpenCheckpoint
 from dsquant.formats.scales import recorded_fold
-from dsquant.formats.shards import Shard, ShardFile
 from dsquant.incremental.recording import RecordedTarget, Recording, recorded_targets
 from dsquant.incremental.reuse import reuse_file
 from dsquant.incremental.rule import rounded_as_recorded
@@ -32,7 +32,7 @@ from dsquant.model.overlays import Fold
 from dsquant.model.repeated import check_repeated
 from dsquant.pipeline.finish import finish
 from dsquant.pipeline.inputs import Source, memory_budget, open_model
-from dsquant.pipeline.plan import Unit, plan_run
+from dsquant.pipeline.planning import Unit, plan_run
 from dsquant.pipeline.record import output_files
 from dsquant.pipeline.run_state import Run
 from dsquant.pipeline.supervision import check_inputs, input_hashes, shard_times

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from dsquant.kernels.activation_rounding import Rounding, unrounded
-from dsquant.model.attention import attend
+from dsquant.model.fused_attention import attend
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import DecoderLayer
 from dsquant.source.weights import Weights

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from dsquant.errors import InputError
-from dsquant.model.attention import ATTENTION, SharedLinear, fused_attention
 from dsquant.model.families import family_of, mtp
 from dsquant.model.families.family import Family, MixtureKeys, Sizes
+from dsquant.model.fused_attention import ATTENTION, SharedLinear, fused_attention
 from dsquant.model.rotary import Rotary, rope_problem, rotary_of, settle_magnitude
 from dsquant.model.structure import DecoderLayer
 from dsquant.source.checkpoint import Checkpoint

@@ -13,7 +13,7 @@ from dsquant.formats.protocol import ScaledLinear, Target
 from dsquant.formats.wanted import Choosable
 from dsquant.model.structure import KEYS_SUFFIX, DecoderLayer
 from dsquant.pipeline.inputs import Source
-from dsquant.pipeline.plan import plan_run
+from dsquant.pipeline.planning import plan_run
 from dsquant.pipeline.run_state import Run
 from dsquant.precision.groups import MixedPlan
 from dsquant.precision.layer_errors import Store, Trial

@@ -15,7 +15,7 @@ from dsquant.jobs.resources import LARGEST_DEFAULT_BUDGET, default_memory_budget
 from dsquant.model.families import is_mixture
 from dsquant.model.repeated import check_repeated
 from dsquant.model.skeleton import Skeleton
-from dsquant.pipeline.plan import Plan, plan_run
+from dsquant.pipeline.planning import Plan, plan_run
 from dsquant.recipes import Recipe, format_size
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
 from dsquant.source.locate import locate

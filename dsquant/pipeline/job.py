@@ -24,7 +24,7 @@ from dsquant.pipeline.finish import finish
 from dsquant.pipeline.inputs import Source, gpu_memory_budget, gpu_within_budget, memory_budget, open_source, resolved
 from dsquant.pipeline.memory import check_memory
 from dsquant.pipeline.notices import planned_warnings
-from dsquant.pipeline.plan import FOLLOW, WITHOUT_FOLLOW, Plan
+from dsquant.pipeline.planning import FOLLOW, WITHOUT_FOLLOW, Plan
 from dsquant.pipeline.preview import Preview
 from dsquant.pipeline.record import output_files
 from dsquant.pipeline.result import Result, finished_result, result_of

@@ -14,7 +14,7 @@ from dsquant.model.activations import Activations
 from dsquant.model.streaming import Stream, embed, mtp_inputs
 from dsquant.model.structure import DecoderLayer
 from dsquant.pipeline.kept import keep_by_folder, kept_file, scales_file
-from dsquant.pipeline.plan import Unit
+from dsquant.pipeline.planning import Unit
 from dsquant.pipeline.resume import check_kept, check_target, check_units, kept_files
 from dsquant.pipeline.run_state import Run
 from dsquant.quantization.importance import observe_layer

@@ -1,8 +1,7 @@
 """The numbers that weights may be rounded to; rounding, clip, compensation and descent work with any scheme."""
 
 from dsquant.schemes.integers import CLIP_RATIOS, GROUP_SIZES, UNQUANTIZED, Grid, group_size_hint
-from dsquant.schemes.scheme import Scheme
-from dsquant.schemes.weights import (
+from dsquant.schemes.quantized_weight import (
     QuantizedWeight,
     fake_quantize,
     joined,
@@ -11,6 +10,7 @@ from dsquant.schemes.weights import (
     round_to_nearest,
     stacked,
 )
+from dsquant.schemes.scheme import Scheme
 
 __all__ = [
     "CLIP_RATIOS",

@@ -12,8 +12,8 @@ import torch
 
 from dsquant.kernels import k_quants
 from dsquant.kernels.values import Kind, Levels, Parameters
+from dsquant.schemes.quantized_weight import QuantizedWeight
 from dsquant.schemes.scheme import Scheme
-from dsquant.schemes.weights import QuantizedWeight
 
 BLOCK = 32
 BLOCKS = k_quants.SUPER_BLOCK // BLOCK

@@ -11,8 +11,8 @@ from dsquant.escaping import counted
 from dsquant.files.foreign import read_file
 from dsquant.files.sealing import RELEASE_FILE, broken_sections, in_threads, record_of_folder, seal
 from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.formats.gguf.gguf_weights import GgufWeights
 from dsquant.formats.gguf.layout import placements
-from dsquant.formats.gguf.weights import GgufWeights
 from dsquant.formats.scales import open_scales
 from dsquant.formats.table import SAFETENSORS
 from dsquant.jobs.folder_state import RECORD_FILE, found_in

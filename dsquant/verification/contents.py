@@ -9,7 +9,7 @@ from dsquant.files.foreign import find_file, read_file
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.formats.gguf.file import read_gguf
 from dsquant.formats.gguf.layout import placements
-from dsquant.formats.shards import index_content
+from dsquant.formats.output_shards import index_content
 from dsquant.model.complete import COMPUTED_SUFFIX, check_complete
 from dsquant.model.skeleton import Skeleton
 from dsquant.source.checkpoint import Checkpoint

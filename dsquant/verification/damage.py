@@ -17,8 +17,8 @@ from dsquant.errors import PackageError
 from dsquant.files.foreign import LARGEST_TEXT_BYTES
 from dsquant.files.sealing import Hashed, block_sizes, broken_sections
 from dsquant.formats.gguf.files import ALIGNMENT, GgufTensor
+from dsquant.formats.output_shards import Shard, ShardPlan, StoredTensor, index_content
 from dsquant.formats.scales import SCALES_FILE
-from dsquant.formats.shards import Shard, ShardPlan, StoredTensor, index_content
 from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.packages import load
 from dsquant.source.shards import INDEX_FILE

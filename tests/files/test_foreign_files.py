@@ -16,8 +16,8 @@ from dsquant.calibration.texts import load_tokenizer, render_chat
 from dsquant.errors import InputError
 from dsquant.files.strict_json import parse_json
 from dsquant.files.strict_yaml import read_yaml
-from dsquant.formats.gguf.checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
 from dsquant.formats.gguf.file import read_gguf
+from dsquant.formats.gguf.gguf_checkpoint import gguf_checkpoint, gguf_tokenizer, read_header
 from dsquant.source import shards
 
 BAD_YAML = {

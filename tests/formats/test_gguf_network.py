@@ -31,7 +31,7 @@ from dsquant.errors import InputError
 from dsquant.evaluation.divergence import ComparedModels, compare
 from dsquant.evaluation.opening import Original, open_candidate, open_original
 from dsquant.formats.checkpoints import open_checkpoint
-from dsquant.formats.gguf.checkpoint import gguf_checkpoint, read_header
+from dsquant.formats.gguf.gguf_checkpoint import gguf_checkpoint, read_header
 from dsquant.formats.gguf.loader import number_problem
 from dsquant.formats.gguf.metadata import add_tokenizer_keys
 from dsquant.model.families import FAMILIES

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import dsquant
 from dsquant.errors import InputError, UsageError
 from dsquant.formats.checkpoints import stored_weights
-from dsquant.formats.shards import ShardFile, StoredTensor, plan_shards, write_index
+from dsquant.formats.output_shards import ShardFile, StoredTensor, plan_shards, write_index
 from dsquant.formats.skip_lists import ignored_modules, skipped_modules
 from dsquant.formats.table import FORMATS
 from dsquant.formats.write_behind import WriteBehind

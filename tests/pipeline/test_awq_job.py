@@ -161,7 +161,7 @@ def test_a_full_disk_stops_the_job_and_loses_nothing(nano_r1: Path, text_file: P
         if written == 12:
             raise OSError(28, "No space left on device")
 
-    full.setattr("dsquant.formats.shards.os.fsync", no_space)
+    full.setattr("dsquant.formats.output_shards.os.fsync", no_space)
     with pytest.raises(Interrupted, match="disk is full"):
         dsquant.awq(nano_r1, output=tmp_path / "out", calibration=(str(text_file),), **FAST)
     full.undo()

@@ -24,7 +24,7 @@ from small_jobs import contents
 from dsquant.cli import main
 from dsquant.jobs.ranks import CHUNKS, Shares
 from dsquant.pipeline.inputs import open_model
-from dsquant.pipeline.plan import plan_run
+from dsquant.pipeline.planning import plan_run
 from dsquant.quantization.statistics import FACTOR_ROWS, InputStatistics
 from dsquant.recipes import Recipe
 

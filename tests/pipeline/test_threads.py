@@ -18,7 +18,7 @@ import dsquant
 from dsquant.jobs.folder_state import WORK_FOLDER
 from dsquant.kernels.products import add_product, apply_linear
 from dsquant.kernels.threads import blocks_of, one_thread_an_operation, side_by_side
-from dsquant.model.attention import attend
+from dsquant.model.fused_attention import attend
 from tests.support.checkpoints import LLAMA, QWEN3, add_tokenizer, make_dense, make_pico_r1
 
 NUMBERS = (1, 3, 8)

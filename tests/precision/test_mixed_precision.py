@@ -21,7 +21,7 @@ from dsquant.errors import Interrupted, UsageError
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.formats.skip_lists import skipped_modules, targets_by_width
 from dsquant.pipeline.inputs import open_model
-from dsquant.pipeline.plan import plan_run
+from dsquant.pipeline.planning import plan_run
 from dsquant.recipes import Recipe
 
 COMPACT: dict[str, Any] = {**FAST, "preset": "compact"}

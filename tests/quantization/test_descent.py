@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from dsquant.kernels.grids import storable_scales
-from dsquant.quantization import descent
+from dsquant.quantization import descend
 from dsquant.quantization.compensate import compensated_weight
-from dsquant.quantization.descent import descended_weight
+from dsquant.quantization.descend import descended_weight
 from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest
 
@@ -79,8 +79,8 @@ def _one_sweep(weight: QuantizedWeight, wanted_OI: torch.Tensor, gram_II: torch.
 def test_a_sweep_moves_one_number_after_the_other_to_its_best_value(
     near: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(descent, "SWEEPS", 1)
-    monkeypatch.setattr(descent, "NEAR", near)
+    monkeypatch.setattr(descend, "SWEEPS", 1)
+    monkeypatch.setattr(descend, "NEAR", near)
     grid, gram_II, wanted_OI = Grid(4, 32, symmetric), _gram(96), _weight(8, 96)
     start = round_to_nearest(wanted_OI, grid)
     found = descended_weight(start, wanted_OI, gram_II)
@@ -106,7 +106,7 @@ def test_more_sweeps_lower_the_error_further(monkeypatch: pytest.MonkeyPatch) ->
     start = round_to_nearest(wanted_OI, grid)
     losses = []
     for sweeps in (0, 1, 2, 4):
-        monkeypatch.setattr(descent, "SWEEPS", sweeps)
+        monkeypatch.setattr(descend, "SWEEPS", sweeps)
         losses.append(float(_losses(descended_weight(start, wanted_OI, gram_II), wanted_OI, gram_II).sum()))
     assert losses == sorted(losses, reverse=True)
 

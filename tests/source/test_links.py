@@ -17,7 +17,7 @@ from dsquant.calibration.texts import load_tokenizer
 from dsquant.errors import InputError
 from dsquant.evaluation.gates import read_gates
 from dsquant.files.foreign import find_file
-from dsquant.formats.gguf.weights import gguf_file
+from dsquant.formats.gguf.gguf_weights import gguf_file
 from dsquant.formats.safetensors import copied_files
 from dsquant.jobs.folder_state import claim
 from dsquant.pipeline.inputs import open_model, open_tokenizer

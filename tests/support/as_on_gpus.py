@@ -8,7 +8,7 @@ import torch
 from dsquant.model import activations
 from dsquant.pipeline import inputs as preparation
 from dsquant.pipeline import run_state
-from dsquant.pipeline.plan import Plan, plan_run
+from dsquant.pipeline.planning import Plan, plan_run
 
 KEPT = {"none": range(0), "odd": range(1, 100, 2)}
 

@@ -14,6 +14,7 @@ import torch
 
 from dsquant.errors import UsageError
 from dsquant.files.disk import PARTIAL
+from dsquant.formats.gguf.gguf_weights import open_gguf
 from dsquant.formats.gguf.imatrix import TensorImportance, column_importance, fitting_imatrix, stored_tensors
 from dsquant.formats.gguf.layout import decode_rotary, encode, join_keys_and_values
 from dsquant.formats.gguf.ranges import range_look
@@ -22,7 +23,6 @@ from dsquant.formats.gguf.target import IMATRIX_FILE, GgufModel, places_of, plan
 from dsquant.formats.gguf.type_choice import type_choice
 from dsquant.formats.gguf.types import MIXTURES, parse_overrides
 from dsquant.formats.gguf.unit import OpenGguf
-from dsquant.formats.gguf.weights import open_gguf
 from dsquant.formats.protocol import Contents, Format, ScaledLinear, StoredFile, Surroundings, Target
 from dsquant.formats.scales import SCALES_FILE
 from dsquant.formats.wanted import Choice, Choosable, Wanted, Width

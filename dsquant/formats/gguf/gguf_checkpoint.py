@@ -15,10 +15,10 @@ import torch
 from dsquant.errors import InputError
 from dsquant.files.foreign import blaming
 from dsquant.formats.gguf.file import read_gguf
+from dsquant.formats.gguf.gguf_weights import GgufWeights, gguf_parts
 from dsquant.formats.gguf.layout import parameters
 from dsquant.formats.gguf.metadata import CONTROL, UNUSED, USER_DEFINED
 from dsquant.formats.gguf.rope import YARN_LOG_FACTOR, rotary_of_keys
-from dsquant.formats.gguf.weights import GgufWeights, gguf_parts
 from dsquant.model.families import FAMILIES, GGUF_FAMILIES
 from dsquant.model.families.family import GgufFacts
 from dsquant.model.overlays import on_device
