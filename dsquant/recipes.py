@@ -207,8 +207,8 @@ class Calibration(Sampling):
 
     calibration: Annotated[Texts, Spelling(default="r1-mix")] = Field(
         default=("r1-mix",),
-        description="A .txt, .jsonl or .parquet file, a mix (code, wiki, r1-mix), or "
-        "hf:NAME[/CONFIG][:SPLIT][#COLUMN]; may be repeated; `none` skips calibration (GGUF only).",
+        description="A .txt, .jsonl or .parquet file; a mix (r1-mix, code, wiki; of the hub: hub-r1, hub-openthoughts, "
+        "hub-pileval, hub-wikitext); hf:NAME[/CONFIG][:SPLIT][#COLUMN]; may be repeated; `none`: none (GGUF only).",
     )
 
     @field_validator("calibration", mode="before")

@@ -1,7 +1,4 @@
-"""Documents of texts, mixes and hub sets: each a text, or the messages of a conversation.
-
-Not covered: audio or images in messages, and tool calls; such messages are refused.
-"""
+"""Documents of texts, mixes and hub sets: each a text, or the messages of a conversation (`records`)."""
 
 import random
 import re
@@ -10,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsquant.calibration.records import column_of, document_of
 from dsquant.errors import InputError, UsageError
 from dsquant.files.strict_json import parse_json
 from dsquant.files.strict_yaml import read_yaml
@@ -60,13 +58,22 @@ def documents_of(spec: str, columns: dict[str, str] | None = None) -> Iterator[A
     if spec.startswith("hf:"):
         yield from _hub_documents(spec, columns or {})
         return
-    for path in _paths(spec):
-        if path.suffix == ".jsonl":
-            yield from _lines(path)
-        elif path.suffix == ".parquet":
-            yield from _parquet_documents(path)
-        else:
+    file, column = split_column(spec)
+    for path in _paths(file):
+        if path.suffix not in _RECORDS:
             yield _read_text(path)
+            continue
+        for record, where in _RECORDS[path.suffix](path):
+            if column is not None:
+                record = {"text": column_of(record, column, where)}
+            yield document_of(record, where)
+
+
+def split_column(spec: str) -> tuple[str, str | None]:
+    """Splits FILE#COLUMN, for files of records; a file of that whole name comes first."""
+    file, _, column = spec.rpartition("#")
+    is_column = Path(file).suffix in _RECORDS and not Path(spec).expanduser().exists()
+    return (file, column) if is_column else (spec, None)
 
 
 def _paths(spec: str) -> list[Path]:
@@ -94,39 +101,22 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({error}); name a text file") from error
 
 
-def _lines(path: Path) -> Iterator[Any]:
-    # Not splitlines: a JSON text may hold U+2028 and its like as they are.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        yield _document(parse_json(line, where, "mend the line or leave it out"), where)
+def _lines(path: Path) -> Iterator[tuple[Any, str]]:
+    """Yields the records of a file of JSON lines, one at a time, and where each stands."""
+    try:
+        # Not splitlines: a JSON text may hold U+2028 and its like as they are.
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield parse_json(line, where, "mend the line or leave it out"), where
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error})") from error
+    except (OSError, MemoryError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); name a text file") from error
 
 
-def _document(record: Any, where: str) -> Any:
-    """The text or the messages in a record."""
-    if isinstance(record, dict):
-        if isinstance(record.get("text"), str):
-            return record["text"]
-        if isinstance(record.get("messages"), list):
-            return _checked_messages(record["messages"], where)
-        if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-            answer = {"role": "assistant", "content": record["completion"]}
-            if isinstance(record.get("reasoning"), str):
-                answer["reasoning_content"] = record["reasoning"]
-            return [{"role": "user", "content": record["prompt"]}, answer]
-    raise InputError(f"{where}: expected an object with 'text', 'messages', or 'prompt' and 'completion'")
-
-
-def _checked_messages(messages: list[Any], where: str) -> list[dict[str, str]]:
-    for message in messages:
-        known = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
-        if not known or not isinstance(message.get("content"), str):
-            raise InputError(f"{where}: each message needs a 'role' (system, user, assistant) and a text 'content'")
-    return messages
-
-
-def _parquet_documents(path: Path) -> Iterator[Any]:
+def _parquet_rows(path: Path) -> Iterator[tuple[Any, str]]:
     import datasets
 
     try:
@@ -136,7 +126,10 @@ def _parquet_documents(path: Path) -> Iterator[Any]:
     except Exception as error:  # pyarrow's errors have no common base
         raise InputError(f"{path}: not a readable parquet file: {error}") from error
     for number, record in enumerate(table):
-        yield _document(record, f"{path}, row {number}")
+        yield record, f"{path}, row {number}"
+
+
+_RECORDS = {".jsonl": _lines, ".parquet": _parquet_rows}
 
 
 def _hub_documents(spec: str, columns: dict[str, str]) -> Iterator[Any]:
@@ -152,11 +145,12 @@ def _hub_documents(spec: str, columns: dict[str, str]) -> Iterator[Any]:
     try:
         records = datasets.load_dataset(name, match["config"], split=match["split"] or "train", streaming=True)
         for number, record in enumerate(records):
+            where = f"{spec}, record {number}"
             if match["column"]:
-                record = {"text": record[match["column"]]}
+                record = {"text": column_of(record, match["column"], where)}
             elif columns:
-                record = {part: record[column] for part, column in columns.items()}
-            yield _document(record, f"{spec}, record {number}")
+                record = {part: column_of(record, column, where) for part, column in columns.items()}
+            yield document_of(record, where)
     except InputError:
         raise
     except ImportError:

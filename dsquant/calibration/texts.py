@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dsquant.calibration.documents import documents_of, shuffled, text_sources
+from dsquant.calibration.documents import documents_of, shuffled, split_column, text_sources
 from dsquant.calibration.tokenizer import THEN, check_tokenizer_files, encode, render
 from dsquant.errors import InputError, PackageError, UsageError
 from dsquant.files.foreign import blaming, find_file, open_file
@@ -32,6 +32,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 LONGEST_DOCUMENT = 10**12
+# Characters that are encoded at once: a tokenizer takes some 200 bytes of memory for each.
+LONGEST_PART = 2**19
 THINK, END_THINK = "<think>", "</think>"
 HELD_OUT_TEXTS = ("code", "wiki", "reasoning")
 
@@ -74,7 +76,7 @@ def load_tokenizer(folder: Path) -> Any:
 def check_held_out(tokenizer: Any) -> None:
     """Refuses a tokenizer whose tokens for the shipped held-out texts the embedding has no row for."""
     for text in HELD_OUT_TEXTS if surplus_tokens(tokenizer) else ():
-        documents = (_encode(document, tokenizer) for document in documents_of(f"held-out/{text}/*"))
+        documents = (part for document in documents_of(f"held-out/{text}/*") for part in _encode(document, tokenizer))
         check_embedded(documents, tokenizer, f"held-out text {text!r} (--no-evaluate does without it)")
 
 
@@ -84,10 +86,10 @@ def calibration_tokens(
     """Makes calibration samples, fewer than `num_samples` where the texts do not yield them; `seed` gives the
     documents' order.
 
-    A spec is a text file (.txt, .md, .py and other text; .jsonl; .parquet), a .safetensors file with ready `tokens`,
-    the name of a mix, or `hf:NAME[/CONFIG][:SPLIT][#COLUMN]`; each gets an equal share, a mix divides its own. Raises
-    InputError where a source is missing, damaged or empty, or all of them yield no sample, UsageError where a spec is
-    none of the above.
+    A spec is a text file (.txt, .md, .py and other text), a .jsonl or .parquet file of `records`, perhaps with a
+    #COLUMN, a .safetensors file with ready `tokens`, the name of a mix, or `hf:NAME[/CONFIG][:SPLIT][#COLUMN]`; each
+    gets an equal share, a mix divides its own. Raises InputError where a source is missing, damaged or empty, or all of
+    them yield no sample, UsageError where a spec is none of the above.
     """
     if not specs:
         raise UsageError("calibration names no text; name a file, a mix such as r1-mix, or a hub set as hf:NAME")
@@ -132,19 +134,19 @@ def held_out_tokens(text: str, tokenizer: Any, seq_len: int, max_samples: int) -
 def text_tokens(text: str, tokenizer: Any, seq_len: int, max_samples: int) -> torch.Tensor:
     """Samples a text to evaluate on, in the order of the text: int64 [N, seq_len], N at most `max_samples`.
 
-    It is a shipped held-out text (`code`, `wiki`, `reasoning`), a file, or `hf:NAME[/CONFIG][:SPLIT][#COLUMN]`. Raises
-    InputError where it is missing, or too short for one sample.
+    It is a shipped held-out text (`code`, `wiki`, `reasoning`), FILE[#COLUMN], or
+    `hf:NAME[/CONFIG][:SPLIT][#COLUMN]`. Raises InputError where it is missing, or too short for one sample.
     """
     if text in HELD_OUT_TEXTS:
         return held_out_tokens(text, tokenizer, seq_len, max_samples)
-    if not text.startswith("hf:") and not Path(text).expanduser().is_file():
+    if not text.startswith("hf:") and not Path(split_column(text)[0]).expanduser().is_file():
         raise InputError(f"--text {text!r}: no such file, and none of the shipped texts {', '.join(HELD_OUT_TEXTS)}")
     found = 0
 
     def counted() -> Iterator[Any]:
         nonlocal found
         for document in documents_of(text):
-            found += len(_encode(document, tokenizer))
+            found += sum(map(len, _encode(document, tokenizer)))
             yield document
 
     samples = _take(_samples(counted(), tokenizer, seq_len), max_samples)
@@ -188,25 +190,37 @@ def _samples(documents: Iterator[Any], tokenizer: Any, seq_len: int) -> Iterator
     """Documents packed into samples; what is left at the end is dropped."""
     waiting: list[int] = []
     for document in documents:
-        waiting += _encode(document, tokenizer)
-        while len(waiting) >= seq_len:
-            yield waiting[:seq_len]
-            waiting = waiting[seq_len:]
+        for tokens in _encode(document, tokenizer):
+            waiting += tokens
+            whole = len(waiting) - len(waiting) % seq_len
+            yield from (waiting[start : start + seq_len] for start in range(0, whole, seq_len))
+            waiting = waiting[whole:]
 
 
 def _take(samples: Iterator[list[int]], count: int) -> list[list[int]]:
     return [sample for _, sample in zip(range(count), samples, strict=False)]
 
 
-def _encode(document: Any, tokenizer: Any) -> list[int]:
-    """One BOS, the document, one EOS, as far as the tokenizer has them."""
+def _encode(document: Any, tokenizer: Any) -> Iterator[list[int]]:
+    """Yields one BOS, the document, one EOS, as far as the tokenizer has them; the document in parts."""
     text = document if isinstance(document, str) else render_chat(document, tokenizer)
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     text = text.removeprefix(bos).removesuffix(eos)
-    ids = encode(text, tokenizer, add_special_tokens=False)
-    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [*before, *ids, *after]
+    yield [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for part in _parts(text):
+        yield encode(part, tokenizer, add_special_tokens=False)
+    yield [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Splits a text where a line or a word begins."""
+    start = 0
+    while len(text) - start > LONGEST_PART:
+        cut = max(text.rfind(space, start + 1, start + LONGEST_PART) for space in "\n ")
+        end = cut if cut > start else start + LONGEST_PART
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def render_chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
@@ -219,6 +233,8 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
     if last == len(messages) or not tokenizer.chat_template:
         return "\n\n".join(_whole_turn(message) for message in messages)
+    if "tool" not in str(tokenizer.chat_template):
+        messages = [message | {"role": "user"} if message["role"] == "tool" else message for message in messages]
     prompt = render(messages[:last], tokenizer)
     opened = prompt.rstrip().endswith(THINK)
     if opened:

@@ -47,7 +47,8 @@ class Preview:
         texts = "none"
         if self.calibration:
             parts = ", ".join(f"{source['name']} {source['samples']}" for source in self.calibration["sources"])
-            texts = f"{self.calibration['samples']} samples of {self.calibration['seq_len']} tokens ({parts})"
+            samples = self.calibration["samples"]
+            texts = f"{samples} sample{'s' * (samples != 1)} of {self.calibration['seq_len']} tokens ({parts})"
         rows = {
             "model": f"{self.model} ({self.architecture}, {format_size(self.source_bytes)})",
             "output folder": f"{self.output} ({STATES[self.state]})",
