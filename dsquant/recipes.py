@@ -285,9 +285,9 @@ class Recipe(AwqOptions, GgufFiles):
 
     @property
     def model_name(self) -> str:
-        """The model's name in files and folders: the last part of its path or hub id."""
-        name = Path(self.model).name
-        return Path(self.model).resolve().name if name in ("", "..") else name
+        """The model's name in files and folders: the last part of its path or hub id, also in the hub's cache."""
+        path = Path(self.model).resolve() if Path(self.model).name in ("", "..") else Path(self.model)
+        return re.sub(r".*--([^/]+)/snapshots/[^/]+$", r"\1", str(path)).rpartition("/")[2]
 
     def lasting(self) -> dict[str, Any]:
         """The fields that determine the output's bytes, as plain JSON values."""

@@ -16,6 +16,7 @@ from dsquant.files.foreign import LARGEST_MODEL_TEXT_BYTES, find_file
 from dsquant.files.strict_json import read_json_object
 from dsquant.kernels.fp8 import dequantize_fp8
 from dsquant.source.fp8_blocks import SCALE_SUFFIX, scale_shape
+from dsquant.source.look_alikes import advice
 from dsquant.source.read_ahead import ReadAhead
 from dsquant.source.shards import ShardIndex, TensorInfo
 from dsquant.source.weights import CPU, Weights
@@ -128,7 +129,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_config_file(path: Path) -> dict[str, Any]:
     """Reads a config.json at any place and of any name; as `read_config`."""
     if not path.exists():
-        raise InputError(f"{path} is missing; is {path.parent} a model folder?")
+        raise InputError(f"{path} is missing: {advice(path.parent)}")
     then = "take config.json from the same release as the weights"
     return read_json_object(path, then, most_bytes=LARGEST_MODEL_TEXT_BYTES)
 

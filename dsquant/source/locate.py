@@ -18,10 +18,18 @@ def locate(model: str) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise InputError(_no_folder(folder))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or any(set(part) == {"."} for part in model.split("/")):
         kind = "file" if model.endswith(".gguf") else "folder"
         raise InputError(f"{model!r}: no such {kind}, and not a hub id such as 'deepseek-ai/DeepSeek-R1'")
     return _download(model)
+
+
+def _no_folder(file: Path) -> str:
+    if file.suffix == ".gguf":
+        return f"{file}: a GGUF file is quantized already; name the folder of the original in safetensors"
+    return f"{file}: a model is a folder, with config.json, tokenizer and weights; name {file.absolute().parent}"
 
 
 def _download(model: str) -> Path:

@@ -22,6 +22,7 @@ import torch
 from dsquant.errors import InputError
 from dsquant.files.foreign import LARGEST_MODEL_TEXT_BYTES, LONGEST_NAME_BYTES, find_file, open_file
 from dsquant.files.strict_json import parse_json, read_json_object
+from dsquant.source.look_alikes import advice
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -216,7 +217,7 @@ def read_index(folder: Path) -> ShardIndex:
     if index_path is None:
         single = find_file(folder, SINGLE_FILE)
         if single is None:
-            raise InputError(f"{folder}: neither {INDEX_FILE} nor {SINGLE_FILE} is there; is this a model folder?")
+            raise InputError(f"{folder}: neither {INDEX_FILE} nor {SINGLE_FILE} is there: {advice(folder)}")
         return ShardIndex(folder, read_header(single))
     weight_map = _read_weight_map(index_path)
     headers = {
