@@ -149,7 +149,7 @@ def run(
         UsageError: where the recipe is not valid.
         InputError: where model, texts or output cannot be used, or another run works on the output.
         GateError: where a gate failed; nothing is published.
-        InconclusiveError: where a gate is undecided; nothing is published.
+        InconclusiveError: where a gate is inconclusive; nothing is published.
         Interrupted: where the run stopped; the same recipe continues it.
     """
     from dsquant.releases.recipe import read_recipe

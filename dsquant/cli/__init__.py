@@ -34,8 +34,8 @@ def main() -> None:
       3   bad input (nothing written), damage found (verify), or the output
           folder is locked by another run
       4   a gate failed
-      5   undecided: no gate failed, but more samples are needed, or a check
-          could not be run (verify)
+      5   inconclusive: no gate failed, but more samples are needed, or a
+          check could not be run (verify)
       75  stopped but resumable (SIGTERM, SIGHUP, SIGINT, disk full, memory
           budget exceeded)
     """

@@ -1,5 +1,6 @@
 """Implements `dsquant delta`: compares two releases, builds the new output from the old one, and writes a patch."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from dsquant.jobs.stopping import full_disk_is_resumable, stop_on_signals
 from dsquant.pipeline.result import Result, result_of
 from dsquant.recipes import format_size
 from dsquant.reporting.notebook import Shown
-from dsquant.reporting.progress import Progress, Report, silent
+from dsquant.reporting.progress import Progress, Report, peak_resident_bytes, silent
 from dsquant.running import DeltaOptions
 from dsquant.source.locate import locate
 from dsquant.source.scan import scan
@@ -70,10 +71,9 @@ class Delta(Shown):
         old = f", {format_size(self.old_read_bytes)} of the old one" if self.old_read_bytes else ""
         yield Text(f"Read: {format_size(self.new_read_bytes)} of the new release{old}.")
         output, patch = format_size(self.output_bytes), format_size(self.patch_bytes)
-        yield Text(
-            f"The output has {output}, the patch {patch} ({self.patch_bytes / self.output_bytes:.1%}); {self.patch} "
-            f"turns the old output into {self.output}."
-        )
+        share = f"{self.patch_bytes / self.output_bytes:.1%}"
+        yield Text(f"Output: {output}. Patch: {patch}, {share} of that. To apply it to the old output:")
+        yield Text(f"  dsquant delta --apply {self.patch} OLD_OUTPUT --output DIR", overflow="fold", no_wrap=True)
 
 
 def delta(old: str, new: str, output: Path, asked: DeltaOptions, report: Report = silent) -> Delta:
@@ -173,7 +173,14 @@ def full_run(
     the earlier output cannot be used, UsageError where the earlier output holds GGUF files, Interrupted where the job
     stopped and can be resumed.
     """
+    started = time.monotonic()
     recording = open_recording(scales_from)
     recipe = recording.recipe(model, output)
     done = requantize(recipe, recording, False, resume, restart, report)
-    return result_of(recipe, done.record, already_finished=done.already_finished)
+    return result_of(
+        recipe,
+        done.record,
+        already_finished=done.already_finished,
+        elapsed_s=time.monotonic() - started,
+        peak_resident_bytes=peak_resident_bytes(),
+    )

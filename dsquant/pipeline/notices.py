@@ -51,10 +51,10 @@ def run_warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
     topped_up = sum(len(layer["topped_up"]) for layer in layers)
     rare = topped_up if topped_up or "top-up" in run.recipe.steps else sum(count < FEWEST_TOKENS for count in counts)
     if rare and (run.recipe.steps or topped_up):  # plain rounding judges by no token
-        on = "their router's next best as well" if topped_up else "these alone"
+        on = "tokens that the router scores next highest for them were added" if topped_up else "none were added"
         words.append(
-            f"{rare} of {len(counts)} experts got fewer than {FEWEST_TOKENS} calibration tokens and were judged on "
-            f"{on}; more --samples help"
+            f"{rare} of {len(counts)} experts got fewer than {FEWEST_TOKENS} calibration tokens; {on}; more --samples "
+            "help"
         )
     for target in run.source.plan.targets:
         widths = set(target.widths.values())

@@ -1,7 +1,7 @@
 """Collects each input channel's importance in the original's forward pass, as in llama.cpp's importance matrix.
 
 The importance of a column is the mean square of its input over the tokens that reach the linear. An expert with few
-tokens of its own is judged on its router's next best too, as in AWQ.
+tokens of its own also gets those that the router scores next highest for it, as in AWQ.
 
 Shape legend: R tokens, I in features, H heads, N rows of a head's keys without position.
 """

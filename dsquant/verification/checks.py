@@ -78,7 +78,7 @@ class Verification(Shown):
         from rich.text import Text
 
         if self.findings:
-            title, headings = f"{self.folder} is not what was written", ("file", "where", "problem")
+            title, headings = f"{self.folder} differs from what was written", ("file", "where", "problem")
             rows = ((Text(finding.file), Text(finding.where), Text(finding.problem)) for finding in self.findings)
             yield table_of(title, headings, rows, left=3, title_justify="left")
         files, findings = counted(self.num_files, "file"), counted(len(self.findings), "finding")

@@ -62,14 +62,14 @@ def _named(path: Path, name: str, files: dict[str, dict[str, Any]]) -> list[tupl
     rest = "keys" if name.endswith(".gguf") else "content"  # a GGUF file's keys are not in the record
     wrong: list[tuple[str, str]] = []
     if path.stat().st_size > LARGEST_TEXT_BYTES:
-        return [(rest, "not the bytes that were written")]
+        return [(rest, "differs from what was written")]
     if PurePosixPath(name).name == INDEX_FILE:
         wrong = _wrong_lines(path, index_content(recorded_shards(files, PurePosixPath(name).parent)))
     if not wrong and PurePosixPath(name).name == RECORD_FILE:
         wrong = [(part, "the record is damaged") for part in broken_sections(path.read_bytes())]
     if not wrong and name.endswith(".json"):
         wrong = _no_json(path)
-    return wrong or [(rest, "not the bytes that were written")]
+    return wrong or [(rest, "differs from what was written")]
 
 
 def recorded_shards(files: dict[str, dict[str, Any]], folder: PurePosixPath) -> ShardPlan:

@@ -58,15 +58,15 @@ def test_findings_fail_the_gate_on_broken_layers() -> None:
 def test_the_worst_verdict_decides_the_exit_code(tmp_path: Path) -> None:
     path = tmp_path / "gates.yaml"
     path.write_text("gates:\n- {metric: mean_kl, at_most: 0.021}\n- {metric: perplexity_ratio, at_most: 2}\n")
-    undecided = candidate(Interval(0.02, 0.015, 0.025, 64))
-    undecided = replace(undecided, gates=decide(read_gates(path), undecided, 8))
+    inconclusive = candidate(Interval(0.02, 0.015, 0.025, 64))
+    inconclusive = replace(inconclusive, gates=decide(read_gates(path), inconclusive, 8))
     failed = candidate(Interval(0.2, 0.15, 0.25, 64))
     failed = replace(failed, gates=decide(read_gates(path), failed, 8))
-    evaluation = Evaluation(1, None, None, (), {}, None, (undecided,), ())  # type: ignore[arg-type]
+    evaluation = Evaluation(1, None, None, (), {}, None, (inconclusive,), ())  # type: ignore[arg-type]
     with pytest.raises(InconclusiveError, match="about 200 samples would settle it"):
         raise_verdict(evaluation)
     with pytest.raises(GateError, match=r"mean_kl on code is 0.2 .* fail"):
-        raise_verdict(replace(evaluation, candidates=(undecided, failed)))
+        raise_verdict(replace(evaluation, candidates=(inconclusive, failed)))
     assert (InconclusiveError.exit_code, GateError.exit_code) == (5, 4)
 
 

@@ -211,6 +211,7 @@ def test_the_commands_do_what_the_functions_do(
     assert len(json.loads(delta.stdout)["changed"]) == len(new[1])
     full = run("awq", new[0], "--scales-from", old, "--output", tmp_path / "full", "--json")
     assert full.exit_code == 0, full.stderr
+    assert json.loads(full.stdout)["elapsed_s"] > 0 and json.loads(full.stdout)["peak_resident_bytes"] > 0
     applied = run("delta", "--apply", tmp_path / "delta.patch", old, "--output", tmp_path / "applied")
     assert applied.exit_code == 0, applied.stderr
     assert contents(tmp_path / "delta") == contents(tmp_path / "full") == contents(tmp_path / "applied")

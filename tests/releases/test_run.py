@@ -372,7 +372,7 @@ def test_a_gate_that_fails_publishes_nothing_and_a_wider_one_needs_no_second_eva
     assert published_report["candidates"][0]["gates"][0]["limit"] == 10.0
 
 
-def test_an_undecided_gate_ends_with_5(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_an_inconclusive_gate_ends_with_5(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
     def with_limit(limit: float) -> ReleaseRecipe:
         changes: dict[str, Any] = {"gates": {"gates": [{"metric": "mean_kl", "at_most": limit}]}}
         changes["evaluate"] = {"texts": [str(text_file)], "samples": 3, "seq_len": 80}

@@ -70,7 +70,7 @@ def _code(evaluation: "Evaluation") -> Iterator[RenderableType]:
 
 def _texts_table(candidate: "Candidate") -> Table:
     """Returns perplexities with the interval of their ratio, divergence and agreement on every text."""
-    headings = ("text", "original", "candidate", "ratio", "interval", "mean KL", "99 % KL", "top 1")
+    headings = ("text", "original", "candidate", "ratio", "interval", "mean KL", "99th percentile of KL", "top 1")
     table = narrow_table(f"{candidate.name}: perplexity, KL divergence in nats, agreement", headings)
     for text, found in candidate.texts.items():
         ratio = found.perplexity_ratio
@@ -107,4 +107,4 @@ def _gates(candidate: "Candidate") -> Iterator[Text]:
     if candidate.gates:
         passed = sum(gate.verdict == "pass" for gate in candidate.gates)
         style = "green" if passed == len(candidate.gates) else ""
-        yield Text(f"{candidate.name}: {passed} of {len(candidate.gates)} gates pass", style=style)
+        yield Text(f"{candidate.name}: {passed} of {len(candidate.gates)} gates passed", style=style)
