@@ -4,7 +4,6 @@ number.
 
 import os
 from dataclasses import dataclass
-from math import prod
 
 from dsquant.deployment import facts
 from dsquant.deployment.facts import Range
@@ -63,8 +62,7 @@ def _sum(stages: tuple[StageCost, ...]) -> Range:
 
 def build_cost_of(output: OutputSize, subject: Subject, machine: Machine) -> BuildCost:
     """Forecasts a job; the source is read from the machine's disk, cores are this machine's."""
-    weights = sum(prod(subject.checkpoint.weights.shape(name)) for name in subject.checkpoint.weights)
-    source_bytes = subject.checkpoint.index.num_bytes
+    weights, source_bytes = subject.num_weights, subject.source_bytes
     return BuildCost(
         output=output,
         memory_bytes=output.memory_bytes + resident_bytes(),

@@ -150,7 +150,7 @@ def forecast_of(
         architecture=subject.checkpoint.architecture,
         from_config_alone=not subject.has_headers,
         num_tensors=len(subject.checkpoint.index),
-        source_bytes=subject.checkpoint.index.num_bytes,
+        source_bytes=subject.source_bytes,
         network=network_of(config),
         context=limit,
         sizes=sizes,
@@ -185,7 +185,7 @@ def _notes(subject: Subject) -> tuple[str, ...]:
         )
     if not subject.has_tokenizer:
         notes.append("no tokenizer.json: GGUF sizes are those of the tensors; the file's header adds the vocabulary")
-    if subject.checkpoint.index.num_bytes < SMALL_BYTES:
+    if subject.source_bytes < SMALL_BYTES:
         notes.append("a model this small is limited by overheads: its times and speeds are bounds that are not reached")
     notes.append(facts.PRESET_BEST)
     notes.append("tokenizer, config, model card and dsquant.json add a few megabytes to the weight files")

@@ -12,6 +12,7 @@ from dsquant.formats.gguf.files import GgufFile
 from dsquant.formats.gguf.output import SCALES_GRID, scalable_linears
 from dsquant.formats.gguf.target import choose_tensors, largest_whole, loadable_shapes, plan_model, storing_bytes
 from dsquant.formats.gguf.types import FLOAT_TYPES, MIXTURES
+from dsquant.formats.output_shards import Shard
 from dsquant.formats.safetensors_target import only_checkpoint
 from dsquant.formats.table import SAFETENSORS, format_of
 from dsquant.model.kinds import kind_of
@@ -96,10 +97,11 @@ def output_sizes(subject: Subject) -> tuple[tuple[OutputSize, ...], tuple[str, .
 
 
 def _source_size(subject: Subject) -> OutputSize:
-    index = subject.checkpoint.index
-    kinds = _by_kind(subject, ((name, info.num_bytes) for name, info in index.items()))
+    sample = subject.sample
+    tensors = ((name, sample.of_tensor(name) * info.num_bytes) for name, info in sample.checkpoint.index.items())
+    kinds = _by_kind(subject, tensors)
     mtp = "keep" if subject.skeleton.num_mtp_layers else "none"
-    return OutputSize(SOURCE, None, None, mtp, index.num_bytes, False, kinds, 0, 0, subject.servable, None)
+    return OutputSize(SOURCE, None, None, mtp, subject.source_bytes, False, kinds, 0, 0, subject.servable, None)
 
 
 def _by_kind(subject: Subject, tensors: Iterable[tuple[str, int]]) -> dict[str, int]:
@@ -116,10 +118,14 @@ def _mtp_units(subject: Subject) -> set[str]:
 def _mtp_copied(subject: Subject, plan: Plan) -> tuple[int, int]:
     """Returns the bytes of the MTP layer's files and tensors where it is kept unchanged: the same in every format."""
     units = _mtp_units(subject)
-    target = only_checkpoint(plan.targets)
-    shards = [shard for shard in target.shards.shards if shard.unit in units]
-    tensors = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors)
-    return sum(shard.num_bytes for shard in shards), tensors
+    shards = [(shard, times) for shard, times in _shards(subject, plan) if shard.unit in units]
+    tensors = sum(times * tensor.num_bytes for shard, times in shards for tensor in shard.tensors)
+    return sum(times * shard.num_bytes for shard, times in shards), tensors
+
+
+def _shards(subject: Subject, plan: Plan) -> Iterator[tuple[Shard, int]]:
+    """Yields the files of the planned layers, each with the number of files that it stands for."""
+    return ((shard, subject.sample.of_unit(shard.unit)) for shard in only_checkpoint(plan.targets).shards.shards)
 
 
 def _safetensors_sizes(
@@ -131,8 +137,7 @@ def _safetensors_sizes(
         yield replace(quantized, mtp="none", command=_awq_command(subject, plan, preset, "keep"))
         return
     units = _mtp_units(subject)
-    target = only_checkpoint(plan.targets)
-    rest = sum(shard.num_bytes for shard in target.shards.shards if shard.unit not in units)
+    rest = sum(times * shard.num_bytes for shard, times in _shards(subject, plan) if shard.unit not in units)
     kinds = {kind: size for kind, size in quantized.by_kind.items() if kind != "MTP"}
     kept = dict(sorted((kinds | {"MTP": copied[1]}).items(), key=lambda item: -item[1]))
     keep, drop = (_awq_command(subject, plan, preset, mtp) for mtp in ("keep", "drop"))
@@ -144,18 +149,19 @@ def _safetensors_sizes(
 def _plan(subject: Subject, name: str, preset: str, bits: int, mtp: str) -> Plan:
     fields = {"to": (name,), "preset": preset, "bits": bits, "mtp": mtp, "device": "cpu"}
     recipe = Recipe.checked(model=subject.model, output=NOWHERE, **fields)
-    return plan_run(recipe, subject.checkpoint, subject.skeleton)
+    return plan_run(recipe, subject.sample.checkpoint, subject.sample.skeleton)
 
 
 def _safetensors_size(subject: Subject, plan: Plan, preset: str, mtp: str) -> OutputSize:
     target = only_checkpoint(plan.targets)
-    tensors = ((tensor.name, tensor.num_bytes) for shard in target.shards.shards for tensor in shard.tensors)
+    shards = list(_shards(subject, plan))
+    tensors = ((tensor.name, times * tensor.num_bytes) for shard, times in shards for tensor in shard.tensors)
     return OutputSize(
         format=target.format.name,
         preset=preset,
         bits=target.grid.bits,
         mtp=mtp,
-        num_bytes=target.shards.num_bytes,
+        num_bytes=sum(times * shard.num_bytes for shard, times in shards),
         exact=subject.has_headers,
         by_kind=_by_kind(subject, tensors),
         memory_bytes=plan.needs.memory_bytes,
@@ -189,13 +195,15 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
     parameters = [name for unit in units if unit.action != "drop" for name in unit.parameters]
     num_mtp_layers = skeleton.num_mtp_layers if mtp == "keep" else 0
     shapes = loadable_shapes(checkpoint, parameters)
-    linears, _ = scalable_linears(checkpoint, skeleton)
+    sample = subject.sample
+    linears, _ = scalable_linears(sample.checkpoint, sample.skeleton)
     header = _gguf_header(subject, parameters, num_mtp_layers)
     storing = storing_bytes(largest_whole(checkpoint, parameters))
     needs = {}
     for calibrated, one in ((False, "F32"), (True, "Q4_K_M")):
         recipe = gguf_recipe(output=NOWHERE, type=one, mtp="keep" if mtp == "keep" else "drop")
-        needs[calibrated] = run_needs(Workload(recipe, checkpoint, skeleton, {SCALES_GRID: linears}, storing))
+        work = Workload(recipe, sample.checkpoint, sample.skeleton, {SCALES_GRID: linears}, storing)
+        needs[calibrated] = run_needs(work)
     for type_name in MIXTURES:
         calibrated = type_name not in FLOAT_TYPES
         tensors, _ = choose_tensors(skeleton.config, shapes, type_name, num_mtp_layers, calibrated)

@@ -1,10 +1,13 @@
 """Opens the model of a plan without reading a weight."""
 
+import math
 import re
 import shlex
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from dsquant.deployment.sample import Sample, sample_of
 from dsquant.files.foreign import find_file
 from dsquant.formats.checkpoints import checkpoint_of, open_checkpoint
 from dsquant.model.complete import check_complete
@@ -27,6 +30,21 @@ class Subject:
     skeleton: Skeleton
     has_headers: bool
     """False where everything is derived from config.json."""
+
+    @cached_property
+    def sample(self) -> Sample:
+        """One layer of each kind."""
+        return sample_of(self.checkpoint, self.skeleton)
+
+    @cached_property
+    def source_bytes(self) -> int:
+        """Tensor data of the source."""
+        return self.checkpoint.index.num_bytes
+
+    @cached_property
+    def num_weights(self) -> int:
+        """Weights of all tensors."""
+        return sum(math.prod(self.checkpoint.weights.shape(name)) for name in self.checkpoint.weights)
 
     @property
     def name(self) -> str:

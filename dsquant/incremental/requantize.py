@@ -86,7 +86,7 @@ def requantize(
     ):
         if state == "finished":
             return Requantization(read_record(recipe.output / RECORD_FILE), already_finished=True)
-        opened, skeleton = open_model(recipe.model)
+        opened, skeleton = open_model(recipe.model, mtp=recipe.mtp)
         checkpoint, index = held_once(opened, recording.source_hashes)
         plan = plan_run(recipe, checkpoint, skeleton)
         targets = recorded_targets(recording, plan)

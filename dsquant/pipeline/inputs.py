@@ -12,6 +12,7 @@ from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.formats.checkpoints import format_of_config, open_checkpoint, read_text_config
 from dsquant.formats.table import format_of
 from dsquant.jobs.resources import LARGEST_DEFAULT_BUDGET, default_memory_budget, resolved_device
+from dsquant.model.complete import check_complete
 from dsquant.model.families import is_mixture
 from dsquant.model.repeated import check_repeated
 from dsquant.model.skeleton import Skeleton
@@ -65,7 +66,7 @@ def open_source(recipe: Recipe, gpu_budget_bytes: int | None = None, num_ranks: 
     damaged or contradicts something else, UsageError where a format cannot store what the recipe asks for.
     """
     _check_texts(recipe)
-    checkpoint, skeleton = open_model(recipe.model, torch.device(recipe.device))
+    checkpoint, skeleton = open_model(recipe.model, torch.device(recipe.device), recipe.mtp)
     gpu_budget = gpu_memory_budget(recipe) if gpu_budget_bytes is None else gpu_budget_bytes
     plan = plan_run(recipe, checkpoint, skeleton, gpu_budget, num_ranks)
     notes = tuple(check_repeated(checkpoint, skeleton))
@@ -76,12 +77,17 @@ def open_source(recipe: Recipe, gpu_budget_bytes: int | None = None, num_ranks: 
     return Source(checkpoint, skeleton, tokenizer, tokens_NT, calibration, plan, notes)
 
 
-def open_model(model: str, device: torch.device = CPU) -> tuple[Checkpoint, Skeleton]:
-    """Opens an unquantized checkpoint (a folder, a hub id, or `tiny-r1`) and builds its network; `device` gets the
-    weights that are read. Raises InputError where it is missing, damaged, or quantized already."""
+def open_model(model: str, device: torch.device = CPU, mtp: str = "keep") -> tuple[Checkpoint, Skeleton]:
+    """Opens an unquantized checkpoint (a folder, a hub id, or `tiny-r1`) and builds its network.
+
+    `device` gets the weights that are read; with `mtp="drop"` anything may be in the multi-token-prediction layers.
+    Raises InputError where the checkpoint is missing, damaged, incomplete, or quantized already.
+    """
     checkpoint = open_checkpoint(locate(model), device)
     check_unquantized(checkpoint)
-    return checkpoint, Skeleton(checkpoint)
+    skeleton = Skeleton(checkpoint)
+    check_complete(checkpoint, skeleton, mtp)
+    return checkpoint, skeleton
 
 
 def check_unquantized(checkpoint: Checkpoint) -> None:

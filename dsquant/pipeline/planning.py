@@ -10,7 +10,7 @@ from dsquant.errors import UsageError
 from dsquant.formats.protocol import Target
 from dsquant.formats.table import format_of
 from dsquant.formats.wanted import NO_CHOICE, Wanted
-from dsquant.model.complete import COMPUTED_SUFFIX, check_complete
+from dsquant.model.complete import COMPUTED_SUFFIX
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import EMBEDDING
 from dsquant.model.structure import DecoderLayer, layer_number
@@ -78,14 +78,13 @@ def plan_run(
     num_ranks: int = 1,
     chosen: Mapping[str, Mapping[str, Any]] = NO_CHOICE,
 ) -> Plan:
-    """Plans a run.
+    """Plans a run on a checkpoint that is complete (`check_complete`).
 
     `gpu_budget_bytes` is the most GPU memory: hidden states stay there where it suffices; memory is planned for one of
     `num_ranks` processes. `chosen` is folder of an output -> group of linears, or tensor -> its chosen width; empty
-    before the choice. Raises InputError where the source's tensors are not what its config promises, or a format has no
-    place for one, UsageError where a format cannot store what the recipe asks for.
+    before the choice. Raises InputError where a format has no place for a tensor, UsageError where it cannot store what
+    the recipe asks for.
     """
-    check_complete(checkpoint, skeleton, recipe.mtp)
     _check_choosing(recipe)
     units = plan_units(recipe.mtp, checkpoint, skeleton)
     wanted = _wanted(recipe, checkpoint, skeleton, units, chosen)

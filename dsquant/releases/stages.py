@@ -73,7 +73,7 @@ def _calibrate(shop: Workshop) -> dict[str, Any]:
     """Checks that the texts exist, and identifies them, before hours are spent."""
     from dsquant.pipeline.inputs import open_calibration, open_model, open_tokenizer
 
-    checkpoint, _ = open_model(shop.recipe.model)
+    checkpoint, _ = open_model(shop.recipe.model, mtp="drop")
     fields = _job_fields(shop.recipe) | {"calibration": shop.recipe.calibration.texts, "output": shop.build}
     _, found = open_calibration(Recipe.checked(**fields), open_tokenizer(checkpoint))
     return found or {}

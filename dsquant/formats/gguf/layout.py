@@ -11,6 +11,7 @@ latent width, E experts.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -41,6 +42,7 @@ class Placement:
     """The expert whose part of a merged tensor it is."""
 
 
+@cache
 def placements(parameter: str, architecture: str) -> tuple[Placement, ...]:
     """Returns the place of a parameter: one, or two for kv_b_proj; none where a GGUF file has no such tensor."""
     if parameter in _OUTSIDE_LAYERS:

@@ -153,7 +153,8 @@ def loadable_shapes(checkpoint: Checkpoint, parameters: Sequence[str]) -> dict[s
     shapes = {} if factors is None else {ROPE_FACTORS: tuple(factors.shape)}
     for name in parameters:
         for placement in places_of(checkpoint, name):
-            shapes[placement.tensor] = stored_shape(checkpoint.weights.shape(name), placement, config)
+            if placement.tensor not in shapes:
+                shapes[placement.tensor] = stored_shape(checkpoint.weights.shape(name), placement, config)
     return shapes
 
 
