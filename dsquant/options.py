@@ -69,6 +69,15 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
+def format_size(num_bytes: float) -> str:
+    """Writes a number of bytes for people: 11.9 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} GiB"
+
+
 def text_of_path(value: Any) -> Any:
     """Reads a path as a text."""
     return str(value) if isinstance(value, Path) else value

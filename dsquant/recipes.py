@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from dsquant.options import Accepts, Options, Size, Spelling, Texts, text_of_path
+from dsquant.options import Accepts, Options, Size, Spelling, Texts, format_size, text_of_path
 
 # What a resumed job may change: these have no influence on the weights' bytes.
 CHANGEABLE_ON_RESUME = ("output", "memory_budget", "gpu_memory_budget", "evaluate")
@@ -339,12 +339,3 @@ def preset_and_steps(preset: Preset, steps: Sequence[Step]) -> str:
     if set(steps) == set(PRESET_STEPS[preset]):
         return preset
     return f"{preset}, steps {' and '.join(steps)}" if steps else f"{preset}, no steps"
-
-
-def format_size(num_bytes: float) -> str:
-    """Writes a number of bytes for people: 11.9 MiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.2f} GiB"

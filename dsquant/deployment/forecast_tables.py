@@ -12,7 +12,7 @@ from dsquant.deployment.build_cost import BuildCost
 from dsquant.deployment.facts import GIB, Range
 from dsquant.deployment.hardware import Machine
 from dsquant.deployment.sizes import OutputSize
-from dsquant.recipes import format_size
+from dsquant.options import format_size
 from dsquant.reporting.notebook import narrow_table
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from pydantic import Field
 
 from dsquant.deployment.facts import DEFAULT_DISK, DESKTOP_RAM, DESKTOP_RAM_GIB, GB, GIB, GPU_CLASSES, SERVER_RAM, Range
 from dsquant.errors import UsageError
-from dsquant.options import Options, Spelling, parse_size
-from dsquant.recipes import format_size
+from dsquant.options import Options, Spelling, format_size, parse_size
 
 # Less than this is a typing error in the unit.
 SMALLEST_MEMORY = 2**20

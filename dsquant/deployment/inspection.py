@@ -11,7 +11,7 @@ from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.complete import check_complete
 from dsquant.model.kinds import kind_of
 from dsquant.model.skeleton import Skeleton
-from dsquant.recipes import format_size
+from dsquant.options import format_size
 from dsquant.reporting.notebook import as_html
 from dsquant.source.checkpoint import CONFIG_FILE
 from dsquant.source.locate import locate

@@ -6,7 +6,7 @@ from dsquant.deployment.facts import SWAP_GAIN, SWAP_SOURCE
 from dsquant.deployment.hardware import Machine
 from dsquant.deployment.placement import MachinePlacement, Network
 from dsquant.deployment.sizes import OutputSize
-from dsquant.recipes import format_size
+from dsquant.options import format_size
 
 Placed = Sequence[tuple[OutputSize, MachinePlacement]]
 

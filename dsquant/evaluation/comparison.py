@@ -39,8 +39,8 @@ from dsquant.jobs.stopping import stop_on_signals
 from dsquant.kernels.threads import one_thread_an_operation
 from dsquant.model.streaming import samples_together
 from dsquant.model.structure import DecoderLayer
+from dsquant.options import format_size
 from dsquant.packages import PACKAGES, load, version
-from dsquant.recipes import format_size
 from dsquant.reporting.progress import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
 from dsquant.source.vocabulary import surplus_notes
 

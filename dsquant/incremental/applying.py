@@ -25,7 +25,7 @@ from dsquant.jobs.folder import remove_work
 from dsquant.jobs.folder_state import JOB_FILE, RECORD_FILE, WORK_FOLDER
 from dsquant.jobs.locks import exclusive
 from dsquant.jobs.resources import check_disk
-from dsquant.recipes import format_size
+from dsquant.options import format_size
 from dsquant.reporting.notebook import Shown
 
 

@@ -20,7 +20,7 @@ from dsquant.files.sealing import BYTES_AT_ONCE
 from dsquant.files.strict_json import first_problem
 from dsquant.jobs.folder_state import WORK_FOLDER
 from dsquant.jobs.resources import default_memory_budget
-from dsquant.recipes import format_size
+from dsquant.options import format_size
 from dsquant.verification.strict_record import Count, Digest
 
 MANIFEST = "patch.json"

@@ -19,8 +19,8 @@ from dsquant.incremental.requantize import requantize
 from dsquant.incremental.reuse import ways_of
 from dsquant.jobs.folder_state import RECORD_FILE, claim
 from dsquant.jobs.stopping import full_disk_is_resumable, stop_on_signals
+from dsquant.options import format_size
 from dsquant.pipeline.result import Result, result_of
-from dsquant.recipes import format_size
 from dsquant.reporting.notebook import Shown
 from dsquant.reporting.progress import Progress, Report, peak_resident_bytes, silent
 from dsquant.running import DeltaOptions

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dsquant.errors import InputError, UsageError
-from dsquant.recipes import format_size
+from dsquant.options import format_size
 
 LARGEST_DEFAULT_BUDGET = 16 * 2**30
 

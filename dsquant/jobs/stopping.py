@@ -8,7 +8,7 @@ from types import FrameType
 
 from dsquant.errors import Interrupted
 from dsquant.files.disk import NO_ROOM
-from dsquant.recipes import format_size
+from dsquant.options import format_size
 
 
 class StopRequest:

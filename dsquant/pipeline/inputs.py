@@ -16,8 +16,9 @@ from dsquant.model.complete import check_complete
 from dsquant.model.families import is_mixture
 from dsquant.model.repeated import check_repeated
 from dsquant.model.skeleton import Skeleton
+from dsquant.options import format_size
 from dsquant.pipeline.planning import Plan, plan_run
-from dsquant.recipes import Recipe, format_size
+from dsquant.recipes import Recipe
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
 from dsquant.source.locate import locate
 from dsquant.source.vocabulary import set_embedding_rows

@@ -19,6 +19,7 @@ from dsquant.jobs.ranks import ALONE, Ranks
 from dsquant.jobs.resources import check_disk
 from dsquant.jobs.stopping import StopRequest, full_disk_is_resumable, stop_on_signals
 from dsquant.kernels.threads import one_thread_an_operation
+from dsquant.options import format_size
 from dsquant.pipeline.choice import choose_widths
 from dsquant.pipeline.finish import finish
 from dsquant.pipeline.inputs import Source, gpu_memory_budget, gpu_within_budget, memory_budget, open_source, resolved
@@ -32,7 +33,7 @@ from dsquant.pipeline.run_state import Run
 from dsquant.pipeline.supervision import Supervised, input_hashes
 from dsquant.pipeline.units import convert
 from dsquant.precision.groups import MixedPlan
-from dsquant.recipes import Recipe, format_size, preset_and_steps
+from dsquant.recipes import Recipe, preset_and_steps
 from dsquant.reporting.progress import Limits, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
 from dsquant.schemes import UNQUANTIZED
 from dsquant.source.scan import Look

@@ -11,10 +11,11 @@ from dsquant.model.activations import RELEASE_BYTES
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import BATCH_TOKENS, ROWS_AT_ONCE, VOCABULARY_AT_ONCE, samples_together
 from dsquant.model.structure import DecoderLayer
+from dsquant.options import format_size
 from dsquant.quantization.clip import ELEMENTS_AT_ONCE
 from dsquant.quantization.pairs import WIDEST_PAIRS
 from dsquant.quantization.statistics import FACTOR_ROWS, WIDEST_PART, is_wide, part_width
-from dsquant.recipes import Recipe, format_size
+from dsquant.recipes import Recipe
 from dsquant.schemes import CLIP_RATIOS, Grid
 from dsquant.source.checkpoint import Checkpoint
 

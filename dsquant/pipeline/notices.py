@@ -6,11 +6,12 @@ from typing import Any
 
 from dsquant.formats.table import SAFETENSORS, format_of
 from dsquant.jobs.folder_state import RECORD_FILE
+from dsquant.options import format_size
 from dsquant.pipeline.inputs import Source
 from dsquant.pipeline.run_state import Run
 from dsquant.precision.sensitivity import SENSITIVITY
 from dsquant.quantization.mlp_inputs import FEWEST_TOKENS
-from dsquant.recipes import Recipe, format_size
+from dsquant.recipes import Recipe
 from dsquant.source.vocabulary import surplus_notes
 
 # The errors of a layer's parts, and the share of an output's energy beyond which one is told of.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsquant.recipes import format_size
+from dsquant.options import format_size
 from dsquant.reporting.notebook import as_html
 
 STATES = {

@@ -11,8 +11,9 @@ from dsquant.files.strict_json import read_json_object
 from dsquant.formats.table import format_of
 from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.jobs.journal import START_OVER
+from dsquant.options import format_size
 from dsquant.precision.groups import WIDTH_COLUMNS, by_output, width_rows
-from dsquant.recipes import Recipe, format_size
+from dsquant.recipes import Recipe
 from dsquant.reporting.notebook import Shown, table_of
 
 if TYPE_CHECKING:

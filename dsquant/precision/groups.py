@@ -13,7 +13,8 @@ from typing import Any
 
 from dsquant.errors import UsageError
 from dsquant.formats.wanted import Choice, Choosable
-from dsquant.recipes import Recipe, format_size
+from dsquant.options import format_size
+from dsquant.recipes import Recipe
 from dsquant.schemes import UNQUANTIZED
 
 # What `width_rows` tells.

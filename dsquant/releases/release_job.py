@@ -19,7 +19,7 @@ from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.jobs.journal import Journal
 from dsquant.jobs.locks import HOLDER_FILE, LOCK_FILE, exclusive
 from dsquant.jobs.stopping import stop_on_signals
-from dsquant.recipes import format_size
+from dsquant.options import format_size
 from dsquant.releases.input_state import inputs_of, key_of
 from dsquant.releases.publication import (
     RELEASE_VERSION,

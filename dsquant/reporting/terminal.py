@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from dsquant.recipes import format_size
+from dsquant.options import format_size
 from dsquant.reporting.notebook import Shown, plain_console
 from dsquant.reporting.progress import Progress as Step
 from dsquant.reporting.progress import Report, silent

@@ -18,7 +18,7 @@ from dsquant.formats.table import SAFETENSORS
 from dsquant.jobs.folder_state import RECORD_FILE, found_in
 from dsquant.jobs.stopping import stop_on_signals
 from dsquant.model.skeleton import Skeleton
-from dsquant.recipes import format_size
+from dsquant.options import format_size
 from dsquant.reporting.notebook import Shown, table_of
 from dsquant.reporting.progress import Progress, Report, silent
 from dsquant.source.checkpoint import Checkpoint

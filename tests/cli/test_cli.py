@@ -16,8 +16,8 @@ import dsquant
 from dsquant.cli import main
 from dsquant.errors import UsageError
 from dsquant.formats.table import FORMATS
-from dsquant.options import parse_size
-from dsquant.recipes import Recipe, format_size
+from dsquant.options import format_size, parse_size
+from dsquant.recipes import Recipe
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 

@@ -14,7 +14,7 @@ from dsquant.evaluation.code.generation import resident_size
 from dsquant.evaluation.code.tasks import DriftPlan, Task, read_tasks
 from dsquant.evaluation.opening import Original
 from dsquant.evaluation.request import DriftRequest
-from dsquant.recipes import format_size
+from dsquant.options import format_size
 from dsquant.source.vocabulary import check_embedded, surplus_tokens
 
 SHIPPED_PROMPTS = "python"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dsquant.escaping import counted
 from dsquant.evaluation.code.drift import Health, Similarity
 from dsquant.evaluation.intervals import Interval
-from dsquant.recipes import format_size
+from dsquant.options import format_size
 
 if TYPE_CHECKING:
     from dsquant.evaluation.results import Candidate, Evaluation, GateOutcome, Ladder, TextScores

@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dsquant.recipes import format_size
+from dsquant.options import format_size
 from dsquant.reporting.notebook import narrow_table
 
 if TYPE_CHECKING:

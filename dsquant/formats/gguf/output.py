@@ -28,7 +28,7 @@ from dsquant.formats.scales import SCALES_FILE
 from dsquant.formats.wanted import Choice, Choosable, Wanted, Width
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import KEYS_SUFFIX
-from dsquant.recipes import format_size
+from dsquant.options import format_size
 from dsquant.schemes import Grid
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.scan import Look
