@@ -31,7 +31,7 @@ from typing import get_args
 from benchmarks.peers.decoding import stored_bits
 from benchmarks.peers.reference import Divergence, Evaluator
 from benchmarks.peers.tokens import chosen_windows, halves, read_tokens, spaced_windows, tokens_of, write_tokens
-from dsquant.recipes import PRESET_STEPS, STEPS, Preset
+from dsquant.presets import PRESET_STEPS, STEPS, Preset
 
 CALIBRATION_SHAPE = (64, 256)
 EVALUATION_SHAPE = (32, 512)

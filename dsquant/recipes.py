@@ -3,9 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AliasChoices,
@@ -19,39 +19,25 @@ from pydantic import (
 )
 
 from dsquant.options import Accepts, Options, Size, Spelling, Texts, format_size, text_of_path
+from dsquant.presets import PRESET_STEPS, STEPS, Preset, Step, listed_steps
 
 # What a resumed job may change: these have no influence on the weights' bytes.
 CHANGEABLE_ON_RESUME = ("output", "memory_budget", "gpu_memory_budget", "evaluate")
 
-Preset = Literal["quality", "compact", "best"]
-Step = Literal["scales", "clip", "compensate", "top-up", "gate-weights", "follow", "descend"]
-"""A step of the quantization. `scales`: AWQ's scales are searched and folded in. `clip`: each group's range is clipped
-to what costs least. `compensate`: later columns compensate earlier rounding errors (GPTQ). `top-up`: experts with few
-tokens get those that the router scores highest for them. `gate-weights`: a token counts in an expert's statistics by
-its squared share in the mixture. `follow`: statistics of the quantized model's inputs, aiming at the original's
-outputs. `descend`: coordinate descent on scales, zero points and codes."""
-STEPS: tuple[Step, ...] = get_args(Step)
-
-_COMPACT: tuple[Step, ...] = ("scales", "clip", "compensate", "top-up")
-PRESET_STEPS: Mapping[Preset, tuple[Step, ...]] = {
-    "quality": _COMPACT,
-    "compact": _COMPACT,
-    "best": (*_COMPACT, "follow", "descend"),
-}
+FLOAT_TYPES = ("F32", "F16", "BF16")
+_SHORT_TYPES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 
-def _listed_steps(steps: Any) -> list[Any]:
-    """Reads steps given as a list, as names with commas, or as `none`."""
-    if isinstance(steps, str):
-        steps = [name.strip() for name in steps.split(",")]
-    if not isinstance(steps, list | tuple | set | frozenset):
-        raise ValueError(f"{steps!r:.80} is not a list of steps: give some of {', '.join(STEPS)}, or none alone")
-    if list(steps) == ["none"]:
-        return []
-    unknown = [repr(step) for step in steps if step not in STEPS]
-    if unknown:
-        raise ValueError(f"{', '.join(unknown)}: give some of {', '.join(STEPS)}, or none alone")
-    return list(steps)
+def _full_name(name: str) -> str:
+    """Returns a format's name with its type as llama-quantize has it: gguf:q4_k is gguf:Q4_K_M."""
+    kind, colon, type_name = name.partition(":")
+    return f"{kind}{colon}{_SHORT_TYPES.get(type_name.upper(), type_name.upper())}"
+
+
+def uses_texts(formats: Iterable[str], imatrix: object = None) -> bool:
+    """Returns whether a job for these formats is calibrated by default: not where an imatrix stands for the texts, or
+    where nothing is quantized."""
+    return not imatrix and not {name.partition(":")[2].upper() for name in formats} <= set(FLOAT_TYPES)
 
 
 class JobOptions(Options):
@@ -142,17 +128,18 @@ class Quantization(TargetOptions):
     @field_validator("to")
     @classmethod
     def _distinct(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
-        if not formats or len(set(formats)) != len(formats):
-            raise ValueError(f"name each format once, found {', '.join(formats) or 'none'}")
         for name in formats:
-            if not re.fullmatch(r"[a-z0-9-]+(:[A-Z0-9_]+\+?)?", name):
+            if not re.fullmatch(r"[a-z0-9-]+(:[A-Za-z0-9_]+\+?)?", name):
                 raise ValueError(f"{name!r} is not a format's name, such as awq or gguf:Q4_K_M")
-        return formats
+        named = tuple(map(_full_name, formats))
+        if not named or len(set(named)) != len(named):
+            raise ValueError(f"name each format once, found {', '.join(formats) or 'none'}")
+        return named
 
     @field_validator("steps", mode="before")
     @classmethod
     def _listed(cls, steps: Any, info: ValidationInfo) -> Any:
-        return PRESET_STEPS[info.data.get("preset") or "quality"] if steps is None else _listed_steps(steps)
+        return PRESET_STEPS[info.data.get("preset") or "quality"] if steps is None else listed_steps(steps)
 
 
 class GgufFiles(Options):
@@ -202,6 +189,10 @@ class Sampling(SampleLength):
     seed: int = Field(default=0, ge=0, description="Seed for the choice of texts and for random sums.")
 
 
+# What `--calibration none` may look like.
+NO_TEXTS = ("none", ["none"], ("none",), ())
+
+
 class Calibration(Sampling):
     """What scales and importances are taken from."""
 
@@ -214,7 +205,7 @@ class Calibration(Sampling):
     @field_validator("calibration", mode="before")
     @classmethod
     def _none(cls, texts: Any) -> Any:
-        return () if texts in ("none", ["none"], ("none",)) else texts
+        return () if texts in NO_TEXTS else texts
 
 
 class Device(Options):
@@ -273,6 +264,21 @@ class Recipe(AwqOptions, GgufFiles):
         description="SHA-256 of the record of the output whose scales, grids and codes are used; None calibrates.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _uncalibrated(cls, given: Any) -> Any:
+        """Reads no texts by default where none are used, and takes no step by default without texts."""
+        if not isinstance(given, dict):
+            return given
+        given = {name: value for name, value in given.items() if value is not None}
+        formats = given.get("to", "awq")
+        formats = (formats,) if isinstance(formats, str) else formats
+        if isinstance(formats, list | tuple) and not uses_texts(map(str, formats), given.get("imatrix")):
+            given.setdefault("calibration", ())
+        if given.get("calibration") in NO_TEXTS:
+            given.setdefault("steps", ())
+        return given
+
     @field_validator("steps")
     @classmethod
     def _in_order(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
@@ -299,16 +305,11 @@ class Recipe(AwqOptions, GgufFiles):
         return hashlib.sha256(json.dumps(self.lasting(), sort_keys=True).encode()).hexdigest()
 
 
-FLOAT_TYPES = ("F32", "F16", "BF16")
-_SHORT_TYPES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-
-
 def gguf_recipe(**options: Any) -> Recipe:
     """Builds the recipe of a job that creates GGUF files alone, with the defaults of `dsquant gguf`.
 
     Args:
-        **options: fields of `GgufOptions`. The type Q4_K is Q4_K_M, as for llama-quantize. Without `calibration`,
-            texts are read only where the type quantizes and no imatrix is given.
+        **options: fields of `GgufOptions`.
 
     Returns:
         The recipe.
@@ -317,25 +318,13 @@ def gguf_recipe(**options: Any) -> Recipe:
         UsageError: where an option is unknown or its value is not allowed.
     """
     asked = GgufOptions.checked(**options)
-    type_name = _SHORT_TYPES.get(asked.type.upper(), asked.type.upper())
-    texts = asked.calibration
-    if "calibration" not in asked.model_fields_set and (asked.imatrix or type_name in FLOAT_TYPES):
-        texts = ()
-    fields = {name: getattr(asked, name) for name in GgufOptions.model_fields if name not in ("type", "scales")}
+    fields = {name: getattr(asked, name) for name in asked.model_fields_set if name not in ("type", "scales")}
+    fields |= {} if asked.scales else {"steps": ()}
     return Recipe.checked(
         **fields
         | {
-            "to": (f"gguf:{type_name}",),
+            "to": (f"gguf:{asked.type}",),
             "preset": "compact",
-            "steps": PRESET_STEPS["compact"] if asked.scales and texts else (),
-            "calibration": texts,
             "mtp": "quantize" if asked.mtp == "keep" else "drop",
         }
     )
-
-
-def preset_and_steps(preset: Preset, steps: Sequence[Step]) -> str:
-    """A preset for people, with the steps where they are not its own: compact, steps scales and clip."""
-    if set(steps) == set(PRESET_STEPS[preset]):
-        return preset
-    return f"{preset}, steps {' and '.join(steps)}" if steps else f"{preset}, no steps"

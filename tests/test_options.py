@@ -97,6 +97,17 @@ def test_gguf_calibrates_where_its_type_quantizes_and_nothing_else_is_given(tmp_
     assert texts(type="F16", calibration="a.txt") == ("a.txt",)
 
 
+@pytest.mark.parametrize("options", [{"type": "q4_k"}, {"type": "BF16"}, {"calibration": "none"}])
+def test_awq_to_a_type_of_gguf_is_gguf_with_that_type(options: dict[str, Any], tmp_path: Path) -> None:
+    of_gguf = gguf_recipe(output=tmp_path, **options)
+    type_name = options.pop("type", "Q4_K_M")
+    of_awq = Recipe.checked(output=tmp_path, to=f"gguf:{type_name}", **options)
+    for field in ("to", "calibration", "steps"):
+        assert getattr(of_awq, field) == getattr(of_gguf, field)
+    with pytest.raises(UsageError, match=r"^to: name each format once, found gguf:q4_k, gguf:Q4_K_M$"):
+        Recipe.checked(output=tmp_path, to=("gguf:q4_k", "gguf:Q4_K_M"))
+
+
 @pytest.mark.parametrize(
     ("before", "given", "found"),
     [

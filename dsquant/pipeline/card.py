@@ -9,7 +9,7 @@ from dsquant.formats.table import SAFETENSORS
 from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.options import format_size
 from dsquant.precision.groups import WIDTH_COLUMNS, by_output, width_rows
-from dsquant.recipes import preset_and_steps
+from dsquant.presets import preset_and_steps
 from dsquant.schemes import UNQUANTIZED
 
 

@@ -33,7 +33,8 @@ from dsquant.pipeline.run_state import Run
 from dsquant.pipeline.supervision import Supervised, input_hashes
 from dsquant.pipeline.units import convert
 from dsquant.precision.groups import MixedPlan
-from dsquant.recipes import Recipe, preset_and_steps
+from dsquant.presets import preset_and_steps
+from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Limits, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
 from dsquant.schemes import UNQUANTIZED
 from dsquant.source.scan import Look

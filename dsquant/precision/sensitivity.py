@@ -24,8 +24,8 @@ from dsquant.model.structure import DecoderLayer
 from dsquant.precision.allocation import GroupCosts, Width, allocate
 from dsquant.precision.groups import MixedPlan
 from dsquant.precision.layer_errors import Errors, Sensitivity, Trial, measure_layer
+from dsquant.presets import Step
 from dsquant.quantization.layer_job import LayerJob, Note
-from dsquant.recipes import Step
 from dsquant.reporting.progress import Stage
 from dsquant.schemes import Grid
 from dsquant.source.weights import Weights

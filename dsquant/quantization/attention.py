@@ -10,11 +10,11 @@ from dsquant.model.activations import Activations
 from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights, fold_of
 from dsquant.model.streaming import Routing, Stream, run_dense_part
 from dsquant.model.structure import KEYS_SUFFIX, ScaleGroup
+from dsquant.presets import Step
 from dsquant.quantization.layer_job import GridReport, LayerJob
 from dsquant.quantization.scale import best_scales, group_candidates, is_kept, rms_of_columns
 from dsquant.quantization.statistics import Importance, InputMoments
 from dsquant.quantization.steps import prepared, rounded_weight
-from dsquant.recipes import Step
 from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest
 from dsquant.source.weights import Weights
 

@@ -12,8 +12,8 @@ from dsquant.jobs.ranks import ALONE, Ranks, Shares
 from dsquant.model.activations import Activations
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import DecoderLayer
+from dsquant.presets import PRESET_STEPS, Step
 from dsquant.quantization.statistics import Importance
-from dsquant.recipes import PRESET_STEPS, Step
 from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.weights import Weights
 

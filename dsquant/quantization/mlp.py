@@ -12,12 +12,12 @@ import torch
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.gated import GatedWeights
 from dsquant.model.structure import Mlp
+from dsquant.presets import Step
 from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.scale import best_scales, candidate_scales, is_kept, rms_of_columns
 from dsquant.quantization.statistics import InputMoments
 from dsquant.quantization.steps import prepared, rounded_weight
-from dsquant.recipes import Step
 from dsquant.schemes import Grid, QuantizedWeight, fake_quantize, round_to_nearest
 
 # Whether folding has changed the function is checked on these.

@@ -13,9 +13,9 @@ from dsquant.kernels.products import apply_linear
 from dsquant.model.activations import Activations
 from dsquant.model.streaming import ROWS_AT_ONCE, Routing
 from dsquant.model.structure import DecoderLayer, Mlp
+from dsquant.presets import Step
 from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.statistics import InputMoments, InputStatistics
-from dsquant.recipes import Step
 from dsquant.source.weights import Weights
 
 # An expert with fewer tokens than this also gets those that the router scores highest for it besides its own.

@@ -14,10 +14,10 @@ import torch
 
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.products import add_product, apply_linear
+from dsquant.presets import Step
 from dsquant.quantization.compensate import damped
 from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.quantization.steps import rounded_weight
-from dsquant.recipes import Step
 from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.weights import CPU
 

@@ -8,11 +8,11 @@ from collections.abc import Collection
 import torch
 
 from dsquant.kernels.threads import side_by_side
+from dsquant.presets import Step
 from dsquant.quantization.clip import FULL_RANGE, PARTS_AT_ONCE, clipped_weight, rows_of_part
 from dsquant.quantization.compensate import compensated_weight, damped, damping_of, with_inverses
 from dsquant.quantization.descend import descended_weight
 from dsquant.quantization.statistics import InputMoments
-from dsquant.recipes import Step
 from dsquant.schemes import Grid, QuantizedWeight, Scheme, stacked
 
 

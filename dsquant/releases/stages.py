@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsquant.jobs.journal import Journal
-from dsquant.recipes import MachineOptions, Recipe, gguf_recipe
+from dsquant.recipes import MachineOptions, Recipe, gguf_recipe, uses_texts
 from dsquant.releases.evaluation import check_evaluation, decide_gates, evaluate_outputs, read_recipe_gates
 from dsquant.releases.input_state import key_of
 from dsquant.releases.recipe import AwqStep, GgufStep, ReleaseRecipe
@@ -45,7 +45,7 @@ def stages_of(shop: Workshop) -> list[ReleaseStage]:
     recipe = shop.recipe
     source = key_of(recipe.model, shop.inputs)
     stages = []
-    if any(not isinstance(step, GgufStep) or _texts(recipe, step) for step in recipe.quantize):
+    if any(_texts(recipe, step) for step in recipe.quantize):
         calibration = recipe.calibration.model_dump(mode="json")
         stages.append(ReleaseStage("calibrate", key_of(source, calibration), lambda _: _calibrate(shop)))
     for step in recipe.quantize:
@@ -62,11 +62,13 @@ def stages_of(shop: Workshop) -> list[ReleaseStage]:
     return stages
 
 
-def _texts(recipe: ReleaseRecipe, step: GgufStep) -> tuple[str, ...]:
-    """Returns the texts that a GGUF step is calibrated on."""
-    if not step.calibrate or step.imatrix is not None or step.type in ("F32", "F16", "BF16"):
-        return ()
-    return recipe.calibration.texts
+def _texts(recipe: ReleaseRecipe, step: AwqStep | GgufStep) -> tuple[str, ...]:
+    """Returns the texts that a step is calibrated on."""
+    if isinstance(step, AwqStep):
+        used = uses_texts(step.to)
+    else:
+        used = step.calibrate and uses_texts((f"gguf:{step.type}",), step.imatrix)
+    return recipe.calibration.texts if used else ()
 
 
 def _calibrate(shop: Workshop) -> dict[str, Any]:
@@ -100,9 +102,8 @@ def _job(shop: Workshop, step: AwqStep | GgufStep) -> Recipe:
     """Returns the recipe of the corresponding `dsquant awq` or `dsquant gguf`."""
     fields = _job_fields(shop.recipe) | step.model_dump(exclude={"name", "calibrate"})
     fields["output"] = shop.build / step.name
-    if isinstance(step, AwqStep):
-        return Recipe.checked(**fields, calibration=shop.recipe.calibration.texts)
-    return gguf_recipe(**fields, calibration=_texts(shop.recipe, step))
+    fields["calibration"] = _texts(shop.recipe, step)
+    return Recipe.checked(**fields) if isinstance(step, AwqStep) else gguf_recipe(**fields)
 
 
 def check_all(shop: Workshop) -> None:

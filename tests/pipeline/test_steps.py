@@ -18,9 +18,10 @@ from dsquant.model.activations import Activations
 from dsquant.model.streaming import Routing
 from dsquant.model.structure import Mlp
 from dsquant.pipeline.job import _resolved_for
+from dsquant.presets import PRESET_STEPS, STEPS, Step
 from dsquant.quantization.mlp_inputs import inputs_of
 from dsquant.quantization.steps import rounded_weight
-from dsquant.recipes import PRESET_STEPS, STEPS, Recipe, Step
+from dsquant.recipes import Recipe
 from dsquant.schemes import Grid, round_to_nearest
 
 

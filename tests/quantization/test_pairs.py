@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from dsquant.presets import PRESET_STEPS
 from dsquant.quantization import pairs
 from dsquant.quantization.clip import clipped_weight
 from dsquant.quantization.compensate import compensated_weight
 from dsquant.quantization.pairs import DRIFT_DAMPING, PairStatistics
-from dsquant.recipes import PRESET_STEPS
 from dsquant.schemes import Grid
 
 SEED = 5

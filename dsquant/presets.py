@@ -1,0 +1,41 @@
+"""The presets, and the steps of a quantization that each takes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+Preset = Literal["quality", "compact", "best"]
+Step = Literal["scales", "clip", "compensate", "top-up", "gate-weights", "follow", "descend"]
+"""A step of the quantization. `scales`: AWQ's scales are searched and folded in. `clip`: each group's range is clipped
+to what costs least. `compensate`: later columns compensate earlier rounding errors (GPTQ). `top-up`: experts with few
+tokens get those that the router scores highest for them. `gate-weights`: a token counts in an expert's statistics by
+its squared share in the mixture. `follow`: statistics of the quantized model's inputs, aiming at the original's
+outputs. `descend`: coordinate descent on scales, zero points and codes."""
+STEPS: tuple[Step, ...] = get_args(Step)
+
+_COMPACT: tuple[Step, ...] = ("scales", "clip", "compensate", "top-up")
+PRESET_STEPS: Mapping[Preset, tuple[Step, ...]] = {
+    "quality": _COMPACT,
+    "compact": _COMPACT,
+    "best": (*_COMPACT, "follow", "descend"),
+}
+
+
+def listed_steps(steps: Any) -> list[Any]:
+    """Reads steps given as a list, as names with commas, or as `none`."""
+    if isinstance(steps, str):
+        steps = [name.strip() for name in steps.split(",")]
+    if not isinstance(steps, list | tuple | set | frozenset):
+        raise ValueError(f"{steps!r:.80} is not a list of steps: give some of {', '.join(STEPS)}, or none alone")
+    if list(steps) == ["none"]:
+        return []
+    unknown = [repr(step) for step in steps if step not in STEPS]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: give some of {', '.join(STEPS)}, or none alone")
+    return list(steps)
+
+
+def preset_and_steps(preset: Preset, steps: Sequence[Step]) -> str:
+    """A preset for people, with the steps where they are not its own: compact, steps scales and clip."""
+    if set(steps) == set(PRESET_STEPS[preset]):
+        return preset
+    return f"{preset}, steps {' and '.join(steps)}" if steps else f"{preset}, no steps"
