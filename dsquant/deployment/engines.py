@@ -12,6 +12,7 @@ from dsquant.deployment.hardware import Machine
 from dsquant.deployment.placement import MachinePlacement, Network
 from dsquant.deployment.sizes import OutputSize
 from dsquant.deployment.subject import Subject
+from dsquant.formats.table import format_of
 
 
 def launch_commands(
@@ -22,6 +23,8 @@ def launch_commands(
         return {}
     if output.placement == "parallel":
         return _parallel_commands(output, placement, placement.kv_bytes // network.kv_bytes_per_token)
+    if output.placement == "unified":
+        return {"mlx-lm": format_of(output.format).serve_command(output.folder)}
     commands = {"llama.cpp": _llama_cpp(output, network, machine, placement, subject.name)}
     base = output.served_bytes - output.by_kind.get("routed experts", 0) + placement.kv_bytes
     holds_base = machine.gpus is not None and machine.gpus.memory_bytes - GPU_RESERVE_BYTES >= base
@@ -58,7 +61,7 @@ def _llama_cpp(output: OutputSize, network: Network, machine: Machine, placement
     command = f"llama-server -m {output.folder}/{file} -c {context}"
     if placement.kind == "cpu":
         return f"{command} -ngl 0"
-    if placement.kind == "gpu":
+    if placement.kind in ("gpu", "unified"):
         return f"{command} -ngl 99"
     if not network.has_experts:
         return f"{command} -ngl {placement.gpu_layers}"

@@ -49,6 +49,15 @@ GPU_CLASSES = (
     GpuClass(192, Range(5300, 8000), "MI300X to B200"),
     GpuClass(288, Range(6000, 8000), "MI325X to B300"),
 )
+# Apple's technical specifications; the memory is the GPU's as well.
+UNIFIED_CLASSES = (
+    GpuClass(32, Range(100, 410), "M2 to M4 Max"),
+    GpuClass(64, Range(273, 800), "M4 Pro to M1 Ultra; M4 Max has 410 or 546"),
+    GpuClass(128, Range(400, 800), "M3 Max to M1 Ultra; M4 Max has 546"),
+    GpuClass(192, Range(800, 800), "M2 Ultra"),
+    GpuClass(256, Range(819, 819), "M3 Ultra"),
+    GpuClass(512, Range(819, 819), "M3 Ultra"),
+)
 # Up to this much RAM a machine counts as a desktop.
 DESKTOP_RAM_GIB = 192
 DESKTOP_RAM = Fact("RAM, two channels", Range(51, 90), "DDR4-3200 to DDR5-5600, 8 bytes a channel and transfer")

@@ -8,32 +8,36 @@ from dsquant.deployment import facts
 from dsquant.deployment.build_cost import BuildCost, build_cost_of
 from dsquant.deployment.engines import launch_commands
 from dsquant.deployment.facts import Fact, Range
-from dsquant.deployment.hardware import DEFAULT_CONTEXT, REFERENCE_MACHINES, Machine, PlanOptions, parse_machine
+from dsquant.deployment.hardware import (
+    DEFAULT_CONTEXT,
+    REFERENCE_MACHINES,
+    REFERENCE_UNIFIED,
+    Machine,
+    PlanOptions,
+    parse_machine,
+    parse_unified,
+)
 from dsquant.deployment.placement import MachinePlacement, Network, network_of, place
 from dsquant.deployment.sizes import PRESETS, SOURCE, OutputSize, output_sizes
 from dsquant.deployment.statements import statements_about
 from dsquant.deployment.subject import Subject, open_subject
-from dsquant.formats.table import SAFETENSORS
+from dsquant.formats.table import FORMATS, SAFETENSORS
 from dsquant.reporting.notebook import Shown
 
 # From the best quality to the worst; only these are placed on a machine.
-_PARALLEL = sorted((known for known in SAFETENSORS.values() if known.placement), key=lambda known: known.rank)
 CANDIDATES = (
     SOURCE,
-    *(f"{known.name} {preset}" for preset in PRESETS for known in _PARALLEL),
-    "gguf:Q8_0",
-    "gguf:Q6_K",
-    "gguf:Q5_K_M",
-    "gguf:Q4_K_M+",
-    "gguf:Q4_K_M",
-    "gguf:IQ4_XS",
-    "gguf:Q3_K_M",
-    "gguf:Q2_K",
+    *(
+        f"{known.name} {preset}"
+        for preset in PRESETS
+        for known in sorted(SAFETENSORS.values(), key=lambda known: known.rank)
+    ),
+    *(f"{name}:{type_name}" for name, known in FORMATS.items() for type_name in known.placed),
 )
 # Below this, overheads and not bandwidth limit the speed.
 SMALL_BYTES = 2**30
-# Where experts come from disk, more bits than these only cost speed.
-FOR_DISK = ("gguf:Q4_K_M", "gguf:IQ4_XS")
+# Where experts come from disk.
+FOR_DISK = tuple(f"{name}:{type_name}" for name, known in FORMATS.items() for type_name in known.on_disk)
 
 
 @dataclass(frozen=True)
@@ -119,14 +123,18 @@ def _machine_json(found: MachineForecast) -> dict[str, Any]:
 
 def forecast(model: str, **options: Any) -> Forecast:
     """Plans everything about a model (`tiny-r1`, a folder, a config.json, or a hub id) from its headers or its config;
-    without the options gpu and ram, for common machines.
+    without the options gpu, ram and unified_memory, for common machines.
 
     Raises InputError where the model cannot be found or is not supported, UsageError where the machine's description or
     another option is not valid.
     """
     asked = PlanOptions.checked(**options)
-    described = parse_machine(asked.gpu, asked.ram, asked.disk, asked.disk_read) if asked.gpu or asked.ram else None
-    machines = [described] if described else reference_machines(asked.disk, asked.disk_read)
+    if asked.unified_memory:
+        machines = [parse_unified(asked.unified_memory, asked.disk, asked.disk_read)]
+    elif asked.gpu or asked.ram:
+        machines = [parse_machine(asked.gpu, asked.ram, asked.disk, asked.disk_read)]
+    else:
+        machines = reference_machines(asked.disk, asked.disk_read)
     subject = open_subject(model)
     return forecast_of(subject, output_sizes(subject), machines, asked.gpu_price, asked.context)
 
@@ -165,7 +173,8 @@ def forecast_of(
 
 def reference_machines(disk: str | None = None, disk_read: str | None = None) -> list[Machine]:
     """Returns the machines of a plan that names none."""
-    return [parse_machine(gpu, ram, disk, disk_read) for gpu, ram in REFERENCE_MACHINES]
+    machines = [parse_machine(gpu, ram, disk, disk_read) for gpu, ram in REFERENCE_MACHINES]
+    return [*machines, parse_unified(REFERENCE_UNIFIED, disk, disk_read)]
 
 
 def _candidates(sizes: Sequence[OutputSize]) -> list[OutputSize]:
@@ -206,7 +215,7 @@ def _on_machine(planned: Forecast, subject: Subject, machine: Machine) -> Machin
 def _rank(row: Deployment) -> tuple[int, int]:
     """Orders outputs in GPUs alone before those that need RAM, then disk; within these by quality."""
     order = CANDIDATES.index(row.output.name)
-    if row.placement.kind == "gpu":
+    if row.placement.kind in ("gpu", "unified"):
         return 0, order
     if not row.placement.disk_bytes:
         return 1, order

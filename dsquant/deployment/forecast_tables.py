@@ -79,7 +79,9 @@ def _overview(forecast: "Forecast") -> Iterator[RenderableType]:
         table.add_row(_short(found.machine), output.name, where, speed)
         made[output.name] = output
     yield table
-    yield Text("Describe your own machine for commands to type: --gpu 4x24GiB --ram 64GiB\n")
+    yield Text(
+        "Describe your own machine for commands to type: --gpu 4x24GiB --ram 64GiB,\nor --unified-memory 512GiB\n"
+    )
     for output in made.values():
         if output.command is not None:
             yield Text(f"To build {output.name}:")
@@ -88,6 +90,8 @@ def _overview(forecast: "Forecast") -> Iterator[RenderableType]:
 
 
 def _short(machine: Machine) -> str:
+    if machine.unified:
+        return f"Apple silicon, {machine.ram_bytes / GIB:g} GiB"
     cards = f"{machine.gpus.count}x{machine.gpus.memory_bytes / GIB:g} GiB" if machine.gpus else "no GPU"
     return f"{cards}, {machine.ram_bytes / GIB:g} GiB RAM"
 

@@ -1,12 +1,24 @@
 """Parses a machine from the command line: `--gpu 4x24GiB --ram 64GiB --disk-read 7GB/s`."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from dsquant.deployment.facts import DEFAULT_DISK, DESKTOP_RAM, DESKTOP_RAM_GIB, GB, GIB, GPU_CLASSES, SERVER_RAM, Range
+from dsquant.deployment.facts import (
+    DEFAULT_DISK,
+    DESKTOP_RAM,
+    DESKTOP_RAM_GIB,
+    GB,
+    GIB,
+    GPU_CLASSES,
+    SERVER_RAM,
+    UNIFIED_CLASSES,
+    GpuClass,
+    Range,
+)
 from dsquant.errors import UsageError
 from dsquant.options import Options, Spelling, format_size, parse_size
 
@@ -30,6 +42,11 @@ class PlanOptions(Options):
     ram: Annotated[str | None, Spelling(metavar="64GiB")] = Field(
         default=None, description="Memory, with its bandwidth if known: 64GiB@80GB/s."
     )
+    unified_memory: Annotated[str | None, Spelling(metavar="512GiB")] = Field(
+        default=None,
+        description="Memory that processor and GPU share, as on Apple silicon, with its bandwidth if known: "
+        "512GiB@819GB/s.",
+    )
     disk: Annotated[str | None, Spelling(metavar="2TiB")] = Field(default=None, description="Room for the weights.")
     disk_read: Annotated[str | None, Spelling(metavar="7GB/s")] = Field(
         default=None, description="How fast the disk reads."
@@ -38,6 +55,12 @@ class PlanOptions(Options):
         default=None, ge=0, allow_inf_nan=False, description="Price of one GPU for an hour, in any currency."
     )
     context: int = Field(default=DEFAULT_CONTEXT, ge=1, description="Tokens of KV cache.")
+
+    @model_validator(mode="after")
+    def _one_kind_of_memory(self) -> Self:
+        if self.unified_memory and (self.gpu or self.ram):
+            raise ValueError("--unified-memory is all of a machine's memory; leave --gpu and --ram out")
+        return self
 
 
 @dataclass(frozen=True)
@@ -65,6 +88,8 @@ class Machine:
     """Space for the weights; None where it is not given."""
     disk_read: Range
     disk_source: str
+    unified: bool = False
+    """Whether processor and GPU share the memory, as on Apple silicon."""
 
     @property
     def gpu_bytes(self) -> int:
@@ -74,7 +99,8 @@ class Machine:
     def __str__(self) -> str:
         cards = f"{self.gpus.count}x{self.gpus.memory_bytes / GIB:g} GiB GPU" if self.gpus else "no GPU"
         disk = f", disk {self.disk_bytes / GIB:g} GiB" if self.disk_bytes is not None else ""
-        return f"{cards}, {self.ram_bytes / GIB:g} GiB RAM{disk}"
+        memory = f"{self.ram_bytes / GIB:g} GiB"
+        return f"{memory} unified memory{disk}" if self.unified else f"{cards}, {memory} RAM{disk}"
 
 
 def parse_machine(gpu: str | None, ram: str | None, disk: str | None = None, disk_read: str | None = None) -> Machine:
@@ -90,11 +116,29 @@ def parse_machine(gpu: str | None, ram: str | None, disk: str | None = None, dis
     known = DESKTOP_RAM if ram_bytes <= DESKTOP_RAM_GIB * GIB else SERVER_RAM
     ram_bandwidth = parse_speed(speed) if speed else known.value * GB
     ram_source = "given" if speed else f"{known.name}: {known.source}"
-    disk_bytes = _memory("--disk", disk, "2TiB") if disk else None
-    read = parse_speed(disk_read) if disk_read else DEFAULT_DISK.value * GB
-    return Machine(
-        gpus, ram_bytes, ram_bandwidth, ram_source, disk_bytes, read, "given" if disk_read else DEFAULT_DISK.source
-    )
+    return Machine(gpus, ram_bytes, ram_bandwidth, ram_source, *_parse_disk(disk, disk_read))
+
+
+def parse_unified(memory: str, disk: str | None = None, disk_read: str | None = None) -> Machine:
+    """Parses a machine whose processor and GPU share `memory`, `512GiB` or `512GiB@819GB/s`; as `parse_machine`."""
+    size, _, speed = memory.partition("@")
+    num_bytes = _memory("--unified-memory", size, "512GiB")
+    closest = _closest(UNIFIED_CLASSES, num_bytes)
+    bandwidth = parse_speed(speed) if speed else closest.bandwidth_gbs * GB
+    source = "given" if speed else f"Apple silicon of {closest.memory_gib} GB: {closest.cards}"
+    return Machine(None, num_bytes, bandwidth, source, *_parse_disk(disk, disk_read), unified=True)
+
+
+def _parse_disk(disk: str | None, disk_read: str | None) -> tuple[int | None, Range, str]:
+    """Returns the disk's room, speed, and the source of that."""
+    num_bytes = _memory("--disk", disk, "2TiB") if disk else None
+    if disk_read:
+        return num_bytes, parse_speed(disk_read), "given"
+    return num_bytes, DEFAULT_DISK.value * GB, DEFAULT_DISK.source
+
+
+def _closest(classes: Sequence[GpuClass], num_bytes: int) -> GpuClass:
+    return min(classes, key=lambda known: abs(known.memory_gib - num_bytes / GIB))
 
 
 def _parse_gpus(text: str) -> Gpus:
@@ -107,7 +151,7 @@ def _parse_gpus(text: str) -> Gpus:
     memory = _memory("--gpu", match[2], "24GiB", count)
     if match[3]:
         return Gpus(int(match[1] or 1), memory, parse_speed(match[3]), "given")
-    closest = min(GPU_CLASSES, key=lambda known: abs(known.memory_gib - memory / GIB))
+    closest = _closest(GPU_CLASSES, memory)
     source = f"cards of {closest.memory_gib} GB: {closest.cards}"
     return Gpus(int(match[1] or 1), memory, closest.bandwidth_gbs * GB, source)
 
@@ -143,3 +187,4 @@ REFERENCE_MACHINES = (
     ("1x24GiB", "512GiB"),
     ("4x24GiB", "64GiB"),
 )
+REFERENCE_UNIFIED = "512GiB"

@@ -21,6 +21,7 @@ from dsquant.deployment.facts import (
 from dsquant.deployment.hardware import Machine
 from dsquant.deployment.sizes import OutputSize
 from dsquant.model.families import sizes_of
+from dsquant.model.families.family import Sizes
 
 KV_BYTES = 2  # BF16 or F16
 
@@ -42,6 +43,7 @@ class Network:
     shared_kv: bool
     """Whether all heads share them, so that every tensor-parallel rank keeps them all."""
     num_heads: int
+    sizes: Sizes
     is_fp8: bool
     """Whether the source is stored in FP8."""
 
@@ -53,13 +55,20 @@ class Network:
 
 def network_of(config: Mapping[str, Any]) -> Network:
     """Reads the facts from the content of a config.json."""
-    layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
-    sizes = sizes_of(config)
-    experts, dense, cache = sizes.num_experts, sizes.num_dense_layers, sizes.cache
-    fp8 = (config.get("quantization_config") or {}).get("quant_method") == "fp8"
-    active = sizes.experts_per_token / experts if experts else 0.0
-    split = layers - dense
-    return Network(layers, split, dense, bool(experts), active, cache.num_values, cache.is_shared, heads, fp8)
+    layers, sizes = int(config["num_hidden_layers"]), sizes_of(config)
+    experts, dense = sizes.num_experts, sizes.num_dense_layers
+    return Network(
+        num_layers=layers,
+        num_split=layers - dense,
+        first_split=dense,
+        has_experts=bool(experts),
+        active_share=sizes.experts_per_token / experts if experts else 0.0,
+        kv_values=sizes.cache.num_values,
+        shared_kv=sizes.cache.is_shared,
+        num_heads=sizes.num_heads,
+        sizes=sizes,
+        is_fp8=(config.get("quantization_config") or {}).get("quant_method") == "fp8",
+    )
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,8 @@ class MachinePlacement:
     """An output on a machine."""
 
     kind: str
-    """gpu: all of it in GPUs; split: GPUs, RAM and perhaps disk; cpu: RAM and perhaps disk; none: it cannot run."""
+    """gpu: all of it in GPUs; unified: in memory that processor and GPU share; split: GPUs, RAM and perhaps disk; cpu:
+    RAM and perhaps disk; none: it cannot run."""
     gpu_bytes: int
     ram_bytes: int
     disk_bytes: int
@@ -89,7 +99,10 @@ def place(output: OutputSize, network: Network, machine: Machine, context: int) 
 
     `context` is in tokens of KV cache.
     """
-    assert output.placement is not None, output.name
+    if machine.unified:
+        return _place_unified(output, network, machine, context)
+    if output.placement == "unified":
+        return _impossible("mlx-lm runs on Apple silicon (--unified-memory)", context * network.kv_bytes_per_token)
     placing = _place_split if output.placement == "split" else _place_parallel
     return placing(output, network, machine, context)
 
@@ -121,7 +134,7 @@ def _place_parallel(output: OutputSize, network: Network, machine: Machine, cont
     if machine.gpus is None:
         return _impossible("vLLM and SGLang need GPUs for this", kv_bytes)
     count = machine.gpus.count
-    tensor = next(size for size in range(count, 0, -1) if count % size == 0 and network.num_heads % size == 0)
+    tensor = network.sizes.tensor_parallel(count)
     pipeline = count // tensor
     room = machine.gpus.memory_bytes * ENGINE_SHARE - GPU_RESERVE_BYTES - output.served_bytes / count
     kv_per_rank = network.kv_bytes_per_token / pipeline / (1 if network.shared_kv else tensor)
@@ -149,6 +162,34 @@ def _place_parallel(output: OutputSize, network: Network, machine: Machine, cont
         max_context=max_context,
         tokens_per_s=speed,
         reason="tight: little room for more sequences" if max_context < 4 * context else "",
+    )
+
+
+def _place_unified(output: OutputSize, network: Network, machine: Machine, context: int) -> MachinePlacement:
+    """Places an output in memory that processor and GPU share, for mlx-lm and llama.cpp; that reads what does not fit
+    from disk."""
+    kv_bytes = context * network.kv_bytes_per_token
+    room = machine.ram_bytes - RAM_RESERVE_BYTES - output.served_bytes
+    if output.placement == "parallel":
+        return _impossible("vLLM and SGLang need GPUs with memory of their own", kv_bytes)
+    if room < kv_bytes:
+        if output.placement == "split":
+            return _place_split(output, network, machine, context)
+        needed = (machine.ram_bytes - room + kv_bytes) / 2**30
+        return _impossible(f"needs {needed:.0f} GiB of memory, there are {machine.ram_bytes / 2**30:.0f}", kv_bytes)
+    experts, rest = _active_bytes(output, network)
+    return MachinePlacement(
+        kind="unified",
+        gpu_bytes=0,
+        ram_bytes=output.served_bytes,
+        disk_bytes=0,
+        kv_bytes=kv_bytes,
+        gpu_layers=network.num_layers,
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        max_context=int(room / network.kv_bytes_per_token),
+        tokens_per_s=_speed([(experts + rest, machine.ram_bandwidth, ONE_GPU.value)], kv_bytes, machine.ram_bandwidth),
+        reason="",
     )
 
 

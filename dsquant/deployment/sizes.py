@@ -59,7 +59,7 @@ class OutputSize:
         return self.format + (f" {self.preset}" if self.preset else "") + bits
 
     @property
-    def placement(self) -> str | None:
+    def placement(self) -> str:
         """How engines place it: `Format.placement`; those that run a format of safetensors run the source as well."""
         return "parallel" if self.format == SOURCE else format_of(self.format).placement
 

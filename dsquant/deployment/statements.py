@@ -16,7 +16,7 @@ def statements_about(machine: Machine, network: Network, placed: Placed) -> tupl
     words: list[str] = []
     first = next((size.format for size, _ in placed if size.preset), None)
     four_bits = [(size, found) for size, found in placed if size.format == first and size.bits == 4]
-    if four_bits and all(found.kind == "none" for _, found in four_bits):
+    if four_bits and not machine.unified and all(found.kind == "none" for _, found in four_bits):
         words.append(_four_bits_do_not_fit(machine, network, [size for size, _ in four_bits]))
     on_disk = [(size, found) for size, found in placed if size.format == "gguf:Q4_K_M" and found.disk_bytes]
     for size, found in on_disk:
@@ -56,8 +56,9 @@ def _four_bits_do_not_fit(machine: Machine, network: Network, outputs: list[Outp
 
 def _disk_bound(machine: Machine, size: OutputSize, found: MachinePlacement) -> str:
     assert found.tokens_per_s is not None
+    holders = "Memory holds" if machine.unified else "GPUs and RAM hold"
     return (
-        f"GPUs and RAM hold {format_size(found.gpu_bytes + found.ram_bytes)} of Q4_K_M's "
+        f"{holders} {format_size(found.gpu_bytes + found.ram_bytes)} of Q4_K_M's "
         f"{format_size(size.served_bytes)}; {format_size(found.disk_bytes)} stay on disk and are read again for every "
         f"token that needs them: at {machine.disk_read.high / 1e9:g} GB/s no engine decodes more than "
         f"{found.tokens_per_s.high:.2g} tokens/s."

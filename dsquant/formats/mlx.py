@@ -112,7 +112,7 @@ class Mlx(SafetensorsFormat):
     name = "mlx"
     help = "MLX affine, 4, 8 or 3 bits, for mlx-lm on Apple silicon"
     bits = (4, 8, 3)
-    placement = None
+    placement = "unified"
     keeps_mtp = False
     metadata = "mlx"
     config_keys = ("quantization", "quantization_config")

@@ -227,9 +227,13 @@ class Format(ABC):
     """Whether its engines take multi-token-prediction layers."""
     decoder: tuple[str, str] | None = None
     """The package that decodes an output, and the module; None where none is needed."""
-    placement: Literal["parallel", "split"] | None
+    placement: Literal["parallel", "split", "unified"]
     """How `plan` places an output: every GPU holds its part of all layers (vLLM, SGLang); GPUs, RAM and disk share the
-    layers (llama.cpp); None: its engines run on machines that `plan` does not know."""
+    layers (llama.cpp); in memory that processor and GPU share (mlx-lm)."""
+    placed: tuple[str, ...] = ()
+    """The types that `plan` places on machines, from the best quality to the worst."""
+    on_disk: tuple[str, ...] = ()
+    """Those of them to read from a disk, the best first: more bits only cost speed there."""
 
     def default_symmetric(self, mixture: bool) -> bool | None:
         """Returns whether its engines want no zero points, for a model with routed experts or one without; None where

@@ -31,7 +31,7 @@ DROPPED_KEYS = ("quantization_config", "auto_map")
 class SafetensorsFormat(Format):
     """A way to store quantized linears in safetensors."""
 
-    placement: Literal["parallel", "split"] | None = "parallel"
+    placement: Literal["parallel", "split", "unified"] = "parallel"
     bits: tuple[int, ...]
     """Bits of a code that it can hold, the default first."""
     metadata = "pt"

@@ -27,6 +27,7 @@ from dsquant.deployment.subject import open_subject
 from dsquant.errors import InputError, UsageError
 from dsquant.formats.gguf.types import MIXTURES
 from dsquant.formats.table import SAFETENSORS
+from dsquant.model.families.family import Cache, Sizes
 
 BITS = {name: SAFETENSORS[name].bits for name in ("awq", "compressed-tensors")}
 FAST: dict[str, Any] = {
@@ -230,6 +231,29 @@ def test_the_speed_range_holds_what_was_measured(r1: Callable[..., Forecast]) ->
     transformers = on(r1(gpu="1x24GiB", ram="512GiB@307GB/s"), "gguf:Q4_K_M")
     assert transformers.placement.tokens_per_s.low < 8.73 < transformers.placement.tokens_per_s.high
     assert "ktransformers" in transformers.commands
+
+
+def test_mlx_is_placed_in_memory_that_processor_and_gpu_share_and_nothing_of_vllms_is() -> None:
+    (found,) = dsquant.plan("tiny-r1", unified_memory="64GiB@400GB/s").machines
+    rows = {row.output.name: row for row in found.deployments}
+    assert found.best is rows["mlx quality"] and found.best.placement.kind == "unified"
+    assert found.best.commands["mlx-lm"].startswith("mlx_lm.server --model tiny-r1-mlx")
+    assert rows["awq compact"].placement.kind == rows["source"].placement.kind == "none"
+    assert "-ngl 99" in rows["gguf:Q4_K_M"].commands["llama.cpp"]
+    (small,) = dsquant.plan("tiny-r1", unified_memory="4GiB", context=16).machines
+    assert {row.output.name: row.placement.kind for row in small.deployments}["mlx compact"] == "none"
+    with pytest.raises(UsageError, match="leave --gpu and --ram out"):
+        dsquant.plan("tiny-r1", unified_memory="64GiB", gpu="1x24GiB")
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared", "gpus", "ranks"),
+    [(128, 1, 8, 8), (128, 1, 6, 2), (14, 2, 7, 1), (32, 8, 16, 16), (32, 8, 3, 1)],
+)
+def test_engines_divide_heads_evenly_and_copy_those_of_keys_and_values(
+    heads: int, shared: int, gpus: int, ranks: int
+) -> None:
+    assert Sizes(Cache(shared, 64, is_shared=False), heads).tensor_parallel(gpus) == ranks
 
 
 def test_a_disk_that_is_too_small_is_named(r1: Callable[..., Forecast]) -> None:

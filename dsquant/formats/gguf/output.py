@@ -48,6 +48,8 @@ class Gguf(Format):
     encoded_by_package = True
     decoder = ("gguf", "gguf.quants")
     placement = "split"
+    placed = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M+", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
+    on_disk = ("Q4_K_M", "IQ4_XS")
 
     def stored_type(self, type_name: str) -> str | None:
         return MIXTURES[type_name]

@@ -43,6 +43,8 @@ class Sizes:
     """The numbers of a network that say which parts it has, whatever its config calls them."""
 
     cache: Cache
+    num_heads: int
+    """Heads of queries."""
     num_experts: int = 0
     """Routed experts of a layer; 0 for a dense network, and so the next four."""
     experts_per_token: int = 0
@@ -50,6 +52,17 @@ class Sizes:
     num_shared_experts: int = 0
     num_dense_layers: int = 0
     """Layers before the first mixture."""
+
+    def tensor_parallel(self, gpus: int) -> int:
+        """Among how many of so many GPUs engines divide a layer: a divisor of their number. Each has as many query
+        heads; a head of keys and values is in one of them, or copied to as many as any other (vLLM 0.33,
+        `QKVParallelLinear`)."""
+        shared = self.cache.key_value_heads
+        return next(
+            ranks
+            for ranks in range(gpus, 0, -1)
+            if gpus % ranks == 0 and self.num_heads % ranks == 0 and (shared % ranks == 0 or ranks % shared == 0)
+        )
 
 
 class ReadKey(Protocol):
@@ -137,7 +150,7 @@ class Family:
         if self.is_mixture(config):
             names = {name: key for name, key in vars(self.mixture).items() if key}
             numbers = {name: int(config.get(key) or 0) for name, key in names.items()}
-        return Sizes(self.cache(config), **numbers)
+        return Sizes(self.cache(config), int(config["num_attention_heads"]), **numbers)
 
     def num_mtp_layers(self, config: Config) -> int:
         """Multi-token-prediction layers that a config announces."""
