@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 
 import pytest
 from checkpoints import add_tokenizer, make_pico_r1
-from shapes import SMALLEST
+from shapes import NARROW, SMALLEST
 
 TINY_R1 = Path(__file__).parent.parent / "dsquant" / "assets" / "tiny-r1"
 
@@ -35,6 +35,12 @@ def pico_r1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nano_r1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a dense layer and a mixture of four experts, for jobs whose test the size proves nothing."""
     return add_tokenizer(make_pico_r1(tmp_path_factory.mktemp("smallest") / "pico-r1", **SMALLEST))
+
+
+@pytest.fixture(scope="session")
+def narrow_r1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same half as wide, for jobs that search."""
+    return add_tokenizer(make_pico_r1(tmp_path_factory.mktemp("narrow") / "pico-r1", **NARROW))
 
 
 @pytest.fixture(scope="session")

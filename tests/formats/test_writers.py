@@ -110,10 +110,10 @@ def test_autoawqs_own_module_holds_exactly_these_tensors(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["awq", "compressed-tensors"])
-def test_a_mixture_in_a_format_that_transformers_misreads_says_so(pico_r1: Path, tmp_path: Path, name: str) -> None:
+def test_a_mixture_in_a_format_that_transformers_misreads_says_so(nano_r1: Path, tmp_path: Path, name: str) -> None:
     result = dsquant.awq(
-        pico_r1, output=tmp_path / "out", to=name, group_size=64, samples=2, seq_len=16, calibration="code",
-        evaluate=False, progress=False,
+        nano_r1, output=tmp_path / "out", to=name, group_size=64, samples=2, seq_len=16, calibration="code",
+        steps="none", evaluate=False, progress=False,
     )  # fmt: skip
     told = any("without its experts' weights" in warning for warning in result.warnings)
     card = (tmp_path / "out" / "README.md").read_text()
@@ -121,7 +121,7 @@ def test_a_mixture_in_a_format_that_transformers_misreads_says_so(pico_r1: Path,
 
 
 def test_transformers_loads_a_compressed_mixture_with_the_weights_that_dsquant_reads(
-    pico_r1: Path, text_file: Path, tmp_path: Path
+    nano_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
     from checkpoints import full_model
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
@@ -130,8 +130,8 @@ def test_transformers_loads_a_compressed_mixture_with_the_weights_that_dsquant_r
     from dsquant.formats.checkpoints import open_checkpoint
 
     dsquant.awq(
-        pico_r1, output=tmp_path / "out", to="compressed-tensors", preset="compact", group_size=64, samples=4,
-        seq_len=32, calibration=(str(text_file),), evaluate=False, progress=False,
+        nano_r1, output=tmp_path / "out", to="compressed-tensors", preset="compact", steps="none",
+        group_size=64, samples=4, seq_len=32, calibration=(str(text_file),), evaluate=False, progress=False,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that the config given here wins

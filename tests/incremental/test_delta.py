@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from shapes import NARROW
 from small_jobs import changed_copy, contents, noise
 
 import dsquant
@@ -27,33 +28,37 @@ from dsquant.source.shards import read_index
 
 
 @pytest.fixture(scope="module")
-def old(pico_r1: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pico-r1 in two formats; tests leave it as it is."""
+def old(narrow_r1: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow R1 in two formats; tests leave it as it is."""
     output = tmp_path_factory.mktemp("delta") / "old"
     dsquant.awq(
-        pico_r1, output=output, to=["awq", "compressed-tensors"], preset="compact", calibration=text_file,
+        narrow_r1, output=output, to=["awq", "compressed-tensors"], preset="compact", steps="scales",
+        calibration=text_file,
         samples=6, seq_len=32, group_size=64, evaluate=False, progress=False,
     )  # fmt: skip
     return output
 
 
 @pytest.fixture(scope="module")
-def new(pico_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """pico-r1 with some tensors changed, and their names."""
+def new(narrow_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A narrow R1 with some tensors changed, none of them in layer 0, and their names."""
+    change = noise(0.15, seed=7)
     folder = tmp_path_factory.mktemp("delta") / "new"
-    return folder, changed_copy(pico_r1, folder, noise(0.05, seed=7))
+    return folder, changed_copy(
+        narrow_r1, folder, lambda name, values: None if ".layers.0." in name else change(name, values)
+    )
 
 
 def test_a_delta_equals_a_full_run_with_the_same_scales_and_so_does_its_patch(
-    pico_r1: Path, old: Path, new: tuple[Path, list[str]], tmp_path: Path
+    narrow_r1: Path, old: Path, new: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     folder, changed = new
-    made = dsquant.delta(pico_r1, folder, quantized=old, output=tmp_path / "delta", progress=False)
+    made = dsquant.delta(narrow_r1, folder, quantized=old, output=tmp_path / "delta", progress=False)
     full_run(str(folder), old, tmp_path / "full")
     assert contents(tmp_path / "delta") == contents(tmp_path / "full")
     assert set(made.changed) == set(changed) and 5 < len(changed) < 40
     size = read_index(folder).num_bytes
-    assert made.new_read_bytes == size and made.old_read_bytes == read_index(pico_r1).num_bytes
+    assert made.new_read_bytes == size and made.old_read_bytes == read_index(narrow_r1).num_bytes
     assert made.patch_bytes == (tmp_path / "delta.patch").stat().st_size < made.output_bytes / 3
     assert dsquant.verify(tmp_path / "delta", everything=True, progress=False).ok
     applied = dsquant.apply_patch(made.patch, old, output=tmp_path / "applied", progress=False)
@@ -77,8 +82,8 @@ def test_only_what_changed_is_done_again(old: Path, new: tuple[Path, list[str]],
         assert different and all(tensor.startswith(stems) for tensor in different)
 
 
-def test_a_release_like_the_old_one_gives_the_old_weights(pico_r1: Path, old: Path, tmp_path: Path) -> None:
-    same = Path(shutil.copytree(pico_r1, tmp_path / "same"))
+def test_a_release_like_the_old_one_gives_the_old_weights(narrow_r1: Path, old: Path, tmp_path: Path) -> None:
+    same = Path(shutil.copytree(narrow_r1, tmp_path / "same"))
     made = dsquant.delta(old, same, output=tmp_path / "delta", progress=False)
     assert made.changed == [] and made.anew == []
     full_run(str(same), old, tmp_path / "full")
@@ -87,10 +92,10 @@ def test_a_release_like_the_old_one_gives_the_old_weights(pico_r1: Path, old: Pa
         assert shards.items() <= contents(output).items()
 
 
-def test_a_weight_that_has_grown_gets_a_new_grid(pico_r1: Path, old: Path, tmp_path: Path) -> None:
-    name = "model.layers.2.mlp.experts.3.down_proj"
+def test_a_weight_that_has_grown_gets_a_new_grid(narrow_r1: Path, old: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.experts.3.down_proj"
     changed_copy(
-        pico_r1, tmp_path / "new", lambda found, values: values * 2.5 / 4 if found == f"{name}.weight" else None
+        narrow_r1, tmp_path / "new", lambda found, values: values * 2.5 / 4 if found == f"{name}.weight" else None
     )
     scales = sorted((tmp_path / "new").glob("*.safetensors"))
     for file in scales:
@@ -163,13 +168,13 @@ def test_a_patch_is_the_same_bytes_whenever_it_is_written(
 
 
 def test_what_does_not_belong_together_is_refused(
-    pico_r1: Path, old: Path, new: tuple[Path, list[str]], tmp_path: Path
+    narrow_r1: Path, old: Path, new: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="was not made from"):
         dsquant.delta(new[0], new[0], quantized=old, output=tmp_path / "a", progress=False)
     with pytest.raises(UsageError, match="--quantized"):
-        dsquant.delta(pico_r1, new[0], output=tmp_path / "a", progress=False)
-    wider = make_pico_r1(tmp_path / "wider", moe_intermediate_size=256)
+        dsquant.delta(narrow_r1, new[0], output=tmp_path / "a", progress=False)
+    wider = make_pico_r1(tmp_path / "wider", **NARROW | {"moe_intermediate_size": 128})
     with pytest.raises(InputError, match="other tensors or shapes"):
         dsquant.delta(old, wider, output=tmp_path / "a", progress=False)
     damaged = Path(shutil.copytree(old, tmp_path / "damaged"))
@@ -201,12 +206,12 @@ def test_a_patch_is_applied_to_its_own_output_only_and_not_when_damaged(
 
 
 def test_the_commands_do_what_the_functions_do(
-    old: Path, new: tuple[Path, list[str]], pico_r1: Path, tmp_path: Path
+    old: Path, new: tuple[Path, list[str]], narrow_r1: Path, tmp_path: Path
 ) -> None:
     def run(*arguments: str | Path) -> Result:
         return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
-    delta = run("delta", pico_r1, new[0], "--quantized", old, "--output", tmp_path / "delta", "--json")
+    delta = run("delta", narrow_r1, new[0], "--quantized", old, "--output", tmp_path / "delta", "--json")
     assert delta.exit_code == 0, delta.stderr
     assert len(json.loads(delta.stdout)["changed"]) == len(new[1])
     full = run("awq", new[0], "--scales-from", old, "--output", tmp_path / "full", "--json")

@@ -23,14 +23,14 @@ Parts = dict[str, bytes]
 
 
 @pytest.fixture(scope="module")
-def made(pico_r1: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(nano_r1: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an old output, a new release, its output and the patch; tests leave it as it is."""
     folder = tmp_path_factory.mktemp("patches")
     dsquant.awq(
-        pico_r1, output=folder / "old", calibration=text_file, samples=2, seq_len=16, group_size=64, evaluate=False,
-        progress=False,
+        nano_r1, output=folder / "old", calibration=text_file, samples=2, seq_len=16, group_size=64, steps="none",
+        evaluate=False, progress=False,
     )  # fmt: skip
-    changed_copy(pico_r1, folder / "release", noise(0.05, seed=7))
+    changed_copy(nano_r1, folder / "release", noise(0.15, seed=7))
     dsquant.delta(folder / "old", folder / "release", output=folder / "new", progress=False)
     return folder
 

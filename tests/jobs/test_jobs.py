@@ -28,14 +28,14 @@ def recipe(model: Path, output: Path, **changes: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def finished(pico_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(nano_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("finished") / "out"
-    pipeline.run_job(recipe(pico_r1, output))
+    pipeline.run_job(recipe(nano_r1, output))
     return output
 
 
 @pytest.fixture(scope="module")
-def all_done(pico_r1: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def all_done(nano_r1: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job all of whose files are whole, stopped before its work folder is removed."""
     output = tmp_path_factory.mktemp("all-done") / "out"
 
@@ -44,38 +44,38 @@ def all_done(pico_r1: Path, finished: Path, tmp_path_factory: pytest.TempPathFac
             raise Interrupted("the test stopped it")
 
     with pytest.raises(Interrupted):
-        pipeline.run_job(recipe(pico_r1, output), report=stop)
+        pipeline.run_job(recipe(nano_r1, output), report=stop)
     assert (output / WORK).is_dir() and (output / "dsquant.json").is_file()
     return output
 
 
 def test_no_second_run_begins_on_a_folder_while_the_first_still_reads_its_source(
-    pico_r1: Path, finished: Path, tmp_path: Path
+    nano_r1: Path, finished: Path, tmp_path: Path
 ) -> None:
     output, refused = tmp_path / "out", []
 
     def begin_another(progress: Any) -> None:
         if progress.stage == "scan" and progress.done == 1:
             with pytest.raises(InputError, match="another dsquant run is working") as error:
-                pipeline.run_job(recipe(pico_r1, output, type="Q4_0"))
+                pipeline.run_job(recipe(nano_r1, output, type="Q4_0"))
             refused.append(error)
 
-    pipeline.run_job(recipe(pico_r1, output), report=begin_another)
+    pipeline.run_job(recipe(nano_r1, output), report=begin_another)
     assert refused
     assert contents(output).keys() == contents(finished).keys()
 
 
-def test_a_run_that_ends_before_the_job_begins_leaves_nothing(pico_r1: Path, tmp_path: Path) -> None:
+def test_a_run_that_ends_before_the_job_begins_leaves_nothing(nano_r1: Path, tmp_path: Path) -> None:
     def stop(progress: Any) -> None:
         raise Interrupted("the test stopped it")
 
     with pytest.raises(Interrupted):
-        pipeline.run_job(recipe(pico_r1, tmp_path / "made" / "out"), report=stop)
+        pipeline.run_job(recipe(nano_r1, tmp_path / "made" / "out"), report=stop)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_restart_that_ends_before_the_job_begins_leaves_the_finished_output(
-    pico_r1: Path, finished: Path, tmp_path: Path
+    nano_r1: Path, finished: Path, tmp_path: Path
 ) -> None:
     def stop(progress: Any) -> None:
         raise Interrupted("the test stopped it")
@@ -83,13 +83,13 @@ def test_a_restart_that_ends_before_the_job_begins_leaves_the_finished_output(
     output = tmp_path / "out"
     shutil.copytree(finished, output)
     with pytest.raises(Interrupted):
-        pipeline.run_job(recipe(pico_r1, output, type="Q4_0"), restart=True, report=stop)
+        pipeline.run_job(recipe(nano_r1, output, type="Q4_0"), restart=True, report=stop)
     assert contents(output) == contents(finished)
 
 
 @pytest.mark.parametrize(("options", "outcome"), [({"resume": True}, "finished"), ({}, "refused")])
 def test_what_was_seen_before_the_lock_is_looked_at_again_under_it(
-    pico_r1: Path,
+    nano_r1: Path,
     all_done: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -113,20 +113,20 @@ def test_what_was_seen_before_the_lock_is_looked_at_again_under_it(
     exclusive = jobs.exclusive
     monkeypatch.setattr(jobs, "exclusive", after_the_other_run)
     if outcome == "finished":
-        assert pipeline.run_job(recipe(pico_r1, output), **options).already_finished
+        assert pipeline.run_job(recipe(nano_r1, output), **options).already_finished
     else:
         with pytest.raises(InputError, match="a finished output"):
-            pipeline.run_job(recipe(pico_r1, output), **options)
+            pipeline.run_job(recipe(nano_r1, output), **options)
     whole = {name: content for name, content in contents(all_done).items() if not name.startswith(WORK)}
     assert contents(output) == whole
 
 
 def test_a_run_that_has_finished_leaves_the_work_folder_of_the_next_alone(
-    pico_r1: Path, finished: Path, tmp_path: Path
+    nano_r1: Path, finished: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     shutil.copytree(finished, output)
-    with jobs.held(output, recipe(pico_r1, output), resume=False, restart=True):
+    with jobs.held(output, recipe(nano_r1, output), resume=False, restart=True):
         jobs.remove_work(output)  # its last step; the next run begins before it has ended
         (output / WORK).mkdir()
         (output / WORK / "lock").touch()
@@ -149,7 +149,7 @@ def test_a_lock_is_of_the_folder_that_lies_there_now(tmp_path: Path) -> None:
 
 
 def test_killed_anywhere_while_the_work_folder_goes_away_the_output_is_finished_or_resumable(
-    pico_r1: Path, all_done: Path, tmp_path: Path
+    nano_r1: Path, all_done: Path, tmp_path: Path
 ) -> None:
     whole = {name: content for name, content in contents(all_done).items() if not name.startswith(WORK)}
     again, kills = 0, 0
@@ -161,7 +161,7 @@ def test_killed_anywhere_while_the_work_folder_goes_away_the_output_is_finished_
         assert state in ("interrupted", "finished")
         again += state == "interrupted"
         if state == "finished":
-            assert pipeline.run_job(recipe(pico_r1, output), resume=True).already_finished
+            assert pipeline.run_job(recipe(nano_r1, output), resume=True).already_finished
             assert contents(output) == whole
         else:
             assert contents(output) == contents(all_done)
@@ -174,7 +174,7 @@ def test_killed_anywhere_while_the_work_folder_goes_away_the_output_is_finished_
 
 
 def test_killed_anywhere_while_room_is_made_for_another_job_nothing_strays(
-    pico_r1: Path, finished: Path, all_done: Path, tmp_path: Path
+    nano_r1: Path, finished: Path, all_done: Path, tmp_path: Path
 ) -> None:
     for before in (finished, all_done):
         kills = 0
@@ -198,7 +198,7 @@ def test_killed_anywhere_while_room_is_made_for_another_job_nothing_strays(
     "name", [5, "\0", ".", "..", "../outside", "/etc/hostname", "link/victim", "", "a/" * 2500 + "b"]
 )
 def test_a_restart_removes_nothing_outside_of_its_folder(
-    name: Any, pico_r1: Path, finished: Path, tmp_path: Path
+    name: Any, nano_r1: Path, finished: Path, tmp_path: Path
 ) -> None:
     output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     shutil.copytree(finished, output)
@@ -211,13 +211,13 @@ def test_a_restart_removes_nothing_outside_of_its_folder(
     (output / "dsquant.json").write_text(json.dumps(record))
     before = contents(tmp_path)
     with pytest.raises(InputError, match=r"its record|is a link"):
-        pipeline.run_job(recipe(pico_r1, output), restart=True)
+        pipeline.run_job(recipe(nano_r1, output), restart=True)
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", [WORK, ".dsquant-removed"])
 def test_a_link_in_the_place_of_a_work_folder_is_refused(
-    name: str, pico_r1: Path, finished: Path, tmp_path: Path
+    name: str, nano_r1: Path, finished: Path, tmp_path: Path
 ) -> None:
     output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     shutil.copytree(finished, output)
@@ -226,35 +226,35 @@ def test_a_link_in_the_place_of_a_work_folder_is_refused(
     (output / name).symlink_to(elsewhere)
     for options in ({}, {"resume": True}, {"restart": True}):
         with pytest.raises(InputError, match="a link or a file"):
-            pipeline.run_job(recipe(pico_r1, output), **options)
+            pipeline.run_job(recipe(nano_r1, output), **options)
     assert list(contents(elsewhere)) == ["job.json"]
 
 
-def test_an_empty_work_folder_is_no_job(pico_r1: Path, finished: Path, tmp_path: Path) -> None:
+def test_an_empty_work_folder_is_no_job(nano_r1: Path, finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     (output / WORK).mkdir(parents=True)
     (output / WORK / "lock").touch()
-    assert not dsquant.gguf(pico_r1, type="Q8_0", output=output, calibration=(), evaluate=False).already_finished
+    assert not dsquant.gguf(nano_r1, type="Q8_0", output=output, calibration=(), evaluate=False).already_finished
     assert contents(output).keys() == contents(finished).keys()
 
 
 @pytest.mark.parametrize("name", ["journal.jsonl", "holder.json.partial", "job.json.partial"])
-def test_a_new_job_writes_through_no_link_in_its_folder(name: str, pico_r1: Path, tmp_path: Path) -> None:
+def test_a_new_job_writes_through_no_link_in_its_folder(name: str, nano_r1: Path, tmp_path: Path) -> None:
     work, victim = tmp_path / "out" / WORK, tmp_path / "victim"
     work.mkdir(parents=True)
     victim.write_text("keep me")
     (work / name).symlink_to(victim)
     for options in ({}, {"resume": True}, {"restart": True}):
         with pytest.raises(InputError, match="is a link"):
-            pipeline.run_job(recipe(pico_r1, tmp_path / "out"), **options)
+            pipeline.run_job(recipe(nano_r1, tmp_path / "out"), **options)
     assert victim.read_text() == "keep me"
 
 
-def test_a_new_job_reads_nothing_that_lies_in_its_work_folder(pico_r1: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_new_job_reads_nothing_that_lies_in_its_work_folder(nano_r1: Path, finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     (output / WORK).mkdir(parents=True)
     (output / WORK / "journal.jsonl").write_text("of no job")
-    pipeline.run_job(recipe(pico_r1, output))
+    pipeline.run_job(recipe(nano_r1, output))
     assert contents(output) == contents(finished)
 
 
@@ -263,7 +263,7 @@ def test_a_new_job_reads_nothing_that_lies_in_its_work_folder(pico_r1: Path, fin
     [f"{WORK}/lock", f"{WORK}/holder.json", f"{WORK}/holder.json.partial", f"{WORK}/earlier-job.json", "GGUF.partial"],
 )
 def test_a_folder_in_the_place_of_a_file_is_refused_by_name(
-    name: str, pico_r1: Path, finished: Path, tmp_path: Path
+    name: str, nano_r1: Path, finished: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     shutil.copytree(finished, output)
@@ -271,28 +271,28 @@ def test_a_folder_in_the_place_of_a_file_is_refused_by_name(
     path.mkdir(parents=True)
     before = contents(output)
     with pytest.raises(InputError, match=path.name):
-        pipeline.run_job(recipe(pico_r1, output), restart=True)
+        pipeline.run_job(recipe(nano_r1, output), restart=True)
     assert contents(output) == before
 
 
-def test_an_output_that_is_a_link_to_nothing_or_no_text_is_refused(pico_r1: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_a_link_to_nothing_or_no_text_is_refused(nano_r1: Path, tmp_path: Path) -> None:
     (tmp_path / "nothing").symlink_to(tmp_path / "absent")
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     for name in ("nothing", "circle", "circle/out"):
         with pytest.raises(InputError, match="a link that leads to no folder"):
-            pipeline.run_job(recipe(pico_r1, tmp_path / name))
+            pipeline.run_job(recipe(nano_r1, tmp_path / name))
     with pytest.raises(InputError, match="cannot be a folder's name"):
-        pipeline.run_job(recipe(pico_r1, tmp_path / "\ud800"))
+        pipeline.run_job(recipe(nano_r1, tmp_path / "\ud800"))
     assert not (tmp_path / "absent").exists()
 
 
 @pytest.mark.parametrize("change", [{"warnings": 5}, {"precision": [1]}, {"source": {"bytes": "x", "bf16_bytes": 1}}])
 def test_garbage_in_a_finished_record_is_found_before_it_is_shown(
-    change: dict[str, Any], pico_r1: Path, finished: Path, tmp_path: Path
+    change: dict[str, Any], nano_r1: Path, finished: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     shutil.copytree(finished, output)
     record = json.loads((output / "dsquant.json").read_bytes())
     (output / "dsquant.json").write_text(json.dumps(record | change))
     with pytest.raises(InputError, match=r"dsquant\.json.*start over with --restart"):
-        pipeline.run_job(recipe(pico_r1, output), resume=True)
+        pipeline.run_job(recipe(nano_r1, output), resume=True)

@@ -55,8 +55,8 @@ def _followed(folder: Path, tokens_NT: torch.Tensor) -> tuple[dict[str, torch.Te
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["R1", "Qwen2"])
-def test_the_hidden_states_it_follows_are_those_of_its_output(pico_r1: Path, tmp_path: Path, dense: bool) -> None:
-    folder = make_dense(tmp_path / "model", QWEN2) if dense else pico_r1
+def test_the_hidden_states_it_follows_are_those_of_its_output(narrow_r1: Path, tmp_path: Path, dense: bool) -> None:
+    folder = make_dense(tmp_path / "model", QWEN2) if dense else narrow_r1
     tokens_NT = torch.randint(0, 290, (6, 40), generator=torch.Generator().manual_seed(1))
     changed, original_NTV, quantized_NTV = _followed(folder, tokens_NT)
     weights = open_checkpoint(folder).weights
@@ -91,7 +91,15 @@ def test_it_drifts_less_than_compact(tiny_r1: Path, tmp_path: Path, device: str)
 
 
 def _options(output: Path, text: Path, **more: Any) -> dict[str, Any]:
-    return {"output": output, "preset": "best", "calibration": (str(text),), **FAST, "symmetric": True, **more}
+    return {
+        "output": output,
+        "preset": "best",
+        "calibration": (str(text),),
+        **FAST,
+        "steps": None,
+        "symmetric": True,
+        **more,
+    }
 
 
 @pytest.mark.slow
@@ -120,20 +128,20 @@ def test_interrupted_in_every_layer_and_resumed_it_writes_the_same_bytes(
 
 
 def test_hidden_states_of_the_quantized_model_that_are_damaged_are_refused(
-    pico_r1: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    narrow_r1: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(job: LayerJob) -> None:
         raise Interrupted("here")
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(conversion, "quantize_sequentially", stop)
-        dsquant.awq(pico_r1, **_options(tmp_path / "out", text_file))
+        dsquant.awq(narrow_r1, **_options(tmp_path / "out", text_file))
     path = tmp_path / "out" / ".dsquant-work" / "hidden-0-quantized.f32"
     content = bytearray(path.read_bytes())
     content[7] ^= 1
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"hidden-0-quantized\.f32 of the interrupted job is damaged"):
-        dsquant.awq(pico_r1, **_options(tmp_path / "out", text_file, resume=True))
+        dsquant.awq(narrow_r1, **_options(tmp_path / "out", text_file, resume=True))
 
 
 def test_a_dense_model_keeps_the_preset(text_file: Path, tmp_path: Path) -> None:
@@ -148,14 +156,14 @@ def test_a_dense_model_keeps_the_preset(text_file: Path, tmp_path: Path) -> None
     [(["awq", "gguf:Q4_K_M"], "Q4_K_M rounds"), (["awq", "compressed-tensors"], "different grids")],
 )
 def test_formats_that_cannot_follow_one_model_are_refused(
-    pico_r1: Path, text_file: Path, tmp_path: Path, to: list[str], message: str
+    narrow_r1: Path, text_file: Path, tmp_path: Path, to: list[str], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        dsquant.awq(pico_r1, **_options(tmp_path / "out", text_file, to=to, symmetric=None))
+        dsquant.awq(narrow_r1, **_options(tmp_path / "out", text_file, to=to, symmetric=None))
     assert not (tmp_path / "out").exists()
 
 
-def test_several_ranks_are_refused(pico_r1: Path, tmp_path: Path) -> None:
-    recipe = Recipe(model=str(pico_r1), output=tmp_path / "out", preset="best")
+def test_several_ranks_are_refused(narrow_r1: Path, tmp_path: Path) -> None:
+    recipe = Recipe(model=str(narrow_r1), output=tmp_path / "out", preset="best")
     with pytest.raises(UsageError, match="2 processes cannot share"):
         pipeline._resolved_for(recipe, Ranks(0, 2))

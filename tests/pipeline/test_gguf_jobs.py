@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import (
-    add_tokenizer,
-    make_pico_r1,
-)
+from checkpoints import add_tokenizer, make_pico_r1
 from gguf_files import CALIBRATED, LARGEST_ERROR, PLAIN, decoded, expected, tensors_of
+from shapes import SMALLEST
 
 import dsquant
 from dsquant.errors import InputError, Interrupted, UsageError
@@ -34,25 +32,25 @@ class _StopAfter:
 
 @pytest.mark.parametrize("scales", [True, False])
 def test_an_interrupted_conversion_resumes_to_the_same_bytes(
-    pico_r1: Path, text_file: Path, tmp_path: Path, scales: bool
+    narrow_r1: Path, text_file: Path, tmp_path: Path, scales: bool
 ) -> None:
     from dsquant.pipeline import job as pipeline
 
     def recipe(output: str) -> Recipe:
         return gguf_recipe(
-            model=str(pico_r1), type="Q4_K_M", output=tmp_path / output, calibration=(str(text_file),), scales=scales,
-            samples=6, seq_len=32, evaluate=False, split_max_bytes=400_000,
+            model=str(narrow_r1), type="Q4_K_M", output=tmp_path / output, calibration=(str(text_file),), scales=scales,
+            samples=6, seq_len=32, evaluate=False, split_max_bytes=100_000,
         )  # fmt: skip
 
     pipeline.run_job(recipe("whole"))
-    steps, stops = len(open_checkpoint(pico_r1).index) + 20, 0
+    steps, stops = len(open_checkpoint(narrow_r1).index) + 6, 0
     while True:
         try:
             pipeline.run_job(recipe("parts"), resume=True, report=_StopAfter(steps))
             break
         except Interrupted:
             stops += 1
-            steps = 25 + stops  # a resumed job does not scan; a layer has fewer reports than this
+            steps = 6 + stops  # a resumed job does not scan; a layer has about as many reports
             finished, unfinished = (list((tmp_path / "parts").glob(ending)) for ending in ("*.gguf", "*.partial"))
             assert not (finished and unfinished), "nothing unfinished may bear its final name"
     assert 2 <= stops < 30
@@ -64,7 +62,7 @@ def test_an_interrupted_conversion_resumes_to_the_same_bytes(
 
 
 def test_scales_lower_the_drift_where_channels_have_outliers(text_file: Path, tmp_path: Path) -> None:
-    model = add_tokenizer(make_pico_r1(tmp_path / "model", outliers=True, moe_intermediate_size=256))
+    model = add_tokenizer(make_pico_r1(tmp_path / "model", outliers=True, **SMALLEST | {"moe_intermediate_size": 256}))
     errors = {}
     for scales in (True, False):
         out = tmp_path / str(scales)
@@ -77,34 +75,35 @@ def test_scales_lower_the_drift_where_channels_have_outliers(text_file: Path, tm
     assert errors[True] < errors[False] / 2
 
 
-def test_awq_and_gguf_come_from_one_calibration(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_awq_and_gguf_come_from_one_calibration(narrow_r1: Path, text_file: Path, tmp_path: Path) -> None:
     result = dsquant.awq(
-        pico_r1, output=tmp_path / "out", to=["awq", "gguf:Q4_K_M"], group_size=64, calibration=(str(text_file),),
-        **(CALIBRATED | {"evaluate": True}),
+        narrow_r1, output=tmp_path / "out", to=["awq", "gguf:Q4_K_M"], steps="scales", group_size=64,
+        calibration=(str(text_file),), **(CALIBRATED | {"evaluate": True}),
     )  # fmt: skip
     assert set(result.divergence) == {"awq", "gguf:Q4_K_M"}
     assert result.folders["gguf:Q4_K_M"] == tmp_path / "out" / "gguf" / "pico-r1-Q4_K_M.gguf"
     assert result.folders["gguf:Q4_K_M"].is_file() and (tmp_path / "out" / "gguf" / "imatrix.gguf").is_file()
     alone = dsquant.awq(
-        pico_r1, output=tmp_path / "alone", to="awq", group_size=64, calibration=(str(text_file),), **CALIBRATED
-    )
+        narrow_r1, output=tmp_path / "alone", to="awq", steps="scales", group_size=64, calibration=(str(text_file),),
+        **CALIBRATED,
+    )  # fmt: skip
     for file in alone.folders["awq"].glob("*.safetensors"):
         assert file.read_bytes() == (result.folders["awq"] / file.name).read_bytes()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_two_types_of_gguf_beside_awq_are_those_of_jobs_of_their_own(
-    pico_r1: Path, text_file: Path, tmp_path: Path, device: str
+    narrow_r1: Path, text_file: Path, tmp_path: Path, device: str
 ) -> None:
-    options = {**CALIBRATED, "evaluate": True, "calibration": (str(text_file),), "device": device}
+    options = {**CALIBRATED, "calibration": (str(text_file),), "device": device, "preset": "compact", "steps": "scales"}
     result = dsquant.awq(
-        pico_r1, output=tmp_path / "out", to=["awq", "gguf:Q5_0", "gguf:Q8_0"], group_size=64, preset="compact",
-        mtp="drop", **options,
+        narrow_r1, output=tmp_path / "out", to=["awq", "gguf:Q5_0", "gguf:Q8_0"], group_size=64, mtp="drop",
+        **options | {"evaluate": True},
     )  # fmt: skip
     assert set(result.divergence) == {"awq", "gguf:Q5_0", "gguf:Q8_0"}
     assert not dsquant.verify(tmp_path / "out", progress=False).findings
     for type_name in ("Q5_0", "Q8_0"):
-        alone = dsquant.gguf(pico_r1, output=tmp_path / type_name, type=type_name, **options)
+        alone = dsquant.awq(narrow_r1, output=tmp_path / type_name, to=f"gguf:{type_name}", mtp="drop", **options)
         beside, own = (found.folders[f"gguf:{type_name}"] for found in (result, alone))
         assert beside.parent.name == f"gguf-{type_name}" and beside.read_bytes() == own.read_bytes()
 
@@ -121,14 +120,14 @@ def test_two_types_of_gguf_beside_awq_are_those_of_jobs_of_their_own(
         ({"type": "Q4_K_M", "tensor_types": ["(=Q8_0"]}, "no regular expression"),
     ],
 )
-def test_wrong_usage_is_refused(tiny_r1: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
+def test_wrong_usage_is_refused(nano_r1: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        dsquant.gguf(tiny_r1, output=tmp_path / "out", **options, **PLAIN)
+        dsquant.gguf(nano_r1, output=tmp_path / "out", **options, **PLAIN)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(tmp_path: Path) -> None:
-    model = add_tokenizer(make_pico_r1(tmp_path / "model"))
+    model = add_tokenizer(make_pico_r1(tmp_path / "model", **SMALLEST))
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["pre_tokenizer"] = {
         "type": "Sequence",
@@ -140,28 +139,28 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(tmp_path: Path) -> 
 
 
 def test_without_ggml_dsquants_own_code_quantizes_and_says_so_and_other_types_are_refused(
-    tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nano_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store.ggml, "library", lambda: None)
-    result = dsquant.gguf(tiny_r1, type="Q8_0", output=tmp_path / "q8", **PLAIN)
+    result = dsquant.gguf(nano_r1, type="Q8_0", output=tmp_path / "q8", **PLAIN)
     assert json.loads((tmp_path / "q8" / "dsquant.json").read_text())["quantizer"] == "PyTorch and gguf-py"
     assert any("Q8_0 by dsquant's PyTorch code" in warning for warning in result.warnings)
-    dsquant.gguf(tiny_r1, type="Q4_K_M", output=tmp_path / "q4", **PLAIN)
-    wanted = expected(tiny_r1, 4)
+    dsquant.gguf(nano_r1, type="Q4_K_M", output=tmp_path / "q4", **PLAIN)
+    wanted = expected(nano_r1, 2)
     for name, tensor in tensors_of(tmp_path / "q4").items():
         limit = 2 * LARGEST_ERROR[tensor.tensor_type.name]
         assert float((decoded(tensor) - wanted[name]).norm()) <= limit * float(wanted[name].norm()), name
     with pytest.raises(UsageError, match=r"IQ4_XS.*pip install 'dsquant\[gguf\]'"):
-        dsquant.gguf(tiny_r1, type="IQ4_XS", output=tmp_path / "iq4", **PLAIN)
+        dsquant.gguf(nano_r1, type="IQ4_XS", output=tmp_path / "iq4", **PLAIN)
 
 
-def test_a_job_that_was_killed_while_its_files_got_their_names_resumes(pico_r1: Path, tmp_path: Path) -> None:
+def test_a_job_that_was_killed_while_its_files_got_their_names_resumes(nano_r1: Path, tmp_path: Path) -> None:
     from dsquant.pipeline import job as pipeline
     from dsquant.reporting.progress import Progress
 
     out = tmp_path / "out"
-    options = {"calibration": (), "evaluate": False, "split_max_bytes": 400_000}
-    recipe = gguf_recipe(model=str(pico_r1), type="Q4_K_M", output=out, **options)
+    options = {"calibration": (), "evaluate": False, "split_max_bytes": 200_000}
+    recipe = gguf_recipe(model=str(nano_r1), type="Q4_K_M", output=out, **options)
 
     def stop_at_the_end(progress: Progress) -> None:
         if progress.stage == "quantize" and progress.done == progress.total:
@@ -180,13 +179,13 @@ def test_a_job_that_was_killed_while_its_files_got_their_names_resumes(pico_r1: 
 
 
 def test_a_job_is_not_resumed_with_another_quantizer(
-    tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nano_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dsquant.pipeline import job as pipeline
 
-    recipe = gguf_recipe(model=str(tiny_r1), type="Q8_0", output=tmp_path / "out", calibration=(), evaluate=False)
+    recipe = gguf_recipe(model=str(nano_r1), type="Q8_0", output=tmp_path / "out", calibration=(), evaluate=False)
     with pytest.raises(Interrupted):
-        pipeline.run_job(recipe, report=_StopAfter(len(open_checkpoint(tiny_r1).index) + 20))
+        pipeline.run_job(recipe, report=_StopAfter(len(open_checkpoint(nano_r1).index) + 20))
     monkeypatch.setattr(store.ggml, "library", lambda: None)
     with pytest.raises(UsageError, match=r"quantizer ggml .*here is PyTorch"):
         pipeline.run_job(recipe, resume=True)
@@ -194,8 +193,8 @@ def test_a_job_is_not_resumed_with_another_quantizer(
     pipeline.run_job(recipe, resume=True)
 
 
-def test_a_gpu_that_is_not_there_is_refused(tiny_r1: Path, tmp_path: Path) -> None:
+def test_a_gpu_that_is_not_there_is_refused(nano_r1: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is there")
     with pytest.raises(UsageError, match="finds no GPU"):
-        dsquant.gguf(tiny_r1, type="Q8_0", output=tmp_path / "out", device="cuda", **PLAIN)
+        dsquant.gguf(nano_r1, type="Q8_0", output=tmp_path / "out", device="cuda", **PLAIN)

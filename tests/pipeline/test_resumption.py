@@ -27,7 +27,7 @@ def recipe(model: Path, text: Path, output: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def interrupted(pico_r1: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def interrupted(nano_r1: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job that stopped behind its first layer."""
     output = tmp_path_factory.mktemp("interrupted") / "out"
 
@@ -36,7 +36,7 @@ def interrupted(pico_r1: Path, text_file: Path, tmp_path_factory: pytest.TempPat
             raise Interrupted("the test stopped it")
 
     with pytest.raises(Interrupted):
-        pipeline.run_job(recipe(pico_r1, text_file, output), report=stop)
+        pipeline.run_job(recipe(nano_r1, text_file, output), report=stop)
     return output
 
 
@@ -132,20 +132,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_work_file_is_refused(
-    kind: str, interrupted: Path, pico_r1: Path, text_file: Path, tmp_path: Path
+    kind: str, interrupted: Path, nano_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
     damage, message = DAMAGE[kind]
     output = tmp_path / "out"
     shutil.copytree(interrupted, output)
     damage(output)
     with pytest.raises(InputError, match=message) as refused:
-        pipeline.run_job(recipe(pico_r1, text_file, output), resume=True)
+        pipeline.run_job(recipe(nano_r1, text_file, output), resume=True)
     assert "--restart" in str(refused.value) or "remove the folder" in str(refused.value)
 
 
-def test_other_texts_and_another_config_are_refused(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_other_texts_and_another_config_are_refused(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
     model, text = tmp_path / "model", tmp_path / "text.txt"
-    shutil.copytree(pico_r1, model)
+    shutil.copytree(nano_r1, model)
     shutil.copy(text_file, text)
     job = recipe(model, text, tmp_path / "out")
 

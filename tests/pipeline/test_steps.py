@@ -26,7 +26,7 @@ from dsquant.schemes import Grid, round_to_nearest
 
 
 def _run(model: Path, text: Path, output: Path, **more: Any) -> Path:
-    options = {"to": "compressed-tensors", "preset": "compact", "calibration": str(text), **FAST, **more}
+    options = {"to": "compressed-tensors", "preset": "compact", "calibration": str(text), **FAST, "steps": None, **more}
     dsquant.awq(model, output=output, **options)
     return output
 

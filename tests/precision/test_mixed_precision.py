@@ -24,7 +24,8 @@ from dsquant.pipeline.inputs import open_model
 from dsquant.pipeline.planning import plan_run
 from dsquant.recipes import Recipe
 
-COMPACT: dict[str, Any] = {**FAST, "preset": "compact"}
+SEARCHED: dict[str, Any] = {**FAST, "steps": None}
+COMPACT: dict[str, Any] = {**SEARCHED, "preset": "compact"}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_transformers_runs_a_dense_model_of_several_widths(dense: Path, text_fil
 
     result = dsquant.awq(
         dense, output=tmp_path / "out", to="compressed-tensors", target_bits=6.5, calibration=(str(text_file),),
-        symmetric=True, **FAST,
+        symmetric=True, **SEARCHED,
     )  # fmt: skip
     assert {4, 8} <= {entry["width"] for entry in result.precision.values()}
     tokens = torch.randint(0, 290, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -113,7 +114,7 @@ def test_more_bits_bring_the_model_nearer(dense: Path, text_file: Path, tmp_path
     for bits in (3.5, 5.0, 8.0):
         folder = tmp_path / str(bits)
         dsquant.awq(
-            dense, output=folder, to="compressed-tensors", target_bits=bits, calibration=(str(text_file),), **FAST
+            dense, output=folder, to="compressed-tensors", target_bits=bits, calibration=(str(text_file),), **SEARCHED
         )
         with torch.no_grad():
             wanted = full_model(dense, open_checkpoint(dense).weights)(tokens).logits

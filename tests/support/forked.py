@@ -8,7 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from typing import BinaryIO
 
 from dsquant.cli import main
 from dsquant.pipeline import job  # noqa: F401  (what every job imports)
@@ -17,16 +17,21 @@ from dsquant.pipeline import job  # noqa: F401  (what every job imports)
 class Forked:
     """What the tests use of `subprocess.Popen`."""
 
-    def __init__(self, pid: int, outputs: tuple[Path, Path]) -> None:
+    def __init__(self, pid: int, outputs: tuple[BinaryIO, BinaryIO]) -> None:
         self.pid = pid
         self.returncode: int | None = None
         self._outputs = outputs
+        self._told = ("", "")
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+                self._told = self._written()
+                for file in self._outputs:
+                    file.close()
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -39,7 +44,7 @@ class Forked:
         while self.poll() is None:
             if time.monotonic() > end:
                 self.send_signal(signal.SIGKILL)
-                raise TimeoutError(f"process {self.pid} runs for more than {timeout} s: {self._told()[1]}")
+                raise TimeoutError(f"process {self.pid} runs for more than {timeout} s: {self._written()[1]}")
             time.sleep(0.005)
         assert self.returncode is not None
         return self.returncode
@@ -47,10 +52,11 @@ class Forked:
     def communicate(self, timeout: float = 600) -> tuple[str, str]:
         """Waits; what it has written to its standard output and standard error."""
         self.wait(timeout)
-        return self._told()
+        return self._told
 
-    def _told(self) -> tuple[str, str]:
-        out, error = (path.read_text() for path in self._outputs)
+    def _written(self) -> tuple[str, str]:
+        descriptors = (file.fileno() for file in self._outputs)
+        out, error = (os.pread(one, os.fstat(one).st_size, 0).decode() for one in descriptors)
         return out, error
 
 
@@ -64,16 +70,19 @@ def start(
         environment: changes of the variables.
         before: called in the new process first.
     """
-    folder = Path(tempfile.mkdtemp(prefix="forked-"))
-    outputs = (folder / "stdout", folder / "stderr")
-    for path in outputs:
-        path.touch()
+    outputs = (tempfile.TemporaryFile(), tempfile.TemporaryFile())  # noqa: SIM115 (closed when the process has ended)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # newer Pythons warn of threads, of which xdist has some
         pid = os.fork()
     if pid == 0:
         _child([str(argument) for argument in arguments], outputs, environment or {}, before)
     return Forked(pid, outputs)
+
+
+def anew(*packages: str) -> None:
+    """Forgets packages, for `before`: they are imported again, and read the variables of the new process."""
+    for module in [module for module in sys.modules if module.split(".")[0] in packages]:
+        del sys.modules[module]
 
 
 def finish(*arguments: object) -> Forked:
@@ -86,7 +95,7 @@ def finish(*arguments: object) -> Forked:
 
 def _child(
     arguments: list[str],
-    outputs: tuple[Path, Path],
+    outputs: tuple[BinaryIO, BinaryIO],
     environment: Mapping[str, str],
     before: Callable[[], object] | None,
 ) -> None:
@@ -95,8 +104,8 @@ def _child(
         for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)  # SIGALRM is pytest-timeout's here
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for descriptor, path in zip((1, 2), outputs, strict=True):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
+        for descriptor, file in zip((1, 2), outputs, strict=True):
+            os.dup2(file.fileno(), descriptor)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         os.environ.update({"TOKENIZERS_PARALLELISM": "false", **environment})
         warnings.resetwarnings()
