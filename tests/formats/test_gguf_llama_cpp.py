@@ -184,10 +184,11 @@ def test_our_divergence_of_dense_families_is_llama_cpps(tmp_path: Path, config: 
 
 
 def with_pre_tokenizer(model: Path, regex: str) -> Path:
-    """Gives a model's tokenizer another pre-tokenizer."""
+    """Gives a model's tokenizer another pre-tokenizer; without an expression the byte-level one's, digits apart."""
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = split if regex else {"type": "Digits", "individual_digits": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not regex}
     tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     return model
@@ -208,8 +209,9 @@ LLAMA3_ROPE = {
         (LLAMA | {"rope_scaling": LLAMA3_ROPE}, LETTERS + r"\p{N}{1,3}|" + REST),
         (QWEN2, QWEN_WORDS),
         (QWEN3, QWEN_WORDS),
+        (LLAMA | {"tie_word_embeddings": True}, ""),
     ],
-    ids=["llama", "qwen2", "qwen3"],
+    ids=["llama", "qwen2", "qwen3", "smollm"],
 )
 def test_llama_cpp_runs_the_dense_families(tmp_path: Path, config: dict[str, Any], regex: str) -> None:
     model = with_pre_tokenizer(add_tokenizer(make_dense(tmp_path / "model", config), vocabulary=280), regex)

@@ -203,10 +203,12 @@ def _pre_tokenizer(file: Path, name: str) -> Any:
         return Tokenizer.from_file(str(ASSETS / EMBEDDED_MODEL / "tokenizer.json")).pre_tokenizer
     if name == "gpt-2":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if name == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     if name not in EXPRESSIONS:
-        raise InputError(
-            f"{file}: pre-tokenizer {name!r} is none of deepseek-v3, gpt-2, {', '.join(EXPRESSIONS)}; {OR_REFERENCE}"
-        )
+        known = ", ".join(("deepseek-v3", "gpt-2", "smollm", *EXPRESSIONS))
+        raise InputError(f"{file}: pre-tokenizer {name!r} is none of {known}; {OR_REFERENCE}")
     split = pre_tokenizers.Split(Regex(EXPRESSIONS[name]), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 

@@ -142,14 +142,24 @@ def _check_ids(path: Path, tokens: list[tuple[Any, Any]]) -> None:
             raise InputError(f"{path}: {names[number]!r:.80} and {token!r:.80} are both the token {number}")
 
 
+def _built_in(pre_tokenizer: Mapping[str, Any]) -> str | None:
+    """Returns the name of a pre-tokenizer that has the expression of byte-level ones, alone or behind one that cuts
+    digits apart."""
+    parts = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    kinds = [part.get("type") for part in parts]
+    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and parts[1].get("use_regex", True):
+        return "smollm"
+    return "gpt-2" if kinds == ["ByteLevel"] else None
+
+
 def pre_tokenizer_name(path: Path, tokenizer: Mapping[str, Any]) -> str:
     """Returns llama.cpp's name for the pre-tokenizer of a tokenizer.json's content, found from its regular expressions;
     raises InputError where it has none."""
     found = json.dumps(tokenizer.get("pre_tokenizer"), ensure_ascii=False)
     patterns = re.findall(r'"Regex": ("(?:[^"\\]|\\.)*")', found)
     expressions = [str(json.loads(pattern)) for pattern in patterns]
-    if not expressions and (tokenizer.get("pre_tokenizer") or {}).get("type") == "ByteLevel":
-        return "gpt-2"  # the expression that byte-level pre-tokenizers have built in
+    if not expressions and (name := _built_in(tokenizer.get("pre_tokenizer") or {})):
+        return name
     for part, name in PRE_TOKENIZERS:
         wanted = part.replace("\\u3040", "\u3040")
         if any(wanted in expression for expression in expressions):
