@@ -6,9 +6,10 @@ from pathlib import Path
 import click
 import pytest
 import torch
+from checkpoints import LLAMA, add_tokenizer, make_dense
 
 import dsquant
-from benchmarks import quality
+from benchmarks import gguf_sizes, quality
 from benchmarks.peers.decoding import decode_gguf, decode_gptq, stored_bits
 from benchmarks.peers.to_bf16 import dequantized_tensors, is_mtp
 from benchmarks.peers.tokens import chosen_windows
@@ -30,6 +31,26 @@ def test_every_command_line_of_the_quality_table_is_one_of_dsquants() -> None:
             command = main.get_command(context, name)
             assert command is not None
             command.make_context(name, [*options, "--calibration", "code", "--output", "out", "tiny-r1"])
+
+
+def test_every_job_of_the_table_of_gguf_sizes_is_a_recipe(tmp_path: Path) -> None:
+    case = gguf_sizes.Case(Path("tiny-r1"), 0, tmp_path)
+    words = ["tiny-r1", "--text", "code", "--wiki", "wiki", "--work", "work", "--llama", "bin", "--seeds", "0", "1"]
+    assert gguf_sizes.parse(words).makers == ["llama", "rules", *gguf_sizes.STEPS, "chosen"]
+    for maker in gguf_sizes.STEPS:
+        recipe = gguf_sizes.recipe_of(case, maker, gguf_sizes.ROWS, tmp_path)
+        assert recipe.to == tuple(f"gguf:{row}" for row in gguf_sizes.ROWS)
+    assert gguf_sizes.recipe_of(case, "chosen", ["Q2_K"], tmp_path, 3.09).target_name == "3.09bits"
+
+
+@pytest.mark.parametrize("experts", ["_exps", ""])
+def test_types_by_hand_come_near_the_mixtures_bits(experts: str) -> None:
+    names = ["attn_q_a", "attn_k_b", "attn_output", *(f"ffn_{part}{experts}" for part in ("gate", "up", "down"))]
+    names += ["ffn_down", "ffn_gate_shexp"] if experts else []
+    shapes = {f"blk.{layer}.{name}.weight": (8, 256, 512) for layer in range(4) for name in names}
+    for bits in (3.5, 4.5, 5.5):
+        types = gguf_sizes.hand_made(shapes, bits)  # `mean_bits` fails where two patterns or none fit a tensor
+        assert gguf_sizes.mean_bits(shapes, types) == pytest.approx(bits, abs=0.3)
 
 
 def test_gptq_codes_zero_points_and_groups_are_decoded() -> None:
@@ -56,12 +77,23 @@ def test_a_gguf_file_is_decoded_under_the_original_names(tiny_r1: Path, tmp_path
     result = dsquant.gguf(
         tiny_r1, type="BF16", output=tmp_path / "out", calibration="none", mtp="drop", evaluate=False, progress=False
     )
-    folder = result.folders["gguf:BF16"].parent
-    found, expected = decode_gguf(folder), dequantized_tensors(tiny_r1)
+    gguf_sizes.keep(result.folders["gguf:BF16"], tiny_r1, tmp_path / "kept")
+    found, expected = decode_gguf(tmp_path / "kept"), dequantized_tensors(tiny_r1)
     expected = {name: weight for name, weight in expected.items() if not is_mtp(name, 4)}
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=2**-8, atol=0)
+
+
+def test_a_gguf_file_of_a_llama_is_decoded_under_the_original_names(tmp_path: Path) -> None:
+    model = add_tokenizer(make_dense(tmp_path / "model", LLAMA), vocabulary=280)
+    result = dsquant.gguf(
+        model, type="F32", output=tmp_path / "out", calibration="none", evaluate=False, progress=False
+    )
+    gguf_sizes.keep(result.folders["gguf:F32"], model, tmp_path / "kept")
+    found, expected = decode_gguf(tmp_path / "kept"), dequantized_tensors(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 def test_stored_bits_count_codes_zero_points_and_scales(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:

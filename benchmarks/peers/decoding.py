@@ -121,6 +121,9 @@ GGUF_NAMES = {
     "attn_q_a": "self_attn.q_a_proj",
     "attn_q_b": "self_attn.q_b_proj",
     "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_gate_inp": "mlp.gate",
     "ffn_gate": "mlp.gate_proj",
@@ -133,10 +136,10 @@ GGUF_NAMES = {
 
 
 def decode_gguf(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of llama.cpp's `deepseek2` files in float32 under R1's names, through gguf-py.
+    """The weights of llama.cpp's `deepseek2` and `llama` files in float32 under the releases' names, through gguf-py.
 
-    llama.cpp keeps `kv_b_proj` in two parts: `attn_k_b` [heads, kv_lora, nope], transposed, and `attn_v_b` [heads, v,
-    kv_lora].
+    llama.cpp keeps R1's `kv_b_proj` in two parts: `attn_k_b` [heads, kv_lora, nope], transposed, and `attn_v_b` [heads,
+    v, kv_lora]. Llama's queries and keys have their rotary pairs next to each other there, half a head apart here.
 
     Args:
         folder: holds *.gguf and config.json.
@@ -156,6 +159,7 @@ def decode_gguf(folder: Path) -> dict[str, torch.Tensor]:
         for tensor in GGUFReader(path).tensors
     }
     weights: dict[str, torch.Tensor] = {}
+    config = read_config(folder)
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
         if not match:
@@ -173,10 +177,19 @@ def decode_gguf(folder: Path) -> dict[str, torch.Tensor]:
             for expert, weight in enumerate(tensor):
                 weights[f"{prefix}mlp.experts.{expert}.{projection}.weight"] = weight.contiguous()
         elif part in GGUF_NAMES:
-            weights[f"{prefix}{GGUF_NAMES[part]}.weight"] = tensor
+            llama = config["model_type"] == "llama"
+            weights[f"{prefix}{GGUF_NAMES[part]}.weight"] = rotary_halves(tensor, part, config) if llama else tensor
         elif part not in ("attn_v_b", "rope_freqs"):
             raise ValueError(f"{folder}: a tensor {name}, for which no name is known")
     return weights
+
+
+def rotary_halves(weight_OI: torch.Tensor, part: str, config: dict) -> torch.Tensor:
+    """A weight of a Llama with the rotary pairs of its queries or keys half a head apart, as releases have them."""
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    if part not in heads:
+        return weight_OI
+    return weight_OI.unflatten(0, (heads[part], -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def gguf_bits(folder: Path) -> float:

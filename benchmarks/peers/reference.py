@@ -4,7 +4,7 @@
 
 It prints, for the original and each candidate folder, perplexity, the mean KL divergence from the original
 and how often both prefer the same token. A candidate is AWQ GEMM, compressed-tensors pack-quantized, GPTQ, GGUF
-(`decoding.py` here reads these), FP8 or plain.
+(`decoding.py` here reads these), FP8 or plain; a DeepSeek-V3 or, in GGUF or plain, a Llama.
 
 Use it for models that fit in memory; in tests `reference_logits` is the oracle for dsquant's streamed
 evaluation.
@@ -17,7 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from benchmarks.peers.decoding import DECODERS, decode_gguf
 from benchmarks.peers.to_bf16 import dequantized_tensors, is_mtp, read_config, read_tensors
@@ -25,6 +32,11 @@ from benchmarks.peers.tokens import read_tokens
 
 BATCH_SIZE = 4
 """Windows in one forward."""
+NETWORKS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+"""`model_type` -> transformers' own classes."""
 
 
 @dataclass(frozen=True)
@@ -114,32 +126,38 @@ def with_fused_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return fused
 
 
-def build_model(folder: Path, weights: dict[str, torch.Tensor]) -> DeepseekV3ForCausalLM:
+def build_model(folder: Path, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """transformers' model from the folder's config with these weights.
 
     Args:
         folder: whose config.json is read.
-        weights: name -> float32, one tensor for each expert; every parameter of the model and nothing else.
+        weights: name -> float32, one tensor for each expert; every parameter of the model and nothing else, but for a
+            head that is the embedding too.
 
     Returns:
         The model in float32 on the CPU, in evaluation mode.
     """
     config_values = read_config(folder) | {"num_nextn_predict_layers": 0}
     config_values.pop("quantization_config", None)
-    config = DeepseekV3Config.from_dict(config_values)
+    config_class, model_class = NETWORKS[config_values["model_type"]]
+    config = config_class.from_dict(config_values)
     with torch.device("meta"):
-        model = DeepseekV3ForCausalLM(config)
+        model = model_class(config)
+    if config.tie_word_embeddings:
+        weights = {"lm_head.weight": weights["model.embed_tokens.weight"]} | weights
     model.load_state_dict(with_fused_experts(weights), strict=True, assign=True)
     # Buffers that no checkpoint holds are still on the meta device: the rotary frequencies.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    model.set_experts_implementation("eager")
+    if config.model_type == "deepseek_v3":
+        model.set_experts_implementation("eager")
     return model.float().eval()
 
 
 @torch.no_grad()
-def model_logits(model: DeepseekV3ForCausalLM, tokens_NT: torch.Tensor) -> torch.Tensor:
-    """Logits float32 [N, T, V] of int64 tokens [N, T]."""
-    return torch.cat([model(batch, use_cache=False).logits for batch in tokens_NT.split(BATCH_SIZE)])
+def model_logits(model: PreTrainedModel, tokens_NT: torch.Tensor) -> torch.Tensor:
+    """Logits float32 [N, T, V] of int64 tokens [N, T], where the model is."""
+    batches = tokens_NT.to(model.device).split(BATCH_SIZE)
+    return torch.cat([model(batch, use_cache=False).logits for batch in batches])
 
 
 def reference_logits(folder: Path, tokens_NT: torch.Tensor) -> torch.Tensor:
@@ -178,16 +196,18 @@ def divergence(original_NTV: torch.Tensor, candidate_NTV: torch.Tensor, tokens_N
 class Evaluator:
     """Compares candidates with one original on named texts; the original's predictions are computed once."""
 
-    def __init__(self, original: Path, texts: dict[str, torch.Tensor]) -> None:
+    def __init__(self, original: Path, texts: dict[str, torch.Tensor], device: str = "cpu") -> None:
         """Runs the original.
 
         Args:
             original: the folder of the original.
             texts: name -> tokens, int64 [N, T].
+            device: where models run and predictions lie.
         """
-        self.original, self.texts = original, texts
+        self.original, self.device = original, device
+        self.texts = {name: tokens_NT.to(device) for name, tokens_NT in texts.items()}
         self.weights = read_weights(original)
-        model = build_model(original, self.weights)
+        model = build_model(original, self.weights).to(device)
         self.predictions = {name: model_logits(model, tokens_NT) for name, tokens_NT in texts.items()}
 
     def of_original(self) -> dict[str, Divergence]:
@@ -204,7 +224,8 @@ class Evaluator:
         """A candidate's figures by text."""
         return self._compare(build_model(folder, read_weights(folder)))
 
-    def _compare(self, model: DeepseekV3ForCausalLM) -> dict[str, Divergence]:
+    def _compare(self, model: PreTrainedModel) -> dict[str, Divergence]:
+        model = model.to(self.device)
         return {
             name: divergence(self.predictions[name], model_logits(model, tokens_NT), tokens_NT)
             for name, tokens_NT in self.texts.items()
