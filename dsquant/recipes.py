@@ -115,7 +115,9 @@ class Quantization(TargetOptions):
         bool | None, Spelling("--symmetric/--asymmetric", default="what the format's engines want")
     ] = Field(default=None, description="Without or with zero points.")
     mtp: Literal["keep", "quantize", "drop"] = Field(
-        default="keep", description="Multi-token-prediction layers: keep in BF16, quantize, or drop."
+        default="keep",
+        description="Multi-token-prediction layers: keep in BF16 (in GGUF with the types of other layers), quantize, "
+        "or drop.",
     )
     max_shard_bytes: Size = Field(
         default=5 * 2**30,

@@ -71,7 +71,7 @@ def awq(dry_run: bool, as_json: bool, scales_from: Path | None, **options: Any) 
             return run_job(recipe, again.resume, again.restart, report, ranks)
         from dsquant.incremental.release import full_run
 
-        return full_run(recipe.model, scales_from, recipe.output, again.resume, again.restart, report)
+        return full_run(recipe.model, scales_from, recipe.output, again, report)
 
     run_and_show(run, metrics, as_json)
 

@@ -23,7 +23,7 @@ from dsquant.options import format_size
 from dsquant.pipeline.result import Result, result_of
 from dsquant.reporting.notebook import Shown
 from dsquant.reporting.progress import Progress, Report, peak_resident_bytes, silent
-from dsquant.running import DeltaOptions
+from dsquant.running import Again, DeltaOptions
 from dsquant.source.locate import locate
 from dsquant.source.scan import scan
 from dsquant.verification.strict_record import read_record
@@ -88,12 +88,12 @@ def delta(old: str, new: str, output: Path, asked: DeltaOptions, report: Report 
     is_output = (folder / RECORD_FILE).is_file()
     recording = open_recording(folder if is_output else asked.quantized or _default_output(old))
     recipe = recording.recipe(new, output)
-    patch, resume, restart = asked.patch or with_ending(output, ".patch"), asked.resume, asked.restart
+    patch = asked.patch or with_ending(output, ".patch")
     check_output(output, recording.output)
-    claim(output, recipe, resume, restart)
-    check_patch(patch, output, recording, again=resume or restart)
+    claim(output, recipe, asked.resume, asked.restart)
+    check_patch(patch, output, recording, again=asked.resume or asked.restart)
     old_read_bytes = 0 if is_output else _check_old(old, recording, report)
-    done = requantize(recipe, recording, True, resume, restart, report)
+    done = requantize(recipe, recording, True, asked, report)
 
     def safe_point(name: str) -> None:
         request.safe_point()
@@ -165,18 +165,18 @@ def apply(patch: Path, old: Path, output: Path, report: Report = silent) -> Appl
 
 
 def full_run(
-    model: str, scales_from: Path, output: Path, resume: bool = False, restart: bool = False, report: Report = silent
+    model: str, scales_from: Path, output: Path, again: Again | None = None, report: Report = silent
 ) -> Result:
     """Quantizes a whole release under an earlier output's scales: the reference for a delta.
 
-    `resume` continues an interrupted job or starts one; `restart` starts over. Raises InputError where the release or
+    Raises InputError where the release or
     the earlier output cannot be used, UsageError where the earlier output holds GGUF files, Interrupted where the job
     stopped and can be resumed.
     """
     started = time.monotonic()
     recording = open_recording(scales_from)
     recipe = recording.recipe(model, output)
-    done = requantize(recipe, recording, False, resume, restart, report)
+    done = requantize(recipe, recording, False, again or Again(), report)
     return result_of(
         recipe,
         done.record,

@@ -39,6 +39,7 @@ from dsquant.pipeline.supervision import check_inputs, input_hashes, shard_times
 from dsquant.pipeline.units import Writers, convert
 from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Limits, Progress, Report
+from dsquant.running import Again
 from dsquant.schemes import QuantizedWeight
 from dsquant.source.shards import DTYPES
 from dsquant.verification.strict_record import read_record
@@ -68,21 +69,18 @@ class _Work:
     done: Requantization
 
 
-def requantize(
-    recipe: Recipe, recording: Recording, reuse: bool, resume: bool, restart: bool, report: Report
-) -> Requantization:
+def requantize(recipe: Recipe, recording: Recording, reuse: bool, again: Again, report: Report) -> Requantization:
     """Builds the output of a recipe from `Recording.recipe`; returns the record, and what was read and reused.
 
-    `reuse` reuses files in which nothing changed, and copies unchanged tensors; `resume` continues an interrupted job
-    or starts one; `restart` starts over. Raises InputError where the new release cannot be read or has other tensors,
-    or the earlier output is damaged, UsageError where the recipe differs from an interrupted job's, Interrupted where
-    the job stopped and can be resumed.
+    `reuse` reuses files in which nothing changed, and copies unchanged tensors. Raises InputError where the new release
+    cannot be read or has other tensors, or the earlier output is damaged, UsageError where the recipe differs from an
+    interrupted job's, Interrupted where the job stopped and can be resumed.
     """
     with (
         stop_on_signals() as request,
         full_disk_is_resumable(),
         one_thread_an_operation("cpu"),
-        held(recipe.output, recipe, resume, restart) as state,
+        held(recipe.output, recipe, again.resume, again.restart) as state,
     ):
         if state == "finished":
             return Requantization(read_record(recipe.output / RECORD_FILE), already_finished=True)

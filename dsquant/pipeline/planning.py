@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -187,9 +187,10 @@ def _check_steps(
     if mixture and recipe.preset in (None, "quality"):
         raise UsageError(f"{FOLLOW} rounds every linear, preset quality does not; take --preset best, or compact")
     if len(by_grid) > 1:
+        alike = len({replace(grid, symmetric=True) for grid in by_grid}) == 1
+        advice = "add --symmetric, or make each in its own run" if alike else "make each in its own run"
         raise UsageError(
-            f"{FOLLOW} follows one quantized model, {' and '.join(recipe.to)} have different grids; add --symmetric, "
-            "or make each in its own run"
+            f"{FOLLOW} follows one quantized model, {' and '.join(recipe.to)} have different grids; {advice}"
         )
 
 

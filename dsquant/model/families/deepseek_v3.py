@@ -12,15 +12,7 @@ from dsquant.model.structure import DecoderLayer
 
 
 def decoder_layer(config: Config, index: int) -> DecoderLayer:
-    """Layer `index`; the multi-token-prediction layer behind the last one is built the same way.
-
-    Args:
-        config: config.json's content.
-        index: number of the layer.
-
-    Returns:
-        The layer's structure.
-    """
+    """Layer `index`; the multi-token-prediction layer behind the last one is built the same way."""
     prefix = f"model.layers.{index}"
     of_layer = mlps.mixture(prefix, config, index)
     return mlps.layer_of(index, mla.groups(prefix, config), of_layer, mla.absorbed(prefix, config))

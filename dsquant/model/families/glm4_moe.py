@@ -19,15 +19,7 @@ NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "post_atten
 
 
 def decoder_layer(config: Config, index: int) -> DecoderLayer:
-    """Layer `index`; the multi-token-prediction layer behind the last one is built the same way.
-
-    Args:
-        config: config.json's content.
-        index: number of the layer.
-
-    Returns:
-        The layer's structure.
-    """
+    """Layer `index`; the multi-token-prediction layer behind the last one is built the same way."""
     prefix = f"model.layers.{index}"
     return mlps.layer_of(index, gqa.groups(prefix, config), mlps.mixture(prefix, config, index))
 

@@ -1,6 +1,6 @@
 """The dense families of the R1 distills: Llama, Qwen2 and Qwen3."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dsquant.model.families import gqa, mlps
@@ -9,15 +9,7 @@ from dsquant.model.structure import DecoderLayer
 
 
 def decoder_layer(config: Config, index: int) -> DecoderLayer:
-    """Layer `index`.
-
-    Args:
-        config: config.json's content.
-        index: number of the layer.
-
-    Returns:
-        The layer's structure.
-    """
+    """Layer `index`."""
     prefix = f"model.layers.{index}"
     return mlps.layer_of(index, gqa.groups(prefix, config), (mlps.dense(prefix),))
 
@@ -49,35 +41,27 @@ def _gguf(architecture: str, modules: Mapping[str, str] = gqa.NAMES, **more: Any
     return GgufFacts(architecture, modules, gqa.keys, gqa.config_of, **{"biases": gqa.PROJECTIONS} | more)
 
 
-LLAMA = Family(
-    architecture="LlamaForCausalLM",
-    config_class="LlamaConfig",
-    model_types=("llama",),
-    layer=decoder_layer,
-    cache=gqa.cache,
-    gguf=_gguf(
+def _family(name: str, gguf: GgufFacts, refuse: Callable[[Config], str | None] = _refuse) -> Family:
+    return Family(
+        architecture=f"{name}ForCausalLM",
+        config_class=f"{name}Config",
+        model_types=(name.lower(),),
+        layer=decoder_layer,
+        cache=gqa.cache,
+        gguf=gguf,
+        refuse=refuse,
+    )
+
+
+LLAMA = _family(
+    "Llama",
+    _gguf(
         "llama",
         biases=(*gqa.PROJECTIONS, "self_attn.o_proj"),
         rope_scalings=("default", "linear", "yarn", "llama3"),
         interleaved=gqa.PROJECTIONS[:2],
     ),
-    refuse=_refuse_llama,
+    _refuse_llama,
 )
-QWEN2 = Family(
-    architecture="Qwen2ForCausalLM",
-    config_class="Qwen2Config",
-    model_types=("qwen2",),
-    layer=decoder_layer,
-    cache=gqa.cache,
-    gguf=_gguf("qwen2", problems=_qwen2_problems),
-    refuse=_refuse,
-)
-QWEN3 = Family(
-    architecture="Qwen3ForCausalLM",
-    config_class="Qwen3Config",
-    model_types=("qwen3",),
-    layer=decoder_layer,
-    cache=gqa.cache,
-    gguf=_gguf("qwen3", gqa.NAMES | gqa.HEAD_NORM_NAMES),
-    refuse=_refuse,
-)
+QWEN2 = _family("Qwen2", _gguf("qwen2", problems=_qwen2_problems))
+QWEN3 = _family("Qwen3", _gguf("qwen3", gqa.NAMES | gqa.HEAD_NORM_NAMES))
