@@ -110,7 +110,9 @@ class Quantization(TargetOptions):
         validate_default=True,
         description=f"How the linears are quantized: some of {', '.join(STEPS)}, with commas, or none.",
     )
-    group_size: Literal[32, 64, 128] = Field(default=128, description="Input channels that share a scale.")
+    group_size: Literal[32, 64, 128, "auto"] = Field(
+        default=128, description="Input channels of a scale; auto: what fits."
+    )
     symmetric: Annotated[
         bool | None, Spelling("--symmetric/--asymmetric", default="what the format's engines want")
     ] = Field(default=None, description="Without or with zero points.")

@@ -3,6 +3,7 @@
 A format of this kind is `pack`, its inverse, the reader that evaluations use, and its entry in config.json.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from dsquant.formats.protocol import Format
 from dsquant.formats.safetensors_target import SafetensorsTarget, matrix
 from dsquant.formats.wanted import NO_CHOICE, Wanted
 from dsquant.model.structure import linear_groups
-from dsquant.schemes import UNQUANTIZED, Grid, QuantizedWeight, group_size_hint
+from dsquant.schemes import GROUP_SIZES, UNQUANTIZED, Grid, QuantizedWeight, group_size_hint
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU, Weights
 
@@ -118,10 +119,10 @@ class SafetensorsFormat(Format):
         symmetric = recipe.symmetric
         if symmetric is None:
             symmetric = bool(self.default_symmetric(wanted.mixture))
-        linears = self.quantizable(wanted)
+        linears, group_size, notes = _in_groups(wanted, self.quantizable(wanted))
         differs = wanted.chosen or linears != wanted.linears
         own = wanted.name if differs and len(recipe.to) > 1 else ""
-        grid = Grid(recipe.bits, recipe.group_size, symmetric, output=own)
+        grid = Grid(recipe.bits, group_size, symmetric, output=own)
         chosen, layers = wanted.chosen, wanted.layers if wanted.chosen else ()
         groups = [group for layer in layers for group in linear_groups(layer, linears).items()]
         widths = {linear: int(chosen[name]) for name, inside in groups for linear in inside}
@@ -154,7 +155,32 @@ class SafetensorsFormat(Format):
             config=_config(wanted, self, grid, linears, {linear: widths[linear] for linear in shapes if widths}),
             copied=tuple(copied_files(wanted.checkpoint.folder)),
             chosen={linear: widths[linear] for linear in shapes if widths},
+            notes=notes,
         )
+
+
+def _in_groups(wanted: Wanted, linears: frozenset[str]) -> tuple[frozenset[str], int, tuple[str, ...]]:
+    """Returns the linears that are quantized, the size of their groups, and notes for the user.
+
+    The size is the recipe's; `auto` takes the one that fits the most weights, and leaves MLPs and inputs of attention
+    with a linear that it does not fit.
+    """
+    if wanted.recipe.group_size != "auto":
+        return linears, wanted.recipe.group_size, ()
+    shapes = {linear: matrix(wanted.checkpoint.weights.shape(f"{linear}.weight")) for linear in sorted(linears)}
+    together = [inside for layer in wanted.layers for inside in linear_groups(layer, linears).values()]
+
+    def left(size: int) -> list[str]:
+        odd = [inside for inside in together if any(shapes[linear][1] % size for linear in inside)]
+        return [linear for inside in odd for linear in inside]
+
+    size = min(GROUP_SIZES, key=lambda size: sum(math.prod(shapes[linear]) for linear in left(size)))
+    odd = left(size)
+    note = f"--group-size auto: groups of {size}"
+    if odd:
+        name, columns = next((name, shapes[name][1]) for name in odd if shapes[name][1] % size)
+        note += f"; {len(odd)} linears stay unquantized for {name} and its like, which have {columns} columns"
+    return linears.difference(odd), size, (note,)
 
 
 def check_columns(linear: str, shape: tuple[int, int], grid: Grid) -> None:

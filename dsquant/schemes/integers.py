@@ -81,4 +81,4 @@ class Grid(Scheme):
 def group_size_hint(columns: int) -> str:
     """Returns a message's advice on the group sizes that divide a linear's columns."""
     fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
-    return f"try --group-size {' or '.join(fitting)}" if fitting else "none of them divides these columns"
+    return f"try --group-size {' or '.join([*fitting, 'auto'])}"

@@ -1,0 +1,33 @@
+"""`--group-size auto` takes the size that fits the most weights, and leaves what it does not fit as it is."""
+
+from pathlib import Path
+
+import pytest
+from checkpoints import LLAMA, add_tokenizer, make_dense
+
+import dsquant
+from dsquant.errors import UsageError
+from dsquant.source.shards import read_index
+
+
+@pytest.mark.parametrize(("width", "size", "left"), [(384, 128, 0), (320, 64, 0), (336, 128, 6)])
+def test_auto_takes_the_largest_groups_that_fit_the_most_weights(
+    width: int, size: int, left: int, text_file: Path, tmp_path: Path
+) -> None:
+    model = add_tokenizer(make_dense(tmp_path / "model", LLAMA | {"intermediate_size": width}))
+    result = dsquant.awq(
+        model, output=tmp_path / "out", to="compressed-tensors", group_size="auto", steps="none", samples=1, seq_len=16,
+        calibration=text_file, evaluate=False, progress=False,
+    )  # fmt: skip
+    note = next(warning for warning in result.warnings if "groups of" in warning)
+    assert f"groups of {size}" in note
+    assert ("down_proj and its like, which have 336 columns" in note) == bool(left)
+    packed = [name for name in read_index(tmp_path / "out") if name.endswith("weight_packed")]
+    assert len(packed) == 14 - left
+    assert dsquant.verify(tmp_path / "out", progress=False).ok
+
+
+def test_a_size_that_does_not_fit_is_refused_with_those_that_do(tmp_path: Path) -> None:
+    model = add_tokenizer(make_dense(tmp_path / "model", LLAMA | {"intermediate_size": 320}))
+    with pytest.raises(UsageError, match="--group-size 128; try --group-size 64 or 32 or auto"):
+        dsquant.awq(model, output=tmp_path / "out", to="compressed-tensors", progress=False)
