@@ -193,9 +193,14 @@ class Candidate:
         return next((finding.layer for finding in self.findings if finding.layer is not None), None)
 
     @property
+    def mean_kls(self) -> dict[str, float]:
+        """Text -> mean KL divergence in nats."""
+        return {name: text.mean_kl.estimate for name, text in self.texts.items()}
+
+    @property
     def mean_kl(self) -> float:
         """Mean over the texts."""
-        return sum(text.mean_kl.estimate for text in self.texts.values()) / len(self.texts)
+        return sum(self.mean_kls.values()) / len(self.texts)
 
     @property
     def verdict(self) -> Verdict | None:

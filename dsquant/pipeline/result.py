@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsquant.evaluation.bands import verdict
 from dsquant.evaluation.divergence import Divergence
 from dsquant.files.foreign import blaming
 from dsquant.files.strict_json import read_json_object
@@ -70,6 +71,7 @@ class Result(Shown):
         for name, texts in self.divergence.items():
             title = f"{name} against the original, on held-out texts"
             yield table_of(title, DISTANCES, [(text, *_distances(found)) for text, found in texts.items()])
+            yield verdict(name, {text: found.mean_kl for text, found in texts.items()})
         yield from (f"Note: {warning}." for warning in self.warnings)
         for name in (name for name, size in self.output_bytes.items() if size > self.source_bytes):
             reason = "its types have more bits than the original's"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dsquant.escaping import counted
+from dsquant.evaluation.bands import verdict
 from dsquant.evaluation.code.drift import Health, Similarity
 from dsquant.evaluation.intervals import Interval
 from dsquant.options import format_size
@@ -84,10 +85,11 @@ def summary(evaluation: "Evaluation") -> Table:
     )
     reference = evaluation.reference
     code = any(_bleu_drop(one) != NOTHING for one in evaluation.candidates)
-    note = (
-        f"Reference: {reference.path} ({reference.format}, {format_size(original)}). Sizes are those of the tensors' "
+    verdicts = [verdict(one.name, one.mean_kls) for one in evaluation.candidates if one.texts]
+    note = " ".join(verdicts) + (
+        f" Reference: {reference.path} ({reference.format}, {format_size(original)}). Sizes are those of the tensors' "
         "data, without headers. Means over the texts; router overlap of the worst layer"
-        + ("; code BLEU: points that the candidate loses to the original, both against gold." if code else ".")
+        + ("; code BLEU: points lost to the original, both against the reference solutions." if code else ".")
     )
     return _without_empty_columns(Table("Candidates", tuple(headings), rows, note))
 

@@ -7,6 +7,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dsquant.evaluation.bands import verdict
 from dsquant.options import format_size
 from dsquant.reporting.notebook import narrow_table
 
@@ -19,6 +20,7 @@ def tables(evaluation: "Evaluation") -> Iterator[RenderableType]:
     yield _candidates_table(evaluation)
     for one in evaluation.candidates:
         yield _texts_table(one)
+        yield Text(verdict(one.name, one.mean_kls))
         yield from _details(one)
     yield from _code(evaluation)
     noise = max(scores.mean_kl.estimate for scores in evaluation.noise_floor.values())

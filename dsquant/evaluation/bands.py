@@ -1,0 +1,25 @@
+"""What a mean KL divergence means, in words.
+
+The bands are those of mlx-kld, an evaluator of quantized models: below 0.005 nats is usual with 6 bits, 0.01 to 0.05
+with 4 bits, and above 0.1 differences can be seen in what a model writes.
+"""
+
+BANDS = (
+    (1e-6, "the original, as far as can be measured"),
+    (0.005, "as near to the original as 6-bit weights usually are"),
+    (0.01, "nearer to the original than 4-bit weights usually are"),
+    (0.05, "as near to the original as 4-bit weights usually are"),
+    (0.1, "further from the original than 4-bit weights usually are"),
+)
+BEYOND = "so far from the original that answers will visibly differ"
+
+
+def in_words(mean_kl: float) -> str:
+    """Returns what a mean KL divergence in nats means, as the end of a sentence."""
+    return next((words for most, words in BANDS if mean_kl < most), BEYOND)
+
+
+def verdict(name: str, mean_kls: dict[str, float]) -> str:
+    """Returns a sentence about a candidate with the mean KL divergence of each text, judged by the largest."""
+    text = max(mean_kls, key=lambda one: (mean_kls[one] != mean_kls[one], mean_kls[one]))
+    return f"{name} is {in_words(mean_kls[text])} (mean KL {mean_kls[text]:.4f} on {text})."
