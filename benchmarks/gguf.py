@@ -69,7 +69,7 @@ def quantizers(type_name: str, place: str) -> Iterator[tuple[str, Quantizer]]:
         number = gguf.GGMLQuantizationType[type_name]
         yield "gguf-py", lambda rows, _: torch.from_numpy(gguf.quants.quantize(rows.numpy(), number))
     if type_name in k_quants.ROW_BLOCKS and _has_auto_round():
-        from auto_round.export.export_to_gguf.packing import ggml_quant
+        from auto_round.export.export_to_gguf.block_bytes import ggml_quant
 
         def by_auto_round(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             stored = ggml_quant(rows.clone(), type_name.lower(), imatrix=weights, device=rows.device.type)
@@ -81,7 +81,7 @@ def quantizers(type_name: str, place: str) -> Iterator[tuple[str, Quantizer]]:
 @cache
 def _has_auto_round() -> bool:
     try:
-        import auto_round.export.export_to_gguf.packing  # noqa: F401
+        import auto_round.export.export_to_gguf.block_bytes  # noqa: F401
     except ImportError:
         return False
     return True

@@ -13,7 +13,7 @@ from dsquant.quantization.statistics import InputStatistics
 from dsquant.quantization.steps import rounded_weight
 from dsquant.schemes import Grid, Scheme
 from dsquant.schemes.floats import Mxfp4, Nvfp4
-from dsquant.schemes.super_blocks import Q4K
+from dsquant.schemes.ggml_types import GGML_TYPES
 
 ROWS, COLUMNS, TOKENS = 256, 1024, 8192
 SCHEMES: dict[str, Scheme] = {
@@ -21,7 +21,7 @@ SCHEMES: dict[str, Scheme] = {
     "int4 g32 symmetric": Grid(4, 32, True),
     "NVFP4": Nvfp4(),
     "MXFP4": Mxfp4(),
-    "Q4_K": Q4K(),
+    **GGML_TYPES,
 }
 STEPS = {
     "plain": (),

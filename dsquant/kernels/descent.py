@@ -15,7 +15,7 @@ Shape legend: S columns of the block, O rows of the weight.
 import torch
 
 from dsquant.kernels.grids import nearest_levels, storable_scales
-from dsquant.kernels.values import DescendingBlock, Kind, Levels
+from dsquant.kernels.values import DescendingBlock, Levels
 
 
 def descend_block(
@@ -39,7 +39,7 @@ def descend_block_reference(
     """`descend_block` in PyTorch, on any device."""
     before_SO = (block.levels_SO - block.zero_points_O) * block.scales_O
     gradient_SO = gradient_SO.clone()
-    if levels.kind == Kind.INTEGERS:
+    if levels.movable:
         _fit_scales(block, gradient_SO, gram_SS)
         if not levels.symmetric:
             _fit_zero_points(block, gradient_SO, gram_SS, levels.largest)

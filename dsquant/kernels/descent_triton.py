@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from dsquant.kernels.grids_triton import nearest_level, storable_scales
-from dsquant.kernels.values import DescendingBlock, Kind, Levels, table_on
+from dsquant.kernels.values import DescendingBlock, Levels, table_on
 
 # A warp with a row to each thread.
 ROWS = 32
@@ -31,7 +31,7 @@ def descend_block(
     size, num_rows = gradient_SO.shape
     working_SO, changes_SO = torch.empty_like(gradient_SO), torch.empty_like(gradient_SO)
     state = (block.levels_SO, block.scales_O, block.zero_points_O, table_on(gradient_SO.device, levels))
-    moves = 0 if levels.kind != Kind.INTEGERS else 1 if levels.symmetric else 2  # scales; zero points too
+    moves = 0 if not levels.movable else 1 if levels.symmetric else 2  # scales; zero points too
     shape = (num_rows, size, levels.largest, int(levels.kind), moves)
     programs = (triton.cdiv(num_rows, ROWS),)
     _descend[programs](*state, gradient_SO, gram_SS, working_SO, changes_SO, *shape, num_warps=WARPS, num_stages=1)

@@ -57,12 +57,13 @@ def nearest_codes(
 ) -> torch.Tensor:
     """Returns the codes of the nearest levels, whole numbers in float32; scales and zero points are broadcast.
 
-    A block whose scale is 0 has one level only, and code 0 or that of a table's 0. Zero points have the scales' dtype,
-    or are offsets.
+    A block whose scale is 0 has one level only, and code 0, the middle one, or that of a table's 0. Zero points have
+    the scales' dtype, or are offsets.
     """
+    if levels.kind != Kind.INTEGERS or levels.fixed:  # other integers have no scale of 0
+        scales = torch.where(scales != 0, scales, torch.inf)
     if levels.kind == Kind.INTEGERS:
         return (weight / scales).round_().add_(zero_points).clamp_(0, levels.largest)
-    scales = torch.where(scales != 0, scales, torch.inf)
     if levels.kind == Kind.OFFSETS:
         return ((weight + zero_points) / scales).round_().clamp_(0, levels.largest)
     return _codes_of_table(weight / scales, levels)

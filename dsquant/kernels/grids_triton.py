@@ -61,12 +61,12 @@ def nearest_level(values, table, LARGEST: tl.constexpr, KIND: tl.constexpr):
 @triton.jit
 def nearest(weight, scales, zero_points, table, LARGEST: tl.constexpr, KIND: tl.constexpr):
     """The codes next to weights, and the weights that they stand for."""
+    divisors = tl.where(scales != 0, scales, float("inf"))
     if KIND == INTEGERS:  # clamped before it is rounded, which is the same
-        steps = tl.div_rn(weight, scales)
+        steps = tl.div_rn(weight, divisors)
         steps = tl.minimum(tl.maximum(steps, -zero_points), LARGEST - zero_points)
         steps = (steps + ROUNDER) - ROUNDER
         return steps + zero_points, steps * scales
-    divisors = tl.where(scales != 0, scales, float("inf"))
     if KIND == OFFSETS:
         codes, levels = nearest_level(tl.div_rn(weight + zero_points, divisors), table, LARGEST, KIND)
         return codes, levels * scales - zero_points

@@ -11,19 +11,19 @@ import torch
 import triton
 import triton.language as tl
 
-from dsquant.kernels import k_quants
+from dsquant.kernels import k_quants, scale_search
 
-AFFINE_FIRST = tl.constexpr(k_quants.AFFINE_FIRST)
-AFFINE_STEP = tl.constexpr(k_quants.AFFINE_STEP)
-AFFINE_TRIES = tl.constexpr(k_quants.AFFINE_TRIES)
-SYMMETRIC_STEP = tl.constexpr(k_quants.SYMMETRIC_STEP)
-SYMMETRIC_TRIES = tl.constexpr(k_quants.SYMMETRIC_TRIES)
-SCALE_FIRST = tl.constexpr(k_quants.SCALE_FIRST)
-SCALE_STEP = tl.constexpr(k_quants.SCALE_STEP)
-SCALE_TRIES = tl.constexpr(k_quants.SCALE_TRIES)
-LARGEST_SCALE = tl.constexpr(k_quants.LARGEST_SCALE)
-LEAST = tl.constexpr(k_quants.LEAST)
-BETTER = tl.constexpr(k_quants.BETTER)
+AFFINE_FIRST = tl.constexpr(scale_search.AFFINE_FIRST)
+AFFINE_STEP = tl.constexpr(scale_search.AFFINE_STEP)
+AFFINE_TRIES = tl.constexpr(scale_search.AFFINE_TRIES)
+SYMMETRIC_STEP = tl.constexpr(scale_search.SYMMETRIC_STEP)
+SYMMETRIC_TRIES = tl.constexpr(scale_search.SYMMETRIC_TRIES)
+SCALE_FIRST = tl.constexpr(scale_search.SCALE_FIRST)
+SCALE_STEP = tl.constexpr(scale_search.SCALE_STEP)
+SCALE_TRIES = tl.constexpr(scale_search.SCALE_TRIES)
+LARGEST_SCALE = tl.constexpr(scale_search.LARGEST_SCALE)
+LEAST = tl.constexpr(scale_search.LEAST)
+BETTER = tl.constexpr(scale_search.BETTER)
 # Adding and subtracting it rounds a float32 to the nearest integer, halves to even.
 ROUNDER = tl.constexpr(1.5 * 2**23)
 # Super-blocks of a program of one warp, 16 weights to a thread: no sum then waits for another warp. Measured on an
@@ -112,7 +112,7 @@ def _affine(rows, importance, stored, num_columns, num_supers, S: tl.constexpr, 
 
 @triton.jit
 def _affine_search(weight_NW, weights_NW, N: tl.constexpr, STEPS: tl.constexpr):
-    """As `k_quants._affine_search`; the weights of the errors sum to one."""
+    """As `scale_search.affine_search`; the weights of the errors sum to one."""
     low_N = tl.minimum(tl.min(weight_NW, 1), 0.0)
     range_N = tl.max(weight_NW, 1) - low_N
     safe_range_N = tl.maximum(range_N, LEAST)
@@ -143,7 +143,7 @@ def _affine_search(weight_NW, weights_NW, N: tl.constexpr, STEPS: tl.constexpr):
 
 @triton.jit
 def _scale_search(values_SB, shares_SB, S: tl.constexpr):
-    """As `k_quants._scale_search`; the shares sum to one."""
+    """As `scale_search.scale_search`; the shares sum to one."""
     largest_S = tl.max(values_SB, 1)
     safe_largest_S = tl.maximum(largest_S, LEAST)
     unit_SB = values_SB / safe_largest_S[:, None]
@@ -219,7 +219,7 @@ def _q6_k(rows, importance, stored, num_columns, num_supers, S: tl.constexpr):
 
 @triton.jit
 def _symmetric_search(weight_NW, weights_NW, N: tl.constexpr):
-    """As `k_quants._symmetric_search`; the weights of the errors sum to one."""
+    """As `scale_search.symmetric_search`; the weights of the errors sum to one."""
     extreme_N = _furthest(tl.max(weight_NW, 1), tl.min(weight_NW, 1))
     inverse_N = tl.where(extreme_N != 0, -1 / tl.where(extreme_N != 0, extreme_N, 1.0), 0.0)
     unit_NW = weight_NW * inverse_N[:, None]

@@ -41,11 +41,18 @@ class Levels:
     """The value of each code, ascending."""
     thresholds: tuple[float, ...] = ()
     """A value has as many of them below it as its code says; midpoints of the table, as the format breaks ties."""
+    fixed: bool = False
+    """Whether integers' scales stay as a search found them: a format stores them with few bits, or negative ones."""
 
     @property
     def middle(self) -> int:
         """The zero point of symmetric integers."""
         return (self.largest + 1) // 2
+
+    @property
+    def movable(self) -> bool:
+        """Whether descent moves scales, and zero points that differ."""
+        return self.kind == Kind.INTEGERS and not self.fixed
 
 
 @cache

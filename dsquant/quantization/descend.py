@@ -60,7 +60,7 @@ class _State:
 
     def weight(self) -> QuantizedWeight:
         codes_OI = codes_of_values(self.levels_IO.T, self.scheme.levels).contiguous()
-        if self.scheme.levels.kind != Kind.INTEGERS:
+        if not self.scheme.levels.movable:
             return quantized(codes_OI, self.fixed, self.scheme)
         moved = Parameters(self.scales_BO.T.contiguous(), self.zero_points_BO.T.contiguous())
         return quantized(codes_OI, moved, self.scheme)

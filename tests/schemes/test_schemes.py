@@ -11,21 +11,27 @@ from hypothesis import strategies as st
 from test_k_quants import KINDS, awkward_rows, weighted_error, weights
 from test_quantization import correlated, moments_of
 
+from dsquant.formats.gguf.block_bytes import packed
 from dsquant.kernels import ggml
 from dsquant.kernels.grids import round_rows
-from dsquant.kernels.values import Parameters
+from dsquant.kernels.values import Kind, Parameters
 from dsquant.quantization.compensate import _order
 from dsquant.quantization.scale import candidate_scales, rms_of_columns, scale_losses
 from dsquant.quantization.statistics import InputMoments
 from dsquant.quantization.steps import rounded_weight
-from dsquant.schemes import Grid, QuantizedWeight, Scheme, joined, round_to_nearest, stacked
+from dsquant.schemes import Grid, QuantizedWeight, Scheme, joined, quantized, round_to_nearest, stacked
 from dsquant.schemes.floats import E2M1, E2M1_VALUES, Mxfp4, Nvfp4
-from dsquant.schemes.super_blocks import Q4K, packed_q4_k
+from dsquant.schemes.ggml_types import GGML_TYPES, GgmlType
 
-SCHEMES = [Nvfp4(), Mxfp4(), Q4K()]
+OF_GGML = list(GGML_TYPES.values())
+SCHEMES = [Nvfp4(), Mxfp4(), *OF_GGML]
 seeds = st.integers(0, 2**20)
 scales_of_weights = st.floats(1e-4, 1e4)
 few = settings(max_examples=20, deadline=None)
+
+
+def _name(scheme: Scheme) -> str:
+    return scheme.name if isinstance(scheme, GgmlType) else type(scheme).__name__
 
 
 def _weight(rows: int, columns: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -105,32 +111,50 @@ def test_mxfp4_is_what_ggufs_decoder_reads_and_compressed_tensors_would_choose(s
 
 
 def _read_back(weight: QuantizedWeight) -> torch.Tensor:
-    stored = packed_q4_k(weight).numpy()
-    return torch.from_numpy(np.array(dequantize(stored, gguf_py.GGMLQuantizationType.Q4_K), dtype=np.float32))
+    assert isinstance(weight.grid, GgmlType)
+    stored, number = packed(weight).numpy(), gguf_py.GGMLQuantizationType[weight.grid.name]
+    return torch.from_numpy(np.array(dequantize(stored, number), dtype=np.float32))
 
 
-@few
+@pytest.mark.parametrize("scheme", OF_GGML, ids=_name)
+@settings(max_examples=8, deadline=None)
 @given(seed=seeds, scale=scales_of_weights)
-def test_packed_super_blocks_are_read_back_by_gguf_py(seed: int, scale: float) -> None:
-    found = round_to_nearest(_weight(3, 512, seed, scale), Q4K())
+def test_weights_of_ggmls_types_are_read_back_by_gguf_py(scheme: GgmlType, seed: int, scale: float) -> None:
+    found = round_to_nearest(_weight(3, 512, seed, scale), scheme)
     assert torch.equal(_read_back(found), found.dequantize())
 
 
-def test_awkward_super_blocks_are_read_back_too() -> None:
-    found = round_to_nearest(awkward_rows(), Q4K())
+@pytest.mark.parametrize("scheme", OF_GGML, ids=_name)
+def test_any_codes_and_scales_are_read_back(scheme: GgmlType) -> None:
+    generator = torch.Generator().manual_seed(1)
+    found = round_to_nearest(_weight(64, 512, 2), scheme)
+    everything = torch.randint(0, scheme.levels.largest + 1, found.codes_OI.shape, generator=generator)
+    scales_OG, offsets_OG = found.scales_OG, found.zero_points_OG
+    if scheme.shape.scale_codes:
+        least, largest = scheme.shape.scale_codes
+        whole = torch.randint(least, largest + 1, (2, *scales_OG.shape), generator=generator)
+        scales_OG = found.super_scales_OG[0] * whole[0]
+        if scheme.levels.kind == Kind.OFFSETS:
+            offsets_OG = found.super_scales_OG[1] * whole[1]
+    any_OI = QuantizedWeight(everything.byte(), scales_OG, offsets_OG, scheme, found.super_scales_OG)
+    assert torch.equal(_read_back(any_OI), any_OI.dequantize())
+
+
+@pytest.mark.parametrize("scheme", OF_GGML, ids=_name)
+def test_awkward_blocks_of_ggmls_types_are_read_back_too(scheme: GgmlType) -> None:
+    found = round_to_nearest(awkward_rows(), scheme)
     assert torch.equal(_read_back(found), found.dequantize())
     assert bool((found.dequantize()[0] == 0).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_plain_super_blocks_err_as_ggmls_do(kind: str) -> None:
+@pytest.mark.parametrize("scheme", OF_GGML, ids=_name)
+def test_plain_rounding_to_ggmls_types_errs_no_more_than_ggml_does(scheme: GgmlType, kind: str) -> None:
     rows_RI, importance_I = weights(kind)
-    scheme = Q4K()
     parameters = scheme.parameters(rows_RI, importance_I=importance_I).each(lambda part: part[0])
-    codes_RI = round_rows(rows_RI, parameters, scheme.levels)
-    found = QuantizedWeight(codes_RI, parameters.scales, parameters.zero_points, scheme, parameters.super_scales)
-    ours, theirs = packed_q4_k(found), ggml.quantize(rows_RI, "Q4_K", importance_I)
-    errors = [weighted_error(stored, "Q4_K", rows_RI, importance_I) for stored in (ours, theirs)]
+    found = quantized(round_rows(rows_RI, parameters, scheme.levels), parameters, scheme)
+    ours, theirs = packed(found), ggml.quantize(rows_RI, scheme.name, importance_I)
+    errors = [weighted_error(stored, scheme.name, rows_RI, importance_I) for stored in (ours, theirs)]
     assert errors[0] <= 1.01 * errors[1]
 
 
@@ -138,7 +162,7 @@ def _moments(seed: int, columns: int = 512) -> InputMoments:
     return moments_of(correlated(2048, columns, seed))
 
 
-@pytest.mark.parametrize("scheme", [Grid(4, 128, False), *SCHEMES], ids=lambda scheme: type(scheme).__name__)
+@pytest.mark.parametrize("scheme", [Grid(4, 128, False), *SCHEMES], ids=_name)
 def test_every_step_lowers_the_error_of_the_output(scheme: Scheme) -> None:
     moments, weight_OI = _moments(5), _weight(48, 512, 6)
     plain, clip, compensate, descend, every = (
@@ -149,7 +173,7 @@ def test_every_step_lowers_the_error_of_the_output(scheme: Scheme) -> None:
     assert every < min(clip, compensate, descend)
 
 
-@pytest.mark.parametrize("scheme", [Grid(4, 128, False), *SCHEMES], ids=lambda scheme: type(scheme).__name__)
+@pytest.mark.parametrize("scheme", [Grid(4, 128, False), *SCHEMES], ids=_name)
 def test_scales_are_searched_for_every_scheme(scheme: Scheme) -> None:
     moments, weight_OI = moments_of(correlated(2048, 512, 5) * torch.linspace(-2, 2, 512).exp()), _weight(24, 512, 6)
     scales_CI = candidate_scales(moments.rms_I, rms_of_columns([weight_OI]))
@@ -161,12 +185,12 @@ def test_scales_are_searched_for_every_scheme(scheme: Scheme) -> None:
     assert float(losses_C[best]) < 0.95 * float(losses_C[0])
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: type(scheme).__name__)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=_name)
 def test_what_the_steps_find_is_what_the_scheme_can_store(scheme: Scheme) -> None:
     moments, weight_OI = _moments(7), _weight(16, 512, 8)
     found = rounded_weight(weight_OI, scheme, moments, ("clip", "compensate", "descend"))
     assert int(found.codes_OI.max()) <= scheme.levels.largest
-    if isinstance(scheme, Q4K):
+    if isinstance(scheme, GgmlType):
         assert torch.equal(_read_back(found), found.dequantize())
     elif isinstance(found.grid, Nvfp4):
         block_scales = found.scales_OG / found.grid.tensor_scale
@@ -184,7 +208,7 @@ def test_what_is_on_the_levels_stays_there(seed: int, scale: float, scheme: Sche
     assert torch.equal(again_OI[free_OI], found.codes_OI[free_OI])
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: type(scheme).__name__)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=_name)
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-9, 1e4])
 def test_weights_of_any_size_are_rounded_to_finite_ones(scheme: Scheme, scale: float) -> None:
     weight_OI = _weight(2, 512, 9, scale)
@@ -193,7 +217,7 @@ def test_weights_of_any_size_are_rounded_to_finite_ones(scheme: Scheme, scale: f
     assert float((found_OI - weight_OI).abs().max()) <= max(float(weight_OI.abs().max()), 1e-6)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: type(scheme).__name__)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=_name)
 def test_parts_of_a_weight_make_it_whole_again(scheme: Scheme) -> None:
     weight_OI = _weight(12, 512, 10)
     whole = round_to_nearest(weight_OI, scheme)
@@ -204,7 +228,7 @@ def test_parts_of_a_weight_make_it_whole_again(scheme: Scheme) -> None:
 
 
 def test_columns_are_ordered_inside_blocks_inside_groups() -> None:
-    order_I = _order(torch.rand(1024, generator=torch.Generator().manual_seed(11)), Q4K())
+    order_I = _order(torch.rand(1024, generator=torch.Generator().manual_seed(11)), GGML_TYPES["Q4_K"])
     assert torch.equal(order_I.sort().values, torch.arange(1024))
     for size in (32, 256):
         units = (order_I // size).unflatten(0, (-1, size))
