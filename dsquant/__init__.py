@@ -25,7 +25,7 @@ from dsquant.errors import (
 )
 
 if TYPE_CHECKING:
-    from dsquant.api import apply_patch, awq, delta, evaluate, gguf, inspect, plan, run, verify
+    from dsquant.api import apply_patch, awq, delta, evaluate, generate, gguf, inspect, plan, run, verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "awq",
     "delta",
     "evaluate",
+    "generate",
     "gguf",
     "inspect",
     "plan",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsquant.deployment.hardware import PlanOptions
 from dsquant.errors import UsageError
+from dsquant.evaluation.answer_request import AnswerOptions, AnswerRequest
 from dsquant.evaluation.request import EvaluationRequest
 from dsquant.options import documented, taken
 from dsquant.recipes import AwqOptions, GgufOptions, Recipe, gguf_recipe
@@ -239,6 +240,32 @@ def verify(
 
     with progress_bar(progress) as report:
         return release_checks.verify(Path(folder), None if source is None else str(source), everything, report)
+
+
+@documented(AnswerOptions)
+def generate(model: str | Path, prompt: str, *, raw: bool = False, **options: Any) -> str:
+    """Lets a model answer a prompt, in any format that dsquant reads, decoded to float32 in memory.
+
+    Args:
+        model: a folder, a hub id, `tiny-r1`, or a GGUF file.
+        prompt: what it answers.
+        raw: whether it continues the prompt as it stands, instead of answering it.
+        **options: those of `dsquant generate`.
+
+    Returns:
+        What the model wrote.
+
+    Raises:
+        InputError: where the model cannot be read, or does not fit in memory.
+        UsageError: where the prompt is empty or too long for the model.
+    """
+    request = AnswerRequest.checked(model=model, **options)
+    from dsquant.evaluation.answers import resident
+
+    with resident(request) as opened:
+        if raw or not opened.tokenizer.chat_template:
+            return opened.go_on(prompt)
+        return opened.answer([{"role": "user", "content": prompt}])
 
 
 def inspect(model: str | Path = "tiny-r1") -> Inspection:

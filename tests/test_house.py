@@ -38,7 +38,7 @@ def test_what_the_package_offers_changes_on_purpose_alone() -> None:
         "PackageError",
         "UsageError",
     }
-    functions = {"apply_patch", "awq", "delta", "evaluate", "gguf", "inspect", "plan", "run", "verify"}
+    functions = {"apply_patch", "awq", "delta", "evaluate", "generate", "gguf", "inspect", "plan", "run", "verify"}
     assert set(dsquant.__all__) == errors | functions
     assert all(callable(getattr(dsquant, name)) for name in dsquant.__all__)
     assert set(dir(dsquant)) == {*dsquant.__all__, "__version__"}

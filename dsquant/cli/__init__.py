@@ -6,6 +6,7 @@ try:
     import click
 
     from dsquant import __version__
+    from dsquant.cli.answers import chat, generate
     from dsquant.cli.awq import awq
     from dsquant.cli.delta import delta
     from dsquant.cli.ending import Group
@@ -43,5 +44,5 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-for command in (awq, gguf, evaluate, inspect, plan, run, verify, delta):
+for command in (awq, gguf, evaluate, inspect, plan, run, verify, delta, generate, chat):
     main.add_command(command)

@@ -40,20 +40,20 @@ def plan_drift(request: DriftRequest, original: Original, memory_bytes: int) -> 
         if request.execute:
             raise UsageError("--execute needs prompts to complete; leave out --prompts none")
         return None
-    too_large = _too_large(original, memory_bytes)
-    if too_large and request.execute:
-        raise UsageError(f"--execute needs generated code, and {too_large}")
-    if too_large and request.prompts is None:
+    problem = too_large(original, memory_bytes)
+    if problem and request.execute:
+        raise UsageError(f"--execute needs generated code, and {problem}")
+    if problem and request.prompts is None:
         return None
     tasks = tuple(read_tasks(_prompts_file(request.prompts or SHIPPED_PROMPTS)))
     if request.execute and not any(task.test for task in tasks):
         raise InputError(f"{request.prompts}: no prompt has a test to run (key `test`), which --execute needs")
     _check_tokens(tasks, request, original)
-    return DriftPlan(tasks, request.max_tokens, execute=request.execute, too_large=too_large)
+    return DriftPlan(tasks, request.max_tokens, execute=request.execute, too_large=problem)
 
 
-def _too_large(original: Original, memory_bytes: int) -> str | None:
-    """Returns why a model generates nothing, in words; None where it fits."""
+def too_large(original: Original, memory_bytes: int) -> str | None:
+    """Returns why a model cannot generate in so much memory, in words; None where it can."""
     needed, device = resident_size(original.skeleton), original.checkpoint.weights.device
     left, where = max(0, memory_bytes), "the memory budget"
     if device.type == "cuda":

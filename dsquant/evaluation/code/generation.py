@@ -140,7 +140,7 @@ def _generate(
 ) -> list[list[int]]:
     """Returns the new tokens of each prompt of a batch; those that ended early are padded."""
     width = max(len(prompt) for prompt in prompts)
-    padding = _padding(rule.tokenizer, model.get_input_embeddings().num_embeddings)
+    padding = padding_token(rule.tokenizer, model.get_input_embeddings().num_embeddings)
     tokens_NT = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask_NT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
@@ -162,7 +162,7 @@ def _generate(
     return output_NT[:, width:].tolist()
 
 
-def _padding(tokenizer: Any, rows: int) -> int:
+def padding_token(tokenizer: Any, rows: int) -> int:
     """Returns any token that has a row in the embedding: it is masked before the prompt, and cut off after the end."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in known if token is not None and token < rows)
