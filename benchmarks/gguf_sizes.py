@@ -1,7 +1,7 @@
 """GGUF files at equal bits: llama.cpp's mixtures, types by hand, and dsquant, on one set of calibration tokens.
 
     python -m benchmarks.gguf_sizes MODEL... --text FILE --wiki FILE --work DIR --llama DIR \\
-        [--seeds 0 1 2] [--mixtures NAME...] [--makers NAME...] [--jobs 2] [--device cuda] [--write FILE]
+        [--seeds 0 1 2] [--mixtures NAME...] [--makers NAME...] [--jobs 2] [--write FILE]
 
 MODEL is a folder with a DeepSeek-V3 or Llama checkpoint that fits in memory; `--llama` holds llama-imatrix and
 llama-quantize (`benchmarks/peers/make_environments DIR llamacpp` compiles them into DIR/llamacpp/bin). A row of a table
@@ -28,6 +28,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from multiprocessing import get_context
 from pathlib import Path
@@ -91,7 +92,9 @@ def keep(file: Path, model: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def recipe_of(case: Case, maker: str, rows: Sequence[str], output: Path, target_bits: float | None = None) -> Recipe:
+def recipe_of(
+    case: Case, maker: str, rows: Sequence[str], output: Path, device: str = "auto", target_bits: float | None = None
+) -> Recipe:
     """The job that makes rows, or one row of chosen types: then the mixture gives types to nothing that counts."""
     return Recipe.checked(
         model=str(case.model),
@@ -101,19 +104,22 @@ def recipe_of(case: Case, maker: str, rows: Sequence[str], output: Path, target_
         tensor_types=(FLOATS,),
         calibration=(str(case.tokens),),
         evaluate=False,
+        device=device,
         target_bits=target_bits,
         **STEPS.get(maker, STEPS["compact"]),
     )
 
 
-def run_dsquant(case: Case, maker: str, rows: Sequence[str], target_bits: float | None = None) -> None:
+def run_dsquant(
+    case: Case, maker: str, rows: Sequence[str], device: str = "auto", target_bits: float | None = None
+) -> None:
     """Makes rows of one maker in one job."""
     from dsquant.pipeline.job import run_job
     from dsquant.reporting.terminal import progress_bar
 
     output = case.folder / f"{maker}-{'-'.join(rows)}.job"
     shutil.rmtree(output, ignore_errors=True)
-    recipe = recipe_of(case, maker, rows, output, target_bits)
+    recipe = recipe_of(case, maker, rows, output, device, target_bits)
     with progress_bar(False) as report:
         run_job(recipe, False, False, report)
     for row in rows:
@@ -249,7 +255,6 @@ class Bench:
         self.cases = [Case(model.resolve(), seed, self.work / f"seed-{seed}") for seed in arguments.seeds]
         for case in self.cases:
             write_tokens(chosen_windows(tokens, *arguments.calibration, case.seed), case.tokens)
-        self._evaluator: Evaluator | None = None
 
     def made_from(self, case: Case, maker: str) -> str:
         """What a file depends on; llama.cpp is known by its program's name alone."""
@@ -266,25 +271,31 @@ class Bench:
         possible = [row for row in self.arguments.mixtures if maker in ("llama", "rules", "chosen") or row in MIXTURES]
         return [row for row in possible if not self.result(case, maker, row)]
 
-    def measure(self, case: Case, maker: str, row: str) -> None:
-        """Compares a file with the original.
 
-        Raises:
-            RuntimeError: the float32 file already differs from the original.
-        """
-        if self._evaluator is None:
-            texts = {name: read_tokens(path) for name, path in self.texts.items()}
-            self._evaluator = Evaluator(self.model, texts, self.arguments.device)
-            plain = self._evaluator.of_folder(case.plain.parent)
-            if max(one.mean_kl for one in plain.values()) > LARGEST_PLAIN_KL:
-                raise RuntimeError(f"{self.model.name}: the F32 file is another model: {as_json(plain)}")
-        folder = case.place(maker, row)
-        figures = as_json(self._evaluator.of_folder(folder))
-        result = {"made": self.made_from(case, maker), "bits": gguf_bits(folder), "texts": figures}
-        folder.with_suffix(".json").write_text(json.dumps(result, indent=2))
-        shutil.rmtree(folder) if maker != "llama" else None
-        kl = {text: round(one["mean_kl"], 4) for text, one in figures.items()}
-        tell(f"{self.model.name}, seed {case.seed}, {maker} {row}: {result['bits']:.2f} bits, mean KL {kl}")
+@lru_cache(maxsize=1)
+def evaluator(model: Path, plain: Path, texts: tuple[tuple[str, Path], ...], device: str) -> Evaluator:
+    """The evaluator of a model, made once in a process.
+
+    Raises:
+        RuntimeError: the float32 file already differs from the original.
+    """
+    made = Evaluator(model, {name: read_tokens(path) for name, path in texts}, device)
+    figures = made.of_folder(plain.parent)
+    if max(one.mean_kl for one in figures.values()) > LARGEST_PLAIN_KL:
+        raise RuntimeError(f"{model.name}: the F32 file is another model: {as_json(figures)}")
+    return made
+
+
+def measure(case: Case, maker: str, row: str, texts: tuple[tuple[str, Path], ...], made: str, device: str) -> None:
+    """Compares a file with the original and removes it, unless others are made as large as it is."""
+    folder = case.place(maker, row)
+    figures = as_json(evaluator(case.model, case.plain, texts, device).of_folder(folder))
+    result = {"made": made, "bits": gguf_bits(folder), "texts": figures}
+    folder.with_suffix(".json").write_text(json.dumps(result, indent=2))
+    if maker != "llama":
+        shutil.rmtree(folder)
+    kl = {text: round(one["mean_kl"], 4) for text, one in figures.items()}
+    tell(f"{case.model.name}, seed {case.seed}, {maker} {row}: {result['bits']:.2f} bits, mean KL {kl}")
 
 
 Task = tuple[Callable[..., None], tuple[Any, ...]]
@@ -292,7 +303,7 @@ Task = tuple[Callable[..., None], tuple[Any, ...]]
 
 def run_all(tasks: Sequence[Task], jobs: int) -> None:
     """Runs tasks in forked processes; tells which failed, and goes on."""
-    with ProcessPoolExecutor(max(1, min(jobs, len(tasks))), get_context("fork"), max_tasks_per_child=None) as pool:
+    with ProcessPoolExecutor(max(1, min(jobs, len(tasks))), get_context("fork")) as pool:
         waiting = {pool.submit(run, *values): f"{run.__name__} {values}" for run, values in tasks}
         for done in as_completed(waiting):
             if (error := done.exception()) is not None:
@@ -310,14 +321,27 @@ def make(benches: Sequence[Bench], arguments: argparse.Namespace) -> None:
         absent = [(case, row) for case, row in wanted if maker in arguments.makers or maker == "llama"]
         absent = [(case, row) for case, row in absent if not case.place(maker, row).exists()]
         run_all([(run_quantize, (case, maker, row, llama)) for case, row in absent], jobs)
-    tasks: list[Task] = []
-    for bench, case in pairs:
-        for maker in set(STEPS) & set(arguments.makers):
+    tasks: list[Task] = []  # the longest jobs first
+    for bench, case in reversed(pairs):
+        for maker in (one for one in reversed(STEPS) if one in arguments.makers):
             if rows := bench.missing(case, maker):
-                tasks.append((run_dsquant, (case, maker, rows)))
+                tasks.append((run_dsquant, (case, maker, rows, arguments.device)))
         for row in bench.missing(case, "chosen") if "chosen" in arguments.makers else ():
-            tasks.append((run_dsquant, (case, "chosen", [row], target_bits(case, row))))
+            tasks.append((run_dsquant, (case, "chosen", [row], arguments.device, target_bits(case, row))))
     run_all(tasks, jobs)
+
+
+def measure_all(benches: Sequence[Bench], arguments: argparse.Namespace) -> None:
+    """Measures every file that is there and was not measured."""
+    tasks: list[Task] = [
+        (measure, (case, maker, row, tuple(bench.texts.items()), bench.made_from(case, maker), arguments.evaluator))
+        for bench in benches
+        for case in bench.cases
+        for maker in arguments.makers
+        for row in bench.missing(case, maker)
+        if case.place(maker, row).exists()
+    ]
+    run_all(tasks, arguments.jobs)
 
 
 def table(bench: Bench, arguments: argparse.Namespace) -> str:
@@ -383,7 +407,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibration", default=(32, 512), **shape)
     parser.add_argument("--evaluation", default=(16, 512), **shape)
     parser.add_argument("--jobs", type=int, default=1, help="files made at once")
-    parser.add_argument("--device", default="cpu", help="where the evaluator computes")
+    parser.add_argument("--device", default="auto", help="where dsquant computes")
+    parser.add_argument("--evaluator", default="cpu", metavar="DEVICE", help="where the evaluator computes")
     parser.add_argument("--only-report", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--write", type=Path, help="Markdown file for the tables; printed in any case")
     return parser.parse_args(argv)
@@ -395,12 +420,7 @@ def main() -> None:
     benches = [Bench(model, arguments) for model in arguments.models]
     if not arguments.only_report:
         make(benches, arguments)
-        for bench in benches:
-            for case in bench.cases:
-                for maker in arguments.makers:
-                    for row in bench.missing(case, maker):
-                        if case.place(maker, row).exists():
-                            bench.measure(case, maker, row)
+        measure_all(benches, arguments)
     text = report(benches, arguments)
     if arguments.write:
         arguments.write.write_text(text)

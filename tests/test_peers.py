@@ -40,7 +40,7 @@ def test_every_job_of_the_table_of_gguf_sizes_is_a_recipe(tmp_path: Path) -> Non
     for maker in gguf_sizes.STEPS:
         recipe = gguf_sizes.recipe_of(case, maker, gguf_sizes.ROWS, tmp_path)
         assert recipe.to == tuple(f"gguf:{row}" for row in gguf_sizes.ROWS)
-    assert gguf_sizes.recipe_of(case, "chosen", ["Q2_K"], tmp_path, 3.09).target_name == "3.09bits"
+    assert gguf_sizes.recipe_of(case, "chosen", ["Q2_K"], tmp_path, "cpu", 3.09).target_name == "3.09bits"
 
 
 @pytest.mark.parametrize("experts", ["_exps", ""])
