@@ -6,11 +6,11 @@ try:
     import click
 
     from dsquant import __version__
-    from dsquant.cli.answers import chat, generate
     from dsquant.cli.awq import awq
     from dsquant.cli.delta import delta
     from dsquant.cli.ending import Group
     from dsquant.cli.evaluate import evaluate
+    from dsquant.cli.generate import chat, generate
     from dsquant.cli.gguf import gguf
     from dsquant.cli.inspect import inspect
     from dsquant.cli.plan import plan
