@@ -92,6 +92,47 @@ def keep(file: Path, model: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What files are compared on, and where."""
+
+    texts: tuple[tuple[str, Path], ...]
+    device: str
+
+
+def made_from(case: Case, maker: str, evaluation: Evaluation) -> str:
+    """What a figure depends on; llama.cpp is known by its program's name alone."""
+    source = "llama-quantize" if maker in ("llama", "rules") else hash_of_dsquant()
+    model = hash_of(*sorted(case.model.glob("*.safetensors")))
+    return hash_of(source, model, case.tokens, *(path for _, path in evaluation.texts))
+
+
+@lru_cache(maxsize=1)
+def evaluator(model: Path, plain: Path, evaluation: Evaluation) -> Evaluator:
+    """The evaluator of a model, made once in a process.
+
+    Raises:
+        RuntimeError: the float32 file already differs from the original.
+    """
+    made = Evaluator(model, {name: read_tokens(path) for name, path in evaluation.texts}, evaluation.device)
+    figures = made.of_folder(plain.parent)
+    if max(one.mean_kl for one in figures.values()) > LARGEST_PLAIN_KL:
+        raise RuntimeError(f"{model.name}: the F32 file is another model: {as_json(figures)}")
+    return made
+
+
+def measure(case: Case, maker: str, row: str, evaluation: Evaluation) -> None:
+    """Compares a file with the original and removes it, unless others are made as large as it is."""
+    folder = case.place(maker, row)
+    figures = as_json(evaluator(case.model, case.plain, evaluation).of_folder(folder))
+    result = {"made": made_from(case, maker, evaluation), "bits": gguf_bits(folder), "texts": figures}
+    folder.with_suffix(".json").write_text(json.dumps(result, indent=2))
+    if maker != "llama":
+        shutil.rmtree(folder)
+    kl = {text: round(one["mean_kl"], 4) for text, one in figures.items()}
+    tell(f"{case.model.name}, seed {case.seed}, {maker} {row}: {result['bits']:.2f} bits, mean KL {kl}")
+
+
 def recipe_of(
     case: Case, maker: str, rows: Sequence[str], output: Path, device: str = "auto", target_bits: float | None = None
 ) -> Recipe:
@@ -111,9 +152,9 @@ def recipe_of(
 
 
 def run_dsquant(
-    case: Case, maker: str, rows: Sequence[str], device: str = "auto", target_bits: float | None = None
+    case: Case, maker: str, rows: Sequence[str], evaluation: Evaluation, device: str, target_bits: float | None = None
 ) -> None:
-    """Makes rows of one maker in one job."""
+    """Makes rows of one maker in one job, and measures them."""
     from dsquant.pipeline.job import run_job
     from dsquant.reporting.terminal import progress_bar
 
@@ -126,6 +167,8 @@ def run_dsquant(
         (found,) = output.rglob(f"*-{recipe.target_name or row}.gguf")
         keep(found, case.model, case.place(maker, row))
     shutil.rmtree(output)
+    for row in rows:
+        measure(case, maker, row, evaluation)
 
 
 def make_plain(case: Case) -> None:
@@ -167,14 +210,15 @@ def make_imatrix(case: Case, llama: Path) -> None:
     partial.replace(case.imatrix)
 
 
-def run_quantize(case: Case, maker: str, row: str, llama: Path) -> None:
-    """Runs llama-quantize, for `rules` with types by hand."""
+def run_quantize(case: Case, maker: str, row: str, evaluation: Evaluation, llama: Path) -> None:
+    """Runs llama-quantize, for `rules` with types by hand, and measures the file."""
     types = hand_made(matrices(case.plain), target_bits(case, row)) if maker == "rules" else {}
     words = [word for pattern, name in types.items() for word in ("--tensor-type", f"{pattern}={name.lower()}")]
     kept = ("--token-embedding-type", "f32", "--output-tensor-type", "f32")
     file = case.folder / f"{maker}-{row}.gguf"
     run_llama(llama / "llama-quantize", "--imatrix", case.imatrix, *kept, *words, case.plain, file, row, 1)
     keep(file, case.model, case.place(maker, row))
+    measure(case, maker, row, evaluation)
 
 
 def matrices(file: Path) -> dict[str, tuple[int, ...]]:
@@ -245,57 +289,26 @@ class Bench:
         """Writes tokens, unless they are there."""
         self.model, self.arguments = model, arguments
         self.work = arguments.work.resolve() / model.name
-        self.model_hash = hash_of(*sorted(model.glob("*.safetensors")))
         calibration_text, evaluation_text = halves(arguments.text)
         texts = {"code": evaluation_text, "wiki": arguments.wiki.read_text(encoding="utf-8")}
-        self.texts = {name: self.work / f"evaluation-{name}.safetensors" for name in texts}
+        paths = {name: self.work / f"evaluation-{name}.safetensors" for name in texts}
         for name, text in texts.items():
-            write_tokens(spaced_windows(tokens_of(model, text), *arguments.evaluation), self.texts[name])
+            write_tokens(spaced_windows(tokens_of(model, text), *arguments.evaluation), paths[name])
+        self.evaluation = Evaluation(tuple(paths.items()), arguments.evaluator)
         tokens = tokens_of(model, calibration_text)
         self.cases = [Case(model.resolve(), seed, self.work / f"seed-{seed}") for seed in arguments.seeds]
         for case in self.cases:
             write_tokens(chosen_windows(tokens, *arguments.calibration, case.seed), case.tokens)
 
-    def made_from(self, case: Case, maker: str) -> str:
-        """What a file depends on; llama.cpp is known by its program's name alone."""
-        source = "llama-quantize" if maker in ("llama", "rules") else hash_of_dsquant()
-        return hash_of(source, self.model_hash, case.tokens, *self.texts.values())
-
     def result(self, case: Case, maker: str, row: str) -> dict:
         """Figures as they lie there, empty if they are of another model, other tokens or another dsquant."""
         result = read_json(case.place(maker, row).with_suffix(".json"))
-        return result if result.get("made") == self.made_from(case, maker) else {}
+        return result if result and result["made"] == made_from(case, maker, self.evaluation) else {}
 
     def missing(self, case: Case, maker: str) -> list[str]:
         """The rows that a maker can make and has not."""
         possible = [row for row in self.arguments.mixtures if maker in ("llama", "rules", "chosen") or row in MIXTURES]
         return [row for row in possible if not self.result(case, maker, row)]
-
-
-@lru_cache(maxsize=1)
-def evaluator(model: Path, plain: Path, texts: tuple[tuple[str, Path], ...], device: str) -> Evaluator:
-    """The evaluator of a model, made once in a process.
-
-    Raises:
-        RuntimeError: the float32 file already differs from the original.
-    """
-    made = Evaluator(model, {name: read_tokens(path) for name, path in texts}, device)
-    figures = made.of_folder(plain.parent)
-    if max(one.mean_kl for one in figures.values()) > LARGEST_PLAIN_KL:
-        raise RuntimeError(f"{model.name}: the F32 file is another model: {as_json(figures)}")
-    return made
-
-
-def measure(case: Case, maker: str, row: str, texts: tuple[tuple[str, Path], ...], made: str, device: str) -> None:
-    """Compares a file with the original and removes it, unless others are made as large as it is."""
-    folder = case.place(maker, row)
-    figures = as_json(evaluator(case.model, case.plain, texts, device).of_folder(folder))
-    result = {"made": made, "bits": gguf_bits(folder), "texts": figures}
-    folder.with_suffix(".json").write_text(json.dumps(result, indent=2))
-    if maker != "llama":
-        shutil.rmtree(folder)
-    kl = {text: round(one["mean_kl"], 4) for text, one in figures.items()}
-    tell(f"{case.model.name}, seed {case.seed}, {maker} {row}: {result['bits']:.2f} bits, mean KL {kl}")
 
 
 Task = tuple[Callable[..., None], tuple[Any, ...]]
@@ -311,43 +324,34 @@ def run_all(tasks: Sequence[Task], jobs: int) -> None:
 
 
 def make(benches: Sequence[Bench], arguments: argparse.Namespace) -> None:
-    """Makes every file that is missing, stage by stage: each needs what the one before has made."""
+    """Makes and measures every file that is missing, stage by stage: each needs what the one before has made."""
     jobs, llama = arguments.jobs, arguments.llama.resolve()
-    pairs = [(bench, case) for bench in benches for case in bench.cases]
+    pairs = sorted(((bench, case) for bench in benches for case in bench.cases), key=lambda pair: pair[1].seed)
     run_all([(make_plain, (bench.cases[0],)) for bench in benches if not bench.cases[0].plain.exists()], jobs)
     run_all([(make_imatrix, (case, llama)) for _, case in pairs if not case.imatrix.exists()], jobs)
     for maker in ("llama", "rules"):
-        wanted = [(case, row) for bench, case in pairs for row in bench.missing(case, maker)]
-        absent = [(case, row) for case, row in wanted if maker in arguments.makers or maker == "llama"]
-        absent = [(case, row) for case, row in absent if not case.place(maker, row).exists()]
-        run_all([(run_quantize, (case, maker, row, llama)) for case, row in absent], jobs)
+        wanted = [
+            (run_quantize, (case, maker, row, bench.evaluation, llama))
+            for bench, case in pairs
+            for row in bench.missing(case, maker)
+            if maker in arguments.makers or not case.place(maker, row).exists()
+        ]
+        run_all(wanted if maker in ("llama", *arguments.makers) else [], jobs)
     tasks: list[Task] = []  # the longest jobs first
-    for bench, case in reversed(pairs):
+    for bench, case in pairs:
+        told = (bench.evaluation, arguments.device)
         for maker in (one for one in reversed(STEPS) if one in arguments.makers):
             if rows := bench.missing(case, maker):
-                tasks.append((run_dsquant, (case, maker, rows, arguments.device)))
+                tasks.append((run_dsquant, (case, maker, rows, *told)))
         for row in bench.missing(case, "chosen") if "chosen" in arguments.makers else ():
-            tasks.append((run_dsquant, (case, "chosen", [row], arguments.device, target_bits(case, row))))
+            tasks.append((run_dsquant, (case, "chosen", [row], *told, target_bits(case, row))))
     run_all(tasks, jobs)
-
-
-def measure_all(benches: Sequence[Bench], arguments: argparse.Namespace) -> None:
-    """Measures every file that is there and was not measured."""
-    tasks: list[Task] = [
-        (measure, (case, maker, row, tuple(bench.texts.items()), bench.made_from(case, maker), arguments.evaluator))
-        for bench in benches
-        for case in bench.cases
-        for maker in arguments.makers
-        for row in bench.missing(case, maker)
-        if case.place(maker, row).exists()
-    ]
-    run_all(tasks, arguments.jobs)
 
 
 def table(bench: Bench, arguments: argparse.Namespace) -> str:
     """A Markdown table of one model's figures, as far as they are there."""
     lines = [f"### {bench.model.name}", ""]
-    for text in bench.texts:
+    for text, _ in bench.evaluation.texts:
         lines += [f"| {text}, mean KL | bits | " + " | ".join(arguments.makers) + " |"]
         lines += ["|---" * (2 + len(arguments.makers)) + "|"]
         for row in arguments.mixtures:
@@ -420,7 +424,6 @@ def main() -> None:
     benches = [Bench(model, arguments) for model in arguments.models]
     if not arguments.only_report:
         make(benches, arguments)
-        measure_all(benches, arguments)
     text = report(benches, arguments)
     if arguments.write:
         arguments.write.write_text(text)
