@@ -25,7 +25,7 @@ from dsquant.pipeline.finish import finish
 from dsquant.pipeline.inputs import Source, gpu_memory_budget, gpu_within_budget, memory_budget, open_source, resolved
 from dsquant.pipeline.memory import check_memory
 from dsquant.pipeline.notices import planned_warnings
-from dsquant.pipeline.planning import FOLLOW, WITHOUT_FOLLOW, Plan
+from dsquant.pipeline.planning import Plan
 from dsquant.pipeline.preview import Preview
 from dsquant.pipeline.record import output_files
 from dsquant.pipeline.result import Result, finished_result, result_of
@@ -52,7 +52,7 @@ def run_job(
     stopped and can be resumed.
     """
     started = time.monotonic()
-    recipe = ranks.together(lambda: _resolved_for(recipe, ranks))
+    recipe = ranks.together(lambda: resolved(recipe))
     told = {key: value for key, value in recipe.lasting().items() if key != "model"}  # which may lie elsewhere
     ranks.check_alike(told | {"resume": resume, "restart": restart}, UsageError, "start all with the same options")
     with _held(recipe, resume, restart, ranks) as (state, request):
@@ -131,15 +131,6 @@ def _held(recipe: Recipe, resume: bool, restart: bool, ranks: Ranks = ALONE) -> 
     threads = one_thread_an_operation(recipe.device)
     with stop_on_signals() as request, full_disk_is_resumable(), threads, ExitStack() as stack:
         yield ranks.once(lambda: stack.enter_context(held(recipe.output, recipe, resume, restart))), request
-
-
-def _resolved_for(recipe: Recipe, ranks: Ranks) -> Recipe:
-    if "follow" in recipe.steps and ranks.size > 1:
-        raise UsageError(
-            f"{FOLLOW}: {ranks.size} processes cannot share a layer that is rounded linear by linear; start one, or "
-            f"{WITHOUT_FOLLOW}"
-        )
-    return resolved(recipe)
 
 
 def _finish_and_remove(run: Run, check: Callable[[], None], beat: Callable[[], None]) -> dict[str, Any]:

@@ -59,14 +59,24 @@ class Workload:
         return frozenset[str]().union(*(linears for grid, linears in self.linears.items() if grid.rounded))
 
     @property
+    def follows(self) -> bool:
+        """Whether the quantized models are followed, one for each grid."""
+        return "follow" in self.recipe.steps
+
+    @property
     def streams(self) -> int:
-        """Models whose hidden states pass: the original, and with the step `follow` the quantized one."""
-        return 2 if "follow" in self.recipe.steps else 1
+        """Models whose hidden states pass: the original, and the quantized ones that are followed."""
+        return 1 + self.num_grids if self.follows else 1
 
     @property
     def num_tokens(self) -> int:
         """Calibration tokens."""
         return self.recipe.samples * self.recipe.seq_len
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that pass attention together."""
+        return min(self.num_tokens, max(BATCH_TOKENS, self.recipe.seq_len))
 
     @property
     def hidden_size(self) -> int:
@@ -102,7 +112,7 @@ def run_needs(work: Workload) -> Needs:
     if not recipe.calibration:
         return Needs(storing)
     num_hidden, head = work.num_tokens * work.hidden_size, _head_bytes(work.skeleton)
-    shared = _sharing_bytes(work) + (_pair_bytes(work) if work.streams == 2 else 0)
+    shared = _sharing_bytes(work) + (_pair_bytes(work) if work.follows else 0)
     needs = {layer.index: _layer_bytes(work, layer) + shared for layer in work.skeleton.layers}
     memory, gpu_memory = max(storing, max(head, *needs.values()) + _host_bytes(num_hidden, work.streams)), 0
     resident = frozenset[int]()
@@ -143,11 +153,10 @@ def _layer_bytes(work: Workload, layer: DecoderLayer) -> int:
     widths = [work.width(linear) for linear in layer.attention_linears]
     sums = 2 if layer.attention_linears[0] in linears else 1  # attention's: of all samples, and of a chunk of them
     statistics = FLOAT32_BYTES * FACTOR_ROWS * (sums * sum(widths) + 4 * hidden)
-    batch_tokens = min(num_tokens, max(BATCH_TOKENS, work.recipe.seq_len))
     attention = (
         6
         * FLOAT32_BYTES
-        * batch_tokens
+        * work.batch_tokens
         * max(sizes[linear] // work.width(linear) for linear in layer.attention_linears)
     )
     rows = 6 * FLOAT32_BYTES * min(ROWS_AT_ONCE, num_tokens) * hidden
@@ -197,7 +206,7 @@ def passing_bytes(samples: int, seq_len: int, num_ranks: int) -> int:
 
 
 def _pair_bytes(work: Workload) -> int:
-    """Returns the bytes that the step `follow` needs: whole matrices of the widest inputs, and attention once more."""
+    """Returns the bytes of step `follow`: whole matrices of the widest inputs, attention again and what it reads."""
     widths = {work.width(linear) for layer in work.skeleton.layers for linear in layer.linears}
     widest = max((width for width in widths if width <= WIDEST_PAIRS), default=0)
     # Gram matrix and drift with their divided copies in float32, five double precision matrices for the factor
@@ -205,7 +214,10 @@ def _pair_bytes(work: Workload) -> int:
     # wider ones: the parts' sums, means, divided copies and factors
     matrices = max([matrices, *(4 * _matrices(width) + _inverting(_part(width)) for width in widths)])
     attention = max(sum(map(work.num_elements, layer.attention_linears)) for layer in work.skeleton.layers)
-    return matrices + 2 * FLOAT32_BYTES * attention
+    # what all groups of attention read in a batch, or one of them in both models; on rank 0 another rank's too
+    read = max(sum(work.width(group.consumers[0]) for group in layer.attention) for layer in work.skeleton.layers)
+    batches = min(2, work.num_ranks) * work.batch_tokens * max(read, 2 * max(widths))
+    return matrices + FLOAT32_BYTES * (2 * attention + batches)
 
 
 def _sharing_bytes(work: Workload) -> int:
@@ -215,9 +227,9 @@ def _sharing_bytes(work: Workload) -> int:
     layers, num_tokens = work.skeleton.layers, work.num_tokens
     sums = -(-CHUNKS // work.num_ranks) * max(_chunk_bytes(work, layer) for layer in layers)
     num_experts = max(len(layer.experts) for layer in layers)
-    if not num_experts:
-        return sums
-    rows = min(num_tokens, 4 * num_tokens * work.skeleton.sizes.experts_per_token // num_experts)
+    rows = min(num_tokens, ROWS_AT_ONCE) if work.follows else 0
+    if num_experts:
+        rows = max(rows, min(num_tokens, 4 * num_tokens * work.skeleton.sizes.experts_per_token // num_experts))
     return sums + 3 * FLOAT32_BYTES * rows * work.hidden_size  # made, put together, received
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -20,9 +20,6 @@ from dsquant.recipes import Recipe
 from dsquant.schemes import Grid
 from dsquant.source.checkpoint import Checkpoint
 
-# How the step is named where it is refused, and what to do then.
-FOLLOW = "step follow (of preset best)"
-WITHOUT_FOLLOW = "take --preset compact, or leave the step out of --steps"
 Action = Literal["copy", "quantize", "drop"]
 
 
@@ -93,7 +90,7 @@ def plan_run(
     for target in targets:
         by_grid[target.grid] = by_grid.get(target.grid, frozenset()) | target.linears
     _check_mtp(recipe, skeleton)
-    _check_steps(recipe, targets, by_grid, skeleton)
+    _check_steps(recipe, targets, skeleton)
     mixed = {}
     if recipe.target is not None:
         choices = [(str(one.folder), target.choice(one)) for one, target in zip(wanted, targets, strict=True)]
@@ -153,8 +150,6 @@ def _check_choosing(recipe: Recipe) -> None:
     kinds = [name.partition(":")[0] for name in recipe.to]
     if len(set(kinds)) < len(kinds):
         raise UsageError(f"{option} chooses the types of one GGUF output; found --to {', '.join(recipe.to)}")
-    if "follow" in recipe.steps:
-        raise UsageError(f"{option}: no widths are chosen with {FOLLOW}; {WITHOUT_FOLLOW}")
 
 
 def _check_mtp(recipe: Recipe, skeleton: Skeleton) -> None:
@@ -167,31 +162,13 @@ def _check_mtp(recipe: Recipe, skeleton: Skeleton) -> None:
         )
 
 
-def _check_steps(
-    recipe: Recipe, targets: tuple[Target, ...], by_grid: Mapping[Grid, frozenset[str]], skeleton: Skeleton
-) -> None:
-    """Refuses steps that do nothing here, and what the step `follow` cannot do: it follows one quantized model."""
-    mixture = any(layer.experts for layer in skeleton.layers)
-    if "gate-weights" in recipe.steps and not mixture:
+def _check_steps(recipe: Recipe, targets: tuple[Target, ...], skeleton: Skeleton) -> None:
+    """Refuses steps that do nothing here."""
+    if "gate-weights" in recipe.steps and not any(layer.experts for layer in skeleton.layers):
         raise UsageError("step gate-weights: this model has no routed experts; leave the step out of --steps")
-    unrounded = next((target.name for target in targets if not target.grid.rounded), None)
-    if "follow" in recipe.steps and unrounded:
-        raise UsageError(
-            f"{FOLLOW}: {unrounded} rounds its weights itself; take --preset compact, or leave the step out of "
-            "--steps, and descend with it"
-        )
     if "descend" in recipe.steps and not any(target.grid.rounded for target in targets):
+        unrounded = targets[0].name
         raise UsageError(f"step descend: {unrounded} rounds its weights itself; leave the step out of --steps")
-    if "follow" not in recipe.steps:
-        return
-    if mixture and recipe.preset in (None, "quality"):
-        raise UsageError(f"{FOLLOW} rounds every linear, preset quality does not; take --preset best, or compact")
-    if len(by_grid) > 1:
-        alike = len({replace(grid, symmetric=True) for grid in by_grid}) == 1
-        advice = "add --symmetric, or make each in its own run" if alike else "make each in its own run"
-        raise UsageError(
-            f"{FOLLOW} follows one quantized model, {' and '.join(recipe.to)} have different grids; {advice}"
-        )
 
 
 def _touched(recipe: Recipe, skeleton: Skeleton) -> tuple[DecoderLayer, ...]:

@@ -15,6 +15,7 @@ from dsquant.model.streaming import samples_together
 from dsquant.pipeline.inputs import Source
 from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Progress, Report, Stage
+from dsquant.schemes import Grid
 
 
 @dataclass
@@ -53,24 +54,25 @@ class Run:
         """The file of a layer's inputs, float32; bfloat16 where a GPU makes them."""
         return self.job.work / f"hidden-{layer}.f32"
 
-    def quantized_path(self, layer: int) -> Path:
-        """The file of what a layer gets in the quantized model."""
-        return self.job.work / f"hidden-{layer}-quantized.f32"
+    def quantized_path(self, layer: int, number: int) -> Path:
+        """The file of what a layer gets in the model that is quantized onto the grid of this number."""
+        return self.quantized_file(f"hidden-{layer}", number)
+
+    def quantized_file(self, name: str, number: int) -> Path:
+        """A file of the model that is quantized onto the grid of this number."""
+        return self.job.work / f"{name}-quantized{f'-{number}' if number else ''}.f32"
 
     def kept_paths(self, layer: int) -> list[Path]:
         """The files that a layer reads."""
-        own = [self.hidden_path(layer)]
-        return [*own, self.quantized_path(layer)] if self.sequential else own
+        followed = (self.quantized_path(layer, number) for number in range(len(self.followed)))
+        return [self.hidden_path(layer), *followed]
 
     @property
-    def sequential(self) -> bool:
-        """Whether calibration is sequential: linears are rounded for the inputs that the quantized model gives them."""
-        return "follow" in self.recipe.steps
-
-    @property
-    def mtp_path(self) -> Path:
-        """The file of a multi-token-prediction layer's inputs."""
-        return self.job.work / "mtp.f32"
+    def followed(self) -> tuple[Grid, ...]:
+        """The grids whose models are followed, where calibration is sequential: linears are rounded for the inputs that
+        the quantized model gives them."""
+        plan = self.source.plan
+        return tuple(plan.linears) if plan.quantizes and "follow" in self.recipe.steps else ()
 
     @property
     def device(self) -> torch.device:

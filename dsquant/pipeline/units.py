@@ -187,24 +187,28 @@ def _embed(run: Run) -> None:
         outputs.flush()
 
 
-def _prepare_mtp(run: Run, layer: DecoderLayer, inputs: Activations, prepared: Activations) -> None:
-    """Writes the inputs of a multi-token-prediction layer."""
-    assert run.source.tokens_NT is not None
-    stream = Stream(run.source.checkpoint.weights, inputs, prepared)
-    mtp_inputs(run.source.skeleton, run.source.checkpoint.weights, layer, run.source.tokens_NT, stream)
+def _inputs(run: Run, layer: DecoderLayer, path: Path, prepared: Path) -> Activations:
+    """Opens the inputs of a layer, from the file `path`; those of a multi-token-prediction layer, in `prepared`, are
+    made of them."""
+    inputs = run.activations(path)
+    if layer.index < run.source.skeleton.num_layers:
+        return inputs
+
+    def prepare() -> None:
+        assert run.source.tokens_NT is not None
+        stream = Stream(run.source.checkpoint.weights, inputs, run.activations(prepared))
+        mtp_inputs(run.source.skeleton, run.source.checkpoint.weights, layer, run.source.tokens_NT, stream)
+
+    run.ranks.once(prepare)
+    return run.activations(prepared)
 
 
-def _quantized_stream(run: Run, layer: DecoderLayer) -> QuantizedStream:
-    """The quantized model's hidden states before and after a layer."""
-    inputs = run.activations(run.quantized_path(layer.index))
-    if layer.index >= run.source.skeleton.num_layers:
-        prepared = run.activations(run.job.work / "mtp-quantized.f32")
-        _prepare_mtp(run, layer, inputs, prepared)
-        inputs = prepared
+def _quantized_stream(run: Run, layer: DecoderLayer, number: int) -> QuantizedStream:
+    """The hidden states before and after a layer of the model that is quantized onto a grid."""
     return QuantizedStream(
-        inputs,
-        run.outputs(layer.index, run.quantized_path(layer.index + 1)),
-        run.mlp_inputs(layer.index, run.job.work / "mlp-inputs-quantized.f32"),
+        _inputs(run, layer, run.quantized_path(layer.index, number), run.quantized_file("mtp", number)),
+        run.outputs(layer.index, run.quantized_path(layer.index + 1, number)),
+        run.mlp_inputs(layer.index, run.quantized_file("mlp-inputs", number)),
     )
 
 
@@ -212,11 +216,7 @@ def _run_layer(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str
     """Runs an original layer, and quantizes it where any linear is; else its weights are stored by their importance."""
     source, layer = run.source, unit.layer
     assert layer is not None
-    inputs = run.activations(run.hidden_path(layer.index))
-    if layer.index >= source.skeleton.num_layers:
-        prepared = run.activations(run.mtp_path)
-        run.ranks.once(lambda: _prepare_mtp(run, layer, inputs, prepared))
-        inputs = run.activations(run.mtp_path)
+    inputs = _inputs(run, layer, run.hidden_path(layer.index), run.job.work / "mtp.f32")
     outputs = run.outputs(layer.index, run.hidden_path(layer.index + 1))
     job = LayerJob(
         source.skeleton,
@@ -234,12 +234,12 @@ def _run_layer(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str
         safe_point=safe_point,
         note=writers.note,
         keep_scales=writers.keep_scales,
-        quantized=_quantized_stream(run, layer) if run.sequential else None,
+        quantized={grid: _quantized_stream(run, layer, number) for number, grid in enumerate(run.followed)},
         ranks=run.ranks,
     )
     make = quantize_layer if source.plan.quantizes else observe_layer
     report = asdict(quantize_sequentially(job) if job.quantized else make(job))
-    made = [outputs, job.quantized.outputs] if job.quantized else [outputs]
+    made = [outputs, *(stream.outputs for stream in job.quantized.values())]
     for path, activations in zip(run.kept_paths(layer.index + 1), made, strict=True):
         run.keep(activations, path)
     return {"layer": layer.index, **report}

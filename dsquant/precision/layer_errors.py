@@ -22,7 +22,7 @@ from dsquant.model.overlays import FoldedWeights, ReplacedWeights, ResidentWeigh
 from dsquant.model.streaming import Routing
 from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup
 from dsquant.precision.allocation import Width
-from dsquant.quantization.attention import few_samples, note_attention, search_scales, under_scales
+from dsquant.quantization.attention import few_samples, fold_scales, note_attention, search_scales, under_scales
 from dsquant.quantization.layer import out_of_range, run_original
 from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.layer_mlps import moments_of, own_mlps, shared_inverses
@@ -126,10 +126,10 @@ def _attention_errors(
     wanted, _ = few_samples(job, weights)
     for grid, trial in trials.items():
         own = {group: found for group, found in moments.items() if group.consumers[0] in job.linears[grid]}
-        fold, scales = search_scales(weights, own, grid, job.steps)
+        scales = search_scales(weights, own, grid, job.steps)
         if not grid.rounded:
             note_attention(job, grid, own, scales)
-        folded = ResidentWeights(FoldedWeights(weights, fold))
+        folded = ResidentWeights(FoldedWeights(weights, fold_scales(weights, scales)))
         for group, found in own.items():
             job.safe_point(group.consumers[0])
             divided = prepared(under_scales(found, scales.get(group)), grid, job.steps)

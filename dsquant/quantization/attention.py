@@ -49,7 +49,8 @@ def quantize_attention(
     if not own:
         return AttentionResult()
     weights, grid_of = ResidentWeights(job.weights), partial(job.grid_of, grid)
-    fold, scales = search_scales(weights, own, grid, job.steps)
+    scales = search_scales(weights, own, grid, job.steps)
+    fold = fold_scales(weights, scales)
     folded, linears = FoldedWeights(weights, fold), dict[str, QuantizedWeight]()
     for group, found in own.items():
         divided = prepared(under_scales(found, scales.get(group)), grid, job.steps)
@@ -78,15 +79,19 @@ def keeps_attention(job: LayerJob, report: GridReport, error: float, error_plain
 
 def search_scales(
     weights: Weights, moments: Mapping[ScaleGroup, InputMoments], grid: Grid, steps: Collection[Step]
-) -> tuple[Fold, dict[ScaleGroup, torch.Tensor]]:
-    """Returns the fold and each group's scales, float32 [I]; both empty where `scales` is not a step."""
-    fold = Fold()
+) -> dict[ScaleGroup, torch.Tensor]:
+    """Returns each group's scales, float32 [I]; empty where `scales` is not a step."""
     if "scales" not in steps:
-        return fold, {}
-    scales = {group: _searched(weights, group, found, grid) for group, found in moments.items()}
-    for group in moments:
-        fold.update(fold_of(weights, group, scales[group]))
-    return fold, scales
+        return {}
+    return {group: _searched(weights, group, found, grid) for group, found in moments.items()}
+
+
+def fold_scales(weights: Weights, scales: Mapping[ScaleGroup, torch.Tensor]) -> Fold:
+    """Returns the fold of all groups' scales."""
+    fold = Fold()
+    for group, scales_I in scales.items():
+        fold.update(fold_of(weights, group, scales_I))
+    return fold
 
 
 def _searched(weights: Weights, group: ScaleGroup, moments: InputMoments, grid: Grid) -> torch.Tensor:
@@ -111,16 +116,23 @@ def note_attention(
     job: LayerJob, grid: Grid, moments: Mapping[ScaleGroup, InputMoments], scales: Mapping[ScaleGroup, torch.Tensor]
 ) -> None:
     """Notes the importance of the inputs of attention's linears under the scales, float32 [I] of each scaled group."""
-    absorbed = job.layer.absorbed
     for group, group_moments in moments.items():
-        divided = under_scales(group_moments, scales.get(group))
+        importance = under_scales(group_moments, scales.get(group)).importance
         for linear in group.consumers:
-            job.note(grid, linear, divided.importance)
-        if absorbed and absorbed.queries in group.consumers:  # folding does not change what comes out of it
-            squares_O = group_moments.loss_O(job.weights[f"{absorbed.queries}.weight"])
-            keys = squares_O.unflatten(0, (absorbed.num_heads, -1))[:, : absorbed.key_rows] * group_moments.count
-            linear = absorbed.keys_and_values + KEYS_SUFFIX
-            job.note(grid, linear, Importance(keys.contiguous(), group_moments.count))
+            job.note(grid, linear, importance)
+        note_keys(job, grid, group, group_moments, job.weights)  # folding does not change what comes out of it
+
+
+def note_keys(job: LayerJob, grid: Grid, group: ScaleGroup, moments: InputMoments, weights: Weights) -> None:
+    """Notes the importance of what the keys of latent attention are multiplied with, where a group's linears make it.
+
+    `moments` are those of the inputs of `weights`.
+    """
+    absorbed = job.layer.absorbed
+    if absorbed and absorbed.queries in group.consumers:
+        squares_O = moments.loss_O(weights[f"{absorbed.queries}.weight"])
+        keys = squares_O.unflatten(0, (absorbed.num_heads, -1))[:, : absorbed.key_rows] * moments.count
+        job.note(grid, absorbed.keys_and_values + KEYS_SUFFIX, Importance(keys.contiguous(), moments.count))
 
 
 def few_samples(

@@ -153,7 +153,7 @@ def emit_dense_part(job: LayerJob, grid: Grid, attention: AttentionResult, norm_
         same = torch.equal(wanted_routing.expert_RK.sort(1).values, found_routing.expert_RK.sort(1).values)
         assert same, f"{job.layer.prefix}: folding the scales changed the routing; please report this"
     in_mlps = {f"{linear}.weight" for mlp in job.layer.mlps for linear in mlp.linears}
-    emitted = attention.linears if grid.rounded else {}
+    emitted = {linear: weight for linear, weight in attention.linears.items() if job.rounds(grid, linear)}
     for linear, weight in emitted.items():
         job.emit(grid, linear, weight)
         report.weight_errors[linear] = float(weight.relative_error(folded[f"{linear}.weight"]))

@@ -67,8 +67,8 @@ class LayerJob:
     """Grid -> linear -> bits, where they are not its grid's: scales are searched for the grid, codes have these."""
     steps: Collection[Step] = PRESET_STEPS["compact"]
     """Of the quantization; `follow` is one where there is `quantized`."""
-    quantized: QuantizedStream | None = None
-    """The quantized model's hidden states, where linears are rounded for them; there is one grid then, and one rank."""
+    quantized: Mapping[Grid, QuantizedStream] = field(default_factory=dict)
+    """Grid -> the hidden states of the model quantized onto it, where linears are rounded for them."""
     ranks: Ranks = ALONE
     """Who shares the layer. Each emits what it has quantized; rank 0 has all that is not an MLP."""
 
@@ -84,6 +84,10 @@ class LayerJob:
     def grid_of(self, grid: Grid, linear: str) -> Grid:
         """Returns the grid that a linear is rounded on, where scales are searched for `grid`."""
         return grid.with_bits(self.widths.get(grid, {}).get(linear, grid.bits))
+
+    def rounds(self, grid: Grid, linear: str) -> bool:
+        """Returns whether a linear is rounded here; else it is emitted folded, to a format that rounds it itself."""
+        return self.grid_of(grid, linear).rounded
 
     def anywhere(self, linear: str) -> bool:
         """Returns whether a linear is quantized onto any grid."""

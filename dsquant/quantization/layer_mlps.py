@@ -5,6 +5,7 @@ Shape legend: H hidden size, R tokens.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -14,9 +15,9 @@ from dsquant.model.streaming import ROWS_AT_ONCE, Routing
 from dsquant.model.structure import Mlp
 from dsquant.quantization.compensate import with_inverses
 from dsquant.quantization.layer_job import LayerJob
-from dsquant.quantization.mlp import LoadedMlp, MlpErrors, quantize_mlp, scaled
+from dsquant.quantization.mlp import LoadedMlp, MlpErrors, MlpResult, quantize_mlp, scaled
 from dsquant.quantization.mlp_inputs import MlpInputs
-from dsquant.quantization.sharing import exchange_contributions
+from dsquant.quantization.mlp_outputs import MlpStream, add_outputs, routed_tokens
 from dsquant.quantization.statistics import InputMoments, InputStatistics, InverseFactor, is_wide
 from dsquant.schemes import Grid
 
@@ -56,18 +57,25 @@ def own_mlps(job: LayerJob, routing: Routing | None) -> Iterator[tuple[int, Gate
 
     Yields the numbers and weights of this rank's; every rank has to consume all of its own.
     """
+    for number, _, original in mlps_in_turns(job, routing):
+        if original is not None:
+            yield number, original
+
+
+def mlps_in_turns(job: LayerJob, routing: Routing | None) -> Iterator[tuple[int, Sequence[Mlp], GatedWeights | None]]:
+    """Does what `own_mlps` does, and yields every turn on every rank: the number of this rank's MLP, the turn's MLPs,
+    one for each rank, and the weights of this rank's; None where it has none."""
     mlps, ranks = job.layer.mlps, job.ranks
     for begin in range(0, len(mlps), ranks.size):
-        number, original = begin + ranks.rank, None
+        number, original, turn = begin + ranks.rank, None, mlps[begin : begin + ranks.size]
         if number < len(mlps):
             job.safe_point(mlps[number].up.rsplit(".", 1)[0])
             original = GatedWeights.read(job.weights, mlps[number])
             ahead = mlps[number + ranks.size :: ranks.size][:MLPS_AHEAD]
             job.weights.prefetch([f"{linear}.weight" for mlp in ahead for linear in mlp.linears])
         if routing is not None:
-            _add_contributions(job, mlps[begin : begin + ranks.size], original, routing)
-        if original is not None:
-            yield number, original
+            add_outputs(job, turn, original, MlpStream(job.mlp_inputs, job.outputs, partial(routed_tokens, routing)))
+        yield number, turn, original
 
 
 def _quantize_mlp(
@@ -78,52 +86,43 @@ def _quantize_mlp(
     moments = moments_of(job, mlp, original, loaded.inputs, loaded.seed) if job.anywhere(mlp.up) else None
     for grid, norm_scales_H, shared in zip(job.grids, norm_scales, inverses, strict=True):
         if moments is None or mlp.up not in job.linears[grid]:
-            if job.linears[grid]:
-                unscaled = scaled(original, norm_scales_H, original.up_WH.new_ones(len(original.up_WH)))
-                _emit_folded(job, grid, mlp, unscaled)
+            emit_unquantized(job, grid, loaded, norm_scales_H)
             outcomes.append(MlpOutcome())
             continue
         under_norm = replace(moments[0].divided(norm_scales_H), inverses=shared)
         result = quantize_mlp(job, loaded, (under_norm, moments[1]), norm_scales_H, grid)
-        outcomes.append(MlpOutcome(result.errors, result.weight_errors if grid.rounded else {}))
-        if not result.errors.plain:
-            job.keep_scales(grid, mlp.up, result.rounded.up_scales_W)
-        if grid.rounded:
-            for linear, quantized in zip(mlp.linears, result.rounded.linears, strict=True):
-                job.emit(grid, linear, quantized)
-            continue
-        of_input, of_hidden = (part.importance for part in result.rounded.moments)
-        for linear, importance in zip(mlp.linears, (of_input, of_input, of_hidden), strict=True):
-            job.note(grid, linear, importance)
-        _emit_folded(job, grid, mlp, result.rounded.folded)
+        outcomes.append(emit_mlp(job, grid, mlp, result))
     return outcomes
 
 
-def _emit_folded(job: LayerJob, grid: Grid, mlp: Mlp, folded: GatedWeights) -> None:
-    for linear, weight in zip(mlp.linears, folded.parts, strict=True):
+def emit_mlp(job: LayerJob, grid: Grid, mlp: Mlp, result: MlpResult) -> MlpOutcome:
+    """Hands over a quantized MLP, each linear rounded or folded, and the importance of its inputs where the grid is not
+    rounded; returns what it cost."""
+    rounded, weight_errors = result.rounded, dict[str, float]()
+    if not result.errors.plain:
+        job.keep_scales(grid, mlp.up, rounded.up_scales_W)
+    of_input, of_hidden = rounded.moments
+    columns = (mlp.linears, rounded.linears, rounded.folded.parts, (of_input, of_input, of_hidden))
+    for linear, quantized, folded, moments in zip(*columns, strict=True):
+        if not grid.rounded:
+            job.note(grid, linear, moments.importance)
+        if job.rounds(grid, linear):
+            job.emit(grid, linear, quantized)
+            weight_errors[linear] = result.weight_errors[linear]
+        else:
+            job.emit(grid, f"{linear}.weight", folded)
+    return MlpOutcome(result.errors, weight_errors)
+
+
+def emit_unquantized(job: LayerJob, grid: Grid, loaded: LoadedMlp, norm_scales_H: torch.Tensor) -> GatedWeights:
+    """Hands over an MLP that is not quantized onto the grid, under the norm's scales; returns its weights."""
+    original = loaded.original
+    if not job.linears[grid]:  # nothing is folded either
+        return original
+    folded = scaled(original, norm_scales_H, original.up_WH.new_ones(len(original.up_WH)))
+    for linear, weight in zip(loaded.mlp.linears, folded.parts, strict=True):
         job.emit(grid, f"{linear}.weight", weight)
-
-
-def _add_contributions(job: LayerJob, turn: Sequence[Mlp], original: GatedWeights | None, routing: Routing) -> None:
-    """Adds what a turn's experts, one for each rank, contribute to the outputs of the tokens that reach them."""
-    expert = None if original is None else turn[job.ranks.rank].expert
-    parts = _contribution(job, original, *routing.tokens_of(expert)) if original and expert is not None else iter(())
-    if job.ranks.size == 1:
-        for part_R, output_RH in parts:
-            job.outputs.add_rows(part_R, output_RH)
-        return
-    none_RH = torch.empty(0, job.inputs.shape[2], device=job.weights.device)
-    own_RH = torch.cat([none_RH, *(output_RH for _, output_RH in parts)])
-    exchange_contributions(job, turn, own_RH, routing)
-
-
-def _contribution(
-    job: LayerJob, original: GatedWeights, rows_R: torch.Tensor, share_R: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for part_R, part_share_R in zip(rows_R.split(ROWS_AT_ONCE), share_R.split(ROWS_AT_ONCE), strict=True):
-        with fast_matmuls(job.weights.device):
-            output_RH = original.output(job.skeleton, job.mlp_inputs.rows(part_R))
-        yield part_R, output_RH.mul_(part_share_R.unsqueeze(1))
+    return folded
 
 
 def shared_inverses(job: LayerJob, norm_scales: Sequence[torch.Tensor]) -> list[tuple[InverseFactor, ...]]:

@@ -59,13 +59,23 @@ class PairMoments:
                 change_OI = apply_linear(weight_OI, _solved(self.drift_II, factor_II).T)
         return weight_OI + torch.where(problem == 0, change_OI, 0.0)
 
-    def rounded(self, weights: Sequence[torch.Tensor], grid: Grid, steps: Collection[Step]) -> list[QuantizedWeight]:
-        """Fits weights that read this input to it and rounds them; each is float32 [O, I] with its own O.
+    def rounded(
+        self, weights: Sequence[torch.Tensor], grids: Sequence[Grid], steps: Collection[Step]
+    ) -> list[QuantizedWeight]:
+        """Fits weights that read this input to it and rounds them, each float32 [O, I] with its own O, on its grid.
 
         With inputs wider than `WIDEST_PAIRS` they are not fitted, and compensated in parts.
         """
-        wanted_OI = self.fitted(torch.cat(list(weights)))
-        return rounded_weight(wanted_OI, grid, self.moments, steps).split([len(weight_OI) for weight_OI in weights])
+        wanted = self.fitted(torch.cat(list(weights))).split([len(weight_OI) for weight_OI in weights])
+        found: dict[int, QuantizedWeight] = {}
+        for grid in dict.fromkeys(grids):
+            places = [place for place, own in enumerate(grids) if own == grid]
+            together_OI = torch.cat([wanted[place] for place in places])
+            parts = rounded_weight(together_OI, grid, self.moments, steps).split(
+                [len(wanted[place]) for place in places]
+            )
+            found.update(zip(places, parts, strict=True))
+        return [found[place] for place in range(len(weights))]
 
 
 def _solved(sides_RI: torch.Tensor, factor_II: torch.Tensor) -> torch.Tensor:

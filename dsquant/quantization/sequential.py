@@ -1,164 +1,258 @@
 """Quantizes one decoder layer for the inputs that the quantized model gives it: sequential calibration, step `follow`.
 
 Linears are rounded in the order of the data flow. Each is fitted to what it reads once everything before it is
-quantized, and aims at the original's output (`pairs`). So the layer has two streams of hidden states, the original's
-and the quantized model's; its weights still pass through memory once, one expert at a time. Attention runs once for
-each of its scale groups and streams, once more for the scales, and once more for the MLPs' inputs.
+quantized, and aims at the original's output (`pairs`). So next to the original's hidden states there are those of the
+quantized model, one for each grid; the layer's weights still pass through memory once, one expert at a time. Attention
+runs twice for each of its scale groups, in both models, once more for the scales, and once more in each model for the
+MLPs' inputs.
 
-Shape legend: N samples, T tokens, H hidden size, R tokens of all samples.
+Several ranks run their samples each; rank 0 adds what attention's linears read, in the order of batches, and rounds
+them. MLPs are shared among ranks.
+
+Shape legend: N samples, T tokens, H hidden size, I in features, R tokens of all samples.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from dsquant.kernels.precision import fast_matmuls
+from dsquant.model.activations import Activations
 from dsquant.model.overlays import FoldedWeights, ReplacedWeights, ResidentWeights
 from dsquant.model.streaming import Observer, Routing, Stream, run_dense_part
-from dsquant.model.structure import Mlp, ScaleGroup
-from dsquant.quantization.attention import AttentionResult, few_samples, keeps_attention, round_attention, search_scales
-from dsquant.quantization.layer import checked, emit_dense_part, sum_up
+from dsquant.model.structure import ScaleGroup
+from dsquant.quantization.attention import (
+    AttentionResult,
+    few_samples,
+    fold_scales,
+    keeps_attention,
+    note_keys,
+    round_attention,
+    search_scales,
+)
+from dsquant.quantization.layer import checked, emit_dense_part, out_of_range, sum_up
 from dsquant.quantization.layer_job import GridReport, LayerJob, LayerReport, QuantizedStream
 from dsquant.quantization.mlp_inputs import read_by_mlps
 from dsquant.quantization.mlp_norm import search_norm_fold
 from dsquant.quantization.pairs import PairMoments, PairStatistics
-from dsquant.quantization.sequential_mlps import quantize_mlps
+from dsquant.quantization.sequential_mlps import FollowingMlps, quantize_mlps
+from dsquant.quantization.sharing import in_the_order_of_batches, share_routing, share_rows
 from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.weights import Weights
 
 
 def quantize_sequentially(job: LayerJob) -> LayerReport:
-    """Runs the original and the quantized layer, quantizing as it goes, and hands everything to `emit`.
+    """Runs the original layer and those quantized onto each grid, quantizing as it goes, and hands all to `emit`.
 
-    The job has `quantized` and one grid; the tokens per expert are the quantized model's. Raises InputError where the
-    original's hidden states are not finite.
+    The job has a stream in `quantized` for every grid; the tokens per expert are those of the first one. Raises
+    InputError where the original's hidden states are not finite.
     """
     return checked(job, _quantize)
 
 
-@dataclass(frozen=True)
-class _Streams:
-    """The layer's dense part in both models."""
-
-    job: LayerJob
-    quantized: QuantizedStream
-    original_weights: Weights
-    folded: Weights
-    """The original's with attention's scales folded in: the same function."""
-
-    def run_original(self, samples: tuple[int, int], observers: Mapping[str, Observer], folded: bool) -> Routing | None:
-        """Runs samples of the original; its outputs lack routed experts."""
-        weights = self.folded if folded else self.original_weights
-        return self._run(Stream(weights, self.job.inputs, self.job.outputs), samples, observers)
-
-    def run_quantized(
-        self, replaced: Mapping[str, torch.Tensor], samples: tuple[int, int], observers: Mapping[str, Observer]
-    ) -> Routing | None:
-        """Runs samples of the quantized model with the given parameters replaced."""
-        weights = ReplacedWeights(self.folded, replaced)
-        return self._run(Stream(weights, self.quantized.inputs, self.quantized.outputs), samples, observers)
-
-    def _run(self, stream: Stream, samples: tuple[int, int], observers: Mapping[str, Observer]) -> Routing | None:
-        job = self.job
-        with fast_matmuls(job.weights.device):
-            return run_dense_part(job.skeleton, job.layer, stream, job.batch_samples, observers, samples)
-
-
 def _quantize(job: LayerJob) -> LayerReport:
-    (grid,), layer, quantized = job.grids, job.layer, job.quantized
-    assert quantized is not None and job.ranks.size == 1
-    everything, report = (0, job.inputs.shape[0]), GridReport()
-    job.safe_point(layer.attention_module)
-    streams, attention = _quantize_attention(job, quantized, grid, report)
-    original_routing = streams.run_original(everything, {layer.mlp_module: job.mlp_inputs.recorder()}, folded=False)
-    squares_H = torch.zeros(job.inputs.shape[2], dtype=torch.float64, device=job.weights.device)
-    record = quantized.mlp_inputs.recorder()
+    original_routing, following, reports = _quantize_dense_part(job)
+    found = quantize_mlps(job, original_routing, following)
+    reports = job.ranks.once(lambda: reports)
+    for place, report in enumerate(reports):
+        sum_up(report, [outcomes[place] for outcomes in found])
+    first = following[0]
+    counts = first.routing.counts(len(job.layer.experts)).tolist() if first.routing else []
+    return LayerReport(counts, dict(first.topped_up), reports)
+
+
+def _quantize_dense_part(job: LayerJob) -> tuple[Routing | None, list[FollowingMlps], list[GridReport]]:
+    """Runs both models up to their MLPs, quantizes and emits what comes before these."""
+    job.safe_point(job.layer.attention_module)
+    weights = ResidentWeights(job.weights)
+    original_routing, _ = _run(job, weights, QuantizedStream(job.inputs, job.outputs, job.mlp_inputs))
+    following, reports = [], []
+    for grid in job.grids:
+        report = GridReport()
+        following.append(_quantize_for(job, grid, weights, report))
+        reports.append(report)
+    return original_routing, following, reports
+
+
+def _quantize_for(job: LayerJob, grid: Grid, weights: Weights, report: GridReport) -> FollowingMlps:
+    """Quantizes attention onto a grid, runs it, and searches the scales of the MLPs' norm for what comes out."""
+    layer, quantized = job.layer, job.quantized[grid]
+    streams, attention, replaced = _quantize_attention(job, grid, weights, report)
+    # What always-read MLPs put out is added once they are quantized, as for an expert.
+    downs = [f"{mlp.down}.weight" for mlp in layer.mlps if mlp.expert is None]
+    silenced = {down: torch.zeros(weights.shape(down), device=weights.device) for down in downs}
+    routing, rms_H = _run(job, ReplacedWeights(streams.folded, {**replaced, **silenced}), quantized)
+    if not bool(rms_H.isfinite().all()):
+        raise out_of_range(layer.norm)
+    inputs, added = read_by_mlps(job, quantized.mlp_inputs, routing)
+    fold, scales_H = search_norm_fold(job, grid, inputs, rms_H)
+    if job.ranks.first:
+        emit_dense_part(job, grid, attention, fold, report)
+        for group, scales_I in attention.scales.items():
+            job.keep_scales(grid, group.producer, scales_I)
+        if fold.rows:
+            job.keep_scales(grid, layer.norm, scales_H)
+    topped_up = {expert: len(rows_R) for expert, rows_R in added.items()}
+    return FollowingMlps(grid, quantized, inputs, scales_H, routing, topped_up)
+
+
+def _run(job: LayerJob, weights: Weights, stream: QuantizedStream) -> tuple[Routing | None, torch.Tensor]:
+    """Runs the dense part of one model: fills its `outputs`, still without experts, and `mlp_inputs`.
+
+    Returns the routing of all samples, and the root mean square of the MLPs' inputs, float32 [H].
+    """
+    own, (_, num_tokens, hidden), device = job.shares.samples(job.ranks.rank), job.inputs.shape, job.weights.device
+    squares = [torch.empty(0, hidden, dtype=torch.float64, device=device)]
+    record = stream.mlp_inputs.recorder(own[0] * num_tokens)
 
     def note_mlp_inputs(inputs_RH: torch.Tensor) -> None:
         record(inputs_RH)
-        squares_H.add_(inputs_RH.square().sum(0, dtype=torch.float64))
+        squares.append(inputs_RH.square().sum(0, keepdim=True, dtype=torch.float64))
 
-    # What always-read MLPs put out is added once they are quantized, as for an expert.
-    silenced = {f"{mlp.down}.weight": torch.zeros_like(job.weights[f"{mlp.down}.weight"]) for mlp in _unrouted(job)}
-    routing = streams.run_quantized(attention.dequantized() | silenced, everything, {layer.mlp_module: note_mlp_inputs})
-    rms_H = (squares_H / job.mlp_inputs.num_rows).sqrt().float()
-    if not bool(rms_H.isfinite().all()):
-        raise FloatingPointError(layer.norm)
-    inputs, added = read_by_mlps(job, quantized.mlp_inputs, routing)
-    fold, scales_H = search_norm_fold(job, grid, inputs, rms_H)
-    emit_dense_part(job, grid, attention, fold, report)
-    for group, scales_I in attention.scales.items():
-        job.keep_scales(grid, group.producer, scales_I)
-    if fold.rows:
-        job.keep_scales(grid, layer.norm, scales_H)
-    sum_up(report, quantize_mlps(job, inputs, scales_H, (original_routing, routing)))
-    counts = routing.counts(len(layer.experts)).tolist() if routing else []
-    return LayerReport(counts, {expert: len(rows_R) for expert, rows_R in added.items()}, [report])
+    routing, passing = None, Stream(weights, stream.inputs, stream.outputs)
+    if own[0] < own[1]:
+        with fast_matmuls(device):
+            observers: dict[str, Observer] = {job.layer.mlp_module: note_mlp_inputs}
+            routing = run_dense_part(job.skeleton, job.layer, passing, job.batch_samples, observers, own)
+    share_rows(stream.mlp_inputs, job.ranks, job.shares)
+    sum_H = torch.zeros(hidden, dtype=torch.float64)
+    for squares_H in torch.cat(job.ranks.gather(torch.cat(squares).cpu())):  # in the order of batches
+        sum_H += squares_H
+    rms_H = (sum_H.to(device) / stream.mlp_inputs.num_rows).sqrt().float()
+    return share_routing(routing, job.ranks, device), rms_H
 
 
-def _unrouted(job: LayerJob) -> list[Mlp]:
-    return [mlp for mlp in job.layer.mlps if mlp.expert is None]
+@dataclass(frozen=True)
+class _Streams:
+    """Attention in both models."""
+
+    job: LayerJob
+    quantized: QuantizedStream
+    original: Weights
+    folded: Weights
+    """The original's with attention's scales folded in: the same function."""
+
+    def read_in_original(self, batch: tuple[int, int], linears: Sequence[str]) -> list[torch.Tensor]:
+        """Runs a batch of samples under the scales and returns what linears read, each [R, I]."""
+        return self._read(self.folded, self.job.inputs, batch, linears)
+
+    def read_in_quantized(
+        self, replaced: Mapping[str, torch.Tensor], batch: tuple[int, int], linears: Sequence[str]
+    ) -> list[torch.Tensor]:
+        """Does the same in the quantized model with the given parameters replaced."""
+        return self._read(ReplacedWeights(self.folded, replaced), self.quantized.inputs, batch, linears)
+
+    def _read(
+        self, weights: Weights, inputs: Activations, batch: tuple[int, int], linears: Sequence[str]
+    ) -> list[torch.Tensor]:
+        job, found = self.job, {linear: list[torch.Tensor]() for linear in linears}
+        outputs_NTH = torch.empty(batch[1] - batch[0], *inputs.shape[1:], device=weights.device)
+        stream = Stream(weights, inputs, Activations(outputs_NTH, first_sample=batch[0]))
+        observers = {linear: seen.append for linear, seen in found.items()}
+        with fast_matmuls(weights.device):
+            run_dense_part(job.skeleton, job.layer, stream, job.batch_samples, observers, batch)
+        return [seen[0] for seen in found.values()]
 
 
 def _quantize_attention(
-    job: LayerJob, quantized: QuantizedStream, grid: Grid, report: GridReport
-) -> tuple[_Streams, AttentionResult]:
-    """Quantizes attention group by group; rounds it plainly where its output is nearer to the original's then."""
-    weights = ResidentWeights(job.weights)
-    unfolded = _Streams(job, quantized, weights, weights)
+    job: LayerJob, grid: Grid, weights: Weights, report: GridReport
+) -> tuple[_Streams, AttentionResult, dict[str, torch.Tensor]]:
+    """Quantizes attention group by group; rounds it plainly where its output is nearer to the original's then.
+
+    Returns the models, what rank 0 emits, and the parameters that the quantized model has instead of the folded ones.
+    """
+    unfolded = _Streams(job, job.quantized[grid], weights, weights)
     groups = [group for group in job.layer.attention if group.consumers[0] in job.linears[grid]]
-    moments = _behind_quantized_layers(unfolded, groups) if "scales" in job.steps else {}
-    fold, scales = search_scales(weights, moments, grid, job.steps)
-    streams = _Streams(job, quantized, weights, ResidentWeights(FoldedWeights(weights, fold)))
+    if not groups:
+        return unfolded, AttentionResult(), {}
+    scales = _searched_scales(unfolded, groups, grid) if "scales" in job.steps else {}
+    fold = fold_scales(weights, scales)
+    streams = _Streams(job, job.quantized[grid], weights, ResidentWeights(FoldedWeights(weights, fold)))
     linears: dict[str, QuantizedWeight] = {}
-    dequantized: dict[str, torch.Tensor] = {}
+    moments: dict[ScaleGroup, InputMoments] = {}
+    replaced: dict[str, torch.Tensor] = {}
     for group in groups:
         job.safe_point(group.consumers[0])
-        pairs = _observed_pairs(streams, dequantized, group.consumers[0])
-        rounded = pairs.rounded([streams.folded[f"{linear}.weight"] for linear in group.consumers], grid, job.steps)
-        for linear, weight in zip(group.consumers, rounded, strict=True):
-            linears[linear], dequantized[f"{linear}.weight"] = weight, weight.dequantize()
-    searched, plain = AttentionResult(fold, linears, scales), round_attention(linears, weights, lambda _: grid)
-    if keeps_attention(job, report, _error(streams, searched), _error(unfolded, plain)):
-        return streams, searched
-    return unfolded, plain
+        pairs = _observed_pairs(streams, replaced, group.consumers[0])
+        if job.ranks.first:
+            grids = [job.grid_of(grid, linear) for linear in group.consumers]
+            folded = [streams.folded[f"{linear}.weight"] for linear in group.consumers]
+            linears |= zip(group.consumers, pairs.rounded(folded, grids, job.steps), strict=True)
+        if job.ranks.first and not grid.rounded:
+            moments[group] = pairs.moments
+        for linear in filter(partial(job.rounds, grid), group.consumers):
+            name = f"{linear}.weight"
+            replaced[name] = linears[linear].dequantize() if job.ranks.first else torch.empty_like(weights[name])
+            job.ranks.broadcast(replaced[name])
+    all_linears = [linear for group in groups for linear in group.consumers]
+    plain = round_attention(all_linears, weights, partial(job.grid_of, grid))
+    searched = AttentionResult(fold, linears, scales)
+    kept = job.ranks.once(lambda: keeps_attention(job, report, _error(streams, searched), _error(unfolded, plain)))
+    if job.ranks.first and not grid.rounded:
+        _note(streams, grid, moments, scales, kept)
+    if kept:
+        return streams, searched, replaced
+    return unfolded, plain, {name: plain_OI for name, plain_OI in plain.dequantized().items() if name in replaced}
 
 
 def _error(streams: _Streams, attention: AttentionResult) -> float:
     """Returns the relative squared error of what attention adds to the hidden states of a few samples."""
     job = streams.job
-    wanted, _ = few_samples(job, streams.original_weights)
+    wanted, _ = few_samples(job, streams.original)
     found, _ = few_samples(job, ReplacedWeights(streams.folded, attention.dequantized()), streams.quantized.inputs)
     wanted -= job.inputs.samples(0, len(wanted))
     found -= streams.quantized.inputs.samples(0, len(found))
     return float((found - wanted).square().sum() / wanted.square().sum())
 
 
-def _behind_quantized_layers(streams: _Streams, groups: Sequence[ScaleGroup]) -> dict[ScaleGroup, InputMoments]:
-    """Returns the moments of the groups' inputs behind the quantized layers before this one."""
-    job, width_of = streams.job, streams.job.weights.shape
-    statistics = {
-        group: InputStatistics(width_of(f"{group.consumers[0]}.weight")[1], job.seed, job.weights.device)
-        for group in groups
-    }
-    observers = {group.consumers[0]: found.add for group, found in statistics.items()}
-    streams.run_quantized({}, (0, job.inputs.shape[0]), observers)
-    return {group: found.moments() for group, found in statistics.items()}
+def _note(
+    streams: _Streams,
+    grid: Grid,
+    moments: Mapping[ScaleGroup, InputMoments],
+    scales: Mapping[ScaleGroup, torch.Tensor],
+    kept: bool,
+) -> None:
+    """Notes the importance of what attention's linears read, from the moments under the scales, if these are `kept`."""
+    for group, found in moments.items():
+        read = found if kept or group not in scales else found.divided(1 / scales[group])
+        for linear in group.consumers:
+            streams.job.note(grid, linear, read.importance)
+        note_keys(streams.job, grid, group, found, streams.folded)
+
+
+def _searched_scales(unfolded: _Streams, groups: Sequence[ScaleGroup], grid: Grid) -> dict[ScaleGroup, torch.Tensor]:
+    """Searches each group's scales by what it reads behind the quantized layers before this one; on every rank."""
+    job, linears = unfolded.job, [group.consumers[0] for group in groups]
+    widths = [job.weights.shape(f"{linear}.weight")[1] for linear in linears]
+    statistics = [InputStatistics(width, job.seed, job.weights.device) for width in widths]
+    for read in in_the_order_of_batches(job, lambda batch: unfolded.read_in_quantized({}, batch, linears), widths):
+        with fast_matmuls(job.weights.device):
+            for found, inputs_RI in zip(statistics, read, strict=True):
+                found.add(inputs_RI)
+    scales = {group: torch.ones(width, device=job.weights.device) for group, width in zip(groups, widths, strict=True)}
+    if job.ranks.first:
+        moments = {group: found.moments() for group, found in zip(groups, statistics, strict=True)}
+        scales = search_scales(unfolded.original, moments, grid, job.steps)
+    for scales_I in scales.values():
+        job.ranks.broadcast(scales_I)
+    return scales
 
 
 def _observed_pairs(streams: _Streams, replaced: Mapping[str, torch.Tensor], linear: str) -> PairMoments:
-    """Runs both models batch by batch and returns the moments of a linear's inputs in them."""
-    job = streams.job
-    statistics = PairStatistics(job.weights.shape(f"{linear}.weight")[1], job.seed, job.weights.device)
-    seen: list[torch.Tensor] = []
-    for start in range(0, job.inputs.shape[0], job.batch_samples):
-        samples = (start, min(start + job.batch_samples, job.inputs.shape[0]))
-        streams.run_original(samples, {linear: seen.append}, folded=True)
-        streams.run_quantized(replaced, samples, {linear: seen.append})
-        original_RI, quantized_RI = seen
+    """Runs both models batch by batch; returns the moments of a linear's inputs on rank 0, empty ones elsewhere."""
+    job, width = streams.job, streams.job.weights.shape(f"{linear}.weight")[1]
+
+    def read(batch: tuple[int, int]) -> list[torch.Tensor]:
+        return [
+            *streams.read_in_original(batch, [linear]),
+            *streams.read_in_quantized(replaced, batch, [linear]),
+        ]
+
+    statistics = PairStatistics(width, job.seed, job.weights.device)
+    for original_RI, quantized_RI in in_the_order_of_batches(job, read, [width, width]):
         with fast_matmuls(job.weights.device):
             statistics.add(original_RI, quantized_RI)
-        seen.clear()
     return statistics.moments()

@@ -1,74 +1,113 @@
 """Takes a layer's MLPs through memory and rounds them for the quantized model's inputs (`sequential`).
 
 Gate and up are rounded first, then down for their outputs. Every MLP's outputs are added to the hidden states of
-both models while it is in memory.
+all models while it is in memory.
 
 Shape legend: H hidden size, W width of the MLP, R tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from dsquant.kernels.precision import fast_matmuls
-from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
-from dsquant.model.streaming import ROWS_AT_ONCE, Routing
+from dsquant.model.streaming import Routing
 from dsquant.model.structure import Mlp
-from dsquant.quantization.layer_job import LayerJob
-from dsquant.quantization.layer_mlps import MLPS_AHEAD, MlpOutcome
+from dsquant.quantization.layer_job import LayerJob, QuantizedStream
+from dsquant.quantization.layer_mlps import MlpOutcome, emit_mlp, emit_unquantized, mlps_in_turns
 from dsquant.quantization.mlp import LoadedMlp, MlpResult, RoundedMlp, judged, scaled, search_up_scales
 from dsquant.quantization.mlp_inputs import MlpInputs
+from dsquant.quantization.mlp_outputs import MlpStream, Tokens, add_outputs
 from dsquant.quantization.pairs import PairMoments, PairStatistics
 from dsquant.quantization.statistics import InputMoments, InputStatistics
+from dsquant.schemes import Grid, QuantizedWeight
 
-Tokens = tuple[torch.Tensor, torch.Tensor]
-"""The rows that reach an MLP and its share in each, int64 and float32 [R]."""
+
+@dataclass(frozen=True)
+class FollowingMlps:
+    """A layer's MLPs in the model that is quantized onto one grid."""
+
+    grid: Grid
+    quantized: QuantizedStream
+    inputs: Mapping[Mlp, MlpInputs]
+    norm_scales_H: torch.Tensor
+    """Folded into the norm before the MLPs."""
+    routing: Routing | None
+    topped_up: Mapping[int, int]
+    """Expert -> tokens added to its own."""
+
+    @property
+    def stream(self) -> MlpStream:
+        """What they read and add to."""
+        return MlpStream(self.quantized.mlp_inputs, self.quantized.outputs, self._tokens_of, self.norm_scales_H)
+
+    def _tokens_of(self, mlp: Mlp) -> Tokens:
+        """Returns all tokens with a share of 1; for an expert, its tokens as they are routed."""
+        if mlp.expert is not None:
+            assert self.routing is not None
+            return self.routing.tokens_of(mlp.expert)
+        rows_R = torch.arange(self.quantized.mlp_inputs.num_rows, device=self.norm_scales_H.device)
+        return rows_R, torch.ones(len(rows_R), device=rows_R.device)
 
 
 def quantize_mlps(
-    job: LayerJob,
-    inputs: Mapping[Mlp, MlpInputs],
-    norm_scales_H: torch.Tensor,
-    routings: tuple[Routing | None, Routing | None],
-) -> list[MlpOutcome]:
-    """Runs a layer's MLPs in both models, quantizes and emits them one after the other.
+    job: LayerJob, original_routing: Routing | None, following: Sequence[FollowingMlps]
+) -> list[list[MlpOutcome]]:
+    """Runs a layer's MLPs in all models, quantizes and emits them; each rank has one of them at a time.
 
-    The job has `quantized` and one grid; `inputs` are the MLPs' in the quantized model, `routings` the original's and
-    the quantized model's.
+    Returns the outcomes by MLP and grid, on every rank.
     """
-    (grid,), quantized, outcomes = job.grids, job.quantized, []
-    assert quantized is not None
-    for number, mlp in enumerate(job.layer.mlps):
-        job.safe_point(mlp.up.rsplit(".", 1)[0])
-        original = GatedWeights.read(job.weights, mlp)
-        ahead = job.layer.mlps[number + 1 :][:MLPS_AHEAD]
-        job.weights.prefetch([f"{linear}.weight" for one in ahead for linear in one.linears])
-        result = _quantize_mlp(job, LoadedMlp(mlp, original, inputs[mlp], job.seed + number), norm_scales_H)
-        outcomes.append(MlpOutcome(result.errors, result.weight_errors))
-        for linear, weight in zip(mlp.linears, result.rounded.linears, strict=True):
-            job.emit(grid, linear, weight)
-        if not result.errors.plain:
-            job.keep_scales(grid, mlp.up, result.rounded.up_scales_W)
-        of_original, of_quantized = (_tokens(job, mlp, routing) for routing in routings)
-        if mlp.expert is not None:  # transformers' own forward has added what others put out
-            _add_outputs(job, original, (job.mlp_inputs, job.outputs), of_original)
-        streams = quantized.mlp_inputs, quantized.outputs
-        _add_outputs(job, result.rounded.dequantized(), streams, of_quantized, norm_scales_H)
-    return outcomes
+    mlps, own = job.layer.mlps, list[list[MlpOutcome]]()
+    for number, turn, original in mlps_in_turns(job, original_routing):
+        outcomes = []
+        for model in following:
+            weights = None
+            if original is not None:
+                loaded = LoadedMlp(mlps[number], original, model.inputs[mlps[number]], job.seed + number)
+                outcome, weights = _emitted(job, loaded, model)
+                outcomes.append(outcome)
+            add_outputs(job, turn, weights, model.stream)
+        if original is not None:
+            own.append(outcomes)
+    return job.ranks.in_turns(own, len(mlps))
 
 
-def _quantize_mlp(job: LayerJob, loaded: LoadedMlp, norm_scales_H: torch.Tensor) -> MlpResult:
-    (grid,), original, steps = job.grids, loaded.original, job.steps
+def _emitted(job: LayerJob, loaded: LoadedMlp, model: FollowingMlps) -> tuple[MlpOutcome, GatedWeights]:
+    """Quantizes an MLP and emits it; returns what it cost, and the weights that the quantized model has."""
+    grid = model.grid
+    if loaded.mlp.up not in job.linears[grid]:
+        return MlpOutcome(), emit_unquantized(job, grid, loaded, model.norm_scales_H)
+    result = _quantize_mlp(job, loaded, model.norm_scales_H, grid)
+    return emit_mlp(job, grid, loaded.mlp, result), _passed_on(
+        job, grid, loaded.mlp, result.rounded.folded, result.rounded.linears
+    )
+
+
+def _quantize_mlp(job: LayerJob, loaded: LoadedMlp, norm_scales_H: torch.Tensor, grid: Grid) -> MlpResult:
+    original, steps = loaded.original, job.steps
+    of_gate, of_up, of_down = (job.grid_of(grid, linear) for linear in loaded.mlp.linears)
     of_input, unrounded_hidden = _input_moments(job, loaded)
     up_scales_W = search_up_scales(original, unrounded_hidden, grid, steps)
     folded, of_input = scaled(original, norm_scales_H, up_scales_W), of_input.divided(norm_scales_H)
-    gate, up = of_input.rounded([folded.gate_WH, folded.up_WH], grid, steps)
-    rounded = GatedWeights(gate.dequantize(), up.dequantize(), folded.down_HW)
-    of_hidden = _hidden_moments(job, loaded, rounded, norm_scales_H, up_scales_W)
-    (down,) = of_hidden.rounded([folded.down_HW], grid, steps)
+    gate, up = of_input.rounded([folded.gate_WH, folded.up_WH], [of_gate, of_up], steps)
+    upper = _passed_on(job, grid, loaded.mlp, folded, (gate, up))
+    of_hidden = _hidden_moments(job, loaded, upper, norm_scales_H, up_scales_W)
+    (down,) = of_hidden.rounded([folded.down_HW], [of_down], steps)
     proposed = RoundedMlp(folded, (gate, up, down), (of_input.moments, of_hidden.moments), up_scales_W)
-    return judged(job, loaded, proposed, norm_scales_H, grid)
+    return judged(job, loaded, proposed, norm_scales_H, of_up)
+
+
+def _passed_on(
+    job: LayerJob, grid: Grid, mlp: Mlp, folded: GatedWeights, rounded: Sequence[QuantizedWeight]
+) -> GatedWeights:
+    """Returns what the quantized model computes with: those rounded so far, and folded weights for the rest."""
+    found = list(folded.parts)
+    for place, weight in enumerate(rounded):
+        if job.rounds(grid, mlp.linears[place]):
+            found[place] = weight.dequantize()
+    return GatedWeights(*found)
 
 
 def _input_moments(job: LayerJob, loaded: LoadedMlp) -> tuple[PairMoments, InputMoments]:
@@ -95,27 +134,3 @@ def _hidden_moments(
             inputs_RH = loaded.inputs.activations.rows(rows_R) / norm_scales_H
             pairs.add(original_RW, rounded.hidden(job.skeleton, inputs_RH), weights_R)
     return pairs.moments()
-
-
-def _tokens(job: LayerJob, mlp: Mlp, routing: Routing | None) -> Tokens:
-    """Returns all tokens with a share of 1; for an expert, its tokens as they are routed."""
-    if mlp.expert is None:
-        rows_R = torch.arange(job.mlp_inputs.num_rows, device=job.weights.device)
-        return rows_R, torch.ones(len(rows_R), device=job.weights.device)
-    assert routing is not None
-    return routing.tokens_of(mlp.expert)
-
-
-def _add_outputs(
-    job: LayerJob,
-    weights: GatedWeights,
-    streams: tuple[Activations, Activations],
-    tokens: Tokens,
-    scales_H: torch.Tensor | float = 1.0,
-) -> None:
-    """Adds what an MLP puts out for its tokens to a layer's outputs; its inputs are divided by the scales."""
-    mlp_inputs, outputs = streams
-    for rows_R, share_R in zip(*(part.split(ROWS_AT_ONCE) for part in tokens), strict=True):
-        with fast_matmuls(job.weights.device):
-            output_RH = weights.output(job.skeleton, mlp_inputs.rows(rows_R) / scales_H)
-        outputs.add_rows(rows_R, output_RH.mul_(share_R.unsqueeze(1)))

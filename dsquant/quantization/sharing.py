@@ -7,7 +7,7 @@ Shape legend: N samples, T tokens of a sample, H hidden size, I in features, R t
 token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -17,7 +17,6 @@ from dsquant.jobs.ranks import CHUNKS, Ranks, Shares
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.activations import Activations
 from dsquant.model.streaming import Routing
-from dsquant.model.structure import Mlp
 from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.statistics import WIDEST_PART, InputMoments, InputStatistics
 
@@ -94,20 +93,48 @@ def share_routing(routing: Routing | None, ranks: Ranks, device: torch.device) -
     return Routing(*(torch.cat(columns).to(device) for columns in zip(*parts, strict=True)))
 
 
-def exchange_contributions(job: LayerJob, turn: Sequence[Mlp], own_RH: torch.Tensor, routing: Routing) -> None:
-    """Adds the contributions of a turn's experts, one for each rank, to this rank's samples in the order of experts.
+def exchange_rows(job: LayerJob, outputs: Activations, tokens: Sequence[torch.Tensor], own_RH: torch.Tensor) -> None:
+    """Adds rows that each rank has made for tokens of all ranks to this rank's samples of `outputs`, in the order of
+    ranks.
 
-    The r-th MLP of `turn` is rank r's; `own_RH` is what this rank's expert adds to each of its tokens, in their order
-    ([0, H] where it has none).
+    Rank r has made those of `tokens[r]`, int64 in ascending order; `own_RH` are this rank's, [R, H].
     """
-    outputs, ranks, shares = job.outputs, job.ranks, job.shares
+    ranks, shares = job.ranks, job.shares
     edges = [shares.samples(rank)[0] for rank in range(ranks.size)] + [shares.num_samples]
-    edges_S = torch.tensor(edges, device=routing.expert_RK.device) * outputs.shape[1]
-    tokens = [routing.tokens_of(-1 if mlp.expert is None else mlp.expert)[0] for mlp in turn]
+    edges_S = torch.tensor(edges, device=own_RH.device) * outputs.shape[1]
     cuts = [torch.searchsorted(rows_R, edges_S).tolist() for rows_R in tokens]
-    cuts += [[0] * len(edges)] * (ranks.size - len(turn))
     to = [stop - start for start, stop in pairwise(cuts[ranks.rank])]
     come = [cut[ranks.rank + 1] - cut[ranks.rank] for cut in cuts]
     found = ranks.deliver(own_RH, to, come).split(come)
-    for rows_R, cut, added_RH in zip(tokens, cuts, found, strict=False):
+    for rows_R, cut, added_RH in zip(tokens, cuts, found, strict=True):
         outputs.add_rows(rows_R[cut[ranks.rank] : cut[ranks.rank + 1]], added_RH)
+
+
+def in_the_order_of_batches(
+    job: LayerJob, observe: Callable[[tuple[int, int]], Sequence[torch.Tensor]], widths: Sequence[int]
+) -> Iterator[Sequence[torch.Tensor]]:
+    """Yields on rank 0, and on no other, what linears read in each batch of samples, in the order of batches.
+
+    Ranks take the batches in turns; all have to consume this. `observe` gets the first sample of a batch and the one
+    behind its last, and returns inputs [R, I] of these widths. Added one after the other they give one rank's sums.
+    """
+    ranks, (num_samples, num_tokens, _) = job.ranks, job.inputs.shape
+    starts = range(0, num_samples, job.batch_samples)
+    batches = [(start, min(start + job.batch_samples, num_samples)) for start in starts]
+    for begin in range(0, len(batches), ranks.size):
+        turn = batches[begin : begin + ranks.size]
+        own = observe(turn[ranks.rank]) if ranks.rank < len(turn) else ()
+        if ranks.first:
+            yield own
+        for rank, (start, stop) in list(enumerate(turn))[1:]:
+            if ranks.rank == rank:
+                found = [part_RI.contiguous() for part_RI in own]
+            elif ranks.first:
+                rows = (stop - start) * num_tokens
+                found = [torch.empty(rows, width, device=job.weights.device) for width in widths]
+            else:
+                continue
+            for part_RI in found:
+                ranks.hand_to_first(part_RI, rank)
+            if ranks.first:
+                yield found

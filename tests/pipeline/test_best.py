@@ -1,5 +1,7 @@
 """Preset `best`: the hidden states it follows are those of its output, which drifts less than `compact`'s."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +13,25 @@ from streams import stream_logits
 
 import dsquant
 from dsquant.calibration.texts import held_out_tokens, load_tokenizer
-from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.errors import InputError, Interrupted
 from dsquant.formats.checkpoints import open_checkpoint
-from dsquant.jobs.ranks import Ranks
 from dsquant.model.activations import Activations
 from dsquant.model.overlays import ReplacedWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import embed, final_norm, head_name
-from dsquant.pipeline import job as pipeline
 from dsquant.pipeline import units as conversion
 from dsquant.quantization.layer_job import LayerJob, QuantizedStream
 from dsquant.quantization.sequential import quantize_sequentially
-from dsquant.recipes import Recipe
-from dsquant.schemes import Grid, QuantizedWeight
+from dsquant.schemes import UNQUANTIZED, Grid, QuantizedWeight
+
+GRID = Grid(4, 64, True)
 
 
-def _followed(folder: Path, tokens_NT: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """What was emitted, dequantized; and the logits of both streams [N, T, V]."""
+def _followed(
+    folder: Path, tokens_NT: torch.Tensor, grid: Grid = GRID, kept: str = "none", **more: Any
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """What was emitted, dequantized, of all linears but those with `kept` in their names; and the logits of both
+    streams [N, T, V]. o_proj and expert 2 have 8 bits."""
     checkpoint = open_checkpoint(folder)
     skeleton, weights = Skeleton(checkpoint), checkpoint.weights
     shape = (*tokens_NT.shape, skeleton.config["hidden_size"])
@@ -42,10 +46,12 @@ def _followed(folder: Path, tokens_NT: torch.Tensor) -> tuple[dict[str, torch.Te
 
     for layer in skeleton.layers[: skeleton.num_layers]:
         original, quantized = streams
+        linears = frozenset(linear for linear in layer.linears if kept not in linear)
+        widths = {linear: 8 for linear in linears if "o_proj" in linear or ".experts.2." in linear}
         quantize_sequentially(
             LayerJob(
-                skeleton, layer, weights, *original, {Grid(4, 64, True): frozenset(layer.linears)}, 2, 0, emit,
-                lambda name: None, quantized=QuantizedStream(*quantized),
+                skeleton, layer, weights, *original, {grid: linears}, 2, 0, emit, lambda name: None,
+                widths={grid: widths}, quantized={grid: QuantizedStream(*quantized)}, **more,
             )
         )  # fmt: skip
         streams = [[outputs, inputs, mlp_inputs] for inputs, outputs, mlp_inputs in streams]
@@ -63,6 +69,19 @@ def test_the_hidden_states_it_follows_are_those_of_its_output(narrow_r1: Path, t
     for found_NTV, base in ((original_NTV, weights), (quantized_NTV, ReplacedWeights(weights, changed))):
         wanted_NTV, _ = stream_logits(folder, base, tokens_NT)
         assert float((found_NTV - wanted_NTV).norm() / wanted_NTV.norm()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kept", "grid"), [("self_attn", GRID), (".experts.1.", GRID), ("none", replace(GRID, rounded=False))]
+)
+def test_it_follows_a_model_that_is_quantized_in_parts(narrow_r1: Path, kept: str, grid: Grid) -> None:
+    tokens_NT = torch.randint(0, 290, (3, 20), generator=torch.Generator().manual_seed(1))
+    changed, _, found_NTV = _followed(narrow_r1, tokens_NT, grid, kept, steps=["scales"])
+    weights = open_checkpoint(narrow_r1).weights
+    wanted_NTV, _ = stream_logits(narrow_r1, ReplacedWeights(weights, changed), tokens_NT)
+    assert float((found_NTV - wanted_NTV).norm() / wanted_NTV.norm()) < 1e-3
+    original_NTV, _ = stream_logits(narrow_r1, weights, tokens_NT)
+    assert (float((found_NTV - original_NTV).norm() / original_NTV.norm()) < 1e-3) != grid.rounded
 
 
 def _mean_kl(folder: Path, original_NTV: torch.Tensor, tokens_NT: torch.Tensor, model: Path) -> float:
@@ -151,19 +170,29 @@ def test_a_dense_model_keeps_the_preset(text_file: Path, tmp_path: Path) -> None
     assert sum(name.endswith(".qweight") for name in index) == 2 * 7
 
 
+def _safetensors(output: Path) -> dict[str, str]:
+    return {name: digest for name, digest in contents(output).items() if name.endswith(".safetensors")}
+
+
 @pytest.mark.parametrize(
-    ("to", "message"),
-    [(["awq", "gguf:Q4_K_M"], "Q4_K_M rounds"), (["awq", "compressed-tensors"], "different grids")],
+    "more", [{"steps": "scales,follow", "samples": 2, "mtp": "drop"}, pytest.param({}, marks=pytest.mark.slow)]
 )
-def test_formats_that_cannot_follow_one_model_are_refused(
-    narrow_r1: Path, text_file: Path, tmp_path: Path, to: list[str], message: str
+def test_each_grid_of_several_formats_follows_its_own_model(
+    narrow_r1: Path, text_file: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
-    with pytest.raises(UsageError, match=message):
-        dsquant.awq(narrow_r1, **_options(tmp_path / "out", text_file, to=to, symmetric=None))
-    assert not (tmp_path / "out").exists()
+    def run(name: str, to: list[str]) -> Path:
+        dsquant.awq(narrow_r1, **_options(tmp_path / name, text_file, to=to, symmetric=None, **more))
+        return tmp_path / name
+
+    both = run("both", ["awq", "compressed-tensors"])
+    alone = run("alone", ["compressed-tensors"])
+    assert _safetensors(both / "compressed-tensors") == _safetensors(alone)
 
 
-def test_several_ranks_are_refused(narrow_r1: Path, tmp_path: Path) -> None:
-    recipe = Recipe(model=str(narrow_r1), output=tmp_path / "out", preset="best")
-    with pytest.raises(UsageError, match="2 processes cannot share"):
-        pipeline._resolved_for(recipe, Ranks(0, 2))
+def test_a_target_gives_linears_widths_of_their_own(narrow_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    more = {"to": "compressed-tensors", "samples": 2, "target_bits": 9.0, "steps": "clip,follow"}
+    dsquant.awq(narrow_r1, **_options(tmp_path / "out", text_file, **more))
+    record = json.loads((tmp_path / "out" / "dsquant.json").read_text())
+    widths = {group["width"] for group in record["precision"].values()}
+    assert UNQUANTIZED in widths and len(widths) > 1
+    assert not dsquant.verify(tmp_path / "out", progress=False).findings

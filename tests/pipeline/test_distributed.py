@@ -84,13 +84,29 @@ def test_two_ranks_convert_to_gguf_without_calibration(model: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("steps", ["scales,clip,compensate,top-up", "scales,follow"])
 def test_hidden_states_on_gpus_or_in_files_give_the_same_bytes_on_any_number_of_ranks(
-    model: Path, text_file: Path, tmp_path: Path
+    model: Path, text_file: Path, tmp_path: Path, steps: str
 ) -> None:
-    more = ("--preset", "compact", "--mtp", "quantize")
+    more = ("--preset", "compact", "--mtp", "quantize", "--steps", steps)
     for kept, size in (("none", 1), ("odd", 3)):
         finish(start(size, model, text_file, tmp_path / kept, *more, before=partial(as_on_gpus, KEPT[kept])))
     assert contents(tmp_path / "odd") == contents(tmp_path / "none")
+
+
+def lose(rank: int, model: Path, text: Path, output: Path, *more: str) -> None:
+    """Kills one of two ranks after the first unit."""
+    processes = start(2, model, text, output, *more)
+    journal = output / ".dsquant-work" / "journal.jsonl"
+    while not (journal.exists() and journal.read_text().count("\n")):
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
+        time.sleep(0.01)
+    processes[rank].send_signal(signal.SIGKILL)
+    _, errors = processes[1 - rank].communicate(timeout=120)
+    processes[rank].communicate()
+    assert processes[1 - rank].returncode == 75, errors
+    assert "another is lost" in errors and "--resume" in errors
+    assert not (output / "dsquant.json").exists()
 
 
 @pytest.mark.parametrize(("lost", "resumed_on"), [(1, 1), pytest.param(0, 3, marks=pytest.mark.slow)])
@@ -98,23 +114,22 @@ def test_a_lost_rank_stops_the_other_with_75_and_any_number_of_ranks_goes_on(
     model: Path, text_file: Path, whole: Path, tmp_path: Path, lost: int, resumed_on: int
 ) -> None:
     output = tmp_path / "out"
-    processes = start(2, model, text_file, output, *ALL)
-    journal = output / ".dsquant-work" / "journal.jsonl"
-    while not (journal.exists() and journal.read_text().count("\n")):
-        assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
-        time.sleep(0.01)
-    processes[lost].send_signal(signal.SIGKILL)
-    _, errors = processes[1 - lost].communicate(timeout=120)
-    processes[lost].communicate()
-    assert processes[1 - lost].returncode == 75, errors
-    assert "another is lost" in errors and "--resume" in errors
-    assert not (output / "dsquant.json").exists()
+    lose(lost, model, text_file, output, *ALL)
     again = (model, text_file, output, *ALL, "--resume")
     if resumed_on == 1:
         forked.finish(*command(*again))
     else:
         finish(start(resumed_on, *again))
     assert contents(output) == contents(whole)
+
+
+@pytest.mark.slow
+def test_three_ranks_go_on_following_where_two_had_lost_one(model: Path, text_file: Path, tmp_path: Path) -> None:
+    more = ("--preset", "best", "--to", "awq", "--to", "compressed-tensors", "--target-bits", "6")
+    forked.finish(*command(model, text_file, tmp_path / "one", *more))
+    lose(1, model, text_file, tmp_path / "out", *more)
+    finish(start(3, model, text_file, tmp_path / "out", *more, "--resume"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -125,11 +140,19 @@ def test_torchrun_starts_the_ranks(model: Path, text_file: Path, whole: Path, tm
     assert contents(tmp_path / "out") == contents(whole)
 
 
-def test_what_ranks_cannot_share_is_refused_by_all_of_them(model: Path, text_file: Path, tmp_path: Path) -> None:
-    for process in start(2, model, text_file, tmp_path / "out", "--preset", "best"):
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 2 and "step follow" in errors
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("size", "more"),
+    [
+        (2, ("--preset", "compact", "--steps", "scales,top-up,follow", "--samples", "3")),
+        pytest.param(3, ("--preset", "best", "--mtp", "quantize"), marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_that_follow_the_quantized_model_write_the_bytes_of_one(
+    model: Path, text_file: Path, tmp_path: Path, size: int, more: tuple[str, ...]
+) -> None:
+    forked.finish(*command(model, text_file, tmp_path / "one", *more))
+    finish(start(size, model, text_file, tmp_path / "several", *more))
+    assert contents(tmp_path / "several") == contents(tmp_path / "one")
 
 
 def pair(model: tuple[Path, Path], text: Path, output: Path, *more: tuple[str, ...]) -> list[tuple[int, str]]:

@@ -185,7 +185,6 @@ def test_killed_and_resumed_it_makes_the_same_bytes(dense: Path, text_file: Path
         ({"target_bits": 17.0}, "to 16.0 bits"),
         ({"target_size": "1KiB"}, r"--target-size 1.0 KiB: .* gives from .* bytes .*iB to .*iB"),
         ({"target_bits": 4.5, "target_size": "1MiB"}, "exclude each other"),
-        ({"target_bits": 4.5, "preset": "best"}, "no widths are chosen with step follow"),
         ({"target_bits": 4.5, "mtp": "quantize"}, "--mtp keep or drop"),
         ({"target_bits": 4.5, "to": ["gguf:Q4_K_M", "gguf:Q5_K_M"]}, "types of one GGUF output"),
     ],

@@ -107,7 +107,7 @@ def _scaled(wanted: Wanted) -> tuple[frozenset[str], list[str]]:
     """Returns the linears whose inputs are scaled, and notes where there are none, which GGUF as the only output
     allows."""
     recipe, alone = wanted.recipe, len(wanted.recipe.to) == 1
-    if not recipe.calibration or (alone and "scales" not in recipe.steps):
+    if not recipe.calibration or (alone and not {"scales", "follow"} & set(recipe.steps)):
         return frozenset(), []
     linears, notes = scalable_linears(wanted.checkpoint, wanted.skeleton)
     if notes and not alone:
