@@ -23,6 +23,7 @@ from dsquant.formats.safetensors import SafetensorsFormat, check_columns
 from dsquant.formats.wanted import NO_CHOICE, Wanted, Width
 from dsquant.kernels.packing import pack_rows, unpack_rows
 from dsquant.kernels.values import WORD_BITS
+from dsquant.model.structure import absorbed_linears
 from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.checkpoint import CONFIG_FILE
 from dsquant.source.shards import ShardIndex, TensorInfo
@@ -146,7 +147,7 @@ class Mlx(SafetensorsFormat):
 
     def quantizable(self, wanted: Wanted) -> frozenset[str]:
         """Returns the preset's linears without kv_b_proj."""
-        return wanted.linears.difference(layer.absorbed.keys_and_values for layer in wanted.layers if layer.absorbed)
+        return wanted.linears - absorbed_linears(wanted.layers)
 
     def engines_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns rope_theta, rope_scaling and partial_rotary_factor, which most of mlx-lm's models read only there."""

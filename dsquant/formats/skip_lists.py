@@ -54,18 +54,18 @@ def targets_by_width(widths: Mapping[str, int]) -> dict[int, list[str]]:
 
 
 def _skipping(name: str, kept: Iterable[str]) -> str:
-    """Returns the linear's parent module where nothing in it is quantized; else the linear."""
+    """Returns the linear's parent module where nothing in it is quantized; else its kind where no linear of that is;
+    else the linear."""
     parent = name.rsplit(".", 1)[0]
     inside_experts = re.sub(r"\.experts\.\d+$", "", parent)
     experts = re.sub(r"\.\d+$", "", parent)  # engines ask for a layer's experts as one module
-    return next(
-        (
-            entry
-            for entry in (inside_experts, experts, parent)
-            if not any(other.startswith(f"{entry}.") for other in kept)
-        ),
-        name,
-    )
+    whole = (entry for entry in (inside_experts, experts, parent) if not _inside(entry, kept))
+    kind = name.rsplit(".", 1)[1]  # such as kv_b_proj, in every layer
+    return next(whole, name if any(kind in other for other in kept) else kind)
+
+
+def _inside(module: str, kept: Iterable[str]) -> bool:
+    return any(other.startswith(f"{module}.") for other in kept)
 
 
 def _layer(name: str) -> str:

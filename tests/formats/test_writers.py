@@ -233,12 +233,13 @@ def test_an_unknown_method_is_refused_by_name(tmp_path: Path) -> None:
 
 def modules() -> dict[str, list[str]]:
     """Linears of a small R1 by kind; layer 1 and layers 10 to 12 are there because their names begin alike."""
-    attention = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    attention = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
     parts = ("gate_proj", "up_proj", "down_proj")
-    found: dict[str, list[str]] = {"attention": [], "dense": [], "shared": [], "routed": [], "mtp": []}
+    found: dict[str, list[str]] = {"attention": [], "kv_b": [], "dense": [], "shared": [], "routed": [], "mtp": []}
     for layer in range(14):
         prefix = f"model.layers.{layer}"
         names = {"attention": [f"{prefix}.self_attn.{part}" for part in attention]}
+        names["kv_b"] = [f"{prefix}.self_attn.kv_b_proj"]
         if layer < 2:
             names["dense"] = [f"{prefix}.mlp.{part}" for part in parts]
         else:
@@ -251,7 +252,12 @@ def modules() -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(
     "quantized",
-    [("routed",), ("attention", "dense", "shared", "routed"), ("attention", "dense", "shared", "routed", "mtp")],
+    [
+        ("routed",),
+        ("attention", "dense", "shared", "routed"),
+        ("attention", "dense", "shared", "routed", "mtp"),
+        ("attention", "kv_b", "dense", "shared", "routed"),
+    ],
 )
 def test_every_engine_skips_exactly_what_is_not_quantized(quantized: tuple[str, ...]) -> None:
     linears = {name: kind in quantized for kind, names in modules().items() for name in names}
