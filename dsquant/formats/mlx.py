@@ -138,7 +138,9 @@ class Mlx(SafetensorsFormat):
     def serve_command(self, location: Path | str) -> str:
         return f"mlx_lm.server --model {location}"
 
-    def engine_notes(self, widths: Collection[Width], mixture: bool, to_choose: bool) -> list[str]:
+    def engine_notes(
+        self, widths: Collection[Width], mixture: bool, to_choose: bool, symmetric: bool = True
+    ) -> list[str]:
         return ["the format mlx has been read by mlx-lm 0.32.2 on a CPU, not on an Apple GPU"]
 
     def default_symmetric(self, mixture: bool) -> bool | None:
@@ -200,7 +202,7 @@ class Mlx(SafetensorsFormat):
         return QuantizedWeight(codes_OI, scales_OG, torch.full(scales_OG.shape, grid.middle, dtype=torch.uint8), grid)
 
     def quantization_config(
-        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE
+        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE, mtp_layer: str = ""
     ) -> dict[str, Any]:
         """Returns mlx-lm's config; a module whose bits were chosen has them under its name."""
         stacks = (((self.stack_of(linear) or (linear, 0))[0], bits) for linear, bits in widths.items())

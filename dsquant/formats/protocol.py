@@ -244,9 +244,11 @@ class Format(ABC):
         """Returns ggml's type of most tensors of an output; None where codes are not of ggml's types."""
         return None
 
-    def engine_notes(self, widths: Collection[Width], mixture: bool, to_choose: bool) -> list[str]:
+    def engine_notes(
+        self, widths: Collection[Width], mixture: bool, to_choose: bool, symmetric: bool = True
+    ) -> list[str]:
         """Returns what current engines do not read of an output with linears of these widths, as sentences without a
-        full stop; `to_choose` where a target chooses among the widths."""
+        full stop; `to_choose` where a target chooses among the widths, `symmetric` without zero points."""
         return []
 
     def mixed_notes(self, widths: Collection[Width], mixture: bool) -> list[str]:

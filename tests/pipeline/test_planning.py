@@ -1,15 +1,41 @@
 """What a job plans to write, from headers alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from checkpoints import LLAMA, add_tokenizer, make_dense
 
 from dsquant.formats.safetensors_target import only_checkpoint
-from dsquant.pipeline.inputs import open_model
+from dsquant.pipeline.inputs import open_model, open_source, resolved
+from dsquant.pipeline.notices import planned_warnings
 from dsquant.pipeline.planning import plan_run
 from dsquant.recipes import Recipe
 
 GRID = {"bits": 4, "group_size": 32}
+
+
+def test_compressed_tensors_is_symmetric_unless_zero_points_are_asked_for_and_then_engines_are_named(
+    tmp_path: Path,
+) -> None:
+    model = add_tokenizer(make_dense(tmp_path / "model", LLAMA))
+    recipe = Recipe.checked(
+        model=model, output="out", to="compressed-tensors", device="cpu", calibration="code", **GRID
+    )
+    source = open_source(resolved(recipe))
+    assert source.plan.targets[0].grid.symmetric
+    assert not [note for note in planned_warnings(resolved(recipe), source) if "zero points" in note]
+    asymmetric = resolved(recipe.model_copy(update={"symmetric": False, "bits": 8}))
+    notes = planned_warnings(asymmetric, open_source(asymmetric))
+    assert any("zero points" in note and "leave --asymmetric out" in note for note in notes)
+
+
+def test_what_engines_read_and_a_release_leaves_out_is_written(nano_r1: Path) -> None:
+    recipe = Recipe.checked(model=nano_r1, output="out", device="cpu", **GRID)
+    checkpoint, skeleton = open_model(str(nano_r1))
+    config = {key: value for key, value in checkpoint.config.items() if key != "topk_method"}
+    target = only_checkpoint(plan_run(recipe, replace(checkpoint, config=config), skeleton).targets)
+    assert (target.config["topk_method"], target.config["scoring_func"]) == ("noaux_tc", "sigmoid")
 
 
 @pytest.mark.parametrize("preset", ["compact", "best"])

@@ -256,6 +256,20 @@ def test_lists_name_a_layers_experts_as_engines_ask_for_them() -> None:
     assert "model.layers.3.mlp.experts" in skipped_modules(linears)
     targets = targets_by_width(dict.fromkeys(experts, 4) | dict.fromkeys(shared, 8))
     assert targets == {
-        4: [r"re:.*layers\.(3|13)\.mlp\.experts\.\d+\.up_proj$"],
+        4: [r"re:.*layers\.(3|13)\.mlp\.experts\.\d+\.up_proj$", "Linear"],
         8: [r"re:.*layers\.(3|13)\.mlp\.shared_experts\.up_proj$"],
     }
+
+
+def test_engines_find_a_fused_layer_by_its_own_name_before_the_class_linear() -> None:
+    of_four = {f"model.layers.{n}.mlp.experts.{e}.gate_proj": 4 for n in (3, 4) for e in range(8)}
+    fused = {"self_attn.fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa")}
+    fused |= {"mlp.shared_experts.gate_up_proj": ("gate_proj", "up_proj")}
+    parts = [f"{module.rpartition('.')[0]}.{part}" for module, found in fused.items() for part in found]
+    widths = of_four | {f"model.layers.{n}.{part}": bits for n, bits in ((3, 4), (4, 8)) for part in parts}
+    targets = targets_by_width(widths)
+    assert [bits for bits, found in targets.items() if "Linear" in found] == [4]
+    names = widths | {f"model.layers.{n}.{module}": bits for n, bits in ((3, 4), (4, 8)) for module in fused}
+    for name, bits in names.items():
+        found = {width for width, of in targets.items() for one in of if one != "Linear" and re.match(one[3:], name)}
+        assert found == {bits}, name
