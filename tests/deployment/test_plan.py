@@ -134,7 +134,7 @@ def test_r1s_outputs_have_the_sizes_that_were_published_for_them(r1: Callable[..
     sizes = {(size.name, size.mtp): size for size in r1().sizes}
     assert sizes["gguf:Q4_K_M", "drop"].num_bytes / 1e9 == pytest.approx(404.5, rel=0.001)
     for name in BITS:
-        assert sizes[f"{name} compact", "drop"].num_bytes / GIB == pytest.approx(325, rel=0.01)
+        assert sizes[f"{name} compact", "drop"].num_bytes / GIB == pytest.approx(326, rel=0.01)  # kv_b_proj in BF16
         assert sizes[f"{name} quality", "drop"].num_bytes / GIB == pytest.approx(346, rel=0.01)
     mtp = sizes["awq quality", "keep"].num_bytes - sizes["awq quality", "drop"].num_bytes
     assert mtp == pytest.approx(2 * 13_463_426_304, rel=0.001)  # BF16, with the copies of embedding and head
@@ -203,7 +203,7 @@ def the(found: Forecast) -> MachineForecast:
 def test_r1_at_four_bits_does_not_fit_four_small_cards_and_the_plan_says_why(r1: Callable[..., Forecast]) -> None:
     found = r1(gpu="4x24GiB", ram="64GiB", disk_read="7GB/s", gpu_price=0.4)
     words = " ".join(the(found).statements)
-    assert "325 to 346 GiB" in words and "4x24 GiB" in words and "in RAM or on disk" in words
+    assert "326 to 346 GiB" in words and "4x24 GiB" in words and "in RAM or on disk" in words
     assert "factor of 1.1, not 3" in words
     assert on(found, "awq compact").placement.kind == "none"
     offloaded = on(found, "gguf:Q4_K_M")
