@@ -46,7 +46,7 @@ def mixed(uneven: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactor
     output = tmp_path_factory.mktemp("mixed") / "out"
     dsquant.awq(
         uneven, output=output, to="compressed-tensors", target_bits=5.5, calibration=(str(text_file),),
-        **COMPACT,
+        kv_b="quantize", **COMPACT,
     )  # fmt: skip
     return output
 
