@@ -54,7 +54,7 @@ def quantizers(type_name: str, place: str) -> Iterator[tuple[str, Quantizer]]:
         if type_name in k_quants.ROW_BLOCKS:
             from dsquant.formats.gguf.store import stored_rows
 
-            yield "dsquant Triton", lambda rows, weights: stored_rows(rows.cuda(), type_name, weights)
+            yield "dsquant Triton", lambda rows, weights: stored_rows(rows.cuda(), type_name, weights).cpu()
         return
     if place == "GPU" and type_name in k_quants.ROW_BLOCKS:
         from dsquant.kernels import k_quants_triton

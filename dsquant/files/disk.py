@@ -10,6 +10,8 @@ from pathlib import Path
 
 # Ending of a file that is being written; it is renamed when it is whole.
 PARTIAL = ".partial"
+# So many bytes are written before the disk is told to begin with them.
+BEGIN_AT = 64 * 2**20
 # Errors of a disk or quota that is full, and of a file that may grow no further (ulimit -f).
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -102,3 +104,30 @@ def begin_writing(descriptor: int, start: int, count: int) -> None:
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)
+
+
+def joined(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Returns extents, each its first place and the one after its last, in order, those that touch put together."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(extents):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return found
+
+
+class EarlyWriteback:
+    """Keeps the disk busy while a file is written, not only at its end."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._waiting: list[tuple[int, int]] = []
+
+    def add(self, start: int, count: int) -> None:
+        """Takes note that bytes of the file are written."""
+        self._waiting.append((start, start + count))
+        if sum(stop - begin for begin, stop in self._waiting) >= BEGIN_AT:
+            for begin, stop in joined(self._waiting):
+                begin_writing(self._descriptor, begin, stop - begin)
+            self._waiting.clear()

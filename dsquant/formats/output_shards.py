@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 
-from dsquant.files.disk import PARTIAL, begin_writing, naming, sync_folder, write_at, write_atomically
+from dsquant.files.disk import PARTIAL, EarlyWriteback, naming, sync_folder, write_at, write_atomically
+from dsquant.files.hashing import OrderedHash
 from dsquant.source.shards import DTYPE_NAMES, INDEX_FILE, tensor_bytes
 
 # The data begin at a multiple of this, as the safetensors library has it.
 ALIGNMENT = 8
-# So many bytes are written before the disk is told to begin with them.
-BEGIN_AT = 64 * 2**20
 BYTES_AT_ONCE = 2**22
 
 
@@ -122,51 +121,51 @@ class ShardFile:
         """Creates the file under its temporary name, or joins the process that has created it; `begins` is that
         process, which also renames the file when it is whole, or removes it when it is given up."""
         self.plan = plan
-        self._path = folder / plan.file_name
+        self.path = folder / plan.file_name
+        """Its name once it is whole."""
         self._partial = folder / (plan.file_name + PARTIAL)
         self._begins = begins
         header = plan.header
         if begins:
             self._partial.unlink(missing_ok=True)  # a process of an earlier run may still have that one open
-            with naming(self._path):
+            with naming(self.path):
                 self._partial.write_bytes(header)
         self._file = self._partial.open("r+b", buffering=0)
-        self._waiting: list[tuple[int, int]] = []
+        self._early = EarlyWriteback(self._file.fileno())
         self._tensors = {tensor.name: tensor for tensor in plan.tensors}
         self._offsets: dict[str, int] = {}
         offset = len(header)
         for tensor in plan.tensors:
             self._offsets[tensor.name] = offset
             offset += tensor.num_bytes
-        self._bytes_written = dict.fromkeys(self._tensors, 0)
-        self._bytes_hashed = dict.fromkeys(self._tensors, 0)
-        self._digests = {name: hashlib.sha256() for name in self._tensors}
+        self._hashes = {name: OrderedHash() for name in self._tensors}
 
     def write_rows(self, name: str, start_row: int, rows: torch.Tensor, place: int | None = None) -> None:
         """Writes rows of a tensor in the planned dtype, from `start_row` on: of a stack, those of the tensor at
         `place`."""
+        rows = rows.detach().cpu()
+        self.store_rows(name, start_row, place, rows)
+        self.hash_rows(name, start_row, place, rows)
+
+    def store_rows(self, name: str, start_row: int, place: int | None, rows: torch.Tensor) -> None:
+        """Writes rows as `write_rows`, but for their hash, which `hash_rows` makes, meanwhile in another thread."""
+        start, raw = self._part(name, start_row, place, rows)
+        with naming(self.path):
+            write_at(self._file.fileno(), raw, self._offsets[name] + start)
+        self._early.add(self._offsets[name] + start, len(raw))
+
+    def hash_rows(self, name: str, start_row: int, place: int | None, rows: torch.Tensor) -> None:
+        """Hashes rows; of a tensor whose rows come out of order, the whole is read back when the file is whole."""
+        self._hashes[name].add(*self._part(name, start_row, place, rows))
+
+    def _part(self, name: str, start_row: int, place: int | None, rows: torch.Tensor) -> tuple[int, memoryview]:
+        """Where in the tensor's bytes the rows begin, and the rows' bytes."""
         planned = self._tensors[name]
         shape = planned.shape if place is None else planned.shape[1:]
         assert DTYPE_NAMES[rows.dtype] == planned.dtype, (name, rows.dtype, planned.dtype)
         assert tuple(rows.shape[1:]) == shape[1:], (name, tuple(rows.shape), planned.shape)
-        raw = memoryview(rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        before = (place or 0) * tensor_bytes(planned.dtype, shape) + start_row * tensor_bytes(planned.dtype, shape[1:])
-        start = self._offsets[name] + before
-        with naming(self._path):
-            write_at(self._file.fileno(), raw, start)
-        self._let_the_disk_begin(start, len(raw))
-        self._bytes_written[name] += len(raw)
-        if before == self._bytes_hashed[name]:  # what comes out of order is read back when the file is whole
-            self._digests[name].update(raw)
-            self._bytes_hashed[name] += len(raw)
-
-    def _let_the_disk_begin(self, start: int, count: int) -> None:
-        """Keeps the disk busy all the time, not only at the end."""
-        self._waiting.append((start, start + count))
-        if sum(end - begin for begin, end in self._waiting) >= BEGIN_AT:
-            first, last = min(begin for begin, _ in self._waiting), max(end for _, end in self._waiting)
-            begin_writing(self._file.fileno(), first, last - first)
-            self._waiting.clear()
+        start = (place or 0) * tensor_bytes(planned.dtype, shape) + start_row * tensor_bytes(planned.dtype, shape[1:])
+        return start, memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def commit(self) -> dict[str, str]:
         """Brings the whole file to disk and gives it its name; returns tensor -> SHA-256, hexadecimal."""
@@ -174,24 +173,24 @@ class ShardFile:
 
     def sync(self) -> Written:
         """Brings the rows that this process has written to disk."""
-        with naming(self._path):
+        with naming(self.path):
             os.fsync(self._file.fileno())
         self._file.close()
         return {
-            name: self._digests[name].hexdigest() if self._bytes_hashed[name] == tensor.num_bytes else count
+            name: self._hashes[name].of(tensor.num_bytes) or count
             for name, tensor in self._tensors.items()
-            if (count := self._bytes_written[name]) or not tensor.num_bytes
+            if (count := self._hashes[name].num_bytes) or not tensor.num_bytes
         }
 
     def publish(self, *written: Written) -> dict[str, str]:
         """Gives the file its name once every process has called `sync`, which returned `written`; returns tensor ->
         SHA-256."""
-        assert self._begins, f"{self._path}: another process gives it its name"
+        assert self._begins, f"{self.path}: another process gives it its name"
         hashes = {}
         for name, tensor in self._tensors.items():
             hashes[name] = self._hash(tensor, [part[name] for part in written if name in part])
-        self._partial.replace(self._path)
-        sync_folder(self._path.parent)
+        self._partial.replace(self.path)
+        sync_folder(self.path.parent)
         return hashes
 
     def _hash(self, tensor: StoredTensor, parts: Sequence[str | int]) -> str:
@@ -199,7 +198,7 @@ class ShardFile:
             return parts[0]
         count = sum(part for part in parts if isinstance(part, int))
         assert count == tensor.num_bytes, (
-            f"{self._path}: {count} of {tensor.num_bytes} bytes of {tensor.name} are written"
+            f"{self.path}: {count} of {tensor.num_bytes} bytes of {tensor.name} are written"
         )
         digest = hashlib.sha256()
         with self._partial.open("rb") as file:

@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from dsquant.files.hashing import FileHashes
 from dsquant.formats.wanted import NO_CHOICE, Choice, Choosable, Wanted, Width
-from dsquant.formats.write_behind import WriteBehind
+from dsquant.formats.write_behind import Sink, WriteBehind
 from dsquant.jobs.ranks import ALONE, Ranks
 from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.checkpoint import Checkpoint
@@ -47,6 +48,32 @@ class Surroundings:
     ranks: Ranks = ALONE
     write_behind: WriteBehind | None = None
     """Writes what comes from a GPU."""
+    hashes: FileHashes | None = None
+    """Hashes the output's files while they are written."""
+
+    def hand_over(self, tensors: tuple[torch.Tensor, ...], *sinks: Sink) -> None:
+        """Gives tensors, which nobody changes any more, to every sink in host memory: each sink has a thread, or all
+        are done when this returns."""
+        if self.write_behind is not None:
+            self.write_behind.write(tensors, *sinks)
+            return
+        for sink in sinks:
+            sink(*tensors)
+
+    def written(self, path: Path, start: int, stop: int, name: str = "") -> None:
+        """Tells that bytes start..stop-1 of a file are written; `name` is its last name, where that is another."""
+        if self.hashes is not None:
+            self.hashes.written(path, name or path.name, start, stop)
+
+    def wait(self) -> None:
+        """Returns when all that was handed over is done; raises the first error."""
+        if self.write_behind is not None:
+            self.write_behind.wait()
+
+    def drop(self) -> None:
+        """Gives up what was handed over and is not done."""
+        if self.write_behind is not None:
+            self.write_behind.drop()
 
 
 class UnitWriter(ABC):

@@ -46,11 +46,9 @@ class ShardWriter(UnitWriter):
 
     def _write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
         stored, place = self._target.place_of.get(name, (name, None))
-        shard, behind = self._shard_of[stored], self._surroundings.write_behind
-        if behind is not None:  # all of a shard in one thread
-            behind.write(rows, partial(shard.write_rows, stored, start, place=place))
-        else:
-            shard.write_rows(stored, start, rows, place)
+        shard = self._shard_of[stored]
+        store, hashed = (partial(sink, stored, start, place) for sink in (shard.store_rows, shard.hash_rows))
+        self._surroundings.hand_over((rows.detach(),), store, hashed)
         self.bytes_written += rows.nbytes
 
     def copy_rest(self, safe_point: Callable[[str], None]) -> None:
@@ -65,20 +63,21 @@ class ShardWriter(UnitWriter):
                 self._write_rows(name, start, rows.to(dtype))
 
     def commit(self) -> dict[str, str]:
-        if self._surroundings.write_behind is not None:
-            self._surroundings.write_behind.wait()
+        self._surroundings.wait()
         ranks = self._surroundings.ranks
         written = ranks.gather([shard.sync() for shard in self._shards])
 
         def publish() -> dict[str, str]:
             parts = zip(self._shards, *written, strict=True)
-            return {name: found for shard, *own in parts for name, found in shard.publish(*own).items()}
+            hashes = {name: found for shard, *own in parts for name, found in shard.publish(*own).items()}
+            for shard in self._shards:
+                self._surroundings.written(shard.path, 0, shard.plan.num_bytes)
+            return hashes
 
         return ranks.once(publish)
 
     def discard(self) -> None:
-        if self._surroundings.write_behind is not None:
-            self._surroundings.write_behind.drop()
+        self._surroundings.drop()
         for shard in self._shards:
             shard.discard()
 

@@ -1,57 +1,81 @@
-"""Writes in the background, so that hashing and the disk do not hold up the GPU."""
+"""Hands tensors to several threads at once, so that copying, hashing and the disk do not hold up one another, or the
+GPU."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
-# What waits to be written keeps its GPU memory until then: three experts of R1 at 4 bits.
+# What waits to be written keeps its memory until then: three experts of R1 at 4 bits.
 MOST_WAITING_BYTES = 64 * 2**20
+
+Sink = Callable[..., None]
 
 
 class WriteBehind:
-    """One thread that does its work in order; the first error is raised by the next call."""
+    """Threads that each do their work in order; the first error is raised by the next call.
+
+    One brings values to host memory; each place among the sinks of a call has a thread of its own.
+    """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="dsquant-write")
-        self._waiting: list[tuple[Future[None], int]] = []
+        self._copying = ThreadPoolExecutor(1, thread_name_prefix="dsquant-copy")
+        self._sinks: list[ThreadPoolExecutor] = []
+        self._waiting: list[tuple[list[Future[None]], int]] = []
         self._stream: torch.cuda.Stream | None = None
 
-    def write(self, tensor: torch.Tensor, sink: Callable[[torch.Tensor], None]) -> None:
-        """Hands a tensor's values, which nobody changes any more, to `sink` in the thread, in host memory."""
-        ready = torch.cuda.Event() if tensor.is_cuda else None
-        if ready is not None:
+    def write(self, tensors: tuple[torch.Tensor, ...], *sinks: Sink) -> None:
+        """Hands the values of tensors, which nobody changes any more, to every sink, in host memory."""
+        events = [torch.cuda.Event() for _ in range(any(tensor.is_cuda for tensor in tensors))]
+        for ready in events:
             ready.record()
-        self._waiting.append((self._pool.submit(self._write, tensor, ready, sink), tensor.nbytes))
+        while len(self._sinks) < len(sinks):
+            self._sinks.append(ThreadPoolExecutor(1, thread_name_prefix=f"dsquant-write-{len(self._sinks)}"))
+        on_host = self._copying.submit(self._on_host, tensors, *events)
+        work = [pool.submit(_give, on_host, sink) for pool, sink in zip(self._sinks, sinks, strict=False)]
+        self._waiting.append((work, sum(tensor.nbytes for tensor in tensors)))
         while len(self._waiting) > 1 and sum(size for _, size in self._waiting) > MOST_WAITING_BYTES:
-            self._waiting.pop(0)[0].result()
+            self._finish_first()
 
-    def _write(
-        self, tensor: torch.Tensor, ready: torch.cuda.Event | None, sink: Callable[[torch.Tensor], None]
-    ) -> None:
-        sink(tensor if ready is None else self._on_host(tensor, ready))
-
-    def _on_host(self, tensor: torch.Tensor, ready: torch.cuda.Event) -> torch.Tensor:
+    def _on_host(self, tensors: tuple[torch.Tensor, ...], *ready: torch.cuda.Event) -> tuple[torch.Tensor, ...]:
+        if not ready:
+            return tensors
         if self._stream is None:
             self._stream = torch.cuda.Stream()
         with torch.cuda.stream(self._stream):  # beside the computation, not behind it
-            self._stream.wait_event(ready)
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            host.copy_(tensor, non_blocking=True)
+            self._stream.wait_event(ready[0])
+            copies = tuple(_copy(tensor) for tensor in tensors)
             self._stream.synchronize()
-        return host
+        return copies
+
+    def _finish_first(self) -> None:
+        for future in self._waiting.pop(0)[0]:
+            future.result()
 
     def wait(self) -> None:
         while self._waiting:
-            self._waiting.pop(0)[0].result()
+            self._finish_first()
 
     def drop(self) -> None:
         """Gives up what is not written yet; returns when nothing is being written any more."""
-        for waiting, _ in self._waiting:
-            waiting.cancel()
-        wait([waiting for waiting, _ in self._waiting if not waiting.cancelled()])
+        futures = [future for work, _ in self._waiting for future in work]
+        for future in futures:
+            future.cancel()
+        wait([future for future in futures if not future.cancelled()])
         self._waiting.clear()
 
     def close(self) -> None:
         self.drop()
-        self._pool.shutdown()
+        for pool in (self._copying, *self._sinks):
+            pool.shutdown()
+
+
+def _give(on_host: "Future[tuple[torch.Tensor, ...]]", sink: Sink) -> None:
+    sink(*on_host.result())
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Begins to copy a tensor to page-locked memory; one that is there stays."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

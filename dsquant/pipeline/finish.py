@@ -30,7 +30,9 @@ def finish(run: Run, more: Mapping[str, Any] | None = None, notes: Sequence[str]
         if CARD_FILE in target.file_names():
             write_atomically(run.job.output / target.folder / CARD_FILE, model_card(record, target.name).encode())
     names = output_files(source)
-    record = write_record(run.job.output, record, names, run_tensors(run), _hashing(names, run.safe_point))
+    hashed = {str(path.relative_to(run.job.output)): entry for path, entry in run.hashes.whole().items()}
+    after_file = _hashing(names, run.safe_point)
+    record = write_record(run.job.output, record, names, run_tensors(run), after_file, hashed)
     run.tell("hash", len(names), len(names), "")
     return record
 

@@ -110,7 +110,8 @@ def _check_same_facts(recipe: Recipe, job: Job, facts: Mapping[str, Any]) -> Non
 def _opened(run: Run, state: str) -> Iterator[None]:
     """Opens the outputs for as long as units are made and finished."""
     behind = WriteBehind() if run.recipe.device == "cuda" else None
-    surroundings = Surroundings(run.source.checkpoint, run.job.output, run.job.work, run.ranks, behind)
+    hashes = run.hashes if run.ranks.first else None
+    surroundings = Surroundings(run.source.checkpoint, run.job.output, run.job.work, run.ranks, behind, hashes)
     resumed = state == "resume" and bool(run.job.journal.units)
     opened: list[OpenTarget] = []
     try:
@@ -121,6 +122,7 @@ def _opened(run: Run, state: str) -> Iterator[None]:
     finally:
         if behind is not None:
             behind.close()
+        run.hashes.close()
         for output in opened:
             output.close()
 

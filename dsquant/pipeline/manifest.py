@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,19 +44,26 @@ def tensor_hashes(journal: Mapping[str, Mapping[str, Any]], folder: PurePosixPat
 
 
 def write_record(
-    output: Path, record: dict[str, Any], names: Iterable[str], tensors: Contents, after_file: Callable[[str], None]
+    output: Path,
+    record: dict[str, Any],
+    names: Iterable[str],
+    tensors: Contents,
+    after_file: Callable[[str], None],
+    hashed: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Hashes every file of an output and writes its record, the last file of all, which it returns.
 
     Each folder inside gets a record of its own content: it stays whole when it is moved alone. `record` is everything
     but the files, `names` are paths in the output folder (those that are not there are left out), `tensors` the content
-    of the files that hold tensors; `after_file` gets each hashed file's name and may raise to stop.
+    of the files that hold tensors; `hashed` is path -> bytes and sha256 of those that are hashed already, `after_file`
+    gets the name of each other and may raise to stop.
     """
     folders = {PurePosixPath(entry["folder"]) for entry in record["outputs"].values()}
     folders = {folder.parent if folder.suffix == ".gguf" else folder for folder in folders} - {PurePosixPath(".")}
     records = {str(folder / RECORD_FILE) for folder in (*folders, PurePosixPath("."))}
     there = [name for name in names if name not in records and (output / name).is_file()]
-    files = hash_files(output, there, after_file)
+    found = {**hashed, **hash_files(output, [name for name in there if name not in hashed], after_file)}
+    files = {name: {**found[name]} for name in there}
     for name, entry in tensors.items():
         files[name] |= entry
     for folder in sorted(folders):

@@ -1,12 +1,13 @@
 """A running job, as every stage sees it: its recipe, source and folder, where hidden states lie, and whom it tells."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dsquant.files.hashing import FileHashes
 from dsquant.formats.protocol import OpenTarget
 from dsquant.jobs.folder import Job
 from dsquant.jobs.ranks import ALONE, Ranks, Shares
@@ -32,6 +33,8 @@ class Run:
     """Of each of the plan's targets, open once every tensor has its width."""
     ranks: Ranks = ALONE
     """Who does the job."""
+    hashes: FileHashes = field(default_factory=FileHashes)
+    """Of the output's files, made while these are written."""
     bytes_written: int = 0
     tokens_done: int = 0
 

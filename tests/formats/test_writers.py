@@ -316,7 +316,7 @@ def test_threads_write_tensors_of_one_shard_at_the_same_time(tmp_path: Path) -> 
 def test_what_is_written_behind_arrives_in_order_in_one_thread() -> None:
     behind, seen = WriteBehind(), list[tuple[int, str]]()
     for number in range(50):
-        behind.write(torch.tensor(number), lambda tensor: seen.append((int(tensor), current_thread().name)))
+        behind.write((torch.tensor(number),), lambda tensor: seen.append((int(tensor), current_thread().name)))
     behind.wait()
     behind.close()
     assert [number for number, _ in seen] == list(range(50))
@@ -328,7 +328,7 @@ def test_an_error_behind_comes_out_at_the_next_wait() -> None:
         raise OSError("no space left")
 
     behind = WriteBehind()
-    behind.write(torch.tensor(0), fail)
+    behind.write((torch.tensor(0),), fail)
     with pytest.raises(OSError, match="no space left"):
         behind.wait()
     behind.close()

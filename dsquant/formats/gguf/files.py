@@ -10,7 +10,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
-from dsquant.files.disk import PARTIAL, naming, sync_folder, write_at
+from dsquant.files.disk import PARTIAL, EarlyWriteback, naming, sync_folder, write_at
+from dsquant.files.hashing import OrderedHash
 from dsquant.formats.gguf.types import row_bytes
-from dsquant.jobs.ranks import ALONE, Ranks
+from dsquant.formats.protocol import Surroundings
 
 ALIGNMENT = 32
 BYTES_AT_ONCE = 2**22
@@ -106,19 +107,21 @@ class OpenGgufFiles:
     its hash is made meanwhile, else from the file.
     """
 
-    def __init__(self, folder: Path, files: Sequence[GgufFile], resume: bool, ranks: Ranks = ALONE) -> None:
+    def __init__(self, folder: Path, files: Sequence[GgufFile], resume: bool, surroundings: Surroundings) -> None:
         """Creates the files at their full size, or with `resume` opens those of an interrupted job; all ranks open
         them.
 
         Raises InputError where an interrupted job's file is missing or not the planned one.
         """
-        self._folder, self._files, self._ranks = folder, files, ranks
+        self._folder, self._files, self._surroundings = folder, files, surroundings
+        ranks = surroundings.ranks
         if not resume:
             ranks.once(self._make)
         self._opened = ranks.together(lambda: {file.file_name: self._open(file) for file in files})
         self._place = {name: (file, offset) for file in files for name, offset in file.offsets.items()}
         self._tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
-        self._written: dict[str, _Written] = {}
+        self._early = {name: EarlyWriteback(stream.fileno()) for name, stream in self._opened.items()}
+        self._hashes: dict[str, OrderedHash] = {}
 
     def _make(self) -> None:
         self._folder.mkdir(exist_ok=True)
@@ -128,6 +131,7 @@ class OpenGgufFiles:
             with naming(path), path.open("xb", buffering=0) as stream:
                 write_at(stream.fileno(), memoryview(file.header), 0)
                 stream.truncate(file.num_bytes)
+            self._surroundings.written(path, 0, len(file.header), file.file_name)
 
     def _open(self, file: GgufFile) -> FileIO:
         path = self._folder / (file.file_name + PARTIAL)
@@ -141,13 +145,29 @@ class OpenGgufFiles:
             raise InputError(f"{path} was planned otherwise by the interrupted job; start over with --restart")
         return stream
 
-    def write(self, name: str, start: int, stored: torch.Tensor) -> None:
-        """Writes bytes of a tensor, uint8 of any shape, from byte `start` of the tensor on; each byte once."""
+    def store(self, name: str, start: int, stored: torch.Tensor) -> None:
+        """Writes bytes of a tensor, uint8 of any shape, from byte `start` of the tensor on; each byte once.
+
+        Their hash is made by `hash`, meanwhile in another thread.
+        """
         file, offset = self._place[name]
-        raw = memoryview(stored.contiguous().view(-1).numpy().data)
+        raw = _bytes(stored)
         with naming(self._folder / file.file_name):
             write_at(self._opened[file.file_name].fileno(), raw, offset + start)
-        self._written.setdefault(name, _Written()).add(start, raw)
+        self._early[file.file_name].add(offset + start, len(raw))
+        if self._surroundings.ranks.size == 1:
+            self._tell_written(name, start, start + len(raw))
+
+    def hash(self, name: str, start: int, stored: torch.Tensor) -> None:
+        """Takes the same bytes into the tensor's hash."""
+        self._hashes.setdefault(name, OrderedHash()).add(start, _bytes(stored))
+
+    def _tell_written(self, name: str, start: int, stop: int) -> None:
+        """Tells of bytes of a tensor, and of the padding behind its last."""
+        file, offset = self._place[name]
+        path, size = self._folder / (file.file_name + PARTIAL), self._tensors[name].num_bytes
+        stop = stop if stop < size else _padded(size)
+        self._surroundings.written(path, offset + start, offset + stop, file.file_name)
 
     def commit(self, names: Sequence[str]) -> dict[str, str]:
         """Brings tensors that all ranks together have written to disk; returns tensor -> SHA-256, hexadecimal, on every
@@ -155,14 +175,17 @@ class OpenGgufFiles:
         for file_name in {self._place[name][0].file_name for name in names}:
             with naming(self._folder / file_name):
                 os.fsync(self._opened[file_name].fileno())
-        own = {name: self._written.pop(name, _Written()).counted(self._tensors[name].num_bytes) for name in names}
-        found = self._ranks.gather(own)
-        for name in names:
-            written, wanted = sum(part[name][0] for part in found), self._tensors[name].num_bytes
+        ranks, sizes = self._surroundings.ranks, {name: self._tensors[name].num_bytes for name in names}
+        made = {name: self._hashes.pop(name, OrderedHash()) for name in names}
+        found = ranks.gather({name: (one.num_bytes, one.of(sizes[name])) for name, one in made.items()})
+        for name, wanted in sizes.items():
+            written = sum(part[name][0] for part in found)
             assert written == wanted, f"{name}: {written} of {wanted} bytes"
+            if ranks.size > 1:
+                self._tell_written(name, 0, wanted)
         whole = {name: digest for part in found for name, (_, digest) in part.items() if digest}
         shared = [name for name in names if name not in whole]
-        return whole | dict(zip(shared, self._ranks.spread(self._hash, shared), strict=True))
+        return whole | dict(zip(shared, ranks.spread(self._hash, shared), strict=True))
 
     def _hash(self, name: str) -> str:
         """Hashes a tensor that several ranks have written."""
@@ -188,20 +211,5 @@ class OpenGgufFiles:
         sync_folder(self._folder)
 
 
-@dataclass
-class _Written:
-    """The bytes of a tensor that this rank has written."""
-
-    num_bytes: int = 0
-    _hashed: int = 0
-    _digest: Any = field(default_factory=hashlib.sha256)
-
-    def add(self, start: int, raw: memoryview) -> None:
-        if start == self._hashed == self.num_bytes:
-            self._digest.update(raw)
-            self._hashed += len(raw)
-        self.num_bytes += len(raw)
-
-    def counted(self, wanted: int) -> tuple[int, str]:
-        """Returns their number, and their hash where they are the whole tensor, written in order."""
-        return self.num_bytes, self._digest.hexdigest() if self._hashed == wanted else ""
+def _bytes(stored: torch.Tensor) -> memoryview:
+    return memoryview(stored.contiguous().view(-1).numpy().data)

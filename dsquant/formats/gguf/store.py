@@ -41,19 +41,18 @@ def is_available(type_name: str) -> bool:
 
 
 def stored_rows(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor | None) -> torch.Tensor:
-    """Stores rows of a weight, float32 [R, I], as uint8 [R, bytes of a row] on the CPU; I is a multiple of the type's
-    block.
+    """Stores rows of a weight, float32 [R, I], as uint8 [R, bytes of a row]; I is a multiple of the type's block.
 
     `importance_I`, float32 [I] and positive, weighs each column's squared error; None weighs all alike. Rows on a GPU
-    are quantized there where it has a kernel for the type.
+    are quantized there, and stay there, where it has a kernel for the type.
     """
     if type_name in FLOAT_TYPES:
-        return rows_RI.to(_DTYPES[type_name]).contiguous().view(torch.uint8).cpu()
+        return rows_RI.to(_DTYPES[type_name]).contiguous().view(torch.uint8)
     weights_I = torch.ones(rows_RI.shape[1]) if importance_I is None else importance_I
     if rows_RI.is_cuda and type_name in k_quants.ROW_BLOCKS:
         from dsquant.kernels import k_quants_triton
 
-        return k_quants_triton.quantize(rows_RI, type_name, weights_I).cpu()
+        return k_quants_triton.quantize(rows_RI, type_name, weights_I)
     rows_RI, weights_I = rows_RI.cpu(), weights_I.cpu()
     if ggml.library() is not None:
         return ggml.quantize(rows_RI, type_name, weights_I)
@@ -66,10 +65,10 @@ def stored_rows(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tenso
 
 
 def decoded_rows(stored: torch.Tensor, type_name: str) -> torch.Tensor:
-    """Decodes stored rows, uint8 [R, bytes of a row], to float32 [R, I] with gguf-py."""
+    """Decodes stored rows, uint8 [R, bytes of a row], to float32 [R, I] on the CPU with gguf-py."""
     import numpy as np
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    decoded = dequantize(stored.contiguous().numpy(), GGMLQuantizationType[type_name])
+    decoded = dequantize(stored.cpu().contiguous().numpy(), GGMLQuantizationType[type_name])
     return torch.from_numpy(np.array(decoded, dtype=np.float32))

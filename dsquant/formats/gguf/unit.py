@@ -1,6 +1,8 @@
 """A GGUF output that is being written: its files, filled unit by unit, and the importance matrix next to them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from dsquant.formats.gguf.target import (
     ELEMENTS_AT_ONCE,
     EMBEDDING,
     IMATRIX_FILE,
+    PARAMETERS_AHEAD,
     ROPE_FACTORS,
     GgufModel,
     error_step,
@@ -32,7 +35,7 @@ class OpenGguf(OpenTarget):
 
     def __init__(self, model: GgufModel, folder: Path, surroundings: Surroundings, resumed: bool) -> None:
         self._model, self._surroundings, self._folder = model, surroundings, folder
-        self._files = OpenGgufFiles(folder, model.files, resumed, surroundings.ranks)
+        self._files = OpenGgufFiles(folder, model.files, resumed, surroundings)
 
     def unit(self, name: str, parameters: tuple[str, ...]) -> "GgufUnitWriter":
         return GgufUnitWriter(self._surroundings, self._model, self._files, parameters)
@@ -60,7 +63,7 @@ class GgufUnitWriter(UnitWriter):
         self, surroundings: Surroundings, model: GgufModel, files: OpenGgufFiles, parameters: tuple[str, ...]
     ) -> None:
         super().__init__()
-        self._checkpoint, self._ranks = surroundings.checkpoint, surroundings.ranks
+        self._surroundings, self._checkpoint, self._ranks = surroundings, surroundings.checkpoint, surroundings.ranks
         self._model, self._files, self._parameters = model, files, parameters
         self._observed: dict[str, TensorImportance] = {}
         self._losses: dict[str, tuple[float, float]] = {}
@@ -94,15 +97,27 @@ class GgufUnitWriter(UnitWriter):
             for number, rows_RI in parts:
                 check_range(self._checkpoint, name, tensor.type_name, rows_RI)
                 stored = stored_rows(rows_RI, tensor.type_name, self._importance(tensor.name, placement, number))
-                self._files.write(tensor.name, start, stored)
                 measured = slice(-row % step, None, step)
-                self._measure(name, tensor.type_name, rows_RI[measured].cpu(), stored[measured].cpu())
+                self._surroundings.hand_over(
+                    (stored, stored[measured].contiguous(), rows_RI[measured].contiguous()),
+                    partial(self._store, tensor.name, start),
+                    partial(self._hash, tensor.name, start),
+                    partial(self._measure, name, tensor.type_name),
+                )
                 start += stored.numel()
                 row += len(rows_RI)
                 self.bytes_written += stored.numel()
         self._written.add(name)
 
-    def _measure(self, parameter: str, type_name: str, rows_RI: torch.Tensor, stored: torch.Tensor) -> None:
+    def _store(self, tensor: str, start: int, stored: torch.Tensor, *_: torch.Tensor) -> None:
+        self._files.store(tensor, start, stored)
+
+    def _hash(self, tensor: str, start: int, stored: torch.Tensor, *_: torch.Tensor) -> None:
+        self._files.hash(tensor, start, stored)
+
+    def _measure(
+        self, parameter: str, type_name: str, _: torch.Tensor, stored: torch.Tensor, rows_RI: torch.Tensor
+    ) -> None:
         if not len(rows_RI):
             return
         error, norm = self._losses.get(parameter, (0.0, 0.0))
@@ -155,15 +170,26 @@ class GgufUnitWriter(UnitWriter):
         ranks = self._ranks
         factors = rope_factors(self._model.config) if EMBEDDING in self._parameters else None
         if factors is not None and ranks.first:
-            self._files.write(ROPE_FACTORS, 0, factors.view(torch.uint8))
+            stored = factors.view(torch.uint8)
+            self._surroundings.hand_over(
+                (stored,), partial(self._store, ROPE_FACTORS, 0), partial(self._hash, ROPE_FACTORS, 0)
+            )
         self._share_importances()
         written = set[str]().union(*ranks.gather(self._written))
         rest = sorted((name for name in self._parameters if name not in written), key=self._place)
-        for parameter in rest[ranks.rank :: ranks.size]:
+        own = rest[ranks.rank :: ranks.size]
+        for place, parameter in enumerate(own):
             safe_point(parameter)
+            self._checkpoint.weights.prefetch(self._ahead(own[place + 1 :]))
             self.write(parameter)
+        self._surroundings.wait()
         losses = {name: loss for part in ranks.gather(self._losses) for name, loss in part.items()}
         self._losses = {name: losses[name] for name in self._parameters if name in losses}
+
+    def _ahead(self, parameters: Sequence[str]) -> list[str]:
+        """The next parameters that are not read in parts, as many as are read while another is stored."""
+        sizes = {name: prod(self._checkpoint.weights.shape(name)) for name in parameters[:PARAMETERS_AHEAD]}
+        return [name for name, size in sizes.items() if size <= ELEMENTS_AT_ONCE]
 
     def _share_importances(self) -> None:
         """Gives every rank what all have noted: each matrix is noted by one of them, elsewhere it is zero."""
@@ -185,7 +211,9 @@ class GgufUnitWriter(UnitWriter):
         names = [placement.tensor for name in self._parameters for placement in places_of(self._checkpoint, name)]
         if EMBEDDING in self._parameters and ROPE_FACTORS in self._model.tensors:
             names.append(ROPE_FACTORS)
+        self._surroundings.wait()
         return self._files.commit(list(dict.fromkeys(names)))
 
     def discard(self) -> None:
         """Leaves the files as they are: a unit that is not journaled is written again."""
+        self._surroundings.drop()
