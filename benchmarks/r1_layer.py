@@ -36,11 +36,10 @@ def stage_timers(seconds: dict[str, float]) -> None:
     from dsquant.formats.safetensors_writer import ShardWriter
     from dsquant.model.activations import Activations
     from dsquant.model.gated import GatedWeights
-    from dsquant.pipeline import supervision, units
+    from dsquant.pipeline import units
     from dsquant.quantization import layer, layer_mlps
 
     stages: list[tuple[str, Any, str]] = [
-        ("scan of the source (once for a model)", supervision, "scan_source"),
         ("attention, router, shared statistics", layer, "run_original"),
         ("search of the norm's scales", layer, "search_norm_fold"),
         ("proof of the fold", layer, "emit_dense_part"),
@@ -55,20 +54,6 @@ def stage_timers(seconds: dict[str, float]) -> None:
     ]
     for name, owner, attribute in stages:
         setattr(owner, attribute, timed(getattr(owner, attribute), name, seconds))
-
-
-_SCANNED: dict[str, str] = {}
-
-
-def once(scan: Callable[..., dict[str, str]]) -> Callable[..., dict[str, str]]:
-    """The scan, whose result is kept."""
-
-    def run(*arguments: Any) -> dict[str, str]:
-        if not _SCANNED:
-            _SCANNED.update(scan(*arguments))
-        return dict(_SCANNED)
-
-    return run
 
 
 def timed(function: Callable[..., Any], name: str, seconds: dict[str, float]) -> Callable[..., Any]:
@@ -146,12 +131,8 @@ def run(options: argparse.Namespace, samples: int) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     from dsquant.options import parse_size
     from dsquant.pipeline import job as pipeline
-    from dsquant.pipeline import supervision
     from dsquant.recipes import Recipe
 
-    supervision.scan_source = once(
-        supervision.scan_source
-    )  # the hashes of the source are the same for every number of tokens
     recipe = Recipe.checked(
         model=str(options.folder / "model"),
         output=output,
@@ -175,7 +156,7 @@ def run(options: argparse.Namespace, samples: int) -> dict[str, Any]:
         "layer_s": ended - begun,
         "disk_read_gib": (after[0] - before[0]) / GIB,
         "disk_written_gib": (after[1] - before[1]) / GIB,
-        "scan_s": first["quantize 0"][0] - marks[0][0],
+        "begin_s": first["quantize 0"][0] - marks[0][0],
         "all_s": result.elapsed_s,
         "gpu_gib": result.peak_gpu_bytes / GIB,
         "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -210,7 +191,7 @@ def main() -> None:
     print(f"disk: {read / 1e9:.2f} GB/s read, {written / 1e9:.2f} GB/s written and synced")
     print("matrix products: " + ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in rates.items()))
     found = []
-    print("| tokens | seconds a layer | of these the disk's | GiB read / written | scan | GPU GiB | host GiB |")
+    print("| tokens | seconds a layer | of these the disk's | GiB read / written | begin | GPU GiB | host GiB |")
     print("|---|---|---|---|---|---|---|")
     for samples in options.samples:
         row = run(options, samples)
@@ -218,7 +199,7 @@ def main() -> None:
         row["disk_s"] = (row["disk_read_gib"] / read + row["disk_written_gib"] / written) * GIB
         print(
             f"| {row['tokens']} | {row['layer_s']:.1f} | {row['disk_s']:.1f} | "
-            f"{row['disk_read_gib']:.2f} / {row['disk_written_gib']:.2f} | {row['scan_s']:.1f} | "
+            f"{row['disk_read_gib']:.2f} / {row['disk_written_gib']:.2f} | {row['begin_s']:.1f} | "
             f"{row['gpu_gib']:.2f} | {row['host_gib']:.2f} |"
         )
         for name, seconds in row["stages"].items():

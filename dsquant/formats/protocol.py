@@ -18,7 +18,6 @@ from dsquant.formats.write_behind import Sink, WriteBehind
 from dsquant.jobs.ranks import ALONE, Ranks
 from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.checkpoint import Checkpoint
-from dsquant.source.scan import Look, unseen
 from dsquant.source.weights import Weights
 
 Contents = dict[str, dict[str, Any]]
@@ -192,11 +191,6 @@ class Target(ABC):
     def details(self) -> Mapping[str, str]:
         """Rows of a preview."""
         return {}
-
-    def look(self, checkpoint: Checkpoint) -> Look:
-        """Returns a function that is given every tensor of the source while it is hashed, and raises InputError where
-        values are out of the output's range."""
-        return unseen
 
     @abstractmethod
     def file_names(self) -> list[str]:

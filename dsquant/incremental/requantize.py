@@ -35,7 +35,7 @@ from dsquant.pipeline.inputs import Source, memory_budget, open_model
 from dsquant.pipeline.planning import Unit, plan_run
 from dsquant.pipeline.record import output_files
 from dsquant.pipeline.run_state import Run
-from dsquant.pipeline.supervision import check_inputs, input_hashes, shard_times
+from dsquant.pipeline.supervision import check_inputs, input_hashes, shard_times, source_hashes
 from dsquant.pipeline.units import Writers, convert
 from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Limits, Progress, Report
@@ -94,7 +94,7 @@ def requantize(recipe: Recipe, recording: Recording, reuse: bool, again: Again, 
         repeated = tuple(check_repeated(checkpoint, skeleton))
         source = Source(checkpoint, skeleton, None, None, recording.record["calibration"], plan, repeated)
         inputs = input_hashes(checkpoint.config, None)
-        notes = {"tensors": {}, "shards": shard_times(index), "inputs": inputs, "files": output_files(source)}
+        notes = {"shards": shard_times(index), "inputs": inputs, "files": output_files(source)}
         with open_job(recipe.output, recipe, state, notes) as job:
             check_inputs(job, inputs)
             if job.notes["shards"] != shard_times(index):
@@ -149,7 +149,7 @@ def _own(writers: Writers) -> "Iterator[_RecordedWriter]":
 def _hash_rest(work: _Work) -> None:
     """Hashes the tensors that are in no unit: dropped layers, and those that engines compute."""
     run = work.run
-    hashes = {name: found for entry in run.job.journal.units.values() for name, found in entry["source"].items()}
+    hashes = source_hashes(run.job)
     for name in work.held:
         if name not in hashes:
             run.safe_point("scan", len(hashes), len(work.held), name)

@@ -58,7 +58,7 @@ class Job:
 
 def _job_key(notes: dict[str, Any]) -> str:
     """Names what a journal's lines depend on: recipe, source and version."""
-    lasting = {key: notes[key] for key in ("recipe", "dsquant", "tensors", "shards", "inputs")}
+    lasting = {key: notes[key] for key in ("recipe", "dsquant", "shards", "inputs")}
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
 

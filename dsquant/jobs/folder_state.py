@@ -26,7 +26,7 @@ JOB_FILE = "job.json"
 # Names of earlier jobs' records in the work folder while their files are removed.
 EARLIER = {JOB_FILE: "earlier-job.json", RECORD_FILE: "earlier-dsquant.json"}
 # Keys that every job's own record has; it may have more.
-JOB_NOTES = ("recipe", "tensors", "shards", "inputs", "files")
+JOB_NOTES = ("recipe", "shards", "inputs", "files")
 
 
 def claim(output: Path, recipe: Recipe, resume: bool, restart: bool) -> str:

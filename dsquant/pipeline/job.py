@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-
 from dsquant.errors import UsageError
 from dsquant.formats.protocol import OpenTarget, Surroundings
 from dsquant.formats.write_behind import WriteBehind
@@ -22,7 +20,7 @@ from dsquant.kernels.threads import one_thread_an_operation
 from dsquant.options import format_size
 from dsquant.pipeline.choice import choose_widths
 from dsquant.pipeline.finish import finish
-from dsquant.pipeline.inputs import Source, gpu_memory_budget, gpu_within_budget, memory_budget, open_source, resolved
+from dsquant.pipeline.inputs import gpu_memory_budget, gpu_within_budget, memory_budget, open_source, resolved
 from dsquant.pipeline.memory import check_memory
 from dsquant.pipeline.notices import planned_warnings
 from dsquant.pipeline.planning import Plan
@@ -30,15 +28,15 @@ from dsquant.pipeline.preview import Preview
 from dsquant.pipeline.record import output_files
 from dsquant.pipeline.result import Result, finished_result, result_of
 from dsquant.pipeline.run_state import Run
-from dsquant.pipeline.supervision import Supervised, input_hashes
+from dsquant.pipeline.source_read import hash_unread
+from dsquant.pipeline.supervision import Supervised, input_hashes, source_hashes
 from dsquant.pipeline.units import convert
 from dsquant.precision.groups import MixedPlan
 from dsquant.presets import preset_and_steps
 from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Limits, Report, peak_gpu_bytes, peak_resident_bytes, resident_bytes, silent
 from dsquant.schemes import UNQUANTIZED
-from dsquant.source.scan import Look
-from dsquant.source.shards import TensorInfo
+from dsquant.source.scan import SourceHashes
 
 
 def run_job(
@@ -61,8 +59,7 @@ def run_job(
         budget, gpu_budget = memory_budget(recipe), min(ranks.gather(gpu_memory_budget(recipe)))
         source = ranks.together(lambda: open_source(recipe, gpu_budget, ranks.size))
         limits = Limits(recipe.output, budget, source.plan.disk_bytes, gpu_budget)
-        look = _looks(source)
-        supervised = Supervised(recipe, state, source.checkpoint.index, limits, request, report, ranks, look)
+        supervised = Supervised(recipe, state, source.checkpoint.index, limits, request, report, ranks)
         supervised.check(source.plan.needs.memory_bytes, source.plan.needs.gpu_memory_bytes)
         facts = {name: value for target in source.plan.targets for name, value in target.facts.items()}
         ranks.check_alike(facts, UsageError, "install the same packages for every rank")
@@ -71,10 +68,12 @@ def run_job(
         with supervised.job(inputs, {"files": output_files(source), **facts}) as (job, check):
             _check_same_facts(recipe, job, facts)
             run = Run(recipe, source, job, report, check, ranks=ranks)
+            run.read = SourceHashes(source.checkpoint.index, source_hashes(job))
             with gpu_within_budget(gpu_budget):
                 choose_widths(run, output_files, gpu_budget)
                 with _opened(run, state):
                     convert(run)
+                    hash_unread(run)
                     record = ranks.alone(lambda beat: _finish_and_remove(run, check, beat))
     return result_of(
         recipe,
@@ -83,17 +82,6 @@ def run_job(
         peak_resident_bytes=peak_resident_bytes(),
         peak_gpu_bytes=peak_gpu_bytes(),
     )
-
-
-def _looks(source: Source) -> Look:
-    """Returns what looks at the source for every output while it is hashed."""
-    looks = [target.look(source.checkpoint) for target in source.plan.targets]
-
-    def look(info: TensorInfo, values: torch.Tensor) -> None:
-        for one in looks:
-            one(info, values)
-
-    return look
 
 
 def _check_same_facts(recipe: Recipe, job: Job, facts: Mapping[str, Any]) -> None:

@@ -54,6 +54,7 @@ def _is_sound(entry: Mapping[str, Any]) -> bool:
         and all(isinstance(file, dict) and {"bytes", "sha256"} <= file.keys() for file in kept.values())
         and isinstance(tensors, dict)
         and all(isinstance(hashes, dict) for hashes in tensors.values())
+        and isinstance(entry.get("source", {}), dict)
         and isinstance(entry.get("layer", {}), dict)
     )
 

@@ -17,6 +17,7 @@ from dsquant.pipeline.inputs import Source
 from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Progress, Report, Stage
 from dsquant.schemes import Grid
+from dsquant.source.scan import SourceHashes
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Run:
     """Who does the job."""
     hashes: FileHashes = field(default_factory=FileHashes)
     """Of the output's files, made while these are written."""
+    read: SourceHashes | None = None
+    """Hashes the source while it is read; None where its tensors are hashed as the units are made (`delta`)."""
     bytes_written: int = 0
     tokens_done: int = 0
 

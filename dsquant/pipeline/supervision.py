@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from dsquant.packages import PACKAGES, version
 from dsquant.pipeline.memory import check_memory
 from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Limits, Progress, Report, resident_bytes
-from dsquant.source.scan import Look, sampled_hash, scan, unseen
+from dsquant.source.scan import sampled_hash, scan
 from dsquant.source.shards import ShardIndex
 
 
@@ -37,8 +37,6 @@ class Supervised:
     request: StopRequest
     report: Report
     ranks: Ranks = ALONE
-    look: Look = unseen
-    """Gets everything that is read while the source is hashed."""
 
     def check(self, memory_bytes: int, gpu_memory_bytes: int = 0) -> None:
         """Refuses a job that will not fit, from the memory it needs in addition to what is resident now.
@@ -56,12 +54,11 @@ class Supervised:
 
     @contextmanager
     def job(self, inputs: dict[str, str], notes: dict[str, Any]) -> Iterator[tuple[Job, Callable[[], None]]]:
-        """Hashes the source or finds it unchanged, and opens the job of a folder that is held; yields the job and its
-        safe point.
+        """Opens the job of a folder that is held, where its source is unchanged; yields the job and its safe point.
 
         `inputs`, from `input_hashes`, have to be the same when the job is resumed; `notes` are what a new job records
-        of itself in addition to the hashes. Raises InputError where the source is damaged, changed since the job began,
-        or not the same for all ranks.
+        of itself in addition. Raises InputError where tensors of finished units have changed, or the source is not the
+        same for all ranks.
         """
         if self.ranks.size > 1:
             read = {"the model's tensors": sampled_hash(self.index), **inputs}
@@ -73,11 +70,10 @@ class Supervised:
             within_budget()
 
         if self.state != "resume":
-            hashes = scan_source(self.index, self.report, check, self.ranks, self.look)
-            notes = {"tensors": hashes, "shards": shard_times(self.index), "inputs": inputs, **notes}
+            notes = {"shards": shard_times(self.index), "inputs": inputs, **notes}
         with self._opened(notes if self.state != "resume" else {}) as job:
             check_inputs(job, inputs)
-            self._check_unchanged(job.notes, check)
+            self._check_unchanged(job, check)
             yield job, check
 
     @contextmanager
@@ -90,9 +86,10 @@ class Supervised:
                 ranks.check_shared(work)
             yield Job(recipe.output, work, notes)
 
-    def _check_unchanged(self, notes: dict[str, Any], check: Callable[[], None]) -> None:
-        touched = self.ranks.once(lambda: bool(notes["shards"] != shard_times(self.index)))
-        if touched and notes["tensors"] != scan_source(self.index, self.report, check, self.ranks):
+    def _check_unchanged(self, job: Job, check: Callable[[], None]) -> None:
+        before = self.ranks.once(lambda: source_hashes(job))
+        touched = self.ranks.once(lambda: bool(job.notes["shards"] != shard_times(self.index)))
+        if touched and before != scan_source(self.index, list(before), self.report, check, self.ranks):
             raise InputError(
                 f"{self.index.folder}: the source is not what it was when the job began; restore it, or start over "
                 "with --restart"
@@ -126,14 +123,19 @@ def check_inputs(job: Job, inputs: Mapping[str, str]) -> None:
         )
 
 
+def source_hashes(job: Job) -> dict[str, str]:
+    """Returns the SHA-256 of every stored tensor that finished units were made from."""
+    return {name: found for entry in job.journal.units.values() for name, found in entry.get("source", {}).items()}
+
+
 def scan_source(
-    index: ShardIndex, report: Report, check: Callable[[], None], ranks: Ranks = ALONE, look: Look = unseen
+    index: ShardIndex, names: Sequence[str], report: Report, check: Callable[[], None], ranks: Ranks
 ) -> dict[str, str]:
-    """Returns the SHA-256 of every stored tensor, in the index's order; each rank hashes its share, which `look` gets.
+    """Returns the SHA-256 of stored tensors, in their order; each rank hashes its share, those that are there.
 
     `check` is called after every tensor, and may raise to stop.
     """
-    own = list(index.values())[ranks.rank :: ranks.size]
+    own = [name for name in names if name in index][ranks.rank :: ranks.size]
     done = 0
 
     def after_tensor(name: str) -> None:
@@ -142,9 +144,9 @@ def scan_source(
         done += 1
         report(Progress("scan", done, len(own), name, index.bytes_read))
 
-    parts = ranks.gather(ranks.together(lambda: scan(index, after_tensor, own, look)))
+    parts = ranks.gather(ranks.together(lambda: scan(index, after_tensor, own)))
     found = {name: digest for part in parts for name, digest in part.items()}
-    return {name: found[name] for name in index}
+    return {name: found[name] for name in names if name in found}
 
 
 def shard_times(index: ShardIndex) -> dict[str, list[int]]:

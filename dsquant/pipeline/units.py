@@ -17,6 +17,7 @@ from dsquant.pipeline.kept import keep_by_folder, kept_file, scales_file
 from dsquant.pipeline.planning import Unit
 from dsquant.pipeline.resume import check_kept, check_target, check_units, kept_files
 from dsquant.pipeline.run_state import Run
+from dsquant.pipeline.source_read import hash_unit
 from dsquant.quantization.importance import observe_layer
 from dsquant.quantization.layer import quantize_layer
 from dsquant.quantization.layer_job import LayerJob, QuantizedStream
@@ -151,6 +152,8 @@ def _make_unit(run: Run, unit: Unit, make: Maker, safe_point: Callable[[str], No
         notes = make(run, unit, writers, safe_point)
         notes["tensors"] = writers.finish(run, unit, safe_point)
         notes["weight_errors"] = writers.weight_errors
+        if run.read is not None:
+            notes["source"] = hash_unit(run, unit, safe_point)
     run.ranks.once(lambda: _journal(run, unit, notes))
     return notes
 

@@ -26,6 +26,8 @@ JUDGES = 32
 CANDIDATES_FROM = 16
 # Of these, as many accept the choice by their own outputs, for which they are read a third time and run three times.
 ACCEPTED_BY = 8
+# Weights that are read from disk while another is taken.
+AHEAD = 4
 
 
 def search_norm_fold(
@@ -46,11 +48,13 @@ def search_norm_fold(
     scales_CH = group_candidates(group, job.weights[f"{group.producer}.weight"], norm_rms_H, columns_H)
     job.ranks.broadcast(scales_CH)
 
-    def judge(mlp: Mlp) -> tuple[Sequence[torch.Tensor], InputMoments]:
-        moments = inputs[mlp].moments(job.seed)
-        return _gates_and_ups(job, [mlp]), moments
+    def judge(place: int) -> tuple[Sequence[torch.Tensor], InputMoments]:
+        moments, size = inputs[judges[place]].moments(job.seed), job.ranks.size
+        weights = _gates_and_ups(job, [judges[place]])
+        job.weights.prefetch(_names(judges[place + size : place + size + 1]))
+        return weights, moments
 
-    scales_H = best_scales(scales_CH, [partial(judge, mlp) for mlp in judges], grid, job.ranks)
+    scales_H = best_scales(scales_CH, [partial(judge, place) for place in range(len(judges))], grid, job.ranks)
     if not torch.equal(scales_H, identity_H):
         accepting = [(mlp, inputs[mlp]) for mlp in judges[:ACCEPTED_BY]]
         errors = job.ranks.spread(lambda one: _errors(job, grid, *one, scales_H), accepting)
@@ -60,7 +64,15 @@ def search_norm_fold(
 
 
 def _gates_and_ups(job: LayerJob, mlps: Sequence[Mlp]) -> list[torch.Tensor]:
-    return [job.weights[f"{linear}.weight"] for linear in gates_and_ups(mlps)]
+    names, weights = _names(mlps), list[torch.Tensor]()
+    for place, name in enumerate(names):
+        job.weights.prefetch(names[place + 1 : place + 1 + AHEAD])
+        weights.append(job.weights[name])
+    return weights
+
+
+def _names(mlps: Sequence[Mlp]) -> list[str]:
+    return [f"{linear}.weight" for linear in gates_and_ups(mlps)]
 
 
 def _errors(job: LayerJob, grid: Grid, mlp: Mlp, inputs: MlpInputs, scales_H: torch.Tensor) -> tuple[float, float]:

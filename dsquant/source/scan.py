@@ -1,13 +1,15 @@
-"""Reads a whole checkpoint once before anything is written: every tensor's hash, and no NaN or infinity in it."""
+"""Every tensor's hash, and no NaN or infinity in it: of a whole checkpoint, or of what a job reads anyway."""
 
 import hashlib
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import torch
 
 from dsquant.errors import InputError
+from dsquant.files.hashing import OrderedHash
 from dsquant.files.sealing import in_threads
 from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.shards import ShardIndex, TensorInfo
@@ -35,28 +37,57 @@ def all_finite(values: torch.Tensor) -> bool:
     return not bool(((values.view(integer) & mask) == mask).any())
 
 
-Look = Callable[[TensorInfo, torch.Tensor], None]
-"""Gets a tensor and some of its rows as they are stored, from any thread; may raise."""
-
-
-def unseen(info: TensorInfo, values: torch.Tensor) -> None:
-    """Ignores the rows."""
-
-
 def scan(
-    index: ShardIndex,
-    after_tensor: Callable[[str], None],
-    tensors: Collection[TensorInfo] | None = None,
-    look: Look = unseen,
+    index: ShardIndex, after_tensor: Callable[[str], None], names: Collection[str] | None = None
 ) -> dict[str, str]:
-    """Reads every tensor once, or those given; returns name -> SHA-256 of its stored bytes, hexadecimal.
+    """Reads every tensor once, or those named; returns name -> SHA-256 of its stored bytes, hexadecimal.
 
-    `after_tensor` is called with each finished tensor's name, from the calling thread, and may raise to stop; `look`
-    gets everything that is read, once it is known to be finite. Raises InputError at the first NaN, infinity or
-    impossible FP8 scale, with file and tensor.
+    `after_tensor` is called with each finished tensor's name, from the calling thread, and may raise to stop. Raises
+    InputError at the first NaN, infinity or impossible FP8 scale, with file and tensor.
     """
-    infos = {info.name: info for info in (index.values() if tensors is None else tensors)}
-    return in_threads(lambda name: scan_tensor(index, infos[name], look), infos, after_tensor)
+    return in_threads(lambda name: scan_tensor(index, index[name]), index if names is None else names, after_tensor)
+
+
+class SourceHashes:
+    """Hashes the tensors of a checkpoint while a job reads them for the first time, and checks what is read.
+
+    A tensor that is read in parts is hashed as far as these come in order.
+    """
+
+    def __init__(self, index: ShardIndex, known: Mapping[str, str]) -> None:
+        """Watches what is read through an index, but for the tensors whose hashes are `known`."""
+        self.found = dict(known)
+        """Tensor -> SHA-256 of its stored bytes, hexadecimal."""
+        self._index = index
+        self._lock = Lock()
+        self._begun: dict[str, OrderedHash] = {}
+        self._at_work: set[str] = set()
+        index.watch = self._watch
+
+    def rest(self, names: Collection[str], after_tensor: Callable[[str], None]) -> None:
+        """Reads and hashes what is missing of some tensors; as `scan`."""
+        missing = [name for name in names if name not in self.found]
+        with self._lock:
+            self._at_work.update(missing)
+        self.found |= scan(self._index, after_tensor, missing)
+
+    def _watch(self, info: TensorInfo, start: int, values: torch.Tensor) -> None:
+        """Gets what has been read of a tensor, from its byte `start` on."""
+        with self._lock:
+            hashed = self._begun.setdefault(info.name, OrderedHash())
+            new = start <= hashed.num_bytes < start + values.nbytes
+            if not new or info.name in self.found or info.name in self._at_work:
+                return
+            self._at_work.add(info.name)
+        try:
+            check_values(self._index, info, values, start)
+            hashed.add(hashed.num_bytes, _raw(values)[hashed.num_bytes - start :])
+        finally:
+            with self._lock:
+                self._at_work.remove(info.name)
+        if digest := hashed.of(info.num_bytes):
+            self.found[info.name] = digest
+            del self._begun[info.name]
 
 
 def sampled_hash(index: ShardIndex) -> str:
@@ -79,28 +110,34 @@ def sampled_hash(index: ShardIndex) -> str:
     return digest.hexdigest()
 
 
-def scan_tensor(index: ShardIndex, info: TensorInfo, look: Look = unseen) -> str:
-    """Reads one tensor, some rows at a time, each given to `look`; returns the SHA-256 of its stored bytes,
-    hexadecimal.
-
-    Raises InputError where it holds NaN or infinity, or FP8 scales that are negative or give infinite weights.
-    """
+def scan_tensor(index: ShardIndex, info: TensorInfo) -> str:
+    """Reads one tensor, some rows at a time; returns the SHA-256 of its stored bytes, hexadecimal. Raises InputError as
+    `check_values`."""
     digest = hashlib.sha256()
     num_rows = info.shape[0] if info.shape else 1
     step = max(1, BYTES_AT_ONCE * num_rows // max(1, info.num_bytes))
-    of_fp8 = info.name.endswith(SCALE_SUFFIX) and info.name.removesuffix(SCALE_SUFFIX) in index
     for start in range(0, num_rows, step):
         values = index.read(info.name, start, start + step) if info.shape else index.read(info.name)
-        if not all_finite(values):
-            raise InputError(
-                f"{info.path}: tensor {info.label} holds NaN or infinity in rows {start} to "
-                f"{min(start + step, num_rows) - 1}; download the file again or ask its publisher"
-            )
-        if of_fp8:
-            _check_scales(info, values.float())
-        look(info, values)
-        digest.update(memoryview(values.contiguous().view(torch.uint8).flatten().numpy().data))
+        check_values(index, info, values, start * info.num_bytes // num_rows)
+        digest.update(_raw(values))
     return digest.hexdigest()
+
+
+def check_values(index: ShardIndex, info: TensorInfo, values: torch.Tensor, start: int) -> None:
+    """Raises InputError where values of a tensor, from its byte `start` on, hold NaN or infinity, or are FP8 scales
+    that are negative or give infinite weights."""
+    if not all_finite(values):
+        first = start * info.shape[0] // info.num_bytes if info.shape else 0
+        raise InputError(
+            f"{info.path}: tensor {info.label} holds NaN or infinity in rows {first} to "
+            f"{first + (len(values) if info.shape else 1) - 1}; download the file again or ask its publisher"
+        )
+    if info.name.endswith(SCALE_SUFFIX) and info.name.removesuffix(SCALE_SUFFIX) in index:
+        _check_scales(info, values.float())
+
+
+def _raw(values: torch.Tensor) -> memoryview:
+    return memoryview(values.contiguous().view(torch.uint8).flatten().numpy().data)
 
 
 def _check_scales(info: TensorInfo, scales: torch.Tensor) -> None:

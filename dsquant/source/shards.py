@@ -11,7 +11,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -80,6 +80,11 @@ class TensorInfo:
         return tensor_bytes(self.dtype, self.shape)
 
 
+Watch = Callable[[TensorInfo, int, torch.Tensor], None]
+"""Gets a tensor, the byte of it where reading began, and the values as they are stored, in the thread that has read
+them; may raise."""
+
+
 class ShardIndex(Mapping[str, TensorInfo]):
     """name -> TensorInfo of every tensor of a checkpoint folder, and a reader of their data."""
 
@@ -87,6 +92,8 @@ class ShardIndex(Mapping[str, TensorInfo]):
         self.folder = folder
         self.bytes_read = 0
         """Bytes of tensor data read so far, for progress."""
+        self.watch: Watch | None = None
+        """Gets everything that is read."""
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -124,7 +131,10 @@ class ShardIndex(Mapping[str, TensorInfo]):
         buffer = torch.empty(tensor_bytes(info.dtype, shape), dtype=torch.uint8, pin_memory=pinned)
         _read_exactly(info, offset, buffer)
         self.bytes_read += buffer.nbytes
-        return buffer.view(DTYPES[info.dtype]).view(shape)
+        values = buffer.view(DTYPES[info.dtype]).view(shape)
+        if self.watch is not None:
+            self.watch(info, offset - info.start, values)
+        return values
 
 
 def _read_exactly(info: TensorInfo, offset: int, buffer: torch.Tensor) -> None:

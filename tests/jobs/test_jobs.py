@@ -55,7 +55,7 @@ def test_no_second_run_begins_on_a_folder_while_the_first_still_reads_its_source
     output, refused = tmp_path / "out", []
 
     def begin_another(progress: Any) -> None:
-        if progress.stage == "scan" and progress.done == 1:
+        if progress.stage == "scan" and progress.done == 0:
             with pytest.raises(InputError, match="another dsquant run is working") as error:
                 pipeline.run_job(recipe(nano_r1, output, type="Q4_0"))
             refused.append(error)

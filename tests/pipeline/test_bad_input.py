@@ -1,4 +1,4 @@
-"""Every kind of bad input ends with exit code 3, a message that names file and tensor, and nothing written."""
+"""Every kind of bad input ends with exit code 3, a message that names file and tensor, and no output."""
 
 import functools
 import json
@@ -311,6 +311,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+IN_A_LATER_LAYER = ("NaN in FP8", "infinity in BF16", "NaN in a scale", "negative scale", "scale out of range")
+
+
 def run(model: Path, text: Path, output: Path, *more: str) -> tuple[int, str]:
     options = [*more, "--samples", "2", "--seq-len", "16", "--group-size", "64", "--no-evaluate", "--json"]
     arguments = ["awq", str(model), "--calibration", str(text), "--output", str(output), *options]
@@ -328,7 +331,9 @@ def test_a_bad_checkpoint_is_refused(kind: str, nano_r1: Path, text_file: Path, 
     code, output = run(model, text_file, tmp_path / "out")
     assert code == 3, output
     assert re.search(message, output, re.DOTALL), output
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "dsquant.json").exists()
+    # values are seen when they are read for their layer; what headers tell, before anything is written
+    assert (tmp_path / "out").exists() == ("finished units stay" in output) == (kind in IN_A_LATER_LAYER)
 
 
 @pytest.mark.parametrize("preset", ["compact", "best"])

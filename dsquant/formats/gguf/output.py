@@ -17,7 +17,6 @@ from dsquant.files.disk import PARTIAL
 from dsquant.formats.gguf.gguf_weights import open_gguf
 from dsquant.formats.gguf.imatrix import TensorImportance, column_importance, fitting_imatrix, stored_tensors
 from dsquant.formats.gguf.layout import decode_rotary, encode, join_keys_and_values
-from dsquant.formats.gguf.ranges import range_look
 from dsquant.formats.gguf.store import decoded_rows, quantizer_name, stored_rows
 from dsquant.formats.gguf.target import IMATRIX_FILE, GgufModel, places_of, plan_model, storing_bytes
 from dsquant.formats.gguf.type_choice import type_choice
@@ -31,7 +30,6 @@ from dsquant.model.structure import KEYS_SUFFIX
 from dsquant.options import format_size
 from dsquant.schemes import Grid
 from dsquant.source.checkpoint import Checkpoint
-from dsquant.source.scan import Look
 from dsquant.source.weights import Weights
 
 # Scales are searched on this grid: 4 bits with scale and minimum for 32 weights, as Q4_K has.
@@ -166,9 +164,6 @@ class GgufTarget(Target):
     def file_names(self) -> list[str]:
         names = [file.file_name for file in self.model.files]
         return names + ([IMATRIX_FILE, SCALES_FILE] if self.calibrated else [])
-
-    def look(self, checkpoint: Checkpoint) -> Look:
-        return range_look(checkpoint, self.model.tensors.values())
 
     def open(self, surroundings: Surroundings, resumed: bool) -> OpenGguf:
         return OpenGguf(self.model, surroundings.output / self.folder, surroundings, resumed)

@@ -31,7 +31,7 @@ FLOAT32_BYTES = 4
 # Weights that are in memory together while a matrix is stored.
 ELEMENTS_AT_ONCE = 2**24
 # Parameters that are read from the disk while one is stored.
-PARAMETERS_AHEAD = 4
+PARAMETERS_AHEAD = 6
 # A parameter's error is measured on this many rows, evenly spaced: gguf-py decodes slowly.
 ERROR_ROWS = 16
 
