@@ -93,16 +93,17 @@ class _Followed:
         return 0 if start else stop
 
     def _follow(self) -> None:
+        block = memoryview(bytearray(BYTES_AT_ONCE))
         while True:
             with self._lock:
                 count = min(BYTES_AT_ONCE, self._prefix - self._hashed)
                 if not count or self._given_up:
                     self._running = None
                     return
-            block = os.pread(self.descriptor, count, self._hashed)
-            self._given_up |= not block  # somebody has cut it off
-            self._digest.update(block)
-            self._hashed += len(block)
+            count = os.preadv(self.descriptor, [block[:count]], self._hashed)
+            self._given_up |= not count  # somebody has cut it off
+            self._digest.update(block[:count])
+            self._hashed += count
 
     def result(self) -> dict[str, Any] | None:
         while (running := self._running) is not None:

@@ -27,7 +27,7 @@ class ReadAhead:
     def begin(self, names: Sequence[str]) -> None:
         """Starts to read tensors that are not being read yet."""
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="dsquant-read")
+            self._pool = ThreadPoolExecutor(THREADS, "dsquant-read", torch.set_num_threads, (1,))
         for name in names:
             if name not in self._begun:
                 self._begun[name] = self._pool.submit(self._index.read, name, pinned=self._pinned)

@@ -15,6 +15,8 @@ from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.shards import ShardIndex, TensorInfo
 
 BYTES_AT_ONCE = 32 * 2**20
+# Looked at together: they and what is made of them stay in a core's cache.
+VALUES_AT_ONCE = 2**18
 # Read of each tensor to compare copies of a checkpoint without reading them whole.
 SAMPLE_BYTES = 4096
 LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
@@ -34,7 +36,8 @@ def all_finite(values: torch.Tensor) -> bool:
     if values.dtype not in _INTEGER_VIEWS:
         return not values.is_floating_point() or bool(torch.isfinite(values).all())
     integer, mask = _INTEGER_VIEWS[values.dtype]
-    return not bool(((values.view(integer) & mask) == mask).any())
+    parts = values.contiguous().view(-1).view(integer).split(VALUES_AT_ONCE)
+    return not any(int((part & mask).max()) == mask for part in parts if len(part))  # `any` takes ten times as long
 
 
 def scan(

@@ -203,9 +203,10 @@ class GgufUnitWriter(UnitWriter):
                 )
         self._observed = observed
 
-    def _place(self, parameter: str) -> tuple[str, int]:
-        """Returns the first place of a parameter: tensors grow expert by expert, in any order of the names."""
-        return next(((one.tensor, one.expert or 0) for one in places_of(self._checkpoint, parameter)), ("", 0))
+    def _place(self, parameter: str) -> tuple[int, int]:
+        """Returns the first place of a parameter in the model: its tensor's number, and its expert in it."""
+        order = {name: number for number, name in enumerate(self._model.tensors)}
+        return next(((order[one.tensor], one.expert or 0) for one in places_of(self._checkpoint, parameter)), (0, 0))
 
     def commit(self) -> dict[str, str]:
         names = [placement.tensor for name in self._parameters for placement in places_of(self._checkpoint, name)]
