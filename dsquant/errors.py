@@ -3,7 +3,7 @@
     DsquantError                  exit code
     * UsageError                  2    an argument or a recipe that cannot be meant
     * InputError                  3    a checkpoint, text or output folder that cannot be used; nothing was written,
-                                       or a job had finished layers before, which are kept
+                                       or a job had finished layers before damaged values were read: these are kept
     * PackageError                3    another package cannot be imported; nothing was written
     * GateError                   4    a quality gate failed
     * InconclusiveError           5    too few samples to decide a gate, or a check that could not be run

@@ -32,8 +32,8 @@ def main() -> None:
     Exit codes:
       0   done
       2   wrong usage
-      3   bad input (nothing written), damage found (verify), or the output
-          folder is locked by another run
+      3   bad input (no output), damage found (verify), or the output folder is
+          locked by another run
       4   a gate failed
       5   inconclusive: no gate failed, but more samples are needed, or a
           check could not be run (verify)

@@ -46,8 +46,7 @@ def run_job(
 
     `resume` continues an interrupted job, or starts one; `restart` starts over where there is an interrupted or
     finished one. Raises UsageError where the recipe cannot work (memory budget, a format that cannot store it),
-    InputError where model, texts or output folder cannot be used and nothing was written, Interrupted where the job
-    stopped and can be resumed.
+    InputError where model, texts or output folder cannot be used, Interrupted where the job stopped and can be resumed.
     """
     started = time.monotonic()
     recipe = ranks.together(lambda: resolved(recipe))

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from dsquant.errors import InputError
 from dsquant.formats.checkpoints import open_checkpoint, stored_weights
 from dsquant.kernels.fp8 import dequantize_fp8
+from dsquant.source.checkpoint import StoredWeights
 from dsquant.source.locate import locate
-from dsquant.source.scan import all_finite, scan
+from dsquant.source.scan import SourceHashes, all_finite, scan
 from dsquant.source.shards import ShardIndex, read_header, read_index
 
 
@@ -86,6 +87,38 @@ def test_a_scan_hashes_every_tensor_and_differs_where_a_byte_differs(pico_r1: Pa
 
     changed = scan(ShardIndex(tmp_path, read_header(tmp_path / "x.safetensors")), lambda name: None)
     assert changed["model.norm.weight"] != hashes["model.norm.weight"]
+
+
+def test_what_is_read_is_hashed_once_whole_or_in_parts_and_the_rest_when_asked_for(pico_r1: Path) -> None:
+    checkpoint = open_checkpoint(pico_r1)
+    index, weights = checkpoint.index, checkpoint.weights
+    expected = scan(index, lambda name: None)
+    hashes = SourceHashes(index, {"model.norm.weight": "known"})
+    whole, table, late = (
+        f"model.layers.1.{name}.weight" for name in ("self_attn.q_b_proj", "mlp.gate", "self_attn.o_proj")
+    )
+    weights.prefetch([whole])
+    for name in (whole, "model.norm.weight"):
+        weights[name]
+    for start in range(0, weights.shape(table)[0], 3):
+        weights.rows(table, start, start + 3)
+    weights.rows(late, 128, 256)  # not from the start
+    read = {whole, f"{whole}_scale_inv", table, "model.norm.weight"}
+    assert hashes.found == {name: expected[name] for name in read} | {"model.norm.weight": "known"}
+    missing = list[str]()
+    hashes.rest(list(index), missing.append)
+    assert set(missing) == set(index) - read and hashes.found == expected | {"model.norm.weight": "known"}
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_value_that_is_no_number_is_named_when_it_is_read(tmp_path: Path, ahead: bool) -> None:
+    save_file({"good": torch.ones(3), "bad": torch.tensor([1.0, torch.nan])}, tmp_path / "model.safetensors")
+    index = read_index(tmp_path)
+    weights, _ = StoredWeights(index, None), SourceHashes(index, {})
+    weights.prefetch(["good", "bad"] if ahead else [])
+    assert torch.equal(weights["good"], torch.ones(3))
+    with pytest.raises(InputError, match=r"model\.safetensors: tensor 'bad' holds NaN or infinity in rows 0 to 1"):
+        weights["bad"]
 
 
 def test_the_embedded_model_a_folder_and_nothing_else_are_found(pico_r1: Path, tiny_r1: Path) -> None:
