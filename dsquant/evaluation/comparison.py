@@ -185,6 +185,8 @@ def _measure(inputs: _Inputs, report: Report) -> tuple[Measures, dict[str, Measu
     """Checks memory and disk, and runs everything; returns noise floor, measures and code drift of the candidates."""
     request, texts, models = inputs.request, inputs.texts, inputs.models
     need = needs(models, *texts.tokens_NT.shape)
+    gpu = need.on_gpu(torch.cuda.mem_get_info()[0]) if models.original.device.type == "cuda" else None
+    need = gpu or need
     mapped = [min(one.size_bytes, RELEASE_BYTES) for one in inputs.candidates.values() if one.index is None]
     memory, budget = need.memory + sum(mapped) + resident_bytes(), _budget(request)
     if memory > budget:
@@ -205,7 +207,7 @@ def _measure(inputs: _Inputs, report: Report) -> tuple[Measures, dict[str, Measu
                 )
             report(Progress(stage, done, total, what, sum(model.bytes_read for model in inputs.opened)))
 
-        noise, measures = Lockstep(models, texts.tokens_NT, work, safe_point).run()
+        noise, measures = Lockstep(models, texts.tokens_NT, None if gpu else work, safe_point).run()
         if inputs.plan is None:
             return noise, measures, {}
         generating = partial(safe_point, stage="generate")

@@ -89,9 +89,14 @@ class Lockstep:
     """The models on their way through the network."""
 
     def __init__(
-        self, models: ComparedModels, tokens_NT: torch.Tensor, work: Path, safe_point: SafePoint = lambda *_: None
+        self,
+        models: ComparedModels,
+        tokens_NT: torch.Tensor,
+        work: Path | None,
+        safe_point: SafePoint = lambda *_: None,
     ) -> None:
-        """Creates the files of hidden states in `work`, for the samples of all texts, int64 [N, T].
+        """Creates the files of hidden states in `work`, for the samples of all texts, int64 [N, T]; None keeps them in
+        the models' memory.
 
         `safe_point` is called before each layer and expert.
         """
@@ -108,11 +113,14 @@ class Lockstep:
     def _lane(self, weights: Weights, batch_samples: int, times: int) -> _Lane:
         num_samples, num_tokens = self.tokens_NT.shape
         hidden = self.skeleton.config["hidden_size"]
-        inputs, outputs, middle, mlp_inputs = (self._file((times * num_samples, num_tokens, hidden)) for _ in range(4))
-        final = self._file((self.tokens_NT.numel() + self.skeleton.num_layers * len(self.lens_R), 1, hidden))
+        shape = (times * num_samples, num_tokens, hidden)
+        inputs, outputs, middle, mlp_inputs = (self._states(shape) for _ in range(4))
+        final = self._states((self.tokens_NT.numel() + self.skeleton.num_layers * len(self.lens_R), 1, hidden))
         return _Lane(weights, batch_samples, num_samples, inputs, outputs, middle, mlp_inputs, final)
 
-    def _file(self, shape: tuple[int, int, int]) -> Activations:
+    def _states(self, shape: tuple[int, int, int]) -> Activations:
+        if self._work is None:
+            return Activations(torch.zeros(shape, device=self.device))
         self._num_files += 1
         path = self._work / f"evaluate-{self._num_files}.f32"
         return Activations.in_file(path, shape, self.device, torch.float32)

@@ -1,7 +1,7 @@
 """Computes what an evaluation needs, from shapes alone: resident memory and disk for hidden states."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsquant.evaluation.divergence import ROWS_AT_ONCE as SCORED_AT_ONCE
 from dsquant.evaluation.divergence import ComparedModels
@@ -14,6 +14,8 @@ from dsquant.model.structure import DecoderLayer
 FLOAT, DOUBLE = 4, 8
 # What libraries load and keep when they first run: 54 MiB were measured on tiny-r1.
 LIBRARIES = 128 * 2**20
+# Of a GPU's free memory; the rest is PyTorch's, between its blocks.
+GPU_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class EvaluationNeeds:
     """Resident memory beyond what the process has at the start."""
     disk: int
     """For hidden states, while the evaluation lasts."""
+
+    def on_gpu(self, free: int) -> "EvaluationNeeds | None":
+        """Returns the needs with hidden states in GPU memory, of which so much is free; None where they do not fit."""
+        return replace(self, disk=0) if self.memory + self.disk <= GPU_SHARE * free else None
 
 
 def needs(models: ComparedModels, num_samples: int, seq_len: int) -> EvaluationNeeds:

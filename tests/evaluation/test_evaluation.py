@@ -156,7 +156,7 @@ def test_one_pass_reads_every_tensor_once_for_all_texts_and_scores_as_separate_p
     tokens = {text: held_out_tokens(text, tokenizer, 96, 2) for text in ("code", "wiki")}
     original = CountedWeights(checkpoint.weights)
     together = torch.cat(list(tokens.values()))
-    lockstep = Lockstep(ComparedModels(skeleton, original, {"c": candidate}, 2), together, tmp_path)
+    lockstep = Lockstep(ComparedModels(skeleton, original, {"c": candidate}, 2), together, None)
     noise, found = lockstep.run()
     linears = {f"{name}.weight" for layer in skeleton.layers[: skeleton.num_layers] for name in layer.linears}
     names = (*linears, "lm_head.weight", "model.embed_tokens.weight")
