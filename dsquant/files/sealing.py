@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -125,22 +125,37 @@ def block_sizes(num_bytes: int) -> Iterator[int]:
 
 
 class Hashed:
-    """A file that is read once, from its start to its end, and hashed as it is read."""
+    """A file that is read once, from start to end, and hashed meanwhile: large blocks in a thread of its own."""
 
     def __init__(self, file: FileIO) -> None:
         self._file = file
         self._digest = hashlib.sha256()
         self._num_bytes = 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._hashing: Future[None] | None = None
 
     def read(self, num_bytes: int) -> bytes:
         """Reads the next bytes; fewer where the file ends."""
         block = self._file.read(num_bytes)
-        self._digest.update(block)
+        self._wait()
+        if len(block) < BYTES_AT_ONCE:
+            self._digest.update(block)
+        else:
+            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="dsquant-hash")
+            self._hashing = self._pool.submit(self._digest.update, block)
         self._num_bytes += len(block)
         return block
+
+    def _wait(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()
+            self._hashing = None
 
     def rest(self) -> dict[str, Any]:
         """Reads what is left; returns bytes and sha256 of the whole file."""
         while self.read(BYTES_AT_ONCE):
             pass
+        self._wait()
+        if self._pool is not None:
+            self._pool.shutdown()
         return {"bytes": self._num_bytes, "sha256": self._digest.hexdigest()}

@@ -22,10 +22,10 @@ class Fold:
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
     """Parameter -> float32 [I], factor of each input column."""
 
-    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Returns the parameter times its factors; itself where it has none."""
+    def apply(self, name: str, weight: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+        """Returns the parameter, or its rows from `first_row` on, times its factors; itself where it has none."""
         if name in self.rows:
-            rows = self.rows[name]
+            rows = self.rows[name][first_row : first_row + len(weight)]
             weight = weight * (rows.unsqueeze(1) if weight.dim() == 2 else rows)
         if name in self.columns:
             weight = weight * self.columns[name]

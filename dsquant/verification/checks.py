@@ -258,7 +258,8 @@ def _comparison(
         return None
     layers = {layer.index: layer for layer in Skeleton(original).layers}
     comparison = SourceComparison(original, layers, record["source"]["tensors_sha256"])
-    other = next((name for name in chosen if not comparison.is_recorded_source(name)), None)
+    same = in_threads(comparison.is_recorded_source, chosen, lambda name: None)
+    other = next((name for name in chosen if not same[name]), None)
     if other is None:
         return comparison
     problem = f"{original.folder}: tensor {other!r} is not the one that the output was made from (the hash differs)"

@@ -130,11 +130,12 @@ def _error(comparison: SourceComparison, candidate: OpenedOutput, name: str) -> 
 def _parts(original: Checkpoint, candidate: OpenedOutput, name: str, fold: Fold) -> Iterable[tuple[Any, Any]]:
     shape = original.weights.shape(name)
     step = error_step(shape, placements(name, original.architecture)[0]) if candidate.is_gguf else 1
-    if name in fold or name.removesuffix(".weight") in candidate.errors or len(shape) < 2:
-        yield fold.apply(name, original.weights[name])[::step], candidate.weights[name][::step]
-    elif step > 1:
+    if step > 1:
         for row in range(0, shape[0], step):
-            yield original.weights.rows(name, row, row + 1), candidate.weights.rows(name, row, row + 1)
+            wanted = original.weights.rows(name, row, row + 1)
+            yield fold.apply(name, wanted, row), candidate.weights.rows(name, row, row + 1)
+    elif name in fold or name.removesuffix(".weight") in candidate.errors or len(shape) < 2:
+        yield fold.apply(name, original.weights[name]), candidate.weights[name]
     else:
         for row in range(0, shape[0], ROWS_AT_ONCE):
             rows = (row, min(row + ROWS_AT_ONCE, shape[0]))
