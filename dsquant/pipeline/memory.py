@@ -24,6 +24,8 @@ FLOAT32_BYTES = 4
 LIBRARY_BYTES = 256 * 2**20
 # CUDA's libraries, page-locked buffers of weights on their way to the GPU and of results on their way to the disk.
 CUDA_HOST_BYTES = 4 * 2**30
+# Of these, the buffers alone.
+BUFFER_BYTES = 2**28
 # A hidden value that a GPU keeps between layers, or for a layer's MLPs.
 BFLOAT16_BYTES = 2
 
@@ -110,7 +112,7 @@ def run_needs(work: Workload) -> Needs:
     """Works out the memory and disk that a run needs."""
     recipe, storing = work.recipe, work.storing_bytes
     if not recipe.calibration:
-        return Needs(storing)
+        return Needs(storing + (BUFFER_BYTES if recipe.device == "cuda" else 0))
     num_hidden, head = work.num_tokens * work.hidden_size, _head_bytes(work.skeleton)
     shared = _sharing_bytes(work) + (_pair_bytes(work) if work.follows else 0)
     needs = {layer.index: _layer_bytes(work, layer) + shared for layer in work.skeleton.layers}
