@@ -120,12 +120,17 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--preset", default="compact")
-    parser.add_argument("--gguf", metavar="TYPE", help="convert to this GGUF type without calibration instead")
+    parser.add_argument("--gguf", metavar="TYPE", help="convert to this GGUF type instead")
+    parser.add_argument("--calibration", default="none", help="of a conversion to GGUF: none, or a set of texts")
+    parser.add_argument("--dense", type=int, default=0, help="dense layers before the mixture")
+    parser.add_argument("--device", default="cpu", help="cuda: the numbers are made there, too")
     options = parser.parse_args()
     model = options.folder / "model"
     if not model.exists():  # in a process of its own: Linux counts a parent's memory into the peak of its children
         with ProcessPoolExecutor(1, get_context("spawn")) as maker:
-            maker.submit(make_checkpoint, model, options.experts).result()
+            maker.submit(
+                make_checkpoint, model, options.experts, 1 + options.dense, options.dense, options.device
+            ).result()
     started = time.monotonic()
     command = [sys.executable, "-c", "from dsquant.cli import main; main()", *arguments(options, model)]
     _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
@@ -133,7 +138,9 @@ def main() -> None:
         raise SystemExit(f"dsquant ended with {os.waitstatus_to_exitcode(status)}")
     elapsed = time.monotonic() - started
     peak = usage.ru_maxrss / 2**20
-    what = f"gguf {options.gguf}" if options.gguf else f"{options.samples} x {options.seq_len} tokens, {options.preset}"
+    what = f"gguf {options.gguf}" if options.gguf else f"awq {options.preset}"
+    if not options.gguf or options.calibration != "none":
+        what += f", {options.samples} x {options.seq_len} tokens"
     print(f"experts {options.experts}, {what}:")
     print(f"peak resident memory {peak:.2f} GiB of a budget of {options.memory_budget}, {elapsed:.0f} s")
 
@@ -149,12 +156,12 @@ def arguments(options: argparse.Namespace, model: Path) -> list[str]:
         The arguments.
     """
     common = [str(model), "--output", str(options.folder / "out"), "--restart", "--no-evaluate", "--json"]
-    common += ["--memory-budget", options.memory_budget]
+    common += ["--memory-budget", options.memory_budget, "--device", options.device]
+    texts = ["--samples", str(options.samples), "--seq-len", str(options.seq_len), "--calibration"]
     if options.gguf:
-        return ["gguf", *common, "--type", options.gguf, "--calibration", "none"]
-    common += ["--to", "compressed-tensors", "--preset", options.preset]
-    common += ["--samples", str(options.samples), "--seq-len", str(options.seq_len), "--calibration", "code"]
-    return ["awq", *common]
+        calibration = ["--calibration", "none"] if options.calibration == "none" else [*texts, options.calibration]
+        return ["gguf", *common, "--type", options.gguf, *calibration]
+    return ["awq", *common, "--to", "compressed-tensors", "--preset", options.preset, *texts, "code"]
 
 
 if __name__ == "__main__":
