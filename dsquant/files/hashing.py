@@ -108,7 +108,7 @@ class _Followed:
     def result(self) -> dict[str, Any] | None:
         while (running := self._running) is not None:
             running.result()
-        if self._hashed != os.fstat(self.descriptor).st_size:
+        if self._given_up or self._hashed != os.fstat(self.descriptor).st_size:
             return None
         return {"bytes": self._hashed, "sha256": self._digest.hexdigest()}
 
