@@ -30,7 +30,9 @@ class WriteBehind:
         for ready in events:
             ready.record()
         while len(self._sinks) < len(sinks):
-            self._sinks.append(ThreadPoolExecutor(1, thread_name_prefix=f"dsquant-write-{len(self._sinks)}"))
+            # PyTorch's own threads, of each of these, would only wait for one another
+            name = f"dsquant-write-{len(self._sinks)}"
+            self._sinks.append(ThreadPoolExecutor(1, name, torch.set_num_threads, (1,)))
         on_host = self._copying.submit(self._on_host, tensors, *events)
         work = [pool.submit(_give, on_host, sink) for pool, sink in zip(self._sinks, sinks, strict=False)]
         self._waiting.append((work, sum(tensor.nbytes for tensor in tensors)))
