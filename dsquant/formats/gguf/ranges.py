@@ -12,9 +12,11 @@ LARGEST_F16 = 65504.0
 
 def check_range(checkpoint: Checkpoint, parameter: str, type_name: str, values: torch.Tensor) -> None:
     """Raises InputError where values of a parameter, are out of a type's range."""
-    lowest, highest = (float(value) for value in values.aminmax()) if values.numel() else (0.0, 0.0)
+    if type_name in UNBOUNDED or not values.numel():
+        return
+    lowest, highest = torch.stack(values.aminmax()).tolist()  # waits for a GPU, once
     largest = max(-lowest, highest)
-    if type_name not in UNBOUNDED and not largest <= LARGEST_F16:
+    if not largest <= LARGEST_F16:
         raise InputError(
             f"{checkpoint.folder}: tensor {parameter!r} has a value of {largest:.3g}; numbers or scales of {type_name} "
             f"go up to {LARGEST_F16:.0f}; convert with --type BF16 or F32"
