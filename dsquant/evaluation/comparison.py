@@ -22,7 +22,7 @@ from dsquant.evaluation.gates import Gates, check_measured, decide, read_gates
 from dsquant.evaluation.intervals import BLOCK_TOKENS, CONFIDENCE
 from dsquant.evaluation.lockstep import LENS_TOKENS, Lockstep, noise_batch
 from dsquant.evaluation.measures import Measures
-from dsquant.evaluation.needs import needs
+from dsquant.evaluation.needs import needs, stays_on_gpu
 from dsquant.evaluation.opening import Opened, Original, open_candidate, open_original
 from dsquant.evaluation.report.report_files import write_reports
 from dsquant.evaluation.request import EvaluationRequest, candidate_names
@@ -185,8 +185,7 @@ def _measure(inputs: _Inputs, report: Report) -> tuple[Measures, dict[str, Measu
     """Checks memory and disk, and runs everything; returns noise floor, measures and code drift of the candidates."""
     request, texts, models = inputs.request, inputs.texts, inputs.models
     need = needs(models, *texts.tokens_NT.shape)
-    gpu = need.on_gpu(torch.cuda.mem_get_info()[0]) if models.original.device.type == "cuda" else None
-    need = gpu or need
+    on_gpu = stays_on_gpu(models.original.device, need.memory + need.disk)
     mapped = [min(one.size_bytes, RELEASE_BYTES) for one in inputs.candidates.values() if one.index is None]
     memory, budget = need.memory + sum(mapped) + resident_bytes(), _budget(request)
     if memory > budget:
@@ -196,7 +195,7 @@ def _measure(inputs: _Inputs, report: Report) -> tuple[Measures, dict[str, Measu
             "--samples or --seq-len"
         )
     with _not_resumable(), stop_on_signals() as request_to_stop, _work_folder(request.output) as work:
-        check_disk(work, need.disk)
+        check_disk(work, 0 if on_gpu else need.disk)
 
         def safe_point(done: int, total: int, what: str, stage: Stage = "evaluate") -> None:
             request_to_stop.safe_point()
@@ -207,7 +206,7 @@ def _measure(inputs: _Inputs, report: Report) -> tuple[Measures, dict[str, Measu
                 )
             report(Progress(stage, done, total, what, sum(model.bytes_read for model in inputs.opened)))
 
-        noise, measures = Lockstep(models, texts.tokens_NT, None if gpu else work, safe_point).run()
+        noise, measures = Lockstep(models, texts.tokens_NT, None if on_gpu else work, safe_point).run()
         if inputs.plan is None:
             return noise, measures, {}
         generating = partial(safe_point, stage="generate")

@@ -207,11 +207,15 @@ def _row_scores(original: _Sums, candidate: _Sums) -> RowScores:
 
 
 def compare(
-    models: ComparedModels, tokens_NT: torch.Tensor, work: Path, safe_point: SafePoint = lambda done, total, what: None
+    models: ComparedModels,
+    tokens_NT: torch.Tensor,
+    work: Path | None,
+    safe_point: SafePoint = lambda done, total, what: None,
 ) -> dict[str, TokenScores]:
     """Runs all models on the same tokens (int64 [N, T]) and scores each candidate's predictions.
 
-    `work` is a folder for hidden states: 12 * N * T * H bytes for each model. `safe_point` is called before each layer
+    `work` is a folder for hidden states: 12 * N * T * H bytes for each model; with None they are in memory, on the
+    models' device. `safe_point` is called before each layer
     and expert.
     """
     skeleton, device = models.skeleton, models.original.device
@@ -220,10 +224,8 @@ def compare(
     try:
         lanes = []
         for number, weights in enumerate((models.original, *models.candidates.values())):
-            even, odd, mlp_inputs = (
-                Activations.in_file(work / f"evaluate-{number}-{part}.f32", shape, device, torch.float32)
-                for part in range(3)
-            )
+            paths = [None if work is None else work / f"evaluate-{number}-{part}.f32" for part in range(3)]
+            even, odd, mlp_inputs = (Activations.passing(path, shape, device) for path in paths)
             lanes.append((weights, even, odd, mlp_inputs))
             embed(skeleton, weights, tokens_NT, even)
         _run_layers(models, lanes, safe_point)
@@ -236,7 +238,7 @@ def compare(
         scores = score(heads[0], heads[1:], torch.roll(tokens_NT.flatten(), -1).to(device))
         return {name: rows.tokens(shape[:2]) for name, rows in zip(models.candidates, scores, strict=True)}
     finally:
-        for path in work.glob("evaluate-*.f32"):
+        for path in work.glob("evaluate-*.f32") if work is not None else ():
             path.unlink()
 
 

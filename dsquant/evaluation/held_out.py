@@ -7,6 +7,7 @@ import torch
 
 from dsquant.calibration.texts import HELD_OUT_TEXTS, held_out_tokens
 from dsquant.evaluation.divergence import ComparedModels, SafePoint, compare
+from dsquant.evaluation.needs import needs, stays_on_gpu
 
 EVALUATION_SAMPLES = 8
 EVALUATION_SEQ_LEN = 512
@@ -21,7 +22,10 @@ def compare_on_texts(
     """
     seq_len = min(EVALUATION_SEQ_LEN, seq_len)
     tokens = {text: held_out_tokens(text, tokenizer, seq_len, EVALUATION_SAMPLES) for text in HELD_OUT_TEXTS}
-    scores = compare(models, torch.cat(list(tokens.values())), work, safe_point)
+    together_NT = torch.cat(list(tokens.values()))
+    need = needs(models, *together_NT.shape)
+    on_gpu = stays_on_gpu(models.original.device, need.memory + need.disk)
+    scores = compare(models, together_NT, None if on_gpu else work, safe_point)
     found: dict[str, dict[str, Any]] = {name: {} for name in models.candidates}
     start = 0
     for text, tokens_NT in tokens.items():

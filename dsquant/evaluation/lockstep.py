@@ -119,11 +119,9 @@ class Lockstep:
         return _Lane(weights, batch_samples, num_samples, inputs, outputs, middle, mlp_inputs, final)
 
     def _states(self, shape: tuple[int, int, int]) -> Activations:
-        if self._work is None:
-            return Activations(torch.zeros(shape, device=self.device))
         self._num_files += 1
-        path = self._work / f"evaluate-{self._num_files}.f32"
-        return Activations.in_file(path, shape, self.device, torch.float32)
+        path = None if self._work is None else self._work / f"evaluate-{self._num_files}.f32"
+        return Activations.passing(path, shape, self.device)
 
     @property
     def lanes(self) -> tuple[_Lane, ...]:

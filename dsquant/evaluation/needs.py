@@ -1,7 +1,9 @@
 """Computes what an evaluation needs, from shapes alone: resident memory and disk for hidden states."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import torch
 
 from dsquant.evaluation.divergence import ROWS_AT_ONCE as SCORED_AT_ONCE
 from dsquant.evaluation.divergence import ComparedModels
@@ -14,8 +16,6 @@ from dsquant.model.structure import DecoderLayer
 FLOAT, DOUBLE = 4, 8
 # What libraries load and keep when they first run: 54 MiB were measured on tiny-r1.
 LIBRARIES = 128 * 2**20
-# Of a GPU's free memory; the rest is PyTorch's, between its blocks.
-GPU_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,6 @@ class EvaluationNeeds:
     """Resident memory beyond what the process has at the start."""
     disk: int
     """For hidden states, while the evaluation lasts."""
-
-    def on_gpu(self, free: int) -> "EvaluationNeeds | None":
-        """Returns the needs with hidden states in GPU memory, of which so much is free; None where they do not fit."""
-        return replace(self, disk=0) if self.memory + self.disk <= GPU_SHARE * free else None
 
 
 def needs(models: ComparedModels, num_samples: int, seq_len: int) -> EvaluationNeeds:
@@ -64,3 +60,15 @@ def _layer(models: ComparedModels, layer: DecoderLayer, seq_len: int) -> int:
         rows = 6 * FLOAT * ROWS_AT_ONCE * models.skeleton.config["hidden_size"]
         needs.append(FLOAT * 3 * expert + rows + 4 * DOUBLE * ELEMENTS_AT_ONCE)
     return max(needs)
+
+
+def stays_on_gpu(device: torch.device, num_bytes: int) -> bool:
+    """Returns whether so many bytes are left on a GPU, within the process's share of it; False on a CPU."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return False
+    torch.cuda.empty_cache()
+    return True

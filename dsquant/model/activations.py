@@ -67,6 +67,13 @@ class Activations:
             mapped = mmap.mmap(file.fileno(), num_bytes)
         return cls(torch.frombuffer(mapped, dtype=dtype).view(shape), mapped, device, path)
 
+    @classmethod
+    def passing(cls, path: Path | None, shape: tuple[int, int, int], device: torch.device) -> "Activations":
+        """Opens float32 activations [N, T, H] in a new file, or with None in the memory of the device."""
+        if path is None:
+            return cls(torch.zeros(shape, device=device))
+        return cls.in_file(path, shape, device, torch.float32)
+
     @property
     def num_rows(self) -> int:
         """Tokens of all samples."""
