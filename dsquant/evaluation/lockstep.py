@@ -40,6 +40,8 @@ from dsquant.source.weights import Weights
 
 # Tokens whose hidden states are scored after every layer.
 LENS_TOKENS = 128
+# Experts of every model that are read from disk while one is run.
+EXPERTS_AHEAD = 2
 
 
 @dataclass
@@ -178,8 +180,9 @@ class Lockstep:
             comparison.dense_part(original, candidate, moments)
             comparisons.append(comparison)
         del original, candidate
-        for mlp in layer.experts:
+        for place, mlp in enumerate(layer.experts):
             self.safe_point(layer.index, self.skeleton.num_layers, mlp.gate.rpartition(".")[0])
+            self._read_ahead(layer.experts[place + 1 : place + 1 + EXPERTS_AHEAD])
             self._run_expert(mlp, comparisons)
         for lane, comparison in zip(self.candidates.values(), comparisons, strict=True):
             lane.errors += comparison.errors
@@ -197,6 +200,12 @@ class Lockstep:
         for rows_R in torch.arange(self.original.mlp_inputs.num_rows).split(ROWS_AT_ONCE):
             moments.add(self.original.mlp_inputs.rows(rows_R))
         return moments
+
+    def _read_ahead(self, mlps: Sequence[Mlp]) -> None:
+        """Begins to read experts while a GPU computes another; a CPU is busy with that."""
+        names = [f"{linear}.weight" for mlp in mlps for linear in mlp.linears]
+        for lane in (self.original, *self.candidates.values()):
+            lane.weights.prefetch(names if self.device.type == "cuda" else ())
 
     def _run_expert(self, mlp: Mlp, comparisons: Sequence[LayerComparison]) -> None:
         """Adds an expert to every lane, each model's weights read once, and compares them."""
