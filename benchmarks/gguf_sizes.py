@@ -21,6 +21,7 @@ the same tokens; evaluation is in `benchmarks/peers/reference.py`. What is finis
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import statistics
@@ -205,7 +206,8 @@ def make_imatrix(case: Case, llama: Path) -> None:
     text.write_text("".join(tokenizer.decode(row) for row in tokens_NT.tolist()), encoding="utf-8")
     # It writes in between unless told otherwise: the file is there when it is whole.
     partial = case.imatrix.with_suffix(".part.gguf")
-    words = ("-f", text, "-o", partial, "-c", tokens_NT.shape[1], "-t", 1, "--no-ppl", "-ngl", 0)
+    threads = min(4, len(os.sched_getaffinity(0)))
+    words = ("-f", text, "-o", partial, "-c", tokens_NT.shape[1], "-t", threads, "--no-ppl", "-ngl", 0)
     run_llama(llama / "llama-imatrix", "-m", case.plain, *words)
     partial.replace(case.imatrix)
 
@@ -328,15 +330,19 @@ def make(benches: Sequence[Bench], arguments: argparse.Namespace) -> None:
     jobs, llama = arguments.jobs, arguments.llama.resolve()
     pairs = sorted(((bench, case) for bench in benches for case in bench.cases), key=lambda pair: pair[1].seed)
     run_all([(make_plain, (bench.cases[0],)) for bench in benches if not bench.cases[0].plain.exists()], jobs)
-    run_all([(make_imatrix, (case, llama)) for _, case in pairs if not case.imatrix.exists()], jobs)
-    for maker in ("llama", "rules"):
+    of_llama = [maker for maker in ("llama", "rules") if maker in arguments.makers]
+    if "llama" not in of_llama and {"rules", "chosen"} & set(arguments.makers):
+        of_llama = ["llama", *of_llama]  # its bits are the others'
+    if of_llama:
+        run_all([(make_imatrix, (case, llama)) for _, case in pairs if not case.imatrix.exists()], jobs)
+    for maker in of_llama:
         wanted = [
             (run_quantize, (case, maker, row, bench.evaluation, llama))
             for bench, case in pairs
             for row in bench.missing(case, maker)
             if maker in arguments.makers or not case.place(maker, row).exists()
         ]
-        run_all(wanted if maker in ("llama", *arguments.makers) else [], jobs)
+        run_all(wanted, jobs)
     tasks: list[Task] = []  # the longest jobs first
     for bench, case in pairs:
         told = (bench.evaluation, arguments.device)
