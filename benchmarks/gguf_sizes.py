@@ -123,13 +123,12 @@ def evaluator(model: Path, plain: Path, evaluation: Evaluation) -> Evaluator:
 
 
 def measure(case: Case, maker: str, row: str, evaluation: Evaluation) -> None:
-    """Compares a file with the original and removes it, unless others are made as large as it is."""
+    """Compares a file with the original, and removes it."""
     folder = case.place(maker, row)
     figures = as_json(evaluator(case.model, case.plain, evaluation).of_folder(folder))
     result = {"made": made_from(case, maker, evaluation), "bits": gguf_bits(folder), "texts": figures}
     folder.with_suffix(".json").write_text(json.dumps(result, indent=2))
-    if maker != "llama":
-        shutil.rmtree(folder)
+    shutil.rmtree(folder)
     kl = {text: round(one["mean_kl"], 4) for text, one in figures.items()}
     tell(f"{case.model.name}, seed {case.seed}, {maker} {row}: {result['bits']:.2f} bits, mean KL {kl}")
 
@@ -281,7 +280,7 @@ def mean_bits(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -
 
 def target_bits(case: Case, row: str) -> float:
     """The bits of llama.cpp's file, rounded down."""
-    return math.floor(1000 * gguf_bits(case.place("llama", row))) / 1000
+    return math.floor(1000 * read_json(case.place("llama", row).with_suffix(".json"))["bits"]) / 1000
 
 
 class Bench:
@@ -333,14 +332,13 @@ def make(benches: Sequence[Bench], arguments: argparse.Namespace) -> None:
     of_llama = [maker for maker in ("llama", "rules") if maker in arguments.makers]
     if "llama" not in of_llama and {"rules", "chosen"} & set(arguments.makers):
         of_llama = ["llama", *of_llama]  # its bits are the others'
-    if of_llama:
+    if any(bench.missing(case, maker) for maker in of_llama for bench, case in pairs):
         run_all([(make_imatrix, (case, llama)) for _, case in pairs if not case.imatrix.exists()], jobs)
     for maker in of_llama:
         wanted = [
             (run_quantize, (case, maker, row, bench.evaluation, llama))
             for bench, case in pairs
             for row in bench.missing(case, maker)
-            if maker in arguments.makers or not case.place(maker, row).exists()
         ]
         run_all(wanted, jobs)
     tasks: list[Task] = []  # the longest jobs first
