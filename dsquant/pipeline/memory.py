@@ -228,6 +228,8 @@ def _sharing_bytes(work: Workload) -> int:
         return 0
     layers, num_tokens = work.skeleton.layers, work.num_tokens
     sums = -(-CHUNKS // work.num_ranks) * max(_chunk_bytes(work, layer) for layer in layers)
+    if work.follows and work.recipe.target is None:  # what is read travels instead
+        sums = 0
     num_experts = max(len(layer.experts) for layer in layers)
     rows = min(num_tokens, ROWS_AT_ONCE) if work.follows else 0
     if num_experts:
