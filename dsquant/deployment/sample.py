@@ -33,20 +33,18 @@ class Sample:
 def sample_of(checkpoint: Checkpoint, skeleton: Skeleton) -> Sample:
     """Picks the layers. Those of one kind have tensors of the same names, types and shapes, and numbers of as many
     digits: the headers of their files have one size."""
-    tensors: dict[int, list[TensorInfo]] = {layer.index: [] for layer in skeleton.layers}
+    tensors: dict[int | None, dict[str, TensorInfo]] = {None: {}}
     for name, info in checkpoint.index.items():
-        number = layer_number(name)
-        if number is not None and number in tensors:
-            tensors[number].append(info)
+        tensors.setdefault(layer_number(name), {})[name] = info
     first: dict[tuple[object, ...], int] = {}
     kind_of = {}
-    for number, held in tensors.items():
-        inside = len(f"model.layers.{number}.")
-        parts = tuple((info.name[inside:], info.dtype, info.shape) for info in held)
+    for layer in skeleton.layers:
+        number, inside = layer.index, len(f"{layer.prefix}.")
+        parts = tuple((name[inside:], info.dtype, info.shape) for name, info in tensors.get(number, {}).items())
         kind = (number < skeleton.num_layers, len(str(number)), parts)
         kind_of[number] = first.setdefault(kind, number)
     counts = Counter(kind_of.values())
-    kept = {name: info for name, info in checkpoint.index.items() if layer_number(name) in (None, *counts)}
+    kept = {name: info for number in (None, *counts) for name, info in tensors.get(number, {}).items()}
     index = ShardIndex(checkpoint.folder, kept)
     assert isinstance(checkpoint.weights, StoredWeights)
     few = copy.copy(skeleton)
