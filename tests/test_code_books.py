@@ -1,0 +1,140 @@
+"""The types of ggml whose weights share points of a code book: beside ggml's own search, decoded by gguf-py."""
+
+import os
+import subprocess
+import sys
+
+import gguf as gguf_py
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsquant.kernels import code_books, ggml
+
+NUMBERS = {name: gguf_py.GGMLQuantizationType[name] for name in code_books.TYPES}
+QUICK = ("IQ2_XXS", "IQ3_XXS", "IQ3_S")  # ggml takes many seconds to prepare the others
+
+
+def weights(heavy: bool, num_rows: int = 8, num_columns: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows, and importances of their columns that differ by e squared."""
+    generator = torch.Generator().manual_seed(int(heavy))
+    rows_RI = torch.randn(num_rows, num_columns, generator=generator) * 0.02
+    if heavy:
+        rows_RI *= (0.7 * torch.randn(num_rows, num_columns, generator=generator)).exp()
+    return rows_RI, torch.randn(num_columns, generator=generator).exp()
+
+
+def decoded(stored: torch.Tensor, type_name: str) -> torch.Tensor:
+    return torch.from_numpy(np.array(dequantize(stored.cpu().numpy(), NUMBERS[type_name]), dtype=np.float32))
+
+
+def weighted_error(stored: torch.Tensor, type_name: str, rows_RI: torch.Tensor, importance_I: torch.Tensor) -> float:
+    """By the weights that ggml gives the columns, relative to the rows."""
+    squares = rows_RI.unflatten(1, (-1, 256)).square()
+    spread = code_books.TYPES[type_name].spread
+    weights_RI = importance_I * (spread * squares.mean(2, keepdim=True) + squares).sqrt().flatten(1)
+    errors_RI = decoded(stored, type_name) - rows_RI
+    return float((weights_RI * errors_RI.square()).sum() / (weights_RI * rows_RI.square()).sum()) ** 0.5
+
+
+def assert_less_error_than_ggml(type_name: str, heavy: bool) -> None:
+    rows_RI, importance_I = weights(heavy)
+    ours, theirs = (
+        weighted_error(quantize(rows_RI, type_name, importance_I), type_name, rows_RI, importance_I)
+        for quantize in (code_books.quantize, ggml.quantize)
+    )
+    assert ours < 0.97 * theirs
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize("type_name", QUICK)
+def test_all_points_tried_leave_less_error_than_ggmls_neighbours(type_name: str, heavy: bool) -> None:
+    assert_less_error_than_ggml(type_name, heavy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("type_name", [name for name in code_books.TYPES if name not in QUICK])
+def test_all_points_tried_leave_less_error_where_ggml_prepares_long(type_name: str) -> None:
+    assert_less_error_than_ggml(type_name, True)
+
+
+@pytest.mark.parametrize("type_name", code_books.TYPES)
+def test_stored_bytes_decode_to_the_points_that_were_chosen(type_name: str) -> None:
+    rows_RI, importance_I = weights(True, 2, 512)
+    rows_RI[0, :256], rows_RI[1, 40] = 0, -3.0
+    kind, points_AKP = code_books.TYPES[type_name], code_books.points_of(type_name)
+    importance_SW = importance_I.expand(2, -1).reshape(-1, 256)
+    vectors = code_books.vectors_of(rows_RI.view(-1, 256), importance_SW, kind, points_AKP)
+    chosen = code_books.search(vectors)
+    scale_N = (2 * chosen.level_N + 1) * chosen.factor_S.float().repeat_interleave(256 // kind.block)
+    points_NGP = points_AKP[chosen.alternative_N.unsqueeze(1), chosen.index_NG]
+    values_RI = decoded(code_books.quantize(rows_RI, type_name, importance_I), type_name)
+    found_NGP = values_RI.view(vectors.weight_NGP.shape)
+    wanted_NGP = points_NGP * scale_N.view(-1, 1, 1)
+    if kind.signs != "delta":
+        found_NGP = found_NGP.abs()
+    assert torch.allclose(found_NGP, wanted_NGP, rtol=1e-6)
+    assert bool((values_RI[0, :256] == 0).all())
+
+
+@pytest.mark.parametrize("type_name", ["IQ2_XXS", "IQ2_XS", "IQ3_XXS"])
+def test_eight_signs_have_an_even_number_of_minus_and_few_are_given_up(type_name: str) -> None:
+    rows_RI, importance_I = weights(False, 2, 512)
+    values_RI = decoded(code_books.quantize(rows_RI, type_name, importance_I), type_name)
+    minus = (values_RI < 0).unflatten(1, (-1, 8))
+    differs = (values_RI < 0) != (rows_RI < 0)
+    assert bool((minus.sum(2) % 2 == 0).all())
+    assert int(differs.unflatten(1, (-1, 8)).sum(2).max()) == 1
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["IQ2_XXS", "IQ2_S", "IQ3_S"]), st.floats(-4, 3))
+@settings(max_examples=10, deadline=None)
+def test_rows_of_any_size_keep_their_shape_of_error(seed: int, type_name: str, exponent: float) -> None:
+    rows_RI = torch.randn(1, 256, generator=torch.Generator().manual_seed(seed)) * 10**exponent
+    values_RI = decoded(code_books.quantize(rows_RI, type_name, torch.ones(256)), type_name)
+    assert float((values_RI - rows_RI).norm() / rows_RI.norm()) < 0.35
+
+
+INTERPRETED = """
+import sys, torch
+from dsquant.kernels import code_books, code_books_triton
+for name in sys.argv[1:]:
+    weight_SW = torch.randn(2, 256, generator=torch.Generator().manual_seed(3)) * 0.02
+    weight_SW[1, :64] = 0
+    importance_SW = torch.randn(256, generator=torch.Generator().manual_seed(4)).exp().expand(2, -1)
+    points = code_books.points_of(name)[:, ::32].contiguous()  # few of them: the interpreter takes its time
+    vectors = code_books.vectors_of(weight_SW, importance_SW, code_books.TYPES[name], points)
+    wanted, found = code_books.search(vectors), code_books_triton.search(vectors)
+    for part in wanted.__dataclass_fields__:
+        assert torch.equal(getattr(wanted, part), getattr(found, part)), (name, part)
+"""
+
+
+def test_the_gpus_search_chooses_the_same_under_tritons_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    names = ["IQ1_S", "IQ2_XXS", "IQ2_S", "IQ3_XXS"]
+    subprocess.run([sys.executable, "-c", INTERPRETED, *names], env=environment, check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("type_name", code_books.TYPES)
+def test_a_gpu_chooses_what_the_reference_chooses(type_name: str) -> None:
+    from dsquant.kernels import code_books_triton
+
+    rows_RI, importance_I = (part.cuda() for part in weights(True, 16, 2048))
+    kind, points_AKP = code_books.TYPES[type_name], code_books.points_of(type_name).cuda()
+    importance_SW = importance_I.expand(16, -1).reshape(-1, 256)
+    vectors = code_books.vectors_of(rows_RI.view(-1, 256), importance_SW, kind, points_AKP)
+    wanted, found = code_books.search(vectors), code_books_triton.search(vectors)
+    assert float((wanted.index_NG == found.index_NG).float().mean()) > 0.995
+    errors = [
+        weighted_error(stored, type_name, rows_RI.cpu(), importance_I.cpu())
+        for stored in (
+            code_books.quantize(rows_RI, type_name, importance_I),
+            code_books.quantize(rows_RI.cpu(), type_name, importance_I.cpu()),
+        )
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
