@@ -1,6 +1,6 @@
 """Speed and error of every GGUF quantizer: MB/s of float32 input, on one core, on all cores, on a GPU.
 
-    python -m benchmarks.gguf [--rows 512] [--repeats 3]
+    python -m benchmarks.gguf [--rows 512] [--repeats 3] [--types IQ2_XXS IQ3_S]
 
 prints a table in Markdown. Each number is the best of several runs on Gaussian rows of R1's width with random
 importances; on one core, of the seconds that the core worked. The error is the root of the weighted mean square, beside
@@ -12,7 +12,7 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from gguf.quants import dequantize
 
-from dsquant.kernels import ggml, k_quants
+from dsquant.kernels import code_book_search, code_books, ggml, k_quants
 
 COLUMNS = 7168  # of most of R1's weights
-TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q5_0", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS")
+TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q5_0", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", *code_books.TYPES)
+WITH_KERNELS = (*k_quants.ROW_BLOCKS, *code_books.TYPES)
 Quantizer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -51,20 +52,22 @@ def quantizers(type_name: str, place: str) -> Iterator[tuple[str, Quantizer]]:
         Name and function of rows and importances.
     """
     if place == "GPU, host to host":
-        if type_name in k_quants.ROW_BLOCKS:
+        if type_name in WITH_KERNELS:
             from dsquant.formats.gguf.store import stored_rows
 
             yield "dsquant Triton", lambda rows, weights: stored_rows(rows.cuda(), type_name, weights).cpu()
         return
-    if place == "GPU" and type_name in k_quants.ROW_BLOCKS:
-        from dsquant.kernels import k_quants_triton
+    if place == "GPU" and type_name in WITH_KERNELS:
+        from dsquant.kernels import code_books_triton, k_quants_triton
 
-        yield "dsquant Triton", lambda rows, weights: k_quants_triton.quantize(rows, type_name, weights)
+        kernels = code_books_triton if type_name in code_books.TYPES else k_quants_triton
+        yield "dsquant Triton", lambda rows, weights: kernels.quantize(rows, type_name, weights)
     if place != "GPU" and ggml.library() is not None:
         threads = 1 if place == "one core" else 0
         yield "ggml", lambda rows, weights: ggml.quantize(rows, type_name, weights, threads)
-    if place != "GPU" and type_name in k_quants.ROW_BLOCKS:
-        yield "dsquant PyTorch", lambda rows, weights: k_quants.quantize(rows, type_name, weights)
+    if place != "GPU" and type_name in WITH_KERNELS:
+        reference = code_book_search if type_name in code_books.TYPES else k_quants
+        yield "dsquant PyTorch", lambda rows, weights: reference.quantize(rows, type_name, weights)
     if place == "one core" and type_name in ("Q8_0", "Q4_0", "Q5_0"):
         number = gguf.GGMLQuantizationType[type_name]
         yield "gguf-py", lambda rows, _: torch.from_numpy(gguf.quants.quantize(rows.numpy(), number))
@@ -102,9 +105,10 @@ def weighted_error(stored: torch.Tensor, type_name: str, rows_RI: torch.Tensor, 
     raw = stored.cpu().numpy().reshape(len(rows_RI), -1)
     values_RI = torch.from_numpy(dequantize(raw, gguf.GGMLQuantizationType[type_name]).astype(np.float32))
     weights_RI = importance_I.expand_as(rows_RI)
-    if type_name in ("Q4_K", "Q5_K"):
+    if type_name in ("Q4_K", "Q5_K", *code_books.TYPES):
+        spread = code_books.TYPES[type_name].spread if type_name in code_books.TYPES else 2
         blocks = rows_RI.unflatten(1, (-1, 256)).square()
-        weights_RI = weights_RI * (2 * blocks.mean(2, keepdim=True) + blocks).sqrt().flatten(1)
+        weights_RI = weights_RI * (spread * blocks.mean(2, keepdim=True) + blocks).sqrt().flatten(1)
     return float(((weights_RI * (values_RI - rows_RI).square()).sum() / (weights_RI * rows_RI.square()).sum()).sqrt())
 
 
@@ -131,7 +135,9 @@ def best_seconds(run: Callable[[], object], repeats: int, place: str) -> float:
     return min(times[1:])
 
 
-def measure(rows_RI: torch.Tensor, importance_I: torch.Tensor, place: str, repeats: int) -> Iterator[Measurement]:
+def measure(
+    rows_RI: torch.Tensor, importance_I: torch.Tensor, place: str, repeats: int, types: Sequence[str] = TYPES
+) -> Iterator[Measurement]:
     """Measures every quantizer at a place.
 
     Args:
@@ -139,6 +145,7 @@ def measure(rows_RI: torch.Tensor, importance_I: torch.Tensor, place: str, repea
         importance_I: float32 [I].
         place: as `quantizers` takes it.
         repeats: runs of each.
+        types: the types.
 
     Yields:
         The measurements.
@@ -147,7 +154,7 @@ def measure(rows_RI: torch.Tensor, importance_I: torch.Tensor, place: str, repea
     device = "cuda" if place == "GPU" else "cpu"
     rows, weights = rows_RI.to(device), importance_I.to(device)
     compared = min(64, len(rows_RI))
-    for type_name in TYPES:
+    for type_name in types:
         for name, quantizer in quantizers(type_name, place):
             seconds = best_seconds(lambda run=quantizer: run(rows, weights), repeats, place)
             stored = quantizer(rows[:compared], weights)
@@ -161,6 +168,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512, help="rows on the CPU")
     parser.add_argument("--gpu-rows", type=int, default=2**15, help="rows on the GPU: 0.9 GB")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--types", nargs="*", default=TYPES)
     parser.add_argument("--places", nargs="*", default=["one core", "all cores", "GPU", "GPU, host to host"])
     options = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
@@ -176,7 +184,7 @@ def main() -> None:
             continue
         num_rows = options.gpu_rows if place.startswith("GPU") else options.rows
         rows_RI = torch.randn(num_rows, COLUMNS, generator=generator) * 0.02
-        for found in measure(rows_RI, importance_I, place, options.repeats):
+        for found in measure(rows_RI, importance_I, place, options.repeats, options.types):
             share = "-"
             if ggml.library() is not None:
                 part_RI = rows_RI[:64]

@@ -25,7 +25,7 @@ from dsquant.presets import PRESET_STEPS, STEPS, Preset, Step, listed_steps
 CHANGEABLE_ON_RESUME = ("output", "memory_budget", "gpu_memory_budget", "evaluate")
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
-_SHORT_TYPES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+_SHORT_TYPES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 
 
 def _full_name(name: str) -> str:
@@ -175,9 +175,9 @@ class GgufQuantization(TargetOptions):
 
     type: str = Field(
         default="Q4_K_M",
-        description="A type or mixture of llama.cpp, such as Q8_0, Q4_K_M, IQ4_XS, BF16; or Q4_K_M+, which keeps MLA "
-        "attention, shared experts and dense layers at Q8_0; with a target, the type of tensors for which none is "
-        "chosen.",
+        description="A type or mixture of llama.cpp, from IQ1_S (1.6 bits) to BF16, such as IQ2_XXS, Q4_K_M, "
+        "Q8_0; or Q4_K_M+, which keeps MLA attention, shared experts and dense layers at Q8_0; with a target, the type "
+        "of tensors for which none is chosen.",
     )
     scales: bool = Field(default=True, description="Fold AWQ's scales in, in addition to the importance matrix.")
     mtp: Literal["keep", "drop"] = Field(

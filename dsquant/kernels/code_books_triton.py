@@ -1,4 +1,4 @@
-"""The search of `code_books` on a GPU: a program keeps a super-block's sums in registers while the points pass by.
+"""`code_book_search` on a GPU: a program keeps a super-block's sums in registers while the points pass by.
 
 Shape legend: T tries (candidate scales, then levels), V vectors of a super-block, B blocks of it, P weights of a
 vector, K points that are looked at together, F candidate factors.
@@ -9,12 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
-from dsquant.kernels import code_books
+from dsquant.kernels import code_book_search, code_books
 
-CANDIDATES = tl.constexpr(code_books.CANDIDATES)
-FACTOR_FIRST = tl.constexpr(code_books.FACTOR_FIRST)
-FACTOR_STEP = tl.constexpr(code_books.FACTOR_STEP)
-FACTOR_TRIES = tl.constexpr(code_books.FACTOR_TRIES)
+# Super-blocks that are searched together.
+SUPERS_AT_ONCE = 2**16
+CANDIDATES = tl.constexpr(code_book_search.CANDIDATES)
+FACTOR_FIRST = tl.constexpr(code_book_search.FACTOR_FIRST)
+FACTOR_STEP = tl.constexpr(code_book_search.FACTOR_STEP)
+FACTOR_TRIES = tl.constexpr(code_book_search.FACTOR_TRIES)
 LEAST = tl.constexpr(code_books.LEAST)
 # Adding and subtracting it rounds a float32 to the nearest integer, halves to even.
 ROUNDER = tl.constexpr(1.5 * 2**23)
@@ -23,6 +25,11 @@ FREE, EVEN, EVEN_PAIRS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Points that are looked at together, by the weights of a vector; measured on an H200 with one to four warps.
 POINTS_TOGETHER = {8: 4, 4: 2}
 WARPS = 1
+
+
+def quantize(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor) -> torch.Tensor:
+    """`code_book_search.quantize` on a GPU, on whose memory the result is."""
+    return code_book_search.quantize_with(search, rows_RI, type_name, importance_I, SUPERS_AT_ONCE)
 
 
 def search(vectors: code_books.Vectors) -> code_books.Chosen:
@@ -49,7 +56,7 @@ def search(vectors: code_books.Vectors) -> code_books.Chosen:
     _search[(num_supers,)](
         values, importance, vectors.odd_NG.to(torch.int32).contiguous(), points_AKP,
         factor_S, level_SB, index_SV, flipped_SV, alternative_SB,
-        float(points_AKP.abs().max()), first, (last - first) / (code_books.CANDIDATES - 1),
+        float(points_AKP.abs().max()), first, (last - first) / (code_book_search.CANDIDATES - 1),
         num_points, alternatives, per_super, num_blocks, width, kind.levels, signs.value, POINTS_TOGETHER[width],
         num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from checkpoints import (
     r1_shapes,
 )
 from click.testing import CliRunner
-from gguf_files import LARGEST_ERROR, PLAIN, decoded, expected, tensors_of
+from gguf_files import CALIBRATED, LARGEST_ERROR, PLAIN, decoded, expected, tensors_of
 from safetensors.torch import load_file, save_file
 
 import dsquant
@@ -29,13 +29,16 @@ from dsquant.cli import main
 from dsquant.errors import InputError
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.formats.gguf.layout import placements, stored_shape
+from dsquant.formats.gguf.mixtures import choose_type, model_facts
 from dsquant.formats.gguf.output import GgufTarget
-from dsquant.formats.gguf.types import choose_type, model_facts, row_bytes
+from dsquant.formats.gguf.types import MIXTURES, row_bytes
 from dsquant.pipeline.inputs import open_source
 from dsquant.recipes import gguf_recipe
 
 
-@pytest.mark.parametrize("type_name", ["F32", "BF16", "F16", "Q8_0", "Q4_0", "Q2_K", "Q4_K_M", "Q4_K_M+", "IQ4_XS"])
+@pytest.mark.parametrize(
+    "type_name", ["F32", "BF16", "F16", "Q8_0", "Q4_0", "Q2_K", "Q4_K_M", "Q4_K_M+", "IQ4_XS", "MXFP4_MOE"]
+)
 def test_every_tensor_decodes_to_its_source_within_the_types_error(
     nano_r1: Path, tmp_path: Path, type_name: str
 ) -> None:
@@ -47,6 +50,22 @@ def test_every_tensor_decodes_to_its_source_within_the_types_error(
         assert values.shape == wanted[name].shape, name
         error = float((values - wanted[name]).norm() / wanted[name].norm())
         assert error <= 1.3 * LARGEST_ERROR[tensor.tensor_type.name], (name, tensor.tensor_type.name, error)
+
+
+@pytest.mark.parametrize(
+    "type_name",
+    ["IQ3_XXS", *(pytest.param(name, marks=pytest.mark.slow) for name in ("IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_M"))],
+)
+def test_types_of_code_books_are_written_with_calibration_and_decode(
+    nano_r1: Path, tmp_path: Path, type_name: str
+) -> None:
+    dsquant.gguf(nano_r1, type=type_name, output=tmp_path / "out", scales=False, **CALIBRATED)
+    wanted, types = expected(nano_r1, 2), set()
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        types.add(tensor.tensor_type.name)
+        error = float((decoded(tensor) - wanted[name]).norm() / wanted[name].norm())
+        assert error <= 1.3 * LARGEST_ERROR[tensor.tensor_type.name], (name, tensor.tensor_type.name, error)
+    assert MIXTURES[type_name] in types
 
 
 def test_more_than_ten_experts_lie_in_their_order_whatever_the_order_of_names(tmp_path: Path) -> None:

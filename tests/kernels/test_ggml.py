@@ -16,7 +16,17 @@ from dsquant.kernels import ggml
 # --- quantizers
 
 
-@pytest.mark.parametrize("type_name", sorted(set(TYPES) - set(FLOAT_TYPES)))
+PREPARED_FOR_SECONDS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S")  # ggml works out tables first
+
+
+@pytest.mark.parametrize(
+    "type_name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in PREPARED_FOR_SECONDS else ())
+        for name in TYPES
+        if name not in FLOAT_TYPES
+    ],
+)
 def test_threads_change_no_byte_and_gguf_py_decodes_them(type_name: str) -> None:
     rows_RI = torch.randn(37, 512, generator=torch.Generator().manual_seed(1))
     importance_I = torch.rand(512, generator=torch.Generator().manual_seed(2)) + 0.1
@@ -48,3 +58,22 @@ def test_any_row_decodes_within_its_types_error(seed: int, scale: float, type_na
     assert stored.shape == (4, row_bytes(type_name, 256))
     values = dequantize(stored.numpy(), gguf_py.GGMLQuantizationType[type_name])
     assert float((torch.from_numpy(values) - rows_RI).norm() / rows_RI.norm()) < 1.3 * LARGEST_ERROR[type_name]
+
+
+@pytest.mark.parametrize("type_name", ["IQ3_XXS", "MXFP4"])
+def test_importances_of_any_size_never_end_the_process(type_name: str) -> None:
+    rows_RI = torch.randn(2, 256, generator=torch.Generator().manual_seed(1)) * 1e4
+    huge_I = torch.rand(256, generator=torch.Generator().manual_seed(2)) * 3e38 + 1e34
+    stored = store.stored_rows(rows_RI, type_name, huge_I)
+    assert torch.equal(stored, store.stored_rows(rows_RI, type_name, huge_I / 2.0**120))
+    assert float((store.decoded_rows(stored, type_name) - rows_RI).norm() / rows_RI.norm()) < LARGEST_ERROR[type_name]
+
+
+def test_code_books_are_searched_by_pytorch_where_ggml_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_RI = torch.randn(2, 256, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(store.ggml, "library", lambda: None)
+    stored = store.stored_rows(rows_RI, "IQ2_XXS", None)
+    error = float((store.decoded_rows(stored, "IQ2_XXS") - rows_RI).norm() / rows_RI.norm())
+    assert error < LARGEST_ERROR["IQ2_XXS"]
+    note = store.check_quantizer({"IQ2_XXS", "Q4_K", "MXFP4"}, on_gpu=False)
+    assert note is not None and "Q4_K by dsquant's PyTorch code; IQ2_XXS by" in note and "MXFP4" not in note

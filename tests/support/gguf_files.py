@@ -21,6 +21,8 @@ CALIBRATED: dict[str, Any] = {"samples": 6, "seq_len": 32, "evaluate": False, "p
 LARGEST_ERROR = {
     "F32": 0.0, "F16": 5e-4, "BF16": 4e-3, "Q8_0": 0.01, "Q4_0": 0.12, "Q4_1": 0.11, "Q5_0": 0.06, "Q5_1": 0.055,
     "Q2_K": 0.45, "Q3_K": 0.22, "Q4_K": 0.1, "Q5_K": 0.05, "Q6_K": 0.03, "IQ4_NL": 0.1, "IQ4_XS": 0.1,
+    "IQ1_S": 0.6, "IQ1_M": 0.55, "IQ2_XXS": 0.45, "IQ2_XS": 0.4, "IQ2_S": 0.32, "IQ3_XXS": 0.24, "IQ3_S": 0.19,
+    "MXFP4": 0.14,
 }  # fmt: skip
 
 

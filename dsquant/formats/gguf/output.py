@@ -7,6 +7,7 @@ Shape legend: M matrices of a tensor, O out features, I in features, H heads, N 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -64,7 +65,9 @@ class Gguf(Format):
         """
         recipe, type_name = wanted.recipe, wanted.name.partition(":")[2]
         if type_name not in MIXTURES:
-            raise UsageError(f"type {type_name!r} is unknown; dsquant writes {', '.join(MIXTURES)}")
+            near = get_close_matches(type_name, MIXTURES, n=1)
+            words = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(f"type {type_name!r} is unknown; {words}dsquant writes {', '.join(MIXTURES)}")
         if recipe.target is not None and not recipe.calibration:
             raise UsageError(
                 f"{recipe.target}: types are chosen by what they do to the hidden states of calibration texts; give "

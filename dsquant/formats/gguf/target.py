@@ -16,9 +16,10 @@ from dsquant.formats.gguf.imatrix import TensorImportance
 from dsquant.formats.gguf.layout import Placement, placements, stored_shape
 from dsquant.formats.gguf.loader import loading_problem
 from dsquant.formats.gguf.metadata import add_model_keys, add_tokenizer_keys
+from dsquant.formats.gguf.mixtures import choose_type, model_facts
 from dsquant.formats.gguf.rope import rope_factors
-from dsquant.formats.gguf.store import check_quantizer
-from dsquant.formats.gguf.types import choose_type, file_type_of, model_facts
+from dsquant.formats.gguf.store import check_quantizer, check_without_importances
+from dsquant.formats.gguf.types import file_type_of
 from dsquant.model.families import family_of
 from dsquant.model.skeleton import network_config, network_rotary
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
@@ -82,14 +83,16 @@ def plan_model(
     `parameters` are the source's that the model gets, in order, `num_mtp_layers` multi-token-prediction layers among
     them. A file holds at most `max_file_bytes` of tensor data, 0 makes one file; its name has `label` in place of the
     type. Raises InputError where a parameter has no place in GGUF, or the tokenizer is unknown to llama.cpp; UsageError
-    where nothing installed can quantize to a type.
+    where nothing installed can quantize to a type, or one needs importances and there are none.
     """
     family = family_of(checkpoint.folder, checkpoint.config)
     config, rotary = network_config(family, checkpoint.config), network_rotary(family, checkpoint.config)
     shapes = loadable_shapes(checkpoint, parameters)
     tensors, replaced = choose_tensors(config, shapes, type_name, num_mtp_layers, has_imatrix, overrides)
-    on_gpu = checkpoint.weights.device.type == "cuda"
-    missing = check_quantizer({tensor.type_name for tensor in tensors.values()}, on_gpu)
+    types = {tensor.type_name for tensor in tensors.values()}
+    if not has_imatrix:
+        check_without_importances(types)
+    missing = check_quantizer(types, checkpoint.weights.device.type == "cuda")
     left_out: list[str] = []
 
     def add_keys(writer: Any) -> None:

@@ -12,7 +12,7 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsquant.kernels import code_books, ggml
+from dsquant.kernels import code_book_search, code_books, ggml
 
 NUMBERS = {name: gguf_py.GGMLQuantizationType[name] for name in code_books.TYPES}
 QUICK = ("IQ2_XXS", "IQ3_XXS", "IQ3_S")  # ggml takes many seconds to prepare the others
@@ -44,7 +44,7 @@ def assert_less_error_than_ggml(type_name: str, heavy: bool) -> None:
     rows_RI, importance_I = weights(heavy)
     ours, theirs = (
         weighted_error(quantize(rows_RI, type_name, importance_I), type_name, rows_RI, importance_I)
-        for quantize in (code_books.quantize, ggml.quantize)
+        for quantize in (code_book_search.quantize, ggml.quantize)
     )
     assert ours < 0.97 * theirs
 
@@ -68,10 +68,10 @@ def test_stored_bytes_decode_to_the_points_that_were_chosen(type_name: str) -> N
     kind, points_AKP = code_books.TYPES[type_name], code_books.points_of(type_name)
     importance_SW = importance_I.expand(2, -1).reshape(-1, 256)
     vectors = code_books.vectors_of(rows_RI.view(-1, 256), importance_SW, kind, points_AKP)
-    chosen = code_books.search(vectors)
+    chosen = code_book_search.search(vectors)
     scale_N = (2 * chosen.level_N + 1) * chosen.factor_S.float().repeat_interleave(256 // kind.block)
     points_NGP = points_AKP[chosen.alternative_N.unsqueeze(1), chosen.index_NG]
-    values_RI = decoded(code_books.quantize(rows_RI, type_name, importance_I), type_name)
+    values_RI = decoded(code_book_search.quantize(rows_RI, type_name, importance_I), type_name)
     found_NGP = values_RI.view(vectors.weight_NGP.shape)
     wanted_NGP = points_NGP * scale_N.view(-1, 1, 1)
     if kind.signs != "delta":
@@ -83,7 +83,7 @@ def test_stored_bytes_decode_to_the_points_that_were_chosen(type_name: str) -> N
 @pytest.mark.parametrize("type_name", ["IQ2_XXS", "IQ2_XS", "IQ3_XXS"])
 def test_eight_signs_have_an_even_number_of_minus_and_few_are_given_up(type_name: str) -> None:
     rows_RI, importance_I = weights(False, 2, 512)
-    values_RI = decoded(code_books.quantize(rows_RI, type_name, importance_I), type_name)
+    values_RI = decoded(code_book_search.quantize(rows_RI, type_name, importance_I), type_name)
     minus = (values_RI < 0).unflatten(1, (-1, 8))
     differs = (values_RI < 0) != (rows_RI < 0)
     assert bool((minus.sum(2) % 2 == 0).all())
@@ -94,20 +94,20 @@ def test_eight_signs_have_an_even_number_of_minus_and_few_are_given_up(type_name
 @settings(max_examples=10, deadline=None)
 def test_rows_of_any_size_keep_their_shape_of_error(seed: int, type_name: str, exponent: float) -> None:
     rows_RI = torch.randn(1, 256, generator=torch.Generator().manual_seed(seed)) * 10**exponent
-    values_RI = decoded(code_books.quantize(rows_RI, type_name, torch.ones(256)), type_name)
+    values_RI = decoded(code_book_search.quantize(rows_RI, type_name, torch.ones(256)), type_name)
     assert float((values_RI - rows_RI).norm() / rows_RI.norm()) < 0.35
 
 
 INTERPRETED = """
 import sys, torch
-from dsquant.kernels import code_books, code_books_triton
+from dsquant.kernels import code_book_search, code_books, code_books_triton
 for name in sys.argv[1:]:
     weight_SW = torch.randn(2, 256, generator=torch.Generator().manual_seed(3)) * 0.02
     weight_SW[1, :64] = 0
     importance_SW = torch.randn(256, generator=torch.Generator().manual_seed(4)).exp().expand(2, -1)
     points = code_books.points_of(name)[:, ::32].contiguous()  # few of them: the interpreter takes its time
     vectors = code_books.vectors_of(weight_SW, importance_SW, code_books.TYPES[name], points)
-    wanted, found = code_books.search(vectors), code_books_triton.search(vectors)
+    wanted, found = code_book_search.search(vectors), code_books_triton.search(vectors)
     for part in wanted.__dataclass_fields__:
         assert torch.equal(getattr(wanted, part), getattr(found, part)), (name, part)
 """
@@ -128,13 +128,13 @@ def test_a_gpu_chooses_what_the_reference_chooses(type_name: str) -> None:
     kind, points_AKP = code_books.TYPES[type_name], code_books.points_of(type_name).cuda()
     importance_SW = importance_I.expand(16, -1).reshape(-1, 256)
     vectors = code_books.vectors_of(rows_RI.view(-1, 256), importance_SW, kind, points_AKP)
-    wanted, found = code_books.search(vectors), code_books_triton.search(vectors)
+    wanted, found = code_book_search.search(vectors), code_books_triton.search(vectors)
     assert float((wanted.index_NG == found.index_NG).float().mean()) > 0.995
     errors = [
         weighted_error(stored, type_name, rows_RI.cpu(), importance_I.cpu())
         for stored in (
-            code_books.quantize(rows_RI, type_name, importance_I),
-            code_books.quantize(rows_RI.cpu(), type_name, importance_I.cpu()),
+            code_books_triton.quantize(rows_RI, type_name, importance_I),
+            code_book_search.quantize(rows_RI.cpu(), type_name, importance_I.cpu()),
         )
     ]
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
