@@ -8,6 +8,7 @@ from typing import Any
 import gguf as gguf_py
 import numpy as np
 import pytest
+import torch
 from checkpoints import (
     LLAMA,
     PICO_R1,
@@ -37,16 +38,20 @@ from dsquant.recipes import gguf_recipe
 
 
 @pytest.mark.parametrize(
-    "type_name", ["F32", "BF16", "F16", "Q8_0", "Q4_0", "Q2_K", "Q4_K_M", "Q4_K_M+", "IQ4_XS", "MXFP4_MOE"]
+    "type_name", ["F32", "BF16", "F16", "Q8_0", "Q4_0", "Q2_K", "Q4_K_M", "Q4_K_M+", "IQ4_XS", "MXFP4_MOE", "NVFP4"]
 )
 def test_every_tensor_decodes_to_its_source_within_the_types_error(
     nano_r1: Path, tmp_path: Path, type_name: str
 ) -> None:
     dsquant.gguf(nano_r1, type=type_name, output=tmp_path / "out", **PLAIN)
     wanted, found = expected(nano_r1, 2), tensors_of(tmp_path / "out")
+    scales = {name: found.pop(name) for name in set(found) - set(wanted) if type_name == "NVFP4"}
     assert set(found) == set(wanted)
     for name, tensor in found.items():
         values = decoded(tensor)
+        scale = scales.get(name.replace(".weight", ".scale"))
+        if scale is not None:
+            values *= torch.from_numpy(scale.data.copy()).view(-1, *[1] * (values.dim() - 1))
         assert values.shape == wanted[name].shape, name
         error = float((values - wanted[name]).norm() / wanted[name].norm())
         assert error <= 1.3 * LARGEST_ERROR[tensor.tensor_type.name], (name, tensor.tensor_type.name, error)

@@ -78,7 +78,7 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(model, mixture, has_imatrix, tables[-1 if has_imatrix else 0], id=words)
 
 
-@pytest.mark.parametrize(("model", "mixture", "has_imatrix", "table"), cases())
+@pytest.mark.parametrize(("model", "mixture", "has_imatrix", "table"), [*cases()])
 def test_every_tensor_gets_the_type_that_llama_quantize_gives_it(
     model: str, mixture: str, has_imatrix: bool, table: dict[str, str]
 ) -> None:
@@ -92,7 +92,7 @@ def test_every_tensor_gets_the_type_that_llama_quantize_gives_it(
 
 
 def test_every_mixture_but_the_floats_and_dsquants_own_is_compared() -> None:
-    assert set(MIXTURES) - set(CHOSEN["R1"]) == {*FLOAT_TYPES, "Q4_K_M+"}
+    assert set(MIXTURES) - set(CHOSEN["R1"]) == {*FLOAT_TYPES, "Q4_K_M+", "NVFP4"}
     assert [file_type_of(name) for name in ("IQ1_S", "IQ2_M", "Q3_K_L", "MXFP4_MOE")] == [24, 29, 13, 38]
     assert all(name in gguf_py.GGMLQuantizationType.__members__ for name in TYPES)
 
@@ -107,5 +107,5 @@ def test_types_that_need_importances_are_refused_without_before_anything_is_writ
 
 
 def test_an_unknown_type_is_answered_with_one_that_it_may_mean(nano_r1: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"'IQ2_XSS' is unknown; did you mean IQ2_XXS\?"):
-        dsquant.gguf(nano_r1, output=tmp_path / "out", type="IQ2_XSS", **PLAIN)
+    with pytest.raises(UsageError, match=r"'IQ3XXS' is unknown; did you mean IQ3_XXS\?"):
+        dsquant.gguf(nano_r1, output=tmp_path / "out", type="IQ3XXS", **PLAIN)

@@ -75,5 +75,5 @@ def test_code_books_are_searched_by_pytorch_where_ggml_is_not_installed(monkeypa
     stored = store.stored_rows(rows_RI, "IQ2_XXS", None)
     error = float((store.decoded_rows(stored, "IQ2_XXS") - rows_RI).norm() / rows_RI.norm())
     assert error < LARGEST_ERROR["IQ2_XXS"]
-    note = store.check_quantizer({"IQ2_XXS", "Q4_K", "MXFP4"}, on_gpu=False)
+    note = store.check_quantizer({"IQ2_XXS", "Q4_K", "MXFP4"}, on_gpu=False, has_importances=True)
     assert note is not None and "Q4_K by dsquant's PyTorch code; IQ2_XXS by" in note and "MXFP4" not in note

@@ -13,6 +13,7 @@ from dsquant.errors import InputError
 from dsquant.files.foreign import blaming, find_file
 from dsquant.formats.gguf.file import read_gguf
 from dsquant.formats.gguf.layout import Placement, decode_rotary, join_keys_and_values, placements, stored_shape
+from dsquant.formats.gguf.types import scale_beside
 from dsquant.kernels.activation_rounding import Rounding, rounding_of_type
 from dsquant.model.families import FAMILIES, family_of
 from dsquant.model.overlays import on_device
@@ -100,6 +101,9 @@ class GgufWeights(Weights):
         stored = tensor.data if place.expert is None else tensor.data[place.expert]
         stored = np.ascontiguousarray(stored[start_row:stop_row])
         decoded = torch.from_numpy(np.array(dequantize(stored, tensor.tensor_type), dtype=np.float32))
+        scale = self._tensors.get(scale_beside(place.tensor, tensor.tensor_type.name) or "")
+        if scale is not None:
+            decoded *= float(scale.data[place.expert or 0])
         self._release(stored.nbytes)
         return decoded
 

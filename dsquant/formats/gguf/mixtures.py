@@ -1,7 +1,8 @@
-"""llama.cpp's mixtures: the type of each tensor by its part and its layer; and one better mixture.
+"""llama.cpp's mixtures: the type of each tensor by its part and its layer; and two of dsquant's.
 
 Its rules for attention never match MLA's names, so in Q4_K_M the 1.4 % of R1's weights that every token uses get 4
-bits; `Q4_K_M+` keeps them, the shared experts and the dense layers at 8.
+bits; `Q4_K_M+` keeps them, the shared experts and the dense layers at 8. `NVFP4` keeps 8 bits where llama.cpp reads no
+scale: in MLA's attention but its output, and outside the layers.
 
 Reference: `llama_tensor_get_type` and `tensor_type_fallback` in llama.cpp's src/llama-quant.cpp
 """
@@ -220,6 +221,7 @@ _RULES = _LOWEST | {
     "Q4_K_M": _higher(values=((_more_bits, "Q6_K"),), down=((_more_bits, "Q6_K"),), output=_output()),
     "Q5_0": _higher(down=((_both(_in_first(8), _imatrix), "Q5_1"),)),
     "Q5_K_M": _higher(values=((_more_bits, "Q6_K"),), down=((_more_bits, "Q6_K"),)),
+    "NVFP4": dict.fromkeys(("head", "embedding", "other"), _all("Q8_0")),
     "MXFP4_MOE": dict.fromkeys(("head", "embedding", *_SIGNS, "other"), ((_stacked, "MXFP4"), (_always, "Q8_0"))),
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dsquant.errors import UsageError
-from dsquant.formats.gguf import floats
+from dsquant.formats.gguf import float_blocks
 from dsquant.formats.gguf.types import FLOAT_TYPES, NEED_IMPORTANCES
 from dsquant.kernels import code_book_search, code_books, ggml, k_quants
 
@@ -23,10 +23,16 @@ def quantizer_name(on_gpu: bool) -> str:
     return f"Triton ({', '.join(_WITH_KERNELS)}), {rest}" if on_gpu else rest
 
 
-def check_quantizer(type_names: Collection[str], on_gpu: bool) -> str | None:
+def check_quantizer(type_names: Collection[str], on_gpu: bool, has_importances: bool) -> str | None:
     """Returns a note for the user where ggml is missing but needed for the planned types; raises UsageError where
-    nothing installed quantizes to one of them."""
-    own = (*FLOAT_TYPES, *floats.TYPES, *(_WITH_KERNELS if on_gpu else ()))
+    nothing installed quantizes to one of them, or one needs importances."""
+    needing = () if has_importances else [name for name in NEED_IMPORTANCES if name in type_names]
+    if needing:
+        raise UsageError(
+            f"the types {', '.join(needing)} need to know which columns matter: give --calibration or --imatrix; "
+            "IQ3_S, Q2_K and larger types do without"
+        )
+    own = (*FLOAT_TYPES, *float_blocks.TYPES, *(_WITH_KERNELS if on_gpu else ()))
     quantized = sorted(set(type_names).difference(own))
     if ggml.library() is not None or not quantized:
         return None
@@ -43,34 +49,27 @@ def check_quantizer(type_names: Collection[str], on_gpu: bool) -> str | None:
     return f"ggml's quantizers are not installed: {words}. To have them: {_INSTALL}"
 
 
-def check_without_importances(type_names: Collection[str]) -> None:
-    """Raises UsageError where planned types need importances."""
-    needing = [name for name in NEED_IMPORTANCES if name in type_names]
-    if needing:
-        raise UsageError(
-            f"the types {', '.join(needing)} need to know which columns matter: give --calibration or --imatrix; "
-            "IQ3_S, Q2_K and larger types do without"
-        )
-
-
 def is_available(type_name: str) -> bool:
     """Returns whether something installed can quantize to a type."""
-    return ggml.library() is not None or type_name in (*_WITH_KERNELS, *floats.TYPES, *_BY_GGUF_PY)
+    return ggml.library() is not None or type_name in (*_WITH_KERNELS, *float_blocks.TYPES, *_BY_GGUF_PY)
 
 
-def stored_rows(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor | None) -> torch.Tensor:
+def stored_rows(
+    rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor | None, tensor_scale: float = 1.0
+) -> torch.Tensor:
     """Stores rows of a weight, float32 [R, I], as uint8 [R, bytes of a row]; I is a multiple of the type's block.
 
     `importance_I`, float32 [I] and positive, weighs each column's squared error; None weighs all alike. Rows on a GPU
-    are quantized there, and stay there, where it has a kernel for the type.
+    are quantized there, and stay there, where it has a kernel for the type. NVFP4 is stored in units of the tensor's
+    scale.
     """
     if type_name in FLOAT_TYPES:
         return rows_RI.to(_DTYPES[type_name]).contiguous().view(torch.uint8)
     weights_I = torch.ones(rows_RI.shape[1]) if importance_I is None else importance_I
-    if type_name in floats.TYPES:
-        return floats.quantize(rows_RI, weights_I)
-    if type_name in code_books.TYPES:  # ggml aborts where products overflow
+    if type_name in (*code_books.TYPES, *float_blocks.TYPES):  # ggml ends the process where products overflow
         weights_I = (weights_I / weights_I.double().mean()).float()
+    if type_name in float_blocks.TYPES:
+        return float_blocks.quantize(rows_RI, type_name, weights_I, tensor_scale)
     if rows_RI.is_cuda and type_name in _WITH_KERNELS:
         return _by_kernel(rows_RI, type_name, weights_I)
     rows_RI, weights_I = rows_RI.cpu(), weights_I.cpu()

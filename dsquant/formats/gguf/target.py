@@ -18,8 +18,8 @@ from dsquant.formats.gguf.loader import loading_problem
 from dsquant.formats.gguf.metadata import add_model_keys, add_tokenizer_keys
 from dsquant.formats.gguf.mixtures import choose_type, model_facts
 from dsquant.formats.gguf.rope import rope_factors
-from dsquant.formats.gguf.store import check_quantizer, check_without_importances
-from dsquant.formats.gguf.types import file_type_of
+from dsquant.formats.gguf.store import check_quantizer
+from dsquant.formats.gguf.types import file_type_of, scale_beside
 from dsquant.model.families import family_of
 from dsquant.model.skeleton import network_config, network_rotary
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
@@ -89,10 +89,8 @@ def plan_model(
     config, rotary = network_config(family, checkpoint.config), network_rotary(family, checkpoint.config)
     shapes = loadable_shapes(checkpoint, parameters)
     tensors, replaced = choose_tensors(config, shapes, type_name, num_mtp_layers, has_imatrix, overrides)
-    types = {tensor.type_name for tensor in tensors.values()}
-    if not has_imatrix:
-        check_without_importances(types)
-    missing = check_quantizer(types, checkpoint.weights.device.type == "cuda")
+    on_gpu = checkpoint.weights.device.type == "cuda"
+    missing = check_quantizer({tensor.type_name for tensor in tensors.values()}, on_gpu, has_imatrix)
     left_out: list[str] = []
 
     def add_keys(writer: Any) -> None:
@@ -138,6 +136,9 @@ def choose_tensors(
     for name, shape in shapes.items():
         chosen, wanted = choose_type(name, shape, type_name, facts, has_imatrix, overrides)
         tensors[name] = GgufTensor(name, chosen, shape)
+        scale = scale_beside(name, chosen)
+        if scale:
+            tensors[scale] = GgufTensor(scale, "F32", shape[:-2] or (1,))
         if wanted:
             replaced[wanted, chosen] += 1
     return tensors, replaced

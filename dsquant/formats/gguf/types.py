@@ -8,7 +8,7 @@ from dsquant.errors import UsageError
 
 TYPES = (
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S",
-    "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "MXFP4",
+    "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4",
 )  # fmt: skip
 FLOAT_TYPES = ("F32", "F16", "BF16")
 # Types that are not for columns that all count alike: llama-quantize refuses them without an importance matrix.
@@ -20,11 +20,14 @@ MIXTURES = {
     "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q4_K_M+": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K",
     "IQ1_S": "IQ1_S", "IQ1_M": "IQ1_M", "IQ2_XXS": "IQ2_XXS", "IQ2_XS": "IQ2_XS", "IQ2_S": "IQ2_XS", "IQ2_M": "IQ2_S",
     "IQ3_XXS": "IQ3_XXS", "IQ3_XS": "IQ3_S", "IQ3_S": "IQ3_S", "IQ3_M": "IQ3_S", "IQ4_NL": "IQ4_NL",
-    "IQ4_XS": "IQ4_XS", "MXFP4_MOE": "MXFP4",
+    "IQ4_XS": "IQ4_XS", "MXFP4_MOE": "MXFP4", "NVFP4": "NVFP4",
 }  # fmt: skip
 # The type that takes a row whose length is not a multiple of a block of 256.
 _FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _FALLBACKS |= dict.fromkeys((name for name in TYPES if name.startswith("IQ") and name != "IQ4_NL"), "IQ4_NL")
+_FALLBACKS["NVFP4"] = "IQ4_NL"
+# Tensors beside which llama.cpp reads the scale that NVFP4's blocks are in units of.
+_SCALED = re.compile(r"\.(attn_[qkv]|attn_output|ffn_(gate|up|down)(_exps|_shexp)?)\.weight$")
 # Types that a target chooses from: engines run them fast; from the fewest bits to the most.
 CANDIDATES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
@@ -48,6 +51,12 @@ def file_type_of(mixture: str) -> int:
 def row_bytes(type_name: str, columns: int) -> int:
     block, size = block_of(type_name)
     return columns // block * size
+
+
+def scale_beside(tensor: str, type_name: str) -> str | None:
+    """Returns the name of the tensor that holds the scale of another, one number for each of its matrices; None where
+    there is none."""
+    return f"{tensor.removesuffix('weight')}scale" if type_name == "NVFP4" and _SCALED.search(tensor) else None
 
 
 def parse_overrides(texts: Sequence[str]) -> list[tuple[re.Pattern[str], str]]:

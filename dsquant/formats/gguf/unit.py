@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dsquant.formats.gguf.files import OpenGgufFiles
+from dsquant.formats.gguf.float_blocks import nvfp4_scale
 from dsquant.formats.gguf.imatrix import TensorImportance, column_importance, write_imatrix
 from dsquant.formats.gguf.layout import Placement, encode
 from dsquant.formats.gguf.ranges import check_range
@@ -17,6 +18,7 @@ from dsquant.formats.gguf.store import decoded_rows, stored_rows
 from dsquant.formats.gguf.target import (
     ELEMENTS_AT_ONCE,
     EMBEDDING,
+    FLOAT32_BYTES,
     IMATRIX_FILE,
     PARAMETERS_AHEAD,
     ROPE_FACTORS,
@@ -24,7 +26,7 @@ from dsquant.formats.gguf.target import (
     error_step,
     places_of,
 )
-from dsquant.formats.gguf.types import row_bytes
+from dsquant.formats.gguf.types import row_bytes, scale_beside
 from dsquant.formats.protocol import OpenTarget, Surroundings, UnitWriter
 from dsquant.model.structure import KEYS_SUFFIX
 from dsquant.schemes import QuantizedWeight
@@ -93,21 +95,35 @@ class GgufUnitWriter(UnitWriter):
             start = 0
             if placement.expert is not None:
                 start = placement.expert * tensor.shape[-2] * row_bytes(tensor.type_name, tensor.shape[-1])
+            scale = self._scale(name, value, placement, tensor.type_name)
             step, row = error_step(self._checkpoint.weights.shape(name), placement), 0
             for number, rows_RI in parts:
                 check_range(self._checkpoint, name, tensor.type_name, rows_RI)
-                stored = stored_rows(rows_RI, tensor.type_name, self._importance(tensor.name, placement, number))
+                importance_I = self._importance(tensor.name, placement, number)
+                stored = stored_rows(rows_RI, tensor.type_name, importance_I, scale)
                 measured = slice(-row % step, None, step)
                 self._surroundings.hand_over(
                     (stored, stored[measured].contiguous(), rows_RI[measured].contiguous()),
                     partial(self._store, tensor.name, start),
                     partial(self._hash, tensor.name, start),
-                    partial(self._measure, name, tensor.type_name),
+                    partial(self._measure, name, (tensor.type_name, scale)),
                 )
                 start += stored.numel()
                 row += len(rows_RI)
                 self.bytes_written += stored.numel()
         self._written.add(name)
+
+    def _scale(self, parameter: str, weight: torch.Tensor | None, placement: Placement, type_name: str) -> float:
+        """Stores the scale of a matrix beside it, where the file has one, and returns it; 1 elsewhere."""
+        name = scale_beside(placement.tensor, type_name)
+        if name is None:
+            return 1.0
+        largest = max(float(rows_RI.abs().max()) for _, rows_RI in self._rows(parameter, weight))
+        scale = nvfp4_scale(largest)
+        place = (name, FLOAT32_BYTES * (placement.expert or 0))
+        sinks = (partial(self._store, *place), partial(self._hash, *place))
+        self._surroundings.hand_over((torch.tensor([scale]).view(torch.uint8),), *sinks)
+        return scale
 
     def _store(self, tensor: str, start: int, stored: torch.Tensor, *_: torch.Tensor) -> None:
         self._files.store(tensor, start, stored)
@@ -116,12 +132,13 @@ class GgufUnitWriter(UnitWriter):
         self._files.hash(tensor, start, stored)
 
     def _measure(
-        self, parameter: str, type_name: str, _: torch.Tensor, stored: torch.Tensor, rows_RI: torch.Tensor
+        self, parameter: str, kind: tuple[str, float], _: torch.Tensor, stored: torch.Tensor, rows_RI: torch.Tensor
     ) -> None:
+        """Adds the rows' errors; `kind` is their type and the scale of their matrix."""
         if not len(rows_RI):
             return
         error, norm = self._losses.get(parameter, (0.0, 0.0))
-        error += float((decoded_rows(stored, type_name) - rows_RI).square().double().sum())
+        error += float((decoded_rows(stored, kind[0]).mul_(kind[1]) - rows_RI).square().double().sum())
         self._losses[parameter] = error, norm + float(rows_RI.square().double().sum())
 
     @property
@@ -209,7 +226,9 @@ class GgufUnitWriter(UnitWriter):
         return next(((order[one.tensor], one.expert or 0) for one in places_of(self._checkpoint, parameter)), (0, 0))
 
     def commit(self) -> dict[str, str]:
-        names = [placement.tensor for name in self._parameters for placement in places_of(self._checkpoint, name)]
+        placed = [placement.tensor for name in self._parameters for placement in places_of(self._checkpoint, name)]
+        scales = (scale_beside(name, self._model.tensors[name].type_name) for name in placed)
+        names = placed + [name for name in scales if name]
         if EMBEDDING in self._parameters and ROPE_FACTORS in self._model.tensors:
             names.append(ROPE_FACTORS)
         self._surroundings.wait()
