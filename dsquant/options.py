@@ -89,6 +89,21 @@ def _texts(values: Any) -> Any:
     return tuple(map(text_of_path, values)) if isinstance(values, list | tuple) else values
 
 
+def _texts_or_files(values: Any) -> Any:
+    """Reads texts, and for @FILE the words of a file, so that records hold them and not its name."""
+    values = _texts(values)
+    if not isinstance(values, tuple):
+        return values
+    return tuple(word for text in values for word in (_words_of(text[1:]) if str(text).startswith("@") else [text]))
+
+
+def _words_of(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").split()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; name a text file behind the @") from error
+
+
 def _size(value: Any) -> Any:
     """Reads a size such as 16GiB."""
     if not isinstance(value, str):
@@ -101,6 +116,7 @@ def _size(value: Any) -> Any:
 
 Size = Annotated[int, BeforeValidator(_size), Accepts(str | int)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts), Accepts(str | Path | Sequence[str | Path])]
+TextsOrFiles = Annotated[tuple[str, ...], BeforeValidator(_texts_or_files), Accepts(str | Path | Sequence[str | Path])]
 
 
 class Options(BaseModel):

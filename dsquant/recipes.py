@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from dsquant.options import Accepts, Options, Size, Spelling, Texts, format_size, text_of_path
+from dsquant.options import Accepts, Options, Size, Spelling, Texts, TextsOrFiles, format_size, text_of_path
 from dsquant.presets import PRESET_STEPS, STEPS, Preset, Step, listed_steps
 
 # What a resumed job may change: these have no influence on the weights' bytes.
@@ -157,9 +157,10 @@ class GgufFiles(Options):
     imatrix: Path | None = Field(
         default=None, description="Importance matrix created by llama-imatrix or dsquant, instead of calibration."
     )
-    tensor_types: Annotated[Texts, Spelling("--tensor-type", metavar="REGEX=TYPE")] = Field(
+    tensor_types: Annotated[TextsOrFiles, Spelling("--tensor-type", metavar="REGEX=TYPE")] = Field(
         default=(),
-        description="Type of the tensors in whose GGUF names the pattern is found; the first one counts.",
+        description="Type of the tensors in whose GGUF names the pattern is found; the first one counts. @FILE stands "
+        "for the lines of a file, such as the tensor-types.txt of an output with a target.",
     )
     split_max_bytes: Annotated[Size, Spelling(default="one file")] = Field(
         default=0,

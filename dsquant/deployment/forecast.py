@@ -21,6 +21,7 @@ from dsquant.deployment.placement import MachinePlacement, Network, network_of, 
 from dsquant.deployment.sizes import PRESETS, SOURCE, OutputSize, output_sizes
 from dsquant.deployment.statements import statements_about
 from dsquant.deployment.subject import Subject, open_subject
+from dsquant.deployment.types_by_prior import TypePlan, types_for
 from dsquant.formats.table import FORMATS, SAFETENSORS
 from dsquant.reporting.notebook import Shown
 
@@ -82,6 +83,8 @@ class Forecast(Shown):
     machines: tuple[MachineForecast, ...]
     gpu_price: float | None
     facts: tuple[Fact, ...] = facts.EFFICIENCIES
+    types: TypePlan | None = None
+    """Of a GGUF file of the size that was asked for."""
 
     def as_json(self) -> dict[str, Any]:
         """Returns plain JSON values."""
@@ -100,6 +103,7 @@ class Forecast(Shown):
         network = {**asdict(self.network), "kv_bytes_per_token": self.network.kv_bytes_per_token}
         plain = {key: value for key, value in vars(self).items() if key not in ("sizes", "makings", "machines")}
         plain["facts"] = [asdict(fact) for fact in self.facts]
+        plain["types"] = asdict(self.types) if self.types else None
         return {**plain, "network": network, "sizes": sizes, "makings": makings, **named}
 
     def tables(self) -> Iterable[Any]:
@@ -136,7 +140,8 @@ def forecast(model: str, **options: Any) -> Forecast:
     else:
         machines = reference_machines(asked.disk, asked.disk_read)
     subject = open_subject(model)
-    return forecast_of(subject, output_sizes(subject), machines, asked.gpu_price, asked.context)
+    found = forecast_of(subject, output_sizes(subject), machines, asked.gpu_price, asked.context)
+    return replace(found, types=types_for(subject, asked.target_size)) if asked.target_size else found
 
 
 def forecast_of(

@@ -12,7 +12,9 @@ from dsquant.deployment.build_cost import BuildCost
 from dsquant.deployment.facts import GIB, Range
 from dsquant.deployment.hardware import Machine
 from dsquant.deployment.sizes import OutputSize
+from dsquant.deployment.types_by_prior import TypePlan
 from dsquant.options import format_size
+from dsquant.precision.groups import WIDTH_COLUMNS
 from dsquant.reporting.notebook import narrow_table
 
 if TYPE_CHECKING:
@@ -36,12 +38,26 @@ def forecast_tables(forecast: "Forecast") -> Iterator[RenderableType]:
         yield from _machine(forecast, forecast.machines[0])
     yield _sizes_table(forecast)
     yield _makings_table(forecast)
+    if forecast.types is not None:
+        yield from _types(forecast.types)
     network = forecast.network
     yield Text(
         f"KV cache: {network.kv_bytes_per_token:,} bytes a token in BF16; {forecast.context:,} tokens take "
         f"{_size(forecast.context * network.kv_bytes_per_token)}.\n"
     )
     yield from _notes(forecast)
+
+
+def _types(types: TypePlan) -> Iterator[RenderableType]:
+    table = _table(f"Types of a GGUF file of {_size(types.num_bytes)}, by a prior", *WIDTH_COLUMNS)
+    for row in types.rows:
+        table.add_row(*row)
+    yield table
+    yield Text(
+        f"All together err {types.error:.2g} times as much as Q4_K would, by a prior of parts, layers and types taken "
+        "from a small\nmodel and from what others measured on R1 (docs/decisions/0028). `dsquant gguf --target-size` "
+        "measures instead.\n"
+    )
 
 
 def _size(num_bytes: float) -> str:

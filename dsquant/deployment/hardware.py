@@ -20,7 +20,7 @@ from dsquant.deployment.facts import (
     Range,
 )
 from dsquant.errors import UsageError
-from dsquant.options import Options, Spelling, format_size, parse_size
+from dsquant.options import Options, Size, Spelling, format_size, parse_size
 
 # Less than this is a typing error in the unit.
 SMALLEST_MEMORY = 2**20
@@ -55,6 +55,12 @@ class PlanOptions(Options):
         default=None, ge=0, allow_inf_nan=False, description="Price of one GPU for an hour, in any currency."
     )
     context: int = Field(default=DEFAULT_CONTEXT, ge=1, description="Tokens of KV cache.")
+    target_size: Size | None = Field(
+        default=None,
+        ge=1,
+        description="Print the types of a GGUF file of this size, such as 131GiB: by a prior, where `dsquant gguf` "
+        "measures.",
+    )
 
     @model_validator(mode="after")
     def _one_kind_of_memory(self) -> Self:

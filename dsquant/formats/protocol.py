@@ -225,6 +225,11 @@ class Target(ABC):
         """Lists the groups that get a width where the recipe has a target for bits or size, and their sizes; raises
         UsageError where there are none."""
 
+    @property
+    def choice_lines(self) -> Mapping[str, str]:
+        """Files that tell chosen widths in the words of the format's tools: name -> content."""
+        return {}
+
     def as_stored(self, checkpoint: Checkpoint, group: Choosable, width: Width, linear: ScaledLinear) -> torch.Tensor:
         """Stores a linear's weight at one of the widths of its group and reads it back, float32 [O, I], where the
         format rounds itself."""

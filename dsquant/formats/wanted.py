@@ -13,6 +13,8 @@ from dsquant.source.checkpoint import Checkpoint
 
 Width = int | str
 """Bits of a code, 16 for a linear that stays as it is; or a type of GGUF."""
+# Beside an output whose widths were chosen: a picture of them.
+PICTURE_FILE = "choice.svg"
 NO_CHOICE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -54,7 +56,8 @@ class Choosable:
     """Linears of a layer, or a tensor of GGUF, that get one width."""
 
     name: str
-    layer: int
+    layer: int | None
+    """None for embedding and head."""
     linears: tuple[str, ...]
     num_bytes: Mapping[Any, int]
     """Width -> stored bytes of all of them, with scales and zero points."""

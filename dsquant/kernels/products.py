@@ -14,7 +14,8 @@ def apply_linear(inputs: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Te
     (num_columns, width), num_rows = weight_OI.shape, inputs.shape[:-1].numel()
     by_rows = num_rows >= num_columns
     blocks = blocks_of(max(num_rows, num_columns), min(num_rows, num_columns) * width)
-    if inputs.is_cuda or len(blocks) == 1:
+    differentiated = torch.is_grad_enabled() and inputs.requires_grad  # blocks written in place by threads are not
+    if inputs.is_cuda or len(blocks) == 1 or differentiated:
         return F.linear(inputs, weight_OI, bias_O)
     inputs_RI, product_RO = inputs.reshape(-1, width), inputs.new_empty(num_rows, num_columns)
 

@@ -63,7 +63,7 @@ class Stream:
 
 
 @contextmanager
-def _loaded(skeleton: Skeleton, name: str, weights: Weights) -> Iterator[nn.Module]:
+def loaded(skeleton: Skeleton, name: str, weights: Weights) -> Iterator[nn.Module]:
     """Puts the weights into a module, and takes them out again afterwards."""
     from accelerate.utils import set_module_tensor_to_device
 
@@ -117,7 +117,7 @@ def run_dense_part(
         shares.append(share_TK.float())
 
     num_samples, num_tokens, _ = stream.inputs.shape
-    with _loaded(skeleton, layer.prefix, stream.weights) as module, ExitStack() as stack:
+    with loaded(skeleton, layer.prefix, stream.weights) as module, ExitStack() as stack:
         stack.enter_context(rounded_linears(skeleton, layer, stream.weights))
         for name, observer in (observers or {}).items():
             stack.enter_context(_observed(skeleton.module(name), observer))
@@ -189,7 +189,7 @@ def add_expert(
 
 def final_norm(skeleton: Skeleton, weights: Weights, hidden_NTH: torch.Tensor) -> torch.Tensor:
     """Applies the decoder's last norm, [N, T, H] to the same shape."""
-    with _loaded(skeleton, "model.norm", weights) as module, torch.no_grad():
+    with loaded(skeleton, "model.norm", weights) as module, torch.no_grad():
         return module(hidden_NTH)
 
 

@@ -92,8 +92,9 @@ def _rounded(run: Run, grid: Grid) -> Store[Any]:
     """Rounds weights at a width, as the steps say."""
 
     def store(
-        group: Choosable, width: int, linear: str, weight_OI: torch.Tensor, moments: InputMoments
+        group: Choosable, width: int, linear: str, weight_OI: torch.Tensor, moments: InputMoments | None
     ) -> torch.Tensor:
+        assert moments is not None  # embedding and head are never rounded
         return rounded_weight(weight_OI, grid.with_bits(width), moments, run.recipe.steps).dequantize()
 
     return store
@@ -103,9 +104,9 @@ def _stored(run: Run, target: Target, keys: Mapping[str, tuple[torch.Tensor, int
     """Stores weights by their importance, under the scales that will be folded in."""
 
     def store(
-        group: Choosable, width: str, linear: str, weight_OI: torch.Tensor, moments: InputMoments
+        group: Choosable, width: str, linear: str, weight_OI: torch.Tensor, moments: InputMoments | None
     ) -> torch.Tensor:
-        known = {**keys, linear: (moments.importance.squares_I, moments.importance.count)}
-        return target.as_stored(run.source.checkpoint, group, width, ScaledLinear(linear, weight_OI, known))
+        own = {} if moments is None else {linear: (moments.importance.squares_I, moments.importance.count)}
+        return target.as_stored(run.source.checkpoint, group, width, ScaledLinear(linear, weight_OI, {**keys, **own}))
 
     return store

@@ -7,12 +7,16 @@ from typing import Any
 from dsquant.evaluation.divergence import ComparedModels
 from dsquant.evaluation.held_out import compare_on_texts
 from dsquant.files.disk import write_atomically
+from dsquant.formats.protocol import Target
 from dsquant.formats.safetensors_writer import CARD_FILE
+from dsquant.formats.wanted import PICTURE_FILE
 from dsquant.pipeline.card import model_card
 from dsquant.pipeline.kept import kept_file, kept_of
 from dsquant.pipeline.manifest import run_tensors, write_record
 from dsquant.pipeline.record import output_files, run_record
 from dsquant.pipeline.run_state import Run
+from dsquant.precision.groups import by_output
+from dsquant.precision.picture import choice_picture
 from dsquant.reporting.progress import Stage
 
 
@@ -29,12 +33,22 @@ def finish(run: Run, more: Mapping[str, Any] | None = None, notes: Sequence[str]
     for target in targets:
         if CARD_FILE in target.file_names():
             write_atomically(run.job.output / target.folder / CARD_FILE, model_card(record, target.name).encode())
+        for name, text in _about_choice(target, record).items():
+            write_atomically(run.job.output / target.folder / name, text.encode())
     names = output_files(source)
     hashed = {str(path.relative_to(run.job.output)): entry for path, entry in run.hashes.whole().items()}
     after_file = _hashing(names, run.safe_point)
     record = write_record(run.job.output, record, names, run_tensors(run), after_file, hashed)
     run.tell("hash", len(names), len(names), "")
     return record
+
+
+def _about_choice(target: Target, record: Mapping[str, Any]) -> dict[str, str]:
+    """The files beside an output whose widths were chosen."""
+    found = dict(target.choice_lines)
+    if PICTURE_FILE in target.file_names():
+        found[PICTURE_FILE] = choice_picture(by_output(record["precision"], record["outputs"])[target.name])
+    return found
 
 
 def _evaluate(run: Run) -> dict[str, dict[str, Any]]:

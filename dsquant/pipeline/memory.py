@@ -12,6 +12,7 @@ from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import BATCH_TOKENS, ROWS_AT_ONCE, VOCABULARY_AT_ONCE, samples_together
 from dsquant.model.structure import DecoderLayer
 from dsquant.options import format_size
+from dsquant.precision.sensitivity import SAMPLES
 from dsquant.quantization.clip import ELEMENTS_AT_ONCE
 from dsquant.quantization.pairs import WIDEST_PAIRS
 from dsquant.quantization.statistics import FACTOR_ROWS, WIDEST_PART, is_wide, part_width
@@ -125,7 +126,15 @@ def run_needs(work: Workload) -> Needs:
         memory = CUDA_HOST_BYTES + max(storing, _host_bytes(num_hidden, work.streams))
     prepares = recipe.mtp == "quantize" and work.skeleton.num_mtp_layers > 0
     kept = work.streams * num_hidden * _kept_bytes(recipe.device, len(resident) == len(needs), prepares)
-    return Needs(memory, gpu_memory, resident, kept)
+    return Needs(memory, gpu_memory, resident, max(kept, _measuring_bytes(work)))
+
+
+def _measuring_bytes(work: Workload) -> int:
+    """Bytes in files for the pass that precedes a choice: hidden states around every layer, and three more."""
+    if work.recipe.target is None:
+        return 0
+    num_tokens = min(SAMPLES, work.recipe.samples) * work.recipe.seq_len
+    return FLOAT32_BYTES * (work.skeleton.num_layers + 4) * num_tokens * work.hidden_size
 
 
 def _kept_bytes(device: str, resident: bool, prepares: bool) -> int:
@@ -156,7 +165,7 @@ def _layer_bytes(work: Workload, layer: DecoderLayer) -> int:
     sums = 2 if layer.attention_linears[0] in linears else 1  # attention's: of all samples, and of a chunk of them
     statistics = FLOAT32_BYTES * FACTOR_ROWS * (sums * sum(widths) + 4 * hidden)
     attention = (
-        6
+        (6 if work.recipe.target is None else 18)  # where widths are chosen, what gradients are computed from
         * FLOAT32_BYTES
         * work.batch_tokens
         * max(sizes[linear] // work.width(linear) for linear in layer.attention_linears)

@@ -20,7 +20,7 @@ from dsquant.schemes import UNQUANTIZED
 # What `width_rows` tells.
 WIDTH_COLUMNS = ("group", "stored as", "layers", "size", "of the error")
 # A group's name: its layer, and what it is in every layer.
-_GROUP = re.compile(r"(?:model\.layers|blk)\.(\d+)\.(.+?)(?:\.weight)?")
+_GROUP = re.compile(r"(?:(?:model\.layers|blk)\.(\d+)\.)?(.+?)(?:\.weight)?")
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,9 @@ def plan_mixed(recipe: Recipe, choice: Choice) -> MixedPlan:
     """
     budget = _budget_bytes(recipe, choice)
     stock = tuple(width for width in choice.widths if width in choice.preferred)
-    if stock and sum(min(group.num_bytes[width] for width in stock) for group in choice.groups) <= budget:
-        groups = tuple(
-            replace(group, num_bytes={width: group.num_bytes[width] for width in stock}) for group in choice.groups
-        )
+    sizes = [{width: size for width, size in one.num_bytes.items() if width in stock} for one in choice.groups]
+    if all(sizes) and sum(min(found.values()) for found in sizes) <= budget:
+        groups = tuple(replace(group, num_bytes=found) for group, found in zip(choice.groups, sizes, strict=True))
         return MixedPlan(groups, stock, budget, choice.other_bytes)
     return MixedPlan(choice.groups, choice.widths, budget, choice.other_bytes)
 
@@ -80,24 +79,30 @@ def by_output(precision: Mapping[str, Any], outputs: Collection[str]) -> Mapping
     return dict.fromkeys(outputs, precision)
 
 
+def place_of(group: str) -> tuple[str, int | None]:
+    """Returns what a group is in every layer, and its layer; None outside of layers."""
+    match = _GROUP.fullmatch(group)
+    assert match is not None, group
+    return match[2], int(match[1]) if match[1] else None
+
+
 def width_rows(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Returns the chosen widths for people: one row for each kind of group and width, all together in the last row.
 
     A row has kind, bits or type, layers, size and share of the summed error.
     """
     total = sum(entry["error"] for entry in groups.values()) or 1.0
-    found: dict[tuple[str, int | str], list[tuple[int, Mapping[str, Any]]]] = {}
+    found: dict[tuple[str, int | str], list[tuple[int | None, Mapping[str, Any]]]] = {}
     for name, entry in groups.items():
-        match = _GROUP.fullmatch(name)
-        assert match is not None, name
-        found.setdefault((match[2], entry["width"]), []).append((int(match[1]), entry))
-    rows = [(kind, _width_words(width), entries) for (kind, width), entries in sorted(found.items())]
-    everything = sorted((entry for _, _, entries in rows for entry in entries), key=lambda entry: entry[0])
+        kind, layer = place_of(name)
+        found.setdefault((kind, entry["width"]), []).append((layer, entry))
+    rows = [(kind, width_words(width), entries) for (kind, width), entries in sorted(found.items())]
+    everything = [entry for _, _, entries in rows for entry in entries]
     return [
         (
             kind,
             words,
-            _ranges(sorted({layer for layer, _ in entries})),
+            _ranges(sorted({layer for layer, _ in entries if layer is not None})),
             format_size(sum(entry["bytes"] for _, entry in entries)),
             f"{sum(entry['error'] for _, entry in entries) / total:.1%}",
         )
@@ -105,7 +110,8 @@ def width_rows(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]
     ]
 
 
-def _width_words(width: int | str) -> str:
+def width_words(width: int | str) -> str:
+    """Returns a width for people."""
     if isinstance(width, str):
         return width
     return "BF16" if width == UNQUANTIZED else f"{width} bits"

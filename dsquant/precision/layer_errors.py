@@ -1,13 +1,13 @@
-"""Measures the error of a layer's output when one group of its linears is stored at one width, the rest unchanged.
+"""Measures what it costs at the model's output when one group of a layer's linears is stored at one width.
 
-Weights are stored as the job will store them, under the scales of its grid, on fewer samples. Errors are summed squares
-in the hidden states between layers, so those of a layer's groups add up and compare. Experts' errors are added as if
-they were independent, as rounding errors of different weights nearly are.
+Weights are stored as the job will store them, under the scales of its grid, on fewer samples; the rest is unchanged.
+What that changes in the hidden states, times their gradient (`model.gradients`), is the KL divergence that it causes,
+as far as that grows with the square of an error. So errors of all groups add up and compare. Those of a layer's experts
+are added as if they were independent, as rounding errors of different weights nearly are.
 
 Shape legend: R tokens, H hidden size, W width of an MLP, O out features, I in features.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,30 +17,36 @@ import torch
 
 from dsquant.formats.wanted import Choosable
 from dsquant.kernels.precision import fast_matmuls
+from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
+from dsquant.model.gradients import LayerStates, RoutedGradients, expert_gradients, layer_gradients
 from dsquant.model.overlays import FoldedWeights, ReplacedWeights, ResidentWeights
-from dsquant.model.streaming import Routing
+from dsquant.model.streaming import Routing, Stream, run_dense_part
 from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup
 from dsquant.precision.allocation import Width
-from dsquant.quantization.attention import few_samples, fold_scales, note_attention, search_scales, under_scales
+from dsquant.quantization.attention import fold_scales, note_attention, search_scales, under_scales
 from dsquant.quantization.layer import out_of_range, run_original
 from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.layer_mlps import moments_of, own_mlps, shared_inverses
 from dsquant.quantization.mlp import scaled, search_up_scales
 from dsquant.quantization.mlp_inputs import CHECK_ROWS, MlpInputs, inputs_of
 from dsquant.quantization.mlp_norm import search_norm_fold
+from dsquant.quantization.sharing import share_rows
 from dsquant.quantization.statistics import InputMoments, InverseFactor
 from dsquant.quantization.steps import prepared
 from dsquant.schemes import UNQUANTIZED, Grid
+from dsquant.source.weights import Weights
 
 # At most this many routed experts of a layer, evenly spaced, are stored at each width; they stand for all.
 EXPERTS = 32
+# Attention's errors are measured on at most this many samples.
+ATTENTION_SAMPLES = 4
 
-Store = Callable[[Choosable, Width, str, torch.Tensor, InputMoments], torch.Tensor]
+Store = Callable[[Choosable, Width, str, torch.Tensor, InputMoments | None], torch.Tensor]
 """Gets a group, a width, one of the group's linears, its weight under the scales [O, I] and the moments of what it
-reads; returns what an engine will compute with."""
+reads, None for embedding and head, of which rows may come alone; returns what an engine will compute with."""
 Errors = dict[Grid, dict[str, dict[Width, float]]]
-"""Grid -> group -> width -> summed squared error."""
+"""Grid -> group -> width -> KL divergence from the original, in nats, summed over all tokens."""
 _Found = tuple[Grid, str, Width, float]
 
 
@@ -60,31 +66,26 @@ class Trial(Generic[Width]):
                 yield group, members, [width for width in group.num_bytes if width != UNQUANTIZED]
 
 
-@dataclass(frozen=True)
-class Sensitivity(Generic[Width]):
-    """The errors of a layer's groups."""
+def measure_layer(job: LayerJob, trials: Mapping[Grid, Trial[Width]], states: LayerStates) -> Errors[Width]:
+    """Stores every group of a layer at every width while its weights are in memory, and takes the gradients of its
+    outputs back to its inputs.
 
-    errors: Errors[Width]
-    """Of the layer's output; 0 where a group is not quantized."""
-    energy: float
-    """Summed squares of the layer's outputs."""
-
-
-def measure_layer(job: LayerJob, trials: Mapping[Grid, Trial[Width]]) -> Sensitivity[Width]:
-    """Runs the original layer, and stores every group at every width while its weights are in memory.
-
-    `emit` is not called, `note` only for attention; afterwards the layer's outputs are in `job.outputs`. Returns the
-    errors on every rank. Raises InputError where the original's hidden states are not finite.
+    `states` are of the job's inputs; `job.outputs` is overwritten, `emit` is not called, `note` only for attention.
+    Returns the errors on every rank, 0 where a group is not quantized. Raises InputError where the original's hidden
+    states are not finite.
     """
     moments, norm_rms_H, routing = run_original(job)
     if not bool(norm_rms_H.isfinite().all()):
         raise out_of_range(job.layer.norm)
-    attention = job.ranks.once(lambda: list(_attention_errors(job, moments, trials)))
     inputs = {mlp: inputs_of(job.mlp_inputs, mlp, routing, {}, job.steps) for mlp in job.layer.mlps}
     norm_scales = {grid: search_norm_fold(job, grid, inputs, norm_rms_H)[1] for grid in job.grids}
     inverses = dict(zip(job.grids, shared_inverses(job, list(norm_scales.values())), strict=True))
-    tried = _TriedMlps(job, trials, inputs, routing, norm_scales, inverses)
-    own = [list(tried.errors(number, original)) for number, original in own_mlps(job, routing)]
+    tried = _TriedMlps(job, trials, inputs, routing, norm_scales, inverses, states.gradients)
+    own, routed = _passed_experts(job, tried, states.gradients)
+    batches = _batches(job)
+    layer_gradients(job.skeleton, job.layer, ResidentWeights(job.weights), states, routed, batches)
+    attention = job.ranks.once(lambda: list(_attention_errors(job, moments, trials, states.attended)))
+    share_rows(states.gradients, job.ranks, job.shares)
     errors: Errors[Width] = {
         grid: {group.name: dict.fromkeys(group.num_bytes, 0.0) for group in trial.groups}
         for grid, trial in trials.items()
@@ -92,7 +93,33 @@ def measure_layer(job: LayerJob, trials: Mapping[Grid, Trial[Width]]) -> Sensiti
     for found in (attention, *job.ranks.in_turns(own, len(job.layer.mlps))):
         for grid, name, width, error in found:
             errors[grid][name][width] += error
-    return Sensitivity(errors, _energy(job))
+    return errors
+
+
+def _batches(job: LayerJob) -> list[tuple[int, int]]:
+    first, end = job.shares.samples(job.ranks.rank)
+    return [(start, min(start + job.batch_samples, end)) for start in range(first, end, job.batch_samples)]
+
+
+def _passed_experts(
+    job: LayerJob, tried: "_TriedMlps[Width]", gradients: Activations
+) -> tuple[list[list[_Found[Width]]], RoutedGradients | None]:
+    """Returns the errors of this rank's MLPs, and what all routed experts pass back."""
+    routing, device = tried.routing, job.weights.device
+    share_RE = torch.zeros(job.inputs.num_rows if routing else 0, len(job.layer.experts), device=device)
+
+    def contribute(mlp: Mlp, expert: GatedWeights, rows_R: torch.Tensor, share_R: torch.Tensor) -> torch.Tensor:
+        inputs_RH, outputs_RH = job.mlp_inputs.rows(rows_R), gradients.rows(rows_R)
+        found_RH, share_RE[rows_R, mlp.expert] = expert_gradients(job.skeleton, expert, inputs_RH, share_R, outputs_RH)
+        return found_RH
+
+    for start, stop in _batches(job):
+        job.outputs.set_samples(start, torch.zeros(stop - start, *job.outputs.shape[1:], device=device))
+    own = [list(tried.errors(number, original)) for number, original in own_mlps(job, routing, contribute)]
+    if routing is None:
+        return own, None
+    parts = job.ranks.gather(share_RE.cpu()) if job.ranks.size > 1 else [share_RE]
+    return own, RoutedGradients(job.outputs, torch.stack(parts).sum(0).to(device))  # each has some columns
 
 
 def _experts(layer: DecoderLayer, inputs: Mapping[Mlp, MlpInputs]) -> dict[Mlp, float]:
@@ -102,28 +129,18 @@ def _experts(layer: DecoderLayer, inputs: Mapping[Mlp, MlpInputs]) -> dict[Mlp, 
     return {mlp: 1.0 for mlp in layer.mlps if mlp.expert is None} | dict.fromkeys(measured, all_tokens / max(1, tokens))
 
 
-def _energy(job: LayerJob) -> float:
-    (first, end), energy = job.shares.samples(job.ranks.rank), 0.0
-    own = [
-        float(job.outputs.samples(start, min(start + job.batch_samples, end)).square().sum(dtype=torch.float64))
-        for start in range(first, end, job.batch_samples)
-    ]
-    for part in job.ranks.gather(own):
-        for found in part:
-            energy += found
-    if not math.isfinite(energy):
-        raise out_of_range(f"{job.layer.prefix}, its outputs")
-    return energy
-
-
 def _attention_errors(
-    job: LayerJob, moments: Mapping[ScaleGroup, InputMoments], trials: Mapping[Grid, Trial[Width]]
+    job: LayerJob,
+    moments: Mapping[ScaleGroup, InputMoments],
+    trials: Mapping[Grid, Trial[Width]],
+    gradients: Activations,
 ) -> Iterator[_Found[Width]]:
     """Errors on a few samples, as of all."""
     if not moments:
         return
     weights = ResidentWeights(job.weights)
-    wanted, _ = few_samples(job, weights)
+    wanted_RH = _attended(job, weights)
+    gradients_RH = gradients.samples(0, min(ATTENTION_SAMPLES, job.inputs.shape[0])).flatten(0, 1)
     for grid, trial in trials.items():
         own = {group: found for group, found in moments.items() if group.consumers[0] in job.linears[grid]}
         scales = search_scales(weights, own, grid, job.steps)
@@ -139,9 +156,23 @@ def _attention_errors(
                         f"{linear}.weight": trial.store(choosable, width, linear, folded[f"{linear}.weight"], divided)
                         for linear in linears
                     }
-                    output, _ = few_samples(job, ReplacedWeights(folded, replaced))
-                    error = float((output - wanted).square().sum(dtype=torch.float64))
-                    yield grid, choosable.name, width, error * job.inputs.shape[0] / len(wanted)
+                    error_RH = _attended(job, ReplacedWeights(folded, replaced)) - wanted_RH
+                    error = divergence(error_RH, gradients_RH)
+                    yield grid, choosable.name, width, error * job.inputs.num_rows / len(wanted_RH)
+
+
+def divergence(error_RH: torch.Tensor, gradients_RH: torch.Tensor) -> float:
+    """Returns the KL divergence that errors of hidden states cause, summed over their tokens."""
+    return float((error_RH * gradients_RH).sum(1).square().sum(dtype=torch.float64)) / 2
+
+
+def _attended(job: LayerJob, weights: Weights) -> torch.Tensor:
+    """Hidden states behind attention of a few samples, under other weights, float32 [R, H]."""
+    inputs = Activations(job.inputs.samples(0, min(ATTENTION_SAMPLES, job.inputs.shape[0])))
+    found: list[torch.Tensor] = []
+    stream = Stream(weights, inputs, Activations(torch.empty(inputs.shape, device=job.weights.device)))
+    run_dense_part(job.skeleton, job.layer, stream, job.batch_samples, {job.layer.norm: found.append})
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -155,6 +186,8 @@ class _TriedMlps(Generic[Width]):
     norm_scales: Mapping[Grid, torch.Tensor]
     """float32 [H]."""
     inverses: Mapping[Grid, tuple[InverseFactor, ...]]
+    gradients: Activations
+    """Of the layer's outputs."""
 
     @cached_property
     def _shares(self) -> dict[Mlp, float]:
@@ -182,7 +215,7 @@ class _TriedMlps(Generic[Width]):
         of_input, of_hidden = (prepared(one, grid, job.steps) for one in (of_input, moments[1].divided(up_scales_W)))
         reads = dict(zip(mlp.linears, (of_input, of_input, of_hidden), strict=True))
         step = max(1, -(-len(inputs.rows_R) // CHECK_ROWS))
-        inputs_RH = inputs.activations.rows(inputs.rows_R[::step])
+        inputs_RH, gradients_RH = (one.rows(inputs.rows_R[::step]) for one in (inputs.activations, self.gradients))
         share_R1 = torch.ones(len(inputs_RH), 1, device=inputs_RH.device)
         if mlp.expert is not None and self.routing is not None:
             share_R1 = self.routing.tokens_of(mlp.expert)[1][::step].unsqueeze(1)
@@ -194,5 +227,5 @@ class _TriedMlps(Generic[Width]):
                 stored = {one: trial.store(group, width, one, folded[one], reads[one]) for one in linears}
                 with fast_matmuls(inputs_RH.device):
                     found_RH = GatedWeights(*(folded | stored).values()).output(job.skeleton, inputs_RH / norm_scales_H)
-                error = float(((found_RH - wanted_RH) * share_R1).square().sum(dtype=torch.float64))
+                error = divergence((found_RH - wanted_RH) * share_R1, gradients_RH)
                 yield group.name, width, error * len(inputs.rows_R) / len(inputs_RH)

@@ -40,7 +40,7 @@ def checked(job: LayerJob, quantize: Callable[[LayerJob], LayerReport]) -> Layer
         report = quantize(job)
     except FloatingPointError as error:
         raise out_of_range(job.layer.prefix) from error
-    job.ranks.together(lambda: _check_outputs(job))
+    job.ranks.together(lambda: check_outputs(job))
     return report
 
 
@@ -52,7 +52,8 @@ def out_of_range(where: str) -> InputError:
     )
 
 
-def _check_outputs(job: LayerJob) -> None:
+def check_outputs(job: LayerJob) -> None:
+    """Raises InputError where outputs of this rank's samples are not finite."""
     first, end = job.shares.samples(job.ranks.rank)
     for start in range(first, end, job.batch_samples):
         if not bool(job.outputs.samples(start, min(start + job.batch_samples, end)).isfinite().all()):

@@ -17,7 +17,7 @@ from dsquant.quantization.compensate import with_inverses
 from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.mlp import LoadedMlp, MlpErrors, MlpResult, quantize_mlp, scaled
 from dsquant.quantization.mlp_inputs import MlpInputs
-from dsquant.quantization.mlp_outputs import MlpStream, add_outputs, routed_tokens
+from dsquant.quantization.mlp_outputs import Contribute, MlpStream, add_outputs, routed_tokens
 from dsquant.quantization.statistics import InputMoments, InputStatistics, InverseFactor, is_wide
 from dsquant.schemes import Grid
 
@@ -52,17 +52,22 @@ def quantize_mlps(
     return job.ranks.in_turns(own, len(mlps))
 
 
-def own_mlps(job: LayerJob, routing: Routing | None) -> Iterator[tuple[int, GatedWeights]]:
-    """Reads the MLPs, of which each rank has one at a time, and adds what experts contribute to the layer's outputs.
+def own_mlps(
+    job: LayerJob, routing: Routing | None, contribute: Contribute | None = None
+) -> Iterator[tuple[int, GatedWeights]]:
+    """Reads the MLPs, one at a time on each rank, and adds what experts put out, or what `contribute` makes of
+    them, to the layer's outputs.
 
     Yields the numbers and weights of this rank's; every rank has to consume all of its own.
     """
-    for number, _, original in mlps_in_turns(job, routing):
+    for number, _, original in mlps_in_turns(job, routing, contribute):
         if original is not None:
             yield number, original
 
 
-def mlps_in_turns(job: LayerJob, routing: Routing | None) -> Iterator[tuple[int, Sequence[Mlp], GatedWeights | None]]:
+def mlps_in_turns(
+    job: LayerJob, routing: Routing | None, contribute: Contribute | None = None
+) -> Iterator[tuple[int, Sequence[Mlp], GatedWeights | None]]:
     """Does what `own_mlps` does, and yields every turn on every rank: the number of this rank's MLP, the turn's MLPs,
     one for each rank, and the weights of this rank's; None where it has none."""
     mlps, ranks = job.layer.mlps, job.ranks
@@ -74,7 +79,9 @@ def mlps_in_turns(job: LayerJob, routing: Routing | None) -> Iterator[tuple[int,
             ahead = mlps[number + ranks.size :: ranks.size][:MLPS_AHEAD]
             job.weights.prefetch([f"{linear}.weight" for mlp in ahead for linear in mlp.linears])
         if routing is not None:
-            add_outputs(job, turn, original, MlpStream(job.mlp_inputs, job.outputs, partial(routed_tokens, routing)))
+            tokens_of = partial(routed_tokens, routing)
+            stream = MlpStream(job.mlp_inputs, job.outputs, tokens_of, contribute=contribute)
+            add_outputs(job, turn, original, stream)
         yield number, turn, original
 
 

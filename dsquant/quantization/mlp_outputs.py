@@ -19,6 +19,8 @@ from dsquant.quantization.sharing import exchange_rows
 
 Tokens = tuple[torch.Tensor, torch.Tensor]
 """The rows that reach an MLP, int64 in ascending order, and its share in each, float32 [R]."""
+Contribute = Callable[[Mlp, GatedWeights, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Gets an MLP, its weights, some of its rows and its share in each; returns what is added there, float32 [R, H]."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class MlpStream:
     """Gives the tokens for which an MLP's outputs are added."""
     scales_H: torch.Tensor | None = None
     """Divide the inputs, where the weights are under the norm's scales."""
+    contribute: Contribute | None = None
+    """Makes what is added instead of outputs."""
 
 
 def routed_tokens(routing: Routing, mlp: Mlp) -> Tokens:
@@ -44,13 +48,14 @@ def add_outputs(job: LayerJob, turn: Sequence[Mlp], own: GatedWeights | None, st
     The r-th MLP of `turn` is rank r's; `own` are the weights of this rank's, None where it has none.
     """
     tokens, rank = [stream.tokens_of(mlp) for mlp in turn], job.ranks.rank
+    loaded = None if own is None else (turn[rank], own)
     if job.ranks.size == 1:
-        for rows_R, output_RH in _parts(job, own, stream, tokens[0]):
+        for rows_R, output_RH in _parts(job, loaded, stream, tokens[0]):
             stream.outputs.add_rows(rows_R, output_RH)
         return
     none_RH = torch.empty(0, job.inputs.shape[2], device=job.weights.device)
     for exchange in _exchanges(turn, tokens, job.ranks.size):
-        made = [output_RH for _, output_RH in _parts(job, own, stream, exchange[rank])]
+        made = [output_RH for _, output_RH in _parts(job, loaded, stream, exchange[rank])]
         exchange_rows(job, stream.outputs, [rows_R for rows_R, _ in exchange], torch.cat([none_RH, *made]))
 
 
@@ -70,12 +75,16 @@ def _exchanges(turn: Sequence[Mlp], tokens: Sequence[Tokens], num_ranks: int) ->
 
 
 def _parts(
-    job: LayerJob, weights: GatedWeights | None, stream: MlpStream, tokens: Tokens
+    job: LayerJob, loaded: tuple[Mlp, GatedWeights] | None, stream: MlpStream, tokens: Tokens
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields rows and an MLP's outputs there times its share, `ROWS_AT_ONCE` together."""
-    if weights is None or not len(tokens[0]):
+    if loaded is None or not len(tokens[0]):
         return
+    mlp, weights = loaded
     for rows_R, share_R in zip(*(column.split(ROWS_AT_ONCE) for column in tokens), strict=True):
+        if stream.contribute is not None:
+            yield rows_R, stream.contribute(mlp, weights, rows_R, share_R)
+            continue
         inputs_RH = stream.inputs.rows(rows_R)
         if stream.scales_H is not None:
             inputs_RH /= stream.scales_H

@@ -20,12 +20,12 @@ from dsquant.formats.gguf.imatrix import TensorImportance, column_importance, fi
 from dsquant.formats.gguf.layout import decode_rotary, encode, join_keys_and_values
 from dsquant.formats.gguf.store import decoded_rows, quantizer_name, stored_rows
 from dsquant.formats.gguf.target import IMATRIX_FILE, GgufModel, places_of, plan_model, storing_bytes
-from dsquant.formats.gguf.type_choice import type_choice
+from dsquant.formats.gguf.type_choice import TYPES_FILE, type_choice, type_lines
 from dsquant.formats.gguf.types import MIXTURES, parse_overrides
 from dsquant.formats.gguf.unit import OpenGguf
 from dsquant.formats.protocol import Contents, Format, ScaledLinear, StoredFile, Surroundings, Target
 from dsquant.formats.scales import SCALES_FILE
-from dsquant.formats.wanted import Choice, Choosable, Wanted, Width
+from dsquant.formats.wanted import PICTURE_FILE, Choice, Choosable, Wanted, Width
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import KEYS_SUFFIX
 from dsquant.options import format_size
@@ -47,20 +47,7 @@ class Gguf(Format):
     encoded_by_package = True
     decoder = ("gguf", "gguf.quants")
     placement = "split"
-    placed = (
-        "Q8_0",
-        "Q6_K",
-        "Q5_K_M",
-        "Q4_K_M+",
-        "Q4_K_M",
-        "IQ4_XS",
-        "Q3_K_M",
-        "IQ3_XXS",
-        "Q2_K",
-        "IQ2_M",
-        "IQ2_XXS",
-        "IQ1_M",
-    )
+    placed = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M+", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
     on_disk = ("Q4_K_M", "IQ4_XS")
 
     def stored_type(self, type_name: str) -> str | None:
@@ -114,6 +101,7 @@ class Gguf(Format):
             model=model,
             calibrated=bool(recipe.calibration),
             on_gpu=recipe.device == "cuda",
+            chosen=bool(wanted.chosen),
         )
 
 
@@ -149,6 +137,8 @@ class GgufTarget(Target):
     """Whether importances are taken from calibration."""
     on_gpu: bool
     """Whether weights are quantized on a GPU, as far as it has kernels for their types."""
+    chosen: bool = False
+    """Whether types have been chosen for a target."""
 
     packages: ClassVar[tuple[str, ...]] = ("gguf",)
 
@@ -179,7 +169,12 @@ class GgufTarget(Target):
 
     def file_names(self) -> list[str]:
         names = [file.file_name for file in self.model.files]
-        return names + ([IMATRIX_FILE, SCALES_FILE] if self.calibrated else [])
+        names += [IMATRIX_FILE, SCALES_FILE] if self.calibrated else []
+        return names + ([TYPES_FILE, PICTURE_FILE] if self.chosen else [])
+
+    @property
+    def choice_lines(self) -> Mapping[str, str]:
+        return {TYPES_FILE: type_lines(self.model.tensors.values())} if self.chosen else {}
 
     def open(self, surroundings: Surroundings, resumed: bool) -> OpenGguf:
         return OpenGguf(self.model, surroundings.output / self.folder, surroundings, resumed)
@@ -230,9 +225,12 @@ class GgufTarget(Target):
         if matrices.dim() == 2:
             matrices = matrices.unsqueeze(0)
         known = linear.name + (KEYS_SUFFIX if placement.transform == "keys" else "")
-        squares, count = linear.importance[known]
-        sums_MI = squares.cpu().expand(len(matrices), -1)
-        columns_MI = column_importance(TensorImportance(sums_MI, torch.full((len(matrices),), float(count))))
+        columns_MI: Sequence[torch.Tensor | None] = [None]
+        if known in linear.importance:
+            squares, count = linear.importance[known]
+            sums_MI = squares.cpu().expand(len(matrices), -1)
+            found_MI = column_importance(TensorImportance(sums_MI, torch.full((len(matrices),), float(count))))
+            columns_MI = list(found_MI)
         rounded = torch.stack(
             [
                 decoded_rows(stored_rows(matrix, str(width), columns_I), str(width)).to(weight_OI.device)

@@ -28,8 +28,11 @@ _FALLBACKS |= dict.fromkeys((name for name in TYPES if name.startswith("IQ") and
 _FALLBACKS["NVFP4"] = "IQ4_NL"
 # Tensors beside which llama.cpp reads the scale that NVFP4's blocks are in units of.
 _SCALED = re.compile(r"\.(attn_[qkv]|attn_output|ffn_(gate|up|down)(_exps|_shexp)?)\.weight$")
-# Types that a target chooses from: engines run them fast; from the fewest bits to the most.
-CANDIDATES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+# Types that a target chooses from, from the fewest bits to the most.
+CANDIDATES = (
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K",
+    "Q6_K", "Q8_0",
+)  # fmt: skip
 
 
 @cache
