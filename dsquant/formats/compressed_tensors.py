@@ -144,22 +144,16 @@ class CompressedTensors(SafetensorsFormat):
         return CompressedTensorsWeights(index, quantization, device)
 
     def default_symmetric(self, mixture: bool) -> bool | None:
-        """All engines take it without zero points."""
-        return True
+        """vLLM's kernels for mixtures take it without zero points only."""
+        return mixture
 
-    def engine_notes(
-        self, widths: Collection[Width], mixture: bool, to_choose: bool, symmetric: bool = True
-    ) -> list[str]:
+    def engine_notes(self, widths: Collection[Width], mixture: bool, to_choose: bool) -> list[str]:
         found = "the target needs linears of 3 bits" if to_choose else "linears of 3 bits"
-        three = (
+        note = (
             f"{found}: compressed-tensors and transformers decode them, vLLM and SGLang have kernels for 4 and 8 bits "
             "alone (a recent vLLM for 2 to 8)"
         )
-        asymmetric = (
-            "zero points in the format compressed-tensors: transformers (5.24) does not load them, and with 8 or 3 bits"
-            " few kernels take them (vLLM 0.33's Humming); leave --asymmetric out"
-        )
-        return [three] * (3 in widths) + [asymmetric] * (not symmetric)
+        return [note] if 3 in widths else []
 
     def mixed_notes(self, widths: Collection[Width], mixture: bool) -> list[str]:
         note = (
@@ -212,7 +206,7 @@ class CompressedTensors(SafetensorsFormat):
         return QuantizedWeight(codes_OI, scales_OG, zero_points_OG, grid)
 
     def quantization_config(
-        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE, mtp_layer: str = ""
+        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE
     ) -> dict[str, Any]:
         """Returns the config that compressed-tensors 0.20 writes for weights only."""
         targets = targets_by_width(widths) if widths else {grid.bits: ["Linear"]}

@@ -270,11 +270,9 @@ class Format(ABC):
         """Returns ggml's type of most tensors of an output; None where codes are not of ggml's types."""
         return None
 
-    def engine_notes(
-        self, widths: Collection[Width], mixture: bool, to_choose: bool, symmetric: bool = True
-    ) -> list[str]:
+    def engine_notes(self, widths: Collection[Width], mixture: bool, to_choose: bool) -> list[str]:
         """Returns what current engines do not read of an output with linears of these widths, as sentences without a
-        full stop; `to_choose` where a target chooses among the widths, `symmetric` without zero points."""
+        full stop; `to_choose` where a target chooses among the widths."""
         return []
 
     def mixed_notes(self, widths: Collection[Width], mixture: bool) -> list[str]:

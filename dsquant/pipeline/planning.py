@@ -13,7 +13,7 @@ from dsquant.formats.wanted import NO_CHOICE, Wanted
 from dsquant.model.complete import COMPUTED_SUFFIX
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import EMBEDDING
-from dsquant.model.structure import DecoderLayer, absorbed_linears, layer_number
+from dsquant.model.structure import DecoderLayer, layer_number
 from dsquant.pipeline.memory import Needs, Workload, run_needs
 from dsquant.precision.groups import MixedPlan, plan_mixed
 from dsquant.recipes import Recipe
@@ -179,8 +179,7 @@ def _by_preset(recipe: Recipe, layers: tuple[DecoderLayer, ...]) -> frozenset[st
     """The linears that the preset quantizes."""
     if (recipe.preset or "quality") == "quality" and any(layer.experts for layer in layers):
         return frozenset(linear for layer in layers for mlp in layer.experts for linear in mlp.linears)
-    linears = frozenset(linear for layer in layers for linear in layer.linears)
-    return linears if recipe.kv_b == "quantize" else linears - absorbed_linears(layers)
+    return frozenset(linear for layer in layers for linear in layer.linears)
 
 
 def plan_units(mtp: str, checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[Unit, ...]:
