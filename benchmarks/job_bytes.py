@@ -44,35 +44,36 @@ from tests.support.checkpoints import (
 ROOT = Path(__file__).parent.parent
 SMALL = "--samples 4 --seq-len 128"
 FEW = f"{SMALL} --no-evaluate"
+EVERY = "--preset compact --kv-b quantize"  # what this preset took before there was the option
 ALL_STEPS = "scales,clip,compensate,top-up,gate-weights,follow,descend"
 # Name -> the command behind `dsquant`, whose output is NAME/out. Later ones may read what earlier ones wrote.
 JOBS = {
     "quality": f"awq tiny-r1 {SMALL}",
-    "compact": f"awq tiny-r1 {FEW} --preset compact --mtp quantize",
-    "best": f"awq tiny-r1 {FEW} --preset best --mtp drop",
-    "steps-none": f"awq mixture {FEW} --group-size 64 --preset compact --steps none",
-    "steps-scales": f"awq mixture {FEW} --group-size 64 --preset compact --steps scales",
-    "steps-clip": f"awq mixture {FEW} --group-size 64 --preset compact --steps clip",
-    "steps-compensate": f"awq mixture {FEW} --group-size 64 --preset compact --steps compensate",
-    "steps-descend": f"awq mixture {FEW} --group-size 64 --preset compact --steps compensate,descend",
-    "steps-all": f"awq mixture {FEW} --group-size 64 --preset compact --steps {ALL_STEPS}",
-    "awq-symmetric": f"awq mixture {FEW} --group-size 64 --preset compact --symmetric",
+    "compact": f"awq tiny-r1 {FEW} {EVERY} --mtp quantize",
+    "best": f"awq tiny-r1 {FEW} --preset best --kv-b quantize --mtp drop",
+    "steps-none": f"awq mixture {FEW} --group-size 64 {EVERY} --steps none",
+    "steps-scales": f"awq mixture {FEW} --group-size 64 {EVERY} --steps scales",
+    "steps-clip": f"awq mixture {FEW} --group-size 64 {EVERY} --steps clip",
+    "steps-compensate": f"awq mixture {FEW} --group-size 64 {EVERY} --steps compensate",
+    "steps-descend": f"awq mixture {FEW} --group-size 64 {EVERY} --steps compensate,descend",
+    "steps-all": f"awq mixture {FEW} --group-size 64 {EVERY} --steps {ALL_STEPS}",
+    "awq-symmetric": f"awq mixture {FEW} --group-size 64 {EVERY} --symmetric",
     "ct-symmetric": f"awq mixture {FEW} --group-size 64 --to compressed-tensors --symmetric --bits 8",
     "ct-asymmetric": f"awq llama {FEW} --to compressed-tensors --asymmetric",
-    "formats": f"awq mixture {FEW} --group-size 64 --preset compact --to awq --to compressed-tensors --to gguf:Q4_K_M",
+    "formats": f"awq mixture {FEW} --group-size 64 {EVERY} --to awq --to compressed-tensors --to gguf:Q4_K_M",
     "Q4_K_M": f"gguf tiny-r1 {SMALL}",
     "Q4_K_M+": f"gguf tiny-r1 {FEW} --type Q4_K_M+ --mtp keep",
     "IQ4_XS": f"gguf mixture {FEW} --type IQ4_XS",
     "Q2_K-split": "gguf tiny-r1 --no-evaluate --type Q2_K --calibration none --split-max-size 1MiB",
-    "widths": f"awq mixture {FEW} --group-size 64 --preset compact --target-bits 5",
+    "widths": f"awq mixture {FEW} --group-size 64 {EVERY} --target-bits 5",
     "types": f"gguf tiny-r1 {FEW} --target-bits 4.5",
     "dense-llama": f"awq llama {FEW} --max-shard-size 1MiB",
     "dense-qwen2": f"gguf qwen2 {FEW} --type Q5_K_M",
-    "dense-qwen3": f"awq qwen3 {FEW} --preset best --to compressed-tensors",
+    "dense-qwen3": f"awq qwen3 {FEW} --preset best --to compressed-tensors --asymmetric",
     "delta": "delta mixture mixture-2 --quantized steps-scales/out --patch delta/patch",
     "applied": "delta --apply delta/patch steps-scales/out",
-    "killed": f"awq mixture {FEW} --group-size 64 --preset compact --to awq --to compressed-tensors --to gguf:Q4_K_M",
-    "two-ranks": f"awq mixture {FEW} --group-size 64 --preset compact --symmetric",
+    "killed": f"awq mixture {FEW} --group-size 64 {EVERY} --to awq --to compressed-tensors --to gguf:Q4_K_M",
+    "two-ranks": f"awq mixture {FEW} --group-size 64 {EVERY} --symmetric",
 }
 SAME = {"killed": "formats", "two-ranks": "awq-symmetric", "applied": "delta"}
 """Jobs that write what another one writes."""

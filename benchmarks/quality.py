@@ -73,7 +73,7 @@ PEERS = [
 ]
 
 
-AWQ = ("awq", "--bits", "4")
+AWQ = ("awq", "--bits", "4", "--kv-b", "quantize")  # every linear, as the peers
 # Embedding and output head stay float32, as everywhere here.
 GGUF = ("gguf", "--type", "Q4_K_M", "--tensor-type", r"^(token_embd|output)\.weight$=F32")
 

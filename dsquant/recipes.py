@@ -98,8 +98,8 @@ class Quantization(TargetOptions):
     )
     preset: Annotated[Preset | None, Spelling(default="quality; compact for dense models")] = Field(
         default=None,
-        description="quality: routed experts only; compact: every linear; best: every linear, each for what the "
-        "quantized model gives it, least drift, slower.",
+        description="quality: routed experts only; compact: every linear but kv_b_proj (see kv_b); best: the same, "
+        "each for what the quantized model gives it, least drift, slower.",
     )
     steps: Annotated[
         tuple[Step, ...],
@@ -120,6 +120,11 @@ class Quantization(TargetOptions):
         default="keep",
         description="Multi-token-prediction layers: keep in BF16 (in GGUF with the types of other layers), quantize, "
         "or drop.",
+    )
+    kv_b: Literal["keep", "quantize"] = Field(
+        default="keep",
+        description="kv_b_proj of latent attention: keep in BF16, or quantize; vLLM 0.20 to 0.27 stops at the second "
+        "part of a prompt where it is quantized. GGUF quantizes it always, mlx never.",
     )
     max_shard_bytes: Size = Field(
         default=5 * 2**30,

@@ -55,21 +55,22 @@ def decode_compressed_tensors(stored: dict[str, torch.Tensor], config: dict) -> 
     """
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationConfig
-    from compressed_tensors.utils.match import is_match
+    from compressed_tensors.utils.match import is_match, match_targets
 
     parsed = QuantizationConfig.model_validate(config)
     linear = torch.nn.Linear(1, 1)
+    schemes = {target: group for group in parsed.config_groups.values() for target in group.targets}
     parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
     weights = {}
     for name, tensor in stored.items():
         module, _, kind = name.rpartition(".")
         if kind == "weight_packed":
-            groups = [g for g in parsed.config_groups.values() if is_match(module, linear, g.targets, parsed.ignore)]
-            if len(groups) != 1:
-                raise ValueError(f"{module}: packed, but {len(groups)} config_groups match it, expected 1")
+            matched = match_targets(module, linear, schemes)
+            if not matched or is_match(module, linear, parsed.ignore):
+                raise ValueError(f"{module}: packed, but no config_group matches it, or it is to be ignored")
             state = {part: stored[f"{module}.{part}"] for part in parts if f"{module}.{part}" in stored}
             state["weight_scale"] = state["weight_scale"].float()
-            decoded = PackedQuantizationCompressor.decompress(state, groups[0])
+            decoded = PackedQuantizationCompressor.decompress(state, schemes[matched[0]])
             weights[f"{module}.weight"] = decoded["weight"].float()
         elif kind not in parts:
             weights[name] = tensor.float()

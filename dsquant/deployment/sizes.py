@@ -202,7 +202,7 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
     needs = {}
     for calibrated, one in ((False, "F32"), (True, "Q4_K_M")):
         recipe = gguf_recipe(output=NOWHERE, type=one, mtp="keep" if mtp == "keep" else "drop")
-        work = Workload(recipe, sample.checkpoint, sample.skeleton, {SCALES_GRID: linears}, storing)
+        work = Workload(recipe, sample.checkpoint, sample.skeleton, {SCALES_GRID: linears}, storing, linears)
         needs[calibrated] = run_needs(work)
     for type_name in MIXTURES:
         calibrated = type_name not in FLOAT_TYPES

@@ -83,7 +83,9 @@ class AwqGemm(SafetensorsFormat):
     def library(self, widths: Collection[int], mixture: bool) -> str | None:
         return None if mixture else super().library(widths, mixture)
 
-    def engine_notes(self, widths: Collection[Width], mixture: bool, to_choose: bool) -> list[str]:
+    def engine_notes(
+        self, widths: Collection[Width], mixture: bool, to_choose: bool, symmetric: bool = True
+    ) -> list[str]:
         note = (
             "transformers (5.24) loads a mixture in the format awq without its experts' weights: serve it by vLLM or "
             "SGLang; for transformers take --to compressed-tensors"
@@ -126,7 +128,7 @@ class AwqGemm(SafetensorsFormat):
         )
 
     def quantization_config(
-        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE
+        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE, mtp_layer: str = ""
     ) -> dict[str, Any]:
         """Returns AutoAWQ's config; `zero_point` is true for symmetric grids too: qzeros are there, all 8."""
         return {
@@ -135,5 +137,5 @@ class AwqGemm(SafetensorsFormat):
             "group_size": grid.group_size,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": skipped_modules(linears),
+            "modules_to_not_convert": skipped_modules(linears, mtp_layer),
         }

@@ -144,16 +144,22 @@ class CompressedTensors(SafetensorsFormat):
         return CompressedTensorsWeights(index, quantization, device)
 
     def default_symmetric(self, mixture: bool) -> bool | None:
-        """vLLM's kernels for mixtures take it without zero points only."""
-        return mixture
+        """All engines take it without zero points."""
+        return True
 
-    def engine_notes(self, widths: Collection[Width], mixture: bool, to_choose: bool) -> list[str]:
+    def engine_notes(
+        self, widths: Collection[Width], mixture: bool, to_choose: bool, symmetric: bool = True
+    ) -> list[str]:
         found = "the target needs linears of 3 bits" if to_choose else "linears of 3 bits"
-        note = (
+        three = (
             f"{found}: compressed-tensors and transformers decode them, vLLM and SGLang have kernels for 4 and 8 bits "
             "alone (a recent vLLM for 2 to 8)"
         )
-        return [note] if 3 in widths else []
+        asymmetric = (
+            "zero points in the format compressed-tensors: transformers (5.24) does not load them, and with 8 or 3 bits"
+            " few kernels take them (vLLM 0.33's Humming); leave --asymmetric out"
+        )
+        return [three] * (3 in widths) + [asymmetric] * (not symmetric)
 
     def mixed_notes(self, widths: Collection[Width], mixture: bool) -> list[str]:
         note = (
@@ -206,7 +212,7 @@ class CompressedTensors(SafetensorsFormat):
         return QuantizedWeight(codes_OI, scales_OG, zero_points_OG, grid)
 
     def quantization_config(
-        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE
+        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE, mtp_layer: str = ""
     ) -> dict[str, Any]:
         """Returns the config that compressed-tensors 0.20 writes for weights only."""
         targets = targets_by_width(widths) if widths else {grid.bits: ["Linear"]}

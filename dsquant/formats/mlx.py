@@ -23,6 +23,7 @@ from dsquant.formats.safetensors import SafetensorsFormat, check_columns
 from dsquant.formats.wanted import NO_CHOICE, Wanted, Width
 from dsquant.kernels.packing import pack_rows, unpack_rows
 from dsquant.kernels.values import WORD_BITS
+from dsquant.model.structure import absorbed_linears
 from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.checkpoint import CONFIG_FILE
 from dsquant.source.shards import ShardIndex, TensorInfo
@@ -137,7 +138,9 @@ class Mlx(SafetensorsFormat):
     def serve_command(self, location: Path | str) -> str:
         return f"mlx_lm.server --model {location}"
 
-    def engine_notes(self, widths: Collection[Width], mixture: bool, to_choose: bool) -> list[str]:
+    def engine_notes(
+        self, widths: Collection[Width], mixture: bool, to_choose: bool, symmetric: bool = True
+    ) -> list[str]:
         return ["the format mlx has been read by mlx-lm 0.32.2 on a CPU, not on an Apple GPU"]
 
     def default_symmetric(self, mixture: bool) -> bool | None:
@@ -146,7 +149,7 @@ class Mlx(SafetensorsFormat):
 
     def quantizable(self, wanted: Wanted) -> frozenset[str]:
         """Returns the preset's linears without kv_b_proj."""
-        return wanted.linears.difference(layer.absorbed.keys_and_values for layer in wanted.layers if layer.absorbed)
+        return wanted.linears - absorbed_linears(wanted.layers)
 
     def engines_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns rope_theta, rope_scaling and partial_rotary_factor, which most of mlx-lm's models read only there."""
@@ -199,7 +202,7 @@ class Mlx(SafetensorsFormat):
         return QuantizedWeight(codes_OI, scales_OG, torch.full(scales_OG.shape, grid.middle, dtype=torch.uint8), grid)
 
     def quantization_config(
-        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE
+        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE, mtp_layer: str = ""
     ) -> dict[str, Any]:
         """Returns mlx-lm's config; a module whose bits were chosen has them under its name."""
         stacks = (((self.stack_of(linear) or (linear, 0))[0], bits) for linear, bits in widths.items())

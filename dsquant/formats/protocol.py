@@ -16,7 +16,7 @@ from dsquant.files.hashing import FileHashes
 from dsquant.formats.wanted import NO_CHOICE, Choice, Choosable, Wanted, Width
 from dsquant.formats.write_behind import Sink, WriteBehind
 from dsquant.jobs.ranks import ALONE, Ranks
-from dsquant.schemes import Grid, QuantizedWeight
+from dsquant.schemes import Grid, QuantizedWeight, Scheme
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.weights import Weights
 
@@ -178,6 +178,17 @@ class Target(ABC):
         return NO_CHOICE
 
     @property
+    def schemes(self) -> Mapping[str, Scheme]:
+        """Linear -> the scheme that it is rounded to, where that is not the grid."""
+        return {linear: self.grid.with_bits(bits) for linear, bits in self.widths.items()}
+
+    @property
+    def rounded(self) -> frozenset[str]:
+        """The linears that the quantization rounds, and not the format."""
+        schemes = self.schemes
+        return frozenset(linear for linear in self.linears if schemes.get(linear, self.grid).rounded)
+
+    @property
     def facts(self) -> Mapping[str, Any]:
         """How this output is made, for job and record; a resumed job must find the same."""
         return {}
@@ -270,9 +281,11 @@ class Format(ABC):
         """Returns ggml's type of most tensors of an output; None where codes are not of ggml's types."""
         return None
 
-    def engine_notes(self, widths: Collection[Width], mixture: bool, to_choose: bool) -> list[str]:
+    def engine_notes(
+        self, widths: Collection[Width], mixture: bool, to_choose: bool, symmetric: bool = True
+    ) -> list[str]:
         """Returns what current engines do not read of an output with linears of these widths, as sentences without a
-        full stop; `to_choose` where a target chooses among the widths."""
+        full stop; `to_choose` where a target chooses among the widths, `symmetric` without zero points."""
         return []
 
     def mixed_notes(self, widths: Collection[Width], mixture: bool) -> list[str]:

@@ -83,12 +83,12 @@ class SafetensorsFormat(Format):
 
     @abstractmethod
     def quantization_config(
-        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE
+        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE, mtp_layer: str = ""
     ) -> dict[str, Any]:
         """Returns the `quantization_config` of config.json as plain JSON values.
 
         `linears` is every linear of the decoder -> whether it is quantized; `widths` linear -> bits where widths were
-        chosen, else all have the grid's.
+        chosen, else all have the grid's; `mtp_layer` the module of the multi-token-prediction layer, if any.
         """
 
     def stack_of(self, tensor: str) -> tuple[str, int] | None:
@@ -223,10 +223,12 @@ def _config(
 ) -> dict[str, Any]:
     """Returns the source's config.json with the output's quantization_config in place of the FP8 one."""
     config = {key: value for key, value in wanted.checkpoint.config.items() if key not in DROPPED_KEYS}
+    config |= {key: value for key, value in wanted.skeleton.family.stated.items() if config.get(key) is None}
     layers = wanted.skeleton.layers
     if wanted.recipe.mtp == "drop" and wanted.skeleton.num_mtp_layers:
         config[wanted.skeleton.family.mtp_key] = 0
         layers = layers[: wanted.skeleton.num_layers]
     quantized = {linear: linear in linears for layer in layers for linear in layer.linears}
-    words = output_format.quantization_config(grid, quantized, widths)
+    drafts = [layer.prefix for layer in layers[wanted.skeleton.num_layers :]]
+    words = output_format.quantization_config(grid, quantized, widths, *drafts[:1])
     return config | output_format.engines_config(config) | dict.fromkeys(output_format.config_keys, words)

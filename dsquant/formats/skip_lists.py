@@ -6,66 +6,85 @@ How they are matched, as read in the engines' sources (November 2026):
   down to a whole module, or an ending.
 * compressed-tensors' `ignore`: full module names, or regular expressions after `re:`; every linear that the checkpoint
   does not quantize has to match, `lm_head` and the router too.
-Engines fuse gate_proj with up_proj, q_a_proj with kv_a_proj_with_mqa, and q_proj with k_proj and v_proj, and look the
-parts up one by one: all parts of a fused layer must agree, which both presets give.
+Engines fuse gate_proj with up_proj, q_a_proj with kv_a_proj_with_mqa, and q_proj with k_proj and v_proj (`FUSED`). vLLM
+looks the parts up one by one: all parts of a fused layer must agree, which presets and targets give. SGLang 0.5.23
+looks for AWQ's entries in the fused layer's own name, and calls an MTP layer `model.decoder`.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 
-from dsquant.model.families.mtp import MATRICES as MTP_MATRICES
+from dsquant.model.families import gqa, mla, mlps, mtp
 from dsquant.model.structure import ROUTER
 
 HEAD = "lm_head"
+FUSED = {**mla.FUSED_BY_ENGINES, **gqa.FUSED_BY_ENGINES, **mlps.FUSED_BY_ENGINES}
 
 
-def skipped_modules(linears: Mapping[str, bool]) -> list[str]:
+def skipped_modules(linears: Mapping[str, bool], mtp_layer: str = "") -> list[str]:
     """Returns AWQ's `modules_to_not_convert`, sorted: entries that occur in the name of every unquantized linear and of
     no other, for every linear of the decoder -> whether it is quantized.
 
-    The router is named by its layer's number, since `mlp.gate` alone would match `mlp.gate_proj`.
+    `mtp_layer` is the module of the multi-token-prediction layer, if any. The router is named by its layer's number,
+    since `mlp.gate` alone would match `mlp.gate_proj`.
     """
     kept = [name for name, quantized in linears.items() if quantized]
-    entries = {HEAD, *MTP_MATRICES}
+    entries = {HEAD, *mtp.MATRICES}
     for name, quantized in linears.items():
         if not quantized and not any(entry in name for entry in entries):
             entries.add(_skipping(name, kept))
     layers = {_layer(name) for name in kept if ".experts." in name}
     entries.update(_router(layer, kept) for layer in layers if not any(e in f"{layer}{ROUTER}" for e in entries))
+    unquantized = {name: 0 for name, quantized in linears.items() if not quantized}
+    entries.update(name for name, _ in _fused(unquantized) if not any(entry in name for entry in entries))
+    if mtp_layer:
+        entries |= {mtp.DRAFT + entry.removeprefix(mtp_layer) for entry in entries if entry.startswith(f"{mtp_layer}.")}
     return sorted(entries)
+
+
+def _fused(widths: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Yields the name and bits of every fused layer whose parts all have them."""
+    for name, bits in widths.items():
+        parent, _, part = name.rpartition(".")
+        for fused, parts in FUSED.items():
+            if part == parts[0] and ".experts." not in name and all(widths.get(f"{parent}.{p}") == bits for p in parts):
+                yield f"{parent}.{fused}", bits
 
 
 def targets_by_width(widths: Mapping[str, int]) -> dict[int, list[str]]:
     """Returns compressed-tensors' `targets`, bits in ascending order -> regular expressions of whole names, one for
     each kind of linear, for every quantized linear -> bits.
 
-    vLLM and SGLang look for a fused layer's name, then for its class, then for its parts: a group for the class
-    `Linear` would win over names of parts, so each group names its linears.
+    vLLM and SGLang look for a fused layer's name, then for its class, then for its parts, so each group names its
+    linears and what engines fuse of them; only then the class `Linear` stands for the width that most of them have:
+    SGLang 0.5.23 takes its group for that of the experts.
     """
     layers: dict[tuple[int, str], dict[int, None]] = {}
-    for name, bits in widths.items():
+    for name, bits in (*widths.items(), *_fused(widths)):
         _, _, number, inside = name.split(".", 3)
         kind = re.escape(re.sub(r"\.experts\.\d+\.", ".experts.0.", inside)).replace(r"experts\.0\.", r"experts\.\d+\.")
         layers.setdefault((bits, kind), {})[int(number)] = None
     found: dict[int, list[str]] = {}
     for (bits, kind), numbers in sorted(layers.items()):
         found.setdefault(bits, []).append(rf"re:.*layers\.({'|'.join(map(str, numbers))})\.{kind}$")
+    found[Counter(widths.values()).most_common(1)[0][0]].append("Linear")
     return found
 
 
 def _skipping(name: str, kept: Iterable[str]) -> str:
-    """Returns the linear's parent module where nothing in it is quantized; else the linear."""
+    """Returns the linear's parent module where nothing in it is quantized; else its kind where no linear of that is;
+    else the linear."""
     parent = name.rsplit(".", 1)[0]
     inside_experts = re.sub(r"\.experts\.\d+$", "", parent)
     experts = re.sub(r"\.\d+$", "", parent)  # engines ask for a layer's experts as one module
-    return next(
-        (
-            entry
-            for entry in (inside_experts, experts, parent)
-            if not any(other.startswith(f"{entry}.") for other in kept)
-        ),
-        name,
-    )
+    whole = (entry for entry in (inside_experts, experts, parent) if not _inside(entry, kept))
+    kind = name.rsplit(".", 1)[1]  # such as kv_b_proj, in every layer
+    return next(whole, name if any(kind in other for other in kept) else kind)
+
+
+def _inside(module: str, kept: Iterable[str]) -> bool:
+    return any(other.startswith(f"{module}.") for other in kept)
 
 
 def _layer(name: str) -> str:
@@ -81,5 +100,5 @@ def ignored_modules(linears: Mapping[str, bool]) -> list[str]:
     the unquantized ones, the router's and the head's among them; MTP's own linears by regular expressions."""
     names = {name for name, quantized in linears.items() if not quantized}
     routers = {f"{_layer(name)}{ROUTER}" for name in linears if ".experts." in name}
-    extra = [f"re:.*{re.escape(part)}$" for part in MTP_MATRICES]
+    extra = [f"re:.*{re.escape(part)}$" for part in mtp.MATRICES]
     return [HEAD, *sorted(names | routers), *extra]

@@ -13,6 +13,7 @@ from dsquant.files.sealing import broken_sections, hash_files
 from dsquant.formats.safetensors_target import SafetensorsTarget
 from dsquant.formats.scales import open_scales
 from dsquant.jobs.folder_state import RECORD_FILE, found_in
+from dsquant.model.families.mla import KEYS_AND_VALUES
 from dsquant.pipeline.planning import Plan
 from dsquant.recipes import Recipe
 from dsquant.schemes import QuantizedWeight
@@ -37,8 +38,13 @@ class Recording:
         return hashes
 
     def recipe(self, model: str, output: Path) -> Recipe:
-        """Returns the recipe for another release under this recording's scales: on the CPU, and without evaluation."""
+        """Returns the recipe for another release under this recording's scales: on the CPU, and without evaluation.
+
+        Records from before the option `kv_b` are of outputs whose kv_b_proj is quantized where the preset takes it.
+        """
         fields = {**self.record["recipe"], "device": "cpu", "evaluate": False, "scales_from": self.sha256}
+        linears = (linear for output in self.record["outputs"].values() for linear in output["weight_errors"])
+        fields |= {"kv_b": "quantize"} if any(linear.endswith(KEYS_AND_VALUES.module) for linear in linears) else {}
         return Recipe.checked(**{**fields, "model": model, "output": output})
 
 

@@ -11,21 +11,17 @@ import torch
 import triton
 import triton.language as tl
 
-from dsquant.kernels import k_quants, scale_search
+from dsquant.kernels import k_quants, scale_candidates
+from dsquant.kernels.scale_search_triton import affine_lines, furthest, rounded
 
-AFFINE_FIRST = tl.constexpr(scale_search.AFFINE_FIRST)
-AFFINE_STEP = tl.constexpr(scale_search.AFFINE_STEP)
-AFFINE_TRIES = tl.constexpr(scale_search.AFFINE_TRIES)
-SYMMETRIC_STEP = tl.constexpr(scale_search.SYMMETRIC_STEP)
-SYMMETRIC_TRIES = tl.constexpr(scale_search.SYMMETRIC_TRIES)
-SCALE_FIRST = tl.constexpr(scale_search.SCALE_FIRST)
-SCALE_STEP = tl.constexpr(scale_search.SCALE_STEP)
-SCALE_TRIES = tl.constexpr(scale_search.SCALE_TRIES)
-LARGEST_SCALE = tl.constexpr(scale_search.LARGEST_SCALE)
-LEAST = tl.constexpr(scale_search.LEAST)
-BETTER = tl.constexpr(scale_search.BETTER)
-# Adding and subtracting it rounds a float32 to the nearest integer, halves to even.
-ROUNDER = tl.constexpr(1.5 * 2**23)
+SYMMETRIC_STEP = tl.constexpr(scale_candidates.SYMMETRIC_STEP)
+SYMMETRIC_TRIES = tl.constexpr(scale_candidates.SYMMETRIC_TRIES)
+SCALE_FIRST = tl.constexpr(scale_candidates.SCALE_FIRST)
+SCALE_STEP = tl.constexpr(scale_candidates.SCALE_STEP)
+SCALE_TRIES = tl.constexpr(scale_candidates.SCALE_TRIES)
+LARGEST_SCALE = tl.constexpr(scale_candidates.LARGEST_SCALE)
+LEAST = tl.constexpr(scale_candidates.LEAST)
+BETTER = tl.constexpr(scale_candidates.BETTER)
 # Super-blocks of a program of one warp, 16 weights to a thread: no sum then waits for another warp. Measured on an
 # H100: Q4_K at 100 GB/s of float32, with 8 super-blocks and four warps at 71.
 SUPER_BLOCKS = 2
@@ -54,11 +50,6 @@ def quantize(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor) 
 
 
 @triton.jit
-def _rounded(values):
-    return (values + ROUNDER) - ROUNDER
-
-
-@triton.jit
 def _load_blocks(rows, importance, num_columns, num_supers, S: tl.constexpr, B: tl.constexpr, W: tl.constexpr):
     """A program's weights and their importances, [N, W]; past the end, zeros and ones."""
     blocks_N = tl.program_id(0).to(tl.int64) * (S * B) + tl.arange(0, S * B)
@@ -80,7 +71,7 @@ def _affine(rows, importance, stored, num_columns, num_supers, S: tl.constexpr, 
     weights_NW = importance_NW * tl.sqrt(spread_N[:, None] + weight_NW * weight_NW)
     shares_N = tl.sum(weights_NW, 1)
     weights_NW = weights_NW / tl.maximum(shares_N, LEAST)[:, None]
-    scale_N, code_N, mean_N = _affine_search(weight_NW, weights_NW, N, STEPS)
+    scale_N, code_N, mean_N = affine_lines(weight_NW, weights_NW, N, STEPS, False)
     shares_SB = tl.reshape(shares_N, [S, 8])
     shares_SB = shares_SB / tl.maximum(tl.sum(shares_SB, 1), LEAST)[:, None]
     scale_S, scale_codes_SB = _scale_search(tl.reshape(scale_N, [S, 8]), shares_SB, S)
@@ -89,7 +80,7 @@ def _affine(rows, importance, stored, num_columns, num_supers, S: tl.constexpr, 
     offset_S, offset_codes_SB = _scale_search(offset_SB, shares_SB, S)
     offset_N = tl.reshape(offset_S.to(tl.float32)[:, None] * offset_codes_SB, [N])
     inverse_N = tl.where(scale_N > 0, 1 / tl.where(scale_N > 0, scale_N, 1.0), 0.0)
-    codes_NW = _rounded((weight_NW + offset_N[:, None]) * inverse_N[:, None])
+    codes_NW = rounded((weight_NW + offset_N[:, None]) * inverse_N[:, None])
     codes_NW = tl.minimum(tl.maximum(codes_NW, 0.0), STEPS).to(tl.int32)
 
     supers_S = tl.program_id(0).to(tl.int64) * S + tl.arange(0, S)
@@ -111,37 +102,6 @@ def _affine(rows, importance, stored, num_columns, num_supers, S: tl.constexpr, 
 
 
 @triton.jit
-def _affine_search(weight_NW, weights_NW, N: tl.constexpr, STEPS: tl.constexpr):
-    """As `scale_search.affine_search`; the weights of the errors sum to one."""
-    low_N = tl.minimum(tl.min(weight_NW, 1), 0.0)
-    range_N = tl.max(weight_NW, 1) - low_N
-    safe_range_N = tl.maximum(range_N, LEAST)
-    unit_NW = (weight_NW - low_N[:, None]) / safe_range_N[:, None]
-    mean_N = tl.sum(weights_NW * unit_NW, 1)
-    centred_NW = unit_NW - mean_N[:, None]
-    above_N = tl.maximum(mean_N + low_N / safe_range_N, 0.0)
-    best_N = tl.zeros([N], tl.float32)
-    slope_N = tl.full([N], 1 / STEPS, tl.float32)
-    best_code_N = tl.zeros([N], tl.float32)
-    for number in range(AFFINE_TRIES):
-        codes_NW = tl.minimum(_rounded(unit_NW * (STEPS + AFFINE_FIRST + AFFINE_STEP * number)), STEPS)
-        weighted_NW = weights_NW * codes_NW
-        code_N = tl.sum(weighted_NW, 1)
-        square_N = tl.maximum(tl.sum(weighted_NW * codes_NW, 1), LEAST)
-        product_N = tl.sum(weighted_NW * centred_NW, 1)
-        slope = product_N / tl.maximum(square_N - code_N * code_N, LEAST)
-        fixed = slope * code_N < above_N
-        product_N = tl.where(fixed, product_N + above_N * code_N, product_N)
-        slope = tl.where(fixed, product_N / square_N, slope)
-        gain_N = slope * product_N - tl.where(fixed, above_N * above_N, 0.0)
-        better = gain_N > best_N
-        best_N = tl.where(better, gain_N, best_N)
-        slope_N = tl.where(better, slope, slope_N)
-        best_code_N = tl.where(better, code_N, best_code_N)
-    return slope_N * range_N, best_code_N, low_N + mean_N * range_N
-
-
-@triton.jit
 def _scale_search(values_SB, shares_SB, S: tl.constexpr):
     """As `scale_search.scale_search`; the shares sum to one."""
     largest_S = tl.max(values_SB, 1)
@@ -151,14 +111,14 @@ def _scale_search(values_SB, shares_SB, S: tl.constexpr):
     best_factor_S = tl.zeros([S], tl.float16)
     best_codes_SB = tl.zeros_like(unit_SB)
     for number in range(SCALE_TRIES):
-        codes_SB = _rounded(unit_SB * (LARGEST_SCALE + SCALE_FIRST + SCALE_STEP * number))
+        codes_SB = rounded(unit_SB * (LARGEST_SCALE + SCALE_FIRST + SCALE_STEP * number))
         codes_SB = tl.minimum(codes_SB, LARGEST_SCALE)
         weighted_SB = shares_SB * codes_SB
         square_S = tl.maximum(tl.sum(weighted_SB * codes_SB, 1), LEAST)
         factor_S = (tl.sum(weighted_SB * unit_SB, 1) / square_S * largest_S).to(tl.float16)
         stored_S = factor_S.to(tl.float32) / safe_largest_S
         inverse_S = 1 / tl.maximum(stored_S, LEAST)
-        codes_SB = _rounded(tl.minimum(unit_SB * inverse_S[:, None], LARGEST_SCALE))
+        codes_SB = rounded(tl.minimum(unit_SB * inverse_S[:, None], LARGEST_SCALE))
         rest_SB = unit_SB - stored_S[:, None] * codes_SB
         error_S = tl.sum(shares_SB * rest_SB * rest_SB, 1)
         better = error_S < best_S
@@ -184,23 +144,18 @@ def _store_six_bits(place_S, scales_SB, offsets_SB, inside_S, S: tl.constexpr):
 
 
 @triton.jit
-def _furthest(largest, smallest):
-    return tl.where(largest >= -smallest, largest, smallest)
-
-
-@triton.jit
 def _q6_k(rows, importance, stored, num_columns, num_supers, S: tl.constexpr):
     N: tl.constexpr = S * 16
     weight_NW, weights_NW = _load_blocks(rows, importance, num_columns, num_supers, S, 16, 16)
     weights_NW = weights_NW / tl.maximum(tl.sum(weights_NW, 1), LEAST)[:, None]
     scale_SB = tl.reshape(_symmetric_search(weight_NW, weights_NW, N), [S, 16])
-    factor_S = (_furthest(tl.max(scale_SB, 1), tl.min(scale_SB, 1)) / -128).to(tl.float16)
+    factor_S = (furthest(tl.max(scale_SB, 1), tl.min(scale_SB, 1)) / -128).to(tl.float16)
     whole_S = factor_S.to(tl.float32)
     inverse_S = tl.where(whole_S != 0, 1 / tl.where(whole_S != 0, whole_S, 1.0), 0.0)
-    scale_codes_SB = tl.minimum(tl.maximum(_rounded(scale_SB * inverse_S[:, None]), -128.0), 127.0)
+    scale_codes_SB = tl.minimum(tl.maximum(rounded(scale_SB * inverse_S[:, None]), -128.0), 127.0)
     scale_N = tl.reshape(whole_S[:, None] * scale_codes_SB, [N])
     inverse_N = tl.where(scale_N != 0, 1 / tl.where(scale_N != 0, scale_N, 1.0), 0.0)
-    codes_NW = tl.minimum(tl.maximum(_rounded(weight_NW * inverse_N[:, None]), -32.0), 31.0).to(tl.int32) + 32
+    codes_NW = tl.minimum(tl.maximum(rounded(weight_NW * inverse_N[:, None]), -32.0), 31.0).to(tl.int32) + 32
 
     supers_S = tl.program_id(0).to(tl.int64) * S + tl.arange(0, S)
     inside_S = supers_S < num_supers
@@ -220,14 +175,14 @@ def _q6_k(rows, importance, stored, num_columns, num_supers, S: tl.constexpr):
 @triton.jit
 def _symmetric_search(weight_NW, weights_NW, N: tl.constexpr):
     """As `scale_search.symmetric_search`; the weights of the errors sum to one."""
-    extreme_N = _furthest(tl.max(weight_NW, 1), tl.min(weight_NW, 1))
+    extreme_N = furthest(tl.max(weight_NW, 1), tl.min(weight_NW, 1))
     inverse_N = tl.where(extreme_N != 0, -1 / tl.where(extreme_N != 0, extreme_N, 1.0), 0.0)
     unit_NW = weight_NW * inverse_N[:, None]
     best_N = tl.zeros([N], tl.float32)
     scale_N = tl.zeros([N], tl.float32)
     for number in range(SYMMETRIC_TRIES):
         distance = SYMMETRIC_STEP * ((number + 1) // 2) * (1 - 2 * (number % 2))
-        codes_NW = _rounded(unit_NW * (32 + distance))
+        codes_NW = rounded(unit_NW * (32 + distance))
         codes_NW = tl.minimum(tl.maximum(codes_NW, -32.0), 31.0)
         weighted_NW = weights_NW * codes_NW
         product_N = tl.sum(weighted_NW * unit_NW, 1)

@@ -11,26 +11,26 @@ https://github.com/ggml-org/ggml
 Shape legend: S super-blocks, B blocks of a super-block, W weights of a block, N = S * B blocks.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dsquant.kernels.grids import nearest_levels
+from dsquant.kernels.scale_candidates import (
+    AFFINE_FIRST,
+    AFFINE_STEP,
+    AFFINE_TRIES,
+    BETTER,
+    LARGEST_SCALE,
+    LEAST,
+    SCALE_FIRST,
+    SCALE_STEP,
+    SCALE_TRIES,
+    symmetric_candidates,
+)
 from dsquant.kernels.values import Kind, Levels
 
-# Candidates divide a block's range by the number of steps plus each of these.
-AFFINE_FIRST, AFFINE_STEP, AFFINE_TRIES = -0.9, 0.05, 37
-# from the middle outwards: where all fit alike, a range of powers of two keeps its exact scale
-SYMMETRIC_STEP, SYMMETRIC_TRIES = 0.1, 19
-# In a table's own units: around its lowest value, and around its highest one.
-TABLE_DISTANCES = (0, -2, 2, -4, 4, -6, 6, -8, 8, 10, 12, 14)
-SCALE_FIRST, SCALE_STEP, SCALE_TRIES = -20.0, 1.0, 21
-LARGEST_SCALE = 63
-LEAST = 1e-30
-# How far a candidate must surpass one before it: rounding of the sums decides nothing.
-BETTER = 1 + 1e-6
 LARGEST_HALF = 65504.0
 
 
@@ -98,6 +98,33 @@ def _stored_lines(
     return StoredScales(scale_S1, scale_codes_SB, *scale_search(offsets_SB, shares_SB, shape.scale_codes))
 
 
+def refitted_scales(
+    weight_WN: torch.Tensor,
+    weights_WN: torch.Tensor,
+    factors: Sequence[torch.Tensor],
+    shape: BlockShape,
+    ratios: Sequence[float],
+) -> list[torch.Tensor]:
+    """Searches scales of single blocks, [W, N], whose super-blocks' factors, float32 [N], stand: multiples of these.
+
+    Each of the ratios scales what the search found. Returns scales, and offsets where there are any, float32 [C, N].
+    """
+    assert shape.scale_codes is not None
+    least, largest = shape.scale_codes
+    whole = [torch.where(factor_N != 0, factor_N, torch.inf) for factor_N in factors]
+    ratios_C1 = weight_WN.new_tensor(ratios).unsqueeze(1)
+    offsets = shape.levels.kind == Kind.OFFSETS
+    if offsets:
+        scale_N, code_N, mean_N = affine_search(weight_WN, weights_WN, shape.levels.largest)
+    else:
+        scale_N = symmetric_search(weight_WN, weights_WN, shape.levels)
+    scales_CN = (scale_N * ratios_C1 / whole[0]).round_().clamp_(least, largest).mul_(factors[0])
+    if not offsets:
+        return [scales_CN]
+    offsets_CN = (scales_CN * code_N - mean_N).clamp_(min=0).div_(whole[1])
+    return [scales_CN, offsets_CN.round_().clamp_(least, largest).mul_(factors[1])]
+
+
 def _half(values: torch.Tensor) -> torch.Tensor:
     return values.clamp(-LARGEST_HALF, LARGEST_HALF).half()
 
@@ -112,6 +139,17 @@ def affine_search(
 ) -> tuple[torch.Tensor, ...]:
     """Returns each block's scale, so that scale * code - offset has the least weighted squared error, its mean code and
     its mean; offsets are not negative unless `signed`."""
+    if weight_WN.is_cuda:
+        from dsquant.kernels import scale_search_triton
+
+        return scale_search_triton.affine_search(weight_WN, weights_WN, steps, signed)
+    return affine_search_reference(weight_WN, weights_WN, steps, signed)
+
+
+def affine_search_reference(
+    weight_WN: torch.Tensor, weights_WN: torch.Tensor, steps: int, signed: bool
+) -> tuple[torch.Tensor, ...]:
+    """`affine_search` in PyTorch, on any device."""
     low_N = weight_WN.amin(0)
     if not signed:
         low_N.clamp_(max=0)
@@ -122,7 +160,7 @@ def affine_search(
     mean_N = (weights_WN * unit_WN).sum(0)
     centred_WN = unit_WN - mean_N
     # A line that would start above zero starts at zero: offsets are not negative.
-    above_N = torch.full_like(mean_N, -torch.inf) if signed else (mean_N + low_N / safe_range_N).clamp_(min=0)
+    above_N = torch.full_like(mean_N, -1e9) if signed else (mean_N + low_N / safe_range_N).clamp_(min=0)
     best_N, slope_N, best_code_N = (
         torch.zeros_like(mean_N),
         torch.full_like(mean_N, 1 / steps),
@@ -154,6 +192,17 @@ def scale_search(
 
     Candidates are judged by the factor that is stored: small weights have factors that float16 holds with few bits.
     """
+    if values_SB.is_cuda:
+        from dsquant.kernels import scale_search_triton
+
+        return scale_search_triton.stored_factors(values_SB, shares_SB, codes)
+    return scale_search_reference(values_SB, shares_SB, codes)
+
+
+def scale_search_reference(
+    values_SB: torch.Tensor, shares_SB: torch.Tensor, codes: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scale_search` in PyTorch, on any device."""
     least, largest = codes
     # the furthest value is near the end of the range that is further from 0
     reach, extreme_S1 = largest, values_SB.amax(1, keepdim=True)
@@ -186,27 +235,27 @@ def signed_largest(values: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.where(largest >= -smallest, largest, smallest)
 
 
-def _symmetric_candidates(levels: Levels) -> list[float]:
-    """The levels that the weight furthest from zero is tried at, negated."""
-    if levels.kind == Kind.TABLE:
-        ends = (-levels.table[0], -levels.table[-1])
-        return [end + math.copysign(distance, end * distance) for end in ends for distance in TABLE_DISTANCES]
-    places = range(SYMMETRIC_TRIES)
-    return [levels.middle + SYMMETRIC_STEP * ((number + 1) // 2) * (1 - 2 * (number % 2)) for number in places]
-
-
 def symmetric_search(weight_WN: torch.Tensor, weights_WN: torch.Tensor, levels: Levels) -> torch.Tensor:
     """Returns the scale of each block, float32 [N], so that scale * level has the least weighted squared error.
 
     Levels are whole numbers around 0 or a table's. The weight furthest from zero is near the end that is further from
     0, so scales may be negative.
     """
+    if weight_WN.is_cuda:
+        from dsquant.kernels import scale_search_triton
+
+        return scale_search_triton.symmetric_search(weight_WN, weights_WN, levels)
+    return symmetric_search_reference(weight_WN, weights_WN, levels)
+
+
+def symmetric_search_reference(weight_WN: torch.Tensor, weights_WN: torch.Tensor, levels: Levels) -> torch.Tensor:
+    """`symmetric_search` in PyTorch, on any device."""
     extreme_1N = signed_largest(weight_WN, 0)
     unit_WN = weight_WN / torch.where(extreme_1N != 0, -extreme_1N, torch.inf)
     weights_WN = weights_WN / weights_WN.sum(0).clamp_(min=LEAST)
     best_N, scale_N = torch.zeros_like(extreme_1N[0]), torch.zeros_like(extreme_1N[0])
     codes_WN, weighted_WN = torch.empty_like(unit_WN), torch.empty_like(unit_WN)
-    for tried in _symmetric_candidates(levels):
+    for tried in symmetric_candidates(levels):
         torch.mul(unit_WN, tried, out=codes_WN)
         if levels.kind == Kind.TABLE:
             codes_WN = nearest_levels(codes_WN, levels)

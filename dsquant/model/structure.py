@@ -137,6 +137,11 @@ class DecoderLayer:
         return tuple(mlp for mlp in self.mlps if mlp.kind == "routed")
 
 
+def absorbed_linears(layers: Iterable[DecoderLayer]) -> frozenset[str]:
+    """Returns kv_b_proj of every layer with latent attention."""
+    return frozenset(layer.absorbed.keys_and_values for layer in layers if layer.absorbed)
+
+
 def linear_groups(layer: DecoderLayer, quantized: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Returns name -> linears of a layer's groups that its preset quantizes.
 

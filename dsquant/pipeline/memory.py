@@ -42,6 +42,8 @@ class Workload:
     """Grid -> the linears that are quantized onto it, or scaled for it."""
     storing_bytes: int
     """Memory for storing a weight in addition to the weight."""
+    rounded: frozenset[str] = frozenset()
+    """Those that the quantization rounds, and not the format."""
     num_grids: int = 1
     """Grids that share the calibration."""
     num_ranks: int = 1
@@ -57,9 +59,7 @@ class Workload:
     @cached_property
     def compensated(self) -> frozenset[str]:
         """Those of them whose errors are compensated."""
-        if "compensate" not in self.recipe.steps:
-            return frozenset()
-        return frozenset[str]().union(*(linears for grid, linears in self.linears.items() if grid.rounded))
+        return self.rounded if "compensate" in self.recipe.steps else frozenset()
 
     @property
     def follows(self) -> bool:

@@ -34,7 +34,8 @@ def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
     for target in source.plan.targets:
         mixed = source.plan.mixed.get(str(target.folder))
         widths = (recipe.bits,) if mixed is None else mixed.widths
-        words += format_of(target.name).engine_notes(widths, _is_mixture(source), mixed is not None)
+        known, symmetric = format_of(target.name), target.grid.symmetric
+        words += known.engine_notes(widths, _is_mixture(source), mixed is not None, symmetric)
     words += [note for target in source.plan.targets for note in target.notes]
     if source.skeleton.num_mtp_layers and recipe.mtp == "drop":
         words.append("the multi-token-prediction layer is dropped: engines cannot draft with it any more")

@@ -13,11 +13,11 @@ from dsquant.formats.wanted import NO_CHOICE, Wanted
 from dsquant.model.complete import COMPUTED_SUFFIX
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import EMBEDDING
-from dsquant.model.structure import DecoderLayer, layer_number
+from dsquant.model.structure import DecoderLayer, absorbed_linears, layer_number
 from dsquant.pipeline.memory import Needs, Workload, run_needs
 from dsquant.precision.groups import MixedPlan, plan_mixed
 from dsquant.recipes import Recipe
-from dsquant.schemes import Grid
+from dsquant.schemes import Grid, Scheme
 from dsquant.source.checkpoint import Checkpoint
 
 Action = Literal["copy", "quantize", "drop"]
@@ -53,9 +53,9 @@ class Plan:
         return self.needs.work_bytes + sum(max(one.num_bytes, most.get(str(one.folder), 0)) for one in self.targets)
 
     @property
-    def widths(self) -> Mapping[Grid, Mapping[str, int]]:
-        """Grid -> quantized linear -> bits, where widths were chosen: then each output has a grid of its own."""
-        return {target.grid: target.widths for target in self.targets}
+    def schemes(self) -> Mapping[Grid, Mapping[str, Scheme]]:
+        """Grid -> quantized linear -> its scheme, where that is another: then each output has a grid of its own."""
+        return {target.grid: target.schemes for target in self.targets}
 
     @property
     def quantizes(self) -> bool:
@@ -98,7 +98,8 @@ def plan_run(
     # widths of their own part outputs on one grid
     num_grids = len(by_grid) if recipe.target is None else len(targets)
     storing = max(target.storing_bytes for target in targets)
-    work = Workload(recipe, checkpoint, skeleton, by_grid, storing, num_grids, num_ranks, gpu_budget_bytes)
+    rounded = frozenset[str]().union(*(target.rounded for target in targets))
+    work = Workload(recipe, checkpoint, skeleton, by_grid, storing, rounded, num_grids, num_ranks, gpu_budget_bytes)
     return Plan(units, targets, by_grid, run_needs(work), mixed)
 
 
@@ -166,7 +167,7 @@ def _check_steps(recipe: Recipe, targets: tuple[Target, ...], skeleton: Skeleton
     """Refuses steps that do nothing here."""
     if "gate-weights" in recipe.steps and not any(layer.experts for layer in skeleton.layers):
         raise UsageError("step gate-weights: this model has no routed experts; leave the step out of --steps")
-    if "descend" in recipe.steps and not any(target.grid.rounded for target in targets):
+    if "descend" in recipe.steps and not any(target.rounded for target in targets):
         unrounded = targets[0].name
         raise UsageError(f"step descend: {unrounded} rounds its weights itself; leave the step out of --steps")
 
@@ -179,7 +180,8 @@ def _by_preset(recipe: Recipe, layers: tuple[DecoderLayer, ...]) -> frozenset[st
     """The linears that the preset quantizes."""
     if (recipe.preset or "quality") == "quality" and any(layer.experts for layer in layers):
         return frozenset(linear for layer in layers for mlp in layer.experts for linear in mlp.linears)
-    return frozenset(linear for layer in layers for linear in layer.linears)
+    linears = frozenset(linear for layer in layers for linear in layer.linears)
+    return linears if recipe.kv_b == "quantize" else linears - absorbed_linears(layers)
 
 
 def plan_units(mtp: str, checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[Unit, ...]:

@@ -62,10 +62,11 @@ def _weight_errors(
     by_grid: Mapping[int, Mapping[str, float]],
     grids: Sequence[Grid],
 ) -> Mapping[str, float]:
-    """An output's own errors where its format rounds itself, else those of its grid."""
+    """Those of an output's grid, by linear; by parameter those of what its format rounds itself."""
+    own = by_grid.get(grids.index(target.grid), {})  # nothing, where a choice left every linear in BF16
     if target.grid.rounded:
-        return by_grid.get(grids.index(target.grid), {})  # nothing, where a choice left every linear in BF16
-    found: dict[str, float] = {}
+        return own
+    found = dict(own)
     for entry in journal.values():
         found |= entry["weight_errors"].get(str(target.folder), {})
     return found

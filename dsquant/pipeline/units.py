@@ -229,7 +229,7 @@ def _run_layer(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str
         outputs,
         run.mlp_inputs(layer.index, run.job.work / "mlp-inputs.f32"),
         linears=source.plan.linears_of(layer),
-        widths=source.plan.widths,
+        schemes=source.plan.schemes,
         steps=run.recipe.steps,
         batch_samples=run.batch_samples,
         seed=run.recipe.seed,

@@ -149,7 +149,7 @@ def _attention_errors(
         folded = ResidentWeights(FoldedWeights(weights, fold_scales(weights, scales)))
         for group, found in own.items():
             job.safe_point(group.consumers[0])
-            divided = prepared(under_scales(found, scales.get(group)), grid, job.steps)
+            divided = prepared(under_scales(found, scales.get(group)), [grid], job.steps)
             for choosable, linears, widths in trial.inside(group.consumers):
                 for width in widths:
                     replaced = {
@@ -212,7 +212,7 @@ class _TriedMlps(Generic[Width]):
         of_input = replace(moments[0].divided(norm_scales_H), inverses=self.inverses[grid])
         up_scales_W = search_up_scales(original, moments[1], grid, job.steps)
         folded = dict(zip(mlp.linears, scaled(original, norm_scales_H, up_scales_W).parts, strict=True))
-        of_input, of_hidden = (prepared(one, grid, job.steps) for one in (of_input, moments[1].divided(up_scales_W)))
+        of_input, of_hidden = (prepared(one, [grid], job.steps) for one in (of_input, moments[1].divided(up_scales_W)))
         reads = dict(zip(mlp.linears, (of_input, of_input, of_hidden), strict=True))
         step = max(1, -(-len(inputs.rows_R) // CHECK_ROWS))
         inputs_RH, gradients_RH = (one.rows(inputs.rows_R[::step]) for one in (inputs.activations, self.gradients))

@@ -15,7 +15,7 @@ from dsquant.quantization.layer_job import GridReport, LayerJob
 from dsquant.quantization.scale import best_scales, group_candidates, is_kept, rms_of_columns
 from dsquant.quantization.statistics import Importance, InputMoments
 from dsquant.quantization.steps import prepared, rounded_weight
-from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest
+from dsquant.schemes import Grid, QuantizedWeight, Scheme, round_to_nearest
 from dsquant.source.weights import Weights
 
 # Attention's output error is measured, and folds are proven, on at most this many samples.
@@ -53,7 +53,7 @@ def quantize_attention(
     fold = fold_scales(weights, scales)
     folded, linears = FoldedWeights(weights, fold), dict[str, QuantizedWeight]()
     for group, found in own.items():
-        divided = prepared(under_scales(found, scales.get(group)), grid, job.steps)
+        divided = prepared(under_scales(found, scales.get(group)), map(grid_of, group.consumers), job.steps)
         for linear in group.consumers:
             linears[linear] = rounded_weight(folded[f"{linear}.weight"], grid_of(linear), divided, job.steps)
     searched, plain = AttentionResult(fold, linears, scales), round_attention(linears, weights, grid_of)
@@ -106,7 +106,7 @@ def under_scales(moments: InputMoments, scales_I: torch.Tensor | None) -> InputM
     return moments if scales_I is None else moments.divided(scales_I)
 
 
-def round_attention(linears: Iterable[str], weights: Weights, grid_of: Callable[[str], Grid]) -> AttentionResult:
+def round_attention(linears: Iterable[str], weights: Weights, grid_of: Callable[[str], Scheme]) -> AttentionResult:
     """Rounds attention's linears plainly, with nothing folded: the search's yardstick and its fallback."""
     rounded = {linear: round_to_nearest(weights[f"{linear}.weight"], grid_of(linear)) for linear in linears}
     return AttentionResult(Fold(), rounded)

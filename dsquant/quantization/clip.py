@@ -28,15 +28,18 @@ def clipped_weight(
 
     The ratio of a (row, group) minimises the sum of its blocks' dw H_bb dw^T with H_bb their parts of the Gram matrix.
     A row keeps its ratios only where its whole error dw H dw^T falls too, since the blocks' errors may add up
-    differently; so no row errs more than under plain rounding. The first ratio is 1; `FULL_RANGE` rounds plainly, None
-    takes the scheme's ratios.
+    differently; so no row errs more than under plain rounding. The first ratio is 1; `FULL_RANGE` rounds plainly, with
+    parameters that weigh the inputs' energy where they are searched; None takes the scheme's ratios.
     """
     scheme = scheme.fitted(weight_OI)
     ratios = scheme.clip_ratios if clip_ratios is None else tuple(clip_ratios)
-    if ratios == FULL_RANGE:
+    if ratios == FULL_RANGE and not scheme.searched:
         return round_to_nearest(weight_OI, scheme)
-    grams_BSS = moments.group_grams_GSS(scheme.block_size)
     importance_I = moments.rms_I.square()
+    if ratios == FULL_RANGE:
+        found = scheme.parameters(weight_OI, ratios, importance_I).each(lambda part: part[0])
+        return quantized(round_rows(weight_OI, found, scheme.levels), found, scheme)
+    grams_BSS = moments.group_grams_GSS(scheme.block_size)
     parts = weight_OI.split(rows_of_part(weight_OI))
 
     def clipped_rows(part_OI: torch.Tensor) -> QuantizedWeight:

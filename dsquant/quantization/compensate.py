@@ -22,8 +22,8 @@ import torch
 from dsquant.kernels.compensation import compensate_group
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.threads import side_by_side
-from dsquant.kernels.values import joined_blocks
-from dsquant.quantization.clip import PARTS_AT_ONCE, clipped_weight, rows_of_part
+from dsquant.kernels.values import Parameters, joined_blocks
+from dsquant.quantization.clip import FULL_RANGE, PARTS_AT_ONCE, clipped_weight, rows_of_part
 from dsquant.quantization.statistics import InputMoments, InverseFactor
 from dsquant.schemes import QuantizedWeight, Scheme, joined, quantized, stacked
 
@@ -86,9 +86,10 @@ def damped(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def _order(energy_I: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Returns the columns in the order of rounding, int64 [I]: groups of blocks, the most energetic of each first."""
+    """Returns the columns in the order of rounding, int64 [I]: units inside units, the most energetic of each first."""
     order_I = torch.arange(len(energy_I), device=energy_I.device)
-    for unit, whole in pairwise((1, scheme.block_size, scheme.group_size, len(energy_I))):
+    units = [unit for unit in scheme.units if len(energy_I) % unit == 0]
+    for unit, whole in pairwise((1, *units, len(energy_I))):
         parts = (-1, whole // unit, unit)
         ranks = energy_I.unflatten(0, parts).sum(2).argsort(dim=1, descending=True, stable=True)
         order_I = order_I.unflatten(0, parts).take_along_dim(ranks.unsqueeze(2), 1).flatten()
@@ -120,21 +121,37 @@ def _compensate_parts(
 def _compensate(
     weight_OI: torch.Tensor, scheme: Scheme, clip_ratios: Sequence[float], inverse: InverseFactor
 ) -> QuantizedWeight:
-    """Group by group; a search for parameters weighs a column's error by what it costs once it is compensated."""
+    """Group by group; a search for parameters weighs a column's error by what it costs once it is compensated.
+
+    Where a group has several blocks, a block's parameters are searched again once the ones before it are rounded.
+    """
     size, order_I, factor_II = scheme.group_size, inverse.order_I, inverse.factor_II
     working_IO = weight_OI[:, order_I].T.contiguous()
     importance_I = factor_II.diagonal().square().reciprocal()
-    tried, codes, chosen = [], [], []
+    several = scheme.block_size < size
+    codes, found = [], []
     for start in range(0, len(working_IO), size):
         stop = start + size
-        columns_SO = working_IO[start:stop]
-        candidates = scheme.parameters(columns_SO.T, clip_ratios, importance_I[start:stop])
-        group = compensate_group(columns_SO, factor_II[start:stop, start:stop], candidates, scheme.levels)
-        working_IO[stop:].addmm_(factor_II[start:stop, stop:].T, group.errors_SO, alpha=-1)
-        tried.append(candidates)
-        codes.append(group.codes_SO)
-        chosen.append(group.chosen_O)
+        errors = []
+        candidates = scheme.parameters(
+            working_IO[start:stop].T, FULL_RANGE if several else clip_ratios, importance_I[start:stop]
+        )
+        for first in range(start, stop, scheme.block_size):
+            end, tried = first + scheme.block_size, candidates
+            if several:
+                one = _block_of(candidates, (first - start) // scheme.block_size)
+                tried = scheme.refitted(working_IO[first:end].T, one, clip_ratios, importance_I[first:end])
+            rounded = compensate_group(working_IO[first:end], factor_II[first:end, first:end], tried, scheme.levels)
+            working_IO[end:stop].addmm_(factor_II[first:end, end:stop].T, rounded.errors_SO, alpha=-1)
+            codes.append(rounded.codes_SO)
+            errors.append(rounded.errors_SO)
+            found.append(tried.chosen(rounded.chosen_O.unsqueeze(1)))
+        working_IO[stop:].addmm_(factor_II[start:stop, stop:].T, torch.cat(errors), alpha=-1)
     place_I, place_B = order_I.argsort(), (order_I[:: scheme.block_size] // scheme.block_size).argsort()
-    chosen_OB = torch.stack(chosen, 1).repeat_interleave(size // scheme.block_size, 1)
-    parameters = joined_blocks(tried).chosen(chosen_OB).each(lambda part: part[:, place_B])
+    parameters = joined_blocks(found).each(lambda part: part[:, place_B])
     return quantized(torch.cat(codes)[place_I].T.contiguous(), parameters, scheme)
+
+
+def _block_of(candidates: Parameters, block: int) -> Parameters:
+    """The first candidate of one block, [O, 1]."""
+    return candidates.each(lambda part: part[0, :, block : block + 1])

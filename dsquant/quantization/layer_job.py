@@ -14,7 +14,7 @@ from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import DecoderLayer
 from dsquant.presets import PRESET_STEPS, Step
 from dsquant.quantization.statistics import Importance
-from dsquant.schemes import Grid, QuantizedWeight
+from dsquant.schemes import Grid, QuantizedWeight, Scheme
 from dsquant.source.weights import Weights
 
 Emit = Callable[[Grid, str, QuantizedWeight | torch.Tensor], None]
@@ -63,8 +63,8 @@ class LayerJob:
     keep_scales: KeepScales = lambda grid, producer, scales: None
     """Gets all scales that are folded in, so that a later release can be quantized under them."""
 
-    widths: Mapping[Grid, Mapping[str, int]] = field(default_factory=dict)
-    """Grid -> linear -> bits, where they are not its grid's: scales are searched for the grid, codes have these."""
+    schemes: Mapping[Grid, Mapping[str, Scheme]] = field(default_factory=dict)
+    """Grid -> linear -> its scheme, where that is not the grid: scales are searched for the grid all the same."""
     steps: Collection[Step] = PRESET_STEPS["compact"]
     """Of the quantization; `follow` is one where there is `quantized`."""
     quantized: Mapping[Grid, QuantizedStream] = field(default_factory=dict)
@@ -81,9 +81,9 @@ class LayerJob:
     def grids(self) -> tuple[Grid, ...]:
         return tuple(self.linears)
 
-    def grid_of(self, grid: Grid, linear: str) -> Grid:
-        """Returns the grid that a linear is rounded on, where scales are searched for `grid`."""
-        return grid.with_bits(self.widths.get(grid, {}).get(linear, grid.bits))
+    def grid_of(self, grid: Grid, linear: str) -> Scheme:
+        """Returns the scheme that a linear is rounded to, where scales are searched for `grid`."""
+        return self.schemes.get(grid, {}).get(linear, grid)
 
     def rounds(self, grid: Grid, linear: str) -> bool:
         """Returns whether a linear is rounded here; else it is emitted folded, to a format that rounds it itself."""
@@ -95,7 +95,7 @@ class LayerJob:
 
     def compensates(self, linear: str) -> bool:
         """Returns whether a linear's rounding errors are compensated on any grid."""
-        rounded = any(grid.rounded and linear in linears for grid, linears in self.linears.items())
+        rounded = any(linear in linears and self.rounds(grid, linear) for grid, linears in self.linears.items())
         return rounded and "compensate" in self.steps
 
 

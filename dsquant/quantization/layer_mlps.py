@@ -19,7 +19,7 @@ from dsquant.quantization.mlp import LoadedMlp, MlpErrors, MlpResult, quantize_m
 from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.mlp_outputs import Contribute, MlpStream, add_outputs, routed_tokens
 from dsquant.quantization.statistics import InputMoments, InputStatistics, InverseFactor, is_wide
-from dsquant.schemes import Grid
+from dsquant.schemes import Grid, Scheme
 
 # Experts that are read from disk while one is computed.
 MLPS_AHEAD = 2
@@ -139,7 +139,7 @@ def shared_inverses(job: LayerJob, norm_scales: Sequence[torch.Tensor]) -> list[
     Returns one entry for each grid; empty where MLPs have their own, or errors are not compensated.
     """
     hidden, mlp_inputs = job.inputs.shape[2], job.mlp_inputs
-    wanted = [grid.rounded and any(mlp.up in job.linears[grid] for mlp in job.layer.mlps) for grid in job.grids]
+    wanted = [_rounded_scheme(job, grid) for grid in job.grids]
     if not is_wide(hidden) or "compensate" not in job.steps or not any(wanted):
         return [() for _ in wanted]
     statistics = InputStatistics(hidden, job.seed, job.weights.device, compensated=True)
@@ -149,9 +149,15 @@ def shared_inverses(job: LayerJob, norm_scales: Sequence[torch.Tensor]) -> list[
             statistics.add(mlp_inputs.rows(rows_R))
     moments = statistics.moments()
     return [
-        with_inverses(moments.divided(scales_H), grid).inverses if asked else ()
-        for grid, scales_H, asked in zip(job.grids, norm_scales, wanted, strict=True)
+        with_inverses(moments.divided(scales_H), scheme).inverses if scheme is not None else ()
+        for scheme, scales_H in zip(wanted, norm_scales, strict=True)
     ]
+
+
+def _rounded_scheme(job: LayerJob, grid: Grid) -> Scheme | None:
+    """One that a gate or up is rounded to, whose `units` are those of all."""
+    readers = (linear for mlp in job.layer.mlps if mlp.up in job.linears[grid] for linear in (mlp.gate, mlp.up))
+    return next((job.grid_of(grid, linear) for linear in readers if job.rounds(grid, linear)), None)
 
 
 def moments_of(

@@ -4,7 +4,7 @@ Shape legend: R tokens, H hidden size, W width of the MLP.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.scale import best_scales, candidate_scales, is_kept, rms_of_columns
 from dsquant.quantization.statistics import InputMoments
 from dsquant.quantization.steps import prepared, rounded_weight
-from dsquant.schemes import Grid, QuantizedWeight, fake_quantize, round_to_nearest
+from dsquant.schemes import Grid, QuantizedWeight, Scheme, fake_quantize, round_to_nearest
 
 # Whether folding has changed the function is checked on these.
 PROOF_ROWS = 64
@@ -91,21 +91,26 @@ def quantize_mlp(
     `moments` are those of its input under the norm's scales, and of the down projection's input; scales are searched
     for `grid`. Raises FloatingPointError where the MLP's outputs are not finite.
     """
-    (of_input, of_hidden), rounding = moments, job.grid_of(grid, loaded.mlp.up)
+    (of_input, of_hidden), schemes = moments, _schemes(job, grid, loaded.mlp)
     up_scales_W = search_up_scales(loaded.original, of_hidden, grid, job.steps)
     folded, of_hidden = scaled(loaded.original, norm_scales_H, up_scales_W), of_hidden.divided(up_scales_W)
-    of_gate = prepared(of_input, rounding, job.steps)
+    of_gate = prepared(of_input, schemes[:2], job.steps)
     linears = tuple(
-        rounded_weight(weight, rounding, found, job.steps)
-        for weight, found in zip(folded.parts, (of_gate, of_gate, of_hidden), strict=True)
+        rounded_weight(weight, scheme, found, job.steps)
+        for weight, scheme, found in zip(folded.parts, schemes, (of_gate, of_gate, of_hidden), strict=True)
     )
-    return judged(job, loaded, RoundedMlp(folded, linears, (of_input, of_hidden), up_scales_W), norm_scales_H, rounding)
+    return judged(job, loaded, RoundedMlp(folded, linears, (of_input, of_hidden), up_scales_W), norm_scales_H, grid)
+
+
+def _schemes(job: LayerJob, grid: Grid, mlp: Mlp) -> list[Scheme]:
+    """Of gate, up and down."""
+    return [job.grid_of(grid, linear) for linear in mlp.linears]
 
 
 def judged(
     job: LayerJob, loaded: LoadedMlp, proposed: RoundedMlp, norm_scales_H: torch.Tensor, grid: Grid
 ) -> MlpResult:
-    """Keeps the proposal, or plain rounding on `grid` where this brings the MLP's output nearer to the original's.
+    """Keeps the proposal, or plain rounding where this brings the MLP's output nearer to the original's.
 
     Raises FloatingPointError where the MLP's outputs are not finite.
     """
@@ -113,6 +118,7 @@ def judged(
     inputs_RH = inputs.few()
     original_RH = inputs_RH if inputs.activations is job.mlp_inputs else inputs.of(job.mlp_inputs).few()
     unscaled = scaled(original, norm_scales_H, torch.ones_like(proposed.up_scales_W))
+    schemes = _schemes(job, grid, loaded.mlp)
 
     few_RH = original_RH[:PROOF_ROWS]
     same_RH = proposed.folded.output(job.skeleton, few_RH / norm_scales_H)
@@ -129,8 +135,8 @@ def judged(
         (
             wanted_RH.square().double().sum(),
             error(proposed.dequantized(), norm_scales_H),
-            error(_plainly_rounded(unscaled, grid), norm_scales_H),
-            error(_plainly_rounded(original, grid), 1.0),
+            error(_plainly_rounded(unscaled, schemes), norm_scales_H),
+            error(_plainly_rounded(original, schemes), 1.0),
             change,
         )
     )
@@ -146,13 +152,13 @@ def judged(
         energy=energy * len(inputs.rows_R) / max(1, len(inputs_RH)),
         plain=plain,
     )
-    return _result(loaded.mlp, _unsearched(proposed, unscaled, grid) if plain else proposed, errors)
+    return _result(loaded.mlp, _unsearched(proposed, unscaled, schemes) if plain else proposed, errors)
 
 
-def _unsearched(proposed: RoundedMlp, unscaled: GatedWeights, grid: Grid) -> RoundedMlp:
+def _unsearched(proposed: RoundedMlp, unscaled: GatedWeights, schemes: Sequence[Scheme]) -> RoundedMlp:
     """Rounds the MLP plainly, under the norm's scales alone."""
     (of_input, of_hidden), scales_W = proposed.moments, proposed.up_scales_W
-    linears = tuple(round_to_nearest(weight, grid) for weight in unscaled.parts)
+    linears = tuple(round_to_nearest(weight, own) for weight, own in zip(unscaled.parts, schemes, strict=True))
     return RoundedMlp(unscaled, linears, (of_input, of_hidden.divided(1 / scales_W)), torch.ones_like(scales_W))
 
 
@@ -175,8 +181,8 @@ def scaled(original: GatedWeights, norm_scales_H: torch.Tensor, up_scales_W: tor
     )
 
 
-def _plainly_rounded(weights: GatedWeights, grid: Grid) -> GatedWeights:
-    return GatedWeights(*(fake_quantize(part, grid) for part in weights.parts))
+def _plainly_rounded(weights: GatedWeights, schemes: Sequence[Scheme]) -> GatedWeights:
+    return GatedWeights(*(fake_quantize(part, own) for part, own in zip(weights.parts, schemes, strict=True)))
 
 
 def search_up_scales(

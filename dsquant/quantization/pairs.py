@@ -18,7 +18,7 @@ from dsquant.presets import Step
 from dsquant.quantization.compensate import damped
 from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.quantization.steps import rounded_weight
-from dsquant.schemes import Grid, QuantizedWeight
+from dsquant.schemes import QuantizedWeight, Scheme
 from dsquant.source.weights import CPU
 
 # Inputs up to this width are kept as whole matrices here, which takes R1's hidden states (7168).
@@ -60,7 +60,7 @@ class PairMoments:
         return weight_OI + torch.where(problem == 0, change_OI, 0.0)
 
     def rounded(
-        self, weights: Sequence[torch.Tensor], grids: Sequence[Grid], steps: Collection[Step]
+        self, weights: Sequence[torch.Tensor], grids: Sequence[Scheme], steps: Collection[Step]
     ) -> list[QuantizedWeight]:
         """Fits weights that read this input to it and rounds them, each float32 [O, I] with its own O, on its grid.
 

@@ -96,7 +96,7 @@ def _quantize_mlp(job: LayerJob, loaded: LoadedMlp, norm_scales_H: torch.Tensor,
     of_hidden = _hidden_moments(job, loaded, upper, norm_scales_H, up_scales_W)
     (down,) = of_hidden.rounded([folded.down_HW], [of_down], steps)
     proposed = RoundedMlp(folded, (gate, up, down), (of_input.moments, of_hidden.moments), up_scales_W)
-    return judged(job, loaded, proposed, norm_scales_H, of_up)
+    return judged(job, loaded, proposed, norm_scales_H, grid)
 
 
 def _passed_on(

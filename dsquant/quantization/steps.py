@@ -3,7 +3,7 @@
 Shape legend: O out features, I in features.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 
@@ -13,12 +13,16 @@ from dsquant.quantization.clip import FULL_RANGE, PARTS_AT_ONCE, clipped_weight,
 from dsquant.quantization.compensate import compensated_weight, damped, damping_of, with_inverses
 from dsquant.quantization.descend import descended_weight
 from dsquant.quantization.statistics import InputMoments
-from dsquant.schemes import Grid, QuantizedWeight, Scheme, stacked
+from dsquant.schemes import QuantizedWeight, Scheme, round_to_nearest, stacked
 
 
-def prepared(moments: InputMoments, grid: Grid, steps: Collection[Step]) -> InputMoments:
-    """Returns moments with what `rounded_weight` would otherwise compute for each weight that reads these inputs."""
-    return with_inverses(moments, grid) if grid.rounded and "compensate" in steps else moments
+def prepared(moments: InputMoments, schemes: Iterable[Scheme], steps: Collection[Step]) -> InputMoments:
+    """Returns moments with what `rounded_weight` would otherwise compute for each weight that reads these inputs.
+
+    The schemes of these weights have the same `units`, those that are rounded.
+    """
+    scheme = next((one for one in schemes if one.rounded), None)
+    return moments if scheme is None or "compensate" not in steps else with_inverses(moments, scheme)
 
 
 def rounded_weight(
@@ -26,9 +30,12 @@ def rounded_weight(
 ) -> QuantizedWeight:
     """Rounds a weight [O, I] with `clip`, `compensate` and `descend`, those of them that are steps; plainly with none.
 
+    Only plainly too where it is not rounded to the scheme in the end, but by its format.
     Where the moments hold no token, or too little for it, nothing is compensated (`compensated_weight`); nothing
     descends where they hold no whole Gram matrix.
     """
+    if not grid.rounded:
+        return round_to_nearest(weight_OI, grid)
     ratios = None if "clip" in steps else FULL_RANGE
     rounded = (compensated_weight if "compensate" in steps else clipped_weight)(weight_OI, grid, moments, ratios)
     if "descend" not in steps or moments.gram_II is None or not moments.count:

@@ -15,14 +15,15 @@ from itertools import pairwise
 
 import torch
 
-from dsquant.kernels.scale_search import BlockShape, stored_scales
+from dsquant.kernels.scale_search import BlockShape, refitted_scales, stored_scales
 from dsquant.kernels.values import Kind, Levels, Parameters
 from dsquant.schemes.scheme import Scheme
 
 SUPER_BLOCK = 256
 OLDER_BLOCK = 32
-# Factors on the float16 numbers of a super-block; the search has already weighed its range.
-RATIOS = (1.0, 0.98, 0.96, 0.94, 0.91, 0.88, 1.02, 1.04)
+BLOCKS = (16, OLDER_BLOCK, SUPER_BLOCK)
+# Factors on what the search found, which has already weighed the range.
+RATIOS = (1.0, 0.95, 0.9)
 # Weights that are searched together on a CPU: what they need stays in a core's cache.
 WEIGHTS_AT_ONCE = 2**17
 
@@ -47,6 +48,11 @@ class GgmlType(Scheme):
         return self.shape.size
 
     @property
+    def units(self) -> tuple[int, ...]:
+        """Those of all types: linears that read the same inputs share the order of their columns."""
+        return BLOCKS
+
+    @property
     def levels(self) -> Levels:
         return self.shape.levels
 
@@ -56,7 +62,7 @@ class GgmlType(Scheme):
 
     @property
     def clip_ratios(self) -> tuple[float, ...]:
-        """A little around what the search found."""
+        """A little less than what the search found."""
         return RATIOS
 
     def parameters(
@@ -79,8 +85,6 @@ class GgmlType(Scheme):
         self, weight_SW: torch.Tensor, importance_SW: torch.Tensor, clip_ratios: Sequence[float]
     ) -> tuple[torch.Tensor, ...]:
         """Scales, zero points and super-scales, each [C, S, B]."""
-        spread_S1 = 2 * weight_SW.square().mean(1, keepdim=True)
-        importance_SW = importance_SW * (spread_S1 + weight_SW.square()).sqrt()
         ratios_C11 = weight_SW.new_tensor(clip_ratios).view(-1, 1, 1)
         supers, products = [], []
         for factor_SB, codes_SB in stored_scales(weight_SW, importance_SW, self.shape).factors:
@@ -92,6 +96,26 @@ class GgmlType(Scheme):
                 torch.full_like(products[0], self.levels.middle if self.levels.kind == Kind.INTEGERS else 0)
             )
         return (*products, *(supers if self.shape.scale_codes else ()))
+
+    @property
+    def searched(self) -> bool:
+        """By columns' importance."""
+        return True
+
+    def refitted(
+        self, block_OS: torch.Tensor, found: Parameters, clip_ratios: Sequence[float], importance_S: torch.Tensor
+    ) -> Parameters:
+        """Searches the block's scale and offset anew, in units of its super-block's factors; the last are the old."""
+        weight_SO, (num_rows, size) = block_OS.T, block_OS.shape
+        weights_SO = importance_S.unsqueeze(1).expand(size, num_rows)
+        factors = [part[:, 0] for part in found.super_scales]
+        scales_CO, *offsets = refitted_scales(weight_SO, weights_SO, factors, self.shape, clip_ratios)
+        old_scales_1O, old_zeros_1O = found.scales.T, found.zero_points.T
+        zeros_CO = offsets[0] if offsets else old_zeros_1O.expand_as(scales_CO)
+        scales, zeros = (
+            torch.cat(both).unsqueeze(2) for both in ((scales_CO, old_scales_1O), (zeros_CO, old_zeros_1O))
+        )
+        return Parameters(scales, zeros, tuple(part.expand(len(scales), -1, -1) for part in found.super_scales))
 
 
 def _offsets(largest: int) -> Levels:

@@ -31,7 +31,8 @@ class Grid(Scheme):
     group_size: int = 128
     symmetric: bool = False
     rounded: bool = True
-    """False: scales are searched for this grid, but weights go on unrounded, to a format that rounds itself."""
+    """False: scales are searched for this grid, but linears without a scheme of their own go on unrounded, to a format
+    that rounds itself and weighs columns by their importance."""
     output: str = ""
     """Keeps apart outputs on one grid that quantize other linears, or to other widths."""
 

@@ -35,6 +35,16 @@ class Scheme(ABC):
         """The values of codes."""
 
     @property
+    def units(self) -> tuple[int, ...]:
+        """Numbers of columns that stay together while columns are sorted, ascending: at least blocks and groups."""
+        return self.block_size, self.group_size
+
+    @property
+    def rounded(self) -> bool:
+        """Whether weights are rounded to it; else they go on as they are, to a format that rounds itself."""
+        return True
+
+    @property
     def bits(self) -> int:
         """Bits of a code."""
         return self.levels.largest.bit_length()
@@ -63,6 +73,19 @@ class Scheme(ABC):
         `importance_I` (float32 [I], positive) weighs columns' squared errors in a search; None weighs all alike.
         Parameters that follow from a range do not ask.
         """
+
+    @property
+    def searched(self) -> bool:
+        """Whether parameters come from a search that weighs columns by their importance."""
+        return False
+
+    def refitted(
+        self, block_OS: torch.Tensor, found: Parameters, clip_ratios: Sequence[float], importance_S: torch.Tensor
+    ) -> Parameters:
+        """Returns candidates [C, O, 1] for one of several blocks of a group, whose columns have changed since its
+        parameters [O, 1] were found; what blocks share stays."""
+        del block_OS, clip_ratios, importance_S
+        return found.each(lambda part: part.unsqueeze(0))
 
     def round_plainly(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, Parameters]:
         """Rounds to the nearest levels: codes uint8 [O, I], and parameters [O, B]."""

@@ -34,7 +34,7 @@ class OpenedOutput:
     """Under the source's names, decoded by the format's package."""
     scales: ShardIndex
     errors: Mapping[str, float]
-    """Linear, or in GGUF parameter -> recorded error."""
+    """Linear -> recorded error; in GGUF parameter -> that of some rows, where the format has rounded it."""
     is_gguf: bool = False
 
 
@@ -129,7 +129,8 @@ def _error(comparison: SourceComparison, candidate: OpenedOutput, name: str) -> 
 
 def _parts(original: Checkpoint, candidate: OpenedOutput, name: str, fold: Fold) -> Iterable[tuple[Any, Any]]:
     shape = original.weights.shape(name)
-    step = error_step(shape, placements(name, original.architecture)[0]) if candidate.is_gguf else 1
+    by_format = candidate.is_gguf and name in candidate.errors  # a linear's own name: measured on all rows
+    step = error_step(shape, placements(name, original.architecture)[0]) if by_format else 1
     if step > 1:
         for row in range(0, shape[0], step):
             wanted = original.weights.rows(name, row, row + 1)

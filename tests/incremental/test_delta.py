@@ -21,6 +21,7 @@ import dsquant
 from dsquant.cli import main
 from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.formats.table import FORMATS
+from dsquant.incremental.recording import Recording
 from dsquant.incremental.release import full_run
 from dsquant.incremental.rule import rounded_as_recorded
 from dsquant.schemes import Grid, round_to_nearest
@@ -222,6 +223,13 @@ def test_the_commands_do_what_the_functions_do(
     assert contents(tmp_path / "delta") == contents(tmp_path / "full") == contents(tmp_path / "applied")
     refused = run("awq", new[0], "--scales-from", old, "--bits", "8", "--output", tmp_path / "no")
     assert refused.exit_code == 2 and "--bits" in refused.stderr
+
+
+@pytest.mark.parametrize(("linear", "found"), [("self_attn.kv_b_proj", "quantize"), ("self_attn.o_proj", "keep")])
+def test_an_output_from_before_the_option_kv_b_is_requantized_as_it_is(linear: str, found: str, tmp_path: Path) -> None:
+    errors = {f"model.layers.1.{linear}": 0.1}
+    record = {"recipe": {"preset": "compact"}, "outputs": {"awq": {"weight_errors": errors}}}
+    assert Recording(tmp_path, record, "0" * 64).recipe("model", tmp_path / "new").kv_b == found
 
 
 @given(st.sampled_from([(4, True), (4, False), (3, True), (8, True)]), st.integers(0, 2**32 - 1))

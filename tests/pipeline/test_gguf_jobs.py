@@ -96,13 +96,18 @@ def test_awq_and_gguf_come_from_one_calibration(narrow_r1: Path, text_file: Path
 def test_two_types_of_gguf_beside_awq_are_those_of_jobs_of_their_own(
     narrow_r1: Path, text_file: Path, tmp_path: Path, device: str
 ) -> None:
-    options = {**CALIBRATED, "calibration": (str(text_file),), "device": device, "preset": "compact", "steps": "scales"}
+    steps = "scales,compensate"
+    options = {**CALIBRATED, "calibration": (str(text_file),), "device": device, "preset": "compact", "steps": steps}
     result = dsquant.awq(
         narrow_r1, output=tmp_path / "out", to=["awq", "gguf:Q5_0", "gguf:Q8_0"], group_size=64, mtp="drop",
         **options | {"evaluate": True},
     )  # fmt: skip
     assert set(result.divergence) == {"awq", "gguf:Q5_0", "gguf:Q8_0"}
     assert not dsquant.verify(tmp_path / "out", progress=False).findings
+    record = json.loads((tmp_path / "out" / "dsquant.json").read_text())
+    rounded = record["outputs"]["gguf:Q5_0"]["weight_errors"]
+    assert "model.layers.1.mlp.experts.0.up_proj" in rounded and "model.layers.0.self_attn.kv_b_proj.weight" in rounded
+    assert all(grid["mlp_error"] < grid["mlp_error_plain"] for grid in record["layers"][0]["grids"])
     for type_name in ("Q5_0", "Q8_0"):
         alone = dsquant.awq(narrow_r1, output=tmp_path / type_name, to=f"gguf:{type_name}", mtp="drop", **options)
         beside, own = (found.folders[f"gguf:{type_name}"] for found in (result, alone))

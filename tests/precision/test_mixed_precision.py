@@ -13,7 +13,6 @@ import pytest
 import torch
 from checkpoints import QWEN2, add_tokenizer, full_model, make_dense, make_pico_r1
 from safetensors.torch import load_file
-from shapes import NARROW
 from small_jobs import FAST, arguments, contents
 
 import dsquant
@@ -25,14 +24,14 @@ from dsquant.pipeline.inputs import open_model
 from dsquant.pipeline.planning import plan_run
 from dsquant.recipes import Recipe
 
-COMPACT: dict[str, Any] = {**FAST, "preset": "compact"}
+SEARCHED: dict[str, Any] = {**FAST, "steps": None}
+COMPACT: dict[str, Any] = {**SEARCHED, "preset": "compact"}
 
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A narrow R1 of three layers whose channels differ."""
-    folder = tmp_path_factory.mktemp("uneven") / "model"
-    return add_tokenizer(make_pico_r1(folder, outliers=True, **NARROW | {"num_hidden_layers": 3}))
+    """A pico-r1 of three layers whose channels differ."""
+    return add_tokenizer(make_pico_r1(tmp_path_factory.mktemp("uneven") / "model", outliers=True, num_hidden_layers=3))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def mixed(uneven: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactor
     output = tmp_path_factory.mktemp("mixed") / "out"
     dsquant.awq(
         uneven, output=output, to="compressed-tensors", target_bits=5.5, calibration=(str(text_file),),
-        **COMPACT,
+        kv_b="quantize", **COMPACT,
     )  # fmt: skip
     return output
 
@@ -98,7 +97,7 @@ def test_transformers_runs_a_dense_model_of_several_widths(dense: Path, text_fil
 
     result = dsquant.awq(
         dense, output=tmp_path / "out", to="compressed-tensors", target_bits=6.5, calibration=(str(text_file),),
-        symmetric=True, **FAST,
+        symmetric=True, **SEARCHED,
     )  # fmt: skip
     assert {4, 8} <= {entry["width"] for entry in result.precision.values()}
     tokens = torch.randint(0, 290, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -115,7 +114,7 @@ def test_more_bits_bring_the_model_nearer(dense: Path, text_file: Path, tmp_path
     for bits in (3.5, 5.0, 8.0):
         folder = tmp_path / str(bits)
         dsquant.awq(
-            dense, output=folder, to="compressed-tensors", target_bits=bits, calibration=(str(text_file),), **FAST
+            dense, output=folder, to="compressed-tensors", target_bits=bits, calibration=(str(text_file),), **SEARCHED
         )
         with torch.no_grad():
             wanted = full_model(dense, open_checkpoint(dense).weights)(tokens).logits
@@ -191,39 +190,39 @@ def test_killed_and_resumed_it_makes_the_same_bytes(dense: Path, text_file: Path
     ],
 )
 def test_what_cannot_be_met_is_refused_before_any_work(
-    narrow_r1: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
+    pico_r1: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     options = {"to": "compressed-tensors", "calibration": (str(text_file),), **COMPACT, **changes}
     with pytest.raises(UsageError, match=message):
-        dsquant.awq(narrow_r1, output=tmp_path / "out", **options)
+        dsquant.awq(pico_r1, output=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
 def test_each_of_several_formats_gets_the_widths_of_a_job_of_its_own(
-    narrow_r1: Path, text_file: Path, tmp_path: Path
+    pico_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
     options = {**COMPACT, "calibration": str(text_file), "target_bits": 6.0, "symmetric": True}
     formats = ("awq", "compressed-tensors")
-    together = dsquant.awq(narrow_r1, output=tmp_path / "all", to=formats, **options)
+    together = dsquant.awq(pico_r1, output=tmp_path / "all", to=formats, **options)
     widths = [{group: entry["width"] for group, entry in together.precision[name].items()} for name in formats]
     assert widths[0] != widths[1]  # of one grid: awq has no 8 bits
-    alone = dsquant.awq(narrow_r1, output=tmp_path / "alone", to=formats[1], **options)
+    alone = dsquant.awq(pico_r1, output=tmp_path / "alone", to=formats[1], **options)
     assert alone.precision == together.precision[formats[1]]
     for path in alone.output.glob("*.safetensors"):
         assert (together.folders[formats[1]] / path.name).read_bytes() == path.read_bytes()
     assert "| group | stored as |" in (together.folders["awq"] / "README.md").read_text()
 
 
-def test_a_target_that_is_not_used_up_is_told_of(narrow_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_target_that_is_not_used_up_is_told_of(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
     options = {"calibration": str(text_file), **COMPACT, "preset": "quality", "target_bits": 5.5}
-    told = dsquant.awq(narrow_r1, output=tmp_path / "out", to="awq", **options).warnings
+    told = dsquant.awq(pico_r1, output=tmp_path / "out", to="awq", **options).warnings
     assert any(re.search(r"--target-bits 5.5: .* of .* no group .* compressed-tensors has 8 bits", one) for one in told)
 
 
 @pytest.mark.parametrize(("to", "option"), [("awq", "target_size"), ("compressed-tensors", "target_bits")])
-def test_both_ends_of_the_range_that_a_refusal_names_can_be_met(narrow_r1: Path, to: str, option: str) -> None:
+def test_both_ends_of_the_range_that_a_refusal_names_can_be_met(pico_r1: Path, to: str, option: str) -> None:
     def plan(target: float) -> None:
-        fields = {"model": str(narrow_r1), "output": Path("out"), "to": (to,), "preset": "compact", "group_size": 64}
+        fields = {"model": str(pico_r1), "output": Path("out"), "to": (to,), "preset": "compact", "group_size": 64}
         recipe = Recipe.checked(**fields, device="cpu", **{option: target})
         plan_run(recipe, *open_model(recipe.model))
 
@@ -235,10 +234,10 @@ def test_both_ends_of_the_range_that_a_refusal_names_can_be_met(narrow_r1: Path,
         plan(float(end))
 
 
-def test_three_bits_are_chosen_only_where_nothing_else_fits(narrow_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_three_bits_are_chosen_only_where_nothing_else_fits(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
     from dsquant.pipeline import job as pipeline
 
-    fields = {"model": str(narrow_r1), "to": ("compressed-tensors",), "preset": "compact", "group_size": 64}
+    fields = {"model": str(pico_r1), "to": ("compressed-tensors",), "preset": "compact", "group_size": 64}
     texts = {"calibration": (str(text_file),), "samples": 4, "seq_len": 32}
     narrow, wide, uniform = (
         pipeline.preview(Recipe.checked(**fields, **texts, output=tmp_path / "out", **chosen))
@@ -257,6 +256,20 @@ def test_lists_name_a_layers_experts_as_engines_ask_for_them() -> None:
     assert "model.layers.3.mlp.experts" in skipped_modules(linears)
     targets = targets_by_width(dict.fromkeys(experts, 4) | dict.fromkeys(shared, 8))
     assert targets == {
-        4: [r"re:.*layers\.(3|13)\.mlp\.experts\.\d+\.up_proj$"],
+        4: [r"re:.*layers\.(3|13)\.mlp\.experts\.\d+\.up_proj$", "Linear"],
         8: [r"re:.*layers\.(3|13)\.mlp\.shared_experts\.up_proj$"],
     }
+
+
+def test_engines_find_a_fused_layer_by_its_own_name_before_the_class_linear() -> None:
+    of_four = {f"model.layers.{n}.mlp.experts.{e}.gate_proj": 4 for n in (3, 4) for e in range(8)}
+    fused = {"self_attn.fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa")}
+    fused |= {"mlp.shared_experts.gate_up_proj": ("gate_proj", "up_proj")}
+    parts = [f"{module.rpartition('.')[0]}.{part}" for module, found in fused.items() for part in found]
+    widths = of_four | {f"model.layers.{n}.{part}": bits for n, bits in ((3, 4), (4, 8)) for part in parts}
+    targets = targets_by_width(widths)
+    assert [bits for bits, found in targets.items() if "Linear" in found] == [4]
+    names = widths | {f"model.layers.{n}.{module}": bits for n, bits in ((3, 4), (4, 8)) for module in fused}
+    for name, bits in names.items():
+        found = {width for width, of in targets.items() for one in of if one != "Linear" and re.match(one[3:], name)}
+        assert found == {bits}, name

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
-from ggml_rows import KINDS, awkward_rows, weighted_error, weights
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_inputs import correlated, moments_of
+from test_k_quants import KINDS, awkward_rows, weights
+from test_quantization import correlated, moments_of
 
 from dsquant.formats.gguf.block_bytes import packed
 from dsquant.kernels import ggml
@@ -112,8 +112,12 @@ def test_mxfp4_is_what_ggufs_decoder_reads_and_compressed_tensors_would_choose(s
 
 def _read_back(weight: QuantizedWeight) -> torch.Tensor:
     assert isinstance(weight.grid, GgmlType)
-    stored, number = packed(weight).numpy(), gguf_py.GGMLQuantizationType[weight.grid.name]
-    return torch.from_numpy(np.array(dequantize(stored, number), dtype=np.float32))
+    return _decoded(packed(weight), weight.grid)
+
+
+def _decoded(stored: torch.Tensor, scheme: GgmlType) -> torch.Tensor:
+    values = dequantize(stored.numpy(), gguf_py.GGMLQuantizationType[scheme.name])
+    return torch.from_numpy(np.array(values, dtype=np.float32))
 
 
 @pytest.mark.parametrize("scheme", OF_GGML, ids=_name)
@@ -153,9 +157,9 @@ def test_plain_rounding_to_ggmls_types_errs_no_more_than_ggml_does(scheme: GgmlT
     rows_RI, importance_I = weights(kind)
     parameters = scheme.parameters(rows_RI, importance_I=importance_I).each(lambda part: part[0])
     found = quantized(round_rows(rows_RI, parameters, scheme.levels), parameters, scheme)
-    ours, theirs = packed(found), ggml.quantize(rows_RI, scheme.name, importance_I)
-    errors = [weighted_error(stored, scheme.name, rows_RI, importance_I) for stored in (ours, theirs)]
-    assert errors[0] <= 1.01 * errors[1]
+    theirs_RI = _decoded(ggml.quantize(rows_RI, scheme.name, importance_I), scheme)
+    errors = [float(((read_RI - rows_RI).square() @ importance_I).sum()) for read_RI in (found.dequantize(), theirs_RI)]
+    assert errors[0] <= 1.02 * errors[1]
 
 
 def _moments(seed: int, columns: int = 512) -> InputMoments:
@@ -169,7 +173,8 @@ def test_every_step_lowers_the_error_of_the_output(scheme: Scheme) -> None:
         float(moments.loss(rounded_weight(weight_OI, scheme, moments, steps).difference(weight_OI)))
         for steps in ((), ("clip",), ("compensate",), ("descend",), ("clip", "compensate", "descend"))
     )
-    assert clip < 0.99 * plain and compensate < 0.7 * plain and descend < 0.7 * plain
+    assert clip <= (1 if scheme.searched else 0.99) * plain  # a search weighs the inputs' energy without the step
+    assert compensate < 0.7 * plain and descend < 0.7 * plain
     assert every < min(clip, compensate, descend)
 
 

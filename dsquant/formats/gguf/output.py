@@ -29,12 +29,16 @@ from dsquant.formats.wanted import PICTURE_FILE, Choice, Choosable, Wanted, Widt
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import KEYS_SUFFIX
 from dsquant.options import format_size
-from dsquant.schemes import Grid
+from dsquant.presets import Step
+from dsquant.schemes import Grid, Scheme
+from dsquant.schemes.ggml_types import GGML_TYPES
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.weights import Weights
 
 # Scales are searched on this grid: 4 bits with scale and minimum for 32 weights, as Q4_K has.
 SCALES_GRID = Grid(4, 32, False, rounded=False)
+# With any of these steps, linears are rounded by them; else ggml's quantizers do it.
+ROUNDING: frozenset[Step] = frozenset({"clip", "compensate", "descend"})
 
 
 class Gguf(Format):
@@ -87,7 +91,8 @@ class Gguf(Format):
             recipe.split_max_bytes,
             recipe.target_name,
         )
-        linears, notes = _scaled(wanted)
+        linears, notes = _searched(wanted)
+        schemes = rounded_schemes(wanted.checkpoint, linears, model) if ROUNDING.intersection(recipe.steps) else {}
         notes = [*model.notes, *notes]
         if recipe.imatrix:
             imatrix, found = fitting_imatrix(recipe.imatrix, model.tensors)
@@ -95,9 +100,10 @@ class Gguf(Format):
         return GgufTarget(
             name=f"gguf:{recipe.target_name or type_name}",
             folder=wanted.folder,
-            grid=SCALES_GRID,
+            grid=replace(SCALES_GRID, output=wanted.name) if len(recipe.to) > 1 and schemes else SCALES_GRID,
             linears=linears,
             notes=tuple(notes),
+            rounded_to=schemes,
             model=model,
             calibrated=bool(recipe.calibration),
             on_gpu=recipe.device == "cuda",
@@ -105,16 +111,30 @@ class Gguf(Format):
         )
 
 
-def _scaled(wanted: Wanted) -> tuple[frozenset[str], list[str]]:
-    """Returns the linears whose inputs are scaled, and notes where there are none, which GGUF as the only output
+def _searched(wanted: Wanted) -> tuple[frozenset[str], list[str]]:
+    """Returns the linears that are scaled or rounded, and notes where there are none, which GGUF as the only output
     allows."""
     recipe, alone = wanted.recipe, len(wanted.recipe.to) == 1
-    if not recipe.calibration or (alone and not {"scales", "follow"} & set(recipe.steps)):
+    if not recipe.calibration or (alone and not ({"scales", "follow"} | ROUNDING).intersection(recipe.steps)):
         return frozenset(), []
     linears, notes = scalable_linears(wanted.checkpoint, wanted.skeleton)
     if notes and not alone:
         raise UsageError(f"--to {wanted.name}: {notes[0]}; run `dsquant gguf` instead")
     return linears.intersection(linear for layer in wanted.layers for linear in layer.linears), notes
+
+
+def rounded_schemes(checkpoint: Checkpoint, linears: Iterable[str], model: GgufModel) -> dict[str, Scheme]:
+    """Returns the schemes of those linears that the quantization can round: linear -> its tensor's type.
+
+    Not of those whose columns are another tensor's rows, and not of types that `GGML_TYPES` has not.
+    """
+    found: dict[str, Scheme] = {}
+    for linear in linears:
+        places = places_of(checkpoint, f"{linear}.weight")
+        scheme = GGML_TYPES.get(model.tensors[places[0].tensor].type_name)
+        if scheme is not None and [place.transform for place in places] in (["same"], ["rotary"]):
+            found[linear] = scheme
+    return found
 
 
 def scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozenset[str], list[str]]:
@@ -132,6 +152,8 @@ def scalable_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[frozen
 class GgufTarget(Target):
     """A GGUF model to write."""
 
+    rounded_to: Mapping[str, Scheme]
+    """Linear -> the type that the quantization rounds it to; ggml's quantizers round the rest."""
     model: GgufModel
     calibrated: bool
     """Whether importances are taken from calibration."""
@@ -141,6 +163,10 @@ class GgufTarget(Target):
     """Whether types have been chosen for a target."""
 
     packages: ClassVar[tuple[str, ...]] = ("gguf",)
+
+    @property
+    def schemes(self) -> Mapping[str, Scheme]:
+        return self.rounded_to
 
     @property
     def num_bytes(self) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from dsquant.formats.gguf.files import OpenGgufFiles
+from dsquant.formats.gguf.block_bytes import packed
+from dsquant.formats.gguf.files import GgufTensor, OpenGgufFiles
 from dsquant.formats.gguf.float_blocks import nvfp4_scale
 from dsquant.formats.gguf.imatrix import TensorImportance, column_importance, write_imatrix
 from dsquant.formats.gguf.layout import Placement, encode
@@ -58,6 +59,13 @@ class OpenGguf(OpenTarget):
         self._files.close()
 
 
+def _start(tensor: GgufTensor, placement: Placement) -> int:
+    """Returns where the bytes of a parameter begin in its tensor."""
+    if placement.expert is None:
+        return 0
+    return placement.expert * tensor.shape[-2] * row_bytes(tensor.type_name, tensor.shape[-1])
+
+
 class GgufUnitWriter(UnitWriter):
     """Writes one unit's parameters into the files of a model."""
 
@@ -86,15 +94,18 @@ class GgufUnitWriter(UnitWriter):
             entry.counts_M[rows] = count
 
     def write(self, name: str, value: QuantizedWeight | torch.Tensor | None = None) -> None:
-        """Stores a parameter wherever it goes, in parts of bounded size; without a value it is read from the source."""
-        assert not isinstance(value, QuantizedWeight)
+        """Stores a parameter wherever it goes, in parts of bounded size; without a value it is read from the source.
+
+        A linear that is rounded already comes with its own name, without `.weight`.
+        """
+        if isinstance(value, QuantizedWeight):
+            self._write_rounded(f"{name}.weight", value)
+            return
         for placement in places_of(self._checkpoint, name):
             tensor = self._model.tensors[placement.tensor]
             in_rows = placement.transform == "same" and len(tensor.shape) > 1
             parts = self._rows(name, value) if in_rows else self._matrices(name, value, placement)
-            start = 0
-            if placement.expert is not None:
-                start = placement.expert * tensor.shape[-2] * row_bytes(tensor.type_name, tensor.shape[-1])
+            start = _start(tensor, placement)
             scale = self._scale(name, value, placement, tensor.type_name)
             step, row = error_step(self._checkpoint.weights.shape(name), placement), 0
             for number, rows_RI in parts:
@@ -112,6 +123,16 @@ class GgufUnitWriter(UnitWriter):
                 row += len(rows_RI)
                 self.bytes_written += stored.numel()
         self._written.add(name)
+
+    def _write_rounded(self, parameter: str, weight: QuantizedWeight) -> None:
+        (placement,) = places_of(self._checkpoint, parameter)
+        tensor, stored = self._model.tensors[placement.tensor], packed(weight)
+        stored = encode(stored, parameter, placement.transform, self._model.config).contiguous()
+        start = _start(tensor, placement)
+        sinks = (partial(self._store, tensor.name, start), partial(self._hash, tensor.name, start))
+        self._surroundings.hand_over((stored,), *sinks)
+        self.bytes_written += stored.numel()
+        self._written.add(parameter)
 
     def _scale(self, parameter: str, weight: torch.Tensor | None, placement: Placement, type_name: str) -> float:
         """Stores the scale of a matrix beside it, where the file has one, and returns it; 1 elsewhere."""
@@ -143,7 +164,8 @@ class GgufUnitWriter(UnitWriter):
 
     @property
     def weight_errors(self) -> dict[str, float]:
-        """Parameter -> the stored rows' distance from the folded ones, over their norm, on the measured rows."""
+        """Parameter -> the stored rows' distance from the folded ones, over their norm, on the measured rows; of those
+        that are rounded here."""
         return {name: (error / norm) ** 0.5 if norm else 0.0 for name, (error, norm) in self._losses.items()}
 
     @property

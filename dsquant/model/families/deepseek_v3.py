@@ -25,12 +25,16 @@ NEEDED = (
 )  # fmt: skip
 
 
+# How experts are chosen; vLLM 0.33 reads both where transformers' class needs neither.
+ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+
+
 def _refuse(config: Config) -> str | None:
     if config.get("index_topk") or config.get("index_n_heads"):
         return "sparse attention with an indexer (DeepSeek-V3.2) is not supported"
     if config.get("moe_layer_freq", 1) != 1:
         return f"moe_layer_freq {config['moe_layer_freq']} is not supported (R1 has 1)"
-    if config.get("scoring_func", "sigmoid") != "sigmoid" or config.get("topk_method", "noaux_tc") != "noaux_tc":
+    if any(config.get(key, value) != value for key, value in ROUTING.items()):
         return (
             f"routing by scoring_func={config.get('scoring_func')!r}, topk_method={config.get('topk_method')!r} "
             "is not DeepSeek-V3's (sigmoid, noaux_tc)"
@@ -90,7 +94,8 @@ DEEPSEEK_V3 = Family(
     ),
     score_scale=mla.score_scale,
     mtp_key=mtp.COUNT_KEY,
-    network_keys=(*mla.NETWORK_KEYS, *mlps.NETWORK_KEYS, "scoring_func", "topk_method"),
+    stated=ROUTING,
+    network_keys=(*mla.NETWORK_KEYS, *mlps.NETWORK_KEYS, *ROUTING),
     fused_experts=mlps.FUSED,
     refuse=_refuse,
 )

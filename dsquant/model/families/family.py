@@ -136,6 +136,8 @@ class Family:
     """Modules of such a layer that a release may leave out, since the decoder's are meant."""
     states: tuple[str, ...] = ()
     """Keys that mean something here and are refused in configs of other families (`FOREIGN`)."""
+    stated: Mapping[str, Any] = field(default_factory=dict)
+    """What engines read of a config and releases may leave out, with the only value that is supported."""
     network_keys: tuple[str, ...] = ()
     """What its configs say about the network's function beside what those of all architectures do."""
     fused_experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

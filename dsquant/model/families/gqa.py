@@ -14,6 +14,8 @@ NAMES = {
     "self_attn.o_proj": "attn_output",
 }
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+# The linear that engines make of several that read one input.
+FUSED_BY_ENGINES = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 HEAD_NORM_NAMES = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 
 

@@ -19,6 +19,8 @@ DEEPSEEK = MixtureKeys()
 NETWORK_KEYS = ("n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob")
 # The tensors in which transformers may save a layer's experts -> the linears in each.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# The linear that engines make of several that read one input.
+FUSED_BY_ENGINES = {"gate_up_proj": ("gate_proj", "up_proj")}
 # MixtureKeys' fields -> key of a GGUF file.
 _NUMBERS = {
     "num_dense_layers": "leading_dense_block_count",

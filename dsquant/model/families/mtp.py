@@ -14,6 +14,8 @@ NAMES = {
 PARTS = frozenset(name.split(".")[0] for name in NAMES)
 # Those that are no norms; never quantized.
 MATRICES = ("eh_proj", "shared_head.head", "embed_tokens")
+DRAFT = "model.decoder"
+"""What SGLang 0.5 calls the first such layer."""
 COUNT_KEY = "num_nextn_predict_layers"
 """What configs call the number of such layers."""
 
