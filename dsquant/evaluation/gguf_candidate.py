@@ -13,6 +13,7 @@ from dsquant.formats.gguf.layout import placements, stored_shape
 from dsquant.formats.gguf.loader import number_problem
 from dsquant.formats.gguf.metadata import model_keys
 from dsquant.formats.gguf.rope import FACTORED
+from dsquant.formats.gguf.types import scale_beside
 from dsquant.model.families import GGUF_FAMILIES
 from dsquant.model.rotary import Rotary
 from dsquant.source.weights import Weights
@@ -67,6 +68,9 @@ def check_same_tensors(header: GgufHeader, reference: str, config: Mapping[str, 
         wanted.pop("output.weight", None)
     if FACTORED in GGUF_FAMILIES[header.keys["general.architecture"]].gguf.rope_scalings:
         wanted["rope_freqs.weight"] = (config["head_dim"] // 2,)
+    stored = {name: header.tensors[name].tensor_type.name for name in wanted if name in header.tensors}
+    scales = {name: scale_beside(name, type_name) for name, type_name in stored.items()}
+    wanted |= {scale: wanted[name][:-2] or (1,) for name, scale in scales.items() if scale}
     layers, num_mtp = config["num_hidden_layers"], int(header.numbers.get("nextn_predict_layers", 0))
     for name, tensor in header.tensors.items():
         if name not in wanted and not layers <= _layer(name) < layers + num_mtp:

@@ -151,7 +151,17 @@ def against(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     [
         *(
             pytest.param(type_name, {}, 64, within, marks=pytest.mark.slow)
-            for type_name, within in (("Q2_K", 0.02), ("Q3_K_M", 0.02), ("Q4_K_M", 0.02), ("Q6_K", 0.1))
+            for type_name, within in (
+                ("Q2_K", 0.02),
+                ("Q3_K_M", 0.02),
+                ("Q4_K_M", 0.02),
+                ("Q6_K", 0.1),
+                ("IQ1_S", 0.02),
+                ("IQ2_M", 0.02),
+                ("IQ3_XXS", 0.02),
+                ("MXFP4_MOE", 0.1),
+                ("NVFP4", 0.1),
+            )
         ),
         ("Q3_K_M", {"calibration": "none"}, 8, 0.1),
     ],

@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,15 @@ R1_ALONE = R1 | {"num_nextn_predict_layers": 0}
 CONFIGS = {"R1": R1_ALONE, "Llama 70B": LLAMA_70B, "GLM of 8 experts": GLM_OF_8}
 
 
-def shapes_of(config: dict[str, Any]) -> Shapes:
+@cache
+def shapes_of(model: str) -> Shapes:
     """The weights of a model that are not forced to be F32."""
+    config = CONFIGS[model]
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if config is R1_ALONE:
-        named = ((name, shape) for name, shape in r1_shapes(config).items() if len(shape) > 1)
+        named = (
+            (name, shape) for name, shape in r1_shapes(config).items() if len(shape) > 1 and ".mlp.gate." not in name
+        )
         return {
             place.tensor: stored_shape(shape, place, config)
             for name, shape in named
@@ -84,10 +89,9 @@ def test_every_tensor_gets_the_type_that_llama_quantize_gives_it(
 ) -> None:
     config = CONFIGS[model]
     facts, found = model_facts(config, config["num_hidden_layers"], False), defaultdict(list)
-    for name, shape in shapes_of(config).items():
-        if ".ffn_gate_inp." not in name:
-            part = name.removesuffix(".weight").rpartition(".")[2]
-            found[part].append(choose_type(name, shape, mixture, facts, has_imatrix)[0])
+    for name, shape in shapes_of(model).items():
+        part = name.removesuffix(".weight").rpartition(".")[2]
+        found[part].append(choose_type(name, shape, mixture, facts, has_imatrix)[0])
     assert dict(found) == chosen_by_llama_cpp(table)
 
 
@@ -104,6 +108,13 @@ def test_types_that_need_importances_are_refused_without_before_anything_is_writ
     with pytest.raises(UsageError, match=r"the types IQ.* need to know .*give --calibration or --imatrix"):
         dsquant.gguf(nano_r1, output=tmp_path / "out", **PLAIN, **options)
     assert not (tmp_path / "out").exists() and "IQ2_S" in NEED_IMPORTANCES
+
+
+def test_eval_reads_nvfp4_with_the_scales_beside_it(tiny_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    dsquant.gguf(tiny_r1, type="NVFP4", output=tmp_path / "out", **PLAIN)
+    options: dict[str, Any] = {"texts": [text_file], "seq_len": 32, "samples": 2, "prompts": "none", "progress": False}
+    (found,) = dsquant.evaluate(tiny_r1, tmp_path / "out", **options).candidates
+    assert 0 < found.texts["text.txt"].mean_kl.estimate < 0.2
 
 
 def test_an_unknown_type_is_answered_with_one_that_it_may_mean(nano_r1: Path, tmp_path: Path) -> None:

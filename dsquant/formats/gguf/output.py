@@ -51,7 +51,20 @@ class Gguf(Format):
     encoded_by_package = True
     decoder = ("gguf", "gguf.quants")
     placement = "split"
-    placed = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M+", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
+    placed = (
+        "Q8_0",
+        "Q6_K",
+        "Q5_K_M",
+        "Q4_K_M+",
+        "Q4_K_M",
+        "IQ4_XS",
+        "Q3_K_M",
+        "IQ3_XXS",
+        "Q2_K",
+        "IQ2_M",
+        "IQ2_XXS",
+        "IQ1_M",
+    )
     on_disk = ("Q4_K_M", "IQ4_XS")
 
     def stored_type(self, type_name: str) -> str | None:
