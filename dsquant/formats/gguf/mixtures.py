@@ -1,8 +1,8 @@
 """llama.cpp's mixtures: the type of each tensor by its part and its layer; and two of dsquant's.
 
 Its rules for attention never match MLA's names, so in Q4_K_M the 1.4 % of R1's weights that every token uses get 4
-bits; `Q4_K_M+` keeps them, the shared experts and the dense layers at 8. `NVFP4` keeps 8 bits where llama.cpp reads no
-scale: in MLA's attention but its output, and outside the layers.
+bits; `Q4_K_M+` keeps them, the shared experts and the dense layers at 8. `NVFP4` keeps 8 bits
+in MLA's attention but its output, and outside the layers.
 
 Reference: `llama_tensor_get_type` and `tensor_type_fallback` in llama.cpp's src/llama-quant.cpp
 """

@@ -26,8 +26,9 @@ MIXTURES = {
 _FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _FALLBACKS |= dict.fromkeys((name for name in TYPES if name.startswith("IQ") and name != "IQ4_NL"), "IQ4_NL")
 _FALLBACKS["NVFP4"] = "IQ4_NL"
-# Tensors beside which llama.cpp reads the scale that NVFP4's blocks are in units of.
-_SCALED = re.compile(r"\.(attn_[qkv]|attn_output|ffn_(gate|up|down)(_exps|_shexp)?)\.weight$")
+# Tensors whose scale, that NVFP4's blocks are in units of, llama.cpp multiplies with in every architecture; elsewhere
+# such as in DeepSeek's MLPs it reads the scale and leaves it out.
+_SCALED = re.compile(r"\.attn_output\.weight$")
 # Types that a target chooses from, from the fewest bits to the most.
 CANDIDATES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K",
