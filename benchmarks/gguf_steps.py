@@ -81,7 +81,7 @@ def main() -> None:
                 seconds = convert(options.model, type_name, STEPS[name], output, options)
                 asked = {"texts": [str(options.held_out)], "samples": options.evaluated, "prompts": "none"}
                 report = dsquant.evaluate(options.model, output, progress=False, **asked)
-                kl = report.candidates[0].divergence.mean_kl
+                kl = report.candidates[0].mean_kl
                 path.write_text(json.dumps({"kl": kl, "seconds": seconds}))
             found[name] = json.loads(path.read_text())
         print(
