@@ -315,6 +315,10 @@ class Recipe(AwqOptions, GgufFiles):
         return hashlib.sha256(json.dumps(self.lasting(), sort_keys=True).encode()).hexdigest()
 
 
+# Scales, and ggml's own rounding: compensation takes twice as long on a CPU, far longer on a GPU (docs/decisions/0030).
+GGUF_STEPS: tuple[Step, ...] = ("scales", "top-up")
+
+
 def gguf_recipe(**options: Any) -> Recipe:
     """Builds the recipe of a job that creates GGUF files alone, with the defaults of `dsquant gguf`.
 
@@ -329,7 +333,7 @@ def gguf_recipe(**options: Any) -> Recipe:
     """
     asked = GgufOptions.checked(**options)
     fields = {name: getattr(asked, name) for name in asked.model_fields_set if name not in ("type", "scales")}
-    fields |= {} if asked.scales else {"steps": ()}
+    fields["steps"] = GGUF_STEPS if asked.scales else ()
     return Recipe.checked(
         **fields
         | {

@@ -95,7 +95,7 @@ def test_eight_signs_have_an_even_number_of_minus_and_few_are_given_up(type_name
 def test_rows_of_any_size_keep_their_shape_of_error(seed: int, type_name: str, exponent: float) -> None:
     rows_RI = torch.randn(1, 256, generator=torch.Generator().manual_seed(seed)) * 10**exponent
     values_RI = decoded(code_book_search.quantize(rows_RI, type_name, torch.ones(256)), type_name)
-    assert float((values_RI - rows_RI).norm() / rows_RI.norm()) < 0.35
+    assert float((values_RI - rows_RI).norm() / rows_RI.norm()) < 0.36
 
 
 INTERPRETED = """

@@ -26,6 +26,7 @@ import dsquant
 from dsquant.cli import main
 from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.source.shards import read_index
 
 DSQUANT = [sys.executable, "-m", "dsquant.cli"]
 
@@ -225,10 +226,10 @@ def test_a_source_that_changed_under_an_interrupted_job_is_refused(
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr("dsquant.pipeline.units._run_layer", stop)
         dsquant.awq(model, resume=True, **options)
-    path = model / "model-00001.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    stored = read_index(model)["model.embed_tokens.weight"]  # of the unit that is finished
+    content = bytearray(stored.path.read_bytes())
+    content[stored.start] ^= 1
+    stored.path.write_bytes(content)
     with pytest.raises(InputError, match="not what it was"):
         dsquant.awq(model, resume=True, **options)
 

@@ -47,11 +47,11 @@ def _followed(
     for layer in skeleton.layers[: skeleton.num_layers]:
         original, quantized = streams
         linears = frozenset(linear for linear in layer.linears if kept not in linear)
-        widths = {linear: 8 for linear in linears if "o_proj" in linear or ".experts.2." in linear}
+        wider = {linear: grid.with_bits(8) for linear in linears if "o_proj" in linear or ".experts.2." in linear}
         quantize_sequentially(
             LayerJob(
                 skeleton, layer, weights, *original, {grid: linears}, 2, 0, emit, lambda name: None,
-                widths={grid: widths}, quantized={grid: QuantizedStream(*quantized)}, **more,
+                schemes={grid: wider}, quantized={grid: QuantizedStream(*quantized)}, **more,
             )
         )  # fmt: skip
         streams = [[outputs, inputs, mlp_inputs] for inputs, outputs, mlp_inputs in streams]

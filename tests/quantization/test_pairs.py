@@ -71,19 +71,19 @@ def test_outputs_come_nearer_to_the_originals_on_unseen_tokens(grid: Grid) -> No
     def error(weight: torch.Tensor) -> float:
         return float((quantized_RI[unseen] @ weight.T - wanted_RO).square().sum())
 
-    alone = _statistics(quantized_RI[seen], quantized_RI[seen]).moments().rounded([weight_OI], grid, BEST)[0]
+    alone = _statistics(quantized_RI[seen], quantized_RI[seen]).moments().rounded([weight_OI], [grid], BEST)[0]
     moments = _statistics(original_RI[seen], quantized_RI[seen]).moments()
     assert error(moments.fitted(weight_OI)) < 0.5 * error(weight_OI)
-    assert error(moments.rounded([weight_OI], grid, BEST)[0].dequantize()) < 0.6 * error(alone.dequantize())
+    assert error(moments.rounded([weight_OI], [grid], BEST)[0].dequantize()) < 0.6 * error(alone.dequantize())
 
 
 def test_wider_inputs_are_compensated_but_not_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_OI, grid = _weight(8, 128), Grid(4, 64, True)
-    assert bool(PairStatistics(128, SEED).moments().rounded([weight_OI], grid, BEST)[0].dequantize().isfinite().all())
+    assert bool(PairStatistics(128, SEED).moments().rounded([weight_OI], [grid], BEST)[0].dequantize().isfinite().all())
     monkeypatch.setattr(pairs, "WIDEST_PAIRS", 64)
     moments = _statistics(*_inputs(200, 128)).moments()
     assert moments.drift_II is None
     assert torch.equal(moments.fitted(weight_OI), weight_OI)
     wanted = compensated_weight(weight_OI, grid, moments.moments)
     assert not torch.equal(wanted.codes_OI, clipped_weight(weight_OI, grid, moments.moments).codes_OI)
-    assert torch.equal(moments.rounded([weight_OI], grid, BEST)[0].codes_OI, wanted.codes_OI)
+    assert torch.equal(moments.rounded([weight_OI], [grid], BEST)[0].codes_OI, wanted.codes_OI)

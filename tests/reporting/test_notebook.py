@@ -79,7 +79,7 @@ def test_every_command_is_a_function_whose_result_has_a_type_and_shows_itself() 
     from dsquant.cli import main
 
     names = {"eval": "evaluate"}
-    for command in main.commands:
+    for command in main.commands.keys() - {"generate", "chat"}:  # whose result is a text
         function = getattr(dsquant, names.get(command, command))
         result = typing.get_type_hints(function, vars(dsquant.api) | _result_types())["return"]
         assert dataclasses.is_dataclass(result), command
