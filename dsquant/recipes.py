@@ -333,8 +333,8 @@ def gguf_recipe(**options: Any) -> Recipe:
     """
     asked = GgufOptions.checked(**options)
     fields = {name: getattr(asked, name) for name in asked.model_fields_set if name not in ("type", "scales")}
-    fields["steps"] = GGUF_STEPS if asked.scales else ()
-    return Recipe.checked(
+    fields |= {} if asked.scales else {"steps": ()}
+    recipe = Recipe.checked(
         **fields
         | {
             "to": (f"gguf:{asked.type}",),
@@ -342,3 +342,4 @@ def gguf_recipe(**options: Any) -> Recipe:
             "mtp": "quantize" if asked.mtp == "keep" else "drop",
         }
     )
+    return recipe.model_copy(update={"steps": GGUF_STEPS}) if recipe.steps else recipe
