@@ -1,10 +1,15 @@
 """What several test modules share."""
 
 import os
+import signal
 from pathlib import Path
 
 # The tests' matrices are small: several threads, or several runs on one machine, would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell has what it starts in the background ignore SIGINT, and so would every process that tests send one to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 

@@ -49,6 +49,11 @@ def test_the_tests_folders_are_the_packages() -> None:
     assert folders - {"support"} <= {path.name for path in PACKAGE.iterdir() if path.is_dir()}
 
 
+def test_what_test_modules_share_is_in_support() -> None:
+    modules = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert [path.name for path, text in modules.items() if re.search(r"^(from|import) test_", text, re.MULTILINE)] == []
+
+
 def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

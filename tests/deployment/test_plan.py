@@ -1,14 +1,13 @@
 """`dsquant plan`: sizes against what is written, R1 from its config alone, a hub by ranges, machines, words."""
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from checkpoints import LLAMA, add_tokenizer, make_dense, make_pico_r1
 from click.testing import CliRunner
@@ -33,10 +32,6 @@ BITS = {name: SAFETENSORS[name].bits for name in ("awq", "compressed-tensors")}
 FAST: dict[str, Any] = {
     "samples": 2, "seq_len": 16, "steps": "none", "calibration": "code", "evaluate": False, "progress": False,
 }  # fmt: skip
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from dsquant.cli import main; main()", "plan", *arguments]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +110,7 @@ def test_the_planned_size_of_a_gguf_output_is_what_is_written(
 ) -> None:
     options = {name: FAST[name] for name in ("evaluate", "progress")}
     if MIXTURES[type_name] not in ("F32", "F16", "BF16"):
-        options |= {name: FAST[name] for name in ("samples", "seq_len", "calibration")}
+        options |= {"scales": False, **{name: FAST[name] for name in ("samples", "seq_len", "calibration")}}
     dsquant.gguf(small, type=type_name, output=tmp_path / "out", mtp=mtp, **options)
     size = small_sizes[f"gguf:{type_name}", mtp]
     assert size.exact
@@ -176,18 +171,20 @@ def test_a_config_that_cannot_be_planned_is_refused(tmp_path: Path, config: Any,
 
 def test_a_hub_model_is_planned_from_its_headers_without_its_weights(tiny_r1: Path, tmp_path: Path) -> None:
     with hub_of({"someone/tiny": tiny_r1}) as hub:
-        environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-        found = subprocess.run(command("someone/tiny", "--json"), env=environment, capture_output=True, text=True)
-        assert found.returncode == 0, found.stderr
-        missing = subprocess.run(command("someone/else"), env=environment, capture_output=True, text=True)
-    remote, local = json.loads(found.stdout), forecast("tiny-r1").as_json()
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        how: dict[str, Any] = {"environment": environment, "before": partial(forked.anew, "huggingface_hub")}
+        found = forked.start("plan", "someone/tiny", "--json", **how)
+        missing = forked.start("plan", "someone/else", **how)
+        (told, errors), (_, refusal) = found.communicate(), missing.communicate()
+        assert found.returncode == 0, errors
+    remote, local = json.loads(told), forecast("tiny-r1").as_json()
     keys = ("name", "mtp", "num_bytes", "exact")
     assert [{key: size[key] for key in keys} for size in remote["sizes"]] == [
         {key: size[key] for key in keys} for size in local["sizes"]
     ]
     shards = [path.name for path in tiny_r1.glob("*.safetensors")]
     assert sum(hub.bytes_sent[name] for name in shards) <= 100_001 * len(shards)
-    assert missing.returncode == 3 and "'someone/else'" in missing.stderr
+    assert missing.returncode == 3 and "'someone/else'" in refusal
 
 
 def on(found: Forecast, name: str) -> Any:

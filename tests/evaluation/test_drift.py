@@ -47,7 +47,7 @@ def original() -> Original:
 def test_a_candidate_that_is_the_original_has_no_drift_and_a_rounded_one_has(tiny_r1: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_r1)
     candidates = {"same": checkpoint.weights, "rounded": plainly_rounded(checkpoint.weights)}
-    plan = DriftPlan(TASKS[:8], max_tokens=16, batch_prompts=8)
+    plan = DriftPlan(TASKS[:4], max_tokens=12, batch_prompts=4)
     models = ComparedModels(Skeleton(checkpoint), checkpoint.weights, candidates)
     found = measure_drift(models, load_tokenizer(tiny_r1), plan, tmp_path)
     same, rounded = found["same"], found["rounded"]

@@ -36,7 +36,8 @@ SMALL: dict[str, Any] = {"texts": ["code"], "samples": 4, "seq_len": 256, "promp
 def awq(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A healthy AWQ checkpoint of tiny-r1."""
     out = tmp_path_factory.mktemp("evaluation") / "awq"
-    return dsquant.awq(tiny_r1, output=out, samples=16, seq_len=256, evaluate=False, progress=False).folders["awq"]
+    options = {"steps": "scales", "samples": 8, "seq_len": 128, "evaluate": False, "progress": False}
+    return dsquant.awq(tiny_r1, output=out, **options).folders["awq"]
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_one_pass_reads_every_tensor_once_for_all_texts_and_scores_as_separate_p
 def test_a_gguf_file_can_be_the_reference(tiny_r1: Path, awq: Path, tmp_path: Path) -> None:
     dsquant.gguf(tiny_r1, type="BF16", output=tmp_path / "bf16", evaluate=False, progress=False)
     dsquant.gguf(tiny_r1, type="Q8_0", output=tmp_path / "q8", calibration="none", evaluate=False, progress=False)
-    small = SMALL | {"samples": 1}
+    small = SMALL | {"samples": 1, "seq_len": 64}
     by_file = dsquant.evaluate(tmp_path / "bf16", awq, tmp_path / "q8", **small)
     by_checkpoint = dsquant.evaluate(tiny_r1, awq, tmp_path / "q8", **small)
     assert by_file.texts == by_checkpoint.texts and by_file.reference.format == "GGUF BF16"
@@ -195,7 +196,7 @@ def run(*arguments: object) -> tuple[int, str]:
     [
         ("{metric: mean_kl, at_most: 1}", 0),
         ("{metric: mean_kl, at_most: 0.000001}", 4),
-        ("{metric: perplexity_ratio, at_most: 1.0000001}", 5),
+        ("{metric: perplexity_ratio, at_most: 1.05}", 5),
     ],
 )
 def test_gates_decide_the_exit_code(tiny_r1: Path, awq: Path, tmp_path: Path, gate: str, code: int) -> None:

@@ -1,5 +1,6 @@
 """GGUF files: every tensor against its source, types, splits, keys, damage."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -120,22 +121,29 @@ def test_odd_rows_become_f16() -> None:
     assert choose_type("blk.1.attn_q_a.weight", (8, 100), "Q4_K_M", facts, False) == ("F16", "Q4_K")
 
 
+R1_WITHOUT_MTP = R1 | {"num_nextn_predict_layers": 0}
+
+
+@functools.cache
+def r1_as_gguf() -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each of R1's tensors in a GGUF file."""
+    return {
+        placement.tensor: stored_shape(shape, placement, R1_WITHOUT_MTP)
+        for name, shape in r1_shapes(R1_WITHOUT_MTP).items()
+        for placement in placements(name, "DeepseekV3ForCausalLM")
+    }
+
+
 @pytest.mark.parametrize(
     ("mixture", "gigabytes"),
     [("Q4_K_M", 404.5), ("Q4_K_S", 380.1), ("Q5_K_M", 475.4), ("Q6_K", 550.9), ("Q8_0", 713.3)],
 )
 def test_r1_gets_the_types_and_the_size_that_llama_quantize_gives_it(mixture: str, gigabytes: float) -> None:
     """The sizes are `llama-quantize --dry-run`'s on R1's shapes."""
-    config = R1 | {"num_nextn_predict_layers": 0}
-    facts, total, seen = model_facts(config, 61, False), 0, dict[str, str]()
-    for name, shape in r1_shapes(config).items():
-        for placement in placements(name, "DeepseekV3ForCausalLM"):
-            whole = stored_shape(shape, placement, config)
-            chosen, _ = choose_type(placement.tensor, whole, mixture, facts, False)
-            if placement.tensor not in seen:
-                rows = int(np.prod(whole[:-1]))
-                total += rows * row_bytes(chosen, whole[-1])
-            seen[placement.tensor] = chosen
+    facts, total, seen = model_facts(R1_WITHOUT_MTP, 61, False), 0, dict[str, str]()
+    for name, whole in r1_as_gguf().items():
+        seen[name], _ = choose_type(name, whole, mixture, facts, False)
+        total += int(np.prod(whole[:-1])) * row_bytes(seen[name], whole[-1])
     assert len(seen) == 1086
     assert total / 1e9 == pytest.approx(gigabytes, abs=0.06)
     if mixture == "Q4_K_M":
@@ -144,6 +152,7 @@ def test_r1_gets_the_types_and_the_size_that_llama_quantize_gives_it(mixture: st
         assert len(raised) == 27 and seen["blk.0.attn_k_b.weight"] == "Q5_0" and seen["output.weight"] == "Q6_K"
 
 
+@pytest.mark.slow
 def test_r1_is_planned_from_headers_alone(tmp_path: Path) -> None:
     """In memory that any machine has: the fused experts of a layer of the network would be 30 GB."""
     model = make_r1_headers(tmp_path / "r1")
@@ -164,11 +173,11 @@ def test_q4_k_m_plus_keeps_what_every_token_uses_at_8_bits(nano_r1: Path, tmp_pa
     assert types["blk.0.ffn_up.weight"] == "Q8_0" and types["blk.1.ffn_up_exps.weight"] == "Q4_K"
 
 
-def test_types_can_be_overridden_by_pattern(tiny_r1: Path, tmp_path: Path) -> None:
-    overrides = [r"blk\.[01]\.attn_output=q6_k", r"attn_output=F16"]
-    dsquant.gguf(tiny_r1, type="Q8_0", output=tmp_path / "out", tensor_types=overrides, **PLAIN)
+def test_types_can_be_overridden_by_pattern(nano_r1: Path, tmp_path: Path) -> None:
+    overrides = [r"blk\.[0]\.attn_output=q6_k", r"attn_output=F16"]
+    dsquant.gguf(nano_r1, type="Q8_0", output=tmp_path / "out", tensor_types=overrides, **PLAIN)
     types = {name: tensor.tensor_type.name for name, tensor in tensors_of(tmp_path / "out").items()}
-    assert types["blk.1.attn_output.weight"] == "Q6_K" and types["blk.2.attn_output.weight"] == "F16"
+    assert types["blk.0.attn_output.weight"] == "Q6_K" and types["blk.1.attn_output.weight"] == "F16"
 
 
 def test_split_files_hold_the_same_tensors_under_llama_cpps_names(nano_r1: Path, tmp_path: Path) -> None:
@@ -228,12 +237,12 @@ def test_keys_tell_llama_cpp_the_network(tiny_r1: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mtp", ["keep", "drop"])
 def test_the_mtp_layer_becomes_nextn_tensors_or_is_left_out_with_a_word(
-    tiny_r1: Path, tmp_path: Path, mtp: str
+    nano_r1: Path, tmp_path: Path, mtp: str
 ) -> None:
-    result = dsquant.gguf(tiny_r1, type="Q8_0", output=tmp_path / "out", mtp=mtp, **PLAIN)
+    result = dsquant.gguf(nano_r1, type="Q8_0", output=tmp_path / "out", mtp=mtp, **PLAIN)
     names = set(tensors_of(tmp_path / "out"))
-    kept = {"blk.4.nextn.eh_proj.weight", "blk.4.nextn.shared_head_norm.weight", "blk.4.attn_k_b.weight"}
-    assert kept <= names if mtp == "keep" else not any(name.startswith("blk.4.") for name in names)
+    kept = {"blk.2.nextn.eh_proj.weight", "blk.2.nextn.shared_head_norm.weight", "blk.2.attn_k_b.weight"}
+    assert kept <= names if mtp == "keep" else not any(name.startswith("blk.2.") for name in names)
     assert any("multi-token" in warning for warning in result.warnings) == (mtp == "drop")
 
 

@@ -8,59 +8,29 @@ from typing import Any
 import gguf as gguf_py
 import pytest
 import torch
-from checkpoints import (
-    LLAMA,
-    PICO_R1,
-    QWEN2,
-    QWEN3,
-    add_tokenizer,
-    dense_shapes,
-    full_model,
-    make_dense,
-    make_pico_r1,
-    random_weights,
-    save_checkpoint,
-    stored,
-)
-from gguf_files import PLAIN, tensors_of, with_keys
+from checkpoints import LLAMA, PICO_R1, QWEN2, QWEN3, full_model
+from gguf_files import PLAIN
+from gguf_models import ATTN_FACTOR, YARN, f32, make
 from llama_cpp import every_position
-from safetensors.torch import load_file, save_file
 
 import dsquant
 from dsquant.errors import InputError
 from dsquant.evaluation.divergence import ComparedModels, compare
-from dsquant.evaluation.opening import Original, open_candidate, open_original
+from dsquant.evaluation.opening import open_candidate, open_original
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.formats.gguf.gguf_checkpoint import gguf_checkpoint, read_header
 from dsquant.formats.gguf.loader import number_problem
-from dsquant.formats.gguf.metadata import add_tokenizer_keys
 from dsquant.model.families import FAMILIES
 from dsquant.model.skeleton import Skeleton, network_config, network_rotary
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.shards import ShardIndex
 
-ONE_LAYER = {"num_hidden_layers": 1}
-YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 # What yarn infers from the factor, and what R1-0528-Qwen3-8B multiplies it with: 1.0 is left.
 INFERRED = 1 + 0.1 * math.log(4)
-ATTN_FACTOR = 0.8782488562869419
 LONGROPE = {"type": "longrope", "factor": 2.0, "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
 MLA_YARN: dict[str, Any] = PICO_R1["rope_scaling"]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 TOKENS_NT = torch.randint(6, 280, (1, 96), generator=torch.Generator().manual_seed(3))
-
-
-def make(folder: Path, config: dict[str, Any], **changes: Any) -> Path:
-    """A small random checkpoint with a tokenizer."""
-    if config["model_type"] == "deepseek_v3":
-        changes = {"num_hidden_layers": 2, "num_nextn_predict_layers": 0, **changes}
-        return add_tokenizer(make_pico_r1(folder, **{**config, **changes}), vocabulary=280)
-    return add_tokenizer(make_dense(folder, {**config, **ONE_LAYER, **changes}), vocabulary=280)
-
-
-def f32(model: Path, folder: Path) -> Path:
-    """The model as a GGUF file without rounding."""
-    return next(iter(dsquant.gguf(model, type="F32", output=folder, **PLAIN).folders.values()))
 
 
 def predicted(model: Path, **stated: Any) -> torch.Tensor:
@@ -140,14 +110,6 @@ def test_contradictions_about_rotary_embeddings_are_refused(tmp_path: Path, rope
         config = QWEN3 | {field: rope}
         with pytest.raises(InputError, match=message):
             Skeleton(Checkpoint(tmp_path, config, ShardIndex(tmp_path, {}), {}))  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def like_r1_0528(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A small Qwen3 with R1-0528-Qwen3-8B's scaling, and its GGUF file."""
-    folder = tmp_path_factory.mktemp("r1-0528")
-    model = make(folder / "model", QWEN3 | {"rope_scaling": YARN | {"attn_factor": ATTN_FACTOR}})
-    return model, f32(model, folder / "out")
 
 
 def test_r1_0528_qwen3_8b_keeps_its_magnitude_in_dsquant_and_in_llama_cpp(
@@ -244,193 +206,3 @@ def test_layer_counts_by_which_llama_cpp_knows_lite_models_are_refused_with_q_lo
         if number_problem(FAMILIES["DeepseekV3ForCausalLM"].gguf, network | {"num_hidden_layers": n})
     ]
     assert refused == [26, 27]
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Original, Path]:
-    """A small mixture as reference, and its GGUF file."""
-    folder = tmp_path_factory.mktemp("mixture")
-    model = make(folder / "model", PICO_R1)
-    return open_original(str(model)), f32(model, folder / "out")
-
-
-CHANGED_KEYS: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
-    "base": ({"deepseek2.rope.freq_base": 5000.0}, (), r"rope\.freq_base' is 5000\.0, .* needs 10000\.0"),
-    "factor": ({"deepseek2.rope.scaling.factor": 4.0}, (), r"rope\.scaling\.factor' is 4\.0, .* needs 8\.0"),
-    "no scaling": ({"deepseek2.rope.scaling.type": "none"}, (), r"rope\.scaling\.type' is 'none', .* needs 'yarn'"),
-    "no multiplier": (
-        {},
-        ("deepseek2.rope.scaling.yarn_log_multiplier",),
-        r"yarn_log_multiplier' is None, .* needs 0\.1",
-    ),
-    "magnitude": ({"deepseek2.rope.scaling.attn_factor": 0.5}, (), r"attn_factor' is 0\.5, .* needs None"),
-    "epsilon": ({"deepseek2.attention.layer_norm_rms_epsilon": 1e-5}, (), "layer_norm_rms_epsilon"),
-    "experts of a token": ({"deepseek2.expert_used_count": 1}, (), "expert_used_count' is 1, .* needs 2"),
-    "scale of experts": ({"deepseek2.expert_weights_scale": 1.0}, (), r"expert_weights_scale' is 1\.0, .* needs 2\.5"),
-    "norm of shares": ({}, ("deepseek2.expert_weights_norm",), "expert_weights_norm' is False, .* needs True"),
-    "no groups": ({}, ("deepseek2.expert_group_count",), "expert_group_count' is 1, .* needs 4"),
-    "softmax": ({"deepseek2.expert_gating_func": 1}, (), "expert_gating_func' is 1, .* needs 2"),
-    "heads": ({"deepseek2.attention.head_count": 2}, (), "attention.head_count' is 2, .* needs 4"),
-    "head width": ({"deepseek2.attention.key_length_mla": 96}, (), "key_length_mla' is 96, .* needs 128"),
-    "dense layers": ({"deepseek2.leading_dense_block_count": 2}, (), "leading_dense_block_count' is 2"),
-    "layers": ({"deepseek2.block_count": 1}, (), "block_count' is 1, .* needs 2"),
-    "temperature": ({"deepseek2.attention.temperature_scale": 0.5}, (), "temperature_scale' is 0.5"),
-    "unknown scaling": ({"deepseek2.rope.scaling.type": "su"}, (), "describe no rotary embedding"),
-}
-
-
-@pytest.mark.parametrize("name", CHANGED_KEYS)
-def test_a_candidate_whose_keys_say_another_network_is_refused(
-    mixture: tuple[Original, Path], tmp_path: Path, name: str
-) -> None:
-    original, file = mixture
-    changes, without, message = CHANGED_KEYS[name]
-    with pytest.raises(InputError, match=message):
-        open_candidate(str(with_keys(file, tmp_path / "changed.gguf", changes, without)), original)
-
-
-def test_keys_that_change_nothing_are_accepted(mixture: tuple[Original, Path], tmp_path: Path) -> None:
-    original, file = mixture
-    open_candidate(str(file), original)
-    beside = {"deepseek2.context_length": 8192, "deepseek2.rope.scaling.yarn_beta_fast": 8.0}
-    open_candidate(str(with_keys(file, tmp_path / "beside.gguf", beside)), original)
-
-
-def test_linear_scaling_of_a_file_is_read_where_it_is_the_reference(tmp_path: Path) -> None:
-    model = make(tmp_path / "model", LLAMA | {"rope_scaling": {"type": "linear", "factor": 4}})
-    file = f32(model, tmp_path / "out")
-    original = open_original(str(file))
-    assert original.skeleton.config["rope_parameters"]["factor"] == 4.0
-    open_candidate(str(model), original)  # and the checkpoint is the same network
-    untyped = with_keys(file, tmp_path / "untyped.gguf", {}, ("llama.rope.scaling.type",))  # llama.cpp takes linear
-    open_candidate(str(untyped), original)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"rope_scaling": None}))
-    with pytest.raises(InputError, match="rope_parameters is"):
-        open_candidate(str(model), original)
-
-
-def with_tensor(file: Path, copy: Path, name: str, shape: tuple[int, ...]) -> Path:
-    """Copies a GGUF file with one tensor more."""
-    reader = gguf_py.GGUFReader(with_keys(file, copy, {}))
-    writer = gguf_py.GGUFWriter(copy.with_suffix(".more.gguf"), reader.fields["general.architecture"].contents())
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            element = field.types[-1] if field.types[0] == gguf_py.GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), field.types[0], sub_type=element)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.add_tensor(name, torch.ones(shape).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return copy.with_suffix(".more.gguf")
-
-
-def test_a_candidate_with_a_tensor_that_the_reference_lacks_is_refused(
-    like_r1_0528: tuple[Path, Path], tmp_path: Path
-) -> None:
-    model, file = like_r1_0528
-    original = open_original(str(model))
-    for name, shape in (("blk.0.attn_q.bias", (256,)), ("output.weight", (300, 256))):
-        with pytest.raises(InputError, match=f"{name}' is not part of the network"):
-            open_candidate(str(with_tensor(file, tmp_path / f"{name}.gguf", name, shape)), original)
-
-
-@pytest.mark.parametrize("to", ["awq", "gguf:F32"])
-@pytest.mark.parametrize(
-    ("config", "name", "message"),
-    [
-        (LLAMA, "model.layers.0.self_attn.q_proj.bias", "not part of LlamaForCausalLM as config.json describes it"),
-        (LLAMA, "model.layers.0.mlp.up_proj.bias", "not part of"),
-        (LLAMA, "model.layers.0.self_attn.q_norm.weight", "not part of"),
-        (LLAMA, "model.layers.1.mlp.up_proj.weight", "not part of"),
-        (LLAMA, "model.layers.0.self_attn.rotary_emb.inv_freq", "holds other frequencies"),
-        (QWEN3, "lm_head.weight", "ties head and embedding, but tensor 'lm_head.weight' is not"),
-    ],
-)
-def test_no_tensor_is_dropped_because_of_what_a_config_says(
-    tmp_path: Path, text_file: Path, to: str, config: dict[str, Any], name: str, message: str
-) -> None:
-    config = config | ONE_LAYER
-    shape = {"lm_head.weight": (300, 256), "model.layers.0.self_attn.rotary_emb.inv_freq": (32,)}.get(name, (256,))
-    tensors = stored(random_weights({**dense_shapes(config), name: shape}), fp8=False)
-    model = add_tokenizer(save_checkpoint(tmp_path / "model", config, tensors), vocabulary=280)
-    with pytest.raises(InputError, match=message):
-        quantize(model, tmp_path / "out", to, text_file)
-    assert not (tmp_path / "out").exists()
-
-
-def quantize(model: Path, output: Path, to: str, text_file: Path) -> Any:
-    if to == "gguf:F32":
-        return dsquant.gguf(model, type="F32", output=output, **PLAIN)
-    options = {"calibration": [text_file], "samples": 2, "seq_len": 32, "evaluate": False, "progress": False}
-    return dsquant.awq(model, to=[to], group_size=64, output=output, **options)
-
-
-def test_tensors_that_only_repeat_others_are_taken_with_a_notice(tmp_path: Path, text_file: Path) -> None:
-    config = QWEN3 | ONE_LAYER
-    tensors = stored(random_weights(dense_shapes(config)), fp8=False)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    frequencies = 10000.0 ** -(torch.arange(0, 64, 2) / 64)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = frequencies.to(torch.bfloat16)
-    model = add_tokenizer(save_checkpoint(tmp_path / "model", config, tensors), vocabulary=280)
-    for to in ("awq", "gguf:F32"):
-        result = quantize(model, tmp_path / to, to, text_file)
-        assert any("lm_head.weight repeats the embedding" in warning for warning in result.warnings)
-    assert "output.weight" not in tensors_of(tmp_path / "gguf:F32")
-
-
-@pytest.mark.parametrize("fp8", [True, False])
-def test_a_value_that_no_block_can_hold_is_found_while_the_source_is_hashed(tmp_path: Path, fp8: bool) -> None:
-    model = make(tmp_path / "model", PICO_R1) if fp8 else make(tmp_path / "model", QWEN3)
-    index = json.loads((model / "model.safetensors.index.json").read_text())
-    name = next(
-        n for n in index["weight_map"] if n.endswith("down_proj.weight_scale_inv" if fp8 else "down_proj.weight")
-    )
-    path = model / index["weight_map"][name]
-    tensors = load_file(path)
-    tensors[name] *= 1e9
-    save_file(tensors, path)
-    with pytest.raises(InputError, match=r"down_proj\.weight' has a value of"):
-        dsquant.gguf(model, type="Q8_0", output=tmp_path / "out", **PLAIN)
-    assert not (tmp_path / "out").exists()  # nothing was begun
-    dsquant.gguf(model, type="BF16", output=tmp_path / "bf16", **PLAIN)
-
-
-@pytest.mark.parametrize(("number", "message"), [
-    (300, "has the id 300"), (-1, "id -1"), ("7", "id '7'"), (7, "both the token 7"),
-])  # fmt: skip
-def test_token_ids_without_a_row_of_the_embedding_or_given_twice_are_refused(
-    tmp_path: Path, number: Any, message: str
-) -> None:
-    model = make(tmp_path / "model", LLAMA)
-    tokenizer = json.loads((model / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["<more>"] = number
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(InputError, match=r"tokenizer\.json.*" + message):
-        dsquant.gguf(model, type="F32", output=tmp_path / "out", **PLAIN)
-
-
-def test_a_normalizer_that_llama_cpp_lacks_is_refused(tmp_path: Path) -> None:
-    model = make(tmp_path / "model", LLAMA)
-    tokenizer = json.loads((model / "tokenizer.json").read_text())
-    for normalizer in ({"type": "NFC"}, {"type": "Sequence", "normalizers": []}):
-        (model / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": normalizer}))
-        add_tokenizer_keys(gguf_py.GGUFWriter(tmp_path / "keys.gguf", "llama"), model, 300)
-    lower = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
-    (model / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": lower}))
-    with pytest.raises(InputError, match=r"tokenizer\.json: its normalizer .*Lowercase"):
-        add_tokenizer_keys(gguf_py.GGUFWriter(tmp_path / "keys.gguf", "llama"), model, 300)
-
-
-def test_an_added_token_without_a_row_of_the_embedding_is_left_out_of_the_file(tmp_path: Path) -> None:
-    writer = gguf_py.GGUFWriter(tmp_path / "keys.gguf", "llama")
-    assert add_tokenizer_keys(writer, make(tmp_path / "model", LLAMA), 300) == []
-    tokenizer = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
-    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 300, "content": "<pad>"})
-    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    writer = gguf_py.GGUFWriter(tmp_path / "more.gguf", "llama")
-    assert add_tokenizer_keys(writer, tmp_path / "model", 300) == ["<pad>"]
-    assert len(writer.kv_data[0]["tokenizer.ggml.tokens"].value) == 300

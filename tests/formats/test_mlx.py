@@ -97,7 +97,7 @@ def output(pico: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
     """It in MLX's layout, every linear quantized; tests leave it as it is."""
     folder = tmp_path_factory.mktemp("mlx") / "out"
     made = dsquant.awq(
-        pico, output=folder, to="mlx", preset="compact", group_size=64, samples=2, seq_len=16,
+        pico, output=folder, to="mlx", preset="compact", steps="scales", group_size=64, samples=2, seq_len=16,
         calibration=text_file, progress=False,
     )  # fmt: skip
     assert any("multi-token-prediction layer is dropped" in warning for warning in made.warnings)
@@ -146,12 +146,12 @@ def test_a_delta_writes_the_changed_experts_into_their_stacks(pico: Path, output
 
 
 def test_two_ranks_write_the_stacks_of_one_beside_a_format_that_quantizes_more(
-    pico: Path, text_file: Path, tmp_path: Path
+    narrow_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
     formats = ("--to", "mlx", "--to", "compressed-tensors", "--mtp", "drop")
     more = (*formats, "--preset", "compact", "--steps", "scales", "--kv-b", "quantize")
-    forked.finish(*command(pico, text_file, tmp_path / "one", *more))
-    finish(start(2, pico, text_file, tmp_path / "two", *more))
+    forked.finish(*command(narrow_r1, text_file, tmp_path / "one", *more))
+    finish(start(2, narrow_r1, text_file, tmp_path / "two", *more))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     keys_and_values = "model.layers.1.self_attn.kv_b_proj.weight"
     assert keys_and_values in read_index(tmp_path / "one" / "mlx")
@@ -159,9 +159,10 @@ def test_two_ranks_write_the_stacks_of_one_beside_a_format_that_quantizes_more(
 
 
 def test_chosen_widths_stand_under_the_names_of_modules(text_file: Path, tmp_path: Path) -> None:
-    dense = add_tokenizer(make_dense(tmp_path / "qwen3", QWEN3))
+    dense = add_tokenizer(make_dense(tmp_path / "qwen3", QWEN3 | {"num_hidden_layers": 1}))
     dsquant.awq(
-        dense, output=tmp_path / "out", to="mlx", target_bits=6, group_size=64, samples=2, seq_len=16,
+        dense, output=tmp_path / "out", to="mlx", target_bits=6, group_size=64, steps="none", samples=2,
+        seq_len=16,
         calibration=text_file, evaluate=False, progress=False,
     )  # fmt: skip
     words = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]

@@ -60,7 +60,7 @@ def candidates(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """tiny-r1 as AWQ, F32, BF16 and Q4_K_M, without calibration where there is a choice."""
     out = tmp_path_factory.mktemp("candidates")
     options = {"evaluate": False, "progress": False}
-    dsquant.awq(tiny_r1, output=out / "AWQ", steps="clip", samples=2, seq_len=64, **options)
+    dsquant.awq(tiny_r1, output=out / "AWQ", steps="none", samples=2, seq_len=64, **options)
     for name in ("F32", "BF16", "Q4_K_M"):
         dsquant.gguf(tiny_r1, type=name, output=out / name, calibration="none", **options)
     original = open_original(str(tiny_r1))
@@ -160,8 +160,8 @@ def test_streaming_and_generation_round_alike(
         assert torch.allclose(model(tokens).logits, plain, atol=1e-3)
 
 
-def test_a_jobs_end_and_an_evaluation_say_the_same_of_a_file(nano_r1: Path, tmp_path: Path) -> None:
-    job = dsquant.gguf(nano_r1, type="Q8_0", output=tmp_path / "out", calibration="none", progress=False)
-    found = dsquant.evaluate(nano_r1, tmp_path / "out", texts=["code"], prompts="none", progress=False).candidates[0]
+def test_a_jobs_end_and_an_evaluation_say_the_same_of_a_file(narrow_r1: Path, tmp_path: Path) -> None:
+    job = dsquant.gguf(narrow_r1, type="Q8_0", output=tmp_path / "out", calibration="none", progress=False)
+    found = dsquant.evaluate(narrow_r1, tmp_path / "out", texts=["code"], prompts="none", progress=False).candidates[0]
     (ours,) = job.divergence.values()
     assert ours["code"].mean_kl == pytest.approx(found.texts["code"].mean_kl.estimate, rel=0.01)

@@ -4,12 +4,24 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from checkpoints import FP8, PICO_R1, add_tokenizer, r1_shapes, random_weights, save_checkpoint, stored
+from checkpoints import FP8, save_checkpoint
 from click.testing import CliRunner
+from layouts import (
+    CONFIG,
+    Tensors,
+    assert_same_tensors,
+    assert_same_weights,
+    awq,
+    complete,
+    fused,
+    renamed,
+    save,
+    save_wrapped,
+    small_tensors,
+)
 from safetensors.torch import load_file
 from streams import stream_logits
 
@@ -18,112 +30,6 @@ from dsquant.cli import main
 from dsquant.deployment.inspection import describe
 from dsquant.errors import InputError
 from dsquant.formats.checkpoints import open_checkpoint
-from dsquant.model.complete import check_complete
-from dsquant.model.skeleton import Skeleton
-
-CONFIG: dict[str, Any] = PICO_R1 | {
-    "hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 128, "moe_intermediate_size": 128,
-    "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
-    "q_lora_rank": 64, "kv_lora_rank": 64,
-}  # fmt: skip
-FAST: dict[str, Any] = {
-    "samples": 2, "seq_len": 32, "group_size": 64, "preset": "compact", "evaluate": False, "progress": False,
-}  # fmt: skip
-Tensors = dict[str, torch.Tensor]
-
-
-def small_tensors(fp8: bool = False, **changes: Any) -> Tensors:
-    return stored(random_weights(r1_shapes(CONFIG | changes)), fp8)
-
-
-def fused(tensors: Tensors) -> Tensors:
-    """Every layer's experts as transformers 5 keeps them: [E, 2I, H] and [E, H, I], and scales likewise."""
-    kept = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
-    for prefix, scales in {
-        (match[1], match[2] or "") for name in tensors if (match := re.match(r"(.*\.experts\.)0\..*weight(_.*)?", name))
-    }:
-
-        def parts(kind: str, prefix: str = prefix, scales: str = scales) -> torch.Tensor:
-            names = (f"{prefix}{expert}.{kind}_proj.weight{scales}" for expert in range(CONFIG["n_routed_experts"]))
-            return torch.stack([tensors[name] for name in names])
-
-        kept[f"{prefix}gate_up_proj{scales}"] = torch.cat([parts("gate"), parts("up")], dim=1)
-        kept[f"{prefix}down_proj{scales}"] = parts("down")
-    return kept
-
-
-def renamed(tensors: Tensors, *changes: tuple[str, str]) -> Tensors:
-    for pattern, replacement in changes:
-        tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
-    return tensors
-
-
-def save(folder: Path, tensors: Tensors, **changes: Any) -> Path:
-    return add_tokenizer(save_checkpoint(folder, CONFIG | changes, tensors, num_shards=2))
-
-
-def save_wrapped(folder: Path, tensors: Tensors, **changes: Any) -> Path:
-    """A checkpoint as one that also sees: its text model's config inside, and a vision tower beside."""
-    inner = {key: value for key, value in CONFIG.items() if key != "architectures"} | changes
-    config = {"architectures": ["SeeingForConditionalGeneration"], "model_type": "seeing", "text_config": inner}
-    seen = {"vision_tower.blocks.0.norm.weight": torch.ones(4), "model.projector.weight": torch.ones(4, 4)}
-    return add_tokenizer(save_checkpoint(folder, config, tensors | seen, num_shards=2))
-
-
-def assert_same_weights(found: Path, wanted: Path) -> None:
-    weights, others = open_checkpoint(found).weights, open_checkpoint(wanted).weights
-    assert set(weights) == set(others)
-    assert all(torch.equal(weights[name], others[name]) for name in others)
-
-
-def written_tensors(output: Path) -> Tensors:
-    return {name: tensor for file in sorted(output.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def assert_same_tensors(found: Path, wanted: Path) -> None:
-    tensors, others = written_tensors(found), written_tensors(wanted)
-    assert tensors.keys() == others.keys()
-    assert all(torch.equal(tensors[name], others[name]) for name in others)
-
-
-def awq(model: Path, text_file: Path, output: Path, **options: Any) -> Any:
-    return dsquant.awq(model, output=output, calibration=(str(text_file),), **FAST | options)
-
-
-def complete(folder: Path, mtp: str = "keep") -> tuple[int, tuple[str, ...]]:
-    """How many MTP layers a checkpoint is read with, and what is told of it."""
-    checkpoint = open_checkpoint(folder)
-    skeleton = Skeleton(checkpoint)
-    check_complete(checkpoint, skeleton, mtp)
-    return skeleton.num_mtp_layers, checkpoint.notes
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in a release's layout; tests leave it as it is."""
-    return save(tmp_path_factory.mktemp("layouts") / "plain", small_tensors())
-
-
-@pytest.fixture(scope="module")
-def quantized(plain: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its output."""
-    output = tmp_path_factory.mktemp("layouts") / "quantized"
-    awq(plain, text_file, output)
-    return output
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What transformers itself saves of one random model, which it announces with an MTP layer and saves without."""
-    import transformers
-
-    folder = tmp_path_factory.mktemp("transformers")
-    config = transformers.DeepseekV3Config(**{key: CONFIG[key] for key in CONFIG if key != "architectures"})
-    torch.manual_seed(3)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder / "plain")
-    model.save_pretrained(folder / "fused", save_original_format=False)
-    return {name: add_tokenizer(folder / name) for name in ("plain", "fused")}
 
 
 def test_what_transformers_saves_computes_what_transformers_computes(written: dict[str, Path]) -> None:
@@ -259,59 +165,6 @@ def test_what_transformers_saves_of_kimi_k25_is_read(tmp_path: Path) -> None:
         wanted = model.model.language_model.layers[1].mlp.experts
         assert torch.equal(weights["model.layers.1.mlp.experts.3.up_proj.weight"], wanted.gate_up_proj[3, 128:].float())
         assert torch.equal(weights["model.layers.1.mlp.experts.3.down_proj.weight"], wanted.down_proj[3].float())
-
-
-MTP_PREFIXES = ("mtp.", "mtp.0.", "mtp.layers.0.", "mtp.layers.2.", "model.mtp.layers.0.")
-
-
-@pytest.mark.parametrize("prefix", ["model.layers.2.", *MTP_PREFIXES])
-def test_an_mtp_layer_that_nobody_announces_is_one_all_the_same(prefix: str, plain: Path, tmp_path: Path) -> None:
-    tensors = renamed(small_tensors(), (r"^model\.layers\.2\.", prefix))
-    model = save(tmp_path / "model", tensors, num_nextn_predict_layers=0)
-    num_mtp_layers, (notice,) = complete(model)
-    assert num_mtp_layers == 1 and "announces no" in notice and "hold 1" in notice
-    assert open_checkpoint(model).config["num_nextn_predict_layers"] == 1
-    assert_same_weights(model, plain)
-
-
-def test_an_unannounced_mtp_layer_is_kept_as_the_announced_one(
-    quantized: Path, text_file: Path, tmp_path: Path
-) -> None:
-    tensors = renamed(fused(small_tensors()), (r"^model\.layers\.2\.", "mtp.layers.0."))
-    awq(save(tmp_path / "model", tensors, num_nextn_predict_layers=None), text_file, tmp_path / "out")
-    assert_same_tensors(tmp_path / "out", quantized)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 1
-
-
-def test_mtp_tensors_of_another_kind_are_refused_by_name_or_dropped_with_a_notice(
-    text_file: Path, tmp_path: Path
-) -> None:
-    tensors = small_tensors(num_nextn_predict_layers=0) | {"mtp.fc.weight": torch.ones(128, 256)}
-    model = save(tmp_path / "model", tensors, num_nextn_predict_layers=0)
-    with pytest.raises(InputError, match=r"mtp\.fc\.weight"):
-        awq(model, text_file, tmp_path / "out")
-    result = dsquant.gguf(
-        model, type="Q8_0", output=tmp_path / "gguf", calibration="none", evaluate=False, progress=False
-    )
-    assert any("layer is dropped" in warning for warning in result.warnings)
-
-
-@pytest.mark.parametrize("announced", [0, 1])
-@pytest.mark.parametrize("lost", ["eh_proj.weight", "mlp.experts.1.up_proj.weight"])
-def test_half_an_mtp_layer_is_to_be_downloaded_again_or_dropped(announced: int, lost: str, tmp_path: Path) -> None:
-    tensors = small_tensors()
-    del tensors[f"model.layers.2.{lost}"]
-    model = save(tmp_path / "model", tensors, num_nextn_predict_layers=announced)
-    with pytest.raises(InputError, match=rf"{re.escape(lost)}.* is missing.*download.* again.*--mtp drop"):
-        complete(model)
-    assert complete(model, mtp="drop")[0] == 1
-
-
-@pytest.mark.parametrize("mtp", ["keep", "drop"])
-def test_a_decoder_layer_is_no_mtp_layer_because_the_config_counts_one_layer_less(mtp: str, tmp_path: Path) -> None:
-    model = save(tmp_path / "model", small_tensors(), num_hidden_layers=1)
-    with pytest.raises(InputError, match=r"model\.layers\.1\..* is not part of"):
-        complete(model, mtp)
 
 
 def decoder_layer_more(tensors: Tensors) -> Tensors:

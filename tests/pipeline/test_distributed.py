@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import command, finish, launched, start, variables
-from shapes import SMALLEST
+from shapes import NARROW
 from small_jobs import contents
 
 from dsquant.cli import main
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("imported")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a dense layer, a mixture layer, and a layer for multi-token prediction."""
     folder = tmp_path_factory.mktemp("ranks") / "model"
-    return add_tokenizer(make_pico_r1(folder, outliers=True, **SMALLEST))
+    return add_tokenizer(make_pico_r1(folder, outliers=True, **NARROW))
 
 
 # Every linear is quantized, in both kinds of format.
@@ -166,7 +166,7 @@ def pair(model: tuple[Path, Path], text: Path, output: Path, *more: tuple[str, .
 
 
 def test_ranks_with_other_weights_are_refused_by_all_of_them(model: Path, text_file: Path, tmp_path: Path) -> None:
-    other = make_pico_r1(tmp_path / "model", outliers=True, seed=1, **SMALLEST)
+    other = make_pico_r1(tmp_path / "model", outliers=True, seed=1, **NARROW)
     ends = pair((model, add_tokenizer(other)), text_file, tmp_path / "out", (), ())
     for code, words in ends:
         assert code == 3 and "the model's tensors is not the same on rank 1" in words, ends
@@ -218,7 +218,7 @@ def test_a_rank_that_waits_for_the_others_can_be_stopped(model: Path, text_file:
 
 
 def test_what_ranks_exchange_is_planned_by_the_layers_that_are_quantized(model: Path, tmp_path: Path) -> None:
-    without_mtp = make_pico_r1(tmp_path / "model", outliers=True, num_nextn_predict_layers=0, **SMALLEST)
+    without_mtp = make_pico_r1(tmp_path / "model", outliers=True, num_nextn_predict_layers=0, **NARROW)
     planned = []
     for folder in (model, add_tokenizer(without_mtp)):
         recipe = Recipe.checked(

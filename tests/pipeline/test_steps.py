@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import QWEN2, add_tokenizer, make_dense, make_pico_r1
+from shapes import NARROW
 from small_jobs import FAST, contents
 
 import dsquant
@@ -47,9 +48,9 @@ def _experts_of(parameters: set[str]) -> set[tuple[int, int]]:
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_each_step_alone_makes_an_output_that_verifies(
-    nano_r1: Path, text_file: Path, tmp_path: Path, steps: str
+    narrow_r1: Path, text_file: Path, tmp_path: Path, steps: str
 ) -> None:
-    output = _run(nano_r1, text_file, tmp_path / "out", steps=steps)
+    output = _run(narrow_r1, text_file, tmp_path / "out", steps=steps)
     assert not dsquant.verify(output, progress=False).findings
     assert _record(output)["recipe"]["steps"] == [steps]
     assert f"preset compact, steps {steps}: " in (output / "README.md").read_text()
@@ -57,19 +58,19 @@ def test_each_step_alone_makes_an_output_that_verifies(
 
 @pytest.mark.parametrize("steps", ["scales,clip,gate-weights", "compensate,follow,descend"])
 def test_experts_without_any_token_are_quantized_all_the_same(
-    nano_r1: Path, text_file: Path, tmp_path: Path, steps: str
+    narrow_r1: Path, text_file: Path, tmp_path: Path, steps: str
 ) -> None:
-    output = _run(nano_r1, text_file, tmp_path / "out", steps=steps, samples=1, seq_len=8)
+    output = _run(narrow_r1, text_file, tmp_path / "out", steps=steps, samples=1, seq_len=8)
     assert 0 in _record(output)["layers"][1]["tokens_per_expert"]
     assert any("none were added" in warning for warning in _record(output)["warnings"])
     assert not dsquant.verify(output, progress=False).findings
 
 
 @pytest.mark.parametrize("to", ["awq", "compressed-tensors"])
-def test_no_steps_are_plain_rounding(nano_r1: Path, text_file: Path, tmp_path: Path, to: str) -> None:
-    output = _run(nano_r1, text_file, tmp_path / "out", steps="none", to=to)
+def test_no_steps_are_plain_rounding(narrow_r1: Path, text_file: Path, tmp_path: Path, to: str) -> None:
+    output = _run(narrow_r1, text_file, tmp_path / "out", steps="none", to=to)
     assert "preset compact, no steps: " in (output / "README.md").read_text()
-    original, found = open_checkpoint(nano_r1).weights, open_checkpoint(output).weights
+    original, found = open_checkpoint(narrow_r1).weights, open_checkpoint(output).weights
     grid, quantized = Grid(4, 64, to == "compressed-tensors"), _record(output)["outputs"][to]["weight_errors"]
     for name in original:
         rounded = name.removesuffix(".weight") in quantized
@@ -81,10 +82,10 @@ def test_no_steps_are_plain_rounding(nano_r1: Path, text_file: Path, tmp_path: P
     "preset", [pytest.param(name, marks=[pytest.mark.slow] * (name == "best")) for name in PRESET_STEPS]
 )
 def test_a_presets_steps_spelled_out_in_any_order_are_the_same_job(
-    nano_r1: Path, text_file: Path, tmp_path: Path, preset: str
+    narrow_r1: Path, text_file: Path, tmp_path: Path, preset: str
 ) -> None:
     outputs = [
-        _run(nano_r1, text_file, tmp_path / name, preset=preset, steps=steps)
+        _run(narrow_r1, text_file, tmp_path / name, preset=preset, steps=steps)
         for name, steps in (("default", None), ("spelled", list(reversed(PRESET_STEPS[preset]))))
     ]
     assert contents(outputs[0]) == contents(outputs[1])
@@ -92,7 +93,10 @@ def test_a_presets_steps_spelled_out_in_any_order_are_the_same_job(
 
 
 def test_topping_up_changes_starved_experts_only(text_file: Path, tmp_path: Path) -> None:
-    model, size = add_tokenizer(make_pico_r1(tmp_path / "model", num_hidden_layers=2)), {"samples": 24, "seq_len": 64}
+    model, size = (
+        add_tokenizer(make_pico_r1(tmp_path / "model", **NARROW | {"n_routed_experts": 8})),
+        {"samples": 24, "seq_len": 64},
+    )
     without, topped_up = (
         _run(model, text_file, tmp_path / steps, steps=steps, **size) for steps in ("clip", "clip,top-up")
     )
@@ -102,9 +106,9 @@ def test_topping_up_changes_starved_experts_only(text_file: Path, tmp_path: Path
     assert not any(layer["topped_up"] for layer in _record(without)["layers"])
 
 
-def test_gate_weights_change_routed_experts_only(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_gate_weights_change_routed_experts_only(narrow_r1: Path, text_file: Path, tmp_path: Path) -> None:
     alike, weighted = (
-        _run(nano_r1, text_file, tmp_path / steps, steps=steps) for steps in ("clip", "clip,gate-weights")
+        _run(narrow_r1, text_file, tmp_path / steps, steps=steps) for steps in ("clip", "clip,gate-weights")
     )
     assert _experts_of(_changed(alike, weighted))
 
@@ -161,10 +165,10 @@ def test_added_tokens_weigh_as_the_least_of_an_experts_own() -> None:
     ],
 )
 def test_steps_that_cannot_be_taken_are_refused(
-    nano_r1: Path, text_file: Path, tmp_path: Path, more: dict[str, Any], words: str
+    narrow_r1: Path, text_file: Path, tmp_path: Path, more: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UsageError, match=words):
-        _run(nano_r1, text_file, tmp_path / "out", **more)
+        _run(narrow_r1, text_file, tmp_path / "out", **more)
     assert not (tmp_path / "out").exists()
 
 
@@ -182,17 +186,17 @@ def test_a_dense_model_takes_all_steps_but_gate_weights(text_file: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_descent_without_following_serves_several_formats(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_descent_without_following_serves_several_formats(narrow_r1: Path, text_file: Path, tmp_path: Path) -> None:
     more = {"preset": "quality", "steps": "descend"}
-    both = _run(nano_r1, text_file, tmp_path / "both", to=["awq", "compressed-tensors"], **more)
-    one = _run(nano_r1, text_file, tmp_path / "one", **more)
+    both = _run(narrow_r1, text_file, tmp_path / "both", to=["awq", "compressed-tensors"], **more)
+    one = _run(narrow_r1, text_file, tmp_path / "one", **more)
     assert not _changed(both / "compressed-tensors", one)
 
 
-def test_widths_are_chosen_for_the_steps_of_the_job(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_widths_are_chosen_for_the_steps_of_the_job(narrow_r1: Path, text_file: Path, tmp_path: Path) -> None:
     errors = []
     for steps in ("none", "clip"):
-        output = _run(nano_r1, text_file, tmp_path / steps, steps=steps, target_bits=5.0)
+        output = _run(narrow_r1, text_file, tmp_path / steps, steps=steps, target_bits=5.0)
         assert not dsquant.verify(output, progress=False).findings
         errors.append(sum(group["errors"]["4"] for group in _record(output)["precision"].values()))
     assert errors[1] < errors[0]

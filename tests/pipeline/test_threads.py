@@ -41,8 +41,14 @@ def _bytes_of(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture of two layers with outlier channels."""
-    config = {"num_hidden_layers": 2, "num_nextn_predict_layers": 0, "n_routed_experts": 4, "n_group": 2}
+    """A mixture of one layer with outlier channels."""
+    config = {
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 0,
+        "num_nextn_predict_layers": 0,
+        "n_routed_experts": 4,
+        "n_group": 2,
+    }
     return add_tokenizer(make_pico_r1(tmp_path_factory.mktemp("mixture") / "model", outliers=True, **config))
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import QWEN2, add_tokenizer, full_model, make_dense, make_pico_r1
 from safetensors.torch import load_file
+from shapes import NARROW
 from small_jobs import FAST, arguments, contents
 
 import dsquant
@@ -24,14 +25,14 @@ from dsquant.pipeline.inputs import open_model
 from dsquant.pipeline.planning import plan_run
 from dsquant.recipes import Recipe
 
-SEARCHED: dict[str, Any] = {**FAST, "steps": None}
-COMPACT: dict[str, Any] = {**SEARCHED, "preset": "compact"}
+COMPACT: dict[str, Any] = {**FAST, "preset": "compact"}
 
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pico-r1 of three layers whose channels differ."""
-    return add_tokenizer(make_pico_r1(tmp_path_factory.mktemp("uneven") / "model", outliers=True, num_hidden_layers=3))
+    """A narrow R1 of three layers whose channels differ."""
+    folder = tmp_path_factory.mktemp("uneven") / "model"
+    return add_tokenizer(make_pico_r1(folder, outliers=True, **NARROW | {"num_hidden_layers": 3}))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_transformers_runs_a_dense_model_of_several_widths(dense: Path, text_fil
 
     result = dsquant.awq(
         dense, output=tmp_path / "out", to="compressed-tensors", target_bits=6.5, calibration=(str(text_file),),
-        symmetric=True, **SEARCHED,
+        symmetric=True, **FAST,
     )  # fmt: skip
     assert {4, 8} <= {entry["width"] for entry in result.precision.values()}
     tokens = torch.randint(0, 290, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -114,7 +115,7 @@ def test_more_bits_bring_the_model_nearer(dense: Path, text_file: Path, tmp_path
     for bits in (3.5, 5.0, 8.0):
         folder = tmp_path / str(bits)
         dsquant.awq(
-            dense, output=folder, to="compressed-tensors", target_bits=bits, calibration=(str(text_file),), **SEARCHED
+            dense, output=folder, to="compressed-tensors", target_bits=bits, calibration=(str(text_file),), **FAST
         )
         with torch.no_grad():
             wanted = full_model(dense, open_checkpoint(dense).weights)(tokens).logits
@@ -190,39 +191,39 @@ def test_killed_and_resumed_it_makes_the_same_bytes(dense: Path, text_file: Path
     ],
 )
 def test_what_cannot_be_met_is_refused_before_any_work(
-    pico_r1: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
+    narrow_r1: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     options = {"to": "compressed-tensors", "calibration": (str(text_file),), **COMPACT, **changes}
     with pytest.raises(UsageError, match=message):
-        dsquant.awq(pico_r1, output=tmp_path / "out", **options)
+        dsquant.awq(narrow_r1, output=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
 def test_each_of_several_formats_gets_the_widths_of_a_job_of_its_own(
-    pico_r1: Path, text_file: Path, tmp_path: Path
+    narrow_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
     options = {**COMPACT, "calibration": str(text_file), "target_bits": 6.0, "symmetric": True}
     formats = ("awq", "compressed-tensors")
-    together = dsquant.awq(pico_r1, output=tmp_path / "all", to=formats, **options)
+    together = dsquant.awq(narrow_r1, output=tmp_path / "all", to=formats, **options)
     widths = [{group: entry["width"] for group, entry in together.precision[name].items()} for name in formats]
     assert widths[0] != widths[1]  # of one grid: awq has no 8 bits
-    alone = dsquant.awq(pico_r1, output=tmp_path / "alone", to=formats[1], **options)
+    alone = dsquant.awq(narrow_r1, output=tmp_path / "alone", to=formats[1], **options)
     assert alone.precision == together.precision[formats[1]]
     for path in alone.output.glob("*.safetensors"):
         assert (together.folders[formats[1]] / path.name).read_bytes() == path.read_bytes()
     assert "| group | stored as |" in (together.folders["awq"] / "README.md").read_text()
 
 
-def test_a_target_that_is_not_used_up_is_told_of(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_target_that_is_not_used_up_is_told_of(narrow_r1: Path, text_file: Path, tmp_path: Path) -> None:
     options = {"calibration": str(text_file), **COMPACT, "preset": "quality", "target_bits": 5.5}
-    told = dsquant.awq(pico_r1, output=tmp_path / "out", to="awq", **options).warnings
+    told = dsquant.awq(narrow_r1, output=tmp_path / "out", to="awq", **options).warnings
     assert any(re.search(r"--target-bits 5.5: .* of .* no group .* compressed-tensors has 8 bits", one) for one in told)
 
 
 @pytest.mark.parametrize(("to", "option"), [("awq", "target_size"), ("compressed-tensors", "target_bits")])
-def test_both_ends_of_the_range_that_a_refusal_names_can_be_met(pico_r1: Path, to: str, option: str) -> None:
+def test_both_ends_of_the_range_that_a_refusal_names_can_be_met(narrow_r1: Path, to: str, option: str) -> None:
     def plan(target: float) -> None:
-        fields = {"model": str(pico_r1), "output": Path("out"), "to": (to,), "preset": "compact", "group_size": 64}
+        fields = {"model": str(narrow_r1), "output": Path("out"), "to": (to,), "preset": "compact", "group_size": 64}
         recipe = Recipe.checked(**fields, device="cpu", **{option: target})
         plan_run(recipe, *open_model(recipe.model))
 
@@ -234,10 +235,10 @@ def test_both_ends_of_the_range_that_a_refusal_names_can_be_met(pico_r1: Path, t
         plan(float(end))
 
 
-def test_three_bits_are_chosen_only_where_nothing_else_fits(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_three_bits_are_chosen_only_where_nothing_else_fits(narrow_r1: Path, text_file: Path, tmp_path: Path) -> None:
     from dsquant.pipeline import job as pipeline
 
-    fields = {"model": str(pico_r1), "to": ("compressed-tensors",), "preset": "compact", "group_size": 64}
+    fields = {"model": str(narrow_r1), "to": ("compressed-tensors",), "preset": "compact", "group_size": 64}
     texts = {"calibration": (str(text_file),), "samples": 4, "seq_len": 32}
     narrow, wide, uniform = (
         pipeline.preview(Recipe.checked(**fields, **texts, output=tmp_path / "out", **chosen))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import LLAMA, add_tokenizer, full_model, make_dense, make_pico_r1
 from gguf_files import CALIBRATED, decoded, tensors_of
-from shapes import SMALLEST
+from shapes import NARROW
 from small_jobs import contents
 
 import dsquant
@@ -26,7 +26,9 @@ from dsquant.recipes import gguf_recipe
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pico-r1 of two layers whose channels differ."""
-    return add_tokenizer(make_pico_r1(tmp_path_factory.mktemp("small") / "model", outliers=True, **SMALLEST))
+    return add_tokenizer(
+        make_pico_r1(tmp_path_factory.mktemp("small") / "model", outliers=True, **NARROW | {"hidden_size": 256})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +100,10 @@ def test_it_verifies_and_tells_the_types(chosen: Path, small: Path, text_file: P
 
 
 @pytest.mark.parametrize(
-    "target", [3.5, "900KiB", *(pytest.param(one, marks=pytest.mark.slow) for one in (4.5, 6.5, "600KiB"))]
+    "target", [3.5, "400KiB", *(pytest.param(one, marks=pytest.mark.slow) for one in (4.5, 6.5, "500KiB"))]
 )
 def test_targets_of_bits_and_size_are_met_closely(text_file: Path, tmp_path: Path, target: Any) -> None:
-    model = add_tokenizer(make_dense(tmp_path / "model", LLAMA), vocabulary=290)
+    model = add_tokenizer(make_dense(tmp_path / "model", LLAMA | {"num_hidden_layers": 1}), vocabulary=290)
     is_size = isinstance(target, str)
     convert(model, text_file, tmp_path / "out", **{"target_size" if is_size else "target_bits": target})
     tensors = tensors_of(tmp_path / "out")
@@ -114,7 +116,7 @@ def test_targets_of_bits_and_size_are_met_closely(text_file: Path, tmp_path: Pat
 
 
 def test_types_that_the_user_has_fixed_count_as_bits_of_the_decoder(text_file: Path, tmp_path: Path) -> None:
-    model = add_tokenizer(make_dense(tmp_path / "model", LLAMA), vocabulary=290)
+    model = add_tokenizer(make_dense(tmp_path / "model", LLAMA | {"num_hidden_layers": 1}), vocabulary=290)
     convert(model, text_file, tmp_path / "out", target_bits=5.5, tensor_types=["ffn_down=Q8_0"])
     decoder = {name: tensor for name, tensor in tensors_of(tmp_path / "out").items() if len(tensor.shape) > 1}
     assert {tensor.tensor_type.name for name, tensor in decoder.items() if "ffn_down" in name} == {"Q8_0"}
@@ -179,10 +181,11 @@ def test_more_bits_bring_the_model_nearer(small: Path, text_file: Path, tmp_path
 
 
 def test_a_job_stopped_while_measuring_or_later_makes_the_same_bytes(
-    small: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"target_bits": 4.5, "split_max_size": "200KiB", "scales": False}
-    convert(small, text_file, tmp_path / "whole", **options)
+    model = add_tokenizer(make_dense(tmp_path / "model", LLAMA | {"num_hidden_layers": 1}), vocabulary=290)
+    options = {"target_bits": 4.5, "split_max_size": "100KiB", "scales": False}
+    convert(model, text_file, tmp_path / "whole", **options)
 
     def stop(*_: Any) -> None:
         raise Interrupted("here")
@@ -190,12 +193,12 @@ def test_a_job_stopped_while_measuring_or_later_makes_the_same_bytes(
     for place in ("dsquant.precision.sensitivity.allocate", "dsquant.pipeline.units._run_layer"):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(place, stop)
-            convert(small, text_file, tmp_path / "out", resume=True, **options)
+            convert(model, text_file, tmp_path / "out", resume=True, **options)
     with monkeypatch.context() as patch:
         patch.setattr("dsquant.precision.sensitivity.measure_layer", stop)  # what was found is kept
-        convert(small, text_file, tmp_path / "out", resume=True, **options)
+        convert(model, text_file, tmp_path / "out", resume=True, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    convert(small, text_file, tmp_path / "out", restart=True, target_bits=6.5, scales=False)
+    convert(model, text_file, tmp_path / "out", restart=True, target_bits=6.5, scales=False)
     assert len(list((tmp_path / "out").glob("model-*.gguf"))) == 1
     assert not dsquant.verify(tmp_path / "out").findings
 

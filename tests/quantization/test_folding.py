@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import QWEN2, make_dense, make_pico_r1
-from shapes import SMALLEST
+from shapes import NARROW, SMALLEST
 from streams import stream_logits
 
 from dsquant.formats.checkpoints import open_checkpoint
@@ -67,11 +67,11 @@ def test_folding_leaves_tiny_r1_as_it_is(tiny_r1: Path) -> None:
 
 @pytest.mark.parametrize("outliers", [False, True], ids=["plain", "outliers in every norm"])
 def test_folding_leaves_a_ragged_random_r1_as_it_is(tmp_path: Path, outliers: bool) -> None:
-    check_folding(make_pico_r1(tmp_path / "model", outliers=outliers, num_hidden_layers=2), 64, 300)
+    check_folding(make_pico_r1(tmp_path / "model", outliers=outliers, **SMALLEST), 64, 300)
 
 
 def test_what_is_stored_beside_the_quantized_linears_routes_the_same_experts(tmp_path: Path) -> None:
-    check_folding(make_pico_r1(tmp_path / "model", outliers=True, num_hidden_layers=2), 64, 300, stored=True)
+    check_folding(make_pico_r1(tmp_path / "model", outliers=True, **NARROW), 64, 300, stored=True)
 
 
 def test_folding_leaves_shared_value_heads_and_biases_as_they_are(tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ def test_folding_leaves_shared_value_heads_and_biases_as_they_are(tmp_path: Path
 def test_a_queries_projection_without_a_bottleneck_is_folded_too(tmp_path: Path) -> None:
     from checkpoints import FP8, PICO_R1, r1_shapes, random_weights, save_checkpoint, stored
 
-    config = {**PICO_R1, **SMALLEST, "q_lora_rank": None, "quantization_config": FP8}
-    shapes = {name: shape for name, shape in r1_shapes({**PICO_R1, **SMALLEST}).items() if ".q_a" not in name}
+    config = {**PICO_R1, **NARROW, "q_lora_rank": None, "quantization_config": FP8}
+    shapes = {name: shape for name, shape in r1_shapes({**PICO_R1, **NARROW}).items() if ".q_a" not in name}
     for name in [name for name in shapes if name.endswith("q_b_proj.weight")]:
-        shapes[name.replace("q_b_proj", "q_proj")] = (shapes.pop(name)[0], PICO_R1["hidden_size"])
+        shapes[name.replace("q_b_proj", "q_proj")] = (shapes.pop(name)[0], config["hidden_size"])
     check_folding(save_checkpoint(tmp_path / "m", config, stored(random_weights(shapes), fp8=True)), 64, 300)

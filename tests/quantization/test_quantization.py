@@ -4,27 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_inputs import correlated, moments_of
 
 from dsquant.quantization.clip import clipped_weight
 from dsquant.quantization.scale import candidate_scales, foldable_scales, powers_of_two, scale_losses
-from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.schemes import Grid, fake_quantize, round_to_nearest
 
 GRIDS = [Grid(bits, size, symmetric) for bits in (3, 4, 8) for size in (32, 128) for symmetric in (True, False)]
-
-
-def moments_of(inputs: torch.Tensor, parts: int = 1) -> InputMoments:
-    statistics = InputStatistics(inputs.shape[1], seed=0)
-    for part in inputs.chunk(parts):
-        statistics.add(part)
-    return statistics.moments()
-
-
-def correlated(rows: int, columns: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
-    spread = torch.exp(torch.randn(columns, generator=generator))
-    return torch.randn(rows, columns, generator=generator) @ mixing * spread
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(256, 900), (2304, 700)], ids=["gram matrix", "tokens themselves"])

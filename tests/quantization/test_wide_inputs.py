@@ -148,7 +148,9 @@ def test_a_wide_dense_model_chooses_widths_by_compensated_errors(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: int
 ) -> None:
     monkeypatch.setattr(statistics, "WIDEST_GRAM", min(hidden - 1, statistics.WIDEST_GRAM))
-    model = add_tokenizer(make_dense(tmp_path / "model", {**QWEN2, "hidden_size": hidden, "vocab_size": 320}))
+    model = add_tokenizer(
+        make_dense(tmp_path / "model", {**QWEN2, "num_hidden_layers": 1, "hidden_size": hidden, "vocab_size": 320})
+    )
     errors = {}
     for kind in ("compensated", "clipped"):
         if kind == "clipped":

@@ -46,22 +46,22 @@ def test_a_peak_of_memory_does_not_begin_with_that_of_the_process_that_started_t
     assert told < len(ballast) / 4
 
 
-def test_a_jobs_textfile_tells_all_there_is_to_tell(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_jobs_textfile_tells_all_there_is_to_tell(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "dsquant.prom"
     dsquant.awq(
-        pico_r1, output=tmp_path / "out", calibration=(str(text_file),), samples=6, seq_len=32, group_size=64,
+        nano_r1, output=tmp_path / "out", calibration=(str(text_file),), samples=6, seq_len=32, group_size=64,
         evaluate=False, progress=False, metrics_file=file,
     )  # fmt: skip
     found = samples(file)
     assert found["dsquant_running",] == 0
-    assert found["dsquant_layers_done",] == found["dsquant_layers",] == 8
-    assert found["dsquant_tensors_done",] == found["dsquant_tensors",] > 100
-    assert found["dsquant_tokens_total",] == 5 * 6 * 32
+    assert found["dsquant_layers_done",] == found["dsquant_layers",] == 5
+    assert found["dsquant_tensors_done",] == found["dsquant_tensors",] > 50
+    assert found["dsquant_tokens_total",] == 2 * 6 * 32
     assert found["dsquant_read_bytes_total",] > found["dsquant_written_bytes_total",] > 1e6
     assert found["dsquant_stage_seconds_total", "quantize"] > 0
     assert found["dsquant_stage_done_ratio", "hash"] == 1
     assert 0 < found["dsquant_loss_after_ratio", "0", "1", "mlp"] <= found["dsquant_loss_before_ratio", "0", "1", "mlp"]
-    assert 0 < found["dsquant_experts_undercovered",] <= found["dsquant_experts",] == 4 * 8
+    assert 0 < found["dsquant_experts_undercovered",] <= found["dsquant_experts",] == 4
     assert found["dsquant_memory_used_bytes", "host"] < found["dsquant_memory_budget_bytes", "host"]
     assert found["dsquant_disk_needed_bytes",] == 0 < found["dsquant_disk_free_bytes",]
     assert abs(time.time() - found["dsquant_last_success_timestamp_seconds",]) < 600
@@ -191,12 +191,12 @@ def query(port: int, expression: str) -> list[float]:
     return [float(found["value"][1]) for found in answer["data"]["result"]]
 
 
-def test_a_recipes_run_tells_its_gates(pico_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_recipes_run_tells_its_gates(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = {
-        "model": str(pico_r1),
+        "model": str(nano_r1),
         "output": str(tmp_path / "out"),
         "calibration": {"texts": [str(text_file)], "samples": 4, "seq_len": 32},
-        "quantize": [{"name": "awq", "to": ["awq"], "group_size": 64}],
+        "quantize": [{"name": "awq", "to": ["awq"], "steps": "none", "group_size": 64}],
         "evaluate": {"texts": [str(text_file)], "samples": 4, "seq_len": 32},
         "gates": {"gates": [{"metric": "mean_kl", "at_most": 1e-9}]},
     }

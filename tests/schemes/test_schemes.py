@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
+from ggml_rows import KINDS, awkward_rows, weights
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_k_quants import KINDS, awkward_rows, weights
-from test_quantization import correlated, moments_of
+from linear_inputs import correlated, moments_of
 
 from dsquant.formats.gguf.block_bytes import packed
 from dsquant.kernels import ggml
