@@ -42,7 +42,7 @@ def text_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     key = next((key for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
     if key is None or architecture_of(config) in FAMILIES:
-        return dict(config)
+        return _renamed(config)
     inner = config[key]
     architecture, model_type = architecture_of(inner), inner.get("model_type")
     if architecture not in FAMILIES:
@@ -53,7 +53,14 @@ def text_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise InputError(f"{folder / CONFIG_FILE}: {key} lacks {', '.join(missing)}; write there what the model has")
     shared = {name: config[name] for name in SHARED_KEYS if name in config}
-    return {**shared, **inner, "architectures": [architecture]}
+    return _renamed({**shared, **inner, "architectures": [architecture]})
+
+
+def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config with a release's names for what transformers 5 writes under others."""
+    family = FAMILIES.get(architecture_of(config))
+    names = {other: name for other, name in family.renamed.items() if name not in config} if family else {}
+    return {names.get(key, key): value for key, value in config.items()}
 
 
 @dataclass(frozen=True)

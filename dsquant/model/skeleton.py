@@ -188,8 +188,9 @@ def _check_values(checkpoint: Checkpoint) -> None:
 
 
 def network_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Brings a config.json into the current form of transformers, defaults filled in."""
+    """Brings a config.json into the current form of transformers, defaults filled in, under a release's names."""
     found = dict(_hf_config(family, config).to_dict())
+    found |= {name: found[other] for other, name in family.renamed.items() if other in found}
     head_dim = found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"]
     return found | {"head_dim": head_dim}
 

@@ -23,6 +23,18 @@ def test_what_is_particular_to_an_architecture_stands_in_families_alone() -> Non
     assert not found
 
 
+def test_readmes_table_of_architectures_is_what_the_families_say() -> None:
+    rows = [
+        f"| {family.releases} | `{family.architecture}` | {'`quality`, ' if family.mixture else ''}`compact`, `best` "
+        f"| `{family.gguf.architecture}` |"
+        for family in sorted(FAMILIES.values(), key=lambda family: family.mixture is None)
+    ]
+    table = "\n".join(
+        ["| models | `architectures` in config.json | presets | in GGUF |", "|---|---|---|---|", *rows, ""]
+    )
+    assert table in PACKAGE.with_name("README.md").read_text(), f"README should have\n{table}"
+
+
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.gguf.architecture)
 def test_gguf_py_knows_every_tensor_of_a_family(family: Family) -> None:
     facts = family.gguf

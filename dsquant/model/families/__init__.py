@@ -9,6 +9,7 @@ from dsquant.model.families.deepseek_v3 import DEEPSEEK_V3
 from dsquant.model.families.family import Family, Sizes
 from dsquant.model.families.glm4_moe import GLM4_MOE
 from dsquant.model.families.llama import LLAMA, QWEN2, QWEN3
+from dsquant.model.families.qwen3_moe import QWEN3_MOE
 
 # What other architectures' configs state and none of these networks has, with the values that change nothing.
 FOREIGN: dict[str, tuple[Any, ...]] = {
@@ -20,7 +21,7 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 FULL_ATTENTION = {"full_attention"}
 
-FAMILIES = {family.architecture: family for family in (DEEPSEEK_V3, GLM4_MOE, LLAMA, QWEN2, QWEN3)}
+FAMILIES = {family.architecture: family for family in (DEEPSEEK_V3, GLM4_MOE, LLAMA, QWEN2, QWEN3, QWEN3_MOE)}
 # By `general.architecture` of a GGUF file.
 GGUF_FAMILIES = {family.gguf.architecture: family for family in FAMILIES.values()}
 

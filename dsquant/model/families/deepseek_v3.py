@@ -78,6 +78,7 @@ def _gguf_problems(config: Config) -> Iterator[str]:
 
 DEEPSEEK_V3 = Family(
     architecture="DeepseekV3ForCausalLM",
+    releases="DeepSeek-V3, R1, R1-0528, V3-0324, V3.1 (FP8, also ue8m0 scales; or BF16), Moonlight, Kimi-K2",
     config_class="DeepseekV3Config",
     model_types=("deepseek_v3", "kimi_k2"),
     layer=decoder_layer,

@@ -118,6 +118,8 @@ class Family:
     """An architecture that dsquant knows."""
 
     architecture: str
+    releases: str
+    """The models that have it, as README's table names them."""
     config_class: str
     """Name of the configuration class in transformers."""
     model_types: tuple[str, ...]
@@ -138,6 +140,8 @@ class Family:
     """Keys that mean something here and are refused in configs of other families (`FOREIGN`)."""
     stated: Mapping[str, Any] = field(default_factory=dict)
     """What engines read of a config and releases may leave out, with the only value that is supported."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Keys of configs that transformers 5 has written -> what releases call them."""
     network_keys: tuple[str, ...] = ()
     """What its configs say about the network's function beside what those of all architectures do."""
     fused_experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -47,6 +47,7 @@ def _gguf_config(key: ReadKey, tensors: Collection[str]) -> dict[str, Any]:
 
 GLM4_MOE = Family(
     architecture="Glm4MoeForCausalLM",
+    releases="GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7",
     config_class="Glm4MoeConfig",
     model_types=("glm4_moe",),
     layer=decoder_layer,

@@ -41,9 +41,10 @@ def _gguf(architecture: str, modules: Mapping[str, str] = gqa.NAMES, **more: Any
     return GgufFacts(architecture, modules, gqa.keys, gqa.config_of, **{"biases": gqa.PROJECTIONS} | more)
 
 
-def _family(name: str, gguf: GgufFacts, refuse: Callable[[Config], str | None] = _refuse) -> Family:
+def _family(name: str, releases: str, gguf: GgufFacts, refuse: Callable[[Config], str | None] = _refuse) -> Family:
     return Family(
         architecture=f"{name}ForCausalLM",
+        releases=releases,
         config_class=f"{name}Config",
         model_types=(name.lower(),),
         layer=decoder_layer,
@@ -55,6 +56,7 @@ def _family(name: str, gguf: GgufFacts, refuse: Callable[[Config], str | None] =
 
 LLAMA = _family(
     "Llama",
+    "R1-Distill-Llama, other dense Llamas",
     _gguf(
         "llama",
         biases=(*gqa.PROJECTIONS, "self_attn.o_proj"),
@@ -63,5 +65,5 @@ LLAMA = _family(
     ),
     _refuse_llama,
 )
-QWEN2 = _family("Qwen2", _gguf("qwen2", problems=_qwen2_problems))
-QWEN3 = _family("Qwen3", _gguf("qwen3", gqa.NAMES | gqa.HEAD_NORM_NAMES))
+QWEN2 = _family("Qwen2", "R1-Distill-Qwen, Qwen2.5", _gguf("qwen2", problems=_qwen2_problems))
+QWEN3 = _family("Qwen3", "R1-0528-Qwen3-8B, dense Qwen3", _gguf("qwen3", gqa.NAMES | gqa.HEAD_NORM_NAMES))

@@ -96,11 +96,21 @@ def _named(names: MixtureKeys) -> dict[str, str]:
     return {key: name for field, key in _NUMBERS.items() if (name := getattr(names, field))}
 
 
+def numbers(config: Config, names: MixtureKeys) -> dict[str, Any]:
+    """The numbers of experts and their width in a GGUF file: all that a mixture without DeepSeek's routing needs."""
+    return {key: config[name] for key, name in _named(names).items()}
+
+
+def numbers_of(key: ReadKey, names: MixtureKeys) -> dict[str, Any]:
+    """The reverse of `numbers`: config.json's entries."""
+    return {name: key(stored) for stored, name in _named(names).items()}
+
+
 def mixture_keys(config: Config, names: MixtureKeys = DEEPSEEK) -> dict[str, Any]:
     """The mixtures' numbers in a GGUF file."""
     from gguf import ExpertGatingFuncType
 
-    found = {key: config[name] for key, name in _named(names).items()} | {
+    found = numbers(config, names) | {
         "expert_weights_scale": float(config["routed_scaling_factor"]),
         "expert_weights_norm": bool(config["norm_topk_prob"]),
         "expert_gating_func": int(ExpertGatingFuncType.SIGMOID),
@@ -114,7 +124,7 @@ def mixture_config(key: ReadKey, names: MixtureKeys = DEEPSEEK) -> dict[str, Any
     """config.json's entries for mixtures, from a GGUF file's numbers; without groups llama.cpp chooses from all
     experts.
     """
-    return {name: key(stored) for stored, name in _named(names).items()} | {
+    return numbers_of(key, names) | {
         "routed_scaling_factor": key("expert_weights_scale", 1.0),
         "norm_topk_prob": bool(key("expert_weights_norm", False)),
         "n_group": key("expert_group_count", 1),
@@ -139,10 +149,15 @@ def scoring(key: ReadKey, unstated: str) -> Any:
     return words.get(number, number)
 
 
-def mixture_problems(config: Config, names: MixtureKeys = DEEPSEEK) -> Iterator[str]:
-    """Numbers of mixtures that llama.cpp does not load or takes for others, in words."""
+def count_problems(config: Config, names: MixtureKeys) -> Iterator[str]:
+    """Numbers of experts that llama.cpp does not load, in words."""
     experts = config[names.num_experts]
     if experts > LARGEST_EXPERTS:
         yield f"{names.num_experts} {experts}: llama.cpp loads up to {LARGEST_EXPERTS}"
+
+
+def mixture_problems(config: Config, names: MixtureKeys = DEEPSEEK) -> Iterator[str]:
+    """Numbers of mixtures that llama.cpp does not load or takes for others, in words."""
+    yield from count_problems(config, names)
     if config["routed_scaling_factor"] == 0:
         yield "routed_scaling_factor 0: llama.cpp takes it for 1"

@@ -1,0 +1,114 @@
+"""Each family: its forward is transformers', folding changes nothing, every format is made and read back."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, Architecture
+from checkpoints import add_tokenizer
+from gguf_files import PLAIN
+from llama_cpp import every_position
+from random_models import make_random, random_module, shapes_of, whole_logits
+from streams import stream_logits
+
+import dsquant
+from dsquant.errors import InputError
+from dsquant.evaluation.opening import open_candidate, open_original
+from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.model.families import family_of
+from dsquant.model.overlays import Fold, FoldedWeights, fold_of
+from dsquant.model.skeleton import Skeleton
+
+TOKENS_NT = torch.randint(6, 280, (2, 48), generator=torch.Generator().manual_seed(3))
+EVERY = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+EVERY_VARIANT = pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [(one, changes) for one in ARCHITECTURES.values() for changes in ({}, *one.variants.values())],
+    ids=[f"{name}: {variant}" for name, one in ARCHITECTURES.items() for variant in ("plain", *one.variants)],
+)
+# Activations rounded to 8 bits beside GGUF's types lead some tokens of a random network to other experts.
+WITHIN = {"awq": 0.15, "compressed-tensors": 0.15, "gguf:Q8_0": 0.03}
+
+
+def divergence(logits_NTV: torch.Tensor, candidate_NTV: torch.Tensor) -> float:
+    """Mean KL divergence of log-probabilities from those of logits."""
+    original_NTV = logits_NTV.double().log_softmax(-1)
+    return float((original_NTV.exp() * (original_NTV - candidate_NTV)).sum(-1).mean())
+
+
+@EVERY_VARIANT
+def test_the_streamed_forward_is_transformers_and_folding_leaves_it(
+    architecture: Architecture, changes: dict[str, object], tmp_path: Path
+) -> None:
+    folder = make_random(tmp_path / "model", architecture.config, **changes)
+    checkpoint = open_checkpoint(folder)
+    skeleton, weights = Skeleton(checkpoint), checkpoint.weights
+    wanted = whole_logits(folder, TOKENS_NT)
+    found, experts = stream_logits(folder, weights, TOKENS_NT, 1, skeleton)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    fold, generator = Fold(), torch.Generator().manual_seed(5)
+    for group in (group for layer in skeleton.layers for group in layer.scale_groups):
+        width = weights.shape(f"{group.consumers[0]}.weight")[1]
+        scales_I = 2.0 ** torch.randint(-3, 4, (width,), generator=generator)
+        fold.update(fold_of(weights, group, shared_scales(scales_I, group.producer_rows)))
+    folded, same_experts = stream_logits(folder, FoldedWeights(weights, fold), TOKENS_NT, 1, skeleton)
+    assert float((folded - found).norm() / found.norm()) < 1e-6
+    assert all(torch.equal(one, other) for one, other in zip(experts, same_experts, strict=True))
+
+
+def shared_scales(scales_I: torch.Tensor, rows: tuple[int, ...] | None) -> torch.Tensor:
+    """The scales, one for all columns that a row of the producer feeds."""
+    if rows is None:
+        return scales_I
+    first = {row: column for column, row in reversed(list(enumerate(rows)))}
+    return scales_I[[first[row] for row in rows]]
+
+
+@EVERY
+def test_its_network_has_exactly_the_tensors_of_a_release(architecture: Architecture, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_random(tmp_path / "model", architecture.config))
+    assert Skeleton(checkpoint).expected_shapes() == shapes_of(checkpoint.config)
+
+
+@EVERY
+def test_what_transformers_saves_is_read_too(architecture: Architecture, tmp_path: Path) -> None:
+    model = random_module(architecture.config)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = model(TOKENS_NT).logits
+    found, _ = stream_logits(tmp_path, open_checkpoint(tmp_path).weights, TOKENS_NT, 1)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
+@EVERY
+def test_every_format_is_made_verified_and_read_back(
+    architecture: Architecture, tmp_path: Path, text_file: Path
+) -> None:
+    model = add_tokenizer(make_random(tmp_path / "model", architecture.config), vocabulary=280)
+    options = {"samples": 8, "seq_len": 32, "group_size": 32, "steps": "scales", "evaluate": False, "progress": False}
+    result = dsquant.awq(model, to=list(WITHIN), output=tmp_path / "out", mtp="quantize", preset="compact", **options)
+    assert dsquant.verify(tmp_path / "out", source=model, progress=False).ok
+    measured = {"texts": [text_file], "seq_len": 32, "samples": 2, "prompts": "none", "progress": False}
+    candidates = dsquant.evaluate(model, *result.folders.values(), **measured).candidates
+    for name, candidate in zip(WITHIN, candidates, strict=True):
+        assert 0 < candidate.texts["text.txt"].mean_kl.estimate < WITHIN[name], name
+        assert not any("router" in finding for finding in candidate.findings)
+
+
+@EVERY
+def test_llama_cpp_computes_what_transformers_does(architecture: Architecture, tmp_path: Path) -> None:
+    model = add_tokenizer(make_random(tmp_path / "model", architecture.config), vocabulary=280)
+    (file,) = dsquant.gguf(model, type="F32", output=tmp_path / "out", mtp="keep", **PLAIN).folders.values()
+    assert divergence(whole_logits(model, TOKENS_NT), every_position(file, TOKENS_NT)) < 1e-6
+    open_candidate(str(model), open_original(str(file)))  # a file alone, from its keys, is the same network
+
+
+REFUSED = [(one, changes, message) for one in ARCHITECTURES.values() for changes, message in one.refused]
+
+
+@pytest.mark.parametrize(("architecture", "changes", "message"), REFUSED, ids=[message for _, _, message in REFUSED])
+def test_what_no_release_has_is_refused_by_name(
+    architecture: Architecture, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        family_of(Path("model"), architecture.config | changes)

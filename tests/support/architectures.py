@@ -1,0 +1,41 @@
+"""Architectures as the smallest models that have all their parts: one entry a family, and what it refuses."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoints import DENSE
+
+# Dimensions that K-quants' rows of 256 do not fit: jobs fall back to Q8_0 and its like, as llama.cpp's own do.
+NARROW = DENSE | {
+    "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 64, "num_experts_per_tok": 2,
+    "norm_topk_prob": True, "attention_bias": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family's smallest model."""
+
+    config: dict[str, Any]
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Changes of the config that other releases have, by name."""
+    refused: tuple[tuple[dict[str, Any], str], ...] = ()
+    """Changes of the config, and what their error says."""
+
+
+QWEN3_MOE = Architecture(
+    NARROW | {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "use_sliding_window": False,
+    },
+    {"shares that sum to less than 1": {"norm_topk_prob": False}},
+    (
+        ({"norm_topk_prob": None}, "lacks norm_topk_prob"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers \[0\]"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
+        ({"num_experts_per_tok": 5}, "5 of 4 experts cannot be chosen"),
+        ({"use_sliding_window": True}, "sliding-window"),
+    ),
+)  # fmt: skip
+
+ARCHITECTURES = {"Qwen3 MoE": QWEN3_MOE}
