@@ -171,7 +171,8 @@ class Lockstep:
         if layer.router is not None:
             moments[layer.router.removesuffix(".weight")] = self._router_moments()
         comparisons = []
-        for lane in self.candidates.values():
+        for name, lane in self.candidates.items():
+            self.safe_point(layer.index, self.skeleton.num_layers, f"{layer.prefix} of {name}")
             for sample in range(lane.num_own):
                 lane.inputs.set_samples(lane.num_own + sample, self.original.inputs.samples(sample, sample + 1))
             candidate = ResidentWeights(lane.weights)

@@ -76,12 +76,13 @@ def _rates(step: Step, elapsed_s: float) -> str:
 
 
 def _short_name(name: str) -> str:
-    """Returns `layer 3 expert 17` for `model.layers.3.mlp.experts.17`."""
-    parts = name.removeprefix("model.layers.").split(".")
+    """Returns `layer 3 expert 17` for `model.layers.3.mlp.experts.17`, and keeps the model that ` of` names."""
+    module, of, model = name.partition(" of ")
+    parts = module.removeprefix("model.layers.").split(".")
     if not name.startswith("model.layers.") or not parts[0].isdigit():
         return name
     expert = f" expert {parts[3]}" if "experts" in parts[:3] and len(parts) > 3 else ""
-    return f"layer {parts[0]}{expert}"
+    return f"layer {parts[0]}{expert}{of}{model}"
 
 
 def print_result(result: Shown, console: Console | None = None) -> None:

@@ -157,8 +157,10 @@ def test_one_pass_reads_every_tensor_once_for_all_texts_and_scores_as_separate_p
     tokens = {text: held_out_tokens(text, tokenizer, 96, 2) for text in ("code", "wiki")}
     original = CountedWeights(checkpoint.weights)
     together = torch.cat(list(tokens.values()))
-    lockstep = Lockstep(ComparedModels(skeleton, original, {"c": candidate}, 2), together, None)
-    noise, found = lockstep.run()
+    told: list[str] = []
+    models = ComparedModels(skeleton, original, {"c": candidate}, 2)
+    noise, found = Lockstep(models, together, None, lambda done, total, what: told.append(what)).run()
+    assert told[:2] == ["model.layers.0", "model.layers.0 of c"]  # as progress shows them
     linears = {f"{name}.weight" for layer in skeleton.layers[: skeleton.num_layers] for name in layer.linears}
     names = (*linears, "lm_head.weight", "model.embed_tokens.weight")
     assert {name: original.reads[name, 0] for name in names} == dict.fromkeys(names, 1)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dsquant.evaluation.intervals import Interval
 from dsquant.evaluation.report.charts import Series, axis_of, line_chart, scatter_chart
-from dsquant.evaluation.report.figures import short_name
+from dsquant.evaluation.report.figures import short_name, size_against_drift
 from dsquant.evaluation.report.markdown import markdown
 from dsquant.evaluation.report.page import page
 from dsquant.evaluation.report.report_files import write_reports
@@ -71,6 +71,7 @@ def test_the_page_is_well_formed_loads_nothing_and_shows_the_verdict_first() -> 
     assert "prefers-color-scheme: dark" in html
     for svg in re.findall(r"<svg.*?</svg>", html, flags=re.S):
         ET.fromstring(svg)
+    assert words.index("awq is as near to the original as 4-bit weights usually are") < words.index("At a glance")
     for heading in ("KL by layer", "Router overlap", "KL by position, code", "Worst tensors, awq", "Mean KL"):
         assert heading in words
 
@@ -90,6 +91,22 @@ def test_a_single_candidate_without_gates_is_shown_too(drift: bool) -> None:
     outline(html)
     assert '<div class="verdict' not in html and "Verdict" not in text
     assert ("CodeBLEU" in html) == ("CodeBLEU" in text) == drift
+
+
+def test_the_original_stands_in_the_scatter_plots_and_a_single_candidate_makes_none() -> None:
+    several, single = (size_against_drift(evaluation(*some)) for some in (SEVERAL.candidates, SEVERAL.candidates[:1]))
+    assert [figure.title for figure in several] == ["Mean KL", "Generated code"] and single == []
+    assert all(figure.svg.count("<circle") == 4 and '"dot original"' in figure.svg for figure in several)
+    assert "log scale" in several[0].svg  # though the original's KL is 0
+
+
+def test_the_terminal_has_one_table_for_all_candidates_and_no_words_that_need_a_glossary() -> None:
+    printed = str(SEVERAL)
+    assert printed.count("On each text") == 1 and printed.count("original  ") >= 2
+    assert "no gates" not in printed and re.search(r"compact +-?\+?[\d.]+", printed)
+    told = printed + page(SEVERAL) + markdown(SEVERAL)
+    assert not re.search(r"\bgold\b|Δp|BLEU lost", told)
+    assert "-0.8 [-0.8, -0.7]" in printed
 
 
 def test_numbers_that_are_none_break_no_report(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Draws charts as inline SVG with the page's CSS variables, so that light and dark both look right.
 
-Colours are classes: `s0` .. `s7` for series, everything else is `axis`, `grid` and text. Numbers that are not finite
-are left out. A chart with nothing to draw is empty.
+Colours are classes: `s0` .. `s7` for series, `original` for what is no candidate; everything else is
+`axis`, `grid` and text. Numbers that are not finite are left out. A chart with nothing to draw is empty.
 """
 
 import math
@@ -13,6 +13,8 @@ from dsquant.escaping import html
 WIDTH, HEIGHT = 640, 280
 LEFT, RIGHT, TOP, BOTTOM = 74, 16, 14, 42
 NUM_COLOURS = 8
+ORIGINAL = -1
+"""The colour of what is no candidate."""
 LABEL_HEIGHT = 15
 
 
@@ -24,6 +26,11 @@ class Series:
     points: tuple[tuple[float, float], ...]
     colour: int
     dashed: bool = False
+
+    @property
+    def style(self) -> str:
+        """The class of its colour."""
+        return "original" if self.colour == ORIGINAL else f"s{self.colour % NUM_COLOURS}"
 
     @property
     def finite(self) -> list[tuple[float, float]]:
@@ -105,30 +112,34 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, shares: boo
         places = [(x_axis.place(x), y_axis.place(y)) for x, y in one.finite]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         dashed = " dashed" if one.dashed else ""
-        parts.append(f'<polyline class="line s{one.colour % NUM_COLOURS}{dashed}" points="{path}"/>')
+        parts.append(f'<polyline class="line {one.style}{dashed}" points="{path}"/>')
         for (x, y), (px, py) in zip(one.finite, places, strict=True):
             words = html(f"{one.name}, {x_label} {number(x)}: {write(y)}")
-            dot = f'<circle class="dot s{one.colour % NUM_COLOURS}" cx="{px:.1f}" cy="{py:.1f}" r="3">'
+            dot = f'<circle class="dot {one.style}" cx="{px:.1f}" cy="{py:.1f}" r="3">'
             parts.append(f"{dot}<title>{words}</title></circle>")
     return _svg(parts, HEIGHT, f"{y_label} by {x_label}")
 
 
 def scatter_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
-    """Draws named points: the first point of each series."""
+    """Draws named points: the first point of each series. On a logarithmic axis what is 0 stands at the bottom."""
     points = [(one, one.finite[0]) for one in series if one.finite]
     if not points:
         return ""
-    y_axis = axis_of([y for _, (_, y) in points], HEIGHT - BOTTOM, TOP + 10, from_zero=True)
+    ys = [y for _, (_, y) in points]
+    positive = [y for y in ys if y > 0]
+    spread = bool(positive) and max(positive) > 10 * min(positive)
+    y_axis = axis_of(positive if spread else ys, HEIGHT - BOTTOM, TOP + 10, from_zero=True)
     xs = [x for _, (x, _) in points]
     room = max((max(xs) - min(xs)) * 0.15, max(xs) * 0.1) or 1.0
     x_axis = Axis(max(0.0, min(xs) - room), max(xs) + room, LEFT, WIDTH - RIGHT)
     parts = _frame(x_axis, y_axis, number, x_label, y_label)
     taken: list[tuple[float, float, float]] = []
     for one, (x, y) in sorted(points, key=lambda pair: pair[1][1]):
-        px, py = x_axis.place(x), y_axis.place(y)
-        colour = f"s{one.colour % NUM_COLOURS}"
+        px, py = x_axis.place(x), y_axis.place(max(y, y_axis.low))
         words = html(f"{one.name}: {number(x)}, {number(y)}")
-        parts.append(f'<circle class="dot {colour}" cx="{px:.1f}" cy="{py:.1f}" r="6"><title>{words}</title></circle>')
+        parts.append(
+            f'<circle class="dot {one.style}" cx="{px:.1f}" cy="{py:.1f}" r="6"><title>{words}</title></circle>'
+        )
         width, left = 6.8 * len(one.name), px > WIDTH * 0.62
         start = px - 11 - width if left else px + 11
         label = _free_place(taken, start, start + width, py + 4)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dsquant.evaluation.report.charts import Series, bar_chart, line_chart, scatter_chart
+from dsquant.evaluation.report.charts import ORIGINAL, Series, bar_chart, line_chart, scatter_chart
 
 if TYPE_CHECKING:
     from dsquant.evaluation.results import Candidate, Evaluation, LayerScores
@@ -24,25 +24,36 @@ class Figure:
 
 
 def size_against_drift(evaluation: "Evaluation") -> list[Figure]:
-    """Draws the candidates' sizes against their KL and their code BLEU."""
+    """Draws the sizes of original and candidates against their KL and their code BLEU.
+
+    A single candidate makes no chart: the summary's row says as much.
+    """
+    if len(evaluation.candidates) < 2:
+        return []
     unit, divisor = _unit(evaluation)
-    series = [
-        Series(one.name, ((one.size_bytes / divisor, one.mean_kl),), number)
-        for number, one in enumerate(evaluation.candidates)
+
+    def chart(y_label: str, of_original: float, measure: Callable[["Candidate"], float | None]) -> str:
+        size = evaluation.reference.size_bytes / divisor
+        series = [Series("original", ((size, of_original),), ORIGINAL)]
+        for number, one in enumerate(evaluation.candidates):
+            if (found := measure(one)) is not None:
+                series.append(Series(one.name, ((one.size_bytes / divisor, found),), number))
+        return scatter_chart(series, f"size, {unit}", y_label) if len(series) > 1 else ""
+
+    figures = [
+        Figure("Mean KL", "Lower left is better.", chart("mean KL, nats a token", 0.0, lambda one: one.mean_kl)),
+        Figure(
+            "Generated code",
+            "How much of the original's completions the candidate writes too: upper left is better.",
+            chart("BLEU against the original's code", 100.0, _similarity_of_code),
+        ),
     ]
-    caption = f"Lower left is better. The original takes {evaluation.reference.size_bytes / divisor:.3g} {unit}."
-    svg = scatter_chart(series, f"size, {unit}", "mean KL, nats a token")
-    figures = [Figure("Mean KL", caption, svg)]
-    coded = [
-        Series(one.name, ((one.size_bytes / divisor, 100 * one.drift.candidate_vs_original.bleu),), number)
-        for number, one in enumerate(evaluation.candidates)
-        if one.drift is not None and one.drift.candidate_vs_original is not None
-    ]
-    if coded:
-        caption = "BLEU of the candidate's completions against the original's: upper left is better."
-        svg = scatter_chart(coded, f"size, {unit}", "code BLEU against the original")
-        figures.append(Figure("Generated code", caption, svg))
     return [figure for figure in figures if figure.svg]
+
+
+def _similarity_of_code(candidate: "Candidate") -> float | None:
+    found = candidate.drift.candidate_vs_original if candidate.drift else None
+    return None if found is None else 100 * found.bleu
 
 
 def _unit(evaluation: "Evaluation") -> tuple[str, int]:

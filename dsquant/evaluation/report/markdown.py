@@ -17,6 +17,7 @@ def markdown(evaluation: "Evaluation") -> str:
     parts = [f"# {escaped(f'{names} against {evaluation.reference.path}')}"]
     if evaluation.verdict is not None:
         parts.append(f"**Verdict: {evaluation.verdict}.**")
+    parts.append("\n".join(f"- {escaped(sentence)}" for sentence in tables.verdicts(evaluation)))
     parts.append(_table(tables.summary(evaluation)))
     gates = tables.gates(evaluation)
     if gates is not None:

@@ -41,6 +41,7 @@ def part(evaluation: "Evaluation") -> str:
         subtitle=_subtitle(evaluation),
         verdicts=("pass", "fail", "inconclusive"),
         verdict_words=_verdict_words(evaluation),
+        sentences=tables.verdicts(evaluation),
         findings=[(one.name, finding) for one in evaluation.candidates for finding in one.findings],
         summary=tables.summary(evaluation),
         gates=_gates(evaluation),

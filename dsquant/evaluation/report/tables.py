@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 NOISE = "noise floor"
 NOTHING = "–"
+BLEU_CHANGE = (
+    "Code BLEU change: the candidate's BLEU against the prompts' solutions less the original's, in points; an interval "
+    "that contains 0 shows no difference."
+)
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,13 @@ def interval(found: Interval | None, shares: bool = False) -> str:
 
 def summary(evaluation: "Evaluation") -> Table:
     """Returns one row for each candidate: the most important numbers."""
-    headings = ["candidate", "verdict", "format", "size", "of original", "bits", "mean KL", "perplexity ×"]
-    headings += ["same top token", "router overlap", "code BLEU lost", "pass@1"]
+    headings = ["candidate", "gates", "format", "size", "of original", "bits", "mean KL", "perplexity ×"]
+    headings += ["same top token", "router overlap", "code BLEU change", "pass@1"]
     original = evaluation.reference.size_bytes
     rows = tuple(
         (
             one.name,
-            one.verdict or "no gates",
+            one.verdict or NOTHING,
             one.format,
             format_size(one.size_bytes),
             share(one.size_bytes / original),
@@ -78,20 +82,24 @@ def summary(evaluation: "Evaluation") -> Table:
             number(_mean([text.perplexity_ratio.estimate for text in one.texts.values()])),
             share(_mean([text.top1_agreement.estimate for text in one.texts.values()])),
             share(lowest_overlap(one)),
-            _bleu_drop(one),
+            bleu_change(one),
             share(one.drift.execution.pass_candidate.estimate) if one.drift and one.drift.execution else NOTHING,
         )
         for one in evaluation.candidates
     )
     reference = evaluation.reference
-    code = any(_bleu_drop(one) != NOTHING for one in evaluation.candidates)
-    verdicts = [verdict(one.name, one.mean_kls) for one in evaluation.candidates if one.texts]
-    note = " ".join(verdicts) + (
-        f" Reference: {reference.path} ({reference.format}, {format_size(original)}). Sizes are those of the tensors' "
-        "data, without headers. Means over the texts; router overlap of the worst layer"
-        + ("; code BLEU: points lost to the original, both against the reference solutions." if code else ".")
+    code = any(bleu_change(one) != NOTHING for one in evaluation.candidates)
+    note = (
+        f"Reference: {reference.path} ({reference.format}, {format_size(original)}). Sizes are those of the tensors' "
+        "data, without headers. Means over the texts; router overlap of the worst layer."
+        + (f" {BLEU_CHANGE}" if code else "")
     )
     return _without_empty_columns(Table("Candidates", tuple(headings), rows, note))
+
+
+def verdicts(evaluation: "Evaluation") -> list[str]:
+    """Returns a sentence about each candidate: how near it is to the original."""
+    return [verdict(one.name, one.mean_kls) for one in evaluation.candidates if one.texts]
 
 
 def lowest_overlap(candidate: "Candidate") -> float | None:
@@ -100,9 +108,10 @@ def lowest_overlap(candidate: "Candidate") -> float | None:
     return min(found, default=None)
 
 
-def _bleu_drop(candidate: "Candidate") -> str:
+def bleu_change(candidate: "Candidate") -> str:
+    """Returns how much better the candidate solves the prompts than the original, with the interval."""
     found = candidate.drift.measures.get("code_bleu_drop") if candidate.drift else None
-    return NOTHING if found is None else f"{found.estimate:.2f}"
+    return NOTHING if found is None else f"{-found.estimate:+.1f} [{-found.high:+.1f}, {-found.low:+.1f}]"
 
 
 def _mean(values: list[float]) -> float | None:
@@ -140,16 +149,8 @@ def gates(evaluation: "Evaluation") -> Table | None:
 
 def texts(evaluation: "Evaluation") -> list[Table]:
     """Returns perplexity, KL and agreement on each text."""
-    headings = (
-        "candidate",
-        "perplexity",
-        "perplexity ×",
-        "log ratio",
-        "mean KL",
-        "reverse KL",
-        "same top token",
-        "top five shared",
-    )
+    agreement = ("same top token", "top five shared")
+    headings = ("candidate", "perplexity", "perplexity ×", "log ratio", "mean KL", "reverse KL", *agreement)
 
     def row(name: str, found: "TextScores") -> tuple[str, ...]:
         agreement = (interval(found.top1_agreement, shares=True), interval(found.top5_agreement, shares=True))
@@ -192,12 +193,13 @@ def ladders(evaluation: "Evaluation") -> list[Table]:
         scored = [(one.name, one.texts[text.name]) for one in evaluation.candidates if text.name in one.texts]
         both = [(name, found.kl) for name, found in scored]
         both += [(f"{name}, reverse", found.kl_reverse) for name, found in scored]
-        tables.append(Table(f"KL over tokens, {text.name}", kl_headings, tuple(kl(*pair) for pair in both)))
+        tables.append(Table(f"KL of single tokens, {text.name}", kl_headings, tuple(kl(*pair) for pair in both)))
         rows = tuple(delta(*pair) for pair in scored)
         note = (
-            "Probability of the token that came, less the original's; skewed to the left is damage, symmetric is noise."
+            "Probability that the candidate gives to the token that came, less the original's: skewed to the left is "
+            "damage, symmetric is noise."
         )
-        tables.append(Table(f"Δp over tokens, {text.name}", delta_headings, rows, note))
+        tables.append(Table(f"Change in the probability of the actual token, {text.name}", delta_headings, rows, note))
     return tables
 
 
@@ -246,9 +248,9 @@ def drift(evaluation: "Evaluation") -> list[Table]:
         return []
     first = drifts[0][1]
     tables = []
-    rows = [("original against gold", first.original_vs_gold)]
+    rows = [("original against the prompts' solutions", first.original_vs_gold)]
     for name, found in drifts:
-        rows += [(f"{name} against gold", found.candidate_vs_gold)]
+        rows += [(f"{name} against the prompts' solutions", found.candidate_vs_gold)]
     for name, found in drifts:
         rows += [(f"{name} against the original", found.candidate_vs_original)]
     rows += [(NOISE, first.noise_floor)]
@@ -269,7 +271,10 @@ def drift(evaluation: "Evaluation") -> list[Table]:
     if scored:
         words = "; ".join(f"{name}: {signature}" for name, signature in first.signatures.items())
         prompts = counted(first.prompts, "prompt")
-        note = f"{prompts}, {first.note}. First divergence: mean number of tokens that agree. {words}."
+        note = (
+            f"{prompts}, {first.note}. The prompts' solutions are those that the task sets ship; a candidate is judged "
+            f"against the original. First divergence: mean number of tokens that agree. {words}."
+        )
         tables.append(Table("Generated code", headings, scored, note))
     healthy = [("original", first.original), *((name, found.candidate) for name, found in drifts)]
     states = tuple(_health(name, found) for name, found in healthy if found is not None)
@@ -312,7 +317,9 @@ def execution(evaluation: "Evaluation") -> Table | None:
         alone = (str(run.only_original), str(run.only_candidate), number(run.p_value))
         rows.append((name, interval(run.pass_candidate, shares=True), *alone))
     held = "; ".join(first.protections)
-    note = f"{counted(first.tasks, 'task')}, greedy; gold passes {share(first.pass_gold)}. Limits: {held}."
+    note = (
+        f"{counted(first.tasks, 'task')}, greedy; the tasks' solutions pass {share(first.pass_gold)}. Limits: {held}."
+    )
     headings = ("model", "pass@1", "original alone passes", "candidate alone passes", "McNemar's exact p")
     return Table("Tests run on the completions", headings, tuple(rows), note)
 

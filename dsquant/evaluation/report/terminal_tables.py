@@ -1,13 +1,14 @@
 """Lays out an evaluation in a few tables and lines for the command line and `print`."""
 
 from collections.abc import Iterator
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dsquant.evaluation.bands import verdict
+from dsquant.evaluation.report.tables import BLEU_CHANGE, bleu_change, verdicts
 from dsquant.options import format_size
 from dsquant.reporting.notebook import narrow_table
 
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
 
 
 def tables(evaluation: "Evaluation") -> Iterator[RenderableType]:
-    """Yields candidates side by side, then each one's scores, broken parts and gates."""
+    """Yields all candidates side by side, their scores on every text and in code, then what stands out in each."""
     yield _candidates_table(evaluation)
-    for one in evaluation.candidates:
-        yield _texts_table(one)
-        yield Text(verdict(one.name, one.mean_kls))
-        yield from _details(one)
+    yield _texts_table(evaluation)
     yield from _code(evaluation)
+    for sentence in verdicts(evaluation):
+        yield Text(sentence)
+    for one in evaluation.candidates:
+        yield from _details(one)
     noise = max(scores.mean_kl.estimate for scores in evaluation.noise_floor.values())
     yield Text(f"Noise floor: the original against itself in batches of another size has a mean KL of {noise:.2g}.")
     for caveat in evaluation.caveats:
@@ -34,32 +36,38 @@ def tables(evaluation: "Evaluation") -> Iterator[RenderableType]:
 def _candidates_table(evaluation: "Evaluation") -> Table:
     reference = evaluation.reference
     title = f"Against {reference.path} ({reference.format}, {format_size(reference.size_bytes)})"
-    table = narrow_table(title, ("candidate", "verdict", "format", "size", "bits", "mean KL"), left=3)
+    headings = ("candidate", "gates", "format", "size", "bits", "mean KL", "same top token")
+    rows = []
     for one in evaluation.candidates:
         broken = None if one.first_broken_layer is None else f"layer {one.first_broken_layer} broken"
-        verdict = ", ".join(filter(None, (one.verdict, broken))) or "no gates"
-        size = format_size(one.size_bytes)
-        table.add_row(one.name, verdict, one.format, size, f"{one.bits_per_weight:.2f}", f"{one.mean_kl:.4f}")
+        outcome = ", ".join(filter(None, (one.verdict, broken)))
+        top = fmean(text.top1_agreement.estimate for text in one.texts.values())
+        size, bits = format_size(one.size_bytes), f"{one.bits_per_weight:.2f}"
+        rows.append((one.name, outcome, one.format, size, bits, f"{one.mean_kl:.4f}", f"{top:.1%}"))
+    kept = [at for at in range(len(headings)) if any(row[at] for row in rows)]  # no gates, no column of them
+    table = narrow_table(title, [headings[at] for at in kept], left=3 - (1 not in kept))
+    for row in rows:
+        table.add_row(*(row[at] for at in kept))
     return table
 
 
 def _code(evaluation: "Evaluation") -> Iterator[RenderableType]:
     """Yields the scores of every candidate's generated code."""
-    drifts = [(one.name, one.drift) for one in evaluation.candidates if one.drift is not None]
-    headings = ("candidate", "BLEU", "chrF", "CodeBLEU", "same text", "BLEU lost", "pass@1 (original's)")
+    drifts = [(one, one.drift) for one in evaluation.candidates if one.drift is not None]
+    headings = ("candidate", "BLEU", "chrF", "CodeBLEU", "same text", "code BLEU change", "pass@1 (original's)")
     table = narrow_table("Generated code against the original's", headings)
-    for name, drift in drifts:
-        found, lost, run = drift.candidate_vs_original, drift.measures.get("code_bleu_drop"), drift.execution
+    for one, drift in drifts:
+        found, run = drift.candidate_vs_original, drift.execution
         if found is None:
             assert drift.agreement is not None
-            yield Text(f"{name}: ranks {drift.agreement.estimate:.1%} of the original's greedy tokens first too.")
+            yield Text(f"{one.name}: ranks {drift.agreement.estimate:.1%} of the original's greedy tokens first too.")
             continue
         scores = (found.bleu, found.chrf, found.code_bleu.total)
         table.add_row(
-            name,
+            one.name,
             *(f"{100 * score:.1f}" for score in scores),
             f"{found.exact_match:.0%}",
-            "" if lost is None else f"{lost.estimate:.2f}",
+            bleu_change(one),
             "" if run is None else f"{run.pass_candidate.estimate:.1%} ({run.pass_original.estimate:.1%})",
         )
     if not table.rows:
@@ -67,25 +75,28 @@ def _code(evaluation: "Evaluation") -> Iterator[RenderableType]:
     if all(drift.execution is None for _, drift in drifts):
         table.columns.pop()
     yield table
-    yield Text("BLEU lost: points that the candidate loses to the original, both against the reference solutions.")
+    yield Text(BLEU_CHANGE)
 
 
-def _texts_table(candidate: "Candidate") -> Table:
-    """Returns perplexities with the interval of their ratio, divergence and agreement on every text."""
-    headings = ("text", "original", "candidate", "ratio", "interval", "mean KL", "99th percentile of KL", "top 1")
-    table = narrow_table(f"{candidate.name}: perplexity, KL divergence in nats, agreement", headings)
-    for text, found in candidate.texts.items():
-        ratio = found.perplexity_ratio
-        table.add_row(
-            text,
-            f"{found.perplexity_original:.3f}",
-            f"{found.perplexity:.3f}",
-            f"{ratio.estimate:.4f}",
-            f"{ratio.low:.3f}–{ratio.high:.3f}",
-            f"{found.mean_kl.estimate:.4f}",
-            f"{found.kl.p99:.4f}",
-            f"{found.top1_agreement.estimate:.1%}",
-        )
+def _texts_table(evaluation: "Evaluation") -> Table:
+    """Returns perplexity, its ratio to the original's with the interval, and divergence on every text."""
+    headings = ("text", "model", "perplexity", "ratio", "interval", "mean KL", "99 % of KL")
+    table = narrow_table("On each text (KL divergence in nats)", headings, left=2)
+    for text in evaluation.texts:
+        scored = [(one.name, one.texts[text.name]) for one in evaluation.candidates if text.name in one.texts]
+        for number, (name, found) in enumerate(scored):
+            if number == 0:
+                table.add_row(text.name, "original", f"{found.perplexity_original:.3f}")
+            ratio = found.perplexity_ratio
+            table.add_row(
+                "",
+                name,
+                f"{found.perplexity:.3f}",
+                f"{ratio.estimate:.3f}",
+                f"{ratio.low:.3f}–{ratio.high:.3f}",
+                f"{found.mean_kl.estimate:.4f}",
+                f"{found.kl.p99:.3f}",
+            )
     return table
 
 
