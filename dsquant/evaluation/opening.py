@@ -19,6 +19,7 @@ from dsquant.formats.gguf.gguf_checkpoint import gguf_checkpoint, gguf_tokenizer
 from dsquant.formats.gguf.gguf_weights import gguf_file, gguf_parts, open_gguf
 from dsquant.kernels.activation_rounding import unrounded
 from dsquant.model.complete import COMPUTED_SUFFIX, HEAD, check_complete
+from dsquant.model.families import FAMILIES
 from dsquant.model.repeated import check_repeated
 from dsquant.model.skeleton import Skeleton, network_config, network_rotary
 from dsquant.model.streaming import EMBEDDING
@@ -167,29 +168,32 @@ def _stored_format(checkpoint: Checkpoint) -> str:
 
 
 def _check_architecture(path: str, architecture: str, original: Original) -> None:
-    wanted = original.checkpoint
-    if architecture != wanted.architecture:
+    wanted = original.checkpoint.architecture
+    if architecture == wanted:
+        return
+    files = [Path(name).expanduser() for name in (path, original.opened.path)]
+    stored = [FAMILIES[name].gguf.architecture if name in FAMILIES else name for name in (architecture, wanted)]
+    if not any(map(gguf_file, files)) or stored[0] != stored[1]:  # some share a network, and its name in GGUF
         raise InputError(
-            f"{path}: architecture {architecture}, the reference {original.opened.path} is {wanted.architecture}; "
-            "not the same model"
+            f"{path}: architecture {architecture}, the reference {original.opened.path} is {wanted}; not the same model"
         )
 
 
 def _check_network(checkpoint: Checkpoint, original: Original) -> None:
     """Refuses a config of the same architecture with other numbers."""
+    family = original.skeleton.family
     try:
-        found = network_config(original.skeleton.family, checkpoint.config)
-        rotary = network_rotary(original.skeleton.family, checkpoint.config)
+        found = {**family.stated, **network_config(family, checkpoint.config)}
+        rotary = network_rotary(family, checkpoint.config)
     except Exception as error:  # transformers raises of every kind for a config that makes no sense
         raise InputError(f"{checkpoint.folder / 'config.json'}: {type(error).__name__}: {error}") from error
     from_gguf = gguf_file(Path(original.opened.path).expanduser()) is not None
-    wanted = original.skeleton.config
-    family = original.skeleton.family
+    wanted = {**family.stated, **original.skeleton.config}
     keys = [*NETWORK_KEYS, *family.network_keys, *(vars(family.mixture).values() if family.mixture else ())]
     for key in keys if from_gguf else [*keys, *TOKEN_KEYS]:
         same = _same(found.get(key), wanted.get(key))
         if key == "rope_parameters" and from_gguf:  # which writes scaling in other keys, and leaves defaults out
-            reference = network_rotary(original.skeleton.family, original.checkpoint.config)
+            reference = network_rotary(family, original.checkpoint.config)
             kinds = {found[key]["rope_type"], wanted[key]["rope_type"]}
             same = len(kinds) == 1 and reference.difference(rotary) is None
         if not same:

@@ -69,7 +69,7 @@ class Skeleton:
         self.sizes: Sizes = self.family.sizes(self.config)
         self.num_layers: int = hf_config.num_hidden_layers
         # The MTP layer is one more decoder layer: built beside the others, run only when asked for.
-        hf_config.num_hidden_layers += self.num_mtp_layers
+        _add_layers(hf_config, self.num_mtp_layers)
         self.model = _meta_model(hf_config)
         _check_extents(checkpoint, self.model)  # before the structure has an entry for each row
         self.layers = tuple(
@@ -209,6 +209,15 @@ def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
     hf_config = getattr(transformers, family.config_class).from_dict(plain)
     settle_magnitude(hf_config)
     return hf_config
+
+
+def _add_layers(hf_config: Any, count: int) -> None:
+    """Adds layers behind the last one, and their entries to lists that have one for each: those of the last."""
+    layers = hf_config.num_hidden_layers
+    for key, value in vars(hf_config).items():
+        if isinstance(value, list) and len(value) == layers and key.endswith("_types"):
+            setattr(hf_config, key, [*value, *value[-1:] * count])
+    hf_config.num_hidden_layers = layers + count
 
 
 def _meta_model(hf_config: Any) -> Any:

@@ -27,7 +27,7 @@ EVERY_VARIANT = pytest.mark.parametrize(
     ids=[f"{name}: {variant}" for name, one in ARCHITECTURES.items() for variant in ("plain", *one.variants)],
 )
 # Activations rounded to 8 bits beside GGUF's types lead some tokens of a random network to other experts.
-WITHIN = {"awq": 0.15, "compressed-tensors": 0.15, "gguf:Q8_0": 0.03}
+WITHIN = {"compressed-tensors": 0.15, "gguf:Q8_0": 0.03, "awq": 0.15}
 
 
 def divergence(logits_NTV: torch.Tensor, candidate_NTV: torch.Tensor) -> float:
@@ -81,16 +81,21 @@ def test_what_transformers_saves_is_read_too(architecture: Architecture, tmp_pat
 
 
 @EVERY
+@pytest.mark.parametrize(
+    ("steps", "formats"),
+    [("none", ["compressed-tensors", "gguf:Q8_0"]), pytest.param("scales", list(WITHIN), marks=pytest.mark.slow)],
+    ids=["rounded", "scaled"],
+)
 def test_every_format_is_made_verified_and_read_back(
-    architecture: Architecture, tmp_path: Path, text_file: Path
+    architecture: Architecture, steps: str, formats: list[str], tmp_path: Path, text_file: Path
 ) -> None:
     model = add_tokenizer(make_random(tmp_path / "model", architecture.config), vocabulary=280)
-    options = {"samples": 8, "seq_len": 32, "group_size": 32, "steps": "scales", "evaluate": False, "progress": False}
-    result = dsquant.awq(model, to=list(WITHIN), output=tmp_path / "out", mtp="quantize", preset="compact", **options)
+    options = {"samples": 8, "seq_len": 32, "group_size": 32, "steps": steps, "evaluate": False, "progress": False}
+    result = dsquant.awq(model, to=formats, output=tmp_path / "out", mtp="quantize", preset="compact", **options)
     assert dsquant.verify(tmp_path / "out", source=model, progress=False).ok
     measured = {"texts": [text_file], "seq_len": 32, "samples": 2, "prompts": "none", "progress": False}
     candidates = dsquant.evaluate(model, *result.folders.values(), **measured).candidates
-    for name, candidate in zip(WITHIN, candidates, strict=True):
+    for name, candidate in zip(formats, candidates, strict=True):
         assert 0 < candidate.texts["text.txt"].mean_kl.estimate < WITHIN[name], name
         assert not any("router" in finding for finding in candidate.findings)
 
@@ -99,7 +104,7 @@ def test_every_format_is_made_verified_and_read_back(
 def test_llama_cpp_computes_what_transformers_does(architecture: Architecture, tmp_path: Path) -> None:
     model = add_tokenizer(make_random(tmp_path / "model", architecture.config), vocabulary=280)
     (file,) = dsquant.gguf(model, type="F32", output=tmp_path / "out", mtp="keep", **PLAIN).folders.values()
-    assert divergence(whole_logits(model, TOKENS_NT), every_position(file, TOKENS_NT)) < 1e-6
+    assert divergence(whole_logits(model, TOKENS_NT), every_position(file, TOKENS_NT)) < 1e-5
     open_candidate(str(model), open_original(str(file)))  # a file alone, from its keys, is the same network
 
 

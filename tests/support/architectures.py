@@ -38,4 +38,24 @@ QWEN3_MOE = Architecture(
     ),
 )  # fmt: skip
 
-ARCHITECTURES = {"Qwen3 MoE": QWEN3_MOE}
+# What DeepSeek-V3 and its successors have.
+LATENT = NARROW | {
+    "num_key_value_heads": 4, "head_dim": 64, "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64, "v_head_dim": 64, "first_k_dense_replace": 1, "n_routed_experts": 4,
+    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.8,
+    "num_nextn_predict_layers": 1,
+}  # fmt: skip
+GLM4_MOE_LITE = Architecture(
+    LATENT | {
+        "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "topk_method": "noaux_tc",
+        "partial_rotary_factor": 1.0, "rms_norm_eps": 1e-5,
+    },
+    {"two groups": {"n_group": 2, "topk_group": 1}},
+    (
+        ({"first_k_dense_replace": 2}, "has 1 dense layer"),
+        ({"mlp_layer_types": ["sparse", "dense"]}, "are not first_k_dense_replace 1 dense layers"),
+        ({"kv_lora_rank": None}, "lacks kv_lora_rank"),
+        ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
+    ),
+)  # fmt: skip
+ARCHITECTURES = {"GLM-4.7-Flash": GLM4_MOE_LITE, "Qwen3 MoE": QWEN3_MOE}

@@ -8,6 +8,7 @@ from dsquant.errors import InputError
 from dsquant.model.families.deepseek_v3 import DEEPSEEK_V3
 from dsquant.model.families.family import Family, Sizes
 from dsquant.model.families.glm4_moe import GLM4_MOE
+from dsquant.model.families.glm4_moe_lite import GLM4_MOE_LITE
 from dsquant.model.families.llama import LLAMA, QWEN2, QWEN3
 from dsquant.model.families.qwen3_moe import QWEN3_MOE
 
@@ -21,9 +22,10 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 FULL_ATTENTION = {"full_attention"}
 
-FAMILIES = {family.architecture: family for family in (DEEPSEEK_V3, GLM4_MOE, LLAMA, QWEN2, QWEN3, QWEN3_MOE)}
-# By `general.architecture` of a GGUF file.
-GGUF_FAMILIES = {family.gguf.architecture: family for family in FAMILIES.values()}
+_ALL = (DEEPSEEK_V3, GLM4_MOE, GLM4_MOE_LITE, LLAMA, QWEN2, QWEN3, QWEN3_MOE)
+FAMILIES = {family.architecture: family for family in _ALL}
+# By `general.architecture` of a GGUF file: of those that share one network, the first.
+GGUF_FAMILIES = {family.gguf.architecture: family for family in reversed(_ALL)}
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:

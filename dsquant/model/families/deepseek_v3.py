@@ -29,9 +29,8 @@ NEEDED = (
 ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 
-def _refuse(config: Config) -> str | None:
-    if config.get("index_topk") or config.get("index_n_heads"):
-        return "sparse attention with an indexer (DeepSeek-V3.2) is not supported"
+def network_problem(config: Config) -> str | None:
+    """What in a config is not this network, whatever its attention leaves out, in words; None where all is."""
     if config.get("moe_layer_freq", 1) != 1:
         return f"moe_layer_freq {config['moe_layer_freq']} is not supported (R1 has 1)"
     if any(config.get(key, value) != value for key, value in ROUTING.items()):
@@ -51,6 +50,12 @@ def _refuse(config: Config) -> str | None:
             f"num_key_value_heads {of_keys!r:.40} is not num_attention_heads {heads!r:.40}, as latent attention needs"
         )
     return mlps.routing_problem(config)
+
+
+def _refuse(config: Config) -> str | None:
+    if config.get("index_topk") or config.get("index_n_heads"):
+        return "sparse attention with an indexer belongs to DeepseekV32ForCausalLM"
+    return network_problem(config)
 
 
 # Numbers of layers by which llama.cpp knows DeepSeek-V2-Lite and its kin, whose queries are projected directly.

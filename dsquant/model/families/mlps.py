@@ -91,6 +91,16 @@ def routing_problem(config: Config, names: MixtureKeys = DEEPSEEK) -> str | None
     return None
 
 
+def layer_types_problem(config: Config, names: MixtureKeys = DEEPSEEK) -> str | None:
+    """What is wrong with `mlp_layer_types`, in words: as transformers 5 writes them, the dense layers come first."""
+    found, layers, dense = (config.get(key) for key in ("mlp_layer_types", "num_hidden_layers", names.num_dense_layers))
+    if found is None or not (isinstance(layers, int) and isinstance(dense, int)):
+        return None
+    if found == ["dense"] * dense + ["sparse"] * (layers - dense):
+        return None
+    return f"mlp_layer_types {found!r:.80} are not {names.num_dense_layers} {dense} dense layers before sparse ones"
+
+
 def _named(names: MixtureKeys) -> dict[str, str]:
     """Key of a GGUF file -> key of the config, of the numbers that a family has."""
     return {key: name for field, key in _NUMBERS.items() if (name := getattr(names, field))}
