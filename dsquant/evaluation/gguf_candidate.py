@@ -18,9 +18,12 @@ from dsquant.model.families import GGUF_FAMILIES
 from dsquant.model.rotary import Rotary
 from dsquant.source.weights import Weights
 
-# Keys without effect on a weight: the longest context, and counts that tensors show (layers and tokens are compared
+# Keys without effect on a weight: the longest context, and what tensors show (layers and tokens are compared
 # separately).
-_OTHER_KEYS = ("block_count", "context_length", "vocab_size", "expert_group_count", "expert_group_used_count")
+_OTHER_KEYS = (
+    "block_count", "context_length", "vocab_size", "expert_group_count", "expert_group_used_count",
+    "attention.indexer.types",
+)  # fmt: skip
 # Keys that llama.cpp reads and no network of these families has, with the values that change nothing.
 _NEUTRAL = {"attention.causal": (True,), "attention.temperature_scale": (0.0,)}
 _TOKENS = "tokenizer.ggml.tokens"

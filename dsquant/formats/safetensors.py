@@ -229,6 +229,8 @@ def _config(
         config[wanted.skeleton.family.mtp_key] = 0
         layers = layers[: wanted.skeleton.num_layers]
     quantized = {linear: linear in linears for layer in layers for linear in layer.linears}
+    followers = {name for layer in layers for group in layer.scale_groups for name in group.followers}
+    quantized |= {name.removesuffix(".weight"): False for name in sorted(followers - {one.router for one in layers})}
     drafts = [layer.prefix for layer in layers[wanted.skeleton.num_layers :]]
     words = output_format.quantization_config(grid, quantized, widths, *drafts[:1])
     return config | output_format.engines_config(config) | dict.fromkeys(output_format.config_keys, words)

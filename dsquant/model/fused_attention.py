@@ -8,6 +8,7 @@ from torch import nn
 
 from dsquant.kernels.products import apply_linear
 from dsquant.kernels.threads import blocks_of, side_by_side
+from dsquant.model.sparse_attention import seen_keys
 
 ATTENTION = "dsquant_fused"
 """The name under which transformers knows `fused_attention`."""
@@ -79,9 +80,12 @@ def fused_attention(
 ) -> tuple[torch.Tensor, None]:
     """Called by transformers as attention: `attend`, or what an engine has put into the module's place `mix`.
 
-    Arguments are as in `attend`, others unused. Returns the output [batch, tokens, heads, value dimension], and no
+    Arguments are as in `attend`; of the others, sparse attention gives `indices` of the keys that are seen.
+    Returns the output [batch, tokens, heads, value dimension], and no
     weights.
     """
+    if "indices" in kwargs:
+        attention_mask = seen_keys(kwargs["indices"], attention_mask, key.shape[2])
     mix = getattr(module, "mix", None)
     if mix is not None:
         return mix(query, key, attention_mask, scaling), None

@@ -23,7 +23,7 @@ from dsquant.kernels.products import apply_linear
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
 from dsquant.model.skeleton import RoutingTap, Skeleton
-from dsquant.model.streaming import head_name, loaded, table_parts
+from dsquant.model.streaming import head_name, layer_outputs, loaded, table_parts
 from dsquant.model.structure import DecoderLayer
 from dsquant.source.weights import Weights
 
@@ -136,13 +136,11 @@ def layer_gradients(
     A batch is its first sample and the one behind its last. `routed` is what experts pass back; None where there are
     none.
     """
-    position_ids = torch.arange(states.inputs.shape[1], device=weights.device).unsqueeze(0)
     with loaded(skeleton, layer.prefix, weights) as module, fast_matmuls(weights.device):
         for start, stop in batches:
             hidden_NTH = states.inputs.samples(start, stop).requires_grad_()
             with _tapped(skeleton, layer) as tapped, torch.enable_grad():
-                positions = skeleton.model.model.rotary_emb(hidden_NTH, position_ids)
-                found = [module(hidden_NTH, position_embeddings=positions, position_ids=position_ids)]
+                found = [layer_outputs(skeleton, module, hidden_NTH)]
             of_found = [states.gradients.samples(start, stop)]
             if routed is not None:
                 (mlp_input_NTH,), ((expert_RK, share_RK),) = tapped.mlp_input, tapped.routing

@@ -45,6 +45,7 @@ def _tensors(
 ) -> list[TensorInfo]:
     dtype = DTYPES.get(str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"), "BF16")
     linears = {f"{linear}.weight" for layer in skeleton.layers for linear in layer.linears}
+    linears |= {f"{layer.prefix}.{module}.weight" for layer in skeleton.layers for module in skeleton.family.in_fp8}
     path = folder / "config.json"
     tensors = []
     for name, shape in skeleton.expected_shapes().items():

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsquant.errors import InputError
+from dsquant.errors import InputError, UsageError
 from dsquant.model.families import family_of, mtp
 from dsquant.model.families.family import Family, MixtureKeys, Sizes
 from dsquant.model.fused_attention import ATTENTION, SharedLinear, fused_attention
 from dsquant.model.rotary import Rotary, rope_problem, rotary_of, settle_magnitude
+from dsquant.model.sparse_attention import replace_indexers
 from dsquant.model.structure import DecoderLayer
 from dsquant.source.checkpoint import Checkpoint
 
@@ -69,8 +70,10 @@ class Skeleton:
         self.sizes: Sizes = self.family.sizes(self.config)
         self.num_layers: int = hf_config.num_hidden_layers
         # The MTP layer is one more decoder layer: built beside the others, run only when asked for.
-        _add_layers(hf_config, self.num_mtp_layers)
+        _add_layers(self.family, hf_config, self.num_mtp_layers)
         self.model = _meta_model(hf_config)
+        if self.family.sparse is not None:
+            replace_indexers(self.model, self.family.sparse.rotates_neighbours)
         _check_extents(checkpoint, self.model)  # before the structure has an entry for each row
         self.layers = tuple(
             self.family.layer(self.config, index) for index in range(self.num_layers + self.num_mtp_layers)
@@ -78,6 +81,16 @@ class Skeleton:
         for layer in self.layers:
             if layer.router is not None:
                 self.model.set_submodule(layer.experts_module, RoutingTap())
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raises UsageError where samples of so many tokens cannot pass layer by layer."""
+        longest = self.family.sparse.longest_sample(self.config) if self.family.sparse else None
+        if longest is not None and num_tokens > longest:
+            raise UsageError(
+                f"samples of {num_tokens} tokens: {self.family.architecture} has layers that share an indexer's choice "
+                f"of keys, which dsquant runs on samples of up to {longest} tokens, where all keys are seen; lower "
+                "--seq-len"
+            )
 
     def module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
@@ -211,12 +224,12 @@ def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
     return hf_config
 
 
-def _add_layers(hf_config: Any, count: int) -> None:
-    """Adds layers behind the last one, and their entries to lists that have one for each: those of the last."""
+def _add_layers(family: Family, hf_config: Any, count: int) -> None:
+    """Adds layers for multi-token prediction behind the last one, and their entries to lists that have one for each."""
     layers = hf_config.num_hidden_layers
     for key, value in vars(hf_config).items():
         if isinstance(value, list) and len(value) == layers and key.endswith("_types"):
-            setattr(hf_config, key, [*value, *value[-1:] * count])
+            setattr(hf_config, key, [*value, *[family.mtp_types.get(key, value[-1])] * count])
     hf_config.num_hidden_layers = layers + count
 
 

@@ -116,7 +116,7 @@ def run_dense_part(
         indices.append(expert_TK.to(torch.int16))
         shares.append(share_TK.float())
 
-    num_samples, num_tokens, _ = stream.inputs.shape
+    num_samples = stream.inputs.shape[0]
     with loaded(skeleton, layer.prefix, stream.weights) as module, ExitStack() as stack:
         stack.enter_context(rounded_linears(skeleton, layer, stream.weights))
         for name, observer in (observers or {}).items():
@@ -125,18 +125,30 @@ def run_dense_part(
             tap = skeleton.module(layer.experts_module)
             assert isinstance(tap, RoutingTap)
             tap.sink = note
-        position_ids = torch.arange(num_tokens, device=stream.weights.device).unsqueeze(0)
         begin, end = samples or (0, num_samples)
         for start in range(begin, end, batch_samples):
             stop = min(start + batch_samples, end)
             hidden_NTH = stream.inputs.samples(start, stop)
             stream.inputs.prefetch(stop, min(stop + batch_samples, end))
-            positions = skeleton.model.model.rotary_emb(hidden_NTH, position_ids)
             with torch.no_grad():
-                output = module(hidden_NTH, position_embeddings=positions, position_ids=position_ids)
+                output = layer_outputs(skeleton, module, hidden_NTH)
             stream.outputs.set_samples(start, output)
             after_batch(stop)
     return Routing(torch.cat(indices), torch.cat(shares)) if indices else None
+
+
+def layer_outputs(skeleton: Skeleton, module: nn.Module, hidden_NTH: torch.Tensor) -> torch.Tensor:
+    """Calls a decoder layer of transformers, whose weights are loaded, on whole samples [N, T, H]; returns the same
+    shape."""
+    skeleton.check_length(hidden_NTH.shape[1])
+    position_ids = torch.arange(hidden_NTH.shape[1], device=hidden_NTH.device).unsqueeze(0)
+    positions = skeleton.model.model.rotary_emb(hidden_NTH, position_ids)
+    sparse: dict[str, torch.Tensor] = {}
+    if skeleton.family.sparse is not None:  # they take a mask apart, and pass on what they have chosen
+        sparse["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=hidden_NTH.device)
+        sparse["prev_topk_indices"] = position_ids.new_empty(0)
+    output = module(hidden_NTH, position_embeddings=positions, position_ids=position_ids, **sparse)
+    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager

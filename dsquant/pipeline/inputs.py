@@ -68,6 +68,8 @@ def open_source(recipe: Recipe, gpu_budget_bytes: int | None = None, num_ranks: 
     """
     _check_texts(recipe)
     checkpoint, skeleton = open_model(recipe.model, torch.device(recipe.device), recipe.mtp)
+    if recipe.calibration:
+        skeleton.check_length(recipe.seq_len)
     gpu_budget = gpu_memory_budget(recipe) if gpu_budget_bytes is None else gpu_budget_bytes
     plan = plan_run(recipe, checkpoint, skeleton, gpu_budget, num_ranks)
     notes = tuple(check_repeated(checkpoint, skeleton))

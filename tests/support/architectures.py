@@ -58,4 +58,33 @@ GLM4_MOE_LITE = Architecture(
         ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
     ),
 )  # fmt: skip
-ARCHITECTURES = {"GLM-4.7-Flash": GLM4_MOE_LITE, "Qwen3 MoE": QWEN3_MOE}
+# More tokens than a query sees: the indexer chooses.
+SPARSE = {"index_topk": 16}
+YARN = {
+    "rope_scaling": {
+        "type": "yarn", "factor": 8, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 128,
+    }
+}  # fmt: skip
+DEEPSEEK_V32 = Architecture(
+    LATENT | YARN | {
+        "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "n_group": 2, "topk_group": 1,
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "index_topk": 2048, "index_head_dim": 128,
+        "index_n_heads": 4,
+    },
+    {"with fewer keys than tokens": SPARSE},
+    (
+        ({"q_lora_rank": None}, "lacks q_lora_rank"),
+        ({"indexer_rope_interleave": True}, "indexer_rope_interleave True"),
+        ({"index_topk": 0}, "index_topk is 0"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types"),
+        ({"mlp_layer_types": ["sparse", "sparse"]}, "are not first_k_dense_replace 1 dense layers"),
+    ),
+)  # fmt: skip
+ARCHITECTURES = {
+    "DeepSeek-V3.2": DEEPSEEK_V32,
+    "GLM-4.7-Flash": GLM4_MOE_LITE,
+    "Qwen3 MoE": QWEN3_MOE,
+}
+# Variants that llama.cpp computes otherwise, so that their files are refused.
+NOT_IN_LLAMA_CPP = ("Qwen3 MoE: shares that sum to less than 1",)

@@ -30,8 +30,10 @@ def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     import transformers
 
     decoder, mtp = config["num_hidden_layers"], config.get("num_nextn_predict_layers", 0)
+    types = {key: [*config[key], *["full"] * mtp] for key in ("indexer_types",) if key in config}
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(_config(config, num_hidden_layers=decoder + mtp))
+        built = _config(config, num_hidden_layers=decoder + mtp, **types)
+        model = transformers.AutoModelForCausalLM.from_config(built)
     found: dict[str, tuple[int, ...]] = {}
     for name, tensor in model.state_dict().items():
         fused = _FUSED.fullmatch(name)

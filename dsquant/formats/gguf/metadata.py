@@ -34,13 +34,12 @@ def add_model_keys(
 ) -> None:
     """Adds the network's numbers, `model_keys`, to a `gguf.GGUFWriter`."""
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add |= {list: writer.add_array}
     for key, value in model_keys(facts, config, rotary, num_mtp_layers).items():
         add[type(value)](f"{facts.architecture}.{key}", value)
 
 
-def model_keys(
-    facts: GgufFacts, config: Mapping[str, Any], rotary: Rotary, num_mtp_layers: int = 0
-) -> dict[str, bool | int | float | str]:
+def model_keys(facts: GgufFacts, config: Mapping[str, Any], rotary: Rotary, num_mtp_layers: int = 0) -> dict[str, Any]:
     """Returns the network's numbers in the order of the file: key without the architecture's name -> value.
 
     `config` has transformers' defaults filled in; the file holds `num_mtp_layers` multi-token-prediction layers.

@@ -15,6 +15,8 @@ from typing import Any
 from dsquant.formats.gguf.types import FLOAT_TYPES, MIXTURES, block_of, fitting_type
 from dsquant.model.families import sizes_of
 
+# What chooses the keys that sparse attention sees is stored as released; llama-quantize takes it for any matrix.
+_INDEXER = ".indexer."
 _KEPT_AT_8_BITS = re.compile(r"\.(attn_\w+|ffn_(gate|up|down)(_shexp)?|nextn\.eh_proj)\.weight$")
 
 
@@ -238,6 +240,8 @@ def choose_type(
     `parse_overrides`; and the type that was wanted where rows of this length do not fit it."""
     if len(shape) < 2 or not tensor.endswith(".weight") or "_norm.weight" in tensor or ".ffn_gate_inp." in tensor:
         return "F32", None
+    if _INDEXER in tensor and MIXTURES[mixture] not in FLOAT_TYPES:
+        return "BF16", None
     wanted = _preferred(_Tensor(tensor, shape, facts, has_imatrix), mixture)
     wanted = next((type_name for pattern, type_name in overrides if pattern.search(tensor)), wanted)
     stored = fitting_type(wanted, shape[-1])

@@ -6,6 +6,7 @@ from typing import Any
 
 from dsquant.errors import InputError
 from dsquant.model.families.deepseek_v3 import DEEPSEEK_V3
+from dsquant.model.families.deepseek_v32 import DEEPSEEK_V32
 from dsquant.model.families.family import Family, Sizes
 from dsquant.model.families.glm4_moe import GLM4_MOE
 from dsquant.model.families.glm4_moe_lite import GLM4_MOE_LITE
@@ -20,9 +21,10 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
     "query_pre_attn_scalar": (), "clip_qkv": (), "scale_emb": (1,), "scale_depth": (), "qk_layernorm": (False,),
     "use_qk_norm": (False,), "attn_temperature_tuning": (False,), "alibi": (False,), "is_causal": (True,),
 }  # fmt: skip
-FULL_ATTENTION = {"full_attention"}
+# Kinds of attention by layer; the second is sparse.
+FULL_ATTENTION, INDEXED_ATTENTION = "full_attention", "indexed_attention"
 
-_ALL = (DEEPSEEK_V3, GLM4_MOE, GLM4_MOE_LITE, LLAMA, QWEN2, QWEN3, QWEN3_MOE)
+_ALL = (DEEPSEEK_V3, DEEPSEEK_V32, GLM4_MOE, GLM4_MOE_LITE, LLAMA, QWEN2, QWEN3, QWEN3_MOE)
 FAMILIES = {family.architecture: family for family in _ALL}
 # By `general.architecture` of a GGUF file: of those that share one network, the first.
 GGUF_FAMILIES = {family.gguf.architecture: family for family in reversed(_ALL)}
@@ -84,6 +86,7 @@ def _foreign(config: Mapping[str, Any], family: Family) -> str | None:
         if value is not None and value not in neutral and key not in family.states:
             return f"{key} {value!r:.80} is not supported: this architecture has nothing of the kind"
     layer_types = config.get("layer_types")
-    if layer_types is not None and (not isinstance(layer_types, list) or set(map(str, layer_types)) - FULL_ATTENTION):
+    known = {INDEXED_ATTENTION if family.sparse else FULL_ATTENTION}
+    if layer_types is not None and (not isinstance(layer_types, list) or set(map(str, layer_types)) - known):
         return f"layer_types {layer_types!r:.80}: attention that is not full is not supported"
     return None

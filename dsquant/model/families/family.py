@@ -65,6 +65,25 @@ class Sizes:
         )
 
 
+@dataclass(frozen=True)
+class SparseAttention:
+    """That an indexer chooses the keys that each query sees; `model.sparse_attention` runs it."""
+
+    rotates_neighbours: bool
+    """Whether the indexer rotates pairs of neighbouring dimensions, as latent attention does; or pairs of halves."""
+    most_keys: str = "index_topk"
+    """What configs call the number of keys that a query sees."""
+    types: str = "indexer_types"
+    """What they call the list of layers that have an indexer, `full`, or share an earlier one's choice."""
+
+    def longest_sample(self, config: Config) -> int | None:
+        """The most tokens of a sample that passes layer by layer; None for any number.
+
+        Choices of more tokens would have to be kept for the layers that share them.
+        """
+        return int(config[self.most_keys]) if "shared" in (config.get(self.types) or ()) else None
+
+
 class ReadKey(Protocol):
     """Reads a number of a GGUF file by its key, without the architecture's name; raises InputError where it lacks one
     that has no default.
@@ -132,8 +151,12 @@ class Family:
     """None where all its networks are dense."""
     score_scale: Callable[[Any], float] = score_scale
     """The factor on attention's scores, from transformers' configuration."""
+    sparse: SparseAttention | None = None
+    """None where queries see all keys up to themselves."""
     mtp_key: str = ""
     """What its configs call the number of multi-token-prediction layers behind the decoder's; empty where none has."""
+    mtp_types: Mapping[str, str] = field(default_factory=dict)
+    """Lists of configs with an entry for each layer -> the entry of such a layer, where it is not the last one's."""
     mtp_shared: tuple[str, ...] = ()
     """Modules of such a layer that a release may leave out, since the decoder's are meant."""
     states: tuple[str, ...] = ()
@@ -144,6 +167,8 @@ class Family:
     """Keys of configs that transformers 5 has written -> what releases call them."""
     network_keys: tuple[str, ...] = ()
     """What its configs say about the network's function beside what those of all architectures do."""
+    in_fp8: tuple[str, ...] = ()
+    """Modules that are never quantized and that FP8 releases store in FP8 all the same."""
     fused_experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The tensors [experts, rows, columns] in which transformers may save a layer's experts -> the linears whose rows
     follow one another in each."""

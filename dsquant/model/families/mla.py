@@ -110,7 +110,7 @@ def config_of(key: ReadKey) -> dict[str, Any]:
 
 def gguf_problems(config: Config) -> Iterator[str]:
     """What llama.cpp's latent attention computes differently from the network, in words."""
-    if not config["rope_interleave"]:
+    if not config.get("rope_interleave", True):
         yield "rope_interleave false: llama.cpp rotates neighbouring dimensions"
     if config["rms_norm_eps"] != LATENT_EPSILON and config["rms_norm_eps"] > LARGEST_EPSILON:
         yield (
