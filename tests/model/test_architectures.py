@@ -15,7 +15,7 @@ from random_models import make_random, random_module, shapes_of, whole_logits
 from streams import stream_logits
 
 import dsquant
-from dsquant.errors import InputError
+from dsquant.errors import InputError, UsageError
 from dsquant.evaluation.opening import open_candidate, open_original
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.families import family_of
@@ -131,6 +131,14 @@ def test_llama_cpp_computes_what_transformers_does(
     assert float(found_NT[:, : changes.get("index_topk")].max()) < 1e-5
     assert float(found_NT.mean()) < (0.02 if "index_topk" in changes else 1e-5)
     open_candidate(str(model), open_original(str(file)))  # a file alone, from its keys, is the same network
+
+
+def test_layers_that_share_a_choice_of_keys_take_no_longer_samples(tmp_path: Path) -> None:
+    config = ARCHITECTURES["GLM-5"].config
+    skeleton = Skeleton(open_checkpoint(make_random(tmp_path / "model", config, index_topk=32)))
+    skeleton.check_length(32)
+    with pytest.raises(UsageError, match=r"samples of 33 tokens.* up to 32 tokens.*lower --seq-len"):
+        skeleton.check_length(33)
 
 
 def test_a_plan_knows_what_releases_store_of_an_indexer(tmp_path: Path) -> None:

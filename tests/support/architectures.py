@@ -81,8 +81,22 @@ DEEPSEEK_V32 = Architecture(
         ({"mlp_layer_types": ["sparse", "sparse"]}, "are not first_k_dense_replace 1 dense layers"),
     ),
 )  # fmt: skip
+GLM_MOE_DSA = Architecture(
+    LATENT | {
+        "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa", "num_hidden_layers": 3,
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rms_norm_eps": 1e-5, "index_topk": 2048,
+        "index_head_dim": 128, "index_n_heads": 4, "indexer_rope_interleave": True,
+        "indexer_types": ["full", "full", "shared"],
+    },
+    {"with fewer keys than tokens": SPARSE | {"indexer_types": ["full"] * 3}},
+    (
+        ({"indexer_rope_interleave": False}, "indexer_rope_interleave False"),
+        ({"indexer_types": ["shared", "full", "full"]}, "the first 'full'"),
+    ),
+)  # fmt: skip
 ARCHITECTURES = {
     "DeepSeek-V3.2": DEEPSEEK_V32,
+    "GLM-5": GLM_MOE_DSA,
     "GLM-4.7-Flash": GLM4_MOE_LITE,
     "Qwen3 MoE": QWEN3_MOE,
 }

@@ -10,6 +10,7 @@ from dsquant.model.families.deepseek_v32 import DEEPSEEK_V32
 from dsquant.model.families.family import Family, Sizes
 from dsquant.model.families.glm4_moe import GLM4_MOE
 from dsquant.model.families.glm4_moe_lite import GLM4_MOE_LITE
+from dsquant.model.families.glm_moe_dsa import GLM_MOE_DSA
 from dsquant.model.families.llama import LLAMA, QWEN2, QWEN3
 from dsquant.model.families.qwen3_moe import QWEN3_MOE
 
@@ -24,7 +25,7 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
 # Kinds of attention by layer; the second is sparse.
 FULL_ATTENTION, INDEXED_ATTENTION = "full_attention", "indexed_attention"
 
-_ALL = (DEEPSEEK_V3, DEEPSEEK_V32, GLM4_MOE, GLM4_MOE_LITE, LLAMA, QWEN2, QWEN3, QWEN3_MOE)
+_ALL = (DEEPSEEK_V3, DEEPSEEK_V32, GLM4_MOE, GLM4_MOE_LITE, GLM_MOE_DSA, LLAMA, QWEN2, QWEN3, QWEN3_MOE)
 FAMILIES = {family.architecture: family for family in _ALL}
 # By `general.architecture` of a GGUF file: of those that share one network, the first.
 GGUF_FAMILIES = {family.gguf.architecture: family for family in reversed(_ALL)}
