@@ -27,7 +27,11 @@ def dequantize_fp8_reference(
     """`dequantize_fp8` in PyTorch, on any device."""
     num_rows, num_columns = weight_OI.shape
     weight = weight_OI.float()
-    scales_per_column = scales.float().repeat_interleave(block[1], dim=1)[:, :num_columns]
+    scales_per_column = scales.float()
+    if block[1] < num_columns:
+        scales_per_column = scales_per_column.repeat_interleave(block[1], dim=1)[:, :num_columns]
+    if block[0] == 1:
+        return weight.mul_(scales_per_column).to(dtype)
     for block_row in range(scales.shape[0]):  # one block row at a time: no second tensor of the weight's size
         weight[block_row * block[0] : min((block_row + 1) * block[0], num_rows)] *= scales_per_column[block_row]
     return weight.to(dtype)

@@ -16,6 +16,7 @@ from typing import Any
 from dsquant.errors import InputError
 from dsquant.model.families import FAMILIES, architecture_of, mtp, unsupported
 from dsquant.model.families.family import Family
+from dsquant.model.fp8_layouts import in_deepseeks_words, under_deepseeks_names
 from dsquant.model.structure import layer_number
 from dsquant.source.checkpoint import CONFIG_FILE, FP8, block_size
 from dsquant.source.shards import ShardIndex, TensorInfo
@@ -42,7 +43,7 @@ def text_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     key = next((key for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
     if key is None or architecture_of(config) in FAMILIES:
-        return _renamed(config)
+        return _renamed(folder, config)
     inner = config[key]
     architecture, model_type = architecture_of(inner), inner.get("model_type")
     if architecture not in FAMILIES:
@@ -53,11 +54,12 @@ def text_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise InputError(f"{folder / CONFIG_FILE}: {key} lacks {', '.join(missing)}; write there what the model has")
     shared = {name: config[name] for name in SHARED_KEYS if name in config}
-    return _renamed({**shared, **inner, "architectures": [architecture]})
+    return _renamed(folder, {**shared, **inner, "architectures": [architecture]})
 
 
-def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config with a release's names for what transformers 5 writes under others."""
+def _renamed(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config with a release's words for what others write in their own."""
+    config = in_deepseeks_words(folder, config)
     family = FAMILIES.get(architecture_of(config))
     names = {other: name for other, name in family.renamed.items() if name not in config} if family else {}
     return {names.get(key, key): value for key, value in config.items()}
@@ -126,8 +128,9 @@ def as_released(
     if any(name != info.stored_name for name, info in tensors.items()) or beside:
         index = ShardIndex(folder, dict(sorted(tensors.items())))
     _check_fused_scales(folder, released, family, index)
+    index, scale_notes = under_deepseeks_names(index)
     counted, notes = _mtp_in_files(released, family, index)
-    return counted, index, _beside_notes(beside) + notes
+    return counted, index, _beside_notes(beside) + scale_notes + notes
 
 
 def _body(folder: Path, index: ShardIndex, wrapped: bool) -> str:
