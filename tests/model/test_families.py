@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
-from dsquant.model.families import FAMILIES
+from dsquant.errors import InputError
+from dsquant.model.families import FAMILIES, family_of
 from dsquant.model.families.family import Family
 
 PACKAGE = Path(__file__).parents[2] / "dsquant"
@@ -15,6 +16,14 @@ PARTICULAR = re.compile(
     r"moe_intermediate_size|num_experts_per_tok|num_nextn_predict|[A-Z]\w+[0-9]\w*ForCausalLM|"
     r"== .(deepseek2|llama|qwen)"
 )
+
+
+def test_deepseek_v4_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"DeepseekV4ForCausalLM' is not supported; its experts are released in 4 bits"
+    ):
+        family_of(tmp_path, {"architectures": ["DeepseekV4ForCausalLM"]})
+
 
 # llama.cpp reads it, and its own package of 0.19 does not list it.
 NOT_IN_GGUF_PY = ("deepseek32",)

@@ -30,6 +30,13 @@ FAMILIES = {family.architecture: family for family in _ALL}
 # By `general.architecture` of a GGUF file: of those that share one network, the first.
 GGUF_FAMILIES = {family.gguf.architecture: family for family in reversed(_ALL)}
 
+# Architectures that are asked for and not supported -> why.
+_V4 = (
+    "its experts are released in 4 bits (MXFP4), all else in FP8, and engines read both: 4 bits have nothing to do "
+    "there, and fewer need a forward that dsquant does not have (docs/decisions/0034)"
+)
+REFUSED = {"DeepseekV4ForCausalLM": _V4, "DeepseekV41ForCausalLM": _V4}
+
 
 def architecture_of(config: Mapping[str, Any]) -> str:
     """The first of a config's `architectures`; empty where it names none."""
@@ -49,10 +56,10 @@ def is_mixture(config: Mapping[str, Any]) -> bool:
 
 
 def unsupported(folder: Path, architecture: str) -> InputError:
-    """The error for an architecture that dsquant does not know."""
-    return InputError(
-        f"{folder / 'config.json'}: architecture {architecture} is not supported; dsquant knows {', '.join(FAMILIES)}"
-    )
+    """The error for an architecture that dsquant does not know; it may stand in quotes, with words behind it."""
+    reason = next((words for name, words in REFUSED.items() if name in architecture), "")
+    reason = reason or f"dsquant knows {', '.join(FAMILIES)}"
+    return InputError(f"{folder / 'config.json'}: architecture {architecture} is not supported; {reason}")
 
 
 def family_of(folder: Path, config: Mapping[str, Any]) -> Family:
