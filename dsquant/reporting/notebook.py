@@ -11,6 +11,11 @@ from dsquant.escaping import printable
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
+# Notebooks would wrap the lines, or set them in the font of their text.
+MONOSPACE = (
+    "white-space: pre; overflow-x: auto; line-height: 1.2; "
+    "font-family: ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
+)
 
 
 class Shown(ABC):
@@ -25,6 +30,10 @@ class Shown(ABC):
 
     def _repr_html_(self) -> str:
         return as_html(self.tables())
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        """Lets IPython show the tables as text too, not all fields, where it can show no HTML."""
+        return {"text/plain": str(self)}
 
 
 def table_of(
@@ -97,4 +106,4 @@ def as_html(renderables: Iterable[Any]) -> str:
     console = plain_console(record=True, file=io.StringIO(), width=140, force_jupyter=False)
     for renderable in renderables:
         console.print(renderable)
-    return console.export_html(inline_styles=True, code_format="<pre style='line-height:1.2'>{code}</pre>")
+    return console.export_html(inline_styles=True, code_format=f'<pre style="{MONOSPACE}">{{code}}</pre>')

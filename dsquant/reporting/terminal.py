@@ -3,12 +3,13 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from dsquant.escaping import printable
 from dsquant.options import format_size
 from dsquant.reporting.notebook import Shown, plain_console
 from dsquant.reporting.progress import Progress as Step
@@ -23,14 +24,20 @@ STAGES = {
     "hash": "hashing",
     "verify": "verifying",
 }
+SHOWN_AGAIN_S = 0.5
+"""Seconds between two updates of a notebook's cell."""
 
 
 @contextmanager
 def progress_bar(visible: bool = True) -> Iterator[Report]:
-    """Shows a bar for each stage on standard error, and yields what a job reports to."""
+    """Shows a bar for each stage on standard error or in a notebook's cell, and yields what a job reports to."""
     console = plain_console(stderr=True)
-    if not visible or (console.is_jupyter and find_spec("ipywidgets") is None):  # rich draws nothing without it
+    if not visible:
         yield silent
+        return
+    if console.is_jupyter:
+        with _bars_of_text() as report:
+            yield report
         return
     columns = (
         TextColumn("{task.description:10}"),
@@ -57,6 +64,48 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
 
         yield report
         _complete(progress, *tasks.values())
+
+
+@contextmanager
+def _bars_of_text() -> Iterator[Report]:
+    """Shows the same in a notebook as plain text, which stays where the notebook is exported; a widget does not."""
+    from IPython.display import DisplayHandle
+
+    handle: Any = DisplayHandle()
+    shown_s = 0.0
+    lines: dict[str, str] = {}
+    spans: dict[str, tuple[float, float]] = {}
+
+    def show(begin: bool = False) -> None:
+        text = {"text/plain": printable("\n".join(lines.values()))}
+        (handle.display if begin else handle.update)(text, raw=True)
+
+    def complete() -> None:
+        for stage, (start, stop) in spans.items():
+            lines[stage] = _bar(STAGES[stage], 1.0, stop - start)
+
+    def report(step: Step) -> None:
+        nonlocal shown_s
+        first, new, now = not lines, step.stage not in lines, time.monotonic()
+        if new:
+            complete()
+        start, _ = spans.get(step.stage, (now, now))
+        spans[step.stage] = (start, now)
+        words = ", ".join(filter(None, (_short_name(step.what), _rates(step, now - start))))
+        lines[step.stage] = _bar(STAGES[step.stage], step.done / (step.total or 1), now - start, words)
+        if new or now - shown_s > SHOWN_AGAIN_S:
+            shown_s = now
+            show(begin=first)
+
+    yield report
+    if lines:
+        complete()
+        show()
+
+
+def _bar(name: str, share: float, elapsed_s: float, words: str = "") -> str:
+    full = round(12 * share)
+    return f"{name:10} {'━' * full}{'─' * (12 - full)} {share:4.0%} {elapsed_s:5.0f} s  {words}".rstrip()
 
 
 def _complete(progress: Progress, *tasks: TaskID) -> None:

@@ -137,10 +137,11 @@ def test_every_example_is_in_the_table_of_examples() -> None:
 
 def little(arguments: list[str]) -> list[str]:
     """Returns the same of tiny-r1, with as little work as shows that it works."""
-    more = {"awq": ("--no-evaluate", *LITTLE), "gguf": ("--no-evaluate", *LITTLE), "generate": ("--max-tokens", "2"),
-            "eval": (*LITTLE, "--prompts", "none")}.get(arguments[0], ())  # fmt: skip
+    code = ("--max-tokens", "2") if "--gates" in arguments else ("--prompts", "none")  # gates may be on code
+    quantize = ("--no-evaluate", *LITTLE)
+    more = {"awq": quantize, "gguf": quantize, "generate": ("--max-tokens", "2"), "eval": (*LITTLE, *code)}
     swap = {"hub-r1": "code", "200GiB": "6MiB"}
-    return [swap.get(word, MODEL.sub("tiny-r1", word)) for word in (*arguments, *more)]
+    return [swap.get(word, MODEL.sub("tiny-r1", word)) for word in (*arguments, *more.get(arguments[0], ()))]
 
 
 @pytest.mark.slow

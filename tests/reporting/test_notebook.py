@@ -14,6 +14,8 @@ from nbclient import NotebookClient
 
 import dsquant
 import dsquant.api
+from dsquant.reporting.progress import Progress
+from dsquant.reporting.terminal import progress_bar
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 
@@ -50,16 +52,34 @@ def test_the_quickstart_notebook_runs_and_shows_tables_and_plots(kernel: str, tm
     assert cells[-2].outputs[0]["data"]["text/plain"] == "True"
     printed = [output for output in cells[-1].outputs if output.output_type == "stream" and output.name == "stdout"]
     assert printed[0].text.startswith("InputError\n3\n")
-    assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in cells[3].outputs)
+    assert "quantizing ━━━━━━━━━━━━ 100%" in cells[3].outputs[0]["data"]["text/plain"]
     errors = [output for cell in cells for output in cell.outputs if output.output_type == "error"]
     assert not errors
     warned = [output.text for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
     assert not warned
 
 
-def test_the_notebook_in_the_repository_holds_no_outputs() -> None:
+def test_the_notebook_in_the_repository_holds_the_outputs_of_a_whole_run() -> None:
     notebook = nbformat.read(QUICKSTART, as_version=4)
-    assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))  # by scripts/notebook
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert all(output.output_type != "error" and output.get("name") != "stderr" for output in outputs)
+    written = QUICKSTART.read_text()
+    assert "<svg" in written and "━━━ 100%" in written and str(Path.home()) not in written
+    assert len(written) < 300_000
+
+
+def test_a_notebooks_progress_is_text_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("IPython.display.DisplayHandle.display", lambda _, text, raw: shown.append(text["text/plain"]))
+    monkeypatch.setattr("IPython.display.DisplayHandle.update", lambda _, text, raw: shown.append(text["text/plain"]))
+    with progress_bar() as report:
+        report(Progress("quantize", 1, 4, "model.layers.1.mlp.experts.3"))
+        report(Progress("evaluate", 0, 4, "model.layers.0 of awq"))
+    assert shown[0].startswith("quantizing ━━━─────────  25%") and shown[0].endswith("layer 1 expert 3")
+    assert shown[-1].splitlines()[0].startswith("quantizing ━━━━━━━━━━━━ 100%") and "layer" not in shown[-1]
 
 
 def test_the_notebooks_calls_are_calls_that_dsquant_takes() -> None:
