@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dsquant.calibration.documents import documents_of, shuffled, split_column, text_sources
-from dsquant.calibration.tokenizer import THEN, check_tokenizer_files, encode, render
+from dsquant.calibration.tokenizer import THEN, check_tokenizer_files, encode, is_code, render, tokenizer_advice
 from dsquant.errors import InputError, PackageError, UsageError
 from dsquant.files.foreign import blaming, find_file, open_file
 from dsquant.source.checkpoint import CONFIG_FILE, read_config
@@ -52,7 +52,7 @@ class CalibrationTokens:
 
 def load_tokenizer(folder: Path) -> Any:
     """Loads a checkpoint's transformers tokenizer, running no code of it; raises InputError where it cannot be read."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not read_config(folder).get("model_type"):
         raise InputError(
@@ -60,13 +60,12 @@ def load_tokenizer(folder: Path) -> Any:
             "from the same release as the weights"
         )
     if not any(find_file(folder, name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(
-            f"{folder}: no tokenizer.json, tokenizer.model or vocab.json; copy the model's tokenizer there"
-        )
+        raise InputError(f"{folder}: no tokenizer.json, tokenizer.model or vocab.json; {tokenizer_advice(folder)}")
     check_tokenizer_files(folder)
     with blaming(f"{folder}: the tokenizer cannot be read", THEN):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            loader = PreTrainedTokenizerFast if is_code(folder) else AutoTokenizer
+            tokenizer = loader.from_pretrained(folder, trust_remote_code=False)
         except ImportError as error:  # sentencepiece, tiktoken, protobuf
             raise PackageError(f"{folder}: this tokenizer needs a package that is missing: {error}") from error
     tokenizer.model_max_length = LONGEST_DOCUMENT  # documents are cut into samples afterwards

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from dsquant.files.foreign import LARGEST_MODEL_TEXT_BYTES, blaming, check_size, find_file
+from dsquant.files.strict_json import read_json_object
 
 # Names of the files that tokenizers are read from, whole.
 TOKENIZER_FILE = re.compile(r"token|vocab|merges|template|\.jinja|\.model$")
@@ -33,6 +34,24 @@ def check_tokenizer_files(folder: Path) -> None:
             there = None if path.is_dir() else find_file(folder, str(path.relative_to(folder)))
             if there is not None and TOKENIZER_FILE.search(path.name):
                 check_size(path, LARGEST_MODEL_TEXT_BYTES)
+
+
+def is_code(folder: Path) -> bool:
+    """Returns whether a tokenizer's config names a class in the checkpoint, beside a tokenizer.json that says all."""
+    path = find_file(folder, "tokenizer_config.json")
+    config = read_json_object(path, most_bytes=LARGEST_MODEL_TEXT_BYTES) if path else {}
+    return "auto_map" in config and find_file(folder, "tokenizer.json") is not None
+
+
+def tokenizer_advice(folder: Path) -> str:
+    """Returns what to do where a checkpoint has no tokenizer that can be read."""
+    if find_file(folder, "tiktoken.model") is None:
+        return "copy the model's tokenizer there"
+    return (
+        "its tiktoken.model is read by code in the checkpoint, which dsquant does not run: put a tokenizer.json with "
+        "the same tokens beside it, as conversions of the model have, or as "
+        "transformers.convert_slow_tokenizer.TikTokenConverter makes it"
+    )
 
 
 def encode(text: str, tokenizer: Any, add_special_tokens: bool = True) -> list[int]:

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from dsquant.formats.checkpoints import stored_weights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import layer_number
-from dsquant.source.checkpoint import Checkpoint, StoredWeights
+from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.shards import ShardIndex, TensorInfo
 
 
@@ -46,12 +47,11 @@ def sample_of(checkpoint: Checkpoint, skeleton: Skeleton) -> Sample:
     counts = Counter(kind_of.values())
     kept = {name: info for number in (None, *counts) for name, info in tensors.get(number, {}).items()}
     index = ShardIndex(checkpoint.folder, kept)
-    assert isinstance(checkpoint.weights, StoredWeights)
     few = copy.copy(skeleton)
     few.layers = tuple(layer for layer in skeleton.layers if layer.index in counts)
     few.num_layers = sum(number < skeleton.num_layers for number in counts)
     return Sample(
-        replace(checkpoint, index=index, weights=StoredWeights(index, checkpoint.weights.block)),
+        replace(checkpoint, index=index, weights=stored_weights(index, checkpoint.config)),
         few,
         {layer.prefix: counts[layer.index] for layer in few.layers},
     )

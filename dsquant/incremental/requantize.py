@@ -22,7 +22,7 @@ from dsquant.formats.scales import recorded_fold
 from dsquant.incremental.recording import RecordedTarget, Recording, recorded_targets
 from dsquant.incremental.reuse import reuse_file
 from dsquant.incremental.rule import rounded_as_recorded
-from dsquant.incremental.sources import HeldTensors, held_once, stored_parts
+from dsquant.incremental.sources import HeldTensors, held_once
 from dsquant.jobs.folder import held, open_job
 from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.jobs.resources import check_disk
@@ -41,6 +41,7 @@ from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Limits, Progress, Report
 from dsquant.running import Again
 from dsquant.schemes import QuantizedWeight
+from dsquant.source.checkpoint import stored_parts
 from dsquant.source.shards import DTYPES
 from dsquant.verification.strict_record import read_record
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from dsquant.errors import InputError
-from dsquant.source.checkpoint import Checkpoint, StoredWeights
-from dsquant.source.fp8_blocks import SCALE_SUFFIX
+from dsquant.formats.checkpoints import stored_weights
+from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.scan import all_finite
 from dsquant.source.shards import ShardIndex
 
@@ -43,17 +43,11 @@ class HeldTensors(ShardIndex):
 
 
 def held_once(checkpoint: Checkpoint, order: Iterable[str]) -> tuple[Checkpoint, HeldTensors]:
-    """Returns an FP8 or BF16 checkpoint whose weights are read through `HeldTensors`, and its index.
+    """Returns a checkpoint whose weights are read through `HeldTensors`, and its index.
 
     `order` is the tensors' order in the earlier release, which the output's files follow; this one may have been saved
     in another.
     """
-    assert isinstance(checkpoint.weights, StoredWeights)
     names = dict.fromkeys([*(name for name in order if name in checkpoint.index), *checkpoint.index])
     index = HeldTensors(ShardIndex(checkpoint.folder, {name: checkpoint.index[name] for name in names}))
-    return replace(checkpoint, index=index, weights=StoredWeights(index, checkpoint.weights.block)), index
-
-
-def stored_parts(index: ShardIndex, parameter: str) -> list[str]:
-    """Returns the stored tensors of a parameter: itself, and its FP8 scales where it has them."""
-    return [name for name in (parameter, parameter + SCALE_SUFFIX) if name in index]
+    return replace(checkpoint, index=index, weights=stored_weights(index, checkpoint.config)), index

@@ -9,11 +9,13 @@ import torch
 
 from dsquant.calibration.texts import calibration_tokens, check_held_out, load_tokenizer
 from dsquant.errors import InputError, Interrupted, UsageError
+from dsquant.files.foreign import find_file
 from dsquant.formats.checkpoints import format_of_config, open_checkpoint, read_text_config
 from dsquant.formats.table import format_of
+from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.jobs.resources import LARGEST_DEFAULT_BUDGET, default_memory_budget, resolved_device
 from dsquant.model.complete import check_complete
-from dsquant.model.families import is_mixture
+from dsquant.model.families import FAMILIES, is_mixture
 from dsquant.model.repeated import check_repeated
 from dsquant.model.skeleton import Skeleton
 from dsquant.options import format_size
@@ -94,9 +96,11 @@ def open_model(model: str, device: torch.device = CPU, mtp: str = "keep") -> tup
 
 
 def check_unquantized(checkpoint: Checkpoint) -> None:
-    """Raises InputError where a checkpoint's weights are neither FP8 nor floats: it is quantized already."""
-    found = format_of_config(checkpoint.config)
-    if found is not None:
+    """Raises InputError where a checkpoint's weights are neither FP8, floats nor what its makers released in 4 bits: it
+    is quantized already."""
+    found, family = format_of_config(checkpoint.config), FAMILIES[checkpoint.architecture]
+    released = checkpoint.config.get("model_type") in family.packed_types and found is format_of("compressed-tensors")
+    if found is not None and not (released and find_file(checkpoint.folder, RECORD_FILE) is None):
         raise InputError(
             f"{checkpoint.folder}: the model is already quantized ({found.name}); start from the FP8 or BF16 release"
         )

@@ -209,5 +209,5 @@ def plan_units(mtp: str, checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[Un
 
 
 def _plain_dtype(checkpoint: Checkpoint, name: str) -> str:
-    stored = checkpoint.index[name].dtype
-    return "BF16" if stored == "F8_E4M3" else stored
+    stored = checkpoint.index.get(name)
+    return "BF16" if stored is None or stored.dtype == "F8_E4M3" else stored.dtype

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dsquant.pipeline.planning import Unit
 from dsquant.pipeline.run_state import Run
 from dsquant.pipeline.supervision import source_hashes
-from dsquant.source.fp8_blocks import SCALE_SUFFIX
+from dsquant.source.checkpoint import stored_parts
 
 
 def hash_unit(run: Run, unit: Unit, safe_point: Callable[[str], None]) -> dict[str, str]:
@@ -14,7 +14,7 @@ def hash_unit(run: Run, unit: Unit, safe_point: Callable[[str], None]) -> dict[s
     Raises InputError where a tensor holds NaN or infinity.
     """
     index = run.source.checkpoint.index
-    stored = [name for one in unit.parameters for name in (one, one + SCALE_SUFFIX) if name in index]
+    stored = [name for one in unit.parameters for name in stored_parts(index, one)]
     found = _hashed(run, stored, safe_point)
     run.tell("scan", len(source_hashes(run.job)) + len(found), len(index), unit.name)
     return found

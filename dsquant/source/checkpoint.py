@@ -4,7 +4,7 @@ The mapping hides how the weights are stored: FP8 with block scales is dequantiz
 may lie in different shards), BF16 is widened, quantized formats are decoded by their own packages.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,31 @@ CONFIG_FILE = "config.json"
 FP8 = "F8_E4M3"
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 FLOATS = ("BF16", "F16", "F32", "F64", FP8)
+
+
+# Behind the name of a weight that compressed-tensors has packed: the tensors that it is made of.
+PACKED_SUFFIX = "_packed"
+_PACKED_PARTS = (PACKED_SUFFIX, "_scale", "_shape")
+
+
+def stored_parts(index: Mapping[str, TensorInfo], parameter: str) -> list[str]:
+    """Returns the stored tensors that a parameter is made of: itself and FP8's scales where it has them, or its packed
+    parts."""
+    suffixes = ("", SCALE_SUFFIX) if parameter in index else _PACKED_PARTS
+    return [parameter + suffix for suffix in suffixes if parameter + suffix in index]
+
+
+def parameters_of(tensors: Collection[str]) -> list[str]:
+    """Returns the parameters that stored tensors make, in their order: the reverse of `stored_parts`."""
+    found = []
+    for name in tensors:
+        scaled = name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in tensors
+        weight = next((name.removesuffix(part) for part in _PACKED_PARTS if name.endswith(part)), name)
+        if weight + PACKED_SUFFIX not in tensors:
+            found += [] if scaled else [name]
+        elif name == weight + PACKED_SUFFIX:
+            found.append(weight)
+    return found
 
 
 class StoredWeights(Weights):

@@ -12,8 +12,7 @@ from dsquant.formats.gguf.layout import placements
 from dsquant.formats.output_shards import index_content
 from dsquant.model.complete import COMPUTED_SUFFIX, check_complete
 from dsquant.model.skeleton import Skeleton
-from dsquant.source.checkpoint import Checkpoint
-from dsquant.source.fp8_blocks import SCALE_SUFFIX
+from dsquant.source.checkpoint import Checkpoint, parameters_of
 from dsquant.source.shards import INDEX_FILE, read_header
 from dsquant.verification.damage import recorded_shards
 
@@ -24,14 +23,9 @@ Problem = tuple[str, str, str]
 
 
 def source_parameters(record: Mapping[str, Any]) -> list[str]:
-    """Returns the source's parameters: its tensors without FP8's scales and without those that engines compute."""
-    tensors = record["source"]["tensors_sha256"]
-    return [
-        name
-        for name in tensors
-        if not (name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in tensors)
-        and not name.endswith(COMPUTED_SUFFIX)
-    ]
+    """Returns the source's parameters: what its tensors make, without those that engines compute."""
+    parameters = parameters_of(record["source"]["tensors_sha256"])
+    return [name for name in parameters if not name.endswith(COMPUTED_SUFFIX)]
 
 
 def check_checkpoint(

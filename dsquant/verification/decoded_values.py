@@ -11,8 +11,7 @@ from dsquant.formats.gguf.target import error_step
 from dsquant.formats.scales import recorded_fold
 from dsquant.model.overlays import Fold
 from dsquant.model.structure import DecoderLayer
-from dsquant.source.checkpoint import Checkpoint
-from dsquant.source.fp8_blocks import SCALE_SUFFIX
+from dsquant.source.checkpoint import Checkpoint, stored_parts
 from dsquant.source.scan import scan_tensor
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import Weights
@@ -60,7 +59,7 @@ class SourceComparison:
     def is_recorded_source(self, name: str) -> bool:
         """Returns whether a parameter of the source is still the one that was quantized."""
         index = self.original.index
-        parts = [part for part in (name, name + SCALE_SUFFIX) if part in index]
+        parts = stored_parts(index, name)
         return bool(parts) and all(scan_tensor(index, index[part]) == self.hashes.get(part) for part in parts)
 
 
@@ -107,10 +106,11 @@ def problems_of(
 
 def wrong_value(comparison: SourceComparison, candidate: OpenedOutput, name: str) -> str | None:
     """Decodes a parameter and returns its difference from the source, in words; None within the recorded error."""
-    recorded, dtype = _recorded_error(candidate, name), comparison.original.index[name].dtype
+    recorded, stored = _recorded_error(candidate, name), comparison.original.index.get(name)
+    dtype = "BF16" if stored is None or stored.dtype.startswith("F8") else stored.dtype
     error = _error(comparison, candidate, name)
     if recorded is None:
-        limit = ROUNDING["BF16" if dtype.startswith("F8") else dtype]
+        limit = ROUNDING[dtype]
         within = error <= limit
         return None if within else f"differs from the source by {error:.2e} of its norm, expected at most {limit:.1e}"
     within = abs(error - recorded) <= RELATIVE_TOLERANCE * recorded + TOLERANCE

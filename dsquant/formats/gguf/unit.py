@@ -1,6 +1,7 @@
 """A GGUF output that is being written: its files, filled unit by unit, and the importance matrix next to them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -14,6 +15,7 @@ from dsquant.formats.gguf.float_blocks import nvfp4_scale
 from dsquant.formats.gguf.imatrix import TensorImportance, column_importance, write_imatrix
 from dsquant.formats.gguf.layout import Placement, encode
 from dsquant.formats.gguf.ranges import check_range
+from dsquant.formats.gguf.released_int4 import Q4_0, released_codes
 from dsquant.formats.gguf.rope import rope_factors
 from dsquant.formats.gguf.store import decoded_rows, stored_rows
 from dsquant.formats.gguf.target import (
@@ -101,6 +103,10 @@ class GgufUnitWriter(UnitWriter):
         if isinstance(value, QuantizedWeight):
             self._write_rounded(f"{name}.weight", value)
             return
+        released = self._released_codes(name) if value is None else None
+        if released is not None:
+            self._write_rounded(name, released)
+            return
         for placement in places_of(self._checkpoint, name):
             tensor = self._model.tensors[placement.tensor]
             in_rows = placement.transform == "same" and len(tensor.shape) > 1
@@ -133,6 +139,20 @@ class GgufUnitWriter(UnitWriter):
         self._surroundings.hand_over((stored,), *sinks)
         self.bytes_written += stored.numel()
         self._written.add(parameter)
+
+    def _released_codes(self, parameter: str) -> QuantizedWeight | None:
+        """Returns a weight that is released in groups of 32 integers of 4 bits and goes into a tensor of Q4_0, in just
+        these; None for any other."""
+        places = places_of(self._checkpoint, parameter)
+        if not places or self._model.tensors[places[0].tensor].type_name != Q4_0.name:
+            return None
+        weight = released_codes(self._checkpoint, parameter)
+        if weight is not None:
+            released_OI = weight.dequantize()
+            error_OI = replace(weight, scales_OG=weight.scales_OG.half().float()).difference(released_OI)
+            error, norm = (float(part.square().double().sum()) for part in (error_OI, released_OI))
+            self._losses[parameter] = error, norm
+        return weight
 
     def _scale(self, parameter: str, weight: torch.Tensor | None, placement: Placement, type_name: str) -> float:
         """Stores the scale of a matrix beside it, where the file has one, and returns it; 1 elsewhere."""

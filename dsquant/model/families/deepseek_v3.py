@@ -83,7 +83,7 @@ def _gguf_problems(config: Config) -> Iterator[str]:
 
 DEEPSEEK_V3 = Family(
     architecture="DeepseekV3ForCausalLM",
-    releases="DeepSeek-V3, R1, R1-0528, V3-0324, V3.1 (FP8, also ue8m0 scales; or BF16), Moonlight, Kimi-K2",
+    releases="DeepSeek-V3, R1, R1-0528, V3-0324, V3.1 (FP8, also ue8m0 scales; or BF16), Moonlight, Kimi-K2 and K2.5",
     config_class="DeepseekV3Config",
     model_types=("deepseek_v3", "kimi_k2"),
     layer=decoder_layer,
@@ -102,6 +102,7 @@ DEEPSEEK_V3 = Family(
     mtp_key=mtp.COUNT_KEY,
     stated=ROUTING,
     network_keys=(*mla.NETWORK_KEYS, *mlps.NETWORK_KEYS, *ROUTING),
+    packed_types=("kimi_k2", "kimi_k25"),
     fused_experts=mlps.FUSED,
     refuse=_refuse,
 )

@@ -167,6 +167,8 @@ class Family:
     """Keys of configs that transformers 5 has written -> what releases call them."""
     network_keys: tuple[str, ...] = ()
     """What its configs say about the network's function beside what those of all architectures do."""
+    packed_types: tuple[str, ...] = ()
+    """`model_type`s whose releases are of 4 bits themselves, in the layout of compressed-tensors."""
     in_fp8: tuple[str, ...] = ()
     """Modules that are never quantized and that FP8 releases store in FP8 all the same."""
     fused_experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
