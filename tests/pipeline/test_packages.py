@@ -83,6 +83,16 @@ def test_a_job_hears_at_once_that_its_output_could_not_be_evaluated(
     assert not (tmp_path / "out").exists()
 
 
+def test_only_the_format_awq_needs_autoawq(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "awq")
+    options = {"calibration": __file__, "samples": 1, "seq_len": 32, "group_size": 64, "steps": "none"}
+    out = dsquant.awq(
+        llama, output=tmp_path / "out", to="compressed-tensors", evaluate=False, progress=False, **options
+    )
+    small = {"texts": [__file__], "samples": 1, "seq_len": 32, "prompts": "none", "progress": False}
+    assert dsquant.evaluate(llama, out.output, **small).candidates
+
+
 @pytest.mark.parametrize("missing", ["jinja2", "sacrebleu"])
 def test_an_evaluation_hears_at_once_that_it_could_not_be_reported(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weight_is_read: None, missing: str
