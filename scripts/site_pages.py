@@ -17,6 +17,7 @@ from dsquant.cli import main
 ROOT = Path(__file__).parent.parent
 WIDTH = 80
 OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/*", "benchmarks/*.md", "recipes/*.yaml")
+LISTED = {"docs/decisions": "Decisions", "benchmarks": "Measurements"}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^):#]+)\)")
 
 
@@ -27,7 +28,15 @@ def on_files(files: Files, config: Any) -> Files:
             name = str(path.relative_to(ROOT))
             files.append(File.generated(config, _of_site(name), content=path.read_bytes()))
     files.append(File.generated(config, "commands.md", content=commands()))
+    for folder, title in LISTED.items():
+        files.append(File.generated(config, f"{_of_site(folder)}/index.md", content=pages_of(ROOT / folder, title)))
     return files
+
+
+def pages_of(folder: Path, title: str) -> str:
+    """Returns a page with a link to each page of a folder, by its heading."""
+    found = [(path.name, path.read_text().partition("\n")[0].lstrip("# ")) for path in sorted(folder.glob("*.md"))]
+    return f"# {title}\n\n" + "".join(f"* [{heading}]({name})\n" for name, heading in found)
 
 
 def commands() -> str:
@@ -46,15 +55,18 @@ def _help(context: click.Context) -> str:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Turns a page's links into the site's; raises where one leads nowhere."""
     name = page.file.src_uri
+    if page.file.generated_by and not (ROOT / name).exists() and name != "index.md":
+        return markdown  # of this hook, in the site's own links
     here = "README.md" if name == "index.md" else name if (ROOT / name).exists() else f"docs/{name}"
 
     def turned(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(here), link[3]))
         if not (ROOT / target).exists():
             raise ValueError(f"{here}: a link leads to {target}, which does not exist")
-        if files.get_file_from_path(_of_site(target)) is None:
+        place = f"{_of_site(target)}/index.md" if target in LISTED else _of_site(target)
+        if files.get_file_from_path(place) is None:
             return link[2]
-        return f"{link[1]}[{link[2]}]({posixpath.relpath(_of_site(target), posixpath.dirname(name))})"
+        return f"{link[1]}[{link[2]}]({posixpath.relpath(place, posixpath.dirname(name))})"
 
     return LINK.sub(turned, markdown)
 
