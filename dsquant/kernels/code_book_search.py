@@ -15,7 +15,6 @@ import torch
 
 from dsquant.kernels.code_books import (
     LEAST,
-    SUPER_BLOCK,
     TYPES,
     Chosen,
     CodeBookType,
@@ -24,6 +23,7 @@ from dsquant.kernels.code_books import (
     points_of,
     vectors_of,
 )
+from dsquant.kernels.values import SUPER_BLOCK
 
 # Scales that are tried for a block, and steps from the level next to the best of them.
 CANDIDATES = 8

@@ -14,7 +14,8 @@ from typing import Literal
 
 import torch
 
-SUPER_BLOCK = 256
+from dsquant.kernels.values import SUPER_BLOCK
+
 LEAST = 1e-30
 
 

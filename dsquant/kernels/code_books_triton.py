@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from dsquant.kernels import code_book_search, code_books
+from dsquant.kernels.values import SUPER_BLOCK
 
 # Super-blocks that are searched together.
 SUPERS_AT_ONCE = 2**16
@@ -43,8 +44,8 @@ def search(vectors: code_books.Vectors) -> code_books.Chosen:
     """
     kind, points_AKP = vectors.kind, vectors.points_AKP.contiguous()
     alternatives, num_points, width = points_AKP.shape
-    num_supers, per_super = vectors.num_supers, code_books.SUPER_BLOCK // width
-    num_blocks = code_books.SUPER_BLOCK // kind.block
+    num_supers, per_super = vectors.num_supers, SUPER_BLOCK // width
+    num_blocks = SUPER_BLOCK // kind.block
     weight, importance = vectors.weight_NGP.contiguous(), vectors.importance_NGP.contiguous()
     values = weight if kind.signs == "delta" else weight.abs()
     device = weight.device

@@ -18,9 +18,8 @@ from dsquant.kernels.scale_search import (
     stored_scales,
     symmetric_search,
 )
-from dsquant.kernels.values import Kind, Levels
+from dsquant.kernels.values import SUPER_BLOCK, Kind, Levels
 
-SUPER_BLOCK = 256
 # type -> bytes of a super-block; Q8_0 has plain blocks of 32 only
 ROW_BLOCKS = {"Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "Q8_0": (32, 34)}
 SCALE_CODES = (0, 63)

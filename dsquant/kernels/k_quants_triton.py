@@ -13,6 +13,7 @@ import triton.language as tl
 
 from dsquant.kernels import k_quants, scale_candidates
 from dsquant.kernels.scale_search_triton import affine_lines, furthest, rounded
+from dsquant.kernels.values import SUPER_BLOCK
 
 SYMMETRIC_STEP = tl.constexpr(scale_candidates.SYMMETRIC_STEP)
 SYMMETRIC_TRIES = tl.constexpr(scale_candidates.SYMMETRIC_TRIES)
@@ -35,7 +36,7 @@ def quantize(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor) 
     rows_RI = rows_RI.float().contiguous()
     importance_I = importance_I.to(rows_RI).contiguous()
     stored_RN = torch.empty(num_rows, num_columns // block * size, dtype=torch.uint8, device=rows_RI.device)
-    num_supers = triton.cdiv(rows_RI.numel(), k_quants.SUPER_BLOCK)
+    num_supers = triton.cdiv(rows_RI.numel(), SUPER_BLOCK)
     grid = (triton.cdiv(num_supers, SUPER_BLOCKS),)
     # Said outright: the default, and with it the last bits, changes between releases of Triton.
     options = {"num_warps": WARPS, "enable_fp_fusion": True}

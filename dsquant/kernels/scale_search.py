@@ -11,7 +11,7 @@ https://github.com/ggml-org/ggml
 Shape legend: S super-blocks, B blocks of a super-block, W weights of a block, N = S * B blocks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ from dsquant.kernels.scale_candidates import (
     SCALE_TRIES,
     symmetric_candidates,
 )
-from dsquant.kernels.values import Kind, Levels
+from dsquant.kernels.values import SUPER_BLOCK, Kind, Levels
 
 LARGEST_HALF = 65504.0
 
@@ -45,6 +45,16 @@ class BlockShape:
     scale_codes: tuple[int, int] | None
     """The least and the largest of the whole numbers that are scales in units of the super-block's factor, and offsets
     in those of another; None where a block's scale is a float16 of its own."""
+
+    @property
+    def group_size(self) -> int:
+        """Weights that are stored together: a super-block, or a block with scales of its own."""
+        return SUPER_BLOCK if self.scale_codes else self.size
+
+    @property
+    def zero_point(self) -> int:
+        """Of levels that have no offsets."""
+        return self.levels.middle if self.levels.kind == Kind.INTEGERS else 0
 
 
 @dataclass(frozen=True)
@@ -96,33 +106,6 @@ def _stored_lines(
     # Where the line would start above zero it starts at zero.
     offsets_SB = (scale_S1.float() * scale_codes_SB * code_SB - mean_SB).clamp_(min=0)
     return StoredScales(scale_S1, scale_codes_SB, *scale_search(offsets_SB, shares_SB, shape.scale_codes))
-
-
-def refitted_scales(
-    weight_WN: torch.Tensor,
-    weights_WN: torch.Tensor,
-    factors: Sequence[torch.Tensor],
-    shape: BlockShape,
-    ratios: Sequence[float],
-) -> list[torch.Tensor]:
-    """Searches scales of single blocks, [W, N], whose super-blocks' factors, float32 [N], stand: multiples of these.
-
-    Each of the ratios scales what the search found. Returns scales, and offsets where there are any, float32 [C, N].
-    """
-    assert shape.scale_codes is not None
-    least, largest = shape.scale_codes
-    whole = [torch.where(factor_N != 0, factor_N, torch.inf) for factor_N in factors]
-    ratios_C1 = weight_WN.new_tensor(ratios).unsqueeze(1)
-    offsets = shape.levels.kind == Kind.OFFSETS
-    if offsets:
-        scale_N, code_N, mean_N = affine_search(weight_WN, weights_WN, shape.levels.largest)
-    else:
-        scale_N = symmetric_search(weight_WN, weights_WN, shape.levels)
-    scales_CN = (scale_N * ratios_C1 / whole[0]).round_().clamp_(least, largest).mul_(factors[0])
-    if not offsets:
-        return [scales_CN]
-    offsets_CN = (scales_CN * code_N - mean_N).clamp_(min=0).div_(whole[1])
-    return [scales_CN, offsets_CN.round_().clamp_(least, largest).mul_(factors[1])]
 
 
 def _half(values: torch.Tensor) -> torch.Tensor:

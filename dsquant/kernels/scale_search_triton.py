@@ -47,7 +47,7 @@ def symmetric_search(weight_WN: torch.Tensor, weights_WN: torch.Tensor, levels: 
     size, num_blocks = weight_WN.shape
     scale_N, device = weight_WN.new_empty(num_blocks), weight_WN.device
     blocks, strides = WEIGHTS // size, (*weight_WN.stride(), *weights_WN.stride())
-    candidates = _candidates_on(device, levels)
+    candidates = candidates_on(device, levels)
     tensors = (weight_WN, weights_WN, candidates, table_on(device, levels), scale_N)
     shape = (len(candidates), size, blocks, levels.middle, levels.largest, int(levels.kind))
     _symmetric[triton.cdiv(num_blocks, blocks),](*tensors, num_blocks, *strides, *shape, num_warps=1)
@@ -69,7 +69,7 @@ def stored_factors(
 
 
 @cache
-def _candidates_on(device: torch.device, levels: Levels) -> torch.Tensor:
+def candidates_on(device: torch.device, levels: Levels) -> torch.Tensor:
     return torch.tensor(scale_candidates.symmetric_candidates(levels), dtype=torch.float32, device=device)
 
 

@@ -12,6 +12,8 @@ import torch
 
 # The bits of a packed word.
 WORD_BITS = 32
+# Weights that share float16 factors in ggml's types.
+SUPER_BLOCK = 256
 # What float16 and bfloat16 both hold with bfloat16's full precision.
 SMALLEST_SCALE = 2.0**-16
 LARGEST_SCALE = 65280.0
@@ -101,6 +103,18 @@ class CompensatedGroup:
     """float32: each column's error over its U_jj, what columns of later groups are changed by."""
     chosen_O: torch.Tensor
     """int64: the candidate whose parameters each row took."""
+
+
+@dataclass(frozen=True)
+class CompensatedBlocks:
+    """Columns, rounded one after the other, with the parameters of their blocks."""
+
+    codes_SO: torch.Tensor
+    """uint8."""
+    errors_SO: torch.Tensor
+    """float32, as in `CompensatedGroup`."""
+    parameters: Parameters
+    """[O, B]."""
 
 
 @dataclass(frozen=True)

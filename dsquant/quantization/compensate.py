@@ -19,11 +19,10 @@ from itertools import pairwise
 
 import torch
 
-from dsquant.kernels.compensation import compensate_group
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.threads import side_by_side
-from dsquant.kernels.values import Parameters, joined_blocks
-from dsquant.quantization.clip import FULL_RANGE, PARTS_AT_ONCE, clipped_weight, rows_of_part
+from dsquant.kernels.values import joined_blocks
+from dsquant.quantization.clip import PARTS_AT_ONCE, clipped_weight, rows_of_part
 from dsquant.quantization.statistics import InputMoments, InverseFactor
 from dsquant.schemes import QuantizedWeight, Scheme, joined, quantized, stacked
 
@@ -121,37 +120,18 @@ def _compensate_parts(
 def _compensate(
     weight_OI: torch.Tensor, scheme: Scheme, clip_ratios: Sequence[float], inverse: InverseFactor
 ) -> QuantizedWeight:
-    """Group by group; a search for parameters weighs a column's error by what it costs once it is compensated.
-
-    Where a group has several blocks, a block's parameters are searched again once the ones before it are rounded.
-    """
-    size, order_I, factor_II = scheme.group_size, inverse.order_I, inverse.factor_II
+    """Group by group; a search for parameters weighs a column's error by what it costs once it is compensated."""
+    order_I, factor_II = inverse.order_I, inverse.factor_II
     working_IO = weight_OI[:, order_I].T.contiguous()
     importance_I = factor_II.diagonal().square().reciprocal()
-    several = scheme.block_size < size
-    codes, found = [], []
-    for start in range(0, len(working_IO), size):
-        stop = start + size
-        errors = []
-        candidates = scheme.parameters(
-            working_IO[start:stop].T, FULL_RANGE if several else clip_ratios, importance_I[start:stop]
-        )
-        for first in range(start, stop, scheme.block_size):
-            end, tried = first + scheme.block_size, candidates
-            if several:
-                one = _block_of(candidates, (first - start) // scheme.block_size)
-                tried = scheme.refitted(working_IO[first:end].T, one, clip_ratios, importance_I[first:end])
-            rounded = compensate_group(working_IO[first:end], factor_II[first:end, first:end], tried, scheme.levels)
-            working_IO[end:stop].addmm_(factor_II[first:end, end:stop].T, rounded.errors_SO, alpha=-1)
-            codes.append(rounded.codes_SO)
-            errors.append(rounded.errors_SO)
-            found.append(tried.chosen(rounded.chosen_O.unsqueeze(1)))
-        working_IO[stop:].addmm_(factor_II[start:stop, stop:].T, torch.cat(errors), alpha=-1)
+    found = []
+    for start in range(0, len(working_IO), scheme.columns_at_once):
+        stop = min(start + scheme.columns_at_once, len(working_IO))
+        part = slice(start, stop)
+        rounded = scheme.compensated(working_IO[part], factor_II[part, part], importance_I[part], clip_ratios)
+        working_IO[stop:].addmm_(factor_II[part, stop:].T, rounded.errors_SO, alpha=-1)
+        found.append(rounded)
     place_I, place_B = order_I.argsort(), (order_I[:: scheme.block_size] // scheme.block_size).argsort()
-    parameters = joined_blocks(found).each(lambda part: part[:, place_B])
-    return quantized(torch.cat(codes)[place_I].T.contiguous(), parameters, scheme)
-
-
-def _block_of(candidates: Parameters, block: int) -> Parameters:
-    """The first candidate of one block, [O, 1]."""
-    return candidates.each(lambda part: part[0, :, block : block + 1])
+    parameters = joined_blocks([part.parameters for part in found]).each(lambda part: part[:, place_B])
+    codes_IO = torch.cat([part.codes_SO for part in found])
+    return quantized(codes_IO[place_I].T.contiguous(), parameters, scheme)

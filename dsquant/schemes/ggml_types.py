@@ -15,17 +15,14 @@ from itertools import pairwise
 
 import torch
 
-from dsquant.kernels.scale_search import BlockShape, refitted_scales, stored_scales
-from dsquant.kernels.values import Kind, Levels, Parameters
+from dsquant.kernels.scale_search import BlockShape
+from dsquant.kernels.super_blocks import block_parameters, compensate_blocks
+from dsquant.kernels.values import SUPER_BLOCK, CompensatedBlocks, Kind, Levels, Parameters
 from dsquant.schemes.scheme import Scheme
 
-SUPER_BLOCK = 256
-OLDER_BLOCK = 32
-BLOCKS = (16, OLDER_BLOCK, SUPER_BLOCK)
+BLOCKS = (16, 32, SUPER_BLOCK)
 # Factors on what the search found, which has already weighed the range.
 RATIOS = (1.0, 0.95, 0.9)
-# Weights that are searched together on a CPU: what they need stays in a core's cache.
-WEIGHTS_AT_ONCE = 2**17
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class GgmlType(Scheme):
     @property
     def group_size(self) -> int:
         """A super-block; of the older types a block."""
-        return OLDER_BLOCK if self.shape.scale_codes is None else SUPER_BLOCK
+        return self.shape.group_size
 
     @property
     def block_size(self) -> int:
@@ -68,54 +65,26 @@ class GgmlType(Scheme):
     def parameters(
         self, weight_OI: torch.Tensor, clip_ratios: Sequence[float] = (1.0,), importance_I: torch.Tensor | None = None
     ) -> Parameters:
-        """Searches scales and offsets (`scale_search.stored_scales`); each ratio scales the float16 factors."""
+        """Searches scales and offsets (`kernels.scale_search`); each ratio scales the float16 factors."""
         ones_I = torch.ones_like(weight_OI[0])
         importance_OI = (ones_I if importance_I is None else importance_I).expand_as(weight_OI)
-        weight_SW, importance_SW = (part.reshape(-1, self.group_size) for part in (weight_OI, importance_OI))
-        at_once = len(weight_SW) if weight_SW.is_cuda else WEIGHTS_AT_ONCE // self.group_size
-        parts = [
-            self._found(*part, clip_ratios)
-            for part in zip(weight_SW.split(at_once), importance_SW.split(at_once), strict=True)
-        ]
-        shape = (len(clip_ratios), len(weight_OI), -1)
-        scales, offsets, *supers = (torch.cat(same, 1).reshape(shape) for same in zip(*parts, strict=True))
-        return Parameters(scales, offsets, tuple(supers))
-
-    def _found(
-        self, weight_SW: torch.Tensor, importance_SW: torch.Tensor, clip_ratios: Sequence[float]
-    ) -> tuple[torch.Tensor, ...]:
-        """Scales, zero points and super-scales, each [C, S, B]."""
-        ratios_C11 = weight_SW.new_tensor(clip_ratios).view(-1, 1, 1)
-        supers, products = [], []
-        for factor_SB, codes_SB in stored_scales(weight_SW, importance_SW, self.shape).factors:
-            super_CSB = (factor_SB.float() * ratios_C11).half().float().expand(-1, -1, codes_SB.shape[1])
-            supers.append(super_CSB)
-            products.append(super_CSB * codes_SB)
-        if len(products) == 1:
-            products.append(
-                torch.full_like(products[0], self.levels.middle if self.levels.kind == Kind.INTEGERS else 0)
-            )
-        return (*products, *(supers if self.shape.scale_codes else ()))
+        return block_parameters(weight_OI, importance_OI, self.shape, clip_ratios)
 
     @property
     def searched(self) -> bool:
         """By columns' importance."""
         return True
 
-    def refitted(
-        self, block_OS: torch.Tensor, found: Parameters, clip_ratios: Sequence[float], importance_S: torch.Tensor
-    ) -> Parameters:
-        """Searches the block's scale and offset anew, in units of its super-block's factors; the last are the old."""
-        weight_SO, (num_rows, size) = block_OS.T, block_OS.shape
-        weights_SO = importance_S.unsqueeze(1).expand(size, num_rows)
-        factors = [part[:, 0] for part in found.super_scales]
-        scales_CO, *offsets = refitted_scales(weight_SO, weights_SO, factors, self.shape, clip_ratios)
-        old_scales_1O, old_zeros_1O = found.scales.T, found.zero_points.T
-        zeros_CO = offsets[0] if offsets else old_zeros_1O.expand_as(scales_CO)
-        scales, zeros = (
-            torch.cat(both).unsqueeze(2) for both in ((scales_CO, old_scales_1O), (zeros_CO, old_zeros_1O))
-        )
-        return Parameters(scales, zeros, tuple(part.expand(len(scales), -1, -1) for part in found.super_scales))
+    @property
+    def columns_at_once(self) -> int:
+        """A super-block, of all types."""
+        return SUPER_BLOCK
+
+    def compensated(
+        self, weight_SO: torch.Tensor, factor_SS: torch.Tensor, importance_S: torch.Tensor, clip_ratios: Sequence[float]
+    ) -> CompensatedBlocks:
+        """Searches a block's parameters again once the columns before it are rounded."""
+        return compensate_blocks(weight_SO, factor_SS, importance_S, self.shape, clip_ratios)
 
 
 def _offsets(largest: int) -> Levels:

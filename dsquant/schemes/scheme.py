@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from dsquant.kernels import grids
-from dsquant.kernels.values import Levels, Parameters
+from dsquant.kernels.compensation import compensate_group
+from dsquant.kernels.values import CompensatedBlocks, Levels, Parameters
 
 
 class Scheme(ABC):
@@ -79,13 +80,21 @@ class Scheme(ABC):
         """Whether parameters come from a search that weighs columns by their importance."""
         return False
 
-    def refitted(
-        self, block_OS: torch.Tensor, found: Parameters, clip_ratios: Sequence[float], importance_S: torch.Tensor
-    ) -> Parameters:
-        """Returns candidates [C, O, 1] for one of several blocks of a group, whose columns have changed since its
-        parameters [O, 1] were found; what blocks share stays."""
-        del block_OS, clip_ratios, importance_S
-        return found.each(lambda part: part.unsqueeze(0))
+    @property
+    def columns_at_once(self) -> int:
+        """Columns of whole groups, in the order of rounding, that `compensated` takes at most."""
+        return self.group_size
+
+    def compensated(
+        self, weight_SO: torch.Tensor, factor_SS: torch.Tensor, importance_S: torch.Tensor, clip_ratios: Sequence[float]
+    ) -> CompensatedBlocks:
+        """Rounds columns [S, O] one after the other with `factor_SS`, their part of U (`kernels.compensation`).
+
+        `importance_S` weighs columns' squared errors in a search; each row takes the best of the clip ratios.
+        """
+        candidates = self.parameters(weight_SO.T, clip_ratios, importance_S)
+        found = compensate_group(weight_SO, factor_SS, candidates, self.levels)
+        return CompensatedBlocks(found.codes_SO, found.errors_SO, candidates.chosen(found.chosen_O.unsqueeze(1)))
 
     def round_plainly(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, Parameters]:
         """Rounds to the nearest levels: codes uint8 [O, I], and parameters [O, B]."""
