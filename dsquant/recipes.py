@@ -315,10 +315,6 @@ class Recipe(AwqOptions, GgufFiles):
         return hashlib.sha256(json.dumps(self.lasting(), sort_keys=True).encode()).hexdigest()
 
 
-# Scales, and ggml's own rounding: compensation takes twice as long on a CPU, far longer on a GPU (docs/decisions/0030).
-GGUF_STEPS: tuple[Step, ...] = ("scales", "top-up")
-
-
 def gguf_recipe(**options: Any) -> Recipe:
     """Builds the recipe of a job that creates GGUF files alone, with the defaults of `dsquant gguf`.
 
@@ -334,7 +330,7 @@ def gguf_recipe(**options: Any) -> Recipe:
     asked = GgufOptions.checked(**options)
     fields = {name: getattr(asked, name) for name in asked.model_fields_set if name not in ("type", "scales")}
     fields |= {} if asked.scales else {"steps": ()}
-    recipe = Recipe.checked(
+    return Recipe.checked(
         **fields
         | {
             "to": (f"gguf:{asked.type}",),
@@ -342,4 +338,3 @@ def gguf_recipe(**options: Any) -> Recipe:
             "mtp": "quantize" if asked.mtp == "keep" else "drop",
         }
     )
-    return recipe.model_copy(update={"steps": GGUF_STEPS}) if recipe.steps else recipe
