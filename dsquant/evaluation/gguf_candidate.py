@@ -14,7 +14,8 @@ from dsquant.formats.gguf.loader import number_problem
 from dsquant.formats.gguf.metadata import model_keys
 from dsquant.formats.gguf.rope import FACTORED
 from dsquant.formats.gguf.types import scale_beside
-from dsquant.model.families import GGUF_FAMILIES
+from dsquant.model.families import FAMILIES, architecture_of
+from dsquant.model.families.family import GgufFacts
 from dsquant.model.rotary import Rotary
 from dsquant.source.weights import Weights
 
@@ -35,7 +36,7 @@ def check_same_network(header: GgufHeader, reference: str, config: Mapping[str, 
     `reference` is the reference's path, for messages; `config` its network with transformers' defaults filled in.
     Raises InputError with key, expected and found value.
     """
-    facts, found = GGUF_FAMILIES[header.keys["general.architecture"]].gguf, _with_defaults(header.numbers)
+    facts, found = _facts(config), _with_defaults(header.numbers)
     problem = number_problem(facts, config)
     if problem:
         raise InputError(f"{header.file}: it cannot be {reference}: {problem}")
@@ -69,7 +70,7 @@ def check_same_tensors(header: GgufHeader, reference: str, config: Mapping[str, 
     }
     if config["tie_word_embeddings"]:
         wanted.pop("output.weight", None)
-    if FACTORED in GGUF_FAMILIES[header.keys["general.architecture"]].gguf.rope_scalings:
+    if FACTORED in _facts(config).rope_scalings:
         wanted["rope_freqs.weight"] = (config["head_dim"] // 2,)
     stored = {name: header.tensors[name].tensor_type.name for name in wanted if name in header.tensors}
     scales = {name: scale_beside(name, type_name) for name, type_name in stored.items()}
@@ -87,6 +88,11 @@ def check_same_tensors(header: GgufHeader, reference: str, config: Mapping[str, 
                 f"{header.file}: tensor {name!r} has shape {list(found)}, the network of {reference} needs "
                 f"{list(wanted[name])}; not the same model"
             )
+
+
+def _facts(config: Mapping[str, Any]) -> GgufFacts:
+    """Those of the reference's architecture: several may share a name in GGUF."""
+    return FAMILIES[architecture_of(config)].gguf
 
 
 def _layer(name: str) -> int:
@@ -129,7 +135,7 @@ def _same(wanted: Any, found: Any) -> bool:
 def _check_rotary(
     header: GgufHeader, reference: str, config: Mapping[str, Any], wanted: Mapping[str, Any], rotary: Rotary
 ) -> None:
-    facts = GGUF_FAMILIES[header.keys["general.architecture"]].gguf
+    facts = _facts(config)
     kind, known = config["rope_parameters"]["rope_type"], facts.rope_scalings
     if kind not in known:
         raise InputError(

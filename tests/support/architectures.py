@@ -66,6 +66,22 @@ YARN = {
         "original_max_position_embeddings": 128,
     }
 }  # fmt: skip
+DEEPSEEK_V2 = Architecture(
+    LATENT | YARN | {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "scoring_func": "softmax",
+        "topk_method": "greedy", "norm_topk_prob": False, "n_shared_experts": 2, "num_nextn_predict_layers": 0,
+    },
+    {
+        "groups": {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+        # llama.cpp knows it by its 27 layers; its F16 keys and values would lead tokens of more mixtures elsewhere.
+        "Lite": {"q_lora_rank": None, "num_hidden_layers": 27, "first_k_dense_replace": 26, "hidden_size": 64},
+    },
+    (
+        ({"norm_topk_prob": True}, "norm_topk_prob true"),
+        ({"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
+        ({"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
+    ),
+)  # fmt: skip
 DEEPSEEK_V32 = Architecture(
     LATENT | YARN | {
         "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "n_group": 2, "topk_group": 1,
@@ -95,10 +111,11 @@ GLM_MOE_DSA = Architecture(
     ),
 )  # fmt: skip
 ARCHITECTURES = {
+    "DeepSeek-V2": DEEPSEEK_V2,
     "DeepSeek-V3.2": DEEPSEEK_V32,
     "GLM-5": GLM_MOE_DSA,
     "GLM-4.7-Flash": GLM4_MOE_LITE,
     "Qwen3 MoE": QWEN3_MOE,
 }
 # Variants that llama.cpp computes otherwise, so that their files are refused.
-NOT_IN_LLAMA_CPP = ("Qwen3 MoE: shares that sum to less than 1",)
+NOT_IN_LLAMA_CPP = ("Qwen3 MoE: shares that sum to less than 1", "DeepSeek-V2: groups")

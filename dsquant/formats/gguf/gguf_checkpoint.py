@@ -19,8 +19,8 @@ from dsquant.formats.gguf.gguf_weights import GgufWeights, gguf_parts
 from dsquant.formats.gguf.layout import parameters
 from dsquant.formats.gguf.metadata import CONTROL, UNUSED, USER_DEFINED
 from dsquant.formats.gguf.rope import YARN_LOG_FACTOR, rotary_of_keys
-from dsquant.model.families import FAMILIES, GGUF_FAMILIES
-from dsquant.model.families.family import GgufFacts
+from dsquant.model.families import FAMILIES, GGUF_FAMILIES, architecture_of, gguf_families
+from dsquant.model.families.family import Family, GgufFacts
 from dsquant.model.overlays import on_device
 from dsquant.model.rotary import Rotary, yarn_mscale
 from dsquant.model.skeleton import network_rotary
@@ -214,14 +214,19 @@ def _pre_tokenizer(file: Path, name: str) -> Any:
 
 
 def _config(header: GgufHeader) -> dict[str, Any]:
-    file, keys = header.file, header.keys
-    architecture = keys.get("general.architecture")
-    family = GGUF_FAMILIES.get(str(architecture))
-    if family is None:
+    """Returns config.json's entries in the words of the first family that has such a network; of the first, where none
+    has."""
+    architecture = header.keys.get("general.architecture")
+    configs = [(family, _config_of(header, family)) for family in gguf_families(str(architecture))]
+    if not configs:
         raise InputError(
-            f"{file}: architecture {architecture!r} is not supported; dsquant knows {', '.join(GGUF_FAMILIES)}"
+            f"{header.file}: architecture {architecture!r} is not supported; dsquant knows {', '.join(GGUF_FAMILIES)}"
         )
-    numbers = header.numbers
+    return next((config for family, config in configs if family.refuse(config) is None), configs[0][1])
+
+
+def _config_of(header: GgufHeader, family: Family) -> dict[str, Any]:
+    file, architecture, numbers = header.file, family.gguf.architecture, header.numbers
 
     def key(name: str, default: Any = None) -> Any:
         value = numbers.get(name, default)
@@ -278,7 +283,7 @@ def _rope_scaling(header: GgufHeader, facts: GgufFacts, config: Mapping[str, Any
 def _check_rotary(header: GgufHeader, config: Mapping[str, Any]) -> None:
     """Refuses a file whose scaling no config can state: llama.cpp would compute something else."""
     try:
-        wanted = network_rotary(FAMILIES[header.architecture], config)
+        wanted = network_rotary(FAMILIES[architecture_of(config)], config)
     except Exception as error:  # transformers raises of every kind for a config that makes no sense
         raise InputError(f"{header.file}: its keys describe no network: {type(error).__name__}: {error}") from error
     difference = header.rotary.difference(wanted)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError
+from dsquant.model.families.deepseek_v2 import DEEPSEEK_V2
 from dsquant.model.families.deepseek_v3 import DEEPSEEK_V3
 from dsquant.model.families.deepseek_v32 import DEEPSEEK_V32
 from dsquant.model.families.family import Family, Sizes
@@ -25,9 +26,9 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
 # Kinds of attention by layer; the second is sparse.
 FULL_ATTENTION, INDEXED_ATTENTION = "full_attention", "indexed_attention"
 
-_ALL = (DEEPSEEK_V3, DEEPSEEK_V32, GLM4_MOE, GLM4_MOE_LITE, GLM_MOE_DSA, LLAMA, QWEN2, QWEN3, QWEN3_MOE)
+_ALL = (DEEPSEEK_V3, DEEPSEEK_V2, DEEPSEEK_V32, GLM4_MOE, GLM4_MOE_LITE, GLM_MOE_DSA, LLAMA, QWEN2, QWEN3, QWEN3_MOE)
 FAMILIES = {family.architecture: family for family in _ALL}
-# By `general.architecture` of a GGUF file: of those that share one network, the first.
+# By `general.architecture` of a GGUF file: of those that share the name, the first.
 GGUF_FAMILIES = {family.gguf.architecture: family for family in reversed(_ALL)}
 
 # Architectures that are asked for and not supported -> why.
@@ -36,6 +37,11 @@ _V4 = (
     "there, and fewer need a forward that dsquant does not have (docs/decisions/0034)"
 )
 REFUSED = {"DeepseekV4ForCausalLM": _V4, "DeepseekV41ForCausalLM": _V4}
+
+
+def gguf_families(architecture: str) -> list[Family]:
+    """The families whose networks llama.cpp knows by a name."""
+    return [family for family in _ALL if family.gguf.architecture == architecture]
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
