@@ -1,10 +1,12 @@
 """Progress that a running job reports."""
 
+import os
 import re
 import resource
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,9 +57,15 @@ def silent(progress: Progress) -> None:
 
 def resident_bytes() -> int:
     """Returns the resident memory of this process now."""
+    return int(_process(os.getpid()).memory_info().rss)
+
+
+@cache
+def _process(pid: int) -> Any:
+    """psutil's view of a process, which takes longer to make than to ask."""
     import psutil
 
-    return int(psutil.Process().memory_info().rss)
+    return psutil.Process(pid)
 
 
 def gpu_bytes() -> int:

@@ -13,6 +13,7 @@ import torch
 from broken import Change, changed_copy, expert_zeroed, nibbles_swapped, router_not_compensated, scale_not_a_number
 from checkpoints import LLAMA, add_tokenizer, make_dense
 from click.testing import CliRunner
+from gguf_files import PLAIN
 from streams import plainly_rounded
 
 import dsquant
@@ -29,7 +30,7 @@ from dsquant.model.overlays import Overlay
 from dsquant.model.skeleton import Skeleton
 from dsquant.source.weights import Weights
 
-SMALL: dict[str, Any] = {"texts": ["code"], "samples": 4, "seq_len": 256, "prompts": "none", "progress": False}
+SMALL: dict[str, Any] = {"texts": ["code"], "samples": 4, "seq_len": 64, "prompts": "none", "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +178,11 @@ def test_one_pass_reads_every_tensor_once_for_all_texts_and_scores_as_separate_p
 
 
 def test_a_gguf_file_can_be_the_reference(tiny_r1: Path, awq: Path, tmp_path: Path) -> None:
-    dsquant.gguf(tiny_r1, type="BF16", output=tmp_path / "bf16", evaluate=False, progress=False)
-    dsquant.gguf(tiny_r1, type="Q8_0", output=tmp_path / "q8", calibration="none", evaluate=False, progress=False)
-    small = SMALL | {"samples": 1, "seq_len": 64}
-    by_file = dsquant.evaluate(tmp_path / "bf16", awq, tmp_path / "q8", **small)
-    by_checkpoint = dsquant.evaluate(tiny_r1, awq, tmp_path / "q8", **small)
+    for type_name in ("BF16", "Q8_0"):
+        dsquant.gguf(tiny_r1, type=type_name, output=tmp_path / type_name, **PLAIN)
+    small = SMALL | {"samples": 1}
+    by_file = dsquant.evaluate(tmp_path / "BF16", awq, tmp_path / "Q8_0", **small)
+    by_checkpoint = dsquant.evaluate(tiny_r1, awq, tmp_path / "Q8_0", **small)
     assert by_file.texts == by_checkpoint.texts and by_file.reference.format == "GGUF BF16"
     assert any("activations are rounded" in caveat for caveat in by_file.caveats)
     for one, other in zip(by_file.candidates, by_checkpoint.candidates, strict=True):

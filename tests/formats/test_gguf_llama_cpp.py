@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LLAMA, QWEN2, QWEN3, add_tokenizer, full_model, make_dense
+from checkpoints import LLAMA, QWEN2, QWEN3, add_tokenizer, full_model, make_dense, make_pico_r1
 from llama_cpp import decoded, every_position, llama_cpp
+from shapes import SMALLEST
 
 import dsquant
 from dsquant.calibration.texts import HELD_OUT_TEXTS, held_out_tokens, load_tokenizer, text_tokens
@@ -48,7 +49,7 @@ def make(model: Path, folder: Path, type_name: str, **options: Any) -> Path:
         pytest.param("Q4_K_M", {}, POSITIONS, 0.88, 0.6, marks=pytest.mark.slow),
         pytest.param("Q4_K_M+", {}, POSITIONS, 0.92, 0.4, marks=pytest.mark.slow),
         pytest.param("Q4_K_M", {"target_bits": 4.5}, POSITIONS, 0.9, 0.6, marks=pytest.mark.slow),
-        ("Q8_0", {"calibration": "none", "mtp": "keep"}, FEW, 0.9, 0.4),
+        pytest.param("Q8_0", {"calibration": "none", "mtp": "keep"}, FEW, 0.9, 0.4, marks=pytest.mark.slow),
         ("Q4_K_M", {"split_max_size": "2MiB", "calibration": "none"}, FEW, 0.7, 2.5),
     ],
 )
@@ -163,7 +164,7 @@ def against(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
                 ("NVFP4", 0.1),
             )
         ),
-        ("Q3_K_M", {"calibration": "none"}, 8, 0.1),
+        pytest.param("Q3_K_M", {"calibration": "none"}, 8, 0.1, marks=pytest.mark.slow),
     ],
 )
 def test_our_perplexity_and_divergence_of_gguf_files_are_llama_cpps(
@@ -182,10 +183,15 @@ def test_our_perplexity_and_divergence_of_gguf_files_are_llama_cpps(
     few.check(decoded(file, tmp_path / "decoded.gguf"), tmp_path, 0.01, 0.002)
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3], ids=["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3, {}], ids=["llama", "qwen2", "qwen3", "r1"])
 @pytest.mark.parametrize("type_name", ["Q4_K_M", "Q8_0"])
-def test_our_divergence_of_dense_families_is_llama_cpps(tmp_path: Path, config: dict[str, Any], type_name: str) -> None:
-    one_layer = make_dense(tmp_path / "model", config | {"num_hidden_layers": 1})
+def test_our_divergence_of_one_layer_is_llama_cpps(tmp_path: Path, config: dict[str, Any], type_name: str) -> None:
+    if config:
+        one_layer = make_dense(tmp_path / "model", config | {"num_hidden_layers": 1})
+    else:
+        one_layer = make_pico_r1(
+            tmp_path / "model", **SMALLEST | {"num_hidden_layers": 1, "num_nextn_predict_layers": 0}
+        )
     model = with_pre_tokenizer(add_tokenizer(one_layer, vocabulary=280), QWEN_WORDS)
     files = [make(model, tmp_path / name, name, calibration="none") for name in ("F32", type_name)]
     tokens_NT = torch.randint(6, 280, (4, 256), generator=torch.Generator().manual_seed(3))

@@ -110,10 +110,10 @@ def test_types_that_need_importances_are_refused_without_before_anything_is_writ
     assert not (tmp_path / "out").exists() and "IQ2_S" in NEED_IMPORTANCES
 
 
-def test_eval_reads_nvfp4_with_the_scales_beside_it(tiny_r1: Path, text_file: Path, tmp_path: Path) -> None:
-    dsquant.gguf(tiny_r1, type="NVFP4", output=tmp_path / "out", **PLAIN)
+def test_eval_reads_nvfp4_with_the_scales_beside_it(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
+    dsquant.gguf(nano_r1, type="NVFP4", output=tmp_path / "out", **PLAIN)
     options: dict[str, Any] = {"texts": [text_file], "seq_len": 32, "samples": 2, "prompts": "none", "progress": False}
-    (found,) = dsquant.evaluate(tiny_r1, tmp_path / "out", **options).candidates
+    (found,) = dsquant.evaluate(nano_r1, tmp_path / "out", **options).candidates
     assert 0 < found.texts["text.txt"].mean_kl.estimate < 0.2
 
 

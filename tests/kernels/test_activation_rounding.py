@@ -7,7 +7,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import full_model
+from checkpoints import add_tokenizer, full_model, make_pico_r1
+from shapes import NARROW
 from streams import stream_logits
 
 import dsquant
@@ -160,8 +161,10 @@ def test_streaming_and_generation_round_alike(
         assert torch.allclose(model(tokens).logits, plain, atol=1e-3)
 
 
-def test_a_jobs_end_and_an_evaluation_say_the_same_of_a_file(narrow_r1: Path, tmp_path: Path) -> None:
-    job = dsquant.gguf(narrow_r1, type="Q8_0", output=tmp_path / "out", calibration="none", progress=False)
-    found = dsquant.evaluate(narrow_r1, tmp_path / "out", texts=["code"], prompts="none", progress=False).candidates[0]
+def test_a_jobs_end_and_an_evaluation_say_the_same_of_a_file(tmp_path: Path) -> None:
+    one_layer = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    model = add_tokenizer(make_pico_r1(tmp_path / "model", **NARROW | one_layer))
+    job = dsquant.gguf(model, type="Q8_0", output=tmp_path / "out", calibration="none", progress=False)
+    found = dsquant.evaluate(model, tmp_path / "out", texts=["code"], prompts="none", progress=False).candidates[0]
     (ours,) = job.divergence.values()
     assert ours["code"].mean_kl == pytest.approx(found.texts["code"].mean_kl.estimate, rel=0.01)

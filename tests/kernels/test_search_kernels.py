@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import (
     DEVICE,
@@ -56,7 +56,7 @@ def _errors_are_those_of_the_codes(
     torch.testing.assert_close(factor_SS.triu().T @ found.errors_SO.cpu(), left_OS.T, rtol=1e-3, atol=1e-3)
 
 
-@interpreted
+@settings(interpreted, max_examples=2)
 @given(rows=few_rows, size=st.sampled_from([32, 64]), bits=bits_of_codes, symmetric=st.booleans(), seed=seeds)
 def test_compensation_in_triton_does_what_the_reference_does(
     rows: int, size: int, bits: int, symmetric: bool, seed: int
@@ -64,7 +64,7 @@ def test_compensation_in_triton_does_what_the_reference_does(
     _same_compensation(rows, size, integers(bits, symmetric), seed)
 
 
-@interpreted
+@settings(interpreted, max_examples=2)
 @given(rows=few_rows, levels=st.sampled_from(OTHERS), blocks=st.sampled_from([1, 2]), seed=seeds)
 def test_compensation_in_triton_takes_any_levels_and_several_blocks(
     rows: int, levels: Levels, blocks: int, seed: int

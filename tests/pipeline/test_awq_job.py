@@ -19,7 +19,7 @@ import torch
 from checkpoints import LLAMA, QWEN2, add_tokenizer, full_model, make_dense, make_pico_r1
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from shapes import SMALLEST
+from shapes import NARROW
 from small_jobs import FAST, arguments, contents
 
 import dsquant
@@ -54,7 +54,7 @@ def test_one_calibration_writes_two_formats_that_their_packages_read(
 
 
 def test_the_quantized_model_is_nearer_to_the_original_than_plain_rounding(text_file: Path, tmp_path: Path) -> None:
-    model = add_tokenizer(make_pico_r1(tmp_path / "model", outliers=True, **SMALLEST))
+    model = add_tokenizer(make_pico_r1(tmp_path / "model", outliers=True, **NARROW))
     dsquant.awq(
         model, output=tmp_path / "out", to="compressed-tensors", preset="compact",
         calibration=(str(text_file),), **FAST | {"samples": 32, "steps": None},
@@ -106,9 +106,9 @@ def test_a_dense_model_has_every_linear_quantized(text_file: Path, tmp_path: Pat
     assert "model.layers.0.self_attn.v_proj.bias" in index
 
 
-def test_two_runs_write_identical_bytes(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_two_runs_write_identical_bytes(narrow_r1: Path, text_file: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        dsquant.awq(nano_r1, output=tmp_path / name, calibration=(str(text_file),), **FAST | {"steps": None})
+        dsquant.awq(narrow_r1, output=tmp_path / name, calibration=(str(text_file),), **FAST | {"steps": None})
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 

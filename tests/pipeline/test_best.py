@@ -25,6 +25,7 @@ from dsquant.quantization.sequential import quantize_sequentially
 from dsquant.schemes import UNQUANTIZED, Grid, QuantizedWeight
 
 GRID = Grid(4, 64, True)
+SMALL_QWEN2 = QWEN2 | {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 
 
 def _followed(
@@ -62,8 +63,8 @@ def _followed(
 
 @pytest.mark.parametrize("dense", [False, True], ids=["R1", "Qwen2"])
 def test_the_hidden_states_it_follows_are_those_of_its_output(narrow_r1: Path, tmp_path: Path, dense: bool) -> None:
-    folder = make_dense(tmp_path / "model", QWEN2) if dense else narrow_r1
-    tokens_NT = torch.randint(0, 290, (6, 40), generator=torch.Generator().manual_seed(1))
+    folder = make_dense(tmp_path / "model", SMALL_QWEN2) if dense else narrow_r1
+    tokens_NT = torch.randint(0, 290, (4, 30), generator=torch.Generator().manual_seed(1))
     changed, original_NTV, quantized_NTV = _followed(folder, tokens_NT)
     weights = open_checkpoint(folder).weights
     for found_NTV, base in ((original_NTV, weights), (quantized_NTV, ReplacedWeights(weights, changed))):
@@ -164,7 +165,7 @@ def test_hidden_states_of_the_quantized_model_that_are_damaged_are_refused(
 
 
 def test_a_dense_model_keeps_the_preset(text_file: Path, tmp_path: Path) -> None:
-    model = add_tokenizer(make_dense(tmp_path / "model", QWEN2), vocabulary=290)
+    model = add_tokenizer(make_dense(tmp_path / "model", SMALL_QWEN2), vocabulary=290)
     dsquant.awq(model, **_options(tmp_path / "out", text_file))
     index = open_checkpoint(tmp_path / "out").index
     assert sum(name.endswith(".qweight") for name in index) == 2 * 7

@@ -58,7 +58,7 @@ def hide(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
 
 
 def test_a_package_without_metadata_is_recorded_as_unknown(llama: Path, tmp_path: Path, without_metadata: None) -> None:
-    dsquant.gguf(llama, type="Q8_0", output=tmp_path / "out", evaluate=False, progress=False)
+    dsquant.gguf(llama, type="Q8_0", output=tmp_path / "out", calibration="none", evaluate=False, progress=False)
     record = json.loads((tmp_path / "out" / "dsquant.json").read_text())
     assert {name for name, found in record["versions"].items() if found == "unknown"} == set(NOT_INSTALLED)
     assert dsquant.verify(tmp_path / "out", progress=False).ok

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import QWEN2, make_dense, make_pico_r1
-from shapes import NARROW, SMALLEST
+from shapes import NARROW
 from streams import stream_logits
 
 from dsquant.formats.checkpoints import open_checkpoint
@@ -67,7 +67,7 @@ def test_folding_leaves_tiny_r1_as_it_is(tiny_r1: Path) -> None:
 
 @pytest.mark.parametrize("outliers", [False, True], ids=["plain", "outliers in every norm"])
 def test_folding_leaves_a_ragged_random_r1_as_it_is(tmp_path: Path, outliers: bool) -> None:
-    check_folding(make_pico_r1(tmp_path / "model", outliers=outliers, **SMALLEST), 64, 300)
+    check_folding(make_pico_r1(tmp_path / "model", outliers=outliers, **NARROW | {"intermediate_size": 192}), 64, 300)
 
 
 def test_what_is_stored_beside_the_quantized_linears_routes_the_same_experts(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_what_is_stored_beside_the_quantized_linears_routes_the_same_experts(tmp
 
 
 def test_folding_leaves_shared_value_heads_and_biases_as_they_are(tmp_path: Path) -> None:
-    check_folding(make_dense(tmp_path / "model", QWEN2), 64, 300)
+    check_folding(make_dense(tmp_path / "model", QWEN2 | {"hidden_size": 128, "head_dim": 32}), 64, 300)
 
 
 def test_a_queries_projection_without_a_bottleneck_is_folded_too(tmp_path: Path) -> None:

@@ -163,12 +163,12 @@ def test_plain_rounding_to_ggmls_types_errs_no_more_than_ggml_does(scheme: GgmlT
 
 
 def _moments(seed: int, columns: int = 512) -> InputMoments:
-    return moments_of(correlated(2048, columns, seed))
+    return moments_of(correlated(4 * columns, columns, seed))
 
 
 @pytest.mark.parametrize("scheme", [Grid(4, 128, False), *SCHEMES], ids=_name)
 def test_every_step_lowers_the_error_of_the_output(scheme: Scheme) -> None:
-    moments, weight_OI = _moments(5), _weight(48, 512, 6)
+    moments, weight_OI = _moments(5, 256), _weight(48, 256, 6)
     plain, clip, compensate, descend, every = (
         float(moments.loss(rounded_weight(weight_OI, scheme, moments, steps).difference(weight_OI)))
         for steps in ((), ("clip",), ("compensate",), ("descend",), ("clip", "compensate", "descend"))
@@ -180,7 +180,7 @@ def test_every_step_lowers_the_error_of_the_output(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("scheme", [Grid(4, 128, False), *SCHEMES], ids=_name)
 def test_scales_are_searched_for_every_scheme(scheme: Scheme) -> None:
-    moments, weight_OI = moments_of(correlated(2048, 512, 5) * torch.linspace(-2, 2, 512).exp()), _weight(24, 512, 6)
+    moments, weight_OI = moments_of(correlated(1024, 256, 5) * torch.linspace(-2, 2, 256).exp()), _weight(24, 256, 6)
     scales_CI = candidate_scales(moments.rms_I, rms_of_columns([weight_OI]))
     losses_C = scale_losses(weight_OI, scales_CI, scheme, moments)
     best = int(losses_C.argmin())
