@@ -3,7 +3,6 @@
 import ast
 import re
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -57,14 +56,12 @@ def test_what_test_modules_share_is_in_support() -> None:
 
 @cache
 def functions() -> list[tuple[str, ast.FunctionDef]]:
-    return list(_functions())
-
-
-def _functions() -> Iterator[tuple[str, ast.FunctionDef]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                yield f"{path.relative_to(PACKAGE)}: {node.name}", node
+    return [
+        (f"{path.relative_to(PACKAGE)}: {node.name}", node)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
 
 
 def test_no_function_has_more_than_fifty_lines_and_no_file_more_than_350() -> None:
