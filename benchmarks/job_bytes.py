@@ -45,35 +45,38 @@ ROOT = Path(__file__).parent.parent
 SMALL = "--samples 4 --seq-len 128"
 FEW = f"{SMALL} --no-evaluate"
 EVERY = "--preset compact --kv-b quantize"  # what this preset took before there was the option
+THREE = "--to awq --to compressed-tensors --rest bf16 --to gguf:Q4_K_M"
 ALL_STEPS = "scales,clip,compensate,top-up,gate-weights,follow,descend"
+# What an FP8 model became, before it became compressed-tensors with its own blocks, is named.
 # Name -> the command behind `dsquant`, whose output is NAME/out. Later ones may read what earlier ones wrote.
 JOBS = {
-    "quality": f"awq tiny-r1 {SMALL}",
-    "compact": f"awq tiny-r1 {FEW} {EVERY} --mtp quantize",
-    "best": f"awq tiny-r1 {FEW} --preset best --kv-b quantize --mtp drop",
-    "steps-none": f"awq mixture {FEW} --group-size 64 {EVERY} --steps none",
-    "steps-scales": f"awq mixture {FEW} --group-size 64 {EVERY} --steps scales",
-    "steps-clip": f"awq mixture {FEW} --group-size 64 {EVERY} --steps clip",
-    "steps-compensate": f"awq mixture {FEW} --group-size 64 {EVERY} --steps compensate",
-    "steps-descend": f"awq mixture {FEW} --group-size 64 {EVERY} --steps compensate,descend",
-    "steps-all": f"awq mixture {FEW} --group-size 64 {EVERY} --steps {ALL_STEPS}",
-    "awq-symmetric": f"awq mixture {FEW} --group-size 64 {EVERY} --symmetric",
-    "ct-symmetric": f"awq mixture {FEW} --group-size 64 --to compressed-tensors --symmetric --bits 8",
+    "quality": f"awq tiny-r1 {SMALL} --to awq",
+    "compact": f"awq tiny-r1 {FEW} {EVERY} --mtp quantize --to awq",
+    "best": f"awq tiny-r1 {FEW} --preset best --kv-b quantize --mtp drop --to awq",
+    "steps-none": f"awq mixture {FEW} --group-size 64 {EVERY} --steps none --to awq",
+    "steps-scales": f"awq mixture {FEW} --group-size 64 {EVERY} --steps scales --to awq",
+    "steps-clip": f"awq mixture {FEW} --group-size 64 {EVERY} --steps clip --to awq",
+    "steps-compensate": f"awq mixture {FEW} --group-size 64 {EVERY} --steps compensate --to awq",
+    "steps-descend": f"awq mixture {FEW} --group-size 64 {EVERY} --steps compensate,descend --to awq",
+    "steps-all": f"awq mixture {FEW} --group-size 64 {EVERY} --steps {ALL_STEPS} --to awq",
+    "awq-symmetric": f"awq mixture {FEW} --group-size 64 {EVERY} --symmetric --to awq",
+    "ct-symmetric": f"awq mixture {FEW} --group-size 64 --to compressed-tensors --rest bf16 --symmetric --bits 8",
     "ct-asymmetric": f"awq llama {FEW} --to compressed-tensors --asymmetric",
-    "formats": f"awq mixture {FEW} --group-size 64 {EVERY} --to awq --to compressed-tensors --to gguf:Q4_K_M",
+    "formats": f"awq mixture {FEW} --group-size 64 {EVERY} {THREE}",
+    "fp8-rest": f"awq mixture {FEW} --group-size 64 --preset compact",
     "Q4_K_M": f"gguf tiny-r1 {SMALL}",
     "Q4_K_M+": f"gguf tiny-r1 {FEW} --type Q4_K_M+ --mtp keep",
     "IQ4_XS": f"gguf mixture {FEW} --type IQ4_XS",
     "Q2_K-split": "gguf tiny-r1 --no-evaluate --type Q2_K --calibration none --split-max-size 1MiB",
-    "widths": f"awq mixture {FEW} --group-size 64 {EVERY} --target-bits 5",
+    "widths": f"awq mixture {FEW} --group-size 64 {EVERY} --target-bits 5 --to awq",
     "types": f"gguf tiny-r1 {FEW} --target-bits 4.5",
     "dense-llama": f"awq llama {FEW} --max-shard-size 1MiB",
     "dense-qwen2": f"gguf qwen2 {FEW} --type Q5_K_M",
     "dense-qwen3": f"awq qwen3 {FEW} --preset best --to compressed-tensors --asymmetric",
     "delta": "delta mixture mixture-2 --quantized steps-scales/out --patch delta/patch",
     "applied": "delta --apply delta/patch steps-scales/out",
-    "killed": f"awq mixture {FEW} --group-size 64 {EVERY} --to awq --to compressed-tensors --to gguf:Q4_K_M",
-    "two-ranks": f"awq mixture {FEW} --group-size 64 {EVERY} --symmetric",
+    "killed": f"awq mixture {FEW} --group-size 64 {EVERY} {THREE}",
+    "two-ranks": f"awq mixture {FEW} --group-size 64 {EVERY} --symmetric --to awq",
 }
 SAME = {"killed": "formats", "two-ranks": "awq-symmetric", "applied": "delta"}
 """Jobs that write what another one writes."""

@@ -80,7 +80,10 @@ GGUF = ("gguf", "--type", "Q4_K_M", "--tensor-type", r"^(token_embd|output)\.wei
 
 def own_methods() -> list[Method]:
     """dsquant's presets that quantize every linear, in both forms; widths, and types, that are chosen for a mean."""
-    forms = {"asymmetric": ("--to", "awq"), "symmetric": ("--to", "compressed-tensors", "--symmetric")}
+    forms = {
+        "asymmetric": ("--to", "awq"),
+        "symmetric": ("--to", "compressed-tensors", "--rest", "bf16", "--symmetric"),
+    }
     presets = [preset for preset in get_args(Preset) if preset != "quality"]
     uniform = [
         Method(f"dsquant-{preset}-{form}", f"dsquant {preset}, {form}", None, (*AWQ, "--preset", preset, *options))
@@ -121,7 +124,7 @@ def step_methods() -> list[Method]:
         for step in STEPS:
             change = "without" if step in own else "with"
             chosen[preset, change, step] = tuple(one for one in STEPS if (one in own) != (one == step))
-    form = (*AWQ, "--preset", "compact", "--to", "compressed-tensors", "--symmetric", "--steps")
+    form = (*AWQ, "--preset", "compact", "--to", "compressed-tensors", "--rest", "bf16", "--symmetric", "--steps")
     return [
         Method("-".join(("dsquant", *words)), " ".join(("dsquant", *words)), None, (*form, ",".join(steps)))
         for words, steps in chosen.items()

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 Preset = Literal["quality", "compact", "best"]
+Rest = Literal["fp8", "bf16"]
+"""How linears that are not quantized are stored: in the model's own FP8 blocks, or as BF16."""
 Step = Literal["scales", "clip", "compensate", "top-up", "gate-weights", "follow", "descend"]
 """A step of the quantization. `scales`: AWQ's scales are searched and folded in. `clip`: each group's range is clipped
 to what costs least. `compensate`: later columns compensate earlier rounding errors (GPTQ). `top-up`: experts with few

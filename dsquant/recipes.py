@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from dsquant.options import Accepts, Options, Size, Spelling, Texts, TextsOrFiles, format_size, text_of_path
-from dsquant.presets import PRESET_STEPS, STEPS, Preset, Step, listed_steps
+from dsquant.presets import PRESET_STEPS, STEPS, Preset, Rest, Step, listed_steps
 
 # What a resumed job may change: these have no influence on the weights' bytes.
 CHANGEABLE_ON_RESUME = ("output", "memory_budget", "gpu_memory_budget", "evaluate")
@@ -89,7 +89,7 @@ class TargetOptions(Options):
 class Quantization(TargetOptions):
     """How weights are quantized, and to which formats."""
 
-    to: Annotated[Texts, Spelling(metavar="FORMAT", default="awq")] = Field(
+    to: Annotated[Texts, Spelling(metavar="FORMAT", default="compressed-tensors for an FP8 model; else awq")] = Field(
         default=("awq",),
         description="Format of the output; may be repeated, for one calibration and several outputs.",
     )
@@ -125,6 +125,10 @@ class Quantization(TargetOptions):
         default="keep",
         description="kv_b_proj of latent attention: keep in BF16, or quantize; vLLM 0.20 to 0.27 stops at the second "
         "part of a prompt where it is quantized. GGUF quantizes it always, mlx never.",
+    )
+    rest: Annotated[Rest | None, Spelling(default="fp8 for compressed-tensors of an FP8 model, else bf16")] = Field(
+        default=None,
+        description="Linears that are not quantized: fp8 keeps the model's own blocks, bf16 widens them.",
     )
     max_shard_bytes: Size = Field(
         default=5 * 2**30,

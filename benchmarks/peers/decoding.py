@@ -44,7 +44,7 @@ def decode_awq(stored: dict[str, torch.Tensor], config: dict) -> dict[str, torch
 
 
 def decode_compressed_tensors(stored: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
-    """The weights of a pack-quantized checkpoint in float32, through compressed-tensors.
+    """The weights of a checkpoint of packed integers and FP8 blocks in float32, through compressed-tensors.
 
     Args:
         stored: tensors as stored.
@@ -53,7 +53,7 @@ def decode_compressed_tensors(stored: dict[str, torch.Tensor], config: dict) -> 
     Returns:
         Name -> float32, quantized linears as `*.weight` [O, I].
     """
-    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils.match import is_match, match_targets
 
@@ -64,13 +64,14 @@ def decode_compressed_tensors(stored: dict[str, torch.Tensor], config: dict) -> 
     weights = {}
     for name, tensor in stored.items():
         module, _, kind = name.rpartition(".")
-        if kind == "weight_packed":
+        if kind == "weight_packed" or tensor.dtype == torch.float8_e4m3fn:
             matched = match_targets(module, linear, schemes)
             if not matched or is_match(module, linear, parsed.ignore):
-                raise ValueError(f"{module}: packed, but no config_group matches it, or it is to be ignored")
-            state = {part: stored[f"{module}.{part}"] for part in parts if f"{module}.{part}" in stored}
+                raise ValueError(f"{module}: quantized, but no config_group matches it, or it is to be ignored")
+            state = {part: stored[f"{module}.{part}"] for part in (kind, *parts) if f"{module}.{part}" in stored}
             state["weight_scale"] = state["weight_scale"].float()
-            decoded = PackedQuantizationCompressor.decompress(state, schemes[matched[0]])
+            scheme = schemes[matched[0]]
+            decoded = BaseCompressor.get_value_from_registry(scheme.format).decompress(state, scheme)
             weights[f"{module}.weight"] = decoded["weight"].float()
         elif kind not in parts:
             weights[name] = tensor.float()

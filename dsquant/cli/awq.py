@@ -91,8 +91,12 @@ def _check_alone() -> None:
 def _recipe(options: dict[str, Any]) -> "Recipe":
     from dsquant.recipes import Recipe
 
-    output, formats = options["output"], dict.fromkeys(options["to"] or ("awq",))
-    recipe = Recipe.checked(**options | {"output": output or ".", "to": tuple(formats)})
+    output, formats = options["output"], tuple(dict.fromkeys(options["to"] or ()))
+    recipe = Recipe.checked(**options | {"output": output or ".", "to": formats or None})
+    if not output and not formats:
+        from dsquant.pipeline.inputs import resolved
+
+        recipe = resolved(recipe)
     kind = recipe.to[0].replace(":", "-") if len(recipe.to) == 1 else "quantized"
     name = f"{recipe.model_name}-{kind}-{recipe.target_name or f'{recipe.bits}bit'}"
     return recipe if output else recipe.model_copy(update={"output": Path(name)})

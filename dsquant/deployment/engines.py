@@ -10,7 +10,7 @@ import shlex
 from dsquant.deployment.facts import ENGINE_SHARE, GPU_RESERVE_BYTES
 from dsquant.deployment.hardware import Machine
 from dsquant.deployment.placement import MachinePlacement, Network
-from dsquant.deployment.sizes import OutputSize
+from dsquant.deployment.sizes import SOURCE, OutputSize
 from dsquant.deployment.subject import Subject
 from dsquant.formats.table import format_of
 
@@ -47,12 +47,17 @@ def _parallel_commands(output: OutputSize, placement: MachinePlacement, context:
     sglang = (
         f"python -m sglang.launch_server --model-path {output.folder} --tp {placement.tensor_parallel}"
         + (f" --pp-size {placement.pipeline_parallel}" if placement.pipeline_parallel > 1 else "")
-        + f" --dtype bfloat16 --context-length {context}"
+        + f" --dtype bfloat16 --context-length {context}{sglang_options(output)}"
     )
     return {
         "vLLM": f"{vllm} --gpu-memory-utilization {ENGINE_SHARE}",
         "SGLang": f"{sglang} --mem-fraction-static {ENGINE_SHARE}",
     }
+
+
+def sglang_options(output: OutputSize) -> str:
+    """Returns what SGLang needs besides: 0.5.23 takes FP8 shared experts for 4-bit routed ones (decision 35)."""
+    return " --disable-shared-experts-fusion" if output.fp8 and output.format != SOURCE else ""
 
 
 def _llama_cpp(output: OutputSize, network: Network, machine: Machine, placement: MachinePlacement, name: str) -> str:

@@ -16,6 +16,7 @@ from dsquant.formats.output_shards import Shard
 from dsquant.formats.safetensors_target import only_checkpoint
 from dsquant.formats.table import SAFETENSORS, format_of
 from dsquant.model.kinds import kind_of
+from dsquant.pipeline.inputs import has_fp8_blocks, rest_of
 from dsquant.pipeline.memory import Workload, run_needs
 from dsquant.pipeline.planning import Plan, plan_run, plan_units
 from dsquant.recipes import Recipe, gguf_recipe
@@ -51,6 +52,8 @@ class OutputSize:
     """The output folder of its command, or the source: the model argument of an engine."""
     command: str | None
     """The command that builds it; None for the source."""
+    fp8: bool = False
+    """Whether linears of it are in FP8 blocks."""
 
     @property
     def name(self) -> str:
@@ -75,20 +78,20 @@ def output_sizes(subject: Subject) -> tuple[tuple[OutputSize, ...], tuple[str, .
     sizes = [_source_size(subject)]
     presets = PRESETS if any(layer.experts for layer in subject.skeleton.layers) else ("compact",)
     mtp = subject.skeleton.num_mtp_layers > 0
-    copied = None
+    copied: dict[str, tuple[int, int]] = {}
     for name, preset, bits in ((n, p, b) for n, known in SAFETENSORS.items() for p in presets for b in known.bits):
         try:
             if not SAFETENSORS[name].keeps_mtp:
                 plan = _plan(subject, name, preset, bits, "drop")
                 sizes.append(replace(_safetensors_size(subject, plan, preset, "drop"), mtp="drop" if mtp else "none"))
                 continue
-            if mtp and copied is None:
-                copied = _mtp_copied(subject, _plan(subject, name, preset, bits, "keep"))
+            if mtp and name not in copied:
+                copied[name] = _mtp_copied(subject, _plan(subject, name, preset, bits, "keep"))
             plan = _plan(subject, name, preset, bits, "quantize")
         except UsageError as error:
             refused.append(f"{name} {preset} {bits} bit: {error}")
             continue
-        sizes += _safetensors_sizes(subject, plan, preset, copied)
+        sizes += _safetensors_sizes(subject, plan, preset, copied.get(name))
     try:
         sizes += list(_gguf_sizes(subject))
     except InputError as error:
@@ -101,7 +104,8 @@ def _source_size(subject: Subject) -> OutputSize:
     tensors = ((name, sample.of_tensor(name) * info.num_bytes) for name, info in sample.checkpoint.index.items())
     kinds = _by_kind(subject, tensors)
     mtp = "keep" if subject.skeleton.num_mtp_layers else "none"
-    return OutputSize(SOURCE, None, None, mtp, subject.source_bytes, False, kinds, 0, 0, subject.servable, None)
+    fp8 = has_fp8_blocks(subject.checkpoint.config)
+    return OutputSize(SOURCE, None, None, mtp, subject.source_bytes, False, kinds, 0, 0, subject.servable, None, fp8)
 
 
 def _by_kind(subject: Subject, tensors: Iterable[tuple[str, int]]) -> dict[str, int]:
@@ -116,7 +120,7 @@ def _mtp_units(subject: Subject) -> set[str]:
 
 
 def _mtp_copied(subject: Subject, plan: Plan) -> tuple[int, int]:
-    """Returns the bytes of the MTP layer's files and tensors where it is kept unchanged: the same in every format."""
+    """Returns the bytes of the MTP layer's files and tensors where it is kept: the same in every output of a format."""
     units = _mtp_units(subject)
     shards = [(shard, times) for shard, times in _shards(subject, plan) if shard.unit in units]
     tensors = sum(times * tensor.num_bytes for shard, times in shards for tensor in shard.tensors)
@@ -147,7 +151,8 @@ def _safetensors_sizes(
 
 
 def _plan(subject: Subject, name: str, preset: str, bits: int, mtp: str) -> Plan:
-    fields = {"to": (name,), "preset": preset, "bits": bits, "mtp": mtp, "device": "cpu"}
+    rest = rest_of(None, (name,), subject.checkpoint.config)
+    fields = {"to": (name,), "preset": preset, "bits": bits, "mtp": mtp, "rest": rest, "device": "cpu"}
     recipe = Recipe.checked(model=subject.model, output=NOWHERE, **fields)
     return plan_run(recipe, subject.sample.checkpoint, subject.sample.skeleton)
 
@@ -168,6 +173,7 @@ def _safetensors_size(subject: Subject, plan: Plan, preset: str, mtp: str) -> Ou
         work_bytes=plan.needs.work_bytes,
         folder=_awq_folder(subject, plan, preset),
         command=_awq_command(subject, plan, preset, mtp),
+        fp8=bool(target.in_blocks),
     )
 
 

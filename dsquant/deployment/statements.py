@@ -28,10 +28,11 @@ def statements_about(machine: Machine, network: Network, placed: Placed) -> tupl
             f"({SWAP_SOURCE}); {format_size(machine.ram_bytes)} of RAM would hold at most {held} of them, and "
             "unpacking them takes time for every token."
         )
-    if network.is_fp8 and any(size.format == "source" and found.kind == "gpu" for size, found in placed):
+    of_eight = dict.fromkeys(size.format for size, found in placed if size.fp8 and found.kind == "gpu")
+    if of_eight:
         words.append(
-            "The FP8 source needs GPUs with FP8 units (Ada, Hopper, Blackwell): on Ampere vLLM runs it weight-only, "
-            "SGLang does not."
+            f"FP8 ({', '.join(of_eight)}) needs GPUs with FP8 units (Ada, Hopper, Blackwell): on Ampere vLLM runs it "
+            "weight-only, SGLang does not."
         )
     return tuple(words)
 

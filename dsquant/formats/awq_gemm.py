@@ -19,7 +19,7 @@ from dsquant.formats.skip_lists import skipped_modules
 from dsquant.formats.wanted import NO_CHOICE, Width
 from dsquant.kernels.packing import pack_awq, unpack_awq
 from dsquant.packages import load
-from dsquant.schemes import Grid, QuantizedWeight
+from dsquant.schemes import Fp8Blocks, Grid, QuantizedWeight
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU
 
@@ -128,7 +128,12 @@ class AwqGemm(SafetensorsFormat):
         )
 
     def quantization_config(
-        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE, mtp_layer: str = ""
+        self,
+        grid: Grid,
+        linears: Mapping[str, bool],
+        widths: Mapping[str, int] = NO_CHOICE,
+        mtp_layer: str = "",
+        fp8: Mapping[str, Fp8Blocks] = NO_CHOICE,
     ) -> dict[str, Any]:
         """Returns AutoAWQ's config; `zero_point` is true for symmetric grids too: qzeros are there, all 8."""
         return {

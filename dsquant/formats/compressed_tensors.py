@@ -6,122 +6,30 @@ weight_packed int32 [O, ceil(I * B / 32)] is a dense stream of B-bit codes along
 3-bit code may straddle two words); weight_scale bfloat16 [O, G]; weight_shape int64 [2]; and where the grid is
 asymmetric weight_zero_point int32 [ceil(O * B / 32), G], packed along O. (Layout: compressed-tensors 0.20,
 `compressors/pack_quantized`.)
+
+Linears that are not quantized may stay in an FP8 release's blocks, as the layout float-quantized has them: weight
+float8_e4m3fn [O, I] and weight_scale float32, one for each block. (compressed-tensors 0.20,
+`compressors/naive_quantized`.)
 """
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dsquant.errors import InputError, UsageError
-from dsquant.formats.decoded import DecodedWeights, checked_matrix, whole_number
+from dsquant.errors import UsageError
+from dsquant.formats.compressed_tensors_weights import FLOAT, FP8_PARTS, PACKED, CompressedTensorsWeights
 from dsquant.formats.output_shards import StoredTensor
 from dsquant.formats.safetensors import SafetensorsFormat, check_columns
 from dsquant.formats.skip_lists import ignored_modules, targets_by_width
 from dsquant.formats.wanted import NO_CHOICE, Width
 from dsquant.kernels.packing import pack_rows, unpack_rows
 from dsquant.kernels.values import WORD_BITS
-from dsquant.packages import load
-from dsquant.schemes import Grid, QuantizedWeight
+from dsquant.schemes import FP8_WIDTH, Fp8Blocks, Grid, QuantizedWeight
+from dsquant.source.checkpoint import FP8
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU
-
-
-def _weights_group(config: Path, group: Any) -> dict[str, Any]:
-    weights = group.get("weights") if isinstance(group, dict) else None
-    if not isinstance(weights, dict):
-        raise InputError(f"{config}: the config group has no object 'weights', found {group!r:.80}")
-    whole_number(config, weights, "num_bits", 4, tuple(range(2, 9)))
-    if not isinstance(group.get("targets", []), list):
-        raise InputError(f"{config}: a config group's targets must be a list, found {group['targets']!r:.80}")
-    return group
-
-
-def _is_target(name: str, target: Any) -> bool:
-    if not isinstance(target, str):
-        return False
-    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
-
-
-class CompressedTensorsWeights(DecodedWeights):
-    """compressed-tensors' pack-quantized layout, decoded by compressed-tensors."""
-
-    marker = "weight_packed"
-    decoder = ("compressed-tensors", "compressed_tensors.compressors")
-
-    def __init__(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> None:
-        """Reads the scheme from config.json's `quantization_config`.
-
-        Raises InputError where the config has no groups of pack-quantized weights, groups that differ in size or kind
-        of zero point, or none for a packed linear.
-        """
-        config = index.folder / "config.json"
-        groups = quantization.get("config_groups")
-        if not isinstance(groups, dict) or not groups or quantization.get("format") != "pack-quantized":
-            raise InputError(
-                f"{config}: only compressed-tensors of format 'pack-quantized' with config groups can be read, "
-                f"found format {quantization.get('format')!r} with config_groups {groups!r:.80}"
-            )
-        self._groups = [_weights_group(config, group) for group in groups.values()]
-        alike = {
-            (group["weights"].get("group_size"), group["weights"].get("symmetric", True)) for group in self._groups
-        }
-        if len(alike) > 1:
-            raise InputError(
-                f"{config}: config groups that differ in more than bits cannot be read, found group sizes and symmetry "
-                f"{sorted(alike, key=str)}"
-            )
-        weights = self._groups[0]["weights"]
-        self._group_size = whole_number(config, weights, "group_size", 128, None)
-        zero_points = () if weights.get("symmetric", True) else ("weight_zero_point",)
-        self.companions = ("weight_scale", "weight_shape", *zero_points)
-        super().__init__(index, device)
-        self._group_of = {prefix: self._matching_group(config, prefix) for prefix in self._packed.values()}
-        for prefix in self._packed.values():
-            bits = self._bits(prefix)
-            scales = checked_matrix(index, prefix + "weight_scale", ("BF16", "F16", "F32"), None)
-            rows, groups_of_row = scales.shape
-            words = -(-groups_of_row * self._group_size * bits // 32)
-            checked_matrix(index, prefix + self.marker, ("I32",), (rows, words))
-            checked_matrix(index, prefix + "weight_shape", ("I64", "I32"), (2,))
-            for part in zero_points:
-                checked_matrix(index, prefix + part, ("I32",), (-(-rows * bits // 32), groups_of_row))
-
-    def _matching_group(self, config: Path, prefix: str) -> int:
-        """Returns the number of the group whose targets name a packed linear, or its class."""
-        name = prefix.removesuffix(".")
-        for number, group in enumerate(self._groups):
-            if any(_is_target(name, target) for target in group.get("targets", ())):
-                return number
-        for number, group in enumerate(self._groups):
-            if "Linear" in group.get("targets", ()) or len(self._groups) == 1:
-                return number
-        raise InputError(f"{config}: {name!r} is packed, but no config group has it as a target")
-
-    def _bits(self, prefix: str) -> int:
-        return int(self._groups[self._group_of[prefix]]["weights"].get("num_bits", 4))
-
-    @cached_property
-    def _schemes(self) -> list[Any]:
-        scheme = load(self.decoder[0], "compressed_tensors.quantization").QuantizationScheme
-        return [scheme.model_validate(group) for group in self._groups]
-
-    def packed_shape(self, prefix: str) -> tuple[int, int]:
-        groups = self.index[prefix + "weight_scale"].shape[-1]
-        return self.index[prefix + self.marker].shape[0], groups * self._group_size
-
-    def decode(self, prefix: str) -> torch.Tensor:
-        """Decodes through compressed-tensors' own decompressor, in float32."""
-        compressor = load(*self.decoder).PackedQuantizationCompressor
-        tensors = self._parts(prefix)
-        tensors["weight_scale"] = tensors["weight_scale"].float()
-        scheme = self._schemes[self._group_of[prefix]]
-        weight: torch.Tensor = compressor.decompress(tensors, scheme)["weight"]
-        return weight.float()
 
 
 class CompressedTensors(SafetensorsFormat):
@@ -130,13 +38,16 @@ class CompressedTensors(SafetensorsFormat):
     name = "compressed-tensors"
     help = "pack-quantized, 4, 8 or 3 bits"
     bits = (4, 8, 3)
+    holds_fp8 = True
     rank = 0
     decoder = CompressedTensorsWeights.decoder
 
     def described(self, quantization: Mapping[str, Any]) -> str:
-        schemes = [group["weights"] for group in quantization["config_groups"].values()]
+        groups = quantization["config_groups"].values()
+        schemes = [group["weights"] for group in groups if group.get("format") != FLOAT]
         bits = " and ".join(str(weights["num_bits"]) for weights in schemes)
-        return f"compressed-tensors {bits} bits, groups of {schemes[0]['group_size']}"
+        words = f"compressed-tensors {bits} bits, groups of {schemes[0]['group_size']}" if schemes else self.name
+        return words + ", the rest in FP8 blocks" * (len(schemes) < len(groups))
 
     def decoded(
         self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU
@@ -162,8 +73,10 @@ class CompressedTensors(SafetensorsFormat):
         return [three] * (3 in widths) + [asymmetric] * (not symmetric)
 
     def mixed_notes(self, widths: Collection[Width], mixture: bool) -> list[str]:
+        bits = " and ".join(str(width) for width in sorted(int(width) for width in widths if width != FP8_WIDTH))
+        fp8 = " or stay in FP8" if FP8_WIDTH in widths else ""
         note = (
-            f"linears have {' and '.join(map(str, sorted(widths)))} bits, by the names in config.json, which vLLM and "
+            f"linears have {bits} bits{fp8}, by the names in config.json, which vLLM and "
             "SGLang follow; transformers (5.24) decodes a mixture's linears as if all were alike: do not load it there"
         )
         return [note] if mixture else []
@@ -190,6 +103,10 @@ class CompressedTensors(SafetensorsFormat):
             tensors.append(StoredTensor(f"{linear}.weight_zero_point", "I32", (packed_rows, groups)))
         return tensors
 
+    def stored_fp8(self, linear: str, shape: tuple[int, int], blocks: Fp8Blocks) -> tuple[StoredTensor, StoredTensor]:
+        codes, scales = (f"{linear}.{part}" for part in FP8_PARTS)
+        return StoredTensor(codes, FP8, shape), StoredTensor(scales, "F32", blocks.scale_shape(shape))
+
     def pack(self, linear: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         tensors = {
             f"{linear}.weight_packed": pack_rows(weight.codes_OI, weight.grid.bits),
@@ -212,17 +129,28 @@ class CompressedTensors(SafetensorsFormat):
         return QuantizedWeight(codes_OI, scales_OG, zero_points_OG, grid)
 
     def quantization_config(
-        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE, mtp_layer: str = ""
+        self,
+        grid: Grid,
+        linears: Mapping[str, bool],
+        widths: Mapping[str, int] = NO_CHOICE,
+        mtp_layer: str = "",
+        fp8: Mapping[str, Fp8Blocks] = NO_CHOICE,
     ) -> dict[str, Any]:
-        """Returns the config that compressed-tensors 0.20 writes for weights only."""
-        targets = targets_by_width(widths) if widths else {grid.bits: ["Linear"]}
+        """Returns the config that compressed-tensors 0.20 writes for weights only.
+
+        Where linears stay in FP8 blocks, these are what the class `Linear` stands for, and all others are named. The
+        layout of the whole is that of what is quantized: SGLang 0.5.23 refuses experts beside `mixed-precision`.
+        """
+        named = widths or ({linear: grid.bits for linear in linears if linears[linear]} if fp8 else {})
+        targets = targets_by_width(named, others=not fp8) if named else {grid.bits: ["Linear"]}
         groups = [_config_group(grid.with_bits(bits), names) for bits, names in targets.items()]
+        groups += [_blocks_group(next(iter(fp8.values())))] if fp8 else []
         return {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": PACKED,
             "quantization_status": "compressed",
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
-            "ignore": ignored_modules(linears),
+            "ignore": ignored_modules({linear: linears[linear] or linear in fp8 for linear in linears}),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
@@ -246,5 +174,20 @@ def _config_group(grid: Grid, targets: Sequence[str]) -> dict[str, Any]:
         "weights": weights,
         "input_activations": None,
         "output_activations": None,
-        "format": "pack-quantized",
+        "format": PACKED,
+    }
+
+
+def _blocks_group(blocks: Fp8Blocks) -> dict[str, Any]:
+    """Returns the config group of weights in blocks, whose inputs engines round to FP8 in runs of a block's columns, as
+    those of the release."""
+    fp8 = {"num_bits": 8, "type": "float", "symmetric": True}
+    block = {"strategy": "block", "block_structure": [blocks.rows, blocks.columns], "group_size": None}
+    inputs = {"strategy": "group", "group_size": blocks.columns, "dynamic": True, "observer": None}
+    return {
+        "targets": ["Linear"],
+        "weights": {**fp8, **block, "dynamic": False, "actorder": None, "observer": "minmax", "observer_kwargs": {}},
+        "input_activations": {**fp8, **inputs},
+        "output_activations": None,
+        "format": FLOAT,
     }

@@ -24,7 +24,7 @@ from dsquant.formats.wanted import NO_CHOICE, Wanted, Width
 from dsquant.kernels.packing import pack_rows, unpack_rows
 from dsquant.kernels.values import WORD_BITS
 from dsquant.model.structure import absorbed_linears
-from dsquant.schemes import Grid, QuantizedWeight
+from dsquant.schemes import Fp8Blocks, Grid, QuantizedWeight
 from dsquant.source.checkpoint import CONFIG_FILE
 from dsquant.source.shards import ShardIndex, TensorInfo
 from dsquant.source.weights import CPU
@@ -202,7 +202,12 @@ class Mlx(SafetensorsFormat):
         return QuantizedWeight(codes_OI, scales_OG, torch.full(scales_OG.shape, grid.middle, dtype=torch.uint8), grid)
 
     def quantization_config(
-        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE, mtp_layer: str = ""
+        self,
+        grid: Grid,
+        linears: Mapping[str, bool],
+        widths: Mapping[str, int] = NO_CHOICE,
+        mtp_layer: str = "",
+        fp8: Mapping[str, Fp8Blocks] = NO_CHOICE,
     ) -> dict[str, Any]:
         """Returns mlx-lm's config; a module whose bits were chosen has them under its name."""
         stacks = (((self.stack_of(linear) or (linear, 0))[0], bits) for linear, bits in widths.items())

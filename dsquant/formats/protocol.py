@@ -183,6 +183,11 @@ class Target(ABC):
         return {linear: self.grid.with_bits(bits) for linear, bits in self.widths.items()}
 
     @property
+    def in_blocks(self) -> frozenset[str]:
+        """The linears that stay in the source's FP8 blocks: only powers of two are folded into them without error."""
+        return frozenset()
+
+    @property
     def rounded(self) -> frozenset[str]:
         """The linears that the quantization rounds, and not the format."""
         schemes = self.schemes
@@ -260,6 +265,8 @@ class Format(ABC):
     """Whether it needs calibration."""
     encoded_by_package = False
     """Whether writing an output needs the package that decodes it, since that rounds the weights."""
+    holds_fp8 = False
+    """Whether linears that are not quantized may stay in FP8 blocks."""
     keeps_mtp = True
     """Whether its engines take multi-token-prediction layers."""
     decoder: tuple[str, str] | None = None

@@ -17,9 +17,18 @@ from dsquant.files.foreign import find_file
 from dsquant.formats.output_shards import StoredTensor, plan_shards
 from dsquant.formats.protocol import Format
 from dsquant.formats.safetensors_target import SafetensorsTarget, matrix
-from dsquant.formats.wanted import NO_CHOICE, Wanted
+from dsquant.formats.wanted import NO_CHOICE, Wanted, Width
 from dsquant.model.structure import linear_groups
-from dsquant.schemes import GROUP_SIZES, UNQUANTIZED, Grid, QuantizedWeight, group_size_hint
+from dsquant.schemes import (
+    FP8_WIDTH,
+    GROUP_SIZES,
+    KEPT_WIDTHS,
+    UNQUANTIZED,
+    Fp8Blocks,
+    Grid,
+    QuantizedWeight,
+    group_size_hint,
+)
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU, Weights
 
@@ -27,6 +36,8 @@ from dsquant.source.weights import CPU, Weights
 COPIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 # Keys of a config.json that hold for the source only.
 DROPPED_KEYS = ("quantization_config", "auto_map")
+# Of a linear in FP8 blocks, to a thousandth.
+FP8_BITS = 8
 
 
 class SafetensorsFormat(Format):
@@ -42,10 +53,11 @@ class SafetensorsFormat(Format):
     rank = 1
     """Its place in `plan` among formats of one preset, which lose alike."""
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Bits of a code that it can hold, and 16 for linears that stay as they are."""
-        return (*sorted(self.bits), UNQUANTIZED)
+    def widths(self, kept: Width = UNQUANTIZED) -> tuple[Width, ...]:
+        """Bits of a code that it can hold, and the width of linears that stay as they are, if they are fewer than
+        those."""
+        most = FP8_BITS if kept == FP8_WIDTH else UNQUANTIZED
+        return (*(bits for bits in sorted(self.bits) if bits < most), kept)
 
     def wrote(self, quantization: Mapping[str, Any]) -> bool:
         """Returns whether a config.json's `quantization_config` is of this format."""
@@ -73,6 +85,10 @@ class SafetensorsFormat(Format):
     def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:
         """Returns the tensors that a quantized linear of shape [O, I] becomes."""
 
+    def stored_fp8(self, linear: str, shape: tuple[int, int], blocks: Fp8Blocks) -> tuple[StoredTensor, StoredTensor]:
+        """Returns the tensors that a linear of shape [O, I] in FP8 blocks becomes: its codes and scales."""
+        raise NotImplementedError
+
     @abstractmethod
     def pack(self, linear: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """Packs a quantized weight: tensor name -> tensor, as `stored` announces them."""
@@ -83,12 +99,18 @@ class SafetensorsFormat(Format):
 
     @abstractmethod
     def quantization_config(
-        self, grid: Grid, linears: Mapping[str, bool], widths: Mapping[str, int] = NO_CHOICE, mtp_layer: str = ""
+        self,
+        grid: Grid,
+        linears: Mapping[str, bool],
+        widths: Mapping[str, int] = NO_CHOICE,
+        mtp_layer: str = "",
+        fp8: Mapping[str, Fp8Blocks] = NO_CHOICE,
     ) -> dict[str, Any]:
         """Returns the `quantization_config` of config.json as plain JSON values.
 
         `linears` is every linear of the decoder -> whether it is quantized; `widths` linear -> bits where widths were
-        chosen, else all have the grid's; `mtp_layer` the module of the multi-token-prediction layer, if any.
+        chosen, else all have the grid's; `mtp_layer` the module of the multi-token-prediction layer, if any; `fp8`
+        those that stay in FP8 blocks.
         """
 
     def stack_of(self, tensor: str) -> tuple[str, int] | None:
@@ -120,13 +142,15 @@ class SafetensorsFormat(Format):
         if symmetric is None:
             symmetric = bool(self.default_symmetric(wanted.mixture))
         linears, group_size, notes = _in_groups(wanted, self.quantizable(wanted))
-        differs = wanted.chosen or linears != wanted.linears
+        fp8 = _in_blocks(wanted) if self.holds_fp8 else {}
+        differs = wanted.chosen or linears != wanted.linears or _scales_blocks(wanted, linears, fp8)
         own = wanted.name if differs and len(recipe.to) > 1 else ""
         grid = Grid(recipe.bits, group_size, symmetric, output=own)
         chosen, layers = wanted.chosen, wanted.layers if wanted.chosen else ()
         groups = [group for layer in layers for group in linear_groups(layer, linears).items()]
-        widths = {linear: int(chosen[name]) for name, inside in groups for linear in inside}
-        linears = linears.difference(linear for linear, width in widths.items() if width == UNQUANTIZED)
+        widths = {linear: chosen[name] for name, inside in groups for linear in inside}
+        linears = linears.difference(linear for linear, width in widths.items() if width in KEPT_WIDTHS)
+        fp8 = {linear: blocks for linear, blocks in fp8.items() if linear not in linears}
         shapes = {linear: matrix(weights.shape(f"{linear}.weight")) for linear in sorted(linears)}
         self.check(grid, shapes)
 
@@ -134,6 +158,8 @@ class SafetensorsFormat(Format):
             linear = parameter.removesuffix(".weight")
             if linear in linears:
                 return self.stored(linear, shapes[linear], grid.with_bits(widths.get(linear, grid.bits)))
+            if linear in fp8:
+                return [*self.stored_fp8(linear, matrix(weights.shape(parameter)), fp8[linear])]
             return [StoredTensor(parameter, wanted.dtypes[parameter], weights.shape(parameter))]
 
         stacks: dict[str, tuple[str, ...]] = {}
@@ -152,11 +178,24 @@ class SafetensorsFormat(Format):
             shards=plan_shards(tensors, recipe.max_shard_bytes, self.metadata),
             stacks=stacks,
             dtypes=wanted.dtypes,
-            config=_config(wanted, self, grid, linears, {linear: widths[linear] for linear in shapes if widths}),
+            fp8=fp8,
+            config=_config(wanted, self, grid, {linear: widths.get(linear, 0) for linear in shapes}, fp8),
             copied=tuple(copied_files(wanted.checkpoint.folder)),
             chosen={linear: widths[linear] for linear in shapes if widths},
             notes=notes,
         )
+
+
+def _in_blocks(wanted: Wanted) -> dict[str, Fp8Blocks]:
+    """Returns the linears of the output that have FP8 blocks in the source."""
+    made = {parameter for parameters in wanted.parameters.values() for parameter in parameters}
+    return {linear: blocks for linear, blocks in wanted.fp8.items() if f"{linear}.weight" in made}
+
+
+def _scales_blocks(wanted: Wanted, linears: frozenset[str], fp8: Collection[str]) -> bool:
+    """Returns whether scales of quantized linears of attention are folded into one in FP8 blocks."""
+    groups = (group for layer in wanted.layers for group in layer.attention)
+    return any(group.consumers[0] in linears and group.producer in fp8 for group in groups)
 
 
 def _in_groups(wanted: Wanted, linears: frozenset[str]) -> tuple[frozenset[str], int, tuple[str, ...]]:
@@ -219,9 +258,14 @@ def _stacked(
 
 
 def _config(
-    wanted: Wanted, output_format: SafetensorsFormat, grid: Grid, linears: frozenset[str], widths: Mapping[str, int]
+    wanted: Wanted,
+    output_format: SafetensorsFormat,
+    grid: Grid,
+    linears: Mapping[str, int],
+    fp8: Mapping[str, Fp8Blocks],
 ) -> dict[str, Any]:
-    """Returns the source's config.json with the output's quantization_config in place of the FP8 one."""
+    """Returns the source's config.json with the output's quantization_config in place of the FP8 one; `linears` is
+    every quantized linear -> bits, 0 where no width was chosen."""
     config = {key: value for key, value in wanted.checkpoint.config.items() if key not in DROPPED_KEYS}
     config |= {key: value for key, value in wanted.skeleton.family.stated.items() if config.get(key) is None}
     layers = wanted.skeleton.layers
@@ -232,5 +276,7 @@ def _config(
     followers = {name for layer in layers for group in layer.scale_groups for name in group.followers}
     quantized |= {name.removesuffix(".weight"): False for name in sorted(followers - {one.router for one in layers})}
     drafts = [layer.prefix for layer in layers[wanted.skeleton.num_layers :]]
-    words = output_format.quantization_config(grid, quantized, widths, *drafts[:1])
+    widths = {linear: bits for linear, bits in linears.items() if bits}
+    draft = drafts[0] if drafts else ""
+    words = output_format.quantization_config(grid, quantized, widths, draft, fp8)
     return config | output_format.engines_config(config) | dict.fromkeys(output_format.config_keys, words)

@@ -8,13 +8,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dsquant.errors import UsageError
-from dsquant.formats.output_shards import ShardPlan
+from dsquant.formats.output_shards import ShardPlan, StoredTensor
 from dsquant.formats.protocol import Contents, StoredFile, Surroundings, Target
 from dsquant.formats.safetensors_writer import CARD_FILE, OpenCheckpoint
 from dsquant.formats.scales import SCALES_FILE
-from dsquant.formats.wanted import Choice, Choosable, Wanted
+from dsquant.formats.wanted import Choice, Choosable, Wanted, Width
 from dsquant.model.structure import linear_groups
-from dsquant.schemes import UNQUANTIZED
+from dsquant.schemes import FP8_WIDTH, KEPT_WIDTHS, UNQUANTIZED, Fp8Blocks
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
 from dsquant.source.shards import INDEX_FILE, read_index, tensor_bytes
 from dsquant.source.weights import Weights
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dsquant.formats.safetensors import SafetensorsFormat
 
 # vLLM's and SGLang's kernels take these; other widths are chosen only where a target cannot be met without them.
-STOCK_WIDTHS = (4, 8, UNQUANTIZED)
+STOCK_WIDTHS = (4, 8, *KEPT_WIDTHS)
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -44,6 +44,8 @@ class SafetensorsTarget(Target):
     """The source's files that the output gets as they are."""
     stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Stored tensor -> the tensors that it concatenates."""
+    fp8: Mapping[str, Fp8Blocks] = field(default_factory=dict)
+    """Linear that stays in the source's FP8 blocks -> these."""
     chosen: Mapping[str, int] = field(default_factory=dict)
     """Quantized linear -> bits, where widths were chosen."""
 
@@ -63,6 +65,17 @@ class SafetensorsTarget(Target):
     @property
     def widths(self) -> Mapping[str, int]:
         return self.chosen
+
+    @property
+    def in_blocks(self) -> frozenset[str]:
+        return frozenset(self.fp8)
+
+    def fp8_tensors(self, parameter: str, checkpoint: Checkpoint) -> tuple[StoredTensor, StoredTensor] | None:
+        """Returns the tensors of codes and scales of a parameter in FP8 blocks; None for any other."""
+        linear = parameter.removesuffix(".weight")
+        if linear not in self.fp8:
+            return None
+        return self.format.stored_fp8(linear, matrix(checkpoint.weights.shape(parameter)), self.fp8[linear])
 
     def file_names(self) -> list[str]:
         names = [shard.file_name for shard in self.shards.shards]
@@ -113,28 +126,38 @@ class SafetensorsTarget(Target):
         quantizable = self.format.quantizable(wanted)
         shapes = {linear: matrix(wanted.checkpoint.weights.shape(f"{linear}.weight")) for linear in quantizable}
 
-        def size(linear: str, width: int) -> int:
-            if width == UNQUANTIZED:
-                return tensor_bytes(wanted.dtypes[f"{linear}.weight"], shapes[linear])
-            stored = self.format.stored(linear, shapes[linear], self.grid.with_bits(width))
+        fp8 = wanted.fp8 if self.format.holds_fp8 else {}
+        known = self.format.widths(FP8_WIDTH if quantizable <= fp8.keys() else UNQUANTIZED)
+
+        def plain_size(parameter: str) -> int:
+            linear, shape = parameter.removesuffix(".weight"), wanted.checkpoint.weights.shape(parameter)
+            if linear not in fp8:
+                return tensor_bytes(wanted.dtypes[parameter], shape)
+            return sum(tensor.num_bytes for tensor in self.format.stored_fp8(linear, matrix(shape), fp8[linear]))
+
+        def size(linear: str, width: Width) -> int:
+            if width in KEPT_WIDTHS:
+                return plain_size(f"{linear}.weight")
+            stored = self.format.stored(linear, shapes[linear], self.grid.with_bits(int(width)))
             return sum(tensor.num_bytes for tensor in stored)
 
         groups = tuple(
-            Choosable(name, layer.index, inside, {w: sum(size(one, w) for one in inside) for w in self.format.widths})
+            Choosable(name, layer.index, inside, {width: sum(size(one, width) for one in inside) for width in known})
             for layer in wanted.layers
             for name, inside in linear_groups(layer, quantizable).items()
         )
         parameters = [name for names in wanted.parameters.values() for name in names]
         rest = [name for name in parameters if name.removesuffix(".weight") not in quantizable]
-        others = sum(tensor_bytes(wanted.dtypes[name], wanted.checkpoint.weights.shape(name)) for name in rest)
-        widths = ", ".join(f"{width} bits" for width in self.format.widths if width != UNQUANTIZED)
+        others = sum(map(plain_size, rest))
+        widths = ", ".join(f"{width} bits" for width in known if width not in KEPT_WIDTHS)
+        kept = FP8_WIDTH if FP8_WIDTH in known else "BF16"
         return Choice(
             groups,
             elements=sum(math.prod(shape) for shape in shapes.values()),
             other_bytes=others,
             fixed_bytes=0,
-            words=f"{self.format.name} with {widths} or BF16 for what preset {wanted.recipe.preset} quantizes",
-            widths=self.format.widths,
+            words=f"{self.format.name} with {widths} or {kept} for what preset {wanted.recipe.preset} quantizes",
+            widths=known,
             preferred=STOCK_WIDTHS,
         )
 

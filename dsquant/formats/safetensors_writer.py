@@ -10,16 +10,14 @@ import torch
 from dsquant.files.disk import PARTIAL, copy_file, naming, write_atomically
 from dsquant.formats.output_shards import ShardFile, write_index
 from dsquant.formats.protocol import OpenTarget, Surroundings, UnitWriter
+from dsquant.formats.unquantized import changed_tensors, unchanged_rows
 from dsquant.schemes import QuantizedWeight
 from dsquant.source.checkpoint import CONFIG_FILE
-from dsquant.source.shards import DTYPES
 
 if TYPE_CHECKING:
     from dsquant.formats.safetensors_target import SafetensorsTarget
 
 CARD_FILE = "README.md"
-# Tables are copied in parts of this many rows: a multiple of the FP8 block, 112 MiB for R1's embedding.
-ROWS_AT_ONCE = 4096
 
 
 class ShardWriter(UnitWriter):
@@ -41,7 +39,8 @@ class ShardWriter(UnitWriter):
                 self._write_rows(stored_name, 0, tensor)
             self._written.add(f"{name}.weight")
             return
-        self._write_rows(name, 0, value.to(DTYPES[self._target.dtypes[name]]))
+        for stored_name, tensor in changed_tensors(self._target, self._surroundings.checkpoint, name, value).items():
+            self._write_rows(stored_name, 0, tensor)
         self._written.add(name)
 
     def _write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
@@ -52,15 +51,13 @@ class ShardWriter(UnitWriter):
         self.bytes_written += rows.nbytes
 
     def copy_rest(self, safe_point: Callable[[str], None]) -> None:
-        weights, ranks = self._surroundings.checkpoint.weights, self._surroundings.ranks
+        checkpoint, ranks = self._surroundings.checkpoint, self._surroundings.ranks
         written = set[str]().union(*ranks.gather(self._written))
         rest = [name for name in self._parameters if name not in written]
         for name in rest[ranks.rank :: ranks.size]:
             safe_point(name)
-            dtype, num_rows = DTYPES[self._target.dtypes[name]], weights.shape(name)[0]
-            for start in range(0, num_rows, ROWS_AT_ONCE):
-                rows = weights.rows(name, start, min(start + ROWS_AT_ONCE, num_rows))
-                self._write_rows(name, start, rows.to(dtype))
+            for stored_name, start, rows in unchanged_rows(self._target, checkpoint, name):
+                self._write_rows(stored_name, start, rows)
 
     def commit(self) -> dict[str, str]:
         self._surroundings.wait()

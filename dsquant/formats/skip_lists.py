@@ -52,13 +52,13 @@ def _fused(widths: Mapping[str, int]) -> Iterator[tuple[str, int]]:
                 yield f"{parent}.{fused}", bits
 
 
-def targets_by_width(widths: Mapping[str, int]) -> dict[int, list[str]]:
+def targets_by_width(widths: Mapping[str, int], others: bool = True) -> dict[int, list[str]]:
     """Returns compressed-tensors' `targets`, bits in ascending order -> regular expressions of whole names, one for
     each kind of linear, for every quantized linear -> bits.
 
     vLLM and SGLang look for a fused layer's name, then for its class, then for its parts, so each group names its
-    linears and what engines fuse of them; only then the class `Linear` stands for the width that most of them have:
-    SGLang 0.5.23 takes its group for that of the experts.
+    linears and what engines fuse of them; only then, with `others`, the class `Linear` stands for the width that most
+    of them have: SGLang 0.5.23 takes its group for that of the experts.
     """
     layers: dict[tuple[int, str], dict[int, None]] = {}
     for name, bits in (*widths.items(), *_fused(widths)):
@@ -68,7 +68,8 @@ def targets_by_width(widths: Mapping[str, int]) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for (bits, kind), numbers in sorted(layers.items()):
         found.setdefault(bits, []).append(rf"re:.*layers\.({'|'.join(map(str, numbers))})\.{kind}$")
-    found[Counter(widths.values()).most_common(1)[0][0]].append("Linear")
+    if others:
+        found[Counter(widths.values()).most_common(1)[0][0]].append("Linear")
     return found
 
 

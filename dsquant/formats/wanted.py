@@ -9,10 +9,11 @@ from typing import Any
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import DecoderLayer
 from dsquant.recipes import Recipe
+from dsquant.schemes import Fp8Blocks
 from dsquant.source.checkpoint import Checkpoint
 
 Width = int | str
-"""Bits of a code, 16 for a linear that stays as it is; or a type of GGUF."""
+"""Bits of a code; 16 for a linear that is not quantized, `FP8` for one in the source's blocks; or a type of GGUF."""
 # Beside an output whose widths were chosen: a picture of them.
 PICTURE_FILE = "choice.svg"
 NO_CHOICE: Mapping[str, Any] = MappingProxyType({})
@@ -37,6 +38,8 @@ class Wanted:
     """Those that the preset quantizes."""
     dtypes: Mapping[str, str]
     """Parameter -> safetensors dtype in which it is stored where it is not quantized."""
+    fp8: Mapping[str, Fp8Blocks] = field(default_factory=dict)
+    """Linear that has FP8 blocks in the source -> these, where the recipe keeps them; a format may hold them."""
     chosen: Mapping[str, Any] = field(default_factory=dict)
     """Group of linears or tensor (`Choosable`) -> the width that was chosen for it."""
 

@@ -17,8 +17,9 @@ from dsquant.errors import InputError
 from dsquant.files.disk import sync_folder
 from dsquant.formats.output_shards import Shard, ShardFile
 from dsquant.formats.protocol import Surroundings, UnitWriter
-from dsquant.formats.safetensors_writer import ROWS_AT_ONCE, OpenCheckpoint
+from dsquant.formats.safetensors_writer import OpenCheckpoint
 from dsquant.formats.scales import recorded_fold
+from dsquant.formats.unquantized import changed_tensors, unchanged_rows
 from dsquant.incremental.recording import RecordedTarget, Recording, recorded_targets
 from dsquant.incremental.reuse import reuse_file
 from dsquant.incremental.rule import rounded_as_recorded
@@ -42,7 +43,6 @@ from dsquant.reporting.progress import Limits, Progress, Report
 from dsquant.running import Again
 from dsquant.schemes import QuantizedWeight
 from dsquant.source.checkpoint import stored_parts
-from dsquant.source.shards import DTYPES
 from dsquant.verification.strict_record import read_record
 
 
@@ -214,15 +214,14 @@ class _RecordedWriter(UnitWriter):
         self.write(linear, weight)
 
     def _copy(self, parameter: str) -> None:
-        source = self._work.run.source
-        weights, dtype = source.checkpoint.weights, DTYPES[self.target.target.dtypes[parameter]]
+        checkpoint, target = self._work.run.source.checkpoint, self.target.target
         if parameter in self._fold:
-            self._write(parameter, 0, self._fold.apply(parameter, weights[parameter]).to(dtype))
+            values = self._fold.apply(parameter, checkpoint.weights[parameter])
+            for name, tensor in changed_tensors(target, checkpoint, parameter, values).items():
+                self._write(name, 0, tensor)
             return
-        num_rows = weights.shape(parameter)[0]
-        for start in range(0, num_rows, ROWS_AT_ONCE):
-            rows = weights.rows(parameter, start, min(start + ROWS_AT_ONCE, num_rows))
-            self._write(parameter, start, rows.to(dtype))
+        for name, start, rows in unchanged_rows(target, checkpoint, parameter):
+            self._write(name, start, rows)
 
     def write(self, name: str, value: QuantizedWeight | torch.Tensor) -> None:
         """Writes a linear's quantized weight, or a parameter's values."""

@@ -128,7 +128,8 @@ def as_released(
     if any(name != info.stored_name for name, info in tensors.items()) or beside:
         index = ShardIndex(folder, dict(sorted(tensors.items())))
     _check_fused_scales(folder, released, family, index)
-    index, scale_notes = under_deepseeks_names(index)
+    in_fp8 = (released.get("quantization_config") or {}).get("quant_method") == "fp8"
+    index, scale_notes = under_deepseeks_names(index) if in_fp8 else (index, ())
     counted, notes = _mtp_in_files(released, family, index)
     return counted, index, _beside_notes(beside) + scale_notes + notes
 

@@ -12,8 +12,9 @@ from dsquant.errors import InputError
 from dsquant.model.layouts import text_config
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import ROUTER_BIAS
+from dsquant.schemes import Fp8Blocks
 from dsquant.source.checkpoint import Checkpoint, StoredWeights, block_size
-from dsquant.source.fp8_blocks import SCALE_SUFFIX, scale_shape
+from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.shards import ShardIndex, TensorInfo
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -51,7 +52,7 @@ def _tensors(
     for name, shape in skeleton.expected_shapes().items():
         if block is not None and name in linears:
             tensors.append(TensorInfo(name, "F8_E4M3", shape, path, 0))
-            scales = scale_shape((shape[0], shape[1]), block)
+            scales = Fp8Blocks(*block).scale_shape((shape[0], shape[1]))
             tensors.append(TensorInfo(name + SCALE_SUFFIX, "F32", scales, path, 0))
         else:
             tensors.append(TensorInfo(name, "F32" if name.endswith(ROUTER_BIAS) else dtype, shape, path, 0))

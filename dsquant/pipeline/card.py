@@ -10,7 +10,7 @@ from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.options import format_size
 from dsquant.precision.groups import WIDTH_COLUMNS, by_output, width_rows
 from dsquant.presets import preset_and_steps
-from dsquant.schemes import UNQUANTIZED
+from dsquant.schemes import KEPT_WIDTHS, UNQUANTIZED
 
 
 def divergence_table(texts: dict[str, dict[str, Any]]) -> str:
@@ -40,18 +40,20 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
     kind = "symmetric" if grid["symmetric"] else "asymmetric"
     quantized = len(output["weight_errors"])
     precision = by_output(record.get("precision", {}), record["outputs"]).get(format_name, {})
-    chosen = {entry["width"] for entry in precision.values()} - {UNQUANTIZED}
+    widths = {entry["width"] for entry in precision.values()}
+    chosen = widths.difference(KEPT_WIDTHS)
+    kept = "in its own blocks" if known.holds_fp8 and recipe.get("rest") == "fp8" else "as BF16"
     bits = " and ".join(map(str, sorted(chosen))) or str(grid["bits"])
     preset = preset_and_steps(recipe["preset"], recipe["steps"])
     made = (
         f"Quantized by dsquant {record['versions']['dsquant']}, preset {preset}: {quantized} linears at "
         f"{bits} bits, {kind}, groups of {grid['group_size']}, in the format {format_name}; the rest in its "
-        f"original precision (FP8 as BF16). {format_size(record['source']['bytes'])} became "
+        f"original precision (FP8 {kept}). {format_size(record['source']['bytes'])} became "
         f"{format_size(output['bytes'])}."
     )
     tags = ["dsquant", format_name, *(f"{width}-bit" for width in sorted(chosen) or [grid["bits"]])]
     mixture = any(layer["tokens_per_expert"] for layer in record["layers"])
-    library = known.library(chosen, mixture)
+    library = known.library(widths - {UNQUANTIZED}, mixture)
     named = f"library_name: {library}\n" if library else ""
     parts = [
         f"---\n{named}tags:\n" + "".join(f"- {tag}\n" for tag in tags) + "---",

@@ -74,6 +74,7 @@ def _choices(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
             run.safe_point,
             note,
             run.ranks,
+            plan.in_blocks,
         )
     )
     return {str(target.folder): choose(plan.mixed[str(target.folder)], errors[target.grid]) for target in plan.targets}

@@ -1,6 +1,6 @@
 """Opens and validates everything that a run reads, before anything is written."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,10 +16,12 @@ from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.jobs.resources import LARGEST_DEFAULT_BUDGET, default_memory_budget, resolved_device
 from dsquant.model.complete import check_complete
 from dsquant.model.families import FAMILIES, is_mixture
+from dsquant.model.fp8_layouts import WHOLE
 from dsquant.model.repeated import check_repeated
 from dsquant.model.skeleton import Skeleton
 from dsquant.options import format_size
 from dsquant.pipeline.planning import Plan, plan_run
+from dsquant.presets import Rest
 from dsquant.recipes import Recipe
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
 from dsquant.source.locate import locate
@@ -45,11 +47,13 @@ class Source:
 
 def resolved(recipe: Recipe) -> Recipe:
     """Fills in the recipe's defaults that depend on the model, so that a default and its name are the same recipe:
-    device, preset, mtp, and, where all formats agree, symmetric.
+    formats, what is not quantized, device, preset, mtp, and, where all formats agree, symmetric.
 
-    Raises InputError where the model is not there, UsageError where its device is not there.
+    Raises InputError where the model is not there, UsageError where its device is not there, or FP8 is asked for where
+    there is none.
     """
-    mixture = is_mixture(read_text_config(locate(recipe.model) / CONFIG_FILE))
+    config = read_text_config(locate(recipe.model) / CONFIG_FILE)
+    recipe, mixture = with_format(recipe, config), is_mixture(config)
     preset = recipe.preset or ("quality" if mixture else "compact")
     if preset == "quality" and not mixture:
         preset = "compact"
@@ -57,8 +61,37 @@ def resolved(recipe: Recipe) -> Recipe:
     agreed = symmetric.pop() if len(symmetric) == 1 else None
     chosen = agreed if recipe.symmetric is None else recipe.symmetric
     mtp = recipe.mtp if any(format_of(name).keeps_mtp for name in recipe.to) else "drop"
-    device = resolved_device(recipe.device)
-    return recipe.model_copy(update={"preset": preset, "symmetric": chosen, "mtp": mtp, "device": device})
+    device, rest = resolved_device(recipe.device), rest_of(recipe.rest, recipe.to, config)
+    told = {"preset": preset, "symmetric": chosen, "mtp": mtp, "device": device, "rest": rest}
+    return recipe.model_copy(update=told)
+
+
+def with_format(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
+    """Returns a recipe with the format that its model is quantized to where it names none, from the config.json."""
+    if "to" in recipe.model_fields_set:
+        return recipe
+    return recipe.model_copy(update={"to": ("compressed-tensors",) if has_fp8_blocks(config) else ("awq",)})
+
+
+def has_fp8_blocks(config: Mapping[str, Any]) -> bool:
+    """Returns whether a config.json describes a release in FP8 blocks."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
+        return False
+    return WHOLE not in (quantization.get("weight_block_size") or ())
+
+
+def rest_of(asked: Rest | None, formats: Collection[str], config: Mapping[str, Any]) -> Rest | None:
+    """Returns how linears that are not quantized are stored, None where there is no choice: as asked for, or in a
+    release's FP8 blocks where one of the formats holds them. Raises UsageError where blocks cannot be kept."""
+    holding = [name for name in formats if format_of(name).holds_fp8]
+    if asked != "fp8":
+        return asked or ("fp8" if holding and has_fp8_blocks(config) else None)
+    if not holding:
+        raise UsageError(f"--rest fp8: {' and '.join(formats)} holds no FP8 blocks; add --to compressed-tensors")
+    if not has_fp8_blocks(config):
+        raise UsageError("--rest fp8: the model has no FP8 blocks; leave the option out")
+    return "fp8"
 
 
 def open_source(recipe: Recipe, gpu_budget_bytes: int | None = None, num_ranks: int = 1) -> Source:

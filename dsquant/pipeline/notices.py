@@ -12,6 +12,7 @@ from dsquant.pipeline.run_state import Run
 from dsquant.precision.sensitivity import SENSITIVITY
 from dsquant.quantization.mlp_inputs import FEWEST_TOKENS
 from dsquant.recipes import Recipe
+from dsquant.schemes import FP8_WIDTH
 from dsquant.source.vocabulary import surplus_notes
 
 # The errors of a layer's parts, and the share of an output's energy beyond which one is told of.
@@ -59,7 +60,7 @@ def run_warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
             "help"
         )
     for target in run.source.plan.targets:
-        widths = set(target.widths.values())
+        widths = {*target.widths.values(), *((FP8_WIDTH,) if run.recipe.target and target.in_blocks else ())}
         if len(widths) > 1:
             words += format_of(target.name).mixed_notes(widths, _is_mixture(run.source))
     grids = [grid for layer in layers for grid in layer.get("grids", [])]

@@ -11,14 +11,15 @@ from dsquant.formats.protocol import Target
 from dsquant.formats.table import format_of
 from dsquant.formats.wanted import NO_CHOICE, Wanted
 from dsquant.model.complete import COMPUTED_SUFFIX
+from dsquant.model.fp8_layouts import WHOLE
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import EMBEDDING
 from dsquant.model.structure import DecoderLayer, absorbed_linears, layer_number
 from dsquant.pipeline.memory import Needs, Workload, run_needs
 from dsquant.precision.groups import MixedPlan, plan_mixed
 from dsquant.recipes import Recipe
-from dsquant.schemes import Grid, Scheme
-from dsquant.source.checkpoint import Checkpoint
+from dsquant.schemes import Fp8Blocks, Grid, Scheme
+from dsquant.source.checkpoint import FP8, Checkpoint, StoredWeights
 
 Action = Literal["copy", "quantize", "drop"]
 
@@ -61,6 +62,14 @@ class Plan:
     def quantizes(self) -> bool:
         """Whether any linear is quantized or scaled; else layers are only observed."""
         return any(self.linears.values())
+
+    @property
+    def in_blocks(self) -> Mapping[Grid, frozenset[str]]:
+        """Grid -> linears that stay in FP8 blocks in an output on it."""
+        found: dict[Grid, frozenset[str]] = {}
+        for target in self.targets:
+            found[target.grid] = found.get(target.grid, frozenset()) | target.in_blocks
+        return found
 
     def linears_of(self, layer: DecoderLayer) -> dict[Grid, frozenset[str]]:
         """Grid -> a layer's linears that are quantized onto it."""
@@ -112,6 +121,7 @@ def _wanted(
 ) -> list[Wanted]:
     """Returns what each format is asked to plan."""
     dtypes = {name: _plain_dtype(checkpoint, name) for name in checkpoint.weights}
+    fp8 = fp8_linears(checkpoint, skeleton) if recipe.rest == "fp8" else {}
     layers = _touched(recipe, skeleton)
     folders = _folders(recipe.to)
     return [
@@ -125,6 +135,7 @@ def _wanted(
             layers=layers,
             linears=_by_preset(recipe, layers),
             dtypes=dtypes,
+            fp8=fp8,
             chosen=chosen.get(str(folders[name]), NO_CHOICE),
         )
         for name in recipe.to
@@ -210,4 +221,14 @@ def plan_units(mtp: str, checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[Un
 
 def _plain_dtype(checkpoint: Checkpoint, name: str) -> str:
     stored = checkpoint.index.get(name)
-    return "BF16" if stored is None or stored.dtype == "F8_E4M3" else stored.dtype
+    return "BF16" if stored is None or stored.dtype == FP8 else stored.dtype
+
+
+def fp8_linears(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, Fp8Blocks]:
+    """Returns the linears of decoder layers that a checkpoint has in FP8 blocks, with these."""
+    block = checkpoint.weights.block if isinstance(checkpoint.weights, StoredWeights) else None
+    if block is None or WHOLE in block:
+        return {}
+    index, linears = checkpoint.index, (linear for layer in skeleton.layers for linear in layer.linears)
+    stored = ((linear, index.get(f"{linear}.weight")) for linear in linears)
+    return {linear: Fp8Blocks(*block) for linear, info in stored if info is not None and info.dtype == FP8}

@@ -230,6 +230,7 @@ def _run_layer(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str
         run.mlp_inputs(layer.index, run.job.work / "mlp-inputs.f32"),
         linears=source.plan.linears_of(layer),
         schemes=source.plan.schemes,
+        in_blocks=source.plan.in_blocks,
         steps=run.recipe.steps,
         batch_samples=run.batch_samples,
         seed=run.recipe.seed,

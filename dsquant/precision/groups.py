@@ -29,7 +29,7 @@ class MixedPlan:
 
     groups: tuple[Choosable, ...]
     widths: tuple[Any, ...]
-    """The widths that groups may get: bits of a code, 16 is unquantized; or types."""
+    """The widths that groups may get: bits of a code, 16 or `FP8` where it is not quantized; or types."""
     budget_bytes: int
     """For all groups together."""
     other_bytes: int
@@ -96,7 +96,7 @@ def width_rows(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]
     for name, entry in groups.items():
         kind, layer = place_of(name)
         found.setdefault((kind, entry["width"]), []).append((layer, entry))
-    rows = [(kind, width_words(width), entries) for (kind, width), entries in sorted(found.items())]
+    rows = [(kind, width_words(width), entries) for (kind, width), entries in sorted(found.items(), key=_by_name)]
     everything = [entry for _, _, entries in rows for entry in entries]
     return [
         (
@@ -110,9 +110,14 @@ def width_rows(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]
     ]
 
 
+def _by_name(found: tuple[tuple[str, int | str], Any]) -> tuple[str, bool, int | str]:
+    (kind, width), _ = found
+    return kind, isinstance(width, str), width
+
+
 def width_words(width: int | str) -> str:
     """Returns a width for people."""
-    if isinstance(width, str):
+    if isinstance(width, str):  # a type of GGUF, or FP8
         return width
     return "BF16" if width == UNQUANTIZED else f"{width} bits"
 

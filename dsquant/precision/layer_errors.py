@@ -34,7 +34,7 @@ from dsquant.quantization.mlp_norm import search_norm_fold
 from dsquant.quantization.sharing import share_rows
 from dsquant.quantization.statistics import InputMoments, InverseFactor
 from dsquant.quantization.steps import prepared
-from dsquant.schemes import UNQUANTIZED, Grid
+from dsquant.schemes import KEPT_WIDTHS, Grid
 from dsquant.source.weights import Weights
 
 # At most this many routed experts of a layer, evenly spaced, are stored at each width; they stand for all.
@@ -63,7 +63,7 @@ class Trial(Generic[Width]):
         for group in self.groups:
             members = [linear for linear in linears if linear in group.linears]
             if members:
-                yield group, members, [width for width in group.num_bytes if width != UNQUANTIZED]
+                yield group, members, [width for width in group.num_bytes if width not in KEPT_WIDTHS]
 
 
 def measure_layer(job: LayerJob, trials: Mapping[Grid, Trial[Width]], states: LayerStates) -> Errors[Width]:
@@ -143,7 +143,7 @@ def _attention_errors(
     gradients_RH = gradients.samples(0, min(ATTENTION_SAMPLES, job.inputs.shape[0])).flatten(0, 1)
     for grid, trial in trials.items():
         own = {group: found for group, found in moments.items() if group.consumers[0] in job.linears[grid]}
-        scales = search_scales(weights, own, grid, job.steps)
+        scales = search_scales(job, weights, own, grid)
         if not grid.rounded:
             note_attention(job, grid, own, scales)
         folded = ResidentWeights(FoldedWeights(weights, fold_scales(weights, scales)))

@@ -64,6 +64,8 @@ class SensitivityPass(Generic[Width]):
     note: Note = field(default=lambda grid, linear, importance: None)
     ranks: Ranks = ALONE
     """Who shares it."""
+    in_blocks: Mapping[Grid, frozenset[str]] = field(default_factory=dict)
+    """Grid -> linears that stay in FP8 blocks."""
 
     def job_of(
         self,
@@ -82,6 +84,7 @@ class SensitivityPass(Generic[Width]):
             outputs=outputs,
             mlp_inputs=mlp_inputs,
             linears=self.linears_of(layer),
+            in_blocks=self.in_blocks,
             batch_samples=self.batch_samples,
             seed=self.seed,
             emit=lambda grid, name, value: None,

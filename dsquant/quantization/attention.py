@@ -1,6 +1,6 @@
 """Quantizes a layer's attention: scale groups in the order of the data flow, then clip and rounding."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,7 +10,6 @@ from dsquant.model.activations import Activations
 from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights, fold_of
 from dsquant.model.streaming import Routing, Stream, run_dense_part
 from dsquant.model.structure import KEYS_SUFFIX, ScaleGroup
-from dsquant.presets import Step
 from dsquant.quantization.layer_job import GridReport, LayerJob
 from dsquant.quantization.scale import best_scales, group_candidates, is_kept, rms_of_columns
 from dsquant.quantization.statistics import Importance, InputMoments
@@ -49,7 +48,7 @@ def quantize_attention(
     if not own:
         return AttentionResult()
     weights, grid_of = ResidentWeights(job.weights), partial(job.grid_of, grid)
-    scales = search_scales(weights, own, grid, job.steps)
+    scales = search_scales(job, weights, own, grid)
     fold = fold_scales(weights, scales)
     folded, linears = FoldedWeights(weights, fold), dict[str, QuantizedWeight]()
     for group, found in own.items():
@@ -78,12 +77,15 @@ def keeps_attention(job: LayerJob, report: GridReport, error: float, error_plain
 
 
 def search_scales(
-    weights: Weights, moments: Mapping[ScaleGroup, InputMoments], grid: Grid, steps: Collection[Step]
+    job: LayerJob, weights: Weights, moments: Mapping[ScaleGroup, InputMoments], grid: Grid
 ) -> dict[ScaleGroup, torch.Tensor]:
     """Returns each group's scales, float32 [I]; empty where `scales` is not a step."""
-    if "scales" not in steps:
+    if "scales" not in job.steps:
         return {}
-    return {group: _searched(weights, group, found, grid) for group, found in moments.items()}
+    return {
+        group: _searched(weights, group, found, grid, job.scales_blocks(grid, group))
+        for group, found in moments.items()
+    }
 
 
 def fold_scales(weights: Weights, scales: Mapping[ScaleGroup, torch.Tensor]) -> Fold:
@@ -94,10 +96,10 @@ def fold_scales(weights: Weights, scales: Mapping[ScaleGroup, torch.Tensor]) -> 
     return fold
 
 
-def _searched(weights: Weights, group: ScaleGroup, moments: InputMoments, grid: Grid) -> torch.Tensor:
+def _searched(weights: Weights, group: ScaleGroup, moments: InputMoments, grid: Grid, exact: bool) -> torch.Tensor:
     consumers = [weights[f"{linear}.weight"] for linear in group.consumers]
     columns_I, producer = rms_of_columns(consumers), weights[f"{group.producer}.weight"]
-    scales_CI = group_candidates(group, producer, moments.rms_I, columns_I)
+    scales_CI = group_candidates(group, producer, moments.rms_I, columns_I, exact)
     return best_scales(scales_CI, [lambda: (consumers, moments)], grid)
 
 

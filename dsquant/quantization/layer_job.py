@@ -11,7 +11,7 @@ import torch
 from dsquant.jobs.ranks import ALONE, Ranks, Shares
 from dsquant.model.activations import Activations
 from dsquant.model.skeleton import Skeleton
-from dsquant.model.structure import DecoderLayer
+from dsquant.model.structure import DecoderLayer, ScaleGroup
 from dsquant.presets import PRESET_STEPS, Step
 from dsquant.quantization.statistics import Importance
 from dsquant.schemes import Grid, QuantizedWeight, Scheme
@@ -65,6 +65,8 @@ class LayerJob:
 
     schemes: Mapping[Grid, Mapping[str, Scheme]] = field(default_factory=dict)
     """Grid -> linear -> its scheme, where that is not the grid: scales are searched for the grid all the same."""
+    in_blocks: Mapping[Grid, frozenset[str]] = field(default_factory=dict)
+    """Grid -> linears that stay in FP8 blocks, into which only powers of two are folded."""
     steps: Collection[Step] = PRESET_STEPS["compact"]
     """Of the quantization; `follow` is one where there is `quantized`."""
     quantized: Mapping[Grid, QuantizedStream] = field(default_factory=dict)
@@ -84,6 +86,10 @@ class LayerJob:
     def grid_of(self, grid: Grid, linear: str) -> Scheme:
         """Returns the scheme that a linear is rounded to, where scales are searched for `grid`."""
         return self.schemes.get(grid, {}).get(linear, grid)
+
+    def scales_blocks(self, grid: Grid, group: ScaleGroup) -> bool:
+        """Returns whether a group's scales are folded into a linear that stays in FP8 blocks."""
+        return not self.in_blocks.get(grid, frozenset()).isdisjoint((group.producer, *group.consumers))
 
     def rounds(self, grid: Grid, linear: str) -> bool:
         """Returns whether a linear is rounded here; else it is emitted folded, to a format that rounds it itself."""

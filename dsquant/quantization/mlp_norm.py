@@ -45,7 +45,8 @@ def search_norm_fold(
         return Fold(), identity_H
     judges = sorted(readers, key=lambda mlp: -len(inputs[mlp].rows_R))[:JUDGES]
     columns_H = rms_of_columns(_gates_and_ups(job, judges[:CANDIDATES_FROM]))
-    scales_CH = group_candidates(group, job.weights[f"{group.producer}.weight"], norm_rms_H, columns_H)
+    producer, exact = job.weights[f"{group.producer}.weight"], job.scales_blocks(grid, group)
+    scales_CH = group_candidates(group, producer, norm_rms_H, columns_H, exact)
     job.ranks.broadcast(scales_CH)
 
     def judge(place: int) -> tuple[Sequence[torch.Tensor], InputMoments]:

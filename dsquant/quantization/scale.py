@@ -89,18 +89,18 @@ def best_scales(scales_CI: torch.Tensor, judges: Sequence[Judge], grid: Scheme, 
 
 
 def group_candidates(
-    group: ScaleGroup, producer: torch.Tensor, activation_I: torch.Tensor, weight_I: torch.Tensor
+    group: ScaleGroup, producer: torch.Tensor, activation_I: torch.Tensor, weight_I: torch.Tensor, exact: bool = False
 ) -> torch.Tensor:
     """Returns the candidates that can be folded into a group, float32 [C, I]; row 0 is all ones.
 
     The producer's weight is [O, I], or a norm's [I]; `activation_I` and `weight_I` are the root mean squares of the
-    consumers' input channels and of their columns.
+    consumers' input channels and of their columns. `exact`: powers of two, as always where the group has followers.
     """
     if group.producer_rows is not None:  # columns fed by one producer row share a scale
         rows_I = torch.tensor(group.producer_rows, device=activation_I.device)
         activation_I, weight_I = (_shared_rms(values_I, rows_I) for values_I in (activation_I, weight_I))
     scales_CI = candidate_scales(activation_I, weight_I)
-    if group.followers:  # which stay exact in their storage type that way (docs/decisions/0003)
+    if group.followers or exact:  # which stay exact in their storage type that way (docs/decisions/0003)
         scales_CI = powers_of_two(scales_CI)
     elif producer.dim() == 1:
         scales_CI = torch.stack([foldable_scales(scales_I, producer) for scales_I in scales_CI])

@@ -235,7 +235,7 @@ def _searched_scales(unfolded: _Streams, groups: Sequence[ScaleGroup], grid: Gri
     scales = {group: torch.ones(width, device=job.weights.device) for group, width in zip(groups, widths, strict=True)}
     if job.ranks.first:
         moments = {group: found.moments() for group, found in zip(groups, statistics, strict=True)}
-        scales = search_scales(unfolded.original, moments, grid, job.steps)
+        scales = search_scales(job, unfolded.original, moments, grid)
     for scales_I in scales.values():
         job.ranks.broadcast(scales_I)
     return scales

@@ -10,12 +10,19 @@ from dsquant.schemes.quantized_weight import (
     round_to_nearest,
     stacked,
 )
+from dsquant.schemes.released_fp8 import FP8_WIDTH, Fp8Blocks
 from dsquant.schemes.scheme import Scheme
+
+# The widths of linears that are not quantized.
+KEPT_WIDTHS = (UNQUANTIZED, FP8_WIDTH)
 
 __all__ = [
     "CLIP_RATIOS",
+    "FP8_WIDTH",
     "GROUP_SIZES",
+    "KEPT_WIDTHS",
     "UNQUANTIZED",
+    "Fp8Blocks",
     "Grid",
     "QuantizedWeight",
     "Scheme",

@@ -15,7 +15,8 @@ from dsquant.errors import InputError
 from dsquant.files.foreign import LARGEST_MODEL_TEXT_BYTES, find_file
 from dsquant.files.strict_json import read_json_object
 from dsquant.kernels.fp8 import dequantize_fp8
-from dsquant.source.fp8_blocks import SCALE_SUFFIX, scale_shape
+from dsquant.schemes import Fp8Blocks
+from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.look_alikes import advice
 from dsquant.source.read_ahead import ReadAhead
 from dsquant.source.shards import ShardIndex, TensorInfo
@@ -119,7 +120,8 @@ class StoredWeights(Weights):
             raise InputError(
                 f"{scale.path}: tensor {scale.label} is {scale.dtype}; expected one of {', '.join(SCALE_DTYPES)}"
             )
-        expected = scale_shape((info.shape[0], info.shape[1]), self.block) if len(info.shape) == 2 else None
+        blocks = Fp8Blocks(*self.block)
+        expected = blocks.scale_shape((info.shape[0], info.shape[1])) if len(info.shape) == 2 else None
         if scale.shape != expected:
             raise InputError(
                 f"{scale.path}: tensor {scale.label} has shape {list(scale.shape)}; the weight of shape "

@@ -6,12 +6,4 @@ multiple of 128: R1's kv_a_proj_with_mqa has 576 rows and 5 rows of scales. The 
 from dividing extents.
 """
 
-import math
-
 SCALE_SUFFIX = "_scale_inv"
-
-
-def scale_shape(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    """Returns the scales' shape for a weight [O, I], one for each block or part: [ceil(O / rows), ceil(I /
-    columns)]."""
-    return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])

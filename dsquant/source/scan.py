@@ -11,6 +11,7 @@ import torch
 from dsquant.errors import InputError
 from dsquant.files.hashing import OrderedHash
 from dsquant.files.sealing import in_threads
+from dsquant.kernels.fp8 import LARGEST_FP8
 from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.shards import ShardIndex, TensorInfo
 
@@ -19,7 +20,6 @@ BYTES_AT_ONCE = 32 * 2**20
 VALUES_AT_ONCE = 2**18
 # Read of each tensor to compare copies of a checkpoint without reading them whole.
 SAMPLE_BYTES = 4096
-LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 # The exponent bits that are all ones in NaN and infinity (in NaN alone for e4m3fn, which has no infinity).
 _INTEGER_VIEWS = {
     torch.float8_e4m3fn: (torch.uint8, 0x7F),

@@ -74,7 +74,7 @@ def test_the_public_names_are_there() -> None:
         ["awq", "--memory-budget", "much"],
         ["awq", "--no-such-option"],
         ["delta", "--apply", "a.patch", "old", "--output", "/tmp/never-made", "--restart"],
-        ["awq", "--bits", "8", "--output", "/tmp/never-made"],
+        ["awq", "--bits", "8", "--to", "awq", "--output", "/tmp/never-made"],
     ],
 )
 def test_wrong_usage_ends_with_code_2(arguments: list[str]) -> None:
@@ -104,7 +104,9 @@ def test_a_dry_run_prints_exact_sizes_and_writes_nothing(nano_r1: Path, text_fil
     assert code == 0, output
     result = json.loads(output)
     assert result["output_bytes"] == plan["output_bytes"]
-    assert plan["output_bytes"]["awq"] == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+    assert plan["output_bytes"]["compressed-tensors"] == sum(
+        f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")
+    )
 
 
 def test_inspect_counts_every_byte(nano_r1: Path) -> None:

@@ -37,7 +37,7 @@ SMALL: dict[str, Any] = {"texts": ["code"], "samples": 4, "seq_len": 64, "prompt
 def awq(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A healthy AWQ checkpoint of tiny-r1."""
     out = tmp_path_factory.mktemp("evaluation") / "awq"
-    options = {"steps": "scales", "samples": 8, "seq_len": 128, "evaluate": False, "progress": False}
+    options = {"to": "awq", "steps": "scales", "samples": 8, "seq_len": 128, "evaluate": False, "progress": False}
     return dsquant.awq(tiny_r1, output=out, **options).folders["awq"]
 
 

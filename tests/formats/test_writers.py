@@ -130,7 +130,7 @@ def test_transformers_loads_a_compressed_mixture_with_the_weights_that_dsquant_r
     from dsquant.formats.checkpoints import open_checkpoint
 
     dsquant.awq(
-        nano_r1, output=tmp_path / "out", to="compressed-tensors", preset="compact", steps="none",
+        nano_r1, output=tmp_path / "out", to="compressed-tensors", rest="bf16", preset="compact", steps="none",
         group_size=64, samples=4, seq_len=32, calibration=(str(text_file),), evaluate=False, progress=False,
     )  # fmt: skip
     with warnings.catch_warnings():

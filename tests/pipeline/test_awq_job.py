@@ -76,7 +76,7 @@ def test_the_quantized_model_is_nearer_to_the_original_than_plain_rounding(text_
 def test_the_mtp_layer_is_kept_quantized_or_dropped_as_asked(
     nano_r1: Path, text_file: Path, tmp_path: Path, mtp: str
 ) -> None:
-    result = dsquant.awq(nano_r1, output=tmp_path / "out", mtp=mtp, calibration=(str(text_file),), **FAST)
+    result = dsquant.awq(nano_r1, output=tmp_path / "out", to="awq", mtp=mtp, calibration=(str(text_file),), **FAST)
     index = open_checkpoint(tmp_path / "out").index
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     kept = f"model.layers.2.mlp.experts.0.up_proj.{'qweight' if mtp == 'quantize' else 'weight'}"
@@ -90,7 +90,7 @@ def test_the_mtp_layer_is_kept_quantized_or_dropped_as_asked(
 def test_the_quality_preset_leaves_attention_and_shared_experts_in_bf16(
     nano_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    dsquant.awq(nano_r1, output=tmp_path / "out", calibration=(str(text_file),), **FAST)
+    dsquant.awq(nano_r1, output=tmp_path / "out", to="awq", calibration=(str(text_file),), **FAST)
     index = open_checkpoint(tmp_path / "out").index
     quantized = {name.removesuffix(".qweight") for name in index if name.endswith(".qweight")}
     assert len(quantized) == 4 * 3 and all(".mlp.experts." in name for name in quantized)
@@ -254,8 +254,9 @@ def test_a_default_spelled_out_and_another_evaluation_are_the_same_job(
     nano_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
     options = {**FAST, "calibration": text_file, "output": tmp_path / "out", "resume": True}
+    spelled_out = {"preset": "quality", "symmetric": True, "to": "compressed-tensors", "rest": "fp8"}
     assert not dsquant.awq(nano_r1, **options).already_finished
-    assert dsquant.awq(nano_r1, **options | {"preset": "quality", "symmetric": False}).already_finished
+    assert dsquant.awq(nano_r1, **options, **spelled_out).already_finished
     assert dsquant.awq(nano_r1, **options | {"evaluate": True}).already_finished
     with pytest.raises(dsquant.UsageError, match="preset was 'quality', is 'compact'"):
         dsquant.awq(nano_r1, **options | {"preset": "compact"})

@@ -191,7 +191,7 @@ def test_each_grid_of_several_formats_follows_its_own_model(
 
 
 def test_a_target_gives_linears_widths_of_their_own(narrow_r1: Path, text_file: Path, tmp_path: Path) -> None:
-    more = {"to": "compressed-tensors", "samples": 2, "target_bits": 9.0, "steps": "clip,follow"}
+    more = {"to": "compressed-tensors", "rest": "bf16", "samples": 2, "target_bits": 9.0, "steps": "clip,follow"}
     dsquant.awq(narrow_r1, **_options(tmp_path / "out", text_file, **more))
     record = json.loads((tmp_path / "out" / "dsquant.json").read_text())
     widths = {group["width"] for group in record["precision"].values()}

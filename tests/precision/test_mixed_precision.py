@@ -47,7 +47,7 @@ def mixed(uneven: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactor
     output = tmp_path_factory.mktemp("mixed") / "out"
     dsquant.awq(
         uneven, output=output, to="compressed-tensors", target_bits=5.5, calibration=(str(text_file),),
-        kv_b="quantize", **COMPACT,
+        kv_b="quantize", rest="bf16", **COMPACT,
     )  # fmt: skip
     return output
 
@@ -125,7 +125,7 @@ def test_more_bits_bring_the_model_nearer(dense: Path, text_file: Path, tmp_path
 
 
 def test_awq_leaves_groups_unquantized_for_a_size(uneven: Path, text_file: Path, tmp_path: Path) -> None:
-    options = {**COMPACT, "calibration": (str(text_file),), "samples": 2}
+    options = {**COMPACT, "to": "awq", "calibration": (str(text_file),), "samples": 2}
     whole = dsquant.awq(uneven, output=tmp_path / "whole", **options).output_bytes["awq"]
     result = dsquant.awq(uneven, output=tmp_path / "out", target_size=int(1.3 * whole), **options)
     opened = open_checkpoint(tmp_path / "out")
@@ -182,8 +182,8 @@ def test_killed_and_resumed_it_makes_the_same_bytes(dense: Path, text_file: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_bits": 2.5}, r"--target-bits 2.5: .* gives from 3\.\d+ to 16.0 bits"),
-        ({"target_bits": 17.0}, "to 16.0 bits"),
+        ({"target_bits": 2.5}, r"--target-bits 2.5: .* gives from 3\.\d+ to 8.0\d+ bits"),
+        ({"target_bits": 17.0, "rest": "bf16"}, "to 16.0 bits"),
         ({"target_size": "1KiB"}, r"--target-size 1.0 KiB: .* gives from .* bytes .*iB to .*iB"),
         ({"target_bits": 4.5, "target_size": "1MiB"}, "exclude each other"),
         ({"target_bits": 4.5, "mtp": "quantize"}, "--mtp keep or drop"),
@@ -244,8 +244,8 @@ def test_three_bits_are_chosen_only_where_nothing_else_fits(narrow_r1: Path, tex
         pipeline.preview(Recipe.checked(**fields, **texts, output=tmp_path / "out", **chosen))
         for chosen in ({"target_bits": 4.0}, {"target_bits": 4.6}, {"bits": 3})
     )
-    assert "one of 3, 4, 8, BF16" in narrow.details["target"] and any("3 bits" in note for note in narrow.notes)
-    assert "one of 4, 8, BF16" in wide.details["target"] and not any("3 bits" in note for note in wide.notes)
+    assert "one of 3, 4, FP8" in narrow.details["target"] and any("3 bits" in note for note in narrow.notes)
+    assert "one of 4, FP8" in wide.details["target"] and not any("3 bits" in note for note in wide.notes)
     assert any(note.startswith("linears of 3 bits") for note in uniform.notes)
     assert not (tmp_path / "out").exists()
 

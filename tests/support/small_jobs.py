@@ -24,6 +24,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def arguments(model: Path, text: Path, output: Path, *more: str) -> list[str]:
     options = ["--samples", "6", "--seq-len", "32", "--group-size", "64", "--no-evaluate", "--json", *more]
+    options += [] if "--to" in more else ["--to", "awq"]
     return ["awq", str(model), "--output", str(output), "--calibration", str(text), *options]
 
 

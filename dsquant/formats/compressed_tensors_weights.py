@@ -1,0 +1,154 @@
+"""Reads checkpoints of compressed-tensors: packed integers in groups, and FP8 in blocks."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsquant.errors import InputError
+from dsquant.formats.decoded import DecodedWeights, checked_matrix, whole_number
+from dsquant.packages import load
+from dsquant.schemes import Fp8Blocks
+from dsquant.source.checkpoint import FP8
+from dsquant.source.shards import ShardIndex
+from dsquant.source.weights import CPU
+
+PACKED, FLOAT = "pack-quantized", "float-quantized"
+FP8_PARTS = ("weight", "weight_scale")
+
+
+def _weights_group(config: Path, group: Any) -> dict[str, Any]:
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict):
+        raise InputError(f"{config}: the config group has no object 'weights', found {group!r:.80}")
+    if group.get("format") != FLOAT:
+        whole_number(config, weights, "num_bits", 4, tuple(range(2, 9)))
+    if not isinstance(group.get("targets", []), list):
+        raise InputError(f"{config}: a config group's targets must be a list, found {group['targets']!r:.80}")
+    return group
+
+
+def _is_target(name: str, target: Any) -> bool:
+    if not isinstance(target, str):
+        return False
+    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+
+
+class CompressedTensorsWeights(DecodedWeights):
+    """compressed-tensors' pack-quantized layout, decoded by compressed-tensors."""
+
+    marker = "weight_packed"
+    decoder = ("compressed-tensors", "compressed_tensors.compressors")
+
+    def __init__(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> None:
+        """Reads the scheme from config.json's `quantization_config`.
+
+        Raises InputError where the config has no groups of pack-quantized weights, groups that differ in size or kind
+        of zero point, or none for a packed linear.
+        """
+        config = index.folder / "config.json"
+        groups = quantization.get("config_groups")
+        if not isinstance(groups, dict) or not groups or quantization.get("format") != PACKED:
+            raise InputError(
+                f"{config}: only compressed-tensors of format 'pack-quantized' with config groups can be read, "
+                f"found format {quantization.get('format')!r} with config_groups {groups!r:.80}"
+            )
+        groups = [_weights_group(config, group) for group in groups.values()]
+        self._groups = [group for group in groups if group.get("format") != FLOAT]
+        self._float_groups = [group for group in groups if group.get("format") == FLOAT]
+        self._blocks = _blocks(config, self._float_groups)
+        alike = {
+            (group["weights"].get("group_size"), group["weights"].get("symmetric", True)) for group in self._groups
+        }
+        if len(alike) > 1:
+            raise InputError(
+                f"{config}: config groups that differ in more than bits cannot be read, found group sizes and symmetry "
+                f"{sorted(alike, key=str)}"
+            )
+        weights = (self._groups or groups)[0]["weights"]
+        self._group_size = whole_number(config, weights, "group_size", 128, None) if self._groups else 0
+        zero_points = () if weights.get("symmetric", True) else ("weight_zero_point",)
+        self.companions = ("weight_scale", "weight_shape", *zero_points)
+        super().__init__(index, device)
+        self._fp8 = {name for name, info in index.items() if info.dtype == FP8}
+        for name in self._fp8:
+            self._check_fp8(config, name)
+        self.names = {name: None for name in self.names if name not in {f"{weight}_scale" for weight in self._fp8}}
+        self._group_of = {prefix: self._matching_group(config, prefix) for prefix in self._packed.values()}
+        for prefix in self._packed.values():
+            bits = self._bits(prefix)
+            scales = checked_matrix(index, prefix + "weight_scale", ("BF16", "F16", "F32"), None)
+            rows, groups_of_row = scales.shape
+            words = -(-groups_of_row * self._group_size * bits // 32)
+            checked_matrix(index, prefix + self.marker, ("I32",), (rows, words))
+            checked_matrix(index, prefix + "weight_shape", ("I64", "I32"), (2,))
+            for part in zero_points:
+                checked_matrix(index, prefix + part, ("I32",), (-(-rows * bits // 32), groups_of_row))
+
+    def _check_fp8(self, config: Path, name: str) -> None:
+        """Refuses a weight in FP8 without a config group of blocks, or without their scales."""
+        info = self.index[name]
+        if self._blocks is None:
+            raise InputError(f"{info.path}: tensor {info.label} is FP8, but {config} has no config group {FLOAT!r}")
+        if f"{name}_scale" not in self.index:
+            raise InputError(f"{info.path}: FP8 tensor {info.label} has no {name + '_scale'!r}; it is incomplete")
+        rows, columns = checked_matrix(self.index, name, (FP8,), None).shape
+        checked_matrix(self.index, f"{name}_scale", ("F32",), self._blocks.scale_shape((rows, columns)))
+
+    def _matching_group(self, config: Path, prefix: str) -> int:
+        """Returns the number of the group whose targets name a packed linear, or its class."""
+        name = prefix.removesuffix(".")
+        for number, group in enumerate(self._groups):
+            if any(_is_target(name, target) for target in group.get("targets", ())):
+                return number
+        for number, group in enumerate(self._groups):
+            if "Linear" in group.get("targets", ()) or len(self._groups) == 1:
+                return number
+        raise InputError(f"{config}: {name!r} is packed, but no config group has it as a target")
+
+    def _bits(self, prefix: str) -> int:
+        return int(self._groups[self._group_of[prefix]]["weights"].get("num_bits", 4))
+
+    @cached_property
+    def _schemes(self) -> list[Any]:
+        scheme = load(self.decoder[0], "compressed_tensors.quantization").QuantizationScheme
+        return [scheme.model_validate(group) for group in (*self._groups, *self._float_groups)]
+
+    def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
+        """Reads rows of a weight; a packed one, or one in FP8 blocks, is decoded as a whole."""
+        if name not in self._fp8:
+            return super().rows(name, start_row, stop_row)
+        compressor = load(*self.decoder).FloatQuantizationCompressor
+        parts = {part: self.index.read(name + part.removeprefix("weight")).to(self.device) for part in FP8_PARTS}
+        weight: torch.Tensor = compressor.decompress(parts, self._schemes[-1])["weight"]
+        return weight[start_row:stop_row]
+
+    def packed_shape(self, prefix: str) -> tuple[int, int]:
+        groups = self.index[prefix + "weight_scale"].shape[-1]
+        return self.index[prefix + self.marker].shape[0], groups * self._group_size
+
+    def decode(self, prefix: str) -> torch.Tensor:
+        """Decodes through compressed-tensors' own decompressor, in float32."""
+        compressor = load(*self.decoder).PackedQuantizationCompressor
+        tensors = self._parts(prefix)
+        tensors["weight_scale"] = tensors["weight_scale"].float()
+        scheme = self._schemes[self._group_of[prefix]]
+        weight: torch.Tensor = compressor.decompress(tensors, scheme)["weight"]
+        return weight.float()
+
+
+def _blocks(config: Path, groups: Sequence[Mapping[str, Any]]) -> Fp8Blocks | None:
+    """Returns the FP8 blocks of config groups; None without any. Raises InputError where they are no blocks."""
+    found = {str(group["weights"].get("block_structure")): group["weights"] for group in groups}
+    for weights in found.values():
+        block = weights.get("block_structure")
+        sizes = isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
+        if len(found) > 1 or not sizes or weights.get("strategy") != "block" or weights.get("num_bits") != 8:
+            raise InputError(
+                f"{config}: of config groups {FLOAT!r} only FP8 blocks of one size can be read, found {weights!r:.120}"
+            )
+        return Fp8Blocks(*block)
+    return None
