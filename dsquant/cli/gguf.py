@@ -28,10 +28,7 @@ def _models() -> "tuple[type[BaseModel], ...]":
 @json_option
 @dsquant_command
 def gguf(dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Converts MODEL (a folder, a hub id, or tiny-r1) to GGUF files that llama.cpp runs, straight from its shards.
-
-    Scales are searched and ggml rounds; `dsquant awq --to gguf:TYPE` compensates rounding errors too, and takes longer.
-    """
+    """Converts MODEL (a folder, a hub id, or tiny-r1) to GGUF files that llama.cpp runs, straight from its shards."""
     check_again(options)
     from dsquant.options import taken
     from dsquant.running import Again, Metrics

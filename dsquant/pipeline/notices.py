@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from dsquant.escaping import counted
 from dsquant.formats.table import SAFETENSORS, format_of
 from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.options import format_size
@@ -73,7 +74,7 @@ def run_warnings(run: Run, layers: list[dict[str, Any]]) -> list[str]:
     words += _unused(run)
     fallbacks = sum(len(grid["fallbacks"]) for grid in grids)
     if fallbacks:
-        words.append(f"{fallbacks} modules are plainly rounded because the search found nothing better")
+        words.append(f"{counted(fallbacks, 'module')} rounded plainly, because the search found nothing better")
     return words
 
 
