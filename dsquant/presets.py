@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 Preset = Literal["quality", "compact", "best"]
+Activations = Literal["fp8", "int8"]
 Rest = Literal["fp8", "bf16"]
 """How linears that are not quantized are stored: in the model's own FP8 blocks, or as BF16."""
 Step = Literal["scales", "clip", "compensate", "top-up", "gate-weights", "follow", "descend"]

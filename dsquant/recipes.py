@@ -19,11 +19,13 @@ from pydantic import (
 )
 
 from dsquant.options import Accepts, Options, Size, Spelling, Texts, TextsOrFiles, format_size, text_of_path
-from dsquant.presets import PRESET_STEPS, STEPS, Preset, Rest, Step, listed_steps
+from dsquant.presets import PRESET_STEPS, STEPS, Activations, Preset, Rest, Step, listed_steps
 
 # What a resumed job may change: these have no influence on the weights' bytes.
 CHANGEABLE_ON_RESUME = ("output", "memory_budget", "gpu_memory_budget", "evaluate")
 
+# What `--calibration none` may look like.
+NO_TEXTS = ("none", ["none"], ("none",), ())
 FLOAT_TYPES = ("F32", "F16", "BF16")
 _SHORT_TYPES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 
@@ -130,6 +132,9 @@ class Quantization(TargetOptions):
         default=None,
         description="Linears that are not quantized: fp8 keeps the model's own blocks, bf16 widens them.",
     )
+    activations: Activations | None = Field(
+        default=None, description="compressed-tensors: engines round the inputs of 4-bit linears to 8 bits (W4A8)."
+    )
     max_shard_bytes: Size = Field(
         default=5 * 2**30,
         ge=1,
@@ -201,10 +206,6 @@ class Sampling(SampleLength):
 
     samples: int = Field(default=64, ge=1, description="Calibration samples.")
     seed: int = Field(default=0, ge=0, description="Seed for the choice of texts and for random sums.")
-
-
-# What `--calibration none` may look like.
-NO_TEXTS = ("none", ["none"], ("none",), ())
 
 
 class Calibration(Sampling):

@@ -42,9 +42,9 @@ def run(recipe: Path, model: str | None, output: Path | None, as_json: bool, **o
     gates: {gates: [{metric: mean_kl, at_most: 0.02}]}
     publish: rename
 
-    Entries with `to` also take bits, steps, group_size, symmetric, mtp, kv_b, rest and max_shard_size, those with
-    `type` tensor_types, imatrix, calibrate, scales, mtp and split_max_size; the file also device, budgets and
-    on_failure.
+    Entries with `to` also take bits, steps, group_size, symmetric, mtp, kv_b, rest, activations and
+    max_shard_size, those with `type` tensor_types, imatrix, calibrate, scales, mtp and split_max_size; the file also
+    device, budgets and on_failure.
     """
     from dsquant.options import taken
     from dsquant.releases.recipe import read_recipe

@@ -26,10 +26,15 @@ from dsquant.formats.skip_lists import ignored_modules, targets_by_width
 from dsquant.formats.wanted import NO_CHOICE, Width
 from dsquant.kernels.packing import pack_rows, unpack_rows
 from dsquant.kernels.values import WORD_BITS
+from dsquant.presets import Activations
+from dsquant.recipes import Recipe
 from dsquant.schemes import FP8_WIDTH, Fp8Blocks, Grid, QuantizedWeight
 from dsquant.source.checkpoint import FP8
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU
+
+# vLLM's and SGLang's CUTLASS kernels for experts with FP8 activations work on this many columns at a time.
+EXPERT_MULTIPLE = 256
 
 
 class CompressedTensors(SafetensorsFormat):
@@ -39,6 +44,7 @@ class CompressedTensors(SafetensorsFormat):
     help = "pack-quantized, 4, 8 or 3 bits"
     bits = (4, 8, 3)
     holds_fp8 = True
+    activations = ("fp8", "int8")
     rank = 0
     decoder = CompressedTensorsWeights.decoder
 
@@ -89,6 +95,36 @@ class CompressedTensors(SafetensorsFormat):
                     f"{linear}: vLLM's mixture-of-experts kernels take compressed-tensors weights only without zero "
                     "points; add --symmetric, or use --to awq"
                 )
+
+    def activation_notes(self, kind: Activations, mixture: bool, fp8: bool) -> list[str]:
+        engines = "vLLM on Hopper" + (", SGLang 0.5.23 only with --rest bf16" if fp8 else ", SGLang 0.5.23")
+        if kind == "int8":
+            engines = "vLLM" + ", whose experts with INT8 activations run on Arm processors alone" * mixture
+        return [f"activations in {kind.upper()}: {engines}; the errors that dsquant tells are those of the weights"]
+
+    def check_activations(self, recipe: Recipe, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
+        option = f"--activations {recipe.activations}"
+        if recipe.target is not None:
+            raise UsageError(f"{option}: engines take 4 bits for all linears; leave {recipe.target} out")
+        if (grid.bits, grid.group_size, grid.symmetric) != (4, 128, True):
+            raise UsageError(f"{option}: engines take 4 bits in groups of 128 without zero points; leave the rest out")
+        for linear, (_, columns) in shapes.items():
+            if recipe.activations == "fp8" and ".experts." in linear and columns % EXPERT_MULTIPLE:
+                raise UsageError(
+                    f"{option}: {linear} has {columns} columns, vLLM takes experts of multiples of {EXPERT_MULTIPLE}"
+                )
+
+    def with_activations(self, quantization: dict[str, Any], kind: Activations) -> dict[str, Any]:
+        """Adds what compressed-tensors' presets W4AFP8 and W4A8 have: tokens are rounded as they come."""
+        rounded = {
+            "num_bits": 8, "type": "float" if kind == "fp8" else "int", "strategy": "token", "symmetric": True,
+            "dynamic": True, "observer": None,
+        }  # fmt: skip
+        groups = {
+            name: group | ({"input_activations": rounded} if group["format"] == PACKED else {})
+            for name, group in quantization["config_groups"].items()
+        }
+        return quantization | {"config_groups": groups}
 
     def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:
         rows, columns = shape

@@ -16,6 +16,7 @@ from dsquant.files.hashing import FileHashes
 from dsquant.formats.wanted import NO_CHOICE, Choice, Choosable, Wanted, Width
 from dsquant.formats.write_behind import Sink, WriteBehind
 from dsquant.jobs.ranks import ALONE, Ranks
+from dsquant.presets import Activations
 from dsquant.schemes import Grid, QuantizedWeight, Scheme
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.weights import Weights
@@ -267,6 +268,8 @@ class Format(ABC):
     """Whether writing an output needs the package that decodes it, since that rounds the weights."""
     holds_fp8 = False
     """Whether linears that are not quantized may stay in FP8 blocks."""
+    activations: tuple[Activations, ...] = ()
+    """What engines can be told to round the inputs of quantized linears to."""
     keeps_mtp = True
     """Whether its engines take multi-token-prediction layers."""
     decoder: tuple[str, str] | None = None
@@ -293,6 +296,10 @@ class Format(ABC):
     ) -> list[str]:
         """Returns what current engines do not read of an output with linears of these widths, as sentences without a
         full stop; `to_choose` where a target chooses among the widths, `symmetric` without zero points."""
+        return []
+
+    def activation_notes(self, kind: Activations, mixture: bool, fp8: bool) -> list[str]:
+        """Returns the same for an output whose engines round activations; `fp8` where linears stay in FP8 blocks."""
         return []
 
     def mixed_notes(self, widths: Collection[Width], mixture: bool) -> list[str]:

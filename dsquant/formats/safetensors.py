@@ -19,6 +19,8 @@ from dsquant.formats.protocol import Format
 from dsquant.formats.safetensors_target import SafetensorsTarget, matrix
 from dsquant.formats.wanted import NO_CHOICE, Wanted, Width
 from dsquant.model.structure import linear_groups
+from dsquant.presets import Activations
+from dsquant.recipes import Recipe
 from dsquant.schemes import (
     FP8_WIDTH,
     GROUP_SIZES,
@@ -80,6 +82,14 @@ class SafetensorsFormat(Format):
     @abstractmethod
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raises UsageError where the format or its engines cannot hold the grid, or linears (name -> [O, I]) on it."""
+
+    def check_activations(self, recipe: Recipe, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raises UsageError where engines do not round the inputs of such linears as the recipe asks."""
+        raise NotImplementedError
+
+    def with_activations(self, quantization: dict[str, Any], kind: Activations) -> dict[str, Any]:
+        """Returns a `quantization_config` that has engines round the inputs of quantized linears."""
+        raise NotImplementedError
 
     @abstractmethod
     def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:
@@ -153,6 +163,8 @@ class SafetensorsFormat(Format):
         fp8 = {linear: blocks for linear, blocks in fp8.items() if linear not in linears}
         shapes = {linear: matrix(weights.shape(f"{linear}.weight")) for linear in sorted(linears)}
         self.check(grid, shapes)
+        if recipe.activations in self.activations:
+            self.check_activations(recipe, grid, shapes)
 
         def stored(parameter: str) -> list[StoredTensor]:
             linear = parameter.removesuffix(".weight")
@@ -279,4 +291,6 @@ def _config(
     widths = {linear: bits for linear, bits in linears.items() if bits}
     draft = drafts[0] if drafts else ""
     words = output_format.quantization_config(grid, quantized, widths, draft, fp8)
+    if wanted.recipe.activations in output_format.activations:
+        words = output_format.with_activations(words, wanted.recipe.activations)
     return config | output_format.engines_config(config) | dict.fromkeys(output_format.config_keys, words)

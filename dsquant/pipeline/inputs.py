@@ -61,6 +61,11 @@ def resolved(recipe: Recipe) -> Recipe:
     agreed = symmetric.pop() if len(symmetric) == 1 else None
     chosen = agreed if recipe.symmetric is None else recipe.symmetric
     mtp = recipe.mtp if any(format_of(name).keeps_mtp for name in recipe.to) else "drop"
+    if recipe.activations and not any(recipe.activations in format_of(name).activations for name in recipe.to):
+        raise UsageError(
+            f"--activations {recipe.activations}: {' and '.join(recipe.to)} stores weights alone; take --to "
+            "compressed-tensors"
+        )
     device, rest = resolved_device(recipe.device), rest_of(recipe.rest, recipe.to, config)
     told = {"preset": preset, "symmetric": chosen, "mtp": mtp, "device": device, "rest": rest}
     return recipe.model_copy(update=told)

@@ -38,6 +38,8 @@ def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
         widths = (recipe.bits,) if mixed is None else mixed.widths
         known, symmetric = format_of(target.name), target.grid.symmetric
         words += known.engine_notes(widths, _is_mixture(source), mixed is not None, symmetric)
+        if recipe.activations in known.activations:
+            words += known.activation_notes(recipe.activations, _is_mixture(source), bool(target.in_blocks))
     words += [note for target in source.plan.targets for note in target.notes]
     if source.skeleton.num_mtp_layers and recipe.mtp == "drop":
         words.append("the multi-token-prediction layer is dropped: engines cannot draft with it any more")
