@@ -99,15 +99,15 @@ DEEPSEEK_V32 = Architecture(
 )  # fmt: skip
 GLM_MOE_DSA = Architecture(
     LATENT | {
-        "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa", "num_hidden_layers": 3,
+        "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa",
         "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rms_norm_eps": 1e-5, "index_topk": 2048,
         "index_head_dim": 128, "index_n_heads": 4, "indexer_rope_interleave": True,
-        "indexer_types": ["full", "full", "shared"],
+        "indexer_types": ["full", "shared"],
     },
-    {"with fewer keys than tokens": SPARSE | {"indexer_types": ["full"] * 3}},
+    {"with fewer keys than tokens": SPARSE | {"indexer_types": ["full"] * 2}},
     (
         ({"indexer_rope_interleave": False}, "indexer_rope_interleave False"),
-        ({"indexer_types": ["shared", "full", "full"]}, "the first 'full'"),
+        ({"indexer_types": ["shared", "full"]}, "the first 'full'"),
     ),
 )  # fmt: skip
 ARCHITECTURES = {
