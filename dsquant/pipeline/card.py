@@ -1,5 +1,6 @@
 """The model card of an output, and how to serve it."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,13 @@ def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(map(markdown_cell, line))} |" for line in lines)
 
 
+def _of_base(model: str) -> str:
+    """Returns the lines by which the hub lists a card under the model that it was made from, if that is on the hub."""
+    of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists()
+    base = f"base_model: {model}\nbase_model_relation: quantized\n" if of_hub else ""
+    return f"{base}pipeline_tag: text-generation\n"
+
+
 def model_card(record: dict[str, Any], format_name: str) -> str:
     """Returns an output's README.md, from the run's record."""
     recipe, output, known = record["recipe"], record["outputs"][format_name], SAFETENSORS[format_name]
@@ -56,7 +64,7 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
     library = known.library(widths - {UNQUANTIZED}, mixture)
     named = f"library_name: {library}\n" if library else ""
     parts = [
-        f"---\n{named}tags:\n" + "".join(f"- {tag}\n" for tag in tags) + "---",
+        f"---\n{named}{_of_base(recipe['model'])}tags:\n" + "".join(f"- {tag}\n" for tag in tags) + "---",
         f"# {markdown(Path(recipe['model']).name)}, {bits} bits",
         made,
         f"```\n{known.serve_command('.')}\n```",

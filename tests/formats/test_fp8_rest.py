@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from checkpoints import add_tokenizer, full_model, make_pico_r1
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.formats.scales import open_scales
 from dsquant.kernels.fp8 import dequantize_fp8, requantize_fp8
 from dsquant.model.structure import ScaleGroup
+from dsquant.pipeline.card import model_card
 from dsquant.quantization.scale import group_candidates
 from dsquant.source.checkpoint import FP8
 from dsquant.source.shards import ShardIndex
@@ -106,6 +108,10 @@ def test_an_fp8_model_becomes_compressed_tensors_with_its_own_blocks(quality: Pa
     assert not [name for name in found if name.endswith("_scale_inv")]
     assert found.num_bytes < source.num_bytes
     assert "FP8 in its own blocks" in (quality / "README.md").read_text()
+    record["recipe"]["model"] = "deepseek-ai/DeepSeek-R1"
+    head = yaml.safe_load(model_card(record, "compressed-tensors").split("---")[1])
+    assert (head["base_model"], head["base_model_relation"]) == (record["recipe"]["model"], "quantized")
+    assert (head["pipeline_tag"], head["library_name"]) == ("text-generation", "transformers")
 
 
 def test_what_scales_are_folded_into_has_no_error_beyond_the_releases(quality: Path, model: Path) -> None:
