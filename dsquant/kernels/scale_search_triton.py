@@ -4,15 +4,13 @@ Shape legend: N blocks of a program, W weights of a block, S super-blocks of a p
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
 from dsquant.kernels import scale_candidates
 from dsquant.kernels.grids_triton import ROUNDER, TABLE, nearest_level
-from dsquant.kernels.values import Levels, table_on
+from dsquant.kernels.values import Levels, numbers_on, table_on
 
 AFFINE_FIRST = tl.constexpr(scale_candidates.AFFINE_FIRST)
 AFFINE_STEP = tl.constexpr(scale_candidates.AFFINE_STEP)
@@ -68,9 +66,9 @@ def stored_factors(
     return factor_S1, codes_SB
 
 
-@cache
 def candidates_on(device: torch.device, levels: Levels) -> torch.Tensor:
-    return torch.tensor(scale_candidates.symmetric_candidates(levels), dtype=torch.float32, device=device)
+    """The numbers of `scale_candidates.symmetric_candidates`, float32."""
+    return numbers_on(device, tuple(scale_candidates.symmetric_candidates(levels)))
 
 
 @triton.jit

@@ -60,7 +60,13 @@ class Levels:
 @cache
 def table_on(device: torch.device, levels: Levels) -> torch.Tensor:
     """Copies the table and its thresholds to a device once: float32 [2 * largest + 1]; [0] without a table."""
-    return torch.tensor((*levels.table, *levels.thresholds), dtype=torch.float32, device=device)
+    return numbers_on(device, (*levels.table, *levels.thresholds))
+
+
+@cache
+def numbers_on(device: torch.device, numbers: tuple[float, ...]) -> torch.Tensor:
+    """Copies numbers to a device once: float32."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)

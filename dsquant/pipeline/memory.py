@@ -7,6 +7,7 @@ from functools import cached_property
 
 from dsquant.errors import UsageError
 from dsquant.jobs.ranks import CHUNKS, Shares
+from dsquant.kernels.graphs import KEPT
 from dsquant.model.activations import RELEASE_BYTES
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import BATCH_TOKENS, ROWS_AT_ONCE, VOCABULARY_AT_ONCE, samples_together
@@ -15,7 +16,7 @@ from dsquant.options import format_size
 from dsquant.precision.sensitivity import SAMPLES
 from dsquant.quantization.clip import ELEMENTS_AT_ONCE
 from dsquant.quantization.pairs import WIDEST_PAIRS
-from dsquant.quantization.statistics import FACTOR_ROWS, WIDEST_PART, is_wide, part_width
+from dsquant.quantization.statistics import FACTOR_ROWS, GPU_ELEMENTS_AT_ONCE, WIDEST_PART, is_wide, part_width
 from dsquant.recipes import Recipe
 from dsquant.schemes import CLIP_RATIOS, Grid
 from dsquant.source.checkpoint import Checkpoint
@@ -116,6 +117,8 @@ def run_needs(work: Workload) -> Needs:
         return Needs(storing + (BUFFER_BYTES if recipe.device == "cuda" else 0))
     num_hidden, head = work.num_tokens * work.hidden_size, _head_bytes(work.skeleton)
     shared = _sharing_bytes(work) + (_pair_bytes(work) if work.follows else 0)
+    if recipe.device == "cuda":
+        shared += _graph_bytes(work)
     needs = {layer.index: _layer_bytes(work, layer) + shared for layer in work.skeleton.layers}
     memory, gpu_memory = max(storing, max(head, *needs.values()) + _host_bytes(num_hidden, work.streams)), 0
     resident = frozenset[int]()
@@ -197,6 +200,15 @@ def _attention_matrices(work: Workload, layer: DecoderLayer) -> tuple[int, int]:
 def _matrices(width: int) -> int:
     """Bytes of the Gram matrices of the parts of inputs so wide, float32."""
     return FLOAT32_BYTES * width * part_width(width)
+
+
+def _graph_bytes(work: Workload) -> int:
+    """What recorded launches keep: a part's columns in float32, twice, and their factor."""
+    sizes = (
+        2 * FLOAT32_BYTES * min(GPU_ELEMENTS_AT_ONCE, work.num_elements(linear)) + _part(work.width(linear))
+        for linear in work.compensated
+    )
+    return KEPT * max(sizes, default=0)
 
 
 def _part(width: int) -> int:

@@ -19,9 +19,10 @@ from itertools import pairwise
 
 import torch
 
+from dsquant.kernels.graphs import replayed
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.threads import side_by_side
-from dsquant.kernels.values import joined_blocks
+from dsquant.kernels.values import Parameters, joined_blocks
 from dsquant.quantization.clip import PARTS_AT_ONCE, clipped_weight, rows_of_part
 from dsquant.quantization.statistics import InputMoments, InverseFactor
 from dsquant.schemes import QuantizedWeight, Scheme, joined, quantized, stacked
@@ -121,17 +122,22 @@ def _compensate(
     weight_OI: torch.Tensor, scheme: Scheme, clip_ratios: Sequence[float], inverse: InverseFactor
 ) -> QuantizedWeight:
     """Group by group; a search for parameters weighs a column's error by what it costs once it is compensated."""
-    order_I, factor_II = inverse.order_I, inverse.factor_II
-    working_IO = weight_OI[:, order_I].T.contiguous()
-    importance_I = factor_II.diagonal().square().reciprocal()
-    found = []
-    for start in range(0, len(working_IO), scheme.columns_at_once):
-        stop = min(start + scheme.columns_at_once, len(working_IO))
-        part = slice(start, stop)
-        rounded = scheme.compensated(working_IO[part], factor_II[part, part], importance_I[part], clip_ratios)
-        working_IO[stop:].addmm_(factor_II[part, stop:].T, rounded.errors_SO, alpha=-1)
-        found.append(rounded)
+    ratios, order_I = tuple(clip_ratios), inverse.order_I
+
+    def compensated(working_IO: torch.Tensor, factor_II: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        importance_I, found = factor_II.diagonal().square().reciprocal(), []
+        for start in range(0, len(working_IO), scheme.columns_at_once):
+            stop = min(start + scheme.columns_at_once, len(working_IO))
+            part = slice(start, stop)
+            rounded = scheme.compensated(working_IO[part], factor_II[part, part], importance_I[part], ratios)
+            working_IO[stop:].addmm_(factor_II[part, stop:].T, rounded.errors_SO, alpha=-1)
+            found.append(rounded)
+        parameters = joined_blocks([part.parameters for part in found])
+        codes_IO = torch.cat([part.codes_SO for part in found])
+        return codes_IO, parameters.scales, parameters.zero_points, *parameters.super_scales
+
+    sorted_IO = weight_OI[:, order_I].T.contiguous()
+    codes_IO, scales_OB, zero_points_OB, *supers = replayed(compensated, (scheme, ratios), sorted_IO, inverse.factor_II)
     place_I, place_B = order_I.argsort(), (order_I[:: scheme.block_size] // scheme.block_size).argsort()
-    parameters = joined_blocks([part.parameters for part in found]).each(lambda part: part[:, place_B])
-    codes_IO = torch.cat([part.codes_SO for part in found])
+    parameters = Parameters(scales_OB, zero_points_OB, tuple(supers)).each(lambda part: part[:, place_B])
     return quantized(codes_IO[place_I].T.contiguous(), parameters, scheme)

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import torch
 
-from dsquant.kernels.values import Kind, Levels, Parameters
+from dsquant.kernels.values import Kind, Levels, Parameters, numbers_on
 from dsquant.schemes.scheme import Scheme
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -131,5 +131,5 @@ class Mxfp4(Scheme):
 
 def _largest_of_blocks(weight_OI: torch.Tensor, block_size: int, clip_ratios: Sequence[float]) -> torch.Tensor:
     """The largest magnitude of each block, times each ratio, float32 [C, O, B]."""
-    ratios_C11 = weight_OI.new_tensor(clip_ratios).view(-1, 1, 1)
+    ratios_C11 = numbers_on(weight_OI.device, tuple(clip_ratios)).view(-1, 1, 1)
     return weight_OI.unflatten(1, (-1, block_size)).abs().amax(-1) * ratios_C11

@@ -1,0 +1,45 @@
+"""Work that a GPU replays."""
+
+import pytest
+import torch
+
+from dsquant.kernels.graphs import AMONG, replayed
+from dsquant.quantization.compensate import compensated_weight, with_inverses
+from dsquant.quantization.statistics import InputStatistics
+from dsquant.schemes import Grid
+from dsquant.schemes.ggml_types import GGML_TYPES
+
+
+def _overwriting(values: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values += other
+    return values * 2, values.sum(0)
+
+
+def test_a_cpu_just_does_the_work() -> None:
+    doubled, total = replayed(_overwriting, "a test", torch.ones(3), torch.ones(3))
+    assert doubled.tolist() == [4.0, 4.0, 4.0] and float(total) == 6.0
+
+
+@pytest.mark.gpu
+def test_replayed_work_gives_what_the_work_gives_for_inputs_of_any_numbers_and_shapes() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    for _ in range(2 * AMONG):
+        for size in (5, 64, 7):
+            values, other = (torch.randn(size, 3, device="cuda", generator=generator) for _ in range(2))
+            found = replayed(_overwriting, "a test", values.clone(), other)
+            for part, wanted in zip(found, _overwriting(values, other), strict=True):
+                torch.testing.assert_close(part, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", [Grid(4, 128, True), *(GGML_TYPES[name] for name in ("Q4_K", "Q4_0"))])
+def test_many_weights_are_compensated_as_one_alone(scheme: Grid) -> None:
+    generator, cuda = torch.Generator("cuda").manual_seed(0), torch.device("cuda")
+    weights = [torch.randn(64, 512, device=cuda, generator=generator) for _ in range(2 * AMONG)]
+    statistics = InputStatistics(512, 0, cuda)
+    statistics.add(torch.randn(1024, 512, device=cuda, generator=generator))
+    moments = with_inverses(statistics.moments(), scheme)
+    at_first = [compensated_weight(weight, scheme, moments) for weight in weights]
+    for before, weight in zip(at_first, weights, strict=True):
+        again = compensated_weight(weight, scheme, moments)
+        assert torch.equal(again.codes_OI, before.codes_OI) and torch.equal(again.scales_OG, before.scales_OG)
