@@ -129,7 +129,9 @@ def test_a_hangup_stops_a_job_at_its_safe_point_unless_it_is_ignored() -> None:
             signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("closed", ["stdout", "stderr", "both"])
+@pytest.mark.parametrize(
+    "closed", [*(pytest.param(one, marks=pytest.mark.slow) for one in ("stdout", "stderr")), "both"]
+)
 def test_a_reader_who_leaves_changes_neither_the_exit_code_nor_prints_an_error(closed: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)

@@ -149,7 +149,7 @@ def test_two_ranks_write_the_stacks_of_one_beside_a_format_that_quantizes_more(
     narrow_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
     formats = ("--to", "mlx", "--to", "compressed-tensors", "--mtp", "drop")
-    more = (*formats, "--preset", "compact", "--steps", "scales", "--kv-b", "quantize")
+    more = (*formats, "--preset", "compact", "--steps", "none", "--kv-b", "quantize", "--samples", "3")
     forked.finish(*command(narrow_r1, text_file, tmp_path / "one", *more))
     finish(start(2, narrow_r1, text_file, tmp_path / "two", *more))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

@@ -1,9 +1,5 @@
 """The types of ggml whose weights share points of a code book: beside ggml's own search, decoded by gguf-py."""
 
-import os
-import subprocess
-import sys
-
 import gguf as gguf_py
 import numpy as np
 import pytest
@@ -98,31 +94,28 @@ def test_rows_of_any_size_keep_their_shape_of_error(seed: int, type_name: str, e
     assert float((values_RI - rows_RI).norm() / rows_RI.norm()) < 0.38
 
 
-INTERPRETED = """
-import sys, torch
-from dsquant.kernels import code_book_search, code_books, code_books_triton
-for name in sys.argv[1:]:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here, see the test for a GPU")
+@pytest.mark.parametrize(
+    "name", ["IQ1_S", "IQ3_XXS", *(pytest.param(name, marks=pytest.mark.slow) for name in ("IQ2_XXS", "IQ2_S"))]
+)
+def test_the_gpus_search_chooses_as_well_under_tritons_interpreter(name: str) -> None:
+    from dsquant.kernels import code_books_triton
+
     weight_SW = torch.randn(2, 256, generator=torch.Generator().manual_seed(3)) * 0.02
     weight_SW[1, :64] = 0
     importance_SW = torch.randn(256, generator=torch.Generator().manual_seed(4)).exp().expand(2, -1)
     points = code_books.points_of(name)[:, ::32].contiguous()  # few of them: the interpreter takes its time
     vectors = code_books.vectors_of(weight_SW, importance_SW, code_books.TYPES[name], points)
-    def error(chosen):
+
+    def error(chosen: code_books.Chosen) -> float:
         scale_N = (2 * chosen.level_N + 1) * chosen.factor_S.float().repeat_interleave(256 // vectors.kind.block)
         points_NGP = points[chosen.alternative_N.unsqueeze(1), chosen.index_NG] * scale_N.view(-1, 1, 1)
         values_NGP = vectors.weight_NGP if vectors.kind.signs == "delta" else vectors.weight_NGP.abs()
         return float((vectors.importance_NGP * (values_NGP - points_NGP).square()).sum())
 
     wanted, found = code_book_search.search(vectors), code_books_triton.search(vectors)
-    assert abs(error(found) / error(wanted) - 1) < 1e-2, name  # sums are formed in another order
-    assert float((wanted.flipped_NG == found.flipped_NG).float().mean()) > 0.9, name
-"""
-
-
-@pytest.mark.parametrize("names", [("IQ1_S", "IQ3_XXS"), pytest.param(("IQ2_XXS", "IQ2_S"), marks=pytest.mark.slow)])
-def test_the_gpus_search_chooses_as_well_under_tritons_interpreter(names: tuple[str, ...]) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", INTERPRETED, *names], env=environment, check=True)
+    assert abs(error(found) / error(wanted) - 1) < 1e-2  # sums are formed in another order
+    assert float((wanted.flipped_NG == found.flipped_NG).float().mean()) > 0.9
 
 
 @pytest.mark.gpu

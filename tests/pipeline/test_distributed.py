@@ -51,7 +51,7 @@ def whole(model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_two_ranks_write_the_bytes_of_one_in_both_formats(model: Path, text_file: Path, tmp_path: Path) -> None:
-    more = ("--to", "awq", "--to", "compressed-tensors", "--preset", "quality", "--mtp", "quantize", "--samples", "3")
+    more = ("--to", "awq", "--to", "compressed-tensors", "--preset", "quality", "--samples", "3")
     forked.finish(*command(model, text_file, tmp_path / "one", *more))
     finish(start(2, model, text_file, tmp_path / "two", *more))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
@@ -143,7 +143,7 @@ def test_torchrun_starts_the_ranks(model: Path, text_file: Path, whole: Path, tm
 @pytest.mark.parametrize(
     ("size", "more"),
     [
-        (2, ("--preset", "compact", "--steps", "scales,top-up,follow", "--samples", "3")),
+        (2, ("--preset", "compact", "--steps", "top-up,follow", "--samples", "3")),
         pytest.param(3, ("--preset", "best", "--mtp", "quantize"), marks=pytest.mark.slow),
     ],
 )

@@ -38,9 +38,10 @@ def test_an_interrupted_conversion_resumes_to_the_same_bytes(
     from dsquant.pipeline import job as pipeline
 
     def recipe(output: str) -> Recipe:
-        return gguf_recipe(
-            model=str(narrow_r1), type="Q4_K_M", output=tmp_path / output, calibration=(str(text_file),), scales=scales,
-            samples=6, seq_len=32, evaluate=False, split_max_bytes=100_000,
+        return Recipe.checked(
+            model=str(narrow_r1), to="gguf:Q4_K_M", output=tmp_path / output, calibration=(str(text_file),), mtp="drop",
+            preset="compact", steps="scales" if scales else "none", samples=6, seq_len=32, evaluate=False,
+            split_max_bytes=100_000,
         )  # fmt: skip
 
     pipeline.run_job(recipe("whole"))

@@ -79,7 +79,7 @@ def test_no_steps_are_plain_rounding(narrow_r1: Path, text_file: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "preset", [pytest.param(name, marks=[pytest.mark.slow] * (name == "best")) for name in PRESET_STEPS]
+    "preset", [pytest.param(name, marks=[pytest.mark.slow] * (name != "quality")) for name in PRESET_STEPS]
 )
 def test_a_presets_steps_spelled_out_in_any_order_are_the_same_job(
     narrow_r1: Path, text_file: Path, tmp_path: Path, preset: str
@@ -178,7 +178,8 @@ def test_no_steps_can_be_said_in_several_ways(none: Any) -> None:
 
 
 def test_a_dense_model_takes_all_steps_but_gate_weights(text_file: Path, tmp_path: Path) -> None:
-    model = add_tokenizer(make_dense(tmp_path / "model", QWEN2), vocabulary=290)
+    small = QWEN2 | {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+    model = add_tokenizer(make_dense(tmp_path / "model", small), vocabulary=290)
     with pytest.raises(UsageError, match="gate-weights: this model has no routed experts; leave"):
         _run(model, text_file, tmp_path / "out", steps=STEPS)
     output = _run(model, text_file, tmp_path / "out", steps="clip,follow,descend", preset=None)

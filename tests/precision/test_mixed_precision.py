@@ -109,6 +109,7 @@ def test_transformers_runs_a_dense_model_of_several_widths(dense: Path, text_fil
     assert float((found - wanted).norm() / wanted.norm()) < 0.02
 
 
+@pytest.mark.slow
 def test_more_bits_bring_the_model_nearer(dense: Path, text_file: Path, tmp_path: Path) -> None:
     tokens = torch.randint(0, 290, (2, 48), generator=torch.Generator().manual_seed(5))
     errors = []

@@ -192,7 +192,7 @@ def test_scales_are_searched_for_every_scheme(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=_name)
 def test_what_the_steps_find_is_what_the_scheme_can_store(scheme: Scheme) -> None:
-    moments, weight_OI = _moments(7), _weight(16, 512, 8)
+    moments, weight_OI = _moments(7, 256), _weight(16, 256, 8)
     found = rounded_weight(weight_OI, scheme, moments, ("clip", "compensate", "descend"))
     assert int(found.codes_OI.max()) <= scheme.levels.largest
     if isinstance(scheme, GgmlType):
