@@ -15,7 +15,7 @@ from dsquant.errors import UsageError
 from dsquant.formats.wanted import Choice, Choosable
 from dsquant.options import format_size
 from dsquant.recipes import Recipe
-from dsquant.schemes import UNQUANTIZED
+from dsquant.schemes import FP8_WIDTH, UNQUANTIZED
 
 # What `width_rows` tells.
 WIDTH_COLUMNS = ("group", "stored as", "layers", "size", "of the error")
@@ -67,6 +67,8 @@ def _budget_bytes(recipe: Recipe, choice: Choice) -> int:
         budget = int(recipe.target_bits * choice.elements / 8) - choice.fixed_bytes
         lowest, highest = (80000 * (size + choice.fixed_bytes) / choice.elements for size in (smallest, largest))
         possible = f"from {math.ceil(lowest) / 10000} to {math.floor(highest) / 10000} bits"
+    if FP8_WIDTH in choice.widths:
+        budget = min(budget, largest)  # more bits than the release has gain nothing
     if not smallest <= budget <= largest:
         raise UsageError(f"{recipe.target}: {choice.words} gives {possible}; ask for something between")
     return budget

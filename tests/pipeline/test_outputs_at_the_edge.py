@@ -23,7 +23,9 @@ def test_several_gguf_types_are_made_without_calibration(nano_r1: Path, tmp_path
 
 
 @pytest.mark.parametrize("to", [["compressed-tensors"], ["compressed-tensors", "mlx"]])
-def test_a_target_may_leave_every_linear_in_bf16(nano_r1: Path, text_file: Path, tmp_path: Path, to: list[str]) -> None:
+def test_a_target_may_leave_all_linears_as_they_are(
+    nano_r1: Path, text_file: Path, tmp_path: Path, to: list[str]
+) -> None:
     how: dict[str, Any] = {**FAST, "calibration": text_file, "mtp": "drop", "steps": "none", "preset": "compact"}
     dsquant.awq(nano_r1, output=tmp_path / "out", to=to, target_bits=16, **how)
     assert dsquant.verify(tmp_path / "out", everything=True, progress=False).ok
