@@ -1,17 +1,13 @@
 """Replays of many small kernels on a GPU, whose launches take longer than their work: CUDA graphs."""
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
 
 import torch
 
 Work = Callable[..., tuple[torch.Tensor, ...]]
-# Work is recorded when it was asked for so often among the last few times: a layer's experts, not its attention.
-OFTEN, AMONG = 3, 8
-# Graphs that are kept: gate's and up's, and down's.
-KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -23,37 +19,47 @@ class _Graph:
 
 @dataclass
 class _Recorded:
-    """The process's graphs, the last used at the end."""
+    """The process's graphs; None for work that was done once, which compiled its kernels."""
 
     lock: Lock = field(default_factory=Lock)
-    asked: deque[Hashable] = field(default_factory=lambda: deque(maxlen=AMONG))
-    graphs: OrderedDict[Hashable, _Graph] = field(default_factory=OrderedDict)
+    graphs: dict[Hashable, _Graph | None] | None = None
 
 
 _recorded = _Recorded()
 
 
+@contextmanager
+def recorded_launches() -> Iterator[None]:
+    """Lets `replayed` record work inside a block that repeats it, such as all experts of a layer.
+
+    Graphs keep memory for their inputs and all that the work makes, until the block ends.
+    """
+    graphs = _recorded.graphs = dict[Hashable, _Graph | None]()
+    try:
+        yield
+    finally:
+        if _recorded.graphs is graphs:
+            _recorded.graphs = None
+
+
 def replayed(work: Work, name: Hashable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Does some work on tensors; on a GPU, what is done often is recorded once and replayed with one launch.
+    """Does some work on tensors; on a GPU, in `recorded_launches`, what repeats is replayed with one launch.
 
     The work depends on nothing but its name and the inputs, which it may overwrite; it never waits for the GPU. Results
-    are the same either way. A graph keeps memory for its inputs and for all that the work makes; outputs are copied.
+    are the same either way; a graph's are copied.
     """
     if not inputs[0].is_cuda:
         return work(*inputs)
-    stream = torch.cuda.current_stream(inputs[0].device)
-    key = (name, stream, *((part.shape, part.stride(), part.dtype) for part in inputs))
     with _recorded.lock:
-        found = _recorded.graphs.get(key)
+        graphs, stream = _recorded.graphs, torch.cuda.current_stream(inputs[0].device)
+        key = (name, stream, *((part.shape, part.stride(), part.dtype) for part in inputs))
+        if graphs is None or key not in graphs:
+            if graphs is not None:
+                graphs[key] = None
+            return work(*inputs)
+        found = graphs[key]
         if found is None:
-            often = _recorded.asked.count(key) + 1 >= OFTEN
-            _recorded.asked.append(key)
-            if not often:
-                return work(*inputs)
-            while len(_recorded.graphs) >= KEPT:
-                _recorded.graphs.popitem(last=False)
-            found = _recorded.graphs[key] = _record(work, inputs)
-        _recorded.graphs.move_to_end(key)
+            found = graphs[key] = _record(work, inputs)
         for kept, given in zip(found.inputs, inputs, strict=True):
             kept.copy_(given)
         found.graph.replay()
@@ -61,8 +67,7 @@ def replayed(work: Work, name: Hashable, *inputs: torch.Tensor) -> tuple[torch.T
 
 
 def _record(work: Work, inputs: tuple[torch.Tensor, ...]) -> _Graph:
-    kept, graph = tuple(torch.empty_like(part) for part in inputs), torch.cuda.CUDAGraph()
-    # Other threads go on with the GPU meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    kept, graph = tuple(map(torch.empty_like, inputs)), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on with the GPU
         outputs = work(*kept)
     return _Graph(graph, kept, outputs)

@@ -7,7 +7,6 @@ from functools import cached_property
 
 from dsquant.errors import UsageError
 from dsquant.jobs.ranks import CHUNKS, Shares
-from dsquant.kernels.graphs import KEPT
 from dsquant.model.activations import RELEASE_BYTES
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import BATCH_TOKENS, ROWS_AT_ONCE, VOCABULARY_AT_ONCE, samples_together
@@ -16,7 +15,7 @@ from dsquant.options import format_size
 from dsquant.precision.sensitivity import SAMPLES
 from dsquant.quantization.clip import ELEMENTS_AT_ONCE
 from dsquant.quantization.pairs import WIDEST_PAIRS
-from dsquant.quantization.statistics import FACTOR_ROWS, GPU_ELEMENTS_AT_ONCE, WIDEST_PART, is_wide, part_width
+from dsquant.quantization.statistics import FACTOR_ROWS, WIDEST_PART, is_wide, part_width
 from dsquant.recipes import Recipe
 from dsquant.schemes import CLIP_RATIOS, Grid
 from dsquant.source.checkpoint import Checkpoint
@@ -117,8 +116,6 @@ def run_needs(work: Workload) -> Needs:
         return Needs(storing + (BUFFER_BYTES if recipe.device == "cuda" else 0))
     num_hidden, head = work.num_tokens * work.hidden_size, _head_bytes(work.skeleton)
     shared = _sharing_bytes(work) + (_pair_bytes(work) if work.follows else 0)
-    if recipe.device == "cuda":
-        shared += _graph_bytes(work)
     needs = {layer.index: _layer_bytes(work, layer) + shared for layer in work.skeleton.layers}
     memory, gpu_memory = max(storing, max(head, *needs.values()) + _host_bytes(num_hidden, work.streams)), 0
     resident = frozenset[int]()
@@ -184,7 +181,13 @@ def _layer_bytes(work: Workload, layer: DecoderLayer) -> int:
         + max(
             int(dense * (1 + folded_and_rounded)) + max(attention, rounds, 2 * matrix + _inverting(matrix)),
             (3 + work.num_grids) * shared + _inverting(shared),
-            max(mlps) + rounds + rows + work.num_grids * shared + 4 * _matrices(down) + _inverting(_part(down)),
+            max(mlps)
+            + _graph_bytes(work, layer)
+            + rounds
+            + rows
+            + work.num_grids * shared
+            + 4 * _matrices(down)
+            + _inverting(_part(down)),
         )
     )
 
@@ -202,13 +205,12 @@ def _matrices(width: int) -> int:
     return FLOAT32_BYTES * width * part_width(width)
 
 
-def _graph_bytes(work: Workload) -> int:
-    """What recorded launches keep: a part's columns in float32, twice, and their factor."""
-    sizes = (
-        2 * FLOAT32_BYTES * min(GPU_ELEMENTS_AT_ONCE, work.num_elements(linear)) + _part(work.width(linear))
-        for linear in work.compensated
-    )
-    return KEPT * max(sizes, default=0)
+def _graph_bytes(work: Workload, layer: DecoderLayer) -> int:
+    """What launches that are recorded for experts keep: columns in float32, twice, and their factor."""
+    if work.recipe.device != "cuda" or not layer.experts:
+        return 0
+    linears = {layer.experts[0].up, layer.experts[0].down} & work.compensated
+    return sum(2 * FLOAT32_BYTES * work.num_elements(linear) + _part(work.width(linear)) for linear in linears)
 
 
 def _part(width: int) -> int:

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from dsquant.kernels.graphs import recorded_launches
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.gated import GatedWeights
 from dsquant.model.streaming import ROWS_AT_ONCE, Routing
@@ -71,18 +72,19 @@ def mlps_in_turns(
     """Does what `own_mlps` does, and yields every turn on every rank: the number of this rank's MLP, the turn's MLPs,
     one for each rank, and the weights of this rank's; None where it has none."""
     mlps, ranks = job.layer.mlps, job.ranks
-    for begin in range(0, len(mlps), ranks.size):
-        number, original, turn = begin + ranks.rank, None, mlps[begin : begin + ranks.size]
-        if number < len(mlps):
-            job.safe_point(mlps[number].up.rsplit(".", 1)[0])
-            original = GatedWeights.read(job.weights, mlps[number])
-            ahead = mlps[number + ranks.size :: ranks.size][:MLPS_AHEAD]
-            job.weights.prefetch([f"{linear}.weight" for mlp in ahead for linear in mlp.linears])
-        if routing is not None:
-            tokens_of = partial(routed_tokens, routing)
-            stream = MlpStream(job.mlp_inputs, job.outputs, tokens_of, contribute=contribute)
-            add_outputs(job, turn, original, stream)
-        yield number, turn, original
+    with recorded_launches():
+        for begin in range(0, len(mlps), ranks.size):
+            number, original, turn = begin + ranks.rank, None, mlps[begin : begin + ranks.size]
+            if number < len(mlps):
+                job.safe_point(mlps[number].up.rsplit(".", 1)[0])
+                original = GatedWeights.read(job.weights, mlps[number])
+                ahead = mlps[number + ranks.size :: ranks.size][:MLPS_AHEAD]
+                job.weights.prefetch([f"{linear}.weight" for mlp in ahead for linear in mlp.linears])
+            if routing is not None:
+                tokens_of = partial(routed_tokens, routing)
+                stream = MlpStream(job.mlp_inputs, job.outputs, tokens_of, contribute=contribute)
+                add_outputs(job, turn, original, stream)
+            yield number, turn, original
 
 
 def _quantize_mlp(

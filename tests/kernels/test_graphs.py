@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from dsquant.kernels.graphs import AMONG, replayed
-from dsquant.quantization.compensate import compensated_weight, with_inverses
+from dsquant.kernels.graphs import recorded_launches, replayed
+from dsquant.quantization.compensate import with_inverses
 from dsquant.quantization.statistics import InputStatistics
-from dsquant.schemes import Grid
+from dsquant.quantization.steps import rounded_weight
+from dsquant.schemes import Grid, Scheme
 from dsquant.schemes.ggml_types import GGML_TYPES
 
 
@@ -23,8 +24,8 @@ def test_a_cpu_just_does_the_work() -> None:
 @pytest.mark.gpu
 def test_replayed_work_gives_what_the_work_gives_for_inputs_of_any_numbers_and_shapes() -> None:
     generator = torch.Generator("cuda").manual_seed(0)
-    for _ in range(2 * AMONG):
-        for size in (5, 64, 7):
+    with recorded_launches():
+        for size in (5, 64, 7) * 4:
             values, other = (torch.randn(size, 3, device="cuda", generator=generator) for _ in range(2))
             found = replayed(_overwriting, "a test", values.clone(), other)
             for part, wanted in zip(found, _overwriting(values, other), strict=True):
@@ -32,14 +33,15 @@ def test_replayed_work_gives_what_the_work_gives_for_inputs_of_any_numbers_and_s
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scheme", [Grid(4, 128, True), *(GGML_TYPES[name] for name in ("Q4_K", "Q4_0"))])
-def test_many_weights_are_compensated_as_one_alone(scheme: Grid) -> None:
+@pytest.mark.parametrize("scheme", [Grid(4, 128, True), Grid(4, 128, False), *map(GGML_TYPES.get, ("Q4_K", "Q4_0"))])
+def test_many_weights_are_rounded_as_one_alone(scheme: Scheme) -> None:
     generator, cuda = torch.Generator("cuda").manual_seed(0), torch.device("cuda")
-    weights = [torch.randn(64, 512, device=cuda, generator=generator) for _ in range(2 * AMONG)]
+    weights = [torch.randn(64, 512, device=cuda, generator=generator) for _ in range(5)]
     statistics = InputStatistics(512, 0, cuda)
     statistics.add(torch.randn(1024, 512, device=cuda, generator=generator))
-    moments = with_inverses(statistics.moments(), scheme)
-    at_first = [compensated_weight(weight, scheme, moments) for weight in weights]
-    for before, weight in zip(at_first, weights, strict=True):
-        again = compensated_weight(weight, scheme, moments)
-        assert torch.equal(again.codes_OI, before.codes_OI) and torch.equal(again.scales_OG, before.scales_OG)
+    moments, steps = with_inverses(statistics.moments(), scheme), ("clip", "compensate", "descend")
+    alone = [rounded_weight(weight, scheme, moments, steps) for weight in weights]
+    with recorded_launches():
+        together = [rounded_weight(weight, scheme, moments, steps) for weight in weights]
+    for one, other in zip(alone, together, strict=True):
+        assert all(map(torch.equal, one.tensors, other.tensors))
