@@ -44,6 +44,7 @@ def text_with_pad(tmp_path: Path, text_file: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_token_that_no_text_yields_is_told_and_does_no_harm(padded: Path, text_file: Path, tmp_path: Path) -> None:
     result = dsquant.awq(padded, output=tmp_path / "out", calibration=(str(text_file),), **FAST)
     assert any("the first is '<pad>', id 300" in warning for warning in result.warnings)

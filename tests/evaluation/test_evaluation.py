@@ -177,6 +177,7 @@ def test_one_pass_reads_every_tensor_once_for_all_texts_and_scores_as_separate_p
     assert found["c"].layers[0].local_error == pytest.approx(found["c"].layers[0].hidden_error, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_gguf_file_can_be_the_reference(tiny_r1: Path, awq: Path, tmp_path: Path) -> None:
     for type_name in ("BF16", "Q8_0"):
         dsquant.gguf(tiny_r1, type=type_name, output=tmp_path / type_name, **PLAIN)

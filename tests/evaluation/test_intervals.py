@@ -18,6 +18,7 @@ def correlated(generator: np.random.Generator, samples: int, tokens: int, memory
     return values
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     generator = np.random.default_rng(1)
     hits = {"blocks": 0, "single tokens": 0}

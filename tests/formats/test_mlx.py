@@ -145,6 +145,7 @@ def test_a_delta_writes_the_changed_experts_into_their_stacks(pico: Path, output
     assert dsquant.verify(tmp_path / "delta", everything=True, progress=False).ok
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_stacks_of_one_beside_a_format_that_quantizes_more(
     narrow_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -73,7 +73,7 @@ def tokens(tiny_r1: Path) -> torch.Tensor:
     return held_out_tokens("code", load_tokenizer(tiny_r1), 128, 2)
 
 
-@pytest.mark.parametrize("name", ["AWQ", "F32"])
+@pytest.mark.parametrize("name", [pytest.param("AWQ", marks=pytest.mark.slow), "F32"])
 def test_other_candidates_score_as_transformers_whole_model_on_their_weights(
     name: str, candidates: dict[str, Weights], tiny_r1: Path, tokens: torch.Tensor
 ) -> None:
@@ -123,7 +123,7 @@ class Copied(Overlay):
         return torch.clone
 
 
-@pytest.mark.parametrize("name", ["AWQ", "Q4_K_M"])
+@pytest.mark.parametrize("name", ["AWQ", pytest.param("Q4_K_M", marks=pytest.mark.slow)])
 def test_mixing_latents_is_the_same_as_mixing_values(
     name: str, candidates: dict[str, Weights], tiny_r1: Path, tokens: torch.Tensor
 ) -> None:

@@ -96,7 +96,7 @@ def test_rows_of_any_size_keep_their_shape_of_error(seed: int, type_name: str, e
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here, see the test for a GPU")
 @pytest.mark.parametrize(
-    "name", ["IQ1_S", "IQ3_XXS", *(pytest.param(name, marks=pytest.mark.slow) for name in ("IQ2_XXS", "IQ2_S"))]
+    "name", ["IQ3_XXS", *(pytest.param(name, marks=pytest.mark.slow) for name in ("IQ1_S", "IQ2_XXS", "IQ2_S"))]
 )
 def test_the_gpus_search_chooses_as_well_under_tritons_interpreter(name: str) -> None:
     from dsquant.kernels import code_books_triton

@@ -41,7 +41,7 @@ def _agree(scheme: GgmlType, rows: int, columns: int) -> None:
         torch.testing.assert_close(parts.cpu(), parts.cpu().half().float(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q5_1"])
+@pytest.mark.parametrize("name", [pytest.param("Q4_0", marks=pytest.mark.slow), "Q5_1"])
 def test_blocks_with_scales_of_their_own_are_compensated_alike_in_tritons_interpreter(name: str) -> None:
     _agree(GGML_TYPES[name], rows=9, columns=64)
 

@@ -73,6 +73,7 @@ def test_two_ranks_write_the_gguf_of_one(model: Path, text_file: Path, tmp_path:
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_two_ranks_convert_to_gguf_without_calibration(model: Path, tmp_path: Path) -> None:
     def convert(output: Path) -> list[str]:
         options = ["--type", "Q8_0", "--calibration", "none", "--mtp", "keep", "--no-evaluate", "--json"]

@@ -63,6 +63,7 @@ def test_an_interrupted_conversion_resumes_to_the_same_bytes(
     assert hashes(tmp_path / "parts") == hashes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_scales_lower_the_drift_where_channels_have_outliers(text_file: Path, tmp_path: Path) -> None:
     model = add_tokenizer(make_pico_r1(tmp_path / "model", outliers=True, **NARROW))
     errors = {}

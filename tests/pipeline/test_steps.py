@@ -46,7 +46,9 @@ def _experts_of(parameters: set[str]) -> set[tuple[int, int]]:
     return {(int(name.split(".")[2]), int(name.split(".")[5])) for name in parameters}
 
 
-@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize(
+    "steps", [step if step == "compensate" else pytest.param(step, marks=pytest.mark.slow) for step in STEPS]
+)
 def test_each_step_alone_makes_an_output_that_verifies(
     narrow_r1: Path, text_file: Path, tmp_path: Path, steps: str
 ) -> None:
@@ -56,7 +58,9 @@ def test_each_step_alone_makes_an_output_that_verifies(
     assert f"preset compact, steps {steps}: " in (output / "README.md").read_text()
 
 
-@pytest.mark.parametrize("steps", ["scales,clip,gate-weights", "compensate,follow,descend"])
+@pytest.mark.parametrize(
+    "steps", [pytest.param("scales,clip,gate-weights", marks=pytest.mark.slow), "compensate,follow,descend"]
+)
 def test_experts_without_any_token_are_quantized_all_the_same(
     narrow_r1: Path, text_file: Path, tmp_path: Path, steps: str
 ) -> None:
@@ -194,6 +198,7 @@ def test_descent_without_following_serves_several_formats(narrow_r1: Path, text_
     assert not _changed(both / "compressed-tensors", one)
 
 
+@pytest.mark.slow
 def test_widths_are_chosen_for_the_steps_of_the_job(narrow_r1: Path, text_file: Path, tmp_path: Path) -> None:
     errors = []
     for steps in ("none", "clip"):

@@ -124,6 +124,7 @@ def twins(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return folder / "1", folder / "3"
 
 
+@pytest.mark.slow
 def test_a_jobs_bytes_do_not_depend_on_the_number_of_threads(twins: tuple[Path, Path]) -> None:
     assert _bytes_of(twins[0]) == _bytes_of(twins[1])
 

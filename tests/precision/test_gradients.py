@@ -26,7 +26,7 @@ def small_llama(folder: Path) -> Path:
     return make_dense(folder, LLAMA)
 
 
-@pytest.mark.parametrize("make", [small_r1, small_llama])
+@pytest.mark.parametrize("make", [pytest.param(small_r1, marks=pytest.mark.slow), small_llama])
 def test_gradients_of_streamed_layers_equal_the_whole_models(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,7 @@ def test_types_that_the_user_has_fixed_count_as_bits_of_the_decoder(text_file: P
     assert 5.2 < bits(decoder.values()) <= 5.5
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_what_is_stored(small: Path, text_file: Path, tmp_path: Path) -> None:
     """On the first layer, with all samples in the pass."""
     options = {"samples": 2, "scales": False, "target_bits": 4.5}
@@ -196,6 +197,7 @@ def test_more_bits_bring_the_model_nearer(small: Path, text_file: Path, tmp_path
     assert divergences == sorted(divergences, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_job_stopped_while_measuring_or_later_makes_the_same_bytes(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

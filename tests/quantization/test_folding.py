@@ -65,7 +65,9 @@ def test_folding_leaves_tiny_r1_as_it_is(tiny_r1: Path) -> None:
     assert not torch.equal(norm, original), "the search should have scaled something"
 
 
-@pytest.mark.parametrize("outliers", [False, True], ids=["plain", "outliers in every norm"])
+@pytest.mark.parametrize(
+    "outliers", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "outliers in every norm"]
+)
 def test_folding_leaves_a_ragged_random_r1_as_it_is(tmp_path: Path, outliers: bool) -> None:
     check_folding(make_pico_r1(tmp_path / "model", outliers=outliers, **NARROW | {"intermediate_size": 192}), 64, 300)
 

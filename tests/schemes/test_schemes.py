@@ -166,7 +166,17 @@ def _moments(seed: int, columns: int = 512) -> InputMoments:
     return moments_of(correlated(4 * columns, columns, seed))
 
 
-@pytest.mark.parametrize("scheme", [Grid(4, 128, False), *SCHEMES], ids=_name)
+# One of each formula and each way to store scales; the others are rows of the same tables.
+_QUICK = {"Q2_K", "IQ4_XS", "Q4_0"}
+_FAMILIES = [
+    scheme
+    if not isinstance(scheme, GgmlType) or scheme.name in _QUICK
+    else pytest.param(scheme, marks=pytest.mark.slow)
+    for scheme in (Grid(4, 128, False), *SCHEMES)
+]
+
+
+@pytest.mark.parametrize("scheme", _FAMILIES, ids=_name)
 def test_every_step_lowers_the_error_of_the_output(scheme: Scheme) -> None:
     moments, weight_OI = _moments(5, 256), _weight(48, 256, 6)
     plain, clip, compensate, descend, every = (
