@@ -147,6 +147,7 @@ class Unrounded(Overlay):
         return unrounded
 
 
+@pytest.mark.slow
 def test_streaming_and_generation_round_alike(
     candidates: dict[str, Weights], tiny_r1: Path, tokens: torch.Tensor
 ) -> None:

@@ -64,6 +64,7 @@ def test_compensation_in_triton_does_what_the_reference_does(
     _same_compensation(rows, size, integers(bits, symmetric), seed)
 
 
+@pytest.mark.slow
 @settings(interpreted, max_examples=2)
 @given(rows=few_rows, levels=st.sampled_from(OTHERS), blocks=st.sampled_from([1, 2]), seed=seeds)
 def test_compensation_in_triton_takes_any_levels_and_several_blocks(

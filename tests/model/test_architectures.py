@@ -106,7 +106,14 @@ def check_ignored(folder: Path) -> None:
     assert not [name for name in kept if not any(re.fullmatch(pattern, name) for pattern in patterns)]
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(one, marks=[pytest.mark.slow] * (name not in ("DeepSeek-V3.2", "Qwen3 MoE")))
+        for name, one in ARCHITECTURES.items()
+    ],
+    ids=ARCHITECTURES,
+)
 @pytest.mark.parametrize(
     ("steps", "formats"),
     [("none", ["compressed-tensors", "gguf:Q8_0"]), pytest.param("scales", list(WITHIN), marks=pytest.mark.slow)],

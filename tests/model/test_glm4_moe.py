@@ -72,9 +72,8 @@ def test_glm_4_6_leaves_out_the_tables_that_its_mtp_layer_shares(glm: Path, tmp_
 WITHIN = {"awq": 0.05, "compressed-tensors": 0.05, "gguf:Q4_K_M": 0.2, "gguf:Q8_0": 0.03}
 
 
-@pytest.mark.parametrize(
-    "formats", [("awq", "gguf:Q8_0"), pytest.param(("compressed-tensors", "gguf:Q4_K_M"), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", [("awq", "gguf:Q8_0"), ("compressed-tensors", "gguf:Q4_K_M")])
 def test_every_format_is_made_verified_and_read_back(tmp_path: Path, text_file: Path, formats: tuple[str, ...]) -> None:
     small = {"num_hidden_layers": 2, "n_routed_experts": 4, "intermediate_size": 128, "moe_intermediate_size": 64}
     glm = add_tokenizer(make_glm(tmp_path / "model", **small), vocabulary=280)

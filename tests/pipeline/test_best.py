@@ -175,9 +175,8 @@ def _safetensors(output: Path) -> dict[str, str]:
     return {name: digest for name, digest in contents(output).items() if name.endswith(".safetensors")}
 
 
-@pytest.mark.parametrize(
-    "more", [{"steps": "scales,follow", "samples": 2, "mtp": "drop"}, pytest.param({}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{"steps": "scales,follow", "samples": 2, "mtp": "drop"}, {}])
 def test_each_grid_of_several_formats_follows_its_own_model(
     narrow_r1: Path, text_file: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:

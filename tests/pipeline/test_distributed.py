@@ -144,7 +144,7 @@ def test_torchrun_starts_the_ranks(model: Path, text_file: Path, whole: Path, tm
 @pytest.mark.parametrize(
     ("size", "more"),
     [
-        (2, ("--preset", "compact", "--steps", "top-up,follow", "--samples", "3")),
+        pytest.param(2, ("--preset", "compact", "--steps", "top-up,follow", "--samples", "3"), marks=pytest.mark.slow),
         pytest.param(3, ("--preset", "best", "--mtp", "quantize"), marks=pytest.mark.slow),
     ],
 )

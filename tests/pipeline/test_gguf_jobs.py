@@ -31,7 +31,7 @@ class _StopAfter:
             raise Interrupted("the test stopped it")
 
 
-@pytest.mark.parametrize("scales", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scales", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_interrupted_conversion_resumes_to_the_same_bytes(
     narrow_r1: Path, text_file: Path, tmp_path: Path, scales: bool
 ) -> None:

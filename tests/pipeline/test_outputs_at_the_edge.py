@@ -15,6 +15,7 @@ from dsquant.formats.mlx import Mlx
 pytestmark = pytest.mark.usefixtures("imported")
 
 
+@pytest.mark.slow
 def test_several_gguf_types_are_made_without_calibration(nano_r1: Path, tmp_path: Path) -> None:
     to = ["gguf:Q8_0", "gguf:F16"]
     dsquant.awq(nano_r1, output=tmp_path / "out", to=to, calibration="none", mtp="drop", **FAST)

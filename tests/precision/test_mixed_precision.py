@@ -125,6 +125,7 @@ def test_more_bits_bring_the_model_nearer(dense: Path, text_file: Path, tmp_path
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.slow
 def test_awq_leaves_groups_unquantized_for_a_size(uneven: Path, text_file: Path, tmp_path: Path) -> None:
     options = {**COMPACT, "to": "awq", "calibration": (str(text_file),), "samples": 2}
     whole = dsquant.awq(uneven, output=tmp_path / "whole", **options).output_bytes["awq"]
@@ -200,6 +201,7 @@ def test_what_cannot_be_met_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_each_of_several_formats_gets_the_widths_of_a_job_of_its_own(
     narrow_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -109,8 +109,8 @@ def _wide(folder: Path, **shape: int) -> Path:
 
 # What is wide is a constant: tests of the whole path lower it, and one of them, slow, has inputs as wide as that.
 WIDTHS = [
-    pytest.param(HIDDEN, {"hidden_size": HIDDEN}, marks=pytest.mark.slow),
-    pytest.param(255, NARROW | {"hidden_size": 256}),
+    (HIDDEN, {"hidden_size": HIDDEN}),
+    (255, NARROW | {"hidden_size": 256}),
 ]
 
 
@@ -120,6 +120,7 @@ def _share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "shared_inverses", lambda job, norm_scales: [() for _ in norm_scales])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("widest", "shape"), WIDTHS)
 def test_what_mlps_share_and_attention_keeps_lowers_the_errors_of_a_wide_mixture(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, widest: int, shape: dict[str, int]
