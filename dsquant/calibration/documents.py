@@ -141,7 +141,10 @@ def _hub_documents(spec: str, columns: dict[str, str]) -> Iterator[Any]:
     if any(set(part) == {"."} for part in name.split("/")) or Path(name).is_dir():
         raise InputError(f"text {spec!r}: hf: is for sets on the hub, {name} is a folder here; name its files instead")
     import datasets
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as loaders
 
+    if name in loaders:  # it would take whatever files of its kind lie in the folder that this process runs in
+        raise InputError(f"text {spec!r}: {name} is a loader of local files, no set on the hub; name its files instead")
     try:
         records = datasets.load_dataset(name, match["config"], split=match["split"] or "train", streaming=True)
         for number, record in enumerate(records):

@@ -50,8 +50,10 @@ def document_of(record: Any, where: str) -> str | list[Message]:
     raise InputError(f"{where}: expected an object with {EXPECTED}; found {_listed(record)}")
 
 
-def column_of(record: Mapping[str, Any], column: str, where: str) -> Any:
+def column_of(record: Any, column: str, where: str) -> Any:
     """Returns a column of a record; raises InputError, which lists those there are, where it is not one of them."""
+    if not isinstance(record, Mapping):
+        raise InputError(f"{where}: expected an object with a column {column!r}, found {record!r:.80}")
     if column not in record:
         raise InputError(f"{where}: no column {column!r}; found {_listed(record)}")
     return record[column]
@@ -90,7 +92,10 @@ def _message(turn: Any, where: str) -> Message:
 def _content(turn: Mapping[str, Any], where: str) -> str:
     """A message's text, with the calls of tools behind it as JSON."""
     content = turn.get("content", turn.get("value"))
-    calls = [json.dumps(call, ensure_ascii=False) for call in turn.get("tool_calls") or ()]
+    called = turn.get("tool_calls") or ()
+    if not isinstance(called, (list, tuple)):
+        raise InputError(f"{where}: 'tool_calls' must be a list, found {called!r:.80}")
+    calls = [json.dumps(call, ensure_ascii=False) for call in called]
     parts = content if isinstance(content, (list, tuple)) else [] if content is None and calls else [content]
     found = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
     texts = [text for text in found if isinstance(text, str)]

@@ -56,7 +56,8 @@ class Network:
 def network_of(config: Mapping[str, Any]) -> Network:
     """Reads the facts from the content of a config.json."""
     layers, sizes = int(config["num_hidden_layers"]), sizes_of(config)
-    experts, dense = sizes.num_experts, sizes.num_dense_layers
+    mixture = layers > sizes.num_dense_layers
+    experts, dense = (sizes.num_experts, sizes.num_dense_layers) if mixture else (0, 0)
     return Network(
         num_layers=layers,
         num_split=layers - dense,

@@ -59,7 +59,8 @@ def _block(folder: Path, quantization: Mapping[str, Any]) -> list[int] | None:
     if method != "compressed-tensors" or layout != "float-quantized":
         return None
     groups = quantization.get("config_groups")
-    schemes = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    found = groups.values() if isinstance(groups, dict) else ()
+    schemes = [group.get("weights") if isinstance(group, dict) else group for group in found]
     blocks = [_of_scheme(scheme) for scheme in schemes]
     if not blocks or None in blocks or any(block != blocks[0] for block in blocks):
         raise InputError(

@@ -58,7 +58,14 @@ def text_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config with a release's words for what others write in their own."""
+    """Returns a config with a release's words for what others write in their own; raises InputError where its
+    `quantization_config` is no object."""
+    quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, Mapping):
+        raise InputError(
+            f"{folder / CONFIG_FILE}: quantization_config must be an object, found {quantization!r:.80}; take "
+            "config.json from the same release as the weights"
+        )
     config = in_deepseeks_words(folder, config)
     family = FAMILIES.get(architecture_of(config))
     names = {other: name for other, name in family.renamed.items() if name not in config} if family else {}

@@ -83,7 +83,8 @@ def has_fp8_blocks(config: Mapping[str, Any]) -> bool:
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
         return False
-    return WHOLE not in (quantization.get("weight_block_size") or ())
+    block = quantization.get("weight_block_size")
+    return not isinstance(block, list) or WHOLE not in block
 
 
 def rest_of(asked: Rest | None, formats: Collection[str], config: Mapping[str, Any]) -> Rest | None:

@@ -136,6 +136,11 @@ def test_a_malformed_hub_spec_is_refused(tokenizer: Any) -> None:
         calibration_tokens(["hf:a b"], tokenizer, 1, 8, 0)
 
 
+def test_a_loader_of_the_files_of_the_current_folder_is_no_hub_set(tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="text is a loader of local files"):
+        calibration_tokens(["hf:text"], tokenizer, 1, 8, 0)
+
+
 def words(folder: Path) -> list[str]:
     return re.findall(r"\w+", " ".join(path.read_text() for path in sorted(folder.glob("*"))))
 

@@ -79,6 +79,10 @@ def test_a_record_of_a_known_kind_is_understood(record: dict[str, Any], document
         (["a"], "expected an object"),
         ({"messages": [{"role": "robot", "content": "a"}]}, r"messages\[0\]: expected a 'role' .* found 'robot'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "no text"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": 5}]},
+            r"messages\[0\]: 'tool_calls' must be a list, found 5",
+        ),
         ({"conversations": ["a"]}, r"conversations\[0\]: expected a message"),
     ],
 )
@@ -99,6 +103,12 @@ def test_a_column_of_a_file_is_taken_by_its_name(tmp_path: Path, suffix: str) ->
     assert list(documents_of(f"{path}#body")) == ["x", "y"]
     with pytest.raises(InputError, match=rf"a\.{suffix}, \w+ [01]: no column 'text'; found 'id', 'body'"):
         list(documents_of(f"{path}#text"))
+
+
+def test_a_line_that_is_no_object_has_no_column(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("5\n")
+    with pytest.raises(InputError, match=r"a\.jsonl, line 1: expected an object with a column 'text', found 5"):
+        list(documents_of(f"{tmp_path / 'a.jsonl'}#text"))
 
 
 def test_a_conversation_with_tools_renders_where_the_template_knows_none(tiny_r1: Path) -> None:

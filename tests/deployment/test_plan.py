@@ -21,6 +21,7 @@ from dsquant.deployment import sizes
 from dsquant.deployment.facts import GIB
 from dsquant.deployment.forecast import Forecast, MachineForecast, forecast, forecast_of, reference_machines
 from dsquant.deployment.hardware import parse_machine, parse_speed
+from dsquant.deployment.placement import network_of
 from dsquant.deployment.sizes import PRESETS, OutputSize, output_sizes
 from dsquant.deployment.subject import open_subject
 from dsquant.errors import InputError, UsageError
@@ -147,6 +148,11 @@ def test_a_bare_config_gives_the_tensor_bytes_that_headers_give(tiny_r1: Path, t
     found = forecast(str(tmp_path / "config.json"))
     assert any("no tokenizer.json" in note for note in found.notes)
     assert not any(size.exact for size in found.sizes)
+
+
+def test_a_mixtures_config_whose_layers_are_all_dense_is_placed_like_a_dense_models() -> None:
+    network = network_of({**R1_CONFIG, "first_k_dense_replace": 61})
+    assert (network.has_experts, network.num_split, network.first_split) == (False, 61, 0)
 
 
 def test_a_dense_model_has_one_preset_and_no_mtp_column(tmp_path: Path) -> None:

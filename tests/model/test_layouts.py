@@ -234,3 +234,23 @@ def test_a_wrapper_that_leaves_out_its_text_models_sizes_is_refused(tmp_path: Pa
     model = save_wrapped(tmp_path / "model", small_tensors(), hidden_size=None)
     with pytest.raises(InputError, match="text_config lacks hidden_size"):
         open_checkpoint(model)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        (5, "quantization_config must be an object, found 5"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size must be two positive numbers"),
+        (
+            {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": 5}},
+            r"weights of schemes \[5\] cannot be read",
+        ),
+    ],
+)
+def test_a_malformed_quantization_config_is_refused_by_every_command(
+    quantization: object, message: str, tmp_path: Path
+) -> None:
+    model = save(tmp_path / "model", small_tensors(), quantization_config=quantization)
+    for command in ("awq", "inspect", "plan"):
+        result = CliRunner().invoke(main, [command, str(model), *(["--dry-run"] if command == "awq" else [])])
+        assert result.exit_code == 3 and re.search(message, " ".join(result.output.split())), result.output

@@ -108,6 +108,8 @@ GLM_MOE_DSA = Architecture(
     (
         ({"indexer_rope_interleave": False}, "indexer_rope_interleave False"),
         ({"indexer_types": ["shared", "full"]}, "the first 'full'"),
+        ({"indexer_types": 5}, "indexer_types 5: expected"),
+        ({"indexer_types": [["full"], "full"]}, r"indexer_types \[\['full'\], 'full'\]"),
     ),
 )  # fmt: skip
 ARCHITECTURES = {

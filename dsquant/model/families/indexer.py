@@ -55,7 +55,10 @@ def problem(config: Config) -> str | None:
         if not isinstance(found, int) or found < 1:
             return f"{key} is {found!r:.40}, expected a positive number"
     types, layers = config.get(TYPES_KEY), config.get("num_hidden_layers")
-    if types is not None and (len(types) != layers or set(types) - {OWN, SHARED} or types[0] != OWN):
+    if types is None:
+        return None
+    known = isinstance(types, list) and all(one in (OWN, SHARED) for one in types)
+    if not known or len(types) != layers or types[0] != OWN:
         return (
             f"{TYPES_KEY} {types!r:.80}: expected {OWN!r} or {SHARED!r} for each of {layers} layers, the first {OWN!r}"
         )
