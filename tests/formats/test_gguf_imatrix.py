@@ -11,13 +11,16 @@ from gguf_files import CALIBRATED, tensors_of
 
 import dsquant
 from dsquant.errors import InputError
+from dsquant.formats.gguf.files import GgufTensor
 from dsquant.formats.gguf.imatrix import (
     LEAST_SHARE,
     TensorImportance,
     column_importance,
+    fitting_imatrix,
     read_imatrix,
     write_imatrix,
 )
+from dsquant.formats.gguf.store import decoded_rows, stored_rows
 
 # --- importance matrices
 
@@ -114,3 +117,14 @@ def test_an_imatrix_with_values_that_cannot_be_is_refused(tiny_r1: Path, tmp_pat
     path = legacy_imatrix(tmp_path / "nan.dat", {"blk.0.attn_q_a.weight": [float("nan")] * 256}, calls=1)
     with pytest.raises(InputError, match="not finite"):
         dsquant.gguf(tiny_r1, type="Q4_K_M", output=tmp_path / "out", imatrix=path, progress=False)
+
+
+@pytest.mark.parametrize("columns", [slice(None), slice(3, 4)], ids=["all", "one"])
+def test_importances_near_the_largest_float_are_of_use(columns: slice, tmp_path: Path) -> None:
+    sums_MI = torch.zeros(1, 96)
+    sums_MI[:, columns] = 3e38
+    write_imatrix(tmp_path / "huge.gguf", {"a": TensorImportance(sums_MI, torch.ones(1))}, [], 1, 1)
+    found, _ = fitting_imatrix(tmp_path / "huge.gguf", {"a": GgufTensor("a", "IQ4_NL", (4, 96))})
+    rows_RI = torch.randn(4, 96, generator=torch.Generator().manual_seed(0))
+    stored = stored_rows(rows_RI, "IQ4_NL", column_importance(found["a"])[0])
+    assert float((decoded_rows(stored, "IQ4_NL") - rows_RI).norm() / rows_RI.norm()) < 0.2

@@ -27,6 +27,8 @@ PRIOR_TOKENS = 32
 LEAST_SHARE = 1e-4
 # The older format counts chunks; a chunk is at least this many tokens.
 LEGACY_CHUNK_TOKENS = 512
+# Behind one count; so many tokens' means are far from the smallest float32.
+MOST_TOKENS = 2**40
 LARGEST_LEGACY_BYTES = 2**31
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
@@ -110,8 +112,9 @@ def read_imatrix(path: Path) -> dict[str, TensorImportance]:
     for name, entry in entries.items():
         if not bool(entry.sums_MI.isfinite().all()) or bool((entry.sums_MI < 0).any()):
             raise InputError(f"{path}: the importance of {name!r} has values that are negative or not finite")
-        if not bool(entry.counts_M.isfinite().all()) or bool((entry.counts_M < 0).any()):
-            raise InputError(f"{path}: the counts of {name!r} are negative or not finite")
+        counted_M = (entry.counts_M == 0) | ((entry.counts_M >= 1) & (entry.counts_M <= MOST_TOKENS))
+        if not bool(counted_M.all()):
+            raise InputError(f"{path}: the counts of {name!r} are negative or not finite, or no numbers of tokens")
     return entries
 
 
@@ -179,7 +182,11 @@ def fitting_imatrix(path: Path, tensors: Mapping[str, GgufTensor]) -> tuple[dict
 
 
 def _fitted(path: Path, name: str, shape: tuple[int, ...], entry: TensorImportance) -> TensorImportance:
-    """Reshapes an entry to M = the tensor's matrices, whose shape has columns last."""
+    """Reshapes an entry to M = the tensor's matrices, whose shape has columns last.
+
+    Its sums are multiplied by the power of two that brings the largest to between 0.5 and 1: quantizers choose the
+    same, and none of their sums of products overflows.
+    """
     matrices = shape[0] if len(shape) == 3 else 1
     if entry.sums_MI.numel() != matrices * shape[-1]:
         raise InputError(
@@ -187,4 +194,6 @@ def _fitted(path: Path, name: str, shape: tuple[int, ...], entry: TensorImportan
             f"{list(shape)} needs {matrices * shape[-1]}; the imatrix is of another model"
         )
     counts_M = entry.counts_M if len(entry.counts_M) == matrices else entry.counts_M[:1].expand(matrices)
-    return TensorImportance(entry.sums_MI.reshape(matrices, shape[-1]), counts_M.clone())
+    exponent = torch.frexp(entry.sums_MI.max()).exponent
+    sums_MI = torch.ldexp(entry.sums_MI.double(), -exponent).float()
+    return TensorImportance(sums_MI.reshape(matrices, shape[-1]), counts_M.clone())
