@@ -12,6 +12,7 @@ from architectures import LATENT
 from checkpoints import add_tokenizer, random_weights, save_checkpoint, stored
 from gguf_files import PLAIN, decoded, tensors_of
 from random_models import shapes_of
+from safetensors.torch import load_file, save_file
 from small_jobs import FAST
 
 import dsquant
@@ -69,6 +70,16 @@ def test_experts_are_read_as_floats(tmp_path: Path, prefix: str) -> None:
     weights = open_checkpoint(model).weights
     assert all(torch.equal(weights[name], wanted) for name, wanted in values.items())
     assert dsquant.inspect(model).parameters == sum(np.prod(shape) for shape in shapes_of(KIMI).values())
+
+
+def test_scales_that_q4_0_cannot_hold_are_refused(tmp_path: Path) -> None:
+    model, _ = make(tmp_path / "model")
+    for shard in model.glob("*.safetensors"):
+        tensors = load_file(shard)
+        huge = {name: tensor * 0 + 1e6 for name, tensor in tensors.items() if "experts.1.up_proj.weight_scale" in name}
+        save_file(tensors | huge, shard)
+    with pytest.raises(InputError, match=r"experts\.1\.up_proj\.weight' has a value of 9.99e\+05; .*Q4_0"):
+        dsquant.gguf(model, type="Q8_0", tensor_types=["_exps=Q4_0"], output=tmp_path / "out", **PLAIN)
 
 
 def test_q4_0_has_the_very_codes_and_scales(kimi: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:

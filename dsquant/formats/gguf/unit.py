@@ -148,6 +148,7 @@ class GgufUnitWriter(UnitWriter):
             return None
         weight = released_codes(self._checkpoint, parameter)
         if weight is not None:
+            check_range(self._checkpoint, parameter, Q4_0.name, weight.scales_OG)
             released_OI = weight.dequantize()
             error_OI = replace(weight, scales_OG=weight.scales_OG.half().float()).difference(released_OI)
             error, norm = (float(part.square().double().sum()) for part in (error_OI, released_OI))
