@@ -287,6 +287,7 @@ class Lockstep:
         tables = {number: Distance() for number in range(2, len(heads))}
 
         def compare_part(parts: Sequence[torch.Tensor]) -> None:
+            self.safe_point(num_layers, num_layers, "lm_head")
             for number, error in tables.items():
                 error.add(parts[0], parts[number])
 

@@ -50,13 +50,14 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
     precision = by_output(record.get("precision", {}), record["outputs"]).get(format_name, {})
     widths = {entry["width"] for entry in precision.values()}
     chosen = widths.difference(KEPT_WIDTHS)
-    kept = "in its own blocks" if known.holds_fp8 and recipe.get("rest") == "fp8" else "as BF16"
+    kept = " (FP8 in its own blocks)" if known.holds_fp8 and recipe.get("rest") == "fp8" else " (FP8 as BF16)"
+    kept = kept if record["source"]["bytes"] < record["source"]["bf16_bytes"] else ""
     bits = " and ".join(map(str, sorted(chosen))) or str(grid["bits"])
     preset = preset_and_steps(recipe["preset"], recipe["steps"])
     made = (
         f"Quantized by dsquant {record['versions']['dsquant']}, preset {preset}: {quantized} linears at "
         f"{bits} bits, {kind}, groups of {grid['group_size']}, in the format {format_name}; the rest in its "
-        f"original precision (FP8 {kept}). {format_size(record['source']['bytes'])} became "
+        f"original precision{kept}. {format_size(record['source']['bytes'])} became "
         f"{format_size(output['bytes'])}."
     )
     tags = ["dsquant", format_name, *(f"{width}-bit" for width in sorted(chosen) or [grid["bits"]])]
