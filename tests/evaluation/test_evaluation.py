@@ -102,7 +102,14 @@ def put_nan(name: str) -> Change:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.norm.weight", "model.layers.2.self_attn.kv_a_layernorm.weight", "lm_head.weight"]
+    "name",
+    [
+        "model.norm.weight",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("model.layers.2.self_attn.kv_a_layernorm.weight", "lm_head.weight")
+        ),
+    ],
 )
 def test_a_tensor_with_nan_is_named_in_a_candidate_and_refused_in_a_reference(
     tiny_r1: Path, tmp_path: Path, name: str
@@ -198,7 +205,7 @@ def run(*arguments: object) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("gate", "code"),
     [
-        ("{metric: mean_kl, at_most: 1}", 0),
+        pytest.param("{metric: mean_kl, at_most: 1}", 0, marks=pytest.mark.slow),
         ("{metric: mean_kl, at_most: 0.000001}", 4),
         ("{metric: perplexity_ratio, at_most: 1.05}", 5),
     ],

@@ -50,7 +50,9 @@ def make(model: Path, folder: Path, type_name: str, **options: Any) -> Path:
         pytest.param("Q4_K_M+", {}, POSITIONS, 0.92, 0.4, marks=pytest.mark.slow),
         pytest.param("Q4_K_M", {"target_bits": 4.5}, POSITIONS, 0.9, 0.6, marks=pytest.mark.slow),
         pytest.param("Q8_0", {"calibration": "none", "mtp": "keep"}, FEW, 0.9, 0.4, marks=pytest.mark.slow),
-        ("Q4_K_M", {"split_max_size": "2MiB", "calibration": "none"}, FEW, 0.7, 2.5),
+        pytest.param(
+            "Q4_K_M", {"split_max_size": "2MiB", "calibration": "none"}, FEW, 0.7, 2.5, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_llama_cpp_predicts_what_the_original_does(

@@ -133,6 +133,7 @@ def test_an_interrupted_delta_goes_on_to_the_same_bytes(
     assert again.already_finished and again.patch_bytes == made.patch_bytes
 
 
+@pytest.mark.slow
 def test_a_unit_that_is_made_twice_leaves_no_second_name_of_a_reused_file(
     old: Path, new: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,7 @@ def test_killed_anywhere_while_the_work_folder_goes_away_the_output_is_finished_
     assert kills >= 5 and again == 1, "only a kill before the one rename leaves an interrupted job"
 
 
+@pytest.mark.slow
 def test_killed_anywhere_while_room_is_made_for_another_job_nothing_strays(
     nano_r1: Path, finished: Path, all_done: Path, tmp_path: Path
 ) -> None:

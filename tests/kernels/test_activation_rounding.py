@@ -73,7 +73,8 @@ def tokens(tiny_r1: Path) -> torch.Tensor:
     return held_out_tokens("code", load_tokenizer(tiny_r1), 128, 2)
 
 
-@pytest.mark.parametrize("name", [pytest.param("AWQ", marks=pytest.mark.slow), "F32"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["AWQ", "F32"])
 def test_other_candidates_score_as_transformers_whole_model_on_their_weights(
     name: str, candidates: dict[str, Weights], tiny_r1: Path, tokens: torch.Tensor
 ) -> None:
@@ -84,6 +85,7 @@ def test_other_candidates_score_as_transformers_whole_model_on_their_weights(
     assert torch.allclose(stream_logits(tiny_r1, weights, tokens)[0], wanted, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_rounding_follows_the_stored_type(candidates: dict[str, Weights]) -> None:
     prefix = "model.layers.2"
     wanted = {
@@ -99,6 +101,7 @@ def test_the_rounding_follows_the_stored_type(candidates: dict[str, Weights]) ->
     assert {name: candidates["BF16"].activation_quantizer(name) for name in wanted} == of_bf16
 
 
+@pytest.mark.slow
 def test_queries_are_rounded_beside_the_type_of_keys_and_mixed_latents_beside_that_of_values(
     tiny_r1: Path, tmp_path: Path
 ) -> None:
@@ -123,7 +126,8 @@ class Copied(Overlay):
         return torch.clone
 
 
-@pytest.mark.parametrize("name", ["AWQ", pytest.param("Q4_K_M", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["AWQ", "Q4_K_M"])
 def test_mixing_latents_is_the_same_as_mixing_values(
     name: str, candidates: dict[str, Weights], tiny_r1: Path, tokens: torch.Tensor
 ) -> None:
@@ -162,6 +166,7 @@ def test_streaming_and_generation_round_alike(
         assert torch.allclose(model(tokens).logits, plain, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_jobs_end_and_an_evaluation_say_the_same_of_a_file(tmp_path: Path) -> None:
     one_layer = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
     model = add_tokenizer(make_pico_r1(tmp_path / "model", **NARROW | one_layer))

@@ -18,7 +18,7 @@ def _blocks(size: int, number: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
     return weight_WN, torch.rand(size, 1, generator=generator).expand(size, number) + 0.1
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q4_1", "Q3_K", "IQ4_XS", "Q8_0"])
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_1", "Q3_K", pytest.param("IQ4_XS", marks=pytest.mark.slow), "Q8_0"])
 def test_blocks_get_the_same_scales_as_from_the_reference(name: str) -> None:
     from dsquant.kernels import scale_search_triton
 

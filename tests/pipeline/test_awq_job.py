@@ -53,6 +53,7 @@ def test_one_calibration_writes_two_formats_that_their_packages_read(
         assert not (folder / ".dsquant-work").exists()
 
 
+@pytest.mark.slow
 def test_the_quantized_model_is_nearer_to_the_original_than_plain_rounding(text_file: Path, tmp_path: Path) -> None:
     model = add_tokenizer(make_pico_r1(tmp_path / "model", outliers=True, **NARROW))
     dsquant.awq(

@@ -61,7 +61,7 @@ def _followed(
     return changed, wanted, found
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["R1", "Qwen2"])
+@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["R1", "Qwen2"])
 def test_the_hidden_states_it_follows_are_those_of_its_output(narrow_r1: Path, tmp_path: Path, dense: bool) -> None:
     folder = make_dense(tmp_path / "model", SMALL_QWEN2) if dense else narrow_r1
     tokens_NT = torch.randint(0, 290, (4, 30), generator=torch.Generator().manual_seed(1))
@@ -73,7 +73,12 @@ def test_the_hidden_states_it_follows_are_those_of_its_output(narrow_r1: Path, t
 
 
 @pytest.mark.parametrize(
-    ("kept", "grid"), [("self_attn", GRID), (".experts.1.", GRID), ("none", replace(GRID, rounded=False))]
+    ("kept", "grid"),
+    [
+        ("self_attn", GRID),
+        pytest.param(".experts.1.", GRID, marks=pytest.mark.slow),
+        pytest.param("none", replace(GRID, rounded=False), marks=pytest.mark.slow),
+    ],
 )
 def test_it_follows_a_model_that_is_quantized_in_parts(narrow_r1: Path, kept: str, grid: Grid) -> None:
     tokens_NT = torch.randint(0, 290, (3, 20), generator=torch.Generator().manual_seed(1))

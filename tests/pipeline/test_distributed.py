@@ -110,7 +110,8 @@ def lose(rank: int, model: Path, text: Path, output: Path, *more: str) -> None:
     assert not (output / "dsquant.json").exists()
 
 
-@pytest.mark.parametrize(("lost", "resumed_on"), [(1, 1), pytest.param(0, 3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("lost", "resumed_on"), [(1, 1), (0, 3)])
 def test_a_lost_rank_stops_the_other_with_75_and_any_number_of_ranks_goes_on(
     model: Path, text_file: Path, whole: Path, tmp_path: Path, lost: int, resumed_on: int
 ) -> None:

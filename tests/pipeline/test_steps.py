@@ -83,7 +83,7 @@ def test_no_steps_are_plain_rounding(narrow_r1: Path, text_file: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "preset", [pytest.param(name, marks=[pytest.mark.slow] * (name != "quality")) for name in PRESET_STEPS]
+    "preset", [pytest.param(name, marks=pytest.mark.slow) for name in PRESET_STEPS]
 )
 def test_a_presets_steps_spelled_out_in_any_order_are_the_same_job(
     narrow_r1: Path, text_file: Path, tmp_path: Path, preset: str

@@ -129,6 +129,7 @@ def test_a_jobs_bytes_do_not_depend_on_the_number_of_threads(twins: tuple[Path, 
     assert _bytes_of(twins[0]) == _bytes_of(twins[1])
 
 
+@pytest.mark.slow
 def test_an_evaluations_figures_do_not_depend_on_the_number_of_threads(mixture: Path, twins: tuple[Path, Path]) -> None:
     found = []
     for number in (1, 3):

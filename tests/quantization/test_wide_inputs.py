@@ -144,7 +144,8 @@ def test_what_mlps_share_and_attention_keeps_lowers_the_errors_of_a_wide_mixture
         assert mlp < 0.6 * clipped_mlp
 
 
-@pytest.mark.parametrize("hidden", [pytest.param(HIDDEN, marks=pytest.mark.slow), 256])
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden", [HIDDEN, 256])
 def test_a_wide_dense_model_chooses_widths_by_compensated_errors(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: int
 ) -> None:

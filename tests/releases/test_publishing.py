@@ -95,7 +95,7 @@ def test_a_folder_that_is_somebody_elses_is_refused(
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("outputs", ["keep", "remove"])
+@pytest.mark.parametrize("outputs", ["keep", pytest.param("remove", marks=pytest.mark.slow)])
 def test_a_failure_keeps_or_removes_and_tells(nano_r1: Path, text_file: Path, tmp_path: Path, outputs: str) -> None:
     told = tmp_path / "told"
     failure = {"outputs": outputs, "command": f'echo "$DSQUANT_STAGE|$DSQUANT_EXIT_CODE|$DSQUANT_ERROR" > {told}'}

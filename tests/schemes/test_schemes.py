@@ -188,7 +188,7 @@ def test_every_step_lowers_the_error_of_the_output(scheme: Scheme) -> None:
     assert every < min(clip, compensate, descend)
 
 
-@pytest.mark.parametrize("scheme", [Grid(4, 128, False), *SCHEMES], ids=_name)
+@pytest.mark.parametrize("scheme", _FAMILIES, ids=_name)
 def test_scales_are_searched_for_every_scheme(scheme: Scheme) -> None:
     moments, weight_OI = moments_of(correlated(1024, 256, 5) * torch.linspace(-2, 2, 256).exp()), _weight(24, 256, 6)
     scales_CI = candidate_scales(moments.rms_I, rms_of_columns([weight_OI]))
