@@ -82,9 +82,7 @@ def test_no_steps_are_plain_rounding(narrow_r1: Path, text_file: Path, tmp_path:
         assert torch.allclose(found[name], wanted, rtol=0 if rounded else 2**-8, atol=0), name
 
 
-@pytest.mark.parametrize(
-    "preset", [pytest.param(name, marks=pytest.mark.slow) for name in PRESET_STEPS]
-)
+@pytest.mark.parametrize("preset", [pytest.param(name, marks=pytest.mark.slow) for name in PRESET_STEPS])
 def test_a_presets_steps_spelled_out_in_any_order_are_the_same_job(
     narrow_r1: Path, text_file: Path, tmp_path: Path, preset: str
 ) -> None:
