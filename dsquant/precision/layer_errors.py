@@ -83,7 +83,9 @@ def measure_layer(job: LayerJob, trials: Mapping[Grid, Trial[Width]], states: La
     tried = _TriedMlps(job, trials, inputs, routing, norm_scales, inverses, states.gradients)
     own, routed = _passed_experts(job, tried, states.gradients)
     batches = _batches(job)
+    job.ranks.barrier()  # gradients are overwritten once every rank has tried its MLPs with them
     layer_gradients(job.skeleton, job.layer, ResidentWeights(job.weights), states, routed, batches)
+    share_rows(states.attended, job.ranks, job.shares)
     attention = job.ranks.once(lambda: list(_attention_errors(job, moments, trials, states.attended)))
     share_rows(states.gradients, job.ranks, job.shares)
     errors: Errors[Width] = {

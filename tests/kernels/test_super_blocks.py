@@ -34,7 +34,7 @@ def _agree(scheme: GgmlType, rows: int, columns: int) -> None:
     found = super_blocks_triton.compensate_blocks(*(part.to(DEVICE) for part in inputs), scheme.shape, RATIOS)
     assert float((found.codes_SO.cpu() == expected.codes_SO).float().mean()) > 0.9
     losses = (float(part.errors_SO.square().sum()) for part in (found, expected))
-    assert next(losses) == pytest.approx(next(losses), rel=0.02)
+    assert next(losses) == pytest.approx(next(losses), rel=0.05 if rows < 100 else 0.01)
     _errors_are_those_of_the_codes(*inputs[:2], found, scheme)
     for parts, wanted in zip(found.parameters.super_scales, expected.parameters.super_scales, strict=True):
         assert parts.shape == wanted.shape
