@@ -19,6 +19,7 @@ import click
 from dsquant.errors import Interrupted
 from dsquant.jobs.launcher import several_ranks
 
+RESUMABLE = ("awq", "gguf", "run", "delta")
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -44,7 +45,8 @@ def quiet_ending() -> Iterator[None]:
 
 def stopped_words(number: int) -> str:
     """Returns a line that tells which signal ended the command, and what to do."""
-    words = "continue a job in its output folder with --resume; start anything else again"
+    context = click.get_current_context(silent=True)
+    words = "continue with --resume" if context and context.info_name in RESUMABLE else "run it again"
     return f"dsquant: stopped by {signal.Signals(number).name}; {words}"
 
 

@@ -15,17 +15,41 @@ from pathlib import Path
 import torch
 
 from dsquant.kernels.products import apply_linear
+from dsquant.kernels.threads import side_by_side
 from dsquant.model.activations import Activations
 from dsquant.model.skeleton import Skeleton
-from dsquant.model.streaming import Stream, add_experts, embed, final_norm, head_name, run_dense_part, table_parts
+from dsquant.model.streaming import (
+    Stream,
+    add_experts,
+    embed,
+    final_norm,
+    head_name,
+    num_parts,
+    run_dense_part,
+    table_parts,
+)
 from dsquant.source.weights import Weights
 
 # Rows whose scores over a part of the vocabulary are in memory together.
 ROWS_AT_ONCE = 512
+# Of these, the rows that a thread takes, and the scores that it works on at a time, as many as a core's cache holds.
+ROWS_OF_A_THREAD = 64
+SCORES_AT_ONCE = 2**16
 LIKELIEST = 5
 
 SafePoint = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and what comes next; it may raise to stop."""
+
+
+def num_steps(skeleton: Skeleton) -> int:
+    """Returns the steps of a comparison: decoder layers, then parts of the vocabulary."""
+    return skeleton.num_layers + num_parts(skeleton.config["vocab_size"])
+
+
+def scoring(skeleton: Skeleton, part: int) -> tuple[int, int, str]:
+    """Returns what a safe point is told before a part of the vocabulary is scored."""
+    parts = num_parts(skeleton.config["vocab_size"])
+    return skeleton.num_layers + part, num_steps(skeleton), f"vocabulary, part {part + 1} of {parts}"
 
 
 @dataclass(frozen=True)
@@ -89,7 +113,8 @@ class Divergence:
 class _Sums:
     """Running sums over the vocabulary of one model's scores, for every row."""
 
-    def __init__(self, targets_R: torch.Tensor) -> None:
+    def __init__(self, targets_R: torch.Tensor, others: int) -> None:
+        """Begins the sums; the scores are compared with those of `others` models."""
         num_rows, device = len(targets_R), targets_R.device
         self._targets_R = targets_R
         self.maximum_R = torch.full((num_rows,), -torch.inf, dtype=torch.float64, device=device)
@@ -97,17 +122,18 @@ class _Sums:
         self.target_R = torch.zeros_like(self.maximum_R)
         self.top_RK = torch.full((num_rows, LIKELIEST), -1, device=device)
         self.top_scores_RK = self.maximum_R.unsqueeze(1).repeat(1, LIKELIEST)
-        # sum of exp(own score) * (own score - the other model's), shrunk along with the exponentials
-        self.cross_R = torch.zeros_like(self.maximum_R)
+        # of each other model: sum of exp(own score) * (own score - its score), shrunk along with the exponentials
+        self.crosses_R = [torch.zeros_like(self.maximum_R) for _ in range(others)]
 
-    def add(self, rows: slice, start: int, scores_RV: torch.Tensor, other_RV: torch.Tensor) -> None:
-        """Adds a part of the vocabulary, which begins at token `start`."""
+    def add(self, rows: slice, start: int, scores_RV: torch.Tensor, differences: Sequence[torch.Tensor]) -> None:
+        """Adds a part of the vocabulary, which begins at token `start`: float64 [R, V], and less each other model's."""
         before_R, targets_R = self.maximum_R[rows], self._targets_R[rows]
         maximum_R = torch.maximum(scores_RV.amax(1), before_R)
         shrink_R = torch.exp(before_R - maximum_R)
-        weight_RV = torch.exp(scores_RV - maximum_R.unsqueeze(1))
+        weight_RV = (scores_RV - maximum_R.unsqueeze(1)).exp_()
         self.exponentials_R[rows] = self.exponentials_R[rows] * shrink_R + weight_RV.sum(1)
-        self.cross_R[rows] = self.cross_R[rows] * shrink_R + (weight_RV.mul_(scores_RV - other_RV)).sum(1)
+        for cross_R, difference_RV in zip(self.crosses_R, differences, strict=True):
+            cross_R[rows] = cross_R[rows] * shrink_R + (weight_RV * difference_RV).sum(1)
         self.maximum_R[rows] = maximum_R
         inside_R = (targets_R >= start) & (targets_R < start + scores_RV.shape[1])
         picked_R = scores_RV.gather(1, (targets_R - start).clamp(0, scores_RV.shape[1] - 1).unsqueeze(1)).squeeze(1)
@@ -138,9 +164,9 @@ class Head:
     """[.., .., H], R rows in all."""
 
     def scores(self, rows_R: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor:
-        """Returns the logits of some rows over a part of the table, float64 [R, V]."""
+        """Returns the logits of some rows over a part of the table, float32 [R, V]."""
         rounding = self.weights.activation_quantizer(self.name)
-        return apply_linear(rounding(self.hidden.rows(rows_R)), table_VH).double()
+        return apply_linear(rounding(self.hidden.rows(rows_R)), table_VH)
 
 
 @dataclass(frozen=True)
@@ -164,25 +190,42 @@ def score(
     original: Head,
     candidates: Sequence[Head],
     targets_R: torch.Tensor,
-    observer: Callable[[Sequence[torch.Tensor]], None] = lambda tables: None,
+    observer: Callable[[int, Sequence[torch.Tensor]], None] = lambda part, tables: None,
 ) -> list[RowScores]:
     """Scores rows of hidden states against their next tokens (int64 [R]), with each part of each head read once.
 
-    All heads have the same rows. `observer` gets each part of the tables, float32 [V, H], the original's first.
+    All heads have the same rows. `observer` gets the number of each part, and the part of each table, float32 [V, H],
+    the original's first.
     """
     num_rows = len(targets_R)
-    pairs = [(_Sums(targets_R), _Sums(targets_R)) for _ in candidates]
-    for start, tables in _tables((original, *candidates)):
-        observer(tables)
+    sums = [_Sums(targets_R, len(candidates)), *(_Sums(targets_R, 1) for _ in candidates)]
+    for part, (start, tables) in enumerate(_tables((original, *candidates))):
+        observer(part, tables)
         for first in range(0, num_rows, ROWS_AT_ONCE):
-            rows = slice(first, min(first + ROWS_AT_ONCE, num_rows))
-            numbers_R = torch.arange(rows.start, rows.stop)
-            wanted_RV = original.scores(numbers_R, tables[0])
-            for head, table_VH, (forward, reverse) in zip(candidates, tables[1:], pairs, strict=True):
-                found_RV = head.scores(numbers_R, table_VH)
-                forward.add(rows, start, wanted_RV, found_RV)
-                reverse.add(rows, start, found_RV, wanted_RV)
-    return [_row_scores(forward, reverse) for forward, reverse in pairs]
+            numbers_R = torch.arange(first, min(first + ROWS_AT_ONCE, num_rows))
+            heads = zip((original, *candidates), tables, strict=True)
+            _add(sums, first, start, [head.scores(numbers_R, table_VH) for head, table_VH in heads])
+    return [_row_scores(sums[0], place, one) for place, one in enumerate(sums[1:])]
+
+
+def _add(sums: Sequence[_Sums], first: int, start: int, scores: Sequence[torch.Tensor]) -> None:
+    """Adds a part of the vocabulary of every model, float32 [R, V], to the sums of rows from `first` on."""
+    num_rows, width = scores[0].shape
+    of_thread, at_once = ROWS_OF_A_THREAD, max(1, SCORES_AT_ONCE // width)
+    if scores[0].is_cuda:
+        of_thread = at_once = num_rows
+
+    def add(row: int) -> None:
+        for begin in range(row, min(row + of_thread, num_rows), at_once):
+            end = min(begin + at_once, row + of_thread, num_rows)
+            own_RV, *others = (one[begin:end].double() for one in scores)
+            differences = [own_RV - other_RV for other_RV in others]
+            rows = slice(first + begin, first + end)
+            sums[0].add(rows, start, own_RV, differences)
+            for one, other_RV, difference_RV in zip(sums[1:], others, differences, strict=True):
+                one.add(rows, start, other_RV, [difference_RV.neg_()])
+
+    side_by_side(add, range(0, num_rows, of_thread))
 
 
 def _tables(heads: Sequence[Head]) -> Iterator[tuple[int, list[torch.Tensor]]]:
@@ -193,14 +236,15 @@ def _tables(heads: Sequence[Head]) -> Iterator[tuple[int, list[torch.Tensor]]]:
         yield parts[0][0], [read[id(head.weights)] for head in heads]
 
 
-def _row_scores(original: _Sums, candidate: _Sums) -> RowScores:
+def _row_scores(original: _Sums, place: int, candidate: _Sums) -> RowScores:
+    """Returns the scores of the candidate at a place among those that the original was compared with."""
     difference_R = original.log_sum_R - candidate.log_sum_R
     same_RKK = original.top_RK.unsqueeze(2) == candidate.top_RK.unsqueeze(1)
     return RowScores(
         nll_original_R=original.log_sum_R - original.target_R,
         nll_candidate_R=candidate.log_sum_R - candidate.target_R,
-        kl_R=(original.cross_R / original.exponentials_R - difference_R).clamp(min=0),
-        kl_reverse_R=(candidate.cross_R / candidate.exponentials_R + difference_R).clamp(min=0),
+        kl_R=(original.crosses_R[place] / original.exponentials_R - difference_R).clamp(min=0),
+        kl_reverse_R=(candidate.crosses_R[0] / candidate.exponentials_R + difference_R).clamp(min=0),
         same_top_R=original.top_RK[:, 0] == candidate.top_RK[:, 0],
         top5_overlap_R=same_RKK.any(2).double().mean(1),
     )
@@ -215,8 +259,7 @@ def compare(
     """Runs all models on the same tokens (int64 [N, T]) and scores each candidate's predictions.
 
     `work` is a folder for hidden states: 12 * N * T * H bytes for each model; with None they are in memory, on the
-    models' device. `safe_point` is called before each layer
-    and expert.
+    models' device. `safe_point` is called before each layer, expert and part of the vocabulary.
     """
     skeleton, device = models.skeleton, models.original.device
     shape = (tokens_NT.shape[0], tokens_NT.shape[1], skeleton.config["hidden_size"])
@@ -234,8 +277,8 @@ def compare(
             for sample in range(last.shape[0]):
                 normed.set_samples(sample, final_norm(skeleton, weights, last.samples(sample, sample + 1)))
             heads.append(Head(weights, head_name(skeleton), normed))
-        safe_point(skeleton.num_layers, skeleton.num_layers, "lm_head")
-        scores = score(heads[0], heads[1:], torch.roll(tokens_NT.flatten(), -1).to(device))
+        targets_R = torch.roll(tokens_NT.flatten(), -1).to(device)
+        scores = score(heads[0], heads[1:], targets_R, lambda part, _: safe_point(*scoring(skeleton, part)))
         return {name: rows.tokens(shape[:2]) for name, rows in zip(models.candidates, scores, strict=True)}
     finally:
         for path in work.glob("evaluate-*.f32") if work is not None else ():
@@ -247,16 +290,16 @@ def _run_layers(
     lanes: Sequence[tuple[Weights, Activations, Activations, Activations]],
     safe_point: SafePoint,
 ) -> None:
-    skeleton = models.skeleton
+    skeleton, total = models.skeleton, num_steps(models.skeleton)
     for layer in skeleton.layers[: skeleton.num_layers]:
         swap = layer.index % 2
         runs = []
-        for weights, even, odd, mlp_inputs in lanes:
-            safe_point(layer.index, skeleton.num_layers, layer.prefix)
+        for name, (weights, even, odd, mlp_inputs) in zip(("the original", *models.candidates), lanes, strict=True):
+            safe_point(layer.index, total, f"{layer.prefix} of {name}")
             stream = Stream(weights, odd, even) if swap else Stream(weights, even, odd)
             observers = {layer.mlp_module: mlp_inputs.recorder()}
             routing = run_dense_part(skeleton, layer, stream, models.batch_samples, observers)
             if routing is not None:
                 runs.append((stream, mlp_inputs, routing))
         if runs:
-            add_experts(skeleton, layer, runs, partial(safe_point, layer.index, skeleton.num_layers, layer.prefix))
+            add_experts(skeleton, layer, runs, partial(safe_point, layer.index, total, layer.prefix))

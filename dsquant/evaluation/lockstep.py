@@ -16,7 +16,7 @@ import torch
 
 from dsquant.errors import InputError
 from dsquant.evaluation import router
-from dsquant.evaluation.divergence import ComparedModels, Head, SafePoint, score
+from dsquant.evaluation.divergence import ComparedModels, Head, SafePoint, num_steps, score, scoring
 from dsquant.evaluation.measures import Distance, LayerMeasures, Measures
 from dsquant.evaluation.results import WeightError
 from dsquant.evaluation.weight_errors import LayerComparison, Moments
@@ -100,9 +100,10 @@ class Lockstep:
         """Creates the files of hidden states in `work`, for the samples of all texts, int64 [N, T]; None keeps them in
         the models' memory.
 
-        `safe_point` is called before each layer and expert.
+        `safe_point` is called before each model's layer, each expert and each part of the vocabulary.
         """
         self.skeleton, self.tokens_NT, self.safe_point = models.skeleton, tokens_NT, safe_point
+        self._num_steps = num_steps(models.skeleton)
         self._work, self._num_files, self.device = work, 0, models.original.device
         self.lens_R = torch.linspace(0, tokens_NT.numel() - 1, min(LENS_TOKENS, tokens_NT.numel())).long()
         original, batch_samples = WatchedWeights(models.original, _refuse), models.batch_samples
@@ -133,16 +134,17 @@ class Lockstep:
     def run(self) -> tuple[Measures, dict[str, Measures]]:
         """Runs all layers and scores the tokens; returns the noise floor and each candidate's measures. Raises
         InputError where a tensor of the original holds NaN or infinity."""
-        total = self.skeleton.num_layers
         self._embed()
-        for layer in self.skeleton.layers[:total]:
-            self.safe_point(layer.index, total, layer.prefix)
+        for layer in self.skeleton.layers[: self.skeleton.num_layers]:
+            self._before(layer, f"{layer.prefix} of the original")
             self._run_layer(layer)
-        self.safe_point(total, total, "lm_head")
         for lane in self.lanes:
             for rows_R in torch.arange(self.tokens_NT.numel()).split(ROWS_AT_ONCE):
                 self._set_final(lane, rows_R, lane.inputs.rows(rows_R))
         return self._score()
+
+    def _before(self, layer: DecoderLayer, what: str) -> None:
+        self.safe_point(layer.index, self._num_steps, what)
 
     def _embed(self) -> None:
         """Embeds every model's own samples, and compares the embedding tables."""
@@ -172,7 +174,7 @@ class Lockstep:
             moments[layer.router.removesuffix(".weight")] = self._router_moments()
         comparisons = []
         for name, lane in self.candidates.items():
-            self.safe_point(layer.index, self.skeleton.num_layers, f"{layer.prefix} of {name}")
+            self._before(layer, f"{layer.prefix} of {name}")
             for sample in range(lane.num_own):
                 lane.inputs.set_samples(lane.num_own + sample, self.original.inputs.samples(sample, sample + 1))
             candidate = ResidentWeights(lane.weights)
@@ -182,7 +184,7 @@ class Lockstep:
             comparisons.append(comparison)
         del original, candidate
         for place, mlp in enumerate(layer.experts):
-            self.safe_point(layer.index, self.skeleton.num_layers, mlp.gate.rpartition(".")[0])
+            self._before(layer, mlp.gate.rpartition(".")[0])
             self._read_ahead(layer.experts[place + 1 : place + 1 + EXPERTS_AHEAD])
             self._run_expert(mlp, comparisons)
         for lane, comparison in zip(self.candidates.values(), comparisons, strict=True):
@@ -286,8 +288,8 @@ class Lockstep:
         heads = [Head(lane.weights, name, lane.final) for lane in self.lanes]
         tables = {number: Distance() for number in range(2, len(heads))}
 
-        def compare_part(parts: Sequence[torch.Tensor]) -> None:
-            self.safe_point(num_layers, num_layers, "lm_head")
+        def compare_part(part: int, parts: Sequence[torch.Tensor]) -> None:
+            self.safe_point(*scoring(self.skeleton, part))
             for number, error in tables.items():
                 error.add(parts[0], parts[number])
 

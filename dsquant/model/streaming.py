@@ -87,6 +87,11 @@ def embed(skeleton: Skeleton, weights: Weights, tokens_NT: torch.Tensor, outputs
             outputs.set_rows(part_R, table_VH[tokens_R[part_R] - start])
 
 
+def num_parts(num_rows: int) -> int:
+    """Returns in how many parts `table_parts` reads a table of so many rows."""
+    return -(-num_rows // VOCABULARY_AT_ONCE)
+
+
 def table_parts(weights: Weights, name: str) -> Iterator[tuple[int, torch.Tensor]]:
     """Reads a vocabulary-sized table in parts: yields a part's first row, and its rows float32 [<= 8192, H]."""
     num_rows = weights.shape(name)[0]

@@ -110,8 +110,9 @@ def convert(run: Run, make: "Maker | None" = None) -> None:
                 run.safe_point("quantize", number, len(units), what)
 
             done[unit.name] = _make_unit(run, unit, make or _calibrated, safe_point)
+            if "layer" in done[unit.name] and run.source.tokens_NT is not None:
+                run.tokens_done += run.source.tokens_NT.numel()  # of this run: the rate is that of its own time
         if "layer" in done[unit.name] and run.source.tokens_NT is not None:
-            run.tokens_done += run.source.tokens_NT.numel()
             run.tell("quantize", number + 1, len(units), unit.name, done[unit.name]["layer"])
     run.safe_point("quantize", len(units), len(units), "")
 

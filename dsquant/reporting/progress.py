@@ -39,7 +39,7 @@ class Progress:
     bytes_read: int = 0
     bytes_written: int = 0
     tokens: int = 0
-    """Calibration tokens passed through finished layers."""
+    """Calibration tokens passed through the layers that this run has finished."""
     limits: Limits | None = None
     """At the beginning of a job."""
     layer: Mapping[str, Any] | None = None

@@ -182,7 +182,7 @@ class _JobState(Collector):
         read, written, tokens = (latest.bytes_read, latest.bytes_written, latest.tokens) if latest else (0, 0, 0)
         yield CounterMetricFamily("dsquant_read_bytes", "Tensor data read.", read)
         yield CounterMetricFamily("dsquant_written_bytes", "Tensor data written.", written)
-        yield CounterMetricFamily("dsquant_tokens", "Calibration tokens through finished layers.", tokens)
+        yield CounterMetricFamily("dsquant_tokens", "Calibration tokens through this run's finished layers.", tokens)
 
     def _losses(self) -> Iterator[Metric]:
         labels = ["layer", "part", "grid"]

@@ -64,6 +64,7 @@ def opened():
 
 for command in (wait, job, long, leave, opened):
     main.add_command(command)
+main.add_command(wait, "delta")
 main()
 """
 
@@ -78,14 +79,17 @@ def told(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_outside_a_job_ends_a_command_with_75_and_one_line(name: str) -> None:
-    process = start("wait")
+@pytest.mark.parametrize(
+    ("name", "command", "words"),
+    [("SIGINT", "wait", "run it again"), ("SIGTERM", "wait", "run it again"), ("SIGHUP", "delta", "--resume")],
+)
+def test_a_signal_outside_a_job_ends_a_command_with_75_and_one_line(name: str, command: str, words: str) -> None:
+    process = start(command)
     assert told(process) == "ready"
     process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75
-    assert errors.count("\n") == 1 and f"stopped by {name}" in errors and "--resume" in errors
+    assert errors.count("\n") == 1 and f"stopped by {name}" in errors and words in errors
 
 
 def test_ctrl_c_twice_ends_a_job_with_75_and_one_line() -> None:

@@ -165,10 +165,12 @@ def test_one_pass_reads_every_tensor_once_for_all_texts_and_scores_as_separate_p
     tokens = {text: held_out_tokens(text, tokenizer, 96, 2) for text in ("code", "wiki")}
     original = CountedWeights(checkpoint.weights)
     together = torch.cat(list(tokens.values()))
-    told: list[str] = []
+    told: list[tuple[int, int, str]] = []
     models = ComparedModels(skeleton, original, {"c": candidate}, 2)
-    noise, found = Lockstep(models, together, None, lambda done, total, what: told.append(what)).run()
-    assert told[:2] == ["model.layers.0", "model.layers.0 of c"]  # as progress shows them
+    noise, found = Lockstep(models, together, None, lambda *step: told.append(step)).run()
+    total = skeleton.num_layers + 1  # as progress shows them
+    assert told[:2] == [(0, total, "model.layers.0 of the original"), (0, total, "model.layers.0 of c")]
+    assert told[-1] == (total - 1, total, "vocabulary, part 1 of 1")
     linears = {f"{name}.weight" for layer in skeleton.layers[: skeleton.num_layers] for name in layer.linears}
     names = (*linears, "lm_head.weight", "model.embed_tokens.weight")
     assert {name: original.reads[name, 0] for name in names} == dict.fromkeys(names, 1)
