@@ -112,7 +112,7 @@ class Quantization(TargetOptions):
         validate_default=True,
         description=f"How the linears are quantized: some of {', '.join(STEPS)}, with commas, or none.",
     )
-    group_size: Literal[32, 64, 128, "auto"] = Field(
+    group_size: Annotated[Literal[32, 64, 128, "auto"], Spelling(default="128, or auto where it does not fit")] = Field(
         default=128, description="Input channels of a scale; auto: what fits."
     )
     symmetric: Annotated[

@@ -14,7 +14,8 @@ from dsquant.formats.table import format_of
 from dsquant.recipes import FLOAT_TYPES
 from dsquant.reporting.progress import resident_bytes
 
-SEARCHED = "AWQ's scales, clips and rounding of every weight, as in a compact run"
+SEARCHED = "64 x 512 tokens run, scales, clips and rounding of every weight, as in a compact run"
+CALIBRATED_TOKENS, EVALUATED_TOKENS = 64 * 512, 24 * 512
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def _sum(stages: tuple[StageCost, ...]) -> Range:
 
 def build_cost_of(output: OutputSize, subject: Subject, machine: Machine) -> BuildCost:
     """Forecasts a job; the source is read from the machine's disk, cores are this machine's."""
-    weights, source_bytes = subject.num_weights, subject.source_bytes
+    weights, source_bytes, active = subject.num_weights, subject.source_bytes, subject.active_weights
+    evaluated = 2 * (weights * facts.READ_S + active * facts.RUN_S * EVALUATED_TOKENS / facts.RUN_TOKENS)
     return BuildCost(
         output=output,
         memory_bytes=output.memory_bytes + resident_bytes(),
@@ -71,8 +73,8 @@ def build_cost_of(output: OutputSize, subject: Subject, machine: Machine) -> Bui
         disk_assumption=f"64 samples of 512 tokens; source {source_bytes / 2**30:,.2f} GiB, output next to it",
         stages=(
             _scan(weights, source_bytes, machine),
-            *_quantize(output, weights),
-            _cores("evaluate", 2 * weights * (facts.READ_S + facts.RUN_S), "original and output, 24 x 512 tokens"),
+            *_quantize(output, weights, active),
+            _cores("evaluate", evaluated, "original and output, 24 x 512 tokens"),
         ),
         search_on_gpu=None if _stored_type(output) else _search_on_gpu(weights),
     )
@@ -92,22 +94,17 @@ def _scan(weights: int, source_bytes: int, machine: Machine) -> StageCost:
     return StageCost("scan", hours, f"every byte read and hashed once; disk {machine.disk_source}")
 
 
-def _quantize(output: OutputSize, weights: int) -> tuple[StageCost, ...]:
+def _quantize(output: OutputSize, weights: int, active: int) -> tuple[StageCost, ...]:
     base = _stored_type(output)
+    searched = weights * facts.SEARCH_S + active * facts.RUN_S * CALIBRATED_TOKENS / facts.RUN_TOKENS
     if base is None:
-        return (
-            _cores(
-                "search",
-                weights * facts.SEARCH_S,
-                "AWQ's scales, clips and rounding, for every weight as in a compact run",
-            ),
-        )
+        return (_cores("search", searched, SEARCHED),)
     store = _cores(
         "store", weights * facts.STORE_S.get(base, facts.STORE_OTHER_S), "ggml's quantizers with weighted columns"
     )
     if base in FLOAT_TYPES:
         return (store,)
-    return (_cores("search", weights * facts.SEARCH_S, SEARCHED + "; none with --calibration none"), store)
+    return (_cores("search", searched, SEARCHED + "; none with --calibration none"), store)
 
 
 def _stored_type(output: OutputSize) -> str | None:

@@ -49,6 +49,14 @@ GPU_CLASSES = (
     GpuClass(192, Range(5300, 8000), "MI300X to B200"),
     GpuClass(288, Range(6000, 8000), "MI325X to B300"),
 )
+# Data sheets: card -> memory in GiB, bandwidth in GB/s. A name stands for the largest memory that it is sold with.
+CARDS = {
+    "T4": (16, 320), "V100": (32, 900), "A10": (24, 600), "A30": (24, 933), "A40": (48, 696), "A100": (80, 2039),
+    "L4": (24, 300), "L40": (48, 864), "L40S": (48, 864), "H100": (80, 3352), "H200": (141, 4800), "H20": (96, 4022),
+    "MI300X": (192, 5300), "A5000": (24, 768), "A6000": (48, 768), "6000 Ada": (48, 960), "PRO 6000": (96, 1792),
+    "3060": (12, 360), "3090": (24, 936), "3090 Ti": (24, 1008), "4060 Ti": (16, 288), "4070": (12, 504),
+    "4080": (16, 717), "4090": (24, 1008), "5070 Ti": (16, 896), "5080": (16, 960), "5090": (32, 1792),
+}  # fmt: skip
 # Apple's technical specifications; the memory is the GPU's as well.
 UNIFIED_CLASSES = (
     GpuClass(32, Range(100, 410), "M2 to M4 Max"),
@@ -99,6 +107,7 @@ RAM_RESERVE_BYTES = 4 * GIB
 
 # Building an output: seconds of one core for each weight, from benchmarks/planning_cpu_202611.md.
 SCAN_S, READ_S, RUN_S = 2.6e-9, 5.0e-9, 9.1e-9
+RUN_TOKENS = 384  # that RUN_S runs
 SEARCH_S = 7.3e-7
 STORE_S = {"Q8_0": 3.1e-9, "Q6_K": 3.0e-8, "F32": 0.0, "F16": 0.0, "BF16": 0.0}
 STORE_OTHER_S = 1.2e-7  # as Q4_K

@@ -227,7 +227,7 @@ def _makings_table(forecast: "Forecast") -> Table:
     table = _table("Cost of building it", "output", f"memory, {unit}", f"disk, {unit}", "time", "on a GPU")
     for making in makings:
         sizes = (f"{size / factor:,.1f}" for size in (making.memory_bytes, making.disk_bytes))
-        on_gpu = _duration(making.hours_on_gpu) if making.hours_on_gpu else ""
+        on_gpu = _duration(making.hours_on_gpu) if making.hours_on_gpu else "not measured"
         table.add_row(making.output.name, *sizes, _duration(making.hours), on_gpu)
     return table
 
@@ -266,7 +266,8 @@ def _assumptions(makings: tuple[BuildCost, ...]) -> Iterator[str]:
 def _speeds(forecast: "Forecast") -> Iterator[str]:
     if len(forecast.machines) == 1:
         machine = forecast.machines[0].machine
-        yield f"RAM: {_speed(machine.ram_bandwidth)} ({machine.ram_source})"
+        assumed = f"{_size(machine.ram_bytes)} are assumed, --ram says what there is; " if machine.ram_assumed else ""
+        yield f"RAM: {assumed}{_speed(machine.ram_bandwidth)} ({machine.ram_source})"
         if machine.gpus is not None:
             yield f"each GPU: {_speed(machine.gpus.bandwidth)} ({machine.gpus.source})"
         yield f"disk: {_speed(machine.disk_read)} ({machine.disk_source})"

@@ -8,6 +8,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from dsquant.deployment.facts import (
+    CARDS,
     DEFAULT_DISK,
     DESKTOP_RAM,
     DESKTOP_RAM_GIB,
@@ -24,8 +25,10 @@ from dsquant.options import Options, Size, Spelling, format_size, parse_size
 
 # Less than this is a typing error in the unit.
 SMALLEST_MEMORY = 2**20
-# A number without a unit up to this is read as GiB in the advice; a larger one is a card's name, such as 3090.
+# A number without a unit up to this is read as GiB in the advice; a larger one may be a card's name, such as 3050.
 LARGEST_BARE_NUMBER = 2000
+# What a machine has beside its GPUs where --ram does not say it.
+ASSUMED_RAM = "32GiB"
 # More than any engine spreads one model over.
 MOST_GPUS = 1024
 
@@ -37,7 +40,7 @@ class PlanOptions(Options):
     """The machine to plan for, and what is asked of it."""
 
     gpu: Annotated[str | None, Spelling(metavar="4x24GiB")] = Field(
-        default=None, description="GPUs, with their bandwidth if known: 4x24GiB@936GB/s."
+        default=None, description="GPUs by memory, with their bandwidth if known, or by name: 4x24GiB@936GB/s, 2xH100."
     )
     ram: Annotated[str | None, Spelling(metavar="64GiB")] = Field(
         default=None, description="Memory, with its bandwidth if known: 64GiB@80GB/s."
@@ -96,6 +99,8 @@ class Machine:
     disk_source: str
     unified: bool = False
     """Whether processor and GPU share the memory, as on Apple silicon."""
+    ram_assumed: bool = False
+    """Whether nobody has said how much RAM there is."""
 
     @property
     def gpu_bytes(self) -> int:
@@ -106,23 +111,25 @@ class Machine:
         cards = f"{self.gpus.count}x{self.gpus.memory_bytes / GIB:g} GiB GPU" if self.gpus else "no GPU"
         disk = f", disk {self.disk_bytes / GIB:g} GiB" if self.disk_bytes is not None else ""
         memory = f"{self.ram_bytes / GIB:g} GiB"
-        return f"{memory} unified memory{disk}" if self.unified else f"{cards}, {memory} RAM{disk}"
+        ram = f"{memory} RAM{' (assumed)' if self.ram_assumed else ''}"
+        return f"{memory} unified memory{disk}" if self.unified else f"{cards}, {ram}{disk}"
 
 
 def parse_machine(gpu: str | None, ram: str | None, disk: str | None = None, disk_read: str | None = None) -> Machine:
     """Parses a machine's description; missing bandwidths are those of cards and memories of that size.
 
-    `gpu` is `4x24GiB` or `4x24GiB@936GB/s`, None for no GPU; `ram` is `64GiB` or `64GiB@80GB/s`, None for what an
-    engine needs next to GPUs that hold everything; `disk` is space for the weights, such as `2TiB`; `disk_read` is
-    `7GB/s`. Raises UsageError where one of them is not valid.
+    `gpu` is `4x24GiB`, `4x24GiB@936GB/s` or `4x RTX 3090`, None for no GPU; `ram` is `64GiB` or `64GiB@80GB/s`, None
+    for what an engine needs next to GPUs that hold everything; `disk` is space for the weights, such as `2TiB`;
+    `disk_read` is `7GB/s`. Raises UsageError where one of them is not valid.
     """
     gpus = _parse_gpus(gpu) if gpu else None
-    size, _, speed = (ram or "32GiB").partition("@")
+    size, _, speed = (ram or ASSUMED_RAM).partition("@")
     ram_bytes = _memory("--ram", size, "64GiB")
     known = DESKTOP_RAM if ram_bytes <= DESKTOP_RAM_GIB * GIB else SERVER_RAM
     ram_bandwidth = parse_speed(speed) if speed else known.value * GB
     ram_source = "given" if speed else f"{known.name}: {known.source}"
-    return Machine(gpus, ram_bytes, ram_bandwidth, ram_source, *_parse_disk(disk, disk_read))
+    room = _parse_disk(disk, disk_read)
+    return Machine(gpus, ram_bytes, ram_bandwidth, ram_source, *room, ram_assumed=ram is None)
 
 
 def parse_unified(memory: str, disk: str | None = None, disk_read: str | None = None) -> Machine:
@@ -153,6 +160,16 @@ def _parse_gpus(text: str) -> Gpus:
         raise UsageError(
             f"--gpu {text!r}: write the number (at most {MOST_GPUS}) and memory of equal cards, such as 4x24GiB"
         )
+    card = _card(match[2])
+    if card is not None:
+        name, memory_gib, gbs = card
+        speed = parse_speed(match[3]) if match[3] else Range(gbs, gbs) * GB
+        return Gpus(int(match[1] or 1), memory_gib * GIB, speed, "given" if match[3] else f"{name}'s data sheet")
+    if not match[2][0].isdigit():
+        raise UsageError(
+            f"--gpu {text!r}: neither a size nor a known card ({', '.join(CARDS)}); write the number and memory of "
+            "equal cards, such as 4x24GiB"
+        )
     count = f"{match[1]}x" if match[1] else ""
     memory = _memory("--gpu", match[2], "24GiB", count)
     if match[3]:
@@ -160,6 +177,18 @@ def _parse_gpus(text: str) -> Gpus:
     closest = _closest(GPU_CLASSES, memory)
     source = f"cards of {closest.memory_gib} GB: {closest.cards}"
     return Gpus(int(match[1] or 1), memory, closest.bandwidth_gbs * GB, source)
+
+
+def _card(text: str) -> tuple[str, int, float] | None:
+    """Returns name, GiB and GB/s of a known card; its maker and series may be left out, and its memory may follow."""
+    named = re.fullmatch(r"(.+?)(?:\s+([0-9]{1,4})\s?Gi?B)?", text, re.IGNORECASE)
+    assert named is not None
+
+    def key(name: str) -> str:
+        return re.sub(r"nvidia|geforce|rtx|amd|[\s_-]", "", name.lower())
+
+    found = ((name, *card) for name, card in CARDS.items() if key(name) == key(named[1]))
+    return next(((name, int(named[2] or gib), gbs) for name, gib, gbs in found), None)
 
 
 def _memory(option: str, text: str, example: str, count: str = "") -> int:

@@ -16,7 +16,7 @@ from dsquant.formats.output_shards import Shard
 from dsquant.formats.safetensors_target import only_checkpoint
 from dsquant.formats.table import SAFETENSORS, format_of
 from dsquant.model.kinds import kind_of
-from dsquant.pipeline.inputs import has_fp8_blocks, rest_of
+from dsquant.pipeline.inputs import has_fp8_blocks, rest_of, with_group_size
 from dsquant.pipeline.memory import Workload, run_needs
 from dsquant.pipeline.planning import Plan, plan_run, plan_units
 from dsquant.recipes import Recipe, gguf_recipe
@@ -154,6 +154,7 @@ def _plan(subject: Subject, name: str, preset: str, bits: int, mtp: str) -> Plan
     rest = rest_of(None, (name,), subject.checkpoint.config)
     fields = {"to": (name,), "preset": preset, "bits": bits, "mtp": mtp, "rest": rest, "device": "cpu"}
     recipe = Recipe.checked(model=subject.model, output=NOWHERE, **fields)
+    recipe = with_group_size(recipe, subject.sample.checkpoint.weights)
     return plan_run(recipe, subject.sample.checkpoint, subject.sample.skeleton)
 
 
@@ -181,7 +182,8 @@ def _awq_command(subject: Subject, plan: Plan, preset: str, mtp: str) -> str:
     target = only_checkpoint(plan.targets)
     options = f"--to {target.format.name} --preset {preset} --bits {target.grid.bits}"
     chosen = "" if mtp == "keep" else f" --mtp {mtp}"
-    return f"dsquant awq {subject.argument} {options}{chosen} --output {_awq_folder(subject, plan, preset)}"
+    options += f"{chosen}{subject.calibration}"
+    return f"dsquant awq {subject.argument} {options} --output {_awq_folder(subject, plan, preset)}"
 
 
 def _awq_folder(subject: Subject, plan: Plan, preset: str) -> str:
@@ -215,6 +217,7 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
         tensors, _ = choose_tensors(skeleton.config, shapes, type_name, num_mtp_layers, calibrated)
         sizes = {name: tensor.num_bytes for name, tensor in tensors.items()}
         options = f"--type {type_name}" + (" --mtp keep" if mtp == "keep" else "")
+        options += subject.calibration if calibrated else ""
         folder = shlex.quote(f"{subject.name}-{type_name}-GGUF")
         yield OutputSize(
             format=f"gguf:{type_name}",

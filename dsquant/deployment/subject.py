@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from dsquant.deployment.sample import Sample, sample_of
 from dsquant.files.foreign import find_file
 from dsquant.formats.checkpoints import checkpoint_of, open_checkpoint
 from dsquant.model.complete import check_complete
+from dsquant.model.kinds import kind_of
 from dsquant.model.planned import planned_checkpoint
 from dsquant.model.skeleton import Skeleton
 from dsquant.pipeline.inputs import check_unquantized
@@ -46,6 +48,17 @@ class Subject:
         """Weights of all tensors."""
         return sum(math.prod(self.checkpoint.weights.shape(name)) for name in self.checkpoint.weights)
 
+    @cached_property
+    def active_weights(self) -> int:
+        """Weights that a token meets: the routed experts' share, and an embedding only where it is the head too."""
+        sizes, weights = self.skeleton.sizes, self.checkpoint.weights
+        kinds: Counter[str] = Counter()
+        for name in weights:
+            kinds[kind_of(name, self.skeleton.num_layers)] += math.prod(weights.shape(name))
+        routed = kinds.pop("routed experts", 0)
+        idle = kinds["MTP"] + (kinds["embedding"] if kinds["head"] else 0)
+        return kinds.total() - idle + (routed * sizes.experts_per_token // sizes.num_experts if routed else 0)
+
     @property
     def name(self) -> str:
         """Name for files."""
@@ -57,6 +70,11 @@ class Subject:
         """The model argument of dsquant's other commands: for a config.json its folder, where the weights belong."""
         path = Path(self.model).expanduser()
         return shlex.quote(str(path.parent) if path.is_file() else self.model)
+
+    @property
+    def calibration(self) -> str:
+        """The option of dsquant's other commands for texts of reasoning; the embedded model has its own."""
+        return "" if self.model == EMBEDDED_MODEL else " --calibration hub-r1"
 
     @property
     def servable(self) -> str:

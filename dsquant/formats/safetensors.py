@@ -227,7 +227,7 @@ def _in_groups(wanted: Wanted, linears: frozenset[str]) -> tuple[frozenset[str],
 
     size = min(GROUP_SIZES, key=lambda size: sum(math.prod(shapes[linear]) for linear in left(size)))
     odd = left(size)
-    note = f"--group-size auto: groups of {size}"
+    note = f"groups of {size} weights, which fit the most linears"
     if odd:
         name, columns = next((name, shapes[name][1]) for name in odd if shapes[name][1] % size)
         note += f"; {len(odd)} linears stay unquantized for {name} and its like, which have {columns} columns"

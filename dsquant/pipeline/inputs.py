@@ -11,7 +11,7 @@ from dsquant.calibration.texts import calibration_tokens, check_held_out, load_t
 from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.files.foreign import find_file
 from dsquant.formats.checkpoints import format_of_config, open_checkpoint, read_text_config
-from dsquant.formats.table import format_of
+from dsquant.formats.table import SAFETENSORS, format_of
 from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.jobs.resources import LARGEST_DEFAULT_BUDGET, default_memory_budget, resolved_device
 from dsquant.model.complete import check_complete
@@ -26,7 +26,7 @@ from dsquant.recipes import Recipe
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
 from dsquant.source.locate import locate
 from dsquant.source.vocabulary import set_embedding_rows
-from dsquant.source.weights import CPU
+from dsquant.source.weights import CPU, Weights
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,16 @@ class Source:
 
 def resolved(recipe: Recipe) -> Recipe:
     """Fills in the recipe's defaults that depend on the model, so that a default and its name are the same recipe:
-    formats, what is not quantized, device, preset, mtp, and, where all formats agree, symmetric.
+    formats, groups, what is not quantized, device, preset, mtp, and, where all formats agree, symmetric.
 
     Raises InputError where the model is not there, UsageError where its device is not there, or FP8 is asked for where
     there is none.
     """
-    config = read_text_config(locate(recipe.model) / CONFIG_FILE)
+    folder = locate(recipe.model)
+    config = read_text_config(folder / CONFIG_FILE)
     recipe, mixture = with_format(recipe, config), is_mixture(config)
+    if "group_size" not in recipe.model_fields_set and any(name in SAFETENSORS for name in recipe.to):
+        recipe = with_group_size(recipe, open_checkpoint(folder).weights)
     preset = recipe.preset or ("quality" if mixture else "compact")
     if preset == "quality" and not mixture:
         preset = "compact"
@@ -76,6 +79,17 @@ def with_format(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
     if "to" in recipe.model_fields_set:
         return recipe
     return recipe.model_copy(update={"to": ("compressed-tensors",) if has_fp8_blocks(config) else ("awq",)})
+
+
+def with_group_size(recipe: Recipe, weights: Weights) -> Recipe:
+    """Returns a recipe with groups that fit, where it names none and a linear of these weights has columns that are not
+    whole groups of the default."""
+    size = recipe.group_size
+    if "group_size" in recipe.model_fields_set or size == "auto":
+        return recipe
+    shapes = (weights.shape(name) for name in weights if ".layers." in name and name.endswith(".weight"))
+    odd = any(len(shape) == 2 and shape[1] % size for shape in shapes)
+    return recipe.model_copy(update={"group_size": "auto"}) if odd else recipe
 
 
 def has_fp8_blocks(config: Mapping[str, Any]) -> bool:

@@ -275,7 +275,35 @@ def test_speeds_are_read(text: str, expected: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "gpu", ["0x24GiB", "4x", "x", "4x24GiB@fast", "-1x24GiB", "24", "4x3090", "4x24KiB", "1000000000x1TiB", "٣x24GiB"]
+    ("gpu", "count", "gib", "gbs"),
+    [
+        ("RTX 4090", 1, 24, 1008),
+        ("2x NVIDIA H100 80GB", 2, 80, 3352),
+        ("8xh200@4TB/s", 8, 141, 4000),
+        ("4x3090", 4, 24, 936),
+    ],
+)
+def test_a_card_is_known_by_its_name(gpu: str, count: int, gib: int, gbs: float) -> None:
+    machine = parse_machine(gpu, None)
+    assert machine.gpus is not None and machine.gpus.count == count and machine.gpus.memory_bytes == gib * 2**30
+    assert machine.gpus.bandwidth.low == gbs * 1e9 and "32 GiB RAM (assumed)" in str(machine)
+
+
+@pytest.mark.parametrize(
+    "gpu",
+    [
+        "0x24GiB",
+        "4x",
+        "x",
+        "4x24GiB@fast",
+        "-1x24GiB",
+        "24",
+        "4x3051",
+        "4x24KiB",
+        "RTX 9999",
+        "1000000000x1TiB",
+        "٣x24GiB",
+    ],
 )
 def test_a_machine_that_cannot_be_meant_is_refused(gpu: str) -> None:
     with pytest.raises(UsageError):

@@ -7,6 +7,9 @@ from checkpoints import LLAMA, add_tokenizer, make_dense
 
 import dsquant
 from dsquant.errors import UsageError
+from dsquant.pipeline.inputs import resolved
+from dsquant.pipeline.job import preview
+from dsquant.recipes import Recipe
 from dsquant.source.shards import read_index
 
 
@@ -20,14 +23,20 @@ def test_auto_takes_the_largest_groups_that_fit_the_most_weights(
         calibration=text_file, evaluate=False, progress=False,
     )  # fmt: skip
     note = next(warning for warning in result.warnings if "groups of" in warning)
-    assert f"groups of {size}" in note
+    assert f"groups of {size} weights" in note
     assert ("down_proj and its like, which have 336 columns" in note) == bool(left)
     packed = [name for name in read_index(tmp_path / "out") if name.endswith("weight_packed")]
     assert len(packed) == 14 - left
     assert dsquant.verify(tmp_path / "out", progress=False).ok
 
 
-def test_a_size_that_does_not_fit_is_refused_with_those_that_do(tmp_path: Path) -> None:
+def test_a_size_that_does_not_fit_is_refused_where_it_was_asked_for_and_otherwise_auto(tmp_path: Path) -> None:
     model = add_tokenizer(make_dense(tmp_path / "model", LLAMA | {"intermediate_size": 320}))
+    options = {"model": str(model), "output": tmp_path / "out", "to": ("compressed-tensors",)}
     with pytest.raises(UsageError, match="--group-size 128; try --group-size 64 or 32 or auto"):
-        dsquant.awq(model, output=tmp_path / "out", to="compressed-tensors", progress=False)
+        preview(Recipe.checked(**options, group_size=128))
+    asked_nothing = Recipe.checked(**options)
+    assert resolved(asked_nothing).group_size == "auto"
+    assert any("groups of 64 weights" in note for note in preview(asked_nothing).notes)
+    fitting = add_tokenizer(make_dense(tmp_path / "fitting", LLAMA | {"intermediate_size": 384}))
+    assert resolved(Recipe.checked(**options | {"model": str(fitting)})).group_size == 128
