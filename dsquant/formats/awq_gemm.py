@@ -133,7 +133,7 @@ class AwqGemm(SafetensorsFormat):
         linears: Mapping[str, bool],
         widths: Mapping[str, int] = NO_CHOICE,
         mtp_layer: str = "",
-        fp8: Mapping[str, Fp8Blocks] = NO_CHOICE,
+        kept: Mapping[str, Fp8Blocks | Grid] = NO_CHOICE,
     ) -> dict[str, Any]:
         """Returns AutoAWQ's config; `zero_point` is true for symmetric grids too: qzeros are there, all 8."""
         return {

@@ -14,6 +14,7 @@ float8_e4m3fn [O, I] and weight_scale float32, one for each block. (compressed-t
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from dsquant.formats.compressed_tensors_weights import FLOAT, FP8_PARTS, PACKED,
 from dsquant.formats.output_shards import StoredTensor
 from dsquant.formats.safetensors import SafetensorsFormat, check_columns
 from dsquant.formats.skip_lists import ignored_modules, targets_by_width
-from dsquant.formats.wanted import NO_CHOICE, Width
+from dsquant.formats.wanted import NO_CHOICE, Wanted, Width
 from dsquant.kernels.packing import pack_rows, unpack_rows
 from dsquant.kernels.values import WORD_BITS
+from dsquant.model.structure import linear_groups
 from dsquant.presets import Activations
 from dsquant.recipes import Recipe
 from dsquant.schemes import FP8_WIDTH, Fp8Blocks, Grid, QuantizedWeight
@@ -51,8 +53,11 @@ class CompressedTensors(SafetensorsFormat):
     def described(self, quantization: Mapping[str, Any]) -> str:
         groups = quantization["config_groups"].values()
         schemes = [group["weights"] for group in groups if group.get("format") != FLOAT]
-        bits = " and ".join(str(weights["num_bits"]) for weights in schemes)
-        words = f"compressed-tensors {bits} bits, groups of {schemes[0]['group_size']}" if schemes else self.name
+        bits, sizes = (
+            " and ".join(str(number) for number in dict.fromkeys(weights[key] for weights in schemes))
+            for key in ("num_bits", "group_size")
+        )
+        words = f"compressed-tensors {bits} bits, groups of {sizes}" if schemes else self.name
         return words + ", the rest in FP8 blocks" * (len(schemes) < len(groups))
 
     def decoded(
@@ -63,6 +68,26 @@ class CompressedTensors(SafetensorsFormat):
     def default_symmetric(self, mixture: bool) -> bool | None:
         """All engines take it without zero points."""
         return True
+
+    def released(self, wanted: Wanted) -> Mapping[str, Grid]:
+        """Takes over what the preset does not round to fewer bits, or leaves alone: MLPs and inputs of attention as a
+        whole. Where widths are chosen or activations rounded, the preset's linears get codes of their own."""
+        weights, recipe = wanted.checkpoint.weights, wanted.recipe
+        if not isinstance(weights, CompressedTensorsWeights):
+            return NO_CHOICE
+        made = {parameter for parameters in wanted.parameters.values() for parameter in parameters}
+        again = recipe.target is not None or recipe.activations is not None
+        grids = {linear: grid for linear, grid in weights.grids.items() if f"{linear}.weight" in made}
+        fewer = {linear for linear in wanted.linears if again or (linear in grids and grids[linear].bits > recipe.bits)}
+        kept = grids.keys() - fewer
+        whole = (inside for layer in wanted.skeleton.layers for inside in linear_groups(layer, kept).values())
+        found = {linear: grids[linear] for inside in whole for linear in inside}
+        if found and recipe.symmetric is False:
+            raise UsageError(
+                "--asymmetric: the model's own integers have no zero points, and engines take no mixture of both; "
+                "leave it out"
+            )
+        return found
 
     def engine_notes(
         self, widths: Collection[Width], mixture: bool, to_choose: bool, symmetric: bool = True
@@ -170,23 +195,34 @@ class CompressedTensors(SafetensorsFormat):
         linears: Mapping[str, bool],
         widths: Mapping[str, int] = NO_CHOICE,
         mtp_layer: str = "",
-        fp8: Mapping[str, Fp8Blocks] = NO_CHOICE,
+        kept: Mapping[str, Fp8Blocks | Grid] = NO_CHOICE,
     ) -> dict[str, Any]:
         """Returns the config that compressed-tensors 0.20 writes for weights only.
 
-        Where linears stay in FP8 blocks, these are what the class `Linear` stands for, and all others are named. The
-        layout of the whole is that of what is quantized: SGLang 0.5.23 refuses experts beside `mixed-precision`.
+        Where linears stay in FP8 blocks, these are what the class `Linear` stands for, and all others are named; those
+        that keep the source's integers are named. The layout of the whole is that of what is quantized: SGLang 0.5.23
+        refuses experts beside `mixed-precision`.
         """
-        named = widths or ({linear: grid.bits for linear in linears if linears[linear]} if fp8 else {})
-        targets = targets_by_width(named, others=not fp8) if named else {grid.bits: ["Linear"]}
-        groups = [_config_group(grid.with_bits(bits), names) for bits, names in targets.items()]
-        groups += [_blocks_group(next(iter(fp8.values())))] if fp8 else []
+        fp8 = [blocks for blocks in kept.values() if isinstance(blocks, Fp8Blocks)]
+        size, quantized = grid.group_size, [linear for linear in linears if linears[linear]]
+        named = dict.fromkeys(quantized, (grid.bits, size)) if fp8 else {}
+        named |= {linear: (bits, size) for linear, bits in widths.items()}
+        own = {linear: (one.bits, one.group_size) for linear, one in kept.items() if isinstance(one, Grid)}
+        named |= {linear: kind for linear, kind in own.items() if widths or fp8 or kind != (grid.bits, size)}
+        targets = targets_by_width(named, others=bool(widths) and not fp8) if named else {}
+        if not targets or (quantized and not widths and not fp8):
+            targets.setdefault((grid.bits, size), []).append("Linear")
+        groups = [
+            _config_group(replace(grid, bits=bits, group_size=group_size), names)
+            for (bits, group_size), names in targets.items()
+        ]
+        groups += [_blocks_group(fp8[0])] if fp8 else []
         return {
             "quant_method": "compressed-tensors",
             "format": PACKED,
             "quantization_status": "compressed",
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
-            "ignore": ignored_modules({linear: linears[linear] or linear in fp8 for linear in linears}),
+            "ignore": ignored_modules({linear: linears[linear] or linear in kept for linear in linears}),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }

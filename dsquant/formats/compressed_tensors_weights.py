@@ -11,7 +11,7 @@ import torch
 from dsquant.errors import InputError
 from dsquant.formats.decoded import DecodedWeights, checked_matrix, whole_number
 from dsquant.packages import load
-from dsquant.schemes import Fp8Blocks
+from dsquant.schemes import Fp8Blocks, Grid
 from dsquant.source.checkpoint import FP8
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU
@@ -60,17 +60,11 @@ class CompressedTensorsWeights(DecodedWeights):
         self._groups = [group for group in groups if group.get("format") != FLOAT]
         self._float_groups = [group for group in groups if group.get("format") == FLOAT]
         self._blocks = _blocks(config, self._float_groups)
-        alike = {
-            (group["weights"].get("group_size"), group["weights"].get("symmetric", True)) for group in self._groups
-        }
+        alike = {group["weights"].get("symmetric", True) for group in self._groups}
         if len(alike) > 1:
-            raise InputError(
-                f"{config}: config groups that differ in more than bits cannot be read, found group sizes and symmetry "
-                f"{sorted(alike, key=str)}"
-            )
-        weights = (self._groups or groups)[0]["weights"]
-        self._group_size = whole_number(config, weights, "group_size", 128, None) if self._groups else 0
-        zero_points = () if weights.get("symmetric", True) else ("weight_zero_point",)
+            raise InputError(f"{config}: config groups with and without zero points cannot be read")
+        self._sizes = [whole_number(config, group["weights"], "group_size", 128, None) for group in self._groups]
+        zero_points = ("weight_zero_point",) if not all(alike) else ()
         self.companions = ("weight_scale", "weight_shape", *zero_points)
         super().__init__(index, device)
         self._fp8 = {name for name, info in index.items() if info.dtype == FP8}
@@ -82,7 +76,7 @@ class CompressedTensorsWeights(DecodedWeights):
             bits = self._bits(prefix)
             scales = checked_matrix(index, prefix + "weight_scale", ("BF16", "F16", "F32"), None)
             rows, groups_of_row = scales.shape
-            words = -(-groups_of_row * self._group_size * bits // 32)
+            words = -(-groups_of_row * self._size(prefix) * bits // 32)
             checked_matrix(index, prefix + self.marker, ("I32",), (rows, words))
             checked_matrix(index, prefix + "weight_shape", ("I64", "I32"), (2,))
             for part in zero_points:
@@ -112,6 +106,19 @@ class CompressedTensorsWeights(DecodedWeights):
     def _bits(self, prefix: str) -> int:
         return int(self._groups[self._group_of[prefix]]["weights"].get("num_bits", 4))
 
+    def _size(self, prefix: str) -> int:
+        """Returns the weights of a group."""
+        return self._sizes[self._group_of[prefix]]
+
+    @cached_property
+    def grids(self) -> Mapping[str, Grid]:
+        """Packed linear -> its grid."""
+        symmetric = "weight_zero_point" not in self.companions
+        return {
+            prefix.removesuffix("."): Grid(self._bits(prefix), self._size(prefix), symmetric)
+            for prefix in self._packed.values()
+        }
+
     @cached_property
     def _schemes(self) -> list[Any]:
         scheme = load(self.decoder[0], "compressed_tensors.quantization").QuantizationScheme
@@ -128,12 +135,28 @@ class CompressedTensorsWeights(DecodedWeights):
 
     def packed_shape(self, prefix: str) -> tuple[int, int]:
         groups = self.index[prefix + "weight_scale"].shape[-1]
-        return self.index[prefix + self.marker].shape[0], groups * self._group_size
+        return self.index[prefix + self.marker].shape[0], groups * self._size(prefix)
+
+    def check_shapes(self) -> None:
+        """Raises InputError where a packed linear says that it has another shape than its codes and scales make; reads
+        16 bytes of each."""
+        for prefix in self._packed.values():
+            self._check_shape(prefix, self.index.read(prefix + "weight_shape"))
+
+    def _check_shape(self, prefix: str, stated: torch.Tensor) -> None:
+        info, shape = self.index[prefix + "weight_shape"], self.packed_shape(prefix)
+        found = tuple(stated.tolist())
+        if found != shape:
+            raise InputError(
+                f"{info.path}: tensor {info.label} says {list(found)}, but codes and scales of the linear make "
+                f"{list(shape)}; the checkpoint is damaged: download the file again"
+            )
 
     def decode(self, prefix: str) -> torch.Tensor:
-        """Decodes through compressed-tensors' own decompressor, in float32."""
-        compressor = load(*self.decoder).PackedQuantizationCompressor
-        tensors = self._parts(prefix)
+        """Decodes through compressed-tensors' own decompressor, in float32; raises InputError where the linear says
+        that it has another shape than its codes and scales make."""
+        compressor, tensors = load(*self.decoder).PackedQuantizationCompressor, self._parts(prefix)
+        self._check_shape(prefix, tensors["weight_shape"])
         tensors["weight_scale"] = tensors["weight_scale"].float()
         scheme = self._schemes[self._group_of[prefix]]
         weight: torch.Tensor = compressor.decompress(tensors, scheme)["weight"]

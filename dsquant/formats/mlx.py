@@ -207,7 +207,7 @@ class Mlx(SafetensorsFormat):
         linears: Mapping[str, bool],
         widths: Mapping[str, int] = NO_CHOICE,
         mtp_layer: str = "",
-        fp8: Mapping[str, Fp8Blocks] = NO_CHOICE,
+        kept: Mapping[str, Fp8Blocks | Grid] = NO_CHOICE,
     ) -> dict[str, Any]:
         """Returns mlx-lm's config; a module whose bits were chosen has them under its name."""
         stacks = (((self.stack_of(linear) or (linear, 0))[0], bits) for linear, bits in widths.items())

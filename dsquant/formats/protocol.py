@@ -189,6 +189,11 @@ class Target(ABC):
         return frozenset()
 
     @property
+    def packed(self) -> frozenset[str]:
+        """The linears that keep the source's own integers, byte for byte: nothing is folded into them."""
+        return frozenset()
+
+    @property
     def rounded(self) -> frozenset[str]:
         """The linears that the quantization rounds, and not the format."""
         schemes = self.schemes

@@ -5,7 +5,8 @@ A format of this kind is `pack`, its inverse, the reader that evaluations use, a
 
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from dsquant.schemes import (
     QuantizedWeight,
     group_size_hint,
 )
+from dsquant.source.checkpoint import stored_parts
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU, Weights
 
@@ -114,13 +116,13 @@ class SafetensorsFormat(Format):
         linears: Mapping[str, bool],
         widths: Mapping[str, int] = NO_CHOICE,
         mtp_layer: str = "",
-        fp8: Mapping[str, Fp8Blocks] = NO_CHOICE,
+        kept: Mapping[str, Fp8Blocks | Grid] = NO_CHOICE,
     ) -> dict[str, Any]:
         """Returns the `quantization_config` of config.json as plain JSON values.
 
         `linears` is every linear of the decoder -> whether it is quantized; `widths` linear -> bits where widths were
-        chosen, else all have the grid's; `mtp_layer` the module of the multi-token-prediction layer, if any; `fp8`
-        those that stay in FP8 blocks.
+        chosen, else all have the grid's; `mtp_layer` the module of the multi-token-prediction layer, if any; `kept`
+        those that stay as the source has them, in FP8 blocks or in integers on a grid.
         """
 
     def stack_of(self, tensor: str) -> tuple[str, int] | None:
@@ -139,6 +141,11 @@ class SafetensorsFormat(Format):
         """Returns those of the preset's linears that its engines take quantized."""
         return wanted.linears
 
+    def released(self, wanted: Wanted) -> Mapping[str, Grid]:
+        """Returns the linears that the output takes over from the source in its own integers -> their grid. Raises
+        UsageError where engines do not take both."""
+        return NO_CHOICE
+
     def default_symmetric(self, mixture: bool) -> bool | None:
         return False
 
@@ -148,10 +155,10 @@ class SafetensorsFormat(Format):
 
     def plan(self, wanted: Wanted) -> SafetensorsTarget:
         recipe, weights = wanted.recipe, wanted.checkpoint.weights
-        symmetric = recipe.symmetric
-        if symmetric is None:
-            symmetric = bool(self.default_symmetric(wanted.mixture))
-        linears, group_size, notes = _in_groups(wanted, self.quantizable(wanted))
+        symmetric = bool(self.default_symmetric(wanted.mixture) if recipe.symmetric is None else recipe.symmetric)
+        released = self.released(wanted)
+        linears, group_size, notes = _in_groups(wanted, self.quantizable(wanted).difference(released))
+        notes += _released_notes(released, linears)
         fp8 = _in_blocks(wanted) if self.holds_fp8 else {}
         differs = wanted.chosen or linears != wanted.linears or _scales_blocks(wanted, linears, fp8)
         own = wanted.name if differs and len(recipe.to) > 1 else ""
@@ -170,17 +177,15 @@ class SafetensorsFormat(Format):
             linear = parameter.removesuffix(".weight")
             if linear in linears:
                 return self.stored(linear, shapes[linear], grid.with_bits(widths.get(linear, grid.bits)))
+            if linear in released:
+                return [*_as_stored(wanted.checkpoint.index, parameter)]
             if linear in fp8:
                 return [*self.stored_fp8(linear, matrix(weights.shape(parameter)), fp8[linear])]
             return [StoredTensor(parameter, wanted.dtypes[parameter], weights.shape(parameter))]
 
-        stacks: dict[str, tuple[str, ...]] = {}
-        tensors = []
-        for unit, parameters in wanted.parameters.items():
-            parts = [tensor for parameter in parameters for tensor in stored(parameter)]
-            stacked, found = _stacked(self, parts)
-            tensors.append((unit, stacked))
-            stacks |= found
+        units = {unit: chain.from_iterable(map(stored, names)) for unit, names in wanted.parameters.items()}
+        tensors, stacks = _stacked(self, units)
+        bits = {linear: widths.get(linear, 0) for linear in shapes}
         return SafetensorsTarget(
             name=wanted.name,
             folder=wanted.folder,
@@ -191,7 +196,8 @@ class SafetensorsFormat(Format):
             stacks=stacks,
             dtypes=wanted.dtypes,
             fp8=fp8,
-            config=_config(wanted, self, grid, {linear: widths.get(linear, 0) for linear in shapes}, fp8),
+            released=released,
+            config=_config(wanted, self, grid, bits, {**fp8, **released}),
             copied=tuple(copied_files(wanted.checkpoint.folder)),
             chosen={linear: widths[linear] for linear in shapes if widths},
             notes=notes,
@@ -202,6 +208,21 @@ def _in_blocks(wanted: Wanted) -> dict[str, Fp8Blocks]:
     """Returns the linears of the output that have FP8 blocks in the source."""
     made = {parameter for parameters in wanted.parameters.values() for parameter in parameters}
     return {linear: blocks for linear, blocks in wanted.fp8.items() if f"{linear}.weight" in made}
+
+
+def _as_stored(index: ShardIndex, parameter: str) -> Iterator[StoredTensor]:
+    """Yields the tensors that a parameter is made of in the source."""
+    for part in (index[name] for name in stored_parts(index, parameter)):
+        yield StoredTensor(part.name, part.dtype, part.shape)
+
+
+def _released_notes(released: Mapping[str, Grid], linears: Collection[str]) -> tuple[str, ...]:
+    """Returns what the user should know of linears that keep the source's integers."""
+    if not released:
+        return ()
+    grid = next(iter(released.values()))
+    note = f"{len(released)} linears keep the codes of the model: {grid.bits} bits in groups of {grid.group_size}"
+    return (note if linears else f"{note}; nothing else is quantized, --preset compact takes what is left",)
 
 
 def _scales_blocks(wanted: Wanted, linears: frozenset[str], fp8: Collection[str]) -> bool:
@@ -250,9 +271,21 @@ def copied_files(folder: Path) -> list[str]:
 
 
 def _stacked(
+    known: SafetensorsFormat, units: Mapping[str, Iterable[StoredTensor]]
+) -> tuple[list[tuple[str, list[StoredTensor]]], dict[str, tuple[str, ...]]]:
+    """Returns the units' tensors with stacks in place of their parts, and stack -> its parts in order."""
+    stacks: dict[str, tuple[str, ...]] = {}
+    tensors = []
+    for unit, parts in units.items():
+        stacked, found = _stacked_unit(known, parts)
+        tensors.append((unit, stacked))
+        stacks |= found
+    return tensors, stacks
+
+
+def _stacked_unit(
     known: SafetensorsFormat, parts: Iterable[StoredTensor]
 ) -> tuple[list[StoredTensor], dict[str, tuple[str, ...]]]:
-    """Returns a unit's tensors with stacks in place of their parts, and stack -> its parts in order."""
     places: dict[str, dict[int, StoredTensor]] = {}
     stored: dict[str, StoredTensor] = {}
     for part in parts:
@@ -274,7 +307,7 @@ def _config(
     output_format: SafetensorsFormat,
     grid: Grid,
     linears: Mapping[str, int],
-    fp8: Mapping[str, Fp8Blocks],
+    kept: Mapping[str, Fp8Blocks | Grid],
 ) -> dict[str, Any]:
     """Returns the source's config.json with the output's quantization_config in place of the FP8 one; `linears` is
     every quantized linear -> bits, 0 where no width was chosen."""
@@ -290,7 +323,7 @@ def _config(
     drafts = [layer.prefix for layer in layers[wanted.skeleton.num_layers :]]
     widths = {linear: bits for linear, bits in linears.items() if bits}
     draft = drafts[0] if drafts else ""
-    words = output_format.quantization_config(grid, quantized, widths, draft, fp8)
+    words = output_format.quantization_config(grid, quantized, widths, draft, kept)
     if wanted.recipe.activations in output_format.activations:
         words = output_format.with_activations(words, wanted.recipe.activations)
     return config | output_format.engines_config(config) | dict.fromkeys(output_format.config_keys, words)

@@ -14,7 +14,7 @@ from dsquant.formats.safetensors_writer import CARD_FILE, OpenCheckpoint
 from dsquant.formats.scales import SCALES_FILE
 from dsquant.formats.wanted import Choice, Choosable, Wanted, Width
 from dsquant.model.structure import linear_groups
-from dsquant.schemes import FP8_WIDTH, KEPT_WIDTHS, UNQUANTIZED, Fp8Blocks
+from dsquant.schemes import FP8_WIDTH, KEPT_WIDTHS, UNQUANTIZED, Fp8Blocks, Grid
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
 from dsquant.source.shards import INDEX_FILE, read_index, tensor_bytes
 from dsquant.source.weights import Weights
@@ -46,6 +46,8 @@ class SafetensorsTarget(Target):
     """Stored tensor -> the tensors that it concatenates."""
     fp8: Mapping[str, Fp8Blocks] = field(default_factory=dict)
     """Linear that stays in the source's FP8 blocks -> these."""
+    released: Mapping[str, Grid] = field(default_factory=dict)
+    """Linear that keeps the integers of the source -> their grid."""
     chosen: Mapping[str, int] = field(default_factory=dict)
     """Quantized linear -> bits, where widths were chosen."""
 
@@ -69,6 +71,10 @@ class SafetensorsTarget(Target):
     @property
     def in_blocks(self) -> frozenset[str]:
         return frozenset(self.fp8)
+
+    @property
+    def packed(self) -> frozenset[str]:
+        return frozenset(self.released)
 
     def fp8_tensors(self, parameter: str, checkpoint: Checkpoint) -> tuple[StoredTensor, StoredTensor] | None:
         """Returns the tensors of codes and scales of a parameter in FP8 blocks; None for any other."""

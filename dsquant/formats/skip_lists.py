@@ -14,6 +14,7 @@ looks for AWQ's entries in the fused layer's own name, and calls an MTP layer `m
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from dsquant.model.families import gqa, mla, mlps, mtp
 from dsquant.model.structure import ROUTER
@@ -43,31 +44,35 @@ def skipped_modules(linears: Mapping[str, bool], mtp_layer: str = "") -> list[st
     return sorted(entries)
 
 
-def _fused(widths: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """Yields the name and bits of every fused layer whose parts all have them."""
-    for name, bits in widths.items():
+def _fused(widths: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the name and width of every fused layer whose parts all have it."""
+    for name, width in widths.items():
         parent, _, part = name.rpartition(".")
         for fused, parts in FUSED.items():
-            if part == parts[0] and ".experts." not in name and all(widths.get(f"{parent}.{p}") == bits for p in parts):
-                yield f"{parent}.{fused}", bits
+            if (
+                part == parts[0]
+                and ".experts." not in name
+                and all(widths.get(f"{parent}.{p}") == width for p in parts)
+            ):
+                yield f"{parent}.{fused}", width
 
 
-def targets_by_width(widths: Mapping[str, int], others: bool = True) -> dict[int, list[str]]:
-    """Returns compressed-tensors' `targets`, bits in ascending order -> regular expressions of whole names, one for
-    each kind of linear, for every quantized linear -> bits.
+def targets_by_width(widths: Mapping[str, Any], others: bool = True) -> dict[Any, list[str]]:
+    """Returns compressed-tensors' `targets`, bits (or bits and size of groups) in ascending order -> regular
+    expressions of whole names, one for each kind of linear, for every quantized linear -> bits (or both).
 
     vLLM and SGLang look for a fused layer's name, then for its class, then for its parts, so each group names its
-    linears and what engines fuse of them; only then, with `others`, the class `Linear` stands for the width that most
-    of them have: SGLang 0.5.23 takes its group for that of the experts.
+    linears and what engines fuse of them; only then, with `others`, the class `Linear` stands for what most of
+    them have: SGLang 0.5.23 takes its group for that of the experts.
     """
-    layers: dict[tuple[int, str], dict[int, None]] = {}
-    for name, bits in (*widths.items(), *_fused(widths)):
+    layers: dict[tuple[Any, str], dict[int, None]] = {}
+    for name, width in (*widths.items(), *_fused(widths)):
         _, _, number, inside = name.split(".", 3)
         kind = re.escape(re.sub(r"\.experts\.\d+\.", ".experts.0.", inside)).replace(r"experts\.0\.", r"experts\.\d+\.")
-        layers.setdefault((bits, kind), {})[int(number)] = None
-    found: dict[int, list[str]] = {}
-    for (bits, kind), numbers in sorted(layers.items()):
-        found.setdefault(bits, []).append(rf"re:.*layers\.({'|'.join(map(str, numbers))})\.{kind}$")
+        layers.setdefault((width, kind), {})[int(number)] = None
+    found: dict[Any, list[str]] = {}
+    for (width, kind), numbers in sorted(layers.items()):
+        found.setdefault(width, []).append(rf"re:.*layers\.({'|'.join(map(str, numbers))})\.{kind}$")
     if others:
         found[Counter(widths.values()).most_common(1)[0][0]].append("Linear")
     return found

@@ -1,11 +1,12 @@
-"""Parameters that are not quantized, as the tensors that store them: floats, or FP8 in the source's own blocks."""
+"""Parameters that are not quantized, as the tensors that store them: floats, the source's own FP8 blocks, or its own
+integers."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
-from dsquant.source.checkpoint import Checkpoint
+from dsquant.source.checkpoint import Checkpoint, stored_parts
 from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.shards import DTYPES
 
@@ -33,8 +34,12 @@ def unchanged_rows(
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
     """Yields the tensors of a parameter as the source has it, in parts of bounded size: name, first row, rows.
 
-    FP8 blocks are copied as they are stored, but for scales that are not float32.
+    Integers are copied as they are stored; so are FP8 blocks, but for scales that are not float32.
     """
+    if parameter.removesuffix(".weight") in target.released:
+        for name in stored_parts(checkpoint.index, parameter):
+            yield name, 0, checkpoint.index.read(name)
+        return
     stored, weights = target.fp8_tensors(parameter, checkpoint), checkpoint.weights
     if stored is not None:
         yield stored[1].name, 0, checkpoint.index.read(parameter + SCALE_SUFFIX).float()

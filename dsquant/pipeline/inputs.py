@@ -11,6 +11,7 @@ from dsquant.calibration.texts import calibration_tokens, check_held_out, load_t
 from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.files.foreign import find_file
 from dsquant.formats.checkpoints import format_of_config, open_checkpoint, read_text_config
+from dsquant.formats.compressed_tensors_weights import CompressedTensorsWeights
 from dsquant.formats.table import SAFETENSORS, format_of
 from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.jobs.resources import LARGEST_DEFAULT_BUDGET, default_memory_budget, resolved_device
@@ -57,7 +58,8 @@ def resolved(recipe: Recipe) -> Recipe:
     recipe, mixture = with_format(recipe, config), is_mixture(config)
     if "group_size" not in recipe.model_fields_set and any(name in SAFETENSORS for name in recipe.to):
         recipe = with_group_size(recipe, open_checkpoint(folder).weights)
-    preset = recipe.preset or ("quality" if mixture else "compact")
+    packed = recipe.to == ("compressed-tensors",) and is_packed(config)  # its experts stay as they are
+    preset = recipe.preset or ("quality" if mixture and not packed else "compact")
     if preset == "quality" and not mixture:
         preset = "compact"
     symmetric = {format_of(name).default_symmetric(mixture) for name in recipe.to} - {None}
@@ -78,7 +80,13 @@ def with_format(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
     """Returns a recipe with the format that its model is quantized to where it names none, from the config.json."""
     if "to" in recipe.model_fields_set:
         return recipe
-    return recipe.model_copy(update={"to": ("compressed-tensors",) if has_fp8_blocks(config) else ("awq",)})
+    kept = has_fp8_blocks(config) or is_packed(config)
+    return recipe.model_copy(update={"to": ("compressed-tensors",) if kept else ("awq",)})
+
+
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Returns whether a config.json describes a release in few bits, which compressed-tensors takes over."""
+    return format_of_config(config) is format_of("compressed-tensors")
 
 
 def with_group_size(recipe: Recipe, weights: Weights) -> Recipe:
@@ -149,14 +157,16 @@ def open_model(model: str, device: torch.device = CPU, mtp: str = "keep") -> tup
 
 
 def check_unquantized(checkpoint: Checkpoint) -> None:
-    """Raises InputError where a checkpoint's weights are neither FP8, floats nor what its makers released in 4 bits: it
-    is quantized already."""
+    """Raises InputError where a checkpoint's weights are neither FP8, floats nor what its makers released in 4 bits (it
+    is quantized already), or packed weights contradict the shapes that they state."""
     found, family = format_of_config(checkpoint.config), FAMILIES[checkpoint.architecture]
     released = checkpoint.config.get("model_type") in family.packed_types and found is format_of("compressed-tensors")
     if found is not None and not (released and find_file(checkpoint.folder, RECORD_FILE) is None):
         raise InputError(
             f"{checkpoint.folder}: the model is already quantized ({found.name}); start from the FP8 or BF16 release"
         )
+    if isinstance(checkpoint.weights, CompressedTensorsWeights):
+        checkpoint.weights.check_shapes()
 
 
 def _check_texts(recipe: Recipe) -> None:

@@ -1,7 +1,7 @@
 """Plans a run from headers alone: units of work, exact output tensors, its needs."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -66,10 +66,12 @@ class Plan:
     @property
     def in_blocks(self) -> Mapping[Grid, frozenset[str]]:
         """Grid -> linears that stay in FP8 blocks in an output on it."""
-        found: dict[Grid, frozenset[str]] = {}
-        for target in self.targets:
-            found[target.grid] = found.get(target.grid, frozenset()) | target.in_blocks
-        return found
+        return _by_grid(self.targets, lambda target: target.in_blocks)
+
+    @property
+    def packed(self) -> Mapping[Grid, frozenset[str]]:
+        """Grid -> linears that keep the source's integers in an output on it."""
+        return _by_grid(self.targets, lambda target: target.packed)
 
     def linears_of(self, layer: DecoderLayer) -> dict[Grid, frozenset[str]]:
         """Grid -> a layer's linears that are quantized onto it."""
@@ -95,9 +97,8 @@ def plan_run(
     units = plan_units(recipe.mtp, checkpoint, skeleton)
     wanted = _wanted(recipe, checkpoint, skeleton, units, chosen)
     targets = tuple(format_of(one.name).plan(one) for one in wanted)
-    by_grid: dict[Grid, frozenset[str]] = {}
-    for target in targets:
-        by_grid[target.grid] = by_grid.get(target.grid, frozenset()) | target.linears
+    by_grid = _by_grid(targets, lambda target: target.linears)
+    _check_left(recipe, targets)
     _check_mtp(recipe, skeleton)
     _check_steps(recipe, targets, skeleton)
     mixed = {}
@@ -110,6 +111,14 @@ def plan_run(
     rounded = frozenset[str]().union(*(target.rounded for target in targets))
     work = Workload(recipe, checkpoint, skeleton, by_grid, storing, rounded, num_grids, num_ranks, gpu_budget_bytes)
     return Plan(units, targets, by_grid, run_needs(work), mixed)
+
+
+def _by_grid(targets: Iterable[Target], linears_of: Callable[[Target], frozenset[str]]) -> dict[Grid, frozenset[str]]:
+    """Returns grid -> linears of all targets on it."""
+    found: dict[Grid, frozenset[str]] = {}
+    for target in targets:
+        found[target.grid] = found.get(target.grid, frozenset()) | linears_of(target)
+    return found
 
 
 def _wanted(
@@ -162,6 +171,15 @@ def _check_choosing(recipe: Recipe) -> None:
     kinds = [name.partition(":")[0] for name in recipe.to]
     if len(set(kinds)) < len(kinds):
         raise UsageError(f"{option} chooses the types of one GGUF output; found --to {', '.join(recipe.to)}")
+
+
+def _check_left(recipe: Recipe, targets: tuple[Target, ...]) -> None:
+    """Refuses to quantize a model that has all that its preset quantizes in few bits already."""
+    if any(target.packed for target in targets) and not any(target.linears for target in targets):
+        raise UsageError(
+            f"--preset {recipe.preset}: the model has all linears of that preset in {recipe.bits} bits or fewer; take "
+            "--preset compact, which quantizes the others, or fewer --bits"
+        )
 
 
 def _check_mtp(recipe: Recipe, skeleton: Skeleton) -> None:

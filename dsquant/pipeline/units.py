@@ -232,6 +232,7 @@ def _run_layer(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str
         linears=source.plan.linears_of(layer),
         schemes=source.plan.schemes,
         in_blocks=source.plan.in_blocks,
+        packed=source.plan.packed,
         steps=run.recipe.steps,
         batch_samples=run.batch_samples,
         seed=run.recipe.seed,

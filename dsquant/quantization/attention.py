@@ -79,12 +79,11 @@ def keeps_attention(job: LayerJob, report: GridReport, error: float, error_plain
 def search_scales(
     job: LayerJob, weights: Weights, moments: Mapping[ScaleGroup, InputMoments], grid: Grid
 ) -> dict[ScaleGroup, torch.Tensor]:
-    """Returns each group's scales, float32 [I]; empty where `scales` is not a step."""
-    if "scales" not in job.steps:
-        return {}
+    """Returns the scales, float32 [I], of every group that they are folded into."""
     return {
         group: _searched(weights, group, found, grid, job.scales_blocks(grid, group))
         for group, found in moments.items()
+        if job.folds(grid, group)
     }
 
 

@@ -67,6 +67,8 @@ class LayerJob:
     """Grid -> linear -> its scheme, where that is not the grid: scales are searched for the grid all the same."""
     in_blocks: Mapping[Grid, frozenset[str]] = field(default_factory=dict)
     """Grid -> linears that stay in FP8 blocks, into which only powers of two are folded."""
+    packed: Mapping[Grid, frozenset[str]] = field(default_factory=dict)
+    """Grid -> linears that keep the source's integers, into which nothing is folded."""
     steps: Collection[Step] = PRESET_STEPS["compact"]
     """Of the quantization; `follow` is one where there is `quantized`."""
     quantized: Mapping[Grid, QuantizedStream] = field(default_factory=dict)
@@ -90,6 +92,12 @@ class LayerJob:
     def scales_blocks(self, grid: Grid, group: ScaleGroup) -> bool:
         """Returns whether a group's scales are folded into a linear that stays in FP8 blocks."""
         return not self.in_blocks.get(grid, frozenset()).isdisjoint((group.producer, *group.consumers))
+
+    def folds(self, grid: Grid, group: ScaleGroup) -> bool:
+        """Returns whether scales are searched for a group: where no linear of it keeps the source's integers."""
+        return "scales" in self.steps and self.packed.get(grid, frozenset()).isdisjoint(
+            (group.producer, *group.consumers)
+        )
 
     def rounds(self, grid: Grid, linear: str) -> bool:
         """Returns whether a linear is rounded here; else it is emitted folded, to a format that rounds it itself."""

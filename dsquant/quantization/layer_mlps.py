@@ -129,8 +129,10 @@ def emit_unquantized(job: LayerJob, grid: Grid, loaded: LoadedMlp, norm_scales_H
     if not job.linears[grid]:  # nothing is folded either
         return original
     folded = scaled(original, norm_scales_H, original.up_WH.new_ones(len(original.up_WH)))
+    packed = job.packed.get(grid, frozenset())
     for linear, weight in zip(loaded.mlp.linears, folded.parts, strict=True):
-        job.emit(grid, f"{linear}.weight", weight)
+        if linear not in packed:
+            job.emit(grid, f"{linear}.weight", weight)
     return folded
 
 

@@ -41,7 +41,7 @@ def search_norm_fold(
     group = job.layer.mlp_norm
     identity_H = torch.ones(job.inputs.shape[2], device=job.weights.device)
     readers = [mlp for mlp in job.layer.mlps if mlp.up in job.linears[grid] and len(inputs[mlp].rows_R)]
-    if not readers or "scales" not in job.steps:
+    if not readers or not job.folds(grid, group):
         return Fold(), identity_H
     judges = sorted(readers, key=lambda mlp: -len(inputs[mlp].rows_R))[:JUDGES]
     columns_H = rms_of_columns(_gates_and_ups(job, judges[:CANDIDATES_FROM]))

@@ -1,6 +1,8 @@
-"""Kimi-K2-Thinking's 4 bits as a source: read as floats, and kept code by code in GGUF's Q4_0."""
+"""Kimi-K2-Thinking's 4 bits as a source: read as floats, kept code by code in GGUF's Q4_0 and in compressed-tensors."""
 
 import json
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from small_jobs import FAST
 
 import dsquant
 from dsquant.calibration.texts import load_tokenizer
-from dsquant.errors import InputError
+from dsquant.errors import InputError, UsageError
 from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.formats.scales import open_scales
 
 GROUP = 32
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP, "dynamic": False}
@@ -99,8 +102,121 @@ def test_other_types_and_formats_are_made_of_it(
     kimi: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, text_file: Path
 ) -> None:
     output, formats = tmp_path / "out", ["compressed-tensors", "gguf:Q8_0"]
-    dsquant.awq(kimi[0], to=formats, calibration=[str(text_file)], output=output, **FAST | {"group_size": 32})
+    dsquant.awq(kimi[0], to=formats, calibration=[str(text_file)], output=output, **FAST | {"bits": 3})
     assert dsquant.verify(output, source=kimi[0], progress=False).ok
+    bits = json.loads((output / formats[0] / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert [group["weights"]["num_bits"] for group in bits.values()] == [3]
+
+
+@pytest.fixture(scope="module")
+def compact(kimi: tuple[Path, dict[str, torch.Tensor]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its compressed-tensors, with all steps of the default preset."""
+    output = tmp_path_factory.mktemp("compact") / "out"
+    text = output.parent / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 60)
+    dsquant.awq(kimi[0], calibration=[str(text)], output=output, **FAST | {"steps": None})
+    return output
+
+
+def packed_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of routed experts."""
+    tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {name: tensor for name, tensor in tensors.items() if ".mlp.experts." in name}
+
+
+def test_compressed_tensors_takes_over_the_experts_byte_for_byte(
+    kimi: tuple[Path, dict[str, torch.Tensor]], compact: Path
+) -> None:
+    wanted, found = packed_tensors(kimi[0]), packed_tensors(compact)
+    assert len(wanted) == 4 * 3 * 3 and wanted.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert dsquant.verify(compact, source=kimi[0], everything=True, progress=False).ok
+    folded = [name for name in open_scales(compact) if "post_attention_layernorm" in name]
+    assert folded == ["model.layers.0.post_attention_layernorm"]  # the dense layer's
+
+
+def test_the_config_describes_both_kinds_and_transformers_loads_them(compact: Path, tmp_path: Path) -> None:
+    from checkpoints import full_model
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    folder = tmp_path / "out"
+    shutil.copytree(compact, folder)
+    config = json.loads((folder / "config.json").read_text())
+    experts, others = config["quantization_config"]["config_groups"].values()
+    assert experts["targets"] == [
+        rf"re:.*layers\.(1)\.mlp\.experts\.\d+\.{one}_proj$" for one in ("down", "gate", "up")
+    ]
+    assert (experts["weights"]["group_size"], others["weights"]["group_size"], others["targets"]) == (
+        32,
+        64,
+        ["Linear"],
+    )
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "deepseek_v3"}))  # kimi_k2 is code elsewhere
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"quantization_config": CompressedTensorsConfig(dequantize=True), "dtype": torch.float32}
+        found = AutoModelForCausalLM.from_pretrained(folder, **options).state_dict()
+    for name, values in full_model(folder, open_checkpoint(folder).weights).state_dict().items():
+        assert float((found[name] - values).abs().max()) <= 2**-8 * float(values.abs().max()), name
+
+
+def test_an_output_with_all_steps_is_near_the_original(
+    kimi: tuple[Path, dict[str, torch.Tensor]], compact: Path
+) -> None:
+    options = {"texts": ["code"], "samples": 1, "seq_len": 64, "prompts": "none", "progress": False}
+    (candidate,) = dsquant.evaluate(kimi[0], compact, **options).candidates
+    assert candidate.format == "compressed-tensors 4 bits, groups of 32 and 64"
+    assert candidate.texts["code"].mean_kl.estimate < 0.1
+
+
+def test_the_next_release_is_made_under_its_scales(
+    kimi: tuple[Path, dict[str, torch.Tensor]], compact: Path, tmp_path: Path
+) -> None:
+    changed, name = tmp_path / "new", "model.layers.1.mlp.experts.1.up_proj.weight_packed"
+    shutil.copytree(kimi[0], changed)
+    for shard in changed.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            save_file(tensors | {name: tensors[name].flip(0).contiguous()}, shard)
+    done = dsquant.delta(compact, changed, output=tmp_path / "out", progress=False)
+    assert done.changed == [name.removesuffix("_packed")] and not done.anew
+    assert torch.equal(packed_tensors(tmp_path / "out")[name], packed_tensors(changed)[name])
+    assert dsquant.verify(tmp_path / "out", source=changed, progress=False).ok
+
+
+def test_plan_counts_the_experts_as_they_are(kimi: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    planned = {one.name: one.by_kind.get("routed experts") for one in dsquant.plan(kimi[0]).sizes}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in packed_tensors(kimi[0]).values())
+    assert planned["source"] == planned["compressed-tensors compact"] == size
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "quality"}, r"has all linears of that preset in 4 bits or fewer; take --preset compact"),
+        ({"symmetric": False}, "have no zero points"),
+    ],
+)
+def test_what_would_leave_nothing_to_do_or_engines_refuse_is_refused(
+    kimi: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        dsquant.awq(kimi[0], to="compressed-tensors", calibration="code", output=tmp_path / "out", **FAST | options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stated_shape_that_contradicts_the_codes_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model, _ = make(tmp_path / "model")
+    name = "model.layers.1.mlp.experts.2.down_proj.weight_shape"
+    for shard in model.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            save_file(tensors | {name: torch.tensor([128, 32])}, shard)
+    with pytest.raises(
+        InputError, match=r"model-0000\d\.safetensors: tensor '.*2\.down_proj\.weight_shape' says \[128, 32\]"
+    ):
+        dsquant.gguf(model, type="Q8_0", output=tmp_path / "out", **PLAIN)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_was_quantized_elsewhere_is_still_refused(tmp_path: Path, text_file: Path) -> None:
