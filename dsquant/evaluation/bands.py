@@ -4,6 +4,11 @@ The bands are those of mlx-kld, an evaluator of quantized models: below 0.005 na
 with 4 bits, and above 0.1 differences can be seen in what a model writes.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dsquant.evaluation.results import Evaluation
+
 BANDS = (
     (1e-6, "the original, as far as can be measured"),
     (0.005, "as near to the original as 6-bit weights usually are"),
@@ -25,3 +30,16 @@ def verdict(name: str, mean_kls: dict[str, float]) -> str:
     words = in_words(mean_kls[text])
     nearer = " More bits, --preset best or more samples bring it nearer." if words == BEYOND else ""
     return f"{name} is {words} (mean KL {mean_kls[text]:.4f} on {text}).{nearer}"
+
+
+def verdicts(evaluation: "Evaluation") -> list[str]:
+    """Returns a sentence about each candidate: how near it is to the original, and what plain rounding would cost."""
+    plain = {one.plain_of: one.mean_kl for one in evaluation.candidates if one.plain_of and one.texts}
+    sentences = []
+    for one in evaluation.candidates:
+        if one.texts and one.plain_of is None:
+            sentences.append(verdict(one.name, one.mean_kls))
+            if one.name in plain:
+                ours, theirs = one.mean_kl, plain[one.name]
+                sentences[-1] += f" Its mean KL is {ours:.4f}, that of plain rounding to the same grids {theirs:.4f}."
+    return sentences

@@ -24,6 +24,7 @@ from dsquant.evaluation.lockstep import LENS_TOKENS, Lockstep, noise_batch
 from dsquant.evaluation.measures import Measures
 from dsquant.evaluation.needs import needs, stays_on_gpu
 from dsquant.evaluation.opening import Opened, Original, open_candidate, open_original
+from dsquant.evaluation.plain_rounding import with_plain_rounding
 from dsquant.evaluation.report.report_files import write_reports
 from dsquant.evaluation.request import EvaluationRequest, candidate_names
 from dsquant.evaluation.results import SCHEMA_VERSION, Candidate, Evaluation, Identity, Reference
@@ -57,6 +58,8 @@ class _Inputs:
     candidates: Mapping[str, Opened]
     texts: Texts
     plan: DriftPlan | None
+    plain_of: Mapping[str, str]
+    """Yardstick of plain rounding -> the candidate that it is for."""
 
     @property
     def opened(self) -> tuple[Opened, ...]:
@@ -131,11 +134,14 @@ def check_request(request: EvaluationRequest, gates: Gates | None) -> None:
 def _open(request: EvaluationRequest, gates: Gates | None, paths: tuple[str, ...]) -> _Inputs:
     original = open_original(request.reference, torch.device(resolved_device(request.device)))
     candidates = {name: open_candidate(path, original) for name, path in candidate_names(paths).items()}
+    plain_of: dict[str, str] = {}
+    if request.plain_rounding:
+        candidates, plain_of = with_plain_rounding(original.checkpoint.weights, candidates)
     texts = read_texts(request, original.tokenizer)
     plan = plan_drift(request, original, _budget(request) - resident_bytes())
     if gates is not None:
         check_measured(gates, list(texts.samples), () if plan is None else plan.measures)
-    inputs = _Inputs(request, gates, original, candidates, texts, plan)
+    inputs = _Inputs(request, gates, original, candidates, texts, plan, plain_of)
     _check_packages(inputs)
     return inputs
 
@@ -261,8 +267,9 @@ def _candidate(inputs: _Inputs, name: str, measures: Measures, drift: CodeDrift 
         findings=diagnose(scores, measures.weights, routers_of(inputs.layers)),
         drift=drift,
         gates=(),
+        plain_of=inputs.plain_of.get(name),
     )
-    if inputs.gates is None:
+    if inputs.gates is None or candidate.plain_of is not None:
         return candidate
     blocks_per_sample = -(-(texts.tokens_NT.shape[1] - 1) // BLOCK_TOKENS)
     return replace(candidate, gates=decide(inputs.gates, candidate, blocks_per_sample))

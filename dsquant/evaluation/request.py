@@ -51,6 +51,10 @@ class EvaluationRequest(Device, Measured):
     )
     candidates: Texts = Field(description="The same, of the same model.")
     seed: int = Field(default=0, ge=0, description="Of the intervals' random draws.")
+    plain_rounding: Annotated[bool, Spelling("--plain-rounding")] = Field(
+        default=False,
+        description="Measure plain rounding to each candidate's grids too, the yardstick for what its steps gain.",
+    )
     gates: Path | None = Field(default=None, description="YAML file of limits that decide verdict and exit code.")
     output: Annotated[Path | None, Spelling("-o")] = Field(default=None, description="Folder for the report.")
 

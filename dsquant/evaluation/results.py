@@ -186,6 +186,8 @@ class Candidate:
     """Ordered by layer; empty where nothing stands out."""
     drift: CodeDrift | None
     gates: tuple[GateOutcome, ...]
+    plain_of: str | None = None
+    """The candidate on whose grids this is the original, plainly rounded; None for a candidate that was given."""
 
     @property
     def first_broken_layer(self) -> int | None:

@@ -29,6 +29,10 @@ OUT_MULTIPLE = 64
 GROUP_SIZES = (16, 32, 64, 128, 256)
 
 
+# A byte of two zero points of the symmetric grid, 8.
+_TWO_MIDDLES = 0x88
+
+
 class AwqWeights(DecodedWeights):
     """AutoAWQ's GEMM layout, decoded by autoawq."""
 
@@ -58,6 +62,10 @@ class AwqWeights(DecodedWeights):
     def packed_shape(self, prefix: str) -> tuple[int, int]:
         columns, words = self.index[prefix + "qweight"].shape
         return words * 32 // self._bits, columns
+
+    def packed_scheme(self, prefix: str) -> Grid:
+        zero_points = self.index.read(prefix + "qzeros").view(torch.uint8)
+        return Grid(self._bits, self._group_size, symmetric=bool((zero_points == _TWO_MIDDLES).all()))
 
     def decode(self, prefix: str) -> torch.Tensor:
         """Decodes through autoawq's `dequantize_gemm`, in float32."""

@@ -152,6 +152,9 @@ class CompressedTensorsWeights(DecodedWeights):
                 f"{list(shape)}; the checkpoint is damaged: download the file again"
             )
 
+    def packed_scheme(self, prefix: str) -> Grid:
+        return Grid(self._bits(prefix), self._group_size, symmetric="weight_zero_point" not in self.companions)
+
     def decode(self, prefix: str) -> torch.Tensor:
         """Decodes through compressed-tensors' own decompressor, in float32; raises InputError where the linear says
         that it has another shape than its codes and scales make."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
+from dsquant.schemes import Scheme
 from dsquant.source.shards import ShardIndex, TensorInfo
 from dsquant.source.weights import Weights
 
@@ -85,6 +86,13 @@ class DecodedWeights(Weights):
         if name not in self._packed:
             return self.index.require(name).shape
         return self.packed_shape(self._packed[name])
+
+    def scheme(self, name: str) -> Scheme | None:
+        return self.packed_scheme(self._packed[name]) if name in self._packed else None
+
+    @abstractmethod
+    def packed_scheme(self, prefix: str) -> Scheme:
+        """Returns the grid of a packed linear."""
 
     @abstractmethod
     def packed_shape(self, prefix: str) -> tuple[int, int]:

@@ -74,6 +74,11 @@ class MlxWeights(DecodedWeights):
         rows, groups = self.index[prefix + self.marker].shape
         return rows, groups * self._group_sizes[prefix]
 
+    def packed_scheme(self, prefix: str) -> Grid:
+        columns = self.packed_shape(prefix)[1]
+        bits = self.index[prefix + "weight"].shape[1] * WORD_BITS // columns
+        return Grid(bits, self._group_sizes[prefix], symmetric=True)  # as dsquant writes it
+
     def decode(self, prefix: str) -> torch.Tensor:
         """Computes code * scale + bias, in float32."""
         scales_OG, words, biases_OG = self._parts(prefix).values()

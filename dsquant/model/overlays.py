@@ -10,6 +10,7 @@ import torch
 
 from dsquant.kernels.activation_rounding import Rounding
 from dsquant.model.structure import ScaleGroup
+from dsquant.schemes import Scheme
 from dsquant.source.weights import Weights
 
 
@@ -59,6 +60,9 @@ class Overlay(Weights):
 
     def activation_quantizer(self, name: str, values: bool = False) -> Rounding:
         return self.base.activation_quantizer(name, values)
+
+    def scheme(self, name: str) -> Scheme | None:
+        return self.base.scheme(name)
 
 
 class MovedWeights(Overlay):

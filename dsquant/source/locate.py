@@ -32,6 +32,12 @@ def _no_folder(file: Path) -> str:
     return f"{file}: a model is a folder, with config.json, tokenizer and weights; name {file.absolute().parent}"
 
 
+def _beside(folder: Path) -> str:
+    """Returns which folders are where one is missing, in words."""
+    names = sorted(path.name for path in folder.parent.glob("*/")) if folder.parent.is_dir() else []
+    return f" ({folder.parent} holds {', '.join(names[:5])})" if names else ""
+
+
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -41,6 +47,6 @@ def _download(model: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{model!r}: no such folder here, and the hub did not return it: {reason}. "
+            f"{model!r}: no such folder here{_beside(Path(model))}, and the hub did not return it: {reason}. "
             "Check the name, the network and HF_TOKEN, or pass a local folder."
         ) from error

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dsquant.kernels.activation_rounding import Rounding, unrounded
+from dsquant.schemes import Scheme
 
 CPU = torch.device("cpu")
 
@@ -36,6 +37,10 @@ class Weights(Mapping[str, torch.Tensor]):
         Most engines round nothing.
         """
         return unrounded
+
+    def scheme(self, name: str) -> Scheme | None:
+        """Returns what a weight was rounded to, None where it is floats; raises LookupError where no scheme says it."""
+        return None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -109,6 +109,13 @@ def test_the_terminal_has_one_table_for_all_candidates_and_no_words_that_need_a_
     assert "-0.8 [-0.8, -0.7]" in printed
 
 
+def test_a_verdict_tells_what_plain_rounding_costs_and_has_none_of_its_own() -> None:
+    plain = dataclasses.replace(candidate("awq, plain", 0.05, 7_000_000, limit=None), plain_of="awq")
+    shown = " ".join(str(evaluation(candidate("awq", 0.01, 7_000_000), plain)).split())
+    assert "Its mean KL is 0.0130, that of plain rounding to the same grids 0.0650." in shown
+    assert "awq, plain is" not in shown and "awq, plain: layer" not in shown
+
+
 def test_numbers_that_are_none_break_no_report(tmp_path: Path) -> None:
     one = candidate("nan", 0.02, 9_000_000)
     nothing = Interval(math.nan, -math.inf, math.inf, 1)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from dsquant.escaping import markdown as escaped
 from dsquant.escaping import markdown_cell
+from dsquant.evaluation.bands import verdicts
 from dsquant.evaluation.report import tables
 from dsquant.evaluation.report.tables import Table
 
@@ -17,7 +18,7 @@ def markdown(evaluation: "Evaluation") -> str:
     parts = [f"# {escaped(f'{names} against {evaluation.reference.path}')}"]
     if evaluation.verdict is not None:
         parts.append(f"**Verdict: {evaluation.verdict}.**")
-    parts.append("\n".join(f"- {escaped(sentence)}" for sentence in tables.verdicts(evaluation)))
+    parts.append("\n".join(f"- {escaped(sentence)}" for sentence in verdicts(evaluation)))
     parts.append(_table(tables.summary(evaluation)))
     gates = tables.gates(evaluation)
     if gates is not None:

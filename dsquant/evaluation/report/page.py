@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsquant.escaping import counted, html, printable
+from dsquant.evaluation.bands import verdicts
 from dsquant.evaluation.report import figures, tables
 from dsquant.evaluation.report.charts import interval_chart
 
@@ -41,7 +42,7 @@ def part(evaluation: "Evaluation") -> str:
         subtitle=_subtitle(evaluation),
         verdicts=("pass", "fail", "inconclusive"),
         verdict_words=_verdict_words(evaluation),
-        sentences=tables.verdicts(evaluation),
+        sentences=verdicts(evaluation),
         findings=[(one.name, finding) for one in evaluation.candidates for finding in one.findings],
         summary=tables.summary(evaluation),
         gates=_gates(evaluation),

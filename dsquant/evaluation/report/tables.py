@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dsquant.escaping import counted
-from dsquant.evaluation.bands import verdict
 from dsquant.evaluation.code.drift import Health, Similarity
 from dsquant.evaluation.intervals import Interval
 from dsquant.options import format_size
@@ -95,11 +94,6 @@ def summary(evaluation: "Evaluation") -> Table:
         + (f" {BLEU_CHANGE}" if code else "")
     )
     return _without_empty_columns(Table("Candidates", tuple(headings), rows, note))
-
-
-def verdicts(evaluation: "Evaluation") -> list[str]:
-    """Returns a sentence about each candidate: how near it is to the original."""
-    return [verdict(one.name, one.mean_kls) for one in evaluation.candidates if one.texts]
 
 
 def lowest_overlap(candidate: "Candidate") -> float | None:

@@ -8,7 +8,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dsquant.evaluation.report.tables import BLEU_CHANGE, bleu_change, verdicts
+from dsquant.evaluation.bands import verdicts
+from dsquant.evaluation.report.tables import BLEU_CHANGE, bleu_change
 from dsquant.options import format_size
 from dsquant.reporting.notebook import narrow_table
 
@@ -24,7 +25,8 @@ def tables(evaluation: "Evaluation") -> Iterator[RenderableType]:
     for sentence in verdicts(evaluation):
         yield Text(sentence)
     for one in evaluation.candidates:
-        yield from _details(one)
+        if one.plain_of is None:
+            yield from _details(one)
     noise = max(scores.mean_kl.estimate for scores in evaluation.noise_floor.values())
     yield Text(f"Noise floor: the original against itself in batches of another size has a mean KL of {noise:.2g}.")
     for caveat in evaluation.caveats:

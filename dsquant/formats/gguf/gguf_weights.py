@@ -13,11 +13,13 @@ from dsquant.errors import InputError
 from dsquant.files.foreign import blaming, find_file
 from dsquant.formats.gguf.file import read_gguf
 from dsquant.formats.gguf.layout import Placement, decode_rotary, join_keys_and_values, placements, stored_shape
-from dsquant.formats.gguf.types import scale_beside
+from dsquant.formats.gguf.types import FLOAT_TYPES, scale_beside
 from dsquant.kernels.activation_rounding import Rounding, rounding_of_type
 from dsquant.model.families import FAMILIES, family_of
 from dsquant.model.overlays import on_device
 from dsquant.model.skeleton import network_config
+from dsquant.schemes import Scheme
+from dsquant.schemes.ggml_types import GGML_TYPES
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.weights import Weights
 
@@ -93,6 +95,10 @@ class GgufWeights(Weights):
 
         kind = self._tensors[self._placements[name][int(values)].tensor].tensor_type
         return rounding_of_type(kind.name, GGML_QUANT_SIZES[kind][0])
+
+    def scheme(self, name: str) -> Scheme | None:
+        kind = self._tensors[self._placements[name][-1].tensor].tensor_type.name
+        return None if kind in FLOAT_TYPES else GGML_TYPES[kind]
 
     def _decode(self, place: Placement, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
         from gguf.quants import dequantize
