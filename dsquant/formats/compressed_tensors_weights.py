@@ -153,7 +153,7 @@ class CompressedTensorsWeights(DecodedWeights):
             )
 
     def packed_scheme(self, prefix: str) -> Grid:
-        return Grid(self._bits(prefix), self._group_size, symmetric="weight_zero_point" not in self.companions)
+        return self.grids[prefix.removesuffix(".")]
 
     def decode(self, prefix: str) -> torch.Tensor:
         """Decodes through compressed-tensors' own decompressor, in float32; raises InputError where the linear says
