@@ -140,11 +140,10 @@ def test_llama_cpp_computes_what_transformers_does(
 ) -> None:
     model = add_tokenizer(make_random(tmp_path / "model", architecture.config, **changes), vocabulary=280)
     (file,) = dsquant.gguf(model, type="F32", output=tmp_path / "out", mtp="keep", **PLAIN).folders.values()
-    found_NT = divergences(whole_logits(model, TOKENS_NT), every_position(file, TOKENS_NT))
-    # llama.cpp keeps keys, the indexer's too, in F16: tokens at a tie go to other experts, and where keys are chosen,
-    # some choices differ.
-    assert float((found_NT[:, : changes.get("index_topk")] < 1e-5).double().mean()) > 0.98
-    assert float(found_NT.mean()) < 0.02
+    wanted = whole_logits(model, TOKENS_NT)
+    # By default llama.cpp keeps keys, the indexer's too, in F16: tokens at a tie go to other experts, or see others.
+    assert float(divergences(wanted, every_position(file, TOKENS_NT, in_f32=True)).max()) < 1e-5
+    assert float((divergences(wanted, every_position(file, TOKENS_NT)) < 1e-5).double().mean()) > 0.97
     open_candidate(str(model), open_original(str(file)))  # a file alone, from its keys, is the same network
 
 

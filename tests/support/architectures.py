@@ -58,8 +58,9 @@ GLM4_MOE_LITE = Architecture(
         ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
     ),
 )  # fmt: skip
-# More tokens than a query sees: the indexer chooses.
-SPARSE = {"index_topk": 16}
+# More tokens than a query sees: the indexer chooses. With the few heads of the others many scores are 0, a sum of what
+# relu cuts off, and which of these keys is seen would be arbitrary; releases have 32 or 64.
+SPARSE = {"index_topk": 16, "index_n_heads": 32}
 YARN = {
     "rope_scaling": {
         "type": "yarn", "factor": 8, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,

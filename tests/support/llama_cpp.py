@@ -1,7 +1,8 @@
 """A real llama.cpp, through the package xllamacpp: loads a GGUF file, tokenizes, predicts.
 
 The server tells of one next token at a time; `every_position` calls the library's C functions for whole samples.
-Of their structs only `llama_batch` is laid out here; parameters are passed on as they come, with their defaults.
+Of their structs only `llama_batch` is laid out here; parameters are passed on as they come, with their defaults but for
+three.
 """
 
 import ctypes
@@ -121,20 +122,37 @@ def _library() -> ctypes.CDLL:
     return llama
 
 
-def every_position(path: Path, tokens_NT: torch.Tensor, tokens_at_once: int = 512) -> torch.Tensor:
+# Places of numbers of 32 bits in `llama_context_params` -> their defaults, and what keeps keys and values in F32.
+_FLASH_ATTENTION, _TYPE_OF_KEYS, _TYPE_OF_VALUES = 13, 26, 27
+_IN_F32 = {_FLASH_ATTENTION: (-1, 0), _TYPE_OF_KEYS: (1, 0), _TYPE_OF_VALUES: (1, 0)}
+
+
+def _context_parameters(llama: ctypes.CDLL, in_f32: bool) -> _Parameters:
+    parameters = llama.llama_context_default_params()
+    numbers = (ctypes.c_int32 * 1024).from_buffer(parameters)
+    for place, (default, wanted) in _IN_F32.items():
+        assert numbers[place] == default, f"llama_context_params has changed: place {place} is {numbers[place]}"
+        numbers[place] = wanted if in_f32 else default
+    return parameters
+
+
+def every_position(
+    path: Path, tokens_NT: torch.Tensor, tokens_at_once: int = 512, in_f32: bool = False
+) -> torch.Tensor:
     """What llama.cpp predicts after every token, with its defaults and one thread.
 
     Args:
         path: a GGUF file.
         tokens_NT: int64 [N, T]; T at most 512, the default context.
         tokens_at_once: tokens of a batch, all of one sample.
+        in_f32: keys and values are kept in F32 and multiplied so; by default in F16.
 
     Returns:
         Log-probabilities, float64 [N, T, V].
     """
     llama = _library()
     model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
-    context = llama.llama_init_from_model(model, llama.llama_context_default_params())
+    context = llama.llama_init_from_model(model, _context_parameters(llama, in_f32))
     assert model and context, f"llama.cpp does not load {path}"
     llama.llama_set_n_threads(context, 1, 1)
     vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
