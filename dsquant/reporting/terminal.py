@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from dsquant.escaping import printable
 from dsquant.options import format_size
@@ -41,16 +42,17 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
         return
     columns = (
         TextColumn("{task.description:10}"),
-        BarColumn(bar_width=12),
+        BarColumn(bar_width=12, table_column=Column(min_width=12)),
         TextColumn("{task.percentage:3.0f}%"),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        TextColumn("{task.fields[what]}{task.fields[rates]}", markup=False),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(min_width=5)),
+        TextColumn("{task.fields[what]}{task.fields[rates]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
     )
-    with Progress(*columns, console=console) as progress:
-        tasks: dict[str, TaskID] = {}
-        started: dict[str, float] = {}
+    progress, tasks, started = Progress(*columns, console=console), dict[str, TaskID](), dict[str, float]()
+    try:
 
         def report(step: Step) -> None:
+            if not tasks:
+                progress.start()  # an error before the first step stands alone, without an empty line
             if step.stage not in tasks:
                 _complete(progress, *tasks.values())
                 tasks[step.stage] = progress.add_task(STAGES[step.stage], rates="", what="")
@@ -64,6 +66,9 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
 
         yield report
         _complete(progress, *tasks.values())
+    finally:
+        if tasks:
+            progress.stop()
 
 
 @contextmanager
