@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from dsquant.errors import UsageError
 from dsquant.formats.output_shards import ShardPlan, StoredTensor
 from dsquant.formats.protocol import Contents, StoredFile, Surroundings, Target
-from dsquant.formats.safetensors_writer import CARD_FILE, OpenCheckpoint
+from dsquant.formats.safetensors_writer import OpenCheckpoint
 from dsquant.formats.scales import SCALES_FILE
 from dsquant.formats.wanted import Choice, Choosable, Wanted, Width
 from dsquant.model.structure import linear_groups
 from dsquant.schemes import FP8_WIDTH, KEPT_WIDTHS, UNQUANTIZED, Fp8Blocks, Grid
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
+from dsquant.source.license import CARD_FILE
 from dsquant.source.shards import INDEX_FILE, read_index, tensor_bytes
 from dsquant.source.weights import Weights
 

@@ -17,8 +17,6 @@ from dsquant.source.checkpoint import CONFIG_FILE
 if TYPE_CHECKING:
     from dsquant.formats.safetensors_target import SafetensorsTarget
 
-CARD_FILE = "README.md"
-
 
 class ShardWriter(UnitWriter):
     """Writes one unit's tensors into its shards."""

@@ -8,7 +8,6 @@ from dsquant.evaluation.divergence import ComparedModels
 from dsquant.evaluation.held_out import compare_on_texts
 from dsquant.files.disk import write_atomically
 from dsquant.formats.protocol import Target
-from dsquant.formats.safetensors_writer import CARD_FILE
 from dsquant.formats.wanted import PICTURE_FILE
 from dsquant.pipeline.card import model_card
 from dsquant.pipeline.kept import kept_file, kept_of
@@ -18,6 +17,7 @@ from dsquant.pipeline.run_state import Run
 from dsquant.precision.groups import by_output
 from dsquant.precision.picture import choice_picture
 from dsquant.reporting.progress import Stage
+from dsquant.source.license import CARD_FILE
 
 
 def finish(run: Run, more: Mapping[str, Any] | None = None, notes: Sequence[str] = ()) -> dict[str, Any]:
@@ -31,8 +31,7 @@ def finish(run: Run, more: Mapping[str, Any] | None = None, notes: Sequence[str]
     record |= more or {}
     record["warnings"] = [*record["warnings"], *notes]
     for target in targets:
-        if CARD_FILE in target.file_names():
-            write_atomically(run.job.output / target.folder / CARD_FILE, model_card(record, target.name).encode())
+        write_atomically(run.job.output / target.folder / CARD_FILE, model_card(record, target.name).encode())
         for name, text in _about_choice(target, record).items():
             write_atomically(run.job.output / target.folder / name, text.encode())
     names = output_files(source)

@@ -12,6 +12,7 @@ from dsquant.pipeline.notices import run_warnings
 from dsquant.pipeline.run_state import Run
 from dsquant.precision.sensitivity import SENSITIVITY
 from dsquant.schemes import Grid
+from dsquant.source.license import read_license
 
 # The record's layout. 1: first. 2: hashes of all files and of its own sections; errors of single weights.
 RECORD_VERSION = 2
@@ -31,6 +32,7 @@ def run_record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any
     source, journal = run.source, run.job.journal.units
     weights, targets = source.checkpoint.weights, source.plan.targets
     layers, errors = _layers(journal)
+    license_ = read_license(source.checkpoint.folder, source.checkpoint.config)
     packages = dict.fromkeys([*PACKAGES, *(name for target in targets for name in target.packages)])
     return {
         "record_version": RECORD_VERSION,
@@ -43,6 +45,7 @@ def run_record(run: Run, divergence: dict[str, dict[str, Any]]) -> dict[str, Any
             "bytes": source.checkpoint.index.num_bytes,
             "bf16_bytes": 2 * sum(math.prod(weights.shape(name)) for name in weights),
             "tensors_sha256": run.job.notes["tensors"],
+            **({"license": license_} if license_ else {}),
         },
         "calibration": source.calibration,
         "outputs": {

@@ -7,7 +7,16 @@ from dsquant.errors import InputError
 
 EMBEDDED_MODEL = "tiny-r1"
 ASSETS = Path(__file__).parent.parent / "assets"
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.jinja"]
+HUB_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "tokenizer*",
+    "*.model",
+    "*.jinja",
+    "README.md",
+    "LICENSE",
+]
 
 
 def locate(model: str) -> Path:

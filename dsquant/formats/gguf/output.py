@@ -33,6 +33,7 @@ from dsquant.presets import Step
 from dsquant.schemes import Grid, Scheme
 from dsquant.schemes.ggml_types import GGML_TYPES
 from dsquant.source.checkpoint import Checkpoint
+from dsquant.source.license import CARD_FILE
 from dsquant.source.weights import Weights
 
 # Scales are searched on this grid: 4 bits with scale and minimum for 32 weights, as Q4_K has.
@@ -207,7 +208,7 @@ class GgufTarget(Target):
         return {f"in {name}": format_size(size) for name, size in self.model.bytes_by_type.items()}
 
     def file_names(self) -> list[str]:
-        names = [file.file_name for file in self.model.files]
+        names = [*(file.file_name for file in self.model.files), CARD_FILE]
         names += [IMATRIX_FILE, SCALES_FILE] if self.calibrated else []
         return names + ([TYPES_FILE, PICTURE_FILE] if self.chosen else [])
 
