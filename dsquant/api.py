@@ -11,7 +11,7 @@ from dsquant.evaluation.answer_request import AnswerOptions, AnswerRequest
 from dsquant.evaluation.request import EvaluationRequest
 from dsquant.options import documented, taken
 from dsquant.recipes import AwqOptions, GgufOptions, Recipe, gguf_recipe
-from dsquant.running import Again, DeltaOptions, Metrics
+from dsquant.running import Again, DeltaOptions, Metrics, Push
 
 if TYPE_CHECKING:
     from dsquant.deployment.forecast import Forecast
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dsquant.verification.checks import Verification
 
 
-@documented(AwqOptions, Again, Metrics)
+@documented(AwqOptions, Again, Push, Metrics)
 def awq(model: str | Path = "tiny-r1", *, output: str | Path, progress: bool = True, **options: Any) -> Result:
     """Quantizes a model.
 
@@ -42,13 +42,13 @@ def awq(model: str | Path = "tiny-r1", *, output: str | Path, progress: bool = T
         InputError: where model, texts or output folder cannot be used; nothing was written.
         Interrupted: where the job stopped and can be resumed.
     """
-    again, metrics = taken(Again, options), taken(Metrics, options)
+    again, push, metrics = taken(Again, options), taken(Push, options), taken(Metrics, options)
     asked = AwqOptions.checked(model=model, output=output, **options)
     recipe = Recipe.checked(**{name: getattr(asked, name) for name in asked.model_fields_set})
-    return _run(recipe, again, metrics, progress)
+    return _run(recipe, again, push, metrics, progress)
 
 
-@documented(GgufOptions, Again, Metrics)
+@documented(GgufOptions, Again, Push, Metrics)
 def gguf(model: str | Path = "tiny-r1", *, output: str | Path, progress: bool = True, **options: Any) -> Result:
     """Converts a model to GGUF files that llama.cpp runs, straight from its shards.
 
@@ -66,19 +66,20 @@ def gguf(model: str | Path = "tiny-r1", *, output: str | Path, progress: bool = 
         InputError: where model, texts, imatrix or output folder cannot be used; nothing was written.
         Interrupted: where the job stopped and can be resumed.
     """
-    again, metrics = taken(Again, options), taken(Metrics, options)
-    return _run(gguf_recipe(model=model, output=output, **options), again, metrics, progress)
+    again, push, metrics = taken(Again, options), taken(Push, options), taken(Metrics, options)
+    return _run(gguf_recipe(model=model, output=output, **options), again, push, metrics, progress)
 
 
-def _run(recipe: Recipe, again: Again, metrics: Metrics, progress: bool) -> Result:
+def _run(recipe: Recipe, again: Again, push: Push, metrics: Metrics, progress: bool) -> Result:
     if again.resume and again.restart:
         raise UsageError("resume and restart exclude each other")
     from dsquant.pipeline.job import run_job
+    from dsquant.pipeline.push import run_and_push
     from dsquant.reporting.prometheus import monitored
     from dsquant.reporting.terminal import progress_bar
 
     with progress_bar(progress) as bar, monitored(bar, **metrics.model_dump()) as report:
-        return run_job(recipe, again.resume, again.restart, report)
+        return run_and_push(recipe, push.push_to, lambda: run_job(recipe, again.resume, again.restart, report))
 
 
 @documented(EvaluationRequest)

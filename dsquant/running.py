@@ -19,6 +19,15 @@ class Again(Options):
     )
 
 
+class Push(Options):
+    """Where a finished output goes."""
+
+    push_to: Annotated[str | None, Spelling(metavar="ORG/NAME")] = Field(
+        default=None,
+        description="Upload the finished output to this repository of the hub, made private where it is not there.",
+    )
+
+
 class DeltaOptions(Again):
     """What `dsquant delta` takes besides releases and output."""
 

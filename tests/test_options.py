@@ -21,7 +21,7 @@ from dsquant.evaluation.request import EvaluationRequest
 from dsquant.options import documented, options_of
 from dsquant.recipes import AwqOptions, GgufOptions, Recipe, gguf_recipe
 from dsquant.releases.recipe import AwqStep, CalibrationPart, GgufStep, Named, ReleaseRecipe
-from dsquant.running import Again, DeltaOptions, Metrics
+from dsquant.running import Again, DeltaOptions, Metrics, Push
 
 
 def parameters(command: str) -> dict[str, click.Parameter]:
@@ -31,8 +31,8 @@ def parameters(command: str) -> dict[str, click.Parameter]:
 @pytest.mark.parametrize(
     ("command", "models"),
     [
-        ("awq", (AwqOptions, Again, Metrics)),
-        ("gguf", (GgufOptions, Again, Metrics)),
+        ("awq", (AwqOptions, Again, Push, Metrics)),
+        ("gguf", (GgufOptions, Again, Push, Metrics)),
         ("eval", (EvaluationRequest,)),
         ("plan", (PlanOptions,)),
         ("delta", (DeltaOptions,)),

@@ -1,5 +1,6 @@
 """The command `dsquant awq`."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 
 def _models() -> "tuple[type[BaseModel], ...]":
     from dsquant.recipes import AwqOptions
-    from dsquant.running import Again, Metrics
+    from dsquant.running import Again, Metrics, Push
 
-    return AwqOptions, Again, Metrics
+    return AwqOptions, Again, Push, Metrics
 
 
 class _AwqCommand(FieldsCommand):
@@ -52,9 +53,9 @@ def awq(dry_run: bool, as_json: bool, scales_from: Path | None, **options: Any) 
     """Quantizes MODEL (a folder, a hub id, or tiny-r1) with AWQ and writes a checkpoint that engines load."""
     check_again(options)
     from dsquant.options import taken
-    from dsquant.running import Again, Metrics
+    from dsquant.running import Again, Metrics, Push
 
-    again, metrics = taken(Again, options), taken(Metrics, options)
+    again, push, metrics = taken(Again, options), taken(Push, options), taken(Metrics, options)
     if scales_from is not None:
         _check_alone()
     recipe = _recipe(options)
@@ -67,8 +68,10 @@ def awq(dry_run: bool, as_json: bool, scales_from: Path | None, **options: Any) 
     def run(report: "Report", ranks: "Ranks") -> "Result":
         if scales_from is None:
             from dsquant.pipeline.job import run_job
+            from dsquant.pipeline.push import run_and_push
 
-            return run_job(recipe, again.resume, again.restart, report, ranks)
+            job = partial(run_job, recipe, again.resume, again.restart, report, ranks)
+            return run_and_push(recipe, push.push_to, job, ranks)
         from dsquant.incremental.release import full_run
 
         return full_run(recipe.model, scales_from, recipe.output, again, report)

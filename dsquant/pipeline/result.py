@@ -41,6 +41,8 @@ class Result(Shown):
     """Group of linears, or GGUF tensor -> its width or type, bytes and error, where these were chosen; of several
     formats by format."""
     already_finished: bool = False
+    pushed_to: str | None = None
+    """Address of the repository that has it."""
     elapsed_s: float = 0.0
     peak_resident_bytes: int = 0
     peak_gpu_bytes: int = 0
@@ -73,6 +75,7 @@ class Result(Shown):
             yield table_of(title, DISTANCES, [(text, *_distances(found)) for text, found in texts.items()])
             yield verdict(name, {text: found.mean_kl for text, found in texts.items()})
         yield from (f"Note: {warning}." for warning in self.warnings)
+        yield from (f"Pushed to {address}" for address in [self.pushed_to] if address)
         for name in (name for name, size in self.output_bytes.items() if size > self.source_bytes):
             reason = "its types have more bits than the original's"
             if not format_of(name).has_types:
