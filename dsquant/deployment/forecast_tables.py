@@ -138,20 +138,21 @@ def _machine(forecast: "Forecast", found: "MachineForecast") -> Iterator[Rendera
 
 def _runs_table(machine: Machine, runs: "list[Deployment]") -> Table:
     unit, factor = _unit(row.output.served_bytes for row in runs)
-    table = _table(
-        f"On {machine} (sizes in {unit})", "output", "loaded", "GPU", "RAM", "disk", "tokens/s", "context", "remark"
-    )
-    table.columns[-1].justify = "left"
+    headings = ("output", "loaded", "GPU", "RAM", "disk", "tokens/s", "context", "remark")
+    rows = []
     for row in runs:
         placement = row.placement
         places = (placement.gpu_bytes, placement.ram_bytes, placement.disk_bytes)
         sizes = [f"{size / factor:,.1f}" if size else "" for size in (row.output.served_bytes, *places)]
         speed = _range(placement.tokens_per_s) if placement.tokens_per_s else ""
         context = f"{placement.max_context:,}" if placement.max_context else ""
-        remark = "" if placement.disk_bytes else placement.reason
-        table.add_row(row.output.name, *sizes, speed, context, remark)
-    if all(row.placement.disk_bytes or not row.placement.reason for row in runs):
-        table.columns.pop()
+        rows.append((row.output.name, *sizes, speed, context, "" if placement.disk_bytes else placement.reason))
+    kept = [at for at in range(len(headings)) if any(row[at] for row in rows)]  # no disk used, no column of it
+    table = _table(f"On {machine} (sizes in {unit})", *(headings[at] for at in kept))
+    if headings[kept[-1]] == "remark":
+        table.columns[-1].justify = "left"
+    for cells in rows:
+        table.add_row(*(cells[at] for at in kept))
     return table
 
 
@@ -210,7 +211,8 @@ def _sizes_table(forecast: "Forecast") -> Table:
     choices = [mtp for mtp in ("none", "keep", "quantize", "drop") if any(size.mtp == mtp for size in forecast.sizes)]
     heads = ["files" if mtp == "none" else f"MTP {mtp}" for mtp in choices]
     unit, factor = _unit(size.num_bytes for size in forecast.sizes)
-    table = _table(f"Sizes of the weight files in {unit} by --mtp; loaded: without MTP", "output", *heads, "loaded")
+    mtp = "" if choices == ["none"] else " by --mtp; loaded: without MTP"
+    table = _table(f"Sizes of the weight files in {unit}{mtp}", "output", *heads, "loaded")
     by_name: dict[str, dict[str, OutputSize]] = {}
     for size in forecast.sizes:
         by_name.setdefault(size.name, {})[size.mtp] = size

@@ -17,6 +17,9 @@ MONOSPACE = (
     "font-family: ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 )
 
+WIDTH = 100
+"""Columns of tables and texts: a notebook's page on GitHub, or exported, is not wider."""
+
 
 class Shown(ABC):
     """A result that `print` and a notebook show as the tables of the command line."""
@@ -90,7 +93,7 @@ class _Checked:
             yield part if part.control else Segment(printable(part.text), part.style)
 
 
-def as_text(renderables: Iterable[Any], width: int = 100) -> str:
+def as_text(renderables: Iterable[Any], width: int = WIDTH) -> str:
     """Renders rich's tables and texts as plain text without colours, `width` columns wide."""
     console = plain_console(
         file=io.StringIO(), width=width, force_jupyter=False, force_terminal=False, color_system=None
@@ -103,7 +106,7 @@ def as_text(renderables: Iterable[Any], width: int = 100) -> str:
 
 def as_html(renderables: Iterable[Any]) -> str:
     """Renders rich's tables and texts as HTML with inline styles."""
-    console = plain_console(record=True, file=io.StringIO(), width=140, force_jupyter=False)
+    console = plain_console(record=True, file=io.StringIO(), width=WIDTH, force_jupyter=False)
     for renderable in renderables:
         console.print(renderable)
     return console.export_html(inline_styles=True, code_format=f'<pre style="{MONOSPACE}">{{code}}</pre>')
