@@ -10,6 +10,11 @@ out/heldout-python.txt and out/training.json. See dsquant/assets/tiny-r1/README.
 writes out/medium-r1, four times as large, for benchmarks/quality.py, not shipped; parts/medium-r1.tar.00, .01 ...
 are the pieces of one .tar of it and the two files: `cat parts/medium-r1.tar.* | tar x`. smooth_tiny_r1.py makes the
 model without outlier channels from it.
+
+    python scripts/train_tiny_r1.py --family v3.2 --seq-len 4096 --batch 12 --output out
+
+writes out/tiny-v32 and out/tiny-v32-smooth in DeepSeek-V3.2's layout: the same network, with indexers that are trained
+beside it on `--indexer-tokens` more and choose 512 of up to 4,096 keys.
 """
 
 import argparse
@@ -22,29 +27,22 @@ import time
 from pathlib import Path
 
 import torch
-from tiny_r1 import corpus, export, tokenizer, training
+from tiny_r1 import corpus, export, indexer, tokenizer, training
 from tiny_r1.network import MEDIUM, SMALL, Config, TinyR1
 
 SIZES = {"small": ("tiny-r1", SMALL, 2e-3), "medium": ("medium-r1", MEDIUM, 1.5e-3)}
 """Size -> folder name, config, highest learning rate."""
+FAMILIES = {"r1": "r1", "v3.2": "v32"}
+"""Family -> what its folders are called."""
 PART_BYTES = 15 * 2**20
+SPARSE_SAMPLES = 50
 HELD_OUT_CHARS = 1_500_000
 LARGEST_CHANGE = 1e-3
 
 
 def main() -> None:
     """Runs all steps."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--parts", type=Path, help="folder for a .tar in pieces of 15 MiB")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="train no longer, on fewer tokens if need be")
-    parser.add_argument("--tokens", type=int, default=130_000_000)
-    parser.add_argument("--chars", type=int, default=220_000_000, help="characters of the corpus")
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = _options()
     name, config, rate = SIZES[options.size]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(options.seed)
@@ -68,7 +66,16 @@ def main() -> None:
     first, second = training.evaluate(model, held_out_stream, options.seq_len, 400)
     log(f"held-out perplexity {math.exp(first):.3f}, of the token after next {math.exp(second):.3f}")
 
-    weights = model.named_weights()
+    weights, sparse = model.named_weights(), {}
+    if options.family == "v3.2":
+        name, config = name.replace(FAMILIES["r1"], FAMILIES["v3.2"]), config | indexer.KEYS
+        started_indexers = time.monotonic()
+        weights |= indexer.train(
+            model, stream, options.indexer_tokens, options.indexer_batch, options.seq_len, log, options.seconds
+        )
+        sparse = {"perplexity_sparse": sparse_perplexity(config, weights, held_out_stream, options.seq_len)}
+        sparse |= {"indexer_seconds": time.monotonic() - started_indexers}
+        log(f"held-out perplexity {sparse['perplexity_sparse']:.3f} with {config['index_topk']} keys")
     changed = export.add_outliers(weights, options.seed)
     save(changed, trained, options.output / name, config)
     save(weights, trained, options.output / f"{name}-smooth", config)
@@ -80,6 +87,7 @@ def main() -> None:
         "corpus_tokens": len(stream),
         "seconds": time.monotonic() - started,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        **sparse,
         "packages": licences,
     }
     (options.output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -90,10 +98,35 @@ def main() -> None:
         pack(options.output, [name, "heldout-python.txt", "training.json"], options.parts / f"{name}.tar")
     # After all is written: what took minutes of a GPU is not lost to a near tie in some router.
     sample = held_out_stream[: options.seq_len].long().cpu().unsqueeze(0)
-    difference = largest_difference(config, weights, changed, sample)
+    difference = largest_difference(SIZES[options.size][1], weights, changed, sample)
     log(f"outlier channels change logits by {difference:.1e} at most")
     if difference > LARGEST_CHANGE:
         raise RuntimeError(f"outlier channels changed the function: logits by {difference}, at most {LARGEST_CHANGE}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--family", choices=FAMILIES, default="r1")
+    parser.add_argument("--indexer-tokens", type=int, default=16_000_000)
+    parser.add_argument("--indexer-batch", type=int, default=4)
+    parser.add_argument("--parts", type=Path, help="folder for a .tar in pieces of 15 MiB")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="train no longer, on fewer tokens if need be")
+    parser.add_argument("--tokens", type=int, default=130_000_000)
+    parser.add_argument("--chars", type=int, default=220_000_000, help="characters of the corpus")
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def sparse_perplexity(config: Config, weights: dict[str, torch.Tensor], tokens: torch.Tensor, seq_len: int) -> float:
+    """Perplexity on the first samples of a stream, of the network that sees the keys which its indexers choose."""
+    model = TinyR1(config)
+    model.load_named_weights(weights)
+    first, _ = training.evaluate(model.to(tokens.device), tokens, seq_len, SPARSE_SAMPLES)
+    return math.exp(first)
 
 
 def pack(folder: Path, names: list[str], archive: Path) -> None:

@@ -13,12 +13,17 @@ LARGEST_FP8 = 448.0
 NUM_SHARDS = 4
 # Norm -> what reads it: everything, the router included.
 CONSUMERS = {
-    "input_layernorm": ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
-    "self_attn.q_a_layernorm": ("self_attn.q_b_proj",),
+    "input_layernorm": (
+        "self_attn.q_a_proj",
+        "self_attn.kv_a_proj_with_mqa",
+        "indexer.wk",
+        "indexer.weights_proj",
+    ),
+    "self_attn.q_a_layernorm": ("self_attn.q_b_proj", "indexer.wq_b"),
     "self_attn.kv_a_layernorm": ("self_attn.kv_b_proj",),
     "post_attention_layernorm": ("gate_proj", "up_proj", "mlp.gate"),
 }
-PLAIN = ("embed_tokens", "lm_head", "mlp.gate.", "eh_proj", "shared_head")
+PLAIN = ("embed_tokens", "lm_head", "mlp.gate.", "eh_proj", "shared_head", "indexer.weights_proj")
 
 
 def add_outliers(weights: dict[str, torch.Tensor], seed: int, remove: bool = False) -> dict[str, torch.Tensor]:

@@ -83,12 +83,16 @@ class TinyR1(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        from transformers import AutoModelForCausalLM, DeepseekV3Config
+        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
         self.config = config
+        self.masked = "index_topk" in config
+        """Whether attention gets its causal mask: sparse attention needs it, and one that tells its weights."""
         self.num_layers: int = config["num_hidden_layers"]
         # A deep copy, since transformers adds keys of its own to the rope_scaling it is given.
-        built = DeepseekV3Config.from_dict({**copy.deepcopy(config), "num_hidden_layers": self.num_layers + 1})
+        built = CONFIG_MAPPING[config["model_type"]].from_dict(
+            {**copy.deepcopy(config), "num_hidden_layers": self.num_layers + 1}
+        )
         self.model = AutoModelForCausalLM.from_config(built, dtype=torch.float32, attn_implementation="sdpa")
         hidden = config["hidden_size"]
         self.enorm, self.hnorm, self.head_norm = (nn.RMSNorm(hidden, eps=1e-6) for _ in range(3))
@@ -108,8 +112,10 @@ class TinyR1(nn.Module):
     def _run(self, hidden_NTH: torch.Tensor, layers: Any) -> torch.Tensor:
         positions = torch.arange(hidden_NTH.shape[1], device=hidden_NTH.device).unsqueeze(0)
         rotary = self.model.model.rotary_emb(hidden_NTH, positions)
+        later = torch.full((hidden_NTH.shape[1],) * 2, -torch.inf, device=hidden_NTH.device).triu(1)
+        mask = later[None, None].expand(len(hidden_NTH), -1, -1, -1) if self.masked else None
         for layer in layers:
-            hidden_NTH = layer(hidden_NTH, position_embeddings=rotary, position_ids=positions)
+            hidden_NTH = layer(hidden_NTH, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
         return hidden_NTH
 
     def logits(self, tokens_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
