@@ -36,6 +36,8 @@ GROUP_SIZES = (16, 32, 64, 128)
 ROWS_AT_ONCE = 1024
 # Models of mlx-lm 0.32 that read neither rope_scaling nor tie_word_embeddings, by their `model_type`.
 UNSCALED = ("glm4_moe",)
+# Its model whose config has to state these, and of which every layer has an indexer of its own.
+INDEXED = "glm_moe_dsa"
 
 
 class MlxWeights(DecodedWeights):
@@ -167,6 +169,14 @@ class Mlx(SafetensorsFormat):
                 f"--to mlx: mlx-lm's {config['model_type']} has neither rope scaling ({kind}) nor a head tied to the "
                 "embedding; take another format"
             )
+        if config.get("model_type") == INDEXED:
+            if "shared" in (config.get("indexer_types") or ()):
+                raise UsageError(
+                    f"--to mlx: mlx-lm's {INDEXED} has an indexer in every layer, and this model has layers that share "
+                    "one; take another format"
+                )
+            theta = {"rope_theta": stated.get("rope_theta", config.get("rope_theta"))}
+            stated |= {"moe_layer_freq": 1, "rope_parameters": scaling | theta | {"rope_type": kind}}
         return stated | {"rope_scaling": None if kind == "default" else scaling | {"type": kind, "rope_type": kind}}
 
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -145,6 +145,14 @@ def test_a_delta_writes_the_changed_experts_into_their_stacks(pico: Path, output
     assert dsquant.verify(tmp_path / "delta", everything=True, progress=False).ok
 
 
+def test_what_mlx_lm_asks_of_glm5_is_written_and_layers_without_an_indexer_are_refused() -> None:
+    config = {"model_type": "glm_moe_dsa", "rope_theta": 1e6, "indexer_types": ["full", "full"]}
+    written = MLX.engines_config(config)
+    assert written["rope_parameters"] == {"rope_theta": 1e6, "rope_type": "default"} and written["moe_layer_freq"] == 1
+    with pytest.raises(UsageError, match=r"glm_moe_dsa has an indexer in every layer"):
+        MLX.engines_config(config | {"indexer_types": ["full", "shared"]})
+
+
 @pytest.mark.slow
 def test_two_ranks_write_the_stacks_of_one_beside_a_format_that_quantizes_more(
     narrow_r1: Path, text_file: Path, tmp_path: Path
