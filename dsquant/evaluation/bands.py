@@ -36,8 +36,8 @@ def verdicts(evaluation: "Evaluation") -> list[str]:
     """Returns a sentence about each candidate: how near it is to the original, and what plain rounding would cost."""
     plain = {one.plain_of: one.mean_kl for one in evaluation.candidates if one.plain_of and one.texts}
     sentences = []
-    for one in evaluation.candidates:
-        if one.texts and one.plain_of is None:
+    for one in evaluation.given:
+        if one.texts:
             sentences.append(verdict(one.name, one.mean_kls))
             if one.name in plain:
                 ours, theirs = one.mean_kl, plain[one.name]

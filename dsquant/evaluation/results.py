@@ -277,6 +277,11 @@ class Evaluation(Shown):
     """What these numbers do not show."""
 
     @property
+    def given(self) -> tuple[Candidate, ...]:
+        """The candidates without the yardsticks of plain rounding."""
+        return tuple(one for one in self.candidates if one.plain_of is None)
+
+    @property
     def verdict(self) -> Verdict | None:
         """The worst of the candidates' verdicts; None without gates."""
         verdicts = [candidate.verdict for candidate in self.candidates]

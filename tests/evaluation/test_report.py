@@ -114,6 +114,10 @@ def test_a_verdict_tells_what_plain_rounding_costs_and_has_none_of_its_own() -> 
     shown = " ".join(str(evaluation(candidate("awq", 0.01, 7_000_000), plain)).split())
     assert "Its mean KL is 0.0130, that of plain rounding to the same grids 0.0650." in shown
     assert "awq, plain is" not in shown and "awq, plain: layer" not in shown
+    drawn = page(evaluation(candidate("awq", 0.01, 7_000_000), plain))
+    assert (
+        "<h1>awq against tiny-r1</h1>" in drawn and 'class="line s0 dashed"' in drawn and 'class="line s1' not in drawn
+    )
 
 
 def test_numbers_that_are_none_break_no_report(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Chooses the charts of the report page."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,9 +35,9 @@ def size_against_drift(evaluation: "Evaluation") -> list[Figure]:
     def chart(y_label: str, of_original: float, measure: Callable[["Candidate"], float | None]) -> str:
         size = evaluation.reference.size_bytes / divisor
         series = [Series("original", ((size, of_original),), ORIGINAL)]
-        for number, one in enumerate(evaluation.candidates):
+        for one, colour in _coloured(evaluation):
             if (found := measure(one)) is not None:
-                series.append(Series(one.name, ((one.size_bytes / divisor, found),), number))
+                series.append(Series(one.name, ((one.size_bytes / divisor, found),), colour))
         return scatter_chart(series, f"size, {unit}", y_label) if len(series) > 1 else ""
 
     figures = [
@@ -65,8 +65,8 @@ def kl_by_position(evaluation: "Evaluation") -> list[Figure]:
     figures = []
     for text in evaluation.texts:
         series = [
-            Series(one.name, tuple((float(at), kl) for at, kl in one.texts[text.name].kl_by_position), number)
-            for number, one in enumerate(evaluation.candidates)
+            _line(one, colour, ((float(at), kl) for at, kl in one.texts[text.name].kl_by_position))
+            for one, colour in _coloured(evaluation)
             if text.name in one.texts
         ]
         svg = line_chart(series, "position in the sample, tokens", "mean KL, nats")
@@ -82,8 +82,8 @@ def by_layer(evaluation: "Evaluation") -> list[Figure]:
 
     def lines(measure: Callable[["LayerScores"], float | None]) -> list[Series]:
         return [
-            Series(one.name, tuple((float(at.index), y) for at in one.layers if (y := measure(at)) is not None), number)
-            for number, one in enumerate(evaluation.candidates)
+            _line(one, colour, ((float(at.index), y) for at in one.layers if (y := measure(at)) is not None))
+            for one, colour in _coloured(evaluation)
         ]
 
     overlap = lines(lambda layer: layer.router_overlap.estimate if layer.router_overlap else None)
@@ -113,7 +113,7 @@ def by_layer(evaluation: "Evaluation") -> list[Figure]:
 def worst_tensors(evaluation: "Evaluation") -> list[Figure]:
     """Draws the tensors with the largest errors, a chart for each candidate."""
     figures = []
-    for number, one in enumerate(evaluation.candidates):
+    for number, one in enumerate(evaluation.given):
         rows = [(short_name(error.name), error.relative, error.activation_weighted) for error in one.weights[:BARS]]
         svg = bar_chart(rows, number, "activation-weighted")
         caption = "Relative error; the mark is the error as weighted by the tensor's inputs."
@@ -131,6 +131,16 @@ def short_name(name: str) -> str:
     return f"{parts[2]} · {'.'.join(inside)}"
 
 
+def _coloured(evaluation: "Evaluation") -> "Iterator[tuple[Candidate, int]]":
+    """Yields every candidate with its colour; plain rounding has that of its candidate, and dashed lines."""
+    colours = {one.name: number for number, one in enumerate(evaluation.given)}
+    return ((one, colours[one.plain_of or one.name]) for one in evaluation.candidates)
+
+
+def _line(candidate: "Candidate", colour: int, points: Iterable[tuple[float, float]]) -> Series:
+    return Series(candidate.name, tuple(points), colour, dashed=candidate.plain_of is not None)
+
+
 def _legend(evaluation: "Evaluation") -> tuple[tuple[str, int], ...]:
-    candidates: tuple[Candidate, ...] = evaluation.candidates
-    return tuple((one.name, number) for number, one in enumerate(candidates)) if len(candidates) > 1 else ()
+    names = ((one.name + (" (dashed)" if one.plain_of else ""), colour) for one, colour in _coloured(evaluation))
+    return tuple(names) if len(evaluation.candidates) > 1 else ()

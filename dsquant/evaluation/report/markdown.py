@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def markdown(evaluation: "Evaluation") -> str:
     """Returns the text of report.md."""
-    names = ", ".join(one.name for one in evaluation.candidates)
+    names = ", ".join(one.name for one in evaluation.given)
     parts = [f"# {escaped(f'{names} against {evaluation.reference.path}')}"]
     if evaluation.verdict is not None:
         parts.append(f"**Verdict: {evaluation.verdict}.**")
@@ -24,9 +24,7 @@ def markdown(evaluation: "Evaluation") -> str:
     if gates is not None:
         parts.append(_table(gates))
     findings = [
-        f"- **{escaped(one.name)}**: {escaped(finding.message)}"
-        for one in evaluation.candidates
-        for finding in one.findings
+        f"- **{escaped(one.name)}**: {escaped(finding.message)}" for one in evaluation.given for finding in one.findings
     ]
     if findings:
         parts += ["## What is broken", "\n".join(findings)]
@@ -36,7 +34,7 @@ def markdown(evaluation: "Evaluation") -> str:
     if execution is not None:
         parts.append(_table(execution))
     parts += [_table(table) for table in tables.ladders(evaluation)]
-    for one in evaluation.candidates:
+    for one in evaluation.given:
         parts += [_table(tables.layers(one)), _table(tables.weights(one))]
     parts.append(_table(tables.identity(evaluation)))
     if evaluation.caveats:

@@ -43,7 +43,7 @@ def part(evaluation: "Evaluation") -> str:
         verdicts=("pass", "fail", "inconclusive"),
         verdict_words=_verdict_words(evaluation),
         sentences=verdicts(evaluation),
-        findings=[(one.name, finding) for one in evaluation.candidates for finding in one.findings],
+        findings=[(one.name, finding) for one in evaluation.given for finding in one.findings],
         summary=tables.summary(evaluation),
         gates=_gates(evaluation),
         size_figures=figures.size_against_drift(evaluation),
@@ -54,15 +54,15 @@ def part(evaluation: "Evaluation") -> str:
         tensor_figures=figures.worst_tensors(evaluation),
         details=[
             *tables.ladders(evaluation),
-            *(tables.layers(one) for one in evaluation.candidates),
-            *(tables.weights(one) for one in evaluation.candidates),
+            *(tables.layers(one) for one in evaluation.given),
+            *(tables.weights(one) for one in evaluation.given),
         ],
         identity=tables.identity(evaluation),
     )
 
 
 def _names(evaluation: "Evaluation") -> str:
-    return ", ".join(one.name for one in evaluation.candidates)
+    return ", ".join(one.name for one in evaluation.given)
 
 
 def _subtitle(evaluation: "Evaluation") -> str:
@@ -109,7 +109,7 @@ def _gates(evaluation: "Evaluation") -> list[dict[str, Any]]:
 def _examples(evaluation: "Evaluation") -> list[tuple[str, list[dict[str, str]]]]:
     """Returns completions side by side, from where they diverge; those that diverge first come first."""
     groups = []
-    for one in evaluation.candidates:
+    for one in evaluation.given:
         if one.drift is None:
             continue
         differing = [example for example in one.drift.examples if example.first_divergence is not None]

@@ -74,7 +74,7 @@ def summary(evaluation: "Evaluation") -> Table:
             one.name,
             one.verdict or NOTHING,
             one.format,
-            format_size(one.size_bytes),
+            format_size(one.size_bytes).replace(" ", "\N{NO-BREAK SPACE}"),
             share(one.size_bytes / original),
             f"{one.bits_per_weight:.2f}",
             number(one.mean_kl),

@@ -24,9 +24,8 @@ def tables(evaluation: "Evaluation") -> Iterator[RenderableType]:
     yield from _code(evaluation)
     for sentence in verdicts(evaluation):
         yield Text(sentence)
-    for one in evaluation.candidates:
-        if one.plain_of is None:
-            yield from _details(one)
+    for one in evaluation.given:
+        yield from _details(one)
     noise = max(scores.mean_kl.estimate for scores in evaluation.noise_floor.values())
     yield Text(f"Noise floor: the original against itself in batches of another size has a mean KL of {noise:.2g}.")
     for caveat in evaluation.caveats:
