@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from dsquant.deployment.planned import planned_checkpoint
 from dsquant.deployment.sample import Sample, sample_of
 from dsquant.files.foreign import find_file
 from dsquant.formats.checkpoints import checkpoint_of, open_checkpoint
 from dsquant.model.complete import check_complete
 from dsquant.model.kinds import kind_of
-from dsquant.model.planned import planned_checkpoint
 from dsquant.model.skeleton import Skeleton
 from dsquant.pipeline.inputs import check_unquantized
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint, read_config, read_config_file

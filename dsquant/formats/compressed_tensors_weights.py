@@ -31,7 +31,8 @@ def _weights_group(config: Path, group: Any) -> dict[str, Any]:
     return group
 
 
-def _is_target(name: str, target: Any) -> bool:
+def is_target(name: str, target: Any) -> bool:
+    """Returns whether an entry of `targets` or `ignore` means a module: its name, or an expression that begins it."""
     if not isinstance(target, str):
         return False
     return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
@@ -96,7 +97,7 @@ class CompressedTensorsWeights(DecodedWeights):
         """Returns the number of the group whose targets name a packed linear, or its class."""
         name = prefix.removesuffix(".")
         for number, group in enumerate(self._groups):
-            if any(_is_target(name, target) for target in group.get("targets", ())):
+            if any(is_target(name, target) for target in group.get("targets", ())):
                 return number
         for number, group in enumerate(self._groups):
             if "Linear" in group.get("targets", ()) or len(self._groups) == 1:

@@ -147,26 +147,27 @@ def open_model(model: str, device: torch.device = CPU, mtp: str = "keep") -> tup
     """Opens an unquantized checkpoint (a folder, a hub id, or `tiny-r1`) and builds its network.
 
     `device` gets the weights that are read; with `mtp="drop"` anything may be in the multi-token-prediction layers.
-    Raises InputError where the checkpoint is missing, damaged, incomplete, or quantized already.
+    Raises InputError where the checkpoint is missing, damaged, incomplete, or quantized already, or packed
+    weights contradict the shapes that they state.
     """
     checkpoint = open_checkpoint(locate(model), device)
     check_unquantized(checkpoint)
+    if isinstance(checkpoint.weights, CompressedTensorsWeights):
+        checkpoint.weights.check_shapes()
     skeleton = Skeleton(checkpoint)
     check_complete(checkpoint, skeleton, mtp)
     return checkpoint, skeleton
 
 
 def check_unquantized(checkpoint: Checkpoint) -> None:
-    """Raises InputError where a checkpoint's weights are neither FP8, floats nor what its makers released in 4 bits (it
-    is quantized already), or packed weights contradict the shapes that they state."""
+    """Raises InputError where a checkpoint's weights are neither FP8, floats nor what its makers released in 4 bits: it
+    is quantized already."""
     found, family = format_of_config(checkpoint.config), FAMILIES[checkpoint.architecture]
     released = checkpoint.config.get("model_type") in family.packed_types and found is format_of("compressed-tensors")
     if found is not None and not (released and find_file(checkpoint.folder, RECORD_FILE) is None):
         raise InputError(
             f"{checkpoint.folder}: the model is already quantized ({found.name}); start from the FP8 or BF16 release"
         )
-    if isinstance(checkpoint.weights, CompressedTensorsWeights):
-        checkpoint.weights.check_shapes()
 
 
 def _check_texts(recipe: Recipe) -> None:

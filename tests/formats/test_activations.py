@@ -8,10 +8,10 @@ from checkpoints import FP8, PICO_R1
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 
 import dsquant
+from dsquant.deployment.planned import planned_checkpoint
 from dsquant.errors import UsageError
 from dsquant.formats.compressed_tensors import CompressedTensors
 from dsquant.formats.safetensors_target import SafetensorsTarget, only_checkpoint
-from dsquant.model.planned import planned_checkpoint
 from dsquant.pipeline.planning import plan_run
 from dsquant.recipes import Recipe
 

@@ -188,6 +188,8 @@ def test_plan_counts_the_experts_as_they_are(kimi: tuple[Path, dict[str, torch.T
     planned = {one.name: one.by_kind.get("routed experts") for one in dsquant.plan(kimi[0]).sizes}
     size = sum(tensor.numel() * tensor.element_size() for tensor in packed_tensors(kimi[0]).values())
     assert planned["source"] == planned["compressed-tensors compact"] == size
+    of_config = {one.name: one.by_kind.get("routed experts") for one in dsquant.plan(kimi[0] / "config.json").sizes}
+    assert of_config["source"] == of_config["compressed-tensors compact"] == size
 
 
 @pytest.mark.parametrize(

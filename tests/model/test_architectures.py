@@ -16,12 +16,12 @@ from small_jobs import FAST
 from streams import stream_logits
 
 import dsquant
+from dsquant.deployment.planned import planned_checkpoint
 from dsquant.errors import InputError, UsageError
 from dsquant.evaluation.opening import open_candidate, open_original
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.families import family_of
 from dsquant.model.overlays import Fold, FoldedWeights, fold_of
-from dsquant.model.planned import planned_checkpoint
 from dsquant.model.skeleton import Skeleton
 from dsquant.source.shards import read_index
 

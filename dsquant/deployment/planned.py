@@ -2,18 +2,25 @@
 
 DeepSeek's FP8 releases store every linear of a decoder layer in blocks with one F32 scale each; norms, router,
 embedding, head and what the multi-token-prediction layer adds stay in the config's own type, the router's bias in F32.
-Checked against R1's release: 91,991 tensors, 688,574,839,360 bytes.
+Checked against R1's release: 91,991 tensors, 688,574,839,360 bytes. Releases in 4 bits store those linears packed that
+their config does not ignore.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsquant.errors import InputError
+from dsquant.formats.checkpoints import stored_weights
+from dsquant.formats.compressed_tensors_weights import is_target
+from dsquant.kernels.values import WORD_BITS
+from dsquant.model.families import FAMILIES, architecture_of
 from dsquant.model.layouts import text_config
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import ROUTER_BIAS
+from dsquant.pipeline.inputs import is_packed
 from dsquant.schemes import Fp8Blocks
-from dsquant.source.checkpoint import Checkpoint, StoredWeights, block_size
+from dsquant.source.checkpoint import PACKED_SUFFIX, Checkpoint, StoredWeights, block_size
 from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.shards import ShardIndex, TensorInfo
 
@@ -28,8 +35,9 @@ def planned_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[Checkpoint
     """
     config = text_config(folder, config)
     quantization = config.get("quantization_config") or {}
-    method = quantization.get("quant_method")
-    if method not in (None, "fp8") or "bits" in quantization:
+    method, family = quantization.get("quant_method"), FAMILIES[str(architecture_of(config))]
+    packed = config.get("model_type") in family.packed_types and is_packed(config)
+    if (method not in (None, "fp8") and not packed) or "bits" in quantization:
         raise InputError(
             f"{folder / 'config.json'}: describes a model that is already quantized ({method or quantization}); take "
             "the config of the FP8 or BF16 release"
@@ -37,8 +45,34 @@ def planned_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[Checkpoint
     block = block_size(folder, quantization)
     empty = ShardIndex(folder, {})
     skeleton = Skeleton(Checkpoint(folder, config, empty, StoredWeights(empty, block)))
-    index = ShardIndex(folder, {info.name: info for info in _tensors(folder, config, skeleton, block)})
-    return Checkpoint(folder, config, index, StoredWeights(index, block)), skeleton
+    tensors = _tensors(folder, config, skeleton, block)
+    if packed:
+        stored_weights(empty, config)  # refuses a config that compressed-tensors would not read
+        tensors = list(_packed(tensors, skeleton, quantization))
+    index = ShardIndex(folder, {info.name: info for info in tensors})
+    return Checkpoint(folder, config, index, stored_weights(index, config)), skeleton
+
+
+def _packed(tensors: Iterable[TensorInfo], skeleton: Skeleton, quantization: Mapping[str, Any]) -> Iterator[TensorInfo]:
+    """Yields tensors with those that compressed-tensors packs in the place of the linears that it does not ignore."""
+    group, ignored = next(iter(quantization["config_groups"].values()))["weights"], quantization.get("ignore")
+    bits, size = group.get("num_bits", 4), group.get("group_size", 128)
+    linears = {linear for layer in skeleton.layers for linear in layer.linears}
+    for info in tensors:
+        linear = info.name.removesuffix(".weight")
+        if linear not in linears or any(
+            is_target(linear, one) for one in (ignored if isinstance(ignored, list) else ())
+        ):
+            yield info
+            continue
+        rows, columns = info.shape
+        parts = (
+            (PACKED_SUFFIX, "I32", (rows, -(-columns * bits // WORD_BITS))),
+            ("_scale", "BF16", (rows, columns // size)),
+            ("_shape", "I64", (2,)),
+        )
+        for suffix, dtype, shape in parts:
+            yield TensorInfo(info.name + suffix, dtype, shape, info.path, 0)
 
 
 def _tensors(
