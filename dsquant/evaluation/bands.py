@@ -16,12 +16,18 @@ BANDS = (
     (0.05, "as near to the original as 4-bit weights usually are"),
     (0.1, "further from the original than 4-bit weights usually are"),
 )
+LONG = 1e5
 BEYOND = "so far from the original that answers will visibly differ"
 
 
 def in_words(mean_kl: float) -> str:
     """Returns what a mean KL divergence in nats means, as the end of a sentence."""
     return next((words for most, words in BANDS if mean_kl < most), BEYOND)
+
+
+def written(perplexity: float) -> str:
+    """Returns a perplexity with three decimals, or three digits where a model is lost and the number is long."""
+    return f"{perplexity:.3f}" if perplexity < LONG else f"{perplexity:.2e}"
 
 
 def verdict(name: str, mean_kls: dict[str, float]) -> str:

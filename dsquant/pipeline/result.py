@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsquant.evaluation.bands import verdict
+from dsquant.evaluation.bands import verdict, written
 from dsquant.evaluation.divergence import Divergence
 from dsquant.files.foreign import blaming
 from dsquant.files.strict_json import read_json_object
@@ -98,8 +98,8 @@ DISTANCES = ("text", "tokens", "perplexity, original", "perplexity", "mean KL, n
 def _distances(found: Divergence) -> tuple[str, ...]:
     return (
         str(found.tokens),
-        f"{found.perplexity_original:.3f}",
-        f"{found.perplexity:.3f}",
+        written(found.perplexity_original),
+        written(found.perplexity),
         f"{found.mean_kl:.4f}",
         f"{found.top1_agreement:.1%}",
     )

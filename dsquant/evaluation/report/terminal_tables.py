@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dsquant.evaluation.bands import verdicts
+from dsquant.evaluation.bands import verdicts, written
 from dsquant.evaluation.report.tables import BLEU_CHANGE, bleu_change
 from dsquant.options import format_size
 from dsquant.reporting.notebook import narrow_table
@@ -87,12 +87,12 @@ def _texts_table(evaluation: "Evaluation") -> Table:
         scored = [(one.name, one.texts[text.name]) for one in evaluation.candidates if text.name in one.texts]
         for number, (name, found) in enumerate(scored):
             if number == 0:
-                table.add_row(text.name, "original", f"{found.perplexity_original:.3f}")
+                table.add_row(text.name, "original", written(found.perplexity_original))
             ratio = found.perplexity_ratio
             table.add_row(
                 "",
                 name,
-                f"{found.perplexity:.3f}",
+                written(found.perplexity),
                 f"{ratio.estimate:.3f}",
                 f"{ratio.low:.3f}–{ratio.high:.3f}",
                 f"{found.mean_kl.estimate:.4f}",
