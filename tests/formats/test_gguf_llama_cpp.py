@@ -78,6 +78,11 @@ def test_llama_cpp_predicts_what_the_original_does(
     assert sorted(differences)[len(differences) // 2] < difference
 
 
+def test_llama_cpp_loads_nvfp4_with_a_layer_of_multi_token_prediction(nano_r1: Path, tmp_path: Path) -> None:
+    file = make(nano_r1, tmp_path / "out", "NVFP4", calibration="none", mtp="keep")
+    assert every_position(file, torch.randint(6, 280, (1, 8))).isfinite().all()
+
+
 def awkward_strings() -> list[str]:
     """Digits, CJK, indentation, special tokens, emoji, whitespace, and random mixtures of them."""
     words = "0 12 1234567890 3.14159e-10 0x1F ١٢٣ 中文字符 日本語のテキスト カタカナ 한국어 <think>"

@@ -28,6 +28,8 @@ IMATRIX_FILE = "imatrix.gguf"
 ROPE_FACTORS = "rope_freqs.weight"
 EMBEDDING = "model.embed_tokens.weight"
 QUANTIZATION_VERSION = 2
+# In the place of NVFP4 where llama.cpp reads no scale beside a tensor, and refuses a file that has one.
+UNSCALED = "IQ4_NL"
 FLOAT32_BYTES = 4
 # Weights that are in memory together while a matrix is stored.
 ELEMENTS_AT_ONCE = 2**24
@@ -135,6 +137,8 @@ def choose_tensors(
     tensors, replaced = {}, Counter[tuple[str, str]]()
     for name, shape in shapes.items():
         chosen, wanted = choose_type(name, shape, type_name, facts, has_imatrix, overrides)
+        if scale_beside(name, chosen) and int(name.split(".")[1]) >= int(config["num_hidden_layers"]):
+            chosen = UNSCALED  # llama.cpp looks for no scale in a layer of multi-token prediction
         tensors[name] = GgufTensor(name, chosen, shape)
         scale = scale_beside(name, chosen)
         if scale:
