@@ -47,5 +47,7 @@ def verdicts(evaluation: "Evaluation") -> list[str]:
             sentences.append(verdict(one.name, one.mean_kls))
             if one.name in plain:
                 ours, theirs = one.mean_kl, plain[one.name]
-                sentences[-1] += f" Its mean KL is {ours:.4f}, that of plain rounding to the same grids {theirs:.4f}."
+                sentences[-1] += (
+                    f" Over all texts {ours:.4f}; plain rounding to the same grids would cost {theirs:.4f}."
+                )
     return sentences

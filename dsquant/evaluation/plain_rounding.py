@@ -19,8 +19,8 @@ class PlainWeights(Overlay):
 
     def __init__(self, original: Weights, candidate: Weights) -> None:
         super().__init__(original)
-        found = {name: candidate.scheme(name) for name in original if name in candidate}
-        self.schemes: dict[str, Scheme] = {name: scheme for name, scheme in found.items() if scheme is not None}
+        self.names = {name: candidate.scheme(name) for name in original if name in candidate}
+        self.schemes: dict[str, Scheme] = {name: scheme for name, scheme in self.names.items() if scheme is not None}
         self._candidate = candidate
 
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:

@@ -26,3 +26,4 @@ def test_the_yardstick_is_what_a_job_without_steps_stores(nano_r1: Path, tmp_pat
     models, plain_of = with_plain_rounding(original.checkpoint.weights, opened)
     assert plain_of == {"awq, plain": "awq", "gguf-Q4_0, plain": "gguf-Q4_0"}  # the others have awq's grids, or none
     assert list(models)[:2] == ["awq", "awq, plain"]
+    assert models["awq, plain"].bits_per_weight == models["awq"].bits_per_weight

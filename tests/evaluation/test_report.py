@@ -112,7 +112,7 @@ def test_the_terminal_has_one_table_for_all_candidates_and_no_words_that_need_a_
 def test_a_verdict_tells_what_plain_rounding_costs_and_has_none_of_its_own() -> None:
     plain = dataclasses.replace(candidate("awq, plain", 0.05, 7_000_000, limit=None), plain_of="awq")
     shown = " ".join(str(evaluation(candidate("awq", 0.01, 7_000_000), plain)).split())
-    assert "Its mean KL is 0.0130, that of plain rounding to the same grids 0.0650." in shown
+    assert "Over all texts 0.0130; plain rounding to the same grids would cost 0.0650." in shown
     assert "awq, plain is" not in shown and "awq, plain: layer" not in shown
     drawn = page(evaluation(candidate("awq", 0.01, 7_000_000), plain))
     assert (
