@@ -35,8 +35,8 @@ def planned_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[Checkpoint
     """
     config = text_config(folder, config)
     quantization = config.get("quantization_config") or {}
-    method, family = quantization.get("quant_method"), FAMILIES[str(architecture_of(config))]
-    packed = config.get("model_type") in family.packed_types and is_packed(config)
+    method, family = quantization.get("quant_method"), FAMILIES.get(architecture_of(config))
+    packed = family is not None and config.get("model_type") in family.packed_types and is_packed(config)
     if (method not in (None, "fp8") and not packed) or "bits" in quantization:
         raise InputError(
             f"{folder / 'config.json'}: describes a model that is already quantized ({method or quantization}); take "
