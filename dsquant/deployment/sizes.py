@@ -205,7 +205,7 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
     shapes = loadable_shapes(checkpoint, parameters)
     sample = subject.sample
     linears, _ = scalable_linears(sample.checkpoint, sample.skeleton)
-    header = _gguf_header(subject, parameters, num_mtp_layers)
+    headers: dict[tuple[str, ...], bytes] = {}
     storing = storing_bytes(largest_whole(checkpoint, parameters))
     needs = {}
     for calibrated, one in ((False, "F32"), (True, "Q4_K_M")):
@@ -216,6 +216,9 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
         calibrated = type_name not in FLOAT_TYPES
         tensors, _ = choose_tensors(skeleton.config, shapes, type_name, num_mtp_layers, calibrated)
         sizes = {name: tensor.num_bytes for name, tensor in tensors.items()}
+        if tuple(tensors) not in headers:
+            headers[tuple(tensors)] = _gguf_header(subject, parameters, num_mtp_layers, type_name, calibrated)
+        header = headers[tuple(tensors)]
         options = f"--type {type_name}" + (" --mtp keep" if mtp == "keep" else "")
         options += subject.calibration if calibrated else ""
         folder = shlex.quote(f"{subject.name}-{type_name}-GGUF")
@@ -234,9 +237,12 @@ def _gguf_sizes_with(subject: Subject, mtp: str) -> Iterator[OutputSize]:
         )
 
 
-def _gguf_header(subject: Subject, parameters: list[str], num_mtp_layers: int) -> bytes:
-    """Returns a header of every type's size, since only numbers of fixed width differ; empty without a tokenizer."""
+def _gguf_header(
+    subject: Subject, parameters: list[str], num_mtp_layers: int, type_name: str, calibrated: bool
+) -> bytes:
+    """Returns a header, as long as that of every type with tensors of the same names, since only numbers of fixed width
+    differ; empty without a tokenizer."""
     if not subject.has_tokenizer:
         return b""
-    target = plan_model(subject.checkpoint, subject.name, "F32", parameters, num_mtp_layers, False)
+    target = plan_model(subject.checkpoint, subject.name, type_name, parameters, num_mtp_layers, calibrated)
     return target.files[0].header
