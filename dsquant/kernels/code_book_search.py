@@ -21,6 +21,8 @@ from dsquant.kernels.code_books import (
     Vectors,
     packed,
     points_of,
+    points_on,
+    signs_of,
     vectors_of,
 )
 from dsquant.kernels.values import SUPER_BLOCK
@@ -54,19 +56,19 @@ def quantize_with(
 ) -> torch.Tensor:
     """`quantize` with a search, of so many super-blocks at once, on the rows' device."""
     kind, (num_rows, num_columns) = TYPES[type_name], rows_RI.shape
-    points_AKP = points_of(type_name).to(rows_RI.device)
+    points_AKP = points_on(rows_RI.device, type_name)
     weight_SW = rows_RI.float().reshape(-1, SUPER_BLOCK)
     importance_SW = importance_I.to(weight_SW).expand(num_rows, -1).reshape(-1, SUPER_BLOCK)
     stored = []
     for weight, weights in zip(weight_SW.split(at_once), importance_SW.split(at_once), strict=True):
         vectors = vectors_of(weight, weights, kind, points_AKP)
-        stored.append(packed(find(vectors), vectors, type_name))
+        stored.append(packed(find(vectors), type_name))
     return torch.cat(stored).view(num_rows, num_columns // SUPER_BLOCK * kind.size)
 
 
 def search(vectors: Vectors) -> Chosen:
     """Chooses scales and points for whole super-blocks."""
-    products = _Products(vectors)
+    products = Products(vectors)
     scale_N, energy_N = _scale_search(products)
     factor_S, level_N = _levels(scale_N, energy_N, vectors.kind)
     factor_N = factor_S.float().repeat_interleave(len(level_N) // len(factor_S))
@@ -76,7 +78,8 @@ def search(vectors: Vectors) -> Chosen:
         points = products.nearest(factor_N * (2 * tried_N + 1))
         better_N = points.error_N < best.error_N
         best, best_level_N = best.or_better(points, better_N), torch.where(better_N, tried_N, best_level_N)
-    return Chosen(factor_S, best_level_N.long(), best.index_NG, best.flipped_NG, best.alternative_N)
+    negative_NGP = signs_of(vectors, best.index_NG, best.flipped_NG)
+    return Chosen(factor_S, best_level_N.long(), best.index_NG, negative_NGP, best.alternative_N)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Points:
         return Points(*(either(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))
 
 
-class _Products:
+class Products:
     """The products of all vectors and points, which every scale shares."""
 
     def __init__(self, vectors: Vectors) -> None:
@@ -124,13 +127,14 @@ class _Products:
 
     def nearest(self, scale_N: torch.Tensor) -> Points:
         """The points of least error under scales, float32 [N]."""
-        found = [self._nearest_of(alternative, scale_N) for alternative in range(len(self.product_ANGK))]
+        found = [self.nearest_of(alternative, scale_N) for alternative in range(len(self.product_ANGK))]
         best = found[0]
         for other in found[1:]:
             best = best.or_better(other, other.error_N < best.error_N)
         return best
 
-    def _nearest_of(self, alternative: int, scale_N: torch.Tensor) -> Points:
+    def nearest_of(self, alternative: int, scale_N: torch.Tensor) -> Points:
+        """The points of least error of one alternative."""
         scale_N11 = scale_N.view(-1, 1, 1)
         square_NGK = self.energy_ANGK[alternative] * scale_N11.square()
         product_NGK = self.product_ANGK[alternative]
@@ -151,7 +155,7 @@ class _Products:
         return Points(error_NG.sum(1), product_NG.sum(1), energy_NG.sum(1), index_NG, flipped_NG, number_N)
 
 
-def _scale_search(products: _Products) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale_search(products: Products) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale of each block that leaves the least error, float32 [N], and the energy of its points."""
     vectors = products.vectors
     reaching_N = vectors.weight_NGP.abs().amax((1, 2)) / float(vectors.points_AKP.abs().max())

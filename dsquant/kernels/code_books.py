@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from dsquant.kernels.values import SUPER_BLOCK
+from dsquant.kernels.values import SUPER_BLOCK, Parameters
 
 LEAST = 1e-30
 
@@ -68,6 +68,20 @@ def points_of(type_name: str) -> torch.Tensor:
     return both_AKP if type_name == "IQ1_S" else both_AKP.flatten(0, 1).unsqueeze(0)
 
 
+@cache
+def points_on(device: torch.device, type_name: str) -> torch.Tensor:
+    """Copies `points_of` to a device once: work that a GPU replays copies nothing from the host."""
+    return points_of(type_name).to(device)
+
+
+@cache
+def values_of(type_name: str) -> tuple[float, ...]:
+    """Returns the values that a weight may have in units of its block's scale, ascending."""
+    points_AKP = points_of(type_name)
+    signed = points_AKP if TYPES[type_name].signs == "delta" else torch.stack([points_AKP, -points_AKP])
+    return tuple(signed.unique().tolist())
+
+
 @dataclass(frozen=True)
 class Vectors:
     """Super-blocks cut into the vectors that take a point each."""
@@ -106,7 +120,7 @@ def vectors_of(
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a search stores."""
+    """What is stored."""
 
     factor_S: torch.Tensor
     """float16 [S]."""
@@ -114,23 +128,40 @@ class Chosen:
     """int64 [N]."""
     index_NG: torch.Tensor
     """int64 [N, G]."""
-    flipped_NG: torch.Tensor
-    """bool [N, G], whether a sign of this vector is given up."""
+    negative_NGP: torch.Tensor
+    """bool [N, G, P], the signs of points that have none of their own."""
     alternative_N: torch.Tensor
     """int64 [N]."""
 
 
-def packed(chosen: Chosen, vectors: Vectors, type_name: str) -> torch.Tensor:
-    """Stores what a search has chosen: uint8 [S, bytes of a super-block]."""
-    return _PACKED[type_name](chosen, vectors)
+@dataclass(frozen=True)
+class BlockScales:
+    """The scales of a weight's blocks."""
+
+    scale_OB: torch.Tensor
+    """float32."""
+    factor_OB: torch.Tensor
+    """float32, the super-block's; a scale is an odd multiple of it."""
+    alternative_OB: torch.Tensor
+    """int64, which of the code book's alternatives a block uses."""
+
+    @property
+    def parameters(self) -> Parameters:
+        return Parameters(self.scale_OB, torch.zeros_like(self.scale_OB), (self.factor_OB,))
 
 
-def _negative(chosen: Chosen, vectors: Vectors) -> torch.Tensor:
-    """The signs of chosen points, bool [N, G, P], True for minus; for types whose points have none."""
-    given_up_NGP = vectors.importance_NGP * vectors.weight_NGP.abs() * vectors.points_AKP[0][chosen.index_NG]
+def signs_of(vectors: Vectors, index_NG: torch.Tensor, flipped_NG: torch.Tensor) -> torch.Tensor:
+    """The signs that chosen points get, bool [N, G, P], True for minus: the weights', and in a vector that is flipped
+    (bool [N, G]) the one given up that costs the least."""
+    given_up_NGP = vectors.importance_NGP * vectors.weight_NGP.abs() * vectors.points_AKP[0][index_NG]
     place_NG1 = given_up_NGP.argmin(2, keepdim=True)
-    flips_NGP = torch.zeros_like(given_up_NGP, dtype=torch.bool).scatter_(2, place_NG1, chosen.flipped_NG.unsqueeze(2))
+    flips_NGP = torch.zeros_like(given_up_NGP, dtype=torch.bool).scatter_(2, place_NG1, flipped_NG.unsqueeze(2))
     return (vectors.weight_NGP < 0) ^ flips_NGP
+
+
+def packed(chosen: Chosen, type_name: str) -> torch.Tensor:
+    """Stores what was chosen: uint8 [S, bytes of a super-block]."""
+    return _PACKED[type_name](chosen)
 
 
 def _bits(values: torch.Tensor, width: int) -> torch.Tensor:
@@ -148,66 +179,66 @@ def _half(factor_S: torch.Tensor) -> torch.Tensor:
     return factor_S.unsqueeze(1).view(torch.uint8)
 
 
-def _signs(chosen: Chosen, vectors: Vectors, width: int) -> torch.Tensor:
+def _signs(chosen: Chosen, width: int) -> torch.Tensor:
     """The signs of each 8 weights, `width` bits of them, int64 [N, weights / 8]."""
-    negative = _negative(chosen, vectors).flatten(1).unflatten(1, (-1, 8))
+    negative = chosen.negative_NGP.flatten(1).unflatten(1, (-1, 8))
     return _bits(negative[..., :width], 1)
 
 
-def _with_scales(chosen: Chosen, vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
+def _with_scales(chosen: Chosen) -> tuple[torch.Tensor, torch.Tensor]:
     """IQ2_XXS and IQ3_XXS: each block's indices, and its signs of 7 bits with its level above them."""
-    words_N = _bits(_signs(chosen, vectors, 7), 7) | (chosen.level_N << 28)
-    num_supers = vectors.num_supers
+    words_N = _bits(_signs(chosen, 7), 7) | (chosen.level_N << 28)
+    num_supers = len(chosen.factor_S)
     return _as_bytes(chosen.index_NG, 1, num_supers), _as_bytes(words_N, 4, num_supers)
 
 
-def _iq2_xxs(chosen: Chosen, vectors: Vectors) -> torch.Tensor:
-    indices, words = (part.unflatten(1, (8, 4)) for part in _with_scales(chosen, vectors))
+def _iq2_xxs(chosen: Chosen) -> torch.Tensor:
+    indices, words = (part.unflatten(1, (8, 4)) for part in _with_scales(chosen))
     return torch.cat([_half(chosen.factor_S), torch.cat([indices, words], 2).flatten(1)], 1)
 
 
-def _iq3_xxs(chosen: Chosen, vectors: Vectors) -> torch.Tensor:
-    return torch.cat([_half(chosen.factor_S), *_with_scales(chosen, vectors)], 1)
+def _iq3_xxs(chosen: Chosen) -> torch.Tensor:
+    return torch.cat([_half(chosen.factor_S), *_with_scales(chosen)], 1)
 
 
 def _nibble_levels(chosen: Chosen, num_supers: int) -> torch.Tensor:
     return _as_bytes(_bits(chosen.level_N.view(-1, 2), 4), 1, num_supers)
 
 
-def _iq2_xs(chosen: Chosen, vectors: Vectors) -> torch.Tensor:
-    words_NG = chosen.index_NG | (_signs(chosen, vectors, 7) << 9)
-    num_supers = vectors.num_supers
+def _iq2_xs(chosen: Chosen) -> torch.Tensor:
+    words_NG = chosen.index_NG | (_signs(chosen, 7) << 9)
+    num_supers = len(chosen.factor_S)
     return torch.cat(
         [_half(chosen.factor_S), _as_bytes(words_NG, 2, num_supers), _nibble_levels(chosen, num_supers)], 1
     )
 
 
-def _iq2_s(chosen: Chosen, vectors: Vectors) -> torch.Tensor:
-    index, num_supers = chosen.index_NG, vectors.num_supers
+def _iq2_s(chosen: Chosen) -> torch.Tensor:
+    index, num_supers = chosen.index_NG, len(chosen.factor_S)
     high = _bits((index >> 8).view(-1, 4), 2)
-    parts = (index & 255, _signs(chosen, vectors, 8), high)
+    parts = (index & 255, _signs(chosen, 8), high)
     packed = [_as_bytes(part, 1, num_supers) for part in parts]
     return torch.cat([_half(chosen.factor_S), *packed, _nibble_levels(chosen, num_supers)], 1)
 
 
-def _iq3_s(chosen: Chosen, vectors: Vectors) -> torch.Tensor:
-    index, num_supers = chosen.index_NG, vectors.num_supers
+def _iq3_s(chosen: Chosen) -> torch.Tensor:
+    index, num_supers = chosen.index_NG, len(chosen.factor_S)
     high = _bits((index >> 8).view(-1, 8), 1)
-    parts = (index & 255, high, _signs(chosen, vectors, 8))
+    parts = (index & 255, high, _signs(chosen, 8))
     packed = [_as_bytes(part, 1, num_supers) for part in parts]
     return torch.cat([_half(chosen.factor_S), *packed, _nibble_levels(chosen, num_supers)], 1)
 
 
-def _iq1_s(chosen: Chosen, vectors: Vectors) -> torch.Tensor:
-    index, num_supers = chosen.index_NG, vectors.num_supers
+def _iq1_s(chosen: Chosen) -> torch.Tensor:
+    index, num_supers = chosen.index_NG, len(chosen.factor_S)
     words_N = _bits(index >> 8, 3) | (chosen.level_N << 12) | (chosen.alternative_N << 15)
     return torch.cat(
         [_half(chosen.factor_S), _as_bytes(index & 255, 1, num_supers), _as_bytes(words_N, 2, num_supers)], 1
     )
 
 
-def _iq1_m(chosen: Chosen, vectors: Vectors) -> torch.Tensor:
-    index, num_supers = chosen.index_NG, vectors.num_supers
+def _iq1_m(chosen: Chosen) -> torch.Tensor:
+    index, num_supers = chosen.index_NG, len(chosen.factor_S)
     high = (index >> 8) & 7 | (index >> 11) << 3  # the second half of the points is shifted down
     factor_bits = chosen.factor_S.view(torch.int16).long() & 0xFFFF
     quarters_S4 = (factor_bits.unsqueeze(1) >> (4 * torch.arange(4, device=index.device))) & 15
@@ -220,3 +251,23 @@ _PACKED = {
     "IQ1_S": _iq1_s, "IQ1_M": _iq1_m, "IQ2_XXS": _iq2_xxs, "IQ2_XS": _iq2_xs, "IQ2_S": _iq2_s, "IQ3_XXS": _iq3_xxs,
     "IQ3_S": _iq3_s,
 }  # fmt: skip
+
+
+def scales_of(stored_SN: torch.Tensor, type_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reads the scales of stored super-blocks: factors, float32 [S], blocks' levels and alternatives, int64 [S, B]."""
+    words_SB = stored_SN.long()
+    if type_name == "IQ1_M":
+        words_S4 = words_SB[:, 48::2] | words_SB[:, 49::2] << 8
+        level_SB = ((words_S4.unsqueeze(2) >> 3 * torch.arange(4, device=stored_SN.device)) & 7).flatten(1)
+        factor_S = _bits(words_S4 >> 12, 4).to(torch.int16).view(torch.float16)
+        return factor_S.float(), level_SB, torch.zeros_like(level_SB)
+    factor_S = stored_SN[:, :2].contiguous().view(torch.float16).squeeze(1).float()
+    if type_name == "IQ1_S":
+        high_SB = words_SB[:, 35::2]
+        return factor_S, (high_SB >> 4) & 7, high_SB >> 7
+    if type_name in ("IQ2_XXS", "IQ3_XXS"):  # above the signs in words of 4 bytes, every second or at the end
+        level_SB = (words_SB[:, 9::8] if type_name == "IQ2_XXS" else words_SB[:, 69::4]) >> 4
+    else:
+        pairs_SB = words_SB[:, -SUPER_BLOCK // TYPES[type_name].block // 2 :]
+        level_SB = torch.stack([pairs_SB & 15, pairs_SB >> 4], 2).flatten(1)
+    return factor_S, level_SB, torch.zeros_like(level_SB)

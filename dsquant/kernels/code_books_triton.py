@@ -57,17 +57,15 @@ def search(vectors: code_books.Vectors) -> code_books.Chosen:
     _search[(num_supers,)](
         values, importance, vectors.odd_NG.to(torch.int32).contiguous(), points_AKP,
         factor_S, level_SB, index_SV, flipped_SV, alternative_SB,
-        float(points_AKP.abs().max()), first, (last - first) / (code_book_search.CANDIDATES - 1),
+        points_AKP.abs().amax(), first, (last - first) / (code_book_search.CANDIDATES - 1),
         num_points, alternatives, per_super, num_blocks, width, kind.levels, signs.value, POINTS_TOGETHER[width],
         num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     shape = vectors.weight_NGP.shape[:2]
+    index_NG, flipped_NG = index_SV.view(shape).long(), flipped_SV.view(shape).bool()
+    negative_NGP = code_books.signs_of(vectors, index_NG, flipped_NG)
     return code_books.Chosen(
-        factor_S,
-        level_SB.flatten().long(),
-        index_SV.view(shape).long(),
-        flipped_SV.view(shape).bool(),
-        alternative_SB.flatten().long(),
+        factor_S, level_SB.flatten().long(), index_NG, negative_NGP, alternative_SB.flatten().long()
     )
 
 
@@ -143,7 +141,7 @@ def _to_vectors(values_TB, T: tl.constexpr, B: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def _nearest(
+def nearest(
     values_V, importance_V, odd_V, points, scale_TB, num_points: tl.constexpr, ALTERNATIVES: tl.constexpr,
     SIGNS: tl.constexpr, P: tl.constexpr, T: tl.constexpr, B: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -222,10 +220,10 @@ def _search(
     importance_V = importance + super_block * 256 + lanes_V * P
     odd_V = tl.load(odd + super_block * V + lanes_V) != 0
     weights = tl.load(values + super_block * 256 + tl.arange(0, 256))
-    reaching_B = tl.max(tl.reshape(tl.abs(weights), [B, 256 // B]), 1) / largest_point
+    reaching_B = tl.max(tl.reshape(tl.abs(weights), [B, 256 // B]), 1) / tl.load(largest_point)
     tries_T = tl.arange(0, CANDIDATES)
     scale_TB = reaching_B[None, :] * (first + step * tries_T)[:, None]
-    _error_TB, product_TB, energy_TB, _alternative_TB, _index_TV, _flipped_TV = _nearest(
+    _error_TB, product_TB, energy_TB, _alternative_TB, _index_TV, _flipped_TV = nearest(
         values_V, importance_V, odd_V, points, scale_TB, num_points, ALTERNATIVES, SIGNS, P, CANDIDATES, B, G, K
     )
     fitted_TB = tl.maximum(product_TB / tl.maximum(energy_TB, LEAST), 0.0)
@@ -233,7 +231,7 @@ def _search(
     best_B = tl.argmax(gain_TB, 0)
     scale_B, gain_B = _picked(fitted_TB, best_B, CANDIDATES), tl.max(gain_TB, 0)
     energy_B = _picked(energy_TB, best_B, CANDIDATES)
-    _again_1B, product_1B, again_energy_1B, _alternative_1B, _index_1V, _flipped_1V = _nearest(
+    _again_1B, product_1B, again_energy_1B, _alternative_1B, _index_1V, _flipped_1V = nearest(
         values_V, importance_V, odd_V, points, scale_B[None, :], num_points, ALTERNATIVES, SIGNS, P, 1, B, G, K
     )
     fitted_1B = tl.maximum(product_1B / tl.maximum(again_energy_1B, LEAST), 0.0)
@@ -245,7 +243,7 @@ def _search(
     steps_4 = tl.arange(0, 4)
     steps_41 = tl.where(steps_4 == 1, -1.0, tl.where(steps_4 == 2, 1.0, 0.0))[:, None]
     level_4B = tl.minimum(tl.maximum(level_B[None, :] + steps_41, 0.0), LEVELS - 1)
-    error_4B, _product_4B, _energy_4B, alternative_4B, index_4V, flipped_4V = _nearest(
+    error_4B, _product_4B, _energy_4B, alternative_4B, index_4V, flipped_4V = nearest(
         values_V, importance_V, odd_V, points, factor * (2 * level_4B + 1), num_points, ALTERNATIVES, SIGNS, P, 4, B, G,
         K,
     )  # fmt: skip

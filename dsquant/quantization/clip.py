@@ -37,8 +37,7 @@ def clipped_weight(
         return round_to_nearest(weight_OI, scheme)
     importance_I = moments.rms_I.square()
     if ratios == FULL_RANGE:
-        found = scheme.parameters(weight_OI, ratios, importance_I).each(lambda part: part[0])
-        return quantized(round_rows(weight_OI, found, scheme.levels), found, scheme)
+        return quantized(*scheme.round_plainly(weight_OI, importance_I), scheme)
     grams_BSS = moments.group_grams_GSS(scheme.block_size)
     parts = weight_OI.split(rows_of_part(weight_OI))
 

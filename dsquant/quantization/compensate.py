@@ -89,7 +89,7 @@ def _order(energy_I: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Returns the columns in the order of rounding, int64 [I]: units inside units, the most energetic of each first."""
     order_I = torch.arange(len(energy_I), device=energy_I.device)
     units = [unit for unit in scheme.units if len(energy_I) % unit == 0]
-    for unit, whole in pairwise((1, *units, len(energy_I))):
+    for unit, whole in pairwise((scheme.vector_size, *units, len(energy_I))):
         parts = (-1, whole // unit, unit)
         ranks = energy_I.unflatten(0, parts).sum(2).argsort(dim=1, descending=True, stable=True)
         order_I = order_I.unflatten(0, parts).take_along_dim(ranks.unsqueeze(2), 1).flatten()

@@ -20,7 +20,7 @@ from dsquant.quantization.mlp import LoadedMlp, MlpErrors, MlpResult, quantize_m
 from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.mlp_outputs import Contribute, MlpStream, add_outputs, routed_tokens
 from dsquant.quantization.statistics import InputMoments, InputStatistics, InverseFactor, is_wide
-from dsquant.schemes import Grid, Scheme
+from dsquant.schemes import Grid, Scheme, widest_vectors
 
 # Experts that are read from disk while one is computed.
 MLPS_AHEAD = 2
@@ -159,9 +159,9 @@ def shared_inverses(job: LayerJob, norm_scales: Sequence[torch.Tensor]) -> list[
 
 
 def _rounded_scheme(job: LayerJob, grid: Grid) -> Scheme | None:
-    """One that a gate or up is rounded to, whose `units` are those of all."""
+    """The one of all that a gate or up is rounded to whose order of columns the others can take."""
     readers = (linear for mlp in job.layer.mlps if mlp.up in job.linears[grid] for linear in (mlp.gate, mlp.up))
-    return next((job.grid_of(grid, linear) for linear in readers if job.rounds(grid, linear)), None)
+    return widest_vectors(job.grid_of(grid, linear) for linear in readers if job.rounds(grid, linear))
 
 
 def moments_of(

@@ -13,7 +13,7 @@ from dsquant.quantization.clip import FULL_RANGE, PARTS_AT_ONCE, clipped_weight,
 from dsquant.quantization.compensate import compensated_weight, damped, damping_of, with_inverses
 from dsquant.quantization.descend import descended_weight
 from dsquant.quantization.statistics import InputMoments
-from dsquant.schemes import QuantizedWeight, Scheme, round_to_nearest, stacked
+from dsquant.schemes import QuantizedWeight, Scheme, round_to_nearest, stacked, widest_vectors
 
 
 def prepared(moments: InputMoments, schemes: Iterable[Scheme], steps: Collection[Step]) -> InputMoments:
@@ -21,7 +21,7 @@ def prepared(moments: InputMoments, schemes: Iterable[Scheme], steps: Collection
 
     The schemes of these weights have the same `units`, those that are rounded.
     """
-    scheme = next((one for one in schemes if one.rounded), None)
+    scheme = widest_vectors(schemes)
     return moments if scheme is None or "compensate" not in steps else with_inverses(moments, scheme)
 
 
@@ -32,13 +32,13 @@ def rounded_weight(
 
     Only plainly too where it is not rounded to the scheme in the end, but by its format.
     Where the moments hold no token, or too little for it, nothing is compensated (`compensated_weight`); nothing
-    descends where they hold no whole Gram matrix.
+    descends where they hold no whole Gram matrix, or one code stands for several weights.
     """
     if not grid.rounded:
         return round_to_nearest(weight_OI, grid)
     ratios = None if "clip" in steps else FULL_RANGE
     rounded = (compensated_weight if "compensate" in steps else clipped_weight)(weight_OI, grid, moments, ratios)
-    if "descend" not in steps or moments.gram_II is None or not moments.count:
+    if "descend" not in steps or not grid.single or moments.gram_II is None or not moments.count:
         return rounded
     damped_II = damped(moments.gram_II.clone(), damping_of(len(moments.gram_II), moments.count))
     num_rows = rows_of_part(weight_OI)

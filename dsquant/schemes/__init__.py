@@ -11,7 +11,7 @@ from dsquant.schemes.quantized_weight import (
     stacked,
 )
 from dsquant.schemes.released_fp8 import FP8_WIDTH, Fp8Blocks
-from dsquant.schemes.scheme import Scheme
+from dsquant.schemes.scheme import Scheme, widest_vectors
 
 # The widths of linears that are not quantized.
 KEPT_WIDTHS = (UNQUANTIZED, FP8_WIDTH)
@@ -33,4 +33,5 @@ __all__ = [
     "round_to_grid",
     "round_to_nearest",
     "stacked",
+    "widest_vectors",
 ]

@@ -1,4 +1,5 @@
-"""The types of ggml whose codes stand for one weight each: K-quants, IQ4 and the older types of 32 weights.
+"""The types of ggml: K-quants, IQ4 and the older types of 32 weights, whose codes stand for one weight each, and code
+books.
 
 A super-block of 256 weights has float16 factors; the scales and offsets of its blocks of 16 or 32 are whole numbers of
 4 to 8 bits times these. Older types have blocks of 32 with float16 numbers of their own. Each type is a row of
@@ -15,12 +16,13 @@ from itertools import pairwise
 
 import torch
 
+from dsquant.kernels.code_books import TYPES
 from dsquant.kernels.scale_search import BlockShape
 from dsquant.kernels.super_blocks import block_parameters, compensate_blocks
 from dsquant.kernels.values import SUPER_BLOCK, CompensatedBlocks, Kind, Levels, Parameters
+from dsquant.schemes.code_book_types import BLOCKS, CodeBook
 from dsquant.schemes.scheme import Scheme
 
-BLOCKS = (16, 32, SUPER_BLOCK)
 # Factors on what the search found, which has already weighed the range.
 RATIOS = (1.0, 0.95, 0.9)
 
@@ -46,7 +48,6 @@ class GgmlType(Scheme):
 
     @property
     def units(self) -> tuple[int, ...]:
-        """Those of all types: linears that read the same inputs share the order of their columns."""
         return BLOCKS
 
     @property
@@ -100,7 +101,7 @@ _IQ4 = Levels(
     15, Kind.TABLE, table=_IQ4_VALUES, thresholds=tuple((low + high) / 2 for low, high in pairwise(_IQ4_VALUES))
 )
 
-GGML_TYPES = {
+BLOCK_TYPES = {
     kind.name: kind
     for kind in (
         GgmlType("Q2_K", 84, BlockShape(_offsets(3), 16, (0, 15))),
@@ -118,4 +119,6 @@ GGML_TYPES = {
         GgmlType("Q8_0", 34, BlockShape(_integers(254), 32, None)),
     )
 }
+"""Type -> the scheme that its codes are of, each of one weight."""
+GGML_TYPES: dict[str, GgmlType | CodeBook] = BLOCK_TYPES | {name: CodeBook(name) for name in TYPES}
 """Type -> the scheme that its codes are of."""

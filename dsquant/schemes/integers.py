@@ -70,8 +70,11 @@ class Grid(Scheme):
         del importance_I
         return grids.range_parameters(weight_OI, self.group_size, self.levels, clip_ratios)
 
-    def round_plainly(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, Parameters]:
-        """In one pass on a GPU."""
+    def round_plainly(
+        self, weight_OI: torch.Tensor, importance_I: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Parameters]:
+        """In one pass on a GPU; a range weighs no columns."""
+        del importance_I
         return grids.round_to_range(weight_OI, self.group_size, self.levels)
 
     def scaled_differences(self, weight_OI: torch.Tensor, column_scales_CI: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ Shape legend: C candidates, O out features, I in features, B blocks along I.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -39,6 +39,16 @@ class Scheme(ABC):
     def units(self) -> tuple[int, ...]:
         """Numbers of columns that stay together while columns are sorted, ascending: at least blocks and groups."""
         return self.block_size, self.group_size
+
+    @property
+    def vector_size(self) -> int:
+        """Neighbouring columns that keep their order while columns are sorted: one code may stand for them all."""
+        return 1
+
+    @property
+    def single(self) -> bool:
+        """Whether each weight has a code of its own, which may change alone."""
+        return True
 
     @property
     def rounded(self) -> bool:
@@ -96,9 +106,11 @@ class Scheme(ABC):
         found = compensate_group(weight_SO, factor_SS, candidates, self.levels)
         return CompensatedBlocks(found.codes_SO, found.errors_SO, candidates.chosen(found.chosen_O.unsqueeze(1)))
 
-    def round_plainly(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, Parameters]:
-        """Rounds to the nearest levels: codes uint8 [O, I], and parameters [O, B]."""
-        parameters = self.parameters(weight_OI).each(lambda part: part[0])
+    def round_plainly(
+        self, weight_OI: torch.Tensor, importance_I: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Parameters]:
+        """Rounds to the nearest levels of `parameters`: codes uint8 [O, I], and parameters [O, B]."""
+        parameters = self.parameters(weight_OI, (1.0,), importance_I).each(lambda part: part[0])
         return grids.round_rows(weight_OI, parameters, self.levels), parameters
 
     def scaled_differences(self, weight_OI: torch.Tensor, column_scales_CI: torch.Tensor) -> torch.Tensor:
@@ -110,3 +122,11 @@ class Scheme(ABC):
             rounded_OI = grids.dequantize_rows(codes_OI, parameters, self.levels)
             differences.append(rounded_OI.div_(scales_I).sub_(weight_OI))
         return torch.stack(differences)
+
+
+def widest_vectors(schemes: Iterable[Scheme]) -> Scheme | None:
+    """Returns the scheme whose order of columns all that are rounded can take; None where none is.
+
+    They have the same `units`.
+    """
+    return max((one for one in schemes if one.rounded), key=lambda scheme: scheme.vector_size, default=None)

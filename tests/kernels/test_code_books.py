@@ -115,7 +115,7 @@ def test_the_gpus_search_chooses_as_well_under_tritons_interpreter(name: str) ->
 
     wanted, found = code_book_search.search(vectors), code_books_triton.search(vectors)
     assert abs(error(found) / error(wanted) - 1) < 1e-2  # sums are formed in another order
-    assert float((wanted.flipped_NG == found.flipped_NG).float().mean()) > 0.9
+    assert float((wanted.negative_NGP == found.negative_NGP).float().mean()) > 0.9
 
 
 @pytest.mark.gpu

@@ -33,7 +33,9 @@ def test_replayed_work_gives_what_the_work_gives_for_inputs_of_any_numbers_and_s
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scheme", [Grid(4, 128, True), Grid(4, 128, False), *map(GGML_TYPES.get, ("Q4_K", "Q4_0"))])
+@pytest.mark.parametrize(
+    "scheme", [Grid(4, 128, True), Grid(4, 128, False), *map(GGML_TYPES.get, ("Q4_K", "Q4_0", "IQ1_S", "IQ3_XXS"))]
+)
 def test_many_weights_are_rounded_as_one_alone(scheme: Scheme) -> None:
     generator, cuda = torch.Generator("cuda").manual_seed(0), torch.device("cuda")
     weights = [torch.randn(64, 512, device=cuda, generator=generator) for _ in range(5)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsquant.kernels import scale_search
-from dsquant.schemes.ggml_types import GGML_TYPES
+from dsquant.schemes.ggml_types import BLOCK_TYPES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -22,7 +22,7 @@ def _blocks(size: int, number: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 def test_blocks_get_the_same_scales_as_from_the_reference(name: str) -> None:
     from dsquant.kernels import scale_search_triton
 
-    shape = GGML_TYPES[name].shape
+    shape = BLOCK_TYPES[name].shape
     both = _blocks(shape.size)
     on_device = tuple(part.to(DEVICE) for part in both)
     if name in ("Q2_K", "Q4_1"):

@@ -6,7 +6,7 @@ from kernel_inputs import DEVICE, factor_of, random_gram, random_weight
 
 from dsquant.kernels import grids, super_blocks
 from dsquant.kernels.values import CompensatedBlocks
-from dsquant.schemes.ggml_types import GGML_TYPES, GgmlType
+from dsquant.schemes.ggml_types import BLOCK_TYPES, GgmlType
 
 RATIOS = (1.0, 0.95, 0.9)
 
@@ -43,24 +43,24 @@ def _agree(scheme: GgmlType, rows: int, columns: int) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param("Q4_0", marks=pytest.mark.slow), "Q5_1"])
 def test_blocks_with_scales_of_their_own_are_compensated_alike_in_tritons_interpreter(name: str) -> None:
-    _agree(GGML_TYPES[name], rows=9, columns=64)
+    _agree(BLOCK_TYPES[name], rows=9, columns=64)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "IQ4_XS"])
 def test_super_blocks_are_compensated_alike_in_tritons_interpreter(name: str) -> None:
-    _agree(GGML_TYPES[name], rows=9, columns=256)
+    _agree(BLOCK_TYPES[name], rows=9, columns=256)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", GGML_TYPES)
+@pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_a_gpu_compensates_blocks_like_the_reference(name: str) -> None:
-    _agree(GGML_TYPES[name], rows=300, columns=256)
+    _agree(BLOCK_TYPES[name], rows=300, columns=256)
 
 
-@pytest.mark.parametrize("name", GGML_TYPES)
+@pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_compensation_leaves_less_than_rounding_and_what_it_says_is_left(name: str) -> None:
-    scheme = GGML_TYPES[name]
+    scheme = BLOCK_TYPES[name]
     weight_SO, factor_SS, importance_S = _inputs(scheme, 32, 256)
     found = super_blocks.compensate_blocks(weight_SO, factor_SS, importance_S, scheme.shape, RATIOS)
     _errors_are_those_of_the_codes(weight_SO, factor_SS, found, scheme)

@@ -21,9 +21,9 @@ from dsquant.quantization.statistics import InputMoments
 from dsquant.quantization.steps import rounded_weight
 from dsquant.schemes import Grid, QuantizedWeight, Scheme, joined, quantized, round_to_nearest, stacked
 from dsquant.schemes.floats import E2M1, E2M1_VALUES, Mxfp4, Nvfp4
-from dsquant.schemes.ggml_types import GGML_TYPES, GgmlType
+from dsquant.schemes.ggml_types import BLOCK_TYPES, GgmlType
 
-OF_GGML = list(GGML_TYPES.values())
+OF_GGML = list(BLOCK_TYPES.values())
 SCHEMES = [Nvfp4(), Mxfp4(), *OF_GGML]
 seeds = st.integers(0, 2**20)
 scales_of_weights = st.floats(1e-4, 1e4)
@@ -243,7 +243,7 @@ def test_parts_of_a_weight_make_it_whole_again(scheme: Scheme) -> None:
 
 
 def test_columns_are_ordered_inside_blocks_inside_groups() -> None:
-    order_I = _order(torch.rand(1024, generator=torch.Generator().manual_seed(11)), GGML_TYPES["Q4_K"])
+    order_I = _order(torch.rand(1024, generator=torch.Generator().manual_seed(11)), BLOCK_TYPES["Q4_K"])
     assert torch.equal(order_I.sort().values, torch.arange(1024))
     for size in (32, 256):
         units = (order_I // size).unflatten(0, (-1, size))

@@ -190,8 +190,13 @@ def decoded(path: Path, copy: Path) -> Path:
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
             element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(name, field.contents(), field.types[0], sub_type=element)
+    scales = {
+        one.name.removesuffix("scale"): float(one.data[0]) for one in reader.tensors if one.name.endswith(".scale")
+    }
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+        if not tensor.name.endswith(".scale"):  # it is multiplied into its matrix
+            scale = np.float32(scales.get(f"{tensor.name.removesuffix('weight')}scale", 1))
+            writer.add_tensor(tensor.name, scale * gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -9,15 +9,20 @@ from collections.abc import Callable
 
 import torch
 
+from dsquant.kernels import code_books
+from dsquant.kernels.code_book_rounding import points_of_codes
 from dsquant.kernels.k_quants import nibbles, six_bits
 from dsquant.kernels.values import Kind
 from dsquant.schemes import QuantizedWeight
+from dsquant.schemes.code_book_types import CodeBook
 from dsquant.schemes.ggml_types import GgmlType
 
 
 def packed(weight: QuantizedWeight) -> torch.Tensor:
     """Packs a weight [O, I] of a scheme `GgmlType` as ggml stores it: uint8 [O, bytes of a row], on its device."""
     scheme = weight.grid
+    if isinstance(scheme, CodeBook):
+        return _points(weight, scheme)
     assert isinstance(scheme, GgmlType), f"{scheme} is no type of ggml; please report this"
     blocks = scheme.group_size // scheme.block_size
     numbers = [weight.scales_OG, *([weight.zero_points_OG] if scheme.levels.kind == Kind.OFFSETS else [])]
@@ -34,6 +39,16 @@ def packed(weight: QuantizedWeight) -> torch.Tensor:
     halves_SN = torch.cat([factor.half() for factor in factors], 1).view(torch.uint8)
     codes_SW = weight.codes_OI.reshape(-1, scheme.group_size)
     return _PACKERS[scheme.name](halves_SN, whole, codes_SW).reshape(len(weight.codes_OI), -1)
+
+
+def _points(weight: QuantizedWeight, scheme: CodeBook) -> torch.Tensor:
+    codes_NB = weight.codes_OI.reshape(-1, scheme.block_size)
+    scale_N, factor_N = weight.scales_OG.flatten(), weight.super_scales_OG[0].flatten()
+    level_N = ((scale_N / torch.where(factor_N != 0, factor_N, torch.inf) - 1) / 2).round().clamp(min=0).long()
+    factor_S = factor_N[:: scheme.group_size // scheme.block_size].half()
+    return code_books.packed(points_of_codes(codes_NB, factor_S, level_N, scheme.name), scheme.name).reshape(
+        len(weight.codes_OI), -1
+    )
 
 
 Packer = Callable[[torch.Tensor, list[torch.Tensor], torch.Tensor], torch.Tensor]

@@ -12,10 +12,10 @@ import torch
 from dsquant.kernels.packing import unpack_rows
 from dsquant.kernels.values import WORD_BITS
 from dsquant.schemes import QuantizedWeight
-from dsquant.schemes.ggml_types import GGML_TYPES
+from dsquant.schemes.ggml_types import BLOCK_TYPES
 from dsquant.source.checkpoint import PACKED_SUFFIX, Checkpoint
 
-Q4_0 = GGML_TYPES["Q4_0"]
+Q4_0 = BLOCK_TYPES["Q4_0"]
 BITS = 4
 
 
