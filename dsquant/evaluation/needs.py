@@ -40,7 +40,8 @@ def needs(models: ComparedModels, num_samples: int, seq_len: int) -> EvaluationN
     vocabulary = min(VOCABULARY_AT_ONCE, skeleton.config["vocab_size"])
     # While a part of every table is read, the parts before it are still there.
     tables = FLOAT * vocabulary * hidden * (2 * (num_candidates + 1) + 1)
-    parts = (2 * num_candidates + 6) * DOUBLE * SCORED_AT_ONCE * vocabulary
+    # On a GPU, of each model but the original: scores in both precisions and their differences.
+    parts = (5 * num_candidates // 2 + 6) * DOUBLE * SCORED_AT_ONCE * vocabulary
     sums = scored * (num_candidates + 1) * 2 * 14 * DOUBLE
     mapped = sum(min(size, RELEASE_BYTES) for size in files)
     return EvaluationNeeds(max(*layers, tables + parts + sums) + mapped + LIBRARIES, sum(files))
