@@ -53,7 +53,9 @@ def test_what_no_engine_takes_is_refused(tmp_path: Path, options: dict[str, Any]
 
 
 def test_experts_that_cutlass_does_not_take_are_refused(narrow_r1: Path, tmp_path: Path) -> None:
-    fields = {"output": tmp_path / "out", "activations": "fp8", "progress": False, "calibration": "code"}
+    fields = {
+        "output": tmp_path / "out", "activations": "fp8", "progress": False, "calibration": "code", "group_size": 128,
+    }  # fmt: skip
     with pytest.raises(UsageError, match=r"experts\.0\.\w+_proj has \d+ columns|multiple of --group-size"):
         dsquant.awq(narrow_r1, **fields)
     with pytest.raises(UsageError, match="awq stores weights alone; take --to compressed-tensors"):
