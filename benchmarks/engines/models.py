@@ -1,0 +1,132 @@
+"""The engine bench's models, one of each family that engines run, their outputs, and who is said to run these."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.engines.padded import padded, padded_config
+from benchmarks.peers.to_bf16 import read_tensors
+from dsquant.calibration.texts import held_out_tokens, load_tokenizer
+from dsquant.formats.checkpoints import open_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests" / "support"))  # whose modules name one another
+
+from architectures import ARCHITECTURES  # noqa: E402
+from checkpoints import LLAMA, QWEN2, QWEN3, add_tokenizer, make_dense, save_checkpoint, stored  # noqa: E402
+from glm_checkpoint import make_glm  # noqa: E402
+from random_models import make_random  # noqa: E402
+
+TINY_R1 = ROOT / "dsquant" / "assets" / "tiny-r1"
+SAMPLES, SEQ_LEN = 4, 256
+# One of each kind of block; of IQ1, IQ2 and IQ3, whose search takes minutes here, tests/formats/test_gguf_llama_cpp.py.
+TYPES = (
+    "Q8_0", "F32", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_M", "Q4_K_M", "Q4_K_M+", "Q5_K_M", "Q6_K",
+    "IQ4_NL", "IQ4_XS", "MXFP4_MOE", "NVFP4",
+)  # fmt: skip
+VLLM, TRANSFORMERS, MLX, LLAMA_CPP, IK = "vLLM", "transformers", "mlx-lm", "llama.cpp", "ik_llama.cpp"
+BASELINE = "BF16"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A small model of one architecture."""
+
+    make: Callable[[Path], Path]
+    mixture: bool = True
+    gguf_types: tuple[str, ...] = ("Q8_0", "Q4_K_M")
+    latent: bool = False
+    """Whether it has R1's own sizes of heads."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one format makes of a model."""
+
+    to: str
+    options: dict[str, Any] = field(default_factory=dict)
+    engines: tuple[str, ...] = ()
+
+
+def make_padded(folder: Path, fp8: bool = False) -> Path:
+    """tiny-r1 with R1's head sizes, in BF16 or in FP8 blocks; the FP8 scales are made anew."""
+    small = open_checkpoint(TINY_R1)
+    config = padded_config(small.config)
+    if fp8:
+        config["quantization_config"] = json.loads((TINY_R1 / "config.json").read_text())["quantization_config"]
+    save_checkpoint(folder, config, stored(padded(small.config, small.weights), fp8=fp8))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        if (TINY_R1 / name).exists():
+            (folder / name).write_bytes((TINY_R1 / name).read_bytes())
+    return folder
+
+
+def _dense(config: dict[str, Any]) -> Callable[[Path], Path]:
+    return lambda folder: add_tokenizer(make_dense(folder, config), 280)
+
+
+def _qwen3_moe(folder: Path) -> Path:
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "moe_intermediate_size": 128}
+    return add_tokenizer(make_random(folder, ARCHITECTURES["Qwen3 MoE"].config | sizes), 280)
+
+
+FAMILIES = {
+    "DeepSeek-V3 (tiny-r1, R1's heads)": Family(make_padded, gguf_types=TYPES, latent=True),
+    "DeepSeek-V3 in FP8": Family(lambda folder: make_padded(folder, fp8=True), gguf_types=(), latent=True),
+    "GLM-4.5": Family(lambda folder: add_tokenizer(make_glm(folder), 280)),
+    "Qwen3 MoE": Family(_qwen3_moe),
+    "Llama": Family(_dense(LLAMA), mixture=False),
+    "Qwen2": Family(_dense(QWEN2), mixture=False),
+    "Qwen3": Family(_dense(QWEN3), mixture=False),
+}
+
+
+def outputs(family: Family) -> dict[str, Output]:
+    """Name -> every output that README's table of formats claims some engine runs, for one family."""
+    if not family.gguf_types:
+        return {"compressed-tensors 4 bits, rest FP8": Output("compressed-tensors", {}, (TRANSFORMERS,))}
+    of_awq = (VLLM,) if family.mixture else (VLLM, TRANSFORMERS)
+    both = (VLLM, TRANSFORMERS)
+    found = {
+        "awq": Output("awq", {"symmetric": False}, of_awq),
+        "awq, symmetric": Output("awq", {"symmetric": True}, of_awq),
+        "compressed-tensors 4 bits": Output("compressed-tensors", {}, both),
+        "compressed-tensors 8 bits": Output("compressed-tensors", {"bits": 8}, both),
+        "compressed-tensors 3 bits": Output("compressed-tensors", {"bits": 3}, both),
+        **{f"mlx {bits} bits": Output("mlx", {"bits": bits, "mtp": "drop"}, (MLX,)) for bits in (4, 8, 3)},
+    }
+    if not family.mixture:
+        found["compressed-tensors 4 bits, asymmetric"] = Output("compressed-tensors", {"symmetric": False}, (VLLM,))
+    else:
+        found["compressed-tensors 4 bits, quality"] = Output("compressed-tensors", {"preset": "quality"}, both)
+    llama = (LLAMA_CPP, IK) if family.latent or not family.mixture else (LLAMA_CPP,)
+    for name in (*family.gguf_types, "BF16"):
+        engines = (LLAMA_CPP,) if name == "NVFP4" else llama  # a type that ik_llama.cpp has not
+        found[f"gguf:{name}"] = Output(f"gguf:{name}", {"mtp": "drop"}, engines)
+    return found
+
+
+def without_mtp(model: Path, folder: Path) -> Path:
+    """A copy without multi-token-prediction layers, which mlx-lm knows only as R1's layer 61; the model if it has none.
+
+    What they predict counts nowhere here. The key rope_scaling stands in the config, which mlx-lm demands of GLM-4.5.
+    """
+    config = json.loads((model / "config.json").read_text())
+    if not config.get("num_nextn_predict_layers"):
+        return model
+    last = f"model.layers.{config['num_hidden_layers']}."
+    tensors = {name: one for name, one in read_tensors(model).items() if not name.startswith(last)}
+    save_checkpoint(folder, {"rope_scaling": None} | config | {"num_nextn_predict_layers": 0}, tensors)
+    return folder
+
+
+def tokens(model: Path) -> torch.Tensor:
+    """int64 [N, T]: held-out code for a trained model, random tokens for a random one."""
+    if model.parent.name.startswith("DeepSeek"):
+        return held_out_tokens("code", load_tokenizer(model), SEQ_LEN, SAMPLES)
+    return torch.randint(6, 280, (SAMPLES, SEQ_LEN), generator=torch.Generator().manual_seed(0))
