@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dsquant.kernels import code_book_search, code_books, ggml
 
 NUMBERS = {name: gguf_py.GGMLQuantizationType[name] for name in code_books.TYPES}
-QUICK = ("IQ2_XXS", "IQ3_XXS", "IQ3_S")  # ggml takes many seconds to prepare the others
+QUICK = ("IQ3_XXS", "IQ3_S")  # ggml takes seconds to prepare the others
 
 
 def weights(heavy: bool, num_rows: int = 8, num_columns: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
