@@ -42,8 +42,8 @@ def with_plain_rounding(
 ) -> tuple[dict[str, Opened], dict[str, str]]:
     """Returns the candidates, each followed by its yardstick, and yardstick -> candidate.
 
-    None has a candidate of floats, one on the grids of an earlier one, and one with types that only a search can round
-    to, such as IQ2_XS.
+    None has a candidate of floats, one on the grids of an earlier one, and one with ggml's types of floats, such as
+    NVFP4. Types with code books take the points that are nearest where all columns weigh alike.
     """
     models: dict[str, Opened] = {}
     plain_of: dict[str, str] = {}
