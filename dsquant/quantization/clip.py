@@ -35,11 +35,10 @@ def clipped_weight(
     ratios = scheme.clip_ratios if clip_ratios is None else tuple(clip_ratios)
     if ratios == FULL_RANGE and not scheme.searched:
         return round_to_nearest(weight_OI, scheme)
-    importance_I = moments.rms_I.square()
+    importance_I, parts = moments.rms_I.square(), weight_OI.split(rows_of_part(weight_OI))
     if ratios == FULL_RANGE:
-        return quantized(*scheme.round_plainly(weight_OI, importance_I), scheme)
+        return stacked([quantized(*scheme.round_plainly(part_OI, importance_I), scheme) for part_OI in parts])
     grams_BSS = moments.group_grams_GSS(scheme.block_size)
-    parts = weight_OI.split(rows_of_part(weight_OI))
 
     def clipped_rows(part_OI: torch.Tensor) -> QuantizedWeight:
         plain, clipped = _clip_rows(part_OI, scheme, (grams_BSS, importance_I), ratios)
