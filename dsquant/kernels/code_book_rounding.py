@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from dsquant.kernels import ggml
-from dsquant.kernels.code_book_search import PRODUCTS_AT_ONCE, Products, search
+from dsquant.kernels.code_book_search import PRODUCTS_AT_ONCE, search
 from dsquant.kernels.code_books import (
     TYPES,
     BlockScales,
@@ -86,9 +86,14 @@ def block_scales(weight_OI: torch.Tensor, importance_I: torch.Tensor, type_name:
     """Searches the scales of all blocks; importances, float32 [I], weigh columns' squared errors."""
     if _all_points(weight_OI):
         return _searched(weight_OI, importance_I, type_name)[1]
+    return _by_ggml(weight_OI, importance_I, type_name)[1]
+
+
+def _by_ggml(weight_OI: torch.Tensor, importance_I: torch.Tensor, type_name: str) -> tuple[torch.Tensor, BlockScales]:
+    """Stored rows, uint8 [O, bytes of a row], and their scales."""
     stored = ggml.quantize(_finite(weight_OI), type_name, _tamed(importance_I))
     factor_S, level_SB, alternative_SB = scales_of(stored.view(-1, TYPES[type_name].size), type_name)
-    return _scales(len(weight_OI), factor_S, level_SB, alternative_SB)
+    return stored, _scales(len(weight_OI), factor_S, level_SB, alternative_SB)
 
 
 def _all_points(weight_OI: torch.Tensor) -> bool:
@@ -151,34 +156,80 @@ def round_vectors(
     """Rounds each vector alone: codes, uint8 [O, I], and scales."""
     if _all_points(weight_OI):
         return _searched(weight_OI, importance_I, type_name)
-    scales, kind = block_scales(weight_OI, importance_I, type_name), TYPES[type_name]
-    scale_N, alternative_N = (
-        part.repeat_interleave(kind.block // VECTOR, 1).flatten() for part in (scales.scale_OB, scales.alternative_OB)
-    )
-    values_N8, weights_N8 = (
-        part.reshape(-1, VECTOR) for part in (weight_OI, _tamed(importance_I).expand_as(weight_OI))
-    )
-    codes, at_once = [], PRODUCTS_AT_ONCE // points_of(type_name)[:, :, 0].numel()
-    for start in range(0, len(scale_N), at_once):
-        part = slice(start, start + at_once)
-        codes.append(nearest_points(values_N8[part], weights_N8[part], scale_N[part], alternative_N[part], type_name))
-    return torch.cat(codes).view_as(weight_OI), scales
+    stored, scales = _by_ggml(weight_OI, importance_I, type_name)
+    return _decoded(stored, scales, type_name), scales
+
+
+def _decoded(stored: torch.Tensor, scales: BlockScales, type_name: str) -> torch.Tensor:
+    """The codes of stored rows, uint8 [O, I], from what gguf-py decodes; the first point's in blocks of zeros."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    values_OI = torch.from_numpy(dequantize(stored.numpy(), GGMLQuantizationType[type_name]))
+    scale_OI = scales.scale_OB.repeat_interleave(TYPES[type_name].block, 1)
+    table = torch.tensor(values_of(type_name))
+    codes_OI = torch.bucketize(values_OI / scale_OI, (table[:-1] + table[1:]) / 2)
+    first_P = codes_of_points(type_name)[0, 0]
+    first_OI = first_P.repeat(values_OI.shape[1] // len(first_P)).expand_as(values_OI)
+    return torch.where(scale_OI == 0, first_OI, codes_OI).to(torch.uint8)
 
 
 def nearest_points(
-    values_N8: torch.Tensor, importance_N8: torch.Tensor, scale_N: torch.Tensor, alternative_N: torch.Tensor,
+    values_N8: torch.Tensor, importance_8: torch.Tensor, scale_N: torch.Tensor, alternative_N: torch.Tensor,
     type_name: str,
 ) -> torch.Tensor:  # fmt: skip
     """Returns the codes of the points of the least error under scales, uint8 [N, 8]."""
-    points_AKP = points_on(values_N8.device, type_name)
-    values_NGP, importance_NGP = (part.unflatten(1, (-1, points_AKP.shape[2])) for part in (values_N8, importance_N8))
-    vectors = Vectors(values_NGP, importance_NGP, points_AKP, TYPES[type_name])
-    products = Products(vectors)
-    best = products.nearest_of(0, scale_N)
-    for alternative in range(1, len(points_AKP)):
-        best = best.or_better(products.nearest_of(alternative, scale_N), alternative_N == alternative)
-    negative_NGP = signs_of(vectors, best.index_NG, best.flipped_NG)
-    return _codes(best.alternative_N, best.index_NG, negative_NGP, type_name).flatten(1)
+    kind, points_AKP = TYPES[type_name], points_on(values_N8.device, type_name)
+    width = points_AKP.shape[2]
+    signed_NGP, weights_GP = (part.unflatten(-1, (-1, width)) for part in (values_N8, importance_8))
+    values_NGP = signed_NGP if kind.signs == "delta" else signed_NGP.abs()
+    index_NG = torch.empty_like(values_NGP[:, :, 0], dtype=torch.int64)
+    flipped_NG = torch.zeros_like(index_NG, dtype=torch.bool)
+    for alternative, points_KP in enumerate(points_AKP):
+        rows_R = (alternative_N == alternative).nonzero().squeeze(1)
+        for vector, weights_P in enumerate(weights_GP):
+            found_R = _nearest(values_NGP[rows_R, vector], weights_P, scale_N[rows_R], points_KP, False)[1]
+            index_NG[rows_R, vector] = found_R
+    if kind.signs == "even":
+        rows_R = ((values_N8 < 0).sum(1) % 2 == 1).nonzero().squeeze(1)
+        costs_RG, places_RG = _flips(values_NGP[rows_R], weights_GP, scale_N[rows_R], points_AKP[0])
+        chosen_R = costs_RG.argmin(1)
+        index_NG[rows_R, chosen_R] = places_RG.gather(1, chosen_R.unsqueeze(1)).squeeze(1)
+        flipped_NG[rows_R, chosen_R] = True
+    vectors = Vectors(signed_NGP, weights_GP.expand_as(signed_NGP), points_AKP, kind)
+    return _codes(alternative_N, index_NG, signs_of(vectors, index_NG, flipped_NG), type_name).flatten(1)
+
+
+def _nearest(
+    values_RP: torch.Tensor, weights_P: torch.Tensor, scale_R: torch.Tensor, points_KP: torch.Tensor, flip: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least error of each vector over its scale, without the constant sum(w x^2), and its point; with `flip` one
+    sign is given up, that which costs the least."""
+    weighted_RP = values_RP * weights_P
+    product_RK = weighted_RP @ points_KP.T
+    if flip:
+        given_up_RK = torch.full_like(product_RK, torch.inf)
+        for weighted_R, point_K in zip(weighted_RP.unbind(1), points_KP.unbind(1), strict=True):
+            torch.minimum(given_up_RK, weighted_R.unsqueeze(1) * point_K, out=given_up_RK)
+        product_RK.sub_(given_up_RK, alpha=2)
+    energy_K = points_KP.square() @ weights_P
+    least = product_RK.mul_(-2).addcmul_(scale_R.unsqueeze(1), energy_K).min(1)
+    return least.values, least.indices
+
+
+def _flips(
+    values_RGP: torch.Tensor, weights_GP: torch.Tensor, scale_R: torch.Tensor, points_KP: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What giving up a sign in each of the vectors of 8 weights costs, and the point it then takes, [R, G]."""
+    found = []
+    for values_RP, weights_P in zip(values_RGP.unbind(1), weights_GP, strict=True):
+        before_R, after = (
+            _nearest(values_RP, weights_P, scale_R, points_KP, False)[0] if len(weights_GP) > 1 else 0,
+            _nearest(values_RP, weights_P, scale_R, points_KP, True),
+        )
+        found.append((after[0] - before_R, after[1]))
+    costs, places = zip(*found, strict=True)
+    return torch.stack(costs, 1), torch.stack(places, 1)
 
 
 def compensate_vectors(
@@ -206,14 +257,13 @@ def compensate_points_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds vectors one after the other under given scales, in PyTorch on any device: codes, uint8 [S, O], and errors
     over U, float32 [S, O]."""
-    kind, (size, num_rows) = TYPES[type_name], weight_SO.shape
+    kind = TYPES[type_name]
     table, working_SO = torch.tensor(values_of(type_name), device=weight_SO.device), weight_SO.clone()
     codes_SO, errors_SO = torch.empty_like(weight_SO, dtype=torch.uint8), torch.empty_like(weight_SO)
-    for start in range(0, size, VECTOR):
+    for start in range(0, len(weight_SO), VECTOR):
         stop, block = start + VECTOR, start // kind.block
-        scale_O, weights_N8 = scales.scale_OB[:, block], importance_S[start:stop].expand(num_rows, -1)
-        chosen = scale_O, scales.alternative_OB[:, block], type_name
-        codes_O8 = nearest_points(working_SO[start:stop].T, weights_N8, *chosen)
+        scale_O, alternative_O = scales.scale_OB[:, block], scales.alternative_OB[:, block]
+        codes_O8 = nearest_points(working_SO[start:stop].T, importance_S[start:stop], scale_O, alternative_O, type_name)
         codes_SO[start:stop] = codes_O8.T
         errors_8O = working_SO[start:stop] - table[codes_O8.long()].T * scale_O
         errors_8O = torch.linalg.solve_triangular(factor_SS[start:stop, start:stop].T, errors_8O, upper=False)

@@ -68,7 +68,7 @@ def quantize_with(
 
 def search(vectors: Vectors) -> Chosen:
     """Chooses scales and points for whole super-blocks."""
-    products = Products(vectors)
+    products = _Products(vectors)
     scale_N, energy_N = _scale_search(products)
     factor_S, level_N = _levels(scale_N, energy_N, vectors.kind)
     factor_N = factor_S.float().repeat_interleave(len(level_N) // len(factor_S))
@@ -108,7 +108,7 @@ class Points:
         return Points(*(either(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))
 
 
-class Products:
+class _Products:
     """The products of all vectors and points, which every scale shares."""
 
     def __init__(self, vectors: Vectors) -> None:
@@ -127,14 +127,13 @@ class Products:
 
     def nearest(self, scale_N: torch.Tensor) -> Points:
         """The points of least error under scales, float32 [N]."""
-        found = [self.nearest_of(alternative, scale_N) for alternative in range(len(self.product_ANGK))]
+        found = [self._nearest_of(alternative, scale_N) for alternative in range(len(self.product_ANGK))]
         best = found[0]
         for other in found[1:]:
             best = best.or_better(other, other.error_N < best.error_N)
         return best
 
-    def nearest_of(self, alternative: int, scale_N: torch.Tensor) -> Points:
-        """The points of least error of one alternative."""
+    def _nearest_of(self, alternative: int, scale_N: torch.Tensor) -> Points:
         scale_N11 = scale_N.view(-1, 1, 1)
         square_NGK = self.energy_ANGK[alternative] * scale_N11.square()
         product_NGK = self.product_ANGK[alternative]
@@ -155,7 +154,7 @@ class Products:
         return Points(error_NG.sum(1), product_NG.sum(1), energy_NG.sum(1), index_NG, flipped_NG, number_N)
 
 
-def _scale_search(products: Products) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale_search(products: _Products) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale of each block that leaves the least error, float32 [N], and the energy of its points."""
     vectors = products.vectors
     reaching_N = vectors.weight_NGP.abs().amax((1, 2)) / float(vectors.points_AKP.abs().max())
