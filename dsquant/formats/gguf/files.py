@@ -133,10 +133,14 @@ class OpenGgufFiles:
                 stream.truncate(file.num_bytes)
             self._surroundings.written(path, 0, len(file.header), file.file_name)
 
-    def _open(self, file: GgufFile) -> FileIO:
+    def _path(self, file: GgufFile) -> Path:
+        """Where a file is now."""
         path = self._folder / (file.file_name + PARTIAL)
-        if not path.is_file():  # stopped when everything was written: while it was compared or hashed
-            path = self._folder / file.file_name
+        # It has its name where the job was stopped when everything was written: while it was compared or hashed.
+        return path if path.is_file() else self._folder / file.file_name
+
+    def _open(self, file: GgufFile) -> FileIO:
+        path = self._path(file)
         if not path.is_file() or path.stat().st_size != file.num_bytes:
             raise InputError(f"{path} of the interrupted job is gone or damaged; start over with --restart")
         stream = path.open("r+b", buffering=0)
@@ -165,7 +169,7 @@ class OpenGgufFiles:
     def _tell_written(self, name: str, start: int, stop: int) -> None:
         """Tells of bytes of a tensor, and of the padding behind its last."""
         file, offset = self._place[name]
-        path, size = self._folder / (file.file_name + PARTIAL), self._tensors[name].num_bytes
+        path, size = self._path(file), self._tensors[name].num_bytes
         stop = stop if stop < size else _padded(size)
         self._surroundings.written(path, offset + start, offset + stop, file.file_name)
 
