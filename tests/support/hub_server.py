@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -23,10 +24,9 @@ class Hub:
 
 
 @contextmanager
-def hub_of(models: dict[str, Path]) -> Iterator[Hub]:
-    """Serves folders as models until the end of the block."""
-    hub = Hub(models)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+def served(hub: Any, handler: type[BaseHTTPRequestHandler]) -> Iterator[Any]:
+    """Serves requests with a handler, whose `hub` is this one, until the end of the block."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"hub": hub}))
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -36,6 +36,13 @@ def hub_of(models: dict[str, Path]) -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def hub_of(models: dict[str, Path]) -> Iterator[Hub]:
+    """Serves folders as models until the end of the block."""
+    with served(Hub(models), _Handler) as hub:
+        yield hub
 
 
 class _Handler(BaseHTTPRequestHandler):

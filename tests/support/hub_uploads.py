@@ -2,10 +2,11 @@
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from hub_server import served
 
 OID = "0123456789abcdef0123456789abcdef01234567"
 
@@ -25,17 +26,8 @@ class UploadHub:
 @contextmanager
 def upload_hub() -> Iterator[UploadHub]:
     """Serves until the end of the block."""
-    hub = UploadHub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with served(UploadHub(), _Handler) as hub:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class _Handler(BaseHTTPRequestHandler):
