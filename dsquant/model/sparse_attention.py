@@ -33,14 +33,15 @@ def chosen_keys(
     latent_NTQ: torch.Tensor,
     positions: tuple[torch.Tensor, torch.Tensor],
     *others: Any,
-    cache: Any = None,
+    **cached: Any,
 ) -> torch.Tensor:
     """Returns the keys that each query sees, int32 [N, T, K]; of no elements where it sees all up to itself.
 
-    `others`, and a `cache` of earlier tokens, are for transformers' own forward, `with_cache`.
+    `others` and `cached`, earlier tokens by the name that the release of transformers gives them, are for
+    transformers' own forward, `with_cache`, which runs where there are earlier tokens.
     """
-    if cache is not None:
-        return with_cache(hidden_NTH, latent_NTQ, positions, *others, cache=cache)
+    if any(value is not None for value in cached.values()):
+        return with_cache(hidden_NTH, latent_NTQ, positions, *others, **cached)
     tokens = hidden_NTH.shape[1]
     if tokens <= indexer.index_topk:
         return hidden_NTH.new_empty(0, dtype=torch.int32)
