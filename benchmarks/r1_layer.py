@@ -71,9 +71,9 @@ def timed(function: Callable[..., Any], name: str, seconds: dict[str, float]) ->
     return run
 
 
-def disk_rates(folder: Path) -> tuple[float, float]:
-    """Bytes a second of reading a shard that no cache holds, and of writing and syncing 1 GiB."""
-    path = next(iter(sorted((folder / "model").glob("*.safetensors"))))
+def disk_rates(folder: Path, model: Path, blocks: int = 16) -> tuple[float, float]:
+    """Bytes a second of reading a shard of a model that no cache holds, and of writing blocks of 64 MiB and syncing."""
+    path = next(iter(sorted(model.glob("*.safetensors"))))
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         started, done = time.monotonic(), 0
@@ -83,11 +83,11 @@ def disk_rates(folder: Path) -> tuple[float, float]:
         read = done / (time.monotonic() - started)
     started = time.monotonic()
     with (folder / "probe").open("wb") as file:
-        for _ in range(16):
+        for _ in range(blocks):
             file.write(buffer)
         file.flush()
         os.fsync(file.fileno())
-    written = 16 * len(buffer) / (time.monotonic() - started)
+    written = blocks * len(buffer) / (time.monotonic() - started)
     (folder / "probe").unlink()
     return read, written
 
@@ -185,7 +185,7 @@ def main() -> None:
         make_checkpoint(options.folder / "model", options.experts, device="cuda")
         print(f"made the layer in {time.monotonic() - started:.0f} s")
     torch.cuda.empty_cache()
-    read, written = disk_rates(options.folder)
+    read, written = disk_rates(options.folder, options.folder / "model")
     rates = matmul_rates()
     print(f"{torch.cuda.get_device_name()}, dsquant {dsquant.__version__}, torch {torch.__version__}")
     print(f"disk: {read / 1e9:.2f} GB/s read, {written / 1e9:.2f} GB/s written and synced")
