@@ -12,6 +12,7 @@ from dsquant.deployment.hardware import Machine
 from dsquant.deployment.placement import MachinePlacement, Network
 from dsquant.deployment.sizes import SOURCE, OutputSize
 from dsquant.deployment.subject import Subject
+from dsquant.formats.gguf.rope import starting_options
 from dsquant.formats.table import format_of
 
 
@@ -25,7 +26,8 @@ def launch_commands(
         return _parallel_commands(output, placement, placement.kv_bytes // network.kv_bytes_per_token)
     if output.placement == "unified":
         return {"mlx-lm": format_of(output.format).serve_command(output.folder)}
-    commands = {"llama.cpp": _llama_cpp(output, network, machine, placement, subject.name)}
+    options = starting_options(subject.skeleton.config["rope_parameters"])
+    commands = {"llama.cpp": _llama_cpp(output, network, machine, placement, subject.name) + options}
     base = output.served_bytes - output.by_kind.get("routed experts", 0) + placement.kv_bytes
     holds_base = machine.gpus is not None and machine.gpus.memory_bytes - GPU_RESERVE_BYTES >= base
     if network.has_experts and network.shared_kv and holds_base and placement.kind == "split":

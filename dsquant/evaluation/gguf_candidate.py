@@ -143,7 +143,7 @@ def _check_rotary(
             f"do not have (only {', '.join(known)})"
         )
     difference = rotary.difference(header.rotary)
-    if difference is None:
+    if difference is None or rotary.difference(header.default_rotary) is None:
         return
     numbers = header.numbers
     keys = dict.fromkeys(key for key in (*wanted, *numbers) if key.startswith("rope."))

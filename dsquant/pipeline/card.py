@@ -58,7 +58,7 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
         _front_matter(record, library, ["dsquant", format_name.partition(":")[0], *tags]),
         f"# {markdown(Path(recipe['model']).name)}, {title}",
         f"{made} {format_size(record['source']['bytes'])} became {format_size(output['bytes'])}.",
-        f"```\n{known.serve_command(location)}\n```",
+        f"```\n{known.serve_command(location)}{output.get('serve_with', '')}\n```",
     ]
     if precision:
         parts += ["## Types" if kind else "## Widths", "Chosen by measured sensitivity, for the target in the recipe:"]

@@ -40,6 +40,8 @@ class Result(Shown):
     precision: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Group of linears, or GGUF tensor -> its width or type, bytes and error, where these were chosen; of several
     formats by format."""
+    serve_with: dict[str, str] = field(default_factory=dict)
+    """Format -> options without which its engine computes another network."""
     already_finished: bool = False
     pushed_to: str | None = None
     """Address of the repository that has it."""
@@ -83,7 +85,7 @@ class Result(Shown):
                 reason = f"{kept} lies in BF16, twice its size in FP8"
             yield f"Note: {name} is larger than the original: {reason}."
         for name, folder in self.folders.items():
-            command = format_of(name).serve_command(folder)
+            command = format_of(name).serve_command(folder) + self.serve_with.get(name, "")
             yield Text(f"{name} is in {folder}; serve it with:\n  {command}", overflow="fold", no_wrap=True)
         if not self.already_finished:
             peak = f"{format_size(self.peak_resident_bytes)} of memory"
@@ -130,5 +132,6 @@ def result_of(recipe: Recipe, record: dict[str, Any], **changes: Any) -> Result:
         },
         warnings=record["warnings"],
         precision=record.get("precision", {}),
+        serve_with={name: output["serve_with"] for name, output in outputs.items() if "serve_with" in output},
         **changes,
     )

@@ -129,12 +129,37 @@ def test_r1_0528_qwen3_8b_keeps_its_magnitude_in_dsquant_and_in_llama_cpp(
     assert Skeleton(gguf_checkpoint(read_header(file))).model.model.rotary_emb.attention_scaling == pytest.approx(1.0)
 
 
+LITE: dict[str, Any] = {
+    "hidden_size": 64, "q_lora_rank": 32, "kv_lora_rank": 32, "intermediate_size": 64, "moe_intermediate_size": 32,
+    "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+KIMI_K2 = LITE | {
+    "num_hidden_layers": 1, "num_nextn_predict_layers": 0,
+    "rope_theta": 50000,
+    "rope_scaling": MLA_YARN | {"factor": 32.0, "beta_fast": 1.0, "original_max_position_embeddings": 4096},
+}  # fmt: skip
+
+
+def test_kimi_k2_tells_how_llama_cpp_has_to_be_started(tmp_path: Path) -> None:
+    """It reads yarn's bounds from no file: by default another network is computed."""
+    model, option = make(tmp_path / "model", PICO_R1 | KIMI_K2), "--yarn-beta-fast 1"
+    result = dsquant.gguf(model, type="F32", output=tmp_path / "out", **PLAIN)
+    assert any(option in warning for warning in result.warnings)
+    assert f".gguf {option}\n" in (tmp_path / "out" / "README.md").read_text()
+    assert option in str(result).partition("serve it with:")[2]
+    (file,) = result.folders.values()
+    wanted_NTV = predicted(model)
+    assert divergence(wanted_NTV, every_position(file, TOKENS_NT, beta_fast=1.0)) < 1e-5
+    assert divergence(wanted_NTV, every_position(file, TOKENS_NT)) > 1e-3
+    open_candidate(str(file), open_original(str(model)))
+    open_candidate(str(model), open_original(str(file)))  # and a file alone says it too
+
+
 REFUSED = {
     "dynamic": (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' has no place in a GGUF"),
     "longrope": (LLAMA | {"rope_scaling": LONGROPE}, "'longrope' has no place"),
     "unknown type": (LLAMA | {"rope_scaling": {"type": "mrope", "factor": 2.0}}, "mrope"),
     "llama3 outside of Llama": (QWEN3 | {"rope_scaling": LLAMA3}, "'llama3' has no place in a GGUF file of qwen3"),
-    "beta_fast": (QWEN3 | {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 8}}, "beta_fast 32"),
     "truncate": (QWEN3 | {"rope_scaling": YARN | {"truncate": False}}, "truncate for granted"),
     "unread key": (QWEN3 | {"rope_scaling": YARN | {"mrope_section": [16, 8, 8]}}, "does not read mrope_section"),
     "part of a head": (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
@@ -184,12 +209,6 @@ def test_plan_names_gguf_among_what_cannot_be_made_and_goes_on(tmp_path: Path) -
     model = make(tmp_path / "model", LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
     plan = dsquant.plan(model, gpu="1x24GiB")
     assert any("gguf" in text and "'dynamic'" in text for text in plan.as_json()["refused"])
-
-
-LITE: dict[str, Any] = {
-    "hidden_size": 64, "q_lora_rank": 32, "kv_lora_rank": 32, "intermediate_size": 64, "moe_intermediate_size": 32,
-    "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1,
-}  # fmt: skip
 
 
 def test_layer_counts_by_which_llama_cpp_knows_lite_models_are_refused_with_q_lora(tmp_path: Path) -> None:

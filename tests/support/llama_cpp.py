@@ -125,10 +125,15 @@ def _library() -> ctypes.CDLL:
 # Places of numbers of 32 bits in `llama_context_params` -> their defaults, and what keeps keys and values in F32.
 _FLASH_ATTENTION, _TYPE_OF_KEYS, _TYPE_OF_VALUES = 13, 26, 27
 _IN_F32 = {_FLASH_ATTENTION: (-1, 0), _TYPE_OF_KEYS: (1, 0), _TYPE_OF_VALUES: (1, 0)}
+# The place of what `--yarn-beta-fast` says, and how it says nothing.
+_BETA_FAST, _UNSAID = 18, -1.0
 
 
-def _context_parameters(llama: ctypes.CDLL, in_f32: bool) -> _Parameters:
+def _context_parameters(llama: ctypes.CDLL, in_f32: bool, beta_fast: float) -> _Parameters:
     parameters = llama.llama_context_default_params()
+    floats = (ctypes.c_float * 1024).from_buffer(parameters)
+    assert floats[_BETA_FAST] == _UNSAID, f"llama_context_params has changed: place {_BETA_FAST}"
+    floats[_BETA_FAST] = beta_fast
     numbers = (ctypes.c_int32 * 1024).from_buffer(parameters)
     for place, (default, wanted) in _IN_F32.items():
         assert numbers[place] == default, f"llama_context_params has changed: place {place} is {numbers[place]}"
@@ -137,7 +142,7 @@ def _context_parameters(llama: ctypes.CDLL, in_f32: bool) -> _Parameters:
 
 
 def every_position(
-    path: Path, tokens_NT: torch.Tensor, tokens_at_once: int = 512, in_f32: bool = False
+    path: Path, tokens_NT: torch.Tensor, tokens_at_once: int = 512, in_f32: bool = False, beta_fast: float = _UNSAID
 ) -> torch.Tensor:
     """What llama.cpp predicts after every token, with its defaults and one thread.
 
@@ -146,13 +151,14 @@ def every_position(
         tokens_NT: int64 [N, T]; T at most 512, the default context.
         tokens_at_once: tokens of a batch, all of one sample.
         in_f32: keys and values are kept in F32 and multiplied so; by default in F16.
+        beta_fast: what `--yarn-beta-fast` says.
 
     Returns:
         Log-probabilities, float64 [N, T, V].
     """
     llama = _library()
     model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
-    context = llama.llama_init_from_model(model, _context_parameters(llama, in_f32))
+    context = llama.llama_init_from_model(model, _context_parameters(llama, in_f32, beta_fast))
     assert model and context, f"llama.cpp does not load {path}"
     llama.llama_set_n_threads(context, 1, 1)
     vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))

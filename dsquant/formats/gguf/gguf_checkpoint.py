@@ -18,7 +18,7 @@ from dsquant.formats.gguf.file import read_gguf
 from dsquant.formats.gguf.gguf_weights import GgufWeights, gguf_parts
 from dsquant.formats.gguf.layout import parameters
 from dsquant.formats.gguf.metadata import CONTROL, UNUSED, USER_DEFINED
-from dsquant.formats.gguf.rope import YARN_LOG_FACTOR, rotary_of_keys
+from dsquant.formats.gguf.rope import BOUND_KEYS, BOUNDS, YARN_LOG_FACTOR, rotary_of_keys
 from dsquant.model.families import FAMILIES, GGUF_FAMILIES, architecture_of, gguf_families
 from dsquant.model.families.family import Family, GgufFacts
 from dsquant.model.overlays import on_device
@@ -73,14 +73,23 @@ class GgufHeader:
 
     @property
     def rotary(self) -> Rotary:
-        """The rotary embedding that llama.cpp computes; raises InputError where a key is missing or the scaling is
-        unknown."""
+        """The rotary embedding that llama.cpp computes, started with the file's bounds of yarn; raises InputError where
+        a key is missing or the scaling is unknown."""
+        return self._rotary(self.numbers)
+
+    @property
+    def default_rotary(self) -> Rotary:
+        """The one that it computes with its own."""
+        own = {BOUND_KEYS + name: value for name, value in BOUNDS.items()}
+        return self._rotary(self.numbers | own)
+
+    def _rotary(self, numbers: Mapping[str, Any]) -> Rotary:
         factors = self.tensors.get("rope_freqs.weight")
         factors_F = None if factors is None else torch.from_numpy(factors.data.copy()).float().flatten()
         try:
             with np.errstate(divide="raise", over="raise", invalid="raise"):
                 facts = GGUF_FAMILIES[str(self.keys.get("general.architecture"))].gguf
-                return rotary_of_keys(facts, self.numbers, factors_F)
+                return rotary_of_keys(facts, numbers, factors_F)
         except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             raise InputError(f"{self.file}: its keys describe no rotary embedding: {error}") from error
 
@@ -271,7 +280,7 @@ def _rope_scaling(header: GgufHeader, facts: GgufFacts, config: Mapping[str, Any
         return {"rope_type": "linear", "factor": factor}
     original = numbers.get("rope.scaling.original_context_length", config["max_position_embeddings"])
     found = {"type": kind, "factor": factor, "original_max_position_embeddings": original}
-    found |= {"beta_fast": 32.0, "beta_slow": 1.0}  # not the keys': llama.cpp reads them in other architectures only
+    found |= {name: numbers.get(BOUND_KEYS + name, own) for name, own in BOUNDS.items()}
     rotary = header.rotary
     if facts.split is None:
         plain = math.isclose(rotary.magnitude, yarn_mscale(factor), rel_tol=1e-6)

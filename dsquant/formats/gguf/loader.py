@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsquant.formats.gguf.metadata import model_keys
-from dsquant.formats.gguf.rope import BETA_FAST, BETA_SLOW, rope_factors, rotary_of_keys
+from dsquant.formats.gguf.rope import rope_factors, rotary_of_keys
 from dsquant.model.families.family import GgufFacts
 from dsquant.model.rotary import Rotary
 
@@ -63,7 +63,4 @@ def _rope_problem(facts: GgufFacts, config: Mapping[str, Any], wanted: Rotary) -
         return (
             f"rope scaling {dict(rope)}: llama.cpp assumes that mscale is mscale_all_dim, and would have {difference}"
         )
-    return (
-        f"rope scaling {dict(rope)}: llama.cpp takes beta_fast {BETA_FAST:.0f}, beta_slow {BETA_SLOW:.0f} and truncate "
-        f"for granted, and would have {difference}"
-    )
+    return f"rope scaling {dict(rope)}: llama.cpp takes truncate for granted, and would have {difference}"

@@ -251,6 +251,7 @@ class GgufTarget(Target):
             "bytes": self.num_bytes,
             "bytes_by_type": self.model.bytes_by_type,
             "weight_errors": dict(errors),
+            **({"serve_with": options} if (options := self.model.starting_options) else {}),
         }
 
     def choice(self, wanted: Wanted) -> Choice:

@@ -1,11 +1,12 @@
 """Rotary embeddings in GGUF: the keys that describe them, and what llama.cpp computes from such keys.
 
-In these architectures llama.cpp assumes yarn's beta_fast 32, beta_slow 1 and whole-numbered bounds, reads frequency
-factors where an architecture has that kind of scaling, and with latent attention derives the scale of the scores from
-yarn's magnitude. So a config is written as keys, the keys are evaluated as llama.cpp does it, and a difference is
-refused.
+In these architectures llama.cpp does not read yarn's beta_fast and beta_slow, and takes 32 and 1 unless it is started
+with others. It assumes whole-numbered bounds, reads frequency factors where an architecture has that kind of scaling,
+and with latent attention derives the scale of the scores from yarn's magnitude. So a config is written as keys, the
+keys are evaluated as llama.cpp does it, and a difference is refused.
 
-Reference: src/llama-context.cpp (yarn_attn_factor), src/models/deepseek2.cpp (kq_scale) and ggml's rope_yarn.
+Reference: src/llama-context.cpp (yarn_beta_fast, yarn_attn_factor), src/models/deepseek2.cpp (kq_scale) and ggml's
+rope_yarn.
 """
 
 import math
@@ -20,9 +21,25 @@ from dsquant.model.rotary import Rotary, plain_frequencies, yarn_mscale
 
 # DeepSeek's converter wrote this factor into the YaRN key once, and the loader has divided by it ever since.
 YARN_LOG_FACTOR = 0.1
-BETA_FAST, BETA_SLOW = 32.0, 1.0
+BOUND_KEYS = "rope.scaling.yarn_"
+# Of yarn's bounds: their names, and what llama.cpp takes.
+BOUNDS = {"beta_fast": 32.0, "beta_slow": 1.0}
 FACTORED = "llama3"
 """The scaling that is stored as a tensor of frequency factors."""
+
+
+def starting_options(rope: Mapping[str, Any]) -> str:
+    """Returns the options without which llama.cpp computes another rotary embedding than `rope_parameters` say, each
+    behind a space; empty where it needs none."""
+    if rope["rope_type"] != "yarn":
+        return ""
+    bounds = _bounds(rope)
+    others = {name.replace("_", "-"): value for name, value in bounds.items() if value != BOUNDS[name]}
+    return "".join(f" --yarn-{name} {value:g}" for name, value in others.items())
+
+
+def _bounds(stated: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    return {name: float(stated.get(prefix + name) or own) for name, own in BOUNDS.items()}
 
 
 def scaling_keys(rope: Mapping[str, Any], latent: bool, magnitude: float) -> dict[str, Any]:
@@ -39,9 +56,8 @@ def scaling_keys(rope: Mapping[str, Any], latent: bool, magnitude: float) -> dic
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": factor,
         "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
-        "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or BETA_FAST),
-        "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or BETA_SLOW),
     }
+    keys |= {BOUND_KEYS + name: value for name, value in _bounds(rope).items()}
     if latent:
         if rope.get("mscale_all_dim") is not None:
             keys["rope.scaling.yarn_log_multiplier"] = YARN_LOG_FACTOR * float(rope["mscale_all_dim"])
@@ -70,9 +86,9 @@ def rope_factors(config: Mapping[str, Any]) -> torch.Tensor | None:
 
 
 def rotary_of_keys(facts: GgufFacts, keys: Mapping[str, Any], factors_F: torch.Tensor | None) -> Rotary:
-    """Returns the rotary embedding that llama.cpp computes from keys without the architecture's name, and the tensor
-    `rope_freqs.weight` where there is one; raises KeyError where a key without a default is missing, or the scaling is
-    unknown."""
+    """Returns the rotary embedding that llama.cpp, started with the keys' bounds of yarn, computes from keys without
+    the architecture's name, and the tensor `rope_freqs.weight` where there is one; raises KeyError where a key without
+    a default is missing, or the scaling is unknown."""
     key_length = keys.get("attention.key_length") or keys["embedding_length"] // keys["attention.head_count"]
     width, base = keys.get("rope.dimension_count", key_length), float(keys.get("rope.freq_base", 10000.0))
     kind = keys.get("rope.scaling.type", "linear")
@@ -89,7 +105,7 @@ def rotary_of_keys(facts: GgufFacts, keys: Mapping[str, Any], factors_F: torch.T
         log_multiplier = float(keys.get("rope.scaling.yarn_log_multiplier", 0.0)) / YARN_LOG_FACTOR
     if kind == "yarn":
         original = int(keys.get("rope.scaling.original_context_length", keys["context_length"]))
-        extrapolated_F = _extrapolated(width, base, original)
+        extrapolated_F = _extrapolated(width, base, original, *_bounds(keys, BOUND_KEYS).values())
         frequencies_F = frequencies_F * (extrapolated_F + (1 - extrapolated_F) / factor)
         magnitude = yarn_mscale(factor) if log_multiplier == 0 else 1.0
     else:
@@ -104,14 +120,14 @@ def rotary_of_keys(facts: GgufFacts, keys: Mapping[str, Any], factors_F: torch.T
     return Rotary(frequencies_F, magnitude, scale)
 
 
-def _extrapolated(width: int, base: float, original: int) -> torch.Tensor:
+def _extrapolated(width: int, base: float, original: int, fast: float, slow: float) -> torch.Tensor:
     """Returns how much of each frequency yarn keeps, [width / 2]; bounds in float32, as ggml computes them."""
 
     def bound(turns: float) -> float:
         single = np.float32
         return float(single(width) * np.log(single(original / (turns * 2 * math.pi))) / (2 * np.log(single(base))))
 
-    low = max(0.0, math.floor(bound(BETA_FAST)))
-    high = min(width - 1.0, math.ceil(bound(BETA_SLOW)))
+    low = max(0.0, math.floor(bound(fast)))
+    high = min(width - 1.0, math.ceil(bound(slow)))
     places_F = torch.arange(width // 2, dtype=torch.float64)
     return 1 - ((places_F - low) / max(0.001, high - low)).clamp(0, 1)

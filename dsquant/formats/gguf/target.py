@@ -17,7 +17,7 @@ from dsquant.formats.gguf.layout import Placement, placements, stored_shape
 from dsquant.formats.gguf.loader import loading_problem
 from dsquant.formats.gguf.metadata import add_model_keys, add_tokenizer_keys
 from dsquant.formats.gguf.mixtures import choose_type, model_facts
-from dsquant.formats.gguf.rope import rope_factors
+from dsquant.formats.gguf.rope import rope_factors, starting_options
 from dsquant.formats.gguf.store import check_quantizer
 from dsquant.formats.gguf.types import file_type_of, scale_beside
 from dsquant.model.families import family_of
@@ -59,6 +59,11 @@ class GgufModel:
     @property
     def num_bytes(self) -> int:
         return sum(file.num_bytes for file in self.files)
+
+    @property
+    def starting_options(self) -> str:
+        """What llama.cpp has to be started with."""
+        return starting_options(self.config["rope_parameters"])
 
     @property
     def bytes_by_type(self) -> dict[str, int]:
@@ -113,11 +118,16 @@ def plan_model(
         f"{counted(count, 'tensor')} stored as {chosen} instead of {wanted}: rows are not multiples of {wanted}'s block"
         for (wanted, chosen), count in replaced.items()
     )
-    notes += (missing,) if missing else ()
+    notes += tuple(filter(None, (missing, _starting_note(config))))
     if left_out:
         tokens = ", ".join(map(repr, left_out))
         notes += (f"added tokens without a row in the embedding are left out of GGUF files: {tokens}",)
     return GgufModel(type_name, config, tensors, files, notes, largest_whole(checkpoint, parameters))
+
+
+def _starting_note(config: Mapping[str, Any]) -> str | None:
+    options = starting_options(config["rope_parameters"]).strip()
+    return f"llama.cpp does not read yarn's bounds in a file: start it with `{options}` each time" if options else None
 
 
 def choose_tensors(
