@@ -17,6 +17,8 @@ from dsquant.files.disk import naming
 
 LOCK_FILE = "lock"
 HOLDER_FILE = "holder.json"
+# A folder that came or went so often between two looks will never be there.
+TRIES = 100
 
 
 @contextmanager
@@ -47,14 +49,14 @@ def _locked(path: Path, subject: Path) -> int:
     A package such as filelock keeps the descriptor to itself, and a path and a file's number alone cannot tell: the
     number of a file that is removed goes to the next.
     """
-    while True:
+    for left in reversed(range(TRIES)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_symlink():
                 raise InputError(f"{path} is a link; remove it")
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except (FileNotFoundError, FileExistsError):
-            if os.path.lexists(path.parent) and not path.parent.is_dir():
+            if not left or (os.path.lexists(path.parent) and not path.parent.is_dir()):
                 raise
             continue  # it came or went between two looks
         try:
@@ -70,6 +72,7 @@ def _locked(path: Path, subject: Path) -> int:
                 "wait for it, or stop that process and run again"
             ) from error
         os.close(descriptor)
+    raise InputError(f"{path} is replaced again and again by somebody else; stop that, or name another folder")
 
 
 def _lies_at(descriptor: int, path: Path) -> bool:

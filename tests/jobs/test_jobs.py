@@ -134,6 +134,13 @@ def test_a_run_that_has_finished_leaves_the_work_folder_of_the_next_alone(
     assert sorted(path.name for path in (output / WORK).iterdir()) == ["lock", "sensitivity-inputs.f32"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux")
+@pytest.mark.timeout(20)
+def test_where_no_folder_can_be_made_nobody_waits_for_one() -> None:
+    with pytest.raises(FileNotFoundError, match="/proc/out"), jobs.exclusive(Path("/proc/out"), Path("/proc/out")):
+        pass
+
+
 def test_a_lock_is_of_the_folder_that_lies_there_now(tmp_path: Path) -> None:
     with jobs.exclusive(tmp_path / "work", tmp_path) as is_locked:
         assert is_locked()
