@@ -58,7 +58,7 @@ def test_the_streamed_forward_is_transformers_and_folding_leaves_it(
     folder = make_random(tmp_path / "model", architecture.config, **changes)
     checkpoint = open_checkpoint(folder)
     skeleton, weights = Skeleton(checkpoint), checkpoint.weights
-    wanted = whole_logits(folder, TOKENS_NT)
+    wanted, keys = whole_logits(folder, TOKENS_NT), noted_choices(skeleton)
     found, experts = stream_logits(folder, weights, TOKENS_NT, 1, skeleton)
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5
     fold, generator = Fold(), torch.Generator().manual_seed(5)
@@ -69,6 +69,18 @@ def test_the_streamed_forward_is_transformers_and_folding_leaves_it(
     folded, same_experts = stream_logits(folder, FoldedWeights(weights, fold), TOKENS_NT, 1, skeleton)
     assert float((folded - found).norm() / found.norm()) < 1e-6
     assert all(torch.equal(one, other) for one, other in zip(experts, same_experts, strict=True))
+    middle = len(keys) // 2
+    assert all(torch.equal(one, other) for one, other in zip(keys[:middle], keys[middle:], strict=True))
+    assert any(one.numel() for one in keys) == ("index_topk" in changes)
+
+
+def noted_choices(skeleton: Skeleton) -> list[torch.Tensor]:
+    """What indexers choose from now on."""
+    found: list[torch.Tensor] = []
+    for name, module in skeleton.model.named_modules():
+        if name.endswith(".indexer"):
+            module.register_forward_hook(lambda _, __, chosen: found.append(chosen))
+    return found
 
 
 def shared_scales(scales_I: torch.Tensor, rows: tuple[int, ...] | None) -> torch.Tensor:
