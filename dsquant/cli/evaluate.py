@@ -46,13 +46,14 @@ def evaluate(as_json: bool, **options: Any) -> None:
 
     request = EvaluationRequest.checked(**options)
     from dsquant.evaluation import comparison
+    from dsquant.jobs.ranks import joined
     from dsquant.reporting.terminal import print_evaluation, progress_bar
 
-    with quiet_libraries(), progress_bar(not as_json) as report:
-        evaluation = comparison.evaluate(request, report)
-    if as_json:
+    with joined() as ranks, quiet_libraries(), progress_bar(not as_json and ranks.first) as report:
+        evaluation = comparison.evaluate(request, report, ranks)
+    if ranks.first and as_json:
         echo_json(evaluation)
-    else:
+    elif ranks.first:
         print_evaluation(evaluation, request.output)
     try:
         comparison.raise_verdict(evaluation)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # few large tensors once needed.
 MALLOC_MMAP_THRESHOLD = 2**20
 # Commands that a launcher (torchrun, accelerate) may start as several processes; others would repeat their work.
-SHARED_COMMANDS = ("awq", "gguf")
+SHARED_COMMANDS = {"awq": "awq", "gguf": "gguf", "evaluate": "eval", "verify": "verify"}
 
 
 def dsquant_command(function: Callable[..., None]) -> Callable[..., None]:
@@ -35,8 +35,9 @@ def dsquant_command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             _prepare_process()
             if launched().size > 1 and function.__name__ not in SHARED_COMMANDS:
+                *most, last = SHARED_COMMANDS.values()
                 raise UsageError(
-                    f"{function.__name__} runs in one process; only {' and '.join(SHARED_COMMANDS)} share their work"
+                    f"{function.__name__} runs in one process; only {', '.join(most)} and {last} share their work"
                 )
             _check_texts(options)
             function(*arguments, **options)

@@ -20,13 +20,15 @@ def verify(folder: Path, source: str | None, everything: bool, as_json: bool) ->
     """Checks every byte of DIR, an output or what `dsquant run` published, its coverage of the source, and its values;
     exit code 3 on damage, 5 where a check could not be run."""
     try:
+        from dsquant.jobs.ranks import joined
         from dsquant.reporting.terminal import progress_bar
         from dsquant.verification.release_checks import verify as check
     except ImportError as error:
         raise InconclusiveError(f"{folder} was not checked: a package cannot be imported: {error}") from error
 
-    with quiet_libraries(), progress_bar(not as_json) as report:
-        found = check(folder, source, everything, report)
-    show_result(found, as_json)
+    with joined() as ranks, quiet_libraries(), progress_bar(not as_json and ranks.first) as report:
+        found = check(folder, source, everything, report, ranks)
+    if ranks.first:
+        show_result(found, as_json)
     if not found.ok:
         sys.exit(InputError.exit_code if found.findings else InconclusiveError.exit_code)

@@ -2,113 +2,85 @@
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import torch
 
-from dsquant.errors import GateError, InconclusiveError, InputError, Interrupted, UsageError
+from dsquant.errors import GateError, InconclusiveError, InputError, UsageError
 from dsquant.evaluation.code.drift import CodeDrift
-from dsquant.evaluation.code.drift_plan import drift_caveats, left_over_caveats, plan_drift
+from dsquant.evaluation.code.drift_plan import drift_caveats, left_over_caveats
 from dsquant.evaluation.code.measure_drift import measure_drift
-from dsquant.evaluation.code.tasks import DriftPlan
+from dsquant.evaluation.comparison_inputs import Inputs, check_alike, memory_budget, open_inputs, versions
 from dsquant.evaluation.diagnosis import diagnose
-from dsquant.evaluation.divergence import ComparedModels
-from dsquant.evaluation.gates import Gates, check_measured, decide, read_gates
-from dsquant.evaluation.intervals import BLOCK_TOKENS, CONFIDENCE
+from dsquant.evaluation.gates import decide
+from dsquant.evaluation.intervals import BLOCK_TOKENS
 from dsquant.evaluation.lockstep import LENS_TOKENS, Lockstep, noise_batch
 from dsquant.evaluation.measures import Measures
 from dsquant.evaluation.needs import needs, stays_on_gpu
-from dsquant.evaluation.opening import Opened, Original, open_candidate, open_original
-from dsquant.evaluation.plain_rounding import with_plain_rounding
+from dsquant.evaluation.opening import Original
 from dsquant.evaluation.report.report_files import write_reports
-from dsquant.evaluation.request import EvaluationRequest, candidate_names
+from dsquant.evaluation.request import EvaluationRequest
 from dsquant.evaluation.results import SCHEMA_VERSION, Candidate, Evaluation, Identity, Reference
-from dsquant.evaluation.samples import Texts, read_texts
 from dsquant.evaluation.summary import layer_scores, routers_of, scores_by_text
 from dsquant.evaluation.weight_errors import by_kind, worst
 from dsquant.files.disk import remove_empty
-from dsquant.formats.decoded import DecodedWeights
 from dsquant.formats.gguf.gguf_weights import RELEASE_BYTES
-from dsquant.jobs.folder_state import check_name
-from dsquant.jobs.resources import check_disk, default_memory_budget, resolved_device
-from dsquant.jobs.stopping import stop_on_signals
+from dsquant.jobs.ranks import ALONE, Ranks
+from dsquant.jobs.resources import check_disk, resolved_device
+from dsquant.jobs.stopping import not_resumable, stop_on_signals
 from dsquant.kernels.threads import one_thread_an_operation
-from dsquant.model.streaming import samples_together
-from dsquant.model.structure import DecoderLayer
 from dsquant.options import format_size
-from dsquant.packages import PACKAGES, load, version
 from dsquant.reporting.progress import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
 from dsquant.source.vocabulary import surplus_notes
 
 MEMORY_STEP = 16 * 2**20
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What an evaluation works on: opened, read and checked."""
-
-    request: EvaluationRequest
-    gates: Gates | None
-    original: Original
-    candidates: Mapping[str, Opened]
-    texts: Texts
-    plan: DriftPlan | None
-    plain_of: Mapping[str, str]
-    """Yardstick of plain rounding -> the candidate that it is for."""
-
-    @property
-    def opened(self) -> tuple[Opened, ...]:
-        """The original and the candidates."""
-        return self.original.opened, *self.candidates.values()
-
-    @property
-    def models(self) -> ComparedModels:
-        """The same as networks with weights."""
-        candidates = {name: model.weights for name, model in self.candidates.items()}
-        batch_samples = samples_together(self.texts.tokens_NT.shape[1])
-        return ComparedModels(self.original.skeleton, self.original.checkpoint.weights, candidates, batch_samples)
-
-    @property
-    def layers(self) -> tuple[DecoderLayer, ...]:
-        """The decoder layers that run."""
-        return self.original.skeleton.layers[: self.original.skeleton.num_layers]
-
-    @property
-    def confidence(self) -> float:
-        """Confidence of every interval, 0 to 1."""
-        return CONFIDENCE if self.gates is None else self.gates.confidence
-
-
-def evaluate(request: EvaluationRequest, report: Report = silent) -> Evaluation:
-    """Measures what candidates lose against a reference; writes the reports where the request names a folder.
+def evaluate(request: EvaluationRequest, report: Report = silent, ranks: Ranks = ALONE) -> Evaluation:
+    """Measures what candidates lose against a reference; writes the reports where the request names a folder. All ranks
+    call this and get the evaluation; rank 0 writes.
 
     Raises InputError where a model, text or gates file cannot be used or a candidate is a different model, UsageError
-    where the memory budget is too small or a gate is on something that is not measured, and Interrupted on a signal.
+    where the memory budget is too small or a gate is on something that is not measured, and Interrupted on a signal or
+    where a rank is lost.
     """
-    with one_thread_an_operation(torch.device(resolved_device(request.device))):
-        return _evaluate(request, report)
+    with not_resumable("an evaluation"), one_thread_an_operation(torch.device(resolved_device(request.device))):
+        started = time.monotonic()
+        inputs = ranks.together(lambda: open_inputs(request))
+        check_alike(inputs, ranks)
+        noise, measures, drifts = _measure(inputs, report, ranks)
+        taken = ranks.gather((peak_resident_bytes(), sum(model.bytes_read for model in inputs.opened)))
+
+        def conclude() -> Evaluation:
+            evaluation = _evaluation(inputs, noise, measures, drifts, _identity(inputs, started, taken))
+            report(Progress("evaluate", 1, 1, "", gates=_decided(evaluation)))
+            if request.output is not None:
+                write_reports(evaluation, request.output)
+            return evaluation
+
+        return ranks.once(conclude)
 
 
-def _evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
-    started = time.monotonic()
-    gates = None if request.gates is None else read_gates(request.gates)
-    if request.output is not None:
-        check_name(request.output)
-    inputs = _open(request, gates, request.candidates)
-    noise, measures, drifts = _measure(inputs, report)
+def _evaluation(
+    inputs: Inputs,
+    noise: Measures,
+    measures: Mapping[str, Measures],
+    drifts: Mapping[str, CodeDrift],
+    identity: Identity,
+) -> Evaluation:
+    request = inputs.request
     noise_overlaps = [
         one.router_overlap.estimate
         for one in layer_scores(noise, inputs.layers, inputs.confidence, request.seed)
         if one.router_overlap is not None
     ]
-    evaluation = Evaluation(
+    return Evaluation(
         schema_version=SCHEMA_VERSION,
-        identity=_identity(inputs, started),
+        identity=identity,
         reference=_reference(inputs.original),
         texts=inputs.texts.described,
         noise_floor=scores_by_text(noise, inputs.texts.samples, inputs.confidence, request.seed),
@@ -116,50 +88,6 @@ def _evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
         candidates=tuple(_candidate(inputs, name, measures[name], drifts.get(name)) for name in inputs.candidates),
         caveats=(*_caveats(inputs), *left_over_caveats(drifts.values())),
     )
-    report(Progress("evaluate", 1, 1, "", gates=_decided(evaluation)))
-    if request.output is not None:
-        write_reports(evaluation, request.output)
-    return evaluation
-
-
-def check_request(request: EvaluationRequest, gates: Gates | None) -> None:
-    """Checks reference, texts, prompts and gates as `evaluate` does, before the candidates exist.
-
-    Raises InputError where the reference, a text or a prompt cannot be used, UsageError where code cannot be run as
-    requested or a gate is on something that is not measured.
-    """
-    _open(request, gates, ())
-
-
-def _open(request: EvaluationRequest, gates: Gates | None, paths: tuple[str, ...]) -> _Inputs:
-    original = open_original(request.reference, torch.device(resolved_device(request.device)))
-    candidates = {name: open_candidate(path, original) for name, path in candidate_names(paths).items()}
-    plain_of: dict[str, str] = {}
-    if request.plain_rounding:
-        candidates, plain_of = with_plain_rounding(original.checkpoint.weights, candidates)
-    texts = read_texts(request, original.tokenizer)
-    plan = plan_drift(request, original, _budget(request) - resident_bytes())
-    if gates is not None:
-        check_measured(gates, list(texts.samples), () if plan is None else plan.measures)
-    inputs = _Inputs(request, gates, original, candidates, texts, plan, plain_of)
-    _check_packages(inputs)
-    return inputs
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in (*PACKAGES, "gguf")}
-
-
-def _check_packages(inputs: _Inputs) -> None:
-    """Loads the packages that the last steps need, so that a missing one is found before the work begins."""
-    _versions()
-    for model in inputs.opened:
-        if isinstance(model.weights, DecodedWeights) and model.weights.decoder is not None:
-            load(*model.weights.decoder)
-    if inputs.plan is not None:
-        load("sacrebleu", "sacrebleu")
-    if inputs.request.output is not None:
-        load("jinja2", "jinja2")
 
 
 def _decided(evaluation: Evaluation) -> dict[str, bool]:
@@ -187,21 +115,20 @@ def raise_verdict(evaluation: Evaluation) -> None:
     raise InconclusiveError("inconclusive, more samples are needed:\n" + "\n".join(lines))
 
 
-def _measure(inputs: _Inputs, report: Report) -> tuple[Measures, dict[str, Measures], dict[str, CodeDrift]]:
-    """Checks memory and disk, and runs everything; returns noise floor, measures and code drift of the candidates."""
+def _measure(
+    inputs: Inputs, report: Report, ranks: Ranks
+) -> tuple[Measures, dict[str, Measures], dict[str, CodeDrift]]:
+    """Checks memory and disk, and runs everything; returns noise floor, measures and code drift of the candidates, on
+    every rank."""
     request, texts, models = inputs.request, inputs.texts, inputs.models
-    need = needs(models, *texts.tokens_NT.shape)
-    on_gpu = stays_on_gpu(models.original.device, need.memory + need.disk)
-    mapped = [min(one.size_bytes, RELEASE_BYTES) for one in inputs.candidates.values() if one.index is None]
-    memory, budget = need.memory + sum(mapped) + resident_bytes(), _budget(request)
-    if memory > budget:
-        raise UsageError(
-            f"--memory-budget {format_size(budget)} is too small: these models and texts need "
-            f"{format_size(_rounded_up(memory))}; raise the budget, evaluate fewer candidates at once, or lower "
-            "--samples or --seq-len"
-        )
-    with _not_resumable(), stop_on_signals() as request_to_stop, _work_folder(request.output) as work:
-        check_disk(work, 0 if on_gpu else need.disk)
+    need, budget = needs(models, *texts.tokens_NT.shape), memory_budget(request)
+    on_gpu = all(ranks.gather(stays_on_gpu(models.original.device, need.memory + need.disk)))
+    ranks.together(lambda: _check_memory(inputs, need.memory, budget))
+    with stop_on_signals() as request_to_stop, ExitStack() as stack:
+        work = ranks.once(lambda: stack.enter_context(_work_folder(request.output)))
+        if ranks.size > 1:
+            ranks.check_shared(work)
+        ranks.once(lambda: check_disk(work, 0 if on_gpu else need.disk))
 
         def safe_point(done: int, total: int, what: str, stage: Stage = "evaluate") -> None:
             request_to_stop.safe_point()
@@ -212,28 +139,35 @@ def _measure(inputs: _Inputs, report: Report) -> tuple[Measures, dict[str, Measu
                 )
             report(Progress(stage, done, total, what, sum(model.bytes_read for model in inputs.opened)))
 
-        noise, measures = Lockstep(models, texts.tokens_NT, None if on_gpu else work, safe_point).run()
-        if inputs.plan is None:
+        noise, measures = Lockstep(models, texts.tokens_NT, None if on_gpu else work, safe_point, ranks).run()
+        plan = inputs.plan
+        if plan is None:
             return noise, measures, {}
-        generating = partial(safe_point, stage="generate")
-        return noise, measures, measure_drift(models, inputs.original.tokenizer, inputs.plan, work, generating)
+
+        def drift(beat: Callable[[], None]) -> dict[str, CodeDrift]:
+            def generating(done: int, total: int, what: str) -> None:
+                beat()
+                safe_point(done, total, what, "generate")
+
+            return measure_drift(models, inputs.original.tokenizer, plan, work, generating)
+
+        return noise, measures, ranks.alone(drift)
 
 
-def _budget(request: EvaluationRequest) -> int:
-    return request.memory_budget or default_memory_budget()
+def _check_memory(inputs: Inputs, needed_bytes: int, budget: int) -> None:
+    mapped = [min(one.size_bytes, RELEASE_BYTES) for one in inputs.candidates.values() if one.index is None]
+    memory = needed_bytes + sum(mapped) + resident_bytes()
+    if memory > budget:
+        raise UsageError(
+            f"--memory-budget {format_size(budget)} is too small: these models and texts need "
+            f"{format_size(_rounded_up(memory))}; raise the budget, evaluate fewer candidates at once, or lower "
+            "--samples or --seq-len"
+        )
 
 
 def _rounded_up(size_bytes: int) -> int:
     """Returns a figure for messages: what a process holds at the start differs by some MiB from run to run."""
     return (size_bytes // MEMORY_STEP + 2) * MEMORY_STEP
-
-
-@contextmanager
-def _not_resumable() -> Iterator[None]:
-    try:
-        yield
-    except Interrupted as error:
-        raise Interrupted("stopped by a signal; an evaluation cannot be resumed: run it again") from error
 
 
 @contextmanager
@@ -250,7 +184,7 @@ def _work_folder(output: Path | None) -> Iterator[Path]:
         raise
 
 
-def _candidate(inputs: _Inputs, name: str, measures: Measures, drift: CodeDrift | None) -> Candidate:
+def _candidate(inputs: Inputs, name: str, measures: Measures, drift: CodeDrift | None) -> Candidate:
     opened, texts, seed = inputs.candidates[name], inputs.texts, inputs.request.seed
     scores = layer_scores(measures, inputs.layers, inputs.confidence, seed)
     candidate = Candidate(
@@ -289,10 +223,11 @@ def _reference(original: Original) -> Reference:
     )
 
 
-def _identity(inputs: _Inputs, started: float) -> Identity:
+def _identity(inputs: Inputs, started: float, taken: Sequence[tuple[int, int]]) -> Identity:
+    """Returns how it was measured; `taken` are the peak of resident memory and the bytes read of every rank."""
     models, tokens_NT = inputs.models, inputs.texts.tokens_NT
     return Identity(
-        versions=_versions(),
+        versions=versions(),
         seed=inputs.request.seed,
         confidence=inputs.confidence,
         block_tokens=BLOCK_TOKENS,
@@ -302,12 +237,12 @@ def _identity(inputs: _Inputs, started: float) -> Identity:
         noise_batch_samples=noise_batch(models.batch_samples),
         lens_tokens=min(LENS_TOKENS, tokens_NT.numel()),
         elapsed_s=time.monotonic() - started,
-        peak_resident_bytes=peak_resident_bytes(),
-        bytes_read=sum(model.bytes_read for model in inputs.opened),
+        peak_resident_bytes=max(peak for peak, _ in taken),
+        bytes_read=sum(count for _, count in taken),
     )
 
 
-def _caveats(inputs: _Inputs) -> tuple[str, ...]:
+def _caveats(inputs: Inputs) -> tuple[str, ...]:
     """Returns what the numbers do not show, in words."""
     original = inputs.original
     words = [

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from dsquant.jobs.ranks import ALONE, Ranks
 from dsquant.kernels.products import apply_linear
 from dsquant.kernels.threads import side_by_side
 from dsquant.model.activations import Activations
@@ -191,21 +192,33 @@ def score(
     candidates: Sequence[Head],
     targets_R: torch.Tensor,
     observer: Callable[[int, Sequence[torch.Tensor]], None] = lambda part, tables: None,
+    ranks: Ranks = ALONE,
 ) -> list[RowScores]:
     """Scores rows of hidden states against their next tokens (int64 [R]), with each part of each head read once.
 
-    All heads have the same rows. `observer` gets the number of each part, and the part of each table, float32 [V, H],
-    the original's first.
+    All heads have the same rows, of which ranks score their shares. `observer` gets the number of each part, and the
+    part of each table, float32 [V, H], the original's first.
     """
     num_rows = len(targets_R)
     sums = [_Sums(targets_R, len(candidates)), *(_Sums(targets_R, 1) for _ in candidates)]
     for part, (start, tables) in enumerate(_tables((original, *candidates))):
         observer(part, tables)
-        for first in range(0, num_rows, ROWS_AT_ONCE):
+        for first in range(0, num_rows, ROWS_AT_ONCE)[ranks.rank :: ranks.size]:
             numbers_R = torch.arange(first, min(first + ROWS_AT_ONCE, num_rows))
             heads = zip((original, *candidates), tables, strict=True)
             _add(sums, first, start, [head.scores(numbers_R, table_VH) for head, table_VH in heads])
-    return [_row_scores(sums[0], place, one) for place, one in enumerate(sums[1:])]
+    return [_of_all_ranks(_row_scores(sums[0], place, one), ranks) for place, one in enumerate(sums[1:])]
+
+
+def _of_all_ranks(own: RowScores, ranks: Ranks) -> RowScores:
+    """The scores of all rows, on every rank: those of each `ROWS_AT_ONCE` from the rank that has made them."""
+    if ranks.size == 1:
+        return own
+    parts = ranks.gather([getattr(own, field.name).cpu() for field in fields(own)])
+    rows_R = torch.arange(len(parts[0][0]))
+    made_by_R = rows_R // ROWS_AT_ONCE % ranks.size
+    device = own.kl_R.device
+    return RowScores(*(torch.stack(columns)[made_by_R, rows_R].to(device) for columns in zip(*parts, strict=True)))
 
 
 def _add(sums: Sequence[_Sums], first: int, start: int, scores: Sequence[torch.Tensor]) -> None:

@@ -4,22 +4,25 @@ disk.
 Every tensor of every model is read once, for all texts. Each candidate runs a layer twice, on its own hidden states and
 on the original's: the first shows the accumulated error, the second the error of this layer alone.
 
+Several ranks share a layer as they do in a job (docs/decisions/0013): each runs the dense part on its own samples, has
+one expert at a time, and scores its share of the tokens; the numbers are those of one rank.
+
 Shape legend: N samples, T tokens of a sample, H hidden size, R tokens of all samples, L decoder layers.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from dsquant.errors import InputError
-from dsquant.evaluation import router
 from dsquant.evaluation.divergence import ComparedModels, Head, SafePoint, num_steps, score, scoring
-from dsquant.evaluation.measures import Distance, LayerMeasures, Measures
+from dsquant.evaluation.lanes import Lane, Runner, layer_measures
+from dsquant.evaluation.measures import Distance, Measures
 from dsquant.evaluation.results import WeightError
 from dsquant.evaluation.weight_errors import LayerComparison, Moments
+from dsquant.jobs.ranks import ALONE, Ranks, Shares
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import ResidentWeights, WatchedWeights
@@ -27,46 +30,21 @@ from dsquant.model.streaming import (
     EMBEDDING,
     ROWS_AT_ONCE,
     Observer,
-    Routing,
     Stream,
-    add_expert,
+    contributions,
     final_norm,
     head_name,
     run_dense_part,
     table_parts,
 )
 from dsquant.model.structure import DecoderLayer, Mlp
+from dsquant.quantization.sharing import exchange_rows, share_routing, share_rows
 from dsquant.source.weights import Weights
 
 # Tokens whose hidden states are scored after every layer.
 LENS_TOKENS = 128
 # Experts of every model that are read from disk while one is run.
 EXPERTS_AHEAD = 2
-
-
-@dataclass
-class _Lane:
-    """A model and the hidden states that pass through it: its own samples, followed by the original's."""
-
-    weights: Weights
-    batch_samples: int
-    num_own: int
-    """Samples that run on the model's own hidden states."""
-    inputs: Activations
-    outputs: Activations
-    middle: Activations
-    """Hidden states between attention and MLP."""
-    mlp_inputs: Activations
-    final: Activations
-    """Normed: of every token after the last layer, then of the lens's tokens after each layer."""
-    routing: Routing | None = None
-    layers: list[LayerMeasures] = field(default_factory=list)
-    errors: list[WeightError] = field(default_factory=list)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it runs on the original's hidden states too."""
-        return self.inputs.shape[0] > self.num_own
 
 
 def noise_batch(batch_samples: int) -> int:
@@ -96,6 +74,7 @@ class Lockstep:
         tokens_NT: torch.Tensor,
         work: Path | None,
         safe_point: SafePoint = lambda *_: None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Creates the files of hidden states in `work`, for the samples of all texts, int64 [N, T]; None keeps them in
         the models' memory.
@@ -103,23 +82,32 @@ class Lockstep:
         `safe_point` is called before each model's layer, each expert and each part of the vocabulary.
         """
         self.skeleton, self.tokens_NT, self.safe_point = models.skeleton, tokens_NT, safe_point
+        self.ranks, batch_samples = ranks, models.batch_samples
+        # whole batches of both sizes
+        together = math.lcm(batch_samples, noise_batch(batch_samples))
+        self.shares = Shares(tokens_NT.shape[0], together, ranks.size)
+        self.token_shares = Shares(tokens_NT.numel(), together * tokens_NT.shape[1], ranks.size)
         self._num_steps = num_steps(models.skeleton)
         self._work, self._num_files, self.device = work, 0, models.original.device
         self.lens_R = torch.linspace(0, tokens_NT.numel() - 1, min(LENS_TOKENS, tokens_NT.numel())).long()
-        original, batch_samples = WatchedWeights(models.original, _refuse), models.batch_samples
-        self.original = self._lane(original, batch_samples, 1)
-        self.noise = self._lane(original, noise_batch(batch_samples), 1)
+        original = WatchedWeights(models.original, _refuse)
+        self.original = self._runner(original, batch_samples)
+        self.noise = self._runner(original, noise_batch(batch_samples))
         self._not_finite: dict[str, set[str]] = {name: set() for name in models.candidates}
         watched = {name: WatchedWeights(one, self._not_finite[name].add) for name, one in models.candidates.items()}
-        self.candidates = {name: self._lane(weights, batch_samples, 2) for name, weights in watched.items()}
+        self.candidates = {name: self._runner(weights, batch_samples, True) for name, weights in watched.items()}
 
-    def _lane(self, weights: Weights, batch_samples: int, times: int) -> _Lane:
+    def _runner(self, weights: Weights, batch_samples: int, is_candidate: bool = False) -> Runner:
         num_samples, num_tokens = self.tokens_NT.shape
         hidden = self.skeleton.config["hidden_size"]
-        shape = (times * num_samples, num_tokens, hidden)
+        shape = (num_samples, num_tokens, hidden)
         inputs, outputs, middle, mlp_inputs = (self._states(shape) for _ in range(4))
-        final = self._states((self.tokens_NT.numel() + self.skeleton.num_layers * len(self.lens_R), 1, hidden))
-        return _Lane(weights, batch_samples, num_samples, inputs, outputs, middle, mlp_inputs, final)
+        own, local = Lane(weights, batch_samples, inputs, outputs, middle, mlp_inputs), None
+        if is_candidate:  # it reads the original's inputs
+            outputs, middle, mlp_inputs = (self._states(shape) for _ in range(3))
+            local = Lane(weights, batch_samples, inputs, outputs, middle, mlp_inputs)
+        num_final = self.tokens_NT.numel() + self.skeleton.num_layers * len(self.lens_R)
+        return Runner(own, local, self._states((num_final, 1, hidden)))
 
     def _states(self, shape: tuple[int, int, int]) -> Activations:
         self._num_files += 1
@@ -127,165 +115,196 @@ class Lockstep:
         return Activations.passing(path, shape, self.device)
 
     @property
-    def lanes(self) -> tuple[_Lane, ...]:
+    def runners(self) -> tuple[Runner, ...]:
         """The original, its second run, the candidates."""
         return self.original, self.noise, *self.candidates.values()
 
     def run(self) -> tuple[Measures, dict[str, Measures]]:
-        """Runs all layers and scores the tokens; returns the noise floor and each candidate's measures. Raises
-        InputError where a tensor of the original holds NaN or infinity."""
+        """Runs all layers and scores the tokens; returns the noise floor and each candidate's measures, on every rank.
+        Raises InputError where a tensor of the original holds NaN or infinity."""
         self._embed()
         for layer in self.skeleton.layers[: self.skeleton.num_layers]:
             self._before(layer, f"{layer.prefix} of the original")
             self._run_layer(layer)
-        for lane in self.lanes:
-            for rows_R in torch.arange(self.tokens_NT.numel()).split(ROWS_AT_ONCE):
-                self._set_final(lane, rows_R, lane.inputs.rows(rows_R))
+        first, end = self.token_shares.samples(self.ranks.rank)
+        for runner in self.runners:
+            for rows_R in torch.arange(first, end).split(ROWS_AT_ONCE):
+                self._set_final(runner, rows_R, runner.own.inputs.rows(rows_R))
+            share_rows(runner.final, self.ranks, self.token_shares)
         return self._score()
 
     def _before(self, layer: DecoderLayer, what: str) -> None:
         self.safe_point(layer.index, self._num_steps, what)
 
     def _embed(self) -> None:
-        """Embeds every model's own samples, and compares the embedding tables."""
-        tokens_R = self.tokens_NT.flatten().to(self.device)
-        lanes = (self.original, *self.candidates.values())
-        errors = {number: Distance() for number in range(1, len(lanes))}
-        for parts in zip(*(table_parts(lane.weights, EMBEDDING) for lane in lanes), strict=True):
+        """Embeds this rank's samples in every model, and compares the embedding tables."""
+        first, end = self.token_shares.samples(self.ranks.rank)
+        tokens_R = self.tokens_NT.flatten()[first:end].to(self.device)
+        runners = (self.original, *self.candidates.values())
+        errors = {number: Distance() for number in range(1, len(runners))}
+        for parts in zip(*(table_parts(one.own.weights, EMBEDDING) for one in runners), strict=True):
             start, original_VH = parts[0]
             rows_R = torch.where((tokens_R >= start) & (tokens_R < start + len(original_VH)))[0]
             for part_R in rows_R.split(ROWS_AT_ONCE):
                 places_R = tokens_R[part_R] - start
-                for lane, (_, table_VH) in zip(lanes, parts, strict=True):
-                    lane.inputs.set_rows(part_R, table_VH[places_R])
-                self.noise.inputs.set_rows(part_R, original_VH[places_R])
+                for runner, (_, table_VH) in zip(runners, parts, strict=True):
+                    runner.own.inputs.set_rows(first + part_R, table_VH[places_R])
+                self.noise.own.inputs.set_rows(first + part_R, original_VH[places_R])
             for number, error in errors.items():
                 error.add(original_VH, parts[number][1])
         for number, error in errors.items():
-            lanes[number].errors.append(WeightError(EMBEDDING, None, error.relative, None))
+            runners[number].errors.append(WeightError(EMBEDDING, None, error.relative, None))
 
     def _run_layer(self, layer: DecoderLayer) -> None:
-        original = ResidentWeights(self.original.weights)
+        original = ResidentWeights(self.original.own.weights)
         moments = {name: Moments() for name in layer.attention_linears}
         moments |= {name: Moments() for mlp in layer.mlps if mlp.kind != "routed" for name in mlp.linears}
-        self._run_dense_part(layer, self.original, original, {name: one.add for name, one in moments.items()})
-        self._run_dense_part(layer, self.noise, original, {})
+        self._run_dense_part(layer, self.original.own, original, {name: one.add for name, one in moments.items()})
+        self._share_moments(moments)
+        self._run_dense_part(layer, self.noise.own, original, {})
         if layer.router is not None:
             moments[layer.router.removesuffix(".weight")] = self._router_moments()
         comparisons = []
-        for name, lane in self.candidates.items():
+        for name, runner in self.candidates.items():
             self._before(layer, f"{layer.prefix} of {name}")
-            for sample in range(lane.num_own):
-                lane.inputs.set_samples(lane.num_own + sample, self.original.inputs.samples(sample, sample + 1))
-            candidate = ResidentWeights(lane.weights)
-            self._run_dense_part(layer, lane, candidate, {})
+            assert runner.local is not None
+            runner.local.inputs = self.original.own.inputs
+            candidate = ResidentWeights(runner.own.weights)
+            for lane in runner.lanes:
+                self._run_dense_part(layer, lane, candidate, {})
             comparison = LayerComparison(layer)
             comparison.dense_part(original, candidate, moments)
+            runner.errors += comparison.errors
             comparisons.append(comparison)
         del original, candidate
-        for place, mlp in enumerate(layer.experts):
-            self._before(layer, mlp.gate.rpartition(".")[0])
-            self._read_ahead(layer.experts[place + 1 : place + 1 + EXPERTS_AHEAD])
-            self._run_expert(mlp, comparisons)
-        for lane, comparison in zip(self.candidates.values(), comparisons, strict=True):
-            lane.errors += comparison.errors
+        self._run_experts(layer, comparisons)
         self._finish_layer(layer)
 
     def _run_dense_part(
-        self, layer: DecoderLayer, lane: _Lane, weights: Weights, observers: Mapping[str, Observer]
+        self, layer: DecoderLayer, lane: Lane, weights: Weights, observers: Mapping[str, Observer]
     ) -> None:
-        own = {layer.norm: lane.middle.recorder(), layer.mlp_module: lane.mlp_inputs.recorder()}
+        first_row, samples = self.token_shares.samples(self.ranks.rank)[0], self.shares.samples(self.ranks.rank)
+        own = {layer.norm: lane.middle.recorder(first_row), layer.mlp_module: lane.mlp_inputs.recorder(first_row)}
         stream = Stream(weights, lane.inputs, lane.outputs)
-        lane.routing = run_dense_part(self.skeleton, layer, stream, lane.batch_samples, {**observers, **own})
+        found = run_dense_part(self.skeleton, layer, stream, lane.batch_samples, {**observers, **own}, samples)
+        lane.routing = share_routing(found, self.ranks, self.device)
+        if lane.routing is not None:
+            share_rows(lane.mlp_inputs, self.ranks, self.shares)
+
+    def _share_moments(self, moments: Mapping[str, Moments]) -> None:
+        """Gives every rank the moments of all samples' batches, in their order."""
+        if self.ranks.size == 1:
+            return
+        found = self.ranks.gather([[part.cpu() for part in one.parts] for one in moments.values()])
+        for one, parts in zip(moments.values(), zip(*found, strict=True), strict=True):
+            one.parts = [part.to(self.device) for of_rank in parts for part in of_rank]
 
     def _router_moments(self) -> Moments:
-        moments = Moments()
-        for rows_R in torch.arange(self.original.mlp_inputs.num_rows).split(ROWS_AT_ONCE):
-            moments.add(self.original.mlp_inputs.rows(rows_R))
+        moments, inputs = Moments(), self.original.own.mlp_inputs
+        for rows_R in torch.arange(inputs.num_rows).split(ROWS_AT_ONCE):
+            moments.add(inputs.rows(rows_R))
         return moments
+
+    def _run_experts(self, layer: DecoderLayer, comparisons: Sequence[LayerComparison]) -> None:
+        """Adds the experts to every lane, each rank one at a time, and compares them."""
+        experts, rank, size = layer.experts, self.ranks.rank, self.ranks.size
+        errors: list[list[list[WeightError]]] = []
+        for begin in range(0, len(experts), size):
+            turn = experts[begin : begin + size]
+            own = turn[rank] if rank < len(turn) else None
+            if own is not None:
+                self._before(layer, own.gate.rpartition(".")[0])
+                self._read_ahead(experts[begin + rank + size :: size][:EXPERTS_AHEAD])
+            found = self._run_turn(turn, own, comparisons)
+            errors += [found] if own is not None else []
+        for of_expert in self.ranks.in_turns(errors, len(experts)):
+            for runner, of_candidate in zip(self.candidates.values(), of_expert, strict=True):
+                runner.errors += of_candidate
 
     def _read_ahead(self, mlps: Sequence[Mlp]) -> None:
         """Begins to read experts while a GPU computes another; a CPU is busy with that."""
         names = [f"{linear}.weight" for mlp in mlps for linear in mlp.linears]
-        for lane in (self.original, *self.candidates.values()):
-            lane.weights.prefetch(names if self.device.type == "cuda" else ())
+        for runner in (self.original, *self.candidates.values()):
+            runner.own.weights.prefetch(names if self.device.type == "cuda" else ())
 
-    def _run_expert(self, mlp: Mlp, comparisons: Sequence[LayerComparison]) -> None:
-        """Adds an expert to every lane, each model's weights read once, and compares them."""
-        original = GatedWeights.read(self.original.weights, mlp)
-        for lane in (self.original, self.noise):
-            self._add_expert(lane, mlp, original)
-        moments = self._expert_moments(mlp, original)
-        for lane, comparison in zip(self.candidates.values(), comparisons, strict=True):
-            candidate = GatedWeights.read(lane.weights, mlp)
-            self._add_expert(lane, mlp, candidate)
-            comparison.mlp(mlp, original, candidate, moments)
+    def _run_turn(
+        self, turn: Sequence[Mlp], own: Mlp | None, comparisons: Sequence[LayerComparison]
+    ) -> list[list[WeightError]]:
+        """Adds a turn's experts, one for each rank, to every lane; each model's weights of this rank's are read once.
+        Returns its errors by candidate."""
+        original = None if own is None else GatedWeights.read(self.original.own.weights, own)
+        for lane in (self.original.own, self.noise.own):
+            self._add_experts(lane, turn, original)
+        moments = {} if own is None or original is None else self._expert_moments(own, original)
+        errors = []
+        for runner, comparison in zip(self.candidates.values(), comparisons, strict=True):
+            candidate = None if own is None else GatedWeights.read(runner.own.weights, own)
+            for lane in runner.lanes:
+                self._add_experts(lane, turn, candidate)
+            if own is not None and original is not None and candidate is not None:
+                errors.append(comparison.of_mlp(own, original, candidate, moments))
+        return errors
 
-    def _add_expert(self, lane: _Lane, mlp: Mlp, weights: GatedWeights) -> None:
-        assert mlp.expert is not None and lane.routing is not None
-        rows_at_once = ROWS_AT_ONCE
-        if lane is self.noise:  # as many tokens as a batch of its size gives an expert on average
-            share = lane.routing.expert_RK.shape[1] / self.skeleton.sizes.num_experts
+    def _add_experts(self, lane: Lane, turn: Sequence[Mlp], weights: GatedWeights | None) -> None:
+        """Adds what a turn's experts put out, in their order; `weights` are those of this rank's."""
+        routing, rows_at_once = lane.routing, ROWS_AT_ONCE
+        assert routing is not None
+        if lane is self.noise.own:  # as many tokens as a batch of its size gives an expert on average
+            share = routing.expert_RK.shape[1] / self.skeleton.sizes.num_experts
             rows_at_once = max(1, int(lane.batch_samples * self.tokens_NT.shape[1] * share))
-        stream = Stream(lane.weights, lane.inputs, lane.outputs)
-        add_expert(self.skeleton, mlp.expert, weights, stream, lane.mlp_inputs, lane.routing, rows_at_once)
+        numbers, own_RH = [mlp.expert for mlp in turn if mlp.expert is not None], list[torch.Tensor]()
+        if weights is not None:
+            of_expert = (numbers[self.ranks.rank], weights, lane.mlp_inputs, routing, rows_at_once)
+            for rows_R, added_RH in contributions(self.skeleton, *of_expert):
+                if self.ranks.size == 1:
+                    lane.outputs.add_rows(rows_R, added_RH)
+                else:
+                    own_RH.append(added_RH)
+        if self.ranks.size > 1:
+            none_RH = torch.empty(0, self.skeleton.config["hidden_size"], device=self.device)
+            tokens = [routing.tokens_of(number)[0] for number in numbers]
+            tokens += [tokens[0][:0]] * (self.ranks.size - len(tokens))
+            exchange_rows(self.ranks, self.shares, lane.outputs, tokens, torch.cat([none_RH, *own_RH]))
 
     def _expert_moments(self, mlp: Mlp, weights: GatedWeights) -> dict[str, Moments]:
-        assert mlp.expert is not None and self.original.routing is not None
+        original = self.original.own
+        assert mlp.expert is not None and original.routing is not None
         inputs, hidden = Moments(), Moments()
-        rows_R, _ = self.original.routing.tokens_of(mlp.expert)
+        rows_R, _ = original.routing.tokens_of(mlp.expert)
         for part_R in rows_R.split(ROWS_AT_ONCE) if len(rows_R) else ():
-            inputs_RH = self.original.mlp_inputs.rows(part_R)
+            inputs_RH = original.mlp_inputs.rows(part_R)
             inputs.add(inputs_RH)
             hidden.add(weights.hidden(self.skeleton, inputs_RH))
         return {mlp.gate: inputs, mlp.up: inputs, mlp.down: hidden}
 
     def _finish_layer(self, layer: DecoderLayer) -> None:
         """Keeps the layer's measures and the lens's tokens, and moves on."""
-        for lane in (self.noise, *self.candidates.values()):
-            lane.layers.append(self._layer_measures(lane, len(layer.experts)))
-        first = self.tokens_NT.numel() + layer.index * len(self.lens_R)
-        for lane in self.lanes:
-            lane.inputs, lane.outputs = lane.outputs, lane.inputs
-            self._set_final(lane, first + torch.arange(len(self.lens_R)), lane.inputs.rows(self.lens_R))
+        samples = range(*self.shares.samples(self.ranks.rank))
+        for runner in (self.noise, *self.candidates.values()):
+            found = layer_measures(self.original.own, runner, len(layer.experts), samples, self.ranks)
+            runner.layers.append(found)
+        rows_R = self.tokens_NT.numel() + layer.index * len(self.lens_R) + torch.arange(len(self.lens_R))
+        for runner in self.runners:
+            runner.own.inputs, runner.own.outputs = runner.own.outputs, runner.own.inputs
+            self._set_final(runner, rows_R, self._lens(runner.own.inputs))
 
-    def _layer_measures(self, lane: _Lane, num_experts: int) -> LayerMeasures:
-        original, own = self.original, lane.num_own
-        hidden, whole, attention, mlp = (Distance() for _ in range(4))
-        for sample in range(own):
-            at, local = (sample, sample + 1), (own + sample, own + sample + 1)
-            before, middle, after = (part.samples(*at) for part in (original.inputs, original.middle, original.outputs))
-            hidden.add(after, lane.outputs.samples(*at))
-            if lane.is_local:
-                local_middle, local_after = lane.middle.samples(*local), lane.outputs.samples(*local)
-                whole.add(after - before, local_after - before)
-                attention.add(middle - before, local_middle - before)
-                mlp.add(after - middle, local_after - local_middle)
-        errors = (hidden.relative, whole.relative, attention.relative, mlp.relative)
-        if lane.routing is None or original.routing is None:
-            return LayerMeasures(*errors)
-        num_rows = self.tokens_NT.numel()
-        routing, local_overlap = router.rows_of(lane.routing, 0, num_rows), None
-        if lane.is_local:
-            local_routing = router.rows_of(lane.routing, num_rows, 2 * num_rows)
-            local_overlap = float(router.overlap(original.routing, local_routing).mean())
-        return LayerMeasures(
-            *errors,
-            overlap_NT=router.overlap(original.routing, routing).view(self.tokens_NT.shape).cpu(),
-            local_overlap=local_overlap,
-            weight_distance=router.weight_distance(original.routing, routing, num_experts),
-            load_shift=router.load_shift(original.routing, routing, num_experts),
-        )
+    def _lens(self, states: Activations) -> torch.Tensor:
+        """The hidden states of the lens's tokens, from all ranks."""
+        if self.ranks.size == 1:
+            return states.rows(self.lens_R)
+        first, end = self.token_shares.samples(self.ranks.rank)
+        own_R = self.lens_R[(self.lens_R >= first) & (self.lens_R < end)]
+        return torch.cat(self.ranks.gather(states.rows(own_R).cpu())).to(self.device)
 
-    def _set_final(self, lane: _Lane, rows_R: torch.Tensor, hidden_RH: torch.Tensor) -> None:
-        normed = final_norm(self.skeleton, lane.weights, hidden_RH.unsqueeze(0))
-        lane.final.set_rows(rows_R, normed.squeeze(0))
+    def _set_final(self, runner: Runner, rows_R: torch.Tensor, hidden_RH: torch.Tensor) -> None:
+        normed = final_norm(self.skeleton, runner.own.weights, hidden_RH.unsqueeze(0))
+        runner.final.set_rows(rows_R, normed.squeeze(0))
 
     def _score(self) -> tuple[Measures, dict[str, Measures]]:
         num_layers, num_rows, shape = self.skeleton.num_layers, self.tokens_NT.numel(), self.tokens_NT.shape
         name = head_name(self.skeleton)
         targets_R = torch.cat([torch.roll(self.tokens_NT.flatten(), -1), torch.zeros(num_layers * len(self.lens_R))])
-        heads = [Head(lane.weights, name, lane.final) for lane in self.lanes]
+        heads = [Head(runner.own.weights, name, runner.final) for runner in self.runners]
         tables = {number: Distance() for number in range(2, len(heads))}
 
         def compare_part(part: int, parts: Sequence[torch.Tensor]) -> None:
@@ -293,20 +312,21 @@ class Lockstep:
             for number, error in tables.items():
                 error.add(parts[0], parts[number])
 
-        scores = score(heads[0], heads[1:], targets_R.long().to(self.device), compare_part)
+        scores = score(heads[0], heads[1:], targets_R.long().to(self.device), compare_part, self.ranks)
         if name != EMBEDDING:
             for number, error in tables.items():
-                self.lanes[number].errors.append(WeightError(name, None, error.relative, None))
-        for candidate, lane in self.candidates.items():
-            compared = {error.name for error in lane.errors}
-            lane.errors += map(_without_numbers, sorted(self._not_finite[candidate] - compared))
+                self.runners[number].errors.append(WeightError(name, None, error.relative, None))
+        for candidate, runner in self.candidates.items():
+            compared = {error.name for error in runner.errors}
+            not_finite = set().union(*self.ranks.gather(self._not_finite[candidate]))
+            runner.errors += map(_without_numbers, sorted(not_finite - compared))
         measures = [
             Measures(
                 tokens=rows.tokens((shape[0], shape[1])),
-                layers=tuple(lane.layers),
+                layers=tuple(runner.layers),
                 lens_kl=tuple(rows.kl_R[num_rows:].view(num_layers, -1).mean(1).tolist()),
-                weights=tuple(lane.errors),
+                weights=tuple(runner.errors),
             )
-            for lane, rows in zip(self.lanes[1:], scores, strict=True)
+            for runner, rows in zip(self.runners[1:], scores, strict=True)
         ]
         return measures[0], dict(zip(self.candidates, measures[1:], strict=True))

@@ -40,18 +40,22 @@ class Measures:
 
 
 class Distance:
-    """Running sums of squares: |candidate - original| / |original|."""
+    """Sums of squares: |candidate - original| / |original|."""
 
     def __init__(self) -> None:
-        self.error, self.size = 0.0, 0.0
+        self.terms: list[tuple[float, float]] = []
+        """Squares of the difference and of the original, of each part, in their order."""
 
     def add(self, original: torch.Tensor, candidate: torch.Tensor) -> None:
         """Adds a part of both."""
         for wanted, found in zip(in_parts(original), in_parts(candidate), strict=True):
-            self.error += float((found - wanted).double().square_().sum())
-            self.size += float(wanted.double().square_().sum())
+            error, size = (found - wanted).double().square_().sum(), wanted.double().square_().sum()
+            self.terms.append((float(error), float(size)))
 
     @property
     def relative(self) -> float:
         """The root of the ratio."""
-        return relative_error(self.error, self.size)
+        error = size = 0.0
+        for more_error, more_size in self.terms:
+            error, size = error + more_error, size + more_size
+        return relative_error(error, size)

@@ -34,8 +34,8 @@ def needs(models: ComparedModels, num_samples: int, seq_len: int) -> EvaluationN
     hidden, num_rows = skeleton.config["hidden_size"], num_samples * seq_len
     scored = num_rows + skeleton.num_layers * min(LENS_TOKENS, num_rows)
     row = FLOAT * hidden
-    # The original and its second run have four files of hidden states, a candidate four of twice the size.
-    files = [num_rows * row] * 8 + [2 * num_rows * row] * 4 * num_candidates + [scored * row] * (2 + num_candidates)
+    # The original and its second run have four files of hidden states, a candidate seven: it reads the original's too.
+    files = [num_rows * row] * (8 + 7 * num_candidates) + [scored * row] * (2 + num_candidates)
     layers = [_layer(models, layer, seq_len) for layer in skeleton.layers[: skeleton.num_layers]]
     vocabulary = min(VOCABULARY_AT_ONCE, skeleton.config["vocab_size"])
     # While a part of every table is read, the parts before it are still there.

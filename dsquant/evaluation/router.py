@@ -8,11 +8,6 @@ import torch
 from dsquant.model.streaming import Routing
 
 
-def rows_of(routing: Routing, start: int, stop: int) -> Routing:
-    """Returns the routing of tokens start..stop-1."""
-    return Routing(routing.expert_RK[start:stop], routing.share_RK[start:stop])
-
-
 def overlap(original: Routing, candidate: Routing) -> torch.Tensor:
     """Returns the share of the original's experts that the candidate chooses too, by token: float64 [R], 0 to 1."""
     same_RKK = original.expert_RK.unsqueeze(2) == candidate.expert_RK.unsqueeze(1)

@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 
@@ -32,13 +33,17 @@ _NUMBERS = re.compile(r"^model\.layers\.\d+\.|\.\d+(?=\.)")
 class Moments:
     """Sums of squares of a linear's inputs, column by column."""
 
-    sum_I: torch.Tensor | None = None
-    """float64 [I]; None before the first rows."""
+    parts: list[torch.Tensor] = field(default_factory=list)
+    """float64 [I] of each batch of rows, in their order."""
 
     def add(self, inputs_RI: torch.Tensor) -> None:
         """Adds rows of inputs."""
-        squares_I = inputs_RI.double().square().sum(0)
-        self.sum_I = squares_I if self.sum_I is None else self.sum_I + squares_I
+        self.parts.append(inputs_RI.double().square().sum(0))
+
+    @property
+    def sum_I(self) -> torch.Tensor | None:
+        """Of all rows, float64 [I]; None before the first rows."""
+        return reduce(torch.add, self.parts) if self.parts else None
 
 
 @dataclass
@@ -109,12 +114,13 @@ def relative_error(error: float, size: float) -> float:
 
 @dataclass
 class LayerComparison:
-    """Compares a layer's tensors in the order of the data flow; `moments` are those of the original's inputs, by
-    linear."""
+    """Compares a layer's tensors: first its dense part, then its experts, in any order; `moments` are those of the
+    original's inputs, by linear."""
 
     layer: DecoderLayer
     unfolding: Unfolding = field(default_factory=Unfolding)
     errors: list[WeightError] = field(default_factory=list)
+    """Of the dense part."""
 
     def dense_part(self, original: Weights, candidate: Weights, moments: Mapping[str, Moments]) -> None:
         """Compares attention, router, and every MLP that is not routed."""
@@ -129,20 +135,25 @@ class LayerComparison:
                 self._compare(name, original, candidate, moments)
         for mlp in self.layer.mlps:
             if mlp.kind != "routed":
-                self.mlp(mlp, GatedWeights.read(original, mlp), GatedWeights.read(candidate, mlp), moments)
+                weights = GatedWeights.read(original, mlp), GatedWeights.read(candidate, mlp)
+                self.errors += self.of_mlp(mlp, *weights, moments)
 
-    def mlp(self, mlp: Mlp, original: GatedWeights, candidate: GatedWeights, moments: Mapping[str, Moments]) -> None:
+    def of_mlp(
+        self, mlp: Mlp, original: GatedWeights, candidate: GatedWeights, moments: Mapping[str, Moments]
+    ) -> list[WeightError]:
         """Compares one gated MLP."""
         up_WH = self.unfolding.apply(mlp.up, candidate.up_WH)
         rows_W = row_factor(original.up_WH, up_WH)
         gate_WH = self.unfolding.apply(mlp.gate, candidate.gate_WH)
-        for linear, wanted, found in (
+        pairs = (
             (mlp.gate, original.gate_WH, gate_WH),
             (mlp.up, original.up_WH, up_WH * rows_W.unsqueeze(1)),
             (mlp.down, original.down_HW, candidate.down_HW / rows_W),
-        ):
-            name = f"{linear}.weight"
-            self.errors.append(weight_error(name, self.layer.index, wanted, found, moments.get(linear)))
+        )
+        return [
+            weight_error(f"{linear}.weight", self.layer.index, wanted, found, moments.get(linear))
+            for linear, wanted, found in pairs
+        ]
 
     def _unfold(self, group: ScaleGroup, original: Weights, candidate: Weights) -> None:
         """Reads off the divisor of a group's producer."""

@@ -59,6 +59,16 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 @contextmanager
+def not_resumable(what: str) -> Iterator[None]:
+    """Has an Interrupted say that `what` cannot be continued."""
+    try:
+        yield
+    except Interrupted as error:
+        reason, _, _ = str(error).partition(";")
+        raise Interrupted(f"{reason}; {what} cannot be resumed: run it again") from error
+
+
+@contextmanager
 def full_disk_is_resumable(
     then: str = "finished units are kept: make room and continue with --resume",
 ) -> Iterator[None]:

@@ -198,10 +198,23 @@ def add_expert(
     rows_at_once: int = ROWS_AT_ONCE,
 ) -> None:
     """Adds one expert's contributions to the outputs of the tokens that reach it, `rows_at_once` together."""
+    for part_R, contribution_RH in contributions(skeleton, expert, weights, mlp_inputs, routing, rows_at_once):
+        stream.outputs.add_rows(part_R, contribution_RH)
+
+
+def contributions(
+    skeleton: Skeleton,
+    expert: int,
+    weights: GatedWeights,
+    mlp_inputs: Activations,
+    routing: Routing,
+    rows_at_once: int = ROWS_AT_ONCE,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields an expert's tokens, int64 [R] in ascending order, and what it adds to their outputs, float32 [R, H],
+    `rows_at_once` together."""
     rows_R, share_R = routing.tokens_of(expert)
     for part_R, part_share_R in zip(rows_R.split(rows_at_once), share_R.split(rows_at_once), strict=True):
-        contribution = weights.output(skeleton, mlp_inputs.rows(part_R))
-        stream.outputs.add_rows(part_R, contribution.mul_(part_share_R.unsqueeze(1)))
+        yield part_R, weights.output(skeleton, mlp_inputs.rows(part_R)).mul_(part_share_R.unsqueeze(1))
 
 
 def final_norm(skeleton: Skeleton, weights: Weights, hidden_NTH: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,8 @@ def add_outputs(job: LayerJob, turn: Sequence[Mlp], own: GatedWeights | None, st
     none_RH = torch.empty(0, job.inputs.shape[2], device=job.weights.device)
     for exchange in _exchanges(turn, tokens, job.ranks.size):
         made = [output_RH for _, output_RH in _parts(job, loaded, stream, exchange[rank])]
-        exchange_rows(job, stream.outputs, [rows_R for rows_R, _ in exchange], torch.cat([none_RH, *made]))
+        tokens_of = [rows_R for rows_R, _ in exchange]
+        exchange_rows(job.ranks, job.shares, stream.outputs, tokens_of, torch.cat([none_RH, *made]))
 
 
 def _exchanges(turn: Sequence[Mlp], tokens: Sequence[Tokens], num_ranks: int) -> Iterator[list[Tokens]]:

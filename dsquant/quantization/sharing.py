@@ -93,13 +93,14 @@ def share_routing(routing: Routing | None, ranks: Ranks, device: torch.device) -
     return Routing(*(torch.cat(columns).to(device) for columns in zip(*parts, strict=True)))
 
 
-def exchange_rows(job: LayerJob, outputs: Activations, tokens: Sequence[torch.Tensor], own_RH: torch.Tensor) -> None:
+def exchange_rows(
+    ranks: Ranks, shares: Shares, outputs: Activations, tokens: Sequence[torch.Tensor], own_RH: torch.Tensor
+) -> None:
     """Adds rows that each rank has made for tokens of all ranks to this rank's samples of `outputs`, in the order of
     ranks.
 
     Rank r has made those of `tokens[r]`, int64 in ascending order; `own_RH` are this rank's, [R, H].
     """
-    ranks, shares = job.ranks, job.shares
     edges = [shares.samples(rank)[0] for rank in range(ranks.size)] + [shares.num_samples]
     edges_S = torch.tensor(edges, device=own_RH.device) * outputs.shape[1]
     cuts = [torch.searchsorted(rows_R, edges_S).tolist() for rows_R in tokens]

@@ -70,7 +70,7 @@ def check_evaluation(recipe: ReleaseRecipe, gates: "Gates | None") -> None:
     Raises InputError where the model, a text or a prompt cannot be used, UsageError where code cannot be run as
     requested or a gate is on something that is not measured.
     """
-    from dsquant.evaluation.comparison import check_request
+    from dsquant.evaluation.comparison_inputs import check_request
     from dsquant.formats.table import check_decoder
     from dsquant.packages import load
 

@@ -1,6 +1,6 @@
 """Verifies an output: its record, every byte of every file, its contents, and its values against the source."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -16,6 +16,7 @@ from dsquant.formats.gguf.layout import placements
 from dsquant.formats.scales import open_scales
 from dsquant.formats.table import SAFETENSORS
 from dsquant.jobs.folder_state import RECORD_FILE, found_in
+from dsquant.jobs.ranks import ALONE, Ranks
 from dsquant.jobs.stopping import stop_on_signals
 from dsquant.model.skeleton import Skeleton
 from dsquant.options import format_size
@@ -91,22 +92,21 @@ class Verification(Shown):
             yield Text(f"Note: {note}.")
 
 
-def verify(folder: Path, source: str | None = None, everything: bool = False, report: Report = silent) -> Verification:
-    """Checks an output of one job, wherever it lies now: its folder, or one format's folder in it.
+def verify(
+    folder: Path,
+    source: str | None = None,
+    everything: bool = False,
+    report: Report = silent,
+    ranks: Ranks = ALONE,
+) -> Verification:
+    """Checks an output of one job, wherever it lies now: its folder, or one format's folder in it. All ranks call this,
+    read a share of the files and of the tensors each, and get all findings.
 
     `source` is the model that it was made from; None takes the recorded one where it is on this machine. `everything`
     compares every parameter's values with the source's, not a sample. Raises InputError where it is not a finished
-    output of dsquant, or the source is a different one; UsageError where every value is requested and the source is not
-    there.
+    output of dsquant, or the source is a different one; UsageError where `everything` has no source.
     """
-    if found_in(folder) in ("interrupted", "cleared"):
-        raise InputError(f"{folder} holds an interrupted job; finish it with --resume")
-    problem = what_is_wrong(folder, RECORD_FILE)
-    if problem is not None:
-        below = [*folder.glob(f"*/{RECORD_FILE}"), *folder.glob(f"current/{RELEASE_FILE}")]
-        known = ", ".join(sorted(str(path.parent) for path in below))
-        advice = f"verify {known}" if known else "is this an output of dsquant?"
-        raise InputError(f"{folder / RECORD_FILE} is {problem}; {advice}")
+    _check_finished(folder)
     found = Verification(str(folder))
     raw = read_file(folder / RECORD_FILE)
     found.findings += [FileFinding(RECORD_FILE, part, "the record is damaged") for part in broken_sections(raw)]
@@ -120,11 +120,10 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
             request.safe_point()
             report(Progress("verify", done, total, what, found.num_bytes))
 
-        original = _open_source(source, record, everything, found)
-        damaged = _check_files(folder, record, found, safe_point)
+        original = ranks.together(lambda: _open_source(source, record, everything, found))
+        damaged = _check_files(folder, record, found, safe_point, ranks)
         for name, output in record["outputs"].items():
-            inside = PurePosixPath(output["folder"])
-            home = inside.parent if inside.suffix == ".gguf" else inside
+            home = _home(output)
             if any(PurePosixPath(file).parent == home for file in damaged):
                 continue
             try:
@@ -132,8 +131,9 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
                 if candidate is None:
                     continue
                 chosen = chosen_parameters(candidate, everything)
-                comparison = _comparison(original, record, chosen, source is not None, found)
-                wrong = _wrong(candidate, comparison, chosen, safe_point)
+                comparison, problem = _comparison(original, record, chosen, ranks)
+                _note_other_source(problem, source, found)
+                wrong = _wrong(candidate, comparison, chosen, safe_point, ranks)
                 found.compared |= {name: len(chosen)} if comparison is not None else {}
                 found.findings += [
                     FileFinding(_file_of(record, name, home, part), repr(part), text) for part, text in wrong
@@ -141,6 +141,24 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
             except ImportError as error:
                 found.not_checked.append(f"{name}, beyond the bytes of its files: {error}")
     return found
+
+
+def _home(output: Mapping[str, Any]) -> PurePosixPath:
+    """The folder of one format's files."""
+    inside = PurePosixPath(output["folder"])
+    return inside.parent if inside.suffix == ".gguf" else inside
+
+
+def _check_finished(folder: Path) -> None:
+    """Raises InputError where a folder is not a finished output."""
+    if found_in(folder) in ("interrupted", "cleared"):
+        raise InputError(f"{folder} holds an interrupted job; finish it with --resume")
+    problem = what_is_wrong(folder, RECORD_FILE)
+    if problem is not None:
+        below = [*folder.glob(f"*/{RECORD_FILE}"), *folder.glob(f"current/{RELEASE_FILE}")]
+        known = ", ".join(sorted(str(path.parent) for path in below))
+        advice = f"verify {known}" if known else "is this an output of dsquant?"
+        raise InputError(f"{folder / RECORD_FILE} is {problem}; {advice}")
 
 
 def _open_source(
@@ -167,7 +185,11 @@ def _open_source(
 
 
 def _check_files(
-    folder: Path, record: dict[str, Any], found: Verification, safe_point: Callable[[int, int, str], None]
+    folder: Path,
+    record: dict[str, Any],
+    found: Verification,
+    safe_point: Callable[[int, int, str], None],
+    ranks: Ranks,
 ) -> set[str]:
     """Checks every byte of every file, and that there are no others; returns files that are damaged, missing or
     strays."""
@@ -176,15 +198,8 @@ def _check_files(
     there = [name for name in files if name not in wrong]
     found.findings += [FileFinding(printable(name), "file", problem) for name, problem in wrong.items()]
     strays = note_strays(folder, {*files, RECORD_FILE}, found)
-    done = 0
-
-    def after_file(name: str) -> None:
-        nonlocal done
-        done += 1
-        found.num_files, found.num_bytes = done, found.num_bytes + (folder / name).stat().st_size
-        safe_point(done, len(there), name)
-
-    damaged = in_threads(lambda name: damaged_parts(folder, name, files), there, after_file)
+    sizes = {name: (folder / name).stat().st_size for name in there}
+    damaged = read_files(sizes, lambda name: damaged_parts(folder, name, files), found, safe_point, ranks)
     for name in there:
         if not damaged[name] and PurePosixPath(name).name == RECORD_FILE:
             part = record_of_folder(record, PurePosixPath(name).parent, RECORD_FILE)
@@ -194,6 +209,32 @@ def _check_files(
                 ]
         found.findings += [FileFinding(printable(name), *part) for part in damaged[name]]
     return {*wrong, *strays, *(name for name in there if damaged[name])}
+
+
+Damage = list[tuple[str, str]]
+"""Place and problem of each damage in a file."""
+
+
+def read_files(
+    sizes: Mapping[str, int],
+    damage_in: Callable[[str], Damage],
+    found: Verification,
+    safe_point: Callable[[int, int, str], None],
+    ranks: Ranks,
+) -> dict[str, Damage]:
+    """Reads files (name -> bytes), each rank a share of them, the largest in turns; returns the damage in each."""
+    own = sorted(sizes, key=lambda name: -sizes[name])[ranks.rank :: ranks.size]
+    before, done = (found.num_files, found.num_bytes), 0
+
+    def after_file(name: str) -> None:
+        nonlocal done
+        done += 1
+        found.num_files, found.num_bytes = found.num_files + 1, found.num_bytes + sizes[name]
+        safe_point(done, len(own), name)
+
+    parts = ranks.gather(in_threads(damage_in, own, after_file))
+    found.num_files, found.num_bytes = before[0] + len(sizes), before[1] + sum(sizes.values())
+    return {name: damage for part in parts for name, damage in part.items()}
 
 
 def note_strays(folder: Path, names: set[str], found: Verification, checked: Collection[str] = ()) -> set[str]:
@@ -237,37 +278,56 @@ def _wrong(
     comparison: SourceComparison | None,
     chosen: list[str],
     safe_point: Callable[[int, int, str], None],
+    ranks: Ranks,
 ) -> list[tuple[str, str]]:
-    """Decodes parameters, and compares them with the source where it is there; returns parameter and problem."""
-    done = 0
+    """Decodes parameters, each rank its share, and compares them with the source where it is there; returns parameter
+    and problem. Raises ImportError on all ranks where one cannot import a format's package."""
+    done, own = 0, chosen[ranks.rank :: ranks.size]
 
     def before(parameter: str) -> None:
         nonlocal done
-        safe_point(done, len(chosen), parameter)
+        safe_point(done, len(own), parameter)
         done += 1
 
     check = _undecodable if comparison is None else partial(wrong_value, comparison)
-    return problems_of(chosen, lambda parameter: check(candidate, parameter), before)
+    wrong, missing = list[tuple[str, str]](), None
+    try:
+        wrong = problems_of(own, lambda parameter: check(candidate, parameter), before)
+    except ImportError as error:
+        missing = str(error)
+    parts = ranks.gather((wrong, missing))
+    for _, without in parts:
+        if without is not None:
+            raise ImportError(without)
+    problems = dict(problem for found, _ in parts for problem in found)
+    return [(name, problems[name]) for name in chosen if name in problems]
 
 
 def _comparison(
-    original: Checkpoint | None, record: dict[str, Any], chosen: list[str], named: bool, found: Verification
-) -> SourceComparison | None:
-    """Returns the source, if it is still the recorded one; InputError where the caller has named a different one."""
+    original: Checkpoint | None, record: dict[str, Any], chosen: list[str], ranks: Ranks
+) -> tuple[SourceComparison | None, str | None]:
+    """Returns the source where it is there and still the recorded one, and the problem where it is a different one."""
     if original is None:
-        return None
+        return None, None
     layers = {layer.index: layer for layer in Skeleton(original).layers}
     comparison = SourceComparison(original, layers, record["source"]["tensors_sha256"])
-    same = in_threads(comparison.is_recorded_source, chosen, lambda name: None)
+    own = in_threads(comparison.is_recorded_source, chosen[ranks.rank :: ranks.size], lambda name: None)
+    same = {name: one for part in ranks.gather(own) for name, one in part.items()}
     other = next((name for name in chosen if not same[name]), None)
     if other is None:
-        return comparison
+        return comparison, None
     problem = f"{original.folder}: tensor {other!r} is not the one that the output was made from (the hash differs)"
-    if named:
-        raise InputError(f"{problem}; name the original release")
+    return None, f"{problem}; name the original release"
+
+
+def _note_other_source(problem: str | None, named: str | None, found: Verification) -> None:
+    """Raises InputError where the caller has named the source that is a different one."""
+    if problem is None:
+        return
+    if named is not None:
+        raise InputError(problem)
     found.source = None
-    found.notes.append(f"values were not compared: {problem}; name the original release with --source")
-    return None
+    found.notes.append(f"values were not compared: {problem} with --source")
 
 
 def _undecodable(candidate: OpenedOutput, name: str) -> str | None:

@@ -8,25 +8,37 @@ from pydantic import ValidationError
 
 from dsquant.errors import InputError
 from dsquant.files.foreign import read_file
-from dsquant.files.sealing import RELEASE_FILE, SECTIONS, broken_sections, in_threads
+from dsquant.files.sealing import RELEASE_FILE, SECTIONS, broken_sections
 from dsquant.files.strict_json import first_problem, read_json_object
 from dsquant.jobs.folder_state import RECORD_FILE, WORK_FOLDER
-from dsquant.jobs.stopping import stop_on_signals
+from dsquant.jobs.ranks import ALONE, Ranks
+from dsquant.jobs.stopping import not_resumable, stop_on_signals
 from dsquant.reporting.progress import Progress, Report, silent
 from dsquant.verification import checks
-from dsquant.verification.checks import FileFinding, Verification, note_strays
+from dsquant.verification.checks import FileFinding, Verification, note_strays, read_files
 from dsquant.verification.damage import damaged_parts
 from dsquant.verification.strays import what_is_wrong
 from dsquant.verification.strict_record import ReleaseRecord
 
 
-def verify(folder: Path, source: str | None = None, everything: bool = False, report: Report = silent) -> Verification:
+def verify(
+    folder: Path,
+    source: str | None = None,
+    everything: bool = False,
+    report: Report = silent,
+    ranks: Ranks = ALONE,
+) -> Verification:
     """Checks an output, or a release with all its outputs, wherever it lies now.
 
     Arguments and errors are those of `checks.verify`; the folder may also be what `dsquant run` published.
     """
-    if (folder / RECORD_FILE).exists() or what_is_wrong(folder, RELEASE_FILE) is not None:
-        return checks.verify(folder, source, everything, report)
+    with not_resumable("a verification"):
+        if (folder / RECORD_FILE).exists() or what_is_wrong(folder, RELEASE_FILE) is not None:
+            return checks.verify(folder, source, everything, report, ranks)
+        return _verify_release(folder, source, everything, report, ranks)
+
+
+def _verify_release(folder: Path, source: str | None, everything: bool, report: Report, ranks: Ranks) -> Verification:
     record, broken = _read_release(folder / RELEASE_FILE)
     found = Verification(str(folder), findings=broken)
     if broken:
@@ -36,17 +48,17 @@ def verify(folder: Path, source: str | None = None, everything: bool = False, re
     outputs = [str(PurePosixPath(name).parent) for name in files if PurePosixPath(name).name == RECORD_FILE]
     with stop_on_signals() as request:
 
-        def after_file(name: str) -> None:
+        def safe_point(done: int, total: int, what: str) -> None:
             request.safe_point()
-            report(Progress("verify", 0, 1, name, found.num_bytes))
+            report(Progress("verify", done, total, what, found.num_bytes))
 
-        _check_files(folder, files, outputs, found, after_file)
+        _check_files(folder, files, outputs, found, safe_point, ranks)
         for name in outputs:
             problem = what_is_wrong(folder, f"{name}/{RECORD_FILE}")
             if problem is None and (folder / name / WORK_FOLDER).exists():
                 found.findings.append(FileFinding(f"{name}/{WORK_FOLDER}", "folder", "of an unfinished job"))
             elif problem is None:
-                _merge(found, name, checks.verify(folder / name, source, everything, report))
+                _merge(found, name, checks.verify(folder / name, source, everything, report, ranks))
     return found
 
 
@@ -70,16 +82,16 @@ def _check_files(
     files: dict[str, dict[str, Any]],
     outputs: list[str],
     found: Verification,
-    after_file: Callable[[str], None],
+    safe_point: Callable[[int, int, str], None],
+    ranks: Ranks,
 ) -> None:
     """Checks the files that no output's record lists, and that there are no others."""
     wrong = {name: problem for name in files if (problem := what_is_wrong(folder, name)) is not None}
     found.findings += [FileFinding(name, "file", problem) for name, problem in wrong.items()]
     note_strays(folder, {*files, RELEASE_FILE}, found, outputs)
-    there = [name for name in files if name not in wrong]
-    for name, parts in in_threads(lambda name: damaged_parts(folder, name, files), there, after_file).items():
-        found.findings += [FileFinding(name, *part) for part in parts]
-        found.num_files, found.num_bytes = found.num_files + 1, found.num_bytes + files[name]["bytes"]
+    sizes = {name: (folder / name).stat().st_size for name in files if name not in wrong}
+    damaged = read_files(sizes, lambda name: damaged_parts(folder, name, files), found, safe_point, ranks)
+    found.findings += [FileFinding(name, *part) for name in sizes for part in damaged[name]]
 
 
 def _merge(found: Verification, name: str, part: Verification) -> None:

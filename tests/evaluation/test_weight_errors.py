@@ -36,7 +36,9 @@ def folded(pico_r1: Path, forget_router: bool = False) -> tuple[LayerComparison,
     candidate, comparison = FoldedWeights(weights, fold), LayerComparison(layer)
     comparison.dense_part(weights, candidate, {})
     for mlp in layer.experts:
-        comparison.mlp(mlp, GatedWeights.read(weights, mlp), GatedWeights.read(candidate, mlp), {})
+        comparison.errors += comparison.of_mlp(
+            mlp, GatedWeights.read(weights, mlp), GatedWeights.read(candidate, mlp), {}
+        )
     return comparison, skeleton
 
 

@@ -1,10 +1,13 @@
 """Several processes that do one job (gloo on the CPU): the bytes of one, and what happens when one is lost."""
 
+import json
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from shapes import NARROW
 from small_jobs import contents
 
 from dsquant.cli import main
+from dsquant.evaluation import comparison
 from dsquant.jobs.ranks import CHUNKS, Shares
 from dsquant.pipeline.inputs import open_model
 from dsquant.pipeline.planning import plan_run
@@ -38,6 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return add_tokenizer(make_pico_r1(folder, outliers=True, **NARROW))
 
 
+REPORTS = ["report.html", "report.json", "report.md"]
 # Every linear is quantized, in both kinds of format.
 ALL = ("--preset", "compact", "--steps", "scales,top-up", "--to", "awq", "--to", "gguf:Q4_K_M")
 
@@ -132,6 +137,71 @@ def test_three_ranks_go_on_following_where_two_had_lost_one(model: Path, text_fi
     lose(1, model, text_file, tmp_path / "out", *more)
     finish(start(3, model, text_file, tmp_path / "out", *more, "--resume"))
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
+def told(line: list[str], size: int, before: Callable[[], object] | None = None) -> tuple[set[int | None], str]:
+    """The exit codes of ranks that run a command, and what the first printed: no other prints anything."""
+    processes = launched(size, line, before)
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert not any(printed[1:])
+    return {process.returncode for process in processes}, printed[0]
+
+
+def states_in_memory() -> None:
+    """Keeps an evaluation's hidden states where a GPU does."""
+    comparison.stays_on_gpu = lambda *_: True  # type: ignore[assignment]
+
+
+@pytest.mark.slow
+def test_ranks_report_the_numbers_of_one_to_the_last_bit(
+    model: Path, text_file: Path, whole: Path, tmp_path: Path
+) -> None:
+    options = ["--text", str(text_file), "--samples", "7", "--seq-len", "250", "--prompts", "none", "--json"]
+    gates = tmp_path / "gates.yaml"
+    gates.write_text("gates:\n- {metric: mean_kl, at_most: 0.0000001}\n")
+    found = []
+    for size, before in ((1, None), (2, None), (3, states_in_memory)):
+        output = tmp_path / str(size)
+        line = ["eval", str(model), str(whole / "awq"), *options, "--gates", str(gates), "--output", str(output)]
+        codes, printed = told(line, size, before)
+        assert codes == {4} and sorted(path.name for path in output.iterdir()) == REPORTS
+        found.append(json.loads(printed))
+        for what_it_took in ("elapsed_s", "peak_resident_bytes", "bytes_read"):
+            del found[-1]["identity"][what_it_took]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.slow
+def test_ranks_find_the_damage_that_one_finds(model: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(whole, output)
+    for damaged in (False, True):
+        if damaged:
+            path = next((output / "awq").glob("*.safetensors"))
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+        line = ["verify", str(output), "--source", str(model), "--all", "--json"]
+        results = [told(line, size) for size in (1, 2)]
+        assert results[0] == results[1] and results[0][0] == {3 if damaged else 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_is_lost_ends_an_evaluation_with_75(
+    model: Path, text_file: Path, whole: Path, tmp_path: Path, lost: int
+) -> None:
+    options = ["--text", str(text_file), "--samples", "8", "--seq-len", "500", "--prompts", "none"]
+    processes = launched(2, ["eval", str(model), str(whole / "awq"), *options, "--output", str(tmp_path / "out")])
+    while not list(tmp_path.glob("out/.dsquant-*/evaluate-*.f32")):
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
+        time.sleep(0.01)
+    processes[lost].send_signal(signal.SIGKILL)
+    _, errors = processes[1 - lost].communicate(timeout=120)
+    processes[lost].communicate()
+    assert processes[1 - lost].returncode == 75, errors
+    assert "another is lost" in errors and "run it again" in errors and "--resume" not in errors
+    assert not list(tmp_path.glob("out/report*"))
 
 
 @pytest.mark.slow
