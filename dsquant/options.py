@@ -49,6 +49,14 @@ class Accepts:
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Nothing is larger than this.
 _MOST_BYTES = 2**60
+# Kinds of pydantic's problems -> what is wrong, in the terms of whoever wrote the file.
+_PROBLEMS = {
+    "missing": "this key is needed",
+    "tuple_type": "expected a list",
+    "too_short": "the list is empty",
+    "model_type": "expected keys and values",
+    "model_attributes_type": "expected keys and values",
+}
 
 
 def parse_size(text: str) -> int:
@@ -192,6 +200,7 @@ def problem_text(problem: Mapping[str, Any], model: type[BaseModel], where: tupl
     """
     path = problem["loc"] if where is None else where
     words = problem["msg"].removeprefix("Value error, ")
+    words = _PROBLEMS.get(problem["type"], words)
     if problem["type"] == "extra_forbidden":
         known = sorted(options_of(model))
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)

@@ -60,6 +60,8 @@ def documents_of(spec: str, columns: dict[str, str] | None = None) -> Iterator[A
         return
     file, column = split_column(spec)
     for path in _paths(file):
+        if path.suffix in _TABLES:
+            raise InputError(f"{path}: {_TABLES[path.suffix]}")
         if path.suffix not in _RECORDS:
             yield _read_text(path)
             continue
@@ -85,6 +87,10 @@ def _paths(spec: str) -> list[Path]:
             found = sorted(path for path in folder.glob(spec) if path.is_file())
             if found:
                 return found
+    if path.is_dir():
+        raise InputError(f"text {spec!r}: a folder; name each of its files")
+    if path.with_name(path.name.partition("#")[0]).is_file():
+        raise InputError(f"text {spec!r}: only {' and '.join(_RECORDS)} files have columns; leave #... out")
     mixes = sorted({path.stem for folder in FOLDERS for path in folder.glob("*.yaml")})
     raise InputError(
         f"text {spec!r}: no such file, and no mix of that name (there are {', '.join(mixes)}); "
@@ -96,7 +102,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # editors put a byte order mark before UTF-8
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from error
+        raise InputError(f"{path}: not UTF-8 text ({error}); give text in UTF-8, .jsonl or .parquet") from error
     except (OSError, MemoryError) as error:
         raise InputError(f"{path}: cannot be read ({error}); name a text file") from error
 
@@ -111,7 +117,7 @@ def _lines(path: Path) -> Iterator[tuple[Any, str]]:
                     where = f"{path}, line {number}"
                     yield parse_json(line, where, "mend the line or leave it out"), where
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from error
+        raise InputError(f"{path}: not UTF-8 text ({error}); give text in UTF-8, .jsonl or .parquet") from error
     except (OSError, MemoryError) as error:
         raise InputError(f"{path}: cannot be read ({error}); name a text file") from error
 
@@ -130,6 +136,12 @@ def _parquet_rows(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 _RECORDS = {".jsonl": _lines, ".parquet": _parquet_rows}
+_TABLES = {
+    ".csv": "a table, not a text; write its rows as lines of JSON (pandas: read_csv(FILE).to_json('FILE.jsonl', "
+    "orient='records', lines=True))",
+    ".json": "records in one JSON text; write one a line (jq -c '.[]' FILE.json > FILE.jsonl)",
+}
+"""What records also come in, and how they become a file that is read one by one."""
 
 
 def _hub_documents(spec: str, columns: dict[str, str]) -> Iterator[Any]:

@@ -110,8 +110,11 @@ def calibration_tokens(
         check_embedded(found[source], tokenizer, source.spec)
     samples = [sample for source in sources for sample in found[source]]
     if not samples:
+        documents = (document for source in sources for document in documents_of(source.spec, dict(source.columns)))
+        length = sum(len(tokens) for document in documents for tokens in _encode(document, tokenizer))
         raise InputError(
-            f"{', '.join(specs)}: the texts yield no sample of {seq_len} tokens; give more text or a smaller --seq-len"
+            f"{', '.join(specs)}: the texts yield no sample of {seq_len} tokens, they have {length}; give more text "
+            "or a smaller --seq-len"
         )
     random.Random(seed).shuffle(samples)
     tokens = torch.tensor(samples[:num_samples], dtype=torch.int64)

@@ -197,7 +197,10 @@ def _memory(option: str, text: str, example: str, count: str = "") -> int:
     if number:
         suggested = f"{count}{number[1]}GiB" if float(number[1]) <= LARGEST_BARE_NUMBER else f"{count}{example}"
         raise UsageError(f"{option} {count}{text}: the size has no unit; write it as {suggested}")
-    num_bytes = parse_size(text)
+    try:
+        num_bytes = parse_size(text)
+    except UsageError as error:
+        raise UsageError(f"{option} {count}{text}: not a size; write it as {count}{example}") from error
     if num_bytes < SMALLEST_MEMORY:
         raise UsageError(f"{option} {count}{text}: that is only {format_size(num_bytes)}; write it as {count}{example}")
     return num_bytes

@@ -14,6 +14,7 @@ more samples are needed, and the outcome states how many.
 
 import math
 from collections.abc import Collection, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, Self
 
@@ -73,7 +74,8 @@ class Gate(BaseModel):
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         if self.metric not in METRICS:
-            raise ValueError(f"unknown metric {self.metric!r}")
+            near = get_close_matches(self.metric, METRICS, n=1)
+            raise ValueError(f"unknown metric {self.metric!r}" + (f", did you mean {near[0]}?" if near else ""))
         bound = METRICS[self.metric]
         wrong = self.at_least if bound == "at_most" else self.at_most
         if getattr(self, bound) is None or wrong is not None:

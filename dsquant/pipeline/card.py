@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from dsquant.escaping import markdown, markdown_cell, printable
@@ -58,7 +59,7 @@ def model_card(record: dict[str, Any], format_name: str) -> str:
         _front_matter(record, library, ["dsquant", format_name.partition(":")[0], *tags]),
         f"# {markdown(Path(recipe['model']).name)}, {title}",
         f"{made} {format_size(record['source']['bytes'])} became {format_size(output['bytes'])}.",
-        f"```\n{known.serve_command(location)}{output.get('serve_with', '')}\n```",
+        f"```\n{known.serve_command(quote(location))}{output.get('serve_with', '')}\n```",
     ]
     if precision:
         parts += ["## Types" if kind else "## Widths", "Chosen by measured sensitivity, for the target in the recipe:"]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from dsquant.evaluation.bands import verdict, written
@@ -85,7 +86,7 @@ class Result(Shown):
                 reason = f"{kept} lies in BF16, twice its size in FP8"
             yield f"Note: {name} is larger than the original: {reason}."
         for name, folder in self.folders.items():
-            command = format_of(name).serve_command(folder) + self.serve_with.get(name, "")
+            command = format_of(name).serve_command(quote(str(folder))) + self.serve_with.get(name, "")
             yield Text(f"{name} is in {folder}; serve it with:\n  {command}", overflow="fold", no_wrap=True)
         if not self.already_finished:
             peak = f"{format_size(self.peak_resident_bytes)} of memory"

@@ -210,7 +210,8 @@ def _problem(problem: Any) -> str:
     kinds = ("awq", "gguf")
     where = tuple(part for part in problem["loc"] if part not in kinds or problem["loc"][0] != "quantize")
     if problem["type"] == "union_tag_invalid":
-        words = "a step has either `to` (formats of an AWQ step) or `type` (of a GGUF step), not both"
+        found = f"{', '.join(map(str, problem['input'])):.200}"
+        words = f"a step has either `to` (formats of an AWQ step) or `type` (of a GGUF step), not both; found {found}"
         problem = {**problem, "msg": words}
     return problem_text(problem, _part_at(problem["loc"]), where or ("recipe",))
 

@@ -156,7 +156,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_config_file(path: Path) -> dict[str, Any]:
     """Reads a config.json at any place and of any name; as `read_config`."""
     if not path.exists():
-        raise InputError(f"{path} is missing: {advice(path.parent)}")
+        raise InputError(f"{path} is missing: {advice(path.parent, path.name)}")
     then = "take config.json from the same release as the weights"
     return read_json_object(path, then, most_bytes=LARGEST_MODEL_TEXT_BYTES)
 

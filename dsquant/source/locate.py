@@ -1,6 +1,7 @@
 """Locates a model: the embedded tiny-r1, a local folder, or a hub id."""
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from dsquant.errors import InputError
@@ -31,7 +32,9 @@ def locate(model: str) -> Path:
         raise InputError(_no_folder(folder))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or any(set(part) == {"."} for part in model.split("/")):
         kind = "file" if model.endswith(".gguf") else "folder"
-        raise InputError(f"{model!r}: no such {kind}, and not a hub id such as 'deepseek-ai/DeepSeek-R1'")
+        found, hub_id = f"no such {kind}{_beside(folder)}", model.removeprefix("https://huggingface.co/")
+        example = hub_id if hub_id != model else "deepseek-ai/DeepSeek-R1"
+        raise InputError(f"{model!r}: {found}, and not a hub id such as {example!r}")
     return _download(model)
 
 
@@ -44,6 +47,7 @@ def _no_folder(file: Path) -> str:
 def _beside(folder: Path) -> str:
     """Returns which folders are where one is missing, in words."""
     names = sorted(path.name for path in folder.parent.glob("*/")) if folder.parent.is_dir() else []
+    names = get_close_matches(folder.name, names) or names
     return f" ({folder.parent} holds {', '.join(names[:5])})" if names else ""
 
 

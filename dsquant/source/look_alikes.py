@@ -13,8 +13,8 @@ CONVERT = (
 )
 
 
-def advice(folder: Path) -> str:
-    """Returns what was found instead of a model's files, with what to do, from the files' names alone."""
+def advice(folder: Path, missing: str) -> str:
+    """Returns what was found where a model's file is missing, with what to do, from the files' names alone."""
     if (folder / ADAPTER).is_file():
         return (
             f"this is a LoRA adapter{_base(folder)}: merge it into its model first (peft: merge_and_unload, then "
@@ -32,7 +32,7 @@ def advice(folder: Path) -> str:
         return f"found {_few(files)}, which is quantized already; name the folder of the original in safetensors"
     others = [name for name in names if name.endswith(".safetensors")]
     if others:
-        return f"found {_few(others)} without an index; download the release's model.safetensors.index.json too"
+        return f"found {_few(others)} without it; download the release's {missing} too"
     inside = [name for name in names if (folder / name / "config.json").is_file()]
     if inside:
         return f"a model is in {folder / inside[0]}; name that folder"

@@ -43,6 +43,8 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+LFS_POINTER = b"version "
+"""How the text begins that Git leaves in place of a large file until it is pulled."""
 SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 # Limits of shapes: far beyond any tensor, and short enough to be multiplied and printed.
 MOST_DIMENSIONS = 8
@@ -162,6 +164,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 f"{path}: not a complete safetensors file (it has {size_bytes} bytes, fewer than any header); download "
                 "it again"
             )
+        if prefix == LFS_POINTER:
+            raise InputError(f"{path}: Git LFS's pointer to a file, not the file; run `git lfs pull` in {path.parent}")
         header_bytes = struct.unpack("<Q", prefix)[0]
         if header_bytes > min(size_bytes - 8, LARGEST_MODEL_TEXT_BYTES):
             raise InputError(
@@ -227,7 +231,7 @@ def read_index(folder: Path) -> ShardIndex:
     if index_path is None:
         single = find_file(folder, SINGLE_FILE)
         if single is None:
-            raise InputError(f"{folder}: neither {INDEX_FILE} nor {SINGLE_FILE} is there: {advice(folder)}")
+            raise InputError(f"{folder}: neither {INDEX_FILE} nor {SINGLE_FILE} is there: {advice(folder, INDEX_FILE)}")
         return ShardIndex(folder, read_header(single))
     weight_map = _read_weight_map(index_path)
     headers = {

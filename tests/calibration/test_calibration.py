@@ -122,6 +122,23 @@ def test_what_is_nowhere_is_refused(tokenizer: Any, spec: str) -> None:
         calibration_tokens([spec], tokenizer, 1, 8, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.csv", r"a\.csv: a table, .* lines of JSON"),
+        ("a.json", r"a\.json: records in one JSON text; write one a line"),
+        ("a.txt#text", "only .jsonl and .parquet files have columns"),
+        (".", "a folder; name each of its files"),
+        ("a.txt", "no sample of 64 tokens, they have [1-9][0-9]?; give more text"),
+    ],
+)
+def test_a_file_that_is_no_text_is_told_what_to_do(name: str, message: str, tokenizer: Any, tmp_path: Path) -> None:
+    for file in ("a.csv", "a.json", "a.txt"):
+        (tmp_path / file).write_text("a short text")
+    with pytest.raises(InputError, match=message):
+        calibration_tokens([str(tmp_path / name)], tokenizer, 1, 64, 0)
+
+
 def test_hub_specs_name_set_config_split_and_column() -> None:
     match = HUB_SPEC.fullmatch("hf:Salesforce/wikitext/wikitext-2-raw-v1:validation#text")
     assert match is not None

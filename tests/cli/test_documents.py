@@ -6,9 +6,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -93,6 +96,17 @@ def test_every_command_stands_in_a_page_and_what_else_is_called_is_known() -> No
     }
 
 
+def test_every_command_in_a_sentence_is_one_that_dsquant_takes() -> None:
+    """It may leave out what is needed, and stand for several (`dsquant awq | gguf`)."""
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for span in re.findall(r"`(dsquant \w+ [^`]*)`", text):
+            name, *given = shlex.split(span)[1:]
+            with suppress(click.MissingParameter):
+                if "|" not in given and "--help" not in given:
+                    main.commands[name].make_context(name, given)
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_an_example_calls_dsquant_as_it_can_be_called(
     script: Path, nano_r1: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -169,3 +183,15 @@ def test_an_example_runs_with_tiny_r1(script: Path, tmp_path: Path) -> None:
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "MODEL": "tiny-r1", "CALIBRATION": "code"}
     command = ["sh", str(script), *LITTLE]
     subprocess.run(command, cwd=tmp_path, env=environment | {"PROCESSES": "1"}, check=True, timeout=900)
+
+
+@pytest.mark.slow
+def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    little = "samples=1, seq_len=16, "
+    block = block.replace('output="out"', f'output="out", {little}evaluate=False')
+    block = block.replace('"out/gguf")', f'"out/gguf", {little}prompts="none")')
+    found: dict[str, Any] = {}
+    exec(block, found)
+    assert "mean KL" in found["report"]._repr_html_()

@@ -75,7 +75,7 @@ def test_the_worst_verdict_decides_the_exit_code(tmp_path: Path) -> None:
     [
         ("gates: []", "gates has no limits"),
         ("{}", "gates is missing"),
-        ("gates:\n- {metric: mean_kul, at_most: 1}", "unknown metric 'mean_kul'"),
+        ("gates:\n- {metric: mean_kul, at_most: 1}", r"unknown metric 'mean_kul', did you mean mean_kl\?"),
         ("gates:\n- {metric: mean_kl, at_least: 1}", "mean_kl needs at_most"),
         ("gates:\n- {metric: top1_agreement}", "top1_agreement needs at_least"),
         ("gates:\n- {metric: mean_kl, at_most: 1, texts: code}", "texts is unknown"),

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import LLAMA, add_tokenizer, make_dense
 from small_recipes import content, recipe_of, small, write
 
 import dsquant
 from dsquant.cli.run import run as run_command
 from dsquant.errors import InputError, UsageError
+from dsquant.files.strict_yaml import read_yaml
 from dsquant.options import options_of
 from dsquant.releases.evaluation import read_recipe_gates
 from dsquant.releases.recipe import read_recipe
@@ -71,6 +73,8 @@ def test_the_shipped_recipes_are_those_that_the_issue_names() -> None:
             r"quantize\.0\.imatrx: unknown key; did you mean 'imatrix'\?",
         ),
         ({"quantize": [{"name": "a", "to": "awq", "type": "Q8_0"}]}, r"quantize\.0: a step has either `to`.*not both"),
+        ({"quantize": [{"name": "a", "too": "awq"}]}, r"quantize\.0: a step has either `to`.*; found name, too"),
+        ({"quantize": {"name": "a", "to": "awq"}}, "quantize: expected a list"),
         ({"quantize": [{"name": "a" * 300, "to": "awq"}]}, r"quantize\.0\.name: String should have at most 100"),
         ({"evaluate": {"prompts": "python", "execute": True}}, r"evaluate: execute runs code .* allow_code_execution"),
         (
@@ -87,7 +91,7 @@ def test_the_shipped_recipes_are_those_that_the_issue_names() -> None:
             for name in ("evaluation", "release.json", "release.json.partial", "evaluation.partial")
         ),
         ({"quantize": [{"name": "a", "to": "awq"}, {"name": "a", "type": "Q8_0"}]}, "a is there twice"),
-        ({"quantize": []}, "quantize: Tuple should have at least 1 item"),
+        ({"quantize": []}, "quantize: the list is empty"),
         ({"evaluate": None, "gates": {"gates": []}}, "gates need an evaluate section"),
         ({"memory_budget": "lots"}, r"memory_budget: 'lots' is not a size"),
     ],
@@ -122,6 +126,22 @@ def test_a_recipe_that_gives_a_key_twice_names_both_lines(tmp_path: Path) -> Non
     (tmp_path / "recipe.yaml").write_text("model: a\noutput: b\nquantize:\n  - {name: a, type: F16}\nmodel: c\n")
     with pytest.raises(InputError, match=r"recipe\.yaml: .* line 5: the key 'model' is given twice, first in line 1"):
         read_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES[:-1], ids=lambda path: path.stem)
+def test_a_recipe_runs_with_a_small_model_in_r1s_place(
+    path: Path, nano_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    small = content(nano_r1, text_file, tmp_path / "out")
+    if path.stem == "r1-distill":
+        small["model"] = str(add_tokenizer(make_dense(tmp_path / "llama", LLAMA)))
+    recipe = read_yaml(path, "recipe") | {key: small[key] for key in ("model", "output", "calibration", "evaluate")}
+    for gate in recipe.get("gates", {"gates": []})["gates"]:
+        gate.update({bound: limit for bound, limit in {"at_most": 1000, "at_least": 0}.items() if bound in gate})
+    release = dsquant.run(write(tmp_path / "recipe.yaml", recipe), progress=False)
+    assert (tmp_path / "out" / "current" / "release.json").is_file()
+    assert len(release.evaluation) == sum(len(step.get("to", ["gguf"])) for step in recipe["quantize"])
 
 
 @pytest.mark.slow

@@ -12,13 +12,14 @@ from dsquant.errors import InputError
 from dsquant.recipes import Recipe
 from dsquant.source.locate import locate
 from dsquant.source.look_alikes import advice
+from dsquant.source.shards import read_header
 
 FOLDERS = {
     "a LoRA adapter of org/base: merge": {"adapter_config.json": json.dumps({"base_model_name_or_path": "org/base"})},
     "a LoRA adapter: merge": {"adapter_config.json": "damaged", "adapter_model.safetensors": ""},
     "found pytorch_model.bin, pickles.*save_pretrained": {"config.json": "{}", "pytorch_model.bin": ""},
     r"found a\.gguf, which is quantized already": {"a.gguf": ""},
-    r"found 1\.safetensors, 2\.safetensors, 3\.safetensors and 1 more without an index": {
+    r"found 1\.safetensors, 2\.safetensors, 3\.safetensors and 1 more without it; .* release's config\.json too": {
         f"{number}.safetensors": "" for number in range(1, 5)
     },
     "a model is in .*/inner; name that folder": {"inner/config.json": "{}"},
@@ -31,7 +32,7 @@ def test_a_folder_is_told_what_it_is(said: str, files: dict[str, str], tmp_path:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert re.search(said, advice(tmp_path))
+    assert re.search(said, advice(tmp_path, "config.json"))
 
 
 @pytest.mark.parametrize("files", [["adapter_config.json"], ["config.json", "pytorch_model.bin"]])
@@ -42,7 +43,7 @@ def test_commands_pass_the_advice_on_and_write_nothing(files: list[str], tmp_pat
         (model / name).write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
     ended = CliRunner().invoke(main, ["awq", str(model), "--output", str(tmp_path / "out")])
     assert ended.exit_code == 3
-    assert advice(model)[:40] in ended.output
+    assert advice(model, "config.json")[:40] in ended.output
     assert not (tmp_path / "out").exists()
 
 
@@ -66,3 +67,19 @@ def test_a_file_is_no_model(name: str, said: str, tmp_path: Path) -> None:
 )
 def test_outputs_are_called_after_the_model_and_not_after_a_commit(model: str, name: str) -> None:
     assert Recipe(model=model, output="out", to=("awq",)).model_name == name
+
+
+def test_a_model_that_is_nowhere_is_answered_with_the_nearest_name(tmp_path: Path) -> None:
+    for name in ("a", "b", "model-7b"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=r"no such folder .* holds model-7b\)"):
+        locate(str(tmp_path / "modle-7b"))
+    with pytest.raises(InputError, match=r"not a hub id such as 'org/name'$"):
+        locate("https://huggingface.co/org/name")
+
+
+def test_the_pointer_of_git_lfs_is_no_shard(tmp_path: Path) -> None:
+    shard = tmp_path / "model.safetensors"
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(InputError, match=r"model\.safetensors: Git LFS's pointer.*git lfs pull"):
+        read_header(shard)
