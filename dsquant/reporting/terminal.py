@@ -27,11 +27,14 @@ STAGES = {
 }
 SHOWN_AGAIN_S = 0.5
 """Seconds between two updates of a notebook's cell."""
+LOGGED_AGAIN_S = 60.0
+"""Seconds between two lines of a log, where standard error is no terminal."""
 
 
 @contextmanager
 def progress_bar(visible: bool = True) -> Iterator[Report]:
-    """Shows a bar for each stage on standard error or in a notebook's cell, and yields what a job reports to."""
+    """Shows a bar for each stage on standard error or in a notebook's cell, and yields what a job reports to. A log,
+    which has the bars at the end alone, gets a line every minute."""
     console = plain_console(stderr=True)
     if not visible:
         yield silent
@@ -48,9 +51,11 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
         TextColumn("{task.fields[what]}{task.fields[rates]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
     )
     progress, tasks, started = Progress(*columns, console=console), dict[str, TaskID](), dict[str, float]()
+    logged_s = time.monotonic()
     try:
 
         def report(step: Step) -> None:
+            nonlocal logged_s
             if not tasks:
                 progress.start()  # an error before the first step stands alone, without an empty line
             if step.stage not in tasks:
@@ -63,6 +68,11 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
             progress.update(
                 tasks[step.stage], total=step.total, completed=step.done, rates=words, what=f"{what}{separator}"
             )
+            now = time.monotonic()
+            if not console.is_terminal and now - logged_s > LOGGED_AGAIN_S:
+                logged_s, share = now, step.done / (step.total or 1)
+                line = _bar(STAGES[step.stage], share, now - started[step.stage], f"{what}{separator}{words}")
+                console.print(line, soft_wrap=True)
 
         yield report
         _complete(progress, *tasks.values())

@@ -6,6 +6,7 @@ import inspect
 import os
 import sys
 import typing
+from itertools import count
 from pathlib import Path
 
 import nbformat
@@ -80,6 +81,19 @@ def test_a_notebooks_progress_is_text_that_stays(monkeypatch: pytest.MonkeyPatch
         report(Progress("evaluate", 0, 4, "model.layers.0 of awq"))
     assert shown[0].startswith("quantizing ━━━─────────  25%") and shown[0].endswith("layer 1 expert 3")
     assert shown[-1].splitlines()[0].startswith("quantizing ━━━━━━━━━━━━ 100%") and "layer" not in shown[-1]
+
+
+def test_a_log_gets_a_line_a_minute_before_the_bars(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = count(0, 25)
+    monkeypatch.setattr("dsquant.reporting.terminal.time.monotonic", lambda: float(next(clock)))
+    with progress_bar() as report:
+        for done in range(6):
+            report(Progress("quantize", done, 6, f"model.layers.{done}", bytes_read=2**20))
+        lines = capsys.readouterr().err.splitlines()
+    assert 1 < len(lines) < 6 and all(line.startswith("quantizing ━") and "MiB read" in line for line in lines)
+    assert "100%" in capsys.readouterr().err
 
 
 def test_the_notebooks_calls_are_calls_that_dsquant_takes() -> None:
