@@ -100,7 +100,8 @@ def _quantize(shop: Workshop, step: AwqStep | GgufStep, begun: bool) -> dict[str
 
 def _job(shop: Workshop, step: AwqStep | GgufStep) -> Recipe:
     """Returns the recipe of the corresponding `dsquant awq` or `dsquant gguf`."""
-    fields = _job_fields(shop.recipe) | step.model_dump(exclude={"name", "calibrate"})
+    unset = {"group_size"} - step.model_fields_set  # a default that the model may change
+    fields = _job_fields(shop.recipe) | step.model_dump(exclude={"name", "calibrate", *unset})
     fields["output"] = shop.build / step.name
     fields["calibration"] = _texts(shop.recipe, step)
     return Recipe.checked(**fields) if isinstance(step, AwqStep) else gguf_recipe(**fields)
