@@ -216,7 +216,8 @@ class Bench:
         if not model.exists():
             make_checkpoint(model, options.experts, layers=options.layers, device=options.device)
         shape = (max(options.samples, options.few), options.seq_len)
-        tokens = torch.randint(3, 1000, shape, generator=torch.Generator().manual_seed(0))
+        most = json.loads((model / "config.json").read_text())["vocab_size"]
+        tokens = torch.randint(3, most, shape, generator=torch.Generator().manual_seed(0))
         save_file({"tokens": tokens}, folder / "tokens.safetensors")
         letters, draw = "etaoinshrdlu ", random.Random(0)
         (folder / "text.txt").write_text("".join(draw.choices(letters, k=8 * options.few * options.seq_len)))
