@@ -133,7 +133,8 @@ def test_a_recipe_that_gives_a_key_twice_names_both_lines(tmp_path: Path) -> Non
 def test_a_recipe_runs_with_a_small_model_in_r1s_place(
     path: Path, nano_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    small = content(nano_r1, text_file, tmp_path / "out")
+    measured = {"texts": [str(text_file)], "samples": 4, "seq_len": 64}  # enough for intervals
+    small = content(nano_r1, text_file, tmp_path / "out", evaluate=measured)
     if path.stem == "r1-distill":
         small["model"] = str(add_tokenizer(make_dense(tmp_path / "llama", LLAMA)))
     recipe = read_yaml(path, "recipe") | {key: small[key] for key in ("model", "output", "calibration", "evaluate")}
