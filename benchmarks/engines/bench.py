@@ -111,6 +111,9 @@ def make(family: Family, folder: Path, wanted: Mapping[str, Output]) -> dict[str
         for name, one in zip(names, to, strict=True):
             place = target if len(to) == 1 else target / one.replace(":", "-")
             made[name] = gguf_file(place) or place
+            if family.loaded_as:
+                config = place / "config.json"
+                config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": family.loaded_as}))
     return made
 
 

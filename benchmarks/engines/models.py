@@ -21,6 +21,7 @@ from architectures import ARCHITECTURES  # noqa: E402
 from checkpoints import LLAMA, QWEN2, QWEN3, add_tokenizer, make_dense, save_checkpoint, stored  # noqa: E402
 from glm_checkpoint import make_glm  # noqa: E402
 from random_models import make_random  # noqa: E402
+from released_int4 import make as make_released_int4  # noqa: E402
 
 TINY_R1 = ROOT / "dsquant" / "assets" / "tiny-r1"
 SAMPLES, SEQ_LEN = 4, 256
@@ -34,6 +35,15 @@ BASELINE = "BF16"
 
 
 @dataclass(frozen=True)
+class Output:
+    """What one format makes of a model."""
+
+    to: str
+    options: dict[str, Any] = field(default_factory=dict)
+    engines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """A small model of one architecture."""
 
@@ -42,15 +52,10 @@ class Family:
     gguf_types: tuple[str, ...] = ("Q8_0", "Q4_K_M")
     latent: bool = False
     """Whether it has R1's own sizes of heads."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """What one format makes of a model."""
-
-    to: str
-    options: dict[str, Any] = field(default_factory=dict)
-    engines: tuple[str, ...] = ()
+    only: dict[str, Output] = field(default_factory=dict)
+    """Its outputs, where not all formats are made of it."""
+    loaded_as: str = ""
+    """The `model_type` that engines are told, where the release's is code in the checkpoint."""
 
 
 def make_padded(folder: Path, fp8: bool = False) -> Path:
@@ -75,10 +80,36 @@ def _qwen3_moe(folder: Path) -> Path:
     return add_tokenizer(make_random(folder, ARCHITECTURES["Qwen3 MoE"].config | sizes), 280)
 
 
+# R1's heads, and widths that experts' kernels take.
+LATENT_SIZES = {
+    "hidden_size": 256, "intermediate_size": 384, "moe_intermediate_size": 128, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "q_lora_rank": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "v_head_dim": 128,
+}  # fmt: skip
+
+
+def _latent(name: str) -> Callable[[Path], Path]:
+    """Makes a model of random weights."""
+    return lambda folder: add_tokenizer(make_random(folder, ARCHITECTURES[name].config | LATENT_SIZES), 280)
+
+
+IN_4_BITS = {"compressed-tensors 4 bits": Output("compressed-tensors", {}, (VLLM,))}
 FAMILIES = {
     "DeepSeek-V3 (tiny-r1, R1's heads)": Family(make_padded, gguf_types=TYPES, latent=True),
-    "DeepSeek-V3 in FP8": Family(lambda folder: make_padded(folder, fp8=True), gguf_types=(), latent=True),
+    "DeepSeek-V3 in FP8": Family(
+        lambda folder: make_padded(folder, fp8=True),
+        gguf_types=(),
+        only={"compressed-tensors 4 bits, rest FP8": Output("compressed-tensors", {}, (TRANSFORMERS,))},
+    ),
     "GLM-4.5": Family(lambda folder: add_tokenizer(make_glm(folder), 280)),
+    "GLM-4.7-Flash": Family(_latent("GLM-4.7-Flash"), only=IN_4_BITS),
+    "GLM-5": Family(_latent("GLM-5"), only=IN_4_BITS),
+    "DeepSeek-V3.2": Family(_latent("DeepSeek-V3.2"), only=IN_4_BITS),
+    "Kimi-K2-Thinking": Family(
+        lambda folder: make_released_int4(folder, **LATENT_SIZES)[0],
+        gguf_types=(),
+        only={"compressed-tensors 4 bits, experts as released": Output("compressed-tensors", {}, (VLLM, TRANSFORMERS))},
+        loaded_as="deepseek_v3",
+    ),
     "Qwen3 MoE": Family(_qwen3_moe),
     "Llama": Family(_dense(LLAMA), mixture=False),
     "Qwen2": Family(_dense(QWEN2), mixture=False),
@@ -88,8 +119,8 @@ FAMILIES = {
 
 def outputs(family: Family) -> dict[str, Output]:
     """Name -> every output that README's table of formats claims some engine runs, for one family."""
-    if not family.gguf_types:
-        return {"compressed-tensors 4 bits, rest FP8": Output("compressed-tensors", {}, (TRANSFORMERS,))}
+    if family.only:
+        return family.only
     of_awq = (VLLM,) if family.mixture else (VLLM, TRANSFORMERS)
     both = (VLLM, TRANSFORMERS)
     found = {
