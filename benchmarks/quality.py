@@ -3,11 +3,12 @@
     python -m benchmarks.quality MODEL [MODEL]... --text FILE --wiki FILE --work DIR --peers DIR \\
         [--seeds 0 1 2] [--methods NAME...] [--write FILE]
 
-MODEL is a folder with a DeepSeek-V3 checkpoint, FP8 or not, that fits in memory. Calibration takes 64 windows of 256
-tokens from the first half of the text, other ones for each seed; evaluation 32 windows of 512 from its second half, and
-as many from the other text. Each method quantizes every linear of the decoder but the router, in groups of 128; only
-GGUF files have their own types. The figures come from `benchmarks/peers/reference.py`, which shares no code with
-dsquant. Run it from the repository's root; `benchmarks/peers/make_environments DIR` makes the peers' environments.
+MODEL is a folder with a DeepSeek-V3 or V3.2 checkpoint, FP8 or not, that fits in memory. Calibration takes 64 windows
+of 256 tokens from the first half of the text, other ones for each seed; evaluation 32 windows of 512 from its second
+half, and as many from the other text. Each method quantizes every linear of the decoder but router and indexer, in
+groups of 128; only GGUF files have their own types. The figures come from `benchmarks/peers/reference.py`, which shares
+no code with dsquant. Run it from the repository's root; `benchmarks/peers/make_environments DIR` makes the peers'
+environments.
 
 What is finished in DIR is not done again: the same command again goes on where it was stopped, and more seeds, methods
 or models only add to it; `--only-report` shows what there is. dsquant's results hold for its source files as they are.
@@ -195,12 +196,12 @@ class Bench:
         if arguments.wiki:
             texts["wiki"] = arguments.wiki.read_text(encoding="utf-8")
         for name, text in texts.items():
-            write_tokens(spaced_windows(tokens_of(model, text), *EVALUATION_SHAPE), self._evaluation(name))
+            write_tokens(spaced_windows(tokens_of(model, text), *arguments.evaluation), self._evaluation(name))
         self.texts = list(texts)
         tokens = tokens_of(model, calibration_text)
         for seed in arguments.seeds:
             path = self.work / f"seed-{seed}" / "calibration.safetensors"
-            write_tokens(chosen_windows(tokens, *CALIBRATION_SHAPE, seed), path)
+            write_tokens(chosen_windows(tokens, *arguments.calibration, seed), path)
         self._convert()
         self._evaluator: Evaluator | None = None
 
@@ -340,7 +341,7 @@ def installed(python: str, packages: list[str]) -> str:
 
 def conditions(arguments: argparse.Namespace, methods: list[Method]) -> str:
     """What the figures hold for: texts, windows, versions."""
-    calibration, evaluation = ("x".join(map(str, shape)) for shape in (CALIBRATION_SHAPE, EVALUATION_SHAPE))
+    calibration, evaluation = ("x".join(map(str, shape)) for shape in (arguments.calibration, arguments.evaluation))
     other = f" and of {arguments.wiki.name}" if arguments.wiki else ""
     evaluator = installed(sys.executable, ["torch", "transformers", "autoawq", "compressed-tensors", "gguf"])
     lines = [
@@ -371,6 +372,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="names; left out, dsquant's presets and every peer whose environment is there; single steps only by name",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration windows")
+    for name, shape in (("--calibration", CALIBRATION_SHAPE), ("--evaluation", EVALUATION_SHAPE)):
+        parser.add_argument(name, type=int, nargs=2, default=shape, metavar=("WINDOWS", "TOKENS"))
     parser.add_argument("--dsquant", default="dsquant", help="dsquant's command")
     parser.add_argument(
         "--dsquant-option", action="append", default=[], metavar="OPTION", help="one more word for dsquant"

@@ -7,7 +7,8 @@ With `--gptq` the rounding after AWQ's scales is its GPTQ, with its defaults (st
 Runs in llm-compressor's environment (README.md here), from the repository's root: started by its path, this
 file would shadow the package of the same name. MODEL is what `to_bf16 --dtype float32` wrote. The mappings
 registered for DeepseekV3ForCausalLM raise on a model with dense layers, so each layer's are written out here;
-the router is among the consumers of `post_attention_layernorm`. All else is llm-compressor's.
+the router is among the consumers of `post_attention_layernorm`, DeepSeek-V3.2's indexer among those of
+`input_layernorm`. All else is llm-compressor's.
 """
 
 import argparse
@@ -25,17 +26,23 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from benchmarks.peers.tokens import read_tokens
 
-BATCH_SIZE = 8
+TOKENS_AT_ONCE = 2048
 
 
-def attention_mappings(layer: str) -> list[AWQMapping]:
-    """The scale groups of one layer's attention."""
+def attention_mappings(layer: str, has_indexer: bool) -> list[AWQMapping]:
+    """The scale groups of one layer's attention.
+
+    The indexer reads q_a_layernorm too, so that the smallest module around its readers is the one around
+    input_layernorm's, and of two such mappings 0.14.0.1 raises a KeyError in the second: there it is left out.
+    """
     attention = f"{layer}.self_attn"
-    return [
-        AWQMapping(f"{layer}.input_layernorm", [f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa"]),
-        AWQMapping(f"{attention}.q_a_layernorm", [f"{attention}.q_b_proj"]),
-        AWQMapping(f"{attention}.kv_a_layernorm", [f"{attention}.kv_b_proj"]),
-    ]
+    inputs = [f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa"]
+    kv_a = AWQMapping(f"{attention}.kv_a_layernorm", [f"{attention}.kv_b_proj"])
+    if has_indexer:
+        inputs += [f"{attention}.indexer.wk", f"{attention}.indexer.weights_proj"]
+        return [AWQMapping(f"{layer}.input_layernorm", inputs), kv_a]
+    q_a = AWQMapping(f"{attention}.q_a_layernorm", [f"{attention}.q_b_proj"])
+    return [AWQMapping(f"{layer}.input_layernorm", inputs), q_a, kv_a]
 
 
 def mlp_mappings(layer: str, routed_experts: int) -> list[AWQMapping]:
@@ -56,7 +63,7 @@ def mappings(config: DeepseekV3Config) -> list[AWQMapping]:
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}"
         routed_experts = config.n_routed_experts if index >= config.first_k_dense_replace else 0
-        groups += attention_mappings(layer) + mlp_mappings(layer, routed_experts)
+        groups += attention_mappings(layer, config.model_type == "deepseek_v32") + mlp_mappings(layer, routed_experts)
     return groups
 
 
@@ -70,13 +77,13 @@ def quantize(model_folder: Path, tokens_NT: torch.Tensor, output: Path, gptq: bo
     rounding = GPTQModifier if gptq else QuantizationModifier
     recipe = [
         AWQModifier(mappings=mappings(model.config)),
-        rounding(targets=["Linear"], scheme="W4A16", ignore=["lm_head"]),
+        rounding(targets=["Linear"], scheme="W4A16", ignore=["lm_head", "re:.*indexer.*"]),
     ]
     oneshot(
         model=model,
         dataset=data,
         recipe=recipe,
-        batch_size=BATCH_SIZE,
+        batch_size=max(1, TOKENS_AT_ONCE // tokens_NT.shape[1]),
         num_calibration_samples=len(data),
         max_seq_length=tokens_NT.shape[1],
         shuffle_calibration_samples=False,

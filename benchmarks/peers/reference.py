@@ -20,6 +20,8 @@ import torch
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -34,6 +36,7 @@ BATCH_SIZE = 4
 """Windows in one forward."""
 NETWORKS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
 """`model_type` -> transformers' own classes."""
@@ -72,8 +75,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def is_rounded(name: str) -> bool:
-    """Whether plain rounding quantizes a tensor: every linear of a decoder layer, not the router."""
-    return re.search(r"^model\.layers\.\d+\..*_proj(_with_mqa)?\.weight$", name) is not None
+    """Whether plain rounding quantizes a tensor: every linear of a decoder layer, not the router nor an indexer's."""
+    return re.search(r"^model\.layers\.\d+\.(?!.*indexer).*_proj(_with_mqa)?\.weight$", name) is not None
 
 
 def round_to_nearest(weight_OI: torch.Tensor, symmetric: bool, bits: int = 4, group_size: int = 128) -> torch.Tensor:
@@ -148,7 +151,7 @@ def build_model(folder: Path, weights: dict[str, torch.Tensor]) -> PreTrainedMod
     model.load_state_dict(with_fused_experts(weights), strict=True, assign=True)
     # Buffers that no checkpoint holds are still on the meta device: the rotary frequencies.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    if config.model_type == "deepseek_v3":
+    if config.model_type.startswith("deepseek"):
         model.set_experts_implementation("eager")
     return model.float().eval()
 
