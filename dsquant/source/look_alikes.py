@@ -5,6 +5,7 @@ from pathlib import Path
 from dsquant.errors import InputError
 from dsquant.files.foreign import find_file
 from dsquant.files.strict_json import read_json_object
+from dsquant.jobs.folder_state import WORK_FOLDER
 
 ADAPTER = "adapter_config.json"
 CONVERT = (
@@ -15,6 +16,8 @@ CONVERT = (
 
 def advice(folder: Path, missing: str) -> str:
     """Returns what was found where a model's file is missing, with what to do, from the files' names alone."""
+    if (folder / WORK_FOLDER).is_dir():
+        return "this is the output of a job that was interrupted; finish it with --resume"
     if (folder / ADAPTER).is_file():
         return (
             f"this is a LoRA adapter{_base(folder)}: merge it into its model first (peft: merge_and_unload, then "

@@ -22,6 +22,7 @@ FOLDERS = {
     r"found 1\.safetensors, 2\.safetensors, 3\.safetensors and 1 more without it; .* release's config\.json too": {
         f"{number}.safetensors": "" for number in range(1, 5)
     },
+    "interrupted; finish it with --resume": {".dsquant-work/job.json": "{}", "model-00001-of-00002.safetensors": ""},
     "a model is in .*/inner; name that folder": {"inner/config.json": "{}"},
     "is this a model's folder": {"notes.txt": ""},
 }
