@@ -62,14 +62,12 @@ def test_two_ranks_write_the_bytes_of_one_in_both_formats(model: Path, text_file
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
         ("--to", "gguf:IQ4_XS", "--preset", "compact", "--steps", "none", "--mtp", "quantize", "--samples", "2"),
-        pytest.param(
-            ("--to", "awq", "--to", "gguf:Q4_K_M", "--preset", "compact", "--target-bits", "6", "--samples", "2"),
-            marks=pytest.mark.slow,
-        ),
+        ("--to", "awq", "--to", "gguf:Q4_K_M", "--preset", "compact", "--target-bits", "6", "--samples", "2"),
     ],
 )
 def test_two_ranks_write_the_gguf_of_one(model: Path, text_file: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
