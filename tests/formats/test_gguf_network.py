@@ -211,6 +211,7 @@ def test_plan_names_gguf_among_what_cannot_be_made_and_goes_on(tmp_path: Path) -
     assert any("gguf" in text and "'dynamic'" in text for text in plan.as_json()["refused"])
 
 
+@pytest.mark.slow
 def test_layer_counts_by_which_llama_cpp_knows_lite_models_are_refused_with_q_lora(tmp_path: Path) -> None:
     """It looks for `attn_q` there: the same model without q_lora is one of them."""
     config = PICO_R1 | LITE | {"num_hidden_layers": 27, "first_k_dense_replace": 26}

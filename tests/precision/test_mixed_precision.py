@@ -145,6 +145,7 @@ def test_awq_leaves_groups_unquantized_for_a_size(uneven: Path, text_file: Path,
     assert float((found - wanted).norm()) < float((uniform - wanted).norm())
 
 
+@pytest.mark.slow
 def test_a_job_stopped_while_measuring_or_later_makes_the_same_bytes(
     dense: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

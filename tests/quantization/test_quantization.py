@@ -21,6 +21,7 @@ def test_the_loss_on_moments_is_the_mean_squared_output_error(columns: int, rows
     assert float(moments_of(inputs, parts=3).loss(difference)) == pytest.approx(float(wanted), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_loss_on_random_combinations_of_many_tokens_is_near() -> None:
     inputs = correlated(4000, 2304, 3)
     difference = torch.randn(64, 2304, generator=torch.Generator().manual_seed(2))
