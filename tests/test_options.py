@@ -114,7 +114,7 @@ def test_awq_to_a_type_of_gguf_is_gguf_with_that_type(options: dict[str, Any], t
     [
         ("", {}, "PASSIVE expandable_segments:True"),
         ("", {"OMP_WAIT_POLICY": "ACTIVE", "PYTORCH_CUDA_ALLOC_CONF": ""}, "ACTIVE "),
-        ("import torch", {}, "None None"),
+        pytest.param("import torch", {}, "None None", marks=pytest.mark.slow),
     ],
 )
 def test_importing_dsquant_sets_what_torch_reads_when_it_is_imported(

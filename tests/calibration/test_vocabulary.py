@@ -98,6 +98,7 @@ def test_an_id_that_not_even_the_vocabulary_names_is_refused(padded: Path) -> No
         check_embedded([[1, 5000]], tokenizer, "a text")
 
 
+@pytest.mark.slow
 def test_a_held_out_text_that_yields_one_is_refused_before_anything_is_written(text_file: Path, tmp_path: Path) -> None:
     model, text = make_model(tmp_path / "model", ["return"], special=False), tmp_path / "plain.txt"
     text.write_text("a b c d e f g h " * 100)

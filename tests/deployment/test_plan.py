@@ -177,6 +177,7 @@ def test_a_config_that_cannot_be_planned_is_refused(tmp_path: Path, config: Any,
         open_subject(str(tmp_path / "config.json"))
 
 
+@pytest.mark.slow
 def test_a_hub_model_is_planned_from_its_headers_without_its_weights(tiny_r1: Path, tmp_path: Path) -> None:
     with hub_of({"someone/tiny": tiny_r1}) as hub:
         environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}

@@ -44,6 +44,7 @@ def original() -> Original:
     return open_original("tiny-r1")
 
 
+@pytest.mark.slow
 def test_a_candidate_that_is_the_original_has_no_drift_and_a_rounded_one_has(tiny_r1: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_r1)
     candidates = {"same": checkpoint.weights, "rounded": plainly_rounded(checkpoint.weights)}

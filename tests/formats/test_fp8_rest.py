@@ -158,6 +158,7 @@ def test_transformers_loads_it_with_the_weights_that_dsquant_reads(quality: Path
         assert float((found[name] - values).abs().max()) <= 2**-8 * float(values.abs().max()), name
 
 
+@pytest.mark.slow
 def test_scales_of_attention_are_powers_of_two_where_they_reach_blocks(
     model: Path, text_file: Path, tmp_path: Path
 ) -> None:

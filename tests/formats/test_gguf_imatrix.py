@@ -56,6 +56,7 @@ def test_rare_experts_shrink_towards_their_tensor_and_no_column_counts_nothing()
     assert torch.equal(unseen, torch.ones(1, 4))
 
 
+@pytest.mark.slow
 def test_the_written_imatrix_makes_the_same_file_as_the_calibration_itself(
     nano_r1: Path, text_file: Path, tmp_path: Path
 ) -> None:

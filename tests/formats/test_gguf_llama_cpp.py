@@ -78,6 +78,7 @@ def test_llama_cpp_predicts_what_the_original_does(
     assert sorted(differences)[len(differences) // 2] < difference
 
 
+@pytest.mark.slow
 def test_llama_cpp_loads_nvfp4_with_a_layer_of_multi_token_prediction(nano_r1: Path, tmp_path: Path) -> None:
     file = make(nano_r1, tmp_path / "out", "NVFP4", calibration="none", mtp="keep")
     assert every_position(file, torch.randint(6, 280, (1, 8))).isfinite().all()
@@ -98,6 +99,7 @@ def awkward_strings() -> list[str]:
     return [*pieces, *mixed]
 
 
+@pytest.mark.slow
 def test_llama_cpp_cuts_awkward_strings_into_the_same_tokens(tiny_r1: Path, tmp_path: Path) -> None:
     strings, tokenizer = awkward_strings(), load_tokenizer(tiny_r1)
     assert len(strings) >= 300

@@ -296,6 +296,7 @@ def test_a_fused_layer_is_skipped_by_its_own_name_where_its_parts_are() -> None:
             assert any(entry in name for entry in skipped) == (layer == skipping), name
 
 
+@pytest.mark.slow
 def test_threads_write_tensors_of_one_shard_at_the_same_time(tmp_path: Path) -> None:
     planned = [StoredTensor(f"t{number}", "F32", (257, 1024)) for number in range(16)]
     plan = plan_shards([("unit", planned)], 2**30)

@@ -173,7 +173,9 @@ def test_a_full_disk_stops_the_job_and_loses_nothing(nano_r1: Path, text_file: P
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limits on file sizes here")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # gguf-py leaves its file to be closed
-@pytest.mark.parametrize("limit", [2_000, 20_000, 200_000])
+@pytest.mark.parametrize(
+    "limit", [pytest.param(2_000, marks=pytest.mark.slow), 20_000, pytest.param(200_000, marks=pytest.mark.slow)]
+)
 def test_a_limit_on_file_sizes_is_a_full_disk(limit: int, nano_r1: Path, tmp_path: Path) -> None:
     import resource
 

@@ -143,6 +143,7 @@ def test_a_damaged_work_file_is_refused(
     assert "--restart" in str(refused.value) or "remove the folder" in str(refused.value)
 
 
+@pytest.mark.slow
 def test_other_texts_and_another_config_are_refused(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
     model, text = tmp_path / "model", tmp_path / "text.txt"
     shutil.copytree(nano_r1, model)

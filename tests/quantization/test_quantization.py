@@ -30,7 +30,7 @@ def test_the_loss_on_random_combinations_of_many_tokens_is_near() -> None:
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
-@pytest.mark.parametrize("columns", [256, 2304])
+@pytest.mark.parametrize("columns", [256, pytest.param(2304, marks=pytest.mark.slow)])
 def test_group_grams_are_the_diagonal_blocks(size: int, columns: int) -> None:
     inputs = correlated(1500, columns, 4)
     gram = inputs.T @ inputs / len(inputs)

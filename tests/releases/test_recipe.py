@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("imported")
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
+@pytest.mark.slow
 def test_steps_count_only_where_a_recipe_names_them(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
     step = {"name": "a", "to": ["compressed-tensors"], "preset": "compact", "group_size": 64}
     recipes = [

@@ -64,6 +64,7 @@ def test_a_finished_recipe_is_a_no_op_without_torch(
     assert files(release.output) == before
 
 
+@pytest.mark.slow
 def test_a_release_is_verified_with_its_record_its_reports_and_all_its_outputs(
     whole: tuple[Release, dict[str, bytes]], tmp_path: Path
 ) -> None:
