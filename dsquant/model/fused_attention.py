@@ -50,6 +50,9 @@ def _shared_attention(
     num_heads = key.shape[1]
     work = query.numel() * key.shape[2] // num_heads
     blocks = blocks_of(num_heads, work, least=1, alignment=1)
+    if query.is_cuda and torch.is_grad_enabled():
+        output: torch.Tensor = SameEveryTime.apply(query, key, value, mask, how)  # type: ignore[no-untyped-call]
+        return output
     if query.is_cuda or len(blocks) == 1:
         return F.scaled_dot_product_attention(query, key, value, mask, **how)
     queries = query.unflatten(1, (num_heads, -1))
@@ -59,6 +62,32 @@ def _shared_attention(
         return F.scaled_dot_product_attention(query_heads, key[:, block], value[:, block], mask, **how)
 
     return torch.cat(side_by_side(attend_to, blocks), 1)
+
+
+class SameEveryTime(torch.autograd.Function):
+    """PyTorch's fused kernel with gradients that are the same bits every time: on a GPU its own add up a query's over
+    the keys in whatever order their blocks are done. Computes the output again for them."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        """Gets query, key, value, mask and what else the kernel is told."""
+        *tensors, ctx.how = arguments
+        ctx.save_for_backward(*tensors)
+        return F.scaled_dot_product_attention(*tensors, **ctx.how)
+
+    @staticmethod
+    def backward(ctx: Any, *of_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Returns the gradients of query, key and value."""
+        *inputs, mask = ctx.saved_tensors
+        query, key, value = (part.detach().requires_grad_() for part in inputs)
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            with torch.enable_grad():
+                output = F.scaled_dot_product_attention(query, key, value, mask, **ctx.how)
+            return *torch.autograd.grad(output, [query, key, value], of_output), None, None
+        finally:
+            torch.use_deterministic_algorithms(before)
 
 
 class SharedLinear(nn.Linear):

@@ -10,6 +10,7 @@ from shapes import SMALLEST
 
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.formats.wanted import Choosable
+from dsquant.model.fused_attention import SameEveryTime
 from dsquant.model.gradients import LayerStates, head_gradients
 from dsquant.model.skeleton import Skeleton
 from dsquant.precision import sensitivity
@@ -59,6 +60,21 @@ def test_gradients_of_streamed_layers_equal_the_whole_models(
     for index in range(len(layers)):
         for one, other in zip(found[index], (wanted[index], wanted[len(layers) + index]), strict=True):
             assert float((one - other).norm() / other.norm()) < 1e-5, index
+
+
+def test_attentions_gradients_that_repeat_are_those_of_the_fused_kernel() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 4, 24, 16, generator=generator, requires_grad=True) for _ in range(3)]
+    how = {"is_causal": True, "scale": 0.3}
+    wanted, found = (
+        torch.nn.functional.scaled_dot_product_attention(*parts, **how),
+        SameEveryTime.apply(*parts, None, how),
+    )
+    of_output = torch.randn(wanted.shape, generator=generator)
+    assert torch.equal(wanted, found)
+    for one, other in zip(*(torch.autograd.grad(output, parts, of_output) for output in (wanted, found)), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_gradients_at_the_head_are_of_tokens_drawn_from_the_predictions(tmp_path: Path) -> None:
