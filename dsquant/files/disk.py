@@ -96,6 +96,13 @@ def reserve(descriptor: int, count: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
+def begin_reading(descriptor: int, start: int, count: int) -> None:
+    """Has the disk read bytes of a file that are wanted next; returns at once. Where that call is missing the system
+    reads ahead as it does anyway."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_WILLNEED)
+
+
 def begin_writing(descriptor: int, start: int, count: int) -> None:
     """Starts the writeback of bytes of a file; returns at once.
 

@@ -15,10 +15,15 @@ from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from dsquant.files.disk import begin_reading
+
 SECTIONS = "sections_sha256"
 # The record that `dsquant run` publishes with its outputs, sealed like theirs.
 RELEASE_FILE = "release.json"
 BYTES_AT_ONCE = 2**22
+# The disk reads these of a file while what comes before them is hashed.
+AHEAD_BYTES = 2**24
+K = TypeVar("K")
 T = TypeVar("T")
 _INNERMOST_LIST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s+\]")
 
@@ -94,13 +99,13 @@ def hash_files(folder: Path, names: Iterable[str], after_file: Callable[[str], N
     return in_threads(lambda name: _hash_file(folder / name), names, after_file)
 
 
-def in_threads(read: Callable[[str], T], names: Iterable[str], after_file: Callable[[str], None]) -> dict[str, T]:
+def in_threads(read: Callable[[K], T], names: Iterable[K], after_file: Callable[[K], None]) -> dict[K, T]:
     """Reads files in several threads with `read`; returns name -> its result.
 
     `after_file` is called with each finished file's name, from the calling thread; it may raise to stop.
     """
     names = list(names)
-    found = {}
+    found: dict[K, T] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
             for name, result in zip(names, pool.map(read, names), strict=True):
@@ -137,6 +142,7 @@ class Hashed:
     def read(self, num_bytes: int) -> bytes:
         """Reads the next bytes; fewer where the file ends."""
         block = self._file.read(num_bytes)
+        begin_reading(self._file.fileno(), self._num_bytes + len(block), AHEAD_BYTES)
         self._wait()
         if len(block) < BYTES_AT_ONCE:
             self._digest.update(block)

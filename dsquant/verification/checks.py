@@ -1,6 +1,6 @@
 """Verifies an output: its record, every byte of every file, its contents, and its values against the source."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -26,12 +26,13 @@ from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.locate import EMBEDDED_MODEL, locate
 from dsquant.source.weights import Weights
 from dsquant.verification.contents import check_checkpoint, check_gguf
-from dsquant.verification.damage import damaged_parts
+from dsquant.verification.damage import Damage, Part, damage_in, parts_of
 from dsquant.verification.decoded_values import (
     OpenedOutput,
     SourceComparison,
     chosen_parameters,
     problems_of,
+    undecodable,
     wrong_value,
 )
 from dsquant.verification.strays import NOT_PART, list_strays, printable, what_is_wrong
@@ -198,8 +199,8 @@ def _check_files(
     there = [name for name in files if name not in wrong]
     found.findings += [FileFinding(printable(name), "file", problem) for name, problem in wrong.items()]
     strays = note_strays(folder, {*files, RECORD_FILE}, found)
-    sizes = {name: (folder / name).stat().st_size for name in there}
-    damaged = read_files(sizes, lambda name: damaged_parts(folder, name, files), found, safe_point, ranks)
+    parts = [part for name in there for part in parts_of(folder, name, files)]
+    damaged = read_parts(parts, lambda part: damage_in(folder, part, files), found, safe_point, ranks)
     for name in there:
         if not damaged[name] and PurePosixPath(name).name == RECORD_FILE:
             part = record_of_folder(record, PurePosixPath(name).parent, RECORD_FILE)
@@ -211,30 +212,29 @@ def _check_files(
     return {*wrong, *strays, *(name for name in there if damaged[name])}
 
 
-Damage = list[tuple[str, str]]
-"""Place and problem of each damage in a file."""
-
-
-def read_files(
-    sizes: Mapping[str, int],
-    damage_in: Callable[[str], Damage],
+def read_parts(
+    parts: Sequence[Part],
+    damage_in: Callable[[Part], Damage],
     found: Verification,
     safe_point: Callable[[int, int, str], None],
     ranks: Ranks,
 ) -> dict[str, Damage]:
-    """Reads files (name -> bytes), each rank a share of them, the largest in turns; returns the damage in each."""
-    own = sorted(sizes, key=lambda name: -sizes[name])[ranks.rank :: ranks.size]
-    before, done = (found.num_files, found.num_bytes), 0
+    """Reads parts of files, each rank a share of them, the largest in turns; returns the damage in each file."""
+    own = sorted(range(len(parts)), key=lambda number: -parts[number].num_bytes)[ranks.rank :: ranks.size]
+    before, done = found.num_bytes, 0
 
-    def after_file(name: str) -> None:
+    def after_part(number: int) -> None:
         nonlocal done
-        done += 1
-        found.num_files, found.num_bytes = found.num_files + 1, found.num_bytes + sizes[name]
-        safe_point(done, len(own), name)
+        done, found.num_bytes = done + 1, found.num_bytes + parts[number].num_bytes
+        safe_point(done, len(own), parts[number].name)
 
-    parts = ranks.gather(in_threads(damage_in, own, after_file))
-    found.num_files, found.num_bytes = before[0] + len(sizes), before[1] + sum(sizes.values())
-    return {name: damage for part in parts for name, damage in part.items()}
+    of_ranks = ranks.gather(in_threads(lambda number: damage_in(parts[number]), own, after_part))
+    damage = {number: wrong for of_rank in of_ranks for number, wrong in of_rank.items()}
+    damaged: dict[str, Damage] = {part.name: [] for part in parts}
+    found.num_files, found.num_bytes = found.num_files + len(damaged), before + sum(part.num_bytes for part in parts)
+    for number, part in enumerate(parts):
+        damaged[part.name] += damage[number]
+    return damaged
 
 
 def note_strays(folder: Path, names: set[str], found: Verification, checked: Collection[str] = ()) -> set[str]:
@@ -284,22 +284,22 @@ def _wrong(
     and problem. Raises ImportError on all ranks where one cannot import a format's package."""
     done, own = 0, chosen[ranks.rank :: ranks.size]
 
-    def before(parameter: str) -> None:
+    def after(parameter: str) -> None:
         nonlocal done
-        safe_point(done, len(own), parameter)
         done += 1
+        safe_point(done, len(own), parameter)
 
-    check = _undecodable if comparison is None else partial(wrong_value, comparison)
-    wrong, missing = list[tuple[str, str]](), None
+    check = undecodable if comparison is None else partial(wrong_value, comparison)
+    wrong, missing = dict[str, str](), None
     try:
-        wrong = problems_of(own, lambda parameter: check(candidate, parameter), before)
+        wrong = problems_of(candidate.weights, own, lambda parameter: check(candidate, parameter), after)
     except ImportError as error:
         missing = str(error)
     parts = ranks.gather((wrong, missing))
     for _, without in parts:
         if without is not None:
             raise ImportError(without)
-    problems = dict(problem for found, _ in parts for problem in found)
+    problems = {name: problem for found, _ in parts for name, problem in found.items()}
     return [(name, problems[name]) for name in chosen if name in problems]
 
 
@@ -328,10 +328,6 @@ def _note_other_source(problem: str | None, named: str | None, found: Verificati
         raise InputError(problem)
     found.source = None
     found.notes.append(f"values were not compared: {problem} with --source")
-
-
-def _undecodable(candidate: OpenedOutput, name: str) -> str | None:
-    return None if candidate.weights[name].isfinite().all() else "decodes to NaN or infinity"
 
 
 def _file_of(record: dict[str, Any], format_name: str, home: PurePosixPath, parameter: str) -> str:

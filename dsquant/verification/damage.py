@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from dsquant.errors import PackageError
 from dsquant.files.foreign import LARGEST_TEXT_BYTES
@@ -25,6 +25,18 @@ from dsquant.source.shards import INDEX_FILE
 
 GGUF_PREFIX = struct.Struct("<4sIQQ")
 GGUF_VERSION = 3
+# Tensors of a file that are read one after the other; parts of a file are read side by side.
+PART_BYTES = 64 * 2**20
+
+Damage = list[tuple[str, str]]
+"""Place and problem of each damage in a file."""
+
+
+class Readable(Protocol):
+    """A file that is read from where it stands."""
+
+    def read(self, num_bytes: int, /) -> bytes:
+        """Reads the next bytes; fewer where the file ends."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,54 @@ class Region:
     """Expected hash; None for zeros."""
 
 
-def damaged_parts(folder: Path, name: str, files: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+@dataclass(frozen=True)
+class Part:
+    """What is read of a file at a time: the whole, or regions of a file that consists of its header and tensors."""
+
+    name: str
+    """The file's path in the output folder."""
+    num_bytes: int
+    header: bytes = b""
+    """Where the part begins with the file's header, as it should be."""
+    regions: tuple[Region, ...] = ()
+
+
+def parts_of(folder: Path, name: str, files: dict[str, dict[str, Any]]) -> list[Part]:
+    """Returns the parts of a file, in its order, that together show whether each of its bytes is as recorded.
+
+    Those of a safetensors file need no hash of the whole: its header follows from the record, and nothing is between
+    its tensors.
+    """
+    path, entry = folder / name, files[name]
+    size = path.stat().st_size
+    if "tensors" not in entry or not _is_safetensors(path.name) or size != entry["bytes"]:
+        return [Part(name, size)]
+    shard = _shard(path.name, entry)
+    regions = _regions(shard, entry)
+    if len(shard.header) + sum(region.num_bytes for region in regions) != size:
+        return [Part(name, size)]
+    parts, some = list[Part](), list[Region]()
+    header, taken = shard.header, len(shard.header)
+    for region in regions:
+        if some and taken + region.num_bytes > PART_BYTES:
+            parts.append(Part(name, taken, header, tuple(some)))
+            header, some, taken = b"", [], 0
+        some.append(region)
+        taken += region.num_bytes
+    return [*parts, Part(name, taken, header, tuple(some))]
+
+
+def damage_in(folder: Path, part: Part, files: dict[str, dict[str, Any]]) -> Damage:
+    """Reads a part of a file once; returns place and problem of each damage in it."""
+    if not part.header and not part.regions:
+        return damaged_parts(folder, part.name, files)
+    with (folder / part.name).open("rb", buffering=0) as file:
+        found = _wrong_header(file, part.header, files[part.name]) if part.header else []
+        file.seek(part.regions[0].start if part.regions else 0)
+        return found + _wrong_regions(file, part.regions)
+
+
+def damaged_parts(folder: Path, name: str, files: dict[str, dict[str, Any]]) -> Damage:
     """Reads a file once, and compares it and every tensor in it with the record.
 
     `name` is the file's path in the output folder, `files` the record's files. Returns place and problem of each
@@ -57,10 +116,10 @@ def damaged_parts(folder: Path, name: str, files: dict[str, dict[str, Any]]) -> 
     return wrong or _named(path, name, files)
 
 
-def _named(path: Path, name: str, files: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+def _named(path: Path, name: str, files: dict[str, dict[str, Any]]) -> Damage:
     """Locates the damage of a file that has its size, and no damaged tensor."""
     rest = "keys" if name.endswith(".gguf") else "content"  # a GGUF file's keys are not in the record
-    wrong: list[tuple[str, str]] = []
+    wrong: Damage = []
     if path.stat().st_size > LARGEST_TEXT_BYTES:
         return [(rest, "differs from what was written")]
     if PurePosixPath(name).name == INDEX_FILE:
@@ -83,28 +142,33 @@ def _shard(file_name: str, entry: dict[str, Any]) -> Shard:
     return Shard(file_name, "", tuple(tensors), entry.get("metadata", "pt"))
 
 
-def _wrong_tensors(file: Hashed, name: str, entry: dict[str, Any]) -> list[tuple[str, str]]:
+def _wrong_tensors(file: Hashed, name: str, entry: dict[str, Any]) -> Damage:
     """Compares a file of tensors with the record of each, and of the bytes between them."""
     if "tensors" not in entry:
         return []
     if name.endswith(".gguf"):
         return _wrong_in_gguf(file, entry)
-    if name.endswith(".safetensors") or name == SCALES_FILE:
-        return _wrong_in_safetensors(file, _shard(name, entry), entry)
+    if _is_safetensors(name):
+        shard = _shard(name, entry)
+        return _wrong_header(file, shard.header, entry) + _wrong_regions(file, _regions(shard, entry))
     return []
 
 
-def _wrong_in_safetensors(file: Hashed, shard: Shard, entry: dict[str, Any]) -> list[tuple[str, str]]:
-    wanted = shard.header
-    found = []
+def _is_safetensors(name: str) -> bool:
+    return name.endswith(".safetensors") or name == SCALES_FILE
+
+
+def _wrong_header(file: Readable, wanted: bytes, entry: dict[str, Any]) -> Damage:
     place = _first_difference(file.read(len(wanted)), wanted)
-    if place is not None:
-        found.append(_in_header(wanted, place, entry["tensors"]))
-    regions, start = [], len(wanted)
+    return [] if place is None else [_in_header(wanted, place, entry["tensors"])]
+
+
+def _regions(shard: Shard, entry: dict[str, Any]) -> list[Region]:
+    regions, start = [], len(shard.header)
     for tensor in shard.tensors:
         regions.append(Region(repr(tensor.name), start, tensor.num_bytes, entry["tensors"][tensor.name][1]))
         start += tensor.num_bytes
-    return found + _wrong_regions(file, regions)
+    return regions
 
 
 def _in_header(header: bytes, place: int, tensors: Iterable[str]) -> tuple[str, str]:
@@ -120,7 +184,7 @@ def _in_header(header: bytes, place: int, tensors: Iterable[str]) -> tuple[str, 
     return f"header entry of {before[-1]!r}", problem
 
 
-def _wrong_in_gguf(file: Hashed, entry: dict[str, Any]) -> list[tuple[str, str]]:
+def _wrong_in_gguf(file: Hashed, entry: dict[str, Any]) -> Damage:
     tensors = [GgufTensor(name, dtype, tuple(shape)) for name, (dtype, _, *shape) in entry["tensors"].items()]
     sizes = {tensor.name: tensor.num_bytes for tensor in tensors}
     padded = {name: size + -size % ALIGNMENT for name, size in sizes.items()}
@@ -136,7 +200,7 @@ def _wrong_in_gguf(file: Hashed, entry: dict[str, Any]) -> list[tuple[str, str]]
     return found + _wrong_regions(file, regions)
 
 
-def _wrong_in_gguf_header(header: bytes, tensors: list[GgufTensor], padded: dict[str, int]) -> list[tuple[str, str]]:
+def _wrong_in_gguf_header(header: bytes, tensors: list[GgufTensor], padded: dict[str, int]) -> Damage:
     """Checks magic, tensor infos and padding; the keys between them are not in any record."""
     prefix = GGUF_PREFIX.pack(b"GGUF", GGUF_VERSION, len(tensors), 0)[:16]
     if header[:16] != prefix:
@@ -177,7 +241,7 @@ def _gguf_info(tensor: GgufTensor, offset: int) -> bytes:
     return struct.pack(f"<Q{len(name)}sI{len(shape)}QIQ", len(name), name, len(shape), *reversed(shape), kind, offset)
 
 
-def _wrong_regions(file: Hashed, regions: Iterable[Region]) -> list[tuple[str, str]]:
+def _wrong_regions(file: Readable, regions: Iterable[Region]) -> Damage:
     """Reads consecutive regions."""
     wrong = []
     for region in regions:
@@ -192,7 +256,7 @@ def _wrong_regions(file: Hashed, regions: Iterable[Region]) -> list[tuple[str, s
     return wrong
 
 
-def _wrong_lines(path: Path, wanted: bytes) -> list[tuple[str, str]]:
+def _wrong_lines(path: Path, wanted: bytes) -> Damage:
     lines = zip(path.read_bytes().splitlines(), wanted.splitlines(), strict=False)
     for number, (found, line) in enumerate(lines, 1):
         if found != line:
@@ -202,7 +266,7 @@ def _wrong_lines(path: Path, wanted: bytes) -> list[tuple[str, str]]:
     return []
 
 
-def _no_json(path: Path) -> list[tuple[str, str]]:
+def _no_json(path: Path) -> Damage:
     try:
         json.loads(path.read_bytes())
     except json.JSONDecodeError as error:

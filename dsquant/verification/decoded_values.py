@@ -1,11 +1,15 @@
 """Compares an output's weights with the source's: decoded by the format's own package, within the recorded error."""
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Condition
 from typing import Any
 
 import torch
 
+from dsquant.files.sealing import in_threads
 from dsquant.formats.gguf.layout import placements
 from dsquant.formats.gguf.target import error_step
 from dsquant.formats.scales import recorded_fold
@@ -23,6 +27,8 @@ RELATIVE_TOLERANCE, TOLERANCE = 1e-3, 1e-6
 # An unquantized parameter differs at most by its storage type's rounding, relative to its norm.
 ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 1e-6, "F64": 1e-6}
 ROWS_AT_ONCE = 4096
+# Weights that threads decode at a time: some 20 bytes of memory each.
+WEIGHTS_TOGETHER = 2**27
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,11 @@ class SourceComparison:
         if not name.startswith("model.layers."):
             return Fold()
         index = int(name.split(".")[2])
-        if index not in self._folds:
-            self._folds = {index: recorded_fold(self.layers[index], self.original.weights, candidate.scales)}
-        return self._folds[index]
+        fold = self._folds.get(index)  # of several threads, each of which may replace them
+        if fold is None:
+            fold = recorded_fold(self.layers[index], self.original.weights, candidate.scales)
+            self._folds = {index: fold}
+        return fold
 
     def is_recorded_source(self, name: str) -> bool:
         """Returns whether a parameter of the source is still the one that was quantized."""
@@ -83,25 +91,52 @@ def _recorded_error(candidate: OpenedOutput, name: str) -> float | None:
     return candidate.errors.get(name.removesuffix(".weight")) if found is None else found
 
 
-def problems_of(
-    names: Iterable[str], check: Callable[[str], str | None], before: Callable[[str], None]
-) -> list[tuple[str, str]]:
-    """Returns parameter and problem where `check` finds one, or a parameter cannot be decoded for it.
+class _Room:
+    """Bounds what threads hold at a time; what is larger than the room is alone in it."""
 
-    `before` is called with each name before it is read; it may raise to stop.
-    """
-    wrong = []
-    for name in names:
-        before(name)
+    def __init__(self, size: int) -> None:
+        self._size, self._taken, self._changed = size, 0, Condition()
+
+    @contextmanager
+    def taken(self, amount: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + amount <= self._size)
+            self._taken += amount
         try:
-            problem = check(name)
-        except ImportError:
-            raise
-        except Exception as error:  # the format's own package may raise anything
-            problem = f"does not decode: {error}"
-        if problem is not None:
-            wrong.append((name, problem))
-    return wrong
+            yield
+        finally:
+            with self._changed:
+                self._taken -= amount
+                self._changed.notify_all()
+
+
+def problems_of(
+    weights: Weights, names: Iterable[str], check: Callable[[str], str | None], after: Callable[[str], None]
+) -> dict[str, str]:
+    """Checks parameters in several threads; returns parameter -> problem where `check` finds one, or a parameter cannot
+    be decoded for it.
+
+    `after` is called with each name when it is done, from the calling thread; it may raise to stop.
+    """
+    room = _Room(WEIGHTS_TOGETHER)
+
+    def problem_of(name: str) -> str | None:
+        torch.set_num_threads(1)  # of this thread's operations
+        with room.taken(math.prod(weights.shape(name))):
+            try:
+                return check(name)
+            except ImportError:
+                raise
+            except Exception as error:  # the format's own package may raise anything
+                return f"does not decode: {error}"
+
+    found = in_threads(problem_of, names, after)
+    return {name: problem for name, problem in found.items() if problem is not None}
+
+
+def undecodable(candidate: OpenedOutput, name: str) -> str | None:
+    """Returns what is wrong with a parameter's decoded values where there is no source to compare with."""
+    return None if candidate.weights[name].isfinite().all() else "decodes to NaN or infinity"
 
 
 def wrong_value(comparison: SourceComparison, candidate: OpenedOutput, name: str) -> str | None:

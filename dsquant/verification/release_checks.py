@@ -15,8 +15,8 @@ from dsquant.jobs.ranks import ALONE, Ranks
 from dsquant.jobs.stopping import not_resumable, stop_on_signals
 from dsquant.reporting.progress import Progress, Report, silent
 from dsquant.verification import checks
-from dsquant.verification.checks import FileFinding, Verification, note_strays, read_files
-from dsquant.verification.damage import damaged_parts
+from dsquant.verification.checks import FileFinding, Verification, note_strays, read_parts
+from dsquant.verification.damage import damage_in, parts_of
 from dsquant.verification.strays import what_is_wrong
 from dsquant.verification.strict_record import ReleaseRecord
 
@@ -89,9 +89,9 @@ def _check_files(
     wrong = {name: problem for name in files if (problem := what_is_wrong(folder, name)) is not None}
     found.findings += [FileFinding(name, "file", problem) for name, problem in wrong.items()]
     note_strays(folder, {*files, RELEASE_FILE}, found, outputs)
-    sizes = {name: (folder / name).stat().st_size for name in files if name not in wrong}
-    damaged = read_files(sizes, lambda name: damaged_parts(folder, name, files), found, safe_point, ranks)
-    found.findings += [FileFinding(name, *part) for name in sizes for part in damaged[name]]
+    read = [part for name in files if name not in wrong for part in parts_of(folder, name, files)]
+    damaged = read_parts(read, lambda part: damage_in(folder, part, files), found, safe_point, ranks)
+    found.findings += [FileFinding(name, *part) for name, parts in damaged.items() for part in parts]
 
 
 def _merge(found: Verification, name: str, part: Verification) -> None:
