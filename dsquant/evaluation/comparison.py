@@ -38,6 +38,9 @@ from dsquant.reporting.progress import Progress, Report, Stage, peak_resident_by
 from dsquant.source.vocabulary import surplus_notes
 
 MEMORY_STEP = 16 * 2**20
+# What a GPU needs next is read into at most this much page-locked memory, and half of what the budget leaves: the disk
+# works while attention is computed, which takes about a second of R1's layer.
+MOST_AHEAD_BYTES = 2 * 2**30
 
 
 def evaluate(request: EvaluationRequest, report: Report = silent, ranks: Ranks = ALONE) -> Evaluation:
@@ -139,7 +142,9 @@ def _measure(
                 )
             report(Progress(stage, done, total, what, sum(model.bytes_read for model in inputs.opened)))
 
-        noise, measures = Lockstep(models, texts.tokens_NT, None if on_gpu else work, safe_point, ranks).run()
+        ahead = max(0, min(MOST_AHEAD_BYTES, (budget - need.memory - resident_bytes()) // 2))
+        states = None if on_gpu else work
+        noise, measures = Lockstep(models, texts.tokens_NT, states, safe_point, ranks, ahead).run()
         plan = inputs.plan
         if plan is None:
             return noise, measures, {}

@@ -5,9 +5,10 @@ Shape legend: N samples, T tokens of a sample, H hidden size, R tokens of all sa
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from dsquant.evaluation import router
-from dsquant.evaluation.measures import Distance, LayerMeasures
+from dsquant.evaluation.measures import Distance, LayerMeasures, relative_of
 from dsquant.evaluation.results import WeightError
 from dsquant.jobs.ranks import Ranks
 from dsquant.model.activations import Activations
@@ -82,8 +83,6 @@ def _hidden_errors(
             whole.add(after - before, local_after - before)
             attention.add(middle - before, local_middle - before)
             mlp.add(after - middle, local_after - local_middle)
-    distances = (hidden, whole, attention, mlp)
-    parts = ranks.gather([distance.terms for distance in distances])
-    for distance, terms in zip(distances, zip(*parts, strict=True), strict=True):
-        distance.terms = [term for part in terms for term in part]
-    return hidden.relative, whole.relative, attention.relative, mlp.relative
+    of_ranks = ranks.gather([distance.terms for distance in (hidden, whole, attention, mlp)])
+    found = [relative_of(chain(*terms)) for terms in zip(*of_ranks, strict=True)]
+    return found[0], found[1], found[2], found[3]

@@ -20,31 +20,29 @@ from dsquant.errors import InputError
 from dsquant.evaluation.divergence import ComparedModels, Head, SafePoint, num_steps, score, scoring
 from dsquant.evaluation.lanes import Lane, Runner, layer_measures
 from dsquant.evaluation.measures import Distance, Measures
+from dsquant.evaluation.reading import Reading, SideStream, units_of
 from dsquant.evaluation.results import WeightError
+from dsquant.evaluation.routed import RoutedExperts
 from dsquant.evaluation.weight_errors import LayerComparison, Moments
 from dsquant.jobs.ranks import ALONE, Ranks, Shares
 from dsquant.model.activations import Activations
-from dsquant.model.gated import GatedWeights
 from dsquant.model.overlays import ResidentWeights, WatchedWeights
 from dsquant.model.streaming import (
     EMBEDDING,
     ROWS_AT_ONCE,
     Observer,
     Stream,
-    contributions,
     final_norm,
     head_name,
     run_dense_part,
     table_parts,
 )
-from dsquant.model.structure import DecoderLayer, Mlp
-from dsquant.quantization.sharing import exchange_rows, share_routing, share_rows
+from dsquant.model.structure import DecoderLayer
+from dsquant.quantization.sharing import share_routing, share_rows
 from dsquant.source.weights import Weights
 
 # Tokens whose hidden states are scored after every layer.
 LENS_TOKENS = 128
-# Experts of every model that are read from disk while one is run.
-EXPERTS_AHEAD = 2
 
 
 def noise_batch(batch_samples: int) -> int:
@@ -75,11 +73,13 @@ class Lockstep:
         work: Path | None,
         safe_point: SafePoint = lambda *_: None,
         ranks: Ranks = ALONE,
+        ahead_bytes: int = 0,
     ) -> None:
         """Creates the files of hidden states in `work`, for the samples of all texts, int64 [N, T]; None keeps them in
         the models' memory.
 
-        `safe_point` is called before each model's layer, each expert and each part of the vocabulary.
+        `safe_point` is called before each model's layer, each expert and each part of the vocabulary. For a GPU weights
+        are read ahead into `ahead_bytes` of memory, at least those of one expert.
         """
         self.skeleton, self.tokens_NT, self.safe_point = models.skeleton, tokens_NT, safe_point
         self.ranks, batch_samples = ranks, models.batch_samples
@@ -96,6 +96,9 @@ class Lockstep:
         self._not_finite: dict[str, set[str]] = {name: set() for name in models.candidates}
         watched = {name: WatchedWeights(one, self._not_finite[name].add) for name, one in models.candidates.items()}
         self.candidates = {name: self._runner(weights, batch_samples, True) for name, weights in watched.items()}
+        self._watched = (original, *watched.values())
+        units = units_of(models.skeleton, ranks.rank, ranks.size) if self.device.type == "cuda" else iter(())
+        self.reading, self.side_stream = Reading(self._watched, units, ahead_bytes), SideStream(self.device)
 
     def _runner(self, weights: Weights, batch_samples: int, is_candidate: bool = False) -> Runner:
         num_samples, num_tokens = self.tokens_NT.shape
@@ -123,6 +126,7 @@ class Lockstep:
         """Runs all layers and scores the tokens; returns the noise floor and each candidate's measures, on every rank.
         Raises InputError where a tensor of the original holds NaN or infinity."""
         self._embed()
+        self.ranks.together(self._settle)
         for layer in self.skeleton.layers[: self.skeleton.num_layers]:
             self._before(layer, f"{layer.prefix} of the original")
             self._run_layer(layer)
@@ -174,10 +178,13 @@ class Lockstep:
                 self._run_dense_part(layer, lane, candidate, {})
             comparison = LayerComparison(layer)
             comparison.dense_part(original, candidate, moments)
-            runner.errors += comparison.errors
             comparisons.append(comparison)
         del original, candidate
-        self._run_experts(layer, comparisons)
+        self.reading.used()
+        found = self._run_experts(layer, comparisons) if layer.experts else [[] for _ in comparisons]
+        for runner, comparison, of_experts in zip(self.candidates.values(), comparisons, found, strict=True):
+            runner.errors += [*(one.error() for one in comparison.sums), *of_experts]
+        self.ranks.together(self._settle)
         self._finish_layer(layer)
 
     def _run_dense_part(
@@ -205,77 +212,30 @@ class Lockstep:
             moments.add(inputs.rows(rows_R))
         return moments
 
-    def _run_experts(self, layer: DecoderLayer, comparisons: Sequence[LayerComparison]) -> None:
-        """Adds the experts to every lane, each rank one at a time, and compares them."""
-        experts, rank, size = layer.experts, self.ranks.rank, self.ranks.size
-        errors: list[list[list[WeightError]]] = []
-        for begin in range(0, len(experts), size):
-            turn = experts[begin : begin + size]
-            own = turn[rank] if rank < len(turn) else None
-            if own is not None:
-                self._before(layer, own.gate.rpartition(".")[0])
-                self._read_ahead(experts[begin + rank + size :: size][:EXPERTS_AHEAD])
-            found = self._run_turn(turn, own, comparisons)
-            errors += [found] if own is not None else []
-        for of_expert in self.ranks.in_turns(errors, len(experts)):
-            for runner, of_candidate in zip(self.candidates.values(), of_expert, strict=True):
-                runner.errors += of_candidate
+    def _settle(self) -> None:
+        """Raises InputError where a weight of the original that a GPU has read holds NaN or infinity."""
+        for weights in self._watched:
+            weights.settle()
 
-    def _read_ahead(self, mlps: Sequence[Mlp]) -> None:
-        """Begins to read experts while a GPU computes another; a CPU is busy with that."""
-        names = [f"{linear}.weight" for mlp in mlps for linear in mlp.linears]
-        for runner in (self.original, *self.candidates.values()):
-            runner.own.weights.prefetch(names if self.device.type == "cuda" else ())
-
-    def _run_turn(
-        self, turn: Sequence[Mlp], own: Mlp | None, comparisons: Sequence[LayerComparison]
-    ) -> list[list[WeightError]]:
-        """Adds a turn's experts, one for each rank, to every lane; each model's weights of this rank's are read once.
-        Returns its errors by candidate."""
-        original = None if own is None else GatedWeights.read(self.original.own.weights, own)
-        for lane in (self.original.own, self.noise.own):
-            self._add_experts(lane, turn, original)
-        moments = {} if own is None or original is None else self._expert_moments(own, original)
-        errors = []
-        for runner, comparison in zip(self.candidates.values(), comparisons, strict=True):
-            candidate = None if own is None else GatedWeights.read(runner.own.weights, own)
-            for lane in runner.lanes:
-                self._add_experts(lane, turn, candidate)
-            if own is not None and original is not None and candidate is not None:
-                errors.append(comparison.of_mlp(own, original, candidate, moments))
-        return errors
-
-    def _add_experts(self, lane: Lane, turn: Sequence[Mlp], weights: GatedWeights | None) -> None:
-        """Adds what a turn's experts put out, in their order; `weights` are those of this rank's."""
-        routing, rows_at_once = lane.routing, ROWS_AT_ONCE
+    def _run_experts(self, layer: DecoderLayer, comparisons: Sequence[LayerComparison]) -> list[list[WeightError]]:
+        """Adds the experts to every lane, each rank one at a time; returns their errors by candidate."""
+        routing = self.noise.own.routing
         assert routing is not None
-        if lane is self.noise.own:  # as many tokens as a batch of its size gives an expert on average
-            share = routing.expert_RK.shape[1] / self.skeleton.sizes.num_experts
-            rows_at_once = max(1, int(lane.batch_samples * self.tokens_NT.shape[1] * share))
-        numbers, own_RH = [mlp.expert for mlp in turn if mlp.expert is not None], list[torch.Tensor]()
-        if weights is not None:
-            of_expert = (numbers[self.ranks.rank], weights, lane.mlp_inputs, routing, rows_at_once)
-            for rows_R, added_RH in contributions(self.skeleton, *of_expert):
-                if self.ranks.size == 1:
-                    lane.outputs.add_rows(rows_R, added_RH)
-                else:
-                    own_RH.append(added_RH)
-        if self.ranks.size > 1:
-            none_RH = torch.empty(0, self.skeleton.config["hidden_size"], device=self.device)
-            tokens = [routing.tokens_of(number)[0] for number in numbers]
-            tokens += [tokens[0][:0]] * (self.ranks.size - len(tokens))
-            exchange_rows(self.ranks, self.shares, lane.outputs, tokens, torch.cat([none_RH, *own_RH]))
-
-    def _expert_moments(self, mlp: Mlp, weights: GatedWeights) -> dict[str, Moments]:
-        original = self.original.own
-        assert mlp.expert is not None and original.routing is not None
-        inputs, hidden = Moments(), Moments()
-        rows_R, _ = original.routing.tokens_of(mlp.expert)
-        for part_R in rows_R.split(ROWS_AT_ONCE) if len(rows_R) else ():
-            inputs_RH = original.mlp_inputs.rows(part_R)
-            inputs.add(inputs_RH)
-            hidden.add(weights.hidden(self.skeleton, inputs_RH))
-        return {mlp.gate: inputs, mlp.up: inputs, mlp.down: hidden}
+        share = routing.expert_RK.shape[1] / self.skeleton.sizes.num_experts
+        experts = RoutedExperts(
+            self.skeleton,
+            layer,
+            [self.original.own, self.noise.own, *(lane for one in self.candidates.values() for lane in one.lanes)],
+            comparisons,
+            # as many tokens as a batch of its size gives an expert on average
+            max(1, int(self.noise.own.batch_samples * self.tokens_NT.shape[1] * share)),
+            self.ranks,
+            self.token_shares,
+            self.reading,
+            self.side_stream,
+            lambda what: self._before(layer, what),
+        )
+        return experts.run()
 
     def _finish_layer(self, layer: DecoderLayer) -> None:
         """Keeps the layer's measures and the lens's tokens, and moves on."""
@@ -313,6 +273,7 @@ class Lockstep:
                 error.add(parts[0], parts[number])
 
         scores = score(heads[0], heads[1:], targets_R.long().to(self.device), compare_part, self.ranks)
+        self.ranks.together(self._settle)
         if name != EMBEDDING:
             for number, error in tables.items():
                 self.runners[number].errors.append(WeightError(name, None, error.relative, None))

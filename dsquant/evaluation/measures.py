@@ -3,6 +3,7 @@
 Shape legend: N samples, T tokens of a sample.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -43,19 +44,28 @@ class Distance:
     """Sums of squares: |candidate - original| / |original|."""
 
     def __init__(self) -> None:
-        self.terms: list[tuple[float, float]] = []
-        """Squares of the difference and of the original, of each part, in their order."""
+        self._sums: list[torch.Tensor] = []
 
     def add(self, original: torch.Tensor, candidate: torch.Tensor) -> None:
         """Adds a part of both."""
         for wanted, found in zip(in_parts(original), in_parts(candidate), strict=True):
             error, size = (found - wanted).double().square_().sum(), wanted.double().square_().sum()
-            self.terms.append((float(error), float(size)))
+            self._sums.append(torch.stack((error, size)))
+
+    @property
+    def terms(self) -> list[tuple[float, float]]:
+        """Squares of the difference and of the original, of each part, in their order."""
+        return [(error, size) for error, size in torch.stack(self._sums).tolist()] if self._sums else []
 
     @property
     def relative(self) -> float:
         """The root of the ratio."""
-        error = size = 0.0
-        for more_error, more_size in self.terms:
-            error, size = error + more_error, size + more_size
-        return relative_error(error, size)
+        return relative_of(self.terms)
+
+
+def relative_of(terms: Iterable[tuple[float, float]]) -> float:
+    """Returns the root of the ratio of what parts add up to, in their order."""
+    error = size = 0.0
+    for more_error, more_size in terms:
+        error, size = error + more_error, size + more_size
+    return relative_error(error, size)

@@ -8,6 +8,7 @@ import torch
 from dsquant.evaluation.divergence import ROWS_AT_ONCE as SCORED_AT_ONCE
 from dsquant.evaluation.divergence import ComparedModels
 from dsquant.evaluation.lockstep import LENS_TOKENS
+from dsquant.evaluation.reading import EXPERTS_QUEUED
 from dsquant.evaluation.weight_errors import ELEMENTS_AT_ONCE
 from dsquant.model.activations import RELEASE_BYTES
 from dsquant.model.streaming import ROWS_AT_ONCE, VOCABULARY_AT_ONCE
@@ -59,7 +60,8 @@ def _layer(models: ComparedModels, layer: DecoderLayer, seq_len: int) -> int:
     for mlp in layer.experts[:1]:
         expert = sum(sizes[linear] for linear in mlp.linears)
         rows = 6 * FLOAT * ROWS_AT_ONCE * models.skeleton.config["hidden_size"]
-        needs.append(FLOAT * 3 * expert + rows + 4 * DOUBLE * ELEMENTS_AT_ONCE)
+        queued = EXPERTS_QUEUED if models.original.device.type == "cuda" else 0
+        needs.append(FLOAT * 3 * expert * (1 + queued) + rows + 4 * DOUBLE * ELEMENTS_AT_ONCE)
     return max(needs)
 
 

@@ -80,22 +80,37 @@ def row_factor(original_OI: torch.Tensor, candidate_OI: torch.Tensor) -> torch.T
     return torch.where(alike_O & (candidate_squares_O > 0), dot_O / candidate_squares_O, 1.0)
 
 
-def weight_error(
-    name: str, layer: int | None, original: torch.Tensor, candidate: torch.Tensor, moments: Moments | None = None
-) -> WeightError:
-    """Compares two float32 tensors of the same shape, the candidate's unfolded; `moments` are those of a weight's
-    inputs.
+@dataclass(frozen=True)
+class ErrorSums:
+    """What tells a tensor's errors, where it was added up: a GPU would have to finish before it is asked."""
 
-    The relative errors are 0 where both tensors are zero, infinite where only the original is.
-    """
+    name: str
+    layer: int | None
+    sums: torch.Tensor
+    """float64: squares of the difference and of the original; of a weight with known inputs both as these weigh them
+    as well."""
+
+    def error(self) -> WeightError:
+        """Returns the relative errors: 0 where both tensors are zero, infinite where only the original is."""
+        found = self.sums.tolist()
+        weighted = relative_error(found[2], found[3]) if len(found) > 2 else None
+        return WeightError(self.name, self.layer, relative_error(found[0], found[1]), weighted)
+
+
+def error_sums(
+    name: str, layer: int | None, original: torch.Tensor, candidate: torch.Tensor, moments: Moments | None = None
+) -> ErrorSums:
+    """Compares two float32 tensors of the same shape, the candidate's unfolded; `moments` are those of a weight's
+    inputs."""
     weights_I = None if moments is None else moments.sum_I
-    plain, weighted = [0.0, 0.0], [0.0, 0.0]
+    sums = torch.zeros(2 if weights_I is None else 4, dtype=torch.float64, device=original.device)
     for wanted, found in zip(in_parts(original), in_parts(candidate), strict=True):
         for number, values in enumerate((found - wanted, wanted)):
             squares = values.double().square_()
-            plain[number] += float(squares.sum())
-            weighted[number] += 0.0 if weights_I is None else float((squares @ weights_I).sum())
-    return WeightError(name, layer, relative_error(*plain), None if weights_I is None else relative_error(*weighted))
+            sums[number] += squares.sum()
+            if weights_I is not None:
+                sums[2 + number] += (squares @ weights_I).sum()
+    return ErrorSums(name, layer, sums)
 
 
 def in_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -119,7 +134,7 @@ class LayerComparison:
 
     layer: DecoderLayer
     unfolding: Unfolding = field(default_factory=Unfolding)
-    errors: list[WeightError] = field(default_factory=list)
+    sums: list[ErrorSums] = field(default_factory=list)
     """Of the dense part."""
 
     def dense_part(self, original: Weights, candidate: Weights, moments: Mapping[str, Moments]) -> None:
@@ -136,11 +151,11 @@ class LayerComparison:
         for mlp in self.layer.mlps:
             if mlp.kind != "routed":
                 weights = GatedWeights.read(original, mlp), GatedWeights.read(candidate, mlp)
-                self.errors += self.of_mlp(mlp, *weights, moments)
+                self.sums += self.of_mlp(mlp, *weights, moments)
 
     def of_mlp(
         self, mlp: Mlp, original: GatedWeights, candidate: GatedWeights, moments: Mapping[str, Moments]
-    ) -> list[WeightError]:
+    ) -> list[ErrorSums]:
         """Compares one gated MLP."""
         up_WH = self.unfolding.apply(mlp.up, candidate.up_WH)
         rows_W = row_factor(original.up_WH, up_WH)
@@ -151,7 +166,7 @@ class LayerComparison:
             (mlp.down, original.down_HW, candidate.down_HW / rows_W),
         )
         return [
-            weight_error(f"{linear}.weight", self.layer.index, wanted, found, moments.get(linear))
+            error_sums(f"{linear}.weight", self.layer.index, wanted, found, moments.get(linear))
             for linear, wanted, found in pairs
         ]
 
@@ -174,7 +189,7 @@ class LayerComparison:
     def _compare(self, name: str, original: Weights, candidate: Weights, moments: Mapping[str, Moments]) -> None:
         linear = name.removesuffix(".weight")
         found = self.unfolding.apply(linear, candidate[name])
-        self.errors.append(weight_error(name, self.layer.index, original[name], found, moments.get(linear)))
+        self.sums.append(error_sums(name, self.layer.index, original[name], found, moments.get(linear)))
 
 
 def worst(errors: Sequence[WeightError], count: int = 20) -> tuple[WeightError, ...]:

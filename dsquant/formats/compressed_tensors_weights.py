@@ -130,9 +130,12 @@ class CompressedTensorsWeights(DecodedWeights):
         if name not in self._fp8:
             return super().rows(name, start_row, stop_row)
         compressor = load(*self.decoder).FloatQuantizationCompressor
-        parts = {part: self.index.read(name + part.removeprefix("weight")).to(self.device) for part in FP8_PARTS}
+        parts = {part: self._read(name + part.removeprefix("weight")) for part in FP8_PARTS}
         weight: torch.Tensor = compressor.decompress(parts, self._schemes[-1])["weight"]
         return weight[start_row:stop_row]
+
+    def _stored(self, name: str) -> list[str]:
+        return [name, f"{name}_scale"] if name in self._fp8 else super()._stored(name)
 
     def packed_shape(self, prefix: str) -> tuple[int, int]:
         groups = self.index[prefix + "weight_scale"].shape[-1]

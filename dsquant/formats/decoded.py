@@ -4,7 +4,7 @@ dsquant's own packer is not used: a mistake in it must not cancel out when the o
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from dsquant.errors import InputError
 from dsquant.schemes import Scheme
+from dsquant.source.read_ahead import ReadAhead
 from dsquant.source.shards import ShardIndex, TensorInfo
 from dsquant.source.weights import Weights
 
@@ -53,6 +54,7 @@ class DecodedWeights(Weights):
         """Finds the packed linears; raises InputError where one lacks one of its tensors."""
         self.index = index
         self.device = device
+        self._ahead = ReadAhead(index, pinned=device.type == "cuda")
         self._packed = {
             name.removesuffix(self.marker) + "weight": name.removesuffix(self.marker)
             for name in index
@@ -76,11 +78,27 @@ class DecodedWeights(Weights):
         """Reads rows of a weight; a packed one is decoded as a whole."""
         if name in self._packed:
             return self.decode(self._packed[name])[start_row:stop_row]
-        return self.index.read(name, start_row, stop_row).to(self.device).float()
+        whole = start_row == 0 and stop_row is None
+        stored = self._ahead.take(name) if whole else self.index.read(name, start_row, stop_row)
+        return stored.to(self.device, non_blocking=True).float()
+
+    def prefetch(self, names: Sequence[str]) -> int:
+        """Starts to read whole weights, as they are stored, in the background."""
+        parts = (stored for name in names if name in self.names for stored in self._stored(name))
+        return self._ahead.begin(list(parts))
+
+    def _stored(self, name: str) -> list[str]:
+        """Returns the stored tensors that a weight is decoded from."""
+        if name not in self._packed:
+            return [name]
+        return [self._packed[name] + part for part in (self.marker, *self.companions)]
+
+    def _read(self, name: str) -> torch.Tensor:
+        """Reads a stored tensor to the device."""
+        return self._ahead.take(name).to(self.device, non_blocking=True)
 
     def _parts(self, prefix: str) -> dict[str, torch.Tensor]:
-        parts = (self.marker, *self.companions)
-        return {part: self.index.read(prefix + part).to(self.device) for part in parts}
+        return {part: self._read(prefix + part) for part in (self.marker, *self.companions)}
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self._packed:

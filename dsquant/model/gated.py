@@ -44,4 +44,8 @@ class GatedWeights:
 
     def output(self, skeleton: Skeleton, inputs_RH: torch.Tensor) -> torch.Tensor:
         """Returns the MLP's output, [R, H]."""
-        return apply_linear(self.quantizers[2](self.hidden(skeleton, inputs_RH)), self.down_HW)
+        return self.output_of(self.hidden(skeleton, inputs_RH))
+
+    def output_of(self, hidden_RW: torch.Tensor) -> torch.Tensor:
+        """Returns the output for what `hidden` returns, [R, H]."""
+        return apply_linear(self.quantizers[2](hidden_RW), self.down_HW)

@@ -49,8 +49,8 @@ class Overlay(Weights):
         self.base = self.names = base
         self.device = base.device
 
-    def prefetch(self, names: Sequence[str]) -> None:
-        self.base.prefetch(names)
+    def prefetch(self, names: Sequence[str]) -> int:
+        return self.base.prefetch(names)
 
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
         return self.base.rows(name, start_row, stop_row)
@@ -93,11 +93,13 @@ class ReplacedWeights(Overlay):
 
 
 class WatchedWeights(Overlay):
-    """The base's weights; `not_finite` is called with the name of each tensor read that holds NaN or infinity."""
+    """The base's weights; `not_finite` is called with the name of each tensor read that holds NaN or infinity: on a
+    GPU, whose answer takes until it has finished what it was given before, by `settle`."""
 
     def __init__(self, base: Weights, not_finite: Callable[[str], None]) -> None:
         super().__init__(base)
         self.not_finite = not_finite
+        self._asked: list[tuple[str, torch.Tensor]] = []
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._watched(name, self.base[name])
@@ -105,8 +107,18 @@ class WatchedWeights(Overlay):
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
         return self._watched(name, self.base.rows(name, start_row, stop_row))
 
+    def settle(self) -> None:
+        """Waits for a GPU's answers."""
+        asked, self._asked = self._asked, []
+        finite = torch.stack([answer for _, answer in asked]).tolist() if asked else []
+        for (name, _), is_finite in zip(asked, finite, strict=True):
+            if not is_finite:
+                self.not_finite(name)
+
     def _watched(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):  # a sum needs no memory
+        if values.is_cuda:
+            self._asked.append((name, values.isfinite().all()))
+        elif not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):  # a sum needs no memory
             self.not_finite(name)
         return values
 

@@ -11,6 +11,7 @@ Shape legend: N samples, T tokens of a sample, H hidden size, R tokens of all sa
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,18 @@ class Routing:
 
     def tokens_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns an expert's tokens: their rows int64 [n] in ascending order, and its share in each, float32 [n]."""
-        rows_R, places_R = torch.where(self.expert_RK == expert)
-        return rows_R, self.share_RK[rows_R, places_R]
+        rows, shares, ends = self._by_expert
+        if not 0 <= expert < len(ends):
+            return rows[:0], shares[:0]
+        own = slice(ends[expert - 1] if expert else 0, ends[expert])
+        return rows[own], shares[own]
+
+    @cached_property
+    def _by_expert(self) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Rows and shares of all tokens, expert by expert, and where each expert's end: a GPU is asked once."""
+        experts, order = self.expert_RK.flatten().sort(stable=True)
+        ends = torch.bincount(experts.long()).cumsum(0).tolist()
+        return order // self.expert_RK.shape[1], self.share_RK.flatten()[order], ends
 
     def counts(self, num_experts: int) -> torch.Tensor:
         """Tokens of each expert, int64 [E]."""

@@ -95,9 +95,10 @@ class StoredWeights(Weights):
         scales = self._read(name + SCALE_SUFFIX, first_block, last_block)
         return dequantize_fp8(weight, scales, self.block)[skipped:]
 
-    def prefetch(self, names: Sequence[str]) -> None:
+    def prefetch(self, names: Sequence[str]) -> int:
         """Starts to read whole weights, as they are stored, in the background."""
-        self._ahead.begin([stored for name in names for stored in (name, name + SCALE_SUFFIX) if stored in self.index])
+        parts = (stored for name in names for stored in (name, name + SCALE_SUFFIX))
+        return self._ahead.begin([stored for stored in parts if stored in self.index])
 
     def _read(self, name: str, start_row: int, stop_row: int | None) -> torch.Tensor:
         whole = start_row == 0 and (stop_row is None or stop_row >= self.index[name].shape[0])

@@ -24,13 +24,14 @@ class ReadAhead:
         self._pool: ThreadPoolExecutor | None = None
         self._begun: dict[str, Future[torch.Tensor]] = {}
 
-    def begin(self, names: Sequence[str]) -> None:
-        """Starts to read tensors that are not being read yet."""
+    def begin(self, names: Sequence[str]) -> int:
+        """Starts to read tensors that are not being read yet; returns their bytes."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(THREADS, "dsquant-read", torch.set_num_threads, (1,))
-        for name in names:
-            if name not in self._begun:
-                self._begun[name] = self._pool.submit(self._index.read, name, pinned=self._pinned)
+        new = [name for name in names if name not in self._begun]
+        for name in new:
+            self._begun[name] = self._pool.submit(self._index.read, name, pinned=self._pinned)
+        return sum(self._index[name].num_bytes for name in new)
 
     def take(self, name: str) -> torch.Tensor:
         """Returns a tensor as it is stored, in host memory; reads it now where that has not started."""

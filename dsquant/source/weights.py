@@ -19,8 +19,10 @@ class Weights(Mapping[str, torch.Tensor]):
     names: Mapping[str, Any]
     """Its keys, in their order; the values are the subclass's own."""
 
-    def prefetch(self, names: Sequence[str]) -> None:
-        """Starts to read weights that are needed next; a mapping that cannot read ahead does nothing."""
+    def prefetch(self, names: Sequence[str]) -> int:
+        """Starts to read weights that are needed next; returns the bytes that this reads. A mapping that cannot read
+        ahead does nothing."""
+        return 0
 
     @abstractmethod
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
