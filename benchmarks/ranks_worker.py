@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from dsquant.cli import main as cli
+from dsquant.evaluation.reading import SideStream
 from dsquant.formats.write_behind import WriteBehind
 from dsquant.jobs import ranks as ranks_module
 from dsquant.jobs.ranks import Ranks, joined
@@ -74,6 +75,7 @@ def watch(clock: Clock) -> None:
     """Has the clock follow what a rank waits for: the disk, the other ranks, rank 0."""
     for owner, attribute in ((ShardIndex, "read"), (ReadAhead, "take"), (units, "hash_unit")):
         clock.wrap(owner, attribute, "reading")
+    clock.wrap(SideStream, "queued", "kernels")
     for owner, attribute in ((WriteBehind, "write"), (WriteBehind, "wait"), (units.Writers, "finish")):
         clock.wrap(owner, attribute, "writing")
     exchange, alone = Ranks._exchange, Ranks.alone
