@@ -41,7 +41,10 @@ class BuildCost:
     stages: tuple[StageCost, ...]
     """On this machine's processor."""
     search_on_gpu: StageCost | None
-    """Replaces `search`, where there is a GPU; None where a GPU has not been measured for this format."""
+    """Replaces everything but `evaluate`, where there is a GPU; None where a GPU has not been measured for this
+    format."""
+    evaluate_on_gpu: StageCost | None
+    """Replaces `evaluate`, where there is a GPU; None where the output is decoded on the processor."""
 
     @property
     def hours(self) -> Range:
@@ -50,11 +53,11 @@ class BuildCost:
 
     @property
     def hours_on_gpu(self) -> Range | None:
-        """Total with the search on a GPU; None where that has not been measured."""
-        searched = self.search_on_gpu
-        if searched is None:
+        """Total on a GPU; None where that has not been measured."""
+        if self.search_on_gpu is None:
             return None
-        return _sum(tuple(searched if stage.name == "search" else stage for stage in self.stages))
+        evaluated = self.evaluate_on_gpu or next(stage for stage in self.stages if stage.name == "evaluate")
+        return _sum((self.search_on_gpu, evaluated))
 
 
 def _sum(stages: tuple[StageCost, ...]) -> Range:
@@ -76,21 +79,35 @@ def build_cost_of(output: OutputSize, subject: Subject, machine: Machine) -> Bui
             *_quantize(output, weights, active),
             _cores("evaluate", evaluated, "original and output, 24 x 512 tokens"),
         ),
-        search_on_gpu=None if _stored_type(output) else _search_on_gpu(weights),
+        search_on_gpu=_search_on_gpu(output, weights, source_bytes, machine),
+        evaluate_on_gpu=None if _stored_type(output) else _evaluate_on_gpu(weights),
     )
 
 
-def _search_on_gpu(weights: int) -> StageCost:
-    hours = facts.SEARCH_ON_GPU_S * (weights / 3600)
-    return StageCost("search on a GPU", hours, f"{SEARCHED}; {facts.MEASURED_ON_GPU_IN}")
+def _search_on_gpu(output: OutputSize, weights: int, source_bytes: int, machine: Machine) -> StageCost | None:
+    base, seconds, measured = _stored_type(output), facts.SEARCH_ON_GPU_S, facts.MEASURED_ON_GPU_IN
+    if base is not None:
+        if base in facts.STORE_S and base != "Q6_K":  # floats and Q8_0 are not searched
+            return None
+        seconds, measured = facts.STORE_ON_GPU_S, f"of Q4_K_M and IQ2_XXS; {facts.RANKS_MEASURED_IN}"
+    hours, disk = seconds * (weights / 3600), _disk_hours(source_bytes, machine)
+    slowest = Range(max(hours.low, disk.low), max(hours.high, disk.high))
+    return StageCost("search on a GPU", slowest, f"{SEARCHED}, and hashes, as the disk allows; {measured}")
+
+
+def _evaluate_on_gpu(weights: int) -> StageCost:
+    hours = facts.EVALUATE_ON_GPU_S * (weights / 3600)
+    return StageCost("evaluate on a GPU", hours, f"original and output; {facts.RANKS_MEASURED_IN}")
+
+
+def _disk_hours(num_bytes: int, machine: Machine) -> Range:
+    return Range(num_bytes / machine.disk_read.high / 3600, num_bytes / machine.disk_read.low / 3600)
 
 
 def _scan(weights: int, source_bytes: int, machine: Machine) -> StageCost:
     processor = facts.SCAN_S * weights / _num_cores() / 3600
-    hours = Range(
-        max(processor, source_bytes / machine.disk_read.high / 3600),
-        max(processor, source_bytes / machine.disk_read.low / 3600),
-    )
+    disk = _disk_hours(source_bytes, machine)
+    hours = Range(max(processor, disk.low), max(processor, disk.high))
     return StageCost("scan", hours, f"every byte read and hashed once; disk {machine.disk_source}")
 
 

@@ -120,3 +120,8 @@ PRESET_BEST = (
 # benchmarks/r1_layer_h200_202611.md, a layer of 11,507,286,272 weights and 262,144 tokens: 23.5 and 25.7 s on an H100.
 SEARCH_ON_GPU_S = Range(2.04e-9, 2.23e-9)
 MEASURED_ON_GPU_IN = "H100, 262,144 tokens, from files to files (benchmarks/r1_layer_h200_202611.md)"
+# benchmarks/r1_ranks_h200_202611.md, one rank, the last layer: 3.05e9 weights, 16,384 tokens. IQ2_XXS 14.9 s, Q4_K_M
+# 15.4; eval 5.2, of which the disk 2.3.
+STORE_ON_GPU_S = Range(4.9e-9, 5.1e-9)
+EVALUATE_ON_GPU_S = Range(0.8e-9, 1.7e-9)
+RANKS_MEASURED_IN = "H200, 16,384 tokens, from files to files (benchmarks/r1_ranks_h200_202611.md)"

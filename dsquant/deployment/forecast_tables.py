@@ -257,9 +257,15 @@ def _assumptions(makings: tuple[BuildCost, ...]) -> Iterator[str]:
     for name, hours in stages.items():
         whole = Range(min(one.low for one in hours), max(one.high for one in hours))
         yield f"{name}, {_duration(whole)}: {words[name]}"
-    on_gpu = next((making.search_on_gpu for making in makings if making.search_on_gpu), None)
-    if on_gpu is not None:
-        yield f"{on_gpu.name}: {_duration(on_gpu.hours)} instead, evaluation as above ({on_gpu.assumption})"
+    for is_gguf in (False, True):
+        some = [making for making in makings if ("store" in {stage.name for stage in making.stages}) == is_gguf]
+        on_gpu = [one for making in some for one in (making.search_on_gpu, making.evaluate_on_gpu) if one]
+        words = {one.name: f"{_duration(one.hours)} ({one.assumption})" for one in on_gpu}
+        where = "GGUF" if is_gguf else "other formats"
+        evaluated = ", evaluation as above" if is_gguf else ""
+        if words:
+            told = "; ".join(f"{name} {found}" for name, found in words.items())
+            yield f"{where}, instead of all of these: {told}{evaluated}"
     if makings:
         yield f"memory: {makings[0].memory_assumption}"
         yield f"disk: {makings[0].disk_assumption}"

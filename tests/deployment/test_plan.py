@@ -324,4 +324,6 @@ def test_a_search_on_a_gpu_is_forecast_where_one_was_measured(r1: Callable[..., 
     makings = {making.output.name: making for making in r1().makings}
     awq = makings["awq compact"]
     assert awq.hours_on_gpu is not None and awq.hours_on_gpu.high < awq.hours.low
-    assert makings["gguf:Q4_K_M"].hours_on_gpu is None
+    k_quant, eights = makings["gguf:Q4_K_M"], makings["gguf:Q8_0"]
+    assert k_quant.hours_on_gpu is not None and awq.hours_on_gpu.high < k_quant.hours_on_gpu.high < k_quant.hours.low
+    assert eights.hours_on_gpu is None
