@@ -82,7 +82,9 @@ def loaded(skeleton: Skeleton, name: str, weights: Weights) -> Iterator[nn.Modul
     inside = [*dict(module.named_parameters()), *dict(module.named_buffers())]
     try:
         for part in inside:
-            set_module_tensor_to_device(module, part, weights.device, value=weights[f"{name}.{part}"])
+            value = weights[f"{name}.{part}"]
+            # emptying CUDA's cache for each parameter would have a GPU finish, and its memory allocated again
+            set_module_tensor_to_device(module, part, weights.device, value=value, clear_cache=False)
         yield module
     finally:
         for part in inside:
