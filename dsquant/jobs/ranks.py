@@ -15,7 +15,8 @@ Rank 0 alone holds the folder's lock and writes the journal. A unit counts once 
 rank costs the unit at work: every other rank ends with exit code 75 (at once where a process has died, after
 `SILENCE_S` where a machine has fallen silent), and `--resume` continues on any number of ranks.
 
-`dsquant eval` shares layers in the same way, with the numbers of one rank, and `dsquant verify` files and tensors.
+`dsquant eval` shares layers in the same way, with the numbers of one rank, and `dsquant verify` parts of files and
+tensors.
 
 Memory budgets are for one rank. Not covered: more than `CHUNKS` ranks in a layer's dense part; attention's own
 search, the evaluation at the end of a job and generated code, which rank 0 does alone.
