@@ -17,6 +17,7 @@ from outputs import OUTPUTS, place_of
 import dsquant
 from dsquant.cli import main
 from dsquant.errors import InputError
+from dsquant.verification import damage
 from dsquant.verification.checks import Verification
 
 
@@ -63,7 +64,10 @@ def test_every_random_bit_flip_is_found_and_named(
         assert all(finding.where for finding in found.findings)
 
 
-def test_a_flip_in_a_tensor_names_the_tensor(output: Path, damaged: Callable[..., Verification]) -> None:
+def test_a_flip_in_a_tensor_names_the_tensor(
+    output: Path, damaged: Callable[..., Verification], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(damage, "PART_BYTES", 4096)  # a file is read in many parts
     for name in OUTPUTS:
         record = json.loads((output / name / "dsquant.json").read_text())
         weights = {file: entry for file, entry in record["files"].items() if "tensors" in entry}
