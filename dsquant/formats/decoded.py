@@ -12,7 +12,7 @@ import torch
 
 from dsquant.errors import InputError
 from dsquant.schemes import Scheme
-from dsquant.source.read_ahead import ReadAhead
+from dsquant.source.read_ahead import stored_ahead
 from dsquant.source.shards import ShardIndex, TensorInfo
 from dsquant.source.weights import Weights
 
@@ -54,7 +54,7 @@ class DecodedWeights(Weights):
         """Finds the packed linears; raises InputError where one lacks one of its tensors."""
         self.index = index
         self.device = device
-        self._ahead = ReadAhead(index, pinned=device.type == "cuda")
+        self._ahead = stored_ahead(index, pinned=device.type == "cuda")
         self._packed = {
             name.removesuffix(self.marker) + "weight": name.removesuffix(self.marker)
             for name in index

@@ -18,7 +18,7 @@ from dsquant.kernels.fp8 import dequantize_fp8
 from dsquant.schemes import Fp8Blocks
 from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.look_alikes import advice
-from dsquant.source.read_ahead import ReadAhead
+from dsquant.source.read_ahead import stored_ahead
 from dsquant.source.shards import ShardIndex, TensorInfo
 from dsquant.source.weights import CPU, Weights
 
@@ -66,7 +66,7 @@ class StoredWeights(Weights):
         self.index = index
         self.block = block
         self.device = device
-        self._ahead = ReadAhead(index, pinned=device.type == "cuda")
+        self._ahead = stored_ahead(index, pinned=device.type == "cuda")
         scales = {name + SCALE_SUFFIX for name, info in index.items() if info.dtype == FP8}
         self.names = dict.fromkeys(name for name in index if name not in scales)
         for name in self.names:

@@ -23,6 +23,16 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Original, Path]:
     return open_original(str(model)), f32(model, folder / "out")
 
 
+def test_weights_that_are_decoded_ahead_are_those_that_are_decoded_when_they_are_needed(
+    mixture: tuple[Original, Path],
+) -> None:
+    original, file = mixture
+    plain, ahead = (open_candidate(str(file), original).weights for _ in range(2))
+    names = list(plain)
+    assert ahead.prefetch([*names, "no such"]) == sum(4 * plain[name].numel() for name in names)
+    assert all(torch.equal(ahead[name], plain[name]) for name in names)
+
+
 CHANGED_KEYS: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "base": ({"deepseek2.rope.freq_base": 5000.0}, (), r"rope\.freq_base' is 5000\.0, .* needs 10000\.0"),
     "factor": ({"deepseek2.rope.scaling.factor": 4.0}, (), r"rope\.scaling\.factor' is 4\.0, .* needs 8\.0"),

@@ -1,8 +1,10 @@
 """A GGUF file as lazy weights under the checkpoint's names, decoded by gguf-py."""
 
+import math
 import mmap
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,13 @@ from dsquant.model.skeleton import network_config
 from dsquant.schemes import Scheme
 from dsquant.schemes.ggml_types import GGML_TYPES
 from dsquant.source.checkpoint import Checkpoint
+from dsquant.source.read_ahead import ReadAhead
 from dsquant.source.weights import Weights
 
 # Pages of a file that may stay mapped: many times a tensor's, few compared with an evaluation's memory.
 RELEASE_BYTES = 64 * 2**20
+# That decode ahead, where somebody wants it.
+MOST_THREADS = 16
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -41,6 +46,8 @@ class GgufWeights(Weights):
         self._maps: list[mmap.mmap] = []
         self._touched = 0
         self._config = config
+        threads = min(MOST_THREADS, os.cpu_count() or 1)
+        self._ahead = ReadAhead(self._decoded, lambda name: 4 * math.prod(self._shapes[name]), threads)
         architecture = str(config["architectures"][0])
         for part in gguf_parts(path):
             self._read_header(part, FAMILIES[architecture].gguf.architecture)
@@ -80,7 +87,16 @@ class GgufWeights(Weights):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
+    def prefetch(self, names: Sequence[str]) -> int:
+        """Starts to decode whole weights in the background, which takes a core many times as long as reading them."""
+        return self._ahead.begin([name for name in names if name in self.names])
+
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
+        return (
+            self._ahead.take(name) if start_row == 0 and stop_row is None else self._decoded(name, start_row, stop_row)
+        )
+
+    def _decoded(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
         places = self._placements[name]
         if places[0].transform == "keys":
             parts = [self._decode(place) for place in places]
