@@ -7,12 +7,13 @@ Preset = Literal["quality", "compact", "best"]
 Activations = Literal["fp8", "int8"]
 Rest = Literal["fp8", "bf16"]
 """How linears that are not quantized are stored: in the model's own FP8 blocks, or as BF16."""
-Step = Literal["scales", "clip", "compensate", "top-up", "gate-weights", "follow", "descend"]
+Step = Literal["scales", "clip", "compensate", "top-up", "gate-weights", "follow", "descend", "predictions"]
 """A step of the quantization. `scales`: AWQ's scales are searched and folded in. `clip`: each group's range is clipped
 to what costs least. `compensate`: later columns compensate earlier rounding errors (GPTQ). `top-up`: experts with few
 tokens get those that the router scores highest for them. `gate-weights`: a token counts in an expert's statistics by
 its squared share in the mixture. `follow`: statistics of the quantized model's inputs, aiming at the original's
-outputs. `descend`: coordinate descent on scales, zero points and codes."""
+outputs. `descend`: coordinate descent on scales, zero points and codes. `predictions`: rows that are rounded later
+compensate what the errors of earlier ones do to the model's predictions; needs `follow`."""
 STEPS: tuple[Step, ...] = get_args(Step)
 
 _COMPACT: tuple[Step, ...] = ("scales", "clip", "compensate", "top-up")

@@ -157,7 +157,12 @@ class Quantization(TargetOptions):
     @field_validator("steps", mode="before")
     @classmethod
     def _listed(cls, steps: Any, info: ValidationInfo) -> Any:
-        return PRESET_STEPS[info.data.get("preset") or "quality"] if steps is None else listed_steps(steps)
+        listed = PRESET_STEPS[info.data.get("preset") or "quality"] if steps is None else listed_steps(steps)
+        if "predictions" in listed and "follow" not in listed:
+            raise ValueError(
+                "step predictions: rows are rounded for it while the quantized model is followed; add the step follow"
+            )
+        return listed
 
 
 class GgufFiles(Options):

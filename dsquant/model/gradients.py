@@ -13,6 +13,7 @@ a token, E experts.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,18 @@ def expert_gradients(
     return found_RH, (contribution_RH.detach() * outputs_RH).sum(1)
 
 
+def gated_gradients(
+    skeleton: Skeleton, weights: GatedWeights, inputs_RH: torch.Tensor, of_outputs_RH: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the gradients of what gate and up put out [R, W], float32, from those of a gated MLP's outputs."""
+    with fast_matmuls(inputs_RH.device):
+        gate_RW, up_RW = (F.linear(inputs_RH, part_WH).requires_grad_() for part_WH in (weights.gate_WH, weights.up_WH))
+        with torch.enable_grad():
+            gated_RW = skeleton.activation(gate_RW) * up_RW
+        of_gate_RW, of_up_RW = torch.autograd.grad(gated_RW, [gate_RW, up_RW], of_outputs_RH @ weights.down_HW)
+    return of_gate_RW, of_up_RW
+
+
 def layer_gradients(
     skeleton: Skeleton,
     layer: DecoderLayer,
@@ -150,6 +163,36 @@ def layer_gradients(
             of_attended_NTH, of_hidden_NTH = torch.autograd.grad(found, [*tapped.attended, hidden_NTH], of_found)
             states.attended.set_samples(start, of_attended_NTH)
             states.gradients.set_samples(start, of_hidden_NTH)
+
+
+def attention_gradients(
+    skeleton: Skeleton,
+    layer: DecoderLayer,
+    weights: Weights,
+    hidden_NTH: torch.Tensor,
+    of_attended_NTH: torch.Tensor,
+    linears: Sequence[str],
+) -> dict[str, torch.Tensor]:
+    """Returns the gradients of what attention's linears put out, float32 [R, O], from those of the hidden states behind
+    attention."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output_NTO: torch.Tensor) -> None:
+            found[name] = output_NTO
+
+        return hook
+
+    with loaded(skeleton, layer.prefix, weights) as module, fast_matmuls(weights.device):
+        handles = [skeleton.module(name).register_forward_hook(keep(name)) for name in linears]
+        try:
+            with _tapped(skeleton, layer) as tapped, torch.enable_grad():
+                layer_outputs(skeleton, module, hidden_NTH.requires_grad_())
+        finally:
+            for handle in handles:
+                handle.remove()
+        gradients = torch.autograd.grad(tapped.attended, list(found.values()), [of_attended_NTH])
+    return {name: gradient.flatten(0, -2) for name, gradient in zip(found, gradients, strict=True)}
 
 
 @contextmanager

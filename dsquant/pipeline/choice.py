@@ -14,10 +14,11 @@ from dsquant.formats.wanted import Choosable
 from dsquant.model.structure import KEYS_SUFFIX, DecoderLayer
 from dsquant.pipeline.inputs import Source
 from dsquant.pipeline.planning import plan_run
+from dsquant.pipeline.predictions import gradient_pass
 from dsquant.pipeline.run_state import Run
 from dsquant.precision.groups import MixedPlan
 from dsquant.precision.layer_errors import Store, Trial
-from dsquant.precision.sensitivity import SENSITIVITY, SensitivityPass, choose, measured
+from dsquant.precision.sensitivity import SAMPLES, SENSITIVITY, SensitivityPass, choose, measured
 from dsquant.quantization.statistics import Importance, InputMoments
 from dsquant.quantization.steps import rounded_weight
 from dsquant.schemes import Grid
@@ -43,8 +44,7 @@ def choose_widths(run: Run, output_files: Callable[[Source], list[str]], gpu_bud
 
 def _choices(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
     """Folder -> group -> its width with what was measured; weights are rounded, or stored, as the job will do it."""
-    source, plan = run.source, run.source.plan
-    assert source.tokens_NT is not None
+    plan = run.source.plan
     keys: dict[str, tuple[torch.Tensor, int]] = {}
 
     def note(grid: Grid, linear: str, importance: Importance) -> None:
@@ -60,23 +60,8 @@ def _choices(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
     def linears_of(layer: DecoderLayer) -> Mapping[Grid, frozenset[str]]:
         return plan.linears_of(layer) if plan.quantizes else {grid: frozenset(layer.linears) for grid in plan.linears}
 
-    errors = measured(
-        SensitivityPass(
-            trials,
-            source.skeleton,
-            source.checkpoint.weights,
-            source.tokens_NT,
-            linears_of,
-            run.recipe.steps if plan.quantizes else (),
-            run.job.work,
-            run.batch_samples,
-            run.recipe.seed,
-            run.safe_point,
-            note,
-            run.ranks,
-            plan.in_blocks,
-        )
-    )
+    steps = run.recipe.steps if plan.quantizes else ()
+    errors = measured(SensitivityPass(trials, gradient_pass(run, SAMPLES), linears_of, steps, note, plan.in_blocks))
     return {str(target.folder): choose(plan.mixed[str(target.folder)], errors[target.grid]) for target in plan.targets}
 
 

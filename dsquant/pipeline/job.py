@@ -24,6 +24,7 @@ from dsquant.pipeline.inputs import gpu_memory_budget, gpu_within_budget, memory
 from dsquant.pipeline.memory import check_memory
 from dsquant.pipeline.notices import planned_warnings
 from dsquant.pipeline.planning import Plan
+from dsquant.pipeline.predictions import keep_gradients
 from dsquant.pipeline.preview import Preview
 from dsquant.pipeline.record import output_files
 from dsquant.pipeline.result import Result, finished_result, result_of
@@ -70,6 +71,7 @@ def run_job(
             run.read = SourceHashes(source.checkpoint.index, source_hashes(job))
             with gpu_within_budget(gpu_budget):
                 choose_widths(run, output_files, gpu_budget)
+                keep_gradients(run)
                 with _opened(run, state):
                     convert(run)
                     hash_unread(run)

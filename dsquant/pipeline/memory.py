@@ -14,6 +14,8 @@ from dsquant.model.structure import DecoderLayer
 from dsquant.options import format_size
 from dsquant.precision.sensitivity import SAMPLES
 from dsquant.quantization.clip import ELEMENTS_AT_ONCE
+from dsquant.quantization.output_metrics import SAMPLES as PREDICTED_SAMPLES
+from dsquant.quantization.output_metrics import WIDEST_METRIC
 from dsquant.quantization.pairs import WIDEST_PAIRS
 from dsquant.quantization.statistics import FACTOR_ROWS, WIDEST_PART, is_wide, part_width
 from dsquant.recipes import Recipe
@@ -65,6 +67,14 @@ class Workload:
     def follows(self) -> bool:
         """Whether the quantized models are followed, one for each grid."""
         return "follow" in self.recipe.steps
+
+    @property
+    def num_gradient_tokens(self) -> int:
+        """Calibration tokens that gradients are computed for before the first unit; 0 where nothing needs them."""
+        samples = SAMPLES if self.recipe.target else 0
+        if "predictions" in self.recipe.steps:
+            samples = max(samples, PREDICTED_SAMPLES)
+        return min(samples, self.recipe.samples) * self.recipe.seq_len
 
     @property
     def streams(self) -> int:
@@ -126,15 +136,19 @@ def run_needs(work: Workload) -> Needs:
         memory = CUDA_HOST_BYTES + max(storing, _host_bytes(num_hidden, work.streams))
     prepares = recipe.mtp == "quantize" and work.skeleton.num_mtp_layers > 0
     kept = work.streams * num_hidden * _kept_bytes(recipe.device, len(resident) == len(needs), prepares)
-    return Needs(memory, gpu_memory, resident, max(kept, _measuring_bytes(work)))
+    return Needs(memory, gpu_memory, resident, max(kept, _measuring_bytes(work)) + _gradient_bytes(work))
 
 
 def _measuring_bytes(work: Workload) -> int:
-    """Bytes in files for the pass that precedes a choice: hidden states around every layer, and three more."""
-    if work.recipe.target is None:
+    """Bytes in files for the pass that computes gradients: hidden states around every layer, and three more."""
+    return FLOAT32_BYTES * (work.skeleton.num_layers + 4) * work.num_gradient_tokens * work.hidden_size
+
+
+def _gradient_bytes(work: Workload) -> int:
+    """Bytes in files for the gradients that a run keeps: of every layer's outputs, and behind its attention."""
+    if "predictions" not in work.recipe.steps:
         return 0
-    num_tokens = min(SAMPLES, work.recipe.samples) * work.recipe.seq_len
-    return FLOAT32_BYTES * (work.skeleton.num_layers + 4) * num_tokens * work.hidden_size
+    return 2 * FLOAT32_BYTES * work.skeleton.num_layers * work.num_gradient_tokens * work.hidden_size
 
 
 def _kept_bytes(device: str, resident: bool, prepares: bool) -> int:
@@ -165,7 +179,7 @@ def _layer_bytes(work: Workload, layer: DecoderLayer) -> int:
     sums = 2 if layer.attention_linears[0] in linears else 1  # attention's: of all samples, and of a chunk of them
     statistics = FLOAT32_BYTES * FACTOR_ROWS * (sums * sum(widths) + 4 * hidden)
     attention = (
-        (6 if work.recipe.target is None else 18)  # where widths are chosen, what gradients are computed from
+        (18 if work.num_gradient_tokens else 6)  # with what gradients are computed from
         * FLOAT32_BYTES
         * work.batch_tokens
         * max(sizes[linear] // work.width(linear) for linear in layer.attention_linears)
@@ -242,7 +256,18 @@ def _pair_bytes(work: Workload) -> int:
     # what all groups of attention read in a batch, or one of them in both models; on rank 0 another rank's too
     read = max(sum(work.width(group.consumers[0]) for group in layer.attention) for layer in work.skeleton.layers)
     batches = min(2, work.num_ranks) * work.batch_tokens * max(read, 2 * max(widths))
-    return matrices + FLOAT32_BYTES * (2 * attention + batches)
+    return matrices + FLOAT32_BYTES * (2 * attention + batches) + _metric_bytes(work)
+
+
+def _metric_bytes(work: Workload) -> int:
+    """Returns the bytes of step `predictions`: metrics of all attention's linears, and what factoring one takes."""
+    if "predictions" not in work.recipe.steps:
+        return 0
+    shapes = work.checkpoint.weights.shape
+    rows = [[shapes(f"{linear}.weight")[0] for linear in layer.attention_linears] for layer in work.skeleton.layers]
+    attention = max(sum(size**2 for size in sizes if size <= WIDEST_METRIC) for sizes in rows)
+    widest = max(size for sizes in [*rows, [work.hidden_size]] for size in sizes if size <= WIDEST_METRIC)
+    return FLOAT32_BYTES * (attention + 3 * widest**2) + 5 * 8 * widest**2
 
 
 def _sharing_bytes(work: Workload) -> int:

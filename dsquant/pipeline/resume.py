@@ -69,14 +69,19 @@ def check_kept(job: Job, hidden: Sequence[str], safe_point: Callable[[], None]) 
             f"{job.work}: the journal does not tell of {missing[0]}, which the next unit reads; {START_OVER}"
         )
     wanted = {name: entry for name, entry in kept.items() if name in hidden or not name.endswith(".f32")}
+    check_files(job.work, wanted, safe_point)
+
+
+def check_files(work: Path, wanted: Mapping[str, Mapping[str, Any]], safe_point: Callable[[], None]) -> None:
+    """Raises InputError where a file in the work folder is gone, or not what `kept_files` told of it."""
     for name, entry in wanted.items():
-        path = job.work / name
+        path = work / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise InputError(f"{path} of the interrupted job is gone or has another size; {START_OVER}")
-    found = _hash_parts(job.work, wanted, safe_point)
+    found = _hash_parts(work, wanted, safe_point)
     damaged = [name for name, entry in wanted.items() if found[name] != entry]
     if damaged:
-        raise InputError(f"{job.work / damaged[0]} of the interrupted job is damaged; {START_OVER}")
+        raise InputError(f"{work / damaged[0]} of the interrupted job is damaged; {START_OVER}")
 
 
 def check_target(job: Job, target: Target, safe_point: Callable[[], None]) -> None:

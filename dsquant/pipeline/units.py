@@ -15,6 +15,7 @@ from dsquant.model.streaming import Stream, embed, mtp_inputs
 from dsquant.model.structure import DecoderLayer
 from dsquant.pipeline.kept import keep_by_folder, kept_file, scales_file
 from dsquant.pipeline.planning import Unit
+from dsquant.pipeline.predictions import gradients_of
 from dsquant.pipeline.resume import check_kept, check_target, check_units, kept_files
 from dsquant.pipeline.run_state import Run
 from dsquant.pipeline.source_read import hash_unit
@@ -241,6 +242,7 @@ def _run_layer(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str
         note=writers.note,
         keep_scales=writers.keep_scales,
         quantized={grid: _quantized_stream(run, layer, number) for number, grid in enumerate(run.followed)},
+        gradients=gradients_of(run, layer),
         ranks=run.ranks,
     )
     make = quantize_layer if source.plan.quantizes else observe_layer

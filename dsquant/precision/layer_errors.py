@@ -19,19 +19,19 @@ from dsquant.formats.wanted import Choosable
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
-from dsquant.model.gradients import LayerStates, RoutedGradients, expert_gradients, layer_gradients
+from dsquant.model.gradients import LayerStates
 from dsquant.model.overlays import FoldedWeights, ReplacedWeights, ResidentWeights
 from dsquant.model.streaming import Routing, Stream, run_dense_part
 from dsquant.model.structure import DecoderLayer, Mlp, ScaleGroup
 from dsquant.precision.allocation import Width
 from dsquant.quantization.attention import fold_scales, note_attention, search_scales, under_scales
+from dsquant.quantization.gradient_pass import take_back
 from dsquant.quantization.layer import out_of_range, run_original
 from dsquant.quantization.layer_job import LayerJob
-from dsquant.quantization.layer_mlps import moments_of, own_mlps, shared_inverses
+from dsquant.quantization.layer_mlps import moments_of, shared_inverses
 from dsquant.quantization.mlp import scaled, search_up_scales
 from dsquant.quantization.mlp_inputs import CHECK_ROWS, MlpInputs, inputs_of
 from dsquant.quantization.mlp_norm import search_norm_fold
-from dsquant.quantization.sharing import share_rows
 from dsquant.quantization.statistics import InputMoments, InverseFactor
 from dsquant.quantization.steps import prepared
 from dsquant.schemes import KEPT_WIDTHS, Grid
@@ -81,13 +81,9 @@ def measure_layer(job: LayerJob, trials: Mapping[Grid, Trial[Width]], states: La
     norm_scales = {grid: search_norm_fold(job, grid, inputs, norm_rms_H)[1] for grid in job.grids}
     inverses = dict(zip(job.grids, shared_inverses(job, list(norm_scales.values())), strict=True))
     tried = _TriedMlps(job, trials, inputs, routing, norm_scales, inverses, states.gradients)
-    own, routed = _passed_experts(job, tried, states.gradients)
-    batches = _batches(job)
-    job.ranks.barrier()  # gradients are overwritten once every rank has tried its MLPs with them
-    layer_gradients(job.skeleton, job.layer, ResidentWeights(job.weights), states, routed, batches)
-    share_rows(states.attended, job.ranks, job.shares)
+    own: list[list[_Found[Width]]] = []
+    take_back(job, states, routing, lambda number, original: own.append(list(tried.errors(number, original))))
     attention = job.ranks.once(lambda: list(_attention_errors(job, moments, trials, states.attended)))
-    share_rows(states.gradients, job.ranks, job.shares)
     errors: Errors[Width] = {
         grid: {group.name: dict.fromkeys(group.num_bytes, 0.0) for group in trial.groups}
         for grid, trial in trials.items()
@@ -96,32 +92,6 @@ def measure_layer(job: LayerJob, trials: Mapping[Grid, Trial[Width]], states: La
         for grid, name, width, error in found:
             errors[grid][name][width] += error
     return errors
-
-
-def _batches(job: LayerJob) -> list[tuple[int, int]]:
-    first, end = job.shares.samples(job.ranks.rank)
-    return [(start, min(start + job.batch_samples, end)) for start in range(first, end, job.batch_samples)]
-
-
-def _passed_experts(
-    job: LayerJob, tried: "_TriedMlps[Width]", gradients: Activations
-) -> tuple[list[list[_Found[Width]]], RoutedGradients | None]:
-    """Returns the errors of this rank's MLPs, and what all routed experts pass back."""
-    routing, device = tried.routing, job.weights.device
-    share_RE = torch.zeros(job.inputs.num_rows if routing else 0, len(job.layer.experts), device=device)
-
-    def contribute(mlp: Mlp, expert: GatedWeights, rows_R: torch.Tensor, share_R: torch.Tensor) -> torch.Tensor:
-        inputs_RH, outputs_RH = job.mlp_inputs.rows(rows_R), gradients.rows(rows_R)
-        found_RH, share_RE[rows_R, mlp.expert] = expert_gradients(job.skeleton, expert, inputs_RH, share_R, outputs_RH)
-        return found_RH
-
-    for start, stop in _batches(job):
-        job.outputs.set_samples(start, torch.zeros(stop - start, *job.outputs.shape[1:], device=device))
-    own = [list(tried.errors(number, original)) for number, original in own_mlps(job, routing, contribute)]
-    if routing is None:
-        return own, None
-    parts = job.ranks.gather(share_RE.cpu()) if job.ranks.size > 1 else [share_RE]
-    return own, RoutedGradients(job.outputs, torch.stack(parts).sum(0).to(device))  # each has some columns
 
 
 def _experts(layer: DecoderLayer, inputs: Mapping[Mlp, MlpInputs]) -> dict[Mlp, float]:

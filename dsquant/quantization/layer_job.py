@@ -39,6 +39,16 @@ class QuantizedStream:
 
 
 @dataclass(frozen=True)
+class LayerGradients:
+    """The gradients of what the original predicts, for the first samples (`gradient_pass`)."""
+
+    outputs: Activations
+    """Of the layer's outputs [N, T, H]."""
+    attended: Activations
+    """Of the hidden states behind attention [N, T, H]."""
+
+
+@dataclass(frozen=True)
 class LayerJob:
     """Everything that quantizing a layer needs."""
 
@@ -73,6 +83,8 @@ class LayerJob:
     """Of the quantization; `follow` is one where there is `quantized`."""
     quantized: Mapping[Grid, QuantizedStream] = field(default_factory=dict)
     """Grid -> the hidden states of the model quantized onto it, where linears are rounded for them."""
+    gradients: LayerGradients | None = None
+    """Where later rows compensate what errors of earlier ones do to predictions."""
     ranks: Ranks = ALONE
     """Who shares the layer. Each emits what it has quantized; rank 0 has all that is not an MLP."""
 

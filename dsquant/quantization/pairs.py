@@ -9,6 +9,7 @@ Shape legend: R tokens, I in features, O out features.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -16,8 +17,9 @@ from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.products import add_product, apply_linear
 from dsquant.presets import Step
 from dsquant.quantization.compensate import damped
+from dsquant.quantization.rows_together import rounded_together
 from dsquant.quantization.statistics import InputMoments, InputStatistics
-from dsquant.quantization.steps import rounded_weight
+from dsquant.quantization.steps import prepared, rounded_weight
 from dsquant.schemes import QuantizedWeight, Scheme
 from dsquant.source.weights import CPU
 
@@ -60,21 +62,30 @@ class PairMoments:
         return weight_OI + torch.where(problem == 0, change_OI, 0.0)
 
     def rounded(
-        self, weights: Sequence[torch.Tensor], grids: Sequence[Scheme], steps: Collection[Step]
+        self,
+        weights: Sequence[torch.Tensor],
+        grids: Sequence[Scheme],
+        steps: Collection[Step],
+        metrics: Sequence[torch.Tensor | None] = (),
     ) -> list[QuantizedWeight]:
         """Fits weights that read this input to it and rounds them, each float32 [O, I] with its own O, on its grid.
 
-        With inputs wider than `WIDEST_PAIRS` they are not fitted, and compensated in parts.
+        With inputs wider than `WIDEST_PAIRS` they are not fitted, and compensated in parts. The rows of those that have
+        a metric, float32 [O, O], are rounded together for what they do to predictions (`rows_together`).
         """
         wanted = self.fitted(torch.cat(list(weights))).split([len(weight_OI) for weight_OI in weights])
+        known = {place: metric_OO for place, metric_OO in enumerate(metrics) if metric_OO is not None}
         found: dict[int, QuantizedWeight] = {}
         for grid in dict.fromkeys(grids):
             places = [place for place, own in enumerate(grids) if own == grid]
-            together_OI = torch.cat([wanted[place] for place in places])
-            parts = rounded_weight(together_OI, grid, self.moments, steps).split(
-                [len(wanted[place]) for place in places]
-            )
-            found.update(zip(places, parts, strict=True))
+            together = [place for place in places if place in known]
+            moments = prepared(self.moments, [grid], steps) if together else self.moments
+            for place in together:
+                rounded = partial(rounded_weight, grid=grid, moments=moments, steps=steps)
+                found[place] = rounded_together(wanted[place], known[place], rounded)
+            if rest := [place for place in places if place not in known]:
+                parts = rounded_weight(torch.cat([wanted[place] for place in rest]), grid, moments, steps)
+                found.update(zip(rest, parts.split([len(wanted[place]) for place in rest]), strict=True))
         return [found[place] for place in range(len(weights))]
 
 

@@ -20,7 +20,7 @@ import torch
 
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.activations import Activations
-from dsquant.model.overlays import FoldedWeights, ReplacedWeights, ResidentWeights
+from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights
 from dsquant.model.streaming import Observer, Routing, Stream, run_dense_part
 from dsquant.model.structure import ScaleGroup
 from dsquant.quantization.attention import (
@@ -36,6 +36,7 @@ from dsquant.quantization.layer import checked, emit_dense_part, out_of_range, s
 from dsquant.quantization.layer_job import GridReport, LayerJob, LayerReport, QuantizedStream
 from dsquant.quantization.mlp_inputs import read_by_mlps
 from dsquant.quantization.mlp_norm import search_norm_fold
+from dsquant.quantization.output_metrics import attention_metrics
 from dsquant.quantization.pairs import PairMoments, PairStatistics
 from dsquant.quantization.sequential_mlps import FollowingMlps, quantize_mlps
 from dsquant.quantization.sharing import in_the_order_of_batches, share_routing, share_rows
@@ -171,6 +172,7 @@ def _quantize_attention(
     scales = _searched_scales(unfolded, groups, grid) if "scales" in job.steps else {}
     fold = fold_scales(weights, scales)
     streams = _Streams(job, job.quantized[grid], weights, ResidentWeights(FoldedWeights(weights, fold)))
+    metrics = _metrics(job, groups, fold) if job.ranks.first else {}
     linears: dict[str, QuantizedWeight] = {}
     moments: dict[ScaleGroup, InputMoments] = {}
     replaced: dict[str, torch.Tensor] = {}
@@ -180,7 +182,8 @@ def _quantize_attention(
         if job.ranks.first:
             grids = [job.grid_of(grid, linear) for linear in group.consumers]
             folded = [streams.folded[f"{linear}.weight"] for linear in group.consumers]
-            linears |= zip(group.consumers, pairs.rounded(folded, grids, job.steps), strict=True)
+            of_outputs = [metrics.get(linear) for linear in group.consumers]
+            linears |= zip(group.consumers, pairs.rounded(folded, grids, job.steps, of_outputs), strict=True)
         if job.ranks.first and not grid.rounded:
             moments[group] = pairs.moments
         for linear in filter(partial(job.rounds, grid), group.consumers):
@@ -196,6 +199,15 @@ def _quantize_attention(
     if kept:
         return streams, searched, replaced
     return unfolded, plain, {name: plain_OI for name, plain_OI in plain.dequantized().items() if name in replaced}
+
+
+def _metrics(job: LayerJob, groups: Sequence[ScaleGroup], fold: Fold) -> dict[str, torch.Tensor]:
+    """Returns the metrics of what attention's folded linears put out, on rank 0."""
+    found = attention_metrics(job, [linear for group in groups for linear in group.consumers])
+    for linear, metric_OO in found.items():
+        if (factor_O := fold.rows.get(f"{linear}.weight")) is not None:
+            metric_OO.div_(factor_O).div_(factor_O.unsqueeze(1))
+    return found
 
 
 def _error(streams: _Streams, attention: AttentionResult) -> float:

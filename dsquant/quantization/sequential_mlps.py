@@ -20,6 +20,7 @@ from dsquant.quantization.layer_mlps import MlpOutcome, emit_mlp, emit_unquantiz
 from dsquant.quantization.mlp import LoadedMlp, MlpResult, RoundedMlp, judged, scaled, search_up_scales
 from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.mlp_outputs import MlpStream, Tokens, add_outputs
+from dsquant.quantization.output_metrics import mlp_metrics
 from dsquant.quantization.pairs import PairMoments, PairStatistics
 from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.schemes import Grid, QuantizedWeight
@@ -66,7 +67,8 @@ def quantize_mlps(
             weights = None
             if original is not None:
                 loaded = LoadedMlp(mlps[number], original, model.inputs[mlps[number]], job.seed + number)
-                outcome, weights = _emitted(job, loaded, model)
+                metrics = mlp_metrics(job, mlps[number], original, original_routing)
+                outcome, weights = _emitted(job, loaded, model, metrics)
                 outcomes.append(outcome)
             add_outputs(job, turn, weights, model.stream)
         if original is not None:
@@ -74,27 +76,42 @@ def quantize_mlps(
     return job.ranks.in_turns(own, len(mlps))
 
 
-def _emitted(job: LayerJob, loaded: LoadedMlp, model: FollowingMlps) -> tuple[MlpOutcome, GatedWeights]:
-    """Quantizes an MLP and emits it; returns what it cost, and the weights that the quantized model has."""
+def _emitted(
+    job: LayerJob, loaded: LoadedMlp, model: FollowingMlps, metrics: Sequence[torch.Tensor | None]
+) -> tuple[MlpOutcome, GatedWeights]:
+    """Quantizes an MLP and emits it; returns what it cost, and the weights that the quantized model has.
+
+    `metrics` are those of what gate, up and down put out.
+    """
     grid = model.grid
     if loaded.mlp.up not in job.linears[grid]:
         return MlpOutcome(), emit_unquantized(job, grid, loaded, model.norm_scales_H)
-    result = _quantize_mlp(job, loaded, model.norm_scales_H, grid)
+    result = _quantize_mlp(job, loaded, model.norm_scales_H, grid, metrics)
     return emit_mlp(job, grid, loaded.mlp, result), _passed_on(
         job, grid, loaded.mlp, result.rounded.folded, result.rounded.linears
     )
 
 
-def _quantize_mlp(job: LayerJob, loaded: LoadedMlp, norm_scales_H: torch.Tensor, grid: Grid) -> MlpResult:
+def _quantize_mlp(
+    job: LayerJob,
+    loaded: LoadedMlp,
+    norm_scales_H: torch.Tensor,
+    grid: Grid,
+    metrics: Sequence[torch.Tensor | None],
+) -> MlpResult:
     original, steps = loaded.original, job.steps
     of_gate, of_up, of_down = (job.grid_of(grid, linear) for linear in loaded.mlp.linears)
     of_input, unrounded_hidden = _input_moments(job, loaded)
     up_scales_W = search_up_scales(original, unrounded_hidden, grid, steps)
     folded, of_input = scaled(original, norm_scales_H, up_scales_W), of_input.divided(norm_scales_H)
-    gate, up = of_input.rounded([folded.gate_WH, folded.up_WH], [of_gate, of_up], steps)
+    metric_of_gate, metric_of_up, metric_of_down = metrics
+    if metric_of_up is not None:  # an error of up's scaled rows is as many times as large in what it puts out
+        metric_of_up = metric_of_up * up_scales_W * up_scales_W.unsqueeze(1)
+    of_both = [metric_of_gate, metric_of_up]
+    gate, up = of_input.rounded([folded.gate_WH, folded.up_WH], [of_gate, of_up], steps, of_both)
     upper = _passed_on(job, grid, loaded.mlp, folded, (gate, up))
     of_hidden = _hidden_moments(job, loaded, upper, norm_scales_H, up_scales_W)
-    (down,) = of_hidden.rounded([folded.down_HW], [of_down], steps)
+    (down,) = of_hidden.rounded([folded.down_HW], [of_down], steps, [metric_of_down])
     proposed = RoundedMlp(folded, (gate, up, down), (of_input.moments, of_hidden.moments), up_scales_W)
     return judged(job, loaded, proposed, norm_scales_H, grid)
 

@@ -53,6 +53,10 @@ class QuantizedWeight:
         parts = zip(*(part.split(num_rows) for part in self._tensors), strict=True)
         return [_of_tensors(tensors, self.grid) for tensors in parts]
 
+    def rows(self, rows_R: torch.Tensor) -> "QuantizedWeight":
+        """Returns these rows, int64 [R], in this order."""
+        return _of_tensors([part[rows_R] for part in self._tensors], self.grid)
+
     def or_else(self, other: "QuantizedWeight", keep_O: torch.Tensor) -> "QuantizedWeight":
         """Takes these rows where `keep_O` (bool [O]) is true, and those of another of the same scheme elsewhere."""
         pairs = zip(self._tensors, other._tensors, strict=True)

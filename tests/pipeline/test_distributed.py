@@ -215,6 +215,7 @@ def test_torchrun_starts_the_ranks(model: Path, text_file: Path, whole: Path, tm
     [
         pytest.param(2, ("--preset", "compact", "--steps", "top-up,follow", "--samples", "3"), marks=pytest.mark.slow),
         pytest.param(3, ("--preset", "best", "--mtp", "quantize"), marks=pytest.mark.slow),
+        pytest.param(2, ("--steps", "compensate,follow,predictions", "--mtp", "quantize"), marks=pytest.mark.slow),
     ],
 )
 def test_ranks_that_follow_the_quantized_model_write_the_bytes_of_one(

@@ -46,8 +46,11 @@ def _experts_of(parameters: set[str]) -> set[tuple[int, int]]:
     return {(int(name.split(".")[2]), int(name.split(".")[5])) for name in parameters}
 
 
+ALONE = [step for step in STEPS if step != "predictions"]
+
+
 @pytest.mark.parametrize(
-    "steps", [step if step == "compensate" else pytest.param(step, marks=pytest.mark.slow) for step in STEPS]
+    "steps", [step if step == "compensate" else pytest.param(step, marks=pytest.mark.slow) for step in ALONE]
 )
 def test_each_step_alone_makes_an_output_that_verifies(
     narrow_r1: Path, text_file: Path, tmp_path: Path, steps: str
@@ -59,7 +62,7 @@ def test_each_step_alone_makes_an_output_that_verifies(
 
 
 @pytest.mark.parametrize(
-    "steps", [pytest.param("scales,clip,gate-weights", marks=pytest.mark.slow), "compensate,follow,descend"]
+    "steps", [pytest.param("scales,clip,gate-weights", marks=pytest.mark.slow), "compensate,follow,descend,predictions"]
 )
 def test_experts_without_any_token_are_quantized_all_the_same(
     narrow_r1: Path, text_file: Path, tmp_path: Path, steps: str
@@ -158,6 +161,7 @@ def test_added_tokens_weigh_as_the_least_of_an_experts_own() -> None:
     ("more", "words"),
     [
         ({"steps": "descend", "to": "gguf:F16"}, "step descend: gguf:F16 rounds .* leave the step out"),
+        ({"steps": "compensate,predictions"}, "step predictions: .* add the step follow"),
         ({"steps": "clip,fold"}, "steps: 'fold': give some of scales, clip, .*, or none alone"),
         ({"steps": "none,clip"}, "steps: 'none': give some of .*, or none alone"),
         ({"steps": ""}, "steps: '': give some of .*, or none alone"),

@@ -16,6 +16,7 @@ from dsquant.model.skeleton import Skeleton
 from dsquant.precision import sensitivity
 from dsquant.precision.layer_errors import Trial, measure_layer
 from dsquant.precision.sensitivity import SensitivityPass, measured
+from dsquant.quantization.gradient_pass import GradientPass
 from dsquant.schemes import Grid
 
 
@@ -44,8 +45,8 @@ def test_gradients_of_streamed_layers_equal_the_whole_models(
         return errors
 
     monkeypatch.setattr(sensitivity, "measure_layer", watched)
-    arguments = (skeleton, checkpoint.weights, tokens, lambda layer: {}, (), tmp_path, 2, 0, lambda *told: None)
-    assert measured(SensitivityPass({}, *arguments)) == {}
+    passing = GradientPass(skeleton, checkpoint.weights, tokens, tmp_path, 2, 0, lambda *told: None)
+    assert measured(SensitivityPass({}, passing, lambda layer: {}, ())) == {}
 
     model: Any = full_model(folder, checkpoint.weights)
     attended: list[torch.Tensor] = []
@@ -115,8 +116,8 @@ def test_what_embedding_and_head_cost_is_the_divergence_of_a_model_that_has_them
         return rows + noise[group.name][torch.stack(places)]
 
     grid = Grid(4, 32, False, rounded=False)
-    arguments = (skeleton, weights, tokens, lambda layer: {}, (), tmp_path, 2, 0, lambda *told: None)
-    errors = measured(SensitivityPass({grid: Trial(groups, store)}, *arguments))[grid]
+    passing = GradientPass(skeleton, weights, tokens, tmp_path, 2, 0, lambda *told: None)
+    errors = measured(SensitivityPass({grid: Trial(groups, store)}, passing, lambda layer: {}, ()))[grid]
     original = full_model(folder, weights)
     for name in noise:
         changed = full_model(folder, {**weights, name: weights[name] + noise[name]})
