@@ -63,11 +63,11 @@ def quantize_mlps(
     mlps, own = job.layer.mlps, list[list[MlpOutcome]]()
     for number, turn, original in mlps_in_turns(job, original_routing):
         outcomes = []
+        metrics = [] if original is None else mlp_metrics(job, mlps[number], original, original_routing)
         for model in following:
             weights = None
             if original is not None:
                 loaded = LoadedMlp(mlps[number], original, model.inputs[mlps[number]], job.seed + number)
-                metrics = mlp_metrics(job, mlps[number], original, original_routing)
                 outcome, weights = _emitted(job, loaded, model, metrics)
                 outcomes.append(outcome)
             add_outputs(job, turn, weights, model.stream)
