@@ -128,11 +128,13 @@ def _options(output: Path, text: Path, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("steps", [None, "scales,compensate,follow,predictions"])
 def test_interrupted_in_every_layer_and_resumed_it_writes_the_same_bytes(
-    pico_r1: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pico_r1: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: str | None
 ) -> None:
-    formats = ["awq", "compressed-tensors"]
-    dsquant.awq(pico_r1, **_options(tmp_path / "whole", text_file, to=formats, mtp="quantize"))
+    formats = "compressed-tensors" if steps else ["awq", "compressed-tensors"]
+    more = {"to": formats, "mtp": "quantize", "steps": steps}
+    dsquant.awq(pico_r1, **_options(tmp_path / "whole", text_file, **more))
     calls = 0
 
     def stop_at_times(job: LayerJob) -> Any:
@@ -144,7 +146,7 @@ def test_interrupted_in_every_layer_and_resumed_it_writes_the_same_bytes(
         return report
 
     monkeypatch.setattr(conversion, "quantize_sequentially", stop_at_times)
-    options = _options(tmp_path / "resumed", text_file, to=formats, mtp="quantize", resume=True)
+    options = _options(tmp_path / "resumed", text_file, resume=True, **more)
     for _ in range(6):
         with pytest.raises(Interrupted):
             dsquant.awq(pico_r1, **options)
