@@ -41,6 +41,22 @@ class FieldsCommand(click.Command):
             self._complete = True
         return super().get_params(ctx)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Returns the words that belong to no parameter: none, since they are refused with what was meant."""
+        given, ctx.allow_extra_args = list(args), True
+        rest = super().parse_args(ctx, args)
+        if rest and not ctx.resilient_parsing:
+            hint = self._hint(ctx, given, rest[0])
+            ctx.fail(f"Got unexpected extra argument{'s' * (len(rest) > 1)} ({' '.join(rest)}){hint}")
+        return rest
+
+    def _hint(self, ctx: click.Context, given: list[str], word: str) -> str:
+        """Says which option a word was meant for: the one that it follows as a second value, or --output."""
+        option = given[max(given.index(word) - 2, 0)]
+        if any(option in parameter.opts and parameter.multiple for parameter in self.params):
+            return f"; {option} takes one value at a time: add {option} {word}"
+        return f"; name the output folder with --output {word}" if ctx.params.get("output", word) is None else ""
+
 
 def _option(name: str, field: "FieldInfo") -> click.Option:
     """Builds a field's option; where the default is told in words, the model fills it in."""

@@ -36,6 +36,8 @@ def generate(model: str, prompt: str, raw: bool, **options: Any) -> None:
     from dsquant.evaluation.answer_request import AnswerRequest
 
     request = AnswerRequest.checked(model=model, **options)
+    if prompt == "-" and sys.stdin.isatty():
+        click.echo("PROMPT, up to Ctrl-D:", err=True)
     text = sys.stdin.read() if prompt == "-" else prompt
     with quiet_libraries():
         from dsquant.evaluation.answers import resident

@@ -6,7 +6,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from dsquant.escaping import markdown, markdown_cell, printable
+from dsquant.escaping import counted, markdown, markdown_cell, printable
 from dsquant.formats.table import SAFETENSORS, format_of
 from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.options import format_size
@@ -80,7 +80,7 @@ def _calibrated(record: dict[str, Any]) -> str:
     words = "Recipe, versions, the errors of every layer and the hash of every tensor stand in " + RECORD_FILE + "."
     if not found:
         return words
-    samples = f"{found['samples']} samples of {found['seq_len']} tokens (SHA-256 {found['sha256'][:16]}…)"
+    samples = f"{counted(found['samples'], 'sample')} of {found['seq_len']} tokens (SHA-256 {found['sha256'][:16]}…)"
     return f"Calibrated on {samples}. {words}"
 
 
@@ -119,7 +119,8 @@ def _about_types(
     """Returns the same of a GGUF output."""
     recipe, label = record["recipe"], name.partition(":")[2]
     sizes = record["outputs"][name]["bytes_by_type"]
-    shares = ", ".join(f"{size / sum(sizes.values()):.0%} {kind}" for kind, size in sizes.items())
+    shares = {kind: size / sum(sizes.values()) for kind, size in sizes.items()}
+    shown = ", ".join(f"{share:.0%} {kind}" for kind, share in shares.items() if share >= 0.005)
     steps = f", steps {', '.join(recipe['steps'])}" if recipe["steps"] else ""
-    made = f"Converted to GGUF by dsquant {record['versions']['dsquant']}{steps}: {shares}."
+    made = f"Converted to GGUF by dsquant {record['versions']['dsquant']}{steps}: {shown}."
     return label, made, "gguf", [label, *(["imatrix"] if record["calibration"] or recipe.get("imatrix") else [])]

@@ -82,6 +82,21 @@ def test_wrong_usage_ends_with_code_2(arguments: list[str]) -> None:
     assert code == 2, output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["awq", "tiny-r1", "out"], "--output out"),
+        (["gguf", "--type", "Q8_0", "tiny-r1", "out"], "--output out"),
+        (["awq", "tiny-r1", "--to", "awq", "mlx"], "add --to mlx"),
+        (["gguf", "tiny-r1", "out", "--output", "here"], "(out)\n"),
+        (["generate", "tiny-r1", "Write", "a", "test"], "arguments (a test)\n"),
+    ],
+)
+def test_a_word_too_many_is_refused_with_what_was_meant(arguments: list[str], meant: str) -> None:
+    found = CliRunner().invoke(main, arguments)
+    assert found.exit_code == 2 and meant in found.output
+
+
 def test_a_dry_run_prints_exact_sizes_and_writes_nothing(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
     arguments = ["awq", str(nano_r1), "--calibration", str(text_file), "--output", str(tmp_path / "out")]
     arguments += [

@@ -107,6 +107,21 @@ def test_every_command_in_a_sentence_is_one_that_dsquant_takes() -> None:
                     main.commands[name].make_context(name, given)
 
 
+def test_what_else_a_sentence_calls_is_there() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        for module in re.findall(r"python -m (benchmarks[\w.]+)", text):
+            assert Path(ROOT, *module.split(".")).with_suffix(".py").exists(), f"{page.name}: {module}"
+        for script in re.findall(r"`(scripts/[\w.-]+)", text):
+            assert Path(ROOT, script).exists(), f"{page.name}: {script}"
+
+
+def test_the_readmes_torch_is_one_that_the_package_takes() -> None:
+    """A newer one from PyTorch's index would be replaced by one with CUDA."""
+    bound = re.search(r'"torch>=[\d.]+,(<[\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert bound and f'pip install "torch{bound[1]}" --index-url' in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_an_example_calls_dsquant_as_it_can_be_called(
     script: Path, nano_r1: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
