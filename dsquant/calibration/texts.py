@@ -6,6 +6,7 @@ so nothing is padded. The same texts, tokenizer and seed give the same tokens on
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def calibration_tokens(
         found[source] += _take(streams[source], max(0, missing))
     for source in sources:
         check_embedded(found[source], tokenizer, source.spec)
-    samples = [sample for source in sources for sample in found[source]]
+    samples = [(source, sample) for source in sources for sample in found[source]]
     if not samples:
         documents = (document for source in sources for document in documents_of(source.spec, dict(source.columns)))
         length = sum(len(tokens) for document in documents for tokens in _encode(document, tokenizer))
@@ -117,8 +118,10 @@ def calibration_tokens(
             "or a smaller --seq-len"
         )
     random.Random(seed).shuffle(samples)
-    tokens = torch.tensor(samples[:num_samples], dtype=torch.int64)
-    counts = tuple({"name": source.name, "samples": len(found[source])} for source in sources)
+    del samples[num_samples:]
+    tokens = torch.tensor([sample for _, sample in samples], dtype=torch.int64)
+    taken = Counter(source for source, _ in samples)
+    counts = tuple({"name": source.name, "samples": taken[source]} for source in sources)
     return CalibrationTokens(tokens, tokens_sha256(tokens), counts)
 
 

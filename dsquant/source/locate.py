@@ -46,7 +46,7 @@ def _no_folder(file: Path) -> str:
 
 def _beside(folder: Path) -> str:
     """Returns which folders are where one is missing, in words."""
-    names = sorted(path.name for path in folder.parent.glob("*/")) if folder.parent.is_dir() else []
+    names = sorted(path.name for path in folder.parent.glob("[!.]*/")) if folder.parent.is_dir() else []
     names = get_close_matches(folder.name, names) or names
     return f" ({folder.parent} holds {', '.join(names[:5])})" if names else ""
 

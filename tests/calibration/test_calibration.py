@@ -52,6 +52,8 @@ def test_a_mix_takes_from_its_sources_by_weight(tokenizer: Any) -> None:
         source["name"]: source["samples"] for source in calibration_tokens(["r1-mix"], tokenizer, 20, 64, 0).sources
     }
     assert counts == {"r1-mix:code/*": 10, "r1-mix:reasoning/*": 6, "r1-mix:wiki/*": 4}
+    one = calibration_tokens(["r1-mix"], tokenizer, 1, 64, 0)
+    assert sum(source["samples"] for source in one.sources) == len(one.tokens) == 1
 
 
 def test_what_one_source_lacks_another_makes_up_for(tokenizer: Any, tmp_path: Path) -> None:

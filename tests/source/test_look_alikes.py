@@ -71,10 +71,12 @@ def test_outputs_are_called_after_the_model_and_not_after_a_commit(model: str, n
 
 
 def test_a_model_that_is_nowhere_is_answered_with_the_nearest_name(tmp_path: Path) -> None:
-    for name in ("a", "b", "model-7b"):
+    for name in (".cache", "a", "b", "model-7b"):
         (tmp_path / name).mkdir()
     with pytest.raises(InputError, match=r"no such folder .* holds model-7b\)"):
         locate(str(tmp_path / "modle-7b"))
+    with pytest.raises(InputError, match=r"holds a, b, model-7b\)"):
+        locate(str(tmp_path / "nothing like it"))
     with pytest.raises(InputError, match=r"not a hub id such as 'org/name'$"):
         locate("https://huggingface.co/org/name")
 
