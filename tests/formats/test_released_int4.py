@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from gguf_files import PLAIN, decoded, tensors_of
-from random_models import shapes_of
+from llama_cpp import every_position
+from random_models import shapes_of, whole_logits
 from released_int4 import KIMI, make
 from safetensors.torch import load_file, save_file
 from small_jobs import FAST
+from streams import stream_logits
 
 import dsquant
 from dsquant.calibration.texts import load_tokenizer
@@ -67,6 +69,26 @@ def test_other_types_and_formats_are_made_of_it(
     assert dsquant.verify(output, source=kimi[0], progress=False).ok
     bits = json.loads((output / formats[0] / "config.json").read_text())["quantization_config"]["config_groups"]
     assert [group["weights"]["num_bits"] for group in bits.values()] == [3]
+
+
+def test_its_forward_is_transformers_and_llama_cpp_computes_it_too(
+    kimi: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    tokens_NT = torch.randint(6, 280, (2, 48), generator=torch.Generator().manual_seed(3))
+    wanted = whole_logits(kimi[0], tokens_NT)
+    found, _ = stream_logits(kimi[0], open_checkpoint(kimi[0]).weights, tokens_NT, 1)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    (file,) = dsquant.gguf(kimi[0], type="F32", output=tmp_path / "out", **PLAIN).folders.values()
+    original_NTV, seen_NTV = wanted.double().log_softmax(-1), every_position(file, tokens_NT, in_f32=True)
+    assert float((original_NTV.exp() * (original_NTV - seen_NTV)).sum(-1).max()) < 1e-5
+
+
+def test_awq_is_made_of_it(kimi: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, text_file: Path) -> None:
+    dsquant.awq(kimi[0], to="awq", calibration=[str(text_file)], output=tmp_path / "out", **FAST)
+    assert dsquant.verify(tmp_path / "out", source=kimi[0], progress=False).ok
+    measured = {"texts": [text_file], "seq_len": 32, "samples": 1, "prompts": "none", "progress": False}
+    (candidate,) = dsquant.evaluate(kimi[0], tmp_path / "out", **measured).candidates
+    assert 0 < candidate.texts["text.txt"].mean_kl.estimate < 0.15
 
 
 @pytest.fixture(scope="module")

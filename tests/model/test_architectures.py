@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, NOT_IN_LLAMA_CPP, Architecture
+from architectures import ARCHITECTURES, NOT_IN_LLAMA_CPP, OF_27_LAYERS, Architecture
 from checkpoints import FP8, add_tokenizer
 from gguf_files import PLAIN
 from llama_cpp import every_position
@@ -157,6 +157,24 @@ def test_llama_cpp_computes_what_transformers_does(
     assert float(divergences(wanted, every_position(file, TOKENS_NT, in_f32=True)).max()) < 1e-5
     assert float((divergences(wanted, every_position(file, TOKENS_NT)) < 1e-5).double().mean()) > 0.97
     open_candidate(str(model), open_original(str(file)))  # a file alone, from its keys, is the same network
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", OF_27_LAYERS.values(), ids=OF_27_LAYERS)
+def test_models_of_27_layers_with_their_real_heads(config: dict[str, Any], tmp_path: Path, text_file: Path) -> None:
+    model = add_tokenizer(make_random(tmp_path / "model", config), vocabulary=280)
+    wanted = whole_logits(model, TOKENS_NT)
+    found, _ = stream_logits(model, open_checkpoint(model).weights, TOKENS_NT, 1)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    formats = ["awq", "compressed-tensors", "gguf:F32"]
+    options = FAST | {"group_size": 32, "calibration": [str(text_file)]}
+    folders = dsquant.awq(model, to=formats, output=tmp_path / "out", preset="compact", **options).folders
+    assert dsquant.verify(tmp_path / "out", source=model, progress=False).ok
+    measured = {"texts": [text_file], "seq_len": 32, "samples": 2, "prompts": "none", "progress": False}
+    candidates = dsquant.evaluate(model, *folders.values(), **measured).candidates
+    drifts = [one.texts["text.txt"].mean_kl.estimate for one in candidates]
+    assert drifts[2] < 1e-6 and all(0 < drift < 0.5 for drift in drifts[:2]), drifts
+    assert float(divergences(wanted, every_position(folders["gguf:F32"], TOKENS_NT, in_f32=True)).max()) < 1e-5
 
 
 def test_layers_that_share_a_choice_of_keys_take_no_longer_samples(tmp_path: Path) -> None:

@@ -38,6 +38,29 @@ QWEN3_MOE = Architecture(
     ),
 )  # fmt: skip
 
+GLM4_MOE = Architecture(
+    NARROW | {
+        "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "attention_bias": True, "use_qk_norm": True,
+        "partial_rotary_factor": 0.5, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1,
+        "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-5,
+        "num_nextn_predict_layers": 1,
+    },
+    {
+        "Air, with yarn": {
+            "use_qk_norm": False,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        },
+        "no bias": {"attention_bias": False},
+    },
+    (
+        ({"head_dim": None}, "lacks head_dim"),
+        ({"n_shared_experts": 0}, "without a shared expert"),
+        ({"num_experts_per_tok": 9}, "9 of 4 experts cannot be chosen"),
+        ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        ({"sliding_window": 64}, "sliding_window 64"),
+    ),
+)  # fmt: skip
+
 # What DeepSeek-V3 and its successors have.
 LATENT = NARROW | {
     "num_key_value_heads": 4, "head_dim": 64, "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
@@ -67,6 +90,13 @@ YARN = {
         "original_max_position_embeddings": 128,
     }
 }  # fmt: skip
+DEEPSEEK_V3 = Architecture(
+    LATENT | YARN | {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "n_group": 2, "topk_group": 1,
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+    },
+    {"Kimi-K2": {"n_group": 1, "routed_scaling_factor": 2.827, "num_nextn_predict_layers": 0}},
+)  # fmt: skip
 DEEPSEEK_V2 = Architecture(
     LATENT | YARN | {
         "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "scoring_func": "softmax",
@@ -114,11 +144,28 @@ GLM_MOE_DSA = Architecture(
     ),
 )  # fmt: skip
 ARCHITECTURES = {
+    "DeepSeek-V3": DEEPSEEK_V3,
     "DeepSeek-V2": DEEPSEEK_V2,
     "DeepSeek-V3.2": DEEPSEEK_V32,
     "GLM-5": GLM_MOE_DSA,
+    "GLM-4.5": GLM4_MOE,
     "GLM-4.7-Flash": GLM4_MOE_LITE,
     "Qwen3 MoE": QWEN3_MOE,
 }
+# All that llama.cpp and kernels look at in models of 27 layers: their real heads and latents, narrow elsewhere.
+LITE = {
+    "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_shared_experts": 2,
+    "num_nextn_predict_layers": 0,
+}  # fmt: skip
+OF_27_LAYERS = {
+    "DeepSeek-V2-Lite": DEEPSEEK_V2.config | LITE | {
+        "routed_scaling_factor": 1.0,
+        "rope_scaling": YARN["rope_scaling"] | {"factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "Moonlight": DEEPSEEK_V3.config | LITE | {
+        "n_group": 1, "routed_scaling_factor": 2.446, "rope_theta": 50000.0, "rope_scaling": None, "rms_norm_eps": 1e-5,
+    },
+}  # fmt: skip
 # Variants that llama.cpp computes otherwise, so that their files are refused.
 NOT_IN_LLAMA_CPP = ("Qwen3 MoE: shares that sum to less than 1", "DeepSeek-V2: groups")
