@@ -173,7 +173,7 @@ def test_models_of_27_layers_with_their_real_heads(config: dict[str, Any], tmp_p
     measured = {"texts": [text_file], "seq_len": 32, "samples": 2, "prompts": "none", "progress": False}
     candidates = dsquant.evaluate(model, *folders.values(), **measured).candidates
     drifts = [one.texts["text.txt"].mean_kl.estimate for one in candidates]
-    assert drifts[2] < 1e-6 and all(0 < drift < 0.5 for drift in drifts[:2]), drifts
+    assert drifts[2] < 1e-6 and all(0 < drift < 1 for drift in drifts[:2]), drifts  # 27 random layers in 4 bits
     assert float(divergences(wanted, every_position(folders["gguf:F32"], TOKENS_NT, in_f32=True)).max()) < 1e-5
 
 
