@@ -3,7 +3,8 @@
 vLLM reads config and shards, finds each linear's scheme, fuses and lays out; what multiplies is another matter. Its
 kernel for 4-bit linears wants AVX-512, that for 4-bit experts AMX, and others are for GPUs alone. Where one is missing,
 the weights that vLLM has laid out are dequantized here and multiplied by PyTorch: experts by vLLM's own emulation,
-whose last step is a Triton kernel.
+whose last step is a Triton kernel. Rotary embedding is vLLM's own in PyTorch, too: its operator for a CPU (0.32.0)
+rotates queries of several heads wrongly where these lie in a dimension of their own, as latent attention has them.
 """
 
 import gc
@@ -23,6 +24,7 @@ from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
 from vllm.model_executor.layers.fused_moe.experts.int4_emulation_moe import Int4EmulationTritonExperts
 from vllm.model_executor.layers.fused_moe.oracle import int_wna16
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.platforms import PlatformEnum
 
 from benchmarks.engines.scoring import Scores, score_all
@@ -110,4 +112,5 @@ def score(model: Path, tokens: list[list[int]]) -> Scores:
 
 if __name__ == "__main__":
     multiply_in_pytorch()
+    RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native
     score_all(score)
