@@ -13,16 +13,18 @@ import torch
 from gguf_files import PLAIN, decoded, tensors_of
 from llama_cpp import every_position
 from random_models import shapes_of, whole_logits
-from released_int4 import KIMI, make
+from released_int4 import KIMI, PREFIX, in_float32, make
 from safetensors.torch import load_file, save_file
 from small_jobs import FAST
-from streams import stream_logits
+from streams import randomly_folded, stream_logits
 
 import dsquant
 from dsquant.calibration.texts import load_tokenizer
 from dsquant.errors import InputError, UsageError
 from dsquant.formats.checkpoints import open_checkpoint
-from dsquant.formats.scales import open_scales
+from dsquant.formats.scales import open_scales, recorded_fold
+from dsquant.model.overlays import Fold, FoldedWeights
+from dsquant.model.skeleton import Skeleton
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def kimi(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torc
     return make(tmp_path_factory.mktemp("kimi") / "model")
 
 
-@pytest.mark.parametrize("prefix", ["", "language_model."], ids=["K2-Thinking", "K2.5"])
+@pytest.mark.parametrize("prefix", ["", PREFIX], ids=["K2-Thinking", "K2.5"])
 def test_experts_are_read_as_floats(tmp_path: Path, prefix: str) -> None:
     model, values = make(tmp_path / "model", prefix)
     weights = open_checkpoint(model).weights
@@ -71,24 +73,64 @@ def test_other_types_and_formats_are_made_of_it(
     assert [group["weights"]["num_bits"] for group in bits.values()] == [3]
 
 
-def test_its_forward_is_transformers_and_llama_cpp_computes_it_too(
-    kimi: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
-) -> None:
-    tokens_NT = torch.randint(6, 280, (2, 48), generator=torch.Generator().manual_seed(3))
-    wanted = whole_logits(kimi[0], tokens_NT)
-    found, _ = stream_logits(kimi[0], open_checkpoint(kimi[0]).weights, tokens_NT, 1)
+TOKENS_NT = torch.randint(6, 280, (5, 48), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX], ids=["K2-Thinking", "K2.5"])
+def test_its_forward_is_transformers_and_folding_leaves_it(tmp_path: Path, prefix: str) -> None:
+    model, values = make(tmp_path / "model", prefix, outliers=True)
+    weights, skeleton = open_checkpoint(model).weights, Skeleton(open_checkpoint(model))
+    found, experts = stream_logits(model, weights, TOKENS_NT, 2, skeleton)
+    wanted = whole_logits(in_float32(tmp_path / "plain", model, values), TOKENS_NT)
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5
-    (file,) = dsquant.gguf(kimi[0], type="F32", output=tmp_path / "out", **PLAIN).folders.values()
-    original_NTV, seen_NTV = wanted.double().log_softmax(-1), every_position(file, tokens_NT, in_f32=True)
+    folded, same_experts = stream_logits(model, randomly_folded(weights, skeleton), TOKENS_NT, 2, skeleton)
+    assert float((folded - found).norm() / found.norm()) < 1e-6
+    assert all(torch.equal(one, other) for one, other in zip(experts, same_experts, strict=True))
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX], ids=["K2-Thinking", "K2.5"])
+def test_llama_cpp_computes_what_transformers_does(tmp_path: Path, prefix: str) -> None:
+    model, values = make(tmp_path / "model", prefix)
+    (file,) = dsquant.gguf(model, type="F32", output=tmp_path / "out", **PLAIN).folders.values()
+    wanted = whole_logits(in_float32(tmp_path / "plain", model, values), TOKENS_NT)
+    original_NTV, seen_NTV = wanted.double().log_softmax(-1), every_position(file, TOKENS_NT, in_f32=True)
     assert float((original_NTV.exp() * (original_NTV - seen_NTV)).sum(-1).max()) < 1e-5
 
 
-def test_awq_is_made_of_it(kimi: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, text_file: Path) -> None:
-    dsquant.awq(kimi[0], to="awq", calibration=[str(text_file)], output=tmp_path / "out", **FAST)
-    assert dsquant.verify(tmp_path / "out", source=kimi[0], progress=False).ok
-    measured = {"texts": [text_file], "seq_len": 32, "samples": 1, "prompts": "none", "progress": False}
-    (candidate,) = dsquant.evaluate(kimi[0], tmp_path / "out", **measured).candidates
-    assert 0 < candidate.texts["text.txt"].mean_kl.estimate < 0.15
+FORMATS = ["awq", "compressed-tensors", "gguf:Q4_0"]
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A model with outliers in its norms, and beside it its outputs with nothing but scales and plain rounding."""
+    folder = tmp_path_factory.mktemp("scaled")
+    model, _ = make(folder / "model", outliers=True)
+    options = FAST | {"steps": "scales", "preset": "compact", "calibration": [str(text_file)]}
+    dsquant.awq(model, to=FORMATS, output=folder / "out", **options)
+    return folder
+
+
+def test_every_format_is_made_of_it_verified_whole_and_read_back(scaled: Path, text_file: Path) -> None:
+    assert dsquant.verify(scaled / "out", source=scaled / "model", everything=True, progress=False).ok
+    measured = {"texts": [text_file], "seq_len": 32, "samples": 2, "prompts": "none", "progress": False}
+    outputs = [scaled / "out" / name.partition(":")[0] for name in FORMATS]
+    for candidate in dsquant.evaluate(scaled / "model", *outputs, **measured).candidates:
+        assert 0 < candidate.texts["text.txt"].mean_kl.estimate < 0.2 and not candidate.findings
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_scales_that_a_job_has_found_change_nothing_but_by_rounding(scaled: Path, name: str) -> None:
+    model, scales = scaled / "model", open_scales(scaled / "out" / name.partition(":")[0])
+    weights, skeleton = open_checkpoint(model).weights, Skeleton(open_checkpoint(model))
+    fold = Fold()
+    for layer in skeleton.layers:
+        fold.update(recorded_fold(layer, weights, scales))
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    assert (norm in fold) == (name != "compressed-tensors") and "model.layers.1.input_layernorm.weight" in fold
+    wanted, experts = stream_logits(model, weights, TOKENS_NT, 2, skeleton)
+    found, same_experts = stream_logits(model, FoldedWeights(weights, fold), TOKENS_NT, 2, skeleton)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    assert all(torch.equal(one, other) for one, other in zip(experts, same_experts, strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from gguf_files import PLAIN
 from llama_cpp import every_position
 from random_models import make_random, random_module, shapes_of, whole_logits
 from small_jobs import FAST
-from streams import stream_logits
+from streams import randomly_folded, stream_logits
 
 import dsquant
 from dsquant.deployment.planned import planned_checkpoint
@@ -21,7 +21,6 @@ from dsquant.errors import InputError, UsageError
 from dsquant.evaluation.opening import open_candidate, open_original
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.families import family_of
-from dsquant.model.overlays import Fold, FoldedWeights, fold_of
 from dsquant.model.skeleton import Skeleton
 from dsquant.source.shards import read_index
 
@@ -61,12 +60,7 @@ def test_the_streamed_forward_is_transformers_and_folding_leaves_it(
     wanted, keys = whole_logits(folder, TOKENS_NT), noted_choices(skeleton)
     found, experts = stream_logits(folder, weights, TOKENS_NT, 1, skeleton)
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5
-    fold, generator = Fold(), torch.Generator().manual_seed(5)
-    for group in (group for layer in skeleton.layers for group in layer.scale_groups):
-        width = weights.shape(f"{group.consumers[0]}.weight")[1]
-        scales_I = 2.0 ** torch.randint(-3, 4, (width,), generator=generator)
-        fold.update(fold_of(weights, group, shared_scales(scales_I, group.producer_rows)))
-    folded, same_experts = stream_logits(folder, FoldedWeights(weights, fold), TOKENS_NT, 1, skeleton)
+    folded, same_experts = stream_logits(folder, randomly_folded(weights, skeleton), TOKENS_NT, 1, skeleton)
     assert float((folded - found).norm() / found.norm()) < 1e-6
     assert all(torch.equal(one, other) for one, other in zip(experts, same_experts, strict=True))
     middle = len(keys) // 2
@@ -81,14 +75,6 @@ def noted_choices(skeleton: Skeleton) -> list[torch.Tensor]:
         if name.endswith(".indexer"):
             module.register_forward_hook(lambda _, __, chosen: found.append(chosen))
     return found
-
-
-def shared_scales(scales_I: torch.Tensor, rows: tuple[int, ...] | None) -> torch.Tensor:
-    """The scales, one for all columns that a row of the producer feeds."""
-    if rows is None:
-        return scales_I
-    first = {row: column for column, row in reversed(list(enumerate(rows)))}
-    return scales_I[[first[row] for row in rows]]
 
 
 @EVERY

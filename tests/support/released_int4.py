@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 from architectures import LATENT
-from checkpoints import add_tokenizer, random_weights, save_checkpoint, stored
+from checkpoints import add_tokenizer, put_outliers_into_norms, random_weights, save_checkpoint, stored
 from random_models import shapes_of
+from safetensors.torch import load_file
 
 GROUP = 32
+PREFIX = "language_model."
+"""Of every name in K2.5, whose config is a wrapper."""
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP, "dynamic": False}
 QUANTIZATION = {
     "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
@@ -34,10 +37,15 @@ def packed(weight_OI: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tens
     return parts, values_OI
 
 
-def make(folder: Path, prefix: str = "", **changes: Any) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A model with experts in 4 bits, and their values."""
+def make(
+    folder: Path, prefix: str = "", outliers: bool = False, **changes: Any
+) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A model with experts in 4 bits, and their values; with outliers in its norms every search finds scales."""
     config, values = KIMI | changes, {}
-    tensors = stored(random_weights(shapes_of(KIMI | changes)), fp8=False)
+    weights = random_weights(shapes_of(config))
+    if outliers:
+        put_outliers_into_norms(config, weights)
+    tensors = stored(weights, fp8=False)
     for name in [name for name in tensors if ".mlp.experts." in name]:
         parts, values[name] = packed(tensors.pop(name).float())
         tensors |= {name + suffix: part for suffix, part in parts.items()}
@@ -45,3 +53,12 @@ def make(folder: Path, prefix: str = "", **changes: Any) -> tuple[Path, dict[str
         config = {"architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "text_config": config}
     renamed = {prefix + name: tensor for name, tensor in tensors.items()}
     return add_tokenizer(save_checkpoint(folder, config, renamed), vocabulary=280), values
+
+
+def in_float32(folder: Path, release: Path, values: dict[str, torch.Tensor]) -> Path:
+    """The same network, nothing in 4 bits: a release's other tensors, and the values of its experts."""
+    config = {key: value for key, value in KIMI.items() if key != "quantization_config"}
+    tensors = {name: tensor for shard in release.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    others = {name.removeprefix(PREFIX): tensor.float() for name, tensor in tensors.items()}
+    others = {name: tensor for name, tensor in others.items() if ".mlp.experts." not in name}
+    return save_checkpoint(folder, config, others | values)

@@ -1,4 +1,4 @@
-"""Runs a whole model through dsquant's streaming, as evaluation does."""
+"""Runs a whole model through dsquant's streaming, as evaluation does, also with scales folded that nobody searched."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.activations import Activations
-from dsquant.model.overlays import ReplacedWeights
+from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, fold_of
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import Stream, add_experts, embed, final_norm, head_name, run_dense_part
 from dsquant.schemes import Grid, fake_quantize
@@ -34,6 +34,19 @@ def stream_logits(
     hidden = final_norm(skeleton, weights, inputs.samples(0, len(tokens)))
     head = head_name(skeleton)
     return F.linear(weights.activation_quantizer(head)(hidden), weights[head]), experts
+
+
+def randomly_folded(weights: Weights, skeleton: Skeleton) -> FoldedWeights:
+    """The same network with scales in every group: powers of two, whose products are exact."""
+    fold, generator = Fold(), torch.Generator().manual_seed(5)
+    for group in (group for layer in skeleton.layers for group in layer.scale_groups):
+        width = weights.shape(f"{group.consumers[0]}.weight")[1]
+        scales_I = 2.0 ** torch.randint(-3, 4, (width,), generator=generator)
+        if group.producer_rows is not None:  # one for all columns that a row of the producer feeds
+            first = {row: column for column, row in reversed(list(enumerate(group.producer_rows)))}
+            scales_I = scales_I[[first[row] for row in group.producer_rows]]
+        fold.update(fold_of(weights, group, scales_I))
+    return FoldedWeights(weights, fold)
 
 
 def plainly_rounded(weights: Weights) -> ReplacedWeights:
