@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, NOT_IN_LLAMA_CPP, OF_27_LAYERS, Architecture
 from checkpoints import FP8, add_tokenizer
-from gguf_files import PLAIN
+from gguf_files import PLAIN, with_keys
 from llama_cpp import every_position
 from random_models import make_random, random_module, shapes_of, whole_logits
 from small_jobs import FAST
@@ -20,7 +21,7 @@ from dsquant.deployment.planned import planned_checkpoint
 from dsquant.errors import InputError, UsageError
 from dsquant.evaluation.opening import open_candidate, open_original
 from dsquant.formats.checkpoints import open_checkpoint
-from dsquant.model.families import family_of
+from dsquant.model.families import FAMILIES, family_of
 from dsquant.model.skeleton import Skeleton
 from dsquant.source.shards import read_index
 
@@ -143,6 +144,24 @@ def test_llama_cpp_computes_what_transformers_does(
     assert float(divergences(wanted, every_position(file, TOKENS_NT, in_f32=True)).max()) < 1e-5
     assert float((divergences(wanted, every_position(file, TOKENS_NT)) < 1e-5).double().mean()) > 0.97
     open_candidate(str(model), open_original(str(file)))  # a file alone, from its keys, is the same network
+
+
+@pytest.mark.parametrize("name", NOT_IN_LLAMA_CPP)
+def test_what_llama_cpp_computes_otherwise_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (architecture, changes), (message, keys) = VARIANTS[name], NOT_IN_LLAMA_CPP[name]
+    model = add_tokenizer(make_random(tmp_path / "model", architecture.config, **changes), vocabulary=280)
+    with pytest.raises(InputError, match=message):
+        dsquant.gguf(model, type="F32", output=tmp_path / "out", **PLAIN)
+    assert not (tmp_path / "out").exists()
+    family = family_of(model, architecture.config)
+    loose = replace(family, gguf=replace(family.gguf, problems=lambda config: ()))
+    monkeypatch.setitem(FAMILIES, family.architecture, loose)
+    (file,) = dsquant.gguf(model, type="F32", output=tmp_path / "out", **PLAIN).folders.values()
+    wanted = whole_logits(model, TOKENS_NT)
+    for seen in (file, with_keys(file, tmp_path / "stated.gguf", keys)):
+        assert float(divergences(wanted, every_position(seen, TOKENS_NT, in_f32=True)).max()) > 0.01
 
 
 @pytest.mark.slow

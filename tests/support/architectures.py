@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from checkpoints import DENSE
+from checkpoints import DENSE, LLAMA, QWEN2, QWEN3
 
 # Dimensions that K-quants' rows of 256 do not fit: jobs fall back to Q8_0 and its like, as llama.cpp's own do.
 NARROW = DENSE | {
@@ -151,6 +151,9 @@ ARCHITECTURES = {
     "GLM-4.5": GLM4_MOE,
     "GLM-4.7-Flash": GLM4_MOE_LITE,
     "Qwen3 MoE": QWEN3_MOE,
+    "Llama": Architecture(LLAMA, {"with biases": {"attention_bias": True}}),
+    "Qwen2": Architecture(QWEN2, {"tied": {"tie_word_embeddings": True}}),
+    "Qwen3": Architecture(QWEN3),
 }
 # All that llama.cpp and kernels look at in models of 27 layers: their real heads and latents, narrow elsewhere.
 LITE = {
@@ -167,5 +170,15 @@ OF_27_LAYERS = {
         "n_group": 1, "routed_scaling_factor": 2.446, "rope_theta": 50000.0, "rope_scaling": None, "rms_norm_eps": 1e-5,
     },
 }  # fmt: skip
-# Variants that llama.cpp computes otherwise, so that their files are refused.
-NOT_IN_LLAMA_CPP = ("Qwen3 MoE: shares that sum to less than 1", "DeepSeek-V2: groups")
+# Variants that llama.cpp computes otherwise, so that their files are refused: what the error says, and the keys that
+# would say it to llama.cpp.
+NOT_IN_LLAMA_CPP: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen3 MoE: shares that sum to less than 1": (
+        "norm_topk_prob false: llama.cpp's qwen3moe lets the shares of the chosen experts sum to 1",
+        {"qwen3moe.expert_weights_norm": False},
+    ),
+    "DeepSeek-V2: groups": (
+        "topk_method group_limited_greedy: llama.cpp ranks groups by their two best experts, DeepSeek-V2 by the best",
+        {"deepseek2.expert_group_count": 2, "deepseek2.expert_group_used_count": 1},
+    ),
+}

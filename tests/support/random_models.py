@@ -14,6 +14,7 @@ from checkpoints import random_weights, save_checkpoint, stored
 
 from dsquant.formats.checkpoints import open_checkpoint
 
+HEAD = "lm_head.weight"
 _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
@@ -37,6 +38,8 @@ def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for name, tensor in model.state_dict().items():
         fused = _FUSED.fullmatch(name)
+        if name == HEAD and config["tie_word_embeddings"]:
+            continue
         if fused is None:
             found[name] = tuple(tensor.shape)
             continue
@@ -79,7 +82,8 @@ def whole_logits(folder: Path, tokens_NT: torch.Tensor) -> torch.Tensor:
     for name, tensor in model.state_dict().items():
         fused = _FUSED.fullmatch(name)
         if fused is None:
-            state[name] = weights[name]
+            tied = name == HEAD and config["tie_word_embeddings"]
+            state[name] = weights["model.embed_tokens.weight" if tied else name]
             continue
         linears = ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",)
         experts = range(tensor.shape[0])

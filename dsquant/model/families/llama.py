@@ -1,10 +1,10 @@
 """The dense families of the R1 distills: Llama, Qwen2 and Qwen3."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from dsquant.model.families import gqa, mlps
-from dsquant.model.families.family import NORMS, Config, Family, GgufFacts
+from dsquant.model.families.family import NORMS, Config, Family, GgufFacts, ReadKey
 from dsquant.model.structure import DecoderLayer
 
 
@@ -37,8 +37,12 @@ def _qwen2_problems(config: Config) -> Iterator[str]:
 
 
 def _gguf(architecture: str, modules: Mapping[str, str] = gqa.NAMES, **more: Any) -> GgufFacts:
-    modules = {**NORMS, **modules, **mlps.NAMES}
-    return GgufFacts(architecture, modules, gqa.keys, gqa.config_of, **{"biases": gqa.PROJECTIONS} | more)
+    facts: dict[str, Any] = {"config": gqa.config_of, "biases": gqa.PROJECTIONS} | more
+    return GgufFacts(architecture, {**NORMS, **modules, **mlps.NAMES}, gqa.keys, **facts)
+
+
+def _llama_config(key: ReadKey, tensors: Collection[str]) -> dict[str, Any]:
+    return gqa.config_of(key) | {"attention_bias": "blk.0.attn_q.bias" in tensors}
 
 
 def _family(name: str, releases: str, gguf: GgufFacts, refuse: Callable[[Config], str | None] = _refuse) -> Family:
@@ -59,6 +63,7 @@ LLAMA = _family(
     "R1-Distill-Llama, other dense Llamas",
     _gguf(
         "llama",
+        config=_llama_config,
         biases=(*gqa.PROJECTIONS, "self_attn.o_proj"),
         rope_scalings=("default", "linear", "yarn", "llama3"),
         interleaved=gqa.PROJECTIONS[:2],
