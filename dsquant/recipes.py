@@ -91,14 +91,14 @@ class TargetOptions(Options):
 class Quantization(TargetOptions):
     """How weights are quantized, and to which formats."""
 
-    to: Annotated[Texts, Spelling(metavar="FORMAT", default="compressed-tensors for an FP8 model; else awq")] = Field(
+    to: Annotated[Texts, Spelling(metavar="FORMAT", default="compressed-tensors if FP8 or 4-bit; else awq")] = Field(
         default=("awq",),
         description="Format of the output; may be repeated, for one calibration and several outputs.",
     )
     bits: Literal[3, 4, 8] = Field(
         default=4, description="Bits of a weight; with a target, those that scales are searched for."
     )
-    preset: Annotated[Preset | None, Spelling(default="quality; compact for dense models")] = Field(
+    preset: Annotated[Preset | None, Spelling(default="quality; compact for dense or 4-bit models")] = Field(
         default=None,
         description="quality: routed experts only; compact: every linear but kv_b_proj (see kv_b); best: the same, "
         "each for what the quantized model gives it, least drift, slower.",
@@ -120,13 +120,13 @@ class Quantization(TargetOptions):
     ] = Field(default=None, description="Without or with zero points.")
     mtp: Literal["keep", "quantize", "drop"] = Field(
         default="keep",
-        description="Multi-token-prediction layers: keep in BF16 (in GGUF with the types of other layers), quantize, "
-        "or drop.",
+        description="Multi-token-prediction layers: keep unquantized (in GGUF with the types of other layers), "
+        "quantize, or drop.",
     )
     kv_b: Literal["keep", "quantize"] = Field(
         default="keep",
-        description="kv_b_proj of latent attention: keep in BF16, or quantize; vLLM 0.20 to 0.27 stops at the second "
-        "part of a prompt where it is quantized. GGUF quantizes it always, mlx never.",
+        description="kv_b_proj of latent attention: keep unquantized, or quantize; vLLM 0.20 to 0.27 stops at the "
+        "second part of a prompt where it is quantized. GGUF quantizes it always, mlx never.",
     )
     rest: Annotated[Rest | None, Spelling(default="fp8 for compressed-tensors of an FP8 model, else bf16")] = Field(
         default=None,
