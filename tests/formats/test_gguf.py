@@ -260,7 +260,11 @@ def test_a_damaged_gguf_candidate_is_refused(tiny_r1: Path, text_file: Path, tmp
         dsquant.evaluate(other, file, texts=[text_file], progress=False)
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3], ids=["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "config",
+    [LLAMA, *(pytest.param(one, marks=pytest.mark.slow) for one in (QWEN2, QWEN3))],
+    ids=["llama", "qwen2", "qwen3"],
+)
 def test_dense_families_survive_the_way_to_gguf_and_back(
     tmp_path: Path, text_file: Path, config: dict[str, Any]
 ) -> None:
