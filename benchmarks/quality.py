@@ -32,6 +32,7 @@ from typing import get_args
 from benchmarks.peers.decoding import stored_bits
 from benchmarks.peers.reference import Divergence, Evaluator
 from benchmarks.peers.tokens import chosen_windows, halves, read_tokens, spaced_windows, tokens_of, write_tokens
+from dsquant.formats.table import SAFETENSORS
 from dsquant.presets import PRESET_STEPS, STEPS, Preset
 
 CALIBRATION_SHAPE = (64, 256)
@@ -75,6 +76,7 @@ PEERS = [
 
 
 AWQ = ("awq", "--bits", "4", "--kv-b", "quantize")  # every linear, as the peers
+COMPRESSED = ("--to", "compressed-tensors", "--rest", "bf16")
 # Embedding and output head stay float32, as everywhere here.
 GGUF = ("gguf", "--type", "Q4_K_M", "--tensor-type", r"^(token_embd|output)\.weight$=F32")
 
@@ -83,7 +85,7 @@ def own_methods() -> list[Method]:
     """dsquant's presets that quantize every linear, in both forms; widths, and types, that are chosen for a mean."""
     forms = {
         "asymmetric": ("--to", "awq"),
-        "symmetric": ("--to", "compressed-tensors", "--rest", "bf16", "--symmetric"),
+        "symmetric": (*COMPRESSED, "--symmetric"),
     }
     presets = [preset for preset in get_args(Preset) if preset != "quality"]
     uniform = [
@@ -125,10 +127,26 @@ def step_methods() -> list[Method]:
         for step in STEPS:
             change = "without" if step in own else "with"
             chosen[preset, change, step] = tuple(one for one in STEPS if (one in own) != (one == step))
-    form = (*AWQ, "--preset", "compact", "--to", "compressed-tensors", "--rest", "bf16", "--symmetric", "--steps")
+    form = (*AWQ, "--preset", "compact", *COMPRESSED, "--symmetric", "--steps")
     return [
         Method("-".join(("dsquant", *words)), " ".join(("dsquant", *words)), None, (*form, ",".join(steps)))
         for words, steps in chosen.items()
+    ]
+
+
+def width_methods() -> list[Method]:
+    """dsquant's presets at every width that compressed-tensors has, in both forms."""
+    widths = sorted(SAFETENSORS["compressed-tensors"].bits)
+    return [
+        Method(
+            f"dsquant-{preset}-{form}-{bits}bit",
+            f"{preset}, {form}, {bits} bits",
+            None,
+            ("awq", "--bits", str(bits), *AWQ[3:], "--preset", preset, *COMPRESSED, f"--{form}"),
+        )
+        for form in ("symmetric", "asymmetric")
+        for preset in ("compact", "best")
+        for bits in widths
     ]
 
 
@@ -343,9 +361,10 @@ def conditions(arguments: argparse.Namespace, methods: list[Method]) -> str:
     """What the figures hold for: texts, windows, versions."""
     calibration, evaluation = ("x".join(map(str, shape)) for shape in (arguments.calibration, arguments.evaluation))
     other = f" and of {arguments.wiki.name}" if arguments.wiki else ""
+    bits = "2 to 8" if arguments.methods == ["widths"] else "4"
     evaluator = installed(sys.executable, ["torch", "transformers", "autoawq", "compressed-tensors", "gguf"])
     lines = [
-        "4 bits, groups of 128, every linear of the decoder but the router and lm_head; bits: stored for each weight.",
+        f"{bits} bits, groups of 128, every linear of the decoder but the router and lm_head; bits: stored for each weight.",
         f"Text: {arguments.text.name}, SHA-256 {hash_of(arguments.text)[:16]}….",
         f"Calibration: {calibration} tokens from its first half, chosen by seeds {arguments.seeds}.",
         f"Evaluation: {evaluation} tokens from its second half{other}.",
@@ -369,7 +388,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        help="names; left out, dsquant's presets and every peer whose environment is there; single steps only by name",
+        help="names; left out, dsquant's presets and every peer whose environment is there; single steps only by name; "
+        "widths: the presets at 2 to 8 bits",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration windows")
     for name, shape in (("--calibration", CALIBRATION_SHAPE), ("--evaluation", EVALUATION_SHAPE)):
@@ -390,10 +410,12 @@ def chosen_methods(arguments: argparse.Namespace) -> list[Method]:
     Raises:
         SystemExit: a name that there is no method for.
     """
+    if arguments.methods == ["widths"]:
+        return width_methods()
     methods = [*PEERS, *own_methods()]
     if not arguments.methods:
         return [one for one in methods if not one.environment or (arguments.peers / one.environment).exists()]
-    methods += step_methods()
+    methods += [*step_methods(), *width_methods()]
     unknown = set(arguments.methods) - {method.name for method in methods}
     if unknown:
         raise SystemExit(f"no method {', '.join(sorted(unknown))}; there are {', '.join(one.name for one in methods)}")

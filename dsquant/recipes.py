@@ -60,7 +60,7 @@ class TargetOptions(Options):
         gt=0,
         le=32,
         description="Mean stored bits of what the preset quantizes (GGUF: of the decoder's weights), scales included, "
-        "such as 4.5: widths (4, 8, BF16; 3 where nothing else fits; for awq 4 or BF16) or types are chosen by "
+        "such as 4.5: widths (4, 8, BF16; others where these do not fit; for awq 4 or BF16) or types are chosen by "
         "measured sensitivity.",
     )
     target_size: Size | None = Field(
@@ -95,8 +95,9 @@ class Quantization(TargetOptions):
         default=("awq",),
         description="Format of the output; may be repeated, for one calibration and several outputs.",
     )
-    bits: Literal[3, 4, 8] = Field(
-        default=4, description="Bits of a weight; with a target, those that scales are searched for."
+    bits: Literal[2, 3, 4, 5, 6, 7, 8] = Field(
+        default=4,
+        description="Bits of a weight, where the format has them; with a target, those that scales are searched for.",
     )
     preset: Annotated[Preset | None, Spelling(default="quality; compact for dense or 4-bit models")] = Field(
         default=None,

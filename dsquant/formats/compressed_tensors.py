@@ -23,6 +23,7 @@ from dsquant.errors import UsageError
 from dsquant.formats.compressed_tensors_weights import FLOAT, FP8_PARTS, PACKED, CompressedTensorsWeights
 from dsquant.formats.output_shards import StoredTensor
 from dsquant.formats.safetensors import SafetensorsFormat, check_columns
+from dsquant.formats.safetensors_target import STOCK_WIDTHS
 from dsquant.formats.skip_lists import ignored_modules, targets_by_width
 from dsquant.formats.wanted import NO_CHOICE, Wanted, Width
 from dsquant.kernels.packing import pack_rows, unpack_rows
@@ -30,7 +31,7 @@ from dsquant.kernels.values import WORD_BITS
 from dsquant.model.structure import linear_groups
 from dsquant.presets import Activations
 from dsquant.recipes import Recipe
-from dsquant.schemes import FP8_WIDTH, Fp8Blocks, Grid, QuantizedWeight
+from dsquant.schemes import FP8_WIDTH, KEPT_WIDTHS, Fp8Blocks, Grid, QuantizedWeight
 from dsquant.source.checkpoint import FP8
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU
@@ -43,8 +44,8 @@ class CompressedTensors(SafetensorsFormat):
     """The format `compressed-tensors`."""
 
     name = "compressed-tensors"
-    help = "pack-quantized, 4, 8 or 3 bits"
-    bits = (4, 8, 3)
+    help = "pack-quantized, 2 to 8 bits"
+    bits = (4, 8, 7, 6, 5, 3, 2)
     holds_fp8 = True
     activations = ("fp8", "int8")
     rank = 0
@@ -92,16 +93,27 @@ class CompressedTensors(SafetensorsFormat):
     def engine_notes(
         self, widths: Collection[Width], mixture: bool, to_choose: bool, symmetric: bool = True
     ) -> list[str]:
-        found = "the target needs linears of 3 bits" if to_choose else "linears of 3 bits"
-        three = (
-            f"{found}: compressed-tensors and transformers decode them, vLLM and SGLang have kernels for 4 and 8 bits "
-            "alone (a recent vLLM for 2 to 8)"
+        odd = [str(width) for width in widths if width not in STOCK_WIDTHS]
+        bits = " or ".join(filter(None, (", ".join(odd[:-1]), *odd[-1:])))
+        found = f"the target lets linears have {bits} bits" if to_choose else f"linears of {bits} bits"
+        few = (
+            f"{found}: vLLM 0.33 takes them on NVIDIA GPUs from Turing on (its Humming kernels), transformers decodes "
+            "them; SGLang and earlier vLLM take 4 and 8 bits alone"
         )
-        asymmetric = (
-            "zero points in the format compressed-tensors: transformers (5.24) does not load them, and with 8 or 3 bits"
-            " few kernels take them (vLLM 0.33's Humming); leave --asymmetric out"
+        return [few] * bool(odd) + [self._of_zero_points(widths, mixture)] * (not symmetric)
+
+    @staticmethod
+    def _of_zero_points(widths: Collection[Width], mixture: bool) -> str:
+        """Returns which engines take zero points."""
+        engines = "vLLM and SGLang take them"
+        if not {4, *KEPT_WIDTHS}.issuperset(widths):
+            engines = "where linears do not have 4 bits, vLLM 0.33's Humming kernels alone take them"
+        elif mixture:
+            engines = "vLLM 0.33 and SGLang 0.5.23 take them, earlier versions not in experts"
+        return (
+            f"zero points in the format compressed-tensors: {engines}, and transformers (5.24) does not load them; for "
+            "others leave --asymmetric out"
         )
-        return [three] * (3 in widths) + [asymmetric] * (not symmetric)
 
     def mixed_notes(self, widths: Collection[Width], mixture: bool) -> list[str]:
         bits = " and ".join(str(width) for width in sorted(int(width) for width in widths if width != FP8_WIDTH))
@@ -115,11 +127,6 @@ class CompressedTensors(SafetensorsFormat):
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
         for linear, shape in shapes.items():
             check_columns(linear, shape, grid)
-            if ".experts." in linear and not grid.symmetric:
-                raise UsageError(
-                    f"{linear}: vLLM's mixture-of-experts kernels take compressed-tensors weights only without zero "
-                    "points; add --symmetric, or use --to awq"
-                )
 
     def activation_notes(self, kind: Activations, mixture: bool, fp8: bool) -> list[str]:
         engines = "vLLM on Hopper" + (", SGLang 0.5.23 only with --rest bf16" if fp8 else ", SGLang 0.5.23")

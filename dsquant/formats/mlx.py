@@ -31,7 +31,8 @@ from dsquant.source.weights import CPU
 
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.)experts\.(\d+)\.(.+)")
 _STACK = re.compile(r"(model\.layers\.\d+\.mlp\.)switch_mlp\.(.+)")
-BITS = (2, 3, 4, 5, 6, 8)
+# The default first.
+BITS = (4, 8, 6, 5, 3, 2)
 GROUP_SIZES = (16, 32, 64, 128)
 ROWS_AT_ONCE = 1024
 # Models of mlx-lm 0.32 that read neither rope_scaling nor tie_word_embeddings, by their `model_type`.
@@ -118,8 +119,8 @@ class Mlx(SafetensorsFormat):
     """The format `mlx`."""
 
     name = "mlx"
-    help = "MLX affine, 4, 8 or 3 bits, for mlx-lm on Apple silicon"
-    bits = (4, 8, 3)
+    help = "MLX affine, 2 to 6 or 8 bits, for mlx-lm on Apple silicon"
+    bits = BITS
     placement = "unified"
     keeps_mtp = False
     metadata = "mlx"
@@ -180,6 +181,8 @@ class Mlx(SafetensorsFormat):
         return stated | {"rope_scaling": None if kind == "default" else scaling | {"type": kind, "rope_type": kind}}
 
     def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
+        if grid.bits not in BITS:
+            raise UsageError(f"the mlx format has no weights of {grid.bits} bits; use --to compressed-tensors")
         if not grid.symmetric:
             raise UsageError(
                 "the mlx format stores -scale * zero point in BF16, which holds it exactly for symmetric grids alone; "

@@ -23,7 +23,7 @@ from dsquant.source.weights import Weights
 if TYPE_CHECKING:
     from dsquant.formats.safetensors import SafetensorsFormat
 
-# vLLM's and SGLang's kernels take these; other widths are chosen only where a target cannot be met without them.
+# All kernels of vLLM and SGLang take these; other widths are chosen only where a target cannot be met without them.
 STOCK_WIDTHS = (4, 8, *KEPT_WIDTHS)
 
 
@@ -156,14 +156,14 @@ class SafetensorsTarget(Target):
         parameters = [name for names in wanted.parameters.values() for name in names]
         rest = [name for name in parameters if name.removesuffix(".weight") not in quantizable]
         others = sum(map(plain_size, rest))
-        widths = ", ".join(f"{width} bits" for width in known if width not in KEPT_WIDTHS)
+        widths = ", ".join(str(width) for width in known if width not in KEPT_WIDTHS)
         kept = FP8_WIDTH if FP8_WIDTH in known else "BF16"
         return Choice(
             groups,
             elements=sum(math.prod(shape) for shape in shapes.values()),
             other_bytes=others,
             fixed_bytes=0,
-            words=f"{self.format.name} with {widths} or {kept} for what preset {wanted.recipe.preset} quantizes",
+            words=f"{self.format.name} with {widths} bits or {kept} for what preset {wanted.recipe.preset} quantizes",
             widths=known,
             preferred=STOCK_WIDTHS,
         )
