@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import get_args
@@ -361,10 +362,10 @@ def conditions(arguments: argparse.Namespace, methods: list[Method]) -> str:
     """What the figures hold for: texts, windows, versions."""
     calibration, evaluation = ("x".join(map(str, shape)) for shape in (arguments.calibration, arguments.evaluation))
     other = f" and of {arguments.wiki.name}" if arguments.wiki else ""
-    bits = "2 to 8" if arguments.methods == ["widths"] else "4"
     evaluator = installed(sys.executable, ["torch", "transformers", "autoawq", "compressed-tensors", "gguf"])
     lines = [
-        f"{bits} bits, groups of 128, every linear of the decoder but the router and lm_head; bits: stored for each weight.",
+        "4 bits, or what a name says; groups of 128; every linear of the decoder but the router and lm_head.",
+        "bits: stored for each weight.",
         f"Text: {arguments.text.name}, SHA-256 {hash_of(arguments.text)[:16]}….",
         f"Calibration: {calibration} tokens from its first half, chosen by seeds {arguments.seeds}.",
         f"Evaluation: {evaluation} tokens from its second half{other}.",
@@ -388,8 +389,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        help="names; left out, dsquant's presets and every peer whose environment is there; single steps only by name; "
-        "widths: the presets at 2 to 8 bits",
+        help="names; left out, dsquant's presets and every peer whose environment is there; single steps and widths "
+        "only by name; a name may be a pattern, such as 'dsquant-*bit'",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration windows")
     for name, shape in (("--calibration", CALIBRATION_SHAPE), ("--evaluation", EVALUATION_SHAPE)):
@@ -410,16 +411,14 @@ def chosen_methods(arguments: argparse.Namespace) -> list[Method]:
     Raises:
         SystemExit: a name that there is no method for.
     """
-    if arguments.methods == ["widths"]:
-        return width_methods()
     methods = [*PEERS, *own_methods()]
     if not arguments.methods:
         return [one for one in methods if not one.environment or (arguments.peers / one.environment).exists()]
     methods += [*step_methods(), *width_methods()]
-    unknown = set(arguments.methods) - {method.name for method in methods}
+    unknown = {name for name in arguments.methods if not any(fnmatch(one.name, name) for one in methods)}
     if unknown:
         raise SystemExit(f"no method {', '.join(sorted(unknown))}; there are {', '.join(one.name for one in methods)}")
-    return [method for method in methods if method.name in arguments.methods]
+    return [one for one in methods if any(fnmatch(one.name, name) for name in arguments.methods)]
 
 
 def main() -> None:
