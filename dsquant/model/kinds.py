@@ -4,7 +4,7 @@ import re
 
 # In the order in which names are tried: `.mlp.` and `.ffn_` are dense MLPs where nothing before them fits.
 _MARKS = {
-    "routed experts": (".mlp.experts.", "_exps."),
+    "routed experts": (".mlp.experts.", ".switch_mlp.", "_exps."),
     "shared experts": (".shared_experts.", "_shexp."),
     "router": (".mlp.gate.", ".ffn_gate_inp.", ".exp_probs_b."),
     "norms": ("norm.",),

@@ -68,7 +68,7 @@ def test_the_public_names_are_there() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["awq", "--bits", "5"],
+        ["awq", "--bits", "9"],
         ["awq", "--samples", "0"],
         ["awq", "--resume", "--restart"],
         ["awq", "--memory-budget", "much"],
@@ -162,7 +162,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"bits": 5}, {"to": ()}, {"to": ("awq", "awq")}, {"samples": 0}, {"colour": "red"}, {"preset": "worst"}]
+    "fields", [{"bits": 9}, {"to": ()}, {"to": ("awq", "awq")}, {"samples": 0}, {"colour": "red"}, {"preset": "worst"}]
 )
 def test_a_recipe_that_cannot_be_meant_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=next(iter(fields))):

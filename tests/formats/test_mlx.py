@@ -54,7 +54,7 @@ def test_words_scales_and_biases_have_the_bytes_that_mlx_reads() -> None:
     assert packed[f"{LINEAR}.biases"].tolist() == [[-4.0], [-2.0]]
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", MLX.bits)
 @settings(max_examples=15, deadline=None)
 @given(rows=st.integers(1, 5), groups=st.integers(1, 3), seed=st.integers(0, 2**16), spread=st.floats(1e-3, 1e3))
 def test_independent_decoders_read_exactly_what_was_rounded(
@@ -78,7 +78,7 @@ def test_mlx_itself_reads_the_same_values() -> None:
     import mlx.core as mx
 
     mx.set_default_device(mx.cpu)
-    for bits in (3, 4, 8):
+    for bits in MLX.bits:
         rounded = round_to_nearest(torch.randn(64, 128), Grid(bits, 64, True))
         words, scales, biases = MLX.pack(LINEAR, rounded).values()
         parts = (mx.array(values.float().numpy()) for values in (scales, biases))
@@ -133,7 +133,7 @@ def test_an_output_is_verified_evaluated_and_planned_like_any_other(pico: Path, 
     assert dsquant.verify(output, everything=True, progress=False).ok
     assert open_candidate(str(output), open_original(str(pico))).format == "MLX 4 bits, groups of 64"
     sizes = [size for size in dsquant.plan("tiny-r1").sizes if size.format == "mlx"]
-    assert {size.mtp for size in sizes} == {"drop"} and {size.bits for size in sizes} == {3, 4, 8}
+    assert {size.mtp for size in sizes} == {"drop"} and {size.bits for size in sizes} == set(MLX.bits)
 
 
 def test_a_delta_writes_the_changed_experts_into_their_stacks(pico: Path, output: Path, tmp_path: Path) -> None:
@@ -185,6 +185,7 @@ def test_chosen_widths_stand_under_the_names_of_modules(text_file: Path, tmp_pat
     ("options", "message"),
     [
         ({"to": "mlx", "symmetric": False}, "symmetric grids alone"),
+        ({"to": "mlx", "bits": 7}, "no weights of 7 bits"),
         ({"to": ["awq", "mlx"]}, "--mtp drop"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_jobs import changed_copy, noise
 
 import dsquant
 from dsquant.errors import InputError, UsageError
@@ -25,6 +26,7 @@ from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest
 from dsquant.source.shards import read_index
 
 LINEAR = "model.layers.0.self_attn.o_proj"
+WIDTHS = range(2, 9)
 
 
 def counting_weight(grid: Grid, rows: int, columns: int) -> QuantizedWeight:
@@ -62,17 +64,22 @@ def test_awq_words_hold_columns_0_2_4_6_1_3_5_7_from_the_lowest_bits_up() -> Non
 def test_compressed_words_are_a_dense_stream_from_the_lowest_bits_up() -> None:
     four = FORMATS["compressed-tensors"].pack(LINEAR, counting_weight(Grid(4, 32, True), 1, 32))
     assert [word & 0xFFFFFFFF for word in four[f"{LINEAR}.weight_packed"][0].tolist()] == [0x76543210, 0xFEDCBA98] * 2
-    three = FORMATS["compressed-tensors"].pack(LINEAR, counting_weight(Grid(3, 32, True), 1, 32))
-    stream = sum((number % 8) << (3 * number) for number in range(32))
-    words = [(stream >> (32 * word)) & 0xFFFFFFFF for word in range(3)]
-    assert [word & 0xFFFFFFFF for word in three[f"{LINEAR}.weight_packed"][0].tolist()] == words
-    assert set(three) == {f"{LINEAR}.{part}" for part in ("weight_packed", "weight_scale", "weight_shape")}
+    assert set(four) == {f"{LINEAR}.{part}" for part in ("weight_packed", "weight_scale", "weight_shape")}
+    for bits in WIDTHS:
+        grid = Grid(bits, 32, False)
+        weight = counting_weight(grid, 32, 32)
+        weight.zero_points_OG[:] = torch.arange(32).unsqueeze(1) % 2**bits
+        stream = sum((number % 2**bits) << (bits * number) for number in range(32))
+        words = [(stream >> (32 * word)) & 0xFFFFFFFF for word in range(bits)]
+        packed = FORMATS["compressed-tensors"].pack(LINEAR, weight)
+        assert [word & 0xFFFFFFFF for word in packed[f"{LINEAR}.weight_packed"][0].tolist()] == words
+        assert [word & 0xFFFFFFFF for word in packed[f"{LINEAR}.weight_zero_point"][:, 0].tolist()] == words
 
 
 GRIDS = [
     ("awq", Grid(4, 32, False)),
     ("awq", Grid(4, 64, True)),
-    *(("compressed-tensors", Grid(bits, 32, symmetric)) for bits in (3, 4, 8) for symmetric in (True, False)),
+    *(("compressed-tensors", Grid(bits, 32, symmetric)) for bits in WIDTHS for symmetric in (True, False)),
 ]
 
 
@@ -207,9 +214,43 @@ def test_what_a_format_cannot_hold_is_refused(
         FORMATS[format_name].check(grid, {LINEAR: shape})
 
 
-def test_zero_points_in_compressed_experts_are_refused() -> None:
-    with pytest.raises(UsageError, match="--symmetric"):
-        FORMATS["compressed-tensors"].check(Grid(4, 32, False), {"model.layers.3.mlp.experts.0.up_proj": (64, 64)})
+@pytest.mark.parametrize(
+    ("widths", "mixture", "symmetric", "told"),
+    [
+        ((4,), True, True, ()),
+        ((8,), True, True, ()),
+        ((5,), False, True, ("linears of 5 bits: vLLM 0.33 ",)),
+        ((4,), False, False, ("vLLM and SGLang take them",)),
+        ((4,), True, False, ("vLLM 0.33 and SGLang 0.5.23 take them",)),
+        ((8,), True, False, ("Humming kernels alone",)),
+        ((2,), True, False, ("linears of 2 bits", "Humming kernels alone")),
+    ],
+)
+def test_notes_name_the_engines_that_take_a_width_and_zero_points(
+    widths: tuple[int, ...], mixture: bool, symmetric: bool, told: tuple[str, ...]
+) -> None:
+    notes = FORMATS["compressed-tensors"].engine_notes(widths, mixture, False, symmetric)
+    assert len(notes) == len(told) and all(words in note for words, note in zip(told, notes, strict=True))
+
+
+def test_experts_of_any_width_with_zero_points_are_verified_evaluated_and_requantized(
+    nano_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def made(bits: int, name: str, **options: Any) -> Any:
+        return dsquant.awq(
+            nano_r1, output=tmp_path / name, to="compressed-tensors", bits=bits, symmetric=False, group_size=64,
+            samples=2, seq_len=16, calibration=str(text_file), progress=False, **options,
+        )  # fmt: skip
+
+    five = made(5, "five", steps="scales")
+    assert any("Humming kernels alone" in warning for warning in five.warnings)
+    assert all(found.mean_kl < 0.1 for found in five.divergence["compressed-tensors"].values())
+    assert dsquant.verify(tmp_path / "five", everything=True, progress=False).ok
+    assert "5-bit" in (tmp_path / "five" / "README.md").read_text()
+    changed_copy(nano_r1, tmp_path / "new", noise(0.1, seed=3))
+    again = dsquant.delta(tmp_path / "five", tmp_path / "new", output=tmp_path / "delta", progress=False)
+    assert any(".experts." in name for name in again.changed)
+    assert dsquant.verify(tmp_path / "delta", everything=True, progress=False).ok
 
 
 def test_a_packed_linear_without_its_scales_is_refused(tmp_path: Path) -> None:

@@ -239,7 +239,9 @@ def test_both_ends_of_the_range_that_a_refusal_names_can_be_met(narrow_r1: Path,
         plan(float(end))
 
 
-def test_three_bits_are_chosen_only_where_nothing_else_fits(narrow_r1: Path, text_file: Path, tmp_path: Path) -> None:
+def test_other_than_four_and_eight_bits_are_chosen_only_where_these_do_not_fit(
+    narrow_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
     from dsquant.pipeline import job as pipeline
 
     fields = {"model": str(narrow_r1), "to": ("compressed-tensors",), "preset": "compact", "group_size": 64}
@@ -248,8 +250,9 @@ def test_three_bits_are_chosen_only_where_nothing_else_fits(narrow_r1: Path, tex
         pipeline.preview(Recipe.checked(**fields, **texts, output=tmp_path / "out", **chosen))
         for chosen in ({"target_bits": 4.0}, {"target_bits": 4.6}, {"bits": 3})
     )
-    assert "one of 3, 4, FP8" in narrow.details["target"] and any("3 bits" in note for note in narrow.notes)
-    assert "one of 4, FP8" in wide.details["target"] and not any("3 bits" in note for note in wide.notes)
+    assert "one of 2, 3, 4, 5, 6, 7, FP8" in narrow.details["target"]
+    assert any("2, 3, 5, 6 or 7 bits" in note for note in narrow.notes)
+    assert "one of 4, FP8" in wide.details["target"] and not any(" bits" in note for note in wide.notes)
     assert any(note.startswith("linears of 3 bits") for note in uniform.notes)
     assert not (tmp_path / "out").exists()
 
