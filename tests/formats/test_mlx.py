@@ -133,6 +133,7 @@ def test_an_output_is_verified_evaluated_and_planned_like_any_other(pico: Path, 
     assert dsquant.verify(output, everything=True, progress=False).ok
     assert open_candidate(str(output), open_original(str(pico))).format == "MLX 4 bits, groups of 64"
     sizes = [size for size in dsquant.plan("tiny-r1").sizes if size.format == "mlx"]
+    assert all("routed experts" in size.by_kind for size in sizes)
     assert {size.mtp for size in sizes} == {"drop"} and {size.bits for size in sizes} == set(MLX.bits)
 
 
