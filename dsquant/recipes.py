@@ -96,8 +96,7 @@ class Quantization(TargetOptions):
         description="Format of the output; may be repeated, for one calibration and several outputs.",
     )
     bits: Literal[2, 3, 4, 5, 6, 7, 8] = Field(
-        default=4,
-        description="Bits of a weight, where the format has them; with a target, those that scales are searched for.",
+        default=4, description="Bits of a weight; with a target, those that scales are searched for."
     )
     preset: Annotated[Preset | None, Spelling(default="quality; compact for dense or 4-bit models")] = Field(
         default=None,
