@@ -147,7 +147,7 @@ class Quantization(TargetOptions):
     @classmethod
     def _distinct(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
         for name in formats:
-            if not re.fullmatch(r"[a-z0-9-]+(:[A-Za-z0-9_]+\+?)?", name):
+            if not re.fullmatch(r"[A-Za-z0-9_-]+\+?(:[A-Za-z0-9_]+\+?)?", name):
                 raise ValueError(f"{name!r} is not a format's name, such as awq or gguf:Q4_K_M")
         named = tuple(map(_full_name, formats))
         if not named or len(set(named)) != len(named):

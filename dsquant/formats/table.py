@@ -1,9 +1,12 @@
 """The output formats by the name that `--to` gives them, up to a colon."""
 
+from difflib import get_close_matches
+
 from dsquant.errors import UsageError
 from dsquant.formats.awq_gemm import AwqGemm
 from dsquant.formats.compressed_tensors import CompressedTensors
 from dsquant.formats.gguf.output import Gguf
+from dsquant.formats.gguf.types import MIXTURES
 from dsquant.formats.mlx import Mlx
 from dsquant.formats.protocol import Format
 from dsquant.formats.safetensors import SafetensorsFormat
@@ -22,7 +25,13 @@ def format_of(name: str) -> Format:
     found = FORMATS.get(name.partition(":")[0])
     if found is None or found.has_types != (":" in name):
         known = (f"{key}:TYPE" if one.has_types else key for key, one in FORMATS.items())
-        raise UsageError(f"to: {name!r} is none of {', '.join(known)}")
+        near = (
+            [f"gguf:{name.upper()}"]
+            if name.upper() in MIXTURES
+            else get_close_matches(name, FORMATS.keys() - {name}, n=1)
+        )
+        words = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"to: {name!r} is none of {', '.join(known)}{words}")
     return found
 
 

@@ -18,6 +18,7 @@ from dsquant.errors import UsageError
 from dsquant.formats.gguf.layout import placements, stored_shape
 from dsquant.formats.gguf.mixtures import choose_type, model_facts
 from dsquant.formats.gguf.types import FLOAT_TYPES, MIXTURES, NEED_IMPORTANCES, TYPES, file_type_of
+from dsquant.formats.table import format_of
 
 Shapes = dict[str, tuple[int, ...]]
 # Model -> mixture -> what llama-quantize chooses without an importance matrix, and with one where that differs: parts
@@ -120,3 +121,11 @@ def test_eval_reads_nvfp4_with_the_scales_beside_it(nano_r1: Path, text_file: Pa
 def test_an_unknown_type_is_answered_with_one_that_it_may_mean(nano_r1: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"'IQ3XXS' is unknown; did you mean IQ3_XXS\?"):
         dsquant.gguf(nano_r1, output=tmp_path / "out", type="IQ3XXS", **PLAIN)
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("q4_k_m", r"did you mean gguf:Q4_K_M\?$"), ("awqq", r"did you mean awq\?$"), ("gguf", "gguf:TYPE$"),
+])  # fmt: skip
+def test_a_format_that_lacks_its_prefix_is_recognised(name: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        format_of(name)

@@ -17,6 +17,7 @@ import dsquant
 from dsquant.calibration.texts import calibration_tokens, load_tokenizer
 from dsquant.errors import Interrupted, UsageError
 from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.formats.gguf.gguf_checkpoint import read_header
 from dsquant.model.gradients import head_gradients
 from dsquant.model.skeleton import Skeleton
 from dsquant.pipeline import job as pipeline
@@ -90,6 +91,11 @@ def test_types_are_written_as_a_recipe_that_makes_the_same_tensors(
     assert all((found[name].data == tensor.data).all() for name, tensor in wanted.items())
     with pytest.raises(UsageError, match=r"missing\.txt cannot be read"):
         convert(small, text_file, tmp_path / "none", tensor_types=["@missing.txt"])
+
+
+def test_it_is_called_after_its_target_not_after_the_mixture_that_it_began_with(chosen: Path) -> None:
+    (file,) = chosen.glob("*-5bits.gguf")
+    assert read_header(file).format == "GGUF 5bits"
 
 
 def test_a_picture_shows_every_tensors_type_and_error(chosen: Path) -> None:

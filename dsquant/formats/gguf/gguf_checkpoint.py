@@ -4,6 +4,7 @@ The reverse of `metadata` and `layout`.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from dsquant.formats.gguf.gguf_weights import GgufWeights, gguf_parts
 from dsquant.formats.gguf.layout import parameters
 from dsquant.formats.gguf.metadata import CONTROL, UNUSED, USER_DEFINED
 from dsquant.formats.gguf.rope import BOUND_KEYS, BOUNDS, YARN_LOG_FACTOR, rotary_of_keys
+from dsquant.formats.gguf.types import TARGET_KEY
 from dsquant.model.families import FAMILIES, GGUF_FAMILIES, architecture_of, gguf_families
 from dsquant.model.families.family import Family, GgufFacts
 from dsquant.model.overlays import on_device
@@ -105,9 +107,12 @@ class GgufHeader:
 
     @property
     def format(self) -> str:
-        """`GGUF Q4_K_M`, from the file's own type number."""
+        """`GGUF Q4_K_M`, from the file's own type number, or `GGUF 4.5bits` where types were chosen for a target."""
         from gguf import LlamaFileType
 
+        target = str(self.keys.get(TARGET_KEY))
+        if re.fullmatch(r"[\d.]{1,9}[A-Za-z]{1,4}", target):
+            return f"GGUF {target}"
         try:
             name = LlamaFileType(self.keys.get("general.file_type")).name
         except ValueError:

@@ -19,7 +19,7 @@ from dsquant.formats.gguf.metadata import add_model_keys, add_tokenizer_keys
 from dsquant.formats.gguf.mixtures import choose_type, model_facts
 from dsquant.formats.gguf.rope import rope_factors, starting_options
 from dsquant.formats.gguf.store import check_quantizer
-from dsquant.formats.gguf.types import file_type_of, scale_beside
+from dsquant.formats.gguf.types import TARGET_KEY, file_type_of, scale_beside
 from dsquant.model.families import family_of
 from dsquant.model.skeleton import network_config, network_rotary
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
@@ -106,6 +106,8 @@ def plan_model(
         add_model_keys(writer, family.gguf, config, rotary, num_mtp_layers)
         writer.add_file_type(file_type_of(type_name))
         writer.add_quantization_version(QUANTIZATION_VERSION)
+        if label is not None:
+            writer.add_string(TARGET_KEY, label)
         with blaming(checkpoint.folder / "tokenizer.json", THEN):
             names = family.gguf.pre_tokenizers
             left_out.extend(add_tokenizer_keys(writer, checkpoint.folder, int(config["vocab_size"]), names))

@@ -44,6 +44,10 @@ def block_of(type_name: str) -> tuple[int, int]:
     return GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
 
 
+TARGET_KEY = "dsquant.target"
+"""The key that says for which target a file's types were chosen: its number of a mixture says little then."""
+
+
 def file_type_of(mixture: str) -> int:
     """Returns the number of a mixture, a key of `MIXTURES`, in `general.file_type`, from gguf-py."""
     from gguf import LlamaFileType
