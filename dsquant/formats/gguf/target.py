@@ -121,8 +121,7 @@ def plan_model(
         for (wanted, chosen), count in replaced.items()
     )
     notes += tuple(filter(None, (missing, _starting_note(config))))
-    if left_out:
-        tokens = ", ".join(map(repr, left_out))
+    if tokens := ", ".join(map(repr, left_out)):
         notes += (f"added tokens without a row in the embedding are left out of GGUF files: {tokens}",)
     return GgufModel(type_name, config, tensors, files, notes, largest_whole(checkpoint, parameters))
 
