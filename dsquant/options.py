@@ -46,7 +46,6 @@ class Accepts:
     type: Any
 
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Nothing is larger than this.
 _MOST_BYTES = 2**60
 # Kinds of pydantic's problems -> what is wrong, in the terms of whoever wrote the file.
@@ -60,10 +59,11 @@ _PROBLEMS = {
 
 
 def parse_size(text: str) -> int:
-    """Reads a size such as `16GiB`, `512MiB` or `1000000`.
+    """Reads a size such as `16GiB`, `131GB` or `1000000`.
 
     Args:
-        text: a number with an optional unit B, KiB, MiB, GiB, TiB.
+        text: a number with an optional unit: B; KiB, MiB, GiB, TiB or K, M, G, T are powers of 1024, and KB, MB, GB, TB
+            of 1000, as huggingface_hub and accelerate read them.
 
     Returns:
         Bytes.
@@ -71,10 +71,11 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: where the text is not a size.
     """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT]?)i?B?)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT]?)(i?B?))?\s*", text, re.IGNORECASE)
     if match is None or not 0 < float(match[1]) < _MOST_BYTES:
         raise UsageError(f"{text!r} is not a size; write it as 16GiB, 512MiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+    power = " KMGT".index((match[2] or " ").upper())
+    return int(float(match[1]) * (1000 if (match[3] or "").upper() == "B" else 1024) ** power)
 
 
 def format_size(num_bytes: float) -> str:

@@ -192,13 +192,13 @@ def _card(text: str) -> tuple[str, int, float] | None:
 
 
 def _memory(option: str, text: str, example: str, count: str = "") -> int:
-    """Parses a size with a unit: a bare number would be bytes, which nobody means."""
+    """Parses a size with a unit: a bare number would be bytes, which nobody means. Memory is sold in powers of 1024."""
     number = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*", text)
     if number:
         suggested = f"{count}{number[1]}GiB" if float(number[1]) <= LARGEST_BARE_NUMBER else f"{count}{example}"
         raise UsageError(f"{option} {count}{text}: the size has no unit; write it as {suggested}")
     try:
-        num_bytes = parse_size(text)
+        num_bytes = parse_size(text if option == "--disk" else re.sub(r"(?i)(?<=[KMGT])B", "iB", text))
     except UsageError as error:
         raise UsageError(f"{option} {count}{text}: not a size; write it as {count}{example}") from error
     if num_bytes < SMALLEST_MEMORY:

@@ -155,7 +155,10 @@ def test_eval_refuses_another_model(nano_r1: Path, tiny_r1: Path) -> None:
     assert code == 3 and "a vocabulary of 1280 tokens, the reference's has 300" in output
 
 
-@pytest.mark.parametrize(("text", "size"), [("16GiB", 2**34), ("512 MiB", 2**29), ("1.5g", 3 * 2**29), ("1000", 1000)])
+@pytest.mark.parametrize(("text", "size"), [
+    ("16GiB", 2**34), ("512 MiB", 2**29), ("1.5g", 3 * 2**29), ("1000", 1000),
+    ("131GB", 131 * 10**9), ("64 kB", 64_000),
+])  # fmt: skip
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_size(text) == size
     assert format_size(size)
