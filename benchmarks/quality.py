@@ -48,6 +48,7 @@ VERSIONS = {
     "gptqmodel": ["gptqmodel", "transformers", "torch"],
     "autoround": ["auto-round", "transformers", "torch"],
     "llamacpp": ["llama_cpp_python", "transformers", "torch"],
+    "modelopt": ["nvidia-modelopt", "transformers", "torch"],
 }
 """Environment of a peer -> packages whose versions are told; llama.cpp is the one in llama-cpp-python's source."""
 

@@ -60,11 +60,16 @@ def decode_compressed_tensors(stored: dict[str, torch.Tensor], config: dict) -> 
     parsed = QuantizationConfig.model_validate(config)
     linear = torch.nn.Linear(1, 1)
     schemes = {target: group for group in parsed.config_groups.values() for target in group.targets}
-    parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
     weights = {}
     for name, tensor in stored.items():
         module, _, kind = name.rpartition(".")
-        if kind == "weight_packed" or tensor.dtype == torch.float8_e4m3fn:
+        if kind == "weight_packed" and tensor.dtype == torch.uint8:
+            divisor = stored[f"{module}.weight_global_scale"]
+            weights[f"{module}.weight"] = float4_weight(tensor, stored[f"{module}.weight_scale"].float() / divisor)
+        elif kind in parts and f"{module}.weight_global_scale" in stored:
+            continue
+        elif kind == "weight_packed" or tensor.dtype == torch.float8_e4m3fn:
             matched = match_targets(module, linear, schemes)
             if not matched or is_match(module, linear, parsed.ignore):
                 raise ValueError(f"{module}: quantized, but no config_group matches it, or it is to be ignored")
@@ -74,6 +79,42 @@ def decode_compressed_tensors(stored: dict[str, torch.Tensor], config: dict) -> 
             decoded = BaseCompressor.get_value_from_registry(scheme.format).decompress(state, scheme)
             weights[f"{module}.weight"] = decoded["weight"].float()
         elif kind not in parts:
+            weights[name] = tensor.float()
+    return weights
+
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def float4_weight(bytes_OI: torch.Tensor, scales_OB: torch.Tensor) -> torch.Tensor:
+    """NVFP4's weight, float32: two codes in a byte, the even column in the low bits, and each block's scale."""
+    codes_OI = torch.stack([bytes_OI % 16, bytes_OI // 16], 2).flatten(1).long()
+    values_OI = E2M1[codes_OI % 8] * torch.where(codes_OI < 8, 1.0, -1.0)
+    return (values_OI.unflatten(1, (scales_OB.shape[1], -1)) * scales_OB.unsqueeze(2)).flatten(1)
+
+
+def decode_modelopt(stored: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
+    """The weights of ModelOpt's NVFP4 in float32.
+
+    Args:
+        stored: tensors as stored.
+        config: the checkpoint's quantization_config.
+
+    Returns:
+        Name -> float32, quantized linears as `*.weight` [O, I].
+
+    Raises:
+        ValueError: not NVFP4.
+    """
+    if "NVFP4" not in config["quant_algo"]:
+        raise ValueError(f"ModelOpt's {config['quant_algo']}, expected NVFP4")
+    weights = {}
+    for name, tensor in stored.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and tensor.dtype == torch.uint8:
+            scales_OB = stored[f"{module}.weight_scale"].float() * stored[f"{module}.weight_scale_2"]
+            weights[name] = float4_weight(tensor, scales_OB)
+        elif kind not in ("weight_scale", "weight_scale_2", "input_scale"):
             weights[name] = tensor.float()
     return weights
 
@@ -242,8 +283,13 @@ def _bits_and_weights(opened: Any, name: str, unquantized: tuple[str, ...]) -> t
         name: the tensor.
         unquantized: the layers whose unquantized linears count.
     """
-    kind, shape = name.rpartition(".")[2], opened.get_slice(name).get_shape()
+    kind, found = name.rpartition(".")[2], opened.get_slice(name)
+    shape = found.get_shape()
     size = math.prod(shape)
+    if found.get_dtype() == "U8" and kind in ("weight", "weight_packed"):
+        return 8 * size, 2 * size
+    if found.get_dtype() in ("U8", "F8_E4M3") and kind == "weight_scale":
+        return 8 * size, 0
     if kind == "qweight":
         return 32 * size, 8 * size
     if kind == "weight_packed":
@@ -253,4 +299,9 @@ def _bits_and_weights(opened: Any, name: str, unquantized: tuple[str, ...]) -> t
     return {"qzeros": 32, "weight_zero_point": 32, "scales": 16, "weight_scale": 16}.get(kind, 0) * size, 0
 
 
-DECODERS = {"awq": decode_awq, "compressed-tensors": decode_compressed_tensors, "gptq": decode_gptq}
+DECODERS = {
+    "awq": decode_awq,
+    "compressed-tensors": decode_compressed_tensors,
+    "gptq": decode_gptq,
+    "modelopt": decode_modelopt,
+}

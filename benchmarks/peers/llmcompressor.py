@@ -1,8 +1,9 @@
 """Quantizes with llm-compressor 0.14's AWQ, symmetric 4 bits, groups of 128, every linear, from given tokens.
 
-    python -m benchmarks.peers.llmcompressor MODEL TOKENS OUTPUT [--gptq]
+    python -m benchmarks.peers.llmcompressor MODEL TOKENS OUTPUT [--gptq] [--scheme NVFP4A16] [--no-awq]
 
-With `--gptq` the rounding after AWQ's scales is its GPTQ, with its defaults (static activation order).
+With `--gptq` the rounding after AWQ's scales is its GPTQ, with its defaults (static activation order); `--scheme` takes
+another of its schemes, `--no-awq` leaves AWQ out.
 
 Runs in llm-compressor's environment (README.md here), from the repository's root: started by its path, this
 file would shadow the package of the same name. MODEL is what `to_bf16 --dtype float32` wrote. The mappings
@@ -12,12 +13,14 @@ the router is among the consumers of `post_attention_layernorm`, DeepSeek-V3.2's
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import linearize_moe
+from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
@@ -27,6 +30,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 from benchmarks.peers.tokens import read_tokens
 
 TOKENS_AT_ONCE = 2048
+SCHEMES = ("W4A16", "NVFP4A16")
 
 
 def attention_mappings(layer: str, has_indexer: bool) -> list[AWQMapping]:
@@ -67,22 +71,33 @@ def mappings(config: DeepseekV3Config) -> list[AWQMapping]:
     return groups
 
 
-def quantize(model_folder: Path, tokens_NT: torch.Tensor, output: Path, gptq: bool = False) -> None:
-    """Quantizes the model with these very tokens and saves it as compressed-tensors pack-quantized."""
+@dataclass(frozen=True)
+class Rounding:
+    """How weights are rounded."""
+
+    scheme: str = "W4A16"
+    awq: bool = True
+    """Whether AWQ's scales are folded in before."""
+    gptq: bool = False
+
+    def modifiers(self, config: DeepseekV3Config) -> list[Modifier]:
+        """llm-compressor's recipe."""
+        rounding = GPTQModifier if self.gptq else QuantizationModifier
+        rounded = rounding(targets=["Linear"], scheme=self.scheme, ignore=["lm_head", "re:.*indexer.*"])
+        return [AWQModifier(mappings=mappings(config)), rounded] if self.awq else [rounded]
+
+
+def quantize(model_folder: Path, tokens_NT: torch.Tensor, output: Path, how: Rounding) -> None:
+    """Quantizes the model with these very tokens and saves it in compressed-tensors' layout."""
     if not torch.accelerator.is_available():
         IntermediatesCache.pin_memory = lambda *_: None  # raises where there is no accelerator
     # Not `with load_quantizable_moe()`: it lists all of transformers' modules and so needs torchvision.
     model = linearize_moe(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32))
     data = Dataset.from_dict({"input_ids": tokens_NT.tolist(), "attention_mask": torch.ones_like(tokens_NT).tolist()})
-    rounding = GPTQModifier if gptq else QuantizationModifier
-    recipe = [
-        AWQModifier(mappings=mappings(model.config)),
-        rounding(targets=["Linear"], scheme="W4A16", ignore=["lm_head", "re:.*indexer.*"]),
-    ]
     oneshot(
         model=model,
         dataset=data,
-        recipe=recipe,
+        recipe=how.modifiers(model.config),
         batch_size=max(1, TOKENS_AT_ONCE // tokens_NT.shape[1]),
         num_calibration_samples=len(data),
         max_seq_length=tokens_NT.shape[1],
@@ -98,8 +113,11 @@ def main() -> None:
     parser.add_argument("tokens", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--gptq", action="store_true", help="round with GPTQ after AWQ's scales")
+    parser.add_argument("--scheme", choices=SCHEMES, default="W4A16")
+    parser.add_argument("--no-awq", action="store_true", help="fold no scales")
     arguments = parser.parse_args()
-    quantize(arguments.model, read_tokens(arguments.tokens), arguments.output, arguments.gptq)
+    how = Rounding(arguments.scheme, not arguments.no_awq, arguments.gptq)
+    quantize(arguments.model, read_tokens(arguments.tokens), arguments.output, how)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import torch
 
 from dsquant.errors import InputError, UsageError
 from dsquant.formats.decoded import DecodedWeights, checked_matrix, whole_number
+from dsquant.formats.integer_format import IntegerFormat
 from dsquant.formats.output_shards import StoredTensor
-from dsquant.formats.safetensors import SafetensorsFormat, check_columns
+from dsquant.formats.safetensors import check_columns
 from dsquant.formats.skip_lists import skipped_modules
 from dsquant.formats.wanted import NO_CHOICE, Width
 from dsquant.kernels.packing import pack_awq, unpack_awq
@@ -74,7 +75,7 @@ class AwqWeights(DecodedWeights):
         return dequantize(qweight, qzeros, scales.float(), self._bits, self._group_size).T.contiguous()
 
 
-class AwqGemm(SafetensorsFormat):
+class AwqGemm(IntegerFormat):
     """The format `awq`."""
 
     name = "awq"

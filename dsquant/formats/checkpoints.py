@@ -57,7 +57,7 @@ def stored_weights(index: ShardIndex, config: Mapping[str, Any], device: torch.d
     )
 
 
-def format_of_config(config: Mapping[str, Any]) -> SafetensorsFormat | None:
+def format_of_config(config: Mapping[str, Any]) -> SafetensorsFormat[Any] | None:
     """Returns the format that a config.json describes; None where its weights are FP8 or floats, or of an unknown
     format."""
     quantization = config.get("quantization_config") or {}

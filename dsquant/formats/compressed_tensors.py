@@ -20,9 +20,12 @@ from typing import Any
 import torch
 
 from dsquant.errors import UsageError
-from dsquant.formats.compressed_tensors_weights import FLOAT, FP8_PARTS, PACKED, CompressedTensorsWeights
+from dsquant.formats.beside_fp8 import FLOAT, blocks_group, blocks_tensors
+from dsquant.formats.compressed_tensors_weights import PACKED, CompressedTensorsWeights
+from dsquant.formats.float4_weights import FLOATS, groups_of
+from dsquant.formats.integer_format import IntegerFormat
 from dsquant.formats.output_shards import StoredTensor
-from dsquant.formats.safetensors import SafetensorsFormat, check_columns
+from dsquant.formats.safetensors import check_columns
 from dsquant.formats.safetensors_target import STOCK_WIDTHS
 from dsquant.formats.skip_lists import ignored_modules, targets_by_width
 from dsquant.formats.wanted import NO_CHOICE, Wanted, Width
@@ -32,7 +35,6 @@ from dsquant.model.structure import linear_groups
 from dsquant.presets import Activations
 from dsquant.recipes import Recipe
 from dsquant.schemes import FP8_WIDTH, KEPT_WIDTHS, Fp8Blocks, Grid, QuantizedWeight
-from dsquant.source.checkpoint import FP8
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU
 
@@ -40,7 +42,7 @@ from dsquant.source.weights import CPU
 EXPERT_MULTIPLE = 256
 
 
-class CompressedTensors(SafetensorsFormat):
+class CompressedTensors(IntegerFormat):
     """The format `compressed-tensors`."""
 
     name = "compressed-tensors"
@@ -50,6 +52,10 @@ class CompressedTensors(SafetensorsFormat):
     activations = ("fp8", "int8")
     rank = 0
     decoder = CompressedTensorsWeights.decoder
+
+    def wrote(self, quantization: Mapping[str, Any]) -> bool:
+        """Returns whether a config.json's groups are of integers, with or without FP8 beside them."""
+        return super().wrote(quantization) and all(group["format"] not in FLOATS for group in groups_of(quantization))
 
     def described(self, quantization: Mapping[str, Any]) -> str:
         groups = quantization["config_groups"].values()
@@ -172,8 +178,7 @@ class CompressedTensors(SafetensorsFormat):
         return tensors
 
     def stored_fp8(self, linear: str, shape: tuple[int, int], blocks: Fp8Blocks) -> tuple[StoredTensor, StoredTensor]:
-        codes, scales = (f"{linear}.{part}" for part in FP8_PARTS)
-        return StoredTensor(codes, FP8, shape), StoredTensor(scales, "F32", blocks.scale_shape(shape))
+        return blocks_tensors(linear, shape, blocks)
 
     def pack(self, linear: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         tensors = {
@@ -223,7 +228,7 @@ class CompressedTensors(SafetensorsFormat):
             _config_group(replace(grid, bits=bits, group_size=group_size), names)
             for (bits, group_size), names in targets.items()
         ]
-        groups += [_blocks_group(fp8[0])] if fp8 else []
+        groups += [blocks_group(fp8[0])] if fp8 else []
         return {
             "quant_method": "compressed-tensors",
             "format": PACKED,
@@ -254,19 +259,4 @@ def _config_group(grid: Grid, targets: Sequence[str]) -> dict[str, Any]:
         "input_activations": None,
         "output_activations": None,
         "format": PACKED,
-    }
-
-
-def _blocks_group(blocks: Fp8Blocks) -> dict[str, Any]:
-    """Returns the config group of weights in blocks, whose inputs engines round to FP8 in runs of a block's columns, as
-    those of the release."""
-    fp8 = {"num_bits": 8, "type": "float", "symmetric": True}
-    block = {"strategy": "block", "block_structure": [blocks.rows, blocks.columns], "group_size": None}
-    inputs = {"strategy": "group", "group_size": blocks.columns, "dynamic": True, "observer": None}
-    return {
-        "targets": ["Linear"],
-        "weights": {**fp8, **block, "dynamic": False, "actorder": None, "observer": "minmax", "observer_kwargs": {}},
-        "input_activations": {**fp8, **inputs},
-        "output_activations": None,
-        "format": FLOAT,
     }

@@ -1,7 +1,7 @@
 """Reads checkpoints of compressed-tensors: packed integers in groups, and FP8 in blocks."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,14 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
-from dsquant.formats.decoded import DecodedWeights, checked_matrix, whole_number
+from dsquant.formats.beside_fp8 import COMPRESSED_TENSORS, FLOAT, BesideFp8
+from dsquant.formats.decoded import checked_matrix, whole_number
 from dsquant.packages import load
-from dsquant.schemes import Fp8Blocks, Grid
-from dsquant.source.checkpoint import FP8
+from dsquant.schemes import Grid
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU
 
-PACKED, FLOAT = "pack-quantized", "float-quantized"
-FP8_PARTS = ("weight", "weight_scale")
+PACKED = "pack-quantized"
 
 
 def _weights_group(config: Path, group: Any) -> dict[str, Any]:
@@ -38,11 +37,11 @@ def is_target(name: str, target: Any) -> bool:
     return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
 
 
-class CompressedTensorsWeights(DecodedWeights):
+class CompressedTensorsWeights(BesideFp8):
     """compressed-tensors' pack-quantized layout, decoded by compressed-tensors."""
 
     marker = "weight_packed"
-    decoder = ("compressed-tensors", "compressed_tensors.compressors")
+    decoder = COMPRESSED_TENSORS
 
     def __init__(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> None:
         """Reads the scheme from config.json's `quantization_config`.
@@ -59,19 +58,14 @@ class CompressedTensorsWeights(DecodedWeights):
             )
         groups = [_weights_group(config, group) for group in groups.values()]
         self._groups = [group for group in groups if group.get("format") != FLOAT]
-        self._float_groups = [group for group in groups if group.get("format") == FLOAT]
-        self._blocks = _blocks(config, self._float_groups)
+        float_groups = [group for group in groups if group.get("format") == FLOAT]
         alike = {group["weights"].get("symmetric", True) for group in self._groups}
         if len(alike) > 1:
             raise InputError(f"{config}: config groups with and without zero points cannot be read")
         self._sizes = [whole_number(config, group["weights"], "group_size", 128, None) for group in self._groups]
         zero_points = ("weight_zero_point",) if not all(alike) else ()
         self.companions = ("weight_scale", "weight_shape", *zero_points)
-        super().__init__(index, device)
-        self._fp8 = {name for name, info in index.items() if info.dtype == FP8}
-        for name in self._fp8:
-            self._check_fp8(config, name)
-        self.names = {name: None for name in self.names if name not in {f"{weight}_scale" for weight in self._fp8}}
+        super().__init__(index, config, float_groups, device)
         self._group_of = {prefix: self._matching_group(config, prefix) for prefix in self._packed.values()}
         for prefix in self._packed.values():
             bits = self._bits(prefix)
@@ -82,16 +76,6 @@ class CompressedTensorsWeights(DecodedWeights):
             checked_matrix(index, prefix + "weight_shape", ("I64", "I32"), (2,))
             for part in zero_points:
                 checked_matrix(index, prefix + part, ("I32",), (-(-rows * bits // 32), groups_of_row))
-
-    def _check_fp8(self, config: Path, name: str) -> None:
-        """Refuses a weight in FP8 without a config group of blocks, or without their scales."""
-        info = self.index[name]
-        if self._blocks is None:
-            raise InputError(f"{info.path}: tensor {info.label} is FP8, but {config} has no config group {FLOAT!r}")
-        if f"{name}_scale" not in self.index:
-            raise InputError(f"{info.path}: FP8 tensor {info.label} has no {name + '_scale'!r}; it is incomplete")
-        rows, columns = checked_matrix(self.index, name, (FP8,), None).shape
-        checked_matrix(self.index, f"{name}_scale", ("F32",), self._blocks.scale_shape((rows, columns)))
 
     def _matching_group(self, config: Path, prefix: str) -> int:
         """Returns the number of the group whose targets name a packed linear, or its class."""
@@ -123,19 +107,7 @@ class CompressedTensorsWeights(DecodedWeights):
     @cached_property
     def _schemes(self) -> list[Any]:
         scheme = load(self.decoder[0], "compressed_tensors.quantization").QuantizationScheme
-        return [scheme.model_validate(group) for group in (*self._groups, *self._float_groups)]
-
-    def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
-        """Reads rows of a weight; a packed one, or one in FP8 blocks, is decoded as a whole."""
-        if name not in self._fp8:
-            return super().rows(name, start_row, stop_row)
-        compressor = load(*self.decoder).FloatQuantizationCompressor
-        parts = {part: self._read(name + part.removeprefix("weight")) for part in FP8_PARTS}
-        weight: torch.Tensor = compressor.decompress(parts, self._schemes[-1])["weight"]
-        return weight[start_row:stop_row]
-
-    def _stored(self, name: str) -> list[str]:
-        return [name, f"{name}_scale"] if name in self._fp8 else super()._stored(name)
+        return [scheme.model_validate(group) for group in self._groups]
 
     def packed_shape(self, prefix: str) -> tuple[int, int]:
         groups = self.index[prefix + "weight_scale"].shape[-1]
@@ -168,17 +140,3 @@ class CompressedTensorsWeights(DecodedWeights):
         scheme = self._schemes[self._group_of[prefix]]
         weight: torch.Tensor = compressor.decompress(tensors, scheme)["weight"]
         return weight.float()
-
-
-def _blocks(config: Path, groups: Sequence[Mapping[str, Any]]) -> Fp8Blocks | None:
-    """Returns the FP8 blocks of config groups; None without any. Raises InputError where they are no blocks."""
-    found = {str(group["weights"].get("block_structure")): group["weights"] for group in groups}
-    for weights in found.values():
-        block = weights.get("block_structure")
-        sizes = isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
-        if len(found) > 1 or not sizes or weights.get("strategy") != "block" or weights.get("num_bits") != 8:
-            raise InputError(
-                f"{config}: of config groups {FLOAT!r} only FP8 blocks of one size can be read, found {weights!r:.120}"
-            )
-        return Fp8Blocks(*block)
-    return None

@@ -18,8 +18,9 @@ import torch
 
 from dsquant.errors import InputError, UsageError
 from dsquant.formats.decoded import DecodedWeights, checked_matrix, whole_number
+from dsquant.formats.integer_format import IntegerFormat
 from dsquant.formats.output_shards import StoredTensor
-from dsquant.formats.safetensors import SafetensorsFormat, check_columns
+from dsquant.formats.safetensors import check_columns
 from dsquant.formats.wanted import NO_CHOICE, Wanted, Width
 from dsquant.kernels.packing import pack_rows, unpack_rows
 from dsquant.kernels.values import WORD_BITS
@@ -115,7 +116,7 @@ def _unstacked(index: ShardIndex) -> Iterator[TensorInfo]:
             yield replace(part, name=name, start=info.start + place * part.num_bytes)
 
 
-class Mlx(SafetensorsFormat):
+class Mlx(IntegerFormat):
     """The format `mlx`."""
 
     name = "mlx"

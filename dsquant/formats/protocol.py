@@ -17,7 +17,7 @@ from dsquant.formats.wanted import NO_CHOICE, Choice, Choosable, Wanted, Width
 from dsquant.formats.write_behind import Sink, WriteBehind
 from dsquant.jobs.ranks import ALONE, Ranks
 from dsquant.presets import Activations
-from dsquant.schemes import Grid, QuantizedWeight, Scheme
+from dsquant.schemes import QuantizedWeight, Scheme
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.weights import Weights
 
@@ -148,7 +148,7 @@ class Target(ABC):
     """Its name in results and records."""
     folder: PurePosixPath
     """Inside the job's output folder."""
-    grid: Grid
+    grid: Scheme
     """The grid that scales are searched for."""
     linears: frozenset[str]
     """Those that are quantized onto the grid, or whose inputs are scaled for it."""

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
@@ -24,12 +24,12 @@ from dsquant.presets import Activations
 from dsquant.recipes import Recipe
 from dsquant.schemes import (
     FP8_WIDTH,
-    GROUP_SIZES,
     KEPT_WIDTHS,
     UNQUANTIZED,
     Fp8Blocks,
     Grid,
     QuantizedWeight,
+    Scheme,
     group_size_hint,
 )
 from dsquant.source.checkpoint import stored_parts
@@ -42,14 +42,17 @@ COPIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 DROPPED_KEYS = ("quantization_config", "auto_map")
 # Of a linear in FP8 blocks, to a thousandth.
 FP8_BITS = 8
+S = TypeVar("S", bound=Scheme)
 
 
-class SafetensorsFormat(Format):
+class SafetensorsFormat(Format, Generic[S]):
     """A way to store quantized linears in safetensors."""
 
     placement: Literal["parallel", "split", "unified"] = "parallel"
     bits: tuple[int, ...]
     """Bits of a code that it can hold, the default first."""
+    group_sizes: tuple[int, ...]
+    """Sizes of groups; where there is one, a recipe's is for other formats."""
     metadata = "pt"
     """The tensors' layout in its shards' headers."""
     config_keys: tuple[str, ...] = ("quantization_config",)
@@ -82,10 +85,15 @@ class SafetensorsFormat(Format):
         return "transformers" if len(widths) < 2 else None
 
     @abstractmethod
-    def check(self, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def scheme(self, wanted: Wanted, group_size: int, output: str) -> S:
+        """Returns the scheme that linears are rounded to; `output` keeps it apart from other outputs', where it is not
+        empty. Raises UsageError where the recipe asks for another."""
+
+    @abstractmethod
+    def check(self, grid: S, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raises UsageError where the format or its engines cannot hold the grid, or linears (name -> [O, I]) on it."""
 
-    def check_activations(self, recipe: Recipe, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def check_activations(self, recipe: Recipe, grid: S, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raises UsageError where engines do not round the inputs of such linears as the recipe asks."""
         raise NotImplementedError
 
@@ -94,7 +102,7 @@ class SafetensorsFormat(Format):
         raise NotImplementedError
 
     @abstractmethod
-    def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:
+    def stored(self, linear: str, shape: tuple[int, int], grid: S) -> list[StoredTensor]:
         """Returns the tensors that a quantized linear of shape [O, I] becomes."""
 
     def stored_fp8(self, linear: str, shape: tuple[int, int], blocks: Fp8Blocks) -> tuple[StoredTensor, StoredTensor]:
@@ -106,13 +114,13 @@ class SafetensorsFormat(Format):
         """Packs a quantized weight: tensor name -> tensor, as `stored` announces them."""
 
     @abstractmethod
-    def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
+    def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: S) -> QuantizedWeight:
         """Undoes `pack`."""
 
     @abstractmethod
     def quantization_config(
         self,
-        grid: Grid,
+        grid: S,
         linears: Mapping[str, bool],
         widths: Mapping[str, int] = NO_CHOICE,
         mtp_layer: str = "",
@@ -146,23 +154,18 @@ class SafetensorsFormat(Format):
         UsageError where engines do not take both."""
         return NO_CHOICE
 
-    def default_symmetric(self, mixture: bool) -> bool | None:
-        return False
-
     def serve_command(self, location: Path | str) -> str:
         """vLLM's; bfloat16, since float16 overflows in DeepSeek's deeper layers."""
         return f"vllm serve {location} --dtype bfloat16"
 
     def plan(self, wanted: Wanted) -> SafetensorsTarget:
         recipe, weights = wanted.recipe, wanted.checkpoint.weights
-        symmetric = bool(self.default_symmetric(wanted.mixture) if recipe.symmetric is None else recipe.symmetric)
         released = self.released(wanted)
-        linears, group_size, notes = _in_groups(wanted, self.quantizable(wanted).difference(released))
+        linears, group_size, notes = _in_groups(wanted, self.quantizable(wanted).difference(released), self.group_sizes)
         notes += _released_notes(released, linears)
         fp8 = _in_blocks(wanted) if self.holds_fp8 else {}
         differs = wanted.chosen or linears != wanted.linears or _scales_blocks(wanted, linears, fp8)
-        own = wanted.name if differs and len(recipe.to) > 1 else ""
-        grid = Grid(recipe.bits, group_size, symmetric, output=own)
+        grid = self.scheme(wanted, group_size, wanted.name if differs and len(recipe.to) > 1 else "")
         chosen, layers = wanted.chosen, wanted.layers if wanted.chosen else ()
         groups = [group for layer in layers for group in linear_groups(layer, linears).items()]
         widths = {linear: chosen[name] for name, inside in groups for linear in inside}
@@ -231,13 +234,15 @@ def _scales_blocks(wanted: Wanted, linears: frozenset[str], fp8: Collection[str]
     return any(group.consumers[0] in linears and group.producer in fp8 for group in groups)
 
 
-def _in_groups(wanted: Wanted, linears: frozenset[str]) -> tuple[frozenset[str], int, tuple[str, ...]]:
+def _in_groups(
+    wanted: Wanted, linears: frozenset[str], sizes: tuple[int, ...]
+) -> tuple[frozenset[str], int, tuple[str, ...]]:
     """Returns the linears that are quantized, the size of their groups, and notes for the user.
 
-    The size is the recipe's; `auto` takes the one that fits the most weights, and leaves MLPs and inputs of attention
-    with a linear that it does not fit.
+    The size is the recipe's; `auto` takes the one of `sizes` that fits the most weights, and leaves MLPs and inputs of
+    attention with a linear that it does not fit, as where there is one size.
     """
-    if wanted.recipe.group_size != "auto":
+    if wanted.recipe.group_size != "auto" and len(sizes) > 1:
         return linears, wanted.recipe.group_size, ()
     shapes = {linear: matrix(wanted.checkpoint.weights.shape(f"{linear}.weight")) for linear in sorted(linears)}
     together = [inside for layer in wanted.layers for inside in linear_groups(layer, linears).values()]
@@ -246,8 +251,10 @@ def _in_groups(wanted: Wanted, linears: frozenset[str]) -> tuple[frozenset[str],
         odd = [inside for inside in together if any(shapes[linear][1] % size for linear in inside)]
         return [linear for inside in odd for linear in inside]
 
-    size = min(GROUP_SIZES, key=lambda size: sum(math.prod(shapes[linear]) for linear in left(size)))
+    size = min(sizes, key=lambda size: sum(math.prod(shapes[linear]) for linear in left(size)))
     odd = left(size)
+    if not odd and len(sizes) == 1:
+        return linears, size, ()
     note = f"groups of {size} weights, which fit the most linears"
     if odd:
         name, columns = next((name, shapes[name][1]) for name in odd if shapes[name][1] % size)
@@ -271,7 +278,7 @@ def copied_files(folder: Path) -> list[str]:
 
 
 def _stacked(
-    known: SafetensorsFormat, units: Mapping[str, Iterable[StoredTensor]]
+    known: SafetensorsFormat[Any], units: Mapping[str, Iterable[StoredTensor]]
 ) -> tuple[list[tuple[str, list[StoredTensor]]], dict[str, tuple[str, ...]]]:
     """Returns the units' tensors with stacks in place of their parts, and stack -> its parts in order."""
     stacks: dict[str, tuple[str, ...]] = {}
@@ -284,7 +291,7 @@ def _stacked(
 
 
 def _stacked_unit(
-    known: SafetensorsFormat, parts: Iterable[StoredTensor]
+    known: SafetensorsFormat[Any], parts: Iterable[StoredTensor]
 ) -> tuple[list[StoredTensor], dict[str, tuple[str, ...]]]:
     places: dict[str, dict[int, StoredTensor]] = {}
     stored: dict[str, StoredTensor] = {}
@@ -304,8 +311,8 @@ def _stacked_unit(
 
 def _config(
     wanted: Wanted,
-    output_format: SafetensorsFormat,
-    grid: Grid,
+    output_format: SafetensorsFormat[Any],
+    grid: Scheme,
     linears: Mapping[str, int],
     kept: Mapping[str, Fp8Blocks | Grid],
 ) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 class SafetensorsTarget(Target):
     """A checkpoint to write."""
 
-    format: "SafetensorsFormat"
+    format: "SafetensorsFormat[Any]"
     shards: ShardPlan
     dtypes: Mapping[str, str]
     """Parameter -> safetensors dtype in which it is stored where it is not quantized."""
@@ -119,7 +119,7 @@ class SafetensorsTarget(Target):
         return {
             "folder": str(self.folder),
             "bytes": self.num_bytes,
-            "grid": {name: value for name, value in vars(self.grid).items() if name != "output"},
+            "grid": dict(self.grid.facts),
             "weight_errors": dict(errors),
         }
 

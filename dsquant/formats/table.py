@@ -1,10 +1,12 @@
 """The output formats by the name that `--to` gives them, up to a colon."""
 
 from difflib import get_close_matches
+from typing import Any
 
 from dsquant.errors import UsageError
 from dsquant.formats.awq_gemm import AwqGemm
 from dsquant.formats.compressed_tensors import CompressedTensors
+from dsquant.formats.float4 import CompressedMxfp4, CompressedNvfp4, ModelOptNvfp4
 from dsquant.formats.gguf.output import Gguf
 from dsquant.formats.gguf.types import MIXTURES
 from dsquant.formats.mlx import Mlx
@@ -12,10 +14,13 @@ from dsquant.formats.protocol import Format
 from dsquant.formats.safetensors import SafetensorsFormat
 from dsquant.packages import load
 
-SAFETENSORS: dict[str, SafetensorsFormat] = {
+SAFETENSORS: dict[str, SafetensorsFormat[Any]] = {
     "awq": AwqGemm(),
     "compressed-tensors": CompressedTensors(),
     "mlx": Mlx(),
+    "nvfp4": CompressedNvfp4(),
+    "mxfp4": CompressedMxfp4(),
+    "nvfp4-modelopt": ModelOptNvfp4(),
 }
 FORMATS: dict[str, Format] = {**SAFETENSORS, "gguf": Gguf()}
 

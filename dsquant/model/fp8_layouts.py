@@ -22,13 +22,16 @@ WHOLE = 2**30
 BLOCKS = {"channel": [1, WHOLE], "tensor": [WHOLE, WHOLE]}
 MODELOPT_STRATEGIES = {"FP8": "tensor", "FP8_PER_CHANNEL_PER_TOKEN": "channel", "FP8_PB_WO": "block"}
 MODELOPT_BLOCK = [128, 128]
+# What is decoded from its own layout (`formats.float4`).
+MODELOPT_FLOAT4 = ("NVFP4", "W4A16_NVFP4")
 _SCALE = ".weight_scale"
 # Of activations and of cached keys and values, which dsquant does not round.
 _OF_ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale", ".q_scale", ".output_scale")
 
 
 def in_deepseeks_words(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a config whose `quantization_config` describes FP8 weights as DeepSeek's does; any other unchanged.
+    """Returns a config whose `quantization_config` describes FP8 weights as DeepSeek's does; any other as it is,
+    in config.json or in ModelOpt's own file.
 
     Raises InputError where compressed-tensors' groups differ, or FP8 is of a kind that is not supported.
     """
@@ -40,7 +43,7 @@ def in_deepseeks_words(folder: Path, config: Mapping[str, Any]) -> Mapping[str, 
         return config
     block = _block(folder, quantization)
     if block is None:
-        return config
+        return {**config, "quantization_config": quantization}
     words = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": block}
     return {**config, "quantization_config": words}
 
@@ -50,6 +53,8 @@ def _block(folder: Path, quantization: Mapping[str, Any]) -> list[int] | None:
     method, layout = quantization.get("quant_method"), quantization.get("format")
     if method == "modelopt":
         algorithm = str(quantization.get("quant_algo"))
+        if algorithm in MODELOPT_FLOAT4:
+            return None
         if algorithm not in MODELOPT_STRATEGIES:
             raise InputError(
                 f"{folder}: ModelOpt's quant_algo {algorithm!r:.40} is not read as a source; dsquant reads "

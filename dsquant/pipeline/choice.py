@@ -21,7 +21,7 @@ from dsquant.precision.layer_errors import Store, Trial
 from dsquant.precision.sensitivity import SAMPLES, SENSITIVITY, SensitivityPass, choose, measured
 from dsquant.quantization.statistics import Importance, InputMoments
 from dsquant.quantization.steps import rounded_weight
-from dsquant.schemes import Grid
+from dsquant.schemes import Scheme
 
 
 def choose_widths(run: Run, output_files: Callable[[Source], list[str]], gpu_budget_bytes: int) -> None:
@@ -47,7 +47,7 @@ def _choices(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
     plan = run.source.plan
     keys: dict[str, tuple[torch.Tensor, int]] = {}
 
-    def note(grid: Grid, linear: str, importance: Importance) -> None:
+    def note(grid: Scheme, linear: str, importance: Importance) -> None:
         if linear.endswith(KEYS_SUFFIX):  # what is known of keys is not in an input's moments
             keys[linear] = (importance.squares_I, importance.count)
 
@@ -57,7 +57,7 @@ def _choices(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
         store = _rounded(run, grid) if grid.rounded else _stored(run, targets[0], keys)
         trials[grid] = Trial(_all_groups([plan.mixed[str(target.folder)] for target in targets]), store)
 
-    def linears_of(layer: DecoderLayer) -> Mapping[Grid, frozenset[str]]:
+    def linears_of(layer: DecoderLayer) -> Mapping[Scheme, frozenset[str]]:
         return plan.linears_of(layer) if plan.quantizes else {grid: frozenset(layer.linears) for grid in plan.linears}
 
     steps = run.recipe.steps if plan.quantizes else ()
@@ -74,7 +74,7 @@ def _all_groups(plans: Sequence[MixedPlan]) -> list[Choosable]:
     return list(groups.values())
 
 
-def _rounded(run: Run, grid: Grid) -> Store[Any]:
+def _rounded(run: Run, grid: Scheme) -> Store[Any]:
     """Rounds weights at a width, as the steps say."""
 
     def store(

@@ -19,7 +19,7 @@ from dsquant.quantization.output_metrics import WIDEST_METRIC
 from dsquant.quantization.pairs import WIDEST_PAIRS
 from dsquant.quantization.statistics import FACTOR_ROWS, WIDEST_PART, is_wide, part_width
 from dsquant.recipes import Recipe
-from dsquant.schemes import CLIP_RATIOS, Grid
+from dsquant.schemes import CLIP_RATIOS, Scheme
 from dsquant.source.checkpoint import Checkpoint
 
 FLOAT32_BYTES = 4
@@ -40,7 +40,7 @@ class Workload:
     recipe: Recipe
     checkpoint: Checkpoint
     skeleton: Skeleton
-    linears: Mapping[Grid, frozenset[str]]
+    linears: Mapping[Scheme, frozenset[str]]
     """Grid -> the linears that are quantized onto it, or scaled for it."""
     storing_bytes: int
     """Memory for storing a weight in addition to the weight."""

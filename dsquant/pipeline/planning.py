@@ -18,7 +18,7 @@ from dsquant.model.structure import DecoderLayer, absorbed_linears, layer_number
 from dsquant.pipeline.memory import Needs, Workload, run_needs
 from dsquant.precision.groups import MixedPlan, plan_mixed
 from dsquant.recipes import Recipe
-from dsquant.schemes import Fp8Blocks, Grid, Scheme
+from dsquant.schemes import Fp8Blocks, Scheme
 from dsquant.source.checkpoint import FP8, Checkpoint, StoredWeights
 
 Action = Literal["copy", "quantize", "drop"]
@@ -41,7 +41,7 @@ class Plan:
 
     units: tuple[Unit, ...]
     targets: tuple[Target, ...]
-    linears: Mapping[Grid, frozenset[str]]
+    linears: Mapping[Scheme, frozenset[str]]
     """Grid -> the linears that are quantized onto it, or scaled for it."""
     needs: Needs
     mixed: Mapping[str, MixedPlan] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Plan:
         return self.needs.work_bytes + sum(max(one.num_bytes, most.get(str(one.folder), 0)) for one in self.targets)
 
     @property
-    def schemes(self) -> Mapping[Grid, Mapping[str, Scheme]]:
+    def schemes(self) -> Mapping[Scheme, Mapping[str, Scheme]]:
         """Grid -> quantized linear -> its scheme, where that is another: then each output has a grid of its own."""
         return {target.grid: target.schemes for target in self.targets}
 
@@ -64,16 +64,16 @@ class Plan:
         return any(self.linears.values())
 
     @property
-    def in_blocks(self) -> Mapping[Grid, frozenset[str]]:
+    def in_blocks(self) -> Mapping[Scheme, frozenset[str]]:
         """Grid -> linears that stay in FP8 blocks in an output on it."""
         return _by_grid(self.targets, lambda target: target.in_blocks)
 
     @property
-    def packed(self) -> Mapping[Grid, frozenset[str]]:
+    def packed(self) -> Mapping[Scheme, frozenset[str]]:
         """Grid -> linears that keep the source's integers in an output on it."""
         return _by_grid(self.targets, lambda target: target.packed)
 
-    def linears_of(self, layer: DecoderLayer) -> dict[Grid, frozenset[str]]:
+    def linears_of(self, layer: DecoderLayer) -> dict[Scheme, frozenset[str]]:
         """Grid -> a layer's linears that are quantized onto it."""
         return {grid: linears.intersection(layer.linears) for grid, linears in self.linears.items()}
 
@@ -113,9 +113,9 @@ def plan_run(
     return Plan(units, targets, by_grid, run_needs(work), mixed)
 
 
-def _by_grid(targets: Iterable[Target], linears_of: Callable[[Target], frozenset[str]]) -> dict[Grid, frozenset[str]]:
+def _by_grid(targets: Iterable[Target], linears_of: Callable[[Target], frozenset[str]]) -> dict[Scheme, frozenset[str]]:
     """Returns grid -> linears of all targets on it."""
-    found: dict[Grid, frozenset[str]] = {}
+    found: dict[Scheme, frozenset[str]] = {}
     for target in targets:
         found[target.grid] = found.get(target.grid, frozenset()) | linears_of(target)
     return found

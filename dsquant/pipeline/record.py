@@ -11,7 +11,7 @@ from dsquant.pipeline.inputs import Source
 from dsquant.pipeline.notices import run_warnings
 from dsquant.pipeline.run_state import Run
 from dsquant.precision.sensitivity import SENSITIVITY
-from dsquant.schemes import Grid
+from dsquant.schemes import Scheme
 from dsquant.source.license import read_license
 
 # The record's layout. 1: first. 2: hashes of all files and of its own sections; errors of single weights.
@@ -63,7 +63,7 @@ def _weight_errors(
     target: Target,
     journal: Mapping[str, Mapping[str, Any]],
     by_grid: Mapping[int, Mapping[str, float]],
-    grids: Sequence[Grid],
+    grids: Sequence[Scheme],
 ) -> Mapping[str, float]:
     """Those of an output's grid, by linear; by parameter those of what its format rounds itself."""
     own = by_grid.get(grids.index(target.grid), {})  # nothing, where a choice left every linear in BF16

@@ -16,7 +16,7 @@ from dsquant.model.streaming import samples_together
 from dsquant.pipeline.inputs import Source
 from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Progress, Report, Stage
-from dsquant.schemes import Grid
+from dsquant.schemes import Scheme
 from dsquant.source.scan import SourceHashes
 
 
@@ -74,7 +74,7 @@ class Run:
         return [self.hidden_path(layer), *followed]
 
     @property
-    def followed(self) -> tuple[Grid, ...]:
+    def followed(self) -> tuple[Scheme, ...]:
         """The grids whose models are followed, where calibration is sequential: linears are rounded for the inputs that
         the quantized model gives them."""
         plan = self.source.plan

@@ -24,7 +24,7 @@ from dsquant.quantization.layer import quantize_layer
 from dsquant.quantization.layer_job import LayerJob, QuantizedStream
 from dsquant.quantization.sequential import quantize_sequentially
 from dsquant.quantization.statistics import Importance
-from dsquant.schemes import Grid, QuantizedWeight
+from dsquant.schemes import QuantizedWeight, Scheme
 
 
 @dataclass
@@ -35,17 +35,17 @@ class Writers:
     scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Folder -> producer -> the scales that were folded."""
 
-    def emit(self, grid: Grid, name: str, value: QuantizedWeight | torch.Tensor) -> None:
+    def emit(self, grid: Scheme, name: str, value: QuantizedWeight | torch.Tensor) -> None:
         for target, writer in self.by_target:
             if target.grid == grid:
                 writer.write(name, value)
 
-    def note(self, grid: Grid, linear: str, importance: Importance) -> None:
+    def note(self, grid: Scheme, linear: str, importance: Importance) -> None:
         for target, writer in self.by_target:
             if target.grid == grid:
                 writer.note(linear, importance.squares_I, importance.count)
 
-    def keep_scales(self, grid: Grid, producer: str, scales_I: torch.Tensor) -> None:
+    def keep_scales(self, grid: Scheme, producer: str, scales_I: torch.Tensor) -> None:
         for target, _ in self.by_target:
             if target.grid == grid:
                 self.scales.setdefault(str(target.folder), {})[producer] = scales_I.to("cpu", copy=True)

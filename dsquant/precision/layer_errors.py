@@ -34,7 +34,7 @@ from dsquant.quantization.mlp_inputs import CHECK_ROWS, MlpInputs, inputs_of
 from dsquant.quantization.mlp_norm import search_norm_fold
 from dsquant.quantization.statistics import InputMoments, InverseFactor
 from dsquant.quantization.steps import prepared
-from dsquant.schemes import KEPT_WIDTHS, Grid
+from dsquant.schemes import KEPT_WIDTHS, Scheme
 from dsquant.source.weights import Weights
 
 # At most this many routed experts of a layer, evenly spaced, are stored at each width; they stand for all.
@@ -45,9 +45,9 @@ ATTENTION_SAMPLES = 4
 Store = Callable[[Choosable, Width, str, torch.Tensor, InputMoments | None], torch.Tensor]
 """Gets a group, a width, one of the group's linears, its weight under the scales [O, I] and the moments of what it
 reads, None for embedding and head, of which rows may come alone; returns what an engine will compute with."""
-Errors = dict[Grid, dict[str, dict[Width, float]]]
+Errors = dict[Scheme, dict[str, dict[Width, float]]]
 """Grid -> group -> width -> KL divergence from the original, in nats, summed over all tokens."""
-_Found = tuple[Grid, str, Width, float]
+_Found = tuple[Scheme, str, Width, float]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Trial(Generic[Width]):
                 yield group, members, [width for width in group.num_bytes if width not in KEPT_WIDTHS]
 
 
-def measure_layer(job: LayerJob, trials: Mapping[Grid, Trial[Width]], states: LayerStates) -> Errors[Width]:
+def measure_layer(job: LayerJob, trials: Mapping[Scheme, Trial[Width]], states: LayerStates) -> Errors[Width]:
     """Stores every group of a layer at every width while its weights are in memory, and takes the gradients of its
     outputs back to its inputs.
 
@@ -104,7 +104,7 @@ def _experts(layer: DecoderLayer, inputs: Mapping[Mlp, MlpInputs]) -> dict[Mlp, 
 def _attention_errors(
     job: LayerJob,
     moments: Mapping[ScaleGroup, InputMoments],
-    trials: Mapping[Grid, Trial[Width]],
+    trials: Mapping[Scheme, Trial[Width]],
     gradients: Activations,
 ) -> Iterator[_Found[Width]]:
     """Errors on a few samples, as of all."""
@@ -152,12 +152,12 @@ class _TriedMlps(Generic[Width]):
     """The inputs on which a layer's MLPs are tried."""
 
     job: LayerJob
-    trials: Mapping[Grid, Trial[Width]]
+    trials: Mapping[Scheme, Trial[Width]]
     inputs: Mapping[Mlp, MlpInputs]
     routing: Routing | None
-    norm_scales: Mapping[Grid, torch.Tensor]
+    norm_scales: Mapping[Scheme, torch.Tensor]
     """float32 [H]."""
-    inverses: Mapping[Grid, tuple[InverseFactor, ...]]
+    inverses: Mapping[Scheme, tuple[InverseFactor, ...]]
     gradients: Activations
     """Of the layer's outputs."""
 
@@ -177,7 +177,7 @@ class _TriedMlps(Generic[Width]):
                 yield grid, name, width, error * self._shares[mlp]
 
     def _on_grid(
-        self, grid: Grid, mlp: Mlp, original: GatedWeights, moments: tuple[InputMoments, InputMoments]
+        self, grid: Scheme, mlp: Mlp, original: GatedWeights, moments: tuple[InputMoments, InputMoments]
     ) -> Iterator[tuple[str, Width, float]]:
         """Errors on at most `CHECK_ROWS` tokens, as of all."""
         job, inputs, norm_scales_H = self.job, self.inputs[mlp], self.norm_scales[grid]

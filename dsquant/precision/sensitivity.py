@@ -25,7 +25,7 @@ from dsquant.precision.table_errors import embedding_errors, head_errors
 from dsquant.presets import Step
 from dsquant.quantization.gradient_pass import GradientPass
 from dsquant.quantization.layer_job import LayerJob, Note
-from dsquant.schemes import Grid
+from dsquant.schemes import Scheme
 
 # Sensitivities are measured on at most this many samples.
 SAMPLES = 16
@@ -37,16 +37,16 @@ SENSITIVITY = "sensitivity"
 class SensitivityPass(Generic[Width]):
     """The arguments of the pass."""
 
-    trials: Mapping[Grid, Trial[Width]]
+    trials: Mapping[Scheme, Trial[Width]]
     """The groups and widths to try on each grid, of all layers."""
     gradients: GradientPass
     """On at most `SAMPLES` samples."""
-    linears_of: Callable[[DecoderLayer], Mapping[Grid, frozenset[str]]]
+    linears_of: Callable[[DecoderLayer], Mapping[Scheme, frozenset[str]]]
     """Gives the grids that a layer's scales are searched for, and the linears that each is for."""
     steps: tuple[Step, ...]
     """Of the quantization."""
     note: Note = field(default=lambda grid, linear, importance: None)
-    in_blocks: Mapping[Grid, frozenset[str]] = field(default_factory=dict)
+    in_blocks: Mapping[Scheme, frozenset[str]] = field(default_factory=dict)
     """Grid -> linears that stay in FP8 blocks."""
 
     def tried(self, job: LayerJob) -> LayerJob:
@@ -111,10 +111,10 @@ def _table_errors(
     own: SensitivityPass[Width],
     errors_of: Callable[[Trial[Width]], Iterable[tuple[str, Width, float]]],
     safe_point: Callable[[], None],
-) -> list[tuple[Grid, str, Width, float]]:
+) -> list[tuple[Scheme, str, Width, float]]:
     """Errors of embedding or head, on every rank."""
 
-    def measure(beat: Callable[[], None]) -> list[tuple[Grid, str, Width, float]]:
+    def measure(beat: Callable[[], None]) -> list[tuple[Scheme, str, Width, float]]:
         def watched(trial: Trial[Width], *arguments: Any) -> torch.Tensor:
             safe_point()
             beat()

@@ -14,7 +14,7 @@ from dsquant.quantization.layer_job import GridReport, LayerJob
 from dsquant.quantization.scale import best_scales, group_candidates, is_kept, rms_of_columns
 from dsquant.quantization.statistics import Importance, InputMoments
 from dsquant.quantization.steps import prepared, rounded_weight
-from dsquant.schemes import Grid, QuantizedWeight, Scheme, round_to_nearest
+from dsquant.schemes import QuantizedWeight, Scheme, fitted_together, round_to_nearest
 from dsquant.source.weights import Weights
 
 # Attention's output error is measured, and folds are proven, on at most this many samples.
@@ -37,7 +37,7 @@ class AttentionResult:
 
 
 def quantize_attention(
-    job: LayerJob, grid: Grid, moments: Mapping[ScaleGroup, InputMoments], report: GridReport
+    job: LayerJob, grid: Scheme, moments: Mapping[ScaleGroup, InputMoments], report: GridReport
 ) -> AttentionResult:
     """Searches scales for every group that is quantized, folds them and rounds, as far as these are steps.
 
@@ -53,9 +53,10 @@ def quantize_attention(
     folded, linears = FoldedWeights(weights, fold), dict[str, QuantizedWeight]()
     for group, found in own.items():
         divided = prepared(under_scales(found, scales.get(group)), map(grid_of, group.consumers), job.steps)
-        for linear in group.consumers:
-            linears[linear] = rounded_weight(folded[f"{linear}.weight"], grid_of(linear), divided, job.steps)
-    searched, plain = AttentionResult(fold, linears, scales), round_attention(linears, weights, grid_of)
+        parts, schemes = read_together(folded, group, grid_of)
+        for linear, weight, scheme in zip(group.consumers, parts, schemes, strict=True):
+            linears[linear] = rounded_weight(weight, scheme, divided, job.steps)
+    searched, plain = AttentionResult(fold, linears, scales), round_attention(own, weights, grid_of)
     wanted, _ = few_samples(job, weights)
     energy = (wanted - job.inputs.samples(0, len(wanted))).square().sum()
 
@@ -77,7 +78,7 @@ def keeps_attention(job: LayerJob, report: GridReport, error: float, error_plain
 
 
 def search_scales(
-    job: LayerJob, weights: Weights, moments: Mapping[ScaleGroup, InputMoments], grid: Grid
+    job: LayerJob, weights: Weights, moments: Mapping[ScaleGroup, InputMoments], grid: Scheme
 ) -> dict[ScaleGroup, torch.Tensor]:
     """Returns the scales, float32 [I], of every group that they are folded into."""
     return {
@@ -95,7 +96,7 @@ def fold_scales(weights: Weights, scales: Mapping[ScaleGroup, torch.Tensor]) -> 
     return fold
 
 
-def _searched(weights: Weights, group: ScaleGroup, moments: InputMoments, grid: Grid, exact: bool) -> torch.Tensor:
+def _searched(weights: Weights, group: ScaleGroup, moments: InputMoments, grid: Scheme, exact: bool) -> torch.Tensor:
     consumers = [weights[f"{linear}.weight"] for linear in group.consumers]
     columns_I, producer = rms_of_columns(consumers), weights[f"{group.producer}.weight"]
     scales_CI = group_candidates(group, producer, moments.rms_I, columns_I, exact)
@@ -107,14 +108,27 @@ def under_scales(moments: InputMoments, scales_I: torch.Tensor | None) -> InputM
     return moments if scales_I is None else moments.divided(scales_I)
 
 
-def round_attention(linears: Iterable[str], weights: Weights, grid_of: Callable[[str], Scheme]) -> AttentionResult:
+def read_together(
+    weights: Weights, group: ScaleGroup, grid_of: Callable[[str], Scheme]
+) -> tuple[list[torch.Tensor], list[Scheme]]:
+    """Returns the weights of a group's consumers, and their schemes, fitted to what they share."""
+    parts = [weights[f"{linear}.weight"] for linear in group.consumers]
+    return parts, fitted_together([grid_of(linear) for linear in group.consumers], parts)
+
+
+def round_attention(
+    groups: Iterable[ScaleGroup], weights: Weights, grid_of: Callable[[str], Scheme]
+) -> AttentionResult:
     """Rounds attention's linears plainly, with nothing folded: the search's yardstick and its fallback."""
-    rounded = {linear: round_to_nearest(weights[f"{linear}.weight"], grid_of(linear)) for linear in linears}
+    rounded: dict[str, QuantizedWeight] = {}
+    for group in groups:
+        found = zip(*read_together(weights, group, grid_of), strict=True)
+        rounded |= zip(group.consumers, (round_to_nearest(*one) for one in found), strict=True)
     return AttentionResult(Fold(), rounded)
 
 
 def note_attention(
-    job: LayerJob, grid: Grid, moments: Mapping[ScaleGroup, InputMoments], scales: Mapping[ScaleGroup, torch.Tensor]
+    job: LayerJob, grid: Scheme, moments: Mapping[ScaleGroup, InputMoments], scales: Mapping[ScaleGroup, torch.Tensor]
 ) -> None:
     """Notes the importance of the inputs of attention's linears under the scales, float32 [I] of each scaled group."""
     for group, group_moments in moments.items():
@@ -124,7 +138,7 @@ def note_attention(
         note_keys(job, grid, group, group_moments, job.weights)  # folding does not change what comes out of it
 
 
-def note_keys(job: LayerJob, grid: Grid, group: ScaleGroup, moments: InputMoments, weights: Weights) -> None:
+def note_keys(job: LayerJob, grid: Scheme, group: ScaleGroup, moments: InputMoments, weights: Weights) -> None:
     """Notes the importance of what the keys of latent attention are multiplied with, where a group's linears make it.
 
     `moments` are those of the inputs of `weights`.

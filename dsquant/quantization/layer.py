@@ -23,7 +23,7 @@ from dsquant.quantization.mlp_inputs import read_by_mlps
 from dsquant.quantization.mlp_norm import search_norm_fold
 from dsquant.quantization.sharing import SampleStatistics, share_routing, share_rows
 from dsquant.quantization.statistics import InputMoments
-from dsquant.schemes import Grid
+from dsquant.schemes import Scheme
 
 
 def quantize_layer(job: LayerJob) -> LayerReport:
@@ -129,7 +129,7 @@ def run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], torch.T
 
 
 def _quantize_dense_part(
-    job: LayerJob, grid: Grid, moments: dict[ScaleGroup, InputMoments], norm_fold: Fold, report: GridReport
+    job: LayerJob, grid: Scheme, moments: dict[ScaleGroup, InputMoments], norm_fold: Fold, report: GridReport
 ) -> None:
     """Quantizes attention and emits everything that changes outside the MLPs."""
     attention = quantize_attention(job, grid, moments, report)
@@ -140,7 +140,9 @@ def _quantize_dense_part(
         job.keep_scales(grid, group.producer, scales_I)
 
 
-def emit_dense_part(job: LayerJob, grid: Grid, attention: AttentionResult, norm_fold: Fold, report: GridReport) -> None:
+def emit_dense_part(
+    job: LayerJob, grid: Scheme, attention: AttentionResult, norm_fold: Fold, report: GridReport
+) -> None:
     """Proves that the folds change nothing, then emits what changed outside the MLPs."""
     fold = Fold()
     fold.update(attention.fold)

@@ -14,15 +14,15 @@ from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import DecoderLayer, ScaleGroup
 from dsquant.presets import PRESET_STEPS, Step
 from dsquant.quantization.statistics import Importance
-from dsquant.schemes import Grid, QuantizedWeight, Scheme
+from dsquant.schemes import QuantizedWeight, Scheme
 from dsquant.source.weights import Weights
 
-Emit = Callable[[Grid, str, QuantizedWeight | torch.Tensor], None]
+Emit = Callable[[Scheme, str, QuantizedWeight | torch.Tensor], None]
 """Gets the grid, and a linear's name with its quantized weight or a folded parameter's name with its float32 values;
 parameters that are not emitted have not changed."""
 
-Note = Callable[[Grid, str, Importance], None]
-KeepScales = Callable[[Grid, str, torch.Tensor], None]
+Note = Callable[[Scheme, str, Importance], None]
+KeepScales = Callable[[Scheme, str, torch.Tensor], None]
 """Gets the grid, a producer (a norm or a linear) and the scales that its output is divided by, float32 [I]."""
 
 
@@ -61,7 +61,7 @@ class LayerJob:
     """Gets the original layer's outputs."""
     mlp_inputs: Activations
     """Gets the MLPs' inputs."""
-    linears: Mapping[Grid, frozenset[str]]
+    linears: Mapping[Scheme, frozenset[str]]
     """Grid -> the layer's linears that are quantized onto it."""
     batch_samples: int
     seed: int
@@ -73,15 +73,15 @@ class LayerJob:
     keep_scales: KeepScales = lambda grid, producer, scales: None
     """Gets all scales that are folded in, so that a later release can be quantized under them."""
 
-    schemes: Mapping[Grid, Mapping[str, Scheme]] = field(default_factory=dict)
+    schemes: Mapping[Scheme, Mapping[str, Scheme]] = field(default_factory=dict)
     """Grid -> linear -> its scheme, where that is not the grid: scales are searched for the grid all the same."""
-    in_blocks: Mapping[Grid, frozenset[str]] = field(default_factory=dict)
+    in_blocks: Mapping[Scheme, frozenset[str]] = field(default_factory=dict)
     """Grid -> linears that stay in FP8 blocks, into which only powers of two are folded."""
-    packed: Mapping[Grid, frozenset[str]] = field(default_factory=dict)
+    packed: Mapping[Scheme, frozenset[str]] = field(default_factory=dict)
     """Grid -> linears that keep the source's integers, into which nothing is folded."""
     steps: Collection[Step] = PRESET_STEPS["compact"]
     """Of the quantization; `follow` is one where there is `quantized`."""
-    quantized: Mapping[Grid, QuantizedStream] = field(default_factory=dict)
+    quantized: Mapping[Scheme, QuantizedStream] = field(default_factory=dict)
     """Grid -> the hidden states of the model quantized onto it, where linears are rounded for them."""
     gradients: LayerGradients | None = None
     """Where later rows compensate what errors of earlier ones do to predictions."""
@@ -94,24 +94,24 @@ class LayerJob:
         return Shares(self.inputs.shape[0], self.batch_samples, self.ranks.size)
 
     @property
-    def grids(self) -> tuple[Grid, ...]:
+    def grids(self) -> tuple[Scheme, ...]:
         return tuple(self.linears)
 
-    def grid_of(self, grid: Grid, linear: str) -> Scheme:
+    def grid_of(self, grid: Scheme, linear: str) -> Scheme:
         """Returns the scheme that a linear is rounded to, where scales are searched for `grid`."""
         return self.schemes.get(grid, {}).get(linear, grid)
 
-    def scales_blocks(self, grid: Grid, group: ScaleGroup) -> bool:
+    def scales_blocks(self, grid: Scheme, group: ScaleGroup) -> bool:
         """Returns whether a group's scales are folded into a linear that stays in FP8 blocks."""
         return not self.in_blocks.get(grid, frozenset()).isdisjoint((group.producer, *group.consumers))
 
-    def folds(self, grid: Grid, group: ScaleGroup) -> bool:
+    def folds(self, grid: Scheme, group: ScaleGroup) -> bool:
         """Returns whether scales are searched for a group: where no linear of it keeps the source's integers."""
         return "scales" in self.steps and self.packed.get(grid, frozenset()).isdisjoint(
             (group.producer, *group.consumers)
         )
 
-    def rounds(self, grid: Grid, linear: str) -> bool:
+    def rounds(self, grid: Scheme, linear: str) -> bool:
         """Returns whether a linear is rounded here; else it is emitted folded, to a format that rounds it itself."""
         return self.grid_of(grid, linear).rounded
 

@@ -20,7 +20,7 @@ from dsquant.quantization.mlp import LoadedMlp, MlpErrors, MlpResult, quantize_m
 from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.mlp_outputs import Contribute, MlpStream, add_outputs, routed_tokens
 from dsquant.quantization.statistics import InputMoments, InputStatistics, InverseFactor, is_wide
-from dsquant.schemes import Grid, Scheme, widest_vectors
+from dsquant.schemes import Scheme, widest_vectors
 
 # Experts that are read from disk while one is computed.
 MLPS_AHEAD = 2
@@ -104,7 +104,7 @@ def _quantize_mlp(
     return outcomes
 
 
-def emit_mlp(job: LayerJob, grid: Grid, mlp: Mlp, result: MlpResult) -> MlpOutcome:
+def emit_mlp(job: LayerJob, grid: Scheme, mlp: Mlp, result: MlpResult) -> MlpOutcome:
     """Hands over a quantized MLP, each linear rounded or folded, and the importance of its inputs where the grid is not
     rounded; returns what it cost."""
     rounded, weight_errors = result.rounded, dict[str, float]()
@@ -123,7 +123,7 @@ def emit_mlp(job: LayerJob, grid: Grid, mlp: Mlp, result: MlpResult) -> MlpOutco
     return MlpOutcome(result.errors, weight_errors)
 
 
-def emit_unquantized(job: LayerJob, grid: Grid, loaded: LoadedMlp, norm_scales_H: torch.Tensor) -> GatedWeights:
+def emit_unquantized(job: LayerJob, grid: Scheme, loaded: LoadedMlp, norm_scales_H: torch.Tensor) -> GatedWeights:
     """Hands over an MLP that is not quantized onto the grid, under the norm's scales; returns its weights."""
     original = loaded.original
     if not job.linears[grid]:  # nothing is folded either
@@ -158,7 +158,7 @@ def shared_inverses(job: LayerJob, norm_scales: Sequence[torch.Tensor]) -> list[
     ]
 
 
-def _rounded_scheme(job: LayerJob, grid: Grid) -> Scheme | None:
+def _rounded_scheme(job: LayerJob, grid: Scheme) -> Scheme | None:
     """The one of all that a gate or up is rounded to whose order of columns the others can take."""
     readers = (linear for mlp in job.layer.mlps if mlp.up in job.linears[grid] for linear in (mlp.gate, mlp.up))
     return widest_vectors(job.grid_of(grid, linear) for linear in readers if job.rounds(grid, linear))

@@ -18,7 +18,7 @@ from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.scale import best_scales, candidate_scales, is_kept, rms_of_columns
 from dsquant.quantization.statistics import InputMoments
 from dsquant.quantization.steps import prepared, rounded_weight
-from dsquant.schemes import Grid, QuantizedWeight, Scheme, fake_quantize, round_to_nearest
+from dsquant.schemes import QuantizedWeight, Scheme, fake_quantize, fitted_together, round_to_nearest
 
 # Whether folding has changed the function is checked on these.
 PROOF_ROWS = 64
@@ -84,7 +84,7 @@ def quantize_mlp(
     loaded: LoadedMlp,
     moments: tuple[InputMoments, InputMoments],
     norm_scales_H: torch.Tensor,
-    grid: Grid,
+    grid: Scheme,
 ) -> MlpResult:
     """Quantizes gate, up and down of one MLP: searches the scales between up and down and rounds, as the steps say.
 
@@ -97,18 +97,26 @@ def quantize_mlp(
     of_gate = prepared(of_input, schemes[:2], job.steps)
     linears = tuple(
         rounded_weight(weight, scheme, found, job.steps)
-        for weight, scheme, found in zip(folded.parts, schemes, (of_gate, of_gate, of_hidden), strict=True)
+        for weight, scheme, found in zip(
+            folded.parts, _fitted(schemes, folded), (of_gate, of_gate, of_hidden), strict=True
+        )
     )
     return judged(job, loaded, RoundedMlp(folded, linears, (of_input, of_hidden), up_scales_W), norm_scales_H, grid)
 
 
-def _schemes(job: LayerJob, grid: Grid, mlp: Mlp) -> list[Scheme]:
+def _schemes(job: LayerJob, grid: Scheme, mlp: Mlp) -> list[Scheme]:
     """Of gate, up and down."""
     return [job.grid_of(grid, linear) for linear in mlp.linears]
 
 
+def _fitted(schemes: Sequence[Scheme], weights: GatedWeights) -> list[Scheme]:
+    """Gate and up share what their weights decide."""
+    gate, up, down = weights.parts
+    return [*fitted_together(schemes[:2], [gate, up]), schemes[2].fitted(down)]
+
+
 def judged(
-    job: LayerJob, loaded: LoadedMlp, proposed: RoundedMlp, norm_scales_H: torch.Tensor, grid: Grid
+    job: LayerJob, loaded: LoadedMlp, proposed: RoundedMlp, norm_scales_H: torch.Tensor, grid: Scheme
 ) -> MlpResult:
     """Keeps the proposal, or plain rounding where this brings the MLP's output nearer to the original's.
 
@@ -158,6 +166,7 @@ def judged(
 def _unsearched(proposed: RoundedMlp, unscaled: GatedWeights, schemes: Sequence[Scheme]) -> RoundedMlp:
     """Rounds the MLP plainly, under the norm's scales alone."""
     (of_input, of_hidden), scales_W = proposed.moments, proposed.up_scales_W
+    schemes = _fitted(schemes, unscaled)
     linears = tuple(round_to_nearest(weight, own) for weight, own in zip(unscaled.parts, schemes, strict=True))
     return RoundedMlp(unscaled, linears, (of_input, of_hidden.divided(1 / scales_W)), torch.ones_like(scales_W))
 
@@ -182,11 +191,12 @@ def scaled(original: GatedWeights, norm_scales_H: torch.Tensor, up_scales_W: tor
 
 
 def _plainly_rounded(weights: GatedWeights, schemes: Sequence[Scheme]) -> GatedWeights:
+    schemes = _fitted(schemes, weights)
     return GatedWeights(*(fake_quantize(part, own) for part, own in zip(weights.parts, schemes, strict=True)))
 
 
 def search_up_scales(
-    original: GatedWeights, hidden_moments: InputMoments, grid: Grid, steps: Collection[Step]
+    original: GatedWeights, hidden_moments: InputMoments, grid: Scheme, steps: Collection[Step]
 ) -> torch.Tensor:
     """Returns the scales between up and down, float32 [W]: those of least output error of down; 1 without `scales`."""
     if "scales" not in steps:

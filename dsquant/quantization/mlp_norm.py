@@ -17,7 +17,7 @@ from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.scale import best_scales, group_candidates, is_kept, rms_of_columns
 from dsquant.quantization.statistics import InputMoments
-from dsquant.schemes import Grid, fake_quantize
+from dsquant.schemes import Scheme, fake_quantize
 
 # The MLPs that judge: those with the most tokens, whose gate and up are read from disk once more for it.
 JUDGES = 32
@@ -31,7 +31,7 @@ AHEAD = 4
 
 
 def search_norm_fold(
-    job: LayerJob, grid: Grid, inputs: Mapping[Mlp, MlpInputs], norm_rms_H: torch.Tensor
+    job: LayerJob, grid: Scheme, inputs: Mapping[Mlp, MlpInputs], norm_rms_H: torch.Tensor
 ) -> tuple[Fold, torch.Tensor]:
     """Searches the scales of the norm before the MLPs, by the root mean square of its output over all tokens [H].
 
@@ -76,7 +76,7 @@ def _names(mlps: Sequence[Mlp]) -> list[str]:
     return [f"{linear}.weight" for linear in gates_and_ups(mlps)]
 
 
-def _errors(job: LayerJob, grid: Grid, mlp: Mlp, inputs: MlpInputs, scales_H: torch.Tensor) -> tuple[float, float]:
+def _errors(job: LayerJob, grid: Scheme, mlp: Mlp, inputs: MlpInputs, scales_H: torch.Tensor) -> tuple[float, float]:
     """Returns the output error of an MLP with gate and up rounded under the scales, and plainly rounded."""
     original = GatedWeights.read(job.weights, mlp)
     inputs_RH = inputs.few()

@@ -20,7 +20,7 @@ from dsquant.quantization.compensate import damped
 from dsquant.quantization.rows_together import rounded_together
 from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.quantization.steps import prepared, rounded_weight
-from dsquant.schemes import QuantizedWeight, Scheme
+from dsquant.schemes import QuantizedWeight, Scheme, fitted_together
 from dsquant.source.weights import CPU
 
 # Inputs up to this width are kept as whole matrices here, which takes R1's hidden states (7168).
@@ -74,6 +74,7 @@ class PairMoments:
         a metric, float32 [O, O], are rounded together for what they do to predictions (`rows_together`).
         """
         wanted = self.fitted(torch.cat(list(weights))).split([len(weight_OI) for weight_OI in weights])
+        grids = fitted_together(grids, wanted)
         known = {place: metric_OO for place, metric_OO in enumerate(metrics) if metric_OO is not None}
         found: dict[int, QuantizedWeight] = {}
         for grid in dict.fromkeys(grids):

@@ -41,7 +41,7 @@ from dsquant.quantization.pairs import PairMoments, PairStatistics
 from dsquant.quantization.sequential_mlps import FollowingMlps, quantize_mlps
 from dsquant.quantization.sharing import in_the_order_of_batches, share_routing, share_rows
 from dsquant.quantization.statistics import InputMoments, InputStatistics
-from dsquant.schemes import Grid, QuantizedWeight
+from dsquant.schemes import QuantizedWeight, Scheme
 from dsquant.source.weights import Weights
 
 
@@ -78,7 +78,7 @@ def _quantize_dense_part(job: LayerJob) -> tuple[Routing | None, list[FollowingM
     return original_routing, following, reports
 
 
-def _quantize_for(job: LayerJob, grid: Grid, weights: Weights, report: GridReport) -> FollowingMlps:
+def _quantize_for(job: LayerJob, grid: Scheme, weights: Weights, report: GridReport) -> FollowingMlps:
     """Quantizes attention onto a grid, runs it, and searches the scales of the MLPs' norm for what comes out."""
     layer, quantized = job.layer, job.quantized[grid]
     streams, attention, replaced = _quantize_attention(job, grid, weights, report)
@@ -159,7 +159,7 @@ class _Streams:
 
 
 def _quantize_attention(
-    job: LayerJob, grid: Grid, weights: Weights, report: GridReport
+    job: LayerJob, grid: Scheme, weights: Weights, report: GridReport
 ) -> tuple[_Streams, AttentionResult, dict[str, torch.Tensor]]:
     """Quantizes attention group by group; rounds it plainly where its output is nearer to the original's then.
 
@@ -190,8 +190,7 @@ def _quantize_attention(
             name = f"{linear}.weight"
             replaced[name] = linears[linear].dequantize() if job.ranks.first else torch.empty_like(weights[name])
             job.ranks.broadcast(replaced[name])
-    all_linears = [linear for group in groups for linear in group.consumers]
-    plain = round_attention(all_linears, weights, partial(job.grid_of, grid))
+    plain = round_attention(groups, weights, partial(job.grid_of, grid))
     searched = AttentionResult(fold, linears, scales)
     kept = job.ranks.once(lambda: keeps_attention(job, report, _error(streams, searched), _error(unfolded, plain)))
     if job.ranks.first and not grid.rounded:
@@ -222,7 +221,7 @@ def _error(streams: _Streams, attention: AttentionResult) -> float:
 
 def _note(
     streams: _Streams,
-    grid: Grid,
+    grid: Scheme,
     moments: Mapping[ScaleGroup, InputMoments],
     scales: Mapping[ScaleGroup, torch.Tensor],
     kept: bool,
@@ -235,7 +234,7 @@ def _note(
         note_keys(streams.job, grid, group, found, streams.folded)
 
 
-def _searched_scales(unfolded: _Streams, groups: Sequence[ScaleGroup], grid: Grid) -> dict[ScaleGroup, torch.Tensor]:
+def _searched_scales(unfolded: _Streams, groups: Sequence[ScaleGroup], grid: Scheme) -> dict[ScaleGroup, torch.Tensor]:
     """Searches each group's scales by what it reads behind the quantized layers before this one; on every rank."""
     job, linears = unfolded.job, [group.consumers[0] for group in groups]
     widths = [job.weights.shape(f"{linear}.weight")[1] for linear in linears]

@@ -23,14 +23,14 @@ from dsquant.quantization.mlp_outputs import MlpStream, Tokens, add_outputs
 from dsquant.quantization.output_metrics import mlp_metrics
 from dsquant.quantization.pairs import PairMoments, PairStatistics
 from dsquant.quantization.statistics import InputMoments, InputStatistics
-from dsquant.schemes import Grid, QuantizedWeight
+from dsquant.schemes import QuantizedWeight, Scheme
 
 
 @dataclass(frozen=True)
 class FollowingMlps:
     """A layer's MLPs in the model that is quantized onto one grid."""
 
-    grid: Grid
+    grid: Scheme
     quantized: QuantizedStream
     inputs: Mapping[Mlp, MlpInputs]
     norm_scales_H: torch.Tensor
@@ -96,7 +96,7 @@ def _quantize_mlp(
     job: LayerJob,
     loaded: LoadedMlp,
     norm_scales_H: torch.Tensor,
-    grid: Grid,
+    grid: Scheme,
     metrics: Sequence[torch.Tensor | None],
 ) -> MlpResult:
     original, steps = loaded.original, job.steps
@@ -117,7 +117,7 @@ def _quantize_mlp(
 
 
 def _passed_on(
-    job: LayerJob, grid: Grid, mlp: Mlp, folded: GatedWeights, rounded: Sequence[QuantizedWeight]
+    job: LayerJob, grid: Scheme, mlp: Mlp, folded: GatedWeights, rounded: Sequence[QuantizedWeight]
 ) -> GatedWeights:
     """Returns what the quantized model computes with: those rounded so far, and folded weights for the rest."""
     found = list(folded.parts)

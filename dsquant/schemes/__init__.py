@@ -11,7 +11,7 @@ from dsquant.schemes.quantized_weight import (
     stacked,
 )
 from dsquant.schemes.released_fp8 import FP8_WIDTH, Fp8Blocks
-from dsquant.schemes.scheme import Scheme, widest_vectors
+from dsquant.schemes.scheme import Scheme, fitted_together, widest_vectors
 
 # The widths of linears that are not quantized.
 KEPT_WIDTHS = (UNQUANTIZED, FP8_WIDTH)
@@ -27,6 +27,7 @@ __all__ = [
     "QuantizedWeight",
     "Scheme",
     "fake_quantize",
+    "fitted_together",
     "group_size_hint",
     "joined",
     "quantized",

@@ -11,7 +11,7 @@ Shape legend: C candidates, O out features, I in features, B blocks along I.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -47,6 +47,19 @@ def _e2m1_levels() -> Levels:
 
 
 E2M1 = _e2m1_levels()
+_ZERO = len(E2M1_VALUES) - 1  # the rank of 0
+
+
+def e2m1_bits(codes: torch.Tensor) -> torch.Tensor:
+    """Returns E2M1's four bits, the sign the highest, of codes, uint8 of any shape; 0 has no sign."""
+    signed = codes.short() - _ZERO
+    return (signed.abs() + 8 * (signed < 0)).to(torch.uint8)
+
+
+def codes_of_bits(bits: torch.Tensor) -> torch.Tensor:
+    """Undoes `e2m1_bits`; a negative zero becomes zero."""
+    magnitudes = (bits & 7).short()
+    return (_ZERO + torch.where(bits > 7, -magnitudes, magnitudes)).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,8 @@ class Nvfp4(Scheme):
 
     tensor_scale: float = 0.0
     """A power of two, so that products are exact in whatever order an engine forms them; 0 before `fitted`."""
+    output: str = ""
+    """Keeps apart outputs that quantize other linears."""
 
     @property
     def group_size(self) -> int:
@@ -75,12 +90,13 @@ class Nvfp4(Scheme):
         """Scales that are larger too: E2M1 is coarse between 4 and 6."""
         return NVFP4_RATIOS
 
-    def fitted(self, weight_OI: torch.Tensor) -> "Nvfp4":
-        """Returns the scheme with the tensor's scale: E4M3 reaches 1.5 times its largest weight (waits for a GPU)."""
+    def fitted(self, *weights_OI: torch.Tensor) -> "Nvfp4":
+        """Returns the scheme with the tensors' scale: E4M3 reaches 1.5 times their largest weight (waits for a GPU)."""
         if self.tensor_scale:
             return self
-        largest = float(weight_OI.abs().max()) * max(NVFP4_RATIOS) / (E2M1_VALUES[-1] * LARGEST_E4M3)
-        return Nvfp4(2.0 ** math.ceil(math.log2(max(largest, SMALLEST_E8M0))))
+        most = max(float(weight_OI.abs().max()) for weight_OI in weights_OI)
+        largest = most * max(NVFP4_RATIOS) / (E2M1_VALUES[-1] * LARGEST_E4M3)
+        return replace(self, tensor_scale=2.0 ** math.ceil(math.log2(max(largest, SMALLEST_E8M0))))
 
     def parameters(
         self, weight_OI: torch.Tensor, clip_ratios: Sequence[float] = (1.0,), importance_I: torch.Tensor | None = None
@@ -96,6 +112,9 @@ class Nvfp4(Scheme):
 @dataclass(frozen=True)
 class Mxfp4(Scheme):
     """E2M1 in blocks of 32 whose scales are powers of two (E8M0)."""
+
+    output: str = ""
+    """Keeps apart outputs that quantize other linears."""
 
     @property
     def group_size(self) -> int:

@@ -6,8 +6,9 @@ point of 2**(bits - 1), as compressed-tensors defines it, so one representation 
 Shape legend: C candidates, O out features, I in features, B groups along I.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 
@@ -36,7 +37,7 @@ class Grid(Scheme):
     output: str = ""
     """Keeps apart outputs on one grid that quantize other linears, or to other widths."""
 
-    def with_bits(self, bits: int) -> "Grid":
+    def with_bits(self, bits: int) -> Self:
         return replace(self, bits=bits)
 
     @property
@@ -52,6 +53,11 @@ class Grid(Scheme):
     @property
     def levels(self) -> Levels:
         return Levels(self.maximum_code, symmetric=self.symmetric)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """All but what keeps outputs apart."""
+        return {name: value for name, value in vars(self).items() if name != "output"}
 
     @property
     def bits_per_weight(self) -> float:

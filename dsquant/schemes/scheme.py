@@ -4,7 +4,8 @@ Shape legend: C candidates, O out features, I in features, B blocks along I.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 
@@ -70,9 +71,24 @@ class Scheme(ABC):
     def clip_ratios(self) -> tuple[float, ...]:
         """Factors on a group's range that a search tries, 1 before all others."""
 
-    def fitted(self, weight_OI: torch.Tensor) -> "Scheme":
-        """Returns the scheme with what one whole weight decides, such as a scale of the tensor."""
-        del weight_OI
+    @property
+    def symmetric(self) -> bool:
+        """Whether no zero point differs from the others."""
+        return self.levels.symmetric
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What an output's record says of it."""
+        return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+
+    def with_bits(self, bits: int) -> Self:
+        """Returns the scheme with codes of another width, where it has several."""
+        assert bits == self.bits, f"{self} has no codes of {bits} bits; please report this"
+        return self
+
+    def fitted(self, *weights_OI: torch.Tensor) -> "Scheme":
+        """Returns the scheme with what whole weights decide that share it, such as a scale of the tensor."""
+        del weights_OI
         return self
 
     @abstractmethod
@@ -122,6 +138,16 @@ class Scheme(ABC):
             rounded_OI = grids.dequantize_rows(codes_OI, parameters, self.levels)
             differences.append(rounded_OI.div_(scales_I).sub_(weight_OI))
         return torch.stack(differences)
+
+
+def fitted_together(schemes: Sequence[Scheme], weights: Sequence[torch.Tensor]) -> list[Scheme]:
+    """Returns the schemes of weights that read one input, fitted: those that are alike share what they decide, since
+    engines fuse such linears under one scale of the tensor."""
+    own: dict[Scheme, list[torch.Tensor]] = {}
+    for scheme, weight_OI in zip(schemes, weights, strict=True):
+        own.setdefault(scheme, []).append(weight_OI)
+    fits = {scheme: scheme.fitted(*those) for scheme, those in own.items()}
+    return [fits[scheme] for scheme in schemes]
 
 
 def widest_vectors(schemes: Iterable[Scheme]) -> Scheme | None:

@@ -85,7 +85,7 @@ def test_modelopts_own_file_stands_for_a_config_without_quantization(tmp_path: P
     ("quantization", "message"),
     [
         (grouped(strategy="channel", num_bits=4), "float-quantized weights of schemes"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4' is not read"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo 'W4A8_AWQ' is not read"),
         ({"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [64, 64]}, "fmt 'e5m2'"),
     ],
 )

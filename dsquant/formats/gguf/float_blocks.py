@@ -11,10 +11,9 @@ import torch
 
 from dsquant.kernels.clipping import clip_losses
 from dsquant.kernels.grids import round_rows
-from dsquant.schemes.floats import Mxfp4, Nvfp4
+from dsquant.schemes.floats import Mxfp4, Nvfp4, e2m1_bits
 
 TYPES = ("MXFP4", "NVFP4")
-_ZERO = 7  # the rank of 0 among E2M1's 15 values
 _WEIGHTS_AT_ONCE = 2**21
 _STORED_TOGETHER = {"MXFP4": 1, "NVFP4": 4}
 
@@ -35,8 +34,8 @@ def quantize(
         candidates = scheme.parameters(part_RI, scheme.clip_ratios)
         losses_CRB = clip_losses(part_RI, weights_BSS, candidates, scheme.levels)
         chosen = candidates.chosen(losses_CRB.argmin(0))
-        ranks_RBS = round_rows(part_RI, chosen, scheme.levels).unflatten(1, (-1, scheme.group_size)).short() - _ZERO
-        low, high = (ranks_RBS.abs() + 8 * (ranks_RBS < 0)).to(torch.uint8).chunk(2, 2)
+        bits_RI = e2m1_bits(round_rows(part_RI, chosen, scheme.levels))
+        low, high = bits_RI.unflatten(1, (-1, scheme.group_size)).chunk(2, 2)
         if type_name == "MXFP4":
             scales_RB = (chosen.scales.log2() + 127).round().to(torch.uint8)
         else:
