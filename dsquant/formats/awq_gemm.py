@@ -17,10 +17,10 @@ from dsquant.formats.integer_format import IntegerFormat
 from dsquant.formats.output_shards import StoredTensor
 from dsquant.formats.safetensors import check_columns
 from dsquant.formats.skip_lists import skipped_modules
-from dsquant.formats.wanted import NO_CHOICE, Width
+from dsquant.formats.wanted import Linears, Width
 from dsquant.kernels.packing import pack_awq, unpack_awq
 from dsquant.packages import load
-from dsquant.schemes import Fp8Blocks, Grid, QuantizedWeight
+from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU
 
@@ -136,14 +136,7 @@ class AwqGemm(IntegerFormat):
             grid,
         )
 
-    def quantization_config(
-        self,
-        grid: Grid,
-        linears: Mapping[str, bool],
-        widths: Mapping[str, int] = NO_CHOICE,
-        mtp_layer: str = "",
-        kept: Mapping[str, Fp8Blocks | Grid] = NO_CHOICE,
-    ) -> dict[str, Any]:
+    def quantization_config(self, grid: Grid, linears: Linears) -> dict[str, Any]:
         """Returns AutoAWQ's config; `zero_point` is true for symmetric grids too: qzeros are there, all 8."""
         return {
             "quant_method": "awq",
@@ -151,5 +144,5 @@ class AwqGemm(IntegerFormat):
             "group_size": grid.group_size,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": skipped_modules(linears, mtp_layer),
+            "modules_to_not_convert": skipped_modules(linears.quantized, linears.mtp_layer),
         }

@@ -28,7 +28,7 @@ from dsquant.formats.output_shards import StoredTensor
 from dsquant.formats.safetensors import check_columns
 from dsquant.formats.safetensors_target import STOCK_WIDTHS
 from dsquant.formats.skip_lists import ignored_modules, targets_by_width
-from dsquant.formats.wanted import NO_CHOICE, Wanted, Width
+from dsquant.formats.wanted import NO_CHOICE, Linears, Wanted, Width
 from dsquant.kernels.packing import pack_rows, unpack_rows
 from dsquant.kernels.values import WORD_BITS
 from dsquant.model.structure import linear_groups
@@ -201,22 +201,16 @@ class CompressedTensors(IntegerFormat):
         codes_OI = unpack_rows(tensors[f"{linear}.weight_packed"], columns, grid.bits)
         return QuantizedWeight(codes_OI, scales_OG, zero_points_OG, grid)
 
-    def quantization_config(
-        self,
-        grid: Grid,
-        linears: Mapping[str, bool],
-        widths: Mapping[str, int] = NO_CHOICE,
-        mtp_layer: str = "",
-        kept: Mapping[str, Fp8Blocks | Grid] = NO_CHOICE,
-    ) -> dict[str, Any]:
+    def quantization_config(self, grid: Grid, linears: Linears) -> dict[str, Any]:
         """Returns the config that compressed-tensors 0.20 writes for weights only.
 
         Where linears stay in FP8 blocks, these are what the class `Linear` stands for, and all others are named; those
         that keep the source's integers are named. The layout of the whole is that of what is quantized: SGLang 0.5.23
         refuses experts beside `mixed-precision`.
         """
+        widths, kept = linears.widths, linears.kept
         fp8 = [blocks for blocks in kept.values() if isinstance(blocks, Fp8Blocks)]
-        size, quantized = grid.group_size, [linear for linear in linears if linears[linear]]
+        size, quantized = grid.group_size, [linear for linear, rounded in linears.quantized.items() if rounded]
         named = dict.fromkeys(quantized, (grid.bits, size)) if fp8 else {}
         named |= {linear: (bits, size) for linear, bits in widths.items()}
         own = {linear: (one.bits, one.group_size) for linear, one in kept.items() if isinstance(one, Grid)}
@@ -234,7 +228,7 @@ class CompressedTensors(IntegerFormat):
             "format": PACKED,
             "quantization_status": "compressed",
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
-            "ignore": ignored_modules({linear: linears[linear] or linear in kept for linear in linears}),
+            "ignore": ignored_modules(linears.taken),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }

@@ -24,8 +24,8 @@ from dsquant.formats.float4_weights import EXPONENT_BIAS, MODELOPT, MXFP4, NVFP4
 from dsquant.formats.output_shards import StoredTensor
 from dsquant.formats.safetensors import SafetensorsFormat
 from dsquant.formats.skip_lists import ignored_modules, skipped_modules, targets_by_width
-from dsquant.formats.wanted import NO_CHOICE, Wanted, Width
-from dsquant.schemes import Fp8Blocks, Grid, QuantizedWeight
+from dsquant.formats.wanted import Linears, Wanted, Width
+from dsquant.schemes import Fp8Blocks, QuantizedWeight
 from dsquant.schemes.floats import Mxfp4, Nvfp4, codes_of_bits, e2m1_bits
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU
@@ -131,21 +131,14 @@ class CompressedFloat4(Float4):
     def stored_fp8(self, linear: str, shape: tuple[int, int], blocks: Fp8Blocks) -> tuple[StoredTensor, StoredTensor]:
         return blocks_tensors(linear, shape, blocks)
 
-    def quantization_config(
-        self,
-        grid: Floats,
-        linears: Mapping[str, bool],
-        widths: Mapping[str, int] = NO_CHOICE,
-        mtp_layer: str = "",
-        kept: Mapping[str, Fp8Blocks | Grid] = NO_CHOICE,
-    ) -> dict[str, Any]:
+    def quantization_config(self, grid: Floats, linears: Linears) -> dict[str, Any]:
         """Returns the config that compressed-tensors 0.20 writes for weights only.
 
         Where linears stay in FP8 blocks, these are what the class `Linear` stands for, and all others are named. The
         layout of the whole is that of what is quantized: SGLang 0.5.23 knows MXFP4 experts by it.
         """
-        fp8 = [blocks for blocks in kept.values() if isinstance(blocks, Fp8Blocks)]
-        named = {linear: BITS for linear, quantized in linears.items() if quantized}
+        fp8 = [blocks for blocks in linears.kept.values() if isinstance(blocks, Fp8Blocks)]
+        named = {linear: BITS for linear, quantized in linears.quantized.items() if quantized}
         targets = targets_by_width(named, others=False).get(BITS, []) if fp8 else ["Linear"]
         groups = [*([self._group(targets)] if targets else []), *map(blocks_group, fp8[:1])]
         return {
@@ -153,7 +146,7 @@ class CompressedFloat4(Float4):
             "format": self.layout.name,
             "quantization_status": "compressed",
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
-            "ignore": ignored_modules({linear: linears[linear] or linear in kept for linear in linears}),
+            "ignore": ignored_modules(linears.taken),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
@@ -232,14 +225,7 @@ class ModelOptNvfp4(Float4):
     def library(self, widths: Collection[int], mixture: bool) -> str | None:
         return "Model Optimizer"
 
-    def quantization_config(
-        self,
-        grid: Floats,
-        linears: Mapping[str, bool],
-        widths: Mapping[str, int] = NO_CHOICE,
-        mtp_layer: str = "",
-        kept: Mapping[str, Fp8Blocks | Grid] = NO_CHOICE,
-    ) -> dict[str, Any]:
+    def quantization_config(self, grid: Floats, linears: Linears) -> dict[str, Any]:
         """Returns the flat form that ModelOpt 0.47 writes to config.json, for weights only: vLLM takes `group_size`
         from its top, and both vLLM and SGLang look for `ignore` as for AWQ's list."""
         weights = {"dynamic": False, "num_bits": BITS, "type": "float", "group_size": self.layout.scheme.group_size}
@@ -248,5 +234,5 @@ class ModelOptNvfp4(Float4):
             "quant_algo": "W4A16_NVFP4",
             "group_size": self.layout.scheme.group_size,
             "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
-            "ignore": skipped_modules(linears, mtp_layer),
+            "ignore": skipped_modules(linears.quantized, linears.mtp_layer),
         }

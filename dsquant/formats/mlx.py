@@ -21,11 +21,11 @@ from dsquant.formats.decoded import DecodedWeights, checked_matrix, whole_number
 from dsquant.formats.integer_format import IntegerFormat
 from dsquant.formats.output_shards import StoredTensor
 from dsquant.formats.safetensors import check_columns
-from dsquant.formats.wanted import NO_CHOICE, Wanted, Width
+from dsquant.formats.wanted import Linears, Wanted, Width
 from dsquant.kernels.packing import pack_rows, unpack_rows
 from dsquant.kernels.values import WORD_BITS
 from dsquant.model.structure import absorbed_linears
-from dsquant.schemes import Fp8Blocks, Grid, QuantizedWeight
+from dsquant.schemes import Grid, QuantizedWeight
 from dsquant.source.checkpoint import CONFIG_FILE
 from dsquant.source.shards import ShardIndex, TensorInfo
 from dsquant.source.weights import CPU
@@ -220,15 +220,8 @@ class Mlx(IntegerFormat):
         codes_OI = unpack_rows(tensors[f"{linear}.weight"].view(torch.int32), columns, grid.bits)
         return QuantizedWeight(codes_OI, scales_OG, torch.full(scales_OG.shape, grid.middle, dtype=torch.uint8), grid)
 
-    def quantization_config(
-        self,
-        grid: Grid,
-        linears: Mapping[str, bool],
-        widths: Mapping[str, int] = NO_CHOICE,
-        mtp_layer: str = "",
-        kept: Mapping[str, Fp8Blocks | Grid] = NO_CHOICE,
-    ) -> dict[str, Any]:
+    def quantization_config(self, grid: Grid, linears: Linears) -> dict[str, Any]:
         """Returns mlx-lm's config; a module whose bits were chosen has them under its name."""
-        stacks = (((self.stack_of(linear) or (linear, 0))[0], bits) for linear, bits in widths.items())
+        stacks = (((self.stack_of(linear) or (linear, 0))[0], bits) for linear, bits in linears.widths.items())
         chosen = {module: {"group_size": grid.group_size, "bits": bits} for module, bits in stacks}
         return {"group_size": grid.group_size, "bits": grid.bits, "mode": "affine", **chosen}

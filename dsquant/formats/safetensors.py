@@ -18,7 +18,7 @@ from dsquant.files.foreign import find_file
 from dsquant.formats.output_shards import StoredTensor, plan_shards
 from dsquant.formats.protocol import Format
 from dsquant.formats.safetensors_target import SafetensorsTarget, matrix
-from dsquant.formats.wanted import NO_CHOICE, Wanted, Width
+from dsquant.formats.wanted import NO_CHOICE, Linears, Wanted, Width
 from dsquant.model.structure import linear_groups
 from dsquant.presets import Activations
 from dsquant.recipes import Recipe
@@ -118,20 +118,8 @@ class SafetensorsFormat(Format, Generic[S]):
         """Undoes `pack`."""
 
     @abstractmethod
-    def quantization_config(
-        self,
-        grid: S,
-        linears: Mapping[str, bool],
-        widths: Mapping[str, int] = NO_CHOICE,
-        mtp_layer: str = "",
-        kept: Mapping[str, Fp8Blocks | Grid] = NO_CHOICE,
-    ) -> dict[str, Any]:
-        """Returns the `quantization_config` of config.json as plain JSON values.
-
-        `linears` is every linear of the decoder -> whether it is quantized; `widths` linear -> bits where widths were
-        chosen, else all have the grid's; `mtp_layer` the module of the multi-token-prediction layer, if any; `kept`
-        those that stay as the source has them, in FP8 blocks or in integers on a grid.
-        """
+    def quantization_config(self, grid: S, linears: Linears) -> dict[str, Any]:
+        """Returns the `quantization_config` of config.json as plain JSON values."""
 
     def stack_of(self, tensor: str) -> tuple[str, int] | None:
         """Returns the stack of tensors of one shape that stores a parameter, or one of `stored`, and its place there;
@@ -330,7 +318,7 @@ def _config(
     drafts = [layer.prefix for layer in layers[wanted.skeleton.num_layers :]]
     widths = {linear: bits for linear, bits in linears.items() if bits}
     draft = drafts[0] if drafts else ""
-    words = output_format.quantization_config(grid, quantized, widths, draft, kept)
+    words = output_format.quantization_config(grid, Linears(quantized, widths, draft, kept))
     if wanted.recipe.activations in output_format.activations:
         words = output_format.with_activations(words, wanted.recipe.activations)
     return config | output_format.engines_config(config) | dict.fromkeys(output_format.config_keys, words)

@@ -9,7 +9,7 @@ from typing import Any
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import DecoderLayer
 from dsquant.recipes import Recipe
-from dsquant.schemes import Fp8Blocks
+from dsquant.schemes import Fp8Blocks, Grid
 from dsquant.source.checkpoint import Checkpoint
 
 Width = int | str
@@ -82,3 +82,22 @@ class Choice:
     widths: tuple[Any, ...]
     preferred: Collection[Any] = ()
     """Widths that engines take; others are chosen only where a target cannot be met without them."""
+
+
+@dataclass(frozen=True)
+class Linears:
+    """The decoder's linears, for a config.json."""
+
+    quantized: Mapping[str, bool]
+    """Every linear -> whether it is quantized."""
+    widths: Mapping[str, int] = field(default_factory=dict)
+    """Linear -> bits where widths were chosen, else all have the grid's."""
+    mtp_layer: str = ""
+    """The module of the multi-token-prediction layer, if any."""
+    kept: Mapping[str, Fp8Blocks | Grid] = field(default_factory=dict)
+    """Those that stay as the source has them, in FP8 blocks or in integers on a grid."""
+
+    @property
+    def taken(self) -> dict[str, bool]:
+        """Every linear -> whether engines find it in few bits or in FP8."""
+        return {linear: quantized or linear in self.kept for linear, quantized in self.quantized.items()}

@@ -24,6 +24,7 @@ from dsquant.evaluation.opening import open_candidate, open_original
 from dsquant.formats.checkpoints import open_checkpoint, stored_weights
 from dsquant.formats.skip_lists import FUSED
 from dsquant.formats.table import SAFETENSORS
+from dsquant.formats.wanted import Linears
 from dsquant.incremental.release import full_run
 from dsquant.schemes import QuantizedWeight, round_to_nearest
 from dsquant.schemes.floats import E2M1_VALUES, Mxfp4, Nvfp4, codes_of_bits, e2m1_bits
@@ -88,7 +89,7 @@ def test_independent_decoders_read_exactly_what_was_rounded(
     assert {one.name: one.shape for one in planned} == {part: tuple(one.shape) for part, one in packed.items()}
     folder = tmp_path_factory.mktemp("floats")
     save_file(packed, folder / "model.safetensors")
-    config = {"quantization_config": known.quantization_config(scheme, {LINEAR: True})}
+    config = {"quantization_config": known.quantization_config(scheme, Linears({LINEAR: True}))}
     assert torch.equal(stored_weights(read_index(folder), config)[f"{LINEAR}.weight"], found)
     again = known.unpack(LINEAR, packed, scheme)
     assert again.grid == rounded.grid and torch.equal(again.codes_OI, rounded.codes_OI)
@@ -257,7 +258,7 @@ def test_a_checkpoint_that_contradicts_itself_is_refused_by_name(
     known, scheme = SAFETENSORS[name], Nvfp4()
     packed = known.pack(LINEAR, round_to_nearest(torch.randn(2, 64), scheme))
     save_file({**packed, **{f"{LINEAR}.{part}": one for part, one in tensors.items()}}, tmp_path / "model.safetensors")
-    config = known.quantization_config(scheme, {LINEAR: True})
+    config = known.quantization_config(scheme, Linears({LINEAR: True}))
     for group in config["config_groups"].values():
         group |= change
     with pytest.raises(InputError, match=r"config\.json|tensor '"):

@@ -22,6 +22,7 @@ from dsquant.errors import InputError, UsageError
 from dsquant.evaluation.opening import open_candidate, open_original
 from dsquant.formats.checkpoints import open_checkpoint, stored_weights
 from dsquant.formats.table import FORMATS
+from dsquant.formats.wanted import Linears
 from dsquant.incremental.release import full_run
 from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest
 from dsquant.source.shards import read_index
@@ -68,7 +69,7 @@ def test_independent_decoders_read_exactly_what_was_rounded(
     assert torch.equal(decoded(words.numpy(), scales, biases, bits), rounded.dequantize())
     folder = tmp_path_factory.mktemp("mlx")
     save_file(packed, folder / "model.safetensors")
-    config = {"quantization_config": MLX.quantization_config(grid, {LINEAR: True})}
+    config = {"quantization_config": MLX.quantization_config(grid, Linears({LINEAR: True}))}
     assert torch.equal(stored_weights(read_index(folder), config)[f"{LINEAR}.weight"], rounded.dequantize())
     again = MLX.unpack(LINEAR, packed, grid)
     assert torch.equal(again.codes_OI, rounded.codes_OI) and torch.equal(again.dequantize(), rounded.dequantize())

@@ -21,6 +21,7 @@ from dsquant.formats.checkpoints import stored_weights
 from dsquant.formats.output_shards import ShardFile, StoredTensor, plan_shards, write_index
 from dsquant.formats.skip_lists import ignored_modules, skipped_modules
 from dsquant.formats.table import FORMATS
+from dsquant.formats.wanted import Linears
 from dsquant.formats.write_behind import WriteBehind
 from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest
 from dsquant.source.shards import read_index
@@ -92,7 +93,7 @@ def test_the_formats_own_package_reads_back_what_was_rounded(
     weight = torch.randn(64 * rows, grid.group_size * groups, generator=torch.Generator().manual_seed(seed)) * spread
     rounded = round_to_nearest(weight, grid)
     folder = write(tmp_path_factory.mktemp("format"), format_name, rounded)
-    config = FORMATS[format_name].quantization_config(grid, {LINEAR: True})
+    config = FORMATS[format_name].quantization_config(grid, Linears({LINEAR: True}))
     found = stored_weights(read_index(folder), {"quantization_config": config})[f"{LINEAR}.weight"]
     assert torch.equal(found, rounded.dequantize())
     half_step = rounded.scales_OG.repeat_interleave(grid.group_size, 1) * 0.51
@@ -262,7 +263,7 @@ def test_a_packed_linear_without_its_scales_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     save_file({name: tensor for name, tensor in load_file(shard).items() if name != f"{LINEAR}.scales"}, shard)
     with pytest.raises(InputError, match=r"qweight.*scales"):
-        config = FORMATS["awq"].quantization_config(grid, {LINEAR: True})
+        config = FORMATS["awq"].quantization_config(grid, Linears({LINEAR: True}))
         stored_weights(read_index(folder), {"quantization_config": config})
 
 
