@@ -273,3 +273,15 @@ def test_two_ranks_write_the_bytes_of_one(narrow_r1: Path, text_file: Path, tmp_
     forked.finish(*command(narrow_r1, text_file, tmp_path / "one", *more))
     finish(start(2, narrow_r1, text_file, tmp_path / "two", *more))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_target_leaves_the_most_sensitive_linears_unquantized(text_file: Path, tmp_path: Path) -> None:
+    dense = add_tokenizer(make_dense(tmp_path / "qwen3", QWEN3 | {"num_hidden_layers": 1}))
+    make(dense, text_file, tmp_path / "out", to="nvfp4-modelopt", steps="none", target_bits=9, evaluate=False)
+    index = read_index(tmp_path / "out")
+    packed = {name.removesuffix(".weight_scale") for name in index if name.endswith(".weight_scale")}
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    kept = {name.removesuffix(".weight") for name in index if name.endswith("_proj.weight")} - packed
+    assert packed and kept and all(any(entry in name for entry in ignored) for name in kept)
+    assert not any(entry in name for entry in ignored for name in packed)
+    assert dsquant.verify(tmp_path / "out", everything=True, progress=False).ok
