@@ -13,6 +13,7 @@ from compressed_tensors.compressors import MXFP4PackedCompressor, NVFP4PackedCom
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kills import KILLED, run
 from ranks import command, finish, start
 from safetensors.torch import load_file, save_file
 from shapes import NARROW
@@ -285,3 +286,19 @@ def test_a_target_leaves_the_most_sensitive_linears_unquantized(text_file: Path,
     assert packed and kept and all(any(entry in name for entry in ignored) for name in kept)
     assert not any(entry in name for entry in ignored for name in packed)
     assert dsquant.verify(tmp_path / "out", everything=True, progress=False).ok
+
+
+@pytest.mark.slow
+def test_a_killed_job_continues_with_the_same_bytes(pico: Path, text_file: Path, tmp_path: Path) -> None:
+    def job(folder: Path, resume: bool = False) -> None:
+        options = {"to": ("nvfp4", "nvfp4-modelopt"), "rest": "bf16", "steps": "clip", "evaluate": False}
+        make(pico, text_file, folder / "out", resume=resume, **options)
+
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    code, calls = run(lambda: job(tmp_path / "whole"), tmp_path / "whole", None)
+    assert code == 0
+    code, _ = run(lambda: job(tmp_path / "killed"), tmp_path / "killed", 2 * calls // 3)
+    assert code == KILLED
+    assert run(lambda: job(tmp_path / "killed", resume=True), tmp_path / "killed", None)[0] == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
