@@ -18,9 +18,11 @@ def test_readmes_and_the_documents_tables_of_engines_are_the_measured_ones() -> 
         assert path.read_text() == text, f"python -m benchmarks.engines.table writes {path.name} anew"
 
 
-def test_every_format_ran_somewhere_and_what_did_not_run_lacks_a_kernel() -> None:
+def test_every_format_ran_somewhere_or_says_that_it_did_not_and_what_did_not_run_lacks_a_kernel() -> None:
     rows = table.results()["rows"]
-    assert {row["output"].split(" ")[0].partition(":")[0].strip(",") for row in rows} == {*FORMATS, table.BASELINE}
+    ran = {row["output"].split(" ")[0].partition(":")[0].strip(",") for row in rows}
+    notes = {name: known.engine_notes((4,), mixture=True, to_choose=False) for name, known in FORMATS.items()}
+    assert ran == {table.BASELINE, *(name for name in FORMATS if not any("no engine" in note for note in notes[name]))}
     for row in rows:
         assert not row["error"] or table.lacks_kernel(row), row
         times = table.ratio(row, rows)
