@@ -119,13 +119,13 @@ def run_dense_part(
     batch_samples: int,
     observers: Mapping[str, Observer] | None = None,
     samples: tuple[int, int] | None = None,
-    after_batch: Callable[[int], None] = lambda stop: None,
+    after_batch: Callable[[int, torch.Tensor], None] = lambda stop, outputs: None,
 ) -> Routing | None:
     """Runs a layer without its routed experts' contributions; returns the routing, None where it has no experts.
 
     `batch_samples` pass together. Observers, by module name, get every input [rows, features] of that module in the
     order of samples. `samples` are the first and the one behind the last; None is all. `after_batch` is called after
-    every batch with the number of the sample that comes next.
+    every batch with the number of the sample that comes next, and the batch's outputs [n, T, H].
     """
     indices: list[torch.Tensor] = []
     shares: list[torch.Tensor] = []
@@ -151,7 +151,7 @@ def run_dense_part(
             with torch.no_grad():
                 output = layer_outputs(skeleton, module, hidden_NTH)
             stream.outputs.set_samples(start, output)
-            after_batch(stop)
+            after_batch(stop, output)
     return Routing(torch.cat(indices), torch.cat(shares)) if indices else None
 
 

@@ -51,7 +51,7 @@ def keep_gradients(run: Run) -> None:
     def visit(job: LayerJob, states: LayerStates) -> None:
         outputs, attended = (passing.opened(path) for path in _paths(run, job.layer))
         first, end = job.shares.samples(job.ranks.rank)
-        _, _, routing = run_original(job)
+        routing = run_original(job).routing
         for start in range(first, end):
             outputs.set_samples(start, states.gradients.samples(start, start + 1))
         take_back(job, states, routing)

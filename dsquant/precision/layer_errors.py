@@ -74,7 +74,8 @@ def measure_layer(job: LayerJob, trials: Mapping[Scheme, Trial[Width]], states: 
     Returns the errors on every rank, 0 where a group is not quantized. Raises InputError where the original's hidden
     states are not finite.
     """
-    moments, norm_rms_H, routing = run_original(job)
+    original = run_original(job)
+    routing, norm_rms_H = original.routing, original.norm_rms_H
     if not bool(norm_rms_H.isfinite().all()):
         raise out_of_range(job.layer.norm)
     inputs = {mlp: inputs_of(job.mlp_inputs, mlp, routing, {}, job.steps) for mlp in job.layer.mlps}
@@ -82,8 +83,10 @@ def measure_layer(job: LayerJob, trials: Mapping[Scheme, Trial[Width]], states: 
     inverses = dict(zip(job.grids, shared_inverses(job, list(norm_scales.values())), strict=True))
     tried = _TriedMlps(job, trials, inputs, routing, norm_scales, inverses, states.gradients)
     own: list[list[_Found[Width]]] = []
-    take_back(job, states, routing, lambda number, original: own.append(list(tried.errors(number, original))))
-    attention = job.ranks.once(lambda: list(_attention_errors(job, moments, trials, states.attended)))
+    take_back(job, states, routing, lambda number, weights: own.append(list(tried.errors(number, weights))))
+    attention = job.ranks.once(
+        lambda: list(_attention_errors(job, original.attention_moments, trials, states.attended))
+    )
     errors: Errors[Width] = {
         grid: {group.name: dict.fromkeys(group.num_bytes, 0.0) for group in trial.groups}
         for grid, trial in trials.items()

@@ -31,6 +31,9 @@ from dsquant.schemes import QuantizedWeight, Scheme, joined, quantized, stacked
 # little, and compensation would fit their noise (docs/decisions/0006).
 DAMPING = 0.2
 LEAST_DAMPING = 0.005
+# Its other entries are lowered by this share: correlations of the calibration's texts hold less in others
+# (docs/decisions/0041).
+SHRINKAGE = 0.05
 
 
 def compensated_weight(
@@ -69,8 +72,7 @@ def with_inverses(moments: InputMoments, scheme: Scheme) -> InputMoments:
     grams = moments.parts_PWW if moments.gram_II is None else [moments.gram_II]
     if moments.inverses or grams is None or not moments.count or len(grams[0]) % scheme.group_size:
         return moments
-    damping = damping_of(len(grams[0]), moments.count)
-    return replace(moments, inverses=tuple(_inverse(gram_II, scheme, damping) for gram_II in grams))
+    return replace(moments, inverses=tuple(_inverse(gram_II, scheme, moments.count) for gram_II in grams))
 
 
 def damping_of(num_features: int, num_tokens: int) -> float:
@@ -85,6 +87,14 @@ def damped(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
     return gram_II
 
 
+def regularized(gram_II: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Returns a copy of a Gram matrix over some tokens whose diagonal counts more, as errors are compensated by it."""
+    diagonal_I = gram_II.diagonal().clone()
+    shrunk_II = gram_II * (1 - SHRINKAGE)
+    shrunk_II.diagonal().copy_(diagonal_I)
+    return damped(shrunk_II, damping_of(len(gram_II), num_tokens))
+
+
 def _order(energy_I: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Returns the columns in the order of rounding, int64 [I]: units inside units, the most energetic of each first."""
     order_I = torch.arange(len(energy_I), device=energy_I.device)
@@ -96,8 +106,8 @@ def _order(energy_I: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return order_I
 
 
-def _inverse(gram_II: torch.Tensor, scheme: Scheme, damping: float) -> InverseFactor:
-    """The order of rounding, and U with U^T U the inverse of the damped Gram matrix H in that order.
+def _inverse(gram_II: torch.Tensor, scheme: Scheme, num_tokens: int) -> InverseFactor:
+    """The order of rounding, and U with U^T U the inverse of the regularized Gram matrix H in that order.
 
     With H = V V^T and V upper triangular (the Cholesky factor of H with rows and columns in reverse order), U = V^-1.
     Where H is not finite U is not either, its losses compare as false, and rows stay clipped. Nothing here waits for a
@@ -105,7 +115,7 @@ def _inverse(gram_II: torch.Tensor, scheme: Scheme, damping: float) -> InverseFa
     """
     order_I = _order(gram_II.diagonal(), scheme)
     reverse_I = order_I.flip(0)
-    upper_II = torch.linalg.cholesky_ex(damped(gram_II[reverse_I][:, reverse_I].double(), damping)).L.flip(0, 1)
+    upper_II = torch.linalg.cholesky_ex(regularized(gram_II[reverse_I][:, reverse_I].double(), num_tokens)).L.flip(0, 1)
     identity_II = torch.eye(len(upper_II), dtype=torch.float64, device=upper_II.device)
     return InverseFactor(order_I, torch.linalg.solve_triangular(upper_II, identity_II, upper=True).float())
 

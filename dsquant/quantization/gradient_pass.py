@@ -87,7 +87,7 @@ class GradientPass:
         for number, layer in enumerate(self.layers):
             job = self.job_of(layer, hidden[number], hidden[number + 1], number)
             job.safe_point(layer.prefix)
-            _, _, routing = run_original(job)
+            routing = run_original(job).routing
             for _ in own_mlps(job, routing):
                 pass
             job.ranks.together(partial(check_outputs, job))

@@ -7,6 +7,7 @@ Shape legend: N samples, T tokens, H hidden size, R tokens of all samples, E exp
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -19,7 +20,7 @@ from dsquant.quantization.attention import AttentionResult, few_samples, note_at
 from dsquant.quantization.layer_job import GridReport, LayerJob, LayerReport
 from dsquant.quantization.layer_mlps import MlpOutcome, quantize_mlps
 from dsquant.quantization.mlp import prove_same
-from dsquant.quantization.mlp_inputs import read_by_mlps
+from dsquant.quantization.mlp_inputs import mean_squares, read_by_mlps, token_weights
 from dsquant.quantization.mlp_norm import search_norm_fold
 from dsquant.quantization.sharing import SampleStatistics, share_routing, share_rows
 from dsquant.quantization.statistics import InputMoments
@@ -62,34 +63,44 @@ def check_outputs(job: LayerJob) -> None:
 
 def _quantize(job: LayerJob) -> LayerReport:
     job.safe_point(job.layer.attention_module)
-    attention_moments, norm_rms_H, routing = run_original(job)
-    if not bool(norm_rms_H.isfinite().all()):
+    found = run_original(job)
+    if not bool(found.norm_rms_H.isfinite().all()):
         raise out_of_range(job.layer.norm)
-    inputs, added = read_by_mlps(job, job.mlp_inputs, routing)
+    inputs, added = read_by_mlps(job, job.mlp_inputs, found.routing, found.weights_R)
     folds: list[torch.Tensor] = []
     reports: list[GridReport] = []
     for grid in job.grids:
         report = GridReport()
-        norm_fold, norm_scales_H = search_norm_fold(job, grid, inputs, norm_rms_H)
+        norm_fold, norm_scales_H = search_norm_fold(job, grid, inputs, found.norm_rms_H)
         if job.ranks.first:
-            _quantize_dense_part(job, grid, attention_moments, norm_fold, report)
+            _quantize_dense_part(job, grid, found.attention_moments, norm_fold, report)
             if norm_fold.rows:
                 job.keep_scales(grid, job.layer.norm, norm_scales_H)
         folds.append(norm_scales_H)
         reports.append(report)
-    found = quantize_mlps(job, inputs, folds, routing)
+    outcomes = quantize_mlps(job, inputs, folds, found.routing)
     reports = job.ranks.once(lambda: reports)
     for place, report in enumerate(reports):
-        sum_up(report, [outcomes[place] for outcomes in found])
-    counts = routing.counts(len(job.layer.experts)).tolist() if routing else []
+        sum_up(report, [of_grids[place] for of_grids in outcomes])
+    counts = found.routing.counts(len(job.layer.experts)).tolist() if found.routing else []
     return LayerReport(counts, {expert: len(rows_R) for expert, rows_R in added.items()}, reports)
 
 
-def run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], torch.Tensor, Routing | None]:
-    """Runs the original's dense part: fills `outputs`, still without experts, and `mlp_inputs`; collects statistics.
+@dataclass(frozen=True)
+class OriginalRun:
+    """What the original's dense part has shown."""
 
-    Returns the moments of attention's inputs (on rank 0), the root mean square of the MLPs' input [H], and the routing.
-    """
+    attention_moments: dict[ScaleGroup, InputMoments]
+    """Of attention's inputs, on rank 0."""
+    norm_rms_H: torch.Tensor
+    """The root mean square of the MLPs' input."""
+    weights_R: torch.Tensor
+    """The `token_weights`."""
+    routing: Routing | None
+
+
+def run_original(job: LayerJob) -> OriginalRun:
+    """Runs the original's dense part: fills `outputs`, still without experts, and `mlp_inputs`; collects statistics."""
     device, ranks, shares = job.weights.device, job.ranks, job.shares
     num_tokens, own = job.inputs.shape[1], shares.samples(job.ranks.rank)
     statistics = {
@@ -110,7 +121,10 @@ def run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], torch.T
         record(inputs_RH)
         norm_statistics.add(inputs_RH)
 
-    def after_batch(stop: int) -> None:
+    squares: list[torch.Tensor] = []
+
+    def after_batch(stop: int, outputs_NTH: torch.Tensor) -> None:
+        squares.append(mean_squares(outputs_NTH))
         for collected in (*statistics.values(), norm_statistics):
             if stop in chunk_ends:
                 collected.end_chunk()
@@ -125,7 +139,9 @@ def run_original(job: LayerJob) -> tuple[dict[ScaleGroup, InputMoments], torch.T
     norm_rms_H = norm_statistics.moments(num_tokens).rms_I
     ranks.broadcast(norm_rms_H)
     share_rows(job.mlp_inputs, ranks, shares)
-    return moments, norm_rms_H, share_routing(routing, ranks, device)
+    return OriginalRun(
+        moments, norm_rms_H, token_weights(squares, ranks, device), share_routing(routing, ranks, device)
+    )
 
 
 def _quantize_dense_part(

@@ -42,7 +42,7 @@ class MlpErrors:
 
     name: str
     error: float
-    """Squared output error, relative to the output."""
+    """Squared output error, relative to the output; tokens count as in the statistics."""
     error_plain: float
     """The same under plain rounding, with no scales."""
     energy: float
@@ -137,11 +137,11 @@ def judged(
     def error(weights: GatedWeights, scales_H: torch.Tensor | float) -> torch.Tensor:
         with fast_matmuls(inputs_RH.device):
             found_RH = weights.output(job.skeleton, inputs_RH / scales_H)
-        return (found_RH - wanted_RH).square().double().sum()
+        return inputs.energy_of_few(found_RH - wanted_RH)
 
     figures = torch.stack(
         (
-            wanted_RH.square().double().sum(),
+            inputs.energy_of_few(wanted_RH),
             error(proposed.dequantized(), norm_scales_H),
             error(_plainly_rounded(unscaled, schemes), norm_scales_H),
             error(_plainly_rounded(original, schemes), 1.0),

@@ -3,11 +3,12 @@
 Shape legend: R tokens, H hidden size, E experts.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from dsquant.jobs.ranks import Ranks
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.products import apply_linear
 from dsquant.model.activations import Activations
@@ -22,6 +23,8 @@ from dsquant.source.weights import Weights
 FEWEST_TOKENS = 256
 # A gated MLP's own output error is measured on at most this many tokens, evenly spaced.
 CHECK_ROWS = 512
+# Of a hidden state's mean square: padding may be zero.
+LEAST_SQUARE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,16 @@ class MlpInputs:
     rows_R: torch.Tensor
     """int64: the tokens that reach this MLP, and any that were added because too few do."""
     weights_R: torch.Tensor | None = None
-    """float32: what multiplies each token's inputs in the statistics; None where all count alike."""
+    """float32: what multiplies each token's inputs in the statistics, and its errors; None where all count alike."""
 
     def of(self, activations: Activations) -> "MlpInputs":
         """Returns the same tokens of another model."""
         return replace(self, activations=activations)
+
+    def weighted(self, weights_R: torch.Tensor) -> "MlpInputs":
+        """Returns the same tokens, each multiplied by its own of the weights of all."""
+        own_R = weights_R[self.rows_R]
+        return replace(self, weights_R=own_R if self.weights_R is None else own_R * self.weights_R)
 
     def parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yields rows and their weights, at most 4096 at once."""
@@ -47,8 +55,17 @@ class MlpInputs:
 
     def few(self) -> torch.Tensor:
         """Returns what is read at `CHECK_ROWS` tokens or fewer, evenly spaced, float32 [R, H]."""
-        step = max(1, -(-len(self.rows_R) // CHECK_ROWS))
-        return self.activations.rows(self.rows_R[::step])
+        return self.activations.rows(self.rows_R[:: self._step])
+
+    def energy_of_few(self, outputs_RH: torch.Tensor) -> torch.Tensor:
+        """Returns the summed squares of outputs, or of their errors, at the tokens of `few`, float64 []."""
+        if self.weights_R is not None:
+            outputs_RH = outputs_RH * self.weights_R[:: self._step].unsqueeze(1)
+        return outputs_RH.square().double().sum()
+
+    @property
+    def _step(self) -> int:
+        return max(1, -(-len(self.rows_R) // CHECK_ROWS))
 
     def moments(self, seed: int) -> InputMoments:
         """Returns the second moments of all of them."""
@@ -82,13 +99,38 @@ def top_up(layer: DecoderLayer, weights: Weights, mlp_inputs: Activations, routi
 
 
 def read_by_mlps(
-    job: LayerJob, mlp_inputs: Activations, routing: Routing | None
+    job: LayerJob, mlp_inputs: Activations, routing: Routing | None, weights_R: torch.Tensor
 ) -> tuple[dict[Mlp, MlpInputs], dict[int, torch.Tensor]]:
-    """Returns MLP -> the tokens it is judged on; and rare expert -> those added to its own by the step `top-up`."""
+    """Returns MLP -> the tokens it is judged on; and rare expert -> those added to its own by the step `top-up`.
+
+    `weights_R` are those of all tokens, from `token_weights`; without any step they count alike.
+    """
     added = {}
     if routing and "top-up" in job.steps and job.anywhere(job.layer.experts[0].up):
         added = top_up(job.layer, job.weights, mlp_inputs, routing)
-    return {mlp: inputs_of(mlp_inputs, mlp, routing, added, job.steps) for mlp in job.layer.mlps}, added
+    found = {mlp: inputs_of(mlp_inputs, mlp, routing, added, job.steps) for mlp in job.layer.mlps}
+    return {mlp: one.weighted(weights_R) if job.steps else one for mlp, one in found.items()}, added
+
+
+def mean_squares(hidden_NTH: torch.Tensor) -> torch.Tensor:
+    """Returns the mean square of each token's hidden state, float32 [R]."""
+    return hidden_NTH.flatten(0, 1).float().square().mean(1)
+
+
+def token_weights(squares: Sequence[torch.Tensor], ranks: Ranks, device: torch.device) -> torch.Tensor:
+    """Returns what multiplies each token's inputs of MLPs in the statistics, float32 [R]; the mean of its squares is 1.
+
+    It is the root of 1 / rms(hidden state); `squares` are the `mean_squares` of what this rank's batches put out,
+    without experts. The next norm divides by the rms, so an error counts less where it is added to much. A few tokens
+    of pretrained models have hidden states thousands of times as large as others' ("massive activations", arXiv
+    2402.17762) and would decide alone; but others attend to them, and to divide by the whole rms neglects them
+    (docs/decisions/0041).
+    """
+    own_R = torch.cat([torch.empty(0, device=device), *squares])
+    if ranks.size > 1:
+        own_R = torch.cat(ranks.gather(own_R.cpu())).to(device)
+    weights_R = own_R.clamp(min=LEAST_SQUARE) ** -0.25
+    return weights_R / weights_R.square().mean().sqrt()
 
 
 def inputs_of(

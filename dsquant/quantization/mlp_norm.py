@@ -85,6 +85,6 @@ def _errors(job: LayerJob, grid: Scheme, mlp: Mlp, inputs: MlpInputs, scales_H: 
     def error(scales_H: torch.Tensor) -> float:
         gate, up = (fake_quantize(weight * scales_H, grid).div_(scales_H) for weight in original.parts[:2])
         found_RH = GatedWeights(gate, up, original.down_HW).output(job.skeleton, inputs_RH)
-        return float((found_RH - wanted_RH).square().double().sum())
+        return float(inputs.energy_of_few(found_RH - wanted_RH))
 
     return error(scales_H), error(torch.ones_like(scales_H))

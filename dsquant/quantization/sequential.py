@@ -34,7 +34,7 @@ from dsquant.quantization.attention import (
 )
 from dsquant.quantization.layer import checked, emit_dense_part, out_of_range, sum_up
 from dsquant.quantization.layer_job import GridReport, LayerJob, LayerReport, QuantizedStream
-from dsquant.quantization.mlp_inputs import read_by_mlps
+from dsquant.quantization.mlp_inputs import mean_squares, read_by_mlps, token_weights
 from dsquant.quantization.mlp_norm import search_norm_fold
 from dsquant.quantization.output_metrics import attention_metrics
 from dsquant.quantization.pairs import PairMoments, PairStatistics
@@ -69,27 +69,29 @@ def _quantize_dense_part(job: LayerJob) -> tuple[Routing | None, list[FollowingM
     """Runs both models up to their MLPs, quantizes and emits what comes before these."""
     job.safe_point(job.layer.attention_module)
     weights = ResidentWeights(job.weights)
-    original_routing, _ = _run(job, weights, QuantizedStream(job.inputs, job.outputs, job.mlp_inputs))
+    original = _run(job, weights, QuantizedStream(job.inputs, job.outputs, job.mlp_inputs))
     following, reports = [], []
     for grid in job.grids:
         report = GridReport()
-        following.append(_quantize_for(job, grid, weights, report))
+        following.append(_quantize_for(job, grid, weights, original.weights_R, report))
         reports.append(report)
-    return original_routing, following, reports
+    return original.routing, following, reports
 
 
-def _quantize_for(job: LayerJob, grid: Scheme, weights: Weights, report: GridReport) -> FollowingMlps:
+def _quantize_for(
+    job: LayerJob, grid: Scheme, weights: Weights, weights_R: torch.Tensor, report: GridReport
+) -> FollowingMlps:
     """Quantizes attention onto a grid, runs it, and searches the scales of the MLPs' norm for what comes out."""
     layer, quantized = job.layer, job.quantized[grid]
     streams, attention, replaced = _quantize_attention(job, grid, weights, report)
     # What always-read MLPs put out is added once they are quantized, as for an expert.
     downs = [f"{mlp.down}.weight" for mlp in layer.mlps if mlp.expert is None]
     silenced = {down: torch.zeros(weights.shape(down), device=weights.device) for down in downs}
-    routing, rms_H = _run(job, ReplacedWeights(streams.folded, {**replaced, **silenced}), quantized)
-    if not bool(rms_H.isfinite().all()):
+    found = _run(job, ReplacedWeights(streams.folded, {**replaced, **silenced}), quantized)
+    if not bool(found.rms_H.isfinite().all()):
         raise out_of_range(layer.norm)
-    inputs, added = read_by_mlps(job, quantized.mlp_inputs, routing)
-    fold, scales_H = search_norm_fold(job, grid, inputs, rms_H)
+    inputs, added = read_by_mlps(job, quantized.mlp_inputs, found.routing, weights_R)
+    fold, scales_H = search_norm_fold(job, grid, inputs, found.rms_H)
     if job.ranks.first:
         emit_dense_part(job, grid, attention, fold, report)
         for group, scales_I in attention.scales.items():
@@ -97,14 +99,23 @@ def _quantize_for(job: LayerJob, grid: Scheme, weights: Weights, report: GridRep
         if fold.rows:
             job.keep_scales(grid, layer.norm, scales_H)
     topped_up = {expert: len(rows_R) for expert, rows_R in added.items()}
-    return FollowingMlps(grid, quantized, inputs, scales_H, routing, topped_up)
+    return FollowingMlps(grid, quantized, inputs, scales_H, found.routing, topped_up)
 
 
-def _run(job: LayerJob, weights: Weights, stream: QuantizedStream) -> tuple[Routing | None, torch.Tensor]:
-    """Runs the dense part of one model: fills its `outputs`, still without experts, and `mlp_inputs`.
+@dataclass(frozen=True)
+class _Run:
+    """What the dense part of one model has shown."""
 
-    Returns the routing of all samples, and the root mean square of the MLPs' inputs, float32 [H].
-    """
+    routing: Routing | None
+    """Of all samples."""
+    rms_H: torch.Tensor
+    """float32: the root mean square of the MLPs' inputs."""
+    weights_R: torch.Tensor
+    """The `token_weights`."""
+
+
+def _run(job: LayerJob, weights: Weights, stream: QuantizedStream) -> _Run:
+    """Runs the dense part of one model: fills its `outputs`, still without experts, and `mlp_inputs`."""
     own, (_, num_tokens, hidden), device = job.shares.samples(job.ranks.rank), job.inputs.shape, job.weights.device
     squares = [torch.empty(0, hidden, dtype=torch.float64, device=device)]
     record = stream.mlp_inputs.recorder(own[0] * num_tokens)
@@ -113,17 +124,23 @@ def _run(job: LayerJob, weights: Weights, stream: QuantizedStream) -> tuple[Rout
         record(inputs_RH)
         squares.append(inputs_RH.square().sum(0, keepdim=True, dtype=torch.float64))
 
+    of_tokens: list[torch.Tensor] = []
+
+    def after_batch(stop: int, outputs_NTH: torch.Tensor) -> None:
+        del stop
+        of_tokens.append(mean_squares(outputs_NTH))
+
     routing, passing = None, Stream(weights, stream.inputs, stream.outputs)
     if own[0] < own[1]:
         with fast_matmuls(device):
             observers: dict[str, Observer] = {job.layer.mlp_module: note_mlp_inputs}
-            routing = run_dense_part(job.skeleton, job.layer, passing, job.batch_samples, observers, own)
+            routing = run_dense_part(job.skeleton, job.layer, passing, job.batch_samples, observers, own, after_batch)
     share_rows(stream.mlp_inputs, job.ranks, job.shares)
     sum_H = torch.zeros(hidden, dtype=torch.float64)
     for squares_H in torch.cat(job.ranks.gather(torch.cat(squares).cpu())):  # in the order of batches
         sum_H += squares_H
     rms_H = (sum_H.to(device) / stream.mlp_inputs.num_rows).sqrt().float()
-    return share_routing(routing, job.ranks, device), rms_H
+    return _Run(share_routing(routing, job.ranks, device), rms_H, token_weights(of_tokens, job.ranks, device))
 
 
 @dataclass(frozen=True)

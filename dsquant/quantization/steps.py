@@ -10,7 +10,7 @@ import torch
 from dsquant.kernels.threads import side_by_side
 from dsquant.presets import Step
 from dsquant.quantization.clip import FULL_RANGE, PARTS_AT_ONCE, clipped_weight, rows_of_part
-from dsquant.quantization.compensate import compensated_weight, damped, damping_of, with_inverses
+from dsquant.quantization.compensate import compensated_weight, regularized, with_inverses
 from dsquant.quantization.descend import descended_weight
 from dsquant.quantization.statistics import InputMoments
 from dsquant.schemes import QuantizedWeight, Scheme, round_to_nearest, stacked, widest_vectors
@@ -40,7 +40,7 @@ def rounded_weight(
     rounded = (compensated_weight if "compensate" in steps else clipped_weight)(weight_OI, grid, moments, ratios)
     if "descend" not in steps or not grid.single or moments.gram_II is None or not moments.count:
         return rounded
-    damped_II = damped(moments.gram_II.clone(), damping_of(len(moments.gram_II), moments.count))
+    gram_II = regularized(moments.gram_II, moments.count)
     num_rows = rows_of_part(weight_OI)
     parts = zip(rounded.split(num_rows), weight_OI.split(num_rows), strict=True)
-    return stacked(side_by_side(lambda part: descended_weight(*part, damped_II), parts, PARTS_AT_ONCE))
+    return stacked(side_by_side(lambda part: descended_weight(*part, gram_II), parts, PARTS_AT_ONCE))

@@ -31,7 +31,7 @@ def found_metrics(folder: Path, tokens_NT: torch.Tensor, work: Path) -> tuple[di
 
     def visit(job: LayerJob, states: LayerStates) -> None:
         outputs = Activations(states.gradients.samples(0, len(tokens_NT)).clone())
-        _, _, routing = run_original(job)
+        routing = run_original(job).routing
         known = replace(job, gradients=LayerGradients(outputs, states.attended))
 
         def of_mlp(number: int, original: GatedWeights) -> None:
