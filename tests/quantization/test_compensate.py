@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dsquant.quantization.clip import clipped_weight
-from dsquant.quantization.compensate import DAMPING, LEAST_DAMPING, compensated_weight
+from dsquant.quantization.compensate import DAMPING, LEAST_DAMPING, SHRINKAGE, compensated_weight
 from dsquant.quantization.mlp_inputs import FEWEST_TOKENS
 from dsquant.quantization.statistics import WIDEST_GRAM, InputMoments, InputStatistics
 from dsquant.schemes import Grid
@@ -34,6 +34,7 @@ def _gptq(weight_OI: torch.Tensor, grid: Grid, moments: InputMoments) -> np.ndar
     assert moments.gram_II is not None
     gram = moments.gram_II.double().numpy()
     size, num = grid.group_size, len(gram)
+    gram = np.where(np.eye(num) > 0, gram, (1 - SHRINKAGE) * gram)
     gram = gram + np.eye(num) * gram.diagonal().mean() * max(LEAST_DAMPING, DAMPING * num / moments.count)
     energy = moments.gram_II.diagonal().numpy()
     groups = sorted(range(num // size), key=lambda group: -energy[group * size : (group + 1) * size].sum())

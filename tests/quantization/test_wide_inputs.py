@@ -74,7 +74,7 @@ def test_errors_are_compensated_inside_each_part(monkeypatch: pytest.MonkeyPatch
     compensated, clipped = (
         rounded(weight_OI, GRID, moments).dequantize() for rounded in (compensated_weight, clipped_weight)
     )
-    assert error(compensated) < 0.7 * error(clipped)
+    assert error(compensated) < 0.75 * error(clipped)
     # a part is rounded as it would be with no other beside it
     alone = compensated_weight(weight_OI[:, :256], GRID, _moments(inputs_RI[:, :256])).dequantize()
     rows_O = ~(compensated == clipped).all(1)
