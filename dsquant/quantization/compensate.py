@@ -32,7 +32,7 @@ from dsquant.schemes import QuantizedWeight, Scheme, joined, quantized, stacked
 DAMPING = 0.2
 LEAST_DAMPING = 0.005
 # Its other entries are lowered by this share: correlations of the calibration's texts hold less in others
-# (docs/decisions/0041).
+# (docs/decisions/0042).
 SHRINKAGE = 0.05
 
 

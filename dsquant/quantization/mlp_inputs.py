@@ -124,7 +124,7 @@ def token_weights(squares: Sequence[torch.Tensor], ranks: Ranks, device: torch.d
     without experts. The next norm divides by the rms, so an error counts less where it is added to much. A few tokens
     of pretrained models have hidden states thousands of times as large as others' ("massive activations", arXiv
     2402.17762) and would decide alone; but others attend to them, and to divide by the whole rms neglects them
-    (docs/decisions/0041).
+    (docs/decisions/0042).
     """
     own_R = torch.cat([torch.empty(0, device=device), *squares])
     if ranks.size > 1:
