@@ -104,6 +104,7 @@ FAMILIES = {
     "GLM-4.7-Flash": Family(_latent("GLM-4.7-Flash"), only=IN_4_BITS),
     "GLM-5": Family(_latent("GLM-5"), only=IN_4_BITS),
     "DeepSeek-V3.2": Family(_latent("DeepSeek-V3.2"), only=IN_4_BITS),
+    "DeepSeek-V2": Family(_latent("DeepSeek-V2"), only=IN_4_BITS),
     "Kimi-K2-Thinking": Family(
         lambda folder: make_released_int4(folder, **LATENT_SIZES)[0],
         gguf_types=(),
