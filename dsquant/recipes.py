@@ -100,8 +100,8 @@ class Quantization(TargetOptions):
     )
     preset: Annotated[Preset | None, Spelling(default="quality; compact for dense or 4-bit models")] = Field(
         default=None,
-        description="quality: routed experts only; compact: every linear but kv_b_proj (see kv_b); best: the same, "
-        "each for what the quantized model gives it, least drift, slower.",
+        description="quality: routed experts only (dense models: compact); compact: every linear but kv_b_proj (see "
+        "kv_b); best: the same, each for what the quantized model gives it, least drift, slower.",
     )
     steps: Annotated[
         tuple[Step, ...],

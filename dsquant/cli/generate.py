@@ -74,6 +74,6 @@ def chat(model: str, **options: Any) -> None:
 
 def _asked() -> str:
     try:
-        return str(click.prompt("you", default="", show_default=False, prompt_suffix="> "))
+        return str(click.prompt("you", default="", show_default=False, prompt_suffix="> ", err=True))
     except click.Abort:
         return ""

@@ -30,11 +30,10 @@ def format_of(name: str) -> Format:
     found = FORMATS.get(name.partition(":")[0])
     if found is None or found.has_types != (":" in name):
         known = (f"{key}:TYPE" if one.has_types else key for key, one in FORMATS.items())
-        near = (
-            [f"gguf:{name.upper()}"]
-            if name.upper() in MIXTURES
-            else get_close_matches(name, FORMATS.keys() - {name}, n=1)
-        )
+        if name.upper() in MIXTURES:
+            near = [f"gguf:{name.upper()}"]
+        else:
+            near = ["gguf:Q4_K_M"] if name == "gguf" else get_close_matches(name, FORMATS.keys() - {name}, n=1)
         words = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"to: {name!r} is none of {', '.join(known)}{words}")
     return found

@@ -124,7 +124,7 @@ def test_an_unknown_type_is_answered_with_one_that_it_may_mean(nano_r1: Path, tm
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("q4_k_m", r"did you mean gguf:Q4_K_M\?$"), ("awqq", r"did you mean awq\?$"), ("gguf", "gguf:TYPE$"),
+    ("q4_k_m", r"mean gguf:Q4_K_M\?$"), ("awqq", r"mean awq\?$"), ("gguf", r"mean gguf:Q4_K_M\?$"),
 ])  # fmt: skip
 def test_a_format_that_lacks_its_prefix_is_recognised(name: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
