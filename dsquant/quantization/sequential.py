@@ -70,10 +70,11 @@ def _quantize_dense_part(job: LayerJob) -> tuple[Routing | None, list[FollowingM
     job.safe_point(job.layer.attention_module)
     weights = ResidentWeights(job.weights)
     original = _run(job, weights, QuantizedStream(job.inputs, job.outputs, job.mlp_inputs))
+    weights_R = token_weights(original.squares, job.ranks, weights.device)
     following, reports = [], []
     for grid in job.grids:
         report = GridReport()
-        following.append(_quantize_for(job, grid, weights, original.weights_R, report))
+        following.append(_quantize_for(job, grid, weights, weights_R, report))
         reports.append(report)
     return original.routing, following, reports
 
@@ -110,8 +111,8 @@ class _Run:
     """Of all samples."""
     rms_H: torch.Tensor
     """float32: the root mean square of the MLPs' inputs."""
-    weights_R: torch.Tensor
-    """The `token_weights`."""
+    squares: Sequence[torch.Tensor]
+    """The `mean_squares` of what this rank's batches put out."""
 
 
 def _run(job: LayerJob, weights: Weights, stream: QuantizedStream) -> _Run:
@@ -124,11 +125,11 @@ def _run(job: LayerJob, weights: Weights, stream: QuantizedStream) -> _Run:
         record(inputs_RH)
         squares.append(inputs_RH.square().sum(0, keepdim=True, dtype=torch.float64))
 
-    of_tokens: list[torch.Tensor] = []
+    squares_of_tokens: list[torch.Tensor] = []
 
     def after_batch(stop: int, outputs_NTH: torch.Tensor) -> None:
         del stop
-        of_tokens.append(mean_squares(outputs_NTH))
+        squares_of_tokens.append(mean_squares(outputs_NTH))
 
     routing, passing = None, Stream(weights, stream.inputs, stream.outputs)
     if own[0] < own[1]:
@@ -140,7 +141,7 @@ def _run(job: LayerJob, weights: Weights, stream: QuantizedStream) -> _Run:
     for squares_H in torch.cat(job.ranks.gather(torch.cat(squares).cpu())):  # in the order of batches
         sum_H += squares_H
     rms_H = (sum_H.to(device) / stream.mlp_inputs.num_rows).sqrt().float()
-    return _Run(share_routing(routing, job.ranks, device), rms_H, token_weights(of_tokens, job.ranks, device))
+    return _Run(share_routing(routing, job.ranks, device), rms_H, squares_of_tokens)
 
 
 @dataclass(frozen=True)
