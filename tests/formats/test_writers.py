@@ -1,11 +1,9 @@
 """Formats: golden bytes, round trips, the formats' own packages as judges, shards planned to the byte."""
 
 import json
-import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event, current_thread
 from typing import Any
 
 import pytest
@@ -19,10 +17,8 @@ import dsquant
 from dsquant.errors import InputError, UsageError
 from dsquant.formats.checkpoints import stored_weights
 from dsquant.formats.output_shards import ShardFile, StoredTensor, plan_shards, write_index
-from dsquant.formats.skip_lists import ignored_modules, skipped_modules
 from dsquant.formats.table import FORMATS
 from dsquant.formats.wanted import Linears
-from dsquant.formats.write_behind import WriteBehind
 from dsquant.schemes import Grid, QuantizedWeight, round_to_nearest
 from dsquant.source.shards import read_index
 
@@ -273,71 +269,6 @@ def test_an_unknown_method_is_refused_by_name(tmp_path: Path) -> None:
         stored_weights(read_index(folder), {"quantization_config": {"quant_method": "bitsandbytes"}})
 
 
-def modules() -> dict[str, list[str]]:
-    """Linears of a small R1 by kind; layer 1 and layers 10 to 12 are there because their names begin alike."""
-    attention = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
-    parts = ("gate_proj", "up_proj", "down_proj")
-    found: dict[str, list[str]] = {"attention": [], "kv_b": [], "dense": [], "shared": [], "routed": [], "mtp": []}
-    for layer in range(14):
-        prefix = f"model.layers.{layer}"
-        names = {"attention": [f"{prefix}.self_attn.{part}" for part in attention]}
-        names["kv_b"] = [f"{prefix}.self_attn.kv_b_proj"]
-        if layer < 2:
-            names["dense"] = [f"{prefix}.mlp.{part}" for part in parts]
-        else:
-            names["shared"] = [f"{prefix}.mlp.shared_experts.{part}" for part in parts]
-            names["routed"] = [f"{prefix}.mlp.experts.{e}.{part}" for e in range(11) for part in parts]
-        for kind, linears in names.items():
-            found["mtp" if layer == 13 else kind] += linears
-    return found
-
-
-@pytest.mark.parametrize(
-    "quantized",
-    [
-        ("routed",),
-        ("attention", "dense", "shared", "routed"),
-        ("attention", "dense", "shared", "routed", "mtp"),
-        ("attention", "kv_b", "dense", "shared", "routed"),
-    ],
-)
-def test_every_engine_skips_exactly_what_is_not_quantized(quantized: tuple[str, ...]) -> None:
-    linears = {name: kind in quantized for kind, names in modules().items() for name in names}
-    skipped, ignored = skipped_modules(linears), ignored_modules(linears)
-    router = [f"model.layers.{layer}.mlp.gate" for layer in range(2, 14)]
-    unquantized = {**linears, **dict.fromkeys(["lm_head", "model.layers.13.eh_proj", *router], False)}
-    for name, is_quantized in unquantized.items():
-        vllm = any(entry in name for entry in skipped)
-        transformers = any(re.match(entry, name) or name.endswith(entry) for entry in skipped)
-        compressed = any(re.match(entry[3:], name) if entry.startswith("re:") else entry == name for entry in ignored)
-        assert vllm == transformers == compressed == (not is_quantized), name
-    for name, is_quantized in linears.items():  # the names that engines give to fused layers
-        for part, fused in (("gate_proj", "gate_up_proj"), ("q_a_proj", "fused_qkv_a_proj")):
-            if name.endswith(part) and ".experts." not in name:
-                assert any(entry in name.replace(part, fused) for entry in skipped) == (not is_quantized), name
-
-
-@pytest.mark.parametrize("quantized", [False, True])
-def test_a_draft_layer_is_skipped_under_the_name_that_sglang_gives_it(quantized: bool) -> None:
-    kinds = ("attention", "dense", "shared", "routed", *(("mtp",) if quantized else ()))
-    linears = {name: kind in kinds for kind, names in modules().items() for name in names}
-    skipped = skipped_modules(linears, "model.layers.13")
-    for name, is_quantized in linears.items():
-        for own in (name, name.replace("model.layers.13.", "model.decoder.")):
-            assert any(entry in own for entry in skipped) == (not is_quantized), own
-
-
-def test_a_fused_layer_is_skipped_by_its_own_name_where_its_parts_are() -> None:
-    skipped_parts = [f"model.layers.4.self_attn.{part}" for part in ("q_a_proj", "kv_a_proj_with_mqa")]
-    skipped_parts += [f"model.layers.5.mlp.shared_experts.{part}" for part in ("gate_proj", "up_proj")]
-    linears = {name: name not in skipped_parts for names in modules().values() for name in names}
-    skipped = skipped_modules(linears)
-    for layer in range(2, 14):
-        for module, skipping in (("self_attn.fused_qkv_a_proj_with_mqa", 4), ("mlp.shared_experts.gate_up_proj", 5)):
-            name = f"model.layers.{layer}.{module}"
-            assert any(entry in name for entry in skipped) == (layer == skipping), name
-
-
 @pytest.mark.slow
 def test_threads_write_tensors_of_one_shard_at_the_same_time(tmp_path: Path) -> None:
     planned = [StoredTensor(f"t{number}", "F32", (257, 1024)) for number in range(16)]
@@ -354,44 +285,3 @@ def test_threads_write_tensors_of_one_shard_at_the_same_time(tmp_path: Path) -> 
     shard.commit()
     found = load_file(tmp_path / plan.shards[0].file_name)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-
-
-def test_what_is_written_behind_arrives_in_order_in_one_thread() -> None:
-    behind, seen = WriteBehind(), list[tuple[int, str]]()
-    for number in range(50):
-        behind.write((torch.tensor(number),), lambda tensor: seen.append((int(tensor), current_thread().name)))
-    behind.wait()
-    behind.close()
-    assert [number for number, _ in seen] == list(range(50))
-    assert len({name for _, name in seen}) == 1 and seen[0][1] != current_thread().name
-
-
-def test_each_sink_behind_gets_everything_in_order_and_none_waits_for_another() -> None:
-    behind, seen, go = WriteBehind(), {"slow": list[int](), "fast": list[int]()}, Event()
-
-    def slow(number: torch.Tensor, _: torch.Tensor) -> None:
-        go.wait(60)
-        seen["slow"].append(int(number))
-
-    def fast(number: torch.Tensor, square: torch.Tensor) -> None:
-        assert int(square) == int(number) ** 2
-        seen["fast"].append(int(number))
-        if int(number) == 9:
-            go.set()  # which `slow` waits for
-
-    for number in range(10):
-        behind.write((torch.tensor(number), torch.tensor(number**2)), slow, fast)
-    behind.wait()
-    behind.close()
-    assert seen == {"slow": list(range(10)), "fast": list(range(10))}
-
-
-def test_an_error_behind_comes_out_at_the_next_wait() -> None:
-    def fail(_: torch.Tensor) -> None:
-        raise OSError("no space left")
-
-    behind = WriteBehind()
-    behind.write((torch.tensor(0),), fail)
-    with pytest.raises(OSError, match="no space left"):
-        behind.wait()
-    behind.close()
