@@ -46,6 +46,7 @@ SMALL = "--samples 4 --seq-len 128"
 FEW = f"{SMALL} --no-evaluate"
 EVERY = "--preset compact --kv-b quantize"  # what this preset took before there was the option
 THREE = "--to awq --to compressed-tensors --rest bf16 --to gguf:Q4_K_M"
+FLOATS = "--to nvfp4 --to mxfp4 --to nvfp4-modelopt"
 ALL_STEPS = "scales,clip,compensate,top-up,gate-weights,follow,descend"
 # What an FP8 model became, before it became compressed-tensors with its own blocks, is named.
 # Name -> the command behind `dsquant`, whose output is NAME/out. Later ones may read what earlier ones wrote.
@@ -73,6 +74,8 @@ JOBS = {
     "dense-llama": f"awq llama {FEW} --max-shard-size 1MiB",
     "dense-qwen2": f"gguf qwen2 {FEW} --type Q5_K_M",
     "dense-qwen3": f"awq qwen3 {FEW} --preset best --to compressed-tensors --asymmetric",
+    "nvfp4": f"awq mixture {FEW} --preset compact --rest bf16 --mtp quantize {FLOATS}",
+    "nvfp4-best": f"awq mixture {FEW} --preset best --to nvfp4",
     "delta": "delta mixture mixture-2 --quantized steps-scales/out --patch delta/patch",
     "applied": "delta --apply delta/patch steps-scales/out",
     "killed": f"awq mixture {FEW} --group-size 64 {EVERY} {THREE}",

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 Preset = Literal["quality", "compact", "best"]
-Activations = Literal["fp8", "int8"]
+Activations = Literal["fp8", "int8", "fp4"]
+"""What engines are told to round the inputs of quantized linears to."""
 Rest = Literal["fp8", "bf16"]
 """How linears that are not quantized are stored: in the model's own FP8 blocks, or as BF16."""
 Step = Literal["scales", "clip", "compensate", "top-up", "gate-weights", "follow", "descend", "predictions"]

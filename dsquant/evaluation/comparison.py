@@ -260,6 +260,9 @@ def _caveats(inputs: Inputs) -> tuple[str, ...]:
             "where the weight is quantized, in all numbers but the weight errors; on tiny-r1 that adds 0.0005 to 0.001 "
             "to the mean KL, whichever the type: 3 % of Q4_K_M's, half of Q8_0's"
         )
+    asking = ", ".join(one.path for one in inputs.opened if one.engines_round)
+    if asking:
+        words.append(f"engines round activations beside the weights of {asking}: that error is not in these numbers")
     few = [f"{text.name} ({text.samples})" for text in inputs.texts.described if text.samples < 4]
     if few:
         words.append(f"few samples: {', '.join(few)}; more text or a smaller --seq-len makes the intervals reliable")

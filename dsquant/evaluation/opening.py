@@ -56,6 +56,8 @@ class Opened:
     """The files that hold its tensors."""
     index: ShardIndex | None = None
     """None for GGUF, whose reader counts no bytes."""
+    engines_round: bool = False
+    """Whether config.json has engines round what packed linears read, which no evaluation does."""
 
     @property
     def bytes_read(self) -> int:
@@ -153,8 +155,9 @@ def open_candidate(path: str, original: Original) -> Opened:
 
 def _opened(path: str, checkpoint: Checkpoint) -> Opened:
     files = tuple(sorted({info.path for info in checkpoint.index.values()}))
-    index = checkpoint.index
-    return Opened(path, _stored_format(checkpoint), checkpoint.weights, index.num_bytes, files, index)
+    index, known = checkpoint.index, format_of_config(checkpoint.config)
+    rounds = known is not None and known.rounds_inputs(checkpoint.config["quantization_config"])
+    return Opened(path, _stored_format(checkpoint), checkpoint.weights, index.num_bytes, files, index, rounds)
 
 
 def _stored_format(checkpoint: Checkpoint) -> str:

@@ -25,6 +25,7 @@ from dsquant.formats.compressed_tensors_weights import PACKED, CompressedTensors
 from dsquant.formats.float4_weights import FLOATS, groups_of
 from dsquant.formats.integer_format import IntegerFormat
 from dsquant.formats.output_shards import StoredTensor
+from dsquant.formats.protocol import OF_WEIGHTS_ALONE
 from dsquant.formats.safetensors import check_columns
 from dsquant.formats.safetensors_target import STOCK_WIDTHS
 from dsquant.formats.skip_lists import ignored_modules, targets_by_width
@@ -138,7 +139,10 @@ class CompressedTensors(IntegerFormat):
         engines = "vLLM on Hopper" + (", SGLang 0.5.23 only with --rest bf16" if fp8 else ", SGLang 0.5.23")
         if kind == "int8":
             engines = "vLLM" + ", whose experts with INT8 activations run on Arm processors alone" * mixture
-        return [f"activations in {kind.upper()}: {engines}; the errors that dsquant tells are those of the weights"]
+        return [f"activations in {kind.upper()}: {engines}; {OF_WEIGHTS_ALONE}"]
+
+    def rounds_inputs(self, quantization: Mapping[str, Any]) -> bool:
+        return any(group["format"] == PACKED and group.get("input_activations") for group in groups_of(quantization))
 
     def check_activations(self, recipe: Recipe, grid: Grid, shapes: Mapping[str, tuple[int, int]]) -> None:
         option = f"--activations {recipe.activations}"

@@ -6,8 +6,9 @@ A byte holds the codes of two neighbouring columns, the even one in its low bits
 E4M3 [O, B], and one float32 scale of the tensor that they are in units of; MXFP4 blocks of 32: weight_scale uint8 [O,
 B], the exponent of a power of two. compressed-tensors stores weight_packed uint8 [O, I / 2] and, as
 weight_global_scale, what its scales are divided by; ModelOpt weight and, as weight_scale_2, what they are multiplied
-by. (Layouts: compressed-tensors 0.20, `compressors/nvfp4` and `compressors/mxfp4`; ModelOpt 0.47,
-`quantization/qtensor/nvfp4_tensor`.)
+by. Where engines round inputs to NVFP4, input_global_scale, or input_scale, does so for their scales: with it the
+largest input that calibration has seen is the largest that a block holds. (Layouts: compressed-tensors 0.20,
+`compressors/nvfp4` and `compressors/mxfp4`; ModelOpt 0.47, `quantization/qtensor/nvfp4_tensor`.)
 
 Linears that engines fuse read one input; those share the scale of the tensor (`schemes.fitted_together`).
 """
@@ -22,16 +23,23 @@ from dsquant.errors import UsageError
 from dsquant.formats.beside_fp8 import COMPRESSED_TENSORS, FLOAT, blocks_group, blocks_tensors
 from dsquant.formats.float4_weights import EXPONENT_BIAS, MODELOPT, MXFP4, NVFP4, Float4Weights, Layout, groups_of
 from dsquant.formats.output_shards import StoredTensor
+from dsquant.formats.protocol import OF_WEIGHTS_ALONE
 from dsquant.formats.safetensors import SafetensorsFormat
 from dsquant.formats.skip_lists import ignored_modules, skipped_modules, targets_by_width
 from dsquant.formats.wanted import Linears, Wanted, Width
+from dsquant.presets import Activations
+from dsquant.recipes import Recipe
 from dsquant.schemes import Fp8Blocks, QuantizedWeight
-from dsquant.schemes.floats import Mxfp4, Nvfp4, codes_of_bits, e2m1_bits
+from dsquant.schemes.floats import E2M1_VALUES, LARGEST_E4M3, Mxfp4, Nvfp4, codes_of_bits, e2m1_bits
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU
 
 Floats = Nvfp4 | Mxfp4
 BITS = 4
+# ModelOpt's word for NVFP4 of weights and inputs.
+WITH_INPUTS = "NVFP4"
+# The largest magnitude that blocks hold before the scale of the tensor.
+LARGEST = E2M1_VALUES[-1] * LARGEST_E4M3
 
 
 class Float4(SafetensorsFormat[Floats]):
@@ -65,7 +73,23 @@ class Float4(SafetensorsFormat[Floats]):
             raise UsageError(f"--to {self.name}: floats have no zero points; leave --asymmetric out")
         if alone and recipe.group_size in (32, 64) and recipe.group_size != group_size:
             raise UsageError(f"--to {self.name} has blocks of {group_size} weights; leave --group-size out")
-        return replace(self.layout.scheme, output=output)
+        scheme = replace(self.layout.scheme, output=output)
+        return replace(scheme, inputs=recipe.activations in self.activations) if isinstance(scheme, Nvfp4) else scheme
+
+    def check_activations(self, recipe: Recipe, grid: Floats, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Takes any linear of whole blocks."""
+
+    def activation_notes(self, kind: Activations, mixture: bool, fp8: bool) -> list[str]:
+        engines = (
+            "by their sources vLLM 0.33 and SGLang 0.5.23 round them on Blackwell GPUs, and on others only weights are"
+        )
+        return [f"activations in {kind.upper()}: {engines}; {OF_WEIGHTS_ALONE}"]
+
+    def input_scale(self, linear: str, largest: float) -> dict[str, torch.Tensor]:
+        """Maps the largest magnitude to the largest that blocks hold; zeros stay as they are."""
+        magnitude = torch.tensor(largest or LARGEST, dtype=torch.float32)
+        number = LARGEST / magnitude if self.layout.divides else magnitude / LARGEST
+        return {f"{linear}.{self.layout.input_scale}": number.reshape(self._number_shape)}
 
     def check(self, grid: Floats, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Takes any linear of whole blocks."""
@@ -78,9 +102,8 @@ class Float4(SafetensorsFormat[Floats]):
             StoredTensor(f"{linear}.{layout.codes}", "U8", (rows, columns // 2)),
             StoredTensor(f"{linear}.{layout.scales}", layout.scale_dtype, (rows, columns // grid.group_size)),
         ]
-        if layout.tensor_scale:
-            tensors.append(StoredTensor(f"{linear}.{layout.tensor_scale}", "F32", self._number_shape))
-        return tensors
+        numbers = (layout.tensor_scale, layout.input_scale if grid.noted else "")
+        return tensors + [StoredTensor(f"{linear}.{one}", "F32", self._number_shape) for one in filter(None, numbers)]
 
     @property
     def _number_shape(self) -> tuple[int, ...]:
@@ -131,6 +154,18 @@ class CompressedFloat4(Float4):
     def stored_fp8(self, linear: str, shape: tuple[int, int], blocks: Fp8Blocks) -> tuple[StoredTensor, StoredTensor]:
         return blocks_tensors(linear, shape, blocks)
 
+    def rounds_inputs(self, quantization: Mapping[str, Any]) -> bool:
+        groups = groups_of(quantization)
+        return any(group["format"] == self.layout.name and group.get("input_activations") for group in groups)
+
+    def with_activations(self, quantization: dict[str, Any], kind: Activations) -> dict[str, Any]:
+        """Adds what compressed-tensors' preset NVFP4 has: scales of blocks as tokens come, under the stored one."""
+        groups = {
+            name: group | ({"input_activations": self._inputs} if group["format"] == self.layout.name else {})
+            for name, group in quantization["config_groups"].items()
+        }
+        return quantization | {"config_groups": groups}
+
     def quantization_config(self, grid: Floats, linears: Linears) -> dict[str, Any]:
         """Returns the config that compressed-tensors 0.20 writes for weights only.
 
@@ -151,24 +186,32 @@ class CompressedFloat4(Float4):
             "global_compression_ratio": None,
         }
 
-    def _group(self, targets: list[str]) -> dict[str, Any]:
+    @property
+    def _weights(self) -> dict[str, Any]:
         of_scales = "torch.float8_e4m3fn" if self.layout.tensor_scale else "torch.uint8"
         return {
+            "num_bits": BITS,
+            "type": "float",
+            "symmetric": True,
+            "strategy": "tensor_group" if self.layout.tensor_scale else "group",
+            "group_size": self.layout.scheme.group_size,
+            "dynamic": False,
+            "actorder": None,
+            "block_structure": None,
+            "observer": "minmax",
+            "observer_kwargs": {},
+            "scale_dtype": of_scales,
+            "zp_dtype": of_scales,
+        }
+
+    @property
+    def _inputs(self) -> dict[str, Any]:
+        return self._weights | {"dynamic": "local", "observer": "static_minmax"}
+
+    def _group(self, targets: list[str]) -> dict[str, Any]:
+        return {
             "targets": targets,
-            "weights": {
-                "num_bits": BITS,
-                "type": "float",
-                "symmetric": True,
-                "strategy": "tensor_group" if self.layout.tensor_scale else "group",
-                "group_size": self.layout.scheme.group_size,
-                "dynamic": False,
-                "actorder": None,
-                "block_structure": None,
-                "observer": "minmax",
-                "observer_kwargs": {},
-                "scale_dtype": of_scales,
-                "zp_dtype": of_scales,
-            },
+            "weights": self._weights,
             "input_activations": None,
             "output_activations": None,
             "format": self.layout.name,
@@ -180,6 +223,7 @@ class CompressedNvfp4(CompressedFloat4):
 
     name = "nvfp4"
     help = "NVFP4 in compressed-tensors' layout"
+    activations = ("fp4",)
     layout = NVFP4
     group_sizes = (NVFP4.scheme.group_size,)
     words = "NVFP4"
@@ -213,6 +257,7 @@ class ModelOptNvfp4(Float4):
 
     name = "nvfp4-modelopt"
     help = "NVFP4 in ModelOpt's layout"
+    activations = ("fp4",)
     layout = MODELOPT
     group_sizes = (MODELOPT.scheme.group_size,)
     words = "NVFP4 (ModelOpt)"
@@ -228,11 +273,23 @@ class ModelOptNvfp4(Float4):
     def quantization_config(self, grid: Floats, linears: Linears) -> dict[str, Any]:
         """Returns the flat form that ModelOpt 0.47 writes to config.json, for weights only: vLLM takes `group_size`
         from its top, and both vLLM and SGLang look for `ignore` as for AWQ's list."""
-        weights = {"dynamic": False, "num_bits": BITS, "type": "float", "group_size": self.layout.scheme.group_size}
         return {
             "quant_method": MODELOPT.name,
             "quant_algo": "W4A16_NVFP4",
             "group_size": self.layout.scheme.group_size,
-            "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+            "config_groups": {"group_0": {"weights": self._numbers, "targets": ["Linear"]}},
             "ignore": skipped_modules(linears.quantized, linears.mtp_layer),
         }
+
+    def rounds_inputs(self, quantization: Mapping[str, Any]) -> bool:
+        return quantization.get("quant_algo") == WITH_INPUTS
+
+    def with_activations(self, quantization: dict[str, Any], kind: Activations) -> dict[str, Any]:
+        """Says it as ModelOpt does, in whose words nothing is dynamic about scales of blocks."""
+        ((name, group),) = quantization["config_groups"].items()
+        groups = {name: {"input_activations": self._numbers, **group}}
+        return quantization | {"quant_algo": WITH_INPUTS, "config_groups": groups}
+
+    @property
+    def _numbers(self) -> dict[str, Any]:
+        return {"dynamic": False, "num_bits": BITS, "type": "float", "group_size": self.layout.scheme.group_size}

@@ -96,8 +96,9 @@ class Float4Weights(BesideFp8):
             rows, half = checked_matrix(index, prefix + layout.codes, ("U8",), None).shape
             scales = (rows, 2 * half // layout.scheme.group_size)
             checked_matrix(index, prefix + layout.scales, (layout.scale_dtype,), scales)
-            if layout.tensor_scale:
-                _check_number(index, prefix + layout.tensor_scale)
+            for number in filter(None, (layout.tensor_scale, layout.input_scale)):
+                if prefix + number in index:
+                    _check_number(index, prefix + number)
 
     def packed_shape(self, prefix: str) -> tuple[int, int]:
         rows, half = self.index[prefix + self.layout.codes].shape

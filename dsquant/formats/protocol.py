@@ -21,6 +21,8 @@ from dsquant.schemes import QuantizedWeight, Scheme
 from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.weights import Weights
 
+# Of outputs whose engines round activations.
+OF_WEIGHTS_ALONE = "the errors that dsquant tells are those of the weights"
 Contents = dict[str, dict[str, Any]]
 """File in the output folder -> its entry in the record: `tensors`, each with its dtype or type, SHA-256, and shape; and
 `metadata`, the format in a safetensors header where that is not `pt`."""
@@ -89,6 +91,9 @@ class UnitWriter(ABC):
     def note(self, linear: str, squares: torch.Tensor, count: int) -> None:  # noqa: B027 - most formats need none
         """Notes how much each input column of a linear matters, before it is written: sums of squared inputs over
         `count` tokens, float32 [I]; [H, N] for kv_b_proj's keys alone, whose name ends in `KEYS_SUFFIX`."""
+
+    def note_largest(self, linear: str, largest: torch.Tensor) -> None:  # noqa: B027 - most formats need none
+        """Notes the largest magnitude among a linear's inputs, float32 []."""
 
     @abstractmethod
     def copy_rest(self, safe_point: Callable[[str], None]) -> None:

@@ -19,7 +19,7 @@ from dsquant.formats.output_shards import StoredTensor, plan_shards
 from dsquant.formats.protocol import Format
 from dsquant.formats.safetensors_target import SafetensorsTarget, matrix
 from dsquant.formats.wanted import NO_CHOICE, Linears, Wanted, Width
-from dsquant.model.structure import linear_groups
+from dsquant.model.structure import first_experts, linear_groups
 from dsquant.presets import Activations
 from dsquant.recipes import Recipe
 from dsquant.schemes import (
@@ -101,6 +101,15 @@ class SafetensorsFormat(Format, Generic[S]):
         """Returns a `quantization_config` that has engines round the inputs of quantized linears."""
         raise NotImplementedError
 
+    def rounds_inputs(self, quantization: Mapping[str, Any]) -> bool:
+        """Returns whether a `quantization_config` has engines round the inputs of packed linears."""
+        return False
+
+    def input_scale(self, linear: str, largest: float) -> dict[str, torch.Tensor]:
+        """Packs the scale of a linear's inputs, whose largest magnitude is given, where engines round them under one:
+        tensor name -> tensor, as `stored` announces it."""
+        raise NotImplementedError
+
     @abstractmethod
     def stored(self, linear: str, shape: tuple[int, int], grid: S) -> list[StoredTensor]:
         """Returns the tensors that a quantized linear of shape [O, I] becomes."""
@@ -111,7 +120,7 @@ class SafetensorsFormat(Format, Generic[S]):
 
     @abstractmethod
     def pack(self, linear: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """Packs a quantized weight: tensor name -> tensor, as `stored` announces them."""
+        """Packs a quantized weight: tensor name -> tensor, as `stored` announces them, but for `input_scale`."""
 
     @abstractmethod
     def unpack(self, linear: str, tensors: Mapping[str, torch.Tensor], grid: S) -> QuantizedWeight:
@@ -188,6 +197,7 @@ class SafetensorsFormat(Format, Generic[S]):
             dtypes=wanted.dtypes,
             fp8=fp8,
             released=released,
+            alike=first_experts(wanted.layers) if grid.noted else {},
             config=_config(wanted, self, grid, bits, {**fp8, **released}),
             copied=tuple(copied_files(wanted.checkpoint.folder)),
             chosen={linear: widths[linear] for linear in shapes if widths},

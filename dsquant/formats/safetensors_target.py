@@ -49,6 +49,8 @@ class SafetensorsTarget(Target):
     """Linear that stays in the source's FP8 blocks -> these."""
     released: Mapping[str, Grid] = field(default_factory=dict)
     """Linear that keeps the integers of the source -> their grid."""
+    alike: Mapping[str, str] = field(default_factory=dict)
+    """Linear -> the one whose name stands for all that have one scale of their inputs; itself where it is left out."""
     chosen: Mapping[str, int] = field(default_factory=dict)
     """Quantized linear -> bits, where widths were chosen."""
 

@@ -30,6 +30,11 @@ class ShardWriter(UnitWriter):
         self._shards = [ShardFile(folder, shard, begins) for shard in target.shards.shards_of(unit)]
         self._shard_of = {tensor.name: shard for shard in self._shards for tensor in shard.plan.tensors}
         self._written: set[str] = set()
+        self._largest: dict[str, torch.Tensor] = {}
+
+    def note_largest(self, linear: str, largest: torch.Tensor) -> None:
+        if linear in self._target.linears:
+            self._largest[linear] = largest
 
     def write(self, name: str, value: QuantizedWeight | torch.Tensor) -> None:
         if isinstance(value, QuantizedWeight):
@@ -56,6 +61,23 @@ class ShardWriter(UnitWriter):
             safe_point(name)
             for stored_name, start, rows in unchanged_rows(self._target, checkpoint, name):
                 self._write_rows(stored_name, start, rows)
+        if self._target.grid.noted:
+            self._write_input_scales()
+
+    def _write_input_scales(self) -> None:
+        """Writes the scales of inputs, which all ranks' experts have a part in."""
+        target, ranks = self._target, self._surroundings.ranks
+        numbers = torch.stack(list(self._largest.values())).tolist() if self._largest else []
+        largest: dict[str, float] = {}
+        for part in ranks.gather(dict(zip(self._largest, numbers, strict=True))):
+            for linear, found in part.items():
+                alike = target.alike.get(linear, linear)
+                largest[alike] = max(largest.get(alike, 0.0), found)
+        linears = [name.removesuffix(".weight") for name in self._parameters] if ranks.first else []
+        for linear in filter(target.linears.__contains__, linears):
+            scale = target.format.input_scale(linear, largest[target.alike.get(linear, linear)])
+            for name, number in scale.items():
+                self._write_rows(name, 0, number)
 
     def commit(self) -> dict[str, str]:
         self._surroundings.wait()

@@ -142,6 +142,17 @@ def absorbed_linears(layers: Iterable[DecoderLayer]) -> frozenset[str]:
     return frozenset(layer.absorbed.keys_and_values for layer in layers if layer.absorbed)
 
 
+def first_experts(layers: Iterable[DecoderLayer]) -> dict[str, str]:
+    """Returns each linear of a routed expert -> the one of its layer's first expert that stands for all of its kind;
+    gate and up, which read one input, are of one kind."""
+    found: dict[str, str] = {}
+    for layer in layers:
+        for mlp in layer.experts:
+            first = layer.experts[0]
+            found |= {mlp.gate: first.up, mlp.up: first.up, mlp.down: first.down}
+    return found
+
+
 def linear_groups(layer: DecoderLayer, quantized: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Returns name -> linears of a layer's groups that its preset quantizes.
 

@@ -12,7 +12,7 @@ from dsquant.errors import InputError, Interrupted, UsageError
 from dsquant.files.foreign import find_file
 from dsquant.formats.checkpoints import format_of_config, open_checkpoint, read_text_config
 from dsquant.formats.compressed_tensors_weights import CompressedTensorsWeights
-from dsquant.formats.table import SAFETENSORS, format_of
+from dsquant.formats.table import FORMATS, SAFETENSORS, format_of
 from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.jobs.resources import LARGEST_DEFAULT_BUDGET, default_memory_budget, resolved_device
 from dsquant.model.complete import check_complete
@@ -67,9 +67,10 @@ def resolved(recipe: Recipe) -> Recipe:
     chosen = agreed if recipe.symmetric is None else recipe.symmetric
     mtp = recipe.mtp if any(format_of(name).keeps_mtp for name in recipe.to) else "drop"
     if recipe.activations and not any(recipe.activations in format_of(name).activations for name in recipe.to):
+        taking = [name for name, known in FORMATS.items() if recipe.activations in known.activations]
         raise UsageError(
-            f"--activations {recipe.activations}: {' and '.join(recipe.to)} stores weights alone; take --to "
-            "compressed-tensors"
+            f"--activations {recipe.activations}: {' and '.join(recipe.to)} has no inputs of that kind; take --to "
+            f"{' or '.join(taking)}"
         )
     device, rest = resolved_device(recipe.device), rest_of(recipe.rest, recipe.to, config)
     told = {"preset": preset, "symmetric": chosen, "mtp": mtp, "device": device, "rest": rest}
@@ -173,7 +174,8 @@ def check_unquantized(checkpoint: Checkpoint) -> None:
 def _check_texts(recipe: Recipe) -> None:
     needing = next((name for name in recipe.to if format_of(name).needs_texts), None)
     if needing is not None and not recipe.calibration:
-        raise UsageError(f"--calibration none: {needing} is calibrated; name a text, or leave the option out")
+        more = f", as --activations {recipe.activations} wants it" if recipe.activations == "fp4" else ""
+        raise UsageError(f"--calibration none: {needing} is calibrated{more}; name a text, or leave the option out")
 
 
 def open_calibration(recipe: Recipe, tokenizer: Any) -> tuple[torch.Tensor | None, dict[str, Any] | None]:

@@ -44,6 +44,8 @@ class Writers:
         for target, writer in self.by_target:
             if target.grid == grid:
                 writer.note(linear, importance.squares_I, importance.count)
+                if importance.largest is not None:
+                    writer.note_largest(linear, importance.largest)
 
     def keep_scales(self, grid: Scheme, producer: str, scales_I: torch.Tensor) -> None:
         for target, _ in self.by_target:

@@ -135,7 +135,8 @@ def note_attention(
         importance = under_scales(group_moments, scales.get(group)).importance
         for linear in group.consumers:
             job.note(grid, linear, importance)
-        note_keys(job, grid, group, group_moments, job.weights)  # folding does not change what comes out of it
+        if not grid.rounded:
+            note_keys(job, grid, group, group_moments, job.weights)  # folding does not change what comes out of it
 
 
 def note_keys(job: LayerJob, grid: Scheme, group: ScaleGroup, moments: InputMoments, weights: Weights) -> None:

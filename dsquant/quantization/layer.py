@@ -149,7 +149,7 @@ def _quantize_dense_part(
 ) -> None:
     """Quantizes attention and emits everything that changes outside the MLPs."""
     attention = quantize_attention(job, grid, moments, report)
-    if not grid.rounded:
+    if grid.noted:
         note_attention(job, grid, moments, attention.scales)
     emit_dense_part(job, grid, attention, norm_fold, report)
     for group, scales_I in attention.scales.items():

@@ -69,7 +69,7 @@ class LayerJob:
     safe_point: Callable[[str], None]
     """Called with a module's name before its work begins; may raise to stop."""
     note: Note = lambda grid, linear, importance: None
-    """Gets the importance of each linear's inputs under the scales, for grids that are not rounded."""
+    """Gets the importance of each linear's inputs under the scales, for grids whose formats want to know (`noted`)."""
     keep_scales: KeepScales = lambda grid, producer, scales: None
     """Gets all scales that are folded in, so that a later release can be quantized under them."""
 

@@ -105,15 +105,15 @@ def _quantize_mlp(
 
 
 def emit_mlp(job: LayerJob, grid: Scheme, mlp: Mlp, result: MlpResult) -> MlpOutcome:
-    """Hands over a quantized MLP, each linear rounded or folded, and the importance of its inputs where the grid is not
-    rounded; returns what it cost."""
+    """Hands over a quantized MLP, each linear rounded or folded, and the importance of its inputs where the format
+    wants to know; returns what it cost."""
     rounded, weight_errors = result.rounded, dict[str, float]()
     if not result.errors.plain:
         job.keep_scales(grid, mlp.up, rounded.up_scales_W)
     of_input, of_hidden = rounded.moments
     columns = (mlp.linears, rounded.linears, rounded.folded.parts, (of_input, of_input, of_hidden))
     for linear, quantized, folded, moments in zip(*columns, strict=True):
-        if not grid.rounded:
+        if grid.noted:
             job.note(grid, linear, moments.importance)
         if job.rounds(grid, linear):
             job.emit(grid, linear, quantized)

@@ -106,10 +106,10 @@ class PairStatistics:
 
     def add(self, original_RI: torch.Tensor, quantized_RI: torch.Tensor, weights_R: torch.Tensor | None = None) -> None:
         """Adds x and x~ of the same tokens, float32 [R, I], each multiplied by its weight."""
-        if weights_R is not None:
-            original_RI, quantized_RI = (part_RI * weights_R.unsqueeze(1) for part_RI in (original_RI, quantized_RI))
-        self._statistics.add(quantized_RI)
+        self._statistics.add(quantized_RI, weights_R)
         if self._drift_II is not None:
+            if weights_R is not None:
+                original_RI, quantized_RI = (part * weights_R.unsqueeze(1) for part in (original_RI, quantized_RI))
             add_product(self._drift_II, (original_RI - quantized_RI).T, quantized_RI)
 
     def moments(self) -> PairMoments:

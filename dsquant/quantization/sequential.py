@@ -202,7 +202,7 @@ def _quantize_attention(
             folded = [streams.folded[f"{linear}.weight"] for linear in group.consumers]
             of_outputs = [metrics.get(linear) for linear in group.consumers]
             linears |= zip(group.consumers, pairs.rounded(folded, grids, job.steps, of_outputs), strict=True)
-        if job.ranks.first and not grid.rounded:
+        if job.ranks.first and grid.noted:
             moments[group] = pairs.moments
         for linear in filter(partial(job.rounds, grid), group.consumers):
             name = f"{linear}.weight"
@@ -211,7 +211,7 @@ def _quantize_attention(
     plain = round_attention(groups, weights, partial(job.grid_of, grid))
     searched = AttentionResult(fold, linears, scales)
     kept = job.ranks.once(lambda: keeps_attention(job, report, _error(streams, searched), _error(unfolded, plain)))
-    if job.ranks.first and not grid.rounded:
+    if job.ranks.first and grid.noted:
         _note(streams, grid, moments, scales, kept)
     if kept:
         return streams, searched, replaced
@@ -249,7 +249,8 @@ def _note(
         read = found if kept or group not in scales else found.divided(1 / scales[group])
         for linear in group.consumers:
             streams.job.note(grid, linear, read.importance)
-        note_keys(streams.job, grid, group, found, streams.folded)
+        if not grid.rounded:
+            note_keys(streams.job, grid, group, found, streams.folded)
 
 
 def _searched_scales(unfolded: _Streams, groups: Sequence[ScaleGroup], grid: Scheme) -> dict[ScaleGroup, torch.Tensor]:

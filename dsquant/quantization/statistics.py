@@ -27,12 +27,15 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Importance:
-    """The importance of each input channel of a linear: sums of squares over the tokens that reach it."""
+    """What a format may want to know of a linear's inputs: the importance of each channel, sums of squares over the
+    tokens that reach the linear, and the largest of all."""
 
     squares_I: torch.Tensor
     """float32 [I], or [H, N] for the keys of MLA."""
     count: int
     """Tokens behind the sums."""
+    largest: torch.Tensor | None = None
+    """float32 []: the largest magnitude; None where it was not looked for."""
 
 
 class InputStatistics:
@@ -52,6 +55,7 @@ class InputStatistics:
         kept where errors will be `compensated`.
         """
         self.count = 0
+        self._largest_I = torch.zeros(num_features, device=device)
         self._block = BLOCK if num_features % BLOCK == 0 else num_features
         self._blocks_GBB = torch.zeros(num_features // self._block, self._block, self._block, device=device)
         wide = is_wide(num_features) if widest_gram is None else num_features > widest_gram
@@ -63,7 +67,11 @@ class InputStatistics:
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def add(self, inputs_RI: torch.Tensor, weights_R: torch.Tensor | None = None) -> None:
-        """Takes more tokens into the sums: their inputs, float32 [R, I], and what multiplies each token's, [R]."""
+        """Takes more tokens into the sums: their inputs, float32 [R, I], and what multiplies each token's, [R], but for
+        their largest magnitude."""
+        if len(inputs_RI):
+            for extreme_I in (inputs_RI.amax(0), -inputs_RI.amin(0)):
+                torch.maximum(self._largest_I, extreme_I, out=self._largest_I)
         if weights_R is not None:
             inputs_RI = inputs_RI * weights_R.unsqueeze(1)
         if self._gram_II is not None:
@@ -79,6 +87,7 @@ class InputStatistics:
 
     def merge(self, other: "InputStatistics") -> None:
         """Takes another's sums into these, as if its tokens came now."""
+        torch.maximum(self._largest_I, other._largest_I, out=self._largest_I)
         if self._gram_II is not None and other._gram_II is not None:
             self._gram_II += other._gram_II
         else:
@@ -101,6 +110,7 @@ class InputStatistics:
         if self.count != count:  # here they arrive
             self.count = count
             self._factor_KI = self._factor_KI.new_zeros(min(count, FACTOR_ROWS), self._factor_KI.shape[1])
+        carry(self._largest_I)
         if self._gram_II is not None:
             carry(self._gram_II)
         else:
@@ -125,13 +135,15 @@ class InputStatistics:
 
     def moments(self) -> "InputMoments":
         """Returns the means over all tokens added so far; all zero where there were none."""
-        count = max(self.count, 1)
+        count, largest_I = max(self.count, 1), self._largest_I.clone()
         if self._gram_II is None:
             parts_PWW = None if self._parts_PWW is None else self._parts_PWW / count
-            return InputMoments(self.count, self._blocks_GBB / count, None, self._factor_KI / count**0.5, parts_PWW)
+            blocks_GBB, factor_KI = self._blocks_GBB / count, self._factor_KI / count**0.5
+            return InputMoments(self.count, largest_I, blocks_GBB, None, factor_KI, parts_PWW)
         gram_II = self._gram_II / count
         blocks = gram_II.unflatten(1, (-1, self._block)).unflatten(0, (-1, self._block))
-        return InputMoments(self.count, blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone(), gram_II, None)
+        blocks_GBB = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+        return InputMoments(self.count, largest_I, blocks_GBB, gram_II, None)
 
 
 def is_wide(num_features: int) -> bool:
@@ -159,10 +171,12 @@ class InverseFactor:
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Second moments of a linear's inputs, each the mean over tokens."""
+    """Second moments of a linear's inputs, each the mean over tokens, and how large the inputs become."""
 
     count: int
     """Tokens behind the means."""
+    largest_I: torch.Tensor
+    """float32 [I]: the largest magnitude of each channel; 0 without tokens."""
     blocks_GBB: torch.Tensor
     """float32 [G, B, B]: the diagonal blocks of the Gram matrix, the mean of x^T x."""
     gram_II: torch.Tensor | None
@@ -181,14 +195,15 @@ class InputMoments:
 
     @property
     def importance(self) -> Importance:
-        """The diagonal alone."""
-        return Importance(self.rms_I.square() * self.count, self.count)
+        """The diagonal alone, and the largest of all channels."""
+        return Importance(self.rms_I.square() * self.count, self.count, self.largest_I.max())
 
     def divided(self, scales_I: torch.Tensor) -> "InputMoments":
         """Returns the moments of inputs whose channels are divided by `scales_I`, without `inverses`."""
         scales_GB = scales_I.view(self.blocks_GBB.shape[0], -1)
         return InputMoments(
             self.count,
+            self.largest_I / scales_I,
             self.blocks_GBB / scales_GB.unsqueeze(1) / scales_GB.unsqueeze(2),
             None if self.gram_II is None else self.gram_II / scales_I / scales_I.unsqueeze(1),
             None if self.factor_KI is None else self.factor_KI / scales_I,

@@ -70,11 +70,17 @@ class Nvfp4(Scheme):
     """A power of two, so that products are exact in whatever order an engine forms them; 0 before `fitted`."""
     output: str = ""
     """Keeps apart outputs that quantize other linears."""
+    inputs: bool = False
+    """Whether engines round inputs to it too, under one scale of each linear's inputs that the output has."""
 
     @property
     def group_size(self) -> int:
         """Blocks choose alone."""
         return 16
+
+    @property
+    def noted(self) -> bool:
+        return self.inputs
 
     @property
     def levels(self) -> Levels:

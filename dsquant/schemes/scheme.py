@@ -57,6 +57,11 @@ class Scheme(ABC):
         return True
 
     @property
+    def noted(self) -> bool:
+        """Whether its format wants to know what linears on it read."""
+        return not self.rounded
+
+    @property
     def bits(self) -> int:
         """Bits of a code."""
         return self.levels.largest.bit_length()
