@@ -58,7 +58,7 @@ def test_experts_that_cutlass_does_not_take_are_refused(narrow_r1: Path, tmp_pat
     }  # fmt: skip
     with pytest.raises(UsageError, match=r"experts\.0\.\w+_proj has \d+ columns|multiple of --group-size"):
         dsquant.awq(narrow_r1, **fields)
-    with pytest.raises(UsageError, match="awq stores weights alone; take --to compressed-tensors"):
+    with pytest.raises(UsageError, match="awq has no inputs of that kind; take --to compressed-tensors"):
         dsquant.awq(narrow_r1, to="awq", **fields)
     assert not (tmp_path / "out").exists()
 

@@ -233,7 +233,7 @@ def test_linears_without_whole_blocks_stay_as_they_are(text_file: Path, tmp_path
         ({"to": "mxfp4", "symmetric": False}, "no zero points"),
         ({"to": "nvfp4", "group_size": 32}, "blocks of 16"),
         ({"to": "nvfp4-modelopt", "rest": "fp8"}, "holds no FP8 blocks"),
-        ({"to": "nvfp4", "activations": "fp8"}, "stores weights alone"),
+        ({"to": "nvfp4", "activations": "fp8"}, "nvfp4 has no inputs of that kind; take --to compressed-tensors"),
     ],
 )
 def test_what_floats_do_not_take_is_refused(
