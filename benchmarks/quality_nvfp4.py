@@ -3,13 +3,15 @@
     python -m benchmarks.quality_nvfp4 MODEL... --text FILE --wiki FILE --work DIR --peers DIR [--seeds 0 1]
 
 Its options are those of `benchmarks.quality`: the same tokens, the same evaluator, results that are kept. Every linear
-of the decoder but router and head is in NVFP4, activations are not rounded. `benchmarks/peers/make_environments DIR
-llmcompressor modelopt` makes the peers' environments.
+of the decoder but router and head is in NVFP4. Methods whose names end in `inputs` are W4A4: their activations are
+rounded as vLLM rounds them (`benchmarks/peers/rounded_inputs.py`), those of all others are not.
+`benchmarks/peers/make_environments DIR llmcompressor modelopt` makes the peers' environments.
 """
 
 from benchmarks.quality import AWQ, Bench, Method, conditions, parse, table, tell
 
 LLM_COMPRESSOR = ("--scheme", "NVFP4A16")
+INPUTS = ("--activations", "fp4")
 DSQUANT = (*AWQ, "--to", "nvfp4", "--rest", "bf16", "--preset", "compact")
 METHODS = [
     Method("llmcompressor-nvfp4", "llm-compressor NVFP4A16", "llmcompressor", (*LLM_COMPRESSOR, "--no-awq")),
@@ -27,6 +29,12 @@ METHODS = [
     Method("dsquant-nvfp4-none", "dsquant, no steps: plain rounding", None, (*DSQUANT, "--steps", "none")),
     Method("dsquant-nvfp4-compact", "dsquant compact", None, DSQUANT),
     Method("dsquant-nvfp4-best", "dsquant best", None, (*DSQUANT, "--preset", "best")),
+    Method(
+        "llmcompressor-nvfp4-inputs", "llm-compressor NVFP4 (W4A4)", "llmcompressor", ("--scheme", "NVFP4", "--no-awq")
+    ),
+    Method("modelopt-nvfp4-inputs", "ModelOpt NVFP4 (W4A4)", "modelopt", ("--inputs",)),
+    Method("dsquant-nvfp4-none-inputs", "dsquant, no steps, W4A4", None, (*DSQUANT, *INPUTS, "--steps", "none")),
+    Method("dsquant-nvfp4-compact-inputs", "dsquant compact, W4A4", None, (*DSQUANT, *INPUTS)),
 ]  # fmt: skip
 
 

@@ -60,7 +60,10 @@ def decode_compressed_tensors(stored: dict[str, torch.Tensor], config: dict) -> 
     parsed = QuantizationConfig.model_validate(config)
     linear = torch.nn.Linear(1, 1)
     schemes = {target: group for group in parsed.config_groups.values() for target in group.targets}
-    parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
+    parts = (
+        "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale",
+        "input_global_scale",
+    )  # fmt: skip
     weights = {}
     for name, tensor in stored.items():
         module, _, kind = name.rpartition(".")

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 from benchmarks.peers.tokens import read_tokens
 
 TOKENS_AT_ONCE = 2048
-SCHEMES = ("W4A16", "NVFP4A16")
+SCHEMES = ("W4A16", "NVFP4A16", "NVFP4")
 
 
 def attention_mappings(layer: str, has_indexer: bool) -> list[AWQMapping]:

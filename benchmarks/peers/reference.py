@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from benchmarks.peers.decoding import DECODERS, decode_gguf
+from benchmarks.peers.rounded_inputs import input_scales, round_inputs
 from benchmarks.peers.to_bf16 import dequantized_tensors, is_mtp, read_config, read_tensors
 from benchmarks.peers.tokens import read_tokens
 
@@ -224,8 +225,11 @@ class Evaluator:
         return self._compare(build_model(self.original, rounded_weights(self.weights, symmetric)))
 
     def of_folder(self, folder: Path) -> dict[str, Divergence]:
-        """A candidate's figures by text."""
-        return self._compare(build_model(folder, read_weights(folder)))
+        """A candidate's figures by text; where it has engines round inputs to NVFP4, they are."""
+        model, quantization = build_model(folder, read_weights(folder)), read_config(folder).get("quantization_config")
+        if quantization and quantization.get("quant_method") in ("compressed-tensors", "modelopt"):
+            round_inputs(model, input_scales(read_tensors(folder), quantization))
+        return self._compare(model)
 
     def _compare(self, model: PreTrainedModel) -> dict[str, Divergence]:
         model = model.to(self.device)
