@@ -53,6 +53,7 @@ class Output:
         words += ["zero points" for key in ("symmetric",) if self.options.get(key) is False]
         words += [f"groups of {self.options[key]}" for key in ("group_size",) if key in self.options]
         words += [f"rest {self.options[key].upper()}" for key in ("rest",) if key in self.options]
+        words += [f"activations {self.options[key].upper()}" for key in ("activations",) if key in self.options]
         return ", ".join([self.to, *words])
 
 
@@ -65,6 +66,8 @@ def outputs() -> list[Output]:
     kinds += [Output("compressed-tensors", {"bits": 2, "group_size": 64, **rest}) for rest in (fp8, bf16)]
     kinds += [Output("compressed-tensors", {"bits": 4, "symmetric": False, **fp8})]
     kinds += [Output("compressed-tensors", {"preset": "compact", "bits": 4, **fp8})]
+    kinds += [Output(name, rest) for name in ("nvfp4", "mxfp4") for rest in (fp8, bf16)] + [Output("nvfp4-modelopt")]
+    kinds += [Output(name, {"activations": "fp4", **rest}) for name, rest in (("nvfp4", fp8), ("nvfp4-modelopt", {}))]
     kinds += [Output("mlx", {"bits": bits}) for bits in (2, 3, 4, 5, 6, 8)]
     return [*kinds, *(Output(f"gguf:{name}") for name in ("Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "Q2_K", "MXFP4_MOE"))]
 

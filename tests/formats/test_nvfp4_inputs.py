@@ -9,6 +9,7 @@ import forked
 import pytest
 import torch
 from checkpoints import QWEN3, add_tokenizer, full_model, make_dense, make_pico_r1
+from compressed_tensors.entrypoints.convert.converters import ModelOptNvfp4Converter
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from kills import KILLED, run
 from ranks import command, finish, start
@@ -164,6 +165,18 @@ def test_configs_are_those_of_compressed_tensors_and_modelopt_and_verify_and_eva
     for name in FORMATS:
         assert set(open_checkpoint(output / name).weights) == set(open_checkpoint(pico).weights)
         assert "activations in FP4" in (output / name / "README.md").read_text()
+
+
+def test_compressed_tensors_makes_one_layout_of_the_other(output: Path) -> None:
+    indexes = [read_index(output / name) for name in FORMATS]
+    ours, theirs = ({name: index.read(name) for name in index} for index in indexes)
+    made = ModelOptNvfp4Converter(targets=[r"re:.*(_proj|_mqa)$"]).validate(theirs)
+    assert made.keys() == ours.keys()
+    for name, tensor in ours.items():
+        if name.endswith(ENDINGS["nvfp4"]):
+            assert torch.allclose(made[name], tensor, rtol=1e-6), name
+        else:
+            assert torch.equal(made[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
 
 
 def test_weights_are_those_of_a_job_that_rounds_no_inputs(
