@@ -133,9 +133,7 @@ class Quantization(TargetOptions):
         description="Linears that are not quantized: fp8 keeps the model's own blocks, bf16 widens them.",
     )
     activations: Activations | None = Field(
-        default=None,
-        description="Engines round the inputs of 4-bit linears: fp8 or int8 for compressed-tensors (W4A8), fp4 for "
-        "nvfp4 and nvfp4-modelopt (W4A4).",
+        default=None, description="Engines round inputs of 4-bit linears: fp8, int8 (compressed-tensors), fp4 (NVFP4)."
     )
     max_shard_bytes: Size = Field(
         default=5 * 2**30,
