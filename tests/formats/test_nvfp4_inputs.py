@@ -19,6 +19,7 @@ from small_jobs import changed_copy, contents, noise
 import dsquant
 from dsquant.calibration.texts import calibration_tokens, load_tokenizer
 from dsquant.errors import UsageError
+from dsquant.evaluation.opening import open_candidate, open_original
 from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.formats.scales import open_scales
 from dsquant.incremental.release import full_run
@@ -165,6 +166,16 @@ def test_configs_are_those_of_compressed_tensors_and_modelopt_and_verify_and_eva
     for name in FORMATS:
         assert set(open_checkpoint(output / name).weights) == set(open_checkpoint(pico).weights)
         assert "activations in FP4" in (output / name / "README.md").read_text()
+    original, opened = open_original(str(pico)), (*(output / name for name in FORMATS), pico)
+    assert [open_candidate(str(one), original).engines_round for one in opened] == [True, True, False]
+
+
+@pytest.mark.slow
+def test_eval_says_that_it_rounds_no_activations(pico: Path, output: Path, text_file: Path) -> None:
+    candidate = output / "nvfp4-modelopt"
+    found = dsquant.evaluate(pico, candidate, texts=text_file, samples=1, seq_len=16, progress=False)
+    (words,) = (caveat for caveat in found.caveats if "engines round activations" in caveat)
+    assert str(candidate) in words and str(pico) not in words
 
 
 def test_compressed_tensors_makes_one_layout_of_the_other(output: Path) -> None:
