@@ -11,6 +11,7 @@ from checkpoints import LLAMA, add_tokenizer, make_dense
 import dsquant
 from benchmarks import gguf_sizes, quality
 from benchmarks.peers.decoding import decode_gguf, decode_gptq, stored_bits
+from benchmarks.peers.rounded_inputs import rounded
 from benchmarks.peers.to_bf16 import dequantized_tensors, is_mtp
 from benchmarks.peers.tokens import chosen_windows
 from dsquant.cli import main
@@ -136,3 +137,19 @@ def test_every_benchmark_names_what_there_is(path: Path) -> None:
         if (missing.name or "").split(".")[0] in ("dsquant", "benchmarks", "tests"):
             raise
         pytest.skip(f"needs {missing.name}, which is no dependency")
+
+
+def test_inputs_are_rounded_as_compressed_tensors_rounds_them() -> None:
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    generator = torch.Generator().manual_seed(0)
+    inputs_RI = torch.randn(32, 64, generator=generator) * torch.exp(2 * torch.randn(64, generator=generator))
+    inputs_RI[0, :16] = 0
+    scale = float(inputs_RI.abs().max()) / 2 / (448 * 6)  # some blocks are out of its range
+    arguments = preset_name_to_scheme("NVFP4", ["Linear"]).input_activations
+    divisor = torch.tensor([1 / scale])
+    scales, zeros = compute_dynamic_scales_and_zp(inputs_RI, arguments, torch.nn.Linear(1, 1), global_scale=divisor)
+    theirs = fake_quantize(inputs_RI, scales, zeros, arguments, global_scale=divisor)
+    assert torch.allclose(rounded(inputs_RI, scale), theirs, rtol=1e-5, atol=1e-6)
