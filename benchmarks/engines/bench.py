@@ -6,21 +6,26 @@
 Small models of each family (models.py) become every format that README's table claims for an engine; the engine, in an
 environment of its own (make_environments), scores the same tokens as dsquant. Of each token's log-probability the mean
 absolute difference from dsquant's reading is the engine's noise; beside it stands the noise of the same engine with the
-BF16 model. Results go into engines_cpu.json, whose other rows stay, and from there into docs/engines.md and README
+BF16 model. Results go into engines_202611.json, whose other rows stay, and from there into docs/engines.md and README
 (table.py).
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import exp
 from pathlib import Path
 from statistics import fmean
+
+import torch
 
 from benchmarks.engines.models import (
     BASELINE,
@@ -31,6 +36,7 @@ from benchmarks.engines.models import (
     ROOT,
     TRANSFORMERS,
     VLLM,
+    VLLM_GPU,
     Family,
     Output,
     outputs,
@@ -42,7 +48,7 @@ from benchmarks.engines.table import RESULTS, write_tables
 ENVIRONMENTS = Path(os.environ.get("DSQUANT_ENGINES", "~/.cache/dsquant-engines")).expanduser()
 FEW = {
     "preset": "compact", "steps": "scales", "samples": 4, "seq_len": 128, "calibration": "code", "evaluate": False,
-    "progress": False,
+    "progress": False, "device": "cpu",
 }  # fmt: skip
 
 FORMATS_AT_ONCE = 6
@@ -56,6 +62,7 @@ class Engine:
     packages: tuple[str, ...]
     environment: str = ""
     """Empty where it runs in dsquant's own."""
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def python(self) -> str:
@@ -63,8 +70,14 @@ class Engine:
         return str(ENVIRONMENTS / self.environment / "bin" / "python") if self.environment else sys.executable
 
 
+OF_VLLM = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+}  # fmt: skip
+OPTIONAL_OF_VLLM = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_DEEP_GEMM": "0"}  # packages that it can do without
 ENGINES = {
-    VLLM: Engine("run_vllm", ("vllm-cpu", "compressed-tensors"), "vllm"),
+    VLLM: Engine("run_vllm", ("vllm-cpu", "compressed-tensors"), "vllm", OF_VLLM),
+    VLLM_GPU: Engine("run_vllm_gpu", ("vllm", "compressed-tensors"), "vllm-gpu", OF_VLLM | OPTIONAL_OF_VLLM),
     TRANSFORMERS: Engine("run_transformers", ("transformers", "compressed-tensors", "gptqmodel"), "transformers"),
     MLX: Engine("run_mlx_lm", ("mlx-lm", "mlx"), "mlx-lm"),
     LLAMA_CPP: Engine("run_llama_cpp", ("xllamacpp",)),
@@ -95,7 +108,7 @@ def make(family: Family, folder: Path, wanted: Mapping[str, Output]) -> dict[str
     model = folder / "model"
     if not (model / "config.json").exists():
         family.make(model)
-    made = {BASELINE: model}
+    made = {family.baseline: model}
     jobs: dict[str, list[str]] = {}
     for name, output in wanted.items():
         key, count = repr(output.options), len(jobs)
@@ -119,8 +132,6 @@ def make(family: Family, folder: Path, wanted: Mapping[str, Output]) -> dict[str
 
 def read(model: Path, made: Mapping[str, Path], samples: list[list[int]]) -> dict[str, list[float]]:
     """dsquant's own log-probabilities of every token but each sample's first: name -> one list."""
-    import torch
-
     from dsquant.evaluation.divergence import ComparedModels, compare
     from dsquant.evaluation.opening import open_candidate, open_original
 
@@ -147,7 +158,8 @@ def run(engine: Engine, models: Mapping[str, Path], samples: list[list[int]], lo
             names = list(left)
             pairs = [f"{number}={left[name]}" for number, name in enumerate(names)]
             command = [engine.python, "-m", f"benchmarks.engines.{engine.runner}", f"{scratch}/tokens.json", scratch]
-            ended = subprocess.run([*command, *pairs], cwd=ROOT, stdout=output, stderr=output)
+            environment = os.environ | engine.variables
+            ended = subprocess.run([*command, *pairs], cwd=ROOT, env=environment, stdout=output, stderr=output)
             for number, name in enumerate(names):
                 answer = Path(scratch) / f"{number}.json"
                 if answer.exists():
@@ -174,26 +186,33 @@ def row(engine: str, family: str, output: str, reading: list[float], answer: dic
 def bench(family: str, engines: list[str], work: Path) -> list[Row]:
     """Runs all outputs of one family in these engines."""
     print(family, flush=True)
-    folder = work / family.split(",")[0].replace(" ", "-").replace("(", "")
-    wanted = {name: one for name, one in outputs(FAMILIES[family]).items() if {*one.engines} & {*engines}}
+    known, folder = FAMILIES[family], work / family.split(",")[0].replace(" ", "-").replace("(", "")
+    wanted = {name: one for name, one in outputs(known).items() if {*one.engines} & {*engines}}
     if not wanted:
         return []
-    made = make(FAMILIES[family], folder, wanted)
-    samples = tokens(made[BASELINE]).tolist()
-    readings = read(made[BASELINE], made, samples)
+    made = make(known, folder, wanted)
+    plain = made[known.baseline]
+    samples = tokens(plain).tolist()
+    readings = read(plain, made, samples)
     rows = []
     for engine in engines:
         mine = {name: made[name] for name, one in wanted.items() if engine in one.engines}
-        unquantized = FAMILIES[family].gguf_types  # FP8 is no baseline: engines take other kernels for it
-        if mine and unquantized and not any(path.suffix == ".gguf" for path in mine.values()):
-            plain = made[BASELINE]
-            mine = {BASELINE: without_mtp(plain, folder / "without-mtp") if engine == MLX else plain} | mine
-        answers = run(ENGINES[engine], mine, samples, work / f"{engine}.log")
+        if mine and runs_itself(known, engine):
+            mine = {known.baseline: without_mtp(plain, folder / "without-mtp") if engine == MLX else plain} | mine
+        answers = run(ENGINES[engine], mine, samples, folder / f"{engine}.log")
         rows += [row(engine, family, name, readings[name], answer) for name, answer in answers.items()]
         print(
             f"  {engine}: {sum(not one.error for one in rows if one.engine == engine)} of {len(mine)} run", flush=True
         )
     return rows
+
+
+def runs_itself(family: Family, engine: str) -> bool:
+    """Whether an engine takes a family's own checkpoint: no GGUF engine does, FP8 blocks want a GPU, and engines know
+    Kimi's release in 4 bits as another class."""
+    if engine in (LLAMA_CPP, IK) or family.loaded_as:
+        return False
+    return family.baseline == BASELINE or engine == VLLM_GPU
 
 
 def main() -> None:
@@ -202,12 +221,18 @@ def main() -> None:
     parser.add_argument("--engine", action="append", choices=list(ENGINES))
     parser.add_argument("--family", action="append", choices=list(FAMILIES))
     parser.add_argument("--work", type=Path, help="keeps models and outputs, and takes those that are there")
+    parser.add_argument("--at-once", type=int, default=1, help="families that are run beside one another")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
+    engines = arguments.engine or [name for name in ENGINES if name != VLLM_GPU or torch.cuda.is_available()]
+    found = {name: versions(ENGINES[name]) for name in engines}
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(arguments.at_once, multiprocessing.get_context("spawn")) as pool,
+    ):
         work = arguments.work or Path(scratch)
-        engines = arguments.engine or list(ENGINES)
-        for family in arguments.family or FAMILIES:
-            keep(bench(family, engines, work), {name: versions(ENGINES[name]) for name in engines})
+        work.mkdir(parents=True, exist_ok=True)
+        for rows in pool.map(partial(bench, engines=engines, work=work), arguments.family or FAMILIES):
+            keep(rows, found)
     write_tables()
 
 

@@ -30,7 +30,8 @@ TYPES = (
     "Q8_0", "F32", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_M", "Q4_K_M", "Q4_K_M+", "Q5_K_M", "Q6_K",
     "IQ4_NL", "IQ4_XS", "MXFP4_MOE", "NVFP4",
 )  # fmt: skip
-VLLM, TRANSFORMERS, MLX, LLAMA_CPP, IK = "vLLM", "transformers", "mlx-lm", "llama.cpp", "ik_llama.cpp"
+VLLM, VLLM_GPU, TRANSFORMERS = "vLLM", "vLLM on an H200", "transformers"
+MLX, LLAMA_CPP, IK = "mlx-lm", "llama.cpp", "ik_llama.cpp"
 BASELINE = "BF16"
 
 
@@ -52,6 +53,10 @@ class Family:
     gguf_types: tuple[str, ...] = ("Q8_0", "Q4_K_M")
     latent: bool = False
     """Whether it has R1's own sizes of heads."""
+    every_width: bool = False
+    """Whether it becomes every width of integers and every kind of float; others become the usual ones."""
+    baseline: str = BASELINE
+    """What the model itself is called in the tables."""
     only: dict[str, Output] = field(default_factory=dict)
     """Its outputs, where not all formats are made of it."""
     loaded_as: str = ""
@@ -92,13 +97,21 @@ def _latent(name: str) -> Callable[[Path], Path]:
     return lambda folder: add_tokenizer(make_random(folder, ARCHITECTURES[name].config | LATENT_SIZES), 280)
 
 
-IN_4_BITS = {"compressed-tensors 4 bits": Output("compressed-tensors", {}, (VLLM,))}
+CT = "compressed-tensors"
+IN_4_BITS = {f"{CT} 4 bits": Output(CT, {}, (VLLM, VLLM_GPU))}
 FAMILIES = {
-    "DeepSeek-V3 (tiny-r1, R1's heads)": Family(make_padded, gguf_types=TYPES, latent=True),
+    "DeepSeek-V3 (tiny-r1, R1's heads)": Family(make_padded, gguf_types=TYPES, latent=True, every_width=True),
     "DeepSeek-V3 in FP8": Family(
         lambda folder: make_padded(folder, fp8=True),
         gguf_types=(),
-        only={"compressed-tensors 4 bits, rest FP8": Output("compressed-tensors", {}, (TRANSFORMERS,))},
+        baseline="FP8",
+        only={
+            f"{CT} 4 bits, rest FP8": Output(CT, {}, (VLLM_GPU, TRANSFORMERS)),
+            f"{CT} 4 bits, rest FP8, quality": Output(CT, {"preset": "quality"}, (VLLM_GPU,)),
+            f"{CT} 4 bits, rest FP8, FP8 activations": Output(CT, {"activations": "fp8"}, (VLLM_GPU,)),
+            "nvfp4, rest FP8": Output("nvfp4", {}, (VLLM_GPU,)),
+            "mxfp4, rest FP8": Output("mxfp4", {}, (VLLM_GPU,)),
+        },
     ),
     "GLM-4.5": Family(lambda folder: add_tokenizer(make_glm(folder), 280)),
     "GLM-4.7-Flash": Family(_latent("GLM-4.7-Flash"), only=IN_4_BITS),
@@ -108,34 +121,46 @@ FAMILIES = {
     "Kimi-K2-Thinking": Family(
         lambda folder: make_released_int4(folder, **LATENT_SIZES)[0],
         gguf_types=(),
-        only={"compressed-tensors 4 bits, experts as released": Output("compressed-tensors", {}, (VLLM, TRANSFORMERS))},
+        only={f"{CT} 4 bits, experts as released": Output(CT, {}, (VLLM, VLLM_GPU, TRANSFORMERS))},
         loaded_as="deepseek_v3",
     ),
     "Qwen3 MoE": Family(_qwen3_moe),
-    "Llama": Family(_dense(LLAMA), mixture=False),
+    "Llama": Family(_dense(LLAMA), mixture=False, every_width=True),
     "Qwen2": Family(_dense(QWEN2), mixture=False),
     "Qwen3": Family(_dense(QWEN3), mixture=False),
 }
+
+
+def _w4a8(kind: str) -> Output:
+    return Output(CT, {"activations": kind.lower()}, (VLLM, VLLM_GPU))
 
 
 def outputs(family: Family) -> dict[str, Output]:
     """Name -> every output that README's table of formats claims some engine runs, for one family."""
     if family.only:
         return family.only
-    of_awq = (VLLM,) if family.mixture else (VLLM, TRANSFORMERS)
-    both = (VLLM, TRANSFORMERS)
+    of_vllm = (VLLM, VLLM_GPU)
+    all_three = (*of_vllm, TRANSFORMERS)
+    of_awq = of_vllm if family.mixture else all_three
     found = {
         "awq": Output("awq", {"symmetric": False}, of_awq),
         "awq, symmetric": Output("awq", {"symmetric": True}, of_awq),
-        "compressed-tensors 4 bits": Output("compressed-tensors", {}, both),
-        "compressed-tensors 8 bits": Output("compressed-tensors", {"bits": 8}, both),
-        "compressed-tensors 3 bits": Output("compressed-tensors", {"bits": 3}, both),
+        f"{CT} 4 bits": Output(CT, {}, all_three),
+        f"{CT} 4 bits, asymmetric": Output(CT, {"symmetric": False}, of_vllm),
+        **{f"{CT} {bits} bits": Output(CT, {"bits": bits}, all_three) for bits in (8, 3)},
         **{f"mlx {bits} bits": Output("mlx", {"bits": bits, "mtp": "drop"}, (MLX,)) for bits in (4, 8, 3)},
     }
-    if not family.mixture:
-        found["compressed-tensors 4 bits, asymmetric"] = Output("compressed-tensors", {"symmetric": False}, (VLLM,))
-    else:
-        found["compressed-tensors 4 bits, quality"] = Output("compressed-tensors", {"preset": "quality"}, both)
+    if family.mixture:
+        found[f"{CT} 4 bits, quality"] = Output(CT, {"preset": "quality"}, all_three)
+    if family.every_width:
+        found |= {f"{CT} {bits} bits": Output(CT, {"bits": bits}, all_three) for bits in (2, 5, 6, 7)}
+        found |= {f"mlx {bits} bits": Output("mlx", {"bits": bits, "mtp": "drop"}, (MLX,)) for bits in (2, 5, 6)}
+        found |= {f"{CT} 4 bits, {kind} activations": _w4a8(kind) for kind in ("FP8", "int8")}
+        found |= {
+            "nvfp4": Output("nvfp4", {}, of_awq),  # transformers forgets the tensor's scale in experts (decision 41)
+            "mxfp4": Output("mxfp4", {}, all_three),
+            "nvfp4-modelopt": Output("nvfp4-modelopt", {}, of_vllm),
+        }
     llama = (LLAMA_CPP, IK) if family.latent or not family.mixture else (LLAMA_CPP,)
     for name in (*family.gguf_types, "BF16"):
         engines = (LLAMA_CPP,) if name == "NVFP4" else llama  # a type that ik_llama.cpp has not

@@ -7,19 +7,7 @@ whose last step is a Triton kernel. Rotary embedding is vLLM's own in PyTorch, t
 rotates queries of several heads wrongly where these lie in a dimension of their own, as latent attention has them.
 """
 
-import gc
-import os
-from pathlib import Path
-
-os.environ |= {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
-}  # fmt: skip
-
 import torch
-from vllm import LLM, SamplingParams
-from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-from vllm.inputs import TokensPrompt
 from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
 from vllm.model_executor.layers.fused_moe.experts.int4_emulation_moe import Int4EmulationTritonExperts
@@ -27,7 +15,8 @@ from vllm.model_executor.layers.fused_moe.oracle import int_wna16
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.platforms import PlatformEnum
 
-from benchmarks.engines.scoring import Scores, score_all
+from benchmarks.engines.scoring import score_all
+from benchmarks.engines.vllm_scores import score
 
 
 class LinearInPyTorch(MPLinearKernel):
@@ -87,27 +76,6 @@ def multiply_in_pytorch() -> None:
         Int4EmulationTritonExperts._supports_current_device = staticmethod(lambda: True)
         Int4EmulationTritonExperts.apply = experts_in_pytorch
         int_wna16._get_priority_backends = lambda: [int_wna16.WNA16MoEBackend.EMULATION]
-
-
-def score(model: Path, tokens: list[list[int]]) -> Scores:
-    """vLLM's own log-probabilities of prompts, in bfloat16."""
-    engine = None
-    try:
-        engine = LLM(
-            str(model), dtype="bfloat16", enforce_eager=True, max_model_len=1024, max_num_seqs=4,
-            max_num_batched_tokens=2048, enable_prefix_caching=False, skip_tokenizer_init=True,
-        )  # fmt: skip
-        asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        prompts = [TokensPrompt(prompt_token_ids=sample) for sample in tokens]
-        answers = engine.generate(prompts, asked, use_tqdm=False)
-        return [
-            [found[token].logprob for found, token in zip(answer.prompt_logprobs[1:], sample[1:], strict=True)]
-            for answer, sample in zip(answers, tokens, strict=True)
-        ]
-    finally:
-        del engine
-        cleanup_dist_env_and_memory()
-        gc.collect()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The engine bench's results as Markdown: all of them in docs/engines.md, a summary in README.
 
-python -m benchmarks.engines.table      # writes both anew from benchmarks/engines_cpu_202611.json
+python -m benchmarks.engines.table      # writes both anew from benchmarks/engines_202611.json
 """
 
 import json
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "engines_cpu_202611.json"
+RESULTS = ROOT / "benchmarks" / "engines_202611.json"
 DOCUMENTS = {"engines": ROOT / "docs" / "engines.md", "engines-summary": ROOT / "README.md"}
 BASELINE = "BF16"
-ENGINES = ("vLLM", "transformers", "mlx-lm", "llama.cpp", "ik_llama.cpp")
+ACTIVATIONS = "activations"
+ON_GPU = "vLLM on an H200"
+ENGINES = ("vLLM", ON_GPU, "transformers", "mlx-lm", "llama.cpp", "ik_llama.cpp")
 NOT_RUN = "SGLang, KTransformers, TensorRT-LLM"
 FLOATS = ("gguf:F32", "gguf:F16", "gguf:BF16")
 ERROR_CHARACTERS = 160
@@ -34,6 +36,8 @@ def baseline(output: str) -> str:
     Engines of GGUF round activations to 8 bits beside all but floats: there it is that of Q8_0, whose own rounding of
     weights is the least.
     """
+    if "rest FP8" in output:
+        return "FP8"
     if not output.startswith("gguf:"):
         return BASELINE
     return "gguf:BF16" if output in FLOATS else "gguf:Q8_0"
@@ -41,6 +45,8 @@ def baseline(output: str) -> str:
 
 def ratio(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> float | None:
     """A row's noise in those of its baseline; None where either did not run."""
+    if ACTIVATIONS in row["output"]:  # which engines round, and dsquant's reading does not
+        return None
     wanted = (row["engine"], row["family"], baseline(row["output"]))
     base = next((one for one in rows if (one["engine"], one["family"], one["output"]) == wanted), None)
     if base is None or base["noise"] is None or row["noise"] is None:
@@ -100,11 +106,12 @@ def _cell(rows: list[dict[str, Any]], name: str) -> str:
     if not mine:
         return ""
     ran = [row for row in mine if not row["error"]]
+    lacking = "no kernel" if mine[0]["engine"] == ON_GPU else "no kernel for a CPU"
     if not ran:
-        return "no kernel for a CPU" if all(map(lacks_kernel, mine)) else "does not run"
+        return lacking if all(map(lacks_kernel, mine)) else "does not run"
     times = [found for row in ran if (found := ratio(row, rows)) is not None]
     most = f", noise ×{max(times):.1f}" if times else ""
-    rest = "; no kernel for a CPU for the rest" if len(ran) < len(mine) else ""
+    rest = f"; {lacking} for the rest" if len(ran) < len(mine) else ""
     return f"{len(ran)} of {len(mine)}{most}{rest}"
 
 
