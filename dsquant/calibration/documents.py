@@ -171,7 +171,9 @@ def _hub_documents(spec: str, columns: dict[str, str]) -> Iterator[Any]:
     except ImportError:
         raise
     except Exception as error:  # the hub, the network and the set's own loader each raise their own
-        raise InputError(f"text {spec!r}: the hub did not give it: {error}") from error
+        raise InputError(
+            f"text {spec!r}: the hub did not give it: {error}; r1-mix, which comes with dsquant, and files need no hub"
+        ) from error
 
 
 def shuffled(documents: Iterator[Any], seed: int, name: str, buffer: int = 4096) -> Iterator[Any]:

@@ -92,12 +92,12 @@ def _search_on_gpu(output: OutputSize, weights: int, source_bytes: int, machine:
         seconds, measured = facts.STORE_ON_GPU_S, f"of Q4_K_M and IQ2_XXS; {facts.RANKS_MEASURED_IN}"
     hours, disk = seconds * (weights / 3600), _disk_hours(source_bytes, machine)
     slowest = Range(max(hours.low, disk.low), max(hours.high, disk.high))
-    return StageCost("search on a GPU", slowest, f"{SEARCHED}, and hashes, as the disk allows; {measured}")
+    return StageCost("search on a GPU", slowest, f"as the disk allows; {measured}")
 
 
 def _evaluate_on_gpu(weights: int) -> StageCost:
     hours = facts.EVALUATE_ON_GPU_S * (weights / 3600)
-    return StageCost("evaluate on a GPU", hours, f"original and output; {facts.RANKS_MEASURED_IN}")
+    return StageCost("evaluate on a GPU", hours, facts.RANKS_MEASURED_IN)
 
 
 def _disk_hours(num_bytes: int, machine: Machine) -> Range:

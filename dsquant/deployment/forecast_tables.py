@@ -224,13 +224,18 @@ def _sizes_table(forecast: "Forecast") -> Table:
 
 
 def _makings_table(forecast: "Forecast") -> Table:
-    makings = forecast.makings
-    unit, factor = _unit(making.disk_bytes for making in makings)
-    table = _table("Cost of building it", "output", f"memory, {unit}", f"disk, {unit}", "time", "on a GPU")
-    for making in makings:
-        sizes = (f"{size / factor:,.1f}" for size in (making.memory_bytes, making.disk_bytes))
+    """One row for outputs that cost the same; the disk is what the largest of them takes."""
+    unit, factor = _unit(making.disk_bytes for making in forecast.makings)
+    table = _table(f"Cost of building it (sizes in {unit})", "output", "memory", "disk", "time", "on a GPU")
+    alike: dict[tuple[str, ...], list[BuildCost]] = {}
+    for making in forecast.makings:
         on_gpu = _duration(making.hours_on_gpu) if making.hours_on_gpu else "not measured"
-        table.add_row(making.output.name, *sizes, _duration(making.hours), on_gpu)
+        cost = (f"{making.memory_bytes / factor:,.1f}", _duration(making.hours), on_gpu)
+        alike.setdefault(cost, []).append(making)
+    for (memory, time, on_gpu), some in alike.items():
+        others = f" and {len(some) - 1} more" if len(some) > 1 else ""
+        disk = f"{max(making.disk_bytes for making in some) / factor:,.1f}"
+        table.add_row(f"{some[0].output.name}{others}", memory, disk, time, on_gpu)
     return table
 
 
