@@ -23,12 +23,13 @@ def _models() -> "tuple[type[BaseModel], ...]":
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--model", help="Instead of the recipe's.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Instead of the recipe's.")
+@click.option("--resume", is_flag=True, hidden=True)
 @json_option
 @dsquant_command
-def run(recipe: Path, model: str | None, output: Path | None, as_json: bool, **options: Any) -> None:
+def run(recipe: Path, model: str | None, output: Path | None, resume: bool, as_json: bool, **options: Any) -> None:
     """Runs RECIPE (YAML): calibrate, quantize to several formats, evaluate, gate, publish.
 
-    A finished recipe is left alone; one that was stopped anywhere continues where it was.
+    A finished recipe is left alone; one that was stopped anywhere continues where it was, without --resume.
 
     \b
     model: tiny-r1

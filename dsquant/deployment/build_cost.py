@@ -67,7 +67,7 @@ def _sum(stages: tuple[StageCost, ...]) -> Range:
 def build_cost_of(output: OutputSize, subject: Subject, machine: Machine) -> BuildCost:
     """Forecasts a job; the source is read from the machine's disk, cores are this machine's."""
     weights, source_bytes, active = subject.num_weights, subject.source_bytes, subject.active_weights
-    evaluated = 2 * (weights * facts.READ_S + active * facts.RUN_S * EVALUATED_TOKENS / facts.RUN_TOKENS)
+    evaluated = 2 * (weights * facts.READ_S + active * facts.EVALUATE_S * EVALUATED_TOKENS)
     return BuildCost(
         output=output,
         memory_bytes=output.memory_bytes + resident_bytes(),
@@ -76,7 +76,7 @@ def build_cost_of(output: OutputSize, subject: Subject, machine: Machine) -> Bui
         disk_assumption=f"64 samples of 512 tokens; source {source_bytes / 2**30:,.2f} GiB, output next to it",
         stages=(
             _scan(weights, source_bytes, machine),
-            *_quantize(output, weights, active),
+            *_quantize(output, subject),
             _cores("evaluate", evaluated, "original and output, 24 x 512 tokens"),
         ),
         search_on_gpu=_search_on_gpu(output, weights, source_bytes, machine),
@@ -111,9 +111,11 @@ def _scan(weights: int, source_bytes: int, machine: Machine) -> StageCost:
     return StageCost("scan", hours, f"every byte read and hashed once; disk {machine.disk_source}")
 
 
-def _quantize(output: OutputSize, weights: int, active: int) -> tuple[StageCost, ...]:
-    base = _stored_type(output)
-    searched = weights * facts.SEARCH_S + active * facts.RUN_S * CALIBRATED_TOKENS / facts.RUN_TOKENS
+def _quantize(output: OutputSize, subject: Subject) -> tuple[StageCost, ...]:
+    base, weights = _stored_type(output), subject.num_weights
+    is_narrow = int(subject.skeleton.config["hidden_size"]) < facts.NARROW_COLUMNS
+    searched = weights * (facts.SEARCH_NARROW_S if is_narrow else facts.SEARCH_S)
+    searched += subject.active_weights * facts.CALIBRATE_S * CALIBRATED_TOKENS
     if base is None:
         return (_cores("search", searched, SEARCHED),)
     store = _cores(

@@ -106,9 +106,10 @@ ENGINE_SHARE = 0.95  # share of a GPU that vLLM and SGLang are told to use
 RAM_RESERVE_BYTES = 4 * GIB
 
 # Building an output: seconds of one core for each weight, from benchmarks/planning_cpu_202611.md.
-SCAN_S, READ_S, RUN_S = 2.6e-9, 5.0e-9, 9.1e-9
-RUN_TOKENS = 384  # that RUN_S runs
-SEARCH_S = 7.3e-7
+SCAN_S, READ_S = 2.6e-9, 5.0e-9
+SEARCH_S, SEARCH_NARROW_S = 6.2e-7, 2.6e-6
+NARROW_COLUMNS = 2048  # hidden sizes below take the second
+CALIBRATE_S, EVALUATE_S = 1.5e-10, 8.5e-11  # and for each token; evaluated are two models
 STORE_S = {"Q8_0": 3.1e-9, "Q6_K": 3.0e-8, "F32": 0.0, "F16": 0.0, "BF16": 0.0}
 STORE_OTHER_S = 1.2e-7  # as Q4_K
 MEASURED_CORES = 2

@@ -200,7 +200,7 @@ def _notes(subject: Subject) -> tuple[str, ...]:
     if not subject.has_tokenizer:
         notes.append("no tokenizer.json: GGUF sizes are those of the tensors; the file's header adds the vocabulary")
     if subject.source_bytes < SMALL_BYTES:
-        notes.append("a model this small is limited by overheads: its times and speeds are bounds that are not reached")
+        notes.append("a model this small is limited by overheads: its tokens/s are bounds that are not reached")
     notes.append(facts.PRESET_BEST)
     notes.append("tokenizer, config, model card and dsquant.json add a few megabytes to the weight files")
     return tuple(notes)

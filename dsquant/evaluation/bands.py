@@ -4,6 +4,7 @@ The bands are those of mlx-kld, an evaluator of quantized models: below 0.005 na
 with 4 bits, and above 0.1 differences can be seen in what a model writes.
 """
 
+from math import inf
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ def verdicts(evaluation: "Evaluation") -> list[str]:
     for one in evaluation.given:
         if one.texts:
             sentences.append(verdict(one.name, one.mean_kls))
-            if one.name in plain:
+            if any(text.mean_kl.high == inf for text in one.texts.values()):
+                sentences[-1] = f"{one.name}: the texts are too short for a verdict; take more --samples."
+            elif one.name in plain:
                 ours, theirs = one.mean_kl, plain[one.name]
                 sentences[-1] += (
                     f" Over all texts {ours:.4f}; plain rounding to the same grids would cost {theirs:.4f}."

@@ -196,9 +196,14 @@ def _outcome(gate: Gate, text: str | None, found: Interval, units_per_sample: fl
     words = f"{gate.metric}{where} is {found.estimate:.4g} [{found.low:.4g}, {found.high:.4g}], {sign} {gate.limit:g}: "
     words += {"pass": "pass", "fail": "fail"}.get(verdict, "inconclusive")
     if verdict == "inconclusive":
-        settling = f"about {counted(needed, unit.removesuffix('s'))}" if needed else "no number of samples"
-        words += f", {settling} would settle it"
+        words += f", {_settling(found, needed, unit)}"
     return GateOutcome(gate.metric, text, gate.bound, gate.limit, found, verdict, needed, unit, words)
+
+
+def _settling(found: Interval, needed: int | None, unit: str) -> str:
+    if not math.isfinite(found.high - found.low):
+        return f"more {unit} are needed for an interval"
+    return f"{f'about {counted(needed, unit[:-1])}' if needed else f'no number of {unit}'} would settle it"
 
 
 def _verdict(gate: Gate, found: Interval) -> Verdict:

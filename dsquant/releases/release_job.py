@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsquant.errors import DsquantError, InputError, Interrupted, UsageError
+from dsquant.errors import DsquantError, GateError, InconclusiveError, InputError, Interrupted, UsageError
 from dsquant.files.disk import remove_empty, sync_folder, write_atomically
 from dsquant.files.sealing import RELEASE_FILE, hash_files, seal
 from dsquant.jobs.folder_state import RECORD_FILE
@@ -106,6 +106,8 @@ def run_recipe(recipe: ReleaseRecipe, report: Report = silent, recipe_name: str 
             if isinstance(error, Interrupted):
                 words = str(error).replace("continue with --resume", "run the same recipe again to continue")
                 raise Interrupted(f"{stage[-1]}: {words}") from error
+            if isinstance(error, GateError | InconclusiveError) and _has_outputs(work):
+                raise type(error)(f"{error}\n{_unpublished(work)}") from error
             raise
     return _release(recipe, key, already_published=False)
 
@@ -192,6 +194,13 @@ def _run(recipe: ReleaseRecipe, inputs: dict[str, Any], work: Path, report: Repo
 def _has_outputs(work: Path) -> bool:
     """Returns whether a step has left something that the next run can continue."""
     return (work / BUILD_FOLDER).is_dir() and any((work / BUILD_FOLDER).iterdir())
+
+
+def _unpublished(work: Path) -> str:
+    return (
+        f"nothing is published; the outputs are in {work / BUILD_FOLDER}. Run the recipe again with other gates or "
+        "other samples of `evaluate`: what is quantized is not made again"
+    )
 
 
 def _unrecorded(build: Path) -> list[str]:

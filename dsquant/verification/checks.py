@@ -152,6 +152,8 @@ def _home(output: Mapping[str, Any]) -> PurePosixPath:
 
 def _check_finished(folder: Path) -> None:
     """Raises InputError where a folder is not a finished output."""
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; verify the folder that it is in, {folder.parent}")
     if found_in(folder) in ("interrupted", "cleared"):
         raise InputError(f"{folder} holds an interrupted job; finish it with --resume")
     problem = what_is_wrong(folder, RECORD_FILE)

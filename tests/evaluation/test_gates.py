@@ -1,5 +1,6 @@
 """Gates: three outcomes, the number of samples that would settle one, and files that say what is wrong with them."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -7,6 +8,7 @@ from types import MappingProxyType
 import pytest
 
 from dsquant.errors import GateError, InconclusiveError, InputError
+from dsquant.evaluation.bands import verdicts
 from dsquant.evaluation.comparison import raise_verdict
 from dsquant.evaluation.gates import Gates, decide, read_gates
 from dsquant.evaluation.intervals import Interval
@@ -39,6 +41,15 @@ def test_a_gate_passes_fails_or_says_how_many_samples_it_needs(limit: float, ver
     gates = Gates.model_validate({"gates": [{"metric": "mean_kl", "at_most": limit}]})
     found = decide(gates, candidate(Interval(0.02, 0.015, 0.025, 64)), units_per_sample=8)[0]
     assert (found.verdict, found.needed, found.text) == (verdict, needed, "code")
+
+
+def test_one_block_of_text_gives_no_interval_and_so_no_verdict() -> None:
+    gates = Gates.model_validate({"gates": [{"metric": "mean_kl", "at_most": 0.2}]})
+    short = candidate(Interval(0.007, -math.inf, math.inf, 1))
+    found = decide(gates, short, units_per_sample=1)[0]
+    assert found.verdict == "inconclusive" and found.message.endswith("more samples are needed for an interval")
+    evaluation = Evaluation(1, None, None, (), {}, None, (short,), ())  # type: ignore[arg-type]
+    assert verdicts(evaluation) == ["awq: the texts are too short for a verdict; take more --samples."]
 
 
 def test_scores_that_are_no_numbers_fail() -> None:

@@ -149,6 +149,7 @@ def test_an_inconclusive_gate_ends_with_5(nano_r1: Path, text_file: Path, tmp_pa
     with pytest.raises(InconclusiveError, match="mean_kl") as caught:
         run_recipe(with_limit(found["estimate"]))
     assert caught.value.exit_code == 5
+    assert f"nothing is published; the outputs are in {tmp_path / '.out.dsquant' / 'build'}." in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

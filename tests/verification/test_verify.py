@@ -308,6 +308,8 @@ def test_the_command_ends_with_3_on_damage_and_prints_findings(output: Path, tmp
 
 def test_what_is_no_folder_is_no_output(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    for path in (str(tmp_path / "file"), "null\0byte", str(tmp_path / "absent")):
+    with pytest.raises(InputError, match=f"verify the folder that it is in, {tmp_path}"):
+        dsquant.verify(tmp_path / "file", progress=False)
+    for path in ("null\0byte", str(tmp_path / "absent")):
         with pytest.raises(InputError, match="is this an output of dsquant"):
             dsquant.verify(path, progress=False)

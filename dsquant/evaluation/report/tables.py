@@ -90,7 +90,8 @@ def summary(evaluation: "Evaluation") -> Table:
     code = any(bleu_change(one) != NOTHING for one in evaluation.candidates)
     note = (
         f"Reference: {reference.path} ({reference.format}, {format_size(original)}). Sizes are those of the tensors' "
-        "data, without headers. Means over the texts; router overlap of the worst layer."
+        "data, without headers; bits those of an average weight, embeddings and all that is not quantized among them. "
+        "Means over the texts; router overlap of the worst layer."
         + (f" {BLEU_CHANGE}" if code else "")
     )
     return _without_empty_columns(Table("Candidates", tuple(headings), rows, note))
