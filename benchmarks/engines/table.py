@@ -57,7 +57,7 @@ def ratio(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> float | 
 def detailed(found: Mapping[str, Any]) -> str:
     """A table of every output in every engine."""
     parts = []
-    for engine in ENGINES:
+    for engine in filter(found["versions"].get, ENGINES):
         rows = [row for row in found["rows"] if row["engine"] == engine]
         named = ", ".join(f"{name} {version}" for name, version in found["versions"][engine].items())
         lines = [
@@ -87,11 +87,12 @@ def kind(output: str) -> str:
 
 def summary(found: Mapping[str, Any]) -> str:
     """A table of formats and engines: how many models and outputs run, and their most noise."""
-    heads = [f"{engine} {next(iter(found['versions'][engine].values()))}" for engine in ENGINES]
+    engines = [engine for engine in ENGINES if engine in found["versions"]]
+    heads = [f"{engine} {next(iter(found['versions'][engine].values()))}" for engine in engines]
     kinds = dict.fromkeys(kind(row["output"]) for row in found["rows"] if row["output"] != BASELINE)
-    lines = [f"| `--to` | {' | '.join(heads)} | {NOT_RUN} |", "|---" * (len(ENGINES) + 2) + "|"]
+    lines = [f"| `--to` | {' | '.join(heads)} | {NOT_RUN} |", "|---" * (len(engines) + 2) + "|"]
     for name in sorted(kinds):
-        cells = [_cell([row for row in found["rows"] if row["engine"] == one], name) for one in ENGINES]
+        cells = [_cell([row for row in found["rows"] if row["engine"] == one], name) for one in engines]
         lines.append(f"| {name} | {' | '.join(cells)} | {'' if name.startswith('gguf') else 'not run'} |")
     return "\n".join(lines)
 

@@ -91,8 +91,7 @@ def summary(evaluation: "Evaluation") -> Table:
     note = (
         f"Reference: {reference.path} ({reference.format}, {format_size(original)}). Sizes are those of the tensors' "
         "data, without headers; bits those of an average weight, embeddings and all that is not quantized among them. "
-        "Means over the texts; router overlap of the worst layer."
-        + (f" {BLEU_CHANGE}" if code else "")
+        "Means over the texts; router overlap of the worst layer." + (f" {BLEU_CHANGE}" if code else "")
     )
     return _without_empty_columns(Table("Candidates", tuple(headings), rows, note))
 
