@@ -99,7 +99,7 @@ def summary(found: Mapping[str, Any]) -> str:
 
 def lacks_kernel(row: Mapping[str, Any]) -> bool:
     """Whether an engine says that it has no kernel for an output on this machine."""
-    return re.search(r"implement|[Nn]o .*(kernel|backend)|not supported", row["error"]) is not None
+    return re.search(r"implement|[Nn]o .*(kernel|backend|scheme)|not supported", row["error"]) is not None
 
 
 def _cell(rows: list[dict[str, Any]], name: str) -> str:
