@@ -21,6 +21,7 @@ import torch
 from dsquant.errors import InputError
 from dsquant.files.disk import PARTIAL, EarlyWriteback, naming, sync_folder, write_at
 from dsquant.files.hashing import OrderedHash
+from dsquant.files.sealing import in_threads
 from dsquant.formats.gguf.types import row_bytes
 from dsquant.formats.protocol import Surroundings
 
@@ -189,7 +190,8 @@ class OpenGgufFiles:
                 self._tell_written(name, 0, wanted)
         whole = {name: digest for part in found for name, (_, digest) in part.items() if digest}
         shared = [name for name in names if name not in whole]
-        return whole | dict(zip(shared, ranks.spread(self._hash, shared), strict=True))
+        own = in_threads(self._hash, shared[ranks.rank :: ranks.size], lambda name: None)
+        return whole | dict(zip(shared, ranks.in_turns([*own.values()], len(shared)), strict=True))
 
     def _hash(self, name: str) -> str:
         """Hashes a tensor that several ranks have written."""
