@@ -4,7 +4,7 @@
     cat DIR/vllm.tar.xz.* | tar xJ -C SITE                    # there; SITE is what PYTHONPATH names
 
 vLLM 0.22.0 is the newest that fits PyTorch 2.11. Its wheel has 260 MB and needs two gigabytes more; what a card of
-compute capability 9.0 loads when it scores tokens is 75 MB with all packages that PyTorch's image lacks. Machine code
+compute capability 9.0 loads when it scores tokens is 91 MB with all packages that PyTorch's image lacks. Machine code
 of other cards is zeroed, which compresses to nothing, and FlashAttention 2 left out. Marlin's experts in bfloat16 are
 in the wheel as PTX alone, which the driver would compile for minutes: it is compiled here, for groups of 16, 32, 128.
 """
