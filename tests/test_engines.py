@@ -20,7 +20,7 @@ def test_readmes_and_the_documents_tables_of_engines_are_the_measured_ones() -> 
 
 def test_every_format_ran_somewhere_or_says_that_it_did_not_and_what_did_not_run_lacks_a_kernel() -> None:
     rows = table.results()["rows"]
-    ran = {row["output"].split(" ")[0].partition(":")[0].strip(",") for row in rows}
+    ran = {row["output"].split(" ")[0].partition(":")[0].strip(",") for row in rows if not row["error"]}
     notes = {name: known.engine_notes((4,), mixture=True, to_choose=False) for name, known in FORMATS.items()}
     assert ran == {table.BASELINE, *(name for name in FORMATS if not any("no engine" in note for note in notes[name]))}
     for row in rows:

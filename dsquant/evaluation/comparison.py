@@ -11,6 +11,7 @@ from statistics import fmean
 import torch
 
 from dsquant.errors import GateError, InconclusiveError, InputError, UsageError
+from dsquant.evaluation.bands import written
 from dsquant.evaluation.code.drift import CodeDrift
 from dsquant.evaluation.code.drift_plan import drift_caveats, left_over_caveats
 from dsquant.evaluation.code.measure_drift import measure_drift
@@ -24,7 +25,7 @@ from dsquant.evaluation.needs import needs, stays_on_gpu
 from dsquant.evaluation.opening import Original
 from dsquant.evaluation.report.report_files import write_reports
 from dsquant.evaluation.request import EvaluationRequest
-from dsquant.evaluation.results import SCHEMA_VERSION, Candidate, Evaluation, Identity, Reference
+from dsquant.evaluation.results import SCHEMA_VERSION, Candidate, Evaluation, Identity, Reference, TextScores
 from dsquant.evaluation.summary import layer_scores, routers_of, scores_by_text
 from dsquant.evaluation.weight_errors import by_kind, worst
 from dsquant.files.disk import remove_empty
@@ -81,15 +82,17 @@ def _evaluation(
         for one in layer_scores(noise, inputs.layers, inputs.confidence, request.seed)
         if one.router_overlap is not None
     ]
+    noise_floor = scores_by_text(noise, inputs.texts.samples, inputs.confidence, request.seed)
+    vocabulary = int(inputs.original.skeleton.config["vocab_size"])
     return Evaluation(
         schema_version=SCHEMA_VERSION,
         identity=identity,
         reference=_reference(inputs.original),
         texts=inputs.texts.described,
-        noise_floor=scores_by_text(noise, inputs.texts.samples, inputs.confidence, request.seed),
+        noise_floor=noise_floor,
         noise_router_overlap=min(noise_overlaps, default=None),
         candidates=tuple(_candidate(inputs, name, measures[name], drifts.get(name)) for name in inputs.candidates),
-        caveats=(*_caveats(inputs), *left_over_caveats(drifts.values())),
+        caveats=(*worse_than_chance(noise_floor, vocabulary), *_caveats(inputs), *left_over_caveats(drifts.values())),
     )
 
 
@@ -245,6 +248,20 @@ def _identity(inputs: Inputs, started: float, taken: Sequence[tuple[int, int]]) 
         peak_resident_bytes=max(peak for peak, _ in taken),
         bytes_read=sum(count for _, count in taken),
     )
+
+
+def worse_than_chance(noise_floor: Mapping[str, TextScores], vocabulary: int) -> list[str]:
+    """Returns a caveat where the original does not know a text: its perplexity is above the number of tokens."""
+    lost = [
+        f"{name} {written(scores.perplexity_original)}"
+        for name, scores in noise_floor.items()
+        if scores.perplexity_original > vocabulary
+    ]
+    words = (
+        f"the original predicts worse than chance (perplexity {', '.join(lost)} with {vocabulary:,} tokens): "
+        "perplexity, and code that it wrote, say nothing of the candidates; is it the model that was meant?"
+    )
+    return [words] if lost else []
 
 
 def _caveats(inputs: Inputs) -> tuple[str, ...]:

@@ -50,8 +50,8 @@ class Float4(SafetensorsFormat[Floats]):
     layout: Layout
     words: str
     """Its name in reports."""
-    read_by: str
-    """The package that has read its outputs."""
+    tried: str
+    """What has run or read its outputs (docs/engines.md)."""
 
     def described(self, quantization: Mapping[str, Any]) -> str:
         blocks = any(group["format"] == FLOAT for group in groups_of(quantization))
@@ -63,7 +63,7 @@ class Float4(SafetensorsFormat[Floats]):
     def engine_notes(
         self, widths: Collection[Width], mixture: bool, to_choose: bool, symmetric: bool = True
     ) -> list[str]:
-        return [f"the format {self.name} has been read by {self.read_by}, and run by no engine yet"]
+        return [f"the format {self.name} has been {self.tried}"]
 
     def scheme(self, wanted: Wanted, group_size: int, output: str) -> Floats:
         recipe, alone = wanted.recipe, len(wanted.recipe.to) == 1
@@ -143,7 +143,7 @@ class CompressedFloat4(Float4):
 
     holds_fp8 = True
     decoder = COMPRESSED_TENSORS
-    read_by = "compressed-tensors 0.20"
+    tried = "run by transformers 5.24; the kernels of vLLM and SGLang have not been tried"
 
     def wrote(self, quantization: Mapping[str, Any]) -> bool:
         """Returns whether a config group is in this layout."""
@@ -261,7 +261,7 @@ class ModelOptNvfp4(Float4):
     layout = MODELOPT
     group_sizes = (MODELOPT.scheme.group_size,)
     words = "NVFP4 (ModelOpt)"
-    read_by = "ModelOpt 0.47"
+    tried = "read by ModelOpt 0.47, and run by no engine yet"
 
     def wrote(self, quantization: Mapping[str, Any]) -> bool:
         """Returns whether a config is of this layout: FP8 of ModelOpt goes by DeepSeek's words."""

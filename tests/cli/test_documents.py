@@ -85,7 +85,7 @@ def test_every_command_line_of_the_pages_is_one_that_dsquant_takes(
 
 def test_every_command_stands_in_a_page_and_what_else_is_called_is_known() -> None:
     called = {shlex.split(line)[0] for _, line in documented()}
-    assert called <= {"dsquant", "accelerate", "pip", "vllm", "pytest", *(str(path) for path in SHELL)}, called
+    assert called <= {"dsquant", "accelerate", "curl", "pip", "vllm", "pytest", *(str(path) for path in SHELL)}, called
     assert all(Path(ROOT, word).exists() for word in called if word.startswith("scripts/"))
     assert {arguments[0] for line in LINES if (arguments := arguments_of(line))} >= {
         "awq",

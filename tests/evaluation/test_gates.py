@@ -9,7 +9,7 @@ import pytest
 
 from dsquant.errors import GateError, InconclusiveError, InputError
 from dsquant.evaluation.bands import verdicts
-from dsquant.evaluation.comparison import raise_verdict
+from dsquant.evaluation.comparison import raise_verdict, worse_than_chance
 from dsquant.evaluation.gates import Gates, decide, read_gates
 from dsquant.evaluation.intervals import Interval
 from dsquant.evaluation.results import Candidate, Evaluation, Finding, Ladder, TextScores
@@ -50,6 +50,14 @@ def test_one_block_of_text_gives_no_interval_and_so_no_verdict() -> None:
     assert found.verdict == "inconclusive" and found.message.endswith("more samples are needed for an interval")
     evaluation = Evaluation(1, None, None, (), {}, None, (short,), ())  # type: ignore[arg-type]
     assert verdicts(evaluation) == ["awq: the texts are too short for a verdict; take more --samples."]
+
+
+def test_an_original_that_predicts_worse_than_chance_is_named() -> None:
+    interval = Interval(0.02, 0.015, 0.025, 64)
+    lost = replace(scores(interval, interval), perplexity_original=1.5e9)
+    (words,) = worse_than_chance({"code": lost, "wiki": scores(interval, interval)}, 49_152)
+    assert words.startswith("the original predicts worse than chance (perplexity code 1.50e+09 with 49,152 tokens)")
+    assert worse_than_chance({"wiki": scores(interval, interval)}, 49_152) == []
 
 
 def test_scores_that_are_no_numbers_fail() -> None:
