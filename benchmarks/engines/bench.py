@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import exp
@@ -52,6 +52,7 @@ FEW = {
 }  # fmt: skip
 
 FORMATS_AT_ONCE = 6
+MODELS_IN_A_LOT = 5
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,15 @@ def run(engine: Engine, models: Mapping[str, Path], samples: list[list[int]], lo
     return found
 
 
+def run_in_lots(engine: Engine, models: Mapping[str, Path], samples: list[list[int]], log: Path) -> dict[str, dict]:
+    """As `run`, with an engine for each few models, beside one another."""
+    pairs = list(models.items())
+    lots = [dict(pairs[first : first + MODELS_IN_A_LOT]) for first in range(0, len(pairs), MODELS_IN_A_LOT)]
+    with ThreadPoolExecutor(len(lots)) as pool:
+        found = pool.map(lambda lot: run(engine, lot, samples, log), lots)
+    return {name: answer for one in found for name, answer in one.items()}
+
+
 def row(engine: str, family: str, output: str, reading: list[float], answer: dict) -> Row:
     """One row of the table."""
     own = exp(-fmean(reading))
@@ -183,7 +193,7 @@ def row(engine: str, family: str, output: str, reading: list[float], answer: dic
     return Row(engine, family, output, own, exp(-fmean(found)), noise)
 
 
-def bench(family: str, engines: list[str], work: Path) -> list[Row]:
+def bench(family: str, engines: list[str], work: Path, in_lots: bool) -> list[Row]:
     """Runs all outputs of one family in these engines."""
     print(family, flush=True)
     known, folder = FAMILIES[family], work / family.split(",")[0].replace(" ", "-").replace("(", "")
@@ -199,7 +209,7 @@ def bench(family: str, engines: list[str], work: Path) -> list[Row]:
         mine = {name: made[name] for name, one in wanted.items() if engine in one.engines}
         if mine and runs_itself(known, engine):
             mine = {known.baseline: without_mtp(plain, folder / "without-mtp") if engine == MLX else plain} | mine
-        answers = run(ENGINES[engine], mine, samples, folder / f"{engine}.log")
+        answers = (run_in_lots if in_lots else run)(ENGINES[engine], mine, samples, folder / f"{engine}.log")
         rows += [row(engine, family, name, readings[name], answer) for name, answer in answers.items()]
         print(
             f"  {engine}: {sum(not one.error for one in rows if one.engine == engine)} of {len(mine)} run", flush=True
@@ -221,7 +231,7 @@ def main() -> None:
     parser.add_argument("--engine", action="append", choices=list(ENGINES))
     parser.add_argument("--family", action="append", choices=list(FAMILIES))
     parser.add_argument("--work", type=Path, help="keeps models and outputs, and takes those that are there")
-    parser.add_argument("--at-once", type=int, default=1, help="families that are run beside one another")
+    parser.add_argument("--at-once", type=int, default=1, help="families that are run beside one another, in lots")
     arguments = parser.parse_args()
     engines = arguments.engine or [name for name in ENGINES if name != VLLM_GPU or torch.cuda.is_available()]
     found = {name: versions(ENGINES[name]) for name in engines}
@@ -231,7 +241,8 @@ def main() -> None:
     ):
         work = arguments.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        for rows in pool.map(partial(bench, engines=engines, work=work), arguments.family or FAMILIES):
+        one = partial(bench, engines=engines, work=work, in_lots=arguments.at_once > 1)
+        for rows in pool.map(one, arguments.family or FAMILIES):
             keep(rows, found)
     write_tables()
 

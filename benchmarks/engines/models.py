@@ -92,9 +92,9 @@ LATENT_SIZES = {
 }  # fmt: skip
 
 
-def _latent(name: str) -> Callable[[Path], Path]:
+def _latent(name: str, **sizes: int) -> Callable[[Path], Path]:
     """Makes a model of random weights."""
-    return lambda folder: add_tokenizer(make_random(folder, ARCHITECTURES[name].config | LATENT_SIZES), 280)
+    return lambda folder: add_tokenizer(make_random(folder, ARCHITECTURES[name].config | LATENT_SIZES | sizes), 280)
 
 
 CT = "compressed-tensors"
@@ -115,8 +115,8 @@ FAMILIES = {
     ),
     "GLM-4.5": Family(lambda folder: add_tokenizer(make_glm(folder), 280)),
     "GLM-4.7-Flash": Family(_latent("GLM-4.7-Flash"), only=IN_4_BITS),
-    "GLM-5": Family(_latent("GLM-5"), only=IN_4_BITS),
-    "DeepSeek-V3.2": Family(_latent("DeepSeek-V3.2"), only=IN_4_BITS),
+    "GLM-5": Family(_latent("GLM-5", index_n_heads=32), only=IN_4_BITS),
+    "DeepSeek-V3.2": Family(_latent("DeepSeek-V3.2", index_n_heads=64), only=IN_4_BITS),
     "DeepSeek-V2": Family(_latent("DeepSeek-V2"), only=IN_4_BITS),
     "Kimi-K2-Thinking": Family(
         lambda folder: make_released_int4(folder, **LATENT_SIZES)[0],
@@ -132,7 +132,8 @@ FAMILIES = {
 
 
 def _w4a8(kind: str) -> Output:
-    return Output(CT, {"activations": kind.lower()}, (VLLM, VLLM_GPU))
+    # vLLM 0.22 takes INT8 for FP8 on a GPU.
+    return Output(CT, {"activations": kind.lower()}, (VLLM, VLLM_GPU) if kind == "FP8" else (VLLM,))
 
 
 def outputs(family: Family) -> dict[str, Output]:

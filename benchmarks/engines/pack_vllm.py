@@ -6,7 +6,8 @@
 vLLM 0.22.0 is the newest that fits PyTorch 2.11. Its wheel has 260 MB and needs two gigabytes more; what a card of
 compute capability 9.0 loads when it scores tokens is 91 MB with all packages that PyTorch's image lacks. Machine code
 of other cards is zeroed, which compresses to nothing, and FlashAttention 2 left out. Marlin's experts in bfloat16 are
-in the wheel as PTX alone, which the driver would compile for minutes: it is compiled here, for groups of 16, 32, 128.
+in the wheel as PTX alone, which the driver would compile for minutes: it is compiled here, for groups of 16, 32 and 128
+columns and for whole rows.
 """
 
 import argparse
@@ -26,7 +27,7 @@ PLATFORMS = ("manylinux_2_31_x86_64", "manylinux_2_28_x86_64", "manylinux_2_24_x
 # What `import vllm` wants of packages that PyTorch's image does not have; the second with all that they need.
 ALONE = (
     "xgrammar==0.2.0", "depyf==0.20.0", "compressed-tensors==0.15.0.1", "astor", "dill", "humming-kernels==0.1.2",
-    "apache-tvm-ffi==0.1.9",
+    "apache-tvm-ffi==0.1.9", "mistral_common==1.11.2", "pydantic-extra-types", "pycountry",
 )  # fmt: skip
 WHOLE = (
     "cachetools", "tqdm", "blake3", "fastapi<0.137", "uvicorn", "python-multipart", "email-validator", "httptools",
@@ -38,12 +39,15 @@ WHOLE = (
     "nvidia-ml-py", "pyelftools",
 )  # fmt: skip
 # The image has its own numpy; the rest is of no use there.
-LEFT_OUT = ("numpy*", "setuptools*", "pip*", "bin", "grpc*", "xgrammar/lib")
-UNUSED = ("vllm_flash_attn/_vllm_fa2_C.abi3.so", "third_party/deep_gemm")
+LEFT_OUT = ("numpy*", "setuptools*", "pip*", "bin", "grpc*", "xgrammar/lib", "pycountry/locales")
+UNUSED = (
+    "vllm_flash_attn/_vllm_fa2_C.abi3.so",
+    *(f"third_party/deep_gemm/_C.cpython-3{minor}-x86_64-linux-gnu.so" for minor in (10, 11, 13, 14)),
+)
 MAGIC = struct.pack("<I", 0xBA55ED50)
 PTX, MACHINE_CODE = 1, 2
 CAPABILITY = 90
-BLOCKS_OF_16 = ("1", "2", "8")
+BLOCKS_OF_16 = ("n1", "1", "2", "8")  # n1: a row of weights has one scale
 PIECE_BYTES = 38 * 2**20
 
 

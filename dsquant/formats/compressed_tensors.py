@@ -28,7 +28,7 @@ from dsquant.formats.output_shards import StoredTensor
 from dsquant.formats.protocol import OF_WEIGHTS_ALONE
 from dsquant.formats.safetensors import check_columns
 from dsquant.formats.safetensors_target import STOCK_WIDTHS
-from dsquant.formats.skip_lists import ignored_modules, targets_by_width
+from dsquant.formats.skip_lists import ignored_modules, rows_in_engines, targets_by_width
 from dsquant.formats.wanted import NO_CHOICE, Linears, Wanted, Width
 from dsquant.kernels.packing import pack_rows, unpack_rows
 from dsquant.kernels.values import WORD_BITS
@@ -39,8 +39,11 @@ from dsquant.schemes import FP8_WIDTH, KEPT_WIDTHS, Fp8Blocks, Grid, QuantizedWe
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU
 
-# vLLM's and SGLang's CUTLASS kernels for experts with FP8 activations work on this many columns at a time.
+# vLLM's and SGLang's CUTLASS kernels with FP8 activations work on this many columns of experts at a time, and on this
+# many rows and columns of other linears (vLLM 0.22, `CutlassW4A8LinearKernel`).
 EXPERT_MULTIPLE = 256
+MULTIPLE = 128
+GROUP_SIZE = 128
 
 
 class CompressedTensors(IntegerFormat):
@@ -138,7 +141,7 @@ class CompressedTensors(IntegerFormat):
     def activation_notes(self, kind: Activations, mixture: bool, fp8: bool) -> list[str]:
         engines = "vLLM on Hopper" + (", SGLang 0.5.23 only with --rest bf16" if fp8 else ", SGLang 0.5.23")
         if kind == "int8":
-            engines = "vLLM" + ", whose experts with INT8 activations run on Arm processors alone" * mixture
+            engines = "vLLM on CPUs" + ", experts on Arm alone" * mixture + "; on Hopper vLLM 0.22 rounds them to FP8"
         return [f"activations in {kind.upper()}: {engines}; {OF_WEIGHTS_ALONE}"]
 
     def rounds_inputs(self, quantization: Mapping[str, Any]) -> bool:
@@ -148,25 +151,42 @@ class CompressedTensors(IntegerFormat):
         option = f"--activations {recipe.activations}"
         if recipe.target is not None:
             raise UsageError(f"{option}: engines take 4 bits for all linears; leave {recipe.target} out")
-        if (grid.bits, grid.group_size, grid.symmetric) != (4, 128, True):
+        if (grid.bits, grid.group_size, grid.symmetric) != (4, GROUP_SIZE, True):
             raise UsageError(f"{option}: engines take 4 bits in groups of 128 without zero points; leave the rest out")
         for linear, (_, columns) in shapes.items():
             if recipe.activations == "fp8" and ".experts." in linear and columns % EXPERT_MULTIPLE:
                 raise UsageError(
                     f"{option}: {linear} has {columns} columns, vLLM takes experts of multiples of {EXPERT_MULTIPLE}"
                 )
+        if shapes and len(self.unrounded(recipe.activations, shapes)) == len(shapes):
+            raise UsageError(f"{option}: no linear has rows and columns in multiples of {MULTIPLE}, as vLLM takes them")
 
-    def with_activations(self, quantization: dict[str, Any], kind: Activations) -> dict[str, Any]:
-        """Adds what compressed-tensors' presets W4AFP8 and W4A8 have: tokens are rounded as they come."""
+    def unrounded(self, kind: Activations | None, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        """Returns the linears (name -> [O, I]) whose shape, fused, no kernel with FP8 activations takes: in R1 the
+        inputs of attention, whose 2112 rows are no multiple of 128."""
+        rows = rows_in_engines(shapes) if kind == "fp8" else {}
+        return [linear for linear, height in rows.items() if height % MULTIPLE or shapes[linear][1] % MULTIPLE]
+
+    def with_activations(
+        self, quantization: dict[str, Any], kind: Activations, shapes: Mapping[str, tuple[int, int]]
+    ) -> dict[str, Any]:
+        """Adds what compressed-tensors' presets W4AFP8 and W4A8 have: tokens are rounded as they come. Linears that
+        are `unrounded` are a group of their own."""
         rounded = {
             "num_bits": 8, "type": "float" if kind == "fp8" else "int", "strategy": "token", "symmetric": True,
             "dynamic": True, "observer": None,
         }  # fmt: skip
-        groups = {
-            name: group | ({"input_activations": rounded} if group["format"] == PACKED else {})
-            for name, group in quantization["config_groups"].items()
-        }
-        return quantization | {"config_groups": groups}
+        apart = dict.fromkeys(self.unrounded(kind, shapes), False)
+        named = targets_by_width(dict.fromkeys(shapes, True) | apart, others=False)
+        groups: list[dict[str, Any]] = []
+        for group in quantization["config_groups"].values():
+            if group["format"] != PACKED or group["weights"]["group_size"] != GROUP_SIZE:
+                groups.append(group)
+                continue
+            targets = group["targets"] if group["targets"] == ["Linear"] else named[True]
+            groups.append(group | {"targets": targets, "input_activations": rounded})
+            groups += [group | {"targets": named[False]}] if apart else []
+        return quantization | {"config_groups": {f"group_{number}": group for number, group in enumerate(groups)}}
 
     def stored(self, linear: str, shape: tuple[int, int], grid: Grid) -> list[StoredTensor]:
         rows, columns = shape

@@ -158,7 +158,9 @@ class CompressedFloat4(Float4):
         groups = groups_of(quantization)
         return any(group["format"] == self.layout.name and group.get("input_activations") for group in groups)
 
-    def with_activations(self, quantization: dict[str, Any], kind: Activations) -> dict[str, Any]:
+    def with_activations(
+        self, quantization: dict[str, Any], kind: Activations, shapes: Mapping[str, tuple[int, int]]
+    ) -> dict[str, Any]:
         """Adds what compressed-tensors' preset NVFP4 has: scales of blocks as tokens come, under the stored one."""
         groups = {
             name: group | ({"input_activations": self._inputs} if group["format"] == self.layout.name else {})
@@ -284,7 +286,9 @@ class ModelOptNvfp4(Float4):
     def rounds_inputs(self, quantization: Mapping[str, Any]) -> bool:
         return quantization.get("quant_algo") == WITH_INPUTS
 
-    def with_activations(self, quantization: dict[str, Any], kind: Activations) -> dict[str, Any]:
+    def with_activations(
+        self, quantization: dict[str, Any], kind: Activations, shapes: Mapping[str, tuple[int, int]]
+    ) -> dict[str, Any]:
         """Says it as ModelOpt does, in whose words nothing is dynamic about scales of blocks."""
         ((name, group),) = quantization["config_groups"].items()
         groups = {name: {"input_activations": self._numbers, **group}}

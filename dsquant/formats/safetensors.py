@@ -97,8 +97,14 @@ class SafetensorsFormat(Format, Generic[S]):
         """Raises UsageError where engines do not round the inputs of such linears as the recipe asks."""
         raise NotImplementedError
 
-    def with_activations(self, quantization: dict[str, Any], kind: Activations) -> dict[str, Any]:
-        """Returns a `quantization_config` that has engines round the inputs of quantized linears."""
+    def unrounded(self, kind: Activations | None, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        """Returns the quantized linears (name -> [O, I]) whose inputs stay as they are, since no kernel takes them."""
+        return []
+
+    def with_activations(
+        self, quantization: dict[str, Any], kind: Activations, shapes: Mapping[str, tuple[int, int]]
+    ) -> dict[str, Any]:
+        """Returns a `quantization_config` that has engines round the inputs of quantized linears (name -> [O, I])."""
         raise NotImplementedError
 
     def rounds_inputs(self, quantization: Mapping[str, Any]) -> bool:
@@ -172,6 +178,7 @@ class SafetensorsFormat(Format, Generic[S]):
         self.check(grid, shapes)
         if recipe.activations in self.activations:
             self.check_activations(recipe, grid, shapes)
+            notes += _unrounded_notes(self.unrounded(recipe.activations, shapes))
 
         def stored(parameter: str) -> list[StoredTensor]:
             linear = parameter.removesuffix(".weight")
@@ -224,6 +231,12 @@ def _released_notes(released: Mapping[str, Grid], linears: Collection[str]) -> t
     grid = next(iter(released.values()))
     note = f"{len(released)} linears keep the codes of the model: {grid.bits} bits in groups of {grid.group_size}"
     return (note if linears else f"{note}; nothing else is quantized, --preset compact takes what is left",)
+
+
+def _unrounded_notes(unrounded: Collection[str]) -> tuple[str, ...]:
+    """Returns what the user should know of linears whose inputs stay as they are."""
+    kinds = ", ".join(sorted({linear.rpartition(".")[2] for linear in unrounded}))
+    return (f"{len(unrounded)} linears keep inputs in BF16, as no kernel takes their shape: {kinds}",) if kinds else ()
 
 
 def _scales_blocks(wanted: Wanted, linears: frozenset[str], fp8: Collection[str]) -> bool:
@@ -330,5 +343,7 @@ def _config(
     draft = drafts[0] if drafts else ""
     words = output_format.quantization_config(grid, Linears(quantized, widths, draft, kept))
     if wanted.recipe.activations in output_format.activations:
-        words = output_format.with_activations(words, wanted.recipe.activations)
+        weights = wanted.checkpoint.weights
+        shapes = {linear: matrix(weights.shape(f"{linear}.weight")) for linear in linears}
+        words = output_format.with_activations(words, wanted.recipe.activations, shapes)
     return config | output_format.engines_config(config) | dict.fromkeys(output_format.config_keys, words)

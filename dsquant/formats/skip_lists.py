@@ -7,8 +7,8 @@ How they are matched, as read in the engines' sources (November 2026):
 * compressed-tensors' `ignore`: full module names, or regular expressions after `re:`; every linear that the checkpoint
   does not quantize has to match, `lm_head` and the router too.
 Engines fuse gate_proj with up_proj, q_a_proj with kv_a_proj_with_mqa, and q_proj with k_proj and v_proj (`FUSED`). vLLM
-looks the parts up one by one: all parts of a fused layer must agree, which presets and targets give. SGLang 0.5.23
-looks for AWQ's entries in the fused layer's own name, and calls an MTP layer `model.decoder`.
+looks the parts of what is skipped up one by one: all parts of a fused layer must agree, which presets and targets give.
+SGLang 0.5.23 looks for AWQ's entries in the fused layer's own name, and calls an MTP layer `model.decoder`.
 """
 
 import re
@@ -55,6 +55,16 @@ def _fused(widths: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 and all(widths.get(f"{parent}.{p}") == width for p in parts)
             ):
                 yield f"{parent}.{fused}", width
+
+
+def rows_in_engines(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Returns linear -> rows of what engines make of it and of those that they fuse with it, for linear -> [O, I]."""
+    rows = {linear: height for linear, (height, _) in shapes.items()}
+    for name, _ in _fused(dict.fromkeys(shapes, 0)):
+        parent, _, fused = name.rpartition(".")
+        parts = [f"{parent}.{part}" for part in FUSED[fused]]
+        rows |= dict.fromkeys(parts, sum(shapes[part][0] for part in parts))
+    return rows
 
 
 def targets_by_width(widths: Mapping[str, Any], others: bool = True) -> dict[Any, list[str]]:

@@ -1,5 +1,6 @@
 """compressed-tensors whose engines round activations: W4AFP8 and W4A8."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,28 @@ def test_the_groups_are_those_of_compressed_tensors_presets(tmp_path: Path, kind
     assert all(group.input_activations.group_size == 128 for group in others)
 
 
+def matched(config: dict[str, Any], module: str) -> dict[str, Any]:
+    """The group in which vLLM 0.22 finds a module: by its name, then by its class."""
+    groups = config["config_groups"].values()
+    named = [group for group in groups for one in group["targets"] if re.match(one.removeprefix("re:"), module)]
+    return (named or [group for group in groups if "Linear" in group["targets"]])[0]
+
+
+@pytest.mark.parametrize("rest", ["fp8", "bf16"])
+def test_linears_whose_fused_rows_no_kernel_takes_keep_their_inputs(tmp_path: Path, rest: str) -> None:
+    target = planned(tmp_path, rest=rest, preset="compact", activations="fp8")
+    inputs = {"q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"}
+    attention = "model.layers.1.self_attn"
+    config = target.config["quantization_config"]
+    for module in (*target.linears, *(f"{attention}.{name}" for name in inputs), "model.layers.0.mlp.gate_up_proj"):
+        group = matched(config, module)
+        assert group["weights"]["num_bits"] == 4, module
+        odd = module.rpartition(".")[2] in inputs
+        assert (group["input_activations"] is None) == odd, module
+    assert any("keep inputs in BF16" in note and "q_a_proj" in note for note in target.notes)
+    assert matched(config, f"{attention}.kv_b_proj")["weights"]["num_bits"] == (8 if rest == "fp8" else 4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -66,5 +89,5 @@ def test_experts_that_cutlass_does_not_take_are_refused(narrow_r1: Path, tmp_pat
 def test_notes_name_the_engines() -> None:
     known = CompressedTensors()
     assert "SGLang 0.5.23 only with --rest bf16" in known.activation_notes("fp8", True, True)[0]
-    assert "Arm processors" in known.activation_notes("int8", True, False)[0]
-    assert "Arm processors" not in known.activation_notes("int8", False, False)[0]
+    assert "on Arm alone" in known.activation_notes("int8", True, False)[0]
+    assert "Arm" not in known.activation_notes("int8", False, False)[0]

@@ -271,7 +271,8 @@ def test_lists_name_a_layers_experts_as_engines_ask_for_them() -> None:
 
 def test_engines_find_a_fused_layer_by_its_own_name_before_the_class_linear() -> None:
     of_four = {f"model.layers.{n}.mlp.experts.{e}.gate_proj": 4 for n in (3, 4) for e in range(8)}
-    fused = {"self_attn.fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa")}
+    names = ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")  # vLLM's and SGLang's
+    fused = {f"self_attn.{name}": ("q_a_proj", "kv_a_proj_with_mqa") for name in names}
     fused |= {"mlp.shared_experts.gate_up_proj": ("gate_proj", "up_proj")}
     parts = [f"{module.rpartition('.')[0]}.{part}" for module, found in fused.items() for part in found]
     widths = of_four | {f"model.layers.{n}.{part}": bits for n, bits in ((3, 4), (4, 8)) for part in parts}

@@ -31,8 +31,8 @@ KEYS_AND_VALUES = SplitLinear(
         config["kv_lora_rank"],
     ),
 )
-# The linear that engines make of several that read one input.
-FUSED_BY_ENGINES = {"fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa")}
+# The linear that engines make of several that read one input, as vLLM and as SGLang call it.
+FUSED_BY_ENGINES = dict.fromkeys(("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"), ("q_a_proj", "kv_a_proj_with_mqa"))
 NETWORK_KEYS = (
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave"
 )  # fmt: skip
