@@ -1,26 +1,24 @@
 """A checkpoint of R1's depth and width with few experts through every command: time and memory, layer by layer.
 
-    python -m benchmarks.r1_depth --folder /dev/shm/depth [--outputs /tmp/depth] [--experts 8] [--gpus 2]
-    python -m benchmarks.r1_depth --folder /tmp/small --model dsquant/assets/tiny-r1 --gpus 0 --samples 4 --seq-len 64
+    python -m benchmarks.r1_depth --folder /dev/shm/depth [--outputs /tmp/depth] [--experts 8] [--steps killed whole]
+    python -m benchmarks.r1_depth --folder /tmp/small --model dsquant/assets/tiny-r1 --device cpu --samples 4
 
 makes 61 layers (FP8, random weights; 40 GB with 8 experts), has `awq` write two formats beside the release's FP8, once
-in one go and once killed twice with SIGKILL and resumed, compares every file, and verifies, evaluates and converts to
-GGUF. With two GPUs the killed job runs on the second, beside the other. A row of a table is a range of layers: mean
-seconds of one, the most GPU memory (PyTorch's allocations) and anonymous host memory meanwhile. Weights are random:
-this measures time and memory.
+killed twice with SIGKILL and resumed and once in one go, compares every file, and verifies, evaluates and converts to
+GGUF. A row of the table is a range of layers: mean seconds of one, the most GPU memory (PyTorch's allocations) and
+anonymous host memory meanwhile. Weights are random: this measures time and memory.
 """
 
 import argparse
 import contextlib
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,8 @@ LAYERS, DENSE = 61, 3
 GIB = 2**30
 ROWS = 8
 SAMPLED_S = 0.02
+STEPS = ("killed", "whole", "verify", "evaluate", "gguf")
+FORMATS = ("compressed-tensors", "nvfp4")
 LAYERED = ("quantize", "evaluate")
 
 
@@ -51,7 +51,7 @@ def watched(marks: Path, arguments: list[str]) -> None:
     from dsquant.reporting.progress import Progress
 
     peak = [0]
-    last: list[tuple[str, int]] = []
+    seen: set[tuple[str, int]] = set()
 
     def sample() -> None:
         while True:
@@ -62,9 +62,9 @@ def watched(marks: Path, arguments: list[str]) -> None:
     with marks.open("a") as file:
 
         def note(step: Progress) -> None:
-            if last and last[0] == (step.stage, step.done):
+            if (step.stage, step.done) in seen:
                 return
-            last[:] = [(step.stage, step.done)]
+            seen.add((step.stage, step.done))
             gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
             file.write(json.dumps([time.monotonic(), step.stage, step.done, gpu, peak[0]]) + "\n")
             file.flush()
@@ -78,17 +78,16 @@ def watched(marks: Path, arguments: list[str]) -> None:
 
 
 class Job:
-    """A command in a process of its own, on one GPU or none."""
+    """A command in a process of its own."""
 
-    def __init__(self, name: str, folder: Path, arguments: list[str], gpu: int | None) -> None:
+    def __init__(self, name: str, folder: Path, arguments: list[str]) -> None:
         self.name, self.marks, self.told = name, folder / f"{name}.marks", folder / f"{name}.told"
         self.command = [sys.executable, "-m", "benchmarks.r1_depth", "--watched", str(self.marks), *arguments]
-        self.environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
         self.marks.unlink(missing_ok=True)
 
     def start(self) -> subprocess.Popen[bytes]:
         with self.told.open("wb") as file:
-            return subprocess.Popen(self.command, env=self.environment, stdout=file)
+            return subprocess.Popen(self.command, stdout=file)
 
     def run(self) -> float:
         """Runs it to its end; seconds."""
@@ -129,12 +128,12 @@ class Depth:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.outputs = options, options.outputs or options.folder
         self.model: Path = options.model or options.folder / "model"
-        self.device = "cuda" if options.gpus else "cpu"
+        self._machine = ["--device", options.device, "--memory-budget", "32GiB", "--json"]
         for folder in (options.folder, self.outputs):
             folder.mkdir(parents=True, exist_ok=True)
         if not self.model.exists():
             started = time.monotonic()
-            make_checkpoint(self.model, options.experts, LAYERS, DENSE, self.device)
+            make_checkpoint(self.model, options.experts, LAYERS, DENSE, options.device)
             size = sum(path.stat().st_size for path in self.model.iterdir())
             print(f"made {size / 1e9:.1f} GB in {time.monotonic() - started:.0f} s", flush=True)
         config = json.loads((self.model / "config.json").read_text())
@@ -142,60 +141,60 @@ class Depth:
         shape = (options.samples, options.seq_len)
         tokens = torch.randint(3, config["vocab_size"], shape, generator=torch.Generator().manual_seed(0))
         save_file({"tokens": tokens}, options.folder / "tokens.safetensors")
+        self.hashes = options.folder / "hashes.json"
         self.texts = options.folder / "text.txt"
         self.texts.write_text("def f(x):\n    return x\n" * options.samples * options.seq_len)
 
-    def job(self, name: str, arguments: list[Any], gpu: int = 0) -> Job:
-        return Job(name, self.options.folder, list(map(str, arguments)), gpu if self.options.gpus else None)
+    def job(self, name: str, arguments: list[Any]) -> Job:
+        return Job(name, self.options.folder, list(map(str, arguments)))
 
-    def quantizing(self, name: str, output: Path, gpu: int = 0) -> Job:
-        to = ["--to", "compressed-tensors", "--to", "nvfp4", "--preset", "quality"]
-        return self.job(name, ["awq", self.model, *to, *self._common(output), "--no-evaluate", "--resume"], gpu)
+    def quantizing(self, name: str, output: Path) -> Job:
+        to = [word for name in FORMATS for word in ("--to", name)]
+        own = ["--preset", "quality", *self._calibrated(output), "--no-evaluate", "--resume"]
+        return self.job(name, ["awq", self.model, *to, *own])
 
-    def _common(self, output: Path) -> list[Any]:
+    def _calibrated(self, output: Path) -> list[Any]:
         texts = ["--calibration", self.options.folder / "tokens.safetensors", "--samples", self.options.samples]
-        machine = ["--device", self.device, "--memory-budget", "32GiB", "--json"]
-        return [*texts, "--seq-len", self.options.seq_len, "--output", output, *machine]
+        return [*texts, "--seq-len", self.options.seq_len, "--output", output, *self._machine]
 
-    def killed(self, output: Path, gpu: int) -> float:
-        """Runs the job that is killed after a third and two thirds of the layers; seconds in all."""
-        started = time.monotonic()
-        job = self.quantizing("awq, killed twice", output, gpu)
+    def killed(self) -> None:
+        """Runs the job that is killed after a third and two thirds of the layers, keeps its hashes, and removes it."""
+        output, started = self.outputs / "killed", time.monotonic()
+        job = self.quantizing("awq, killed twice", output)
         for part in (1, 2):
             job.kill_after(output / ".dsquant-work" / "journal.jsonl", self.num_layers * part // 3)
         job.run()
-        return time.monotonic() - started
+        print(f"{job.name} and resumed: {time.monotonic() - started:.0f} s", flush=True)
+        self.hashes.write_text(json.dumps(results_of("awq", output, "")))
+        shutil.rmtree(output)
 
-    def all(self) -> None:
-        """Runs all commands, and prints their tables."""
-        whole, killed = self.outputs / "whole", self.options.folder / "killed"
-        job = self.quantizing("awq", whole)
-        with ThreadPoolExecutor(1) as pool:
-            beside = pool.submit(self.killed, killed, 1) if self.options.gpus > 1 else None
-            seconds = job.run()
-            others = beside.result() if beside else self.killed(killed, 0)
-        print(f"awq: {seconds:.0f} s; killed twice and resumed: {others:.0f} s", flush=True)
-        self.show(job)
-        found = [results_of("awq", output, "") for output in (whole, killed)]
-        differ = [name for name in found[0] | found[1] if found[0].get(name) != found[1].get(name)]
-        print(f"{len(found[0])} files, {'DIFFERENT: ' + ', '.join(differ) if differ else 'equal'}", flush=True)
-        records = sum(path.stat().st_size for path in whole.rglob("dsquant.*"))
+    def whole(self) -> None:
+        """Runs the same in one go, and compares every file."""
+        job = self.quantizing("awq", self.outputs / "whole")
+        self._run(job)
+        found, other = results_of("awq", self.outputs / "whole", ""), json.loads(self.hashes.read_text())
+        differ = [name for name in found | other if found.get(name) != other.get(name)]
+        print(f"{len(found)} files, {'DIFFERENT: ' + ', '.join(differ) if differ else 'equal'}", flush=True)
+        records = sum(path.stat().st_size for path in (self.outputs / "whole").rglob("dsquant.*"))
         print(f"records beside the weights: {records / 1e6:.2f} MB", flush=True)
-        text = ["--text", self.texts, "--samples", self.options.samples, "--seq-len", self.options.seq_len]
-        machine = ["--device", self.device, "--memory-budget", "32GiB", "--json"]
-        report = ["--prompts", "none", "--output", self.options.folder / "report"]
-        candidates = [whole / "compressed-tensors", whole / "nvfp4"]
-        commands: dict[str, list[Any]] = {
-            "verify": ["verify", whole, "--source", self.model, "--json"],
-            "eval of both": ["eval", self.model, *candidates, *text, *machine, *report],
-            "gguf Q4_K_M": ["gguf", self.model, "--type", "Q4_K_M", *self._common(self.outputs / "gguf")],
-        }
-        for name, arguments in commands.items():
-            job = self.job(name, [*arguments, *(["--no-evaluate"] if name.startswith("gguf") else [])])
-            print(f"{name}: {job.run():.0f} s", flush=True)
-            self.show(job)
 
-    def show(self, job: Job) -> None:
+    def verify(self) -> None:
+        self._run(self.job("verify", ["verify", self.outputs / "whole", "--source", self.model, "--json"]))
+
+    def evaluate(self) -> None:
+        candidates = [self.outputs / "whole" / name for name in FORMATS]
+        text = ["--text", self.texts, "--samples", self.options.samples, "--seq-len", self.options.seq_len]
+        report = ["--prompts", "none", "--output", self.options.folder / "report", *self._machine]
+        self._run(self.job("eval of both", ["eval", self.model, *candidates, *text, *report]))
+
+    def gguf(self) -> None:
+        """Converts, in place of one of the formats, so that source and outputs find room in 128 GiB."""
+        shutil.rmtree(self.outputs / "whole" / FORMATS[-1], ignore_errors=True)
+        own = ["--type", "Q4_K_M", *self._calibrated(self.outputs / "gguf"), "--no-evaluate"]
+        self._run(self.job("gguf Q4_K_M", ["gguf", self.model, *own]))
+
+    def _run(self, job: Job) -> None:
+        print(f"{job.name}: {job.run():.0f} s", flush=True)
         for line in job.rows(self.num_layers):
             print(line, flush=True)
 
@@ -206,16 +205,19 @@ def main() -> None:
         watched(Path(sys.argv[2]), sys.argv[3:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="of the source and the killed job's output")
+    parser.add_argument("--folder", type=Path, required=True, help="of the source, and of what is noted")
     parser.add_argument("--outputs", type=Path, help="of the others; FOLDER")
     parser.add_argument("--model", type=Path, help="this model instead of one of R1's depth")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--gpus", type=int, default=1, choices=(0, 1, 2))
-    depth = Depth(parser.parse_args())
-    print("| command | layers | seconds a layer | GPU GiB | host GiB |\n|---|---|---|---|---|")
-    depth.all()
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="in this order")
+    options = parser.parse_args()
+    depth = Depth(options)
+    print("| command | layers | seconds a layer | GPU GiB | host GiB |\n|---|---|---|---|---|", flush=True)
+    for step in options.steps:
+        getattr(depth, step)()
 
 
 if __name__ == "__main__":
