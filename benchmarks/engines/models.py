@@ -81,7 +81,7 @@ def _dense(config: dict[str, Any]) -> Callable[[Path], Path]:
 
 
 def _qwen3_moe(folder: Path) -> Path:
-    sizes = {"hidden_size": 256, "intermediate_size": 384, "moe_intermediate_size": 128}
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "moe_intermediate_size": 256}
     return add_tokenizer(make_random(folder, ARCHITECTURES["Qwen3 MoE"].config | sizes), 280)
 
 
@@ -113,7 +113,7 @@ FAMILIES = {
             "mxfp4, rest FP8": Output("mxfp4", {}, (VLLM_GPU,)),
         },
     ),
-    "GLM-4.5": Family(lambda folder: add_tokenizer(make_glm(folder), 280)),
+    "GLM-4.5": Family(lambda folder: add_tokenizer(make_glm(folder, moe_intermediate_size=256), 280)),
     "GLM-4.7-Flash": Family(_latent("GLM-4.7-Flash"), only=IN_4_BITS),
     "GLM-5": Family(_latent("GLM-5", index_n_heads=32), only=IN_4_BITS),
     "DeepSeek-V3.2": Family(_latent("DeepSeek-V3.2", index_n_heads=64), only=IN_4_BITS),

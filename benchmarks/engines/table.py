@@ -12,7 +12,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "engines_202611.json"
 DOCUMENTS = {"engines": ROOT / "docs" / "engines.md", "engines-summary": ROOT / "README.md"}
-BASELINE = "BF16"
+BASELINE, OF_FP8 = "BF16", "FP8"
+BASELINES = (BASELINE, OF_FP8)
 ACTIVATIONS = "activations"
 ON_GPU = "vLLM on an H200"
 ENGINES = ("vLLM", ON_GPU, "transformers", "mlx-lm", "llama.cpp", "ik_llama.cpp")
@@ -39,7 +40,7 @@ def baseline(output: str) -> str:
     weights is the least.
     """
     if "rest FP8" in output:
-        return "FP8"
+        return OF_FP8
     if not output.startswith("gguf:"):
         return BASELINE
     return "gguf:BF16" if output in FLOATS else "gguf:Q8_0"
@@ -91,7 +92,7 @@ def summary(found: Mapping[str, Any]) -> str:
     """A table of formats and engines: how many models and outputs run, and their most noise."""
     engines = [engine for engine in ENGINES if engine in found["versions"]]
     heads = [f"{engine} {next(iter(found['versions'][engine].values()))}" for engine in engines]
-    kinds = dict.fromkeys(kind(row["output"]) for row in found["rows"] if row["output"] != BASELINE)
+    kinds = dict.fromkeys(kind(row["output"]) for row in found["rows"] if row["output"] not in BASELINES)
     lines = [f"| `--to` | {' | '.join(heads)} | {NOT_RUN} |", "|---" * (len(engines) + 2) + "|"]
     for name in sorted(kinds):
         cells = [_cell([row for row in found["rows"] if row["engine"] == one], name) for one in engines]
@@ -105,7 +106,7 @@ def lacks_kernel(row: Mapping[str, Any]) -> bool:
 
 
 def _cell(rows: list[dict[str, Any]], name: str) -> str:
-    mine = [row for row in rows if kind(row["output"]) == name and row["output"] != BASELINE]
+    mine = [row for row in rows if kind(row["output"]) == name and row["output"] not in BASELINES]
     if not mine:
         return ""
     ran = [row for row in mine if not row["error"]]

@@ -37,7 +37,7 @@ def bootstrap_mean(
     values_NT: np.ndarray, confidence: float = CONFIDENCE, seed: int = 0, block_tokens: int = BLOCK_TOKENS
 ) -> Interval:
     """Returns the mean of values of tokens [N, T] with an interval from the block bootstrap (percentiles of 2000
-    draws).
+    draws), as wide as Student's for few blocks.
 
     The interval is the whole line where there is only one block.
     """
@@ -45,10 +45,13 @@ def bootstrap_mean(
     estimate, blocks = float(sums_B.sum() / counts_B.sum()), len(sums_B)
     if blocks < 2:
         return Interval(estimate, -np.inf, np.inf, blocks)
-    chosen_DB = np.random.default_rng(seed).integers(blocks, size=(DRAWS, blocks))
+    draw = np.random.default_rng(seed)
+    chosen_DB = draw.integers(blocks, size=(DRAWS, blocks))
     means_D = sums_B[chosen_DB].sum(1) / counts_B[chosen_DB].sum(1)
-    # The spread of resampled means is that of a variance divided by B; the sample variance divides by B - 1.
-    means_D = estimate + (means_D - estimate) * (blocks / (blocks - 1)) ** 0.5
+    # The spread of resampled means is that of a variance divided by B, the sample's divides by B - 1; and of few blocks
+    # it is itself uncertain, which makes a normal distribution Student's.
+    stretch_D = np.sqrt(blocks / draw.chisquare(blocks - 1, DRAWS))
+    means_D = estimate + (means_D - estimate) * stretch_D
     low, high = np.quantile(means_D, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(estimate, float(low), float(high), blocks)
 

@@ -31,6 +31,13 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert hits["single tokens"] < 45  # what forgetting the correlation would do
 
 
+@pytest.mark.parametrize("blocks", [2, 4, 12])
+def test_intervals_of_few_blocks_hold_the_truth_too(blocks: int) -> None:
+    values = np.random.default_rng(2).normal(size=(300, blocks, 64))
+    found = [bootstrap_mean(values_NT) for values_NT in values]
+    assert 0.9 < np.mean([one.low <= 0 <= one.high for one in found]) <= 0.98
+
+
 def test_a_constant_has_an_interval_of_no_width_and_one_block_has_none() -> None:
     assert bootstrap_mean(np.full((2, 200), 3.0)) == Interval(3.0, 3.0, 3.0, 8)
     alone = bootstrap_mean(np.arange(10.0)[None])
