@@ -14,9 +14,11 @@ from dsquant.formats.safetensors_target import SafetensorsTarget
 from dsquant.formats.scales import open_scales
 from dsquant.jobs.folder_state import RECORD_FILE, found_in
 from dsquant.model.families.mla import KEYS_AND_VALUES
-from dsquant.pipeline.planning import Plan
+from dsquant.model.skeleton import Skeleton
+from dsquant.pipeline.planning import Plan, plan_run
 from dsquant.recipes import Recipe
 from dsquant.schemes import QuantizedWeight
+from dsquant.source.checkpoint import Checkpoint
 from dsquant.source.shards import ShardIndex, read_index
 from dsquant.verification.damage import recorded_shards
 from dsquant.verification.strict_record import read_record
@@ -37,12 +39,20 @@ class Recording:
         hashes: dict[str, str] = self.record["source"]["tensors_sha256"]
         return hashes
 
-    def recipe(self, model: str, output: Path) -> Recipe:
-        """Returns the recipe for another release under this recording's scales: on the CPU, and without evaluation.
+    @property
+    def is_part(self) -> bool:
+        """Whether it is the folder of some of the formats that a job has written."""
+        return len(self.record["outputs"]) < len(self.record["recipe"]["to"])
+
+    def recipe(self, model: str, output: Path, whole: bool = False) -> Recipe:
+        """Returns the recipe for another release under this recording's scales: on the CPU, and without evaluation; of
+        the formats that are here, or of the `whole` job's.
 
         Records from before the option `kv_b` are of outputs whose kv_b_proj is quantized where the preset takes it.
         """
         fields = {**self.record["recipe"], "device": "cpu", "evaluate": False, "scales_from": self.sha256}
+        if not whole:  # types of tensors are GGUF's
+            fields |= {"to": list(self.record["outputs"]), "tensor_types": ()}
         linears = (linear for output in self.record["outputs"].values() for linear in output["weight_errors"])
         fields |= {"kv_b": "quantize"} if any(linear.endswith(KEYS_AND_VALUES.module) for linear in linears) else {}
         return Recipe.checked(**{**fields, "model": model, "output": output})
@@ -107,10 +117,20 @@ def open_recording(output: Path) -> Recording:
         )
     gguf = [name for name, entry in record["outputs"].items() if entry["folder"].endswith(".gguf")]
     if gguf:
-        raise UsageError(
-            f"{output} holds {', '.join(gguf)}: `delta` does not support GGUF files yet; convert the new release"
-        )
+        others = [entry["folder"] for name, entry in record["outputs"].items() if name not in gguf]
+        advice = f"give the folder of another format, such as {output / others[0]}" if others else "convert anew"
+        raise UsageError(f"{output} holds {', '.join(gguf)}, which `delta` does not make from another: {advice}")
     return Recording(output, record, hashlib.sha256(raw).hexdigest())
+
+
+def grid_places(recording: Recording, plan: Plan, checkpoint: Checkpoint, skeleton: Skeleton) -> list[int]:
+    """Returns the place of each planned grid among those of the record's layers, which list the whole job's."""
+    if not recording.is_part:
+        return list(range(len(plan.linears)))
+    job = plan_run(recording.recipe("", recording.output, whole=True), checkpoint, skeleton)
+    places = {target.name: list(job.linears).index(target.grid) for target in job.targets}
+    found = {target.grid: places[target.name] for target in plan.targets}
+    return [found[grid] for grid in plan.linears]
 
 
 def recorded_targets(recording: Recording, plan: Plan) -> list[RecordedTarget]:

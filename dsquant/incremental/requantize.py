@@ -20,7 +20,7 @@ from dsquant.formats.protocol import Surroundings, UnitWriter
 from dsquant.formats.safetensors_writer import OpenCheckpoint
 from dsquant.formats.scales import recorded_fold
 from dsquant.formats.unquantized import changed_tensors, unchanged_rows
-from dsquant.incremental.recording import RecordedTarget, Recording, recorded_targets
+from dsquant.incremental.recording import RecordedTarget, Recording, grid_places, recorded_targets
 from dsquant.incremental.reuse import reuse_file
 from dsquant.incremental.rule import rounded_as_recorded
 from dsquant.incremental.sources import HeldTensors, held_once
@@ -66,6 +66,8 @@ class _Work:
     run: Run
     held: HeldTensors
     targets: Sequence[RecordedTarget]
+    grids: Sequence[int]
+    """Of the plan: their places in the record's layers."""
     reuse: bool
     done: Requantization
 
@@ -101,7 +103,8 @@ def requantize(recipe: Recipe, recording: Recording, reuse: bool, again: Again, 
             if job.notes["shards"] != shard_times(index):
                 raise InputError(f"{index.folder} has changed since the job began; start over with --restart")
             run = Run(recipe, source, job, report, request.safe_point)
-            work = _Work(run, index, targets, reuse, Requantization({}))
+            places = grid_places(recording, plan, checkpoint, skeleton)
+            work = _Work(run, index, targets, places, reuse, Requantization({}))
             surroundings = Surroundings(checkpoint, job.output, job.work)
             run.opened = [_RecordedOutput(work, target, surroundings) for target in targets]
             convert(run, partial(_make_unit, work))
@@ -134,8 +137,9 @@ def _make_unit(
     if unit.action == "quantize" and unit.layer is not None:
         layer = next(entry for entry in recording.record["layers"] if entry["layer"] == unit.layer.index)
         errors = {target.grid: writer.errors for target, writer in pairs}
-        grids = zip(layer["grids"], run.source.plan.linears, strict=True)
-        notes["layer"] = {**layer, "grids": [{**found, "weight_errors": errors[grid]} for found, grid in grids]}
+        grids = zip(work.grids, run.source.plan.linears, strict=True)
+        recorded = [{**layer["grids"][place], "weight_errors": errors[grid]} for place, grid in grids]
+        notes["layer"] = {**layer, "grids": recorded}
     hashed = sum(len(entry["source"]) for entry in run.job.journal.units.values())
     run.tell("scan", hashed + len(source), len(work.held), unit.name)
     return notes

@@ -27,13 +27,15 @@ from dsquant.incremental.rule import rounded_as_recorded
 from dsquant.schemes import Grid, round_to_nearest
 from dsquant.source.shards import read_index
 
+FORMATS_OF_OLD = ("awq", "compressed-tensors")
+
 
 @pytest.fixture(scope="module")
 def old(narrow_r1: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A narrow R1 in two formats; tests leave it as it is."""
     output = tmp_path_factory.mktemp("delta") / "old"
     dsquant.awq(
-        narrow_r1, output=output, to=["awq", "compressed-tensors"], preset="compact", steps="scales",
+        narrow_r1, output=output, to=FORMATS_OF_OLD, preset="compact", steps="scales",
         calibration=text_file,
         samples=6, seq_len=32, group_size=64, evaluate=False, progress=False,
     )  # fmt: skip
@@ -81,6 +83,26 @@ def test_only_what_changed_is_done_again(old: Path, new: tuple[Path, list[str]],
         different = {tensor for tensor in before if before[tensor] != after[tensor]}
         stems = tuple(parameter.removesuffix("weight") for parameter in changed)
         assert different and all(tensor.startswith(stems) for tensor in different)
+
+
+def test_the_folder_of_one_format_of_several_is_brought_up_to_date_alone(
+    old: Path, new: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    dsquant.delta(old, new[0], output=tmp_path / "whole", progress=False)
+    for name in FORMATS_OF_OLD:
+        dsquant.delta(old / name, new[0], output=tmp_path / name, progress=False)
+        whole, alone = contents(tmp_path / "whole" / name), contents(tmp_path / name)
+        shards = {file for file in whole if file.endswith((".safetensors", ".scales", ".json"))} - {"dsquant.json"}
+        assert shards and all(whole[file] == alone[file] for file in shards), name
+        assert dsquant.verify(tmp_path / name, everything=True, progress=False).ok
+    recorded = {
+        output: json.loads((tmp_path / output / "dsquant.json").read_text())["layers"]
+        for output in ("whole", *FORMATS_OF_OLD)
+    }
+    for place, name in enumerate(FORMATS_OF_OLD):
+        assert [layer["grids"] for layer in recorded[name]] == [
+            layer["grids"][place : place + 1] for layer in recorded["whole"]
+        ]
 
 
 def test_a_release_like_the_old_one_gives_the_old_weights(narrow_r1: Path, old: Path, tmp_path: Path) -> None:
