@@ -53,6 +53,8 @@ def bootstrap_mean(
     stretch_D = np.sqrt(blocks / draw.chisquare(blocks - 1, DRAWS))
     means_D = estimate + (means_D - estimate) * stretch_D
     low, high = np.quantile(means_D, [(1 - confidence) / 2, (1 + confidence) / 2])
+    if np.min(values_NT) >= 0 < estimate:  # of what cannot be negative the distance below is one of logarithms
+        low = estimate * np.exp(low / estimate - 1)
     return Interval(estimate, float(low), float(high), blocks)
 
 

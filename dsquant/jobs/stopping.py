@@ -1,6 +1,7 @@
 """Why a job stops before its end: a signal, a full disk, memory beyond its budget; each can be resumed."""
 
 import errno
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ class StopRequest:
         if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: now
         self._signal = number
+        again = "; Ctrl-C once more stops at once" if number == signal.SIGINT else ""
+        os.write(2, f"\n{signal.Signals(number).name}: stopping at the next safe point{again}\n".encode())
 
     def safe_point(self) -> None:
         """Raises Interrupted where a signal has asked to stop."""

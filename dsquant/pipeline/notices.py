@@ -1,10 +1,11 @@
 """Notes for the user of a job: before it begins, and once it is done."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from dsquant.escaping import counted
+from dsquant.formats.protocol import Target
 from dsquant.formats.table import SAFETENSORS, format_of
 from dsquant.jobs.folder_state import RECORD_FILE
 from dsquant.options import format_size
@@ -40,10 +41,18 @@ def planned_warnings(recipe: Recipe, source: Source) -> list[str]:
         words += known.engine_notes(widths, _is_mixture(source), mixed is not None, symmetric)
         if recipe.activations in known.activations:
             words += known.activation_notes(recipe.activations, _is_mixture(source), bool(target.in_blocks))
-    words += [note for target in source.plan.targets for note in target.notes]
+    words += _notes_of_targets(source.plan.targets)
     if source.skeleton.num_mtp_layers and recipe.mtp == "drop":
         words.append("the multi-token-prediction layer is dropped: engines cannot draft with it any more")
     return words
+
+
+def _notes_of_targets(targets: Sequence[Target]) -> Iterator[str]:
+    """Yields what formats note; where not all of several do, the format's name stands before it."""
+    notes = dict.fromkeys(note for target in targets for note in target.notes)
+    for note in notes:
+        noting = [target.name for target in targets if note in target.notes]
+        yield note if len(noting) == len(targets) else f"{', '.join(noting)}: {note}"
 
 
 def _is_mixture(source: Source) -> bool:

@@ -1,5 +1,6 @@
 """Shows a run on a terminal: a progress bar, and the final tables."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,12 +30,14 @@ SHOWN_AGAIN_S = 0.5
 """Seconds between two updates of a notebook's cell."""
 LOGGED_AGAIN_S = 60.0
 """Seconds between two lines of a log, where standard error is no terminal."""
+LEAST_SHARE = 0.02
+"""Of a stage, before its speed says how long the rest will take."""
 
 
 @contextmanager
 def progress_bar(visible: bool = True) -> Iterator[Report]:
     """Shows a bar for each stage on standard error or in a notebook's cell, and yields what a job reports to. A log,
-    which has the bars at the end alone, gets a line every minute."""
+    which has the bars at the end alone, gets a line at the beginning of a stage and every minute of the last one."""
     console = plain_console(stderr=True)
     if not visible:
         yield silent
@@ -50,7 +53,11 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
         TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(min_width=5)),
         TextColumn("{task.fields[what]}{task.fields[rates]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
     )
-    progress, tasks, started = Progress(*columns, console=console), dict[str, TaskID](), dict[str, float]()
+    progress, tasks, started = (
+        Progress(*columns, console=console),
+        dict[str, TaskID](),
+        dict[str, tuple[float, float]](),
+    )
     logged_s = time.monotonic()
     try:
 
@@ -61,18 +68,20 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
             if step.stage not in tasks:
                 _complete(progress, *tasks.values())
                 tasks[step.stage] = progress.add_task(STAGES[step.stage], rates="", what="")
-                started[step.stage] = time.monotonic()
-            words = _rates(step, time.monotonic() - started[step.stage])
+                started[step.stage] = time.monotonic(), step.done / (step.total or 1)
+                logged_s = -math.inf
+            (since, begun), now = started[step.stage], time.monotonic()
+            words = _rates(step, now - since)
             what = _short_name(step.what)
             separator = ", " if words and what else ""
             progress.update(
                 tasks[step.stage], total=step.total, completed=step.done, rates=words, what=f"{what}{separator}"
             )
-            now = time.monotonic()
-            if not console.is_terminal and now - logged_s > LOGGED_AGAIN_S:
+            if not console.is_terminal and now - logged_s > LOGGED_AGAIN_S and step.stage == list(tasks)[-1]:
                 logged_s, share = now, step.done / (step.total or 1)
-                line = _bar(STAGES[step.stage], share, now - started[step.stage], f"{what}{separator}{words}")
-                console.print(line, soft_wrap=True)
+                left = _left(share, begun, now - since)
+                told = ", ".join(filter(None, (what, words, left)))
+                console.print(_bar(STAGES[step.stage], share, now - since, told), soft_wrap=True)
 
         yield report
         _complete(progress, *tasks.values())
@@ -121,6 +130,14 @@ def _bars_of_text() -> Iterator[Report]:
 def _bar(name: str, share: float, elapsed_s: float, words: str = "") -> str:
     full = round(12 * share)
     return f"{name:10} {'━' * full}{'─' * (12 - full)} {share:4.0%} {elapsed_s:5.0f} s  {words}".rstrip()
+
+
+def _left(share: float, begun: float, elapsed_s: float) -> str:
+    """Says how long the rest of a stage will take, at the speed since it began at a share; nothing at its start."""
+    done = share - begun
+    if done < LEAST_SHARE or share >= 1:
+        return ""
+    return f"about {math.ceil(elapsed_s * (1 - share) / done / 60)} min left"
 
 
 def _complete(progress: Progress, *tasks: TaskID) -> None:
