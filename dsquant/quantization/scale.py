@@ -18,6 +18,8 @@ from dsquant.schemes import Scheme
 NUM_RATIOS = 20
 # The scale search reads at most this many rows of a weight, evenly spaced: the loss is a sum over rows.
 SEARCH_ROWS = 512
+# Of the mean energy of a weight's columns: a column without weights would get infinite energy.
+LEAST_COLUMN = 1e-6
 
 
 def rms_of_columns(weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -54,18 +56,32 @@ def powers_of_two(scales: torch.Tensor) -> torch.Tensor:
 def scale_losses(weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Scheme, moments: InputMoments) -> torch.Tensor:
     """Measures the output error of a weight [O, I] rounded under each candidate scale, float64 [C].
 
-    loss(s) = tr(dW H dW^T) with dW = Q(W diag(s)) diag(s)^-1 - W and H the Gram matrix of the inputs; W is thinned to
-    at most `SEARCH_ROWS` rows.
+    loss(s) = tr(dW (H + P) dW^T) with dW = Q(W diag(s)) diag(s)^-1 - W, H the Gram matrix of the inputs and P from
+    `evened_energy`; W is thinned to at most `SEARCH_ROWS` rows.
     """
     weight_OI = weight_OI[:: -(-len(weight_OI) // SEARCH_ROWS)]
     at_once = max(1, GPU_ELEMENTS_AT_ONCE // weight_OI.numel()) if weight_OI.is_cuda else 1
+    evened_I = evened_energy(weight_OI, moments.rms_I)
 
     def losses_of(part_CI: torch.Tensor) -> torch.Tensor:
-        return moments.loss(grid.scaled_differences(weight_OI, part_CI))
+        differences_COI = grid.scaled_differences(weight_OI, part_CI)
+        return moments.loss(differences_COI) + differences_COI.square().sum(1).double() @ evened_I
 
     with fast_matmuls(weight_OI.device):
         together = max(1, ELEMENTS_AT_ONCE // weight_OI.numel())
         return torch.cat(side_by_side(losses_of, scales_CI.split(at_once), together))
+
+
+def evened_energy(weight_OI: torch.Tensor, rms_I: torch.Tensor) -> torch.Tensor:
+    """Returns the energy that inputs would have if each contributed alike to the output, and the same in all,
+    float64 [I]: e_i |w_i|^2 is the mean over i of rms_i^2 |w_i|^2, with w_i the columns.
+
+    Scales are searched as if half of the tokens were such: which channels are quiet only the calibration's texts say
+    (docs/decisions/0043). It changes with a channel's scale as the energy itself does.
+    """
+    columns_I = weight_OI.double().square().sum(0)
+    contribution = (rms_I.double().square() * columns_I).mean()
+    return contribution / columns_I.clamp(min=LEAST_COLUMN * columns_I.mean() + torch.finfo(torch.float32).tiny)
 
 
 Judge = Callable[[], tuple[Sequence[torch.Tensor], InputMoments]]

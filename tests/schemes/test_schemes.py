@@ -194,9 +194,13 @@ def test_scales_are_searched_for_every_scheme(scheme: Scheme) -> None:
     scales_CI = candidate_scales(moments.rms_I, rms_of_columns([weight_OI]))
     losses_C = scale_losses(weight_OI, scales_CI, scheme, moments)
     best = int(losses_C.argmin())
+    columns_I = weight_OI.square().sum(0)
+    evened_I = (moments.rms_I.square() * columns_I).mean() / columns_I
     for place in (0, best):
         rounded_OI = round_to_nearest(weight_OI * scales_CI[place], scheme).dequantize() / scales_CI[place]
-        assert float(moments.loss(rounded_OI - weight_OI)) == pytest.approx(float(losses_C[place]), rel=1e-4)
+        difference_OI = rounded_OI - weight_OI
+        wanted = moments.loss(difference_OI) + (difference_OI.square() * evened_I).sum()
+        assert float(wanted) == pytest.approx(float(losses_C[place]), rel=1e-4)
     assert float(losses_C[best]) < 0.95 * float(losses_C[0])
 
 
