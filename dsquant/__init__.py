@@ -50,6 +50,7 @@ __all__ = [
 
 if "torch" not in sys.modules:  # which reads these when it is imported; what the user has set stays
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a shared machine, waiting threads must not spin
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # a large tensor's first touch costs a third in huge pages
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # a budget has no room for gaps
 
 

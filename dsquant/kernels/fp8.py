@@ -6,6 +6,12 @@ Shape legend: O out features, I in features, J blocks along I.
 import torch
 
 LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
+# Of float16's exponents and those of float8_e4m3fn, whose bias is 8 less.
+SMALLER = 2.0**8
+# Of float16: the sign and the seven bits that float8_e4m3fn has; these, all set, are no number there.
+SIGN_AND_NUMBER, NO_NUMBER = -0x4080, 0x7F
+# What a core's cache holds.
+ROWS_AT_ONCE = 64
 
 
 def dequantize_fp8(
@@ -28,15 +34,34 @@ def dequantize_fp8_reference(
 ) -> torch.Tensor:
     """`dequantize_fp8` in PyTorch, on any device."""
     num_rows, num_columns = weight_OI.shape
-    weight = weight_OI.float()
-    scales_per_column = scales.float()
+    weight = torch.empty(weight_OI.shape, device=weight_OI.device)
+    scales_per_column = scales.float() * SMALLER
     if block[1] < num_columns:
         scales_per_column = scales_per_column.repeat_interleave(block[1], dim=1)[:, :num_columns]
+    whole = [slice(first, min(first + block[0], num_rows)) for first in range(0, num_rows, block[0])]
     if block[0] == 1:
-        return weight.mul_(scales_per_column).to(dtype)
-    for block_row in range(scales.shape[0]):  # one block row at a time: no second tensor of the weight's size
-        weight[block_row * block[0] : min((block_row + 1) * block[0], num_rows)] *= scales_per_column[block_row]
+        whole = [slice(0, num_rows)]
+    for block_row, rows in enumerate(whole):
+        of_rows = scales_per_column if block[0] == 1 else scales_per_column[block_row : block_row + 1]
+        for first in range(rows.start, rows.stop, ROWS_AT_ONCE):
+            part = slice(first, min(first + ROWS_AT_ONCE, rows.stop))
+            weight[part].copy_(small_halves(weight_OI[part])).mul_(of_rows[part] if block[0] == 1 else of_rows)
     return weight.to(dtype)
+
+
+def small_halves(codes: torch.Tensor) -> torch.Tensor:
+    """Converts float8_e4m3fn to float16, over `SMALLER`, exactly: sign, exponent and mantissa have other places.
+
+    PyTorch converts one number after the other on a CPU, at a ninth of the speed.
+    """
+    bytes_ = codes.view(torch.int8)
+    halves = bytes_.to(torch.int16)
+    torch.bitwise_left_shift(halves, 7, out=halves)  # of three bits of mantissa, to ten
+    torch.bitwise_and(halves, SIGN_AND_NUMBER, out=halves)
+    numbers = bytes_.bitwise_and(NO_NUMBER)
+    if int(numbers.max()) == NO_NUMBER:
+        return halves.view(torch.float16).masked_fill(numbers == NO_NUMBER, torch.nan)
+    return halves.view(torch.float16)
 
 
 def requantize_fp8(

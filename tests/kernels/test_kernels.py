@@ -206,3 +206,15 @@ def test_single_passes_on_the_gpu_do_what_the_references_do() -> None:
 def test_products_on_the_gpu_are_the_exact_ones_within_the_types_error(size: int, dtype: torch.dtype) -> None:
     for rows in (1, 40, 300):
         _same_product(rows, 392, size, 7, dtype, 5)
+
+
+@pytest.mark.parametrize("block", [(128, 128), (1, 200), (300, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_fp8_code_becomes_pytorchs_number_to_the_last_bit(block: tuple[int, int], dtype: torch.dtype) -> None:
+    codes = torch.arange(300 * 200).remainder(256).to(torch.uint8).view(300, 200).view(torch.float8_e4m3fn)
+    scales = torch.rand(-(-300 // block[0]), -(-200 // block[1]), generator=torch.Generator().manual_seed(0)) * 1e-3
+    wide = scales.repeat_interleave(block[0], 0)[:300].repeat_interleave(block[1], 1)[:, :200]
+    for part in (codes, codes.where(~codes.float().isnan(), codes[0, 0])):
+        wanted, found = (part.float() * wide).to(dtype), dequantize_fp8(part, scales, block, dtype)
+        assert torch.equal(wanted.isnan(), found.isnan())
+        assert torch.equal(wanted.nan_to_num(), found.nan_to_num())
