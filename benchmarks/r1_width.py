@@ -25,11 +25,14 @@ from safetensors.torch import save_file
 
 TINY_R1 = Path(__file__).parent.parent / "dsquant" / "assets" / "tiny-r1"
 BLOCK = 128
+GROUPS = 8
 HIDDEN, HEADS, QUERY, LATENT, NOPE, ROPE, VALUE, WIDTH, DENSE_WIDTH = 7168, 128, 1536, 512, 128, 64, 128, 2048, 18432
 
 
 def config(experts: int, layers: int, dense: int) -> dict[str, Any]:
-    """R1's config with few layers, the first of them dense, fewer experts and tiny-r1's vocabulary."""
+    """R1's config with few layers, the first of them dense, fewer experts and tiny-r1's vocabulary; of fewer than 16
+    experts, which are no eight groups to choose from, 4 work on a token."""
+    few = experts < 2 * GROUPS
     changes = {
         "hidden_size": HIDDEN,
         "num_attention_heads": HEADS,
@@ -41,9 +44,9 @@ def config(experts: int, layers: int, dense: int) -> dict[str, Any]:
         "v_head_dim": VALUE,
         "moe_intermediate_size": WIDTH,
         "n_routed_experts": experts,
-        "num_experts_per_tok": 8,
-        "n_group": 8,
-        "topk_group": 4,
+        "num_experts_per_tok": 4 if few else 8,
+        "n_group": GROUPS // 2 if few else GROUPS,
+        "topk_group": GROUPS // 4 if few else GROUPS // 2,
         "intermediate_size": DENSE_WIDTH,
         "first_k_dense_replace": dense,
         "num_hidden_layers": layers,
