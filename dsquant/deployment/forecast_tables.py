@@ -13,6 +13,8 @@ from dsquant.deployment.facts import GIB, Range
 from dsquant.deployment.hardware import Machine
 from dsquant.deployment.sizes import OutputSize
 from dsquant.deployment.types_by_prior import TypePlan
+from dsquant.formats.safetensors_target import STOCK_WIDTHS
+from dsquant.formats.table import FORMATS
 from dsquant.options import format_size
 from dsquant.precision.groups import WIDTH_COLUMNS
 from dsquant.reporting.notebook import narrow_table
@@ -208,6 +210,7 @@ def _bar(name: str, used: int, room: int, largest: int, color: str) -> Text:
 
 
 def _sizes_table(forecast: "Forecast") -> Table:
+    """Rows for the widths that all engines take, and the types that are placed on machines; JSON has all."""
     choices = [mtp for mtp in ("none", "keep", "quantize", "drop") if any(size.mtp == mtp for size in forecast.sizes)]
     heads = ["files" if mtp == "none" else f"MTP {mtp}" for mtp in choices]
     unit, factor = _unit(size.num_bytes for size in forecast.sizes)
@@ -216,11 +219,18 @@ def _sizes_table(forecast: "Forecast") -> Table:
     by_name: dict[str, dict[str, OutputSize]] = {}
     for size in forecast.sizes:
         by_name.setdefault(size.name, {})[size.mtp] = size
-    for name, found in by_name.items():
+    usual = {name: found for name, found in by_name.items() if _is_usual(next(iter(found.values())))}
+    for name, found in usual.items():
         cells = [f"{found[mtp].num_bytes / factor:,.1f}" if mtp in found else "" for mtp in choices]
         smallest = found.get("drop") or next(iter(found.values()))
         table.add_row(name, *cells, f"{smallest.served_bytes / factor:,.1f}")
+    table.caption = f"{len(by_name) - len(usual)} more widths and types: dsquant plan MODEL --json"
     return table
+
+
+def _is_usual(size: OutputSize) -> bool:
+    name, _, type_name = size.format.partition(":")
+    return size.bits in (None, *STOCK_WIDTHS) and (not type_name or type_name in FORMATS[name].placed)
 
 
 def _makings_table(forecast: "Forecast") -> Table:

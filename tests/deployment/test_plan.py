@@ -1,6 +1,7 @@
 """`dsquant plan`: sizes against what is written, R1 from its config alone, a hub by ranges, machines, words."""
 
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -318,6 +319,17 @@ def test_the_table_the_json_and_the_notebook_tell_the_same() -> None:
     found = dsquant.plan("tiny-r1", gpu="1x24GiB", ram="64GiB")
     json.dumps(found.as_json())
     assert "11.6 MiB" in found._repr_html_() and "11.6 MiB" in str(found)
+
+
+def test_the_table_of_sizes_has_what_is_usual_and_says_how_much_more_there_is() -> None:
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(main, ["plan", "--gpu", "1x24GiB"]).stdout
+    names = {line.split("  ")[0].strip() for line in shown.splitlines()}
+    assert {"compressed-tensors quality", "compressed-tensors quality 8-bit", "gguf:Q4_K_M", "gguf:IQ2_XXS"} <= names
+    assert names.isdisjoint({"compressed-tensors quality 3-bit", "gguf:Q5_0", "gguf:F32"})
+    told = json.loads(CliRunner().invoke(main, ["plan", "--gpu", "1x24GiB", "--json"]).stdout)
+    kinds = {(size["format"], size["preset"], size["bits"]) for size in told["sizes"]}
+    found = re.search(r"(\d+) more widths and types", shown)
+    assert found and 20 < int(found[1]) < len(kinds)
 
 
 def test_a_search_on_a_gpu_is_forecast_where_one_was_measured(r1: Callable[..., Forecast]) -> None:
