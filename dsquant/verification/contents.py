@@ -108,8 +108,7 @@ def check_gguf(output: Path, first: PurePosixPath, record: Mapping[str, Any]) ->
             recorded = entry["tensors"].get(tensor.name)
             if recorded is None or [tensor.tensor_type.name, *shape] != [recorded[0], *recorded[2:]]:
                 problems.append((name, repr(tensor.name), f"{tensor.tensor_type.name} {shape}, recorded: {recorded}"))
-        counts = [field for key, field in reader.fields.items() if key.endswith(".block_count")]
-        layers = max([layers, *(int(field.contents()) for field in counts)])
+        layers = max([layers, *(int(value) for key, value in reader.keys.items() if key.endswith(".block_count"))])
     hashes = record["source"]["tensors_sha256"]
     tied = hashes.get(HEAD) == hashes.get(EMBEDDING)
     wanted = [name for name in source_parameters(record) if not _dropped(name, record, layers)]

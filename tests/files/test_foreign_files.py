@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 
 import dsquant
 from dsquant.calibration import tokenizer as tokenization
@@ -136,6 +138,43 @@ GGUF = {
 }
 
 
+@pytest.mark.parametrize("alignment", [None, 64])
+def test_a_gguf_file_is_read_as_gguf_pys_reader_reads_it(alignment: int | None, tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    if alignment:
+        writer.add_custom_alignment(alignment)
+    numbers: dict[str, Any] = {
+        "uint8": 200,
+        "int8": -5,
+        "uint16": 60000,
+        "int16": -300,
+        "uint32": 2**31,
+        "int32": -(2**31),
+    }
+    numbers |= {"uint64": 2**60, "int64": -(2**60), "float32": 0.1, "float64": 0.1, "bool": True}
+    for kind, value in numbers.items():
+        getattr(writer, f"add_{kind}")(f"x.{kind}", value)
+    writer.add_array("x.texts", ["", "a", "\u00e9\n"])
+    writer.add_array("x.floats", [0.5, 1.5])
+    writer.add_array("x.flags", [True, False])
+    for kind in ("F32", "F16", "BF16", "Q4_0", "Q6_K", "IQ2_XXS", "I32"):
+        stored = {"F32": np.float32, "F16": np.float16, "I32": np.int32}.get(kind, np.uint8)
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        shape = (3, 5, 256) if stored != np.uint8 else (3, 5, 256 // block * size)
+        values = np.random.default_rng(0).integers(0, 200, shape).astype(stored)
+        writer.add_tensor(f"t.{kind}", values, raw_dtype=GGMLQuantizationType[kind] if stored == np.uint8 else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found, wanted = read_gguf(tmp_path / "x.gguf"), GGUFReader(tmp_path / "x.gguf")
+    assert found.keys == {key: one.contents() for key, one in wanted.fields.items() if not key.startswith("GGUF.")}
+    for one, other in zip(found.tensors, wanted.tensors, strict=True):
+        assert (one.name, one.tensor_type, one.data_offset) == (other.name, other.tensor_type, other.data_offset)
+        assert (list(one.shape), one.n_bytes) == (other.shape.tolist(), other.n_bytes)
+        assert one.data.dtype == other.data.dtype and np.array_equal(one.data, other.data)
+
+
 @pytest.mark.parametrize("kind", GGUF)
 def test_a_gguf_header_that_no_file_has_is_refused_at_once(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
@@ -148,7 +187,7 @@ def test_a_gguf_header_that_no_file_has_is_refused_at_once(kind: str, tmp_path: 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_gguf_header_with_wrong_numbers_is_read_or_refused(seed: int, gguf: Path, tmp_path: Path) -> None:
-    raw, reader = gguf.read_bytes(), read_gguf(gguf)
+    raw, reader = gguf.read_bytes(), GGUFReader(gguf)
     places = [field.offset for field in reader.fields.values()] + [tensor.field.offset for tensor in reader.tensors]
     draw = random.Random(seed)
     for _ in range(6):

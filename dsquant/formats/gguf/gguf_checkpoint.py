@@ -15,7 +15,7 @@ import torch
 
 from dsquant.errors import InputError
 from dsquant.files.foreign import blaming
-from dsquant.formats.gguf.file import read_gguf
+from dsquant.formats.gguf.file import GgufTensor, read_gguf
 from dsquant.formats.gguf.gguf_weights import GgufWeights, gguf_parts
 from dsquant.formats.gguf.layout import parameters
 from dsquant.formats.gguf.metadata import CONTROL, UNUSED, USER_DEFINED
@@ -57,8 +57,8 @@ class GgufHeader:
     file: Path
     """The file, or the first of a split one."""
     keys: Mapping[str, Any]
-    tensors: Mapping[str, Any]
-    """Name -> gguf-py's tensor, of all parts."""
+    tensors: Mapping[str, GgufTensor]
+    """By name, of all parts."""
 
     @property
     def architecture(self) -> str:
@@ -150,8 +150,7 @@ def read_header(file: Path) -> GgufHeader:
         if not part.exists():
             raise InputError(f"{part} is missing; all parts of a split file must lie in one folder")
         reader = read_gguf(part)
-        with blaming(part, "fetch or make it again"):
-            keys = {name: field.contents() for name, field in reader.fields.items()} | keys
+        keys = reader.keys | keys
         tensors |= {tensor.name: tensor for tensor in reader.tensors}
     return GgufHeader(file, keys, tensors)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dsquant.errors import InputError
-from dsquant.files.foreign import blaming, find_file
+from dsquant.files.foreign import find_file
 from dsquant.formats.gguf.file import read_gguf
 from dsquant.formats.gguf.layout import Placement, decode_rotary, join_keys_and_values, placements, stored_shape
 from dsquant.formats.gguf.types import FLOAT_TYPES, scale_beside
@@ -66,13 +66,11 @@ class GgufWeights(Weights):
         if not path.exists():
             raise InputError(f"{path} is missing; all parts of a split file must lie in one folder")
         reader = read_gguf(path)
-        field = reader.fields.get("general.architecture")
-        with blaming(path, "fetch or make it again"):
-            found = None if field is None else field.contents()
+        found = reader.keys.get("general.architecture")
         if found is not None and found != architecture:
             raise InputError(f"{path}: architecture {found!r}, the reference is {architecture!r}; not the same model")
         self._tensors |= {tensor.name: tensor for tensor in reader.tensors}
-        self._maps.append(reader.data._mmap)
+        self._maps.append(reader.raw)
 
     def _check_shape(self, path: Path, name: str, shape: tuple[int, ...]) -> None:
         for place in self._placements[name]:

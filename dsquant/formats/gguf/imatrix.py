@@ -82,15 +82,13 @@ def write_imatrix(
 
 def stored_tensors(path: Path) -> dict[str, list[Any]]:
     """Lists an imatrix file of the newer format: tensor -> type, SHA-256 of its bytes and extents, columns last."""
-    from gguf import GGUFReader
-
     return {
         tensor.name: [
             tensor.tensor_type.name,
             hashlib.sha256(tensor.data.tobytes()).hexdigest(),
             *(int(extent) for extent in reversed(tensor.shape)),
         ]
-        for tensor in GGUFReader(path).tensors
+        for tensor in read_gguf(path).tensors
     }
 
 
