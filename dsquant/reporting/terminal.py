@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from dsquant.escaping import printable
@@ -32,6 +32,8 @@ LOGGED_AGAIN_S = 60.0
 """Seconds between two lines of a log, where standard error is no terminal."""
 LEAST_SHARE = 0.02
 """Of a stage, before its speed says how long the rest will take."""
+SETTLED_S = 2.0
+"""Seconds in which a resumed job passes what it has done before."""
 
 
 @contextmanager
@@ -46,19 +48,8 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
         with _bars_of_text() as report:
             yield report
         return
-    columns = (
-        TextColumn("{task.description:10}"),
-        BarColumn(bar_width=12, table_column=Column(min_width=12)),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(min_width=5)),
-        TextColumn("{task.fields[what]}{task.fields[rates]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
-    )
-    progress, tasks, started = (
-        Progress(*columns, console=console),
-        dict[str, TaskID](),
-        dict[str, tuple[float, float]](),
-    )
-    logged_s = time.monotonic()
+    progress, tasks = Progress(*_columns(), console=console), dict[str, TaskID]()
+    started, logged_s = dict[str, tuple[float, float]](), -math.inf
     try:
 
         def report(step: Step) -> None:
@@ -71,6 +62,9 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
                 started[step.stage] = time.monotonic(), step.done / (step.total or 1)
                 logged_s = -math.inf
             (since, begun), now = started[step.stage], time.monotonic()
+            if now - since < SETTLED_S:
+                begun = step.done / (step.total or 1)
+                started[step.stage] = since, begun
             words = _rates(step, now - since)
             what = _short_name(step.what)
             separator = ", " if words and what else ""
@@ -88,6 +82,16 @@ def progress_bar(visible: bool = True) -> Iterator[Report]:
     finally:
         if tasks:
             progress.stop()
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (
+        TextColumn("{task.description:10}"),
+        BarColumn(bar_width=12, table_column=Column(min_width=12)),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(min_width=5)),
+        TextColumn("{task.fields[what]}{task.fields[rates]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
+    )
 
 
 @contextmanager

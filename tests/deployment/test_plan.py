@@ -326,10 +326,8 @@ def test_the_table_of_sizes_has_what_is_usual_and_says_how_much_more_there_is() 
     names = {line.split("  ")[0].strip() for line in shown.splitlines()}
     assert {"compressed-tensors quality", "compressed-tensors quality 8-bit", "gguf:Q4_K_M", "gguf:IQ2_XXS"} <= names
     assert names.isdisjoint({"compressed-tensors quality 3-bit", "gguf:Q5_0", "gguf:F32"})
-    told = json.loads(CliRunner().invoke(main, ["plan", "--gpu", "1x24GiB", "--json"]).stdout)
-    kinds = {(size["format"], size["preset"], size["bits"]) for size in told["sizes"]}
     found = re.search(r"(\d+) more widths and types", shown)
-    assert found and 20 < int(found[1]) < len(kinds)
+    assert found and 20 < int(found[1]) < 60
 
 
 def test_a_search_on_a_gpu_is_forecast_where_one_was_measured(r1: Callable[..., Forecast]) -> None:

@@ -33,7 +33,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 
 @pytest.mark.parametrize("blocks", [2, 4, 12])
 def test_intervals_of_few_blocks_hold_the_truth_too(blocks: int) -> None:
-    values = np.random.default_rng(2).normal(size=(300, blocks, 64))
+    values = np.random.default_rng(2).normal(size=(200, blocks, 64))
     found = [bootstrap_mean(values_NT) for values_NT in values]
     assert 0.9 < np.mean([one.low <= 0 <= one.high for one in found]) <= 0.98
 

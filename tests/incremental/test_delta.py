@@ -88,21 +88,17 @@ def test_only_what_changed_is_done_again(old: Path, new: tuple[Path, list[str]],
 def test_the_folder_of_one_format_of_several_is_brought_up_to_date_alone(
     old: Path, new: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
+    name = FORMATS_OF_OLD[1]
+    outputs = [tmp_path / "whole" / name, tmp_path / "alone"]
     dsquant.delta(old, new[0], output=tmp_path / "whole", progress=False)
-    for name in FORMATS_OF_OLD:
-        dsquant.delta(old / name, new[0], output=tmp_path / name, progress=False)
-        whole, alone = contents(tmp_path / "whole" / name), contents(tmp_path / name)
-        shards = {file for file in whole if file.endswith((".safetensors", ".scales", ".json"))} - {"dsquant.json"}
-        assert shards and all(whole[file] == alone[file] for file in shards), name
-        assert dsquant.verify(tmp_path / name, everything=True, progress=False).ok
-    recorded = {
-        output: json.loads((tmp_path / output / "dsquant.json").read_text())["layers"]
-        for output in ("whole", *FORMATS_OF_OLD)
-    }
-    for place, name in enumerate(FORMATS_OF_OLD):
-        assert [layer["grids"] for layer in recorded[name]] == [
-            layer["grids"][place : place + 1] for layer in recorded["whole"]
-        ]
+    dsquant.delta(old / name, new[0], output=tmp_path / "alone", progress=False)
+    whole, alone = map(contents, outputs)
+    shards = {file for file in whole if file.endswith((".safetensors", ".scales", ".json"))} - {"dsquant.json"}
+    assert shards and all(whole[file] == alone[file] for file in shards)
+    assert dsquant.verify(tmp_path / "alone", everything=True, progress=False).ok
+    layers = [json.loads((output / "dsquant.json").read_text())["layers"] for output in outputs]
+    for of_whole, of_one in zip(*layers, strict=True):
+        assert of_one["grids"] == of_whole["grids"][1:]
 
 
 def test_a_release_like_the_old_one_gives_the_old_weights(narrow_r1: Path, old: Path, tmp_path: Path) -> None:
