@@ -44,6 +44,8 @@ def generate(model: str, prompt: str, raw: bool, **options: Any) -> None:
 
         with resident(request) as opened:
             if raw or not opened.tokenizer.chat_template:
+                if not raw:
+                    click.echo(f"{model} has no chat template: its text goes on, as with --raw", err=True)
                 opened.go_on(text, _write)
             else:
                 opened.answer([{"role": "user", "content": text}], _write)
@@ -66,6 +68,7 @@ def chat(model: str, **options: Any) -> None:
         from dsquant.evaluation.answers import resident
 
         with resident(request) as opened:
+            opened.check_answers()
             while said := _asked():
                 messages.append({"role": "user", "content": said})
                 messages.append({"role": "assistant", "content": opened.answer(messages, _write)})

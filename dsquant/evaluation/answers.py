@@ -36,11 +36,15 @@ class Model:
 
     def answer(self, messages: Sequence[Message], write: Write = lambda text: None) -> str:
         """Answers the last message of a conversation; raises UsageError where the model has no chat template."""
+        self.check_answers()
+        return self._generate(encode(render(messages, self.tokenizer), self.tokenizer, add_special_tokens=False), write)
+
+    def check_answers(self) -> None:
+        """Raises UsageError where the model has no chat template."""
         if not self.tokenizer.chat_template:
             raise UsageError(
                 f"{self.request.model} has no chat template; continue a text with `dsquant generate --raw`"
             )
-        return self._generate(encode(render(messages, self.tokenizer), self.tokenizer, add_special_tokens=False), write)
 
     def go_on(self, text: str, write: Write = lambda text: None) -> str:
         """Continues a text."""

@@ -52,7 +52,9 @@ def test_a_model_without_a_chat_template_goes_on_with_texts(nano_r1: Path) -> No
     assert load_tokenizer(nano_r1).chat_template is None
     assert dsquant.generate(nano_r1, "x", max_tokens=2) == dsquant.generate(nano_r1, "x", raw=True, max_tokens=2)
     ended = CliRunner().invoke(main, ["chat", str(nano_r1)], input="Hi\n")
-    assert ended.exit_code == 2 and "has no chat template" in ended.output
+    assert ended.exit_code == 2 and "has no chat template" in ended.output and "you>" not in ended.output
+    told = CliRunner().invoke(main, ["generate", str(nano_r1), "x", "--max-tokens", "2"])
+    assert told.exit_code == 0 and "its text goes on, as with --raw" in told.stderr
 
 
 @pytest.mark.parametrize(
