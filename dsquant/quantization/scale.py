@@ -65,7 +65,8 @@ def scale_losses(weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Scheme,
 
     def losses_of(part_CI: torch.Tensor) -> torch.Tensor:
         differences_COI = grid.scaled_differences(weight_OI, part_CI)
-        return moments.loss(differences_COI) + differences_COI.square().sum(1).double() @ evened_I
+        columns_CI = torch.linalg.vector_norm(differences_COI, dim=1).double().square()
+        return moments.loss(differences_COI) + columns_CI @ evened_I
 
     with fast_matmuls(weight_OI.device):
         together = max(1, ELEMENTS_AT_ONCE // weight_OI.numel())
