@@ -39,9 +39,11 @@ def dequantize_fp8_reference(
     if block[1] < num_columns:
         scales_per_column = scales_per_column.repeat_interleave(block[1], dim=1)[:, :num_columns]
     for first in range(0, num_rows, ROWS_AT_ONCE):
-        rows = torch.arange(first, min(first + ROWS_AT_ONCE, num_rows), device=weight.device)
-        part = weight[first : first + ROWS_AT_ONCE]
-        part.copy_(small_halves(weight_OI[first : first + ROWS_AT_ONCE])).mul_(scales_per_column[rows // block[0]])
+        stop = min(first + ROWS_AT_ONCE, num_rows)
+        block_rows = torch.arange(first, stop, device=weight.device) // block[0]
+        within_one = first // block[0] == (stop - 1) // block[0]
+        of_rows = scales_per_column[block_rows[:1] if within_one else block_rows]
+        weight[first:stop].copy_(small_halves(weight_OI[first:stop])).mul_(of_rows)
     return weight.to(dtype)
 
 
