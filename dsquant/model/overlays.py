@@ -88,6 +88,9 @@ class ReplacedWeights(Overlay):
         super().__init__(base)
         self.replaced = replaced
 
+    def prefetch(self, names: Sequence[str]) -> int:
+        return self.base.prefetch([name for name in names if name not in self.replaced])
+
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.replaced[name] if name in self.replaced else self.base[name]
 
@@ -140,6 +143,9 @@ class ResidentWeights(Overlay):
     def __init__(self, base: Weights) -> None:
         super().__init__(base)
         self._kept: dict[str, torch.Tensor] = {}
+
+    def prefetch(self, names: Sequence[str]) -> int:
+        return self.base.prefetch([name for name in names if name not in self._kept])
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._kept:

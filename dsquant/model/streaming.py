@@ -28,6 +28,8 @@ from dsquant.source.weights import Weights
 EMBEDDING = "model.embed_tokens.weight"
 ROWS_AT_ONCE = 4096
 VOCABULARY_AT_ONCE = 8192
+# Of a module's weights, those that are being read while one is put in: R1's largest have 130 MB in FP8.
+WEIGHTS_AHEAD = 4
 # Tokens that pass attention together. Fixed, since the order of sums, and with it the output's bytes, depends on it.
 BATCH_TOKENS = 1024
 
@@ -81,7 +83,8 @@ def loaded(skeleton: Skeleton, name: str, weights: Weights) -> Iterator[nn.Modul
     module = skeleton.module(name)
     inside = [*dict(module.named_parameters()), *dict(module.named_buffers())]
     try:
-        for part in inside:
+        for place, part in enumerate(inside):
+            weights.prefetch([f"{name}.{later}" for later in inside[place : place + WEIGHTS_AHEAD]])
             value = weights[f"{name}.{part}"]
             # emptying CUDA's cache for each parameter would have a GPU finish, and its memory allocated again
             set_module_tensor_to_device(module, part, weights.device, value=value, clear_cache=False)

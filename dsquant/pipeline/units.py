@@ -1,6 +1,7 @@
 """Makes the units of an output, one after the other: each is written, brought to disk and journaled before the next."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +33,9 @@ class Writers:
     """Everything that one unit is written into."""
 
     by_target: list[tuple[Target, UnitWriter]]
+    beside: ThreadPoolExecutor
+    """The thread that brings hidden states to disk."""
+    hidden: list[Future[None]] = field(default_factory=list)
     scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Folder -> producer -> the scales that were folded."""
 
@@ -52,13 +56,17 @@ class Writers:
             if target.grid == grid:
                 self.scales.setdefault(str(target.folder), {})[producer] = scales_I.to("cpu", copy=True)
 
+    def keep_hidden(self, run: Run, activations: Activations, path: Path) -> None:
+        """Brings hidden states that nobody changes any more into a file; `finish` waits for it."""
+        self.hidden.append(self.beside.submit(run.keep, activations, path))
+
     def finish(self, run: Run, unit: Unit, safe_point: Callable[[str], None]) -> dict[str, dict[str, str]]:
         """Writes the rest and brings all to disk; returns folder -> tensor -> SHA-256."""
-        hashes: dict[str, dict[str, str]] = {}
-        for target, writer in self.by_target:
+        for _, writer in self.by_target:
             writer.copy_rest(safe_point)
-            hashes[str(target.folder)] = writer.commit()
-            run.bytes_written += writer.bytes_written
+        hashes = {str(target.folder): writer.commit() for target, writer in self.by_target}
+        run.bytes_written += sum(writer.bytes_written for _, writer in self.by_target)
+        run.ranks.together(self._wait_for_hidden)
         kept = {str(target.folder): writer.kept for target, writer in self.by_target}
         scales: dict[str, dict[str, torch.Tensor]] = {}
         for part in run.ranks.gather(self.scales):
@@ -67,6 +75,10 @@ class Writers:
         run.ranks.once(lambda: keep_by_folder(run.job.work / scales_file(unit.name), scales))
         run.ranks.once(lambda: keep_by_folder(run.job.work / kept_file(unit.name), kept))
         return hashes
+
+    def _wait_for_hidden(self) -> None:
+        for written in self.hidden:
+            written.result()
 
     @property
     def weight_errors(self) -> dict[str, dict[str, float]]:
@@ -77,7 +89,7 @@ class Writers:
 
 @contextmanager
 def _unit_writers(run: Run, unit: Unit) -> Iterator[Writers]:
-    writers = Writers([])
+    writers = Writers([], ThreadPoolExecutor(1, "dsquant-keep"))
 
     def begin() -> None:
         for target, opened in zip(run.source.plan.targets, run.opened, strict=True):
@@ -87,6 +99,7 @@ def _unit_writers(run: Run, unit: Unit) -> Iterator[Writers]:
         run.ranks.after_first(begin)
         yield writers
     finally:
+        writers.beside.shutdown()
         for _, writer in writers.by_target:
             writer.discard()
 
@@ -251,5 +264,5 @@ def _run_layer(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str
     report = asdict(quantize_sequentially(job) if job.quantized else make(job))
     made = [outputs, *(stream.outputs for stream in job.quantized.values())]
     for path, activations in zip(run.kept_paths(layer.index + 1), made, strict=True):
-        run.keep(activations, path)
+        writers.keep_hidden(run, activations, path)
     return {"layer": layer.index, **report}
