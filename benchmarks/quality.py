@@ -3,10 +3,10 @@
     python -m benchmarks.quality MODEL [MODEL]... --text FILE --wiki FILE --work DIR --peers DIR \\
         [--seeds 0 1 2] [--methods NAME...] [--write FILE]
 
-MODEL is a folder with a DeepSeek-V3 or V3.2 checkpoint, FP8 or not, that fits in memory. Calibration takes 64 windows
+MODEL is a folder with a DeepSeek-V3, V3.2 or Llama checkpoint, FP8 or not, that fits in memory. Calibration takes 64 windows
 of 256 tokens from the first half of the text, other ones for each seed; evaluation 32 windows of 512 from its second
 half, and as many from the other text. Each method quantizes every linear of the decoder but router and indexer, in
-groups of 128; only GGUF files have their own types. The figures come from `benchmarks/peers/reference.py`, which shares
+groups of 128 (`--group-size 64` for rows that 128 does not divide); only GGUF files have their own types. The figures come from `benchmarks/peers/reference.py`, which shares
 no code with dsquant. Run it from the repository's root; `benchmarks/peers/make_environments DIR` makes the peers'
 environments.
 
@@ -38,6 +38,7 @@ from dsquant.presets import PRESET_STEPS, STEPS, Preset
 
 CALIBRATION_SHAPE = (64, 256)
 EVALUATION_SHAPE = (32, 512)
+GROUP_SIZE = 128
 # The last is what llama.cpp's Q4_K_M takes on the models here.
 MIXED_BITS = ("4.25", "4.5", "4.95")
 GGUF_BITS = ("3.9", "4.5", "4.95")
@@ -155,12 +156,13 @@ def width_methods() -> list[Method]:
 def command_of(method: Method, model: Path, work: Path, seed_work: Path, arguments: argparse.Namespace) -> list[str]:
     """How a method is run."""
     tokens, output = str(seed_work / "calibration.safetensors"), str(seed_work / method.name)
+    groups = [] if arguments.group_size == GROUP_SIZE else ["--group-size", str(arguments.group_size)]
     if method.environment is None:
-        common = ["--calibration", tokens, *arguments.dsquant_option]
+        common = ["--calibration", tokens, *groups, *arguments.dsquant_option]
         return [arguments.dsquant, *method.options, *common, "--output", output, str(model)]
     python = str(arguments.peers.resolve() / method.environment / "bin" / "python")
     module = f"benchmarks.peers.{method.environment}"
-    return [python, "-m", module, str(work / "float32"), tokens, output, *method.options]
+    return [python, "-m", module, str(work / "float32"), tokens, output, *groups, *method.options]
 
 
 def run_logged(command: list[str], log: Path, threads: int) -> float:
@@ -245,7 +247,8 @@ class Bench:
 
     def evaluation_hash(self) -> str:
         """What figures depend on besides the candidate."""
-        return hash_of(self.model_hash, *(self._evaluation(name) for name in self.texts))
+        groups = str(self.arguments.group_size)
+        return hash_of(groups, self.model_hash, *(self._evaluation(name) for name in self.texts))
 
     def baseline(self, name: str) -> dict:
         """Figures of the original or of plain rounding."""
@@ -253,7 +256,10 @@ class Bench:
         result = read_json(path)
         if result.get("measured") != self.evaluation_hash():
             evaluator = self.evaluator()
-            figures = evaluator.of_original() if name == "original" else evaluator.of_rounding(name == "symmetric")
+            if name == "original":
+                figures = evaluator.of_original()
+            else:
+                figures = evaluator.of_rounding(name == "symmetric", self.arguments.group_size)
             result = {"measured": self.evaluation_hash(), "texts": as_json(figures)}
             path.write_text(json.dumps(result, indent=2))
         return result
@@ -289,7 +295,13 @@ class Bench:
     def _made_from(self, method: Method, seed: int) -> str:
         """What a quantized checkpoint depends on; a peer's code is known by its environment's name alone."""
         source = hash_of_dsquant() if method.environment is None else method.environment
-        options = " ".join([*method.options, *(self.arguments.dsquant_option if method.environment is None else [])])
+        options = " ".join(
+            [
+                *method.options,
+                str(self.arguments.group_size),
+                *(self.arguments.dsquant_option if method.environment is None else []),
+            ]
+        )
         return hash_of(options, source, self.model_hash, self.work / f"seed-{seed}" / "calibration.safetensors")
 
     def finished(self, method: Method, seed: int) -> dict | None:
@@ -365,7 +377,7 @@ def conditions(arguments: argparse.Namespace, methods: list[Method]) -> str:
     other = f" and of {arguments.wiki.name}" if arguments.wiki else ""
     evaluator = installed(sys.executable, ["torch", "transformers", "autoawq", "compressed-tensors", "gguf"])
     lines = [
-        "4 bits, or what a name says; groups of 128; every linear of the decoder but the router and lm_head.",
+        f"4 bits, or what a name says; groups of {arguments.group_size}; every linear of the decoder but the router and lm_head.",
         "bits: stored for each weight.",
         f"Text: {arguments.text.name}, SHA-256 {hash_of(arguments.text)[:16]}….",
         f"Calibration: {calibration} tokens from its first half, chosen by seeds {arguments.seeds}.",
@@ -396,6 +408,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration windows")
     for name, shape in (("--calibration", CALIBRATION_SHAPE), ("--evaluation", EVALUATION_SHAPE)):
         parser.add_argument(name, type=int, nargs=2, default=shape, metavar=("WINDOWS", "TOKENS"))
+    parser.add_argument("--group-size", type=int, default=GROUP_SIZE)
     parser.add_argument("--dsquant", default="dsquant", help="dsquant's command")
     parser.add_argument(
         "--dsquant-option", action="append", default=[], metavar="OPTION", help="one more word for dsquant"

@@ -1,6 +1,6 @@
-"""Quantizes with AutoRound 0.16's sign gradient descent, 4 bits, groups of 128, from given tokens.
+"""Quantizes with AutoRound 0.16's sign gradient descent, 4 bits, in groups, from given tokens.
 
-    python -m benchmarks.peers.autoround MODEL TOKENS OUTPUT [--iters 200] [--asymmetric] [--awq]
+    python -m benchmarks.peers.autoround MODEL TOKENS OUTPUT [--iters 200] [--group-size 128] [--asymmetric] [--awq]
 
 Runs in AutoRound's environment (README.md here). MODEL is what `to_bf16 --dtype float32` wrote. The recipe is its
 default: 200 steps for each decoder layer, rounding offsets and ranges learned, inputs from the layers already
@@ -22,13 +22,16 @@ from benchmarks.peers.tokens import read_tokens
 BATCH_SIZE = 8
 
 
-def quantize(model_folder: Path, tokens_NT: torch.Tensor, output: Path, iters: int, symmetric: bool, awq: bool) -> None:
+def quantize(
+    model_folder: Path, tokens_NT: torch.Tensor, output: Path, iters: int, group_size: int, symmetric: bool, awq: bool
+) -> None:
     """Quantizes the model with these very tokens and saves it in GPTQ's layout."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     quantizer = AutoRound(
         model,
         tokenizer=AutoTokenizer.from_pretrained(model_folder),
         scheme="W4A16",
+        group_size=group_size,
         sym=symmetric,
         alg_configs=[*([AWQConfig(skip_moe=False)] if awq else []), SignRoundConfig(iters=iters)],
         dataset=list(tokens_NT.split(BATCH_SIZE)),
@@ -52,11 +55,12 @@ def main() -> None:
     parser.add_argument("tokens", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--iters", type=int, default=200, help="steps for each decoder layer")
+    parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--asymmetric", action="store_true", help="with zero points")
     parser.add_argument("--awq", action="store_true", help="its AWQ first")
     arguments = parser.parse_args()
-    tokens_NT = read_tokens(arguments.tokens)
-    quantize(arguments.model, tokens_NT, arguments.output, arguments.iters, not arguments.asymmetric, arguments.awq)
+    tokens_NT, form = read_tokens(arguments.tokens), (not arguments.asymmetric, arguments.awq)
+    quantize(arguments.model, tokens_NT, arguments.output, arguments.iters, arguments.group_size, *form)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Quantizes with GPTQModel 7.7's GPTQ, symmetric 4 bits, groups of 128, from given tokens.
+"""Quantizes with GPTQModel 7.7's GPTQ, symmetric 4 bits, in groups, from given tokens.
 
-    python -m benchmarks.peers.gptqmodel MODEL TOKENS OUTPUT [--all-experts] [--mse 2.4]
+    python -m benchmarks.peers.gptqmodel MODEL TOKENS OUTPUT [--group-size 128] [--all-experts] [--mse 2.4]
 
 Runs in GPTQModel's environment (README.md here), from the repository's root. MODEL is what `to_bf16 --dtype float32`
 wrote. The recipe is its default (activation order inside the groups, damping 0.05 with automatic increase). An expert's
@@ -18,11 +18,13 @@ from gptqmodel.quantization.config import ExpertsRoutingBypass, GPTQConfig, MoEC
 from benchmarks.peers.tokens import read_tokens
 
 
-def quantize(model_folder: Path, tokens_NT: torch.Tensor, output: Path, all_experts: bool, mse: float) -> None:
+def quantize(
+    model_folder: Path, tokens_NT: torch.Tensor, output: Path, group_size: int, all_experts: bool, mse: float
+) -> None:
     """Quantizes the model with these very tokens and saves it in GPTQ's layout."""
     config = GPTQConfig(
         bits=4,
-        group_size=128,
+        group_size=group_size,
         mse=mse,
         moe=MoEConfig(ExpertsRoutingBypass()) if all_experts else None,
         device="cpu",
@@ -42,11 +44,13 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("tokens", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--all-experts", action="store_true", help="every expert's Hessian from all tokens")
     parser.add_argument("--mse", type=float, default=0.0, help="exponent of the search for ranges; 0: none")
     arguments = parser.parse_args()
     tokens_NT = read_tokens(arguments.tokens)
-    quantize(arguments.model, tokens_NT, arguments.output, arguments.all_experts, arguments.mse)
+    how = (arguments.group_size, arguments.all_experts, arguments.mse)
+    quantize(arguments.model, tokens_NT, arguments.output, *how)
 
 
 if __name__ == "__main__":

@@ -109,9 +109,14 @@ def round_to_nearest(weight_OI: torch.Tensor, symmetric: bool, bits: int = 4, gr
     return ((codes - zero_point) * scale).flatten(1)
 
 
-def rounded_weights(weights: dict[str, torch.Tensor], symmetric: bool) -> dict[str, torch.Tensor]:
+def rounded_weights(
+    weights: dict[str, torch.Tensor], symmetric: bool, group_size: int = 128
+) -> dict[str, torch.Tensor]:
     """The weights with every decoder linear rounded to nearest."""
-    return {name: round_to_nearest(w, symmetric) if is_rounded(name) else w for name, w in weights.items()}
+    return {
+        name: round_to_nearest(weight, symmetric, group_size=group_size) if is_rounded(name) else weight
+        for name, weight in weights.items()
+    }
 
 
 def with_fused_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -220,9 +225,9 @@ class Evaluator:
             name: divergence(self.predictions[name], self.predictions[name], self.texts[name]) for name in self.texts
         }
 
-    def of_rounding(self, symmetric: bool) -> dict[str, Divergence]:
+    def of_rounding(self, symmetric: bool, group_size: int = 128) -> dict[str, Divergence]:
         """Plain rounding's figures by text."""
-        return self._compare(build_model(self.original, rounded_weights(self.weights, symmetric)))
+        return self._compare(build_model(self.original, rounded_weights(self.weights, symmetric, group_size)))
 
     def of_folder(self, folder: Path) -> dict[str, Divergence]:
         """A candidate's figures by text; where it has engines round inputs to NVFP4, they are."""
