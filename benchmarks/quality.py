@@ -3,12 +3,12 @@
     python -m benchmarks.quality MODEL [MODEL]... --text FILE --wiki FILE --work DIR --peers DIR \\
         [--seeds 0 1 2] [--methods NAME...] [--write FILE]
 
-MODEL is a folder with a DeepSeek-V3, V3.2 or Llama checkpoint, FP8 or not, that fits in memory. Calibration takes 64 windows
-of 256 tokens from the first half of the text, other ones for each seed; evaluation 32 windows of 512 from its second
-half, and as many from the other text. Each method quantizes every linear of the decoder but router and indexer, in
-groups of 128 (`--group-size 64` for rows that 128 does not divide); only GGUF files have their own types. The figures come from `benchmarks/peers/reference.py`, which shares
-no code with dsquant. Run it from the repository's root; `benchmarks/peers/make_environments DIR` makes the peers'
-environments.
+MODEL is a folder with a DeepSeek-V3, V3.2 or Llama checkpoint, FP8 or not, that fits in memory. Calibration takes 64
+windows of 256 tokens from the first half of the text, other ones for each seed; evaluation 32 windows of 512 from its
+second half, and as many from the other text. Each method quantizes every linear of the decoder but router and indexer,
+in groups of 128 (`--group-size 64` for rows that 128 does not divide); only GGUF files have their own types. The
+figures come from `benchmarks/peers/reference.py`, which shares no code with dsquant. Run it from the repository's root;
+`benchmarks/peers/make_environments DIR` makes the peers' environments.
 
 What is finished in DIR is not done again: the same command again goes on where it was stopped, and more seeds, methods
 or models only add to it; `--only-report` shows what there is. dsquant's results hold for its source files as they are.
@@ -377,7 +377,8 @@ def conditions(arguments: argparse.Namespace, methods: list[Method]) -> str:
     other = f" and of {arguments.wiki.name}" if arguments.wiki else ""
     evaluator = installed(sys.executable, ["torch", "transformers", "autoawq", "compressed-tensors", "gguf"])
     lines = [
-        f"4 bits, or what a name says; groups of {arguments.group_size}; every linear of the decoder but the router and lm_head.",
+        f"4 bits, or what a name says; groups of {arguments.group_size}; every linear of the decoder but the router and "
+        "lm_head.",
         "bits: stored for each weight.",
         f"Text: {arguments.text.name}, SHA-256 {hash_of(arguments.text)[:16]}….",
         f"Calibration: {calibration} tokens from its first half, chosen by seeds {arguments.seeds}.",
