@@ -376,9 +376,9 @@ def conditions(arguments: argparse.Namespace, methods: list[Method]) -> str:
     calibration, evaluation = ("x".join(map(str, shape)) for shape in (arguments.calibration, arguments.evaluation))
     other = f" and of {arguments.wiki.name}" if arguments.wiki else ""
     evaluator = installed(sys.executable, ["torch", "transformers", "autoawq", "compressed-tensors", "gguf"])
+    groups = f"groups of {arguments.group_size}"
     lines = [
-        f"4 bits, or what a name says; groups of {arguments.group_size}; every linear of the decoder but the router and "
-        "lm_head.",
+        f"4 bits, or what a name says; {groups}; every linear of the decoder but the router and lm_head.",
         "bits: stored for each weight.",
         f"Text: {arguments.text.name}, SHA-256 {hash_of(arguments.text)[:16]}….",
         f"Calibration: {calibration} tokens from its first half, chosen by seeds {arguments.seeds}.",
