@@ -16,8 +16,8 @@ from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.shards import ShardIndex, TensorInfo
 
 BYTES_AT_ONCE = 32 * 2**20
-# Looked at together: they and what is made of them stay in a core's cache.
-VALUES_AT_ONCE = 2**18
+# Values in so many bytes are looked at together: they and what is made of them stay in a core's cache.
+LOOKED_AT_BYTES = 2**20
 # Read of each tensor to compare copies of a checkpoint without reading them whole.
 SAMPLE_BYTES = 4096
 # The exponent bits that are all ones in NaN and infinity (in NaN alone for e4m3fn, which has no infinity).
@@ -36,7 +36,7 @@ def all_finite(values: torch.Tensor) -> bool:
     if values.dtype not in _INTEGER_VIEWS:
         return not values.is_floating_point() or bool(torch.isfinite(values).all())
     integer, mask = _INTEGER_VIEWS[values.dtype]
-    parts = values.contiguous().view(-1).view(integer).split(VALUES_AT_ONCE)
+    parts = values.contiguous().view(-1).view(integer).split(LOOKED_AT_BYTES // values.itemsize)
     return not any(int((part & mask).max()) == mask for part in parts if len(part))  # `any` takes ten times as long
 
 
