@@ -1,6 +1,7 @@
 """Quantizes with AutoRound 0.16's sign gradient descent, 4 bits, in groups, from given tokens.
 
-    python -m benchmarks.peers.autoround MODEL TOKENS OUTPUT [--iters 200] [--group-size 128] [--asymmetric] [--awq]
+    python -m benchmarks.peers.autoround MODEL TOKENS OUTPUT [--iters 200] [--group-size 128] [--asymmetric] [--awq] \
+        [--device cuda]
 
 Runs in AutoRound's environment (README.md here). MODEL is what `to_bf16 --dtype float32` wrote. The recipe is its
 default: 200 steps for each decoder layer, rounding offsets and ranges learned, inputs from the layers already
@@ -22,30 +23,29 @@ from benchmarks.peers.tokens import read_tokens
 BATCH_SIZE = 8
 
 
-def quantize(
-    model_folder: Path, tokens_NT: torch.Tensor, output: Path, iters: int, group_size: int, symmetric: bool, awq: bool
-) -> None:
+def quantize(options: argparse.Namespace) -> None:
     """Quantizes the model with these very tokens and saves it in GPTQ's layout."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    tokens_NT = read_tokens(options.tokens)
     quantizer = AutoRound(
         model,
-        tokenizer=AutoTokenizer.from_pretrained(model_folder),
+        tokenizer=AutoTokenizer.from_pretrained(options.model),
         scheme="W4A16",
-        group_size=group_size,
-        sym=symmetric,
-        alg_configs=[*([AWQConfig(skip_moe=False)] if awq else []), SignRoundConfig(iters=iters)],
+        group_size=options.group_size,
+        sym=not options.asymmetric,
+        alg_configs=[*([AWQConfig(skip_moe=False)] if options.awq else []), SignRoundConfig(iters=options.iters)],
         dataset=list(tokens_NT.split(BATCH_SIZE)),
         nsamples=len(tokens_NT),
         seqlen=tokens_NT.shape[1],
         batch_size=BATCH_SIZE,
         amp=False,
         scale_dtype="fp32",
-        device_map="cpu",
+        device_map=options.device,
     )
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=options.output.parent) as folder:
         quantizer.quantize_and_save(folder, format="auto_gptq")
         [made] = Path(folder).iterdir()  # it names a folder inside the one that it is given
-        made.rename(output)
+        made.rename(options.output)
 
 
 def main() -> None:
@@ -58,9 +58,8 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--asymmetric", action="store_true", help="with zero points")
     parser.add_argument("--awq", action="store_true", help="its AWQ first")
-    arguments = parser.parse_args()
-    tokens_NT, form = read_tokens(arguments.tokens), (not arguments.asymmetric, arguments.awq)
-    quantize(arguments.model, tokens_NT, arguments.output, arguments.iters, arguments.group_size, *form)
+    parser.add_argument("--device", default="cpu")
+    quantize(parser.parse_args())
 
 
 if __name__ == "__main__":
