@@ -16,6 +16,7 @@ from dsquant.deployment.hardware import (
     PlanOptions,
     parse_machine,
     parse_unified,
+    this_machine,
 )
 from dsquant.deployment.placement import MachinePlacement, Network, network_of, place
 from dsquant.deployment.sizes import PRESETS, SOURCE, OutputSize, output_sizes
@@ -127,7 +128,7 @@ def _machine_json(found: MachineForecast) -> dict[str, Any]:
 
 def forecast(model: str, **options: Any) -> Forecast:
     """Plans everything about a model (`tiny-r1`, a folder, a config.json, or a hub id) from its headers or its config;
-    without the options gpu, ram and unified_memory, for common machines.
+    without the options gpu, ram and unified_memory, for this machine and common ones.
 
     Raises InputError where the model cannot be found or is not supported, UsageError where the machine's description or
     another option is not valid.
@@ -138,7 +139,7 @@ def forecast(model: str, **options: Any) -> Forecast:
     elif asked.gpu or asked.ram:
         machines = [parse_machine(asked.gpu, asked.ram, asked.disk, asked.disk_read)]
     else:
-        machines = reference_machines(asked.disk, asked.disk_read)
+        machines = [this_machine(asked.disk, asked.disk_read), *reference_machines(asked.disk, asked.disk_read)]
     subject = open_subject(model)
     found = forecast_of(subject, output_sizes(subject), machines, asked.gpu_price, asked.context)
     return replace(found, types=types_for(subject, asked.target_size)) if asked.target_size else found

@@ -98,7 +98,7 @@ def _overview(forecast: "Forecast") -> Iterator[RenderableType]:
         made[output.name] = output
     yield table
     yield Text(
-        "Describe your own machine for commands to type: --gpu 4x24GiB --ram 64GiB,\nor --unified-memory 512GiB\n"
+        "Describe a machine for commands to type: --gpu 4x24GiB --ram 64GiB,\nor --unified-memory 512GiB\n"
     )
     for output in made.values():
         if output.command is not None:
@@ -111,7 +111,7 @@ def _short(machine: Machine) -> str:
     if machine.unified:
         return f"Apple silicon, {machine.ram_bytes / GIB:g} GiB"
     cards = f"{machine.gpus.count}x{machine.gpus.memory_bytes / GIB:g} GiB" if machine.gpus else "no GPU"
-    return f"{cards}, {machine.ram_bytes / GIB:g} GiB RAM"
+    return f"{'here: ' if machine.here else ''}{cards}, {machine.ram_bytes / GIB:g} GiB RAM"
 
 
 def _machine(forecast: "Forecast", found: "MachineForecast") -> Iterator[RenderableType]:

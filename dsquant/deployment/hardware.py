@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -101,6 +101,8 @@ class Machine:
     """Whether processor and GPU share the memory, as on Apple silicon."""
     ram_assumed: bool = False
     """Whether nobody has said how much RAM there is."""
+    here: bool = False
+    """Whether it is the one that this process runs on."""
 
     @property
     def gpu_bytes(self) -> int:
@@ -140,6 +142,26 @@ def parse_unified(memory: str, disk: str | None = None, disk_read: str | None = 
     bandwidth = parse_speed(speed) if speed else closest.bandwidth_gbs * GB
     source = "given" if speed else f"Apple silicon of {closest.memory_gib} GB: {closest.cards}"
     return Machine(None, num_bytes, bandwidth, source, *_parse_disk(disk, disk_read), unified=True)
+
+
+def this_machine(disk: str | None = None, disk_read: str | None = None) -> Machine:
+    """Returns the machine that this process runs on: its memory, and its GPUs where PyTorch sees any that are alike."""
+    import psutil
+
+    ram = f"{psutil.virtual_memory().total // GIB or 1}GiB"
+    found = parse_machine(_own_gpus(), ram, disk, disk_read)
+    return replace(found, here=True)
+
+
+def _own_gpus() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    if len({card.name for card in cards}) > 1:
+        return None
+    return f"{len(cards)}x{cards[0].name if _card(cards[0].name) else f'{round(cards[0].total_memory / GIB)}GiB'}"
 
 
 def _parse_disk(disk: str | None, disk_read: str | None) -> tuple[int | None, Range, str]:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import forked
+import psutil
 import pytest
+import torch
 from checkpoints import LLAMA, add_tokenizer, make_dense, make_pico_r1
 from click.testing import CliRunner
 from hub_server import hub_of
@@ -21,7 +23,7 @@ from dsquant.cli import main
 from dsquant.deployment import sizes
 from dsquant.deployment.facts import GIB
 from dsquant.deployment.forecast import Forecast, MachineForecast, forecast, forecast_of, reference_machines
-from dsquant.deployment.hardware import parse_machine, parse_speed
+from dsquant.deployment.hardware import parse_machine, parse_speed, this_machine
 from dsquant.deployment.placement import network_of
 from dsquant.deployment.sizes import PRESETS, OutputSize, output_sizes
 from dsquant.deployment.subject import open_subject
@@ -310,6 +312,22 @@ def test_a_card_is_known_by_its_name(gpu: str, count: int, gib: int, gbs: float)
 def test_a_machine_that_cannot_be_meant_is_refused(gpu: str) -> None:
     with pytest.raises(UsageError):
         parse_machine(gpu, "64GiB")
+
+
+def test_a_plan_that_names_no_machine_begins_with_this_one(small: Path) -> None:
+    here, *others = (found.machine for found in forecast(str(small)).machines)
+    assert here.here and not any(other.here for other in others)
+    assert GIB <= here.ram_bytes <= psutil.virtual_memory().total
+    assert (here.gpus is not None) == torch.cuda.is_available()
+    (named,) = forecast(str(small), ram="64GiB").machines
+    assert not named.machine.here
+
+
+@pytest.mark.gpu
+def test_this_machines_gpus_are_counted() -> None:
+    found = this_machine().gpus
+    assert found is not None and found.count == torch.cuda.device_count()
+    assert found.memory_bytes <= 1.1 * torch.cuda.get_device_properties(0).total_memory
 
 
 def test_the_table_the_json_and_the_notebook_tell_the_same() -> None:
