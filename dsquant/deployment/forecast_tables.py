@@ -97,9 +97,7 @@ def _overview(forecast: "Forecast") -> Iterator[RenderableType]:
         table.add_row(_short(found.machine), output.name, where, speed)
         made[output.name] = output
     yield table
-    yield Text(
-        "Describe a machine for commands to type: --gpu 4x24GiB --ram 64GiB,\nor --unified-memory 512GiB\n"
-    )
+    yield Text("Describe a machine for commands to type: --gpu 4x24GiB --ram 64GiB,\nor --unified-memory 512GiB\n")
     for output in made.values():
         if output.command is not None:
             yield Text(f"To build {output.name}:")

@@ -259,7 +259,7 @@ def worse_than_chance(noise_floor: Mapping[str, TextScores], vocabulary: int) ->
     ]
     words = (
         f"the original predicts worse than chance (perplexity {', '.join(lost)} with {vocabulary:,} tokens): "
-        "perplexity, and code that it wrote, say nothing of the candidates; is it the model that was meant?"
+        "perplexity, and code that it wrote, say nothing of the candidates; check that it is the model you mean"
     )
     return [words] if lost else []
 

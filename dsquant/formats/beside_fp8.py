@@ -12,7 +12,7 @@ from dsquant.formats.decoded import DecodedWeights, checked_matrix
 from dsquant.formats.output_shards import StoredTensor
 from dsquant.packages import load
 from dsquant.schemes import Fp8Blocks
-from dsquant.source.checkpoint import FP8
+from dsquant.source.checkpoint import CONFIG_FILE, FP8
 from dsquant.source.shards import ShardIndex
 
 FLOAT = "float-quantized"
@@ -49,8 +49,7 @@ class BesideFp8(DecodedWeights):
 
     @cached_property
     def _float_scheme(self) -> Any:
-        scheme = load(COMPRESSED_TENSORS[0], "compressed_tensors.quantization").QuantizationScheme
-        return scheme.model_validate(self._float_groups[-1])
+        return scheme_of(self.index.folder / CONFIG_FILE, self._float_groups[-1])
 
     def rows(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
         """Reads rows of a weight; a packed one, or one in FP8 blocks, is decoded as a whole."""
@@ -63,6 +62,16 @@ class BesideFp8(DecodedWeights):
 
     def _stored(self, name: str) -> list[str]:
         return [name, f"{name}_scale"] if name in self._fp8 else super()._stored(name)
+
+
+def scheme_of(config: Path, group: Mapping[str, Any]) -> Any:
+    """Returns compressed-tensors' own object for a config group; raises InputError where it does not take the group."""
+    scheme = load(COMPRESSED_TENSORS[0], "compressed_tensors.quantization").QuantizationScheme
+    try:
+        return scheme.model_validate(group)
+    except ValueError as error:
+        reason = " ".join(str(error).splitlines()[1:3]).strip()
+        raise InputError(f"{config}: compressed-tensors refuses a config group: {reason:.200}") from error
 
 
 def _blocks(config: Path, groups: Sequence[Mapping[str, Any]]) -> Fp8Blocks | None:

@@ -33,6 +33,7 @@ def checkpoint_of(folder: Path, config: dict[str, Any], index: ShardIndex, devic
     Raises InputError where the architecture is not supported, or config and tensors contradict each other.
     """
     _check_architecture(folder, config)
+    _check_quantization(folder / CONFIG_FILE, config)
     config, index, notes = as_released(folder, config, index)
     return Checkpoint(folder, config, index, stored_weights(index, config, device), notes)
 
@@ -66,6 +67,14 @@ def format_of_config(config: Mapping[str, Any]) -> SafetensorsFormat[Any] | None
 
 def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
     family_of(folder, text_config(folder, config))
+
+
+def _check_quantization(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a config that tells engines of a format one thing, and dsquant another."""
+    known, read = format_of_config(config), config.get("quantization_config")
+    for key in known.config_keys if known else ():
+        if config.get(key) != read:
+            raise InputError(f"{path}: engines read {key!r}, which is not what 'quantization_config' says")
 
 
 def read_text_config(path: Path) -> dict[str, Any]:

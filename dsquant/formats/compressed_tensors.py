@@ -152,7 +152,13 @@ class CompressedTensors(IntegerFormat):
         if recipe.target is not None:
             raise UsageError(f"{option}: engines take 4 bits for all linears; leave {recipe.target} out")
         if (grid.bits, grid.group_size, grid.symmetric) != (4, GROUP_SIZE, True):
-            raise UsageError(f"{option}: engines take 4 bits in groups of 128 without zero points; leave the rest out")
+            found = f"{grid.bits} bits in groups of {grid.group_size}" + ", with zero points" * (not grid.symmetric)
+            odd = next((linear for linear, (_, columns) in shapes.items() if columns % GROUP_SIZE), None)
+            reason = f" ({odd} has {shapes[odd][1]} columns)" if odd and grid.group_size != GROUP_SIZE else ""
+            raise UsageError(
+                f"{option}: engines take 4 bits in groups of {GROUP_SIZE} without zero points, this output has "
+                f"{found}{reason}"
+            )
         for linear, (_, columns) in shapes.items():
             if recipe.activations == "fp8" and ".experts." in linear and columns % EXPERT_MULTIPLE:
                 raise UsageError(

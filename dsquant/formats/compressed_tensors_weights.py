@@ -1,7 +1,7 @@
 """Reads checkpoints of compressed-tensors: packed integers in groups, and FP8 in blocks."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from dsquant.errors import InputError
-from dsquant.formats.beside_fp8 import COMPRESSED_TENSORS, FLOAT, BesideFp8
+from dsquant.formats.beside_fp8 import COMPRESSED_TENSORS, FLOAT, BesideFp8, scheme_of
 from dsquant.formats.decoded import checked_matrix, whole_number
 from dsquant.packages import load
 from dsquant.schemes import Grid
+from dsquant.source.checkpoint import CONFIG_FILE
 from dsquant.source.shards import ShardIndex
 from dsquant.source.weights import CPU
 
@@ -25,15 +26,29 @@ def _weights_group(config: Path, group: Any) -> dict[str, Any]:
         raise InputError(f"{config}: the config group has no object 'weights', found {group!r:.80}")
     if group.get("format") != FLOAT:
         whole_number(config, weights, "num_bits", 4, tuple(range(2, 9)))
-    if not isinstance(group.get("targets", []), list):
-        raise InputError(f"{config}: a config group's targets must be a list, found {group['targets']!r:.80}")
+        kind = weights.get("type", "int"), weights.get("symmetric", True)
+        if kind[0] != "int" or not isinstance(kind[1], bool):
+            raise InputError(
+                f"{config}: a config group's weights are of type 'int', symmetric true or false; found {kind!r:.80}"
+            )
+    named_modules(config, "targets", group.get("targets"))
     return group
 
 
-def is_target(name: str, target: Any) -> bool:
+def named_modules(config: Path, key: str, found: Any) -> list[str]:
+    """Returns a list of modules, of names and expressions, of config.json; raises InputError where it is none."""
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise InputError(f"{config}: {key} must be a list of names, found {found!r:.80}")
+    for name in found:
+        try:
+            re.compile(name.removeprefix("re:"))
+        except re.error as error:
+            raise InputError(f"{config}: {key} has {name!r:.80}, which is no regular expression: {error}") from error
+    return found
+
+
+def is_target(name: str, target: str) -> bool:
     """Returns whether an entry of `targets` or `ignore` means a module: its name, or an expression that begins it."""
-    if not isinstance(target, str):
-        return False
     return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
 
 
@@ -46,10 +61,10 @@ class CompressedTensorsWeights(BesideFp8):
     def __init__(self, index: ShardIndex, quantization: Mapping[str, Any], device: torch.device = CPU) -> None:
         """Reads the scheme from config.json's `quantization_config`.
 
-        Raises InputError where the config has no groups of pack-quantized weights, groups that differ in size or kind
-        of zero point, or none for a packed linear.
+        Raises InputError where the config has no groups of pack-quantized weights, groups that differ in kind of zero
+        point, or none for a packed linear, or tells engines to ignore one.
         """
-        config = index.folder / "config.json"
+        config = index.folder / CONFIG_FILE
         groups = quantization.get("config_groups")
         if not isinstance(groups, dict) or not groups or quantization.get("format") != PACKED:
             raise InputError(
@@ -66,6 +81,7 @@ class CompressedTensorsWeights(BesideFp8):
         zero_points = ("weight_zero_point",) if not all(alike) else ()
         self.companions = ("weight_scale", "weight_shape", *zero_points)
         super().__init__(index, config, float_groups, device)
+        self._check_not_ignored(config, named_modules(config, "ignore", quantization.get("ignore") or []))
         self._group_of = {prefix: self._matching_group(config, prefix) for prefix in self._packed.values()}
         for prefix in self._packed.values():
             bits = self._bits(prefix)
@@ -76,15 +92,24 @@ class CompressedTensorsWeights(BesideFp8):
             checked_matrix(index, prefix + "weight_shape", ("I64", "I32"), (2,))
             for part in zero_points:
                 checked_matrix(index, prefix + part, ("I32",), (-(-rows * bits // 32), groups_of_row))
+            if not zero_points and (stored := index.get(prefix + "weight_zero_point")) is not None:
+                raise InputError(f"{stored.path}: tensor {stored.label} is there, but {config} says symmetric")
+
+    def _check_not_ignored(self, config: Path, ignored: Sequence[str]) -> None:
+        """Refuses packed linears that engines are told to take for plain ones."""
+        for name in (prefix.removesuffix(".") for prefix in self._packed.values()):
+            entry = next((entry for entry in ignored if is_target(name, entry)), None)
+            if entry is not None:
+                raise InputError(f"{config}: {name!r} is packed, but 'ignore' has {entry!r}")
 
     def _matching_group(self, config: Path, prefix: str) -> int:
         """Returns the number of the group whose targets name a packed linear, or its class."""
         name = prefix.removesuffix(".")
         for number, group in enumerate(self._groups):
-            if any(is_target(name, target) for target in group.get("targets", ())):
+            if any(is_target(name, target) for target in group["targets"]):
                 return number
         for number, group in enumerate(self._groups):
-            if "Linear" in group.get("targets", ()) or len(self._groups) == 1:
+            if "Linear" in group["targets"]:
                 return number
         raise InputError(f"{config}: {name!r} is packed, but no config group has it as a target")
 
@@ -106,8 +131,7 @@ class CompressedTensorsWeights(BesideFp8):
 
     @cached_property
     def _schemes(self) -> list[Any]:
-        scheme = load(self.decoder[0], "compressed_tensors.quantization").QuantizationScheme
-        return [scheme.model_validate(group) for group in self._groups]
+        return [scheme_of(self.index.folder / CONFIG_FILE, group) for group in self._groups]
 
     def packed_shape(self, prefix: str) -> tuple[int, int]:
         groups = self.index[prefix + "weight_scale"].shape[-1]

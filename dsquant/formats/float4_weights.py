@@ -15,7 +15,8 @@ import torch
 
 from dsquant.errors import InputError
 from dsquant.formats.beside_fp8 import FLOAT, BesideFp8
-from dsquant.formats.decoded import checked_matrix
+from dsquant.formats.compressed_tensors_weights import named_modules
+from dsquant.formats.decoded import checked_matrix, whole_number
 from dsquant.schemes.floats import E2M1_VALUES, Mxfp4, Nvfp4
 from dsquant.source.checkpoint import CONFIG_FILE
 from dsquant.source.shards import ShardIndex
@@ -89,6 +90,8 @@ class Float4Weights(BesideFp8):
         for group in groups:
             if group["format"] != FLOAT:
                 _check_group(config, group, layout)
+        if layout is MODELOPT:
+            whole_number(config, quantization, "group_size", layout.scheme.group_size, (layout.scheme.group_size,))
         super().__init__(index, config, [group for group in groups if group["format"] == FLOAT], device)
         of_inputs = f".{layout.input_scale}"
         self.names = {name: None for name in self.names if not (layout.input_scale and name.endswith(of_inputs))}
@@ -125,6 +128,7 @@ class Float4Weights(BesideFp8):
 
 
 def _check_group(config: Path, group: Mapping[str, Any], layout: Layout) -> None:
+    named_modules(config, "targets", group.get("targets"))
     weights = group.get("weights")
     weights = weights if isinstance(weights, dict) else {}
     found = (weights.get("num_bits"), weights.get("type"), weights.get("group_size"), weights.get("symmetric", True))

@@ -165,6 +165,8 @@ class SafetensorsFormat(Format, Generic[S]):
         recipe, weights = wanted.recipe, wanted.checkpoint.weights
         released = self.released(wanted)
         linears, group_size, notes = _in_groups(wanted, self.quantizable(wanted).difference(released), self.group_sizes)
+        if not linears and not released:
+            raise _nothing_fits(wanted, self.quantizable(wanted), self.group_sizes)
         notes += _released_notes(released, linears)
         fp8 = _in_blocks(wanted) if self.holds_fp8 else {}
         differs = wanted.chosen or linears != wanted.linears or _scales_blocks(wanted, linears, fp8)
@@ -271,6 +273,20 @@ def _in_groups(
         name, columns = next((name, shapes[name][1]) for name in odd if shapes[name][1] % size)
         note += f"; {len(odd)} linears stay unquantized for {name} and its like, which have {columns} columns"
     return linears.difference(odd), size, (note,)
+
+
+def _nothing_fits(wanted: Wanted, linears: frozenset[str], sizes: tuple[int, ...]) -> UsageError:
+    """Makes the error for an output in which no linear would be quantized."""
+    words = f"--to {wanted.name}, --preset {wanted.recipe.preset}: no linear would be quantized"
+    if not linears:
+        return UsageError(f"{words}; take another preset")
+    columns = {linear: wanted.checkpoint.weights.shape(f"{linear}.weight")[1] for linear in sorted(linears)}
+    odd = next(linear for linear in columns if columns[linear] % min(sizes))
+    groups = " or ".join(map(str, sorted(sizes)))
+    return UsageError(
+        f"{words}: {odd} and its like have {columns[odd]} columns, which are no whole groups of {groups}; take another "
+        "format or preset"
+    )
 
 
 def check_columns(linear: str, shape: tuple[int, int], grid: Grid) -> None:

@@ -15,7 +15,7 @@ from dsquant.formats.scales import SCALES_FILE
 from dsquant.formats.wanted import Choice, Choosable, Wanted, Width
 from dsquant.model.structure import linear_groups
 from dsquant.schemes import FP8_WIDTH, KEPT_WIDTHS, UNQUANTIZED, Fp8Blocks, Grid
-from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
+from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint, stored_parts
 from dsquant.source.license import CARD_FILE
 from dsquant.source.shards import INDEX_FILE, read_index, tensor_bytes
 from dsquant.source.weights import Weights
@@ -132,7 +132,7 @@ class SafetensorsTarget(Target):
                 f"{wanted.recipe.target}: no width is chosen for a multi-token-prediction layer; take --mtp keep or "
                 "drop"
             )
-        quantizable = self.format.quantizable(wanted)
+        quantizable = self.linears  # of whole groups: nothing has been chosen yet
         shapes = {linear: matrix(wanted.checkpoint.weights.shape(f"{linear}.weight")) for linear in quantizable}
 
         fp8 = wanted.fp8 if self.format.holds_fp8 else {}
@@ -140,6 +140,9 @@ class SafetensorsTarget(Target):
 
         def plain_size(parameter: str) -> int:
             linear, shape = parameter.removesuffix(".weight"), wanted.checkpoint.weights.shape(parameter)
+            if linear in self.released:
+                index = wanted.checkpoint.index
+                return sum(index[part].num_bytes for part in stored_parts(index, parameter))
             if linear not in fp8:
                 return tensor_bytes(wanted.dtypes[parameter], shape)
             return sum(tensor.num_bytes for tensor in self.format.stored_fp8(linear, matrix(shape), fp8[linear]))

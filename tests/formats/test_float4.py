@@ -247,6 +247,7 @@ def test_what_floats_do_not_take_is_refused(
     ("name", "change", "tensors"),
     [
         ("nvfp4", {"format": "mxfp4-pack-quantized"}, {}),
+        ("nvfp4", {"targets": None}, {}),
         ("nvfp4", {}, {"weight_scale": torch.zeros(2, 3).to(torch.float8_e4m3fn)}),
         ("nvfp4", {}, {"weight_packed": torch.zeros(2, 32, dtype=torch.int32)}),
         ("nvfp4", {}, {"weight_global_scale": torch.zeros(2)}),
@@ -264,6 +265,14 @@ def test_a_checkpoint_that_contradicts_itself_is_refused_by_name(
         group |= change
     with pytest.raises(InputError, match=r"config\.json|tensor '"):
         stored_weights(read_index(tmp_path), {"quantization_config": config})
+
+
+def test_modelopts_blocks_have_sixteen_weights(tmp_path: Path) -> None:
+    known = SAFETENSORS["nvfp4-modelopt"]
+    save_file(known.pack(LINEAR, round_to_nearest(torch.randn(2, 64), Nvfp4())), tmp_path / "model.safetensors")
+    config = known.quantization_config(Nvfp4(), Linears({LINEAR: True}))
+    with pytest.raises(InputError, match=r"config\.json: quantization_config has group_size 32; expected one of 16"):
+        stored_weights(read_index(tmp_path), {"quantization_config": config | {"group_size": 32}})
 
 
 @pytest.mark.slow

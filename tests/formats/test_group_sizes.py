@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from checkpoints import LLAMA, add_tokenizer, make_dense
+from checkpoints import LLAMA, add_tokenizer, make_dense, make_pico_r1
 
 import dsquant
 from dsquant.errors import UsageError
@@ -40,3 +40,25 @@ def test_a_size_that_does_not_fit_is_refused_where_it_was_asked_for_and_otherwis
     assert any("groups of 64 weights" in note for note in preview(asked_nothing).notes)
     fitting = add_tokenizer(make_dense(tmp_path / "fitting", LLAMA | {"intermediate_size": 384}))
     assert resolved(Recipe.checked(**options | {"model": str(fitting)})).group_size == 128
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "mxfp4"])
+def test_a_target_chooses_among_the_linears_that_groups_fit(to: str, text_file: Path, tmp_path: Path) -> None:
+    model = add_tokenizer(make_dense(tmp_path / "model", LLAMA | {"intermediate_size": 336}))
+    result = dsquant.awq(
+        model, output=tmp_path / "out", to=to, target_bits=8, steps="scales", samples=1, seq_len=16,
+        calibration=text_file, evaluate=False, progress=False,
+    )  # fmt: skip
+    assert any("6 linears stay unquantized" in warning for warning in result.warnings)
+    names = read_index(tmp_path / "out")
+    assert not any("mlp" in name and name.endswith("weight_packed") for name in names)
+    assert any(name.endswith("weight_packed") for name in names)
+    assert dsquant.verify(tmp_path / "out", progress=False).ok
+
+
+@pytest.mark.parametrize("to", ["mxfp4", "awq"])
+def test_an_output_in_which_nothing_would_be_quantized_is_refused_before_any_work(to: str, tmp_path: Path) -> None:
+    model = add_tokenizer(make_pico_r1(tmp_path / "model", moe_intermediate_size=176))
+    recipe = Recipe.checked(model=str(model), output=tmp_path / "out", to=(to,), preset="quality", mtp="drop")
+    with pytest.raises(UsageError, match=rf"--to {to}, --preset quality: no linear would be quantized.*176 columns"):
+        preview(recipe)

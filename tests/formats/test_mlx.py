@@ -1,6 +1,7 @@
 """MLX's affine layout: golden bytes, round trips through independent decoders, and whole outputs in stacks."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,14 @@ def test_a_checkpoint_that_contradicts_itself_is_refused_by_name(
     save_file({**packed, **tensors}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"config\.json|tensor '"):
         stored_weights(read_index(tmp_path), {"quantization_config": config})
+
+
+@pytest.mark.parametrize("change", [{"group_size": 32}, None])
+def test_what_mlx_lm_reads_has_to_say_what_other_engines_read(output: Path, change: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "edited"
+    shutil.copytree(output, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization"] = change and config["quantization"] | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"config\.json: engines read 'quantization', which is not"):
+        open_checkpoint(folder)

@@ -128,10 +128,11 @@ def test_the_embedded_model_a_folder_and_nothing_else_are_found(pico_r1: Path, t
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
 SCHEME = {"num_bits": 4, "group_size": 32, "symmetric": True, "strategy": "group", "type": "int"}
+GROUP = {"targets": ["Linear"], "weights": SCHEME}
 PACKED = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
-    "config_groups": {"g": {"targets": ["Linear"], "weights": SCHEME}},
+    "config_groups": {"g": GROUP},
 }
 
 
@@ -171,7 +172,15 @@ def test_packed_linears_of_both_layouts_are_decoded(tmp_path: Path) -> None:
         (PACKED | {"config_groups": [1]}, {}),
         (PACKED | {"config_groups": 3}, {}),
         (PACKED | {"config_groups": {"g": {}}}, {}),
-        (PACKED | {"config_groups": {"g": {"weights": SCHEME | {"num_bits": 0}}}}, {}),
+        (PACKED | {"config_groups": {"g": GROUP | {"weights": SCHEME | {"num_bits": 0}}}}, {}),
+        (PACKED | {"config_groups": {"g": GROUP | {"weights": SCHEME | {"symmetric": "yes"}}}}, {}),
+        (PACKED | {"config_groups": {"g": GROUP | {"weights": SCHEME | {"type": "float"}}}}, {}),
+        (PACKED | {"config_groups": {"g": {"weights": SCHEME}}}, {}),
+        (PACKED | {"config_groups": {"g": GROUP | {"targets": []}}}, {}),
+        (PACKED | {"config_groups": {"g": GROUP | {"targets": ["re:("]}}}, {}),
+        (PACKED | {"ignore": ["lm_head", "re:.*"]}, {}),
+        (PACKED | {"ignore": "lm_head"}, {}),
+        (PACKED, {"packed__weight_zero_point": torch.zeros(8, 2, dtype=torch.int32)}),
         (PACKED, {"packed__weight_scale": torch.ones(64, 3, dtype=torch.bfloat16)}),
         (PACKED, {"packed__weight_packed": torch.zeros(64, 8)}),
     ],
@@ -182,3 +191,13 @@ def test_a_quantized_checkpoint_that_contradicts_itself_is_refused_by_name(
     index = packed_linear(tmp_path, **tensors)
     with pytest.raises(InputError, match=r"config\.json|tensor '"):
         stored_weights(index, {"quantization_config": config})
+
+
+@pytest.mark.parametrize("change", [{"strategy": "channel"}, {"actorder": "group"}, {"observer": ["a"]}])
+def test_what_compressed_tensors_refuses_in_a_config_is_told_with_its_reason(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    group = GROUP | {"weights": SCHEME | change}
+    weights = stored_weights(packed_linear(tmp_path), {"quantization_config": PACKED | {"config_groups": {"g": group}}})
+    with pytest.raises(InputError, match=r"config\.json: compressed-tensors refuses a config group: \S"):
+        weights["packed.weight"]
