@@ -3,7 +3,6 @@
 A format of this kind is `pack`, its inverse, the reader that evaluations use, and its entry in config.json.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
@@ -19,6 +18,7 @@ from dsquant.formats.output_shards import StoredTensor, plan_shards
 from dsquant.formats.protocol import Format
 from dsquant.formats.safetensors_target import SafetensorsTarget, matrix
 from dsquant.formats.wanted import NO_CHOICE, Linears, Wanted, Width
+from dsquant.formats.whole_groups import in_groups
 from dsquant.model.structure import first_experts, linear_groups
 from dsquant.presets import Activations
 from dsquant.recipes import Recipe
@@ -164,10 +164,8 @@ class SafetensorsFormat(Format, Generic[S]):
     def plan(self, wanted: Wanted) -> SafetensorsTarget:
         recipe, weights = wanted.recipe, wanted.checkpoint.weights
         released = self.released(wanted)
-        linears, group_size, notes = _in_groups(wanted, self.quantizable(wanted).difference(released), self.group_sizes)
-        if not linears and not released:
-            raise _nothing_fits(wanted, self.quantizable(wanted), self.group_sizes)
-        notes += _released_notes(released, linears)
+        fitting, group_size, notes = in_groups(wanted, self.quantizable(wanted), released, self.group_sizes)
+        linears, notes = fitting, notes + _released_notes(released, fitting)
         fp8 = _in_blocks(wanted) if self.holds_fp8 else {}
         differs = wanted.chosen or linears != wanted.linears or _scales_blocks(wanted, linears, fp8)
         grid = self.scheme(wanted, group_size, wanted.name if differs and len(recipe.to) > 1 else "")
@@ -200,6 +198,7 @@ class SafetensorsFormat(Format, Generic[S]):
             folder=wanted.folder,
             grid=grid,
             linears=linears,
+            fitting=fitting,
             format=self,
             shards=plan_shards(tensors, recipe.max_shard_bytes, self.metadata),
             stacks=stacks,
@@ -245,48 +244,6 @@ def _scales_blocks(wanted: Wanted, linears: frozenset[str], fp8: Collection[str]
     """Returns whether scales of quantized linears of attention are folded into one in FP8 blocks."""
     groups = (group for layer in wanted.layers for group in layer.attention)
     return any(group.consumers[0] in linears and group.producer in fp8 for group in groups)
-
-
-def _in_groups(
-    wanted: Wanted, linears: frozenset[str], sizes: tuple[int, ...]
-) -> tuple[frozenset[str], int, tuple[str, ...]]:
-    """Returns the linears that are quantized, the size of their groups, and notes for the user.
-
-    The size is the recipe's; `auto` takes the one of `sizes` that fits the most weights, and leaves MLPs and inputs of
-    attention with a linear that it does not fit, as where there is one size.
-    """
-    if wanted.recipe.group_size != "auto" and len(sizes) > 1:
-        return linears, wanted.recipe.group_size, ()
-    shapes = {linear: matrix(wanted.checkpoint.weights.shape(f"{linear}.weight")) for linear in sorted(linears)}
-    together = [inside for layer in wanted.layers for inside in linear_groups(layer, linears).values()]
-
-    def left(size: int) -> list[str]:
-        odd = [inside for inside in together if any(shapes[linear][1] % size for linear in inside)]
-        return [linear for inside in odd for linear in inside]
-
-    size = min(sizes, key=lambda size: sum(math.prod(shapes[linear]) for linear in left(size)))
-    odd = left(size)
-    if not odd and len(sizes) == 1:
-        return linears, size, ()
-    note = f"groups of {size} weights, which fit the most linears"
-    if odd:
-        name, columns = next((name, shapes[name][1]) for name in odd if shapes[name][1] % size)
-        note += f"; {len(odd)} linears stay unquantized for {name} and its like, which have {columns} columns"
-    return linears.difference(odd), size, (note,)
-
-
-def _nothing_fits(wanted: Wanted, linears: frozenset[str], sizes: tuple[int, ...]) -> UsageError:
-    """Makes the error for an output in which no linear would be quantized."""
-    words = f"--to {wanted.name}, --preset {wanted.recipe.preset}: no linear would be quantized"
-    if not linears:
-        return UsageError(f"{words}; take another preset")
-    columns = {linear: wanted.checkpoint.weights.shape(f"{linear}.weight")[1] for linear in sorted(linears)}
-    odd = next(linear for linear in columns if columns[linear] % min(sizes))
-    groups = " or ".join(map(str, sorted(sizes)))
-    return UsageError(
-        f"{words}: {odd} and its like have {columns[odd]} columns, which are no whole groups of {groups}; take another "
-        "format or preset"
-    )
 
 
 def check_columns(linear: str, shape: tuple[int, int], grid: Grid) -> None:

@@ -37,6 +37,8 @@ class SafetensorsTarget(Target):
     """A checkpoint to write."""
 
     format: "SafetensorsFormat[Any]"
+    fitting: frozenset[str]
+    """The linears whose columns are whole groups: quantized, unless a choice leaves them as they are."""
     shards: ShardPlan
     dtypes: Mapping[str, str]
     """Parameter -> safetensors dtype in which it is stored where it is not quantized."""
@@ -132,7 +134,7 @@ class SafetensorsTarget(Target):
                 f"{wanted.recipe.target}: no width is chosen for a multi-token-prediction layer; take --mtp keep or "
                 "drop"
             )
-        quantizable = self.linears  # of whole groups: nothing has been chosen yet
+        quantizable = self.fitting
         shapes = {linear: matrix(wanted.checkpoint.weights.shape(f"{linear}.weight")) for linear in quantizable}
 
         fp8 = wanted.fp8 if self.format.holds_fp8 else {}
