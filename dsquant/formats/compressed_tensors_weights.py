@@ -39,9 +39,9 @@ def named_modules(config: Path, key: str, found: Any) -> list[str]:
     """Returns a list of modules, of names and expressions, of config.json; raises InputError where it is none."""
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise InputError(f"{config}: {key} must be a list of names, found {found!r:.80}")
-    for name in found:
+    for name in (name for name in found if name.startswith("re:")):
         try:
-            re.compile(name.removeprefix("re:"))
+            re.compile(name[3:])
         except re.error as error:
             raise InputError(f"{config}: {key} has {name!r:.80}, which is no regular expression: {error}") from error
     return found
@@ -97,10 +97,11 @@ class CompressedTensorsWeights(BesideFp8):
 
     def _check_not_ignored(self, config: Path, ignored: Sequence[str]) -> None:
         """Refuses packed linears that engines are told to take for plain ones."""
+        named, expressions = set(ignored), [entry for entry in ignored if entry.startswith("re:")]
         for name in (prefix.removesuffix(".") for prefix in self._packed.values()):
-            entry = next((entry for entry in ignored if is_target(name, entry)), None)
-            if entry is not None:
-                raise InputError(f"{config}: {name!r} is packed, but 'ignore' has {entry!r}")
+            found = [name] if name in named else [entry for entry in expressions if is_target(name, entry)]
+            if found:
+                raise InputError(f"{config}: {name!r} is packed, but 'ignore' has {found[0]!r}")
 
     def _matching_group(self, config: Path, prefix: str) -> int:
         """Returns the number of the group whose targets name a packed linear, or its class."""
