@@ -1,7 +1,7 @@
 """What a GPU and the host do while R1's experts are quantized: kernels, launches, and where the main thread is.
 
     python -m benchmarks.r1_kernels --folder /dev/shm/r1-kernels [--preset best] [--samples 16] [--to awq]
-    python -m benchmarks.r1_kernels --folder /tmp/small --model dsquant/assets/tiny-r1 --device cpu --samples 2 \
+    python -m benchmarks.r1_kernels --folder /tmp/small --model dsquant/assets/tiny-r1 --device cpu --samples 2 \\
         --seq-len 128 --skip 2 --measured 3
 
 makes one mixture of R1's width with 32 experts, of which each gets as many of 16 x 2048 tokens as one of R1's 256 gets

@@ -1,6 +1,6 @@
 """Quantizes with AutoRound 0.16's sign gradient descent, 4 bits, in groups, from given tokens.
 
-    python -m benchmarks.peers.autoround MODEL TOKENS OUTPUT [--iters 200] [--group-size 128] [--asymmetric] [--awq] \
+    python -m benchmarks.peers.autoround MODEL TOKENS OUTPUT [--iters 200] [--group-size 128] [--asymmetric] [--awq] \\
         [--device cuda]
 
 Runs in AutoRound's environment (README.md here). MODEL is what `to_bf16 --dtype float32` wrote. The recipe is its

@@ -55,14 +55,12 @@ def planned_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[Checkpoint
 
 def _packed(tensors: Iterable[TensorInfo], skeleton: Skeleton, quantization: Mapping[str, Any]) -> Iterator[TensorInfo]:
     """Yields tensors with those that compressed-tensors packs in the place of the linears that it does not ignore."""
-    group, ignored = next(iter(quantization["config_groups"].values()))["weights"], quantization.get("ignore")
+    group, ignored = next(iter(quantization["config_groups"].values()))["weights"], quantization.get("ignore") or ()
     bits, size = group.get("num_bits", 4), group.get("group_size", 128)
     linears = {linear for layer in skeleton.layers for linear in layer.linears}
     for info in tensors:
         linear = info.name.removesuffix(".weight")
-        if linear not in linears or any(
-            is_target(linear, one) for one in (ignored if isinstance(ignored, list) else ())
-        ):
+        if linear not in linears or any(is_target(linear, one) for one in ignored):
             yield info
             continue
         rows, columns = info.shape
