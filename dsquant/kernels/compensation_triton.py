@@ -84,24 +84,29 @@ def _try(
     errors += candidate.to(tl.int64) * S * num_rows
     losses_R = tl.zeros([R], tl.float32)
     places_Q = tl.arange(0, Q)
+    inside_1R = inside_R[None, :]
     for start in range(0, S, Q):
         blocks_R = (candidate * num_rows + rows_R) * B + start * B // S
         scales_R = tl.load(scales + blocks_R, mask=inside_R, other=1.0)
         zeros_R = tl.load(zero_points + blocks_R, mask=inside_R, other=0.0)
         _change_tile((weight, factor, errors), start, rows_R, num_rows, S)
         tl.debug_barrier()  # what one thread wrote, another reads
-        errors_QR = tl.zeros([Q, R], tl.float32)
+        # read at once and written at once: between single reads and writes a thread would wait for each
+        offsets_QR = (start + places_Q)[:, None] * num_rows + rows_R[None, :]
+        values_QR = tl.load(errors + offsets_QR, mask=inside_1R, other=0.0)
+        errors_QR, codes_QR = tl.zeros([Q, R], tl.float32), tl.zeros([Q, R], tl.float32)
         for place in tl.static_range(Q):
             column = start + place
+            here_Q1 = places_Q[:, None] == place
             factor_Q = tl.load(factor + (start + places_Q) * S + column)
-            values_R = tl.load(errors + column * num_rows + rows_R, mask=inside_R, other=0.0)
-            values_R -= tl.sum(factor_Q[:, None] * errors_QR, 0)
+            values_R = tl.sum(tl.where(here_Q1, values_QR, 0.0), 0) - tl.sum(factor_Q[:, None] * errors_QR, 0)
             codes_R, rounded_R = nearest(values_R, scales_R, zeros_R, table, LARGEST, KIND)
             error_R = tl.div_rn(values_R - rounded_R, tl.load(factor + column * S + column))
-            errors_QR = tl.where(places_Q[:, None] == place, error_R[None, :], errors_QR)
+            errors_QR = tl.where(here_Q1, error_R[None, :], errors_QR)
+            codes_QR = tl.where(here_Q1, codes_R[None, :], codes_QR)
             losses_R += error_R * error_R
-            tl.store(codes + column * num_rows + rows_R, codes_R.to(tl.uint8), mask=inside_R)
-            tl.store(errors + column * num_rows + rows_R, error_R, mask=inside_R)
+        tl.store(codes + offsets_QR, codes_QR.to(tl.uint8), mask=inside_1R)
+        tl.store(errors + offsets_QR, errors_QR, mask=inside_1R)
         tl.debug_barrier()
     tl.store(losses + candidate * num_rows + rows_R, losses_R, mask=inside_R)
 

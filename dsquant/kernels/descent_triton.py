@@ -167,21 +167,25 @@ def _descend(
         gradient_QR = _tile_gradient(block, (scale_change_R, zero_change_R), start, rows, S, MOVES)
         _store_tile(working, gradient_QR, start, rows_R, num_rows)
         tl.debug_barrier()
-        changes_QR = tl.zeros([Q, R], tl.float32)
+        # read at once and written at once: between single reads and writes a thread would wait for each
+        gradient_QR, levels_QR = _tile(working, start, rows_R, num_rows), _tile(levels, start, rows_R, num_rows)
+        changes_QR, moved_QR = tl.zeros([Q, R], tl.float32), tl.zeros([Q, R], tl.float32)
         for place in tl.static_range(Q):
-            column, places_R = start + place, (start + place) * num_rows + rows_R
+            column, here_Q1 = start + place, tl.arange(0, Q)[:, None] == place
             gram_Q = tl.load(gram + (start + tl.arange(0, Q)) * S + column)
-            gradient_R = tl.load(working + places_R, mask=inside_R, other=0.0) + tl.sum(gram_Q[:, None] * changes_QR, 0)
-            before_R = tl.load(levels + places_R, mask=inside_R, other=0.0)
+            before_R = tl.sum(tl.where(here_Q1, levels_QR, 0.0), 0)
+            gradient_R = tl.sum(tl.where(here_Q1, gradient_QR, 0.0), 0) + tl.sum(gram_Q[:, None] * changes_QR, 0)
             step = tl.div_rn(1.0, tl.load(gram + column * S + column))
             wanted_R = before_R - tl.div_rn(gradient_R * step, divisors_R)
             _, after_R = nearest_level(wanted_R, table, LARGEST, KIND)
             change_R = (after_R - before_R) * scales_R
-            changes_QR = tl.where(tl.arange(0, Q)[:, None] == place, change_R[None, :], changes_QR)
             moved_R = (after_R - zeros_R) * scales_R - (before_R - first_zeros_R) * first_scales_R
-            tl.store(levels + places_R, after_R, mask=inside_R)
-            tl.store(working + places_R, change_R, mask=inside_R)
-            tl.store(changes + places_R, moved_R, mask=inside_R)
+            changes_QR = tl.where(here_Q1, change_R[None, :], changes_QR)
+            moved_QR = tl.where(here_Q1, moved_R[None, :], moved_QR)
+            levels_QR = tl.where(here_Q1, after_R[None, :], levels_QR)
+        _store_tile(levels, levels_QR, start, rows_R, num_rows)
+        _store_tile(working, changes_QR, start, rows_R, num_rows)
+        _store_tile(changes, moved_QR, start, rows_R, num_rows)
         tl.debug_barrier()
     tl.store(scales + rows_R, scales_R, mask=inside_R)
     tl.store(zero_points + rows_R, zeros_R, mask=inside_R)

@@ -86,7 +86,7 @@ class Parameters:
 
     def chosen(self, candidates: torch.Tensor) -> "Parameters":
         """Returns one candidate's of each block: int64 [O, B], or [O, 1] for all blocks of a row."""
-        return self.each(lambda part: part.take_along_dim(candidates.unsqueeze(0), 0)[0])
+        return self.each(lambda part: part.gather(0, candidates.expand(1, *part.shape[1:]))[0])
 
 
 def joined_blocks(parts: Sequence[Parameters]) -> Parameters:

@@ -16,7 +16,7 @@ from dsquant.model.streaming import ROWS_AT_ONCE, Routing
 from dsquant.model.structure import Mlp
 from dsquant.quantization.compensate import with_inverses
 from dsquant.quantization.layer_job import LayerJob
-from dsquant.quantization.mlp import LoadedMlp, MlpErrors, MlpResult, quantize_mlp, scaled
+from dsquant.quantization.mlp import LoadedMlp, MlpErrors, MlpFigures, MlpResult, quantize_mlp, scaled
 from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.mlp_outputs import Contribute, MlpStream, add_outputs, routed_tokens
 from dsquant.quantization.statistics import InputMoments, InputStatistics, InverseFactor, is_wide
@@ -36,6 +36,26 @@ class MlpOutcome:
     weight_errors: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class EmittedMlp:
+    """An MLP that was handed over, quantized onto a grid, and what a GPU has not told of it yet."""
+
+    grid: Scheme
+    figures: MlpFigures
+    up_scales_W: torch.Tensor
+
+    def told(self, job: LayerJob) -> MlpOutcome:
+        """Waits for the figures, and hands over the scales; raises FloatingPointError where the MLP's outputs are not
+        finite."""
+        mlp = self.figures.mlp
+        errors, weight_errors = self.figures.told()
+        if not errors.plain:
+            job.keep_scales(self.grid, mlp.up, self.up_scales_W)
+        return MlpOutcome(
+            errors, {linear: weight_errors[linear] for linear in mlp.linears if job.rounds(self.grid, linear)}
+        )
+
+
 def quantize_mlps(
     job: LayerJob, inputs: dict[Mlp, MlpInputs], norm_scales: list[torch.Tensor], routing: Routing | None
 ) -> list[list[MlpOutcome]]:
@@ -50,7 +70,12 @@ def quantize_mlps(
         for number, original in own_mlps(job, routing)
     )
     own = [_quantize_mlp(job, one, norm_scales, inverses) for one in loaded]
-    return job.ranks.in_turns(own, len(mlps))
+    return job.ranks.in_turns(outcomes_of(job, own), len(mlps))
+
+
+def outcomes_of(job: LayerJob, emitted: Sequence[Sequence[EmittedMlp | None]]) -> list[list[MlpOutcome]]:
+    """Returns what MLPs cost by MLP and grid, None those that are not quantized: a GPU is waited for after all."""
+    return [[MlpOutcome() if one is None else one.told(job) for one in of_grids] for of_grids in emitted]
 
 
 def own_mlps(
@@ -89,14 +114,14 @@ def mlps_in_turns(
 
 def _quantize_mlp(
     job: LayerJob, loaded: LoadedMlp, norm_scales: list[torch.Tensor], inverses: list[tuple[InverseFactor, ...]]
-) -> list[MlpOutcome]:
-    """Quantizes one MLP onto every grid and emits it; returns what it cost on each grid."""
-    mlp, original, outcomes = loaded.mlp, loaded.original, list[MlpOutcome]()
+) -> list[EmittedMlp | None]:
+    """Quantizes one MLP onto every grid and emits it; None where it is not quantized."""
+    mlp, original, outcomes = loaded.mlp, loaded.original, list[EmittedMlp | None]()
     moments = moments_of(job, mlp, original, loaded.inputs, loaded.seed) if job.anywhere(mlp.up) else None
     for grid, norm_scales_H, shared in zip(job.grids, norm_scales, inverses, strict=True):
         if moments is None or mlp.up not in job.linears[grid]:
             emit_unquantized(job, grid, loaded, norm_scales_H)
-            outcomes.append(MlpOutcome())
+            outcomes.append(None)
             continue
         under_norm = replace(moments[0].divided(norm_scales_H), inverses=shared)
         result = quantize_mlp(job, loaded, (under_norm, moments[1]), norm_scales_H, grid)
@@ -104,12 +129,10 @@ def _quantize_mlp(
     return outcomes
 
 
-def emit_mlp(job: LayerJob, grid: Scheme, mlp: Mlp, result: MlpResult) -> MlpOutcome:
+def emit_mlp(job: LayerJob, grid: Scheme, mlp: Mlp, result: MlpResult) -> EmittedMlp:
     """Hands over a quantized MLP, each linear rounded or folded, and the importance of its inputs where the format
-    wants to know; returns what it cost."""
-    rounded, weight_errors = result.rounded, dict[str, float]()
-    if not result.errors.plain:
-        job.keep_scales(grid, mlp.up, rounded.up_scales_W)
+    wants to know."""
+    rounded = result.rounded
     of_input, of_hidden = rounded.moments
     columns = (mlp.linears, rounded.linears, rounded.folded.parts, (of_input, of_input, of_hidden))
     for linear, quantized, folded, moments in zip(*columns, strict=True):
@@ -117,10 +140,9 @@ def emit_mlp(job: LayerJob, grid: Scheme, mlp: Mlp, result: MlpResult) -> MlpOut
             job.note(grid, linear, moments.importance)
         if job.rounds(grid, linear):
             job.emit(grid, linear, quantized)
-            weight_errors[linear] = result.weight_errors[linear]
         else:
             job.emit(grid, f"{linear}.weight", folded)
-    return MlpOutcome(result.errors, weight_errors)
+    return EmittedMlp(grid, result.figures, rounded.up_scales_W)
 
 
 def emit_unquantized(job: LayerJob, grid: Scheme, loaded: LoadedMlp, norm_scales_H: torch.Tensor) -> GatedWeights:

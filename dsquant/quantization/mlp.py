@@ -17,8 +17,8 @@ from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.scale import best_scales, candidate_scales, is_kept, rms_of_columns
 from dsquant.quantization.statistics import InputMoments
-from dsquant.quantization.steps import prepared, rounded_weight
-from dsquant.schemes import QuantizedWeight, Scheme, fake_quantize, fitted_together, round_to_nearest
+from dsquant.quantization.steps import prepared, rounded_weight, rounded_weights
+from dsquant.schemes import QuantizedWeight, Scheme, fitted_together, round_to_nearest
 
 # Whether folding has changed the function is checked on these.
 PROOF_ROWS = 64
@@ -70,13 +70,44 @@ class RoundedMlp:
 
 
 @dataclass(frozen=True)
+class MlpFigures:
+    """What quantizing a gated MLP cost, where it was computed: a GPU is not waited for until it is `told`."""
+
+    mlp: Mlp
+    numbers: torch.Tensor
+    """float64 [8]: the summed squared output of few tokens, and its error as proposed, under plain rounding with the
+    norm's scales, and with none; the relative change of the folded, unrounded MLP; the relative errors of weights."""
+    tokens_of_each: float
+    """Tokens that reach the MLP, over those that were looked at."""
+
+    def told(self) -> tuple[MlpErrors, dict[str, float]]:
+        """Waits for the numbers; returns the MLP's errors, and each linear's distance from the folded weight, over its
+        norm.
+
+        Raises FloatingPointError where the MLP's outputs are not finite.
+        """
+        energy, searched, unsearched, untouched, changed, *of_weights = self.numbers.tolist()
+        name = self.mlp.up.rsplit(".", 1)[0]
+        if not math.isfinite(energy + searched + unsearched + untouched):
+            raise FloatingPointError(f"{name}: outputs are not finite")
+        check_same(name, changed)
+        energy = energy or 1.0
+        errors = MlpErrors(
+            name=name,
+            error=min(searched, unsearched) / energy,
+            error_plain=untouched / energy,
+            energy=energy * self.tokens_of_each,
+            plain=not is_kept(searched, unsearched),
+        )
+        return errors, dict(zip(self.mlp.linears, of_weights, strict=True))
+
+
+@dataclass(frozen=True)
 class MlpResult:
     """A quantized gated MLP."""
 
     rounded: RoundedMlp
-    errors: MlpErrors
-    weight_errors: dict[str, float]
-    """By linear: the distance of the rounded weight from the folded one, over its norm."""
+    figures: MlpFigures
 
 
 def quantize_mlp(
@@ -89,17 +120,15 @@ def quantize_mlp(
     """Quantizes gate, up and down of one MLP: searches the scales between up and down and rounds, as the steps say.
 
     `moments` are those of its input under the norm's scales, and of the down projection's input; scales are searched
-    for `grid`. Raises FloatingPointError where the MLP's outputs are not finite.
+    for `grid`.
     """
     (of_input, of_hidden), schemes = moments, _schemes(job, grid, loaded.mlp)
     up_scales_W = search_up_scales(loaded.original, of_hidden, grid, job.steps)
     folded, of_hidden = scaled(loaded.original, norm_scales_H, up_scales_W), of_hidden.divided(up_scales_W)
-    of_gate = prepared(of_input, schemes[:2], job.steps)
-    linears = tuple(
-        rounded_weight(weight, scheme, found, job.steps)
-        for weight, scheme, found in zip(
-            folded.parts, _fitted(schemes, folded), (of_gate, of_gate, of_hidden), strict=True
-        )
+    of_gate, fitted = prepared(of_input, schemes[:2], job.steps), _fitted(schemes, folded)
+    linears = (
+        *rounded_weights([folded.gate_WH, folded.up_WH], fitted[:2], of_gate, job.steps),
+        rounded_weight(folded.down_HW, fitted[2], of_hidden, job.steps),
     )
     return judged(job, loaded, RoundedMlp(folded, linears, (of_input, of_hidden), up_scales_W), norm_scales_H, grid)
 
@@ -118,15 +147,13 @@ def _fitted(schemes: Sequence[Scheme], weights: GatedWeights) -> list[Scheme]:
 def judged(
     job: LayerJob, loaded: LoadedMlp, proposed: RoundedMlp, norm_scales_H: torch.Tensor, grid: Scheme
 ) -> MlpResult:
-    """Keeps the proposal, or plain rounding where this brings the MLP's output nearer to the original's.
-
-    Raises FloatingPointError where the MLP's outputs are not finite.
-    """
-    original, inputs, name = loaded.original, loaded.inputs, loaded.mlp.up.rsplit(".", 1)[0]
+    """Keeps the proposal, or plain rounding where this brings the MLP's output nearer to the original's."""
+    original, inputs = loaded.original, loaded.inputs
     inputs_RH = inputs.few()
     original_RH = inputs_RH if inputs.activations is job.mlp_inputs else inputs.of(job.mlp_inputs).few()
     unscaled = scaled(original, norm_scales_H, torch.ones_like(proposed.up_scales_W))
     schemes = _schemes(job, grid, loaded.mlp)
+    plain = _plainly_rounded(unscaled, schemes)
 
     few_RH = original_RH[:PROOF_ROWS]
     same_RH = proposed.folded.output(job.skeleton, few_RH / norm_scales_H)
@@ -134,47 +161,40 @@ def judged(
     with fast_matmuls(inputs_RH.device):
         wanted_RH = original.output(job.skeleton, original_RH)
 
-    def error(weights: GatedWeights, scales_H: torch.Tensor | float) -> torch.Tensor:
+    def error(linears: Sequence[QuantizedWeight], scales_H: torch.Tensor | float) -> torch.Tensor:
+        weights = GatedWeights(*(weight.dequantize() for weight in linears))
         with fast_matmuls(inputs_RH.device):
             found_RH = weights.output(job.skeleton, inputs_RH / scales_H)
         return inputs.energy_of_few(found_RH - wanted_RH)
 
-    figures = torch.stack(
-        (
-            inputs.energy_of_few(wanted_RH),
-            error(proposed.dequantized(), norm_scales_H),
-            error(_plainly_rounded(unscaled, schemes), norm_scales_H),
-            error(_plainly_rounded(original, schemes), 1.0),
-            change,
-        )
-    )
-    energy, searched, unsearched, untouched, changed = figures.tolist()  # waits for a GPU, once
-    if not math.isfinite(energy + searched + unsearched + untouched):
-        raise FloatingPointError(f"{name}: outputs are not finite")
-    check_same(name, changed)
-    energy, plain = energy or 1.0, not is_kept(searched, unsearched)
-    errors = MlpErrors(
-        name=name,
-        error=min(searched, unsearched) / energy,
-        error_plain=untouched / energy,
-        energy=energy * len(inputs.rows_R) / max(1, len(inputs_RH)),
-        plain=plain,
-    )
-    return _result(loaded.mlp, _unsearched(proposed, unscaled, schemes) if plain else proposed, errors)
+    searched, unsearched = error(proposed.linears, norm_scales_H), error(plain, norm_scales_H)
+    untouched = error(_plainly_rounded(original, schemes), 1.0)
+    kept = _chosen(is_kept(searched, unsearched), proposed, unscaled, plain)
+    of_weights = [weight.relative_error(part) for weight, part in zip(kept.linears, kept.folded.parts, strict=True)]
+    costs = (inputs.energy_of_few(wanted_RH), searched, unsearched, untouched, change)
+    figures = MlpFigures(loaded.mlp, torch.stack((*costs, *of_weights)), len(inputs.rows_R) / max(1, len(inputs_RH)))
+    return MlpResult(kept, figures)
 
 
-def _unsearched(proposed: RoundedMlp, unscaled: GatedWeights, schemes: Sequence[Scheme]) -> RoundedMlp:
-    """Rounds the MLP plainly, under the norm's scales alone."""
+def _chosen(
+    kept: torch.Tensor, proposed: RoundedMlp, unscaled: GatedWeights, plain: Sequence[QuantizedWeight]
+) -> RoundedMlp:
+    """The proposal where `kept`, bool [], is true; else the MLP under the norm's scales alone, plainly rounded."""
     (of_input, of_hidden), scales_W = proposed.moments, proposed.up_scales_W
-    schemes = _fitted(schemes, unscaled)
-    linears = tuple(round_to_nearest(weight, own) for weight, own in zip(unscaled.parts, schemes, strict=True))
-    return RoundedMlp(unscaled, linears, (of_input, of_hidden.divided(1 / scales_W)), torch.ones_like(scales_W))
+    parts = zip(proposed.folded.parts, unscaled.parts, strict=True)
+    return RoundedMlp(
+        GatedWeights(*(torch.where(kept, own, other) for own, other in parts)),
+        tuple(_either(kept, own, other) for own, other in zip(proposed.linears, plain, strict=True)),
+        (of_input, of_hidden.divided(torch.where(kept, 1.0, 1 / scales_W))),
+        torch.where(kept, scales_W, 1.0),
+    )
 
 
-def _result(mlp: Mlp, rounded: RoundedMlp, errors: MlpErrors) -> MlpResult:
-    pairs = zip(rounded.linears, rounded.folded.parts, strict=True)
-    weight_errors = torch.stack([weight.relative_error(folded) for weight, folded in pairs]).tolist()
-    return MlpResult(rounded, errors, dict(zip(mlp.linears, weight_errors, strict=True)))
+def _either(kept: torch.Tensor, own: QuantizedWeight, other: QuantizedWeight) -> QuantizedWeight:
+    """A GPU chooses itself, but where schemes were fitted to their weights, and so differ."""
+    if own.grid != other.grid:
+        return own if bool(kept) else other
+    return own.or_else(other, kept.expand(len(own.codes_OI)))
 
 
 def scaled(original: GatedWeights, norm_scales_H: torch.Tensor, up_scales_W: torch.Tensor) -> GatedWeights:
@@ -190,9 +210,9 @@ def scaled(original: GatedWeights, norm_scales_H: torch.Tensor, up_scales_W: tor
     )
 
 
-def _plainly_rounded(weights: GatedWeights, schemes: Sequence[Scheme]) -> GatedWeights:
-    schemes = _fitted(schemes, weights)
-    return GatedWeights(*(fake_quantize(part, own) for part, own in zip(weights.parts, schemes, strict=True)))
+def _plainly_rounded(weights: GatedWeights, schemes: Sequence[Scheme]) -> list[QuantizedWeight]:
+    fitted = _fitted(schemes, weights)
+    return [round_to_nearest(part, own) for part, own in zip(weights.parts, fitted, strict=True)]
 
 
 def search_up_scales(

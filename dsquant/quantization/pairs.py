@@ -19,7 +19,7 @@ from dsquant.presets import Step
 from dsquant.quantization.compensate import damped
 from dsquant.quantization.rows_together import rounded_together
 from dsquant.quantization.statistics import InputMoments, InputStatistics
-from dsquant.quantization.steps import prepared, rounded_weight
+from dsquant.quantization.steps import prepared, rounded_weight, rounded_weights
 from dsquant.schemes import QuantizedWeight, Scheme, fitted_together
 from dsquant.source.weights import CPU
 
@@ -85,8 +85,8 @@ class PairMoments:
                 rounded = partial(rounded_weight, grid=grid, moments=moments, steps=steps)
                 found[place] = rounded_together(wanted[place], known[place], rounded)
             if rest := [place for place in places if place not in known]:
-                parts = rounded_weight(torch.cat([wanted[place] for place in rest]), grid, moments, steps)
-                found.update(zip(rest, parts.split([len(wanted[place]) for place in rest]), strict=True))
+                parts = rounded_weights([wanted[place] for place in rest], [grid] * len(rest), moments, steps)
+                found.update(zip(rest, parts, strict=True))
         return [found[place] for place in range(len(weights))]
 
 

@@ -4,6 +4,7 @@ Shape legend: C candidates, O out features, I in features.
 """
 
 from collections.abc import Callable, Sequence
+from typing import overload
 
 import torch
 
@@ -125,7 +126,11 @@ def group_candidates(
     return scales_CI
 
 
-def is_kept(error: float, error_plain: float) -> bool:
+@overload
+def is_kept(error: float, error_plain: float) -> bool: ...
+@overload
+def is_kept(error: torch.Tensor, error_plain: torch.Tensor) -> torch.Tensor: ...
+def is_kept(error: float | torch.Tensor, error_plain: float | torch.Tensor) -> bool | torch.Tensor:
     """Decides whether a search's proposal is kept, by summed squared output errors: the one rule for all searches.
 
     False where the errors are not finite.

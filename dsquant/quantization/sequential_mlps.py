@@ -16,7 +16,14 @@ from dsquant.model.gated import GatedWeights
 from dsquant.model.streaming import Routing
 from dsquant.model.structure import Mlp
 from dsquant.quantization.layer_job import LayerJob, QuantizedStream
-from dsquant.quantization.layer_mlps import MlpOutcome, emit_mlp, emit_unquantized, mlps_in_turns
+from dsquant.quantization.layer_mlps import (
+    EmittedMlp,
+    MlpOutcome,
+    emit_mlp,
+    emit_unquantized,
+    mlps_in_turns,
+    outcomes_of,
+)
 from dsquant.quantization.mlp import LoadedMlp, MlpResult, RoundedMlp, judged, scaled, search_up_scales
 from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.mlp_outputs import MlpStream, Tokens, add_outputs
@@ -60,32 +67,33 @@ def quantize_mlps(
 
     Returns the outcomes by MLP and grid, on every rank.
     """
-    mlps, own = job.layer.mlps, list[list[MlpOutcome]]()
+    mlps, own = job.layer.mlps, list[list[EmittedMlp | None]]()
     for number, turn, original in mlps_in_turns(job, original_routing):
-        outcomes = []
+        emitted: list[EmittedMlp | None] = []
         metrics = [] if original is None else mlp_metrics(job, mlps[number], original, original_routing)
         for model in following:
             weights = None
             if original is not None:
                 loaded = LoadedMlp(mlps[number], original, model.inputs[mlps[number]], job.seed + number)
-                outcome, weights = _emitted(job, loaded, model, metrics)
-                outcomes.append(outcome)
+                one, weights = _emitted(job, loaded, model, metrics)
+                emitted.append(one)
             add_outputs(job, turn, weights, model.stream)
         if original is not None:
-            own.append(outcomes)
-    return job.ranks.in_turns(own, len(mlps))
+            own.append(emitted)
+    return job.ranks.in_turns(outcomes_of(job, own), len(mlps))
 
 
 def _emitted(
     job: LayerJob, loaded: LoadedMlp, model: FollowingMlps, metrics: Sequence[torch.Tensor | None]
-) -> tuple[MlpOutcome, GatedWeights]:
-    """Quantizes an MLP and emits it; returns what it cost, and the weights that the quantized model has.
+) -> tuple[EmittedMlp | None, GatedWeights]:
+    """Quantizes an MLP and emits it, None where it is not quantized; returns the weights that the quantized model has,
+    too.
 
     `metrics` are those of what gate, up and down put out.
     """
     grid = model.grid
     if loaded.mlp.up not in job.linears[grid]:
-        return MlpOutcome(), emit_unquantized(job, grid, loaded, model.norm_scales_H)
+        return None, emit_unquantized(job, grid, loaded, model.norm_scales_H)
     result = _quantize_mlp(job, loaded, model.norm_scales_H, grid, metrics)
     return emit_mlp(job, grid, loaded.mlp, result), _passed_on(
         job, grid, loaded.mlp, result.rounded.folded, result.rounded.linears

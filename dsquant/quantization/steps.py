@@ -3,7 +3,7 @@
 Shape legend: O out features, I in features.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
@@ -44,3 +44,17 @@ def rounded_weight(
     num_rows = rows_of_part(weight_OI)
     parts = zip(rounded.split(num_rows), weight_OI.split(num_rows), strict=True)
     return stacked(side_by_side(lambda part: descended_weight(*part, gram_II), parts, PARTS_AT_ONCE))
+
+
+def rounded_weights(
+    weights: Sequence[torch.Tensor], grids: Sequence[Scheme], moments: InputMoments, steps: Collection[Step]
+) -> list[QuantizedWeight]:
+    """Rounds weights that read one input, each [O, I] with its own O, as `rounded_weight` does; those on one grid
+    together, since what rounding takes grows more slowly than rows."""
+    found: dict[int, QuantizedWeight] = {}
+    for grid in dict.fromkeys(grids):
+        places = [place for place, own in enumerate(grids) if own == grid]
+        together_OI = torch.cat([weights[place] for place in places]) if places[1:] else weights[places[0]]
+        parts = rounded_weight(together_OI, grid, moments, steps).split([len(weights[place]) for place in places])
+        found.update(zip(places, parts, strict=True))
+    return [found[place] for place in range(len(weights))]
