@@ -75,6 +75,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Brings a file's content to disk, whoever has written it."""
+    with naming(path), path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def write_at(descriptor: int, content: memoryview, start: int) -> None:
     """Writes bytes at a place of a file, whatever other threads write elsewhere in it."""
     while content:  # one call writes at most 2 GiB

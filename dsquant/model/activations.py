@@ -6,18 +6,19 @@ Shape legend: N samples, T tokens of a sample, H hidden size, R rows (tokens of 
 """
 
 import mmap
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from dsquant.files.disk import begin_writing, naming, reserve
+from dsquant.files.disk import begin_writing, naming, reserve, write_at
 from dsquant.source.weights import CPU
 
 # Pages touched by this many bytes of access are handed back: resident memory stays small, the page cache keeps them.
 RELEASE_BYTES = 256 * 2**20
+# Hidden states are saved by so many threads, each so many bytes at once: one copies to new pages at 1 to 2 GB/s.
+SAVING, SAVED_AT_ONCE = 4, 2**25
 
 
 def stored_dtype(device: torch.device) -> torch.dtype:
@@ -148,20 +149,22 @@ class Activations:
         return record
 
     def save(self, path: Path, samples: tuple[int, int]) -> None:
-        """Writes samples (first, end) to their place in a file that `in_file` opens; on return they are on disk."""
+        """Writes samples (first, end) to their place in a file that `in_file` opens; `sync` brings them to disk."""
         dtype, (begin, end) = stored_dtype(self.device), samples
-        at_once = max(1, RELEASE_BYTES // (4 * self.shape[1] * self.shape[2]))
+        sample_bytes = dtype.itemsize * self.shape[1] * self.shape[2]
+        at_once = max(1, SAVED_AT_ONCE // sample_bytes)
+
+        def write(start: int) -> None:
+            stored_NTH = self.stored(start, min(start + at_once, end))
+            part_NTH = torch.empty(stored_NTH.shape, dtype=dtype, pin_memory=stored_NTH.is_cuda).copy_(stored_NTH)
+            self._release(stored_NTH)
+            raw = memoryview(part_NTH.view(-1).view(torch.uint8).numpy().data)
+            write_at(file.fileno(), raw, start * sample_bytes)
+            begin_writing(file.fileno(), start * sample_bytes, len(raw))
+
         path.touch()
-        with naming(path), path.open("r+b") as file:
-            file.seek(begin * dtype.itemsize * self.shape[1] * self.shape[2])
-            for start in range(begin, end, at_once):
-                stored_NTH = self.stored(start, min(start + at_once, end))
-                part_NTH = stored_NTH.to(dtype).cpu()
-                file.write(memoryview(part_NTH.view(-1).view(torch.uint8).numpy().data))
-                file.flush()
-                begin_writing(file.fileno(), file.tell() - part_NTH.nbytes, part_NTH.nbytes)
-                self._release(stored_NTH)
-            os.fdatasync(file.fileno())
+        with naming(path), path.open("r+b", buffering=0) as file, ThreadPoolExecutor(SAVING) as pool:
+            list(pool.map(write, range(begin, end, at_once)))
 
     def flush(self) -> None:
         """Writes everything to disk; after it a kill loses nothing of the file."""

@@ -96,7 +96,7 @@ class Run:
         return Activations(torch.zeros(self._hidden_shape, dtype=stored_dtype(self.device), device=self.device))
 
     def outputs(self, layer: int, path: Path) -> Activations:
-        """Opens the float32 sums of a layer's outputs, which `keep` brings into the named file."""
+        """Opens the float32 sums of a layer's outputs, which `save` writes into the named file."""
         if layer in self.source.plan.needs.gpu_resident:
             (first, end), (_, *shape) = self.own_samples, self._hidden_shape
             return Activations(torch.zeros(end - first, *shape, device=self.device), first_sample=first)
@@ -106,8 +106,9 @@ class Run:
         """The file in which outputs are summed that another keeps: the same where that keeps float32."""
         return path if stored_dtype(self.device) == torch.float32 else path.with_suffix(".sums.f32")
 
-    def keep(self, outputs: Activations, path: Path) -> None:
-        """Brings this rank's samples of what a layer's outputs were summed in to disk."""
+    def save(self, outputs: Activations, path: Path) -> None:
+        """Writes this rank's samples of what a layer's outputs were summed in into the named file; `sync` then brings
+        them to disk."""
         if outputs.path == path:
             outputs.flush()
         else:

@@ -1,7 +1,11 @@
-"""Makes the units of an output, one after the other: each is written, brought to disk and journaled before the next."""
+"""Makes the units of an output, one after the other: each is written, brought to disk and journaled before the next is.
+
+One process goes on with the next unit while the hidden states of the one before are brought to disk; several wait for
+one another there.
+"""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dsquant.files.disk import sync_folder
+from dsquant.files.disk import sync_file, sync_folder
 from dsquant.formats.protocol import Target, UnitWriter
 from dsquant.model.activations import Activations
 from dsquant.model.streaming import Stream, embed, mtp_inputs
@@ -32,10 +36,9 @@ from dsquant.schemes import QuantizedWeight, Scheme
 class Writers:
     """Everything that one unit is written into."""
 
-    by_target: list[tuple[Target, UnitWriter]]
-    beside: ThreadPoolExecutor
-    """The thread that brings hidden states to disk."""
-    hidden: list[Future[None]] = field(default_factory=list)
+    by_target: list[tuple[Target, UnitWriter]] = field(default_factory=list)
+    hidden: list[tuple[Activations, Path]] = field(default_factory=list)
+    """Hidden states that nobody changes any more, and the files that they go into."""
     scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Folder -> producer -> the scales that were folded."""
 
@@ -56,17 +59,12 @@ class Writers:
             if target.grid == grid:
                 self.scales.setdefault(str(target.folder), {})[producer] = scales_I.to("cpu", copy=True)
 
-    def keep_hidden(self, run: Run, activations: Activations, path: Path) -> None:
-        """Brings hidden states that nobody changes any more into a file; `finish` waits for it."""
-        self.hidden.append(self.beside.submit(run.keep, activations, path))
-
     def finish(self, run: Run, unit: Unit, safe_point: Callable[[str], None]) -> dict[str, dict[str, str]]:
-        """Writes the rest and brings all to disk; returns folder -> tensor -> SHA-256."""
+        """Writes the rest and brings the formats' files to disk; returns folder -> tensor -> SHA-256."""
         for _, writer in self.by_target:
             writer.copy_rest(safe_point)
         hashes = {str(target.folder): writer.commit() for target, writer in self.by_target}
         run.bytes_written += sum(writer.bytes_written for _, writer in self.by_target)
-        run.ranks.together(self._wait_for_hidden)
         kept = {str(target.folder): writer.kept for target, writer in self.by_target}
         scales: dict[str, dict[str, torch.Tensor]] = {}
         for part in run.ranks.gather(self.scales):
@@ -76,9 +74,10 @@ class Writers:
         run.ranks.once(lambda: keep_by_folder(run.job.work / kept_file(unit.name), kept))
         return hashes
 
-    def _wait_for_hidden(self) -> None:
-        for written in self.hidden:
-            written.result()
+    def save_hidden(self, run: Run) -> None:
+        """Writes hidden states into their files, which need not be on disk yet, and lets go of them."""
+        while self.hidden:
+            run.save(*self.hidden.pop())
 
     @property
     def weight_errors(self) -> dict[str, dict[str, float]]:
@@ -89,7 +88,7 @@ class Writers:
 
 @contextmanager
 def _unit_writers(run: Run, unit: Unit) -> Iterator[Writers]:
-    writers = Writers([], ThreadPoolExecutor(1, "dsquant-keep"))
+    writers = Writers()
 
     def begin() -> None:
         for target, opened in zip(run.source.plan.targets, run.opened, strict=True):
@@ -99,7 +98,6 @@ def _unit_writers(run: Run, unit: Unit) -> Iterator[Writers]:
         run.ranks.after_first(begin)
         yield writers
     finally:
-        writers.beside.shutdown()
         for _, writer in writers.by_target:
             writer.discard()
 
@@ -119,17 +117,20 @@ def convert(run: Run, make: "Maker | None" = None) -> None:
     if done:
         run.ranks.alone(lambda beat: _check_left(run, units, beat))
     run.ranks.once(lambda: _remove_leftovers(run, units))
-    for number, unit in enumerate(units):
-        if unit.name not in done:
+    with ThreadPoolExecutor(1, "dsquant-close") as beside:  # whatever ends the job, units that were made get journaled
+        closing = list[Future[None]]()
+        for number, unit in enumerate(units):
+            if unit.name not in done:
 
-            def safe_point(what: str, number: int = number) -> None:
-                run.safe_point("quantize", number, len(units), what)
+                def safe_point(what: str, number: int = number) -> None:
+                    run.safe_point("quantize", number, len(units), what)
 
-            done[unit.name] = _make_unit(run, unit, make or _calibrated, safe_point)
+                done[unit.name] = _make_unit(run, unit, make or _calibrated, safe_point, (beside, closing))
+                if "layer" in done[unit.name] and run.source.tokens_NT is not None:
+                    run.tokens_done += run.source.tokens_NT.numel()  # of this run: the rate is that of its own time
             if "layer" in done[unit.name] and run.source.tokens_NT is not None:
-                run.tokens_done += run.source.tokens_NT.numel()  # of this run: the rate is that of its own time
-        if "layer" in done[unit.name] and run.source.tokens_NT is not None:
-            run.tell("quantize", number + 1, len(units), unit.name, done[unit.name]["layer"])
+                run.tell("quantize", number + 1, len(units), unit.name, done[unit.name]["layer"])
+        _wait_for(closing)
     run.safe_point("quantize", len(units), len(units), "")
 
 
@@ -164,15 +165,43 @@ def _remove_leftovers(run: Run, units: list[Unit]) -> None:
             path.unlink()
 
 
-def _make_unit(run: Run, unit: Unit, make: Maker, safe_point: Callable[[str], None]) -> dict[str, Any]:
+Beside = tuple[ThreadPoolExecutor, list[Future[None]]]
+"""A thread, and the units that it is closing: at most one, which is waited for before the next is finished."""
+
+
+def _make_unit(run: Run, unit: Unit, make: Maker, safe_point: Callable[[str], None], beside: Beside) -> dict[str, Any]:
+    pool, closing = beside
     with _unit_writers(run, unit) as writers:
         notes = make(run, unit, writers, safe_point)
-        notes["tensors"] = writers.finish(run, unit, safe_point)
-        notes["weight_errors"] = writers.weight_errors
-        if run.read is not None:
-            notes["source"] = hash_unit(run, unit, safe_point)
-    run.ranks.once(lambda: _journal(run, unit, notes))
+        _wait_for(closing)
+        saved = pool.submit(writers.save_hidden, run)
+        try:
+            notes["tensors"] = writers.finish(run, unit, safe_point)
+            notes["weight_errors"] = writers.weight_errors
+            if run.read is not None:
+                notes["source"] = hash_unit(run, unit, safe_point)
+        finally:
+            wait([saved])
+    run.ranks.together(lambda: _wait_for([saved]))
+    if run.ranks.size == 1:
+        closing.append(pool.submit(_close, run, unit, notes))
+    else:
+        run.ranks.together(lambda: _sync_hidden(run, unit))
+        run.ranks.once(lambda: _close(run, unit, notes))
     return notes
+
+
+def _wait_for(futures: list[Future[None]]) -> None:
+    """Waits for what another thread does; raises its error."""
+    while futures:
+        futures.pop().result()
+
+
+def _sync_hidden(run: Run, unit: Unit) -> None:
+    """Brings what the unit leaves for the next layer to disk."""
+    for path in _left_for_next(run, unit):
+        if path.is_file():
+            sync_file(path)
 
 
 def _calibrated(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str], None]) -> dict[str, Any]:
@@ -185,10 +214,16 @@ def _calibrated(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[st
     return {}
 
 
-def _journal(run: Run, unit: Unit, notes: dict[str, Any]) -> None:
-    made = run.kept_paths(unit.layer.index + 1 if unit.layer is not None else 0)
+def _left_for_next(run: Run, unit: Unit) -> list[Path]:
+    """The files of hidden states that a unit makes."""
+    return run.kept_paths(unit.layer.index + 1 if unit.layer is not None else 0)
+
+
+def _close(run: Run, unit: Unit, notes: dict[str, Any]) -> None:
+    """Brings hidden states to disk, notes the unit as finished, and removes those of the layer before."""
+    _sync_hidden(run, unit)
     own = [scales_file(unit.name), kept_file(unit.name)]
-    notes["kept"] = kept_files(run.job.work, [*own, *(path.name for path in made)])
+    notes["kept"] = kept_files(run.job.work, [*own, *(path.name for path in _left_for_next(run, unit))])
     sync_folder(run.job.work)
     run.job.journal.append(unit.name, **notes)
     if unit.action == "quantize" and unit.layer is not None:
@@ -264,5 +299,5 @@ def _run_layer(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str
     report = asdict(quantize_sequentially(job) if job.quantized else make(job))
     made = [outputs, *(stream.outputs for stream in job.quantized.values())]
     for path, activations in zip(run.kept_paths(layer.index + 1), made, strict=True):
-        writers.keep_hidden(run, activations, path)
+        writers.hidden.append((activations, path))
     return {"layer": layer.index, **report}
