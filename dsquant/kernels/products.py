@@ -8,6 +8,10 @@ import torch.nn.functional as F
 
 from dsquant.kernels.threads import blocks_of, side_by_side
 
+# Where blocks of columns are rounded one after the other, so many columns get a block's change at once, and those
+# farther on the changes of as many columns in one product: they pass through memory once for all.
+NEAR = 1024
+
 
 def apply_linear(inputs: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
     """Multiplies inputs [..., I] with a weight [O, I] as `torch.nn.functional.linear` does: [..., O]."""

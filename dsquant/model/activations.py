@@ -17,8 +17,8 @@ from dsquant.source.weights import CPU
 
 # Pages touched by this many bytes of access are handed back: resident memory stays small, the page cache keeps them.
 RELEASE_BYTES = 256 * 2**20
-# Hidden states are saved by so many threads, each so many bytes at once: one copies to new pages at 1 to 2 GB/s.
-SAVING, SAVED_AT_ONCE = 4, 2**25
+# Hidden states are saved by so many bytes at once, in page-locked memory.
+SAVED_AT_ONCE = 2**25
 
 
 def stored_dtype(device: torch.device) -> torch.dtype:
@@ -119,7 +119,7 @@ class Activations:
 
     def set_samples(self, start: int, values_NTH: torch.Tensor) -> None:
         """Stores samples from number `start` on."""
-        self.stored(start, start + len(values_NTH)).copy_(values_NTH)
+        self.stored(start, start + len(values_NTH)).copy_(self._as_stored(values_NTH))
         self._release(values_NTH)
 
     def rows(self, rows_R: torch.Tensor) -> torch.Tensor:
@@ -128,12 +128,12 @@ class Activations:
 
     def set_rows(self, rows_R: torch.Tensor, values_RH: torch.Tensor) -> None:
         """Stores the given tokens."""
-        self._values_RH[self._local(rows_R)] = values_RH.to(self._values_RH)
+        self._values_RH[self._local(rows_R)] = self._as_stored(values_RH)
         self._release(values_RH)
 
     def add_rows(self, rows_R: torch.Tensor, values_RH: torch.Tensor) -> None:
         """Adds to the given tokens, each of which occurs once."""
-        self._values_RH[self._local(rows_R)] += values_RH.to(self._values_RH)
+        self._values_RH[self._local(rows_R)] += self._as_stored(values_RH)
         self._release(values_RH)
 
     def recorder(self, first_row: int = 0) -> Callable[[torch.Tensor], None]:
@@ -142,29 +142,29 @@ class Activations:
 
         def record(values_RH: torch.Tensor) -> None:
             nonlocal next_row
-            self._values_RH[next_row : next_row + len(values_RH)] = values_RH
+            self._values_RH[next_row : next_row + len(values_RH)] = self._as_stored(values_RH)
             next_row += len(values_RH)
             self._release(values_RH)
 
         return record
 
     def save(self, path: Path, samples: tuple[int, int]) -> None:
-        """Writes samples (first, end) to their place in a file that `in_file` opens; `sync` brings them to disk."""
+        """Writes samples (first, end) to their place in a file that `in_file` opens, and does not wait for the disk."""
         dtype, (begin, end) = stored_dtype(self.device), samples
         sample_bytes = dtype.itemsize * self.shape[1] * self.shape[2]
         at_once = max(1, SAVED_AT_ONCE // sample_bytes)
-
-        def write(start: int) -> None:
-            stored_NTH = self.stored(start, min(start + at_once, end))
-            part_NTH = torch.empty(stored_NTH.shape, dtype=dtype, pin_memory=stored_NTH.is_cuda).copy_(stored_NTH)
-            self._release(stored_NTH)
-            raw = memoryview(part_NTH.view(-1).view(torch.uint8).numpy().data)
-            write_at(file.fileno(), raw, start * sample_bytes)
-            begin_writing(file.fileno(), start * sample_bytes, len(raw))
-
         path.touch()
-        with naming(path), path.open("r+b", buffering=0) as file, ThreadPoolExecutor(SAVING) as pool:
-            list(pool.map(write, range(begin, end, at_once)))
+        with naming(path), path.open("r+b", buffering=0) as file:
+            for start in range(begin, end, at_once):
+                stored_NTH = self.stored(start, min(start + at_once, end))
+                # a GPU's copies change no type: a host would convert what it gets, and that takes twenty times as long
+                part_NTH = stored_NTH.to(dtype)
+                if part_NTH.is_cuda:
+                    part_NTH = torch.empty(part_NTH.shape, dtype=dtype, pin_memory=True).copy_(part_NTH)
+                self._release(stored_NTH)
+                raw = memoryview(part_NTH.view(-1).view(torch.uint8).numpy().data)
+                write_at(file.fileno(), raw, start * sample_bytes)
+                begin_writing(file.fileno(), start * sample_bytes, len(raw))
 
     def flush(self) -> None:
         """Writes everything to disk; after it a kill loses nothing of the file."""
@@ -173,6 +173,10 @@ class Activations:
 
     def _local(self, rows_R: torch.Tensor) -> torch.Tensor:
         return (rows_R - self._first_row).to(self._values_RH.device)
+
+    def _as_stored(self, values: torch.Tensor) -> torch.Tensor:
+        """Values in the array's type and place; a type is changed where they come from, which a GPU does fast."""
+        return values.to(self._values_RH.dtype).to(self._values_RH.device)
 
     def _handed_out(self, values: torch.Tensor) -> torch.Tensor:
         self._release(values)

@@ -21,8 +21,9 @@ import torch
 
 from dsquant.kernels.graphs import replayed
 from dsquant.kernels.precision import fast_matmuls
+from dsquant.kernels.products import NEAR
 from dsquant.kernels.threads import side_by_side
-from dsquant.kernels.values import Parameters, joined_blocks
+from dsquant.kernels.values import CompensatedBlocks, Parameters, joined_blocks
 from dsquant.quantization.clip import PARTS_AT_ONCE, clipped_weight, rows_of_part
 from dsquant.quantization.statistics import InputMoments, InverseFactor
 from dsquant.schemes import QuantizedWeight, Scheme, joined, quantized, stacked
@@ -131,17 +132,23 @@ def _compensate_parts(
 def _compensate(
     weight_OI: torch.Tensor, scheme: Scheme, clip_ratios: Sequence[float], inverse: InverseFactor
 ) -> QuantizedWeight:
-    """Group by group; a search for parameters weighs a column's error by what it costs once it is compensated."""
+    """Group by group; a search for parameters weighs a column's error by what it costs once it is compensated. A
+    group's errors change the columns next to it at once, and those farther on in one product for many groups."""
     ratios, order_I = tuple(clip_ratios), inverse.order_I
+    near_columns = scheme.columns_at_once * max(1, NEAR // scheme.columns_at_once)
 
     def compensated(working_IO: torch.Tensor, factor_II: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        importance_I, found = factor_II.diagonal().square().reciprocal(), []
-        for start in range(0, len(working_IO), scheme.columns_at_once):
-            stop = min(start + scheme.columns_at_once, len(working_IO))
-            part = slice(start, stop)
-            rounded = scheme.compensated(working_IO[part], factor_II[part, part], importance_I[part], ratios)
-            working_IO[stop:].addmm_(factor_II[part, stop:].T, rounded.errors_SO, alpha=-1)
-            found.append(rounded)
+        importance_I, found = factor_II.diagonal().square().reciprocal(), list[CompensatedBlocks]()
+        for near in range(0, len(working_IO), near_columns):
+            far, first = min(near + near_columns, len(working_IO)), len(found)
+            for start in range(near, far, scheme.columns_at_once):
+                stop = min(start + scheme.columns_at_once, far)
+                part = slice(start, stop)
+                rounded = scheme.compensated(working_IO[part], factor_II[part, part], importance_I[part], ratios)
+                working_IO[stop:far].addmm_(factor_II[part, stop:far].T, rounded.errors_SO, alpha=-1)
+                found.append(rounded)
+            errors_NO = torch.cat([part.errors_SO for part in found[first:]])
+            working_IO[far:].addmm_(factor_II[near:far, far:].T, errors_NO, alpha=-1)
         parameters = joined_blocks([part.parameters for part in found])
         codes_IO = torch.cat([part.codes_SO for part in found])
         return codes_IO, parameters.scales, parameters.zero_points, *parameters.super_scales

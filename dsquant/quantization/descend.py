@@ -16,12 +16,11 @@ from dsquant.kernels.descent import descend_block
 from dsquant.kernels.grids import codes_of_values, values_of_codes
 from dsquant.kernels.losses import gram_losses
 from dsquant.kernels.precision import fast_matmuls
+from dsquant.kernels.products import NEAR
 from dsquant.kernels.values import DescendingBlock, Kind, Parameters
 from dsquant.schemes import QuantizedWeight, Scheme, quantized
 
 SWEEPS = 4
-# Columns whose gradient is brought up to date block by block.
-NEAR = 1024
 
 
 def descended_weight(weight: QuantizedWeight, wanted_OI: torch.Tensor, gram_II: torch.Tensor) -> QuantizedWeight:
