@@ -9,7 +9,7 @@ from typing import Any
 
 from dsquant.files.disk import joined
 
-BYTES_AT_ONCE = 2**22
+BYTES_AT_ONCE = 2**24
 # Files whose hashes are made at the same time: a file's own bytes are hashed one after the other, at 1 to 2 GB/s.
 THREADS = 4
 

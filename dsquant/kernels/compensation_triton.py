@@ -1,7 +1,7 @@
 """`compensation` on a GPU: a thread takes one row with one candidate through all columns of the group.
 
 The group is cut into tiles of columns. What earlier tiles' errors change in a tile is one matrix product; inside a
-tile the columns stay in the thread's registers, and an error changes all of the tile's at once. Results of every
+tile the errors stay in the thread's registers and each column is changed as late as it is read. Results of every
 candidate are kept in memory until a second kernel has compared their losses and copied each row's best.
 
 Shape legend: S columns of the group, O rows of the weight, C candidates, B blocks of the group, R rows and Q columns of
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsquant.kernels.grids_triton import column_of, nearest
+from dsquant.kernels.grids_triton import nearest
 from dsquant.kernels.values import CompensatedGroup, Levels, Parameters, table_on
 
 # A warp with a row to each thread.
@@ -64,7 +64,7 @@ def _change_tile(tensors, start, rows_R, num_rows, S: tl.constexpr):
         before_K = first + tl.arange(0, Q)
         factor_QK = tl.load(factor + before_K[None, :] * S + columns_Q[:, None])
         errors_KR = tl.load(errors + before_K[:, None] * num_rows + rows_R[None, :], mask=inside_1R, other=0.0)
-        change_QR = tl.dot(factor_QK, errors_KR, change_QR, input_precision="tf32x3")
+        change_QR = tl.dot(factor_QK, errors_KR, change_QR, input_precision="ieee")
     offsets_QR = columns_Q[:, None] * num_rows + rows_R[None, :]
     weight_QR = tl.load(weight + offsets_QR, mask=inside_1R, other=0.0)
     tl.store(errors + offsets_QR, weight_QR - change_QR, mask=inside_1R)
@@ -83,27 +83,25 @@ def _try(
     codes += candidate.to(tl.int64) * S * num_rows
     errors += candidate.to(tl.int64) * S * num_rows
     losses_R = tl.zeros([R], tl.float32)
-    places_Q, inside_1R = tl.arange(0, Q), inside_R[None, :]
+    places_Q = tl.arange(0, Q)
     for start in range(0, S, Q):
         blocks_R = (candidate * num_rows + rows_R) * B + start * B // S
         scales_R = tl.load(scales + blocks_R, mask=inside_R, other=1.0)
         zeros_R = tl.load(zero_points + blocks_R, mask=inside_R, other=0.0)
         _change_tile((weight, factor, errors), start, rows_R, num_rows, S)
         tl.debug_barrier()  # what one thread wrote, another reads
-        offsets_QR = (start + places_Q)[:, None] * num_rows + rows_R[None, :]
-        values_QR = tl.load(errors + offsets_QR, mask=inside_1R, other=0.0)
-        errors_QR, codes_QR = tl.zeros([Q, R], tl.float32), tl.zeros([Q, R], tl.float32)
+        errors_QR = tl.zeros([Q, R], tl.float32)
         for place in tl.static_range(Q):
-            row, here_Q1 = factor + (start + place) * S + start, places_Q[:, None] == place
-            values_R = column_of(values_QR, here_Q1)
+            column = start + place
+            factor_Q = tl.load(factor + (start + places_Q) * S + column)
+            values_R = tl.load(errors + column * num_rows + rows_R, mask=inside_R, other=0.0)
+            values_R -= tl.sum(factor_Q[:, None] * errors_QR, 0)
             codes_R, rounded_R = nearest(values_R, scales_R, zeros_R, table, LARGEST, KIND)
-            error_R = tl.div_rn(values_R - rounded_R, tl.load(row + place))
-            values_QR -= tl.load(row + places_Q)[:, None] * error_R[None, :]
-            errors_QR = tl.where(here_Q1, error_R[None, :], errors_QR)
-            codes_QR = tl.where(here_Q1, codes_R[None, :], codes_QR)
+            error_R = tl.div_rn(values_R - rounded_R, tl.load(factor + column * S + column))
+            errors_QR = tl.where(places_Q[:, None] == place, error_R[None, :], errors_QR)
             losses_R += error_R * error_R
-        tl.store(codes + offsets_QR, codes_QR.to(tl.uint8), mask=inside_1R)
-        tl.store(errors + offsets_QR, errors_QR, mask=inside_1R)
+            tl.store(codes + column * num_rows + rows_R, codes_R.to(tl.uint8), mask=inside_R)
+            tl.store(errors + column * num_rows + rows_R, error_R, mask=inside_R)
         tl.debug_barrier()
     tl.store(losses + candidate * num_rows + rows_R, losses_R, mask=inside_R)
 

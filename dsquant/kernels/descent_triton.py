@@ -1,8 +1,8 @@
 """`descent` on a GPU: a thread takes one row through the whole block.
 
 The block is cut into tiles of columns, as a group is in `compensation_triton`. What the levels' own spread gives for
-the scale is products of tiles; so is what changes in earlier tiles do to a tile's gradient. Inside a tile levels and
-gradient stay in registers, and a change changes all of the tile's gradient at once.
+the scale is products of tiles; so is what changes in earlier tiles do to a tile's gradient. Inside a tile changes stay
+in registers and a gradient is brought up to date as late as it is read.
 
 Shape legend: S columns of the block, O rows of the weight, R rows and Q columns of a program's tile, K columns of
 another tile.
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsquant.kernels.grids_triton import column_of, nearest_level, storable_scales
+from dsquant.kernels.grids_triton import nearest_level, storable_scales
 from dsquant.kernels.values import DescendingBlock, Levels, table_on
 
 # A warp with a row to each thread.
@@ -167,16 +167,18 @@ def _descend(
         gradient_QR = _tile_gradient(block, (scale_change_R, zero_change_R), start, rows, S, MOVES)
         _store_tile(working, gradient_QR, start, rows_R, num_rows)
         tl.debug_barrier()
+        # read at once and written at once: between single reads and writes a thread would wait for each
         gradient_QR, levels_QR = _tile(working, start, rows_R, num_rows), _tile(levels, start, rows_R, num_rows)
         changes_QR, moved_QR = tl.zeros([Q, R], tl.float32), tl.zeros([Q, R], tl.float32)
         for place in tl.static_range(Q):
-            row, here_Q1 = gram + (start + place) * S + start, tl.arange(0, Q)[:, None] == place
-            before_R = column_of(levels_QR, here_Q1)
-            step = tl.div_rn(1.0, tl.load(row + place))
-            wanted_R = before_R - tl.div_rn(column_of(gradient_QR, here_Q1) * step, divisors_R)
+            column, here_Q1 = start + place, tl.arange(0, Q)[:, None] == place
+            gram_Q = tl.load(gram + (start + tl.arange(0, Q)) * S + column)
+            before_R = tl.sum(tl.where(here_Q1, levels_QR, 0.0), 0)
+            gradient_R = tl.sum(tl.where(here_Q1, gradient_QR, 0.0), 0) + tl.sum(gram_Q[:, None] * changes_QR, 0)
+            step = tl.div_rn(1.0, tl.load(gram + column * S + column))
+            wanted_R = before_R - tl.div_rn(gradient_R * step, divisors_R)
             _, after_R = nearest_level(wanted_R, table, LARGEST, KIND)
             change_R = (after_R - before_R) * scales_R
-            gradient_QR += tl.load(row + tl.arange(0, Q))[:, None] * change_R[None, :]
             moved_R = (after_R - zeros_R) * scales_R - (before_R - first_zeros_R) * first_scales_R
             changes_QR = tl.where(here_Q1, change_R[None, :], changes_QR)
             moved_QR = tl.where(here_Q1, moved_R[None, :], moved_QR)

@@ -44,13 +44,6 @@ def grid_of_range(low, high, ratio, LARGEST: tl.constexpr, SYMMETRIC: tl.constex
 
 
 @triton.jit
-def column_of(tile_QR, here_Q1):
-    """The column of a tile, float32 [Q, R], that is marked; a thread that holds a row's whole tile need not compute."""
-    bits_QR = tile_QR.to(tl.int32, bitcast=True)  # to add 0 to an integer is nothing, and to a float it is not
-    return tl.sum(tl.where(here_Q1, bits_QR, 0), 0).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def nearest_level(values, table, LARGEST: tl.constexpr, KIND: tl.constexpr):
     """The codes of the levels next to values in units of the scale, and those levels."""
     if KIND != TABLE:
