@@ -4,12 +4,10 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
 
 import torch
 
-Tensors = tuple[torch.Tensor, ...]
-Work = Callable[..., Tensors]
+Work = Callable[..., tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,6 @@ class _Recorded:
 
     lock: Lock = field(default_factory=Lock)
     graphs: dict[Hashable, _Graph | None] | None = None
-    pool: Any = None
-    """The memory of them all: what one makes is copied before the next is replayed."""
 
 
 _recorded = _Recorded()
@@ -39,12 +35,11 @@ def recorded_launches() -> Iterator[None]:
     Graphs keep memory for their inputs and all that the work makes, until the block ends.
     """
     graphs = _recorded.graphs = dict[Hashable, _Graph | None]()
-    _recorded.pool = None
     try:
         yield
     finally:
         if _recorded.graphs is graphs:
-            _recorded.graphs = _recorded.pool = None
+            _recorded.graphs = None
 
 
 def replayed(work: Work, name: Hashable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -73,9 +68,6 @@ def replayed(work: Work, name: Hashable, *inputs: torch.Tensor) -> tuple[torch.T
 
 def _record(work: Work, inputs: tuple[torch.Tensor, ...]) -> _Graph:
     kept, graph = tuple(map(torch.empty_like, inputs)), torch.cuda.CUDAGraph()
-    torch.cuda.empty_cache()  # while it records, nothing can be freed
-    if _recorded.pool is None:
-        _recorded.pool = torch.cuda.graph_pool_handle()
-    with torch.cuda.graph(graph, _recorded.pool, capture_error_mode="thread_local"):  # other threads go on
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on with the GPU
         outputs = work(*kept)
     return _Graph(graph, kept, outputs)

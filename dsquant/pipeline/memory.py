@@ -220,18 +220,11 @@ def _matrices(width: int) -> int:
 
 
 def _graph_bytes(work: Workload, layer: DecoderLayer) -> int:
-    """What launches that are recorded for experts keep: weights in float32, what is known of their inputs, and the
-    factors that compensate errors."""
+    """What launches that are recorded for experts keep: columns in float32, twice, and their factor."""
     if work.recipe.device != "cuda" or not layer.experts:
         return 0
-    expert, kept = layer.experts[0], 0
-    for linears in ((expert.gate, expert.up), (expert.down,)):
-        width = work.width(linears[0])
-        whole = work.follows and width <= WIDEST_PAIRS  # a Gram matrix, however wide
-        if linears[0] in work.compensated and not (whole and is_wide(width)):
-            known = width * (FACTOR_ROWS if is_wide(width) else width)
-            kept += FLOAT32_BYTES * (sum(map(work.num_elements, linears)) + known) + _matrices(width)
-    return kept
+    linears = {layer.experts[0].up, layer.experts[0].down} & work.compensated
+    return sum(2 * FLOAT32_BYTES * work.num_elements(linear) + _part(work.width(linear)) for linear in linears)
 
 
 def _part(width: int) -> int:

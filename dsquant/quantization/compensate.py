@@ -19,14 +19,14 @@ from itertools import pairwise
 
 import torch
 
-from dsquant.kernels.graphs import Tensors, replayed
+from dsquant.kernels.graphs import replayed
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.products import NEAR
 from dsquant.kernels.threads import side_by_side
-from dsquant.kernels.values import CompensatedBlocks, joined_blocks
+from dsquant.kernels.values import CompensatedBlocks, Parameters, joined_blocks
 from dsquant.quantization.clip import PARTS_AT_ONCE, clipped_weight, rows_of_part
-from dsquant.quantization.statistics import InputMoments, InverseFactor, is_wide
-from dsquant.schemes import QuantizedWeight, Scheme, joined, of_tensors, quantized, stacked
+from dsquant.quantization.statistics import InputMoments, InverseFactor
+from dsquant.schemes import QuantizedWeight, Scheme, joined, quantized, stacked
 
 # The Gram matrix's diagonal is raised by this share of its mean, for each feature over a token: of few tokens it knows
 # little, and compensation would fit their noise (docs/decisions/0006).
@@ -46,48 +46,16 @@ def compensated_weight(
     independently: errors must not be hidden where a sketch is blind. Ratios are as in `clipped_weight`. No row errs
     more than with clipping alone, as the moments estimate it.
     """
-    scheme = scheme.fitted(weight_OI)
-    ratios = scheme.clip_ratios if clip_ratios is None else tuple(clip_ratios)
-    moments = with_inverses(moments, scheme)
-    if not moments.inverses or not moments.count:
-        return clipped_weight(weight_OI, scheme, moments, ratios)
-    if moments.gram_II is not None and is_wide(len(moments.gram_II)):  # to replay it would have to be copied
-        return _better_of(clipped_weight(weight_OI, scheme, moments, ratios), weight_OI, moments, ratios)
-    return _replayed(weight_OI, scheme, moments, ratios)
-
-
-def _replayed(
-    weight_OI: torch.Tensor, scheme: Scheme, moments: InputMoments, ratios: tuple[float, ...]
-) -> QuantizedWeight:
-    """Clips and compensates, on a GPU with one launch where this is repeated; a search may wait for the GPU, so ranges
-    that are searched are clipped before."""
-    count, wide = len(moments.inverses), moments.gram_II is None
-    whole = moments.factor_KI if wide else moments.gram_II
-    assert whole is not None
-
-    def work(weight_OI: torch.Tensor, blocks: torch.Tensor, whole: torch.Tensor, *others: torch.Tensor) -> Tensors:
-        gram, factor = (None, whole) if wide else (whole, None)
-        inverses = tuple(map(InverseFactor, others[:count], others[count : 2 * count]))
-        own = replace(moments, blocks_GBB=blocks, gram_II=gram, factor_KI=factor, inverses=inverses)
-        searched = others[2 * count :]
-        clipped = of_tensors(searched, scheme) if searched else clipped_weight(weight_OI, scheme, own, ratios)
-        return _better_of(clipped, weight_OI, own, ratios).tensors
-
-    searched = clipped_weight(weight_OI, scheme, moments, ratios).tensors if scheme.searched else ()
-    factors = (*(one.order_I for one in moments.inverses), *(one.factor_II for one in moments.inverses))
-    inputs = (weight_OI, moments.blocks_GBB, whole, *factors, *searched)
-    return of_tensors(replayed(work, ("compensated", scheme, ratios, wide), *inputs), scheme)
-
-
-def _better_of(
-    clipped: QuantizedWeight, weight_OI: torch.Tensor, moments: InputMoments, ratios: Sequence[float]
-) -> QuantizedWeight:
-    """Rows as they are clipped, or compensated where that is better."""
+    clipped = clipped_weight(weight_OI, scheme, moments, clip_ratios)
+    ratios = scheme.clip_ratios if clip_ratios is None else clip_ratios
+    inverses = with_inverses(moments, scheme).inverses
+    if not inverses or not moments.count:
+        return clipped
     num_rows = rows_of_part(weight_OI)
 
     def better_rows(part: tuple[torch.Tensor, QuantizedWeight]) -> QuantizedWeight:
         part_OI, clipped_part = part
-        compensated = _compensate_parts(part_OI, clipped_part.grid, ratios, moments.inverses)
+        compensated = _compensate_parts(part_OI, clipped_part.grid, ratios, inverses)
         with fast_matmuls(part_OI.device):
             losses = (moments.loss_O(found.difference(part_OI)) for found in (clipped_part, compensated))
             clipped_O, compensated_O = losses
@@ -166,22 +134,27 @@ def _compensate(
 ) -> QuantizedWeight:
     """Group by group; a search for parameters weighs a column's error by what it costs once it is compensated. A
     group's errors change the columns next to it at once, and those farther on in one product for many groups."""
-    order_I, factor_II, found = inverse.order_I, inverse.factor_II, list[CompensatedBlocks]()
-    working_IO, importance_I = weight_OI[:, order_I].T.contiguous(), factor_II.diagonal().square().reciprocal()
+    ratios, order_I = tuple(clip_ratios), inverse.order_I
     near_columns = scheme.columns_at_once * max(1, NEAR // scheme.columns_at_once)
-    for near in range(0, len(working_IO), near_columns):
-        far, first = min(near + near_columns, len(working_IO)), len(found)
-        for start in range(near, far, scheme.columns_at_once):
-            stop = min(start + scheme.columns_at_once, far)
-            part = slice(start, stop)
-            rounded = scheme.compensated(working_IO[part], factor_II[part, part], importance_I[part], clip_ratios)
-            working_IO[stop:far].addmm_(factor_II[part, stop:far].T, rounded.errors_SO, alpha=-1)
-            found.append(rounded)
-        errors_NO = torch.cat([part.errors_SO for part in found[first:]])
-        working_IO[far:].addmm_(factor_II[near:far, far:].T, errors_NO, alpha=-1)
-    parameters, codes_IO = (
-        joined_blocks([part.parameters for part in found]),
-        torch.cat([one.codes_SO for one in found]),
-    )
+
+    def compensated(working_IO: torch.Tensor, factor_II: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        importance_I, found = factor_II.diagonal().square().reciprocal(), list[CompensatedBlocks]()
+        for near in range(0, len(working_IO), near_columns):
+            far, first = min(near + near_columns, len(working_IO)), len(found)
+            for start in range(near, far, scheme.columns_at_once):
+                stop = min(start + scheme.columns_at_once, far)
+                part = slice(start, stop)
+                rounded = scheme.compensated(working_IO[part], factor_II[part, part], importance_I[part], ratios)
+                working_IO[stop:far].addmm_(factor_II[part, stop:far].T, rounded.errors_SO, alpha=-1)
+                found.append(rounded)
+            errors_NO = torch.cat([part.errors_SO for part in found[first:]])
+            working_IO[far:].addmm_(factor_II[near:far, far:].T, errors_NO, alpha=-1)
+        parameters = joined_blocks([part.parameters for part in found])
+        codes_IO = torch.cat([part.codes_SO for part in found])
+        return codes_IO, parameters.scales, parameters.zero_points, *parameters.super_scales
+
+    sorted_IO = weight_OI[:, order_I].T.contiguous()
+    codes_IO, scales_OB, zero_points_OB, *supers = replayed(compensated, (scheme, ratios), sorted_IO, inverse.factor_II)
     place_I, place_B = order_I.argsort(), (order_I[:: scheme.block_size] // scheme.block_size).argsort()
-    return quantized(codes_IO[place_I].T.contiguous(), parameters.each(lambda part: part[:, place_B]), scheme)
+    parameters = Parameters(scales_OB, zero_points_OB, tuple(supers)).each(lambda part: part[:, place_B])
+    return quantized(codes_IO[place_I].T.contiguous(), parameters, scheme)

@@ -50,26 +50,24 @@ class QuantizedWeight:
 
     def split(self, num_rows: int | list[int]) -> list["QuantizedWeight"]:
         """Returns parts of so many rows each, as `torch.split` does."""
-        parts = zip(*(part.split(num_rows) for part in self.tensors), strict=True)
-        return [of_tensors(tensors, self.grid) for tensors in parts]
+        parts = zip(*(part.split(num_rows) for part in self._tensors), strict=True)
+        return [_of_tensors(tensors, self.grid) for tensors in parts]
 
     def rows(self, rows_R: torch.Tensor) -> "QuantizedWeight":
         """Returns these rows, int64 [R], in this order."""
-        return of_tensors([part[rows_R] for part in self.tensors], self.grid)
+        return _of_tensors([part[rows_R] for part in self._tensors], self.grid)
 
     def or_else(self, other: "QuantizedWeight", keep_O: torch.Tensor) -> "QuantizedWeight":
         """Takes these rows where `keep_O` (bool [O]) is true, and those of another of the same scheme elsewhere."""
-        pairs = zip(self.tensors, other.tensors, strict=True)
-        return of_tensors([torch.where(keep_O.unsqueeze(1), own, its) for own, its in pairs], self.grid)
+        pairs = zip(self._tensors, other._tensors, strict=True)
+        return _of_tensors([torch.where(keep_O.unsqueeze(1), own, its) for own, its in pairs], self.grid)
 
     @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All that `of_tensors` makes the weight of."""
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
         return self.codes_OI, self.scales_OG, self.zero_points_OG, *self.super_scales_OG
 
 
-def of_tensors(tensors: Sequence[torch.Tensor], grid: Scheme) -> QuantizedWeight:
-    """Makes a weight of another's `tensors`, or of what has become of them."""
+def _of_tensors(tensors: Sequence[torch.Tensor], grid: Scheme) -> QuantizedWeight:
     codes_OI, scales_OG, zeros_OG, *super_scales = tensors
     return QuantizedWeight(codes_OI, scales_OG, zeros_OG, grid, tuple(super_scales))
 
@@ -94,7 +92,7 @@ def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
 def _together(
     parts: Sequence[QuantizedWeight], join: Callable[[tuple[torch.Tensor, ...]], torch.Tensor]
 ) -> QuantizedWeight:
-    return of_tensors([join(same) for same in zip(*(part.tensors for part in parts), strict=True)], parts[0].grid)
+    return _of_tensors([join(same) for same in zip(*(part._tensors for part in parts), strict=True)], parts[0].grid)
 
 
 def round_to_grid(
