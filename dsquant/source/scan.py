@@ -16,8 +16,8 @@ from dsquant.source.fp8_blocks import SCALE_SUFFIX
 from dsquant.source.shards import ShardIndex, TensorInfo
 
 BYTES_AT_ONCE = 32 * 2**20
-# Values in so many bytes are looked at together, a linear of R1's experts: where they stay in a core's cache it takes an
-# eighth less, but a thread that launches a GPU's work would have to wait for Python hundreds of times.
+# Values in so many bytes are looked at together, a linear of an expert of R1. Where they stay in a core's cache it is
+# an eighth faster, but a thread that launches a GPU's work would have to wait for Python hundreds of times.
 LOOKED_AT_BYTES = 2**24
 # Read of each tensor to compare copies of a checkpoint without reading them whole.
 SAMPLE_BYTES = 4096
