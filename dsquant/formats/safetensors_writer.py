@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,20 +37,26 @@ class ShardWriter(UnitWriter):
 
     def write(self, name: str, value: QuantizedWeight | torch.Tensor) -> None:
         if isinstance(value, QuantizedWeight):
-            for stored_name, tensor in self._target.format.pack(name, value).items():
-                self._write_rows(stored_name, 0, tensor)
+            self._write_rows(self._target.format.pack(name, value))
             self._written.add(f"{name}.weight")
             return
-        for stored_name, tensor in changed_tensors(self._target, self._surroundings.checkpoint, name, value).items():
-            self._write_rows(stored_name, 0, tensor)
+        self._write_rows(changed_tensors(self._target, self._surroundings.checkpoint, name, value))
         self._written.add(name)
 
-    def _write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
-        stored, place = self._target.place_of.get(name, (name, None))
-        shard = self._shard_of[stored]
-        store, hashed = (partial(sink, stored, start, place) for sink in (shard.store_rows, shard.hash_rows))
-        self._surroundings.hand_over((rows.detach(),), store, hashed)
-        self.bytes_written += rows.nbytes
+    def _write_rows(self, tensors: Mapping[str, torch.Tensor], start: int = 0) -> None:
+        """Hands over rows of tensors, by name, from row `start` of each on: together, since threads cost time too."""
+        places = [self._target.place_of.get(name, (name, None)) for name in tensors]
+
+        def store(*parts: torch.Tensor) -> None:
+            for (stored, place), rows in zip(places, parts, strict=True):
+                self._shard_of[stored].store_rows(stored, start, place, rows)
+
+        def hashed(*parts: torch.Tensor) -> None:
+            for (stored, place), rows in zip(places, parts, strict=True):
+                self._shard_of[stored].hash_rows(stored, start, place, rows)
+
+        self._surroundings.hand_over(tuple(rows.detach() for rows in tensors.values()), store, hashed)
+        self.bytes_written += sum(rows.nbytes for rows in tensors.values())
 
     def copy_rest(self, safe_point: Callable[[str], None]) -> None:
         checkpoint, ranks = self._surroundings.checkpoint, self._surroundings.ranks
@@ -60,7 +65,7 @@ class ShardWriter(UnitWriter):
         for name in rest[ranks.rank :: ranks.size]:
             safe_point(name)
             for stored_name, start, rows in unchanged_rows(self._target, checkpoint, name):
-                self._write_rows(stored_name, start, rows)
+                self._write_rows({stored_name: rows}, start)
         if self._target.grid.noted:
             self._write_input_scales()
 
@@ -76,8 +81,7 @@ class ShardWriter(UnitWriter):
         linears = [name.removesuffix(".weight") for name in self._parameters] if ranks.first else []
         for linear in filter(target.linears.__contains__, linears):
             scale = target.format.input_scale(linear, largest[target.alike.get(linear, linear)])
-            for name, number in scale.items():
-                self._write_rows(name, 0, number)
+            self._write_rows(scale)
 
     def commit(self) -> dict[str, str]:
         self._surroundings.wait()
