@@ -152,18 +152,21 @@ def test_sigterm_stops_at_a_safe_point_with_exit_code_75(nano_r1: Path, text_fil
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process")
-def test_a_full_disk_stops_the_job_and_loses_nothing(nano_r1: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("call", "fails"), [("formats.output_shards.os.fsync", 12), ("pipeline.units.sync_file", 2)])
+def test_a_full_disk_stops_the_job_and_loses_nothing(
+    call: str, fails: int, nano_r1: Path, text_file: Path, tmp_path: Path
+) -> None:
     dsquant.awq(nano_r1, output=tmp_path / "whole", calibration=(str(text_file),), **FAST)
     full = pytest.MonkeyPatch()
     written = 0
 
-    def no_space(descriptor: int) -> None:
+    def no_space(_: Any) -> None:
         nonlocal written
         written += 1
-        if written == 12:
+        if written == fails:
             raise OSError(28, "No space left on device")
 
-    full.setattr("dsquant.formats.output_shards.os.fsync", no_space)
+    full.setattr(f"dsquant.{call}", no_space)
     with pytest.raises(Interrupted, match="disk is full"):
         dsquant.awq(nano_r1, output=tmp_path / "out", calibration=(str(text_file),), **FAST)
     full.undo()
