@@ -31,22 +31,32 @@ def clipped_weight(
     differently; so no row errs more than under plain rounding. The first ratio is 1; `FULL_RANGE` rounds plainly, with
     parameters that weigh the inputs' energy where they are searched; None takes the scheme's ratios.
     """
+    return clipped_with_losses(weight_OI, scheme, moments, clip_ratios)[0]
+
+
+def clipped_with_losses(
+    weight_OI: torch.Tensor, scheme: Scheme, moments: InputMoments, clip_ratios: Sequence[float] | None = None
+) -> tuple[QuantizedWeight, torch.Tensor | None]:
+    """Returns what `clipped_weight` does, and each row's output error, float32 [O], where it had to be computed."""
     scheme = scheme.fitted(weight_OI)
     ratios = scheme.clip_ratios if clip_ratios is None else tuple(clip_ratios)
     if ratios == FULL_RANGE and not scheme.searched:
-        return round_to_nearest(weight_OI, scheme)
+        return round_to_nearest(weight_OI, scheme), None
     importance_I, parts = moments.rms_I.square(), weight_OI.split(rows_of_part(weight_OI))
     if ratios == FULL_RANGE:
-        return stacked([quantized(*scheme.round_plainly(part_OI, importance_I), scheme) for part_OI in parts])
+        rounded = [quantized(*scheme.round_plainly(part_OI, importance_I), scheme) for part_OI in parts]
+        return stacked(rounded), None
     grams_BSS = moments.group_grams_GSS(scheme.block_size)
 
-    def clipped_rows(part_OI: torch.Tensor) -> QuantizedWeight:
+    def clipped_rows(part_OI: torch.Tensor) -> tuple[QuantizedWeight, torch.Tensor]:
         plain, clipped = _clip_rows(part_OI, scheme, (grams_BSS, importance_I), ratios)
         with fast_matmuls(part_OI.device):
             plain_O, clipped_O = (moments.loss_O(found.difference(part_OI)) for found in (plain, clipped))
-        return clipped.or_else(plain, clipped_O < plain_O)
+        kept_O = clipped_O < plain_O
+        return clipped.or_else(plain, kept_O), torch.where(kept_O, clipped_O, plain_O)
 
-    return stacked(side_by_side(clipped_rows, parts, PARTS_AT_ONCE))
+    found, losses = zip(*side_by_side(clipped_rows, parts, PARTS_AT_ONCE), strict=True)
+    return stacked(found), torch.cat(losses)
 
 
 def rows_of_part(weight_OI: torch.Tensor) -> int:

@@ -24,7 +24,7 @@ from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.products import NEAR
 from dsquant.kernels.threads import side_by_side
 from dsquant.kernels.values import CompensatedBlocks, Parameters, joined_blocks
-from dsquant.quantization.clip import PARTS_AT_ONCE, clipped_weight, rows_of_part
+from dsquant.quantization.clip import PARTS_AT_ONCE, clipped_with_losses, rows_of_part
 from dsquant.quantization.statistics import InputMoments, InverseFactor
 from dsquant.schemes import QuantizedWeight, Scheme, joined, quantized, stacked
 
@@ -46,23 +46,26 @@ def compensated_weight(
     independently: errors must not be hidden where a sketch is blind. Ratios are as in `clipped_weight`. No row errs
     more than with clipping alone, as the moments estimate it.
     """
-    clipped = clipped_weight(weight_OI, scheme, moments, clip_ratios)
+    clipped, losses_O = clipped_with_losses(weight_OI, scheme, moments, clip_ratios)
     ratios = scheme.clip_ratios if clip_ratios is None else clip_ratios
     inverses = with_inverses(moments, scheme).inverses
     if not inverses or not moments.count:
         return clipped
-    num_rows = rows_of_part(weight_OI)
 
-    def better_rows(part: tuple[torch.Tensor, QuantizedWeight]) -> QuantizedWeight:
-        part_OI, clipped_part = part
-        compensated = _compensate_parts(part_OI, clipped_part.grid, ratios, inverses)
+    def loss_O(part_OI: torch.Tensor, rounded: QuantizedWeight) -> torch.Tensor:
         with fast_matmuls(part_OI.device):
-            losses = (moments.loss_O(found.difference(part_OI)) for found in (clipped_part, compensated))
-            clipped_O, compensated_O = losses
-        return compensated.or_else(clipped_part, compensated_O < clipped_O)
+            return moments.loss_O(rounded.difference(part_OI))
 
-    parts = zip(weight_OI.split(num_rows), clipped.split(num_rows), strict=True)
-    return stacked(side_by_side(better_rows, parts, PARTS_AT_ONCE))
+    def better_rows(part: tuple[torch.Tensor, QuantizedWeight, torch.Tensor | None]) -> QuantizedWeight:
+        part_OI, clipped_part, known_O = part
+        compensated = _compensate_parts(part_OI, clipped_part.grid, ratios, inverses)
+        clipped_O = loss_O(part_OI, clipped_part) if known_O is None else known_O
+        return compensated.or_else(clipped_part, loss_O(part_OI, compensated) < clipped_O)
+
+    num_rows = rows_of_part(weight_OI)
+    parts = (weight_OI.split(num_rows), clipped.split(num_rows))
+    known = [None] * len(parts[0]) if losses_O is None else losses_O.split(num_rows)
+    return stacked(side_by_side(better_rows, zip(*parts, known, strict=True), PARTS_AT_ONCE))
 
 
 def with_inverses(moments: InputMoments, scheme: Scheme) -> InputMoments:
