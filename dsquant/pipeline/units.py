@@ -1,7 +1,7 @@
 """Makes the units of an output, one after the other: each is written, brought to disk and journaled before the next is.
 
-One process goes on with the next unit while the hidden states of the one before are brought to disk; several wait for
-one another there.
+Where hidden states stay on a GPU, one process goes on with the next unit while those of the one before are brought to
+disk; several processes wait for one another there.
 """
 
 from collections.abc import Callable, Iterator
@@ -171,6 +171,9 @@ Beside = tuple[ThreadPoolExecutor, list[Future[None]]]
 
 def _make_unit(run: Run, unit: Unit, make: Maker, safe_point: Callable[[str], None], beside: Beside) -> dict[str, Any]:
     pool, closing = beside
+    resident = unit.layer is not None and unit.layer.index in run.source.plan.needs.gpu_resident
+    if not resident:  # it has files of its own from the start, and the disk need not have room for one layer more
+        _wait_for(closing)
     with _unit_writers(run, unit) as writers:
         notes = make(run, unit, writers, safe_point)
         _wait_for(closing)
