@@ -42,7 +42,7 @@ class FileHashes:
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
-        self._files: dict[Path, _Followed] = {}
+        self._files: dict[Path, FollowedHash] = {}
 
     def written(self, path: Path, name: str, start: int, stop: int) -> None:
         """Takes note that bytes start..stop-1 of a file are written; it is at `path` now and will be called `name` in
@@ -51,13 +51,17 @@ class FileHashes:
             self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="dsquant-hash")
         final = path.with_name(name)
         if final not in self._files:
-            self._files[final] = _Followed(path)
+            self._files[final] = FollowedHash(os.open(path, os.O_RDONLY))  # which outlives a renaming
         self._files[final].extend(start, stop, self._pool)
 
     def whole(self) -> dict[Path, dict[str, Any]]:
         """Waits until all that is written is hashed; returns final path -> bytes and sha256 of whole files."""
-        found = {path: file.result() for path, file in self._files.items()}
-        return {path: entry for path, entry in found.items() if entry is not None}
+        whole = {}
+        for path, file in self._files.items():
+            found = file.result()
+            if found is not None and found[0] == os.fstat(file.descriptor).st_size:
+                whole[path] = {"bytes": found[0], "sha256": found[1]}
+        return whole
 
     def close(self) -> None:
         """Gives up what is not hashed yet."""
@@ -70,47 +74,51 @@ class FileHashes:
         self._files.clear()
 
 
-class _Followed:
-    """One file; its bytes are hashed by one thread at a time."""
+class FollowedHash:
+    """The SHA-256 of a file from one of its bytes on, made while it grows, by one thread at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)  # which outlives a renaming
+    def __init__(self, descriptor: int, start: int = 0) -> None:
+        self.descriptor = descriptor
+        self._start, self._end = start, start
         self._lock = Lock()
         self._written: list[tuple[int, int]] = []
-        self._digest, self._hashed, self._given_up = hashlib.sha256(), 0, False
+        self._digest, self._given_up = hashlib.sha256(), False
         self._running: Future[None] | None = None
 
     def extend(self, start: int, stop: int, pool: ThreadPoolExecutor) -> None:
+        """Takes note that bytes start..stop-1 of the file are written; a thread of the pool hashes those without a gap
+        before them."""
         with self._lock:
             self._written = joined([*self._written, (start, stop)])
-            if self._running is None and self._prefix > self._hashed:
+            if self._running is None and self._without_gap > self._end:
                 self._running = pool.submit(self._follow)
 
     @property
-    def _prefix(self) -> int:
-        """Bytes from the start that are written without a gap."""
+    def _without_gap(self) -> int:
+        """The end of the bytes that are written without a gap."""
         start, stop = self._written[0]
-        return 0 if start else stop
+        return stop if start == self._start else self._start
 
     def _follow(self) -> None:
         block = memoryview(bytearray(BYTES_AT_ONCE))
         while True:
             with self._lock:
-                count = min(BYTES_AT_ONCE, self._prefix - self._hashed)
+                count = min(BYTES_AT_ONCE, self._without_gap - self._end)
                 if not count or self._given_up:
                     self._running = None
                     return
-            count = os.preadv(self.descriptor, [block[:count]], self._hashed)
+            count = os.preadv(self.descriptor, [block[:count]], self._end)
             self._given_up |= not count  # somebody has cut it off
             self._digest.update(block[:count])
-            self._hashed += count
+            self._end += count
 
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> tuple[int, str] | None:
+        """Waits until all that is written without a gap is hashed; returns how many bytes these are, and their hash,
+        hexadecimal, or None where they could not be read. Raises the thread's error."""
         while (running := self._running) is not None:
             running.result()
-        if self._given_up or self._hashed != os.fstat(self.descriptor).st_size:
-            return None
-        return {"bytes": self._hashed, "sha256": self._digest.hexdigest()}
+        return None if self._given_up else (self._end - self._start, self._digest.hexdigest())
 
     def give_up(self) -> None:
+        """Hashes no more than the bytes that have just been read."""
         self._given_up = True

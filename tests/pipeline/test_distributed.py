@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -77,14 +78,15 @@ def test_two_ranks_write_the_gguf_of_one(model: Path, text_file: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_two_ranks_convert_to_gguf_without_calibration(model: Path, tmp_path: Path) -> None:
+def test_ranks_convert_to_gguf_without_calibration(model: Path, tmp_path: Path) -> None:
     def convert(output: Path) -> list[str]:
         options = ["--type", "Q8_0", "--calibration", "none", "--mtp", "keep", "--no-evaluate", "--json"]
         return ["gguf", str(model), "--output", str(output), *options]
 
     forked.finish(*convert(tmp_path / "one"))
-    finish(launched(2, convert(tmp_path / "two")))
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    for size in (2, 3):
+        finish(launched(size, convert(tmp_path / str(size))))
+        assert contents(tmp_path / str(size)) == contents(tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -98,11 +100,11 @@ def test_hidden_states_on_gpus_or_in_files_give_the_same_bytes_on_any_number_of_
     assert contents(tmp_path / "odd") == contents(tmp_path / "none")
 
 
-def lose(rank: int, model: Path, text: Path, output: Path, *more: str) -> None:
-    """Kills one of two ranks after the first unit."""
+def lose(rank: int, model: Path, text: Path, output: Path, *more: str, after: int = 1) -> None:
+    """Kills one of two ranks after so many units."""
     processes = start(2, model, text, output, *more)
     journal = output / ".dsquant-work" / "journal.jsonl"
-    while not (journal.exists() and journal.read_text().count("\n")):
+    while not (journal.exists() and journal.read_text().count("\n") >= after):
         assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
         time.sleep(0.01)
     processes[rank].send_signal(signal.SIGKILL)
@@ -126,6 +128,20 @@ def test_a_lost_rank_stops_the_other_with_75_and_any_number_of_ranks_goes_on(
     else:
         finish(start(resumed_on, *again))
     assert contents(output) == contents(whole)
+
+
+@pytest.mark.slow
+def test_a_mixture_that_lost_a_rank_has_the_hashes_of_one_on_any_number_of_ranks(
+    model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    more = ("--to", "gguf:IQ4_XS", "--preset", "compact", "--steps", "none", "--mtp", "quantize", "--samples", "2")
+    forked.finish(*command(model, text_file, tmp_path / "one", *more))
+    lose(1, model, text_file, tmp_path / "out", *more, after=2)
+    for rank in range(3):  # as if killed while ranks opened these, with words on every tensor
+        told = b"".join(struct.pack("<QQQ", number, 0, 2**40) for number in range(60))
+        (tmp_path / "out" / ".dsquant-work" / f"written-{rank}").write_bytes(told)
+    finish(start(3, model, text_file, tmp_path / "out", *more, "--resume"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
 @pytest.mark.slow

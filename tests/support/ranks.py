@@ -8,6 +8,8 @@ from typing import Any
 import forked
 from forked import Forked
 
+from dsquant.jobs.ranks import Ranks, joined
+
 # Three batches, the last of them short: each rank gets one, or one of two gets two.
 SETTINGS = ["--samples", "5", "--seq-len", "500", "--group-size", "64", "--no-evaluate", "--json"]
 
@@ -25,6 +27,16 @@ def start(size: int, *what: Any, before: Callable[[], object] | None = None) -> 
 def launched(size: int, line: list[str], before: Callable[[], object] | None = None) -> list[Forked]:
     """Starts ranks as a launcher does."""
     return [forked.start(*line, environment=one, before=before) for one in variables(size)]
+
+
+def call(size: int, function: Callable[[Ranks], None]) -> list[Forked]:
+    """Starts ranks that join and call a function."""
+
+    def run() -> None:
+        with joined() as ranks:
+            function(ranks)
+
+    return launched(size, ["--version"], run)
 
 
 def variables(size: int) -> list[dict[str, str]]:

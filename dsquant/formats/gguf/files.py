@@ -6,7 +6,6 @@ file. It carries a temporary name until all of it is there.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,12 +20,11 @@ import torch
 from dsquant.errors import InputError
 from dsquant.files.disk import PARTIAL, EarlyWriteback, naming, sync_folder, write_at
 from dsquant.files.hashing import OrderedHash
-from dsquant.files.sealing import in_threads
+from dsquant.formats.gguf.shared_hashes import SharedHashes
 from dsquant.formats.gguf.types import row_bytes
 from dsquant.formats.protocol import Surroundings
 
 ALIGNMENT = 32
-BYTES_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,8 @@ def plan_files(
 class OpenGgufFiles:
     """The planned files on disk, under temporary names, open for writing.
 
-    Several ranks may write into them, each whole rows of matrices; where one rank writes all of a tensor in its order,
-    its hash is made meanwhile, else from the file.
+    Several ranks may write into them, each whole rows of matrices. Where one rank writes all of a tensor in its order,
+    its hash is made of what is written, else of the file.
     """
 
     def __init__(self, folder: Path, files: Sequence[GgufFile], resume: bool, surroundings: Surroundings) -> None:
@@ -123,6 +121,11 @@ class OpenGgufFiles:
         self._tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
         self._early = {name: EarlyWriteback(stream.fileno()) for name, stream in self._opened.items()}
         self._hashes: dict[str, OrderedHash] = {}
+        places = {
+            name: (self._opened[file.file_name], offset, self._tensors[name].num_bytes)
+            for name, (file, offset) in self._place.items()
+        }
+        self._shared = SharedHashes(ranks, surroundings.work, places)
 
     def _make(self) -> None:
         self._folder.mkdir(exist_ok=True)
@@ -162,6 +165,8 @@ class OpenGgufFiles:
         self._early[file.file_name].add(offset + start, len(raw))
         if self._surroundings.ranks.size == 1:
             self._tell_written(name, start, start + len(raw))
+        else:
+            self._shared.written(name, offset + start, offset + start + len(raw))
 
     def hash(self, name: str, start: int, stored: torch.Tensor) -> None:
         """Takes the same bytes into the tensor's hash."""
@@ -189,21 +194,10 @@ class OpenGgufFiles:
             if ranks.size > 1:
                 self._tell_written(name, 0, wanted)
         whole = {name: digest for part in found for name, (_, digest) in part.items() if digest}
-        shared = [name for name in names if name not in whole]
-        own = in_threads(self._hash, shared[ranks.rank :: ranks.size], lambda name: None)
-        return whole | dict(zip(shared, ranks.in_turns([*own.values()], len(shared)), strict=True))
-
-    def _hash(self, name: str) -> str:
-        """Hashes a tensor that several ranks have written."""
-        file, offset = self._place[name]
-        digest, end = hashlib.sha256(), offset + self._tensors[name].num_bytes
-        with naming(self._folder / file.file_name):
-            for start in range(offset, end, BYTES_AT_ONCE):
-                count = min(BYTES_AT_ONCE, end - start)
-                digest.update(os.pread(self._opened[file.file_name].fileno(), count, start))
-        return digest.hexdigest()
+        return whole | self._shared.of([name for name in names if name not in whole])
 
     def close(self) -> None:
+        self._shared.close()
         for stream in self._opened.values():
             stream.close()
 
