@@ -11,11 +11,14 @@ Shape legend: R tokens, H hidden size, W width of an MLP, O out features, I in f
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, groupby
+from math import prod
 from typing import Generic
 
 import torch
 
 from dsquant.formats.wanted import Choosable
+from dsquant.kernels.graphs import recorded_launches
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
@@ -28,7 +31,7 @@ from dsquant.quantization.attention import fold_scales, note_attention, search_s
 from dsquant.quantization.gradient_pass import take_back
 from dsquant.quantization.layer import out_of_range, run_original
 from dsquant.quantization.layer_job import LayerJob
-from dsquant.quantization.layer_mlps import moments_of, shared_inverses
+from dsquant.quantization.layer_mlps import MLPS_AHEAD, moments_of, shared_inverses
 from dsquant.quantization.mlp import scaled, search_up_scales
 from dsquant.quantization.mlp_inputs import CHECK_ROWS, MlpInputs, inputs_of
 from dsquant.quantization.mlp_norm import search_norm_fold
@@ -74,24 +77,21 @@ def measure_layer(job: LayerJob, trials: Mapping[Scheme, Trial[Width]], states: 
     Returns the errors on every rank, 0 where a group is not quantized. Raises InputError where the original's hidden
     states are not finite.
     """
-    original = run_original(job)
+    original = run_original(job, moments_everywhere=True)
     routing, norm_rms_H = original.routing, original.norm_rms_H
     if not bool(norm_rms_H.isfinite().all()):
         raise out_of_range(job.layer.norm)
     inputs = {mlp: inputs_of(job.mlp_inputs, mlp, routing, {}, job.steps) for mlp in job.layer.mlps}
     norm_scales = {grid: search_norm_fold(job, grid, inputs, norm_rms_H)[1] for grid in job.grids}
     inverses = dict(zip(job.grids, shared_inverses(job, list(norm_scales.values())), strict=True))
-    tried = _TriedMlps(job, trials, inputs, routing, norm_scales, inverses, states.gradients)
-    own: list[list[_Found[Width]]] = []
-    take_back(job, states, routing, lambda number, weights: own.append(list(tried.errors(number, weights))))
-    attention = job.ranks.once(
-        lambda: list(_attention_errors(job, original.attention_moments, trials, states.attended))
-    )
+    of_mlps = _mlp_errors(_TriedMlps(job, trials, inputs, routing, norm_scales, inverses, states.gradients))
+    take_back(job, states, routing)
+    attention = _attention_errors(job, original.attention_moments, trials, states.attended)
     errors: Errors[Width] = {
         grid: {group.name: dict.fromkeys(group.num_bytes, 0.0) for group in trial.groups}
         for grid, trial in trials.items()
     }
-    for found in (attention, *job.ranks.in_turns(own, len(job.layer.mlps))):
+    for found in (attention, *of_mlps):
         for grid, name, width, error in found:
             errors[grid][name][width] += error
     return errors
@@ -109,31 +109,79 @@ def _attention_errors(
     moments: Mapping[ScaleGroup, InputMoments],
     trials: Mapping[Scheme, Trial[Width]],
     gradients: Activations,
-) -> Iterator[_Found[Width]]:
-    """Errors on a few samples, as of all."""
+) -> list[_Found[Width]]:
+    """Errors on a few samples, as of all, on every rank; each attempt is one rank's."""
     if not moments:
-        return
-    weights = ResidentWeights(job.weights)
-    wanted_RH = _attended(job, weights)
-    gradients_RH = gradients.samples(0, min(ATTENTION_SAMPLES, job.inputs.shape[0])).flatten(0, 1)
+        return []
+    weights, scales = ResidentWeights(job.weights), dict[Scheme, dict[ScaleGroup, torch.Tensor]]()
+    attempts: list[_Attempt[Width]] = []
     for grid, trial in trials.items():
         own = {group: found for group, found in moments.items() if group.consumers[0] in job.linears[grid]}
-        scales = search_scales(job, weights, own, grid)
+        scales[grid] = search_scales(job, weights, own, grid, job.ranks)
         if not grid.rounded:
-            note_attention(job, grid, own, scales)
-        folded = ResidentWeights(FoldedWeights(weights, fold_scales(weights, scales)))
-        for group, found in own.items():
-            job.safe_point(group.consumers[0])
-            divided = prepared(under_scales(found, scales.get(group)), [grid], job.steps)
+            note_attention(job, grid, own, scales[grid])
+        for group in own:
             for choosable, linears, widths in trial.inside(group.consumers):
-                for width in widths:
-                    replaced = {
-                        f"{linear}.weight": trial.store(choosable, width, linear, folded[f"{linear}.weight"], divided)
-                        for linear in linears
-                    }
-                    error_RH = _attended(job, ReplacedWeights(folded, replaced)) - wanted_RH
-                    error = divergence(error_RH, gradients_RH)
-                    yield grid, choosable.name, width, error * job.inputs.num_rows / len(wanted_RH)
+                attempts += [_Attempt(grid, group, choosable, linears, width) for width in widths]
+    sizes = [sum(prod(weights.shape(f"{linear}.weight")) for linear in one.linears) for one in attempts]
+    of_ranks = _shared_out(sizes, job.ranks.size)
+
+    def errors() -> list[_Found[Width]]:
+        gradients_RH = gradients.samples(0, min(ATTENTION_SAMPLES, job.inputs.shape[0])).flatten(0, 1)
+        mine = [attempts[place] for place in of_ranks[job.ranks.rank]]
+        return list(_errors_of(job, weights, mine, trials, moments, scales, gradients_RH))
+
+    found = job.ranks.gather(job.ranks.together(errors))
+    pairs = zip(chain(*of_ranks), chain(*found), strict=True)
+    return [one for _, one in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def _shared_out(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Returns rank -> the places of its attempts, in order: the largest first, each goes to the rank with the least."""
+    taken, found = [0] * num_ranks, [list[int]() for _ in range(num_ranks)]
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        rank = taken.index(min(taken))
+        found[rank].append(place)
+        taken[rank] += sizes[place]
+    return [sorted(places) for places in found]
+
+
+@dataclass(frozen=True)
+class _Attempt(Generic[Width]):
+    """Linears of attention that are stored at one width."""
+
+    grid: Scheme
+    group: ScaleGroup
+    choosable: Choosable
+    linears: Sequence[str]
+    width: Width
+
+
+def _errors_of(
+    job: LayerJob,
+    weights: Weights,
+    attempts: Sequence[_Attempt[Width]],
+    trials: Mapping[Scheme, Trial[Width]],
+    moments: Mapping[ScaleGroup, InputMoments],
+    scales: Mapping[Scheme, Mapping[ScaleGroup, torch.Tensor]],
+    gradients_RH: torch.Tensor,
+) -> Iterator[_Found[Width]]:
+    """Errors of some of attention's linears, in their order."""
+    wanted_RH = _attended(job, weights)
+    for grid, on_grid in groupby(attempts, lambda one: one.grid):
+        folded = ResidentWeights(FoldedWeights(weights, fold_scales(weights, scales[grid])))
+        for group, of_group in groupby(on_grid, lambda one: one.group):
+            job.safe_point(group.consumers[0])
+            divided = prepared(under_scales(moments[group], scales[grid].get(group)), [grid], job.steps)
+            for one in of_group:
+                stored = (
+                    trials[grid].store(one.choosable, one.width, linear, folded[f"{linear}.weight"], divided)
+                    for linear in one.linears
+                )
+                replaced = {f"{linear}.weight": weight for linear, weight in zip(one.linears, stored, strict=True)}
+                error_RH = _attended(job, ReplacedWeights(folded, replaced)) - wanted_RH
+                error = divergence(error_RH, gradients_RH)
+                yield grid, one.choosable.name, one.width, error * job.inputs.num_rows / len(wanted_RH)
 
 
 def divergence(error_RH: torch.Tensor, gradients_RH: torch.Tensor) -> float:
@@ -168,14 +216,20 @@ class _TriedMlps(Generic[Width]):
     def _shares(self) -> dict[Mlp, float]:
         return _experts(self.job.layer, self.inputs)
 
+    @property
+    def numbers(self) -> list[int]:
+        """The MLPs of the layer that are tried: those that tokens reach, and any of whose linears is in a group."""
+        wanted = [mlp for mlp in self._shares if self._grids(mlp) and len(self.inputs[mlp].rows_R)]
+        return [number for number, mlp in enumerate(self.job.layer.mlps) if mlp in wanted]
+
+    def _grids(self, mlp: Mlp) -> list[Scheme]:
+        return [grid for grid, trial in self.trials.items() if any(trial.inside(mlp.linears))]
+
     def errors(self, number: int, original: GatedWeights) -> Iterator[_Found[Width]]:
         """Errors of an MLP's groups, for all tokens that it stands for."""
         job, mlp = self.job, self.job.layer.mlps[number]
-        grids = [grid for grid, trial in self.trials.items() if any(trial.inside(mlp.linears))]
-        if mlp not in self._shares or not grids or not len(self.inputs[mlp].rows_R):
-            return
         moments = moments_of(job, mlp, original, self.inputs[mlp], job.seed + number)
-        for grid in grids:
+        for grid in self._grids(mlp):
             for name, width, error in self._on_grid(grid, mlp, original, moments):
                 yield grid, name, width, error * self._shares[mlp]
 
@@ -204,3 +258,23 @@ class _TriedMlps(Generic[Width]):
                     found_RH = GatedWeights(*(folded | stored).values()).output(job.skeleton, inputs_RH / norm_scales_H)
                 error = divergence((found_RH - wanted_RH) * share_R1, gradients_RH)
                 yield group.name, width, error * len(inputs.rows_R) / len(inputs_RH)
+
+
+def _mlp_errors(tried: _TriedMlps[Width]) -> list[list[_Found[Width]]]:
+    """Errors of the MLPs that are tried, in their order, on every rank.
+
+    Ranks take these in turns, and read them apart from all others: where all MLPs of a layer pass, ranks wait for one
+    another, and experts that are evenly spaced may all be those of one rank.
+    """
+    job, found = tried.job, list[list[_Found[Width]]]()
+    numbers = tried.numbers
+    own = numbers[job.ranks.rank :: job.ranks.size]
+    with recorded_launches():
+        for place, number in enumerate(own):
+            mlp = job.layer.mlps[number]
+            job.safe_point(mlp.up.rsplit(".", 1)[0])
+            original = GatedWeights.read(job.weights, mlp)
+            ahead = [job.layer.mlps[later] for later in own[place + 1 :][:MLPS_AHEAD]]
+            job.weights.prefetch([f"{linear}.weight" for one in ahead for linear in one.linears])
+            found.append(list(tried.errors(number, original)))
+    return job.ranks.in_turns(found, len(numbers))

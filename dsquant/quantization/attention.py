@@ -6,12 +6,13 @@ from functools import partial
 
 import torch
 
+from dsquant.jobs.ranks import ALONE, Ranks
 from dsquant.model.activations import Activations
 from dsquant.model.overlays import Fold, FoldedWeights, ReplacedWeights, ResidentWeights, fold_of
 from dsquant.model.streaming import Routing, Stream, run_dense_part
 from dsquant.model.structure import KEYS_SUFFIX, ScaleGroup
 from dsquant.quantization.layer_job import GridReport, LayerJob
-from dsquant.quantization.scale import best_scales, group_candidates, is_kept, rms_of_columns
+from dsquant.quantization.scale import best_for_all, group_candidates, is_kept, rms_of_columns
 from dsquant.quantization.statistics import Importance, InputMoments
 from dsquant.quantization.steps import prepared, rounded_weight
 from dsquant.schemes import QuantizedWeight, Scheme, fitted_together, round_to_nearest
@@ -78,11 +79,16 @@ def keeps_attention(job: LayerJob, report: GridReport, error: float, error_plain
 
 
 def search_scales(
-    job: LayerJob, weights: Weights, moments: Mapping[ScaleGroup, InputMoments], grid: Scheme
+    job: LayerJob,
+    weights: Weights,
+    moments: Mapping[ScaleGroup, InputMoments],
+    grid: Scheme,
+    ranks: Ranks = ALONE,
 ) -> dict[ScaleGroup, torch.Tensor]:
-    """Returns the scales, float32 [I], of every group that they are folded into."""
+    """Returns the scales, float32 [I], of every group that they are folded into; `ranks` take the candidates in
+    turns."""
     return {
-        group: _searched(weights, group, found, grid, job.scales_blocks(grid, group))
+        group: _searched(weights, group, found, grid, job.scales_blocks(grid, group), ranks)
         for group, found in moments.items()
         if job.folds(grid, group)
     }
@@ -96,11 +102,13 @@ def fold_scales(weights: Weights, scales: Mapping[ScaleGroup, torch.Tensor]) -> 
     return fold
 
 
-def _searched(weights: Weights, group: ScaleGroup, moments: InputMoments, grid: Scheme, exact: bool) -> torch.Tensor:
+def _searched(
+    weights: Weights, group: ScaleGroup, moments: InputMoments, grid: Scheme, exact: bool, ranks: Ranks
+) -> torch.Tensor:
     consumers = [weights[f"{linear}.weight"] for linear in group.consumers]
     columns_I, producer = rms_of_columns(consumers), weights[f"{group.producer}.weight"]
     scales_CI = group_candidates(group, producer, moments.rms_I, columns_I, exact)
-    return best_scales(scales_CI, [lambda: (consumers, moments)], grid)
+    return best_for_all(scales_CI, consumers, moments, grid, ranks)
 
 
 def under_scales(moments: InputMoments, scales_I: torch.Tensor | None) -> InputMoments:

@@ -121,16 +121,9 @@ class GradientPass:
             visit(job, states)
 
 
-Visit = Callable[[int, GatedWeights], None]
-"""Gets the number of an MLP in its layer, and its weights."""
-
-
-def take_back(job: LayerJob, states: LayerStates, routing: Routing | None, visit: Visit | None = None) -> None:
-    """Takes the gradients of a layer's outputs back to its inputs, on every rank, once `run_original` has run.
-
-    `visit` gets the number and the weights of each of this rank's MLPs before gradients change. `job.outputs` is
-    overwritten.
-    """
+def take_back(job: LayerJob, states: LayerStates, routing: Routing | None) -> None:
+    """Takes the gradients of a layer's outputs back to its inputs, on every rank, once `run_original` has run;
+    `job.outputs` is overwritten."""
     device, batches = job.weights.device, _batches(job)
     share_RE = torch.zeros(job.inputs.num_rows if routing else 0, len(job.layer.experts), device=device)
 
@@ -141,9 +134,8 @@ def take_back(job: LayerJob, states: LayerStates, routing: Routing | None, visit
 
     for start, stop in batches:
         job.outputs.set_samples(start, torch.zeros(stop - start, *job.outputs.shape[1:], device=device))
-    for number, original in own_mlps(job, routing, contribute):
-        if visit is not None:
-            visit(number, original)
+    for _ in own_mlps(job, routing, contribute):
+        pass
     routed = None
     if routing is not None:
         parts = job.ranks.gather(share_RE.cpu()) if job.ranks.size > 1 else [share_RE]

@@ -91,7 +91,7 @@ class OriginalRun:
     """What the original's dense part has shown."""
 
     attention_moments: dict[ScaleGroup, InputMoments]
-    """Of attention's inputs, on rank 0."""
+    """Of attention's inputs, on rank 0; elsewhere all zero, unless they were wanted everywhere."""
     norm_rms_H: torch.Tensor
     """The root mean square of the MLPs' input."""
     weights_R: torch.Tensor
@@ -99,8 +99,11 @@ class OriginalRun:
     routing: Routing | None
 
 
-def run_original(job: LayerJob) -> OriginalRun:
-    """Runs the original's dense part: fills `outputs`, still without experts, and `mlp_inputs`; collects statistics."""
+def run_original(job: LayerJob, moments_everywhere: bool = False) -> OriginalRun:
+    """Runs the original's dense part: fills `outputs`, still without experts, and `mlp_inputs`; collects statistics.
+
+    Rank 0 alone gets attention's, or with `moments_everywhere` all ranks.
+    """
     device, ranks, shares = job.weights.device, job.ranks, job.shares
     num_tokens, own = job.inputs.shape[1], shares.samples(job.ranks.rank)
     statistics = {
@@ -135,7 +138,7 @@ def run_original(job: LayerJob) -> OriginalRun:
     if own[0] < own[1]:
         with fast_matmuls(device):
             routing = run_dense_part(job.skeleton, job.layer, stream, job.batch_samples, observers, own, after_batch)
-    moments = {group: group_statistics.moments(num_tokens) for group, group_statistics in statistics.items()}
+    moments = {group: found.moments(num_tokens, moments_everywhere) for group, found in statistics.items()}
     norm_rms_H = norm_statistics.moments(num_tokens).rms_I
     ranks.broadcast(norm_rms_H)
     share_rows(job.mlp_inputs, ranks, shares)

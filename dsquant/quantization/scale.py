@@ -54,8 +54,11 @@ def powers_of_two(scales: torch.Tensor) -> torch.Tensor:
     return torch.exp2(scales.log2().round())
 
 
-def scale_losses(weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Scheme, moments: InputMoments) -> torch.Tensor:
-    """Measures the output error of a weight [O, I] rounded under each candidate scale, float64 [C].
+def scale_losses(
+    weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Scheme, moments: InputMoments, ranks: Ranks = ALONE
+) -> torch.Tensor:
+    """Measures the output error of a weight [O, I] rounded under each candidate scale, float64 [C]; several ranks take
+    the candidates in turns, and get all errors in host memory.
 
     loss(s) = tr(dW (H + P) dW^T) with dW = Q(W diag(s)) diag(s)^-1 - W, H the Gram matrix of the inputs and P from
     `evened_energy`; W is thinned to at most `SEARCH_ROWS` rows.
@@ -71,7 +74,10 @@ def scale_losses(weight_OI: torch.Tensor, scales_CI: torch.Tensor, grid: Scheme,
 
     with fast_matmuls(weight_OI.device):
         together = max(1, ELEMENTS_AT_ONCE // weight_OI.numel())
-        return torch.cat(side_by_side(losses_of, scales_CI.split(at_once), together))
+        losses = side_by_side(losses_of, scales_CI.split(at_once)[ranks.rank :: ranks.size], together)
+    if ranks.size == 1:
+        return torch.cat(losses)
+    return torch.cat(ranks.in_turns([losses_C.cpu() for losses_C in losses], -(-len(scales_CI) // at_once)))
 
 
 def evened_energy(weight_OI: torch.Tensor, rms_I: torch.Tensor) -> torch.Tensor:
@@ -102,7 +108,20 @@ def best_scales(scales_CI: torch.Tensor, judges: Sequence[Judge], grid: Scheme, 
         found = [moments.count * scale_losses(weight_OI, scales_CI, grid, moments) for weight_OI in weights]
         return found if ranks.size == 1 else [losses_C.cpu() for losses_C in found]
 
-    losses_C = torch.stack([one_C for found in ranks.spread(losses, judges) for one_C in found]).sum(0)
+    return _best(scales_CI, [one_C for found in ranks.spread(losses, judges) for one_C in found])
+
+
+def best_for_all(
+    scales_CI: torch.Tensor, weights: Sequence[torch.Tensor], moments: InputMoments, grid: Scheme, ranks: Ranks = ALONE
+) -> torch.Tensor:
+    """Returns what `best_scales` does for a group's only consumers, which every rank has: ranks take the candidates in
+    turns."""
+    losses = [moments.count * scale_losses(weight_OI, scales_CI, grid, moments, ranks) for weight_OI in weights]
+    return _best(scales_CI, losses)
+
+
+def _best(scales_CI: torch.Tensor, losses: Sequence[torch.Tensor]) -> torch.Tensor:
+    losses_C = torch.stack([*losses]).sum(0)
     return scales_CI[losses_C.argmin().unsqueeze(0)].squeeze(0)  # a number would have to come from the GPU
 
 

@@ -57,8 +57,8 @@ class SampleStatistics:
         self._number += 1
         self._chunk = self._empty(self._number)
 
-    def moments(self, num_tokens: int) -> InputMoments:
-        """Returns the means over the tokens of all ranks on rank 0, and empty ones elsewhere."""
+    def moments(self, num_tokens: int, everywhere: bool = False) -> InputMoments:
+        """Returns the means over the tokens of all ranks on rank 0, or `everywhere`; elsewhere empty ones."""
         for rank in range(1, self._ranks.size):
             for start, stop in self._shares.chunks(rank):
                 if self._ranks.rank in (0, rank):
@@ -66,6 +66,8 @@ class SampleStatistics:
                     part.travel((stop - start) * num_tokens, partial(self._ranks.hand_to_first, source=rank))
                     if self._ranks.first:
                         self._merge(part)
+        if everywhere:
+            self._total.travel(self._shares.num_samples * num_tokens, self._ranks.broadcast)
         return self._total.moments()
 
     def _merge(self, part: InputStatistics) -> None:

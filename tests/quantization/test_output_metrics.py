@@ -34,11 +34,10 @@ def found_metrics(folder: Path, tokens_NT: torch.Tensor, work: Path) -> tuple[di
         routing = run_original(job).routing
         known = replace(job, gradients=LayerGradients(outputs, states.attended))
 
-        def of_mlp(number: int, original: GatedWeights) -> None:
-            mlp = job.layer.mlps[number]
+        for mlp in job.layer.mlps:
+            original = GatedWeights.read(job.weights, mlp)
             found.update(zip(mlp.linears, mlp_metrics(known, mlp, original, routing), strict=True))
-
-        take_back(job, states, routing, of_mlp)
+        take_back(job, states, routing)
         found.update(attention_metrics(known, job.layer.attention_linears))
 
     passing.backwards(hidden, gradients, visit)
