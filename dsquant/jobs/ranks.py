@@ -247,6 +247,16 @@ class Shares:
         return min(self.num_samples, chunk * num_batches // CHUNKS * self.batch_samples)
 
 
+def dealt(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Returns rank -> the places of its items, the largest first: one after the other goes to the rank with least."""
+    taken, places = [0] * num_ranks, [list[int]() for _ in range(num_ranks)]
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        rank = taken.index(min(taken))
+        places[rank].append(place)
+        taken[rank] += sizes[place]
+    return places
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Joins the ranks that accelerate's launcher or torchrun has started, and yields this one; without a launcher it is

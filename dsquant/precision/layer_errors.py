@@ -18,6 +18,7 @@ from typing import Generic
 import torch
 
 from dsquant.formats.wanted import Choosable
+from dsquant.jobs.ranks import dealt
 from dsquant.kernels.graphs import recorded_launches
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.activations import Activations
@@ -124,7 +125,7 @@ def _attention_errors(
             for choosable, linears, widths in trial.inside(group.consumers):
                 attempts += [_Attempt(grid, group, choosable, linears, width) for width in widths]
     sizes = [sum(prod(weights.shape(f"{linear}.weight")) for linear in one.linears) for one in attempts]
-    of_ranks = _shared_out(sizes, job.ranks.size)
+    of_ranks = [sorted(places) for places in dealt(sizes, job.ranks.size)]
 
     def errors() -> list[_Found[Width]]:
         gradients_RH = gradients.samples(0, min(ATTENTION_SAMPLES, job.inputs.shape[0])).flatten(0, 1)
@@ -134,16 +135,6 @@ def _attention_errors(
     found = job.ranks.gather(job.ranks.together(errors))
     pairs = zip(chain(*of_ranks), chain(*found), strict=True)
     return [one for _, one in sorted(pairs, key=lambda pair: pair[0])]
-
-
-def _shared_out(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Returns rank -> the places of its attempts, in order: the largest first, each goes to the rank with the least."""
-    taken, found = [0] * num_ranks, [list[int]() for _ in range(num_ranks)]
-    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
-        rank = taken.index(min(taken))
-        found[rank].append(place)
-        taken[rank] += sizes[place]
-    return [sorted(places) for places in found]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,7 +17,7 @@ from dsquant.formats.gguf.layout import placements
 from dsquant.formats.scales import open_scales
 from dsquant.formats.table import SAFETENSORS
 from dsquant.jobs.folder_state import RECORD_FILE, found_in
-from dsquant.jobs.ranks import ALONE, Ranks
+from dsquant.jobs.ranks import ALONE, Ranks, dealt
 from dsquant.jobs.stopping import stop_on_signals
 from dsquant.model.skeleton import Skeleton
 from dsquant.options import format_size
@@ -221,8 +222,8 @@ def read_parts(
     safe_point: Callable[[int, int, str], None],
     ranks: Ranks,
 ) -> dict[str, Damage]:
-    """Reads parts of files, each rank a share of them, the largest in turns; returns the damage in each file."""
-    own = sorted(range(len(parts)), key=lambda number: -parts[number].num_bytes)[ranks.rank :: ranks.size]
+    """Reads parts of files, each rank a share of their bytes; returns the damage in each file."""
+    own = dealt([part.num_bytes for part in parts], ranks.size)[ranks.rank]
     before, done = found.num_bytes, 0
 
     def after_part(number: int) -> None:
@@ -284,7 +285,8 @@ def _wrong(
 ) -> list[tuple[str, str]]:
     """Decodes parameters, each rank its share, and compares them with the source where it is there; returns parameter
     and problem. Raises ImportError on all ranks where one cannot import a format's package."""
-    done, own = 0, chosen[ranks.rank :: ranks.size]
+    done, sizes = 0, [prod(candidate.weights.shape(name)) for name in chosen]
+    own = [chosen[place] for place in sorted(dealt(sizes, ranks.size)[ranks.rank])]
 
     def after(parameter: str) -> None:
         nonlocal done

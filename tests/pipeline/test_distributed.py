@@ -27,7 +27,7 @@ from small_jobs import contents
 
 from dsquant.cli import main
 from dsquant.evaluation import comparison
-from dsquant.jobs.ranks import CHUNKS, Shares
+from dsquant.jobs.ranks import CHUNKS, Shares, dealt
 from dsquant.pipeline.inputs import open_model
 from dsquant.pipeline.planning import plan_run
 from dsquant.quantization.statistics import FACTOR_ROWS, InputStatistics
@@ -314,6 +314,17 @@ def test_what_ranks_exchange_is_planned_by_the_layers_that_are_quantized(model: 
         one, two = (plan_run(recipe, *open_model(recipe.model), num_ranks=size).needs.memory_bytes for size in (1, 2))
         planned.append(two - one)
     assert planned[0] == planned[1] > 0
+
+
+@given(st.lists(st.integers(0, 100)), st.integers(1, 8))
+def test_items_are_dealt_so_that_no_rank_has_more_than_another_by_more_than_one_of_its_items(
+    sizes: list[int], num_ranks: int
+) -> None:
+    places = dealt(sizes, num_ranks)
+    assert sorted(place for own in places for place in own) == list(range(len(sizes)))
+    taken = [sum(sizes[place] for place in own) for own in places]
+    for own, total in zip(places, taken, strict=True):
+        assert not own or total - min(sizes[place] for place in own) <= min(taken)
 
 
 @given(st.integers(1, 300), st.integers(1, 8), st.integers(1, 40))
