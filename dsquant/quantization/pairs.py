@@ -8,7 +8,7 @@ Shape legend: R tokens, I in features, O out features.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from dsquant.kernels.products import add_product, apply_linear
 from dsquant.presets import Step
 from dsquant.quantization.compensate import damped
 from dsquant.quantization.rows_together import rounded_together
-from dsquant.quantization.statistics import InputMoments, InputStatistics
+from dsquant.quantization.statistics import InputMoments, InputStatistics, InverseFactor, is_wide
 from dsquant.quantization.steps import prepared, rounded_weight, rounded_weights
 from dsquant.schemes import QuantizedWeight, Scheme, fitted_together
 from dsquant.source.weights import CPU
@@ -28,6 +28,8 @@ WIDEST_PAIRS = 8192
 # The Gram matrix's diagonal is raised by this share of its mean, for each feature over a token, before weights are
 # fitted to the drift: of few tokens the drift is mostly noise (docs/decisions/0015).
 DRIFT_DAMPING = 3.0
+# Tokens are kept instead of sums where so many times as many would be no more than channels, of wide inputs.
+FEW_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,27 @@ class PairMoments:
     moments: InputMoments
     """Of x~, the quantized model's inputs."""
     drift_II: torch.Tensor | None
-    """float32 [I, I], the mean of (x - x~)^T x~; None where the inputs are wide."""
+    """float32 [I, I], the mean of (x - x~)^T x~; None where the inputs are too wide, or tokens are kept."""
+    tokens: tuple[torch.Tensor, torch.Tensor] | None = None
+    """x - x~ and x~, float32 [R, I], of tokens that are far fewer than channels."""
 
     def divided(self, scales_I: torch.Tensor) -> "PairMoments":
-        """Returns the moments of inputs whose channels are divided by `scales_I` in both models."""
+        """Returns the moments of inputs whose channels are divided by `scales_I` in both models, without `inverses`."""
         drift_II = None if self.drift_II is None else self.drift_II / scales_I / scales_I.unsqueeze(1)
-        return PairMoments(self.moments.divided(scales_I), drift_II)
+        tokens = None if self.tokens is None else (self.tokens[0] / scales_I, self.tokens[1] / scales_I)
+        return PairMoments(self.moments.divided(scales_I), drift_II, tokens)
+
+    def compensated_by(self, inverses: tuple[InverseFactor, ...]) -> "PairMoments":
+        """Returns the moments with `inverses` of other inputs like these."""
+        return replace(self, moments=replace(self.moments, inverses=inverses))
 
     def fitted(self, weight_OI: torch.Tensor) -> torch.Tensor:
         """Returns W + W C (H + damping)^-1 with C the drift and H the Gram matrix, float32 [O, I].
 
         W itself where there is no whole Gram matrix or no token.
         """
+        if self.tokens is not None:
+            return weight_OI + self._change_by_tokens(weight_OI, *self.tokens)
         gram_II = self.moments.gram_II
         if gram_II is None or self.drift_II is None or not self.moments.count:
             return weight_OI
@@ -60,6 +71,16 @@ class PairMoments:
             else:
                 change_OI = apply_linear(weight_OI, _solved(self.drift_II, factor_II).T)
         return weight_OI + torch.where(problem == 0, change_OI, 0.0)
+
+    def _change_by_tokens(
+        self, weight_OI: torch.Tensor, drift_RI: torch.Tensor, inputs_RI: torch.Tensor
+    ) -> torch.Tensor:
+        """W D^T (X~ X~^T + damping)^-1 X~, with the damping that the Gram matrix would get: they have one trace."""
+        with fast_matmuls(weight_OI.device):
+            gram_RR = damped(apply_linear(inputs_RI, inputs_RI).double(), DRIFT_DAMPING)
+            factor_RR, problem = torch.linalg.cholesky_ex(gram_RR)
+            change_OI = apply_linear(_solved(apply_linear(weight_OI, drift_RI), factor_RR), inputs_RI.T)
+        return torch.where(problem == 0, change_OI, 0.0)
 
     def rounded(
         self,
@@ -98,21 +119,33 @@ def _solved(sides_RI: torch.Tensor, factor_II: torch.Tensor) -> torch.Tensor:
 class PairStatistics:
     """Sums over the inputs of a linear in the original and in the quantized model."""
 
-    def __init__(self, num_features: int, seed: int, device: torch.device = CPU) -> None:
-        """Starts with no tokens; the seed is of the random signs that combine tokens of wide inputs."""
+    def __init__(self, num_features: int, seed: int, device: torch.device = CPU, num_tokens: int | None = None) -> None:
+        """Starts with no tokens; the seed is of the random signs that combine tokens of wide inputs.
+
+        `num_tokens` is how many will come at most, None where that is not known.
+        """
         self._statistics = InputStatistics(num_features, seed, device, WIDEST_PAIRS, compensated=True)
-        wide = num_features > WIDEST_PAIRS
-        self._drift_II = None if wide else torch.zeros(num_features, num_features, device=device)
+        whole = num_features <= WIDEST_PAIRS
+        few = whole and is_wide(num_features) and num_tokens is not None and FEW_TOKENS * num_tokens <= num_features
+        self._drift_II = torch.zeros(num_features, num_features, device=device) if whole and not few else None
+        self._tokens: list[tuple[torch.Tensor, torch.Tensor]] | None = [] if few else None
 
     def add(self, original_RI: torch.Tensor, quantized_RI: torch.Tensor, weights_R: torch.Tensor | None = None) -> None:
         """Adds x and x~ of the same tokens, float32 [R, I], each multiplied by its weight."""
         self._statistics.add(quantized_RI, weights_R)
-        if self._drift_II is not None:
-            if weights_R is not None:
-                original_RI, quantized_RI = (part * weights_R.unsqueeze(1) for part in (original_RI, quantized_RI))
+        if self._drift_II is None and self._tokens is None:
+            return
+        if weights_R is not None:
+            original_RI, quantized_RI = (part * weights_R.unsqueeze(1) for part in (original_RI, quantized_RI))
+        if self._tokens is not None:
+            self._tokens.append((original_RI - quantized_RI, quantized_RI))
+        elif self._drift_II is not None:
             add_product(self._drift_II, (original_RI - quantized_RI).T, quantized_RI)
 
     def moments(self) -> PairMoments:
         """Returns the means over all tokens added so far."""
-        count = max(self._statistics.count, 1)
-        return PairMoments(self._statistics.moments(), None if self._drift_II is None else self._drift_II / count)
+        count, moments = max(self._statistics.count, 1), self._statistics.moments()
+        if self._tokens:
+            drift_RI, inputs_RI = (torch.cat(parts) for parts in zip(*self._tokens, strict=True))
+            return PairMoments(moments, None, (drift_RI, inputs_RI))
+        return PairMoments(moments, None if self._drift_II is None else self._drift_II / count)
