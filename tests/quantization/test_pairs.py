@@ -47,6 +47,28 @@ def test_the_fitted_weight_is_ridge_regression_towards_the_original() -> None:
     assert np.allclose(moments.fitted(weight_OI).numpy(), solution, atol=1e-4)
 
 
+def test_few_tokens_of_wide_inputs_give_the_fit_that_their_sums_give() -> None:
+    original_RI, quantized_RI = _inputs(300, 2304)
+    weights_R, scales_I = torch.linspace(0.2, 2, 300), torch.linspace(0.5, 3, 2304)
+    summed, kept = PairStatistics(2304, SEED), PairStatistics(2304, SEED, num_tokens=300)
+    for statistics in (summed, kept):
+        for part in zip(original_RI.split(200), quantized_RI.split(200), weights_R.split(200), strict=True):
+            statistics.add(*part)
+    of_sums, of_tokens = (found.moments().divided(scales_I) for found in (summed, kept))
+    assert of_sums.tokens is None and of_tokens.drift_II is None
+    weight_OI = _weight(16, 2304)
+    wanted_OI = of_sums.fitted(weight_OI) - weight_OI
+    change_OI = of_tokens.fitted(weight_OI) - weight_OI
+    assert (change_OI - wanted_OI).norm() < 1e-4 * wanted_OI.norm()
+
+
+@pytest.mark.parametrize(("num_features", "num_tokens"), [(2304, 1153), (256, 8), (8320, 8)])
+def test_sums_are_kept_of_many_tokens_of_narrow_inputs_and_of_the_widest(num_features: int, num_tokens: int) -> None:
+    statistics = PairStatistics(num_features, SEED, num_tokens=num_tokens)
+    statistics.add(*_inputs(8, num_features))
+    assert statistics.moments().tokens is None
+
+
 def test_equal_inputs_leave_the_weight_as_it_is() -> None:
     original_RI, _ = _inputs(300, 64)
     weight_OI = _weight(8, 64)

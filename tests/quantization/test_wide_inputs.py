@@ -170,9 +170,10 @@ def test_a_wide_dense_model_chooses_widths_by_compensated_errors(
 
 
 @pytest.mark.slow
-def test_two_ranks_write_the_bytes_of_one_for_a_wide_mixture(text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", ["clip,compensate", "follow,clip,compensate"])
+def test_two_ranks_write_the_bytes_of_one_for_a_wide_mixture(steps: str, text_file: Path, tmp_path: Path) -> None:
     wide = _wide(tmp_path / "model", hidden_size=HIDDEN)
-    more = ("--preset", "compact", "--to", "awq", "--steps", "clip,compensate")
+    more = ("--preset", "compact", "--to", "awq", "--steps", steps)
     forked.finish(*command(wide, text_file, tmp_path / "one", *more))
     finish(start(2, wide, text_file, tmp_path / "two", *more))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
