@@ -118,10 +118,12 @@ PRESET_BEST = (
     "--preset best makes files of compact's size and layout with a lower drift, in 2.0 to 2.6 times its processor time "
     "(benchmarks/quality_peers_cpu_202611.md)"
 )
-# benchmarks/r1_layer_h200_202611.md, a layer of 11,507,286,272 weights and 262,144 tokens on an H200: 11.7 s where files
-# lie in memory, 16.1 on a disk of 1.2 to 1.7 GB/s.
+# benchmarks/r1_layer_h200_202611.md, a layer of 11,507,286,272 weights and 262,144 tokens on an H200: 11.7 s where
+# files lie in memory, 16.1 on a disk of 1.2 to 1.7 GB/s.
 SEARCH_ON_GPU_S = Range(1.02e-9, 1.40e-9)
-MEASURED_ON_GPU_IN = "H200, 262,144 tokens, from memory or a disk of 1.2 to 1.7 GB/s (benchmarks/r1_layer_h200_202611.md)"
+MEASURED_ON_GPU_IN = (
+    "H200, 262,144 tokens, from memory or a disk of 1.2 to 1.7 GB/s (benchmarks/r1_layer_h200_202611.md)"
+)
 # benchmarks/r1_ranks_h200_202611.md, one rank, the last layer: 3.05e9 weights, 16,384 tokens. IQ2_XXS 14.9 s, Q4_K_M
 # 15.4; eval 5.2, of which the disk 2.3.
 STORE_ON_GPU_S = Range(4.9e-9, 5.1e-9)

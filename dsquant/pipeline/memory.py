@@ -220,11 +220,15 @@ def _matrices(width: int) -> int:
 
 
 def _graph_bytes(work: Workload, layer: DecoderLayer) -> int:
-    """What launches that are recorded for experts keep: columns in float32, twice, and their factor."""
+    """What launches that are recorded for experts keep: columns in float32, twice, and their factor; gate and up are
+    rounded together."""
     if work.recipe.device != "cuda" or not layer.experts:
         return 0
-    linears = {layer.experts[0].up, layer.experts[0].down} & work.compensated
-    return sum(2 * FLOAT32_BYTES * work.num_elements(linear) + _part(work.width(linear)) for linear in linears)
+    expert, kept = layer.experts[0], 0
+    for linears in ((expert.gate, expert.up), (expert.down,)):
+        if linears[0] in work.compensated:
+            kept += 2 * FLOAT32_BYTES * sum(map(work.num_elements, linears)) + _part(work.width(linears[0]))
+    return kept
 
 
 def _part(width: int) -> int:
