@@ -100,17 +100,17 @@ class FollowedHash:
         return stop if start == self._start else self._start
 
     def _follow(self) -> None:
-        block = memoryview(bytearray(BYTES_AT_ONCE))
         while True:
             with self._lock:
                 count = min(BYTES_AT_ONCE, self._without_gap - self._end)
                 if not count or self._given_up:
                     self._running = None
                     return
-            count = os.preadv(self.descriptor, [block[:count]], self._end)
-            self._given_up |= not count  # somebody has cut it off
-            self._digest.update(block[:count])
-            self._end += count
+            block = os.pread(self.descriptor, count, self._end)
+            if not block:  # somebody has cut it off
+                self._given_up = True
+            self._digest.update(block)
+            self._end += len(block)
 
     def result(self) -> tuple[int, str] | None:
         """Waits until all that is written without a gap is hashed; returns how many bytes these are, and their hash,

@@ -44,7 +44,8 @@ from dsquant.packages import version
 
 # Samples are summed in this many chunks for any number of ranks, and the chunks' sums in their order.
 CHUNKS = 16
-# A rank that says nothing for so long is lost; the search of one layer's attention or of one expert takes less.
+# A rank that says nothing for so long is lost; the search of one layer's attention, of one expert, or of a rank's share
+# of the experts that a choice of widths tries takes less.
 SILENCE_S = 30 * 60
 # While one rank works alone it tells the others this often that it is alive.
 BEAT_S = 20.0

@@ -17,7 +17,7 @@ from dsquant.quantization.clip import ELEMENTS_AT_ONCE
 from dsquant.quantization.output_metrics import SAMPLES as PREDICTED_SAMPLES
 from dsquant.quantization.output_metrics import WIDEST_METRIC
 from dsquant.quantization.pairs import WIDEST_PAIRS
-from dsquant.quantization.statistics import FACTOR_ROWS, WIDEST_PART, is_wide, part_width
+from dsquant.quantization.statistics import FACTOR_ROWS, GPU_ELEMENTS_AT_ONCE, WIDEST_PART, is_wide, part_width
 from dsquant.recipes import Recipe
 from dsquant.schemes import CLIP_RATIOS, Scheme
 from dsquant.source.checkpoint import Checkpoint
@@ -166,8 +166,10 @@ def _layer_bytes(work: Workload, layer: DecoderLayer) -> int:
     linears, hidden, num_tokens = work.everything, work.hidden_size, work.num_tokens
     sizes = {linear: work.num_elements(linear) for linear in layer.linears}
     quantized = [size for linear, size in sizes.items() if linear in linears]
-    # clip and rounding work on parts with about 8 temporaries
+    # clip and rounding work on parts with about 8 temporaries; gate and up of an MLP are rounded together
     rounds = 8 * FLOAT32_BYTES * min(ELEMENTS_AT_ONCE, len(CLIP_RATIOS) * max(quantized, default=0))
+    together = max((sizes[mlp.gate] + sizes[mlp.up] for mlp in layer.mlps if mlp.up in linears), default=0)
+    on_gpu = 8 * FLOAT32_BYTES * min(GPU_ELEMENTS_AT_ONCE, together) * (work.recipe.device == "cuda")
     routed = {linear for mlp in layer.experts for linear in mlp.linears}
     dense = FLOAT32_BYTES * sum(size for linear, size in sizes.items() if linear not in routed)
     folded_and_rounded = 1.5 if layer.attention_linears[0] in linears else 1
@@ -197,7 +199,7 @@ def _layer_bytes(work: Workload, layer: DecoderLayer) -> int:
             (3 + work.num_grids) * shared + _inverting(shared),
             max(mlps)
             + _graph_bytes(work, layer)
-            + rounds
+            + max(rounds, on_gpu)
             + rows
             + work.num_grids * shared
             + 4 * _matrices(down)

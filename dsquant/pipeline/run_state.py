@@ -107,8 +107,8 @@ class Run:
         return path if stored_dtype(self.device) == torch.float32 else path.with_suffix(".sums.f32")
 
     def save(self, outputs: Activations, path: Path) -> None:
-        """Writes this rank's samples of what a layer's outputs were summed in into the named file; `sync` then brings
-        them to disk."""
+        """Writes this rank's samples of what a layer's outputs were summed in into the named file; `sync_file` then
+        brings them to disk."""
         if outputs.path == path:
             outputs.flush()
         else:

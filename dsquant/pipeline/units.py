@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from dsquant.errors import InputError
 from dsquant.files.disk import sync_file, sync_folder
 from dsquant.formats.protocol import Target, UnitWriter
+from dsquant.jobs.journal import START_OVER
 from dsquant.model.activations import Activations
 from dsquant.model.streaming import Stream, embed, mtp_inputs
 from dsquant.model.structure import DecoderLayer
@@ -117,7 +119,7 @@ def convert(run: Run, make: "Maker | None" = None) -> None:
     if done:
         run.ranks.alone(lambda beat: _check_left(run, units, beat))
     run.ranks.once(lambda: _remove_leftovers(run, units))
-    with ThreadPoolExecutor(1, "dsquant-close") as beside:  # whatever ends the job, units that were made get journaled
+    with ThreadPoolExecutor(1, "dsquant-close") as beside:  # which also ends a unit's closing where the job is stopped
         closing = list[Future[None]]()
         for number, unit in enumerate(units):
             if unit.name not in done:
@@ -172,7 +174,7 @@ Beside = tuple[ThreadPoolExecutor, list[Future[None]]]
 def _make_unit(run: Run, unit: Unit, make: Maker, safe_point: Callable[[str], None], beside: Beside) -> dict[str, Any]:
     pool, closing = beside
     resident = unit.layer is not None and unit.layer.index in run.source.plan.needs.gpu_resident
-    if not resident:  # it has files of its own from the start, and the disk need not have room for one layer more
+    if not resident:  # a layer with hidden states in files makes these first, and the disk has no room for a third's
         _wait_for(closing)
     with _unit_writers(run, unit) as writers:
         notes = make(run, unit, writers, safe_point)
@@ -248,6 +250,8 @@ def _embed(run: Run) -> None:
 def _inputs(run: Run, layer: DecoderLayer, path: Path, prepared: Path) -> Activations:
     """Opens the inputs of a layer, from the file `path`; those of a multi-token-prediction layer, in `prepared`, are
     made of them."""
+    if not path.is_file():  # a new one would hold zeros
+        raise InputError(f"{path}: the hidden states of an earlier layer are gone; {START_OVER}")
     inputs = run.activations(path)
     if layer.index < run.source.skeleton.num_layers:
         return inputs

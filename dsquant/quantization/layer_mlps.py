@@ -11,7 +11,6 @@ import torch
 
 from dsquant.kernels.graphs import recorded_launches
 from dsquant.kernels.precision import fast_matmuls
-from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
 from dsquant.model.streaming import ROWS_AT_ONCE, Routing
 from dsquant.model.structure import Mlp
@@ -160,36 +159,25 @@ def emit_unquantized(job: LayerJob, grid: Scheme, loaded: LoadedMlp, norm_scales
 
 
 def shared_inverses(job: LayerJob, norm_scales: Sequence[torch.Tensor]) -> list[tuple[InverseFactor, ...]]:
-    """Computes the factors that compensate errors of gate and up where inputs are too wide for one of each MLP.
+    """Computes the factors that compensate errors of gate and up where inputs are too wide for one Gram matrix each.
 
-    All MLPs share those of the layer's tokens in `mlp_inputs`, or of `SHARED_ROWS` of them (docs/decisions/0018).
+    All MLPs share that of the layer's tokens in `mlp_inputs`, or of `SHARED_ROWS` of them (docs/decisions/0018).
     Returns one entry for each grid; empty where MLPs have their own, or errors are not compensated.
     """
-    schemes = [shared_scheme(job, grid) for grid in job.grids]
-    if not any(schemes):
-        return [() for _ in schemes]
-    moments = shared_moments(job, job.mlp_inputs)
+    hidden, mlp_inputs = job.inputs.shape[2], job.mlp_inputs
+    wanted = [_rounded_scheme(job, grid) for grid in job.grids]
+    if not is_wide(hidden) or "compensate" not in job.steps or not any(wanted):
+        return [() for _ in wanted]
+    statistics = InputStatistics(hidden, job.seed, job.weights.device, compensated=True)
+    step = -(-mlp_inputs.num_rows // SHARED_ROWS)
+    with fast_matmuls(job.weights.device):
+        for rows_R in torch.arange(0, mlp_inputs.num_rows, step, device=job.weights.device).split(ROWS_AT_ONCE):
+            statistics.add(mlp_inputs.rows(rows_R))
+    moments = statistics.moments()
     return [
         with_inverses(moments.divided(scales_H), scheme).inverses if scheme is not None else ()
-        for scheme, scales_H in zip(schemes, norm_scales, strict=True)
+        for scheme, scales_H in zip(wanted, norm_scales, strict=True)
     ]
-
-
-def shared_moments(job: LayerJob, mlp_inputs: Activations) -> InputMoments:
-    """Returns the moments of what a layer's MLPs read, with Gram matrices however wide it is."""
-    device = job.weights.device
-    statistics = InputStatistics(job.inputs.shape[2], job.seed, device, compensated=True)
-    step = -(-mlp_inputs.num_rows // SHARED_ROWS)
-    with fast_matmuls(device):
-        for rows_R in torch.arange(0, mlp_inputs.num_rows, step, device=device).split(ROWS_AT_ONCE):
-            statistics.add(mlp_inputs.rows(rows_R))
-    return statistics.moments()
-
-
-def shared_scheme(job: LayerJob, grid: Scheme) -> Scheme | None:
-    """The scheme whose order of columns the shared factors have; None where nothing is to be shared."""
-    wanted = is_wide(job.inputs.shape[2]) and "compensate" in job.steps
-    return _rounded_scheme(job, grid) if wanted else None
 
 
 def _rounded_scheme(job: LayerJob, grid: Scheme) -> Scheme | None:

@@ -64,10 +64,6 @@ class RoundedMlp:
     up_scales_W: torch.Tensor
     """Divide up's rows and multiply down's columns, float32 [W]."""
 
-    def dequantized(self) -> GatedWeights:
-        """Returns what an engine computes with."""
-        return GatedWeights(*(weight.dequantize() for weight in self.linears))
-
 
 @dataclass(frozen=True)
 class MlpFigures:

@@ -8,7 +8,7 @@ Shape legend: R tokens, I in features, O out features.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from dsquant.kernels.products import add_product, apply_linear
 from dsquant.presets import Step
 from dsquant.quantization.compensate import damped
 from dsquant.quantization.rows_together import rounded_together
-from dsquant.quantization.statistics import InputMoments, InputStatistics, InverseFactor, is_wide
+from dsquant.quantization.statistics import InputMoments, InputStatistics, is_wide
 from dsquant.quantization.steps import prepared, rounded_weight, rounded_weights
 from dsquant.schemes import QuantizedWeight, Scheme, fitted_together
 from dsquant.source.weights import CPU
@@ -28,7 +28,7 @@ WIDEST_PAIRS = 8192
 # The Gram matrix's diagonal is raised by this share of its mean, for each feature over a token, before weights are
 # fitted to the drift: of few tokens the drift is mostly noise (docs/decisions/0015).
 DRIFT_DAMPING = 3.0
-# Tokens are kept instead of sums where so many times as many would be no more than channels, of wide inputs.
+# Of wide inputs tokens are kept instead of their sums where so many times the tokens are at most the channels.
 FEW_TOKENS = 2
 
 
@@ -44,14 +44,10 @@ class PairMoments:
     """x - x~ and x~, float32 [R, I], of tokens that are far fewer than channels."""
 
     def divided(self, scales_I: torch.Tensor) -> "PairMoments":
-        """Returns the moments of inputs whose channels are divided by `scales_I` in both models, without `inverses`."""
+        """Returns the moments of inputs whose channels are divided by `scales_I` in both models."""
         drift_II = None if self.drift_II is None else self.drift_II / scales_I / scales_I.unsqueeze(1)
         tokens = None if self.tokens is None else (self.tokens[0] / scales_I, self.tokens[1] / scales_I)
         return PairMoments(self.moments.divided(scales_I), drift_II, tokens)
-
-    def compensated_by(self, inverses: tuple[InverseFactor, ...]) -> "PairMoments":
-        """Returns the moments with `inverses` of other inputs like these."""
-        return replace(self, moments=replace(self.moments, inverses=inverses))
 
     def fitted(self, weight_OI: torch.Tensor) -> torch.Tensor:
         """Returns W + W C (H + damping)^-1 with C the drift and H the Gram matrix, float32 [O, I].

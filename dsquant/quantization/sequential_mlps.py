@@ -15,7 +15,6 @@ from dsquant.kernels.precision import fast_matmuls
 from dsquant.model.gated import GatedWeights
 from dsquant.model.streaming import Routing
 from dsquant.model.structure import Mlp
-from dsquant.quantization.compensate import with_inverses
 from dsquant.quantization.layer_job import LayerJob, QuantizedStream
 from dsquant.quantization.layer_mlps import (
     EmittedMlp,
@@ -24,15 +23,13 @@ from dsquant.quantization.layer_mlps import (
     emit_unquantized,
     mlps_in_turns,
     outcomes_of,
-    shared_moments,
-    shared_scheme,
 )
 from dsquant.quantization.mlp import LoadedMlp, MlpResult, RoundedMlp, judged, scaled, search_up_scales
 from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.mlp_outputs import MlpStream, Tokens, add_outputs
 from dsquant.quantization.output_metrics import mlp_metrics
 from dsquant.quantization.pairs import PairMoments, PairStatistics
-from dsquant.quantization.statistics import InputMoments, InputStatistics, InverseFactor
+from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.schemes import QuantizedWeight, Scheme
 
 
@@ -71,15 +68,14 @@ def quantize_mlps(
     Returns the outcomes by MLP and grid, on every rank.
     """
     mlps, own = job.layer.mlps, list[list[EmittedMlp | None]]()
-    inverses = [_shared_inverses(job, model) for model in following]
     for number, turn, original in mlps_in_turns(job, original_routing):
         emitted: list[EmittedMlp | None] = []
         metrics = [] if original is None else mlp_metrics(job, mlps[number], original, original_routing)
-        for model, shared in zip(following, inverses, strict=True):
+        for model in following:
             weights = None
             if original is not None:
                 loaded = LoadedMlp(mlps[number], original, model.inputs[mlps[number]], job.seed + number)
-                one, weights = _emitted(job, loaded, model, metrics, shared)
+                one, weights = _emitted(job, loaded, model, metrics)
                 emitted.append(one)
             add_outputs(job, turn, weights, model.stream)
         if original is not None:
@@ -87,21 +83,8 @@ def quantize_mlps(
     return job.ranks.in_turns(outcomes_of(job, own), len(mlps))
 
 
-def _shared_inverses(job: LayerJob, model: FollowingMlps) -> tuple[InverseFactor, ...]:
-    """What compensates errors of gate and up for what the quantized model reads, as in `shared_inverses`."""
-    scheme = shared_scheme(job, model.grid)
-    if scheme is None:
-        return ()
-    moments = shared_moments(job, model.quantized.mlp_inputs)
-    return with_inverses(moments.divided(model.norm_scales_H), scheme).inverses
-
-
 def _emitted(
-    job: LayerJob,
-    loaded: LoadedMlp,
-    model: FollowingMlps,
-    metrics: Sequence[torch.Tensor | None],
-    shared: tuple[InverseFactor, ...],
+    job: LayerJob, loaded: LoadedMlp, model: FollowingMlps, metrics: Sequence[torch.Tensor | None]
 ) -> tuple[EmittedMlp | None, GatedWeights]:
     """Quantizes an MLP and emits it, None where it is not quantized; returns the weights that the quantized model has,
     too.
@@ -111,7 +94,7 @@ def _emitted(
     grid = model.grid
     if loaded.mlp.up not in job.linears[grid]:
         return None, emit_unquantized(job, grid, loaded, model.norm_scales_H)
-    result = _quantize_mlp(job, loaded, model.norm_scales_H, grid, metrics, shared)
+    result = _quantize_mlp(job, loaded, model.norm_scales_H, grid, metrics)
     return emit_mlp(job, grid, loaded.mlp, result), _passed_on(
         job, grid, loaded.mlp, result.rounded.folded, result.rounded.linears
     )
@@ -123,14 +106,12 @@ def _quantize_mlp(
     norm_scales_H: torch.Tensor,
     grid: Scheme,
     metrics: Sequence[torch.Tensor | None],
-    shared: tuple[InverseFactor, ...],
 ) -> MlpResult:
     original, steps = loaded.original, job.steps
     of_gate, of_up, of_down = (job.grid_of(grid, linear) for linear in loaded.mlp.linears)
     of_input, unrounded_hidden = _input_moments(job, loaded)
     up_scales_W = search_up_scales(original, unrounded_hidden, grid, steps)
-    folded = scaled(original, norm_scales_H, up_scales_W)
-    of_input = of_input.divided(norm_scales_H).compensated_by(shared)
+    folded, of_input = scaled(original, norm_scales_H, up_scales_W), of_input.divided(norm_scales_H)
     metric_of_gate, metric_of_up, metric_of_down = metrics
     if metric_of_up is not None:  # an error of up's scaled rows is as many times as large in what it puts out
         metric_of_up = metric_of_up * up_scales_W * up_scales_W.unsqueeze(1)

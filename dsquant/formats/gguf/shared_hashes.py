@@ -20,10 +20,10 @@ from dsquant.files.disk import naming, write_at
 from dsquant.files.hashing import FollowedHash
 from dsquant.jobs.ranks import Ranks
 
-# A tensor's number, the first of the bytes that are written, and the one after the last; both are counted in the file.
+# A tensor's number, and where the bytes that are written begin and end in the output's file.
 RECORD = struct.Struct("<QQQ")
-# So often the other ranks' files are read.
-POLL_S = 0.01
+# So often the other ranks' files are read; nothing waits for it, and every time takes Python's lock from others.
+POLL_S = 0.1
 # Tensors that a rank hashes at the same time.
 THREADS = 4
 
@@ -53,7 +53,8 @@ class SharedHashes:
             self._watching.start()
 
     def written(self, name: str, start: int, stop: int) -> None:
-        """Tells the other ranks that bytes start..stop-1 of the tensor's file, all of the tensor's, are written."""
+        """Tells the other ranks that bytes start..stop-1 of the output's file, which belong to this tensor, are
+        written."""
         if self._told:
             own = self._told[self._ranks.rank]
             with naming(Path(str(own.name))):
@@ -89,26 +90,32 @@ class SharedHashes:
 
     def of(self, names: Sequence[str]) -> dict[str, str]:
         """Returns tensor -> SHA-256, hexadecimal, on every rank, of tensors that the ranks together have written
-        completely; hashes what is left of them. Raises what has stopped this rank's threads, InputError where somebody
-        has cut the file off."""
+        completely; hashes what is left of them. Raises what has stopped this rank's threads; on all ranks InputError
+        where somebody has cut the file off."""
+        parts = self._ranks.gather(self._ranks.together(lambda: self._own(names)))
+        found = {name: digest for part in parts for name, digest in part.items()}
+        return {name: found[name] for name in names}
+
+    def _own(self, names: Sequence[str]) -> dict[str, str]:
+        """The hashes of this rank's tensors."""
         if self._error is not None:
             raise self._error
-        own = [name for name in names if self._numbers[name] % self._ranks.size == self._ranks.rank]
-        for name in own:
-            _, start, num_bytes = self._places[name]
-            self._extend(name, [(start, start + num_bytes)])
-        with self._lock:
-            hashes = {name: self._followed.pop(name) for name in own}
-            self._done.update(own)
         made = {}
-        for name, followed in hashes.items():
-            file, _, num_bytes = self._places[name]
-            with naming(Path(str(file.name))):
-                count, made[name] = followed.result() or (0, "")
-            if count != num_bytes:
-                raise InputError(f"{file.name}: {name} was cut off while it was written; start over with --restart")
-        found = {name: digest for part in self._ranks.gather(made) for name, digest in part.items()}
-        return {name: found[name] for name in names}
+        for name in names:
+            if self._numbers[name] % self._ranks.size == self._ranks.rank:
+                file, start, num_bytes = self._places[name]
+                self._extend(name, [(start, start + num_bytes)])
+        for name in names:
+            if self._numbers[name] % self._ranks.size == self._ranks.rank:
+                file, _, num_bytes = self._places[name]
+                with naming(Path(str(file.name))):
+                    count, made[name] = self._followed[name].result() or (0, "")
+                if count != num_bytes:
+                    raise InputError(f"{file.name}: {name} was cut off while it was written; start over with --restart")
+                with self._lock:
+                    del self._followed[name]
+                    self._done.add(name)
+        return made
 
     def close(self) -> None:
         """Gives up what is not hashed yet, before the tensors' files are closed."""
@@ -125,7 +132,7 @@ class SharedHashes:
 def _files_of_ranks(ranks: Ranks, work: Path) -> list[FileIO]:
     """Opens what each rank writes for the others, empty and without a name; returns none where ranks have nobody to
     follow, or not the same page cache."""
-    if ranks.size == 1 or len(set(ranks.gather(socket.gethostname()))) > 1:
+    if ranks.size == 1 or len(set(ranks.gather(_machine()))) > 1:
         return []
     paths = [work / f"written-{rank}" for rank in range(ranks.size)]
     paths[ranks.rank].unlink(missing_ok=True)  # a process of an earlier run may still have that one open
@@ -135,6 +142,12 @@ def _files_of_ranks(ranks: Ranks, work: Path) -> list[FileIO]:
     ranks.barrier()
     paths[ranks.rank].unlink()
     return opened
+
+
+def _machine() -> tuple[str, str]:
+    """What tells a machine from others, and from itself before it was started."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return socket.gethostname(), boot.read_text() if boot.is_file() else ""
 
 
 def _records(file: FileIO) -> Iterator[list[tuple[int, int, int]]]:
