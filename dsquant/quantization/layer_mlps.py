@@ -116,17 +116,17 @@ def _quantize_mlp(
     job: LayerJob, loaded: LoadedMlp, norm_scales: list[torch.Tensor], inverses: list[tuple[InverseFactor, ...]]
 ) -> list[EmittedMlp | None]:
     """Quantizes one MLP onto every grid and emits it; None where it is not quantized."""
-    mlp, original, outcomes = loaded.mlp, loaded.original, list[EmittedMlp | None]()
+    mlp, original, emitted = loaded.mlp, loaded.original, list[EmittedMlp | None]()
     moments = moments_of(job, mlp, original, loaded.inputs, loaded.seed) if job.anywhere(mlp.up) else None
     for grid, norm_scales_H, shared in zip(job.grids, norm_scales, inverses, strict=True):
         if moments is None or mlp.up not in job.linears[grid]:
             emit_unquantized(job, grid, loaded, norm_scales_H)
-            outcomes.append(None)
+            emitted.append(None)
             continue
         under_norm = replace(moments[0].divided(norm_scales_H), inverses=shared)
         result = quantize_mlp(job, loaded, (under_norm, moments[1]), norm_scales_H, grid)
-        outcomes.append(emit_mlp(job, grid, mlp, result))
-    return outcomes
+        emitted.append(emit_mlp(job, grid, mlp, result))
+    return emitted
 
 
 def emit_mlp(job: LayerJob, grid: Scheme, mlp: Mlp, result: MlpResult) -> EmittedMlp:
