@@ -156,8 +156,9 @@ def test_three_ranks_go_on_following_where_two_had_lost_one(model: Path, text_fi
 def told(line: list[str], size: int, before: Callable[[], object] | None = None) -> tuple[set[int | None], str]:
     """The exit codes of ranks that run a command, and what the first printed: no other prints anything."""
     processes = launched(size, line, before)
-    printed = [process.communicate(timeout=300)[0] for process in processes]
+    printed, errors = zip(*(process.communicate(timeout=300) for process in processes), strict=True)
     assert not any(printed[1:])
+    assert all(process.returncode != 1 for process in processes), errors
     return {process.returncode for process in processes}, printed[0]
 
 
