@@ -119,7 +119,7 @@ PRESET_BEST = (
     "(benchmarks/quality_peers_cpu_202611.md)"
 )
 # benchmarks/r1_layer_h200_202611.md, a layer of 11,507,286,272 weights and 262,144 tokens on an H200: 11.7 s where
-# files lie in memory, 16.1 on a disk of 1.2 to 1.7 GB/s.
+# files lie in memory (7c8dde6), 16.1 on a disk of 1.2 to 1.7 GB/s (396cf8f).
 SEARCH_ON_GPU_S = Range(1.02e-9, 1.40e-9)
 MEASURED_ON_GPU_IN = (
     "H200, 262,144 tokens, from memory or a disk of 1.2 to 1.7 GB/s (benchmarks/r1_layer_h200_202611.md)"
