@@ -9,11 +9,15 @@ import mmap
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from dsquant.files.disk import begin_writing, naming, reserve, write_at
 from dsquant.source.weights import CPU
+
+if TYPE_CHECKING:
+    from dsquant.model.passed_on import PassedOn
 
 # Pages touched by this many bytes of access are handed back: resident memory stays small, the page cache keeps them.
 RELEASE_BYTES = 256 * 2**20
@@ -51,6 +55,8 @@ class Activations:
         self._map, self.path = mapped, path
         self._first_sample, self._first_row = first_sample, first_sample * values_NTH.shape[1]
         self._touched = 0
+        self.passed_on: PassedOn | None = None
+        """What the file will hold, or whose place in memory this array takes."""
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: dict[tuple[int, int], Future[torch.Tensor]] = {}
 
@@ -94,6 +100,8 @@ class Activations:
         """Begins to read samples that a GPU wants next, into page-locked memory; elsewhere does nothing."""
         if self._map is None or self.device.type != "cuda" or start >= stop:
             return
+        if self.passed_on is not None and self.passed_on.holds(start):
+            return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="dsquant-hidden")
         self._ahead[start, stop] = self._pool.submit(self._pinned, start, stop)
@@ -112,6 +120,10 @@ class Activations:
 
     def samples(self, start: int, stop: int) -> torch.Tensor:
         """Returns a copy of samples start..stop-1, [stop - start, T, H]."""
+        if self._map is not None and self.passed_on is not None:
+            found_NTH = self.passed_on.samples(start, stop)
+            if found_NTH is not None:
+                return found_NTH
         begun = self._ahead.pop((start, stop), None)
         if begun is not None:
             return self._handed_out(begun.result().to(self.device, non_blocking=True))
@@ -142,14 +154,19 @@ class Activations:
 
         def record(values_RH: torch.Tensor) -> None:
             nonlocal next_row
+            if self.passed_on is not None:
+                self.passed_on.take(-(-(next_row + len(values_RH)) // self.shape[1]))
             self._values_RH[next_row : next_row + len(values_RH)] = self._as_stored(values_RH)
             next_row += len(values_RH)
             self._release(values_RH)
 
         return record
 
-    def save(self, path: Path, samples: tuple[int, int]) -> None:
-        """Writes samples (first, end) to their place in a file that `in_file` opens, and does not wait for the disk."""
+    def save(self, path: Path, samples: tuple[int, int], after_part: Callable[[int], None] = lambda stop: None) -> None:
+        """Writes samples (first, end) to their place in a file that `in_file` opens, and does not wait for the disk.
+
+        `after_part` is called with the number of the sample that comes next.
+        """
         dtype, (begin, end) = stored_dtype(self.device), samples
         sample_bytes = dtype.itemsize * self.shape[1] * self.shape[2]
         at_once = max(1, SAVED_AT_ONCE // sample_bytes)
@@ -165,6 +182,7 @@ class Activations:
                 raw = memoryview(part_NTH.view(-1).view(torch.uint8).numpy().data)
                 write_at(file.fileno(), raw, start * sample_bytes)
                 begin_writing(file.fileno(), start * sample_bytes, len(raw))
+                after_part(min(start + at_once, end))
 
     def flush(self) -> None:
         """Writes everything to disk; after it a kill loses nothing of the file."""

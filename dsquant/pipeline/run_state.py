@@ -12,6 +12,7 @@ from dsquant.formats.protocol import OpenTarget
 from dsquant.jobs.folder import Job
 from dsquant.jobs.ranks import ALONE, Ranks, Shares
 from dsquant.model.activations import Activations, stored_dtype
+from dsquant.model.passed_on import PassedOn
 from dsquant.model.streaming import samples_together
 from dsquant.pipeline.inputs import Source
 from dsquant.recipes import Recipe
@@ -38,6 +39,8 @@ class Run:
     """Of the output's files, made while these are written."""
     read: SourceHashes | None = None
     """Hashes the source while it is read; None where its tensors are hashed as the units are made (`delta`)."""
+    passed_on: dict[Path, PassedOn] = field(default_factory=dict)
+    """Hidden states that the layer before has left in memory, by the files in which they will be."""
     bytes_written: int = 0
     tokens_done: int = 0
 
@@ -89,11 +92,28 @@ class Run:
         """The activations in a file of the work folder."""
         return Activations.in_file(path, self._hidden_shape, self.device)
 
-    def mlp_inputs(self, layer: int, path: Path) -> Activations:
-        """Opens what a layer's MLPs read: on the GPU where the plan has room for it there, else in a file."""
+    def inputs(self, path: Path) -> Activations:
+        """Opens a layer's inputs: in their file, or where the layer before has left them."""
+        found = self.activations(path)
+        found.passed_on = self.passed_on.get(path)
+        return found
+
+    def mlp_inputs(self, layer: int, path: Path, inputs: Activations) -> Activations:
+        """Opens what a layer's MLPs read: on the GPU where the plan has room for it there, else in a file. It takes the
+        place of the layer's inputs where these are there too."""
         if layer not in self.source.plan.needs.gpu_resident:
             return self.activations(path)
-        return Activations(torch.zeros(self._hidden_shape, dtype=stored_dtype(self.device), device=self.device))
+        passed_on = inputs.passed_on
+        if passed_on is None:
+            return Activations(torch.zeros(self._hidden_shape, dtype=stored_dtype(self.device), device=self.device))
+        found = Activations(passed_on.values_NTH)
+        found.passed_on = passed_on
+        return found
+
+    def passes_on(self, layer: int) -> bool:
+        """Returns whether a layer's outputs stay in memory for the next layer; several processes exchange them."""
+        resident, next_layer = self.source.plan.needs.gpu_resident, layer + 1
+        return self.ranks.size == 1 and {layer, next_layer} <= resident and next_layer < self.source.skeleton.num_layers
 
     def outputs(self, layer: int, path: Path) -> Activations:
         """Opens the float32 sums of a layer's outputs, which `save` writes into the named file."""

@@ -1,7 +1,7 @@
 """Makes the units of an output, one after the other: each is written, brought to disk and journaled before the next is.
 
-Where hidden states stay on a GPU, one process goes on with the next unit while those of the one before are brought to
-disk; several processes wait for one another there.
+Where hidden states stay on a GPU, one process goes on with the next unit while those of the one before are written and
+brought to disk; several processes wait for one another there.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ from dsquant.files.disk import sync_file, sync_folder
 from dsquant.formats.protocol import Target, UnitWriter
 from dsquant.jobs.journal import START_OVER
 from dsquant.model.activations import Activations
+from dsquant.model.passed_on import PassedOn
 from dsquant.model.streaming import Stream, embed, mtp_inputs
 from dsquant.model.structure import DecoderLayer
 from dsquant.pipeline.kept import keep_by_folder, kept_file, scales_file
@@ -41,6 +42,8 @@ class Writers:
     by_target: list[tuple[Target, UnitWriter]] = field(default_factory=list)
     hidden: list[tuple[Activations, Path]] = field(default_factory=list)
     """Hidden states that nobody changes any more, and the files that they go into."""
+    passed_on: list[tuple[PassedOn, Path]] = field(default_factory=list)
+    """Those that the next layer reads from memory."""
     scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Folder -> producer -> the scales that were folded."""
 
@@ -80,6 +83,11 @@ class Writers:
         """Writes hidden states into their files, which need not be on disk yet, and lets go of them."""
         while self.hidden:
             run.save(*self.hidden.pop())
+
+    def save_passed_on(self) -> None:
+        """Writes into their files what the next layer reads meanwhile."""
+        for passed_on, path in self.passed_on:
+            passed_on.save(path)
 
     @property
     def weight_errors(self) -> dict[str, dict[str, float]]:
@@ -127,7 +135,8 @@ def convert(run: Run, make: "Maker | None" = None) -> None:
                 def safe_point(what: str, number: int = number) -> None:
                     run.safe_point("quantize", number, len(units), what)
 
-                done[unit.name] = _make_unit(run, unit, make or _calibrated, safe_point, (beside, closing))
+                then = units[number + 1] if number + 1 < len(units) and make is None else None
+                done[unit.name] = _make_unit(run, (unit, then), make or _calibrated, safe_point, (beside, closing))
                 if "layer" in done[unit.name] and run.source.tokens_NT is not None:
                     run.tokens_done += run.source.tokens_NT.numel()  # of this run: the rate is that of its own time
             if "layer" in done[unit.name] and run.source.tokens_NT is not None:
@@ -171,15 +180,19 @@ Beside = tuple[ThreadPoolExecutor, list[Future[None]]]
 """A thread, and the units that it is closing: at most one, which is waited for before the next is finished."""
 
 
-def _make_unit(run: Run, unit: Unit, make: Maker, safe_point: Callable[[str], None], beside: Beside) -> dict[str, Any]:
-    pool, closing = beside
+def _make_unit(
+    run: Run, units: tuple[Unit, Unit | None], make: Maker, safe_point: Callable[[str], None], beside: Beside
+) -> dict[str, Any]:
+    """Makes the first of two units, and begins to read what the second needs before all else."""
+    (unit, then), (pool, closing) = units, beside
     resident = unit.layer is not None and unit.layer.index in run.source.plan.needs.gpu_resident
     if not resident:  # a layer with hidden states in files makes these first, and the disk has no room for a third's
         _wait_for(closing)
     with _unit_writers(run, unit) as writers:
         notes = make(run, unit, writers, safe_point)
         _wait_for(closing)
-        saved = pool.submit(writers.save_hidden, run)
+        saved, passed_on = pool.submit(writers.save_hidden, run), pool.submit(writers.save_passed_on)
+        _begin_reading(run, then)
         try:
             notes["tensors"] = writers.finish(run, unit, safe_point)
             notes["weight_errors"] = writers.weight_errors
@@ -189,11 +202,18 @@ def _make_unit(run: Run, unit: Unit, make: Maker, safe_point: Callable[[str], No
             wait([saved])
     run.ranks.together(lambda: _wait_for([saved]))
     if run.ranks.size == 1:
-        closing.append(pool.submit(_close, run, unit, notes))
+        closing.append(pool.submit(_close, run, unit, notes, passed_on))
     else:
         run.ranks.together(lambda: _sync_hidden(run, unit))
-        run.ranks.once(lambda: _close(run, unit, notes))
+        run.ranks.once(lambda: _close(run, unit, notes, passed_on))
     return notes
+
+
+def _begin_reading(run: Run, unit: Unit | None) -> None:
+    """Begins to read the attention of a layer that calibration reaches next."""
+    if unit is not None and unit.layer is not None and run.source.tokens_NT is not None:
+        names = [f"{linear}.weight" for linear in unit.layer.attention_linears]
+        run.source.checkpoint.weights.prefetch(names)
 
 
 def _wait_for(futures: list[Future[None]]) -> None:
@@ -224,8 +244,10 @@ def _left_for_next(run: Run, unit: Unit) -> list[Path]:
     return run.kept_paths(unit.layer.index + 1 if unit.layer is not None else 0)
 
 
-def _close(run: Run, unit: Unit, notes: dict[str, Any]) -> None:
-    """Brings hidden states to disk, notes the unit as finished, and removes those of the layer before."""
+def _close(run: Run, unit: Unit, notes: dict[str, Any], passed_on: Future[None]) -> None:
+    """Brings hidden states to disk once they are written, notes the unit as finished, and removes those of the layer
+    before."""
+    passed_on.result()
     _sync_hidden(run, unit)
     own = [scales_file(unit.name), kept_file(unit.name)]
     notes["kept"] = kept_files(run.job.work, [*own, *(path.name for path in _left_for_next(run, unit))])
@@ -250,9 +272,9 @@ def _embed(run: Run) -> None:
 def _inputs(run: Run, layer: DecoderLayer, path: Path, prepared: Path) -> Activations:
     """Opens the inputs of a layer, from the file `path`; those of a multi-token-prediction layer, in `prepared`, are
     made of them."""
-    if not path.is_file():  # a new one would hold zeros
+    if not (path in run.passed_on or path.is_file()):  # a new one would hold zeros
         raise InputError(f"{path}: the hidden states of an earlier layer are gone; {START_OVER}")
-    inputs = run.activations(path)
+    inputs = run.inputs(path)
     if layer.index < run.source.skeleton.num_layers:
         return inputs
 
@@ -267,10 +289,11 @@ def _inputs(run: Run, layer: DecoderLayer, path: Path, prepared: Path) -> Activa
 
 def _quantized_stream(run: Run, layer: DecoderLayer, number: int) -> QuantizedStream:
     """The hidden states before and after a layer of the model that is quantized onto a grid."""
+    inputs = _inputs(run, layer, run.quantized_path(layer.index, number), run.quantized_file("mtp", number))
     return QuantizedStream(
-        _inputs(run, layer, run.quantized_path(layer.index, number), run.quantized_file("mtp", number)),
+        inputs,
         run.outputs(layer.index, run.quantized_path(layer.index + 1, number)),
-        run.mlp_inputs(layer.index, run.quantized_file("mlp-inputs", number)),
+        run.mlp_inputs(layer.index, run.quantized_file("mlp-inputs", number), inputs),
     )
 
 
@@ -286,7 +309,7 @@ def _run_layer(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str
         source.checkpoint.weights,
         inputs,
         outputs,
-        run.mlp_inputs(layer.index, run.job.work / "mlp-inputs.f32"),
+        run.mlp_inputs(layer.index, run.job.work / "mlp-inputs.f32", inputs),
         linears=source.plan.linears_of(layer),
         schemes=source.plan.schemes,
         in_blocks=source.plan.in_blocks,
@@ -304,7 +327,18 @@ def _run_layer(run: Run, unit: Unit, writers: Writers, safe_point: Callable[[str
     )
     make = quantize_layer if source.plan.quantizes else observe_layer
     report = asdict(quantize_sequentially(job) if job.quantized else make(job))
-    made = [outputs, *(stream.outputs for stream in job.quantized.values())]
-    for path, activations in zip(run.kept_paths(layer.index + 1), made, strict=True):
-        writers.hidden.append((activations, path))
+    _keep_outputs(run, job, writers)
     return {"layer": layer.index, **report}
+
+
+def _keep_outputs(run: Run, job: LayerJob, writers: Writers) -> None:
+    """Leaves a layer's outputs to the next one: in memory, or for `writers` to save."""
+    run.passed_on = {}
+    streams = [(job.outputs, job.mlp_inputs)]
+    streams += [(stream.outputs, stream.mlp_inputs) for stream in job.quantized.values()]
+    for path, (outputs, place) in zip(run.kept_paths(job.layer.index + 1), streams, strict=True):
+        if run.passes_on(job.layer.index):
+            run.passed_on[path] = PassedOn(outputs, place)
+            writers.passed_on.append((run.passed_on[path], path))
+        else:
+            writers.hidden.append((outputs, path))

@@ -1,5 +1,6 @@
 """Hidden states lie in memory, on a GPU or in files, whole or a rank's own samples: the numbers are the same."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 import dsquant
 from dsquant.model.activations import Activations
+from dsquant.model.passed_on import PassedOn
 from dsquant.pipeline import memory
 
 SHAPE = (6, 4, 8)
@@ -45,6 +47,38 @@ def test_room_for_hidden_states_is_there_before_they_are(tmp_path: Path) -> None
     path = tmp_path / "hidden"
     Activations.in_file(path, (4, 512, 64))
     assert path.stat().st_blocks * 512 >= path.stat().st_size == 4 * 4 * 512 * 64
+
+
+def _passed_on(path: Path) -> tuple[PassedOn, Activations, Activations, torch.Tensor]:
+    """Hidden states that the next layer gets: what it reads, what takes their place, and the values."""
+    values_NTH = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    passed_on = PassedOn(Activations(values_NTH), Activations(torch.zeros(SHAPE)))
+    inputs, taking = Activations.in_file(path, SHAPE), Activations(passed_on.values_NTH)
+    inputs.passed_on = taking.passed_on = passed_on
+    return passed_on, inputs, taking, values_NTH
+
+
+def test_hidden_states_are_read_from_memory_until_their_place_is_taken_and_then_from_their_file(tmp_path: Path) -> None:
+    passed_on, inputs, taking, values_NTH = _passed_on(tmp_path / "hidden")
+    assert torch.equal(inputs.samples(0, 2), values_NTH[:2])  # nothing is saved yet
+    record, saving = taking.recorder(), threading.Thread(target=passed_on.save, args=(tmp_path / "hidden",))
+    saving.start()
+    for start in range(0, SHAPE[0], 2):
+        found_NTH = inputs.samples(start, start + 2)
+        record(-found_NTH.flatten(0, 1))
+        assert torch.equal(found_NTH, values_NTH[start : start + 2])
+    saving.join()
+    assert torch.equal(inputs.samples(0, SHAPE[0]), values_NTH)
+    assert torch.equal(taking.samples(0, SHAPE[0]), -values_NTH)
+
+
+def test_no_place_is_taken_of_hidden_states_that_could_not_be_written(tmp_path: Path) -> None:
+    passed_on, inputs, taking, values_NTH = _passed_on(tmp_path / "hidden")
+    with pytest.raises(FileNotFoundError):
+        passed_on.save(tmp_path / "no folder" / "hidden")
+    with pytest.raises(FileNotFoundError):
+        taking.recorder()(torch.zeros(SHAPE[1], SHAPE[2]))
+    assert torch.equal(inputs.samples(0, SHAPE[0]), values_NTH)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from dsquant.pipeline import inputs as preparation
 from dsquant.pipeline import run_state
 from dsquant.pipeline.planning import Plan, plan_run
 
-KEPT = {"none": range(0), "odd": range(1, 100, 2)}
+KEPT = {"none": range(0), "odd": range(1, 100, 2), "every": range(100)}
 
 
 def patch(kept: range) -> None:
