@@ -17,29 +17,46 @@ class _Graph:
     outputs: tuple[torch.Tensor, ...]
 
 
+Graphs = dict[Hashable, _Graph | None]
+"""By name and shapes; None for work that was done once, which compiled its kernels."""
+
+
 @dataclass
 class _Recorded:
-    """The process's graphs; None for work that was done once, which compiled its kernels."""
+    """The process's graphs: those that are in use, and those that are kept between blocks."""
 
     lock: Lock = field(default_factory=Lock)
-    graphs: dict[Hashable, _Graph | None] | None = None
+    graphs: Graphs | None = None
+    kept: Graphs | None = None
 
 
 _recorded = _Recorded()
 
 
 @contextmanager
-def recorded_launches() -> Iterator[None]:
+def recorded_launches(again: bool = False) -> Iterator[None]:
     """Lets `replayed` record work inside a block that repeats it, such as all experts of a layer.
 
-    Graphs keep memory for their inputs and all that the work makes, until the block ends.
+    Graphs keep memory for their inputs and all that the work makes, until the block ends; in `kept_launches` those of a
+    block that comes `again` are kept for the next.
     """
-    graphs = _recorded.graphs = dict[Hashable, _Graph | None]()
+    kept = _recorded.kept if again else None
+    graphs = _recorded.graphs = {} if kept is None else kept
     try:
         yield
     finally:
         if _recorded.graphs is graphs:
             _recorded.graphs = None
+
+
+@contextmanager
+def kept_launches() -> Iterator[None]:
+    """Keeps what is recorded in blocks that come again, until this one ends."""
+    _recorded.kept = {}
+    try:
+        yield
+    finally:
+        _recorded.kept = None
 
 
 def replayed(work: Work, name: Hashable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -115,6 +115,8 @@ class Needs:
     """GPU memory; 0 on a CPU."""
     gpu_resident: frozenset[int] = frozenset()
     """The layers whose hidden states stay on the GPU while their experts pass."""
+    keeps_launches: bool = False
+    """Whether there is room for what was recorded of experts while other parts of a layer pass."""
     work_bytes: int = 0
     """Disk for hidden states while the run lasts."""
 
@@ -128,15 +130,18 @@ def run_needs(work: Workload) -> Needs:
     shared = _sharing_bytes(work) + (_pair_bytes(work) if work.follows else 0)
     needs = {layer.index: _layer_bytes(work, layer) + shared for layer in work.skeleton.layers}
     memory, gpu_memory = max(storing, max(head, *needs.values()) + _host_bytes(num_hidden, work.streams)), 0
-    resident = frozenset[int]()
+    resident, graphs = frozenset[int](), 0
     if recipe.device == "cuda":
         hidden = work.streams * work.hidden_size * passing_bytes(recipe.samples, recipe.seq_len, work.num_ranks)
         resident = frozenset(layer for layer, need in needs.items() if need + hidden <= work.gpu_budget_bytes)
         gpu_memory = max(head, *(need + hidden * (layer in resident) for layer, need in needs.items()))
+        graphs = max(_graph_bytes(work, layer) for layer in work.skeleton.layers)
         memory = CUDA_HOST_BYTES + max(storing, _host_bytes(num_hidden, work.streams))
     prepares = recipe.mtp == "quantize" and work.skeleton.num_mtp_layers > 0
     kept = work.streams * num_hidden * _kept_bytes(recipe.device, len(resident) == len(needs), prepares)
-    return Needs(memory, gpu_memory, resident, max(kept, _measuring_bytes(work)) + _gradient_bytes(work))
+    work_bytes = max(kept, _measuring_bytes(work)) + _gradient_bytes(work)
+    keeps_launches = 0 < graphs <= work.gpu_budget_bytes - gpu_memory
+    return Needs(memory, gpu_memory, resident, keeps_launches, work_bytes)
 
 
 def _measuring_bytes(work: Workload) -> int:
@@ -222,15 +227,17 @@ def _matrices(width: int) -> int:
 
 
 def _graph_bytes(work: Workload, layer: DecoderLayer) -> int:
-    """What launches that are recorded for experts keep: columns in float32, twice, and their factor; gate and up are
-    rounded together."""
+    """What launches that are recorded for a mixture's MLPs keep, for each grid and shape: columns in float32, twice,
+    and their factor; gate and up are rounded together."""
     if work.recipe.device != "cuda" or not layer.experts:
         return 0
-    expert, kept = layer.experts[0], 0
-    for linears in ((expert.gate, expert.up), (expert.down,)):
-        if linears[0] in work.compensated:
-            kept += 2 * FLOAT32_BYTES * sum(map(work.num_elements, linears)) + _part(work.width(linears[0]))
-    return kept
+    kept = dict[tuple[int, int], int]()
+    for mlp in layer.mlps:
+        for linears in ((mlp.gate, mlp.up), (mlp.down,)):
+            if linears[0] in work.compensated:
+                columns, width = sum(map(work.num_elements, linears)), work.width(linears[0])
+                kept[columns, width] = 2 * FLOAT32_BYTES * columns + _part(width)
+    return work.num_grids * sum(kept.values())
 
 
 def _part(width: int) -> int:

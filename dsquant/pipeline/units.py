@@ -6,7 +6,7 @@ brought to disk; several processes wait for one another there.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dsquant.errors import InputError
 from dsquant.files.disk import sync_file, sync_folder
 from dsquant.formats.protocol import Target, UnitWriter
 from dsquant.jobs.journal import START_OVER
+from dsquant.kernels.graphs import kept_launches
 from dsquant.model.activations import Activations
 from dsquant.model.passed_on import PassedOn
 from dsquant.model.streaming import Stream, embed, mtp_inputs
@@ -127,7 +128,9 @@ def convert(run: Run, make: "Maker | None" = None) -> None:
     if done:
         run.ranks.alone(lambda beat: _check_left(run, units, beat))
     run.ranks.once(lambda: _remove_leftovers(run, units))
-    with ThreadPoolExecutor(1, "dsquant-close") as beside:  # which also ends a unit's closing where the job is stopped
+    launches = kept_launches() if run.source.plan.needs.keeps_launches else nullcontext()
+    # the thread also ends a unit's closing where the job is stopped
+    with launches, ThreadPoolExecutor(1, "dsquant-close") as beside:
         closing = list[Future[None]]()
         for number, unit in enumerate(units):
             if unit.name not in done:

@@ -97,7 +97,7 @@ def mlps_in_turns(
     """Does what `own_mlps` does, and yields every turn on every rank: the number of this rank's MLP, the turn's MLPs,
     one for each rank, and the weights of this rank's; None where it has none."""
     mlps, ranks = job.layer.mlps, job.ranks
-    with recorded_launches():
+    with recorded_launches(again=bool(job.layer.experts)):
         for begin in range(0, len(mlps), ranks.size):
             number, original, turn = begin + ranks.rank, None, mlps[begin : begin + ranks.size]
             if number < len(mlps):

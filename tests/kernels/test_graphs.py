@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsquant.kernels.graphs import recorded_launches, replayed
+from dsquant.kernels.graphs import kept_launches, recorded_launches, replayed
 from dsquant.quantization.compensate import with_inverses
 from dsquant.quantization.statistics import InputStatistics
 from dsquant.quantization.steps import rounded_weight
@@ -30,6 +30,27 @@ def test_replayed_work_gives_what_the_work_gives_for_inputs_of_any_numbers_and_s
             found = replayed(_overwriting, "a test", values.clone(), other)
             for part, wanted in zip(found, _overwriting(values, other), strict=True):
                 torch.testing.assert_close(part, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_kept_launches_are_replayed_in_the_next_block_of_their_kind_alone() -> None:
+    calls = list[int]()
+
+    def doubled(values: torch.Tensor) -> tuple[torch.Tensor]:
+        calls.append(len(values))
+        return (values * 2,)
+
+    def called(again: bool) -> int:
+        calls.clear()
+        with recorded_launches(again):
+            for number in range(3):
+                (found,) = replayed(doubled, "a test", torch.full((4,), float(number), device="cuda"))
+                assert found.tolist() == [2.0 * number] * 4
+        return len(calls)
+
+    with kept_launches():
+        assert [called(True), called(True), called(False), called(True)] == [2, 0, 2, 0]
+    assert called(True) == 2
 
 
 @pytest.mark.gpu
