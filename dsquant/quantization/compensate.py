@@ -23,6 +23,7 @@ from dsquant.kernels.graphs import replayed
 from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.products import NEAR
 from dsquant.kernels.threads import side_by_side
+from dsquant.kernels.triangular import upper_inverse
 from dsquant.kernels.values import CompensatedBlocks, Parameters, joined_blocks
 from dsquant.quantization.clip import PARTS_AT_ONCE, clipped_with_losses, rows_of_part
 from dsquant.quantization.statistics import InputMoments, InverseFactor
@@ -120,8 +121,7 @@ def _inverse(gram_II: torch.Tensor, scheme: Scheme, num_tokens: int) -> InverseF
     order_I = _order(gram_II.diagonal(), scheme)
     reverse_I = order_I.flip(0)
     upper_II = torch.linalg.cholesky_ex(regularized(gram_II[reverse_I][:, reverse_I].double(), num_tokens)).L.flip(0, 1)
-    identity_II = torch.eye(len(upper_II), dtype=torch.float64, device=upper_II.device)
-    return InverseFactor(order_I, torch.linalg.solve_triangular(upper_II, identity_II, upper=True).float())
+    return InverseFactor(order_I, upper_inverse(upper_II).float())
 
 
 def _compensate_parts(
