@@ -1,11 +1,12 @@
-"""One mixture layer of R1's own geometry through `dsquant awq --device cuda`: seconds for each stage, bytes, memory.
+"""Mixture layers of R1's own geometry through `dsquant awq --device cuda`: seconds for each stage, bytes, memory.
 
-    python -m benchmarks.r1_layer --folder /tmp/r1-layer [--experts 256] [--samples 128] [--seq-len 2048]
+    python -m benchmarks.r1_layer --folder /tmp/r1-layer [--experts 256] [--samples 128] [--layers 2]
 
-makes the layer on disk (FP8, hidden 7168, 256 experts of 2048, one dense part), runs the real pipeline on it as a user
-would, and prints what the clock, the kernel and PyTorch say. The disk's own seconds are the bytes that the kernel
-counted over the rates measured in the same run. `--stages` waits for the GPU at the border of every stage: its sum is
-larger than the plain run's time, where stages overlap. Weights are random: this measures time and memory.
+makes layers on disk (FP8, hidden 7168, 256 experts of 2048, one dense part), runs the real pipeline on them as a user
+would, and prints what the clock, the kernel and PyTorch say. The first layer of a job reads its hidden states from a
+file, the last waits until its own are in one; those between do neither. The disk's own seconds are the bytes that the
+kernel counted over the rates measured in the same run. `--stages` waits for the GPU at the border of every stage: its
+sum is larger than the plain run's time, where stages overlap. Weights are random: this measures time and memory.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +152,13 @@ def run(options: argparse.Namespace, samples: int) -> dict[str, Any]:
         recipe, report=lambda step: marks.append((time.monotonic(), f"{step.stage} {step.done}", disk_bytes()))
     )
     first = {what: (moment, done) for moment, what, done in reversed(marks)}
-    (begun, before), (ended, after) = first["quantize 1"], first["quantize 2"]
+    moments, counts = zip(*(first[f"quantize {number}"] for number in range(1, options.layers + 2)), strict=True)
+    read, written = ((counts[-1][place] - counts[0][place]) / options.layers for place in (0, 1))
     return {
         "tokens": samples * options.seq_len,
-        "layer_s": ended - begun,
-        "disk_read_gib": (after[0] - before[0]) / GIB,
-        "disk_written_gib": (after[1] - before[1]) / GIB,
+        "layers_s": [ended - begun for begun, ended in pairwise(moments)],
+        "disk_read_gib": read / GIB,
+        "disk_written_gib": written / GIB,
         "begin_s": first["quantize 0"][0] - marks[0][0],
         "all_s": result.elapsed_s,
         "gpu_gib": result.peak_gpu_bytes / GIB,
@@ -168,6 +171,7 @@ def main() -> None:
     """Makes the layer where it is not there, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--samples", type=int, nargs="+", default=[128])
     parser.add_argument("--seq-len", type=int, default=2048)
@@ -182,8 +186,8 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     if not (options.folder / "model").exists():
         started = time.monotonic()
-        make_checkpoint(options.folder / "model", options.experts, device="cuda")
-        print(f"made the layer in {time.monotonic() - started:.0f} s")
+        make_checkpoint(options.folder / "model", options.experts, options.layers, device="cuda")
+        print(f"made the layers in {time.monotonic() - started:.0f} s")
     torch.cuda.empty_cache()
     read, written = disk_rates(options.folder, options.folder / "model")
     rates = matmul_rates()
@@ -191,20 +195,20 @@ def main() -> None:
     print(f"disk: {read / 1e9:.2f} GB/s read, {written / 1e9:.2f} GB/s written and synced")
     print("matrix products: " + ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in rates.items()))
     found = []
-    print("| tokens | seconds a layer | of these the disk's | GiB read / written | begin | GPU GiB | host GiB |")
+    print("| tokens | seconds of each layer | the disk's for one | GiB read / written | begin | GPU GiB | host GiB |")
     print("|---|---|---|---|---|---|---|")
     for samples in options.samples:
         row = run(options, samples)
         found.append(row)
         row["disk_s"] = (row["disk_read_gib"] / read + row["disk_written_gib"] / written) * GIB
         print(
-            f"| {row['tokens']} | {row['layer_s']:.1f} | {row['disk_s']:.1f} | "
+            f"| {row['tokens']} | {', '.join(f'{found:.1f}' for found in row['layers_s'])} | {row['disk_s']:.1f} | "
             f"{row['disk_read_gib']:.2f} / {row['disk_written_gib']:.2f} | {row['begin_s']:.1f} | "
             f"{row['gpu_gib']:.2f} | {row['host_gib']:.2f} |"
         )
         for name, seconds in row["stages"].items():
             print(f"    {name:40} {seconds:7.2f} s")
-    last = found[-1]["layer_s"]
+    last = sum(found[-1]["layers_s"]) / options.layers
     if options.peer_experts:
         rows = found[-1]["tokens"] * 8 // options.experts
         peer = search_seconds(options.peer_experts, rows)

@@ -15,20 +15,19 @@ def upper_inverse(upper_II: torch.Tensor) -> torch.Tensor:
     the operations of solving for the whole identity.
     """
     inverse_II = torch.zeros_like(upper_II)
-    identity_BB = torch.eye(BLOCK, dtype=upper_II.dtype, device=upper_II.device)
-
-    def invert(start: int, stop: int) -> None:
-        size, own = stop - start, slice(start, stop)
-        if size <= BLOCK:
-            inverse_II[own, own] = torch.linalg.solve_triangular(
-                upper_II[own, own], identity_BB[:size, :size], upper=True
-            )
-            return
-        middle = start + -(-size // (2 * BLOCK)) * BLOCK
-        invert(start, middle)
-        invert(middle, stop)
-        first, second = slice(start, middle), slice(middle, stop)
-        inverse_II[first, second] = -(inverse_II[first, first] @ (upper_II[first, second] @ inverse_II[second, second]))
-
-    invert(0, len(upper_II))
+    _invert(upper_II, inverse_II, torch.eye(BLOCK, dtype=upper_II.dtype, device=upper_II.device))
     return inverse_II
+
+
+def _invert(upper_II: torch.Tensor, inverse_II: torch.Tensor, identity_BB: torch.Tensor) -> None:
+    """Fills the upper triangle of the inverse."""
+    size = len(upper_II)
+    if size <= BLOCK:
+        inverse_II.copy_(torch.linalg.solve_triangular(upper_II, identity_BB[:size, :size], upper=True))
+        return
+    middle = -(-size // (2 * BLOCK)) * BLOCK
+    first, second = slice(0, middle), slice(middle, size)
+    for part in (first, second):
+        _invert(upper_II[part, part], inverse_II[part, part], identity_BB)
+    product = upper_II[first, second] @ inverse_II[second, second]
+    inverse_II[first, second] = (inverse_II[first, first] @ product).neg_()
