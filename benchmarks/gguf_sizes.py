@@ -1,7 +1,7 @@
 """GGUF files at equal bits: llama.cpp's mixtures, types by hand, and dsquant, on one set of calibration tokens.
 
-    python -m benchmarks.gguf_sizes MODEL... --text FILE --wiki FILE --work DIR --llama DIR \\
-        [--seeds 0 1 2] [--mixtures NAME...] [--makers NAME...] [--jobs 2] [--write FILE]
+    python -m benchmarks.gguf_sizes MODEL... --text FILE --wiki FILE --work DIR [--llama DIR] \\
+        [--seeds 0 1 2] [--mixtures NAME...] [--makers NAME...] [--jobs 2] [--apart] [--write FILE]
 
 MODEL is a folder with a DeepSeek-V3 or Llama checkpoint that fits in memory; `--llama` holds llama-imatrix and
 llama-quantize (`benchmarks/peers/make_environments DIR llamacpp` compiles them into DIR/llamacpp/bin). A row of a table
@@ -15,7 +15,8 @@ is a mixture of llama.cpp; its columns are makers:
     chosen    dsquant, preset compact, with types chosen for the mixture's bits
 
 Embedding and head stay F32 in every file and do not count in its bits; routers, F32 too, do not either. All makers see
-the same tokens; evaluation is in `benchmarks/peers/reference.py`. What is finished in DIR is not done again.
+the same tokens; evaluation is in `benchmarks/peers/reference.py`. What is finished in DIR is not done again. Without
+`--llama`, makers take the bits of llama.cpp's files from DIR.
 """
 
 import argparse
@@ -49,7 +50,7 @@ STEPS: Mapping[str, Mapping[str, Any]] = {
     "compact": {"preset": "compact"},
     "best": {"preset": "best"},
 }
-"""Maker -> fields of dsquant's recipe; one job makes all its rows."""
+"""Maker -> fields of dsquant's recipe; one job makes all its rows, or with `--apart` one."""
 MAKERS = ("llama", "rules", *STEPS, "chosen")
 # Types of the routed experts in rules made by hand (in a dense model: of its MLPs), from the fewest bits.
 LADDER = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
@@ -324,14 +325,11 @@ def run_all(tasks: Sequence[Task], jobs: int) -> None:
                 tell(f"{waiting[done]}: {type(error).__name__}: {error}")
 
 
-def make(benches: Sequence[Bench], arguments: argparse.Namespace) -> None:
-    """Makes and measures every file that is missing, stage by stage: each needs what the one before has made."""
-    jobs, llama = arguments.jobs, arguments.llama.resolve()
-    pairs = sorted(((bench, case) for bench in benches for case in bench.cases), key=lambda pair: pair[1].seed)
-    run_all([(make_plain, (bench.cases[0],)) for bench in benches if not bench.cases[0].plain.exists()], jobs)
-    of_llama = [maker for maker in ("llama", "rules") if maker in arguments.makers]
-    if "llama" not in of_llama and {"rules", "chosen"} & set(arguments.makers):
-        of_llama = ["llama", *of_llama]  # its bits are the others'
+def make_by_llama(pairs: Sequence[tuple[Bench, Case]], makers: Sequence[str], llama: Path, jobs: int) -> None:
+    """Makes and measures what llama.cpp's programs make, its own mixtures also where only their bits are needed."""
+    of_llama = [maker for maker in ("llama", "rules") if maker in makers]
+    if "llama" not in of_llama and {"rules", "chosen"} & set(makers):
+        of_llama = ["llama", *of_llama]
     if any(bench.missing(case, maker) for maker in of_llama for bench, case in pairs):
         run_all([(make_imatrix, (case, llama)) for _, case in pairs if not case.imatrix.exists()], jobs)
     for maker in of_llama:
@@ -341,12 +339,22 @@ def make(benches: Sequence[Bench], arguments: argparse.Namespace) -> None:
             for row in bench.missing(case, maker)
         ]
         run_all(wanted, jobs)
+
+
+def make(benches: Sequence[Bench], arguments: argparse.Namespace) -> None:
+    """Makes and measures every file that is missing, stage by stage: each needs what the one before has made."""
+    jobs = arguments.jobs
+    pairs = sorted(((bench, case) for bench in benches for case in bench.cases), key=lambda pair: pair[1].seed)
+    run_all([(make_plain, (bench.cases[0],)) for bench in benches if not bench.cases[0].plain.exists()], jobs)
+    if arguments.llama:
+        make_by_llama(pairs, arguments.makers, arguments.llama.resolve(), jobs)
     tasks: list[Task] = []  # the longest jobs first
     for bench, case in pairs:
         told = (bench.evaluation, arguments.device)
         for maker in (one for one in reversed(STEPS) if one in arguments.makers):
-            if rows := bench.missing(case, maker):
-                tasks.append((run_dsquant, (case, maker, rows, *told)))
+            rows = bench.missing(case, maker)
+            for together in ([row] for row in rows) if arguments.apart else [rows] if rows else []:
+                tasks.append((run_dsquant, (case, maker, together, *told)))
         for row in bench.missing(case, "chosen") if "chosen" in arguments.makers else ():
             tasks.append((run_dsquant, (case, "chosen", [row], *told, target_bits(case, row))))
     run_all(tasks, jobs)
@@ -408,13 +416,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 code that no model was trained on")
     parser.add_argument("--wiki", type=Path, required=True, help="UTF-8 text of another kind, for evaluation only")
     parser.add_argument("--work", type=Path, required=True, help="folder for tokens, files and figures")
-    parser.add_argument("--llama", type=Path, required=True, help="folder of llama-imatrix and llama-quantize")
+    parser.add_argument("--llama", type=Path, help="folder of llama-imatrix and llama-quantize")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration windows")
     parser.add_argument("--mixtures", nargs="+", default=list(ROWS), help="rows of the tables")
     parser.add_argument("--makers", nargs="+", default=list(MAKERS), choices=MAKERS, help="columns of the tables")
     parser.add_argument("--calibration", default=(32, 512), **shape)
     parser.add_argument("--evaluation", default=(16, 512), **shape)
     parser.add_argument("--jobs", type=int, default=1, help="files made at once")
+    parser.add_argument("--apart", action="store_true", help="a job for each file: shorter where many run at once")
     parser.add_argument("--device", default="auto", help="where dsquant computes")
     parser.add_argument("--evaluator", default="cpu", metavar="DEVICE", help="where the evaluator computes")
     parser.add_argument("--only-report", action="store_true", help="run nothing, show what is there")

@@ -1,7 +1,7 @@
 """4-bit quantizers side by side: the same models, the same calibration tokens, one independent evaluator.
 
     python -m benchmarks.quality MODEL [MODEL]... --text FILE --wiki FILE --work DIR --peers DIR \\
-        [--seeds 0 1 2] [--methods NAME...] [--write FILE]
+        [--seeds 0 1 2] [--methods NAME...] [--jobs 2] [--device cuda] [--evaluator cuda] [--write FILE]
 
 MODEL is a folder with a DeepSeek-V3, V3.2 or Llama checkpoint, FP8 or not, that fits in memory. Calibration takes 64
 windows of 256 tokens from the first half of the text, other ones for each seed; evaluation 32 windows of 512 from its
@@ -19,15 +19,17 @@ import hashlib
 import json
 import math
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import get_args
 
 from benchmarks.peers.decoding import stored_bits
@@ -52,6 +54,8 @@ VERSIONS = {
     "modelopt": ["nvidia-modelopt", "transformers", "torch"],
 }
 """Environment of a peer -> packages whose versions are told; llama.cpp is the one in llama-cpp-python's source."""
+WITH_DEVICE = (None, "autoround")
+"""Environments of the methods that take `--device`; the others compute on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +142,17 @@ def step_methods() -> list[Method]:
 
 
 def width_methods() -> list[Method]:
-    """dsquant's presets at every width that compressed-tensors has, in both forms."""
+    """dsquant's presets at every width that compressed-tensors has, in both forms, and AutoRound below 4 bits."""
     widths = sorted(SAFETENSORS["compressed-tensors"].bits)
-    return [
+    autoround = [
+        Method(
+            f"{peer.name}-{bits}bit", f"{peer.label}, {bits} bits", "autoround", ("--bits", str(bits), *peer.options)
+        )
+        for peer in PEERS
+        if peer.environment == "autoround"
+        for bits in (2, 3)
+    ]
+    own = [
         Method(
             f"dsquant-{preset}-{form}-{bits}bit",
             f"{preset}, {form}, {bits} bits",
@@ -151,12 +163,15 @@ def width_methods() -> list[Method]:
         for preset in ("compact", "best")
         for bits in widths
     ]
+    return [*autoround, *own]
 
 
 def command_of(method: Method, model: Path, work: Path, seed_work: Path, arguments: argparse.Namespace) -> list[str]:
     """How a method is run."""
     tokens, output = str(seed_work / "calibration.safetensors"), str(seed_work / method.name)
     groups = [] if arguments.group_size == GROUP_SIZE else ["--group-size", str(arguments.group_size)]
+    if arguments.device and method.environment in WITH_DEVICE:
+        groups += ["--device", arguments.device]
     if method.environment is None:
         common = ["--calibration", tokens, *groups, *arguments.dsquant_option]
         return [arguments.dsquant, *method.options, *common, "--output", output, str(model)]
@@ -169,20 +184,22 @@ def run_logged(command: list[str], log: Path, threads: int) -> float:
     """Runs a command from the repository's root and sends what it prints to a file.
 
     Returns:
-        Seconds that the processors worked: on a shared machine the clock tells little.
+        Seconds that the processors worked for it: on a shared machine the clock tells little.
 
     Raises:
         RuntimeError: it failed; holds the end of the log.
     """
     own = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "GPTQMODEL_CPU_WORKERS": "2"}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with log.open("w") as stream:
-        code = subprocess.run(command, cwd=ROOT, env=os.environ | own, stdout=stream, stderr=stream).returncode
+    with (
+        log.open("w") as stream,
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | own, stdout=stream, stderr=stream) as process,
+    ):
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = code = os.waitstatus_to_exitcode(status)
     if code != 0:
         end = log.read_text(errors="replace")[-2000:]
         raise RuntimeError(f"{' '.join(command)}: exit code {code}, log in {log}, which ends:\n{end}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return used.ru_utime + used.ru_stime
 
 
 def hash_of(*parts: str | bytes | Path) -> str:
@@ -202,6 +219,13 @@ def hash_of_dsquant() -> str:
 def read_json(path: Path) -> dict:
     """A JSON file's object, empty if there is no such file."""
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes a JSON file; whoever reads meanwhile finds it whole or as it was."""
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(values, indent=2))
+    partial.replace(path)
 
 
 class Bench:
@@ -226,6 +250,7 @@ class Bench:
             write_tokens(chosen_windows(tokens, *arguments.calibration, seed), path)
         self._convert()
         self._evaluator: Evaluator | None = None
+        self._evaluating = Lock()
 
     def _evaluation(self, text: str) -> Path:
         return self.work / f"evaluation-{text}.safetensors"
@@ -239,30 +264,36 @@ class Bench:
         run_logged(command, self.work / "float32.log", self.arguments.threads)
         made.write_text(self.model_hash)
 
-    def evaluator(self) -> Evaluator:
-        """The evaluator; the original runs when it is first asked for."""
-        if self._evaluator is None:
-            self._evaluator = Evaluator(self.model, {name: read_tokens(self._evaluation(name)) for name in self.texts})
-        return self._evaluator
+    def _measured(self, measure: Callable[[Evaluator], dict[str, Divergence]]) -> dict:
+        """Figures and what they hold for; one at a time. The original runs when the first are asked for."""
+        with self._evaluating:
+            if self._evaluator is None:
+                tokens = {name: read_tokens(self._evaluation(name)) for name in self.texts}
+                self._evaluator = Evaluator(self.model, tokens, self.arguments.evaluator)
+            return {"measured": self.evaluation_hash(), "texts": as_json(measure(self._evaluator))}
 
     def evaluation_hash(self) -> str:
         """What figures depend on besides the candidate."""
         groups = str(self.arguments.group_size)
         return hash_of(groups, self.model_hash, *(self._evaluation(name) for name in self.texts))
 
-    def baseline(self, name: str) -> dict:
-        """Figures of the original or of plain rounding."""
+    def _baseline(self, name: str, measure: Callable[[Evaluator], dict[str, Divergence]]) -> dict:
         path = self.work / f"{name}.json"
         result = read_json(path)
         if result.get("measured") != self.evaluation_hash():
-            evaluator = self.evaluator()
-            if name == "original":
-                figures = evaluator.of_original()
-            else:
-                figures = evaluator.of_rounding(name == "symmetric", self.arguments.group_size)
-            result = {"measured": self.evaluation_hash(), "texts": as_json(figures)}
-            path.write_text(json.dumps(result, indent=2))
+            result = self._measured(measure)
+            write_json(path, result)
         return result
+
+    def original(self) -> dict:
+        """Figures of the original."""
+        return self._baseline("original", Evaluator.of_original)
+
+    def rounding(self, form: str, bits: int) -> dict:
+        """Figures of plain rounding, `symmetric` or `asymmetric`."""
+        name = form if bits == 4 else f"{form}-{bits}bit"
+        group_size = self.arguments.group_size
+        return self._baseline(name, lambda evaluator: evaluator.of_rounding(form == "symmetric", bits, group_size))
 
     def result(self, method: Method, seed: int) -> dict:
         """Quantizes and measures, unless that is done.
@@ -283,10 +314,10 @@ class Bench:
             if method.options[:1] == GGUF[:1]:
                 as_gguf_folder(self.model, output)
             result = {"made": fingerprint, "cpu_seconds": seconds, "bits": stored_bits(output)}
-            path.write_text(json.dumps(result, indent=2))
+            write_json(path, result)
         if result.get("measured") != self.evaluation_hash():
-            result |= {"measured": self.evaluation_hash(), "texts": as_json(self.evaluator().of_folder(output))}
-            path.write_text(json.dumps(result, indent=2))
+            result |= self._measured(lambda evaluator: evaluator.of_folder(output))
+            write_json(path, result)
             kl = {text: round(figures["mean_kl"], 4) for text, figures in result["texts"].items()}
             spent = f"{result.get('cpu_seconds', math.nan):.0f} CPU s"
             tell(f"{self.model.name}, {method.label}, seed {seed}: {spent}, mean KL {kl}")
@@ -352,9 +383,11 @@ def table(bench: Bench, methods: list[Method], seeds: list[int]) -> str:
         head += [f"{text}: mean KL", "perplexity", "same top token"]
     head += ["CPU seconds", "seeds"]
     lines = [f"### {bench.model.name}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines.append(row("original", [bench.baseline("original")], bench.texts))
-    for form in ("symmetric", "asymmetric"):
-        lines.append(row(f"plain rounding, {form}", [bench.baseline(form)], bench.texts))
+    lines.append(row("original", [bench.original()], bench.texts))
+    for bits in bench.arguments.rounding_bits:
+        for form in ("symmetric", "asymmetric"):
+            label = f"plain rounding, {form}" + ("" if bits == 4 else f", {bits} bits")
+            lines.append(row(label, [bench.rounding(form, bits)], bench.texts))
     for method in methods:
         found = [result for seed in seeds if (result := bench.finished(method, seed))]
         if found:
@@ -384,7 +417,7 @@ def conditions(arguments: argparse.Namespace, methods: list[Method]) -> str:
         f"Calibration: {calibration} tokens from its first half, chosen by seeds {arguments.seeds}.",
         f"Evaluation: {evaluation} tokens from its second half{other}.",
         "± is the standard deviation over seeds; CPU seconds: the processors' work to quantize, one thread.",
-        f"Evaluator: {evaluator}.",
+        f"Evaluator: {evaluator}, on {arguments.evaluator}.",
     ]
     for environment in dict.fromkeys(method.environment for method in methods if method.environment):
         python = str(arguments.peers / environment / "bin" / "python")
@@ -410,6 +443,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, shape in (("--calibration", CALIBRATION_SHAPE), ("--evaluation", EVALUATION_SHAPE)):
         parser.add_argument(name, type=int, nargs=2, default=shape, metavar=("WINDOWS", "TOKENS"))
     parser.add_argument("--group-size", type=int, default=GROUP_SIZE)
+    parser.add_argument("--rounding-bits", type=int, nargs="+", default=[4], help="widths of plain rounding")
+    parser.add_argument("--device", help="where dsquant and AutoRound compute; else auto and a CPU")
+    parser.add_argument("--evaluator", default="cpu", metavar="DEVICE", help="where the evaluator computes")
+    parser.add_argument("--jobs", type=int, default=1, help="methods run at once")
     parser.add_argument("--dsquant", default="dsquant", help="dsquant's command")
     parser.add_argument(
         "--dsquant-option", action="append", default=[], metavar="OPTION", help="one more word for dsquant"
@@ -436,13 +473,38 @@ def chosen_methods(arguments: argparse.Namespace) -> list[Method]:
     return [one for one in methods if any(fnmatch(one.name, name) for name in arguments.methods)]
 
 
+def run_all(runs: list[tuple[int, Bench, Method]], jobs: int, report: Callable[[], str]) -> bool:
+    """Runs methods, several at once if wanted; tells which failed, and goes on.
+
+    Args:
+        runs: in this order.
+        jobs: how many at once.
+        report: called after each.
+
+    Returns:
+        Whether one failed.
+    """
+    failed = False
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        waiting = {pool.submit(run[1].result, run[2], run[0]): run for run in runs}
+        for done in as_completed(waiting):
+            if (error := done.exception()) is not None:
+                seed, bench, method = waiting[done]
+                tell(f"{bench.model.name}, {method.label}, seed {seed}: {error}")
+                failed = True
+            report()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return failed
+
+
 def main() -> None:
     """Measures every model seed by seed, and writes the tables anew after each result."""
     arguments = parse()
     methods = chosen_methods(arguments)
     benches = [Bench(model, arguments) for model in arguments.models]
     told = conditions(arguments, methods)
-    failed = False
 
     def report() -> str:
         text = "\n\n".join([told, *(table(bench, methods, arguments.seeds) for bench in benches)]) + "\n"
@@ -452,13 +514,7 @@ def main() -> None:
         return text
 
     runs = [(seed, bench, method) for seed in arguments.seeds for bench in benches for method in methods]
-    for seed, bench, method in [] if arguments.only_report else runs:
-        try:
-            bench.result(method, seed)
-        except RuntimeError as error:
-            tell(f"{bench.model.name}, {method.label}, seed {seed}: {error}")
-            failed = True
-        report()
+    failed = run_all([] if arguments.only_report else runs, arguments.jobs, report)
     print(report())
     if failed:
         raise SystemExit(1)

@@ -17,17 +17,18 @@ from benchmarks.peers.tokens import chosen_windows
 from dsquant.cli import main
 
 
-def packed(codes: torch.Tensor) -> torch.Tensor:
-    """Eight codes along the last axis in one int32, the first in the lowest bits."""
-    shifted = codes.unflatten(-1, (-1, 8)).long() << torch.arange(0, 32, 4)
-    return shifted.sum(-1).to(torch.uint32).view(torch.int32)
+def packed(codes_RC: torch.Tensor, bits: int) -> torch.Tensor:
+    """Rows of codes, one behind the other from the lowest bits, as int32 [R, C * bits / 32]."""
+    rows = [sum(code << bits * place for place, code in enumerate(row)) for row in codes_RC.tolist()]
+    stored = b"".join(row.to_bytes(codes_RC.shape[1] * bits // 8, "little") for row in rows)
+    return torch.frombuffer(bytearray(stored), dtype=torch.int32).view(len(rows), -1)
 
 
 def test_every_command_line_of_the_quality_table_is_one_of_dsquants() -> None:
-    methods = [*quality.own_methods(), *quality.step_methods()]
+    methods = [*quality.PEERS, *quality.own_methods(), *quality.step_methods(), *quality.width_methods()]
     assert len({method.name for method in methods}) == len(methods)
     with click.Context(main) as context:
-        for method in methods:
+        for method in (one for one in methods if one.environment is None):
             name, *options = method.options
             command = main.get_command(context, name)
             assert command is not None
@@ -41,6 +42,7 @@ def test_every_job_of_the_table_of_gguf_sizes_is_a_recipe(tmp_path: Path) -> Non
     for maker in gguf_sizes.STEPS:
         recipe = gguf_sizes.recipe_of(case, maker, gguf_sizes.ROWS, tmp_path)
         assert recipe.to == tuple(f"gguf:{row}" for row in gguf_sizes.ROWS)
+    assert not gguf_sizes.parse(words[:7]).llama
     assert gguf_sizes.recipe_of(case, "chosen", ["Q2_K"], tmp_path, "cpu", 3.09).target_name == "3.09bits"
 
 
@@ -54,24 +56,25 @@ def test_types_by_hand_come_near_the_mixtures_bits(experts: str) -> None:
         assert gguf_sizes.mean_bits(shapes, types) == pytest.approx(bits, abs=0.3)
 
 
-def test_gptq_codes_zero_points_and_groups_are_decoded() -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_gptq_codes_zero_points_and_groups_are_decoded(bits: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    codes_IO = torch.randint(0, 16, (32, 16), generator=generator)
-    zeros_GO = torch.randint(1, 17, (2, 16), generator=generator)
-    scales_GO = torch.rand(2, 16, generator=generator)
+    codes_IO = torch.randint(0, 2**bits, (32, 64), generator=generator)
+    zeros_GO = torch.randint(1, 2**bits + 1, (2, 64), generator=generator)
+    scales_GO = torch.rand(2, 64, generator=generator)
     group_I = torch.randperm(32, generator=generator) % 2  # activation order: neighbours in different groups
     stored = {
-        "a.qweight": packed(codes_IO.t()).t().contiguous(),
-        "a.qzeros": packed(zeros_GO - 1),
+        "a.qweight": packed(codes_IO.t(), bits).t().contiguous(),
+        "a.qzeros": packed(zeros_GO - 1, bits),
         "a.scales": scales_GO,
         "a.g_idx": group_I.int(),
         "b.weight": torch.ones(3),
     }
-    weights = decode_gptq(stored, {"bits": 4})
+    weights = decode_gptq(stored, {"bits": bits})
     expected_IO = torch.stack([(codes_IO[i] - zeros_GO[g]) * scales_GO[g] for i, g in enumerate(group_I.tolist())])
     assert torch.equal(weights["a.weight"], expected_IO.t()) and weights["b.weight"].tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="gptq_v2"):
-        decode_gptq(stored, {"bits": 4, "checkpoint_format": "gptq_v2"})
+        decode_gptq(stored, {"bits": bits, "checkpoint_format": "gptq_v2"})
 
 
 def test_a_gguf_file_is_decoded_under_the_original_names(tiny_r1: Path, tmp_path: Path) -> None:

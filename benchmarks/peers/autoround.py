@@ -1,11 +1,12 @@
-"""Quantizes with AutoRound 0.16's sign gradient descent, 4 bits, in groups, from given tokens.
+"""Quantizes with AutoRound 0.16's sign gradient descent, in groups, from given tokens.
 
-    python -m benchmarks.peers.autoround MODEL TOKENS OUTPUT [--iters 200] [--group-size 128] [--asymmetric] [--awq] \\
-        [--device cuda]
+    python -m benchmarks.peers.autoround MODEL TOKENS OUTPUT [--bits 4] [--iters 200] [--group-size 128] \\
+        [--asymmetric] [--awq] [--device cuda]
 
 Runs in AutoRound's environment (README.md here). MODEL is what `to_bf16 --dtype float32` wrote. The recipe is its
 default: 200 steps for each decoder layer, rounding offsets and ranges learned, inputs from the layers already
 quantized, the best step kept. Everything is computed in float32 (`amp=False`): a CPU is faster so, and no worse.
+torch.compile is off: it compiles each layer anew, which takes longer than the steps of a small one.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def quantize(options: argparse.Namespace) -> None:
     quantizer = AutoRound(
         model,
         tokenizer=AutoTokenizer.from_pretrained(options.model),
-        scheme="W4A16",
+        scheme=f"W{options.bits}A16",
         group_size=options.group_size,
         sym=not options.asymmetric,
         alg_configs=[*([AWQConfig(skip_moe=False)] if options.awq else []), SignRoundConfig(iters=options.iters)],
@@ -39,6 +40,7 @@ def quantize(options: argparse.Namespace) -> None:
         seqlen=tokens_NT.shape[1],
         batch_size=BATCH_SIZE,
         amp=False,
+        enable_torch_compile=False,
         scale_dtype="fp32",
         device_map=options.device,
     )
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("tokens", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4))
     parser.add_argument("--iters", type=int, default=200, help="steps for each decoder layer")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--asymmetric", action="store_true", help="with zero points")

@@ -125,8 +125,9 @@ def decode_modelopt(stored: dict[str, torch.Tensor], config: dict) -> dict[str, 
 def decode_gptq(stored: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
     """The weights of a GPTQ checkpoint in float32: GPTQModel's and AutoRound's.
 
-    `qweight` int32 [I / 8, O] holds eight rows' codes in a number, the first in its lowest bits; `qzeros` int32
-    [G, O / 8] the zero points less one, likewise along the columns; `g_idx` [I] each input's group.
+    `qweight` int32 [I * bits / 32, O] holds the rows' codes one behind the other, the first in the lowest bits of the
+    first number; `qzeros` int32 [G, O * bits / 32] the zero points less one, likewise along the columns; `g_idx` [I]
+    each input's group.
 
     Args:
         stored: tensors as stored.
@@ -136,17 +137,17 @@ def decode_gptq(stored: dict[str, torch.Tensor], config: dict) -> dict[str, torc
         Name -> float32, quantized linears as `*.weight` [O, I].
 
     Raises:
-        ValueError: not 4 bits, or the later layout, whose zero points are stored as they are.
+        ValueError: the later layout, whose zero points are stored as they are.
     """
-    if config["bits"] != 4 or config.get("checkpoint_format", "gptq") != "gptq":
-        raise ValueError(f"GPTQ of {config['bits']} bits as {config.get('checkpoint_format')}, expected 4 bits, gptq")
-    shifts = torch.arange(0, 32, 4)
+    bits = config["bits"]
+    if config.get("checkpoint_format", "gptq") != "gptq":
+        raise ValueError(f"GPTQ stored as {config['checkpoint_format']}, expected gptq")
     weights = {}
     for name, tensor in stored.items():
         module, _, kind = name.rpartition(".")
         if kind == "qweight":
-            codes_IO = (tensor.unsqueeze(1) >> shifts[:, None] & 15).flatten(0, 1)
-            zeros_GO = (stored[f"{module}.qzeros"].unsqueeze(2) >> shifts & 15).flatten(1, 2) + 1
+            codes_IO = unpacked_codes(tensor.t(), bits).t()
+            zeros_GO = unpacked_codes(stored[f"{module}.qzeros"], bits) + 1
             group_I = stored[f"{module}.g_idx"].long()
             scales_GO = stored[f"{module}.scales"].float()
             weight_IO = (codes_IO - zeros_GO[group_I]) * scales_GO[group_I]
@@ -154,6 +155,12 @@ def decode_gptq(stored: dict[str, torch.Tensor], config: dict) -> dict[str, torc
         elif kind not in ("qzeros", "scales", "g_idx"):
             weights[name] = tensor.float()
     return weights
+
+
+def unpacked_codes(numbers_RN: torch.Tensor, bits: int) -> torch.Tensor:
+    """The codes in rows of int32, one behind the other from the lowest bits: int64 [R, N * 32 / bits]."""
+    bits_RB = (numbers_RN.unsqueeze(2) >> torch.arange(32) & 1).flatten(1)
+    return (bits_RB.unflatten(1, (-1, bits)).long() << torch.arange(bits)).sum(2)
 
 
 GGUF_NAMES = {
@@ -264,6 +271,7 @@ def stored_bits(folder: Path) -> float:
         return gguf_bits(folder)
     from safetensors import safe_open
 
+    code_bits = config["quantization_config"].get("bits", 4)
     groups = config["quantization_config"].get("config_groups", {})
     mixed = any("Linear" not in group["targets"] for group in groups.values())
     layers = tuple(f"model.layers.{number}." for number in range(config["num_hidden_layers"])) if mixed else ()
@@ -271,20 +279,21 @@ def stored_bits(folder: Path) -> float:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118
-                more_bits, more_weights = _bits_and_weights(opened, name, layers)
+                more_bits, more_weights = _bits_and_weights(opened, name, layers, code_bits)
                 bits, weights = bits + more_bits, weights + more_weights
     if not weights:
         raise ValueError(f"{folder}: no quantized weights")
     return bits / weights
 
 
-def _bits_and_weights(opened: Any, name: str, unquantized: tuple[str, ...]) -> tuple[int, int]:
+def _bits_and_weights(opened: Any, name: str, unquantized: tuple[str, ...], code_bits: int) -> tuple[int, int]:
     """What a tensor adds to the stored bits and to the weights that they are for.
 
     Args:
         opened: a safetensors file.
         name: the tensor.
         unquantized: the layers whose unquantized linears count.
+        code_bits: bits of a code in a `qweight`.
     """
     kind, found = name.rpartition(".")[2], opened.get_slice(name)
     shape = found.get_shape()
@@ -294,7 +303,7 @@ def _bits_and_weights(opened: Any, name: str, unquantized: tuple[str, ...]) -> t
     if found.get_dtype() in ("U8", "F8_E4M3") and kind == "weight_scale":
         return 8 * size, 0
     if kind == "qweight":
-        return 32 * size, 8 * size
+        return 32 * size, 32 * size // code_bits
     if kind == "weight_packed":
         return 32 * size, math.prod(opened.get_tensor(name.replace(kind, "weight_shape")).tolist())
     if kind == "weight" and len(shape) == 2 and name.startswith(unquantized) and not name.endswith(".mlp.gate.weight"):

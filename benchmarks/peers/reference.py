@@ -110,11 +110,11 @@ def round_to_nearest(weight_OI: torch.Tensor, symmetric: bool, bits: int = 4, gr
 
 
 def rounded_weights(
-    weights: dict[str, torch.Tensor], symmetric: bool, group_size: int = 128
+    weights: dict[str, torch.Tensor], symmetric: bool, bits: int = 4, group_size: int = 128
 ) -> dict[str, torch.Tensor]:
     """The weights with every decoder linear rounded to nearest."""
     return {
-        name: round_to_nearest(weight, symmetric, group_size=group_size) if is_rounded(name) else weight
+        name: round_to_nearest(weight, symmetric, bits, group_size) if is_rounded(name) else weight
         for name, weight in weights.items()
     }
 
@@ -225,9 +225,9 @@ class Evaluator:
             name: divergence(self.predictions[name], self.predictions[name], self.texts[name]) for name in self.texts
         }
 
-    def of_rounding(self, symmetric: bool, group_size: int = 128) -> dict[str, Divergence]:
+    def of_rounding(self, symmetric: bool, bits: int = 4, group_size: int = 128) -> dict[str, Divergence]:
         """Plain rounding's figures by text."""
-        return self._compare(build_model(self.original, rounded_weights(self.weights, symmetric, group_size)))
+        return self._compare(build_model(self.original, rounded_weights(self.weights, symmetric, bits, group_size)))
 
     def of_folder(self, folder: Path) -> dict[str, Divergence]:
         """A candidate's figures by text; where it has engines round inputs to NVFP4, they are."""
