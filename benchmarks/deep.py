@@ -249,7 +249,7 @@ def run_all(bench: Bench, tasks: list[Task], until: float) -> None:
         worker.start()
     running: set[str] = set()
     failed: set[str] = set()
-    while (waiting or running) and time.monotonic() < until and all(worker.is_alive() for worker in workers):
+    while (waiting or running) and time.monotonic() < until and any(worker.is_alive() for worker in workers):
         waiting = [task for task in waiting if not failed.intersection(task.needs)]
         ready = [task for task in waiting if all(bench.found(name) for name in task.needs)]
         for task in ready[: len(workers) - len(running)]:

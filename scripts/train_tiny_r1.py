@@ -44,6 +44,7 @@ FAMILIES = {"r1": "r1", "v3.2": "v32"}
 """Family -> what its folders are called."""
 PART_BYTES = 15 * 2**20
 SPARSE_SAMPLES = 50
+HELD_OUT_TOKENS = 400 * 512
 HELD_OUT_CHARS = 1_500_000
 LARGEST_CHANGE = 1e-3
 # A few tokens tell whether the function is the same; among many, some router would be at a tie.
@@ -72,7 +73,7 @@ def main() -> None:
     trained_tokens = training.train(
         model, stream, options.tokens, options.batch, options.seq_len, rate, log, options.seconds
     )
-    first, second = training.evaluate(model, held_out_stream, options.seq_len, 400)
+    first, second = training.evaluate(model, held_out_stream, options.seq_len, HELD_OUT_TOKENS // options.seq_len)
     log(f"held-out perplexity {math.exp(first):.3f}, of the token after next {math.exp(second):.3f}")
 
     weights, sparse = model.named_weights(), {}
