@@ -69,7 +69,8 @@ def main() -> None:
 
     model = TinyR1(config).to(device)
     log(f"{sum(weight.numel() for weight in model.parameters())} parameters, those of the MTP layer included")
-    experts.use_bfloat16_experts(model.model)
+    if device.type == "cuda":
+        experts.use_bfloat16_experts(model.model)
     trained_tokens = training.train(
         model, stream, options.tokens, options.batch, options.seq_len, rate, log, options.seconds
     )
