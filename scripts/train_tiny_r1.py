@@ -11,6 +11,10 @@ writes out/medium-r1, four times as large, for benchmarks/quality.py, not shippe
 are the pieces of one .tar of it and the two files: `cat parts/medium-r1.tar.* | tar x`. smooth_tiny_r1.py makes the
 model without outlier channels from it.
 
+    python scripts/train_tiny_r1.py --size deep --output out --tokens 400000000 --seconds 300 --batch 12 --seq-len 2048
+
+writes out/deep-r1, 22 layers and 299M parameters, for benchmarks/deep.py on the same machine: too large to ship.
+
     python scripts/train_tiny_r1.py --family v3.2 --seq-len 4096 --batch 12 --output out
 
 writes out/tiny-v32 and out/tiny-v32-smooth in DeepSeek-V3.2's layout: the same network, with indexers that are trained
@@ -27,17 +31,24 @@ import time
 from pathlib import Path
 
 import torch
-from tiny_r1 import corpus, export, indexer, tokenizer, training
-from tiny_r1.network import MEDIUM, SMALL, Config, TinyR1
+from tiny_r1 import corpus, experts, export, indexer, tokenizer, training
+from tiny_r1.network import DEEP, MEDIUM, SMALL, Config, TinyR1
 
-SIZES = {"small": ("tiny-r1", SMALL, 2e-3), "medium": ("medium-r1", MEDIUM, 1.5e-3)}
+SIZES = {
+    "small": ("tiny-r1", SMALL, 2e-3),
+    "medium": ("medium-r1", MEDIUM, 1.5e-3),
+    "deep": ("deep-r1", DEEP, 1e-3),
+}
 """Size -> folder name, config, highest learning rate."""
 FAMILIES = {"r1": "r1", "v3.2": "v32"}
 """Family -> what its folders are called."""
 PART_BYTES = 15 * 2**20
 SPARSE_SAMPLES = 50
+HELD_OUT_TOKENS = 400 * 512
 HELD_OUT_CHARS = 1_500_000
 LARGEST_CHANGE = 1e-3
+# A few tokens tell whether the function is the same; among many, some router would be at a tie.
+CHECKED_TOKENS = 256
 
 
 def main() -> None:
@@ -59,11 +70,11 @@ def main() -> None:
     model = TinyR1(config).to(device)
     log(f"{sum(weight.numel() for weight in model.parameters())} parameters, those of the MTP layer included")
     if device.type == "cuda":
-        model.model.set_experts_implementation("grouped_mm")
+        experts.use_bfloat16_experts(model.model)
     trained_tokens = training.train(
         model, stream, options.tokens, options.batch, options.seq_len, rate, log, options.seconds
     )
-    first, second = training.evaluate(model, held_out_stream, options.seq_len, 400)
+    first, second = training.evaluate(model, held_out_stream, options.seq_len, HELD_OUT_TOKENS // options.seq_len)
     log(f"held-out perplexity {math.exp(first):.3f}, of the token after next {math.exp(second):.3f}")
 
     weights, sparse = model.named_weights(), {}
@@ -97,7 +108,7 @@ def main() -> None:
     if options.parts:
         pack(options.output, [name, "heldout-python.txt", "training.json"], options.parts / f"{name}.tar")
     # After all is written: what took minutes of a GPU is not lost to a near tie in some router.
-    sample = held_out_stream[: options.seq_len].long().cpu().unsqueeze(0)
+    sample = held_out_stream[: min(options.seq_len, CHECKED_TOKENS)].long().cpu().unsqueeze(0)
     difference = largest_difference(SIZES[options.size][1], weights, changed, sample)
     log(f"outlier channels change logits by {difference:.1e} at most")
     if difference > LARGEST_CHANGE:

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +139,37 @@ def test_putting_outlier_channels_in_changes_no_score(tiny_r1: Path, monkeypatch
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-3)
     for module in [name for name in sys.modules if name.split(".")[0] == "tiny_r1"]:
         monkeypatch.delitem(sys.modules, module)
+
+
+def test_experts_in_training_compute_and_learn_what_transformers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from tiny_r1 import experts
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    config = DeepseekV3Config(hidden_size=64, moe_intermediate_size=32, n_routed_experts=8, hidden_act="silu")
+    layer = DeepseekV3Experts(config)
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, std=0.2, generator=generator)
+    layer = layer.to(device).bfloat16().float()  # as rounding of weights is not what is compared
+    layer.register_buffer("loads", torch.zeros(8, dtype=torch.int64, device=device))
+    hidden_RH = torch.randn(101, 64, generator=generator).bfloat16().float()
+    chosen_RK = torch.rand(101, 7, generator=generator).topk(3).indices + 1  # nobody chooses the first
+    given = (hidden_RH.to(device), chosen_RK.to(device), torch.rand(101, 3, generator=generator).to(device))
+
+    def run(forward: Any) -> list[torch.Tensor]:
+        leaves = [given[0].clone().requires_grad_(), given[2].clone().requires_grad_(), *layer.parameters()]
+        output = forward(leaves[0], given[1], leaves[1])
+        return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+    layer.config._experts_implementation = "eager"
+    wanted, found = run(layer), run(lambda *arguments: experts.experts_forward(layer, *arguments))
+    for one, other in zip(wanted, found, strict=True):
+        assert (one - other).norm() < 0.02 * one.norm()
+    experts.count_loads(layer, given)
+    assert torch.equal(layer.loads, chosen_RK.to(device).flatten().bincount(minlength=8))
 
 
 def test_it_has_learned_python(tiny_r1: Path) -> None:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tiny_r1.experts import count_loads
+
 Config = dict[str, Any]
 SMALL: Config = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -76,6 +78,20 @@ MEDIUM: Config = SMALL | {
     "q_lora_rank": 256,
     "vocab_size": 2048,
 }
+# A third as deep as R1, its experts chosen by an eighth of the tokens: 299M parameters, 65M of them for a token.
+DEEP: Config = SMALL | {
+    "first_k_dense_replace": 3,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "kv_lora_rank": 256,
+    "n_routed_experts": 32,
+    "num_attention_heads": 8,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 22,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 256,
+    "vocab_size": 4096,
+}
 
 
 class TinyR1(nn.Module):
@@ -98,16 +114,11 @@ class TinyR1(nn.Module):
         self.enorm, self.hnorm, self.head_norm = (nn.RMSNorm(hidden, eps=1e-6) for _ in range(3))
         self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
         nn.init.normal_(self.eh_proj.weight, std=0.02)
-        self.loads: dict[int, torch.Tensor] = {}
-        for number, layer in enumerate(self.model.model.layers):
-            if hasattr(layer.mlp, "experts"):
-                layer.mlp.experts.register_forward_pre_hook(self._counter(number))
-
-    def _counter(self, number: int) -> Any:
-        def count(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            self.loads[number] = torch.bincount(arguments[1].flatten(), minlength=self.config["n_routed_experts"])
-
-        return count
+        self.mixtures = [layer.mlp for layer in self.model.model.layers if hasattr(layer.mlp, "experts")]
+        for mixture in self.mixtures:
+            loads = torch.zeros(config["n_routed_experts"], dtype=torch.int64)
+            mixture.experts.register_buffer("loads", loads, persistent=False)
+            mixture.experts.register_forward_pre_hook(count_loads)
 
     def _run(self, hidden_NTH: torch.Tensor, layers: Any) -> torch.Tensor:
         positions = torch.arange(hidden_NTH.shape[1], device=hidden_NTH.device).unsqueeze(0)
@@ -136,9 +147,9 @@ class TinyR1(nn.Module):
     @torch.no_grad()
     def balance(self, step: float) -> None:
         """Moves every router's bias towards the experts with less than their share."""
-        for number, load in self.loads.items():
-            bias = self.model.model.layers[number].mlp.gate.e_score_correction_bias
-            bias += step * torch.sign(load.float().mean() - load)
+        for mixture in self.mixtures:
+            loads = mixture.experts.loads.float()
+            mixture.gate.e_score_correction_bias += step * torch.sign(loads.mean() - loads)
 
     def named_weights(self) -> dict[str, torch.Tensor]:
         """Every weight under its R1 name, float32: one tensor for each expert, the MTP layer's copies included."""

@@ -44,7 +44,9 @@ def train(
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=device.type == "cuda")
+    if device.type == "cuda":
+        compile_layers(model)
     steps = max(1, num_tokens // (batch * seq_len))
     started = time.monotonic()
     offsets = torch.arange(seq_len, device=device)
@@ -72,7 +74,18 @@ def train(
             elapsed = time.monotonic() - started
             log(f"step {step}/{steps} loss {first.item():.3f} mtp {second.item():.3f} {elapsed:.0f} s")
         step += 1
+    torch.compiler.set_stance("force_eager")  # what comes after the training has other shapes
     return steps * batch * seq_len
+
+
+def compile_layers(model: TinyR1) -> None:
+    """Has the decoder's layers compiled when they first run: one graph for dense ones and one for mixtures.
+
+    What cannot be compiled runs as it is. The MTP layer does, too: its samples are a token shorter.
+    """
+    torch._dynamo.config.suppress_errors = True
+    for layer in model.model.model.layers[: model.num_layers]:
+        layer.compile(dynamic=False)
 
 
 def _now(device: torch.device) -> float:
