@@ -110,7 +110,11 @@ class Job:
         """Rows of a table: ranges of layers, seconds of one, peaks."""
         marks = [json.loads(line) for line in self.marks.read_text().splitlines()]
         begins = {done: moment for moment, stage, done, _, _ in reversed(marks) if stage in LAYERED}
-        peaks = {done - 1: (gpu, host) for _, stage, done, gpu, host in marks if stage in LAYERED}
+        peaks, since = dict[int, tuple[int, int]](), (0, 0)
+        for _, stage, done, gpu, host in marks:  # each mark has the peaks since the one before, of whatever stage
+            since = max(since[0], gpu), max(since[1], host)
+            if stage in LAYERED:
+                peaks[done - 1], since = since, (0, 0)
         first = min(begins, default=0) + (
             1 if len(begins) > num_layers + 1 else 0
         )  # the embedding is a unit of its own
