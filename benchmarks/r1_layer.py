@@ -38,7 +38,7 @@ def stage_timers(seconds: dict[str, float]) -> None:
     from dsquant.formats.safetensors_writer import ShardWriter
     from dsquant.model.activations import Activations
     from dsquant.model.gated import GatedWeights
-    from dsquant.pipeline import units
+    from dsquant.pipeline import writers
     from dsquant.quantization import layer, layer_mlps
 
     stages: list[tuple[str, Any, str]] = [
@@ -51,7 +51,7 @@ def stage_timers(seconds: dict[str, float]) -> None:
         ("experts' statistics", layer_mlps, "moments_of"),
         ("search, clip, rounding", layer_mlps, "quantize_mlp"),
         ("packing, handing to the writer", ShardWriter, "write"),
-        ("end of the unit: rest, fsync", units.Writers, "finish"),
+        ("end of the unit: rest, fsync", writers.Writers, "finish"),
         ("hidden states to disk", Activations, "save"),
     ]
     for name, owner, attribute in stages:

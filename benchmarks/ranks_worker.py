@@ -24,7 +24,7 @@ from dsquant.evaluation.reading import SideStream
 from dsquant.formats.write_behind import WriteBehind
 from dsquant.jobs import ranks as ranks_module
 from dsquant.jobs.ranks import Ranks, joined
-from dsquant.pipeline import units
+from dsquant.pipeline import units, writers
 from dsquant.reporting import terminal
 from dsquant.reporting.progress import Progress
 from dsquant.source.read_ahead import ReadAhead
@@ -76,7 +76,7 @@ def watch(clock: Clock) -> None:
     for owner, attribute in ((ShardIndex, "read"), (ReadAhead, "take"), (units, "hash_unit")):
         clock.wrap(owner, attribute, "reading")
     clock.wrap(SideStream, "queued", "kernels")
-    for owner, attribute in ((WriteBehind, "write"), (WriteBehind, "wait"), (units.Writers, "finish")):
+    for owner, attribute in ((WriteBehind, "write"), (WriteBehind, "wait"), (writers.Writers, "finish")):
         clock.wrap(owner, attribute, "writing")
     exchange, alone = Ranks._exchange, Ranks.alone
 

@@ -37,7 +37,8 @@ from dsquant.pipeline.planning import Unit, plan_run
 from dsquant.pipeline.record import output_files
 from dsquant.pipeline.run_state import Run
 from dsquant.pipeline.supervision import check_inputs, input_hashes, shard_times, source_hashes
-from dsquant.pipeline.units import Writers, convert
+from dsquant.pipeline.units import convert
+from dsquant.pipeline.writers import Writers
 from dsquant.recipes import Recipe
 from dsquant.reporting.progress import Limits, Progress, Report
 from dsquant.running import Again
