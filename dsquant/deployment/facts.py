@@ -118,6 +118,10 @@ PRESET_BEST = (
     "--preset best makes files of compact's size and layout with a lower drift, in 2.0 to 2.6 times its processor time "
     "(benchmarks/quality_peers_cpu_202611.md)"
 )
+TARGETS = (
+    "--target-bits and --target-size first measure what each width costs, in 1.7 to 3.1 times the time of the rest of the "
+    "job (benchmarks/r1_ranks_h200_202611.md)"
+)
 # benchmarks/r1_layer_h200_202611.md, a layer of 11,507,286,272 weights and 262,144 tokens on an H200: 11.7 s where
 # files lie in memory (7c8dde6), 16.1 on a disk of 1.2 to 1.7 GB/s (396cf8f).
 SEARCH_ON_GPU_S = Range(1.02e-9, 1.40e-9)

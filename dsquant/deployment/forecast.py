@@ -202,7 +202,7 @@ def _notes(subject: Subject) -> tuple[str, ...]:
         notes.append("no tokenizer.json: GGUF sizes are those of the tensors; the file's header adds the vocabulary")
     if subject.source_bytes < SMALL_BYTES:
         notes.append("a model this small is limited by overheads: its tokens/s are bounds that are not reached")
-    notes.append(facts.PRESET_BEST)
+    notes += [facts.PRESET_BEST, facts.TARGETS]
     notes.append("tokenizer, config, model card and dsquant.json add a few megabytes to the weight files")
     return tuple(notes)
 
