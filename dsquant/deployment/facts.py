@@ -119,8 +119,8 @@ PRESET_BEST = (
     "(benchmarks/quality_peers_cpu_202611.md)"
 )
 TARGETS = (
-    "--target-bits and --target-size first measure what each width costs, in 1.7 to 3.1 times the time of the rest of the "
-    "job (benchmarks/r1_ranks_h200_202611.md)"
+    "--target-bits and --target-size first measure what each width costs, in 1.7 to 3.1 times the time of the rest of "
+    "the job (benchmarks/r1_ranks_h200_202611.md)"
 )
 # benchmarks/r1_layer_h200_202611.md, a layer of 11,507,286,272 weights and 262,144 tokens on an H200: 11.7 s where
 # files lie in memory (7c8dde6), 16.1 on a disk of 1.2 to 1.7 GB/s (396cf8f).
