@@ -120,7 +120,20 @@ class CompensatedBlocks:
     errors_SO: torch.Tensor
     """float32, as in `CompensatedGroup`."""
     parameters: Parameters
-    """[O, B]."""
+    """[O, B]; where `chosen_O` is given those of all candidates, [C, O, B]."""
+    chosen_O: torch.Tensor | None = None
+    """int64: the candidate whose parameters each row took."""
+
+
+def parameters_of(parts: Sequence[CompensatedBlocks]) -> Parameters:
+    """Returns the parameters of all blocks, [O, B]. What rows chose is taken for all parts at once, since a GPU would
+    need a launch for each."""
+    found = joined_blocks([part.parameters for part in parts])
+    chosen = [part.chosen_O for part in parts if part.chosen_O is not None]
+    if not chosen:
+        return found
+    num_blocks = found.scales.shape[-1] // len(chosen)
+    return found.chosen(torch.stack(chosen, 1).repeat_interleave(num_blocks, 1))
 
 
 @dataclass(frozen=True)

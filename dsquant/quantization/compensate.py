@@ -24,7 +24,7 @@ from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.products import NEAR
 from dsquant.kernels.threads import side_by_side
 from dsquant.kernels.triangular import upper_inverse
-from dsquant.kernels.values import CompensatedBlocks, Parameters, joined_blocks
+from dsquant.kernels.values import CompensatedBlocks, Parameters, parameters_of
 from dsquant.quantization.clip import PARTS_AT_ONCE, clipped_with_losses, rows_of_part
 from dsquant.quantization.statistics import InputMoments, InverseFactor
 from dsquant.schemes import QuantizedWeight, Scheme, joined, quantized, stacked
@@ -152,7 +152,7 @@ def _compensate(
                 found.append(rounded)
             errors_NO = torch.cat([part.errors_SO for part in found[first:]])
             working_IO[far:].addmm_(factor_II[near:far, far:].T, errors_NO, alpha=-1)
-        parameters = joined_blocks([part.parameters for part in found])
+        parameters = parameters_of(found)
         codes_IO = torch.cat([part.codes_SO for part in found])
         return codes_IO, parameters.scales, parameters.zero_points, *parameters.super_scales
 

@@ -125,7 +125,7 @@ class Scheme(ABC):
         """
         candidates = self.parameters(weight_SO.T, clip_ratios, importance_S)
         found = compensate_group(weight_SO, factor_SS, candidates, self.levels)
-        return CompensatedBlocks(found.codes_SO, found.errors_SO, candidates.chosen(found.chosen_O.unsqueeze(1)))
+        return CompensatedBlocks(found.codes_SO, found.errors_SO, candidates, found.chosen_O)
 
     def round_plainly(
         self, weight_OI: torch.Tensor, importance_I: torch.Tensor | None = None
