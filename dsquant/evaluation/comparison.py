@@ -284,6 +284,7 @@ def _caveats(inputs: Inputs) -> tuple[str, ...]:
     if few:
         words.append(f"few samples: {', '.join(few)}; more text or a smaller --seq-len makes the intervals reliable")
     words += [*original.checkpoint.notes, *surplus_notes(original.tokenizer)]
+    words += [note for one in inputs.opened for note in one.notes]
     words += drift_caveats(inputs.plan)
     if original.skeleton.num_mtp_layers:
         words.append("the multi-token-prediction layer was not evaluated")

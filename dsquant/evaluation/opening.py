@@ -58,6 +58,8 @@ class Opened:
     """None for GGUF, whose reader counts no bytes."""
     engines_round: bool = False
     """Whether config.json has engines round what packed linears read, which no evaluation does."""
+    notes: tuple[str, ...] = ()
+    """What the format's name does not show."""
 
     @property
     def bytes_read(self) -> int:
@@ -148,7 +150,8 @@ def open_candidate(path: str, original: Original) -> Opened:
         check_same_network(header, reference, network, rotary)
         check_same_tensors(header, reference, network, original.checkpoint.weights)
         weights = open_gguf(file, original.checkpoint)
-        opened = Opened(path, header.format, weights, header.num_bytes, tuple(gguf_parts(file)))
+        parts = tuple(gguf_parts(file))
+        opened = Opened(path, header.format, weights, header.num_bytes, parts, notes=header.notes)
     _check_shapes(path, opened.weights, original.skeleton)
     return opened
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import dsquant
 from dsquant.cli import main
 from dsquant.errors import InputError
 from dsquant.formats.checkpoints import open_checkpoint
+from dsquant.formats.gguf.gguf_checkpoint import read_header
 from dsquant.formats.gguf.layout import placements, stored_shape
 from dsquant.formats.gguf.mixtures import choose_type, model_facts
 from dsquant.formats.gguf.output import GgufTarget
@@ -113,6 +115,8 @@ def test_rows_that_a_type_cannot_hold_take_the_documented_fallback_and_it_is_rep
     assert found["blk.1.ffn_down_exps.weight"] == "Q8_0"  # 192 columns, Q6_K wanted
     assert found["blk.1.attn_k_b.weight"] == "Q5_0"  # 64
     assert any("Q5_0 instead of Q4_K" in warning for warning in result.warnings)
+    (note,) = read_header(next((tmp_path / "out").glob("*.gguf"))).notes  # what `eval` says of the file
+    assert re.search(r"\d+ of \d+ matrices .* no multiple of 256 and are stored as .*Q5_0 and Q8_0", note), note
     wanted = expected(nano_r1, 2)
     for name, tensor in tensors_of(tmp_path / "out").items():
         assert float((decoded(tensor) - wanted[name]).norm()) <= 0.13 * float(wanted[name].norm()), name

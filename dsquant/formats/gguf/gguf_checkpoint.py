@@ -20,7 +20,8 @@ from dsquant.formats.gguf.gguf_weights import GgufWeights, gguf_parts
 from dsquant.formats.gguf.layout import parameters
 from dsquant.formats.gguf.metadata import CONTROL, UNUSED, USER_DEFINED
 from dsquant.formats.gguf.rope import BOUND_KEYS, BOUNDS, YARN_LOG_FACTOR, rotary_of_keys
-from dsquant.formats.gguf.types import TARGET_KEY
+from dsquant.formats.gguf.types import MIXTURES, TARGET_KEY, block_of
+from dsquant.kernels.values import SUPER_BLOCK
 from dsquant.model.families import FAMILIES, GGUF_FAMILIES, architecture_of, gguf_families
 from dsquant.model.families.family import Family, GgufFacts
 from dsquant.model.overlays import on_device
@@ -118,6 +119,18 @@ class GgufHeader:
         except ValueError:
             return "GGUF"
         return f"GGUF {name.removeprefix('MOSTLY_').removeprefix('ALL_')}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the name of the file's mixture does not show: tensors whose rows its blocks do not fit."""
+        matrices = [tensor for tensor in self.tensors.values() if len(tensor.shape) > 1]
+        others = [tensor for tensor in matrices if int(tensor.shape[0]) % SUPER_BLOCK]
+        base = MIXTURES.get(self.format.removeprefix("GGUF "), "Q4_K")  # types that were chosen begin with that
+        if not others or block_of(base)[0] != SUPER_BLOCK:
+            return ()
+        types = " and ".join(sorted({tensor.tensor_type.name for tensor in others}))
+        rows = f"{len(others)} of {len(matrices)} matrices have rows that are no multiple of {SUPER_BLOCK}"
+        return (f"{self.file.name}: {rows} and are stored as {types}",)
 
     @property
     def tokens(self) -> dict[str, int] | None:
