@@ -162,7 +162,10 @@ def _paired(task: Any, metric: str, original: Values, candidate: Values, drawing
         second = float(candidates_N.mean()), _error_of_mean(candidates_N)
         return _Pair(MetricScores(*first, *second, difference, higher), differences_N, shares)
     with quietly():
-        return _Pair(_redrawn(aggregate, *sides, higher, drawing), None, False)
+        try:
+            return _Pair(_redrawn(aggregate, *sides, higher, drawing), None, False)
+        except Exception as error:  # what a task's own function, or scikit-learn, makes of these values
+            raise InputError(f"task {task.task_name}: {metric} cannot be computed ({error})") from error
 
 
 def _mean_difference(differences_N: np.ndarray, largest: float | None, drawing: Drawing) -> Interval:

@@ -65,10 +65,14 @@ def plan_tasks(request: EvaluationRequest, original: Original, memory_bytes: int
     problem = too_large(original, memory_bytes)
     if problem is not None:
         raise UsageError(f"--tasks needs models in memory, and {problem}; raise --memory-budget, or leave --tasks out")
+    missing = next((name for name in request.tasks if _is_file(name) and not _path(name).is_file()), None)
+    if missing is not None:
+        raise InputError(f"--tasks {missing!r}: no such file")
     with quietly(), _seeded():
         manager = tasks.TaskManager(include_defaults=not all(map(_is_task_file, request.tasks)))
         for name in request.tasks:
-            _check_name(name, manager)
+            if not _is_file(name):
+                _check_name(name, manager)
         loaded, groups = _loaded(request.tasks, manager)
         context = int(original.skeleton.config.get("max_position_embeddings") or DEFAULT_CONTEXT)
         planned = {
@@ -122,6 +126,10 @@ def _seeded() -> Iterator[None]:
         np.random.set_state(before[1])
 
 
+def _path(name: str) -> Path:
+    return Path(name).expanduser()
+
+
 def _is_file(name: str) -> bool:
     return Path(name).suffix in (".yaml", ".yml")
 
@@ -129,18 +137,13 @@ def _is_file(name: str) -> bool:
 def _is_task_file(name: str) -> bool:
     """Returns whether a file holds a task, not a group, whose members may be the harness' own; without those its
     14,000 files need not be read, which takes 20 seconds."""
-    path = Path(name).expanduser()
-    if not _is_file(name) or not path.is_file():
+    if not _is_file(name):
         return False
-    return not any(line.startswith("group:") for line in path.read_text(errors="replace").splitlines())
+    return not any(line.startswith("group:") for line in _path(name).read_text(errors="replace").splitlines())
 
 
 def _check_name(name: str, manager: Any) -> None:
     """Refuses what is no task, and tasks that are known to run code that models write."""
-    if _is_file(name):
-        if not Path(name).expanduser().is_file():
-            raise InputError(f"--tasks {name!r}: no such file")
-        return
     if name not in manager.task_index:
         near = get_close_matches(name, manager.all_tasks, n=3)
         words = f"did you mean {', '.join(near)}?" if near else "the harness names its tasks with `lm-eval ls tasks`"
@@ -182,7 +185,7 @@ def _loaded(names: tuple[str, ...], manager: Any) -> tuple[dict[str, Any], dict[
     groups: dict[str, Any] = {}
     for name in names:
         with _blaming(name):
-            found = manager.load([str(Path(name).expanduser()) if _is_file(name) else name])
+            found = manager.load([str(_path(name)) if _is_file(name) else name])
         twice = tasks.keys() & found["tasks"].keys()
         if twice:
             raise UsageError(f"--tasks {name!r}: the task {min(twice)} is there already; name each task once")
