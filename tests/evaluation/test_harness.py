@@ -1,12 +1,13 @@
 """Tasks of lm-evaluation-harness: the scores are those of the harness' own adapter, and candidates are paired."""
 
 import json
+from dataclasses import replace
+from operator import mul
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from checkpoints import LLAMA, add_tokenizer, full_model, make_dense, make_pico_r1
 from click.testing import CliRunner
 from harness_tasks import TASKS, write_tasks
@@ -171,6 +172,9 @@ def test_what_cannot_be_asked_is_refused_before_models_run(nano_r1: Path, tmp_pa
     files = write_tasks(tmp_path / "twice")
     with pytest.raises(UsageError, match="the task letters is there already"):
         planned(original, files["letters"], write_tasks(tmp_path / "again")["letters"])
+    files["choice"].write_text("group: both\ntask: [choice]\n")
+    with pytest.raises(UsageError, match=r"choice\.yaml': it holds a group"):
+        planned(original, files["choice"])
     with pytest.raises(InputError, match=r"missing\.yaml': no such file"):
         planned(original, "missing.yaml")
 
@@ -203,32 +207,37 @@ def test_names_of_the_harness_are_known_and_near_ones_are_suggested(nano_r1: Pat
 
 
 @pytest.mark.slow
-def test_a_group_has_the_mean_that_the_harness_gives_it(nano_r1: Path, other: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_size", [True, False])
+def test_a_group_has_the_mean_that_the_harness_gives_it(
+    nano_r1: Path, other: Path, tmp_path: Path, by_size: bool
+) -> None:
+    from lm_eval.api.group import Group
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    files = write_tasks(tmp_path)
-    members = [yaml.safe_load(files[name].read_text()) | {"task": name} for name in ("choice", "letters")]
-    members[0] |= {"metric_list": [{"metric": "acc"}]}
-    group = tmp_path / "both.yaml"
-    mean = [{"metric": "acc", "weight_by_size": False}]
-    group.write_text(yaml.safe_dump({"group": "both", "task": members, "aggregate_metric_list": mean}))
+    longer, shorter = write_tasks(tmp_path / "longer"), write_tasks(tmp_path / "shorter", documents=3)
     original = open_original(str(nano_r1), torch.device("cpu"))
-    plan = planned(original, group, task_samples=4)
+    plan = planned(original, longer["choice"], shorter["letters"])
+    tasks = {name: one.task for name, one in plan.tasks.items()}
+    mean = [{"metric": "acc", "weight_by_size": by_size}]
+    group = Group.from_config({"group": "both", "aggregate_metric_list": mean})
+    for task in tasks.values():
+        group.add(task)
+    plan = replace(plan, groups={"both": group})
     weights, others = original.checkpoint.weights, open_original(str(other), torch.device("cpu")).checkpoint.weights
     models = ComparedModels(original.skeleton, weights, {"other": others})
     scores = measure_tasks(models, original.tokenizer, plan)["other"]
     theirs = HFLM(full_model(nano_r1, weights), tokenizer=original.tokenizer, batch_size=2, device="cpu")
-    loaded = TaskManager(include_defaults=False).load([str(group)])
-    for task in loaded["tasks"].values():
+    for task in tasks.values():
         task.set_fewshot_seed(seed=1234)
-    told = evaluate(theirs, loaded, limit=4)
+    told = evaluate(theirs, {"tasks": tasks, "groups": {"both": group}})
     both = scores["both"].metrics["acc"]
     assert both.original == pytest.approx(told["results"]["both"]["acc,none"])
     assert both.original_stderr == pytest.approx(told["results"]["both"]["acc_stderr,none"])
-    parts = [scores[name] for name in ("both::choice", "both::letters")]
-    assert both.difference.estimate == pytest.approx(sum(one.main.difference.estimate for one in parts) / 2)
+    parts = [scores[name] for name in tasks]
+    weights_of_parts = (6 / 9, 3 / 9) if by_size else (1 / 2, 1 / 2)
+    differences = [one.main.difference.estimate for one in parts]
+    assert both.difference.estimate == pytest.approx(sum(map(mul, weights_of_parts, differences)))
     assert both.difference.low < both.difference.estimate < both.difference.high
     assert [one.group for one in (*parts, scores["both"])] == ["both", "both", None]
 

@@ -65,14 +65,15 @@ def plan_tasks(request: EvaluationRequest, original: Original, memory_bytes: int
     problem = too_large(original, memory_bytes)
     if problem is not None:
         raise UsageError(f"--tasks needs models in memory, and {problem}; raise --memory-budget, or leave --tasks out")
-    missing = next((name for name in request.tasks if _is_file(name) and not _path(name).is_file()), None)
-    if missing is not None:
-        raise InputError(f"--tasks {missing!r}: no such file")
+    named = [name for name in request.tasks if not _is_file(name)]
+    for name in request.tasks:
+        if _is_file(name):
+            _check_file(name)
     with quietly(), _seeded():
-        manager = tasks.TaskManager(include_defaults=not all(map(_is_task_file, request.tasks)))
-        for name in request.tasks:
-            if not _is_file(name):
-                _check_name(name, manager)
+        # The harness' own 14,000 files take 20 seconds to read.
+        manager = tasks.TaskManager(include_defaults=bool(named))
+        for name in named:
+            _check_name(name, manager)
         loaded, groups = _loaded(request.tasks, manager)
         context = int(original.skeleton.config.get("max_position_embeddings") or DEFAULT_CONTEXT)
         planned = {
@@ -134,12 +135,11 @@ def _is_file(name: str) -> bool:
     return Path(name).suffix in (".yaml", ".yml")
 
 
-def _is_task_file(name: str) -> bool:
-    """Returns whether a file holds a task, not a group, whose members may be the harness' own; without those its
-    14,000 files need not be read, which takes 20 seconds."""
-    if not _is_file(name):
-        return False
-    return not any(line.startswith("group:") for line in _path(name).read_text(errors="replace").splitlines())
+def _check_file(name: str) -> None:
+    if not _path(name).is_file():
+        raise InputError(f"--tasks {name!r}: no such file")
+    if any(line.startswith("group:") for line in _path(name).read_text(errors="replace").splitlines()):
+        raise UsageError(f"--tasks {name!r}: it holds a group; name the files of its tasks")
 
 
 def _check_name(name: str, manager: Any) -> None:
