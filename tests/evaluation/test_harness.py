@@ -16,12 +16,14 @@ from shapes import SMALLEST
 pytest.importorskip("lm_eval", reason='pip install "dsquant[tasks]", 340 MB')
 
 import dsquant
+from dsquant.calibration.texts import held_out_tokens
 from dsquant.cli import main
 from dsquant.errors import InputError, PackageError, UsageError
-from dsquant.evaluation.divergence import ComparedModels
+from dsquant.evaluation.code.generation import resident_model
+from dsquant.evaluation.divergence import ComparedModels, compare
 from dsquant.evaluation.harness.measure_tasks import measure_tasks
 from dsquant.evaluation.harness.task_plan import TaskPlan, plan_tasks
-from dsquant.evaluation.opening import Original, open_original
+from dsquant.evaluation.opening import Original, open_candidate, open_original
 from dsquant.evaluation.request import EvaluationRequest
 
 # Third parties' imports and files, while tasks are read.
@@ -240,6 +242,23 @@ def test_a_group_has_the_mean_that_the_harness_gives_it(
     assert both.difference.estimate == pytest.approx(sum(map(mul, weights_of_parts, differences)))
     assert both.difference.low < both.difference.estimate < both.difference.high
     assert [one.group for one in (*parts, scores["both"])] == ["both", "both", None]
+
+
+@pytest.mark.slow
+def test_log_likelihoods_of_a_gguf_file_are_those_of_the_streamed_forward(tiny_r1: Path, tmp_path: Path) -> None:
+    """Activations are rounded in front of every linear and of the head, as llama.cpp does."""
+    from dsquant.evaluation.harness.harness_model import HarnessModel
+
+    out = dsquant.gguf(tiny_r1, output=tmp_path / "q4", calibration="none", evaluate=False, progress=False)
+    original = open_original(str(tiny_r1), torch.device("cpu"))
+    weights = open_candidate(str(out.output), original).weights
+    tokens_NT = held_out_tokens("code", original.tokenizer, 40, 3)
+    models = ComparedModels(original.skeleton, original.checkpoint.weights, {"q4": weights})
+    streamed_N = -compare(models, tokens_NT, tmp_path)["q4"].nll_candidate_NT.sum(1)
+    with resident_model(original.skeleton, weights) as network, torch.no_grad():
+        model = HarnessModel(network, original.tokenizer, 64, lambda answered: None)
+        found = model._loglikelihood_tokens([(None, row[:1], row[1:]) for row in tokens_NT.tolist()])
+    assert [score for score, _ in found] == pytest.approx(streamed_N.tolist(), rel=1e-5)
 
 
 def test_the_tasks_of_these_tests_are_of_every_kind() -> None:
