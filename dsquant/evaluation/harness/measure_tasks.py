@@ -149,23 +149,26 @@ def _paired(task: Any, metric: str, original: Values, candidate: Values, drawing
     from lm_eval.api.metrics import mean
 
     name = metric.partition(",")[0]
-    aggregate = task.aggregation().get(name, mean)
-    higher = bool(task.higher_is_better().get(name, True))
+    aggregate, higher = task.aggregation().get(name, mean), bool(task.higher_is_better().get(name, True))
     shared = [number for number in original if number in candidate]
     sides = [original[number] for number in shared], [candidate[number] for number in shared]
-    if aggregate is mean:
-        originals_N, candidates_N = (np.asarray(side, dtype=np.float64) for side in sides)
-        differences_N = candidates_N - originals_N
-        shares = all(((side_N >= 0) & (side_N <= 1)).all() for side_N in (originals_N, candidates_N))
-        difference = _mean_difference(differences_N, 1.0 if shares else None, drawing)
-        first = float(originals_N.mean()), _error_of_mean(originals_N)
-        second = float(candidates_N.mean()), _error_of_mean(candidates_N)
-        return _Pair(MetricScores(*first, *second, difference, higher), differences_N, shares)
-    with quietly():
-        try:
+    try:
+        if aggregate is mean:
+            originals_N, candidates_N = (np.asarray(side, dtype=np.float64) for side in sides)
+            return _mean_pair(originals_N, candidates_N, higher, drawing)
+        with quietly():
             return _Pair(_redrawn(aggregate, *sides, higher, drawing), None, False)
-        except Exception as error:  # what a task's own function, or scikit-learn, makes of these values
-            raise InputError(f"task {task.task_name}: {metric} cannot be computed ({error})") from error
+    except Exception as error:  # what a task's own function, or scikit-learn, makes of these values
+        raise InputError(f"task {task.task_name}: {metric} cannot be computed ({error})") from error
+
+
+def _mean_pair(originals_N: np.ndarray, candidates_N: np.ndarray, higher: bool, drawing: Drawing) -> _Pair:
+    shares = all(((side_N >= 0) & (side_N <= 1)).all() for side_N in (originals_N, candidates_N))
+    differences_N = candidates_N - originals_N
+    difference = _mean_difference(differences_N, 1.0 if shares else None, drawing)
+    first = float(originals_N.mean()), _error_of_mean(originals_N)
+    second = float(candidates_N.mean()), _error_of_mean(candidates_N)
+    return _Pair(MetricScores(*first, *second, difference, higher), differences_N, shares)
 
 
 def _mean_difference(differences_N: np.ndarray, largest: float | None, drawing: Drawing) -> Interval:

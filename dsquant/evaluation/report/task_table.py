@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from dsquant.escaping import counted
 from dsquant.evaluation.report.tables import NOTHING, Table, number
 
 if TYPE_CHECKING:
@@ -16,15 +17,16 @@ def task_table(evaluation: "Evaluation", every: bool = True) -> Table | None:
     rows: list[tuple[str, ...]] = []
     for name, first in scored[0].tasks.items() if scored else ():
         for metric, of_first in first.metrics.items() if every or first.group is None else ():
-            asked = f"{first.documents:,}" + ("" if first.few_shot is None else f", {first.few_shot}-shot")
-            words = f"{name}, {metric}" + ("" if of_first.higher_is_better else " (lower is better)")
-            rows.append((words, "original", asked, _with_error(of_first.original, of_first.original_stderr), NOTHING))
+            shots = "" if first.few_shot is None else f", {first.few_shot}-shot"
+            asked = f"{counted(first.documents, 'document')}{shots}"
+            words = f"{name}, {metric}" + ("" if of_first.higher_is_better else " ↓")
+            rows.append((words, "original", _with_error(of_first.original, of_first.original_stderr), NOTHING))
             for one in scored:
                 found = one.tasks[name].metrics[metric]
                 value = _with_error(found.candidate, found.candidate_stderr)
-                rows.append(("", one.name, "", value, _interval(found.difference)))
-    headings = ("task", "model", "documents", "score", "less the original's")
-    note = "Scores with their standard errors; differences are paired by document."
+                rows.append((asked if one is scored[0] else "", one.name, value, _interval(found.difference)))
+    headings = ("task", "model", "score", "less the original's")
+    note = "Scores with their standard errors; differences are paired by document; ↓ lower is better."
     return Table("Tasks", headings, tuple(rows), note) if rows else None
 
 

@@ -81,14 +81,15 @@ def _code(evaluation: "Evaluation") -> Iterator[RenderableType]:
     yield Text(BLEU_CHANGE)
 
 
-def _tasks(evaluation: "Evaluation") -> Iterator[Table]:
+def _tasks(evaluation: "Evaluation") -> Iterator[RenderableType]:
     """Yields scores in tasks, and of groups without their tasks."""
     found = task_table(evaluation, every=False)
     if found is not None:
-        table = narrow_table(f"Tasks ({found.note[:1].lower()}{found.note[1:-1]})", found.headings, left=2)
+        table = narrow_table("Tasks, scored by lm-evaluation-harness", found.headings, left=2)
         for row in found.rows:
             table.add_row(*row)
         yield table
+        yield Text(found.note)
 
 
 def _texts_table(evaluation: "Evaluation") -> Table:
