@@ -28,12 +28,13 @@ def version(package: str) -> str:
         return UNKNOWN
 
 
-def load(package: str, module: str) -> Any:
+def load(package: str, module: str, requirement: str = "") -> Any:
     """Imports a module of another package.
 
     Args:
-        package: the distribution to install where it is missing.
+        package: the distribution that has it.
         module: the module's full name.
+        requirement: what to install where it is missing; by default the distribution.
 
     Returns:
         The module.
@@ -47,5 +48,5 @@ def load(package: str, module: str) -> Any:
     except Exception as error:  # a package that does not suit another raises of every kind
         raise PackageError(
             f"the package {package} cannot be imported ({type(error).__name__}: {error}); install it with all that it "
-            f"needs: pip install {package}"
+            f"needs: pip install {requirement or package}"
         ) from error

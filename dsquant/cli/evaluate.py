@@ -24,7 +24,8 @@ def _models() -> "tuple[type[BaseModel], ...]":
 @json_option
 @dsquant_command
 def evaluate(as_json: bool, **options: Any) -> None:
-    """Measures what each CANDIDATE costs against REFERENCE: perplexity, KL divergence, routing, weights, code.
+    """Measures what each CANDIDATE costs against REFERENCE: perplexity, KL divergence, routing, weights, code,
+    tasks.
 
     Both are a folder, a hub id, tiny-r1, or a GGUF file: one model as FP8 or BF16, or in any format of dsquant.
     With --gates the exit code is 4 where a gate failed, and 5 where none failed but more samples are needed.
@@ -36,6 +37,7 @@ def evaluate(as_json: bool, **options: Any) -> None:
         - {metric: perplexity_ratio, text: code, at_most: 1.01}
         - {metric: top1_agreement, at_least: 0.95}
     at_most: mean_kl, mean_kl_reverse, perplexity_ratio (of a text or all);
+      task_drop (of a task or all, such as task: arc_easy);
       layer_error, weight_error, broken_layers; of code: code_bleu_drop,
       codebleu_drop, parse_rate_drop, loop_rate_rise, pass_rate_drop
     at_least: top1_agreement, top5_agreement (of a text or all);

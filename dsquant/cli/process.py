@@ -117,6 +117,6 @@ def quiet_libraries() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in ("transformers", "accelerate", "datasets"):
+        for name in ("transformers", "accelerate", "datasets", "lm_eval"):
             logging.getLogger(name).setLevel(logging.ERROR)
         yield

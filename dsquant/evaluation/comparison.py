@@ -4,9 +4,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import TypeVar
 
 import torch
 
@@ -17,7 +18,11 @@ from dsquant.evaluation.code.drift_plan import drift_caveats, left_over_caveats
 from dsquant.evaluation.code.measure_drift import measure_drift
 from dsquant.evaluation.comparison_inputs import Inputs, check_alike, memory_budget, open_inputs, versions
 from dsquant.evaluation.diagnosis import diagnose
+from dsquant.evaluation.divergence import SafePoint
 from dsquant.evaluation.gates import decide
+from dsquant.evaluation.harness.measure_tasks import Drawing, measure_tasks
+from dsquant.evaluation.harness.task_plan import task_caveats
+from dsquant.evaluation.harness.task_scores import TaskScores
 from dsquant.evaluation.intervals import BLOCK_TOKENS
 from dsquant.evaluation.lockstep import LENS_TOKENS, Lockstep, noise_batch
 from dsquant.evaluation.measures import Measures
@@ -38,6 +43,7 @@ from dsquant.options import format_size
 from dsquant.reporting.progress import Progress, Report, Stage, peak_resident_bytes, resident_bytes, silent
 from dsquant.source.vocabulary import surplus_notes
 
+Value = TypeVar("Value")
 MEMORY_STEP = 16 * 2**20
 # What a GPU needs next is read into at most this much page-locked memory, and half of what the budget leaves: the disk
 # works while attention is computed, which takes about a second of R1's layer.
@@ -56,11 +62,11 @@ def evaluate(request: EvaluationRequest, report: Report = silent, ranks: Ranks =
         started = time.monotonic()
         inputs = ranks.together(lambda: open_inputs(request))
         check_alike(inputs, ranks)
-        noise, measures, drifts = _measure(inputs, report, ranks)
+        found = _measure(inputs, report, ranks)
         taken = ranks.gather((peak_resident_bytes(), sum(model.bytes_read for model in inputs.opened)))
 
         def conclude() -> Evaluation:
-            evaluation = _evaluation(inputs, noise, measures, drifts, _identity(inputs, started, taken))
+            evaluation = _evaluation(inputs, found, _identity(inputs, started, taken))
             report(Progress("evaluate", 1, 1, "", gates=_decided(evaluation)))
             if request.output is not None:
                 write_reports(evaluation, request.output)
@@ -69,14 +75,18 @@ def evaluate(request: EvaluationRequest, report: Report = silent, ranks: Ranks =
         return ranks.once(conclude)
 
 
-def _evaluation(
-    inputs: Inputs,
-    noise: Measures,
-    measures: Mapping[str, Measures],
-    drifts: Mapping[str, CodeDrift],
-    identity: Identity,
-) -> Evaluation:
-    request = inputs.request
+@dataclass(frozen=True)
+class _Found:
+    """What was measured: the noise floor, and of each candidate all else."""
+
+    noise: Measures
+    measures: Mapping[str, Measures]
+    drifts: Mapping[str, CodeDrift]
+    tasks: Mapping[str, Mapping[str, TaskScores]]
+
+
+def _evaluation(inputs: Inputs, found: _Found, identity: Identity) -> Evaluation:
+    request, noise = inputs.request, found.noise
     noise_overlaps = [
         one.router_overlap.estimate
         for one in layer_scores(noise, inputs.layers, inputs.confidence, request.seed)
@@ -91,8 +101,12 @@ def _evaluation(
         texts=inputs.texts.described,
         noise_floor=noise_floor,
         noise_router_overlap=min(noise_overlaps, default=None),
-        candidates=tuple(_candidate(inputs, name, measures[name], drifts.get(name)) for name in inputs.candidates),
-        caveats=(*worse_than_chance(noise_floor, vocabulary), *_caveats(inputs), *left_over_caveats(drifts.values())),
+        candidates=tuple(_candidate(inputs, name, found) for name in inputs.candidates),
+        caveats=(
+            *worse_than_chance(noise_floor, vocabulary),
+            *_caveats(inputs),
+            *left_over_caveats(found.drifts.values()),
+        ),
     )
 
 
@@ -121,11 +135,8 @@ def raise_verdict(evaluation: Evaluation) -> None:
     raise InconclusiveError("inconclusive, more samples are needed:\n" + "\n".join(lines))
 
 
-def _measure(
-    inputs: Inputs, report: Report, ranks: Ranks
-) -> tuple[Measures, dict[str, Measures], dict[str, CodeDrift]]:
-    """Checks memory and disk, and runs everything; returns noise floor, measures and code drift of the candidates, on
-    every rank."""
+def _measure(inputs: Inputs, report: Report, ranks: Ranks) -> _Found:
+    """Checks memory and disk, and runs everything; returns what is found, on every rank."""
     request, texts, models = inputs.request, inputs.texts, inputs.models
     need, budget = needs(models, *texts.tokens_NT.shape), memory_budget(request)
     on_gpu = all(ranks.gather(stays_on_gpu(models.original.device, need.memory + need.disk)))
@@ -148,18 +159,31 @@ def _measure(
         ahead = max(0, min(MOST_AHEAD_BYTES, (budget - need.memory - resident_bytes()) // 2))
         states = None if on_gpu else work
         noise, measures = Lockstep(models, texts.tokens_NT, states, safe_point, ranks, ahead).run()
-        plan = inputs.plan
-        if plan is None:
-            return noise, measures, {}
+        drifts, tasks = _with_whole_models(inputs, work, safe_point, ranks)
+        return _Found(noise, measures, drifts, tasks)
 
-        def drift(beat: Callable[[], None]) -> dict[str, CodeDrift]:
-            def generating(done: int, total: int, what: str) -> None:
+
+def _with_whole_models(
+    inputs: Inputs, work: Path, safe_point: Callable[[int, int, str, Stage], None], ranks: Ranks
+) -> tuple[Mapping[str, CodeDrift], Mapping[str, Mapping[str, TaskScores]]]:
+    """Measures what needs whole models in memory, on rank 0 alone: code drift and tasks of every candidate."""
+    models, tokenizer, plan, tasks = inputs.models, inputs.original.tokenizer, inputs.plan, inputs.tasks
+    drawing = Drawing(inputs.confidence, inputs.request.seed)
+
+    def alone(stage: Stage, measure: Callable[[SafePoint], Mapping[str, Value]]) -> Mapping[str, Value]:
+        def run(beat: Callable[[], None]) -> Mapping[str, Value]:
+            def step(done: int, total: int, what: str) -> None:
                 beat()
-                safe_point(done, total, what, "generate")
+                safe_point(done, total, what, stage)
 
-            return measure_drift(models, inputs.original.tokenizer, plan, work, generating)
+            return measure(step)
 
-        return noise, measures, ranks.alone(drift)
+        return ranks.alone(run)
+
+    return (
+        {} if plan is None else alone("generate", lambda step: measure_drift(models, tokenizer, plan, work, step)),
+        {} if tasks is None else alone("tasks", lambda step: measure_tasks(models, tokenizer, tasks, drawing, step)),
+    )
 
 
 def _check_memory(inputs: Inputs, needed_bytes: int, budget: int) -> None:
@@ -192,8 +216,8 @@ def _work_folder(output: Path | None) -> Iterator[Path]:
         raise
 
 
-def _candidate(inputs: Inputs, name: str, measures: Measures, drift: CodeDrift | None) -> Candidate:
-    opened, texts, seed = inputs.candidates[name], inputs.texts, inputs.request.seed
+def _candidate(inputs: Inputs, name: str, found: _Found) -> Candidate:
+    opened, texts, seed, measures = inputs.candidates[name], inputs.texts, inputs.request.seed, found.measures[name]
     scores = layer_scores(measures, inputs.layers, inputs.confidence, seed)
     candidate = Candidate(
         name=name,
@@ -207,9 +231,10 @@ def _candidate(inputs: Inputs, name: str, measures: Measures, drift: CodeDrift |
         weights=worst(measures.weights),
         weight_error_by_kind=by_kind(measures.weights, fmean),
         findings=diagnose(scores, measures.weights, routers_of(inputs.layers)),
-        drift=drift,
+        drift=found.drifts.get(name),
         gates=(),
         plain_of=inputs.plain_of.get(name),
+        tasks=found.tasks.get(name, {}),
     )
     if inputs.gates is None or candidate.plain_of is not None:
         return candidate
@@ -285,7 +310,7 @@ def _caveats(inputs: Inputs) -> tuple[str, ...]:
         words.append(f"few samples: {', '.join(few)}; more text or a smaller --seq-len makes the intervals reliable")
     words += [*original.checkpoint.notes, *surplus_notes(original.tokenizer)]
     words += [note for one in inputs.opened for note in one.notes]
-    words += drift_caveats(inputs.plan)
+    words += [*drift_caveats(inputs.plan), *task_caveats(inputs.tasks)]
     if original.skeleton.num_mtp_layers:
         words.append("the multi-token-prediction layer was not evaluated")
     words.append(

@@ -10,6 +10,7 @@ from dsquant.evaluation.code.drift_plan import plan_drift
 from dsquant.evaluation.code.tasks import DriftPlan
 from dsquant.evaluation.divergence import ComparedModels
 from dsquant.evaluation.gates import Gates, check_measured, read_gates
+from dsquant.evaluation.harness.task_plan import TaskPlan, plan_tasks
 from dsquant.evaluation.intervals import CONFIDENCE
 from dsquant.evaluation.opening import Opened, Original, open_candidate, open_original
 from dsquant.evaluation.plain_rounding import with_plain_rounding
@@ -27,7 +28,7 @@ from dsquant.reporting.progress import resident_bytes
 
 @dataclass(frozen=True)
 class Inputs:
-    """Models, texts, prompts and gates of an evaluation."""
+    """Models, texts, prompts, tasks and gates of an evaluation."""
 
     request: EvaluationRequest
     gates: Gates | None
@@ -35,6 +36,7 @@ class Inputs:
     candidates: Mapping[str, Opened]
     texts: Texts
     plan: DriftPlan | None
+    tasks: TaskPlan | None
     plain_of: Mapping[str, str]
     """Yardstick of plain rounding -> the candidate that it is for."""
 
@@ -64,8 +66,8 @@ class Inputs:
 def open_inputs(request: EvaluationRequest) -> Inputs:
     """Opens everything that an evaluation reads.
 
-    Raises InputError where a model, text or gates file cannot be used or a candidate is a different model, UsageError
-    where a gate is on something that is not measured.
+    Raises InputError where a model, text, task or gates file cannot be used or a candidate is a different model,
+    UsageError where a task is unknown or a gate is on something that is not measured.
     """
     gates = None if request.gates is None else read_gates(request.gates)
     if request.output is not None:
@@ -74,10 +76,10 @@ def open_inputs(request: EvaluationRequest) -> Inputs:
 
 
 def check_request(request: EvaluationRequest, gates: Gates | None) -> None:
-    """Checks reference, texts, prompts and gates as `evaluate` does, before the candidates exist.
+    """Checks reference, texts, prompts, tasks and gates as `evaluate` does, before the candidates exist.
 
-    Raises InputError where the reference, a text or a prompt cannot be used, UsageError where code cannot be run as
-    requested or a gate is on something that is not measured.
+    Raises InputError where the reference, a text, a prompt or a task cannot be used, UsageError where code cannot be
+    run as requested, a task is unknown, or a gate is on something that is not measured.
     """
     _open(request, gates, ())
 
@@ -89,10 +91,12 @@ def _open(request: EvaluationRequest, gates: Gates | None, paths: tuple[str, ...
     if request.plain_rounding:
         candidates, plain_of = with_plain_rounding(original.checkpoint.weights, candidates)
     texts = read_texts(request, original.tokenizer)
-    plan = plan_drift(request, original, memory_budget(request) - resident_bytes())
+    left = memory_budget(request) - resident_bytes()
+    plan, tasks = plan_drift(request, original, left), plan_tasks(request, original, left)
     if gates is not None:
-        check_measured(gates, list(texts.samples), () if plan is None else plan.measures)
-    inputs = Inputs(request, gates, original, candidates, texts, plan, plain_of)
+        measures, names = () if plan is None else plan.measures, () if tasks is None else tasks.names
+        check_measured(gates, list(texts.samples), measures, names)
+    inputs = Inputs(request, gates, original, candidates, texts, plan, tasks, plain_of)
     _check_packages(inputs)
     return inputs
 

@@ -7,6 +7,7 @@
       - {metric: top1_agreement, at_least: 0.95}
       - {metric: broken_layers, at_most: 0}
       - {metric: code_bleu_drop, at_most: 0.7}                # needs --prompts
+      - {metric: task_drop, task: arc_easy, at_most: 0.02}    # needs --tasks
 
 A gate passes where the whole interval is inside its limit and fails where the whole interval is outside; in between,
 more samples are needed, and the outcome states how many.
@@ -54,20 +55,23 @@ CODE_METRICS: dict[str, Bound] = {
     "greedy_agreement": "at_least",
 }
 """See `drift.CodeDrift.measures`."""
-METRICS = {**TEXT_METRICS, **MODEL_METRICS, **CODE_METRICS}
+TASK_METRICS: dict[str, Bound] = {"task_drop": "at_most"}
+"""Of each task or group: what the candidate loses in its first metric."""
+METRICS = {**TEXT_METRICS, **MODEL_METRICS, **CODE_METRICS, **TASK_METRICS}
 FORM = (
     "Write a list `gates:` of limits such as `- {metric: mean_kl, at_most: 0.02}`, each with metric, one of at_most "
-    f"and at_least, and text if it is of one text; metrics are {', '.join(METRICS)}"
+    f"and at_least, and text or task if it is of one; metrics are {', '.join(METRICS)}"
 )
 
 
 class Gate(BaseModel):
-    """One limit, on one text or on every text."""
+    """One limit, on one text or task or on every one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     metric: str
     text: str | None = None
+    task: str | None = None
     at_most: float | None = Field(default=None, allow_inf_nan=False)
     at_least: float | None = Field(default=None, allow_inf_nan=False)
 
@@ -82,6 +86,8 @@ class Gate(BaseModel):
             raise ValueError(f"{self.metric} needs {bound}, and nothing else, as its limit")
         if self.text is not None and self.metric not in TEXT_METRICS:
             raise ValueError(f"{self.metric} is not measured by text")
+        if self.task is not None and self.metric not in TASK_METRICS:
+            raise ValueError(f"{self.metric} is not measured by task")
         return self
 
     @property
@@ -129,8 +135,8 @@ def _problem(where: tuple[str | int, ...], kind: str, message: str) -> str:
     return f"{place} {words[kind]}" if kind in words else f"{place}: {message.removeprefix('Value error, ')}"
 
 
-def check_measured(gates: Gates, texts: list[str], code_measures: Collection[str]) -> None:
-    """Refuses gates on texts that are not evaluated or code measures that are not taken, with UsageError."""
+def check_measured(gates: Gates, texts: list[str], code_measures: Collection[str], tasks: Collection[str] = ()) -> None:
+    """Refuses gates on texts or tasks that are not evaluated or code measures that are not taken, with UsageError."""
     for gate in gates.gates:
         if gate.text is not None and gate.text not in texts:
             raise UsageError(f"gate on {gate.metric}: no text {gate.text!r} is evaluated, only {', '.join(texts)}")
@@ -140,10 +146,13 @@ def check_measured(gates: Gates, texts: list[str], code_measures: Collection[str
                 f"gate on {gate.metric}: this evaluation does not measure it; of code it measures {measured} "
                 "(accuracy needs --execute, BLEU prompts that all have a completion)"
             )
+        if gate.metric in TASK_METRICS and (not tasks or gate.task not in (None, *tasks)):
+            asked = f"only {', '.join(tasks)}" if tasks else "name some with --tasks"
+            raise UsageError(f"gate on {gate.metric}: no {gate.task or 'task'} is evaluated, {asked}")
 
 
 def decide(gates: Gates, candidate: Candidate, units_per_sample: float) -> tuple[GateOutcome, ...]:
-    """Decides every gate, on each text that it concerns.
+    """Decides every gate, on each text or task that it concerns.
 
     `units_per_sample` is the number of bootstrap blocks in a sample of text, to state how many samples are needed.
     """
@@ -164,6 +173,10 @@ def _measured(gate: Gate, candidate: Candidate) -> Iterator[tuple[str | None, In
         if gate.metric not in measures:
             raise UsageError(f"gate on {gate.metric}: this evaluation does not measure it (accuracy needs --execute)")
         yield None, measures[gate.metric]
+    elif gate.metric in TASK_METRICS:
+        for task, found in candidate.tasks.items():
+            if gate.task == task or (gate.task is None and found.group is None):
+                yield task, found.main.drop
     else:
         yield None, _of_model(gate.metric, candidate)
 
@@ -186,7 +199,9 @@ def _exact(value: float) -> Interval:
 
 def _outcome(gate: Gate, text: str | None, found: Interval, units_per_sample: float) -> GateOutcome:
     verdict = _verdict(gate, found)
-    unit, per_sample = ("prompts", 1.0) if gate.metric in CODE_METRICS else ("samples", units_per_sample)
+    unit, per_sample = "samples", units_per_sample
+    if gate.metric not in TEXT_METRICS | MODEL_METRICS:
+        unit, per_sample = "prompts" if gate.metric in CODE_METRICS else "documents", 1.0
     needed = None
     if verdict == "inconclusive":
         units = units_to_settle(found, gate.limit)

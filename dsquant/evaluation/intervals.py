@@ -1,4 +1,4 @@
-"""Confidence intervals of means over tokens that depend on each other: the block bootstrap.
+"""Confidence intervals of means over tokens that depend on each other: the block bootstrap; and of paired shares.
 
 Neighbouring tokens share their context, so their losses are correlated and the usual standard error is too small.
 Resampling whole blocks of neighbours keeps the correlation inside them (Künsch 1989; Carlstein 1986 for blocks that do
@@ -9,6 +9,7 @@ Shape legend: N samples, T tokens of a sample, B blocks, D draws.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Interval:
     low: float
     high: float
     units: int
-    """Independent units that it rests on: blocks of tokens, or prompts."""
+    """Independent units that it rests on: blocks of tokens, prompts, or documents."""
 
     def transformed(self, function: Callable[[float], float]) -> "Interval":
         """Returns the interval of an increasing function of the estimated number, such as exp."""
@@ -34,12 +35,16 @@ class Interval:
 
 
 def bootstrap_mean(
-    values_NT: np.ndarray, confidence: float = CONFIDENCE, seed: int = 0, block_tokens: int = BLOCK_TOKENS
+    values_NT: np.ndarray,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+    block_tokens: int = BLOCK_TOKENS,
+    signed: bool = False,
 ) -> Interval:
     """Returns the mean of values of tokens [N, T] with an interval from the block bootstrap (percentiles of 2000
     draws), as wide as Student's for few blocks.
 
-    The interval is the whole line where there is only one block.
+    The interval is the whole line where there is only one block. `signed` values could be negative where none is.
     """
     sums_B, counts_B = _blocks(np.asarray(values_NT, dtype=np.float64), block_tokens)
     estimate, blocks = float(sums_B.sum() / counts_B.sum()), len(sums_B)
@@ -53,9 +58,25 @@ def bootstrap_mean(
     stretch_D = np.sqrt(blocks / draw.chisquare(blocks - 1, DRAWS))
     means_D = estimate + (means_D - estimate) * stretch_D
     low, high = np.quantile(means_D, [(1 - confidence) / 2, (1 + confidence) / 2])
-    if np.min(values_NT) >= 0 < estimate:  # of what cannot be negative the distance below is one of logarithms
+    if (
+        not signed and np.min(values_NT) >= 0 < estimate
+    ):  # of what cannot be negative the distance below is one of logarithms
         low = estimate * np.exp(low / estimate - 1)
     return Interval(estimate, float(low), float(high), blocks)
+
+
+def paired_shares(differences_N: np.ndarray, confidence: float = CONFIDENCE, largest: float = 1.0) -> Interval:
+    """Returns the mean of differences between scores from 0 to 1 of the same documents, with Bonett's and Price's
+    interval (J. Educ. Behav. Stat. 37, 2012).
+
+    It adds a document on which one side wins by `largest` and one on which the other does: that a few documents came
+    out the same does not show that none would differ.
+    """
+    estimate, count = float(differences_N.mean()), len(differences_N) + 2
+    centre = float(differences_N.sum()) / count
+    variance = (float((differences_N**2).sum()) + 2 * largest**2) / count - centre**2
+    reach = NormalDist().inv_cdf((1 + confidence) / 2) * float(np.sqrt(variance / count))
+    return Interval(estimate, min(centre - reach, estimate), max(centre + reach, estimate), len(differences_N))
 
 
 def _blocks(values_NT: np.ndarray, block_tokens: int) -> tuple[np.ndarray, np.ndarray]:

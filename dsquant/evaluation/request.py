@@ -2,9 +2,9 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from dsquant.errors import UsageError
 from dsquant.options import Accepts, Options, Spelling, Texts, text_of_path
@@ -41,6 +41,28 @@ class Measured(SampleLength, DriftRequest):
         default=(), description="Shipped text (code, wiki, reasoning) or text file; may be repeated."
     )
     samples: int = Field(default=8, ge=1, description="The most samples of each text.")
+    tasks: Annotated[Texts, Spelling(metavar="NAME[,NAME]", default="none")] = Field(
+        default=(),
+        description="Task or group of lm-evaluation-harness, such as arc_easy, or a YAML file of your own; may be "
+        "repeated. The models must fit in memory.",
+    )
+    task_samples: Annotated[int | None, Spelling(default="all")] = Field(
+        default=None, ge=1, description="The most documents of each task, the first ones."
+    )
+
+    @field_validator("tasks")
+    @classmethod
+    def _separated(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        named = [name.strip() for task in tasks for name in task.split(",")]
+        if "" in named:
+            raise ValueError("an empty name; write tasks as arc_easy,gsm8k")
+        return tuple(dict.fromkeys(named))
+
+    @model_validator(mode="after")
+    def _samples_of_tasks(self) -> Self:
+        if self.task_samples is not None and not self.tasks:
+            raise ValueError("--task-samples does nothing without --tasks")
+        return self
 
 
 class EvaluationRequest(Device, Measured):

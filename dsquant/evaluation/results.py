@@ -9,6 +9,7 @@
     │  ├─ weights: WeightError  the worst tensors
     │  ├─ findings: Finding     broken parts, the first layer first
     │  ├─ drift: CodeDrift      scores of generated code, where prompts were given
+    │  ├─ tasks: TaskScores     of lm-evaluation-harness, where tasks were named
     │  └─ gates: GateOutcome    pass, fail or inconclusive
     └─ caveats
 
@@ -18,10 +19,11 @@ All numbers are shares (0 to 1), nats or bytes, never percentages.
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsquant.evaluation.code.drift import CodeDrift
+from dsquant.evaluation.harness.task_scores import TaskScores
 from dsquant.evaluation.intervals import Interval
 from dsquant.reporting.notebook import Shown
 
@@ -148,15 +150,16 @@ class GateOutcome:
 
     metric: str
     text: str | None
-    """None where the metric concerns the whole model."""
+    """Or the task; None where the metric concerns the whole model."""
     bound: Literal["at_most", "at_least"]
     limit: float
     found: Interval
     verdict: Verdict
     needed: int | None
-    """Total samples (of a text) or prompts that would settle it; None where it is settled or no number would."""
+    """Total samples (of a text), prompts or documents that would settle it; None where it is settled or no number
+    would."""
     unit: str
-    """Unit of `needed`: samples or prompts."""
+    """Unit of `needed`: samples, prompts or documents."""
     message: str
 
 
@@ -188,6 +191,8 @@ class Candidate:
     gates: tuple[GateOutcome, ...]
     plain_of: str | None = None
     """The candidate on whose grids this is the original, plainly rounded; None for a candidate that was given."""
+    tasks: Mapping[str, TaskScores] = field(default_factory=dict)
+    """Group or task of lm-evaluation-harness -> scores; groups first."""
 
     @property
     def first_broken_layer(self) -> int | None:
@@ -297,7 +302,7 @@ class Evaluation(Shown):
         return found | {"verdict": self.verdict}
 
     def tables(self) -> "Iterator[RenderableType]":
-        """Yields the tables of the command line: candidates, texts, code, findings, gates."""
+        """Yields the tables of the command line: candidates, texts, code, tasks, findings, gates."""
         from dsquant.evaluation.report.terminal_tables import tables
 
         return tables(self)

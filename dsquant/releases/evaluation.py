@@ -137,8 +137,9 @@ def decide_gates(gates: "Gates", build: Path, report: Report) -> dict[str, Any]:
     from dsquant.evaluation.intervals import BLOCK_TOKENS
 
     evaluation = _read_measured(build.parent / MEASURED_FILE)
-    drift = evaluation.candidates[0].drift
-    check_measured(gates, [text.name for text in evaluation.texts], () if drift is None else tuple(drift.measures))
+    drift, tasks = evaluation.candidates[0].drift, tuple(evaluation.candidates[0].tasks)
+    measures = () if drift is None else tuple(drift.measures)
+    check_measured(gates, [text.name for text in evaluation.texts], measures, tasks)
     blocks_per_sample = -(-(max(text.seq_len for text in evaluation.texts) - 1) // BLOCK_TOKENS)
     candidates = tuple(
         dataclasses.replace(candidate, gates=decide(gates, candidate, blocks_per_sample))

@@ -97,6 +97,11 @@ class EvaluateStep(Part, Measured):
 
     prompts: str = "none"
 
+    @model_serializer(mode="wrap")
+    def _without_newer_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves newer fields out at their defaults: hashes stay those of recipes without them."""
+        return without_newer_defaults(self, handler(self), type(self).model_fields.keys() - {"tasks", "task_samples"})
+
     @model_validator(mode="after")
     def _consent(self) -> Self:
         if self.execute and not self.allow_code_execution:

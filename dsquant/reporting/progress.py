@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-Stage = Literal["scan", "sensitivity", "quantize", "evaluate", "generate", "hash", "verify"]
+Stage = Literal["scan", "sensitivity", "quantize", "evaluate", "generate", "tasks", "hash", "verify"]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ STAGES = {
     "quantize": "quantizing",
     "evaluate": "evaluating",
     "generate": "generating",
+    "tasks": "answering",
     "hash": "hashing",
     "verify": "verifying",
 }

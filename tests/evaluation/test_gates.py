@@ -6,11 +6,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 import pytest
+from pydantic import ValidationError
 
-from dsquant.errors import GateError, InconclusiveError, InputError
+from dsquant.errors import GateError, InconclusiveError, InputError, UsageError
 from dsquant.evaluation.bands import verdicts
 from dsquant.evaluation.comparison import raise_verdict, worse_than_chance
-from dsquant.evaluation.gates import Gates, decide, read_gates
+from dsquant.evaluation.gates import Gates, check_measured, decide, read_gates
+from dsquant.evaluation.harness.task_scores import MetricScores, TaskScores
 from dsquant.evaluation.intervals import Interval
 from dsquant.evaluation.results import Candidate, Evaluation, Finding, Ladder, TextScores
 
@@ -64,6 +66,31 @@ def test_scores_that_are_no_numbers_fail() -> None:
     nan = float("nan")
     gates = Gates.model_validate({"gates": [{"metric": "mean_kl", "at_most": 100}]})
     assert decide(gates, candidate(Interval(nan, nan, nan, 64)), 8)[0].verdict == "fail"
+
+
+def test_a_gate_on_a_task_is_on_what_its_first_metric_lost() -> None:
+    def task(difference: float, higher_is_better: bool, group: str | None = None) -> TaskScores:
+        interval = Interval(difference, difference - 0.01, difference + 0.01, 100)
+        return TaskScores(
+            100, 100, 0, "1", group, {"acc": MetricScores(0.5, 0.1, 0.5, 0.1, interval, higher_is_better)}
+        )
+
+    tasks = {"mean": task(-0.05, True), "part": task(-0.5, True, "mean"), "perplexity": task(0.015, False)}
+    asked = replace(candidate(Interval(0.02, 0.015, 0.025, 64)), tasks=tasks)
+    gates = Gates.model_validate({"gates": [{"metric": "task_drop", "at_most": 0.02}]})
+    found = decide(gates, asked, 8)
+    assert [(one.text, one.verdict) for one in found] == [("mean", "fail"), ("perplexity", "inconclusive")]
+    assert found[0].found.estimate == 0.05 and "task_drop on mean is 0.05" in found[0].message
+    assert found[1].needed == 400 and found[1].message.endswith("about 400 documents would settle it")
+    one = Gates.model_validate({"gates": [{"metric": "task_drop", "task": "part", "at_most": 0.6}]})
+    assert [(each.text, each.verdict) for each in decide(one, asked, 8)] == [("part", "pass")]
+    check_measured(one, ["code"], (), tuple(tasks))
+    with pytest.raises(UsageError, match="no part is evaluated, only mean"):
+        check_measured(one, ["code"], (), ("mean",))
+    with pytest.raises(UsageError, match="no task is evaluated, name some with --tasks"):
+        check_measured(gates, ["code"], ())
+    with pytest.raises(ValidationError, match="mean_kl is not measured by task"):
+        Gates.model_validate({"gates": [{"metric": "mean_kl", "task": "part", "at_most": 0.6}]})
 
 
 def test_findings_fail_the_gate_on_broken_layers() -> None:

@@ -81,6 +81,17 @@ def test_a_stop_string_ends_a_completion_and_is_not_part_of_it(tiny_r1: Path) ->
     assert len(stopped.tokens) < 24
 
 
+def test_the_name_of_a_special_token_stops_a_completion_too(tiny_r1: Path) -> None:
+    checkpoint = open_checkpoint(tiny_r1)
+    tokenizer = load_tokenizer(tiny_r1)
+    whole = complete(Skeleton(checkpoint), checkpoint.weights, tokenizer, asked(PROMPTS[:1], 8, 1))[0]
+    name = tokenizer.convert_ids_to_tokens(whole.tokens[4])
+    tokenizer.add_special_tokens({"additional_special_tokens": [name]})
+    stopped = complete(Skeleton(checkpoint), checkpoint.weights, tokenizer, asked(PROMPTS[:1], 8, 1, (name,)))[0]
+    first = whole.tokens.index(whole.tokens[4])
+    assert stopped.tokens == whole.tokens[: first + 1] and not stopped.truncated and name not in stopped.text
+
+
 def test_generation_stops_where_the_safe_point_raises_and_leaves_no_weights(pico_r1: Path) -> None:
     checkpoint = open_checkpoint(pico_r1)
     skeleton = Skeleton(checkpoint)

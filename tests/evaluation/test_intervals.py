@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsquant.evaluation.intervals import BLOCK_TOKENS, Interval, bootstrap_mean, units_to_settle
+from dsquant.evaluation.intervals import BLOCK_TOKENS, Interval, bootstrap_mean, paired_shares, units_to_settle
 from dsquant.evaluation.summary import ladder
 
 
@@ -29,6 +29,23 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
             hits[name] += found.low <= 0 <= found.high
     assert hits["blocks"] >= 54  # 95 % promised; few blocks cost a little
     assert hits["single tokens"] < 45  # what forgetting the correlation would do
+
+
+@pytest.mark.parametrize(
+    ("documents", "lost", "won"), [(20, 0.1, 0.1), (20, 0.02, 0.0), (100, 0.3, 0.1), (500, 0.05, 0.03)]
+)
+def test_intervals_of_paired_shares_hold_the_truth(documents: int, lost: float, won: float) -> None:
+    draw = np.random.default_rng(3).choice([-1.0, 1.0, 0.0], p=[lost, won, 1 - lost - won], size=(1000, documents))
+    found = [paired_shares(differences_N) for differences_N in draw]
+    assert np.mean([one.low <= won - lost <= one.high for one in found]) > 0.93
+    assert all(one.low <= one.estimate <= one.high for one in found)
+
+
+def test_documents_that_all_came_out_the_same_do_not_show_that_none_would_differ() -> None:
+    few, many = (paired_shares(np.zeros(count)) for count in (10, 1000))
+    assert few.estimate == 0 and few.high == -few.low > 0.2 and 0 < many.high < 0.003
+    better = paired_shares(np.array([1.0] + [0.0] * 39))  # one document of 40 is no proof
+    assert better.estimate == 0.025 and better.low < 0 < better.high
 
 
 @pytest.mark.parametrize("blocks", [2, 4, 12])

@@ -109,6 +109,14 @@ def test_the_terminal_has_one_table_for_all_candidates_and_no_words_that_need_a_
     assert "-0.8 [-0.8, -0.7]" in printed
 
 
+def test_tasks_stand_beside_the_original_and_those_of_a_group_in_the_files_alone() -> None:
+    printed = str(SEVERAL)
+    assert re.search(r"mmlu, acc +original +0\.6100 ± 0\.020 +– *\n *100 documents, 5-shot +\w", printed)
+    assert "mmlu, perplexity ↓" in printed and "mmlu_anatomy" not in printed
+    for text in (page(SEVERAL), markdown(SEVERAL)):
+        assert "mmlu" in text and text.count("anatomy, acc") == 1 and "paired by document" in text
+
+
 def test_a_verdict_tells_what_plain_rounding_costs_and_has_none_of_its_own() -> None:
     plain = dataclasses.replace(candidate("awq, plain", 0.05, 7_000_000, limit=None), plain_of="awq")
     shown = " ".join(str(evaluation(candidate("awq", 0.01, 7_000_000), plain)).split())

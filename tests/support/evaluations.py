@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from dsquant.evaluation.code.drift import CodeBleu, CodeDrift, Execution, Health, PromptDrift, Similarity
+from dsquant.evaluation.harness.task_scores import MetricScores, TaskScores
 from dsquant.evaluation.intervals import Interval
 from dsquant.evaluation.results import (
     SCHEMA_VERSION,
@@ -122,6 +123,15 @@ def gate(kl: float, limit: float) -> GateOutcome:
     return GateOutcome("mean_kl", "code", "at_most", limit, found, verdict, needed, "samples", f"mean_kl is {kl}")
 
 
+def task_scores(kl: float, group: str | None = None) -> TaskScores:
+    change = Interval(-kl, -kl - 0.01, 0.01 - kl, 100)
+    metrics = {
+        "acc": MetricScores(0.61, 0.02, 0.61 - kl, 0.02, change, True),
+        "perplexity": MetricScores(9.5, None, math.inf, None, Interval(math.inf, -math.inf, math.inf, 1), False),
+    }
+    return TaskScores(100, 2000, 5, "1.0", group, metrics)
+
+
 def candidate(name: str, kl: float, size_bytes: int, limit: float | None = 0.03, drift: bool = True) -> Candidate:
     names = [f"model.layers.{at % NUM_LAYERS}.mlp.experts.{at}.down_proj.weight" for at in range(20)]
     broken = limit is not None and kl > 10 * limit
@@ -144,6 +154,7 @@ def candidate(name: str, kl: float, size_bytes: int, limit: float | None = 0.03,
         findings=(finding,) if broken else (),
         drift=code_drift(1 - 5 * min(kl, 0.15), executed=True) if drift else None,
         gates=(gate(kl, limit),) if limit is not None else (),
+        tasks={"mmlu": task_scores(kl), "mmlu_anatomy": task_scores(2 * kl, "mmlu")} if drift else {},
     )
 
 

@@ -123,16 +123,31 @@ def complete(
     found: dict[int, Completion] = {}
     with resident_model(skeleton, weights) as model, torch.no_grad():
         for number, batch in enumerate(batches):
-            rule = _StopRule(tokenizer, [stops[one] for one in batch], max(len(encoded[one]) for one in batch))
             before, in_all = number * max_tokens, len(batches) * max_tokens
 
             def note(done: int, before: int = before, in_all: int = in_all) -> None:
                 safe_point(before + done, in_all)
 
-            rows = _generate(model, [encoded[one] for one in batch], max_tokens, rule, note)
-            for row, one in enumerate(batch):
-                found[one] = rule.completion(row, rows[row], max_tokens)
+            told = [encoded[one] for one in batch], [stops[one] for one in batch]
+            found |= zip(batch, continuations(model, tokenizer, *told, max_tokens, note), strict=True)
     return [found[number] for number in range(len(prompts))]
+
+
+def continuations(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    stops: Sequence[Sequence[str]],
+    max_tokens: int,
+    note: Callable[[int], None],
+) -> list[Completion]:
+    """Continues a batch of prompts (token ids) greedily, each up to the end of text or one of its stop strings.
+
+    `model` is what `resident_model` yields; `note` is called before each token with the number of tokens done.
+    """
+    rule = _StopRule(tokenizer, stops)
+    rows = _generate(model, prompts, max_tokens, rule, note)
+    return [rule.completion(row, tokens) for row, tokens in enumerate(rows)]
 
 
 def _generate(
@@ -169,25 +184,26 @@ def padding_token(tokenizer: Any, rows: int) -> int:
 
 
 class _StopRule:
-    """Ends a completion at the end of text or after a stop string."""
+    """Ends a completion at the end of text or after a stop string, which may be the name of a special token."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[Sequence[str]], width: int) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[Sequence[str]]) -> None:
         self.tokenizer = tokenizer
         self._stops = stops
-        self._width = width
+        added = tokenizer.get_added_vocab()
+        self._ends = [{tokenizer.eos_token_id, *(added[stop] for stop in row if stop in added)} for row in stops]
 
     def text(self, tokens: Sequence[int]) -> str:
         return decode(tokens, self.tokenizer)
 
     def __call__(self, row: int, tokens: Sequence[int]) -> bool:
-        return tokens[-1] == self.tokenizer.eos_token_id or self._cut(row, self.text(tokens)) is not None
+        return tokens[-1] in self._ends[row] or self._cut(row, self.text(tokens)) is not None
 
     def _cut(self, row: int, text: str) -> int | None:
         """Returns where the first stop string begins."""
         places = [text.find(stop) for stop in self._stops[row]]
         return min((place for place in places if place >= 0), default=None)
 
-    def completion(self, row: int, tokens: Sequence[int], max_tokens: int) -> Completion:
+    def completion(self, row: int, tokens: Sequence[int]) -> Completion:
         """Returns the completion that a row of new tokens holds."""
         length = next((end for end in range(1, len(tokens) + 1) if self(row, tokens[:end])), len(tokens))
         kept, text = tuple(tokens[:length]), self.text(tokens[:length])

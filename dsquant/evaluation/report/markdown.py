@@ -7,6 +7,7 @@ from dsquant.escaping import markdown_cell
 from dsquant.evaluation.bands import verdicts
 from dsquant.evaluation.report import tables
 from dsquant.evaluation.report.tables import Table
+from dsquant.evaluation.report.task_table import task_table
 
 if TYPE_CHECKING:
     from dsquant.evaluation.results import Evaluation
@@ -30,9 +31,7 @@ def markdown(evaluation: "Evaluation") -> str:
         parts += ["## What is broken", "\n".join(findings)]
     parts += [_table(table) for table in tables.texts(evaluation)]
     parts += [_table(table) for table in tables.drift(evaluation)]
-    execution = tables.execution(evaluation)
-    if execution is not None:
-        parts.append(_table(execution))
+    parts += [_table(one) for one in (tables.execution(evaluation), task_table(evaluation)) if one is not None]
     parts += [_table(table) for table in tables.ladders(evaluation)]
     for one in evaluation.given:
         parts += [_table(tables.layers(one)), _table(tables.weights(one))]

@@ -7,6 +7,7 @@ from dsquant.escaping import counted, html, printable
 from dsquant.evaluation.bands import verdicts
 from dsquant.evaluation.report import figures, tables
 from dsquant.evaluation.report.charts import interval_chart
+from dsquant.evaluation.report.task_table import task_table
 
 if TYPE_CHECKING:
     from dsquant.evaluation.results import Evaluation
@@ -50,6 +51,7 @@ def part(evaluation: "Evaluation") -> str:
         place_figures=[*figures.by_layer(evaluation), *figures.kl_by_position(evaluation)],
         texts=tables.texts(evaluation),
         drift=[*tables.drift(evaluation), *([execution] if execution else [])],
+        tasks=task_table(evaluation),
         example_groups=_examples(evaluation),
         tensor_figures=figures.worst_tensors(evaluation),
         details=[

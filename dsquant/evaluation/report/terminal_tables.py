@@ -10,6 +10,7 @@ from rich.text import Text
 
 from dsquant.evaluation.bands import verdicts, written
 from dsquant.evaluation.report.tables import BLEU_CHANGE, bleu_change
+from dsquant.evaluation.report.task_table import task_table
 from dsquant.options import format_size
 from dsquant.reporting.notebook import narrow_table
 
@@ -22,6 +23,7 @@ def tables(evaluation: "Evaluation") -> Iterator[RenderableType]:
     yield _candidates_table(evaluation)
     yield _texts_table(evaluation)
     yield from _code(evaluation)
+    yield from _tasks(evaluation)
     for sentence in verdicts(evaluation):
         yield Text(sentence)
     for one in evaluation.given:
@@ -77,6 +79,17 @@ def _code(evaluation: "Evaluation") -> Iterator[RenderableType]:
         table.columns.pop()
     yield table
     yield Text(BLEU_CHANGE)
+
+
+def _tasks(evaluation: "Evaluation") -> Iterator[RenderableType]:
+    """Yields scores in tasks, and of groups without their tasks."""
+    found = task_table(evaluation, every=False)
+    if found is not None:
+        table = narrow_table("Tasks, scored by lm-evaluation-harness", found.headings, left=2)
+        for row in found.rows:
+            table.add_row(*row)
+        yield table
+        yield Text(found.note)
 
 
 def _texts_table(evaluation: "Evaluation") -> Table:
