@@ -259,6 +259,9 @@ def run_all(bench: Bench, tasks: list[Task], until: float) -> None:
         try:
             name, error = done.get(timeout=0.5)
         except queue.Empty:
+            if ended := [worker.exitcode for worker in workers if not worker.is_alive()]:
+                tell(f"processes ended with {ended}, and their tasks with them")
+                break
             continue
         running.remove(name)
         failed |= {name} if error else set()
@@ -312,8 +315,11 @@ def choices_table(bench: Bench, tasks: list[Task]) -> str:
             middle = [kls[0], statistics.median(kls), kls[-1]]
             own_kl = measured["texts"][text]["mean_kl"]
             figures = [f"{kl:.4f}" for kl in (own_kl, *middle)]
-            rows.append([size, text, *figures, f"{sum(kl < own_kl for kl in kls)} of {len(kls)}"])
-    return table(["", "text", "measured: KL", "random: least", "median", "most", "better than measured"], rows)
+            bits = sorted(found["bits"] for found in drawn)
+            stored = [f"{measured['bits']:.3f}", f"{bits[0]:.3f} to {bits[-1]:.3f}"]
+            rows.append([size, text, *stored, *figures, f"{sum(kl < own_kl for kl in kls)} of {len(kls)}"])
+    head = ["", "text", "measured: bits", "random: bits", "measured: KL", "random: least", "median", "most"]
+    return table([*head, "better than measured"], rows)
 
 
 def growth_table(found: dict[str, Any]) -> str:
@@ -325,6 +331,11 @@ def growth_table(found: dict[str, Any]) -> str:
     return table(["layer", *found], rows)
 
 
+def error_at_fewest(entry: dict[str, Any]) -> float:
+    """Nats of a group at the width of the fewest bytes."""
+    return entry["errors"][min(entry["bytes"], key=entry["bytes"].__getitem__)]
+
+
 def sensitivity_table(precision: dict[str, Any]) -> str:
     """What each group costs at its fewest bits in 1/1000 nats, and the width that it got."""
     from dsquant.precision.groups import place_of, width_words
@@ -332,7 +343,7 @@ def sensitivity_table(precision: dict[str, Any]) -> str:
     places = {name: place_of(name) for name in precision}
     kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
     cells = {
-        (places[name][1], places[name][0]): f"{1000 * max(entry['errors'].values()):.3f}: {width_words(entry['width'])}"
+        (places[name][1], places[name][0]): f"{1000 * error_at_fewest(entry):.3f}: {width_words(entry['width'])}"
         for name, entry in precision.items()
     }
     layers = sorted({layer for _, layer in places.values() if layer is not None})

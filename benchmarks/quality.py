@@ -274,8 +274,8 @@ class Bench:
 
     def evaluation_hash(self) -> str:
         """What figures depend on besides the candidate."""
-        groups = str(self.arguments.group_size)
-        return hash_of(groups, self.model_hash, *(self._evaluation(name) for name in self.texts))
+        settings = f"{self.arguments.group_size} {self.arguments.evaluator}"
+        return hash_of(settings, self.model_hash, *(self._evaluation(name) for name in self.texts))
 
     def _baseline(self, name: str, measure: Callable[[Evaluator], dict[str, Divergence]]) -> dict:
         path = self.work / f"{name}.json"

@@ -60,12 +60,12 @@ def test_types_by_hand_come_near_the_mixtures_bits(experts: str) -> None:
 def test_gptq_codes_zero_points_and_groups_are_decoded(bits: int) -> None:
     generator = torch.Generator().manual_seed(0)
     codes_IO = torch.randint(0, 2**bits, (32, 64), generator=generator)
-    zeros_GO = torch.randint(1, 2**bits + 1, (2, 64), generator=generator)
+    zeros_GO = torch.randint(0, 2**bits, (2, 64), generator=generator)
     scales_GO = torch.rand(2, 64, generator=generator)
     group_I = torch.randperm(32, generator=generator) % 2  # activation order: neighbours in different groups
     stored = {
         "a.qweight": packed(codes_IO.t(), bits).t().contiguous(),
-        "a.qzeros": packed(zeros_GO - 1, bits),
+        "a.qzeros": packed((zeros_GO - 1) % 2**bits, bits),
         "a.scales": scales_GO,
         "a.g_idx": group_I.int(),
         "b.weight": torch.ones(3),

@@ -147,7 +147,7 @@ def decode_gptq(stored: dict[str, torch.Tensor], config: dict) -> dict[str, torc
         module, _, kind = name.rpartition(".")
         if kind == "qweight":
             codes_IO = unpacked_codes(tensor.t(), bits).t()
-            zeros_GO = unpacked_codes(stored[f"{module}.qzeros"], bits) + 1
+            zeros_GO = (unpacked_codes(stored[f"{module}.qzeros"], bits) + 1) & (2**bits - 1)
             group_I = stored[f"{module}.g_idx"].long()
             scales_GO = stored[f"{module}.scales"].float()
             weight_IO = (codes_IO - zeros_GO[group_I]) * scales_GO[group_I]

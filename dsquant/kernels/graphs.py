@@ -1,5 +1,6 @@
 """Replays of many small kernels on a GPU, whose launches take longer than their work: CUDA graphs."""
 
+import math
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,14 @@ class _Graph:
     inputs: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        return _num_bytes(self.inputs)
+
+
+def _num_bytes(inputs: tuple[torch.Tensor, ...]) -> int:
+    return graph_bytes(*(part.nbytes for part in inputs))
+
 
 Graphs = dict[Hashable, _Graph | None]
 """By name and shapes; None for work that was done once, which compiled its kernels."""
@@ -28,6 +37,7 @@ class _Recorded:
     lock: Lock = field(default_factory=Lock)
     graphs: Graphs | None = None
     kept: Graphs | None = None
+    most_bytes: float = math.inf
 
 
 _recorded = _Recorded()
@@ -37,8 +47,8 @@ _recorded = _Recorded()
 def recorded_launches(again: bool = False) -> Iterator[None]:
     """Lets `replayed` record work inside a block that repeats it, such as all experts of a layer.
 
-    Graphs keep memory for their inputs and all that the work makes, until the block ends; in `kept_launches` those of a
-    block that comes `again` are kept for the next.
+    Graphs keep memory for their inputs and all that the work makes, until the block ends; where `launches_within` keeps
+    them, those of a block that comes `again` are there for the next.
     """
     kept = _recorded.kept if again else None
     graphs = _recorded.graphs = {} if kept is None else kept
@@ -50,13 +60,21 @@ def recorded_launches(again: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def kept_launches() -> Iterator[None]:
-    """Keeps what is recorded in blocks that come again, until this one ends."""
-    _recorded.kept = {}
+def launches_within(most_bytes: float, keeps: bool) -> Iterator[None]:
+    """Bounds the memory of what is recorded, as `graph_bytes` counts it: beyond that work is done launch by launch.
+
+    `keeps` keeps what is recorded in blocks that come again, until this one ends.
+    """
+    _recorded.most_bytes, _recorded.kept = most_bytes, {} if keeps else None
     try:
         yield
     finally:
-        _recorded.kept = None
+        _recorded.most_bytes, _recorded.kept = math.inf, None
+
+
+def graph_bytes(*inputs: int) -> int:
+    """Counts a graph's memory by that of its inputs: their copies, and the first once more for all that is made."""
+    return inputs[0] + sum(inputs)
 
 
 def replayed(work: Work, name: Hashable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -76,6 +94,9 @@ def replayed(work: Work, name: Hashable, *inputs: torch.Tensor) -> tuple[torch.T
             return work(*inputs)
         found = graphs[key]
         if found is None:
+            taken = sum(graph.num_bytes for graph in graphs.values() if graph is not None)
+            if taken + _num_bytes(inputs) > _recorded.most_bytes:
+                return work(*inputs)
             found = graphs[key] = _record(work, inputs)
         for kept, given in zip(found.inputs, inputs, strict=True):
             kept.copy_(given)

@@ -35,10 +35,14 @@ class PassedOn:
             with self._beside_the_work():
                 Activations(self.values_NTH).save(path, (0, len(self.values_NTH)), self._note_saved)
         except BaseException as error:
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+            self.fail(error)
             raise
+
+    def fail(self, error: BaseException) -> None:
+        """Lets whoever waits for samples in the file know that they will not come."""
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
 
     def holds(self, start: int) -> bool:
         """Returns whether samples from number `start` on are still in memory."""
@@ -76,6 +80,8 @@ class PassedOn:
         if self._ready is None:
             yield
             return
-        with torch.cuda.stream(torch.cuda.Stream(self.values_NTH.device)) as _:
+        with torch.cuda.stream(
+            torch.cuda.Stream(self.values_NTH.device)
+        ):  # nothing is recorded while samples are saved
             torch.cuda.current_stream().wait_event(self._ready)
             yield

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from dsquant.errors import UsageError
 from dsquant.jobs.ranks import CHUNKS, Shares
+from dsquant.kernels.graphs import graph_bytes
 from dsquant.model.activations import RELEASE_BYTES
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import BATCH_TOKENS, ROWS_AT_ONCE, VOCABULARY_AT_ONCE, samples_together
@@ -115,8 +116,11 @@ class Needs:
     """GPU memory; 0 on a CPU."""
     gpu_resident: frozenset[int] = frozenset()
     """The layers whose hidden states stay on the GPU while their experts pass."""
+    launch_bytes: int = 0
+    """The most GPU memory for launches that are recorded of experts: part of `gpu_memory_bytes`; where they are kept,
+    all that it leaves of the budget."""
     keeps_launches: bool = False
-    """Whether there is room for what was recorded of experts while other parts of a layer pass."""
+    """Whether recorded launches are kept from layer to layer, while other parts of a layer pass."""
     work_bytes: int = 0
     """Disk for hidden states while the run lasts."""
 
@@ -140,8 +144,9 @@ def run_needs(work: Workload) -> Needs:
     prepares = recipe.mtp == "quantize" and work.skeleton.num_mtp_layers > 0
     kept = work.streams * num_hidden * _kept_bytes(recipe.device, len(resident) == len(needs), prepares)
     work_bytes = max(kept, _measuring_bytes(work)) + _gradient_bytes(work)
-    keeps_launches = 0 < graphs <= work.gpu_budget_bytes - gpu_memory
-    return Needs(memory, gpu_memory, resident, keeps_launches, work_bytes)
+    left = work.gpu_budget_bytes - gpu_memory
+    keeps = 0 < graphs <= left
+    return Needs(memory, gpu_memory, resident, left if keeps else graphs, keeps, work_bytes)
 
 
 def _measuring_bytes(work: Workload) -> int:
@@ -227,7 +232,7 @@ def _matrices(width: int) -> int:
 
 
 def _graph_bytes(work: Workload, layer: DecoderLayer) -> int:
-    """What launches that are recorded for a mixture's MLPs keep, for each grid and shape: columns in float32, twice,
+    """What launches that are recorded for a mixture's MLPs keep, for each grid and shape: they read columns in float32
     and their factor; gate and up are rounded together."""
     if work.recipe.device != "cuda" or not layer.experts:
         return 0
@@ -236,7 +241,7 @@ def _graph_bytes(work: Workload, layer: DecoderLayer) -> int:
         for linears in ((mlp.gate, mlp.up), (mlp.down,)):
             if linears[0] in work.compensated:
                 columns, width = sum(map(work.num_elements, linears)), work.width(linears[0])
-                kept[columns, width] = 2 * FLOAT32_BYTES * columns + _part(width)
+                kept[columns, width] = graph_bytes(FLOAT32_BYTES * columns, _part(width))
     return work.num_grids * sum(kept.values())
 
 

@@ -6,7 +6,6 @@ brought to disk; several processes wait for one another there.
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from dsquant.errors import InputError
 from dsquant.files.disk import sync_file, sync_folder
 from dsquant.jobs.journal import START_OVER
-from dsquant.kernels.graphs import kept_launches
+from dsquant.kernels.graphs import launches_within
 from dsquant.model.activations import Activations
 from dsquant.model.passed_on import PassedOn
 from dsquant.model.streaming import Stream, embed, mtp_inputs
@@ -46,7 +45,8 @@ def convert(run: Run, make: "Maker | None" = None) -> None:
     if done:
         run.ranks.alone(lambda beat: _check_left(run, units, beat))
     run.ranks.once(lambda: _remove_leftovers(run, units))
-    launches = kept_launches() if run.source.plan.needs.keeps_launches else nullcontext()
+    needs = run.source.plan.needs
+    launches = launches_within(needs.launch_bytes, needs.keeps_launches)
     # the thread also ends a unit's closing where the job is stopped
     with launches, ThreadPoolExecutor(1, "dsquant-close") as beside:
         closing = list[Future[None]]()
@@ -132,7 +132,7 @@ def _make_unit(
 
 def _begin_reading(run: Run, unit: Unit | None) -> None:
     """Begins to read the attention of a layer that calibration reaches next."""
-    if unit is not None and unit.layer is not None and run.source.tokens_NT is not None:
+    if unit is not None and unit.action == "quantize" and unit.layer is not None and run.source.tokens_NT is not None:
         names = [f"{linear}.weight" for linear in unit.layer.attention_linears]
         run.source.checkpoint.weights.prefetch(names)
 

@@ -68,8 +68,13 @@ class Writers:
 
     def save_passed_on(self) -> None:
         """Writes into their files what the next layer reads meanwhile."""
-        for passed_on, path in self.passed_on:
-            passed_on.save(path)
+        for place, (passed_on, path) in enumerate(self.passed_on):
+            try:
+                passed_on.save(path)
+            except BaseException as error:
+                for behind, _ in self.passed_on[place + 1 :]:
+                    behind.fail(error)
+                raise
 
     @property
     def weight_errors(self) -> dict[str, dict[str, float]]:

@@ -24,7 +24,7 @@ from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.products import NEAR
 from dsquant.kernels.threads import side_by_side
 from dsquant.kernels.triangular import upper_inverse
-from dsquant.kernels.values import CompensatedBlocks, Parameters, parameters_of
+from dsquant.kernels.values import CompensatedBlocks, Parameters, joined_blocks, parameters_of
 from dsquant.quantization.clip import PARTS_AT_ONCE, clipped_with_losses, rows_of_part
 from dsquant.quantization.statistics import InputMoments, InverseFactor
 from dsquant.schemes import QuantizedWeight, Scheme, joined, quantized, stacked
@@ -141,20 +141,22 @@ def _compensate(
     near_columns = scheme.columns_at_once * max(1, NEAR // scheme.columns_at_once)
 
     def compensated(working_IO: torch.Tensor, factor_II: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        importance_I, found = factor_II.diagonal().square().reciprocal(), list[CompensatedBlocks]()
+        importance_I = factor_II.diagonal().square().reciprocal()
+        codes, parameters = list[torch.Tensor](), list[Parameters]()
         for near in range(0, len(working_IO), near_columns):
-            far, first = min(near + near_columns, len(working_IO)), len(found)
+            far, found = min(near + near_columns, len(working_IO)), list[CompensatedBlocks]()
             for start in range(near, far, scheme.columns_at_once):
                 stop = min(start + scheme.columns_at_once, far)
                 part = slice(start, stop)
                 rounded = scheme.compensated(working_IO[part], factor_II[part, part], importance_I[part], ratios)
                 working_IO[stop:far].addmm_(factor_II[part, stop:far].T, rounded.errors_SO, alpha=-1)
                 found.append(rounded)
-            errors_NO = torch.cat([part.errors_SO for part in found[first:]])
+            errors_NO = torch.cat([part.errors_SO for part in found])
             working_IO[far:].addmm_(factor_II[near:far, far:].T, errors_NO, alpha=-1)
-        parameters = parameters_of(found)
-        codes_IO = torch.cat([part.codes_SO for part in found])
-        return codes_IO, parameters.scales, parameters.zero_points, *parameters.super_scales
+            codes.append(torch.cat([part.codes_SO for part in found]))
+            parameters.append(parameters_of(found))
+        joined = joined_blocks(parameters)
+        return torch.cat(codes), joined.scales, joined.zero_points, *joined.super_scales
 
     sorted_IO = weight_OI[:, order_I].T.contiguous()
     codes_IO, scales_OB, zero_points_OB, *supers = replayed(compensated, (scheme, ratios), sorted_IO, inverse.factor_II)

@@ -1,9 +1,11 @@
 """Work that a GPU replays."""
 
+import math
+
 import pytest
 import torch
 
-from dsquant.kernels.graphs import kept_launches, recorded_launches, replayed
+from dsquant.kernels.graphs import launches_within, recorded_launches, replayed
 from dsquant.quantization.compensate import with_inverses
 from dsquant.quantization.statistics import InputStatistics
 from dsquant.quantization.steps import rounded_weight
@@ -48,8 +50,12 @@ def test_kept_launches_are_replayed_in_the_next_block_of_their_kind_alone() -> N
                 assert found.tolist() == [2.0 * number] * 4
         return len(calls)
 
-    with kept_launches():
+    with launches_within(math.inf, keeps=True):
         assert [called(True), called(True), called(False), called(True)] == [2, 0, 2, 0]
+    with launches_within(math.inf, keeps=False):
+        assert [called(True), called(True)] == [2, 2]
+    with launches_within(31, keeps=True):  # a graph of four numbers takes 32 bytes
+        assert [called(True), called(True)] == [3, 3]
     assert called(True) == 2
 
 
