@@ -58,9 +58,8 @@ def bootstrap_mean(
     stretch_D = np.sqrt(blocks / draw.chisquare(blocks - 1, DRAWS))
     means_D = estimate + (means_D - estimate) * stretch_D
     low, high = np.quantile(means_D, [(1 - confidence) / 2, (1 + confidence) / 2])
-    if (
-        not signed and np.min(values_NT) >= 0 < estimate
-    ):  # of what cannot be negative the distance below is one of logarithms
+    # of what cannot be negative the distance below is one of logarithms
+    if not signed and np.min(values_NT) >= 0 < estimate:
         low = estimate * np.exp(low / estimate - 1)
     return Interval(estimate, float(low), float(high), blocks)
 

@@ -76,12 +76,13 @@ class PassedOn:
 
     @contextmanager
     def _beside_the_work(self) -> Iterator[None]:
-        """Has a GPU copy on a stream of its own, behind what has made the values alone."""
+        """Has a GPU copy on a stream of its own, behind what has made the values alone.
+
+        PyTorch hands out its streams in turn, so graphs may be recorded on the same one: not while samples are saved.
+        """
         if self._ready is None:
             yield
             return
-        with torch.cuda.stream(
-            torch.cuda.Stream(self.values_NTH.device)
-        ):  # nothing is recorded while samples are saved
+        with torch.cuda.stream(torch.cuda.Stream(self.values_NTH.device)):
             torch.cuda.current_stream().wait_event(self._ready)
             yield

@@ -123,7 +123,11 @@ class GgufHeader:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the name of the file's mixture does not show: tensors whose rows its blocks do not fit."""
-        matrices = [tensor for tensor in self.tensors.values() if len(tensor.shape) > 1]
+        matrices = [
+            tensor
+            for tensor in self.tensors.values()
+            if len(tensor.shape) > 1 and tensor.tensor_type.name != "F32"  # such as routers, in every mixture
+        ]
         others = [tensor for tensor in matrices if int(tensor.shape[0]) % SUPER_BLOCK]
         base = MIXTURES.get(self.format.removeprefix("GGUF "), "Q4_K")  # types that were chosen begin with that
         if not others or block_of(base)[0] != SUPER_BLOCK:
