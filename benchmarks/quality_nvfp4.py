@@ -8,7 +8,8 @@ rounded as vLLM rounds them (`benchmarks/peers/rounded_inputs.py`), those of all
 `benchmarks/peers/make_environments DIR llmcompressor modelopt` makes the peers' environments.
 """
 
-from benchmarks.quality import AWQ, Bench, Method, conditions, parse, table, tell
+from benchmarks.quality import Bench, conditions, parse, table, tell
+from benchmarks.quality_methods import AWQ, Method
 
 LLM_COMPRESSOR = ("--scheme", "NVFP4A16")
 INPUTS = ("--activations", "fp4")

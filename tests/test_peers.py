@@ -9,7 +9,8 @@ import torch
 from checkpoints import LLAMA, add_tokenizer, make_dense
 
 import dsquant
-from benchmarks import gguf_sizes, quality
+from benchmarks import gguf_sizes
+from benchmarks import quality_methods as known
 from benchmarks.peers.decoding import decode_gguf, decode_gptq, stored_bits
 from benchmarks.peers.rounded_inputs import rounded
 from benchmarks.peers.to_bf16 import dequantized_tensors, is_mtp
@@ -25,7 +26,7 @@ def packed(codes_RC: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def test_every_command_line_of_the_quality_table_is_one_of_dsquants() -> None:
-    methods = [*quality.PEERS, *quality.own_methods(), *quality.step_methods(), *quality.width_methods()]
+    methods = [*known.PEERS, *known.own_methods(), *known.step_methods(), *known.width_methods()]
     assert len({method.name for method in methods}) == len(methods)
     with click.Context(main) as context:
         for method in (one for one in methods if one.environment is None):
