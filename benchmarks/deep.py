@@ -32,11 +32,12 @@ from benchmarks.peers.tokens import chosen_windows, halves, read_tokens, spaced_
 from benchmarks.quality import read_json, tell
 
 SHAPES = ("32x512", "128x2048")
-EVALUATED = ("plain", "compact", "follow", "best")
+EVALUATED = ("plain", "compact", "follow", "descend", "best")
 # So many of the bits get tables of how errors grow.
 GROWN = 2
-STEPS = {"plain": "none", "follow": "scales,clip,compensate,top-up,follow"}
-"""Name -> steps; the others are presets."""
+FOLLOWING = "scales,clip,compensate,top-up,follow"
+STEPS = {"plain": "none", "follow": FOLLOWING, "descend": f"{FOLLOWING},descend"}
+"""Name -> steps; the others are presets. `best` follows, descends, and rounds for predictions."""
 COMMON = {"to": "compressed-tensors", "rest": "bf16", "kv_b": "quantize", "symmetric": True}
 MEMORY = {"memory_budget": "16GiB"}
 Shape = tuple[int, int]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from dsquant.formats.table import SAFETENSORS
-from dsquant.presets import PRESET_STEPS, STEPS, Preset
+from dsquant.presets import NARROW, STEPS, Preset, default_steps
 
 # The last is what llama.cpp's Q4_K_M takes on the models here.
 MIXED_BITS = ("4.25", "4.5", "4.95")
@@ -75,19 +75,26 @@ def own_methods() -> list[Method]:
 
 
 def step_methods() -> list[Method]:
-    """dsquant's steps: each alone, and what presets give with one step less or more; symmetric, every linear."""
+    """dsquant's steps: each alone, and what presets of narrow models give with one step less or more; symmetric.
+
+    `predictions` is there only beside `follow`, which it needs.
+    """
     chosen: dict[tuple[str, ...], tuple[str, ...]] = {("none",): ("none",)}
     chosen |= {("only", step): (step,) for step in STEPS}
     for preset in ("compact", "best"):
-        own = PRESET_STEPS[preset]
+        own = default_steps(preset, NARROW)
         for step in STEPS:
             change = "without" if step in own else "with"
             chosen[preset, change, step] = tuple(one for one in STEPS if (one in own) != (one == step))
     form = (*AWQ, "--preset", "compact", *COMPRESSED, "--symmetric", "--steps")
-    return [
-        Method("-".join(("dsquant", *words)), " ".join(("dsquant", *words)), None, (*form, ",".join(steps)))
-        for words, steps in chosen.items()
-    ]
+    methods = []
+    for words, steps in chosen.items():
+        able = [one for one in steps if one != "predictions" or "follow" in steps]
+        if words[-1] in (*able, "none") or words[1:2] == ("without",):
+            methods.append(
+                Method(f"dsquant-{'-'.join(words)}", f"dsquant {' '.join(words)}", None, (*form, ",".join(able)))
+            )
+    return methods
 
 
 def width_methods() -> list[Method]:

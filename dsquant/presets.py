@@ -23,6 +23,15 @@ PRESET_STEPS: Mapping[Preset, tuple[Step, ...]] = {
     "compact": _COMPACT,
     "best": (*_COMPACT, "follow", "descend"),
 }
+# `best` of models up to this hidden size takes `predictions` too: what that costs grows faster than what it gains.
+NARROW = 1024
+
+
+def default_steps(preset: Preset, hidden_size: Any) -> tuple[Step, ...]:
+    """Returns the steps of a preset for a model of this hidden size, as its config.json gives it."""
+    own = PRESET_STEPS[preset]
+    narrow = isinstance(hidden_size, int) and hidden_size <= NARROW
+    return (*own, "predictions") if preset == "best" and narrow else own
 
 
 def listed_steps(steps: Any) -> list[Any]:
@@ -40,7 +49,8 @@ def listed_steps(steps: Any) -> list[Any]:
 
 
 def preset_and_steps(preset: Preset, steps: Sequence[Step]) -> str:
-    """A preset for people, with the steps where they are not its own: compact, steps scales and clip."""
-    if set(steps) == set(PRESET_STEPS[preset]):
-        return preset
+    """A preset for people, with the steps where they are not its own: best with predictions; compact, steps scales."""
+    more = [step for step in steps if step not in PRESET_STEPS[preset]]
+    if set(steps) - set(more) == set(PRESET_STEPS[preset]):
+        return f"{preset} with {' and '.join(more)}" if more else preset
     return f"{preset}, steps {' and '.join(steps)}" if steps else f"{preset}, no steps"

@@ -106,7 +106,10 @@ class Quantization(TargetOptions):
     steps: Annotated[
         tuple[Step, ...],
         Accepts(str | Sequence[str] | None),
-        Spelling(metavar="LIST", default="scales, clip, compensate, top-up; for best follow and descend too"),
+        Spelling(
+            metavar="LIST",
+            default="scales, clip, compensate, top-up; for best follow and descend too, in narrow models predictions",
+        ),
     ] = Field(
         default=None,
         validate_default=True,

@@ -62,14 +62,23 @@ class Activations:
 
     @classmethod
     def in_file(
-        cls, path: Path, shape: tuple[int, int, int], device: torch.device = CPU, dtype: torch.dtype | None = None
+        cls,
+        path: Path,
+        shape: tuple[int, int, int],
+        device: torch.device = CPU,
+        dtype: torch.dtype | None = None,
+        reserved: bool = True,
     ) -> "Activations":
-        """Opens a file of activations [N, T, H], filled with zeros where it is new; `dtype` None is `stored_dtype`."""
+        """Opens a file of activations [N, T, H], filled with zeros where it is new; `dtype` None is `stored_dtype`.
+
+        `reserved` False takes no room on disk for it: a thread is writing it, and would be waited for.
+        """
         dtype = dtype or stored_dtype(device)
         num_bytes = dtype.itemsize * shape[0] * shape[1] * shape[2]
         with naming(path), path.open("ab") as file:
             file.truncate(num_bytes)
-            reserve(file.fileno(), num_bytes)
+            if reserved:
+                reserve(file.fileno(), num_bytes)
         with path.open("r+b") as file:
             mapped = mmap.mmap(file.fileno(), num_bytes)
         return cls(torch.frombuffer(mapped, dtype=dtype).view(shape), mapped, device, path)

@@ -22,7 +22,7 @@ from dsquant.model.repeated import check_repeated
 from dsquant.model.skeleton import Skeleton
 from dsquant.options import format_size
 from dsquant.pipeline.planning import Plan, plan_run
-from dsquant.presets import Rest
+from dsquant.presets import Rest, default_steps
 from dsquant.recipes import Recipe
 from dsquant.source.checkpoint import CONFIG_FILE, Checkpoint
 from dsquant.source.locate import locate
@@ -48,7 +48,7 @@ class Source:
 
 def resolved(recipe: Recipe) -> Recipe:
     """Fills in the recipe's defaults that depend on the model, so that a default and its name are the same recipe:
-    formats, groups, what is not quantized, device, preset, mtp, and, where all formats agree, symmetric.
+    formats, groups, what is not quantized, device, preset, steps, mtp, and, where all formats agree, symmetric.
 
     Raises InputError where the model is not there, UsageError where its device is not there, or FP8 is asked for where
     there is none.
@@ -74,6 +74,8 @@ def resolved(recipe: Recipe) -> Recipe:
         )
     device, rest = resolved_device(recipe.device), rest_of(recipe.rest, recipe.to, config)
     told = {"preset": preset, "symmetric": chosen, "mtp": mtp, "device": device, "rest": rest}
+    if "steps" not in recipe.model_fields_set:
+        told["steps"] = default_steps(preset, config.get("hidden_size"))
     return recipe.model_copy(update=told)
 
 

@@ -94,8 +94,9 @@ class Run:
 
     def inputs(self, path: Path) -> Activations:
         """Opens a layer's inputs: in their file, or where the layer before has left them."""
-        found = self.activations(path)
-        found.passed_on = self.passed_on.get(path)
+        passed_on = self.passed_on.get(path)
+        found = Activations.in_file(path, self._hidden_shape, self.device, reserved=passed_on is None)
+        found.passed_on = passed_on
         return found
 
     def mlp_inputs(self, layer: int, path: Path, inputs: Activations) -> Activations:

@@ -100,7 +100,7 @@ def _quantize(shop: Workshop, step: AwqStep | GgufStep, begun: bool) -> dict[str
 
 def _job(shop: Workshop, step: AwqStep | GgufStep) -> Recipe:
     """Returns the recipe of the corresponding `dsquant awq` or `dsquant gguf`."""
-    unset = {"group_size"} - step.model_fields_set  # a default that the model may change
+    unset = {"group_size", "steps"} - step.model_fields_set  # defaults that the model may change
     fields = _job_fields(shop.recipe) | step.model_dump(exclude={"name", "calibrate", *unset})
     fields["output"] = shop.build / step.name
     fields["calibration"] = _texts(shop.recipe, step)
