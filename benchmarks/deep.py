@@ -333,8 +333,8 @@ def growth_table(found: dict[str, Any]) -> str:
 
 
 def error_at_fewest(entry: dict[str, Any]) -> float:
-    """Nats of a group at the width of the fewest bytes."""
-    return entry["errors"][min(entry["bytes"], key=entry["bytes"].__getitem__)]
+    """Nats of a group at the fewest bits."""
+    return entry["errors"][min(entry["errors"], key=float)]
 
 
 def sensitivity_table(precision: dict[str, Any]) -> str:

@@ -106,10 +106,7 @@ class Quantization(TargetOptions):
     steps: Annotated[
         tuple[Step, ...],
         Accepts(str | Sequence[str] | None),
-        Spelling(
-            metavar="LIST",
-            default="scales, clip, compensate, top-up; for best follow and descend too, in narrow models predictions",
-        ),
+        Spelling(metavar="LIST", default="the preset's; best adds follow, descend, in small models predictions"),
     ] = Field(
         default=None,
         validate_default=True,

@@ -62,23 +62,24 @@ class Activations:
 
     @classmethod
     def in_file(
-        cls,
-        path: Path,
-        shape: tuple[int, int, int],
-        device: torch.device = CPU,
-        dtype: torch.dtype | None = None,
-        reserved: bool = True,
+        cls, path: Path, shape: tuple[int, int, int], device: torch.device = CPU, dtype: torch.dtype | None = None
     ) -> "Activations":
-        """Opens a file of activations [N, T, H], filled with zeros where it is new; `dtype` None is `stored_dtype`.
+        """Opens a file of activations [N, T, H], filled with zeros where it is new; `dtype` None is `stored_dtype`."""
+        opened = cls.being_written(path, shape, device, dtype)
+        with naming(path), path.open("r+b") as file:
+            reserve(file.fileno(), opened._values_NTH.nbytes)
+        return opened
 
-        `reserved` False takes no room on disk for it: a thread is writing it, and would be waited for.
-        """
+    @classmethod
+    def being_written(
+        cls, path: Path, shape: tuple[int, int, int], device: torch.device = CPU, dtype: torch.dtype | None = None
+    ) -> "Activations":
+        """Opens the same to read what a thread writes meanwhile, for which the disk is not asked for room: the file
+        system would have the caller wait for the thread."""
         dtype = dtype or stored_dtype(device)
         num_bytes = dtype.itemsize * shape[0] * shape[1] * shape[2]
         with naming(path), path.open("ab") as file:
             file.truncate(num_bytes)
-            if reserved:
-                reserve(file.fileno(), num_bytes)
         with path.open("r+b") as file:
             mapped = mmap.mmap(file.fileno(), num_bytes)
         return cls(torch.frombuffer(mapped, dtype=dtype).view(shape), mapped, device, path)

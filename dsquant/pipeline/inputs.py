@@ -73,9 +73,9 @@ def resolved(recipe: Recipe) -> Recipe:
             f"{' or '.join(taking)}"
         )
     device, rest = resolved_device(recipe.device), rest_of(recipe.rest, recipe.to, config)
-    told = {"preset": preset, "symmetric": chosen, "mtp": mtp, "device": device, "rest": rest}
-    if "steps" not in recipe.model_fields_set:
-        told["steps"] = default_steps(preset, config.get("hidden_size"))
+    unset = "steps" not in recipe.model_fields_set
+    steps = default_steps(preset, config.get("hidden_size")) if unset else recipe.steps
+    told = {"preset": preset, "steps": steps, "symmetric": chosen, "mtp": mtp, "device": device, "rest": rest}
     return recipe.model_copy(update=told)
 
 

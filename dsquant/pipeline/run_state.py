@@ -95,7 +95,9 @@ class Run:
     def inputs(self, path: Path) -> Activations:
         """Opens a layer's inputs: in their file, or where the layer before has left them."""
         passed_on = self.passed_on.get(path)
-        found = Activations.in_file(path, self._hidden_shape, self.device, reserved=passed_on is None)
+        if passed_on is None:
+            return self.activations(path)
+        found = Activations.being_written(path, self._hidden_shape, self.device)
         found.passed_on = passed_on
         return found
 
