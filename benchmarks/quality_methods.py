@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from dsquant.formats.table import SAFETENSORS
-from dsquant.presets import NARROW, STEPS, Preset, default_steps
+from dsquant.presets import STEPS, WIDEST_FOR_PREDICTIONS, Preset, default_steps
 
 # The last is what llama.cpp's Q4_K_M takes on the models here.
 MIXED_BITS = ("4.25", "4.5", "4.95")
@@ -82,7 +82,7 @@ def step_methods() -> list[Method]:
     chosen: dict[tuple[str, ...], tuple[str, ...]] = {("none",): ("none",)}
     chosen |= {("only", step): (step,) for step in STEPS}
     for preset in ("compact", "best"):
-        own = default_steps(preset, NARROW)
+        own = default_steps(preset, WIDEST_FOR_PREDICTIONS)
         for step in STEPS:
             change = "without" if step in own else "with"
             chosen[preset, change, step] = tuple(one for one in STEPS if (one in own) != (one == step))

@@ -23,14 +23,14 @@ PRESET_STEPS: Mapping[Preset, tuple[Step, ...]] = {
     "compact": _COMPACT,
     "best": (*_COMPACT, "follow", "descend"),
 }
-# `best` of models up to this hidden size takes `predictions` too: what that costs grows faster than what it gains.
-NARROW = 1024
+# `best` of models up to this hidden size takes `predictions` too: in wider ones it has not been measured (decision 49).
+WIDEST_FOR_PREDICTIONS = 1024
 
 
 def default_steps(preset: Preset, hidden_size: Any) -> tuple[Step, ...]:
     """Returns the steps of a preset for a model of this hidden size, as its config.json gives it."""
     own = PRESET_STEPS[preset]
-    narrow = isinstance(hidden_size, int) and hidden_size <= NARROW
+    narrow = isinstance(hidden_size, int) and hidden_size <= WIDEST_FOR_PREDICTIONS
     return (*own, "predictions") if preset == "best" and narrow else own
 
 

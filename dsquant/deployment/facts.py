@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from dsquant.presets import WIDEST_FOR_PREDICTIONS
+
 GB = 10**9
 GIB = 2**30
 
@@ -115,8 +117,8 @@ STORE_OTHER_S = 1.2e-7  # as Q4_K
 MEASURED_CORES = 2
 MEASURED_IN = "benchmarks/planning_cpu_202611.md"
 PRESET_BEST = (
-    "--preset best makes files of compact's size and layout with a lower drift, in 2.0 to 2.6 times its processor time "
-    "(benchmarks/quality_peers_cpu_202611.md)"
+    "--preset best makes files of compact's size and layout with lower drift, in 2.0 to 2.6 times its processor time, "
+    f"or 4 to 6 where the hidden size is at most {WIDEST_FOR_PREDICTIONS} (benchmarks/quality_peers_cpu_202611.md)"
 )
 TARGETS = (
     "--target-bits and --target-size first measure what each width costs, in 1.7 to 3.1 times the time of the rest of "

@@ -17,7 +17,8 @@ from dsquant.formats.checkpoints import open_checkpoint
 from dsquant.model.activations import Activations
 from dsquant.model.streaming import Routing
 from dsquant.model.structure import Mlp
-from dsquant.presets import PRESET_STEPS, STEPS, Step
+from dsquant.pipeline.inputs import resolved
+from dsquant.presets import PRESET_STEPS, STEPS, WIDEST_FOR_PREDICTIONS, Step, default_steps, preset_and_steps
 from dsquant.quantization.mlp_inputs import inputs_of
 from dsquant.quantization.steps import rounded_weight
 from dsquant.recipes import Recipe
@@ -96,10 +97,34 @@ def test_a_presets_steps_spelled_out_in_any_order_are_the_same_job(
 ) -> None:
     outputs = [
         _run(narrow_r1, text_file, tmp_path / name, preset=preset, steps=steps)
-        for name, steps in (("default", None), ("spelled", list(reversed(PRESET_STEPS[preset]))))
+        for name, steps in (
+            ("default", None),
+            ("spelled", list(reversed(default_steps(preset, WIDEST_FOR_PREDICTIONS)))),
+        )
     ]
     assert contents(outputs[0]) == contents(outputs[1])
-    assert f"preset {preset}: " in (outputs[0] / "README.md").read_text()
+    told = "best with predictions" if preset == "best" else preset
+    assert f"preset {told}: " in (outputs[0] / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "steps", "found"),
+    [
+        (1024, {}, "best with predictions"),
+        (1025, {}, "best"),
+        (7168, {}, "best"),
+        (1024, {"steps": "scales,clip,compensate,top-up,follow,descend"}, "best"),
+        (1024, {"steps": "scales,follow"}, "best, steps scales and follow"),
+    ],
+)
+def test_best_rounds_for_predictions_where_the_model_is_narrow_and_no_steps_are_named(
+    tmp_path: Path, hidden_size: int, steps: dict[str, str], found: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2 | {"hidden_size": hidden_size}))
+    options = {"model": str(tmp_path), "output": Path("out"), "preset": "best", "group_size": 64, "device": "cpu"}
+    recipe = resolved(Recipe.checked(**options, **steps))
+    assert preset_and_steps("best", recipe.steps) == found
+    assert resolved(recipe) == recipe
 
 
 def test_topping_up_changes_starved_experts_only(text_file: Path, tmp_path: Path) -> None:
