@@ -173,12 +173,13 @@ class Depth:
         shutil.rmtree(output)
 
     def whole(self) -> None:
-        """Runs the same in one go, and compares every file."""
+        """Runs the same in one go, and compares every file with those of the killed job, if that was run."""
         job = self.quantizing("awq", self.outputs / "whole")
         self._run(job)
-        found, other = results_of("awq", self.outputs / "whole", ""), json.loads(self.hashes.read_text())
-        differ = [name for name in found | other if found.get(name) != other.get(name)]
-        print(f"{len(found)} files, {'DIFFERENT: ' + ', '.join(differ) if differ else 'equal'}", flush=True)
+        if self.hashes.exists():
+            found, other = results_of("awq", self.outputs / "whole", ""), json.loads(self.hashes.read_text())
+            differ = [name for name in found | other if found.get(name) != other.get(name)]
+            print(f"{len(found)} files, {'DIFFERENT: ' + ', '.join(differ) if differ else 'equal'}", flush=True)
         records = sum(path.stat().st_size for path in (self.outputs / "whole").rglob("dsquant.*"))
         print(f"records beside the weights: {records / 1e6:.2f} MB", flush=True)
 

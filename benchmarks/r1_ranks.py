@@ -4,6 +4,7 @@
     python -m benchmarks.r1_ranks --folder /tmp/r1-256 --ranks 1 2 4 --layers 1 --experts 256 --only '^(eval|verify)$'
     python -m benchmarks.r1_ranks --folder /tmp/small --ranks 1 2 --model dsquant/assets/tiny-r1 --device cpu \
         --samples 5 --few 3 --seq-len 128 --kill
+    python -m benchmarks.r1_ranks --folder /dev/shm/types --ranks 1 --layers 1 --only "^gguf" --types IQ1_S Q2_K
 
 makes layers of R1's geometry in the folder (FP8, random weights) or takes a model, and runs each command on every
 number of ranks, one after the other, in process groups that stay (benchmarks/ranks_worker): imports, CUDA's start and
@@ -284,6 +285,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="on the disk that is measured, or /dev/shm")
     parser.add_argument("--ranks", type=int, nargs="+", required=True, help="numbers of ranks, the smallest first")
     parser.add_argument("--only", default="", metavar="REGEX", help=f"of {', '.join(COMMANDS)}")
+    parser.add_argument("--types", nargs="*", default=[], help="of GGUF, beside these")
     parser.add_argument("--model", type=Path, help="this model instead of layers of R1's geometry")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--experts", type=int, default=64)
@@ -294,8 +296,9 @@ def main() -> None:
     parser.add_argument("--kill", action="store_true")
     parser.add_argument("--cold", action="store_true", help="no warm-up")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no command is begun after so many")
-    started = time.monotonic()
-    bench = Bench(parser.parse_args())
+    started, options = time.monotonic(), parser.parse_args()
+    COMMANDS.update({f"gguf {name}": ["gguf", "--type", name] for name in options.types})
+    bench = Bench(options)
     try:
         bench.all(started)
         print(f"\n{time.monotonic() - started:.0f} s in all")

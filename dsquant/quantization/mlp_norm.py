@@ -19,11 +19,9 @@ from dsquant.quantization.scale import best_scales, group_candidates, is_kept, r
 from dsquant.quantization.statistics import InputMoments
 from dsquant.schemes import Scheme, fake_quantize
 
-# The MLPs that judge: those with the most tokens, whose gate and up are read from disk once more for it.
-JUDGES = 32
-# Of these, as many give the candidates the size of their columns: their gates and ups are in memory together, 117 MB
-# each in R1.
-CANDIDATES_FROM = 16
+# The MLPs that judge, and give the candidates the size of their columns: those with the most tokens. Their gates and ups
+# are read from disk twice more for it, the first time into memory together, 117 MB each in R1.
+JUDGES = 16
 # Of these, as many accept the choice by their own outputs, for which they are read a third time and run three times.
 ACCEPTED_BY = 8
 # Weights that are read from disk while another is taken.
@@ -44,7 +42,7 @@ def search_norm_fold(
     if not readers or not job.folds(grid, group):
         return Fold(), identity_H
     judges = sorted(readers, key=lambda mlp: -len(inputs[mlp].rows_R))[:JUDGES]
-    columns_H = rms_of_columns(_gates_and_ups(job, judges[:CANDIDATES_FROM]))
+    columns_H = rms_of_columns(_gates_and_ups(job, judges))
     producer, exact = job.weights[f"{group.producer}.weight"], job.scales_blocks(grid, group)
     scales_CH = group_candidates(group, producer, norm_rms_H, columns_H, exact)
     job.ranks.broadcast(scales_CH)
