@@ -7,12 +7,13 @@ MODEL is a folder with a DeepSeek-V3 or Llama checkpoint that fits in memory; `-
 llama-quantize (`benchmarks/peers/make_environments DIR llamacpp` compiles them into DIR/llamacpp/bin). A row of a table
 is a mixture of llama.cpp; its columns are makers:
 
-    llama     llama-quantize with the matrix of llama-imatrix
-    rules     the same with types by hand, as Unsloth gives them to R1
-    scales    dsquant with the mixture's types and AWQ's scales alone
-    compact   dsquant with the mixture's types, preset compact
-    best      dsquant with the mixture's types, preset best
-    chosen    dsquant, preset compact, with types chosen for the mixture's bits
+    llama        llama-quantize with the matrix of llama-imatrix
+    rules        the same with types by hand, as Unsloth gives them to R1
+    scales       dsquant with the mixture's types and AWQ's scales alone
+    compact      dsquant with the mixture's types, preset compact
+    best         dsquant with the mixture's types, preset best
+    chosen       dsquant, preset compact, with types chosen for the mixture's bits
+    chosen-best  the same, preset best
 
 Embedding and head stay F32 in every file and do not count in its bits; routers, F32 too, do not either. All makers see
 the same tokens; evaluation is in `benchmarks/peers/reference.py`. What is finished in DIR is not done again. Without
@@ -45,13 +46,15 @@ from dsquant.recipes import Recipe
 
 ROWS = ("IQ1_S", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_M")
 FLOATS = r"^(token_embd|output)\.weight$=F32"
-STEPS: Mapping[str, Mapping[str, Any]] = {
+STEPS: dict[str, Mapping[str, Any]] = {
     "scales": {"preset": "compact", "steps": "scales"},
     "compact": {"preset": "compact"},
     "best": {"preset": "best"},
 }
 """Maker -> fields of dsquant's recipe; one job makes all its rows, or with `--apart` one."""
-MAKERS = ("llama", "rules", *STEPS, "chosen")
+CHOSEN: dict[str, Mapping[str, Any]] = {"chosen": STEPS["compact"], "chosen-best": STEPS["best"]}
+"""The same with types chosen, a job for each row."""
+MAKERS = ("llama", "rules", *STEPS, *CHOSEN)
 # Types of the routed experts in rules made by hand (in a dense model: of its MLPs), from the fewest bits.
 LADDER = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 # Types of attention and dense layers; of latents, shared experts and the dense layers' `down`.
@@ -148,7 +151,7 @@ def recipe_of(
         evaluate=False,
         device=device,
         target_bits=target_bits,
-        **STEPS.get(maker, STEPS["compact"]),
+        **(STEPS | CHOSEN)[maker],
     )
 
 
@@ -309,7 +312,7 @@ class Bench:
 
     def missing(self, case: Case, maker: str) -> list[str]:
         """The rows that a maker can make and has not."""
-        possible = [row for row in self.arguments.mixtures if maker in ("llama", "rules", "chosen") or row in MIXTURES]
+        possible = [row for row in self.arguments.mixtures if maker not in STEPS or row in MIXTURES]
         return [row for row in possible if not self.result(case, maker, row)]
 
 
@@ -328,7 +331,7 @@ def run_all(tasks: Sequence[Task], jobs: int) -> None:
 def make_by_llama(pairs: Sequence[tuple[Bench, Case]], makers: Sequence[str], llama: Path, jobs: int) -> None:
     """Makes and measures what llama.cpp's programs make, its own mixtures also where only their bits are needed."""
     of_llama = [maker for maker in ("llama", "rules") if maker in makers]
-    if "llama" not in of_llama and {"rules", "chosen"} & set(makers):
+    if "llama" not in of_llama and {"rules", *CHOSEN} & set(makers):
         of_llama = ["llama", *of_llama]
     if any(bench.missing(case, maker) for maker in of_llama for bench, case in pairs):
         run_all([(make_imatrix, (case, llama)) for _, case in pairs if not case.imatrix.exists()], jobs)
@@ -355,8 +358,9 @@ def make(benches: Sequence[Bench], arguments: argparse.Namespace) -> None:
             rows = bench.missing(case, maker)
             for together in ([row] for row in rows) if arguments.apart else [rows] if rows else []:
                 tasks.append((run_dsquant, (case, maker, together, *told)))
-        for row in bench.missing(case, "chosen") if "chosen" in arguments.makers else ():
-            tasks.append((run_dsquant, (case, "chosen", [row], *told, target_bits(case, row))))
+        for maker in (one for one in reversed(CHOSEN) if one in arguments.makers):
+            for row in bench.missing(case, maker):
+                tasks.append((run_dsquant, (case, maker, [row], *told, target_bits(case, row))))
     run_all(tasks, jobs)
 
 
