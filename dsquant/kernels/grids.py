@@ -15,8 +15,9 @@ from dsquant.kernels.values import LARGEST_SCALE, SMALLEST_SCALE, Kind, Levels, 
 
 
 def storable_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Rounds positive float32 scales to values that float16 and bfloat16 both hold, at least `SMALLEST_SCALE`."""
-    return scales.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.bfloat16).float()
+    """Rounds float32 scales to values that float16 and bfloat16 both hold, none nearer to 0 than `SMALLEST_SCALE`."""
+    sizes = scales.abs().clamp_(SMALLEST_SCALE, LARGEST_SCALE).to(torch.bfloat16).float()
+    return torch.where(scales < 0, -sizes, sizes)
 
 
 def range_parameters(
@@ -26,8 +27,9 @@ def range_parameters(
 
     Asymmetric: scale = (max - min) / largest code, zero point = round(-min / scale), the range widened to hold 0
     (AutoAWQ's `pseudo_quantize_tensor`). Symmetric: scale = max|w| / (largest code / 2), zero point (largest + 1) / 2
-    (compressed-tensors' `calculate_qparams`). The weight is float32 [O, I] of any strides; on a GPU the group size is a
-    power of two. The same bits on every device.
+    (compressed-tensors' `calculate_qparams`); there all ratios but the first negate the scale of a group whose largest
+    weight is positive: code 0 reaches one step farther than the largest code (as AutoRound's full range). The weight is
+    float32 [O, I] of any strides; on a GPU the group size is a power of two. The same bits on every device.
     """
     if weight_OI.is_cuda:
         from dsquant.kernels import rounding_triton
@@ -45,6 +47,8 @@ def range_parameters_reference(
     largest = weight_OI.new_tensor(float(levels.largest))
     if levels.symmetric:
         scales_COG = storable_scales(weight_OGS.abs().amax(-1) * ratios_C11 / (largest / 2))
+        positive_OG = weight_OGS.amax(-1) > -weight_OGS.amin(-1)
+        scales_COG[1:] = torch.where(positive_OG, -scales_COG[1:], scales_COG[1:])
         return Parameters(scales_COG, torch.full_like(scales_COG, levels.middle))
     low_COG = weight_OGS.amin(-1).clamp_(max=0) * ratios_C11
     high_COG = weight_OGS.amax(-1).clamp_(min=0) * ratios_C11

@@ -23,10 +23,11 @@ ROUNDER: tl.constexpr = tl.constexpr(1.5 * 2**23)
 
 @triton.jit
 def storable_scales(scales):
-    """As `grids.storable_scales`, in integers: positive, so adding to the bits rounds half to even."""
-    bits = tl.minimum(tl.maximum(scales, SMALLEST_SCALE), LARGEST_SCALE).to(tl.int32, bitcast=True)
+    """As `grids.storable_scales`, in integers: without its sign adding to the bits rounds half to even."""
+    bits = tl.minimum(tl.maximum(tl.abs(scales), SMALLEST_SCALE), LARGEST_SCALE).to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-    return bits.to(tl.float32, bitcast=True)
+    sizes = bits.to(tl.float32, bitcast=True)
+    return tl.where(scales < 0, -sizes, sizes)
 
 
 @triton.jit

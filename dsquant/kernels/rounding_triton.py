@@ -118,6 +118,8 @@ def _range_parameters(
     low_N, high_N = tl.min(weight_NS, 1), tl.max(weight_NS, 1)
     for place in range(num_ratios):
         scales_N, zeros_N = grid_of_range(low_N, high_N, tl.load(ratios + place), LARGEST, SYMMETRIC)
+        if SYMMETRIC:
+            scales_N = tl.where((place > 0) & (high_N > -low_N), -scales_N, scales_N)
         places_N = place * num_rows * per_row + blocks_N
         tl.store(scales + places_N, scales_N, mask=inside_N)
         tl.store(zero_points + places_N, zeros_N, mask=inside_N)

@@ -19,8 +19,8 @@ from dsquant.quantization.scale import best_scales, group_candidates, is_kept, r
 from dsquant.quantization.statistics import InputMoments
 from dsquant.schemes import Scheme, fake_quantize
 
-# The MLPs that judge, and give the candidates the size of their columns: those with the most tokens. Their gates and ups
-# are read from disk twice more for it, the first time into memory together, 117 MB each in R1.
+# The MLPs that judge, and give the candidates the size of their columns: those with the most tokens. Their gates and
+# ups are read from disk twice more for it, the first time into memory together, 117 MB each in R1.
 JUDGES = 16
 # Of these, as many accept the choice by their own outputs, for which they are read a third time and run three times.
 ACCEPTED_BY = 8
