@@ -39,12 +39,14 @@ def test_every_command_line_of_the_quality_table_is_one_of_dsquants() -> None:
 def test_every_job_of_the_table_of_gguf_sizes_is_a_recipe(tmp_path: Path) -> None:
     case = gguf_sizes.Case(Path("tiny-r1"), 0, tmp_path)
     words = ["tiny-r1", "--text", "code", "--wiki", "wiki", "--work", "work", "--llama", "bin", "--seeds", "0", "1"]
-    assert gguf_sizes.parse(words).makers == ["llama", "rules", *gguf_sizes.STEPS, "chosen"]
+    assert gguf_sizes.parse(words).makers == ["llama", "rules", *gguf_sizes.STEPS, *gguf_sizes.CHOSEN]
     for maker in gguf_sizes.STEPS:
         recipe = gguf_sizes.recipe_of(case, maker, gguf_sizes.ROWS, tmp_path)
         assert recipe.to == tuple(f"gguf:{row}" for row in gguf_sizes.ROWS)
     assert not gguf_sizes.parse(words[:7]).llama
-    assert gguf_sizes.recipe_of(case, "chosen", ["Q2_K"], tmp_path, "cpu", 3.09).target_name == "3.09bits"
+    for maker, preset in (("chosen", "compact"), ("chosen-best", "best")):
+        recipe = gguf_sizes.recipe_of(case, maker, ["Q2_K"], tmp_path, "cpu", 3.09)
+        assert (recipe.target_name, recipe.preset) == ("3.09bits", preset)
 
 
 @pytest.mark.parametrize("experts", ["_exps", ""])

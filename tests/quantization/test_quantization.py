@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_inputs import correlated, moments_of
 
+from dsquant.kernels.grids import round_rows
 from dsquant.quantization.clip import clipped_weight
 from dsquant.quantization.scale import candidate_scales, foldable_scales, powers_of_two, scale_losses
-from dsquant.schemes import Grid, fake_quantize, round_to_nearest
+from dsquant.schemes import Grid, fake_quantize, quantized, round_to_nearest
 
 GRIDS = [Grid(bits, size, symmetric) for bits in (3, 4, 8) for size in (32, 128) for symmetric in (True, False)]
 
@@ -78,6 +79,22 @@ def test_clipping_never_raises_a_rows_output_error(symmetric: bool, seed: int) -
     plain = moments.loss_O(round_to_nearest(weight, grid).dequantize() - weight)
     clipped = moments.loss_O(clipped_weight(weight, grid, moments).dequantize() - weight)
     assert bool((clipped <= plain * 1.0001).all()) and float(clipped.sum()) < float(plain.sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_symmetric_codes_reach_farther_on_the_side_of_a_groups_largest_weight(bits: int) -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(bits))
+    weight[:, 7] = -5
+    grid = Grid(bits, 64, symmetric=True)
+    below, above = (grid.parameters(one, (1.0, 0.9)) for one in (weight, -weight))
+    assert torch.equal(above.scales[0], below.scales[0]), "the whole range is as compressed-tensors computes it"
+    assert bool((below.scales > 0).all()) and torch.equal(above.scales[1], -below.scales[1])
+    found = []
+    for one, candidates in ((weight, below), (-weight, above)):
+        chosen = candidates.each(lambda part: part[1])
+        found.append(quantized(round_rows(one, chosen, grid.levels), chosen, grid))
+        assert bool((found[-1].codes_OI[:, 7] == 0).all())
+    assert torch.equal(found[1].dequantize(), -found[0].dequantize())
 
 
 def test_identity_is_always_a_candidate_and_scales_help_where_inputs_differ() -> None:
