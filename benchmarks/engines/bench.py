@@ -47,7 +47,7 @@ from benchmarks.engines.table import RESULTS, write_tables
 
 ENVIRONMENTS = Path(os.environ.get("DSQUANT_ENGINES", "~/.cache/dsquant-engines")).expanduser()
 FEW = {
-    "preset": "compact", "steps": "scales", "samples": 4, "seq_len": 128, "calibration": "code", "evaluate": False,
+    "preset": "compact", "steps": "scales,clip", "samples": 4, "seq_len": 128, "calibration": "code", "evaluate": False,
     "progress": False, "device": "cpu",
 }  # fmt: skip
 
