@@ -118,7 +118,8 @@ MEASURED_CORES = 2
 MEASURED_IN = "benchmarks/planning_cpu_202611.md"
 PRESET_BEST = (
     "--preset best makes files of compact's size and layout with lower drift, in 2.0 to 2.6 times its processor time, "
-    f"or 4 to 6 where the hidden size is at most {WIDEST_FOR_PREDICTIONS} (benchmarks/quality_peers_cpu_202611.md)"
+    f"or 3 to 6 where the hidden size is at most {WIDEST_FOR_PREDICTIONS} (benchmarks/quality_peers_cpu_202611.md, "
+    "quality_smollm2_cpu_202611.md and quality_smollm2_h200_202611.md)"
 )
 TARGETS = (
     "--target-bits and --target-size first measure what each width costs, in 1.7 to 3.1 times the time of the rest of "
