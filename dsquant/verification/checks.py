@@ -19,7 +19,6 @@ from dsquant.formats.table import SAFETENSORS
 from dsquant.jobs.folder_state import RECORD_FILE, found_in
 from dsquant.jobs.ranks import ALONE, Ranks, dealt
 from dsquant.jobs.stopping import stop_on_signals
-from dsquant.model.skeleton import Skeleton
 from dsquant.options import format_size
 from dsquant.reporting.notebook import Shown, table_of
 from dsquant.reporting.progress import Progress, Report, silent
@@ -32,6 +31,7 @@ from dsquant.verification.decoded_values import (
     OpenedOutput,
     SourceComparison,
     chosen_parameters,
+    compared_source,
     problems_of,
     undecodable,
     wrong_value,
@@ -133,12 +133,13 @@ def verify(
                 if candidate is None:
                     continue
                 chosen = chosen_parameters(candidate, everything)
-                comparison, problem = _comparison(original, record, chosen, ranks)
+                own = _share(candidate.weights, chosen, ranks)
+                comparison, problem = compared_source(original, record, own, ranks)
                 _note_other_source(problem, source, found)
-                wrong = _wrong(candidate, comparison, chosen, safe_point, ranks)
+                wrong = _wrong(candidate, comparison, own, safe_point, ranks)
                 found.compared |= {name: len(chosen)} if comparison is not None else {}
                 found.findings += [
-                    FileFinding(_file_of(record, name, home, part), repr(part), text) for part, text in wrong
+                    FileFinding(_file_of(record, name, home, part), repr(part), text) for part, text in wrong.items()
                 ]
             except ImportError as error:
                 found.not_checked.append(f"{name}, beyond the bytes of its files: {error}")
@@ -276,17 +277,21 @@ def _check_contents(
     return OpenedOutput(weights, scales, output["weight_errors"], is_gguf)
 
 
+def _share(weights: Weights, chosen: list[str], ranks: Ranks) -> list[str]:
+    """Returns this rank's parameters: about as many weights as any other's."""
+    return [chosen[place] for place in dealt([prod(weights.shape(name)) for name in chosen], ranks.size)[ranks.rank]]
+
+
 def _wrong(
     candidate: OpenedOutput,
     comparison: SourceComparison | None,
-    chosen: list[str],
+    own: list[str],
     safe_point: Callable[[int, int, str], None],
     ranks: Ranks,
-) -> list[tuple[str, str]]:
-    """Decodes parameters, each rank its share, and compares them with the source where it is there; returns parameter
-    and problem. Raises ImportError on all ranks where one cannot import a format's package."""
-    done, sizes = 0, [prod(candidate.weights.shape(name)) for name in chosen]
-    own = [chosen[place] for place in sorted(dealt(sizes, ranks.size)[ranks.rank])]
+) -> dict[str, str]:
+    """Decodes this rank's parameters and compares them with the source where it is there; returns all ranks' parameter
+    -> problem. Raises ImportError on all ranks where one cannot import a format's package."""
+    done = 0
 
     def after(parameter: str) -> None:
         nonlocal done
@@ -303,25 +308,7 @@ def _wrong(
     for _, without in parts:
         if without is not None:
             raise ImportError(without)
-    problems = {name: problem for found, _ in parts for name, problem in found.items()}
-    return [(name, problems[name]) for name in chosen if name in problems]
-
-
-def _comparison(
-    original: Checkpoint | None, record: dict[str, Any], chosen: list[str], ranks: Ranks
-) -> tuple[SourceComparison | None, str | None]:
-    """Returns the source where it is there and still the recorded one, and the problem where it is a different one."""
-    if original is None:
-        return None, None
-    layers = {layer.index: layer for layer in Skeleton(original).layers}
-    comparison = SourceComparison(original, layers, record["source"]["tensors_sha256"])
-    own = in_threads(comparison.is_recorded_source, chosen[ranks.rank :: ranks.size], lambda name: None)
-    same = {name: one for part in ranks.gather(own) for name, one in part.items()}
-    other = next((name for name in chosen if not same[name]), None)
-    if other is None:
-        return comparison, None
-    problem = f"{original.folder}: tensor {other!r} is not the one that the output was made from (the hash differs)"
-    return None, f"{problem}; name the original release"
+    return dict(sorted((name, problem) for found, _ in parts for name, problem in found.items()))
 
 
 def _note_other_source(problem: str | None, named: str | None, found: Verification) -> None:

@@ -13,7 +13,9 @@ from dsquant.files.sealing import in_threads
 from dsquant.formats.gguf.layout import placements
 from dsquant.formats.gguf.target import error_step
 from dsquant.formats.scales import recorded_fold
+from dsquant.jobs.ranks import Ranks
 from dsquant.model.overlays import Fold
+from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import DecoderLayer
 from dsquant.source.checkpoint import Checkpoint, stored_parts
 from dsquant.source.scan import scan_tensor
@@ -69,6 +71,22 @@ class SourceComparison:
         index = self.original.index
         parts = stored_parts(index, name)
         return bool(parts) and all(scan_tensor(index, index[part]) == self.hashes.get(part) for part in parts)
+
+
+def compared_source(
+    original: Checkpoint | None, record: dict[str, Any], own: list[str], ranks: Ranks
+) -> tuple[SourceComparison | None, str | None]:
+    """Returns the source where it is there and all ranks' own parameters are the recorded ones, or the problem."""
+    if original is None:
+        return None, None
+    layers = {layer.index: layer for layer in Skeleton(original).layers}
+    comparison = SourceComparison(original, layers, record["source"]["tensors_sha256"])
+    same = in_threads(comparison.is_recorded_source, own, lambda name: None)
+    other = next((name for part in ranks.gather(same) for name, is_same in part.items() if not is_same), None)
+    if other is None:
+        return comparison, None
+    problem = f"{original.folder}: tensor {other!r} is not the one that the output was made from (the hash differs)"
+    return None, f"{problem}; name the original release"
 
 
 def chosen_parameters(candidate: OpenedOutput, everything: bool) -> list[str]:
