@@ -20,6 +20,7 @@ from dsquant.model.overlays import ReplacedWeights
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import embed, final_norm, head_name
 from dsquant.pipeline import units as conversion
+from dsquant.presets import PRESET_STEPS
 from dsquant.quantization.layer_job import LayerJob, QuantizedStream
 from dsquant.quantization.sequential import quantize_sequentially
 from dsquant.schemes import UNQUANTIZED, Grid, QuantizedWeight
@@ -128,11 +129,11 @@ def _options(output: Path, text: Path, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [None, "scales,compensate,follow,predictions"])
+@pytest.mark.parametrize("steps", [",".join(PRESET_STEPS["best"]), "scales,compensate,follow,predictions"])
 def test_interrupted_in_every_layer_and_resumed_it_writes_the_same_bytes(
-    pico_r1: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: str | None
+    pico_r1: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: str
 ) -> None:
-    formats = "compressed-tensors" if steps else ["awq", "compressed-tensors"]
+    formats = ["compressed-tensors"] if "predictions" in steps else ["awq", "compressed-tensors"]
     more = {"to": formats, "mtp": "quantize", "steps": steps}
     dsquant.awq(pico_r1, **_options(tmp_path / "whole", text_file, **more))
     calls = 0
