@@ -28,8 +28,9 @@ def range_parameters(
     Asymmetric: scale = (max - min) / largest code, zero point = round(-min / scale), the range widened to hold 0
     (AutoAWQ's `pseudo_quantize_tensor`). Symmetric: scale = max|w| / (largest code / 2), zero point (largest + 1) / 2
     (compressed-tensors' `calculate_qparams`); there all ratios but the first negate the scale of a group whose largest
-    weight is positive: code 0 reaches one step farther than the largest code (as AutoRound's full range). The weight is
-    float32 [O, I] of any strides; on a GPU the group size is a power of two. The same bits on every device.
+    weight is positive: code 0 reaches one step farther than the largest code (as AutoRound's full range), and a
+    negative ratio gives a group the other sign. The weight is float32 [O, I] of any strides; on a GPU the group size is
+    a power of two. The same bits on every device.
     """
     if weight_OI.is_cuda:
         from dsquant.kernels import rounding_triton

@@ -22,6 +22,8 @@ GROUP_SIZES = (128, 64, 32)
 SCALE_BITS = 16
 # AutoAWQ goes down to 0.55 in steps of 0.05; less than 0.65 was never chosen, so the same number of steps is finer.
 CLIP_RATIOS = tuple(1 - step / 25 for step in range(10))
+# Up to so many bits a symmetric scale's sign is tried both ways: of few levels, the one more on one side counts more.
+BITS_OF_BOTH_SIGNS = 3
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class Grid(Scheme):
 
     @property
     def clip_ratios(self) -> tuple[float, ...]:
-        """From the whole range down to 0.64 of it."""
+        """From the whole range down to 0.64 of it; in symmetric groups of few bits again with the other sign."""
+        if self.symmetric and self.bits <= BITS_OF_BOTH_SIGNS:
+            return (*CLIP_RATIOS, *(-ratio for ratio in CLIP_RATIOS))
         return CLIP_RATIOS
 
     def parameters(

@@ -34,7 +34,7 @@ def _same_rounding(rows: int, size: int, num_groups: int, levels: Levels, seed: 
     from dsquant.kernels import rounding_triton
 
     weight_OI = coarse_weight(rows, num_groups * size, seed)
-    ratios = (1.0, 0.96, 0.31)
+    ratios = (1.0, 0.96, 0.31, -0.7) if levels.symmetric else (1.0, 0.96, 0.31)
     candidates = grids.range_parameters_reference(weight_OI, size, levels, ratios)
     for strides_OI in (weight_OI.to(DEVICE), weight_OI.to(DEVICE).T.contiguous().T):
         found = rounding_triton.range_parameters(strides_OI, size, levels, ratios)

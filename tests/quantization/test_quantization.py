@@ -97,6 +97,16 @@ def test_symmetric_codes_reach_farther_on_the_side_of_a_groups_largest_weight(bi
     assert torch.equal(found[1].dequantize(), -found[0].dequantize())
 
 
+def test_two_bits_take_the_sign_that_costs_less_not_the_largest_weights() -> None:
+    weight = torch.tensor([[-1.0, -0.5, 0.0, 0.0] * 8])
+    weight[0, 3] = 1.1  # -1 and -0.5 want two levels below zero, and it one level above
+    moments = moments_of(torch.eye(32))
+    for one, sign in ((weight, 1), (-weight, -1)):
+        found = clipped_weight(one, Grid(2, 32, symmetric=True), moments)
+        assert float(found.scales_OG) * sign == pytest.approx(0.53, abs=0.01)
+        assert found.codes_OI.unique().tolist() == [0, 1, 2, 3]
+
+
 def test_identity_is_always_a_candidate_and_scales_help_where_inputs_differ() -> None:
     inputs = correlated(512, 256, 7)
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(8))
