@@ -44,7 +44,7 @@ class Levels:
     thresholds: tuple[float, ...] = ()
     """A value has as many of them below it as its code says; midpoints of the table, as the format breaks ties."""
     fixed: bool = False
-    """Whether integers' scales stay as a search found them: a format stores them with few bits, or negative ones."""
+    """Whether integers' scales stay as a search found them: a format stores them with few bits."""
 
     @property
     def middle(self) -> int:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,6 +32,7 @@ from dsquant.verification.decoded_values import (
     chosen_parameters,
     compared_source,
     problems_of,
+    share_of,
     undecodable,
     wrong_value,
 )
@@ -133,13 +133,12 @@ def verify(
                 if candidate is None:
                     continue
                 chosen = chosen_parameters(candidate, everything)
-                own = _share(candidate.weights, chosen, ranks)
-                comparison, problem = compared_source(original, record, own, ranks)
+                comparison, problem = compared_source(original, record, candidate, chosen, ranks)
                 _note_other_source(problem, source, found)
-                wrong = _wrong(candidate, comparison, own, safe_point, ranks)
+                wrong = _wrong(candidate, comparison, chosen, safe_point, ranks)
                 found.compared |= {name: len(chosen)} if comparison is not None else {}
                 found.findings += [
-                    FileFinding(_file_of(record, name, home, part), repr(part), text) for part, text in wrong.items()
+                    FileFinding(_file_of(record, name, home, part), repr(part), text) for part, text in wrong
                 ]
             except ImportError as error:
                 found.not_checked.append(f"{name}, beyond the bytes of its files: {error}")
@@ -277,21 +276,16 @@ def _check_contents(
     return OpenedOutput(weights, scales, output["weight_errors"], is_gguf)
 
 
-def _share(weights: Weights, chosen: list[str], ranks: Ranks) -> list[str]:
-    """Returns this rank's parameters: about as many weights as any other's."""
-    return [chosen[place] for place in dealt([prod(weights.shape(name)) for name in chosen], ranks.size)[ranks.rank]]
-
-
 def _wrong(
     candidate: OpenedOutput,
     comparison: SourceComparison | None,
-    own: list[str],
+    chosen: list[str],
     safe_point: Callable[[int, int, str], None],
     ranks: Ranks,
-) -> dict[str, str]:
-    """Decodes this rank's parameters and compares them with the source where it is there; returns all ranks' parameter
-    -> problem. Raises ImportError on all ranks where one cannot import a format's package."""
-    done = 0
+) -> list[tuple[str, str]]:
+    """Decodes parameters, each rank its share, and compares them with the source where it is there; returns parameter
+    and problem. Raises ImportError on all ranks where one cannot import a format's package."""
+    done, own = 0, share_of(candidate, chosen, ranks)
 
     def after(parameter: str) -> None:
         nonlocal done
@@ -308,7 +302,8 @@ def _wrong(
     for _, without in parts:
         if without is not None:
             raise ImportError(without)
-    return dict(sorted((name, problem) for found, _ in parts for name, problem in found.items()))
+    problems = {name: problem for found, _ in parts for name, problem in found.items()}
+    return [(name, problems[name]) for name in chosen if name in problems]
 
 
 def _note_other_source(problem: str | None, named: str | None, found: Verification) -> None:

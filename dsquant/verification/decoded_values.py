@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from threading import Condition
 from typing import Any
 
@@ -13,7 +14,7 @@ from dsquant.files.sealing import in_threads
 from dsquant.formats.gguf.layout import placements
 from dsquant.formats.gguf.target import error_step
 from dsquant.formats.scales import recorded_fold
-from dsquant.jobs.ranks import Ranks
+from dsquant.jobs.ranks import Ranks, dealt
 from dsquant.model.overlays import Fold
 from dsquant.model.skeleton import Skeleton
 from dsquant.model.structure import DecoderLayer
@@ -73,16 +74,23 @@ class SourceComparison:
         return bool(parts) and all(scan_tensor(index, index[part]) == self.hashes.get(part) for part in parts)
 
 
+def share_of(candidate: OpenedOutput, chosen: list[str], ranks: Ranks) -> list[str]:
+    """Returns this rank's parameters, in their order: about as many weights as any other rank's."""
+    places = dealt([prod(candidate.weights.shape(name)) for name in chosen], ranks.size)[ranks.rank]
+    return [chosen[place] for place in sorted(places)]
+
+
 def compared_source(
-    original: Checkpoint | None, record: dict[str, Any], own: list[str], ranks: Ranks
+    original: Checkpoint | None, record: dict[str, Any], candidate: OpenedOutput, chosen: list[str], ranks: Ranks
 ) -> tuple[SourceComparison | None, str | None]:
-    """Returns the source where it is there and all ranks' own parameters are the recorded ones, or the problem."""
+    """Returns the source where it is there and still the recorded one, and the problem where it is a different one."""
     if original is None:
         return None, None
     layers = {layer.index: layer for layer in Skeleton(original).layers}
     comparison = SourceComparison(original, layers, record["source"]["tensors_sha256"])
-    same = in_threads(comparison.is_recorded_source, own, lambda name: None)
-    other = next((name for part in ranks.gather(same) for name, is_same in part.items() if not is_same), None)
+    own = in_threads(comparison.is_recorded_source, share_of(candidate, chosen, ranks), lambda name: None)
+    same = {name: one for part in ranks.gather(own) for name, one in part.items()}
+    other = next((name for name in chosen if not same[name]), None)
     if other is None:
         return comparison, None
     problem = f"{original.folder}: tensor {other!r} is not the one that the output was made from (the hash differs)"
