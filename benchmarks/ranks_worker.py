@@ -21,6 +21,7 @@ import torch
 
 from dsquant.cli import main as cli
 from dsquant.evaluation.reading import SideStream
+from dsquant.formats.gguf.shared_hashes import SharedHashes
 from dsquant.formats.write_behind import WriteBehind
 from dsquant.jobs import ranks as ranks_module
 from dsquant.jobs.ranks import Ranks, joined
@@ -76,6 +77,7 @@ def watch(clock: Clock) -> None:
     for owner, attribute in ((ShardIndex, "read"), (ReadAhead, "take"), (units, "hash_unit")):
         clock.wrap(owner, attribute, "reading")
     clock.wrap(SideStream, "queued", "kernels")
+    clock.wrap(SharedHashes, "_own", "hashing")
     for owner, attribute in ((WriteBehind, "write"), (WriteBehind, "wait"), (writers.Writers, "finish")):
         clock.wrap(owner, attribute, "writing")
     exchange, alone = Ranks._exchange, Ranks.alone
