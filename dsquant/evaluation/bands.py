@@ -35,7 +35,7 @@ def verdict(name: str, mean_kls: dict[str, float]) -> str:
     """Returns a sentence about a candidate with the mean KL divergence of each text, judged by the largest."""
     text = max(mean_kls, key=lambda one: (mean_kls[one] != mean_kls[one], mean_kls[one]))
     words = in_words(mean_kls[text])
-    nearer = " More bits, --preset best or more samples bring it nearer." if words == BEYOND else ""
+    nearer = " More bits or more samples of calibration bring it nearer." if words == BEYOND else ""
     return f"{name} is {words} (mean KL {mean_kls[text]:.4f} on {text}).{nearer}"
 
 

@@ -10,6 +10,7 @@ Shape legend: N samples, T tokens of a sample, B blocks, D draws.
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +18,7 @@ import numpy as np
 BLOCK_TOKENS = 64
 DRAWS = 2000
 CONFIDENCE = 0.95
+LARGEST_LOGIT = 100.0
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,13 @@ def bootstrap_mean(
     confidence: float = CONFIDENCE,
     seed: int = 0,
     block_tokens: int = BLOCK_TOKENS,
-    signed: bool = False,
+    kind: Literal["any", "signed", "share"] = "any",
 ) -> Interval:
     """Returns the mean of values of tokens [N, T] with an interval from the block bootstrap (percentiles of 2000
     draws), as wide as Student's for few blocks.
 
-    The interval is the whole line where there is only one block. `signed` values could be negative where none is.
+    The interval is the whole line where there is only one block. `signed` values could be negative where none is; a
+    `share` is from 0 to 1.
     """
     sums_B, counts_B = _blocks(np.asarray(values_NT, dtype=np.float64), block_tokens)
     estimate, blocks = float(sums_B.sum() / counts_B.sum()), len(sums_B)
@@ -58,8 +61,10 @@ def bootstrap_mean(
     stretch_D = np.sqrt(blocks / draw.chisquare(blocks - 1, DRAWS))
     means_D = estimate + (means_D - estimate) * stretch_D
     low, high = np.quantile(means_D, [(1 - confidence) / 2, (1 + confidence) / 2])
-    # of what cannot be negative the distance below is one of logarithms
-    if not signed and np.min(values_NT) >= 0 < estimate:
+    if kind == "share" and 0 < estimate < 1:  # both distances are those of the logits
+        logits = np.log(estimate / (1 - estimate)) + (np.array([low, high]) - estimate) / (estimate * (1 - estimate))
+        low, high = 1 / (1 + np.exp(-logits.clip(-LARGEST_LOGIT, LARGEST_LOGIT)))
+    elif kind != "signed" and np.min(values_NT) >= 0 < estimate:  # below what cannot be negative, of the logarithms
         low = estimate * np.exp(low / estimate - 1)
     return Interval(estimate, float(low), float(high), blocks)
 

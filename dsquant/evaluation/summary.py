@@ -41,8 +41,8 @@ def text_scores(scores: TokenScores, confidence: float = CONFIDENCE, seed: int =
             mean_kl_reverse=bootstrap_mean(reverse_NT, confidence, seed),
             kl=ladder(kl_NT),
             kl_reverse=ladder(reverse_NT),
-            top1_agreement=bootstrap_mean(scores.same_top_NT.numpy(), confidence, seed),
-            top5_agreement=bootstrap_mean(scores.top5_overlap_NT.numpy(), confidence, seed),
+            top1_agreement=bootstrap_mean(scores.same_top_NT.numpy(), confidence, seed, kind="share"),
+            top5_agreement=bootstrap_mean(scores.top5_overlap_NT.numpy(), confidence, seed, kind="share"),
             delta_p=ladder(delta_p_NT),
             delta_p_rms=float(np.sqrt((delta_p_NT**2).mean())),
             kl_by_position=_by_position(scores.kl_NT),
@@ -77,7 +77,9 @@ def layer_scores(
             local_error=one.local_error,
             local_attention_error=one.local_attention_error,
             local_mlp_error=one.local_mlp_error,
-            router_overlap=None if one.overlap_NT is None else bootstrap_mean(one.overlap_NT.numpy(), confidence, seed),
+            router_overlap=None
+            if one.overlap_NT is None
+            else bootstrap_mean(one.overlap_NT.numpy(), confidence, seed, kind="share"),
             local_router_overlap=one.local_overlap,
             router_weight_distance=one.weight_distance,
             load_shift=one.load_shift,

@@ -55,6 +55,14 @@ def test_intervals_of_few_blocks_hold_the_truth_too(blocks: int) -> None:
     assert 0.9 < np.mean([one.low <= 0 <= one.high for one in found]) <= 0.98
 
 
+@pytest.mark.parametrize(("share", "blocks"), [(0.6, 2), (0.9, 4), (0.9, 12), (0.98, 12)])
+def test_intervals_of_shares_end_between_0_and_1_and_hold_the_truth(share: float, blocks: int) -> None:
+    values = np.random.default_rng(2).random(size=(200, blocks, 64)) < share
+    found = [bootstrap_mean(values_NT, kind="share") for values_NT in values]
+    assert all(0 <= one.low <= one.estimate <= one.high <= 1 for one in found)
+    assert np.mean([one.low <= share <= one.high for one in found]) > 0.9
+
+
 def test_a_constant_has_an_interval_of_no_width_and_one_block_has_none() -> None:
     assert bootstrap_mean(np.full((2, 200), 3.0)) == Interval(3.0, 3.0, 3.0, 8)
     alone = bootstrap_mean(np.arange(10.0)[None])

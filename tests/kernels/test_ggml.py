@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dsquant.formats.gguf import store
 from dsquant.formats.gguf.types import FLOAT_TYPES, MIXTURES, TYPES, file_type_of, row_bytes
 from dsquant.kernels import ggml
+from dsquant.schemes.ggml_types import BLOCK_TYPES
 
 # --- quantizers
 
@@ -76,4 +77,27 @@ def test_code_books_are_searched_by_pytorch_where_ggml_is_not_installed(monkeypa
     error = float((store.decoded_rows(stored, "IQ2_XXS") - rows_RI).norm() / rows_RI.norm())
     assert error < LARGEST_ERROR["IQ2_XXS"]
     note = store.check_quantizer({"IQ2_XXS", "Q4_K", "MXFP4"}, on_gpu=False, has_importances=True)
-    assert note is not None and "Q4_K by dsquant's PyTorch code; IQ2_XXS by" in note and "MXFP4" not in note
+    assert note is not None and "IQ2_XXS, Q4_K, more slowly, and a hundred times as slowly for IQ2_XXS" in note
+    assert "MXFP4" not in note
+    assert store.check_quantizer({"IQ2_XXS", "Q4_K"}, on_gpu=True, has_importances=True) is None
+
+
+@pytest.mark.parametrize("type_name", sorted(BLOCK_TYPES))
+@pytest.mark.parametrize("weighted", [True, False])
+def test_what_a_gpu_stores_errs_no_more_than_ggmls_rows(
+    type_name: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows_RI, importance_I = torch.randn(16, 512, generator=generator), None
+    if weighted:
+        importance_I = torch.exp(torch.randn(512, generator=generator)) * 1e30
+    by_ggml = store.stored_rows(rows_RI, type_name, importance_I)
+    monkeypatch.setattr(store.ggml, "library", lambda: None)
+    own = store.stored_rows(rows_RI, type_name, importance_I)
+    assert own.shape == by_ggml.shape
+    weights_I = torch.ones(512) if importance_I is None else importance_I / 1e30
+    own_error, error = (
+        float(((store.decoded_rows(stored, type_name) - rows_RI).square() * weights_I).sum())
+        for stored in (own, by_ggml)
+    )
+    assert own_error < 1.01 * error

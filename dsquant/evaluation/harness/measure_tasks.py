@@ -175,7 +175,7 @@ def _mean_difference(differences_N: np.ndarray, largest: float | None, drawing: 
     """Returns a mean over documents; `largest` is the largest difference that shares can have, None of other scores."""
     if largest is not None:
         return paired_shares(differences_N, drawing.confidence, largest)
-    return bootstrap_mean(differences_N[:, None], drawing.confidence, drawing.seed, block_tokens=1, signed=True)
+    return bootstrap_mean(differences_N[:, None], drawing.confidence, drawing.seed, block_tokens=1, kind="signed")
 
 
 def _error_of_mean(values_N: np.ndarray) -> float | None:

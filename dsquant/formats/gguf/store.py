@@ -1,4 +1,4 @@
-"""Encodes rows of weights as a GGUF type's bytes, with the best quantizer installed."""
+"""Encodes rows of weights as a GGUF type's bytes: by dsquant's kernels on a GPU, by ggml on a CPU that has it."""
 
 from collections.abc import Collection
 from typing import Any
@@ -7,51 +7,41 @@ import torch
 
 from dsquant.errors import UsageError
 from dsquant.formats.gguf import float_blocks
+from dsquant.formats.gguf.block_bytes import packed
 from dsquant.formats.gguf.types import FLOAT_TYPES, NEED_IMPORTANCES
 from dsquant.kernels import code_book_search, code_books, ggml, k_quants
+from dsquant.schemes import quantized
+from dsquant.schemes.ggml_types import BLOCK_TYPES
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Types with kernels for a GPU, whose PyTorch references serve where ggml is not installed.
-_WITH_KERNELS = (*k_quants.ROW_BLOCKS, *code_books.TYPES)
-_BY_GGUF_PY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
+# Weights that are rounded together by the code of schemes, which needs some 40 bytes for each.
+WEIGHTS_AT_ONCE = 2**22
 _INSTALL = "pip install 'dsquant[gguf]'"
 
 
 def quantizer_name(on_gpu: bool) -> str:
     """Returns the name of the code that quantizes; jobs with the same name write the same bytes."""
-    rest = "ggml (xllamacpp)" if ggml.library() is not None else "PyTorch and gguf-py"
-    return f"Triton ({', '.join(_WITH_KERNELS)}), {rest}" if on_gpu else rest
+    return "Triton" if on_gpu else "PyTorch" if ggml.library() is None else "ggml (xllamacpp)"
 
 
 def check_quantizer(type_names: Collection[str], on_gpu: bool, has_importances: bool) -> str | None:
-    """Returns a note for the user where ggml is missing but needed for the planned types; raises UsageError where
-    nothing installed quantizes to one of them, or one needs importances."""
+    """Returns a note for the user where ggml is missing but would be faster for the planned types; raises UsageError
+    where one of them needs importances."""
     needing = () if has_importances else [name for name in NEED_IMPORTANCES if name in type_names]
     if needing:
         raise UsageError(
             f"the types {', '.join(needing)} need to know which columns matter: give --calibration or --imatrix; "
             "IQ3_S, Q2_K and larger types do without"
         )
-    own = (*FLOAT_TYPES, *float_blocks.TYPES, *(_WITH_KERNELS if on_gpu else ()))
-    quantized = sorted(set(type_names).difference(own))
-    if ggml.library() is not None or not quantized:
+    slower = sorted(set(type_names).difference(FLOAT_TYPES, float_blocks.TYPES))
+    if on_gpu or ggml.library() is not None or not slower:
         return None
-    missing = [name for name in quantized if not is_available(name)]
-    if missing:
-        raise UsageError(f"the types {', '.join(missing)} need ggml's quantizers; install them with: {_INSTALL}")
-    ways: dict[str, Collection[str]] = {
-        "by dsquant's PyTorch code": k_quants.ROW_BLOCKS,
-        "by dsquant's PyTorch code, a hundred times as slowly": code_books.TYPES,
-        "by gguf-py, which weighs all columns alike": _BY_GGUF_PY,
-    }
-    found = {way: [name for name in quantized if name in types] for way, types in ways.items()}
-    words = "; ".join(f"{', '.join(names)} {way}" for way, names in found.items() if names)
-    return f"ggml's quantizers are not installed: {words}. To have them: {_INSTALL}"
-
-
-def is_available(type_name: str) -> bool:
-    """Returns whether something installed can quantize to a type."""
-    return ggml.library() is not None or type_name in (*_WITH_KERNELS, *float_blocks.TYPES, *_BY_GGUF_PY)
+    books = [name for name in slower if name in code_books.TYPES]
+    much = f", and a hundred times as slowly for {', '.join(books)}" if books else ""
+    return (
+        f"ggml's quantizers are not installed: PyTorch code makes {', '.join(slower)}, more slowly{much}; "
+        f"to have them: {_INSTALL}"
+    )
 
 
 def stored_rows(
@@ -67,24 +57,24 @@ def stored_rows(
         return rows_RI.to(_DTYPES[type_name]).contiguous().view(torch.uint8)
     weights_I = torch.ones(rows_RI.shape[1]) if importance_I is None else importance_I
     if type_name in (*code_books.TYPES, *float_blocks.TYPES):  # ggml ends the process where products overflow
-        weights_I = (weights_I / weights_I.double().mean()).float()
+        weights_I = _relative(weights_I)
     if type_name in float_blocks.TYPES:
         return float_blocks.quantize(rows_RI, type_name, weights_I, tensor_scale)
-    if rows_RI.is_cuda and type_name in _WITH_KERNELS:
-        return _by_kernel(rows_RI, type_name, weights_I)
-    rows_RI, weights_I = rows_RI.cpu(), weights_I.cpu()
-    if ggml.library() is not None:
-        return ggml.quantize(rows_RI, type_name, weights_I)
-    if type_name in _WITH_KERNELS:
-        return _by_kernel(rows_RI, type_name, weights_I)
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
-    return torch.from_numpy(quantize(rows_RI.numpy(), GGMLQuantizationType[type_name]))
+    if rows_RI.is_cuda or ggml.library() is None:
+        return _by_own_code(rows_RI, type_name, weights_I)
+    return ggml.quantize(rows_RI.cpu(), type_name, weights_I.cpu())
 
 
-def _by_kernel(rows_RI: torch.Tensor, type_name: str, weights_I: torch.Tensor) -> torch.Tensor:
+def _relative(weights_I: torch.Tensor) -> torch.Tensor:
+    return (weights_I / weights_I.double().mean()).float()
+
+
+def _by_own_code(rows_RI: torch.Tensor, type_name: str, weights_I: torch.Tensor) -> torch.Tensor:
     """By Triton on a GPU, by PyTorch elsewhere."""
+    if type_name not in (*k_quants.ROW_BLOCKS, *code_books.TYPES):
+        scheme, weights_I = BLOCK_TYPES[type_name], _relative(weights_I).to(rows_RI.device)
+        parts = rows_RI.float().split(max(1, WEIGHTS_AT_ONCE // rows_RI.shape[1]))
+        return torch.cat([packed(quantized(*scheme.round_plainly(part, weights_I), scheme)) for part in parts])
     kernels: Any = code_book_search if type_name in code_books.TYPES else k_quants
     if rows_RI.is_cuda:
         from dsquant.kernels import code_books_triton, k_quants_triton

@@ -90,7 +90,7 @@ def plan_model(
     `parameters` are the source's that the model gets, in order, `num_mtp_layers` multi-token-prediction layers among
     them. A file holds at most `max_file_bytes` of tensor data, 0 makes one file; its name has `label` in place of the
     type. Raises InputError where a parameter has no place in GGUF, or the tokenizer is unknown to llama.cpp; UsageError
-    where nothing installed can quantize to a type, or one needs importances and there are none.
+    where a type needs importances and there are none.
     """
     family = family_of(checkpoint.folder, checkpoint.config)
     config, rotary = network_config(family, checkpoint.config), network_rotary(family, checkpoint.config)

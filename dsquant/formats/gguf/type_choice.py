@@ -10,7 +10,6 @@ from math import prod
 
 from dsquant.errors import UsageError
 from dsquant.formats.gguf.files import GgufTensor
-from dsquant.formats.gguf.store import is_available
 from dsquant.formats.gguf.target import EMBEDDING, places_of
 from dsquant.formats.gguf.types import (
     CANDIDATES,
@@ -95,4 +94,4 @@ def _candidates(overrides: Sequence[re.Pattern[str]], tensor: GgufTensor, outsid
         return ()
     wanted = [name for name in CANDIDATES if not outside or name not in NEED_IMPORTANCES]
     types = dict.fromkeys(fitting_type(name, tensor.shape[-1]) for name in wanted)
-    return tuple(name for name in types if name not in FLOAT_TYPES and is_available(name))
+    return tuple(name for name in types if name not in FLOAT_TYPES)
