@@ -275,7 +275,7 @@ def _assumptions(makings: tuple[BuildCost, ...]) -> Iterator[str]:
         on_gpu = [one for making in some for one in (making.search_on_gpu, making.evaluate_on_gpu) if one]
         words = {one.name: f"{_duration(one.hours)} ({one.assumption})" for one in on_gpu}
         where = "GGUF" if is_gguf else "other formats"
-        evaluated = ", evaluation as above" if is_gguf else ""
+        evaluated = ", and on the CPU evaluate as above, or not (--no-evaluate)" if is_gguf else ""
         if words:
             told = "; ".join(f"{name} {found}" for name, found in words.items())
             yield f"{where}, instead of all of these: {told}{evaluated}"
@@ -300,4 +300,6 @@ def _speeds(forecast: "Forecast") -> Iterator[str]:
 
 def _speed(values: Range) -> str:
     low, high = values.low / 1e9, values.high / 1e9
-    return f"{low:,.3g} GB/s" if low == high else f"{low:,.4g} to {high:,.4g} GB/s"
+    if low == high:
+        return f"{low:,.0f} GB/s" if low >= 100 else f"{low:.3g} GB/s"
+    return f"{low:,.4g} to {high:,.4g} GB/s"

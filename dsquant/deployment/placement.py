@@ -142,9 +142,9 @@ def _place_parallel(output: OutputSize, network: Network, machine: Machine, cont
     max_context = int(room / kv_per_rank)
     if max_context < context:
         needed = output.served_bytes / count + GPU_RESERVE_BYTES + context * kv_per_rank
+        where = "the GPU, which has" if count == 1 else f"each of {count} GPUs, each has"
         return _impossible(
-            f"needs {needed / ENGINE_SHARE / 2**30:.0f} GiB on each of {count} GPUs, each has "
-            f"{machine.gpus.memory_bytes / 2**30:.0f}",
+            f"needs {needed / ENGINE_SHARE / 2**30:.0f} GiB on {where} {machine.gpus.memory_bytes / 2**30:.0f}",
             kv_bytes,
         )
     experts, rest = _active_bytes(output, network)
