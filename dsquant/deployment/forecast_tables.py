@@ -275,7 +275,7 @@ def _assumptions(makings: tuple[BuildCost, ...]) -> Iterator[str]:
         on_gpu = [one for making in some for one in (making.search_on_gpu, making.evaluate_on_gpu) if one]
         words = {one.name: f"{_duration(one.hours)} ({one.assumption})" for one in on_gpu}
         where = "GGUF" if is_gguf else "other formats"
-        evaluated = ", and on the CPU evaluate as above, or not (--no-evaluate)" if is_gguf else ""
+        evaluated = ", and evaluation on the CPU as above (--no-evaluate leaves it out)" if is_gguf else ""
         if words:
             told = "; ".join(f"{name} {found}" for name, found in words.items())
             yield f"{where}, instead of all of these: {told}{evaluated}"

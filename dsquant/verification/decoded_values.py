@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
 from threading import Condition
 from typing import Any
 
@@ -76,7 +75,7 @@ class SourceComparison:
 
 def share_of(candidate: OpenedOutput, chosen: list[str], ranks: Ranks) -> list[str]:
     """Returns this rank's parameters, in their order: about as many weights as any other rank's."""
-    places = dealt([prod(candidate.weights.shape(name)) for name in chosen], ranks.size)[ranks.rank]
+    places = dealt([math.prod(candidate.weights.shape(name)) for name in chosen], ranks.size)[ranks.rank]
     return [chosen[place] for place in sorted(places)]
 
 

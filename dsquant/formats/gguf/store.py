@@ -14,7 +14,7 @@ from dsquant.schemes import quantized
 from dsquant.schemes.ggml_types import BLOCK_TYPES
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Weights that are rounded together by the code of schemes, which needs some 40 bytes for each.
+# Weights that schemes round together: it bounds what that takes beside them on a GPU.
 WEIGHTS_AT_ONCE = 2**22
 _INSTALL = "pip install 'dsquant[gguf]'"
 
