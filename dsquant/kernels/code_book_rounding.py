@@ -1,7 +1,7 @@
 """Rounding to code books under scales that were found before, alone and with later vectors compensating earlier ones.
 
-The scales of a super-block come from ggml on a CPU and from a search of all points on a GPU. Under a scale, a vector
-takes the point of the least squared error, weighed by what a column's error costs. Compensation is GPTQ's with vectors
+The scales of a super-block come from ggml on a CPU and from `code_book_search` on a GPU. Under a scale, a vector takes
+the point of the least squared error, weighed by what a column's error costs. Compensation is GPTQ's with vectors
 in the place of columns (as GPTVQ's, van Baalen et al., arXiv 2402.15319): with U the upper Cholesky factor of the
 inverse Gram matrix and D the errors of 8 columns, E = U_bb^-T D is what later columns k change by, -U_bk^T E.
 
@@ -14,14 +14,15 @@ from functools import cache
 import torch
 
 from dsquant.kernels import ggml
-from dsquant.kernels.code_book_search import PRODUCTS_AT_ONCE, search
+from dsquant.kernels.code_book_neighbours import nearest
+from dsquant.kernels.code_book_search import SUPERS_AT_ONCE, search
 from dsquant.kernels.code_books import (
     TYPES,
+    VECTOR,
     BlockScales,
     Chosen,
     Vectors,
     points_of,
-    points_on,
     scales_of,
     signs_of,
     values_of,
@@ -29,8 +30,6 @@ from dsquant.kernels.code_books import (
 )
 from dsquant.kernels.values import SUPER_BLOCK, CompensatedBlocks
 
-# Columns whose signs are stored together: those of one point, or of two.
-VECTOR = 8
 # ggml ends a process whose products overflow: importances beyond these shares of their mean weigh no more, or no less,
 # and weights beyond what any scale in float16 reaches are no larger.
 IMPORTANCES = 1e-4, 1e4
@@ -84,7 +83,7 @@ def points_of_codes(codes_NW: torch.Tensor, factor_S: torch.Tensor, level_N: tor
 
 def block_scales(weight_OI: torch.Tensor, importance_I: torch.Tensor, type_name: str) -> BlockScales:
     """Searches the scales of all blocks; importances, float32 [I], weigh columns' squared errors."""
-    if _all_points(weight_OI):
+    if _by_search(weight_OI):
         return _searched(weight_OI, importance_I, type_name)[1]
     return _by_ggml(weight_OI, importance_I, type_name)[1]
 
@@ -96,8 +95,8 @@ def _by_ggml(weight_OI: torch.Tensor, importance_I: torch.Tensor, type_name: str
     return stored, _scales(len(weight_OI), factor_S, level_SB, alternative_SB)
 
 
-def _all_points(weight_OI: torch.Tensor) -> bool:
-    """Whether all points are tried for all scales: on a GPU, and where ggml is not installed."""
+def _by_search(weight_OI: torch.Tensor) -> bool:
+    """Whether scales are searched here: on a GPU, and where ggml is not installed."""
     return weight_OI.is_cuda or ggml.library() is None
 
 
@@ -119,9 +118,8 @@ def _scales(num_rows: int, factor_S: torch.Tensor, level_SB: torch.Tensor, alter
 
 
 def _searched(weight_OI: torch.Tensor, importance_I: torch.Tensor, type_name: str) -> tuple[torch.Tensor, BlockScales]:
-    """Codes, uint8 [O, I], and scales of a search of all points."""
-    find, kind, points_AKP = search, TYPES[type_name], points_on(weight_OI.device, type_name)
-    at_once = max(1, PRODUCTS_AT_ONCE * points_AKP.shape[2] // (SUPER_BLOCK * points_AKP[:, :, 0].numel()))
+    """Codes, uint8 [O, I], and scales of a search."""
+    find, at_once = search, SUPERS_AT_ONCE
     if weight_OI.is_cuda:
         from dsquant.kernels import code_books_triton
 
@@ -130,7 +128,7 @@ def _searched(weight_OI: torch.Tensor, importance_I: torch.Tensor, type_name: st
     importance_SW = _tamed(importance_I).expand_as(weight_OI).reshape(-1, SUPER_BLOCK)
     codes, scales = [], []
     for part in zip(weight_SW.split(at_once), importance_SW.split(at_once), strict=True):
-        chosen = find(vectors_of(*part, kind, points_AKP))
+        chosen = find(vectors_of(*part, type_name))
         codes.append(_codes(chosen.alternative_N, chosen.index_NG, chosen.negative_NGP, type_name))
         level_SB, alternative_SB = (
             values_N.view(len(part[0]), -1) for values_N in (chosen.level_N, chosen.alternative_N)
@@ -154,7 +152,7 @@ def round_vectors(
     weight_OI: torch.Tensor, importance_I: torch.Tensor, type_name: str
 ) -> tuple[torch.Tensor, BlockScales]:
     """Rounds each vector alone: codes, uint8 [O, I], and scales."""
-    if _all_points(weight_OI):
+    if _by_search(weight_OI):
         return _searched(weight_OI, importance_I, type_name)
     stored, scales = _by_ggml(weight_OI, importance_I, type_name)
     return _decoded(stored, scales, type_name), scales
@@ -179,57 +177,18 @@ def nearest_points(
     type_name: str,
 ) -> torch.Tensor:  # fmt: skip
     """Returns the codes of the points of the least error under scales, uint8 [N, 8]."""
-    kind, points_AKP = TYPES[type_name], points_on(values_N8.device, type_name)
-    width = points_AKP.shape[2]
-    signed_NGP, weights_GP = (part.unflatten(-1, (-1, width)) for part in (values_N8, importance_8))
-    values_NGP = signed_NGP if kind.signs == "delta" else signed_NGP.abs()
-    index_NG = torch.empty_like(values_NGP[:, :, 0], dtype=torch.int64)
-    flipped_NG = torch.zeros_like(index_NG, dtype=torch.bool)
-    for alternative, points_KP in enumerate(points_AKP):
-        rows_R = (alternative_N == alternative).nonzero().squeeze(1)
-        for vector, weights_P in enumerate(weights_GP):
-            found_R = _nearest(values_NGP[rows_R, vector], weights_P, scale_N[rows_R], points_KP, False)[1]
-            index_NG[rows_R, vector] = found_R
-    if kind.signs == "even":
-        rows_R = ((values_N8 < 0).sum(1) % 2 == 1).nonzero().squeeze(1)
-        costs_RG, places_RG = _flips(values_NGP[rows_R], weights_GP, scale_N[rows_R], points_AKP[0])
-        chosen_R = costs_RG.argmin(1)
-        index_NG[rows_R, chosen_R] = places_RG.gather(1, chosen_R.unsqueeze(1)).squeeze(1)
-        flipped_NG[rows_R, chosen_R] = True
-    vectors = Vectors(signed_NGP, weights_GP.expand_as(signed_NGP), points_AKP, kind)
-    return _codes(alternative_N, index_NG, signs_of(vectors, index_NG, flipped_NG), type_name).flatten(1)
-
-
-def _nearest(
-    values_RP: torch.Tensor, weights_P: torch.Tensor, scale_R: torch.Tensor, points_KP: torch.Tensor, flip: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least error of each vector over its scale, without the constant sum(w x^2), and its point; with `flip` one
-    sign is given up, that which costs the least."""
-    weighted_RP = values_RP * weights_P
-    product_RK = weighted_RP @ points_KP.T
-    if flip:
-        given_up_RK = torch.full_like(product_RK, torch.inf)
-        for weighted_R, point_K in zip(weighted_RP.unbind(1), points_KP.unbind(1), strict=True):
-            torch.minimum(given_up_RK, weighted_R.unsqueeze(1) * point_K, out=given_up_RK)
-        product_RK.sub_(given_up_RK, alpha=2)
-    energy_K = points_KP.square() @ weights_P
-    least = product_RK.mul_(-2).addcmul_(scale_R.unsqueeze(1), energy_K).min(1)
-    return least.values, least.indices
-
-
-def _flips(
-    values_RGP: torch.Tensor, weights_GP: torch.Tensor, scale_R: torch.Tensor, points_KP: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What giving up a sign in each of the vectors of 8 weights costs, and the point it then takes, [R, G]."""
-    found = []
-    for values_RP, weights_P in zip(values_RGP.unbind(1), weights_GP, strict=True):
-        before_R, after = (
-            _nearest(values_RP, weights_P, scale_R, points_KP, False)[0] if len(weights_GP) > 1 else 0,
-            _nearest(values_RP, weights_P, scale_R, points_KP, True),
-        )
-        found.append((after[0] - before_R, after[1]))
-    costs, places = zip(*found, strict=True)
-    return torch.stack(costs, 1), torch.stack(places, 1)
+    kind, width, num_points = TYPES[type_name], *reversed(points_of(type_name).shape[1:])
+    values_NGP = values_N8.unflatten(1, (-1, width))
+    importance_NGP = importance_8.view(-1, width).expand_as(values_NGP)
+    best = nearest(values_NGP, importance_NGP, scale_N, 0, type_name)
+    if kind.shifted:
+        other = nearest(values_NGP, importance_NGP, scale_N, 1, type_name)
+        other_N1 = (alternative_N == 1).unsqueeze(1)
+        best = best.where(other, other.error_EG < best.error_EG if kind.shifted == "vectors" else other_N1)
+    vectors = Vectors(values_NGP, importance_NGP, type_name)
+    index_NG = best.number_EG % num_points
+    codes_NGP = _codes(alternative_N, index_NG, signs_of(vectors, index_NG, best.flipped_EG), type_name)
+    return codes_NGP.flatten(1)
 
 
 def compensate_vectors(

@@ -1,10 +1,10 @@
 """`code_book_rounding` on a GPU: a program takes some rows through a super-block.
 
-What the errors of earlier columns change in 32 columns is one matrix product; among these 32 each vector's errors
-change the columns after it at once.
+What the errors of earlier columns change in 32 columns is one matrix product; among these 32 each vector is changed by
+the errors of those before it. Threads hand over what others need through memory, which a multiprocessor's cache holds.
 
-Shape legend: S columns, W columns that are changed together, R rows of a program, G points of 8 weights, V = R * G, K
-columns of earlier errors.
+Shape legend: S columns, W columns that are changed together, R rows of a program, 8 columns of a vector, G points of
+8 weights, V = R * G, K columns of earlier errors.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 
 from dsquant.kernels.code_books import TYPES, BlockScales, points_on, values_of
-from dsquant.kernels.code_books_triton import EVEN, EVEN_PAIRS, FREE, POINTS_TOGETHER, nearest
+from dsquant.kernels.code_books_triton import PER_VECTOR, book_on, constants_of, nearest
 
 ROWS = 16
 WARPS = 1
+# Neighbours that are looked at together.
+TOGETHER = 32
 W: tl.constexpr = tl.constexpr(32)
 K: tl.constexpr = tl.constexpr(16)
 VECTOR: tl.constexpr = tl.constexpr(8)
@@ -29,18 +31,40 @@ def compensate_points(
     """`code_book_rounding.compensate_points_reference` on the weight's GPU, up to the order of sums; `codes_AKP` are
     those of the points."""
     kind, points_AKP = TYPES[type_name], points_on(weight_SO.device, type_name)
-    (size, num_rows), (alternatives, num_points, width) = weight_SO.shape, points_AKP.shape
+    (size, num_rows), width, device = weight_SO.shape, points_AKP.shape[2], weight_SO.device
     codes_SO, errors_SO = torch.empty_like(weight_SO, dtype=torch.uint8), torch.empty_like(weight_SO)
     scale_BO, alternative_BO = scales.scale_OB.T.contiguous(), scales.alternative_OB.T.to(torch.int32).contiguous()
-    values_O8 = weight_SO.new_empty(num_rows, VECTOR.value)
-    signs = {"free": FREE, "delta": FREE, "even": EVEN if width == VECTOR.value else EVEN_PAIRS}[kind.signs]
+    values_O8, working_WO = weight_SO.new_empty(num_rows, VECTOR.value), weight_SO.new_empty(W.value, num_rows)
+    chosen_2OG = torch.empty(2, num_rows, VECTOR.value // width, dtype=torch.int32, device=device)
     _round[triton.cdiv(num_rows, ROWS),](
-        weight_SO.contiguous(), factor_SS.contiguous(), importance_S.contiguous(), scale_BO, alternative_BO,
-        points_AKP.contiguous(), codes_AKP.contiguous(), values_O8,
-        codes_SO, errors_SO, num_rows, size, kind.block, num_points, alternatives, width, signs.value,
-        kind.signs == "delta", len(values_of(type_name)) - 1, ROWS, POINTS_TOGETHER[width], num_warps=WARPS,
+        weight_SO.contiguous(), factor_SS.contiguous(), _inverses(factor_SS), importance_S.contiguous(),
+        scale_BO, alternative_BO, *book_on(device, type_name), points_AKP.contiguous(), codes_AKP.contiguous(),
+        values_O8, working_WO, *chosen_2OG, codes_SO, errors_SO, num_rows,
+        S=size, BLOCK=kind.block, SIGNED=kind.signs == "delta", LAST_CODE=len(values_of(type_name)) - 1,
+        R=ROWS, TOGETHER=min(TOGETHER, kind.neighbours), **constants_of(type_name), num_warps=WARPS,
     )  # fmt: skip
     return codes_SO, errors_SO
+
+
+def _inverses(factor_SS: torch.Tensor) -> torch.Tensor:
+    """The transposed inverses of the upper triangles of 8 x 8 on the diagonal, float32 [S / 8, 8, 8].
+
+    With D the diagonal and N what is right of it, (D (1 + N))^-1 = (1 - N) (1 + N^2) (1 + N^4) D^-1, since N^8 = 0.
+    Sums of products, as products of matrices may be less exact.
+    """
+    size = VECTOR.value
+    blocks_N88 = factor_SS.unflatten(1, (-1, size)).unflatten(0, (-1, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    diagonal_N8 = blocks_N88.diagonal(dim1=1, dim2=2)
+    power_N88 = (blocks_N88 / diagonal_N8.unsqueeze(2)).triu(1)
+    inverse_N88 = torch.eye(size, device=factor_SS.device) - power_N88
+    for _ in range(2):
+        power_N88 = _product(power_N88, power_N88)
+        inverse_N88 = inverse_N88 + _product(inverse_N88, power_N88)
+    return (inverse_N88 / diagonal_N8.unsqueeze(1)).mT.contiguous()
+
+
+def _product(first_N88: torch.Tensor, second_N88: torch.Tensor) -> torch.Tensor:
+    return (first_N88.unsqueeze(3) * second_N88.unsqueeze(1)).sum(2)
 
 
 @triton.jit
@@ -59,12 +83,6 @@ def _changed(weight, factor, errors, first, rows_R, num_rows, S: tl.constexpr, R
 
 
 @triton.jit
-def _picked(values_RG, point: tl.constexpr, G: tl.constexpr):
-    """One point's values, [R]."""
-    return tl.sum(tl.where(tl.arange(0, G)[None, :] == point, values_RG, 0), 1)
-
-
-@triton.jit
 def _flipped_lane(values_V, importance_V, point_V, P: tl.constexpr):
     """The weight of each vector whose sign costs the least to give up."""
     least_V, lane_V = tl.load(values_V) * 0 + float("inf"), tl.load(values_V).to(tl.int32) * 0
@@ -77,89 +95,99 @@ def _flipped_lane(values_V, importance_V, point_V, P: tl.constexpr):
 
 
 @triton.jit
-def _points(
-    values_V, importance_V, odd_V, points, scale_R, second_V, POINTS: tl.constexpr, ALTERNATIVES: tl.constexpr,
-    SIGNS: tl.constexpr, P: tl.constexpr, R: tl.constexpr, TOGETHER: tl.constexpr,
+def _choose(
+    values_V, importance_V, odd_V, second_V, grid, near, bounds, points, scale_R, numbers_V, lanes_V,
+    inside_V, POINTS: tl.constexpr, P: tl.constexpr, NEAR: tl.constexpr, BASE: tl.constexpr, UNIT: tl.constexpr,
+    SHIFT: tl.constexpr, SHIFTED: tl.constexpr, SIGNS: tl.constexpr, R: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """The place among all points of the nearest of each vector's alternative, and whether a sign is given up."""
+    """Stores the number of each vector's point, and the weight whose sign it gives up, or -1."""
     G: tl.constexpr = VECTOR // P
-    _e, _p, _n, _a, index_1V, flipped_1V = nearest(
-        values_V, importance_V, odd_V, points, scale_R[None, :], POINTS, 1, SIGNS, P, 1, R, G, TOGETHER
-    )
-    index_V, flipped_V = tl.reshape(index_1V, [R * G]), tl.reshape(flipped_1V, [R * G])
-    if ALTERNATIVES > 1:
-        _e, _p, _n, _a, other_1V, _f = nearest(
-            values_V, importance_V, odd_V, points + POINTS * P, scale_R[None, :], POINTS, 1, SIGNS, P, 1, R, G, TOGETHER
-        )
-        index_V = tl.where(second_V, tl.reshape(other_1V, [R * G]) + POINTS, index_V)
-    return index_V, flipped_V
+    shift_V = tl.where(second_V, -SHIFT, SHIFT)
+    _error_R, _product_R, _energy_R, number_V, flipped_V = nearest(
+        values_V, importance_V, odd_V, grid, near, bounds, scale_R, shift_V,
+        POINTS, P, NEAR, BASE, UNIT, SHIFTED, SIGNS, SHIFTED == PER_VECTOR, R, G, TOGETHER,
+    )  # fmt: skip
+    lane_V = _flipped_lane(values_V, importance_V, points + number_V * P, P)
+    tl.store(numbers_V, number_V, mask=inside_V)
+    tl.store(lanes_V, tl.where(flipped_V, lane_V, -1), mask=inside_V)
 
 
 @triton.jit
-def _column(
-    points, point_codes, index_V, lane_V, value_R, place: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
-    SIGNED: tl.constexpr, LAST_CODE: tl.constexpr,
+def _rounded(
+    values_8R, numbers_8R, lanes_8R, points, point_codes, scale_R, P: tl.constexpr, SIGNED: tl.constexpr,
+    LAST_CODE: tl.constexpr,
 ):  # fmt: skip
-    """What one of 8 columns becomes in units of its scale, and its code, with the sign of its value unless given up."""
-    G: tl.constexpr = VECTOR // P
-    point_RG = tl.reshape(tl.load(points + index_V * P + place % P), [R, G])
-    code_RG = tl.reshape(tl.load(point_codes + index_V * P + place % P).to(tl.int32), [R, G])
-    point_R, code_R = _picked(point_RG, place // P, G), _picked(code_RG, place // P, G)
+    """What the columns of a vector become, and their codes, with the signs of their values unless given up."""
+    place_81 = (tl.arange(0, VECTOR) % P)[:, None]
+    weight_8R = tl.load(numbers_8R) * P + place_81
+    point_8R, code_8R = tl.load(points + weight_8R), tl.load(point_codes + weight_8R).to(tl.int32)
     if not SIGNED:
-        flip_R = _picked(tl.reshape((lane_V == place % P).to(tl.int32), [R, G]), place // P, G) != 0
-        negative_R = (value_R < 0) != flip_R
-        point_R = tl.where(negative_R, -point_R, point_R)
-        code_R = tl.where(negative_R, LAST_CODE - code_R, code_R)
-    return point_R, code_R
+        negative_8R = (values_8R < 0) != (tl.load(lanes_8R) == place_81)
+        point_8R = tl.where(negative_8R, -point_8R, point_8R)
+        code_8R = tl.where(negative_8R, LAST_CODE - code_8R, code_8R)
+    return point_8R * scale_R[None, :], code_8R
 
 
 # num_rows unspecialized, as in `compensation_triton`.
 @triton.jit(do_not_specialize=["num_rows"])
 def _round(
-    weight, factor, importance, scales, alternatives, points, point_codes, values, codes, errors, num_rows,
-    S: tl.constexpr, BLOCK: tl.constexpr, POINTS: tl.constexpr, ALTERNATIVES: tl.constexpr, P: tl.constexpr,
-    SIGNS: tl.constexpr, SIGNED: tl.constexpr, LAST_CODE: tl.constexpr, R: tl.constexpr, TOGETHER: tl.constexpr,
+    weight, factor, inverses, importance, scales, alternatives, grid, near, bounds, points, point_codes,
+    values, working, numbers, lanes, codes, errors, num_rows,
+    S: tl.constexpr, BLOCK: tl.constexpr, SIGNED: tl.constexpr, LAST_CODE: tl.constexpr, R: tl.constexpr,
+    TOGETHER: tl.constexpr, POINTS: tl.constexpr, P: tl.constexpr, NEAR: tl.constexpr, BASE: tl.constexpr,
+    UNIT: tl.constexpr, SHIFT: tl.constexpr, SHIFTED: tl.constexpr, SIGNS: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = VECTOR // P
     rows_R = tl.program_id(0) * R + tl.arange(0, R)
-    inside_R = rows_R < num_rows
-    lanes_V = tl.arange(0, R * G)
-    rows_V = tl.minimum(tl.program_id(0) * R + lanes_V // G, num_rows - 1)
-    values_V = values + rows_V * VECTOR + lanes_V % G * P
-    columns_W = tl.arange(0, W)
+    inside_1R = (rows_R < num_rows)[None, :]
+    place_8, columns_W = tl.arange(0, VECTOR), tl.arange(0, W)
+    at_8R = place_8[:, None] * num_rows + rows_R[None, :]
+    chosen_8R = tl.minimum(rows_R, num_rows - 1)[None, :] * G + (place_8 // P)[:, None]
+    vectors_V = tl.arange(0, R * G)
+    rows_V = tl.program_id(0) * R + vectors_V // G
+    inside_V = rows_V < num_rows
+    rows_V = tl.minimum(rows_V, num_rows - 1)
+    chosen_V = rows_V * G + vectors_V % G
+    values_V = values + chosen_V * P
     for first in range(0, S, W):
         tl.debug_barrier()  # what one thread wrote, another reads
-        working_WR = _changed(weight, factor, errors, first, rows_R, num_rows, S, R)
-        for start in range(0, W, VECTOR):
-            column = first + start
-            negatives_R = tl.zeros([R], tl.int32)
+        changed_WR = _changed(weight, factor, errors, first, rows_R, num_rows, S, R)
+        tl.store(working + columns_W[:, None] * num_rows + rows_R[None, :], changed_WR, mask=inside_1R)
+        for column in range(first, first + W, VECTOR):
             tl.debug_barrier()
-            for place in tl.static_range(VECTOR):
-                value_R = tl.sum(tl.where((columns_W == start + place)[:, None], working_WR, 0.0), 0)
-                negatives_R += (value_R < 0).to(tl.int32)
-                tl.store(values + rows_R * VECTOR + place, value_R if SIGNED else tl.abs(value_R), mask=inside_R)
-            tl.debug_barrier()
+            in_working_8R = working + (column - first) * num_rows + at_8R
+            values_8R = tl.load(in_working_8R, mask=inside_1R, other=0.0)
+            for before in range(first, column, VECTOR):
+                for place in tl.static_range(VECTOR):
+                    factor_8 = tl.load(factor + (before + place) * S + column + place_8)
+                    error_R = tl.load(errors + (before + place) * num_rows + rows_R, mask=rows_R < num_rows, other=0.0)
+                    values_8R -= factor_8[:, None] * error_R[None, :]
+            tried_8R = values_8R if SIGNED else tl.abs(values_8R)
+            tl.store(values + rows_R[None, :] * VECTOR + place_8[:, None], tried_8R, mask=inside_1R)
+            odd_R = tl.sum((values_8R < 0).to(tl.int32), 0) % 2 == 1
+            odd_V = tl.reshape(tl.broadcast_to(odd_R[:, None], [R, G]), [R * G])
             block = column // BLOCK
-            scale_R = tl.load(scales + block * num_rows + rows_R, mask=inside_R, other=0.0)
-            odd_V = tl.reshape(tl.broadcast_to((negatives_R % 2 == 1)[:, None], [R, G]), [R * G])
-            importance_V = importance + column + lanes_V % G * P
+            scale_R = tl.load(scales + block * num_rows + rows_R, mask=rows_R < num_rows, other=0.0)
             second_V = tl.load(alternatives + block * num_rows + rows_V) == 1
-            index_V, flipped_V = _points(
-                values_V, importance_V, odd_V, points, scale_R, second_V, POINTS, ALTERNATIVES, SIGNS, P, R, TOGETHER
+            importance_V = importance + column + vectors_V % G * P
+            tl.debug_barrier()
+            _choose(
+                values_V, importance_V, odd_V, second_V, grid, near, bounds, points, scale_R,
+                numbers + chosen_V, lanes + chosen_V, inside_V,
+                POINTS, P, NEAR, BASE, UNIT, SHIFT, SHIFTED, SIGNS, R, TOGETHER,
+            )  # fmt: skip
+            tl.debug_barrier()
+            rounded_8R, codes_8R = _rounded(
+                values_8R, numbers + chosen_8R, lanes + chosen_8R, points, point_codes, scale_R, P, SIGNED, LAST_CODE
             )
-            lane_V = _flipped_lane(values_V, importance_V, points + index_V * P, P)
-            lane_V = tl.where(flipped_V, lane_V, -1)
-            before_WR = working_WR
+            tl.store(codes + column * num_rows + at_8R, codes_8R.to(tl.uint8), mask=inside_1R)
+            tl.store(in_working_8R, values_8R - rounded_8R, mask=inside_1R)
+            tl.debug_barrier()
+            errors_8R = tl.zeros([VECTOR, R], tl.float32)
             for place in tl.static_range(VECTOR):
-                here_W1 = (columns_W == start + place)[:, None]
-                value_R = tl.sum(tl.where(here_W1, before_WR, 0.0), 0)
-                point_R, code_R = _column(points, point_codes, index_V, lane_V, value_R, place, P, R, SIGNED, LAST_CODE)
-                # The column as the errors before it in the vector have changed it, whose point is chosen already.
-                changed_R = tl.sum(tl.where(here_W1, working_WR, 0.0), 0)
-                row = factor + (column + place) * S
-                error_R = tl.div_rn(changed_R - point_R * scale_R, tl.load(row + column + place))
-                after_W = tl.where(columns_W > start + place, tl.load(row + first + columns_W), 0.0)
-                working_WR -= after_W[:, None] * error_R[None, :]
-                place_R = (column + place) * num_rows + rows_R
-                tl.store(codes + place_R, code_R.to(tl.uint8), mask=inside_R)
-                tl.store(errors + place_R, error_R, mask=inside_R)
+                inverse_8 = tl.load(inverses + column * VECTOR + place_8 * VECTOR + place)
+                left_R = tl.load(
+                    working + (column - first + place) * num_rows + rows_R, mask=rows_R < num_rows, other=0.0
+                )
+                errors_8R += inverse_8[:, None] * left_R[None, :]
+            tl.store(errors + column * num_rows + at_8R, errors_8R, mask=inside_1R)

@@ -1,11 +1,9 @@
 """The search of ggml's types with code books, in PyTorch: the reference of the Triton kernels.
 
 With importances w and a block's scale s, the squared error of a point g is
-sum(w x^2) - 2 s sum(w x g) + s^2 sum(w g^2). Neither sum depends on s, so they are computed once for every point, and
-each candidate scale costs one minimum over them. ggml tries the neighbours of a rounded vector instead; all points are
-tried here, with the sign that an odd number of minus signs has to give up chosen point by point.
+sum(w x^2) - 2 s sum(w x g) + s^2 sum(w g^2). Every scale that is tried for a block tries the points near its vectors.
 
-Shape legend: as in `code_books`.
+Shape legend: as in `code_books` and `code_book_neighbours`.
 """
 
 from collections.abc import Callable
@@ -13,15 +11,17 @@ from dataclasses import dataclass
 
 import torch
 
+from dsquant.kernels.code_book_neighbours import nearest
 from dsquant.kernels.code_books import (
     LEAST,
     TYPES,
+    VECTOR,
     Chosen,
     CodeBookType,
     Vectors,
     packed,
     points_of,
-    points_on,
+    shifts_of,
     signs_of,
     vectors_of,
 )
@@ -32,8 +32,8 @@ CANDIDATES = 8
 LEVEL_STEPS = (0, -1, 1)
 # Factors of a super-block that are tried, relative to that with which the highest level is its largest scale.
 FACTOR_FIRST, FACTOR_STEP, FACTOR_TRIES = 0.80, 0.025, 16
-# Products of vectors and points that are held together.
-PRODUCTS_AT_ONCE = 2**22
+# Super-blocks that are searched together.
+SUPERS_AT_ONCE = 2**8
 
 
 def quantize(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor) -> torch.Tensor:
@@ -41,10 +41,7 @@ def quantize(rows_RI: torch.Tensor, type_name: str, importance_I: torch.Tensor) 
 
     `importance_I`, float32 and positive, weighs each column's squared error.
     """
-    points_AKP = points_of(type_name)
-    vectors = SUPER_BLOCK // points_AKP.shape[2]
-    at_once = max(1, PRODUCTS_AT_ONCE // (vectors * points_AKP[:, :, 0].numel()))
-    return quantize_with(search, rows_RI, type_name, importance_I, at_once)
+    return quantize_with(search, rows_RI, type_name, importance_I, SUPERS_AT_ONCE)
 
 
 def quantize_with(
@@ -56,26 +53,23 @@ def quantize_with(
 ) -> torch.Tensor:
     """`quantize` with a search, of so many super-blocks at once, on the rows' device."""
     kind, (num_rows, num_columns) = TYPES[type_name], rows_RI.shape
-    points_AKP = points_on(rows_RI.device, type_name)
     weight_SW = rows_RI.float().reshape(-1, SUPER_BLOCK)
     importance_SW = importance_I.to(weight_SW).expand(num_rows, -1).reshape(-1, SUPER_BLOCK)
     stored = []
     for weight, weights in zip(weight_SW.split(at_once), importance_SW.split(at_once), strict=True):
-        vectors = vectors_of(weight, weights, kind, points_AKP)
-        stored.append(packed(find(vectors), type_name))
+        stored.append(packed(find(vectors_of(weight, weights, type_name)), type_name))
     return torch.cat(stored).view(num_rows, num_columns // SUPER_BLOCK * kind.size)
 
 
 def search(vectors: Vectors) -> Chosen:
     """Chooses scales and points for whole super-blocks."""
-    products = _Products(vectors)
-    scale_N, energy_N = _scale_search(products)
+    scale_N, energy_N = _scale_search(vectors)
     factor_S, level_N = _levels(scale_N, energy_N, vectors.kind)
     factor_N = factor_S.float().repeat_interleave(len(level_N) // len(factor_S))
-    best, best_level_N = products.nearest(factor_N * (2 * level_N + 1)), level_N
+    best, best_level_N = _nearest(vectors, factor_N * (2 * level_N + 1)), level_N
     for step in LEVEL_STEPS[1:]:
         tried_N = (level_N + step).clamp(0, vectors.kind.levels - 1)
-        points = products.nearest(factor_N * (2 * tried_N + 1))
+        points = _nearest(vectors, factor_N * (2 * tried_N + 1))
         better_N = points.error_N < best.error_N
         best, best_level_N = best.or_better(points, better_N), torch.where(better_N, tried_N, best_level_N)
     negative_NGP = signs_of(vectors, best.index_NG, best.flipped_NG)
@@ -108,61 +102,46 @@ class Points:
         return Points(*(either(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))
 
 
-class _Products:
-    """The products of all vectors and points, which every scale shares."""
+def _nearest(vectors: Vectors, scale_N: torch.Tensor) -> Points:
+    """The points of least error under scales, float32 [N]."""
+    width, num_blocks = vectors.weight_NGP.shape[2], len(scale_N)
+    values_EGP, importance_EGP = (
+        part.reshape(-1, VECTOR // width, width) for part in (vectors.weight_NGP, vectors.importance_NGP)
+    )
+    scale_E = scale_N.repeat_interleave(len(values_EGP) // num_blocks)
 
-    def __init__(self, vectors: Vectors) -> None:
-        points_AKP, kind = vectors.points_AKP, vectors.kind
-        values_NGP = vectors.weight_NGP if kind.signs == "delta" else vectors.weight_NGP.abs()
-        weighted_NGP = vectors.importance_NGP * values_NGP
-        self.vectors = vectors
-        self.product_ANGK = torch.stack([weighted_NGP @ points_KP.T for points_KP in points_AKP])
-        self.energy_ANGK = torch.stack([vectors.importance_NGP @ points_KP.square().T for points_KP in points_AKP])
-        self.flipped_NGK = None
-        if kind.signs == "even":  # what is left of a point's product where the cheapest of its signs is given up
-            given_up_NGK = torch.full_like(self.product_ANGK[0], torch.inf)
-            for weighted_NG, points_K in zip(weighted_NGP.unbind(2), points_AKP[0].unbind(1), strict=True):
-                given_up_NGK = torch.minimum(given_up_NGK, weighted_NG.unsqueeze(2) * points_K)
-            self.flipped_NGK = self.product_ANGK[0] - 2 * given_up_NGK
+    def of_blocks(part_EG: torch.Tensor) -> torch.Tensor:
+        return part_EG.view(num_blocks, -1)
 
-    def nearest(self, scale_N: torch.Tensor) -> Points:
-        """The points of least error under scales, float32 [N]."""
-        found = [self._nearest_of(alternative, scale_N) for alternative in range(len(self.product_ANGK))]
-        best = found[0]
-        for other in found[1:]:
-            best = best.or_better(other, other.error_N < best.error_N)
-        return best
-
-    def _nearest_of(self, alternative: int, scale_N: torch.Tensor) -> Points:
-        scale_N11 = scale_N.view(-1, 1, 1)
-        square_NGK = self.energy_ANGK[alternative] * scale_N11.square()
-        product_NGK = self.product_ANGK[alternative]
-        error_NG, index_NG = (square_NGK - 2 * scale_N11 * product_NGK).min(2)
-        product_NG = product_NGK.gather(2, index_NG.unsqueeze(2)).squeeze(2)
-        flipped_NG = torch.zeros_like(index_NG, dtype=torch.bool)
-        if self.flipped_NGK is not None:
-            found_NG, place_NG = (square_NGK - 2 * scale_N11 * self.flipped_NGK).min(2)
-            cost = (found_NG - error_NG).unflatten(1, (-1, 8 // self.vectors.weight_NGP.shape[2]))
-            cheapest = torch.zeros_like(cost, dtype=torch.bool).scatter_(2, cost.argmin(2, keepdim=True), True)
-            flipped_NG = cheapest.flatten(1) & self.vectors.odd_NG
-            error_NG = torch.where(flipped_NG, found_NG, error_NG)
-            index_NG = torch.where(flipped_NG, place_NG, index_NG)
-            of_flipped_NG = self.flipped_NGK.gather(2, place_NG.unsqueeze(2)).squeeze(2)
-            product_NG = torch.where(flipped_NG, of_flipped_NG, product_NG)
-        energy_NG = self.energy_ANGK[alternative].gather(2, index_NG.unsqueeze(2)).squeeze(2)
-        number_N = torch.full_like(index_NG[:, 0], alternative)
-        return Points(error_NG.sum(1), product_NG.sum(1), energy_NG.sum(1), index_NG, flipped_NG, number_N)
+    found, *others = (
+        nearest(values_EGP, importance_EGP, scale_E, shift, vectors.type_name)
+        for shift in range(len(shifts_of(vectors.type_name)))
+    )
+    for other in others:
+        better_EG = other.error_EG < found.error_EG
+        if vectors.kind.shifted == "blocks":
+            better_N = of_blocks(other.error_EG).sum(1) < of_blocks(found.error_EG).sum(1)
+            better_EG = better_N.repeat_interleave(better_EG.numel() // num_blocks).view_as(better_EG)
+        found = found.where(other, better_EG)
+    number_NG, num_points = of_blocks(found.number_EG), points_of(vectors.type_name).shape[1]
+    return Points(
+        error_N=of_blocks(found.error_EG).sum(1),
+        product_N=of_blocks(found.product_EG).sum(1),
+        energy_N=of_blocks(found.energy_EG).sum(1),
+        index_NG=number_NG % num_points,
+        flipped_NG=of_blocks(found.flipped_EG),
+        alternative_N=number_NG[:, 0] // num_points,
+    )
 
 
-def _scale_search(products: _Products) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale_search(vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale of each block that leaves the least error, float32 [N], and the energy of its points."""
-    vectors = products.vectors
-    reaching_N = vectors.weight_NGP.abs().amax((1, 2)) / float(vectors.points_AKP.abs().max())
+    reaching_N = vectors.weight_NGP.abs().amax((1, 2)) / float(points_of(vectors.type_name).abs().max())
     first, last = vectors.kind.candidates
     best_gain_N, best_N, energy_N = (torch.zeros_like(reaching_N) for _ in range(3))
     for step in range(CANDIDATES + 1):
         candidate_N = best_N if step == CANDIDATES else reaching_N * (first + (last - first) * step / (CANDIDATES - 1))
-        points = products.nearest(candidate_N)
+        points = _nearest(vectors, candidate_N)
         fitted_N = (points.product_N / points.energy_N.clamp(min=LEAST)).clamp(min=0)
         gain_N = fitted_N * points.product_N
         better_N = gain_N > best_gain_N

@@ -17,6 +17,8 @@ import torch
 from dsquant.kernels.values import SUPER_BLOCK, Parameters
 
 LEAST = 1e-30
+# Columns whose signs are stored together: those of one point, or of two.
+VECTOR = 8
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,23 @@ class CodeBookType:
     unit: float
     """What the code book's smallest step stands for, as gguf-py's tables have them."""
     signs: Literal["even", "free", "delta"]
-    """even: 7 bits for 8 signs, an even number of them minus; free: 8 bits; delta: the points have signs, and are
-    shifted by an eighth up or down."""
+    """even: 7 bits for 8 signs, an even number of them minus; free: 8 bits; delta: the points have signs."""
     levels: int
     """Scales of a block: d * (2 * level + 1) with d the super-block's float16."""
     spread: float
     """Importances are multiplied by sqrt(spread * mean square of the super-block + x^2)."""
     candidates: tuple[float, float]
     """The first and the last scale to try, relative to that with which the largest point reaches the largest weight."""
+    neighbours: int = 32
+    """Points near a vector that are tried."""
+    shifted: Literal["", "blocks", "vectors"] = ""
+    """What chooses whether points are shifted up or down."""
 
 
 TYPES = {
-    "IQ1_S": CodeBookType(50, 32, 1.0, "delta", 8, 2.0, (0.2, 1.1)),
-    "IQ1_M": CodeBookType(56, 16, 1.0, "delta", 8, 2.0, (0.2, 1.1)),
-    "IQ2_XXS": CodeBookType(66, 32, 1 / 8, "even", 16, 1.0, (0.5, 1.3)),
+    "IQ1_S": CodeBookType(50, 32, 1.0, "delta", 8, 2.0, (0.2, 1.1), shifted="blocks"),
+    "IQ1_M": CodeBookType(56, 16, 1.0, "delta", 8, 2.0, (0.2, 1.1), shifted="vectors"),
+    "IQ2_XXS": CodeBookType(66, 32, 1 / 8, "even", 16, 1.0, (0.5, 1.3), neighbours=64),
     "IQ2_XS": CodeBookType(74, 16, 1 / 8, "even", 16, 1.0, (0.5, 1.3)),
     "IQ2_S": CodeBookType(82, 16, 1 / 8, "free", 16, 2.0, (0.5, 1.3)),
     "IQ3_XXS": CodeBookType(98, 32, 1 / 4, "even", 16, 1.0, (0.5, 1.3)),
@@ -62,10 +67,18 @@ def points_of(type_name: str) -> torch.Tensor:
     kind, table = TYPES[type_name], getattr(quants, type_name)
     table.init_grid()
     points_KP = torch.from_numpy(table.grid.reshape(table.grid_shape).copy()).float() * kind.unit
-    if kind.signs != "delta":
-        return points_KP.unsqueeze(0)
-    both_AKP = torch.stack([points_KP + float(table.delta), points_KP - float(table.delta)])
-    return both_AKP if type_name == "IQ1_S" else both_AKP.flatten(0, 1).unsqueeze(0)
+    points_AKP = torch.stack([points_KP + shift for shift in shifts_of(type_name)])
+    return points_AKP if kind.shifted == "blocks" else points_AKP.flatten(0, 1).unsqueeze(0)
+
+
+def shifts_of(type_name: str) -> tuple[float, ...]:
+    """Returns what may be added to all values of a point."""
+    from gguf import quants
+
+    if not TYPES[type_name].shifted:
+        return (0.0,)
+    delta = float(getattr(quants, type_name).delta)
+    return delta, -delta
 
 
 @cache
@@ -90,8 +103,11 @@ class Vectors:
     """float32."""
     importance_NGP: torch.Tensor
     """float32, what each weight's squared error is multiplied with."""
-    points_AKP: torch.Tensor
-    kind: CodeBookType
+    type_name: str
+
+    @property
+    def kind(self) -> CodeBookType:
+        return TYPES[self.type_name]
 
     @property
     def num_supers(self) -> int:
@@ -106,16 +122,14 @@ class Vectors:
         return (negative % 2 == 1).repeat_interleave(per_signs, 1)
 
 
-def vectors_of(
-    weight_SW: torch.Tensor, importance_SW: torch.Tensor, kind: CodeBookType, points_AKP: torch.Tensor
-) -> Vectors:
-    """Cuts super-blocks and their importances, float32 [S, 256], into vectors for a type and its code book; importances
-    become those that ggml searches with."""
+def vectors_of(weight_SW: torch.Tensor, importance_SW: torch.Tensor, type_name: str) -> Vectors:
+    """Cuts super-blocks and their importances, float32 [S, 256], into vectors for a type; importances become those that
+    ggml searches with."""
+    kind, width = TYPES[type_name], points_of(type_name).shape[2]
     spread_S1 = kind.spread * weight_SW.square().mean(1, keepdim=True)
     importance_SW = importance_SW * (spread_S1 + weight_SW.square()).sqrt()
-    width = points_AKP.shape[2]
     shape = (-1, kind.block // width, width)
-    return Vectors(weight_SW.reshape(shape), importance_SW.reshape(shape), points_AKP, kind)
+    return Vectors(weight_SW.reshape(shape), importance_SW.reshape(shape), type_name)
 
 
 @dataclass(frozen=True)
@@ -153,7 +167,8 @@ class BlockScales:
 def signs_of(vectors: Vectors, index_NG: torch.Tensor, flipped_NG: torch.Tensor) -> torch.Tensor:
     """The signs that chosen points get, bool [N, G, P], True for minus: the weights', and in a vector that is flipped
     (bool [N, G]) the one given up that costs the least."""
-    given_up_NGP = vectors.importance_NGP * vectors.weight_NGP.abs() * vectors.points_AKP[0][index_NG]
+    points_KP = points_on(index_NG.device, vectors.type_name)[0]
+    given_up_NGP = vectors.importance_NGP * vectors.weight_NGP.abs() * points_KP[index_NG]
     place_NG1 = given_up_NGP.argmin(2, keepdim=True)
     flips_NGP = torch.zeros_like(given_up_NGP, dtype=torch.bool).scatter_(2, place_NG1, flipped_NG.unsqueeze(2))
     return (vectors.weight_NGP < 0) ^ flips_NGP

@@ -12,8 +12,8 @@ from itertools import pairwise
 
 import torch
 
-from dsquant.kernels.code_book_rounding import VECTOR, block_scales, compensate_vectors, round_vectors
-from dsquant.kernels.code_books import TYPES, CodeBookType, values_of
+from dsquant.kernels.code_book_rounding import block_scales, compensate_vectors, round_vectors
+from dsquant.kernels.code_books import TYPES, VECTOR, CodeBookType, values_of
 from dsquant.kernels.values import SUPER_BLOCK, CompensatedBlocks, Kind, Levels, Parameters
 from dsquant.schemes.scheme import Scheme
 

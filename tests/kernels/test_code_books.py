@@ -8,7 +8,7 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsquant.kernels import code_book_search, code_books, ggml
+from dsquant.kernels import code_book_neighbours, code_book_search, code_books, ggml
 
 NUMBERS = {name: gguf_py.GGMLQuantizationType[name] for name in code_books.TYPES}
 QUICK = ("IQ3_XXS", "IQ3_S")  # ggml takes seconds to prepare the others
@@ -47,14 +47,38 @@ def assert_less_error_than_ggml(type_name: str, heavy: bool) -> None:
 
 @pytest.mark.parametrize("heavy", [False, True])
 @pytest.mark.parametrize("type_name", QUICK)
-def test_all_points_tried_leave_less_error_than_ggmls_neighbours(type_name: str, heavy: bool) -> None:
+def test_neighbours_tried_by_weight_leave_less_error_than_ggmls(type_name: str, heavy: bool) -> None:
     assert_less_error_than_ggml(type_name, heavy)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("type_name", [name for name in code_books.TYPES if name not in QUICK])
-def test_all_points_tried_leave_less_error_where_ggml_prepares_long(type_name: str) -> None:
+def test_neighbours_leave_less_error_where_ggml_prepares_long(type_name: str) -> None:
     assert_less_error_than_ggml(type_name, True)
+
+
+@pytest.mark.parametrize(
+    ("type_name", "shift"),
+    [(name, shift) for name in code_books.TYPES for shift in range(len(code_books.shifts_of(name)))],
+)
+def test_the_neighbours_of_a_vector_hold_almost_the_best_of_all_points(type_name: str, shift: int) -> None:
+    points_KP = code_books.points_of(type_name).flatten(0, 1)
+    points_KP = points_KP.unflatten(0, (len(code_books.shifts_of(type_name)), -1))[shift]
+    width, kind = points_KP.shape[1], code_books.TYPES[type_name]
+    values_EGP = torch.randn(400, 8 // width, width, generator=torch.Generator().manual_seed(1))
+    weights_EGP = torch.randn(values_EGP.shape, generator=torch.Generator().manual_seed(2)).exp()
+    scale_E = torch.rand(400, generator=torch.Generator().manual_seed(3)) + 0.5 * values_EGP.abs().mean((1, 2))
+    scale_E /= points_KP.abs().mean()
+    found = code_book_neighbours.nearest(values_EGP, weights_EGP, scale_E, shift, type_name)
+    found_E, kept = found.error_EG.sum(1), ~found.flipped_EG.any(1)  # the best of all points has the values' signs
+    tried = values_EGP if kind.signs == "delta" else values_EGP.abs()
+    constant_E = (weights_EGP * tried.square()).sum((1, 2))
+    errors_EGK = (weights_EGP.unsqueeze(2) * (tried.unsqueeze(2) - points_KP * scale_E.view(-1, 1, 1, 1)).square()).sum(
+        3
+    )
+    best_E = errors_EGK.amin(2).sum(1)
+    assert bool((found_E + constant_E >= best_E * (1 - 1e-4) - 1e-5).all())
+    assert float((found_E + constant_E)[kept].sum() / best_E[kept].sum()) < 1.003
 
 
 @pytest.mark.parametrize("type_name", code_books.TYPES)
@@ -63,7 +87,7 @@ def test_stored_bytes_decode_to_the_points_that_were_chosen(type_name: str) -> N
     rows_RI[0, :256], rows_RI[1, 40] = 0, -3.0
     kind, points_AKP = code_books.TYPES[type_name], code_books.points_of(type_name)
     importance_SW = importance_I.expand(2, -1).reshape(-1, 256)
-    vectors = code_books.vectors_of(rows_RI.view(-1, 256), importance_SW, kind, points_AKP)
+    vectors = code_books.vectors_of(rows_RI.view(-1, 256), importance_SW, type_name)
     chosen = code_book_search.search(vectors)
     scale_N = (2 * chosen.level_N + 1) * chosen.factor_S.float().repeat_interleave(256 // kind.block)
     points_NGP = points_AKP[chosen.alternative_N.unsqueeze(1), chosen.index_NG]
@@ -95,17 +119,14 @@ def test_rows_of_any_size_keep_their_shape_of_error(seed: int, type_name: str, e
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here, see the test for a GPU")
-@pytest.mark.parametrize(
-    "name", ["IQ3_XXS", *(pytest.param(name, marks=pytest.mark.slow) for name in ("IQ1_S", "IQ2_XXS", "IQ2_S"))]
-)
+@pytest.mark.parametrize("name", ["IQ1_S", "IQ2_XXS", "IQ2_S", "IQ3_XXS"])
 def test_the_gpus_search_chooses_as_well_under_tritons_interpreter(name: str) -> None:
     from dsquant.kernels import code_books_triton
 
     weight_SW = torch.randn(2, 256, generator=torch.Generator().manual_seed(3)) * 0.02
     weight_SW[1, :64] = 0
     importance_SW = torch.randn(256, generator=torch.Generator().manual_seed(4)).exp().expand(2, -1)
-    points = code_books.points_of(name)[:, ::32].contiguous()  # few of them: the interpreter takes its time
-    vectors = code_books.vectors_of(weight_SW, importance_SW, code_books.TYPES[name], points)
+    vectors, points = code_books.vectors_of(weight_SW, importance_SW, name), code_books.points_of(name)
 
     def error(chosen: code_books.Chosen) -> float:
         scale_N = (2 * chosen.level_N + 1) * chosen.factor_S.float().repeat_interleave(256 // vectors.kind.block)
@@ -124,9 +145,8 @@ def test_a_gpu_chooses_what_the_reference_chooses(type_name: str) -> None:
     from dsquant.kernels import code_books_triton
 
     rows_RI, importance_I = (part.cuda() for part in weights(True, 16, 2048))
-    kind, points_AKP = code_books.TYPES[type_name], code_books.points_of(type_name).cuda()
     importance_SW = importance_I.expand(16, -1).reshape(-1, 256)
-    vectors = code_books.vectors_of(rows_RI.view(-1, 256), importance_SW, kind, points_AKP)
+    vectors = code_books.vectors_of(rows_RI.view(-1, 256), importance_SW, type_name)
     wanted, found = code_book_search.search(vectors), code_books_triton.search(vectors)
     assert float((wanted.index_NG == found.index_NG).float().mean()) > 0.995
     errors = [
