@@ -37,34 +37,13 @@ def compensate_points(
     values_O8, working_WO = weight_SO.new_empty(num_rows, VECTOR.value), weight_SO.new_empty(W.value, num_rows)
     chosen_2OG = torch.empty(2, num_rows, VECTOR.value // width, dtype=torch.int32, device=device)
     _round[triton.cdiv(num_rows, ROWS),](
-        weight_SO.contiguous(), factor_SS.contiguous(), _inverses(factor_SS), importance_S.contiguous(),
-        scale_BO, alternative_BO, *book_on(device, type_name), points_AKP.contiguous(), codes_AKP.contiguous(),
+        weight_SO.contiguous(), factor_SS.contiguous(), importance_S.contiguous(), scale_BO, alternative_BO,
+        *book_on(device, type_name), points_AKP.contiguous(), codes_AKP.contiguous(),
         values_O8, working_WO, *chosen_2OG, codes_SO, errors_SO, num_rows,
         S=size, BLOCK=kind.block, SIGNED=kind.signs == "delta", LAST_CODE=len(values_of(type_name)) - 1,
         R=ROWS, TOGETHER=min(TOGETHER, kind.neighbours), **constants_of(type_name), num_warps=WARPS,
     )  # fmt: skip
     return codes_SO, errors_SO
-
-
-def _inverses(factor_SS: torch.Tensor) -> torch.Tensor:
-    """The transposed inverses of the upper triangles of 8 x 8 on the diagonal, float32 [S / 8, 8, 8].
-
-    With D the diagonal and N what is right of it, (D (1 + N))^-1 = (1 - N) (1 + N^2) (1 + N^4) D^-1, since N^8 = 0.
-    Sums of products, as products of matrices may be less exact.
-    """
-    size = VECTOR.value
-    blocks_N88 = factor_SS.unflatten(1, (-1, size)).unflatten(0, (-1, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    diagonal_N8 = blocks_N88.diagonal(dim1=1, dim2=2)
-    power_N88 = (blocks_N88 / diagonal_N8.unsqueeze(2)).triu(1)
-    inverse_N88 = torch.eye(size, device=factor_SS.device) - power_N88
-    for _ in range(2):
-        power_N88 = _product(power_N88, power_N88)
-        inverse_N88 = inverse_N88 + _product(inverse_N88, power_N88)
-    return (inverse_N88 / diagonal_N8.unsqueeze(1)).mT.contiguous()
-
-
-def _product(first_N88: torch.Tensor, second_N88: torch.Tensor) -> torch.Tensor:
-    return (first_N88.unsqueeze(3) * second_N88.unsqueeze(1)).sum(2)
 
 
 @triton.jit
@@ -128,10 +107,24 @@ def _rounded(
     return point_8R * scale_R[None, :], code_8R
 
 
+@triton.jit
+def _errors(left_8R, factor, S: tl.constexpr):
+    """Errors over U, [8, R], of a vector's columns: each changes those after it."""
+    place_8 = tl.arange(0, VECTOR)
+    errors_8R = left_8R * 0
+    for place in tl.static_range(VECTOR):
+        here_81 = (place_8 == place)[:, None]
+        error_R = tl.div_rn(tl.sum(tl.where(here_81, left_8R, 0.0), 0), tl.load(factor + place * S + place))
+        after_8 = tl.where(place_8 > place, tl.load(factor + place * S + place_8), 0.0)
+        left_8R -= after_8[:, None] * error_R[None, :]
+        errors_8R = tl.where(here_81, error_R[None, :], errors_8R)
+    return errors_8R
+
+
 # num_rows unspecialized, as in `compensation_triton`.
 @triton.jit(do_not_specialize=["num_rows"])
 def _round(
-    weight, factor, inverses, importance, scales, alternatives, grid, near, bounds, points, point_codes,
+    weight, factor, importance, scales, alternatives, grid, near, bounds, points, point_codes,
     values, working, numbers, lanes, codes, errors, num_rows,
     S: tl.constexpr, BLOCK: tl.constexpr, SIGNED: tl.constexpr, LAST_CODE: tl.constexpr, R: tl.constexpr,
     TOGETHER: tl.constexpr, POINTS: tl.constexpr, P: tl.constexpr, NEAR: tl.constexpr, BASE: tl.constexpr,
@@ -155,8 +148,7 @@ def _round(
         tl.store(working + columns_W[:, None] * num_rows + rows_R[None, :], changed_WR, mask=inside_1R)
         for column in range(first, first + W, VECTOR):
             tl.debug_barrier()
-            in_working_8R = working + (column - first) * num_rows + at_8R
-            values_8R = tl.load(in_working_8R, mask=inside_1R, other=0.0)
+            values_8R = tl.load(working + (column - first) * num_rows + at_8R, mask=inside_1R, other=0.0)
             for before in range(first, column, VECTOR):
                 for place in tl.static_range(VECTOR):
                     factor_8 = tl.load(factor + (before + place) * S + column + place_8)
@@ -181,13 +173,5 @@ def _round(
                 values_8R, numbers + chosen_8R, lanes + chosen_8R, points, point_codes, scale_R, P, SIGNED, LAST_CODE
             )
             tl.store(codes + column * num_rows + at_8R, codes_8R.to(tl.uint8), mask=inside_1R)
-            tl.store(in_working_8R, values_8R - rounded_8R, mask=inside_1R)
-            tl.debug_barrier()
-            errors_8R = tl.zeros([VECTOR, R], tl.float32)
-            for place in tl.static_range(VECTOR):
-                inverse_8 = tl.load(inverses + column * VECTOR + place_8 * VECTOR + place)
-                left_R = tl.load(
-                    working + (column - first + place) * num_rows + rows_R, mask=rows_R < num_rows, other=0.0
-                )
-                errors_8R += inverse_8[:, None] * left_R[None, :]
+            errors_8R = _errors(values_8R - rounded_8R, factor + column * S + column, S)
             tl.store(errors + column * num_rows + at_8R, errors_8R, mask=inside_1R)
