@@ -15,9 +15,9 @@ import triton.language as tl
 from dsquant.kernels.code_books import TYPES, BlockScales, points_on, values_of
 from dsquant.kernels.code_books_triton import PER_VECTOR, book_on, constants_of, nearest
 
+# Measured on an H200 with 1 to 8 warps, 16 and 32 rows, 8 to 32 neighbours together.
 ROWS = 16
-WARPS = 1
-# Neighbours that are looked at together.
+WARPS = 4
 TOGETHER = 32
 W: tl.constexpr = tl.constexpr(32)
 K: tl.constexpr = tl.constexpr(16)
