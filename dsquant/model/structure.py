@@ -109,6 +109,11 @@ class DecoderLayer:
         return f"{self.prefix}.self_attn"
 
     @property
+    def attention_output(self) -> str:
+        """The linear whose outputs are added to the hidden states."""
+        return self.attention[-1].consumers[-1]
+
+    @property
     def mlp_module(self) -> str:
         """transformers' module that reads the norm's output: the MLP, or router and experts."""
         return f"{self.prefix}.mlp"

@@ -94,8 +94,8 @@ def own_mlps(
 def mlps_in_turns(
     job: LayerJob, routing: Routing | None, contribute: Contribute | None = None
 ) -> Iterator[tuple[int, Sequence[Mlp], GatedWeights | None]]:
-    """Does what `own_mlps` does, and yields every turn on every rank: the number of this rank's MLP, the turn's MLPs,
-    one for each rank, and the weights of this rank's; None where it has none."""
+    """Does what `own_mlps` does, and yields every turn on every rank, before its outputs are added: the number of this
+    rank's MLP, the turn's MLPs, one for each rank, and the weights of this rank's; None where it has none."""
     mlps, ranks = job.layer.mlps, job.ranks
     with recorded_launches(again=bool(job.layer.experts)):
         for begin in range(0, len(mlps), ranks.size):
@@ -105,11 +105,11 @@ def mlps_in_turns(
                 original = GatedWeights.read(job.weights, mlps[number])
                 ahead = mlps[number + ranks.size :: ranks.size][:MLPS_AHEAD]
                 job.weights.prefetch([f"{linear}.weight" for mlp in ahead for linear in mlp.linears])
+            yield number, turn, original
             if routing is not None:
                 tokens_of = partial(routed_tokens, routing)
                 stream = MlpStream(job.mlp_inputs, job.outputs, tokens_of, contribute=contribute)
                 add_outputs(job, turn, original, stream)
-            yield number, turn, original
 
 
 def _quantize_mlp(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from dsquant.kernels.precision import fast_matmuls
+from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
 from dsquant.model.structure import Mlp
 from dsquant.presets import Step
@@ -34,6 +35,17 @@ class LoadedMlp:
     """The tokens it is judged on, as it reads them: in the original, or with step `follow` in the quantized model."""
     seed: int
     """Of its statistics."""
+    behind: tuple[Activations, Activations] | None = None
+    """The hidden states behind all MLPs in the original, and those that its outputs are added to in the quantized
+    model, where these aim at the others; of an MLP that reads all tokens."""
+
+    def lack(self, rows_R: torch.Tensor, hidden_RW: torch.Tensor) -> torch.Tensor | None:
+        """Returns by how much hidden states differ, less the original's outputs for what its down reads: float32
+        [R, H]."""
+        if self.behind is None:
+            return None
+        original_RH, quantized_RH = (hidden.rows(rows_R) for hidden in self.behind)
+        return original_RH - self.original.output_of(hidden_RW) - quantized_RH
 
 
 @dataclass(frozen=True)
@@ -155,13 +167,14 @@ def judged(
     same_RH = proposed.folded.output(job.skeleton, few_RH / norm_scales_H)
     change = relative_change(original.output(job.skeleton, few_RH), same_RH)
     with fast_matmuls(inputs_RH.device):
-        wanted_RH = original.output(job.skeleton, original_RH)
+        hidden_RW = original.hidden(job.skeleton, original_RH)
+        wanted_RH, lack_RH = original.output_of(hidden_RW), loaded.lack(inputs.rows_of_few, hidden_RW)
 
     def error(linears: Sequence[QuantizedWeight], scales_H: torch.Tensor | float) -> torch.Tensor:
         weights = GatedWeights(*(weight.dequantize() for weight in linears))
         with fast_matmuls(inputs_RH.device):
             found_RH = weights.output(job.skeleton, inputs_RH / scales_H)
-        return inputs.energy_of_few(found_RH - wanted_RH)
+        return inputs.energy_of_few(found_RH - wanted_RH if lack_RH is None else found_RH - wanted_RH - lack_RH)
 
     searched, unsearched = error(proposed.linears, norm_scales_H), error(plain, norm_scales_H)
     untouched = error(_plainly_rounded(original, schemes), 1.0)

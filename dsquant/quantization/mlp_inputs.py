@@ -53,9 +53,14 @@ class MlpInputs:
             part = slice(start, start + ROWS_AT_ONCE)
             yield self.rows_R[part], None if self.weights_R is None else self.weights_R[part]
 
+    @property
+    def rows_of_few(self) -> torch.Tensor:
+        """`CHECK_ROWS` tokens or fewer, evenly spaced, int64."""
+        return self.rows_R[:: self._step]
+
     def few(self) -> torch.Tensor:
-        """Returns what is read at `CHECK_ROWS` tokens or fewer, evenly spaced, float32 [R, H]."""
-        return self.activations.rows(self.rows_R[:: self._step])
+        """Returns what is read at a few tokens, float32 [R, H]."""
+        return self.activations.rows(self.rows_of_few)
 
     def energy_of_few(self, outputs_RH: torch.Tensor) -> torch.Tensor:
         """Returns the summed squares of outputs, or of their errors, at the tokens of `few`, float64 []."""

@@ -4,6 +4,9 @@ In the quantized model a linear reads x~, where it read x in the original. The w
 to W x has a closed form, W E[x x~^T] E[x~ x~^T]^-1 = W + W E[(x - x~) x~^T] E[x~ x~^T]^-1 (asymmetric calibration:
 GPTAQ, arXiv 2504.02692). That weight is rounded, on the moments of x~.
 
+Where outputs are added to hidden states that are h~ instead of h, W x + (h - h~) is what they should be: W then becomes
+W + (W E[(x - x~) x~^T] + E[(h - h~) x~^T]) E[x~ x~^T]^-1 (docs/decisions/0051).
+
 Shape legend: R tokens, I in features, O out features.
 """
 
@@ -42,15 +45,18 @@ class PairMoments:
     """float32 [I, I], the mean of (x - x~)^T x~; None where the inputs are too wide, or tokens are kept."""
     tokens: tuple[torch.Tensor, torch.Tensor] | None = None
     """x - x~ and x~, float32 [R, I], of tokens that are far fewer than channels."""
+    lack_OI: torch.Tensor | None = None
+    """float32 [O, I], the mean of (h - h~)^T x~; None where outputs are not added to hidden states."""
 
     def divided(self, scales_I: torch.Tensor) -> "PairMoments":
         """Returns the moments of inputs whose channels are divided by `scales_I` in both models."""
         drift_II = None if self.drift_II is None else self.drift_II / scales_I / scales_I.unsqueeze(1)
         tokens = None if self.tokens is None else (self.tokens[0] / scales_I, self.tokens[1] / scales_I)
-        return PairMoments(self.moments.divided(scales_I), drift_II, tokens)
+        lack_OI = None if self.lack_OI is None else self.lack_OI / scales_I
+        return PairMoments(self.moments.divided(scales_I), drift_II, tokens, lack_OI)
 
     def fitted(self, weight_OI: torch.Tensor) -> torch.Tensor:
-        """Returns W + W C (H + damping)^-1 with C the drift and H the Gram matrix, float32 [O, I].
+        """Returns W + (W C + L) (H + damping)^-1 with C the drift, L the lack and H the Gram matrix, float32 [O, I].
 
         W itself where there is no whole Gram matrix or no token.
         """
@@ -62,7 +68,9 @@ class PairMoments:
         damped_II = damped(gram_II.double(), DRIFT_DAMPING * len(gram_II) / self.moments.count)
         factor_II, problem = torch.linalg.cholesky_ex(damped_II)
         with fast_matmuls(weight_OI.device):
-            if len(weight_OI) < len(gram_II):  # the fewer right-hand sides to solve for
+            if self.lack_OI is not None:
+                change_OI = _solved(apply_linear(weight_OI, self.drift_II.T) + self.lack_OI, factor_II)
+            elif len(weight_OI) < len(gram_II):  # the fewer right-hand sides to solve for
                 change_OI = _solved(apply_linear(weight_OI, self.drift_II.T), factor_II)
             else:
                 change_OI = apply_linear(weight_OI, _solved(self.drift_II, factor_II).T)
@@ -125,18 +133,33 @@ class PairStatistics:
         few = whole and is_wide(num_features) and num_tokens is not None and FEW_TOKENS * num_tokens <= num_features
         self._drift_II = torch.zeros(num_features, num_features, device=device) if whole and not few else None
         self._tokens: list[tuple[torch.Tensor, torch.Tensor]] | None = [] if few else None
+        self._lack_OI: torch.Tensor | None = None
 
-    def add(self, original_RI: torch.Tensor, quantized_RI: torch.Tensor, weights_R: torch.Tensor | None = None) -> None:
-        """Adds x and x~ of the same tokens, float32 [R, I], each multiplied by its weight."""
+    def add(
+        self,
+        original_RI: torch.Tensor,
+        quantized_RI: torch.Tensor,
+        weights_R: torch.Tensor | None = None,
+        lack_RO: torch.Tensor | None = None,
+    ) -> None:
+        """Adds x and x~ of the same tokens, float32 [R, I], each multiplied by its weight.
+
+        `lack_RO` is h - h~, float32, of the hidden states that the outputs are added to.
+        """
         self._statistics.add(quantized_RI, weights_R)
         if self._drift_II is None and self._tokens is None:
             return
         if weights_R is not None:
             original_RI, quantized_RI = (part * weights_R.unsqueeze(1) for part in (original_RI, quantized_RI))
+            lack_RO = None if lack_RO is None else lack_RO * weights_R.unsqueeze(1)
         if self._tokens is not None:
             self._tokens.append((original_RI - quantized_RI, quantized_RI))
         elif self._drift_II is not None:
             add_product(self._drift_II, (original_RI - quantized_RI).T, quantized_RI)
+            if lack_RO is not None:
+                if self._lack_OI is None:
+                    self._lack_OI = lack_RO.new_zeros(lack_RO.shape[1], quantized_RI.shape[1])
+                add_product(self._lack_OI, lack_RO.T, quantized_RI)
 
     def moments(self) -> PairMoments:
         """Returns the means over all tokens added so far."""
@@ -144,4 +167,5 @@ class PairStatistics:
         if self._tokens:
             drift_RI, inputs_RI = (torch.cat(parts) for parts in zip(*self._tokens, strict=True))
             return PairMoments(moments, None, (drift_RI, inputs_RI))
-        return PairMoments(moments, None if self._drift_II is None else self._drift_II / count)
+        drift_II, lack_OI = (None if part is None else part / count for part in (self._drift_II, self._lack_OI))
+        return PairMoments(moments, drift_II, lack_OI=lack_OI)

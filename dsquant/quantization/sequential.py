@@ -13,7 +13,7 @@ Shape legend: N samples, T tokens, H hidden size, I in features, R tokens of all
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -84,7 +84,7 @@ def _quantize_for(
 ) -> FollowingMlps:
     """Quantizes attention onto a grid, runs it, and searches the scales of the MLPs' norm for what comes out."""
     layer, quantized = job.layer, job.quantized[grid]
-    streams, attention, replaced = _quantize_attention(job, grid, weights, report)
+    streams, attention, replaced = _quantize_attention(job, grid, weights, weights_R, report)
     # What always-read MLPs put out is added once they are quantized, as for an expert.
     downs = [f"{mlp.down}.weight" for mlp in layer.mlps if mlp.expert is None]
     silenced = {down: torch.zeros(weights.shape(down), device=weights.device) for down in downs}
@@ -153,6 +153,13 @@ class _Streams:
     original: Weights
     folded: Weights
     """The original's with attention's scales folded in: the same function."""
+    weights_R: torch.Tensor
+    """float32 of all tokens: what multiplies their inputs of the linear whose outputs are added to hidden states."""
+
+    def lack(self, batch: tuple[int, int]) -> torch.Tensor:
+        """Returns by how much the hidden states of both models before the layer differ, float32 [R, H]."""
+        original_NTH, quantized_NTH = (hidden.samples(*batch) for hidden in (self.job.inputs, self.quantized.inputs))
+        return (original_NTH - quantized_NTH).flatten(0, 1)
 
     def read_in_original(self, batch: tuple[int, int], linears: Sequence[str]) -> list[torch.Tensor]:
         """Runs a batch of samples under the scales and returns what linears read, each [R, I]."""
@@ -177,19 +184,19 @@ class _Streams:
 
 
 def _quantize_attention(
-    job: LayerJob, grid: Scheme, weights: Weights, report: GridReport
+    job: LayerJob, grid: Scheme, weights: Weights, weights_R: torch.Tensor, report: GridReport
 ) -> tuple[_Streams, AttentionResult, dict[str, torch.Tensor]]:
-    """Quantizes attention group by group; rounds it plainly where its output is nearer to the original's then.
+    """Quantizes attention group by group; rounds it plainly where hidden states are nearer to the original's then.
 
     Returns the models, what rank 0 emits, and the parameters that the quantized model has instead of the folded ones.
     """
-    unfolded = _Streams(job, job.quantized[grid], weights, weights)
+    unfolded = _Streams(job, job.quantized[grid], weights, weights, weights_R)
     groups = [group for group in job.layer.attention if group.consumers[0] in job.linears[grid]]
     if not groups:
         return unfolded, AttentionResult(), {}
     scales = _searched_scales(unfolded, groups, grid) if "scales" in job.steps else {}
     fold = fold_scales(weights, scales)
-    streams = _Streams(job, job.quantized[grid], weights, ResidentWeights(FoldedWeights(weights, fold)))
+    streams = replace(unfolded, folded=ResidentWeights(FoldedWeights(weights, fold)))
     metrics = _metrics(job, groups, fold) if job.ranks.first else {}
     linears: dict[str, QuantizedWeight] = {}
     moments: dict[ScaleGroup, InputMoments] = {}
@@ -228,13 +235,14 @@ def _metrics(job: LayerJob, groups: Sequence[ScaleGroup], fold: Fold) -> dict[st
 
 
 def _error(streams: _Streams, attention: AttentionResult) -> float:
-    """Returns the relative squared error of what attention adds to the hidden states of a few samples."""
+    """Returns the squared error of the hidden states behind attention, relative to what it adds to them, of a few
+    samples; tokens count as in the statistics of its outputs."""
     job = streams.job
     wanted, _ = few_samples(job, streams.original)
     found, _ = few_samples(job, ReplacedWeights(streams.folded, attention.dequantized()), streams.quantized.inputs)
-    wanted -= job.inputs.samples(0, len(wanted))
-    found -= streams.quantized.inputs.samples(0, len(found))
-    return float((found - wanted).square().sum() / wanted.square().sum())
+    weights_NT1 = streams.weights_R[: wanted[:, :, 0].numel()].view(*wanted.shape[:2], 1)
+    added = wanted - job.inputs.samples(0, len(wanted))
+    return float(((found - wanted) * weights_NT1).square().sum() / (added * weights_NT1).square().sum())
 
 
 def _note(
@@ -272,17 +280,23 @@ def _searched_scales(unfolded: _Streams, groups: Sequence[ScaleGroup], grid: Sch
 
 
 def _observed_pairs(streams: _Streams, replaced: Mapping[str, torch.Tensor], linear: str) -> PairMoments:
-    """Runs both models batch by batch; returns the moments of a linear's inputs on rank 0, empty ones elsewhere."""
+    """Runs both models batch by batch; returns the moments of a linear's inputs on rank 0, empty ones elsewhere.
+
+    Attention's output makes up for what hidden states lack, and tokens have their weights there.
+    """
     job, width = streams.job, streams.job.weights.shape(f"{linear}.weight")[1]
+    added = linear == job.layer.attention_output
 
     def read(batch: tuple[int, int]) -> list[torch.Tensor]:
-        return [
-            *streams.read_in_original(batch, [linear]),
-            *streams.read_in_quantized(replaced, batch, [linear]),
-        ]
+        of_both = streams.read_in_original(batch, [linear]), streams.read_in_quantized(replaced, batch, [linear])
+        return [*of_both[0], *of_both[1], *([streams.lack(batch)] if added else [])]
 
-    statistics = PairStatistics(width, job.seed, job.weights.device)
-    for original_RI, quantized_RI in in_the_order_of_batches(job, read, [width, width]):
+    statistics, seen = PairStatistics(width, job.seed, job.weights.device), 0
+    for original_RI, quantized_RI, *lack in in_the_order_of_batches(
+        job, read, [width, width, job.inputs.shape[2]][: 2 + added]
+    ):
+        weights_R = streams.weights_R[seen : seen + len(original_RI)] if added else None
+        seen += len(original_RI)
         with fast_matmuls(job.weights.device):
-            statistics.add(original_RI, quantized_RI)
+            statistics.add(original_RI, quantized_RI, weights_R, *lack)
     return statistics.moments()

@@ -29,6 +29,7 @@ from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.mlp_outputs import MlpStream, Tokens, add_outputs
 from dsquant.quantization.output_metrics import mlp_metrics
 from dsquant.quantization.pairs import PairMoments, PairStatistics
+from dsquant.quantization.sharing import share_rows
 from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.schemes import QuantizedWeight, Scheme
 
@@ -65,16 +66,21 @@ def quantize_mlps(
 ) -> list[list[MlpOutcome]]:
     """Runs a layer's MLPs in all models, quantizes and emits them; each rank has one of them at a time.
 
-    Returns the outcomes by MLP and grid, on every rank.
+    The one that is always read comes first, before any expert's outputs are added: it makes up for what hidden states
+    lack. Returns the outcomes by MLP and grid, on every rank.
     """
     mlps, own = job.layer.mlps, list[list[EmittedMlp | None]]()
+    if job.ranks.size > 1:  # rank 0 reads what attention has put out on all
+        for outputs in (job.outputs, *(model.quantized.outputs for model in following)):
+            share_rows(outputs, job.ranks, job.shares)
     for number, turn, original in mlps_in_turns(job, original_routing):
         emitted: list[EmittedMlp | None] = []
         metrics = [] if original is None else mlp_metrics(job, mlps[number], original, original_routing)
         for model in following:
             weights = None
             if original is not None:
-                loaded = LoadedMlp(mlps[number], original, model.inputs[mlps[number]], job.seed + number)
+                behind = (job.outputs, model.quantized.outputs) if mlps[number].expert is None else None
+                loaded = LoadedMlp(mlps[number], original, model.inputs[mlps[number]], job.seed + number, behind)
                 one, weights = _emitted(job, loaded, model, metrics)
                 emitted.append(one)
             add_outputs(job, turn, weights, model.stream)
@@ -155,7 +161,8 @@ def _hidden_moments(
     pairs = PairStatistics(len(up_scales_W), loaded.seed, job.weights.device)
     with fast_matmuls(job.weights.device):
         for rows_R, weights_R in loaded.inputs.parts():
-            original_RW = loaded.original.hidden(job.skeleton, job.mlp_inputs.rows(rows_R)) / up_scales_W
+            original_RW = loaded.original.hidden(job.skeleton, job.mlp_inputs.rows(rows_R))
+            lack_RH = loaded.lack(rows_R, original_RW)
             inputs_RH = loaded.inputs.activations.rows(rows_R) / norm_scales_H
-            pairs.add(original_RW, rounded.hidden(job.skeleton, inputs_RH), weights_R)
+            pairs.add(original_RW / up_scales_W, rounded.hidden(job.skeleton, inputs_RH), weights_R, lack_RH)
     return pairs.moments()
