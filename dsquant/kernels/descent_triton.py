@@ -1,4 +1,4 @@
-"""`descent` on a GPU: a thread takes one row through the whole block.
+"""`descent` on a GPU: a warp takes some rows through the whole block.
 
 The block is cut into tiles of columns, as a group is in `compensation_triton`. What the levels' own spread gives for
 the scale is products of tiles; so is what changes in earlier tiles do to a tile's gradient. Inside a tile changes stay
@@ -16,12 +16,11 @@ import triton.language as tl
 from dsquant.kernels.grids_triton import nearest_level, storable_scales
 from dsquant.kernels.values import DescendingBlock, Levels, table_on
 
-# A warp with a row to each thread.
-ROWS = 32
+# Rows and columns of a tile: measured on an H200 with 8 to 64 rows, 16 and 32 columns, one to four warps. The second is
+# for blocks that the first does not divide.
+TILE = 16, 32
+SMALL_TILE = 32, 16
 WARPS = 1
-COLUMNS = 16
-R: tl.constexpr = tl.constexpr(ROWS)
-Q: tl.constexpr = tl.constexpr(COLUMNS)
 
 
 def descend_block(
@@ -32,14 +31,15 @@ def descend_block(
     working_SO, changes_SO = torch.empty_like(gradient_SO), torch.empty_like(gradient_SO)
     state = (block.levels_SO, block.scales_O, block.zero_points_O, table_on(gradient_SO.device, levels))
     moves = 0 if not levels.movable else 1 if levels.symmetric else 2  # scales; zero points too
-    shape = (num_rows, size, levels.largest, int(levels.kind), moves)
-    programs = (triton.cdiv(num_rows, ROWS),)
+    rows, columns = SMALL_TILE if size % TILE[1] else TILE
+    shape = (num_rows, size, levels.largest, int(levels.kind), moves, rows, columns)
+    programs = (triton.cdiv(num_rows, rows),)
     _descend[programs](*state, gradient_SO, gram_SS, working_SO, changes_SO, *shape, num_warps=WARPS, num_stages=1)
     return changes_SO
 
 
 @triton.jit
-def _tile(matrix, start, rows_R, num_rows):
+def _tile(matrix, start, rows_R, num_rows, Q: tl.constexpr):
     """Columns `start` to `start + Q` of a program's rows, [Q, R]."""
     offsets_QR = (start + tl.arange(0, Q))[:, None] * num_rows + rows_R[None, :]
     return tl.load(matrix + offsets_QR, mask=(rows_R < num_rows)[None, :], other=0.0)
@@ -47,31 +47,32 @@ def _tile(matrix, start, rows_R, num_rows):
 
 @triton.jit
 def _store_tile(matrix, tile_QR, start, rows_R, num_rows):
+    Q: tl.constexpr = tile_QR.shape[0]
     offsets_QR = (start + tl.arange(0, Q))[:, None] * num_rows + rows_R[None, :]
     tl.store(matrix + offsets_QR, tile_QR, mask=(rows_R < num_rows)[None, :])
 
 
 @triton.jit
-def _gram_tile(gram, start, first, S: tl.constexpr):
+def _gram_tile(gram, start, first, S: tl.constexpr, Q: tl.constexpr):
     """Rows `start` to `start + Q` of H, columns `first` to `first + Q`."""
     return tl.load(gram + (start + tl.arange(0, Q))[:, None] * S + (first + tl.arange(0, Q))[None, :])
 
 
 @triton.jit
-def _fit_scales(block, state, rows_R, num_rows, S: tl.constexpr):
+def _fit_scales(block, state, rows_R, num_rows, S: tl.constexpr, Q: tl.constexpr):
     """Each row's change of scale; leaves H u in `working`, and sums the gradient's columns."""
     levels, gradient, gram, working = block
     scales_R, zeros_R = state
     curvature_R = tl.zeros(scales_R.shape, tl.float32)
     slope_R = tl.zeros(scales_R.shape, tl.float32)
     for start in range(0, S, Q):
-        spread_QR = tl.zeros([Q, R], tl.float32)
+        spread_QR = tl.zeros([Q, rows_R.shape[0]], tl.float32)
         for first in range(0, S, Q):
-            centred_KR = _tile(levels, first, rows_R, num_rows) - zeros_R[None, :]
-            spread_QR = tl.dot(_gram_tile(gram, start, first, S), centred_KR, spread_QR, input_precision="tf32x3")
-        centred_QR = _tile(levels, start, rows_R, num_rows) - zeros_R[None, :]
+            centred_KR = _tile(levels, first, rows_R, num_rows, Q) - zeros_R[None, :]
+            spread_QR = tl.dot(_gram_tile(gram, start, first, S, Q), centred_KR, spread_QR, input_precision="tf32x3")
+        centred_QR = _tile(levels, start, rows_R, num_rows, Q) - zeros_R[None, :]
         curvature_R += tl.sum(spread_QR * centred_QR, 0)
-        slope_R += tl.sum(_tile(gradient, start, rows_R, num_rows) * centred_QR, 0)
+        slope_R += tl.sum(_tile(gradient, start, rows_R, num_rows, Q) * centred_QR, 0)
         _store_tile(working, spread_QR, start, rows_R, num_rows)
     steps_R = tl.div_rn(slope_R, tl.where(curvature_R > 0, curvature_R, 1.0))
     change_R = storable_scales(scales_R - steps_R) - scales_R
@@ -80,16 +81,16 @@ def _fit_scales(block, state, rows_R, num_rows, S: tl.constexpr):
 
 
 @triton.jit
-def _slopes(block, scale_change_R, rows_R, num_rows, S: tl.constexpr):
+def _slopes(block, scale_change_R, rows_R, num_rows, S: tl.constexpr, Q: tl.constexpr):
     """The error's change to first and second order where all weights move together."""
     _, gradient, gram, working = block
     slope_R = tl.zeros(scale_change_R.shape, tl.float32)
     curvature = 0.0
     for start in range(0, S, Q):
-        slope_R += tl.sum(_tile(gradient, start, rows_R, num_rows), 0)
-        slope_R += scale_change_R * tl.sum(_tile(working, start, rows_R, num_rows), 0)
+        slope_R += tl.sum(_tile(gradient, start, rows_R, num_rows, Q), 0)
+        slope_R += scale_change_R * tl.sum(_tile(working, start, rows_R, num_rows, Q), 0)
         for first in range(0, S, Q):
-            curvature += tl.sum(tl.sum(_gram_tile(gram, start, first, S), 1), 0)
+            curvature += tl.sum(tl.sum(_gram_tile(gram, start, first, S, Q), 1), 0)
     return slope_R, curvature
 
 
@@ -110,7 +111,7 @@ def _fit_zero_points(slope_R, curvature, scales_R, zeros_R, largest):
 
 
 @triton.jit
-def _tile_gradient(block, changes, start, rows, S: tl.constexpr, MOVES: tl.constexpr):
+def _tile_gradient(block, changes, start, rows, S: tl.constexpr, MOVES: tl.constexpr, Q: tl.constexpr):
     """A tile's gradient, after all that has changed before it.
 
     In `working` there is H u where scales move, and in its earlier tiles are the changes that their levels have made.
@@ -118,32 +119,34 @@ def _tile_gradient(block, changes, start, rows, S: tl.constexpr, MOVES: tl.const
     _, gradient, gram, working = block
     scale_change_R, zero_change_R = changes
     rows_R, num_rows = rows
-    gradient_QR = _tile(gradient, start, rows_R, num_rows)
+    gradient_QR = _tile(gradient, start, rows_R, num_rows, Q)
     if MOVES > 0:
-        gradient_QR += scale_change_R[None, :] * _tile(working, start, rows_R, num_rows)
+        gradient_QR += scale_change_R[None, :] * _tile(working, start, rows_R, num_rows, Q)
     if MOVES > 1:
         spread_Q = tl.zeros([Q], tl.float32)
         for first in range(0, S, Q):
-            spread_Q += tl.sum(_gram_tile(gram, start, first, S), 1)
+            spread_Q += tl.sum(_gram_tile(gram, start, first, S, Q), 1)
         gradient_QR += spread_Q[:, None] * zero_change_R[None, :]
     for first in range(0, start, Q):
-        earlier_KR = _tile(working, first, rows_R, num_rows)
-        gradient_QR = tl.dot(_gram_tile(gram, start, first, S), earlier_KR, gradient_QR, input_precision="tf32x3")
+        earlier_KR = _tile(working, first, rows_R, num_rows, Q)
+        gradient_QR = tl.dot(_gram_tile(gram, start, first, S, Q), earlier_KR, gradient_QR, input_precision="tf32x3")
     return gradient_QR
 
 
 @triton.jit
-def _fit_parameters(block, state, rows, LARGEST: tl.constexpr, S: tl.constexpr, MOVES: tl.constexpr):
+def _fit_parameters(
+    block, state, rows, LARGEST: tl.constexpr, S: tl.constexpr, MOVES: tl.constexpr, Q: tl.constexpr
+):  # fmt: skip
     """Each row's new scale and zero point, and what these changes add to scales and to all weights."""
     scales_R, zeros_R = state
     rows_R, num_rows = rows
-    scale_change_R, zero_change_R = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
+    scale_change_R, zero_change_R = tl.zeros_like(scales_R), tl.zeros_like(scales_R)
     if MOVES > 0:
-        scale_change_R = _fit_scales(block, state, rows_R, num_rows, S)
+        scale_change_R = _fit_scales(block, state, rows_R, num_rows, S, Q)
         tl.debug_barrier()  # what one thread wrote, another reads
         scales_R += scale_change_R
     if MOVES > 1:
-        slope_R, curvature = _slopes(block, scale_change_R, rows_R, num_rows, S)
+        slope_R, curvature = _slopes(block, scale_change_R, rows_R, num_rows, S, Q)
         zeros_R, zero_change_R = _fit_zero_points(slope_R, curvature, scales_R, zeros_R, LARGEST)
     return scales_R, zeros_R, scale_change_R, zero_change_R
 
@@ -152,7 +155,7 @@ def _fit_parameters(block, state, rows, LARGEST: tl.constexpr, S: tl.constexpr, 
 @triton.jit(do_not_specialize=["num_rows"])
 def _descend(
     levels, scales, zero_points, table, gradient, gram, working, changes, num_rows,
-    S: tl.constexpr, LARGEST: tl.constexpr, KIND: tl.constexpr, MOVES: tl.constexpr,
+    S: tl.constexpr, LARGEST: tl.constexpr, KIND: tl.constexpr, MOVES: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     rows_R = tl.program_id(0) * R + tl.arange(0, R)
     inside_R = rows_R < num_rows
@@ -160,15 +163,15 @@ def _descend(
     first_scales_R = tl.load(scales + rows_R, mask=inside_R, other=1.0)
     first_zeros_R = tl.load(zero_points + rows_R, mask=inside_R, other=0.0)
     scales_R, zeros_R, scale_change_R, zero_change_R = _fit_parameters(
-        block, (first_scales_R, first_zeros_R), rows, LARGEST, S, MOVES
+        block, (first_scales_R, first_zeros_R), rows, LARGEST, S, MOVES, Q
     )
     divisors_R = tl.where(scales_R != 0, scales_R, float("inf"))
     for start in range(0, S, Q):
-        gradient_QR = _tile_gradient(block, (scale_change_R, zero_change_R), start, rows, S, MOVES)
+        gradient_QR = _tile_gradient(block, (scale_change_R, zero_change_R), start, rows, S, MOVES, Q)
         _store_tile(working, gradient_QR, start, rows_R, num_rows)
         tl.debug_barrier()
         # read at once and written at once: between single reads and writes a thread would wait for each
-        gradient_QR, levels_QR = _tile(working, start, rows_R, num_rows), _tile(levels, start, rows_R, num_rows)
+        gradient_QR, levels_QR = _tile(working, start, rows_R, num_rows, Q), _tile(levels, start, rows_R, num_rows, Q)
         changes_QR, moved_QR = tl.zeros([Q, R], tl.float32), tl.zeros([Q, R], tl.float32)
         for place in tl.static_range(Q):
             column, here_Q1 = start + place, tl.arange(0, Q)[:, None] == place

@@ -21,6 +21,7 @@ from dsquant.model.skeleton import Skeleton
 from dsquant.model.streaming import embed, final_norm, head_name
 from dsquant.pipeline import units as conversion
 from dsquant.presets import PRESET_STEPS
+from dsquant.quantization import mlp, sequential
 from dsquant.quantization.layer_job import LayerJob, QuantizedStream
 from dsquant.quantization.sequential import quantize_sequentially
 from dsquant.schemes import UNQUANTIZED, Grid, QuantizedWeight
@@ -89,6 +90,22 @@ def test_it_follows_a_model_that_is_quantized_in_parts(narrow_r1: Path, kept: st
     assert float((found_NTV - wanted_NTV).norm() / wanted_NTV.norm()) < 1e-3
     original_NTV, _ = stream_logits(narrow_r1, weights, tokens_NT)
     assert (float((found_NTV - original_NTV).norm() / original_NTV.norm()) < 1e-3) != grid.rounded
+
+
+def test_attention_and_dense_mlps_make_up_for_what_hidden_states_lack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_dense(tmp_path / "model", SMALL_QWEN2 | {"num_hidden_layers": 4})
+    tokens_NT = torch.randint(0, 290, (16, 64), generator=torch.Generator().manual_seed(1))
+
+    def error() -> float:
+        _, wanted_NTV, found_NTV = _followed(folder, tokens_NT, Grid(2, 64, True))
+        return float((found_NTV - wanted_NTV).norm() / wanted_NTV.norm())
+
+    aimed = error()
+    monkeypatch.setattr(sequential._Streams, "lack", lambda self, batch: torch.zeros(1, 1))
+    monkeypatch.setattr(mlp.LoadedMlp, "lack", lambda self, rows_R, hidden_RW: None)
+    assert aimed < 0.97 * error()
 
 
 def _mean_kl(folder: Path, original_NTV: torch.Tensor, tokens_NT: torch.Tensor, model: Path) -> float:

@@ -47,6 +47,23 @@ def test_the_fitted_weight_is_ridge_regression_towards_the_original() -> None:
     assert np.allclose(moments.fitted(weight_OI).numpy(), solution, atol=1e-4)
 
 
+def test_where_hidden_states_lack_something_the_fitted_weight_aims_at_that_too() -> None:
+    original_RI, quantized_RI = _inputs(500, 64)
+    weight_OI, weights_R, scales_I = _weight(16, 64), torch.linspace(0.2, 2, 500), torch.linspace(0.5, 3, 64)
+    lack_RO = 0.3 * original_RI @ _weight(16, 64).roll(1, 0).T + original_RI[:, :16].square()
+    statistics = PairStatistics(64, SEED)
+    for part in zip(*(whole.split(100) for whole in (original_RI, quantized_RI, weights_R, lack_RO)), strict=True):
+        statistics.add(*part)
+    found_OI = statistics.moments().divided(scales_I).fitted(weight_OI * scales_I)
+    inputs = (quantized_RI / scales_I * weights_R.unsqueeze(1)).double().numpy()
+    penalty = DRIFT_DAMPING * 64 / 500 * (inputs**2).mean() * 500
+    weight = (weight_OI * scales_I).double().numpy()
+    outputs = ((original_RI @ weight_OI.T + lack_RO) * weights_R.unsqueeze(1)).double().numpy()
+    wanted = np.concatenate([outputs, penalty**0.5 * weight.T])
+    stacked = np.concatenate([inputs, penalty**0.5 * np.eye(64)])
+    assert np.allclose(found_OI.numpy(), np.linalg.lstsq(stacked, wanted, rcond=None)[0].T, atol=1e-3)
+
+
 def test_few_tokens_of_wide_inputs_give_the_fit_that_their_sums_give() -> None:
     original_RI, quantized_RI = _inputs(300, 2304)
     weights_R, scales_I = torch.linspace(0.2, 2, 300), torch.linspace(0.5, 3, 2304)
