@@ -47,11 +47,13 @@ def compensate_points(
 
 
 @triton.jit
-def _changed(weight, factor, errors, first, rows_R, num_rows, S: tl.constexpr, R: tl.constexpr):
-    """Columns, [W, R], changed by the errors of all before them."""
+def _changed(weight, changes, first, rows, S: tl.constexpr):
+    """Columns, [W, R], changed by the errors of all before them; `changes` are U and the errors."""
+    factor, errors = changes
+    rows_R, num_rows = rows
     inside_1R = (rows_R < num_rows)[None, :]
     columns_W = first + tl.arange(0, W)
-    change_WR = tl.zeros([W, R], tl.float32)
+    change_WR = tl.zeros([W, rows_R.shape[0]], tl.float32)
     for before in range(0, first, K):
         columns_K = before + tl.arange(0, K)
         factor_WK = tl.load(factor + columns_K[None, :] * S + columns_W[:, None])
@@ -59,6 +61,20 @@ def _changed(weight, factor, errors, first, rows_R, num_rows, S: tl.constexpr, R
         change_WR = tl.dot(factor_WK, errors_KR, change_WR, input_precision="tf32x3")
     weight_WR = tl.load(weight + columns_W[:, None] * num_rows + rows_R[None, :], mask=inside_1R, other=0.0)
     return weight_WR - change_WR
+
+
+@triton.jit
+def _changed_again(values_8R, changes, between, rows, S: tl.constexpr):
+    """A vector's columns, changed by the errors of the columns from the first of `between` up to its own."""
+    factor, errors = changes
+    first, column = between
+    rows_R, num_rows = rows
+    for before in range(first, column, VECTOR):
+        for place in tl.static_range(VECTOR):
+            factor_8 = tl.load(factor + (before + place) * S + column + tl.arange(0, VECTOR))
+            error_R = tl.load(errors + (before + place) * num_rows + rows_R, mask=rows_R < num_rows, other=0.0)
+            values_8R -= factor_8[:, None] * error_R[None, :]
+    return values_8R
 
 
 @triton.jit
@@ -75,15 +91,15 @@ def _flipped_lane(values_V, importance_V, point_V, P: tl.constexpr):
 
 @triton.jit
 def _choose(
-    values_V, importance_V, odd_V, second_V, grid, near, bounds, points, scale_R, numbers_V, lanes_V,
-    inside_V, POINTS: tl.constexpr, P: tl.constexpr, NEAR: tl.constexpr, BASE: tl.constexpr, UNIT: tl.constexpr,
+    values_V, importance_V, odd_V, second_V, tables, points, scale_R, numbers_V, lanes_V, inside_V,
+    POINTS: tl.constexpr, P: tl.constexpr, NEAR: tl.constexpr, BASE: tl.constexpr, UNIT: tl.constexpr,
     SHIFT: tl.constexpr, SHIFTED: tl.constexpr, SIGNS: tl.constexpr, R: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Stores the number of each vector's point, and the weight whose sign it gives up, or -1."""
     G: tl.constexpr = VECTOR // P
     shift_V = tl.where(second_V, -SHIFT, SHIFT)
     _error_R, _product_R, _energy_R, number_V, flipped_V = nearest(
-        values_V, importance_V, odd_V, grid, near, bounds, scale_R, shift_V,
+        values_V, importance_V, odd_V, tables, scale_R, shift_V,
         POINTS, P, NEAR, BASE, UNIT, SHIFTED, SIGNS, SHIFTED == PER_VECTOR, R, G, TOGETHER,
     )  # fmt: skip
     lane_V = _flipped_lane(values_V, importance_V, points + number_V * P, P)
@@ -132,6 +148,7 @@ def _round(
 ):  # fmt: skip
     G: tl.constexpr = VECTOR // P
     rows_R = tl.program_id(0) * R + tl.arange(0, R)
+    tables, changes, rows = (grid, near, bounds), (factor, errors), (rows_R, num_rows)
     inside_1R = (rows_R < num_rows)[None, :]
     place_8, columns_W = tl.arange(0, VECTOR), tl.arange(0, W)
     at_8R = place_8[:, None] * num_rows + rows_R[None, :]
@@ -144,16 +161,12 @@ def _round(
     values_V = values + chosen_V * P
     for first in range(0, S, W):
         tl.debug_barrier()  # what one thread wrote, another reads
-        changed_WR = _changed(weight, factor, errors, first, rows_R, num_rows, S, R)
+        changed_WR = _changed(weight, changes, first, rows, S)
         tl.store(working + columns_W[:, None] * num_rows + rows_R[None, :], changed_WR, mask=inside_1R)
         for column in range(first, first + W, VECTOR):
             tl.debug_barrier()
             values_8R = tl.load(working + (column - first) * num_rows + at_8R, mask=inside_1R, other=0.0)
-            for before in range(first, column, VECTOR):
-                for place in tl.static_range(VECTOR):
-                    factor_8 = tl.load(factor + (before + place) * S + column + place_8)
-                    error_R = tl.load(errors + (before + place) * num_rows + rows_R, mask=rows_R < num_rows, other=0.0)
-                    values_8R -= factor_8[:, None] * error_R[None, :]
+            values_8R = _changed_again(values_8R, changes, (first, column), rows, S)
             tried_8R = values_8R if SIGNED else tl.abs(values_8R)
             tl.store(values + rows_R[None, :] * VECTOR + place_8[:, None], tried_8R, mask=inside_1R)
             odd_R = tl.sum((values_8R < 0).to(tl.int32), 0) % 2 == 1
@@ -164,7 +177,7 @@ def _round(
             importance_V = importance + column + vectors_V % G * P
             tl.debug_barrier()
             _choose(
-                values_V, importance_V, odd_V, second_V, grid, near, bounds, points, scale_R,
+                values_V, importance_V, odd_V, second_V, tables, points, scale_R,
                 numbers + chosen_V, lanes + chosen_V, inside_V,
                 POINTS, P, NEAR, BASE, UNIT, SHIFT, SHIFTED, SIGNS, R, TOGETHER,
             )  # fmt: skip

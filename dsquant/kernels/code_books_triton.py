@@ -117,8 +117,9 @@ def search(vectors: code_books.Vectors) -> code_books.Chosen:
 
 
 @triton.jit
-def _rows(values_V, bounds, scale_V, shift_V, P: tl.constexpr, BASE: tl.constexpr):
-    """The rows of the neighbours of each vector over its scale, [V]."""
+def _rows(values_V, bounds, under, P: tl.constexpr, BASE: tl.constexpr):
+    """The rows of the neighbours of each vector `under` its scale and shift, [V]."""
+    scale_V, shift_V = under
     row_V = tl.zeros_like(scale_V).to(tl.int32)
     for lane in tl.static_range(P):
         value_V = tl.load(values_V + lane)
@@ -141,12 +142,13 @@ def _value(word, lane: tl.constexpr, shift, SHIFTED: tl.constexpr):
 
 @triton.jit
 def _least_errors(
-    values_V, importance_V, flipped_V, grid, near, bounds, scale_V, shift_V, FLIP: tl.constexpr,
+    values_V, importance_V, flipped_V, tables, scale_V, shift_V, FLIP: tl.constexpr,
     P: tl.constexpr, NEAR: tl.constexpr, BASE: tl.constexpr, SHIFTED: tl.constexpr, V: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """The least error of each vector over its neighbours, and the number of its point; with FLIP one sign is given up
     where `flipped_V`."""
-    row_V = _rows(values_V, bounds, scale_V, shift_V, P, BASE)
+    grid, near, bounds = tables
+    row_V = _rows(values_V, bounds, (scale_V, shift_V), P, BASE)
     # Each of K lanes keeps its own least error: lanes are compared once, at the end.
     least_VK, point_VK = tl.full([V, K], float("inf"), tl.float32), tl.zeros([V, K], tl.int32)
     scale_V1, shift_V1 = scale_V[:, None], shift_V[:, None]
@@ -212,7 +214,7 @@ def _to_vectors(values_B, B: tl.constexpr, G: tl.constexpr):
 
 @triton.jit
 def nearest(
-    values_V, importance_V, odd_V, grid, near, bounds, scale_B, shift_V,
+    values_V, importance_V, odd_V, tables, scale_B, shift_V,
     POINTS: tl.constexpr, P: tl.constexpr, NEAR: tl.constexpr, BASE: tl.constexpr, UNIT: tl.constexpr,
     SHIFTED: tl.constexpr, SIGNS: tl.constexpr, BOTH: tl.constexpr, B: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -222,12 +224,12 @@ def nearest(
     scale_V = _to_vectors(scale_B, B, G) * UNIT
     flipped_V = odd_V & (SIGNS == EVEN)
     error_V, number_V = _least_errors(
-        values_V, importance_V, flipped_V, grid, near, bounds, scale_V, shift_V, SIGNS == EVEN,
+        values_V, importance_V, flipped_V, tables, scale_V, shift_V, SIGNS == EVEN,
         P, NEAR, BASE, SHIFTED, V, K,
     )  # fmt: skip
     if SIGNS == EVEN_PAIRS:  # the sign is given up in one of two vectors, where that costs less
         found_V, place_V = _least_errors(
-            values_V, importance_V, odd_V | True, grid, near, bounds, scale_V, shift_V, True,
+            values_V, importance_V, odd_V | True, tables, scale_V, shift_V, True,
             P, NEAR, BASE, SHIFTED, V, K,
         )  # fmt: skip
         first, second = tl.split(tl.reshape(found_V - error_V, [V // 2, 2]))
@@ -236,7 +238,7 @@ def nearest(
         number_V = tl.where(flipped_V, place_V, number_V)
     if BOTH:
         other_V, place_V = _least_errors(
-            values_V, importance_V, flipped_V, grid, near, bounds, scale_V, -shift_V, False,
+            values_V, importance_V, flipped_V, tables, scale_V, -shift_V, False,
             P, NEAR, BASE, SHIFTED, V, K,
         )  # fmt: skip
         better_V = other_V < error_V
@@ -245,7 +247,9 @@ def nearest(
         error_V = tl.where(better_V, other_V, error_V)
         number_V = tl.where(better_V, place_V, number_V)
         shift_V = tl.where(better_V, -shift_V, shift_V)
-    product_V, energy_V = _sums(values_V, importance_V, grid, number_V, shift_V, flipped_V, SIGNS != FREE, P, SHIFTED)
+    product_V, energy_V = _sums(
+        values_V, importance_V, tables[0], number_V, shift_V, flipped_V, SIGNS != FREE, P, SHIFTED
+    )
     product_B, energy_B = _of_blocks(product_V, B, G) * UNIT, _of_blocks(energy_V, B, G) * (UNIT * UNIT)
     number_V += (shift_V < 0).to(tl.int32) * POINTS
     return _of_blocks(error_V, B, G), product_B, energy_B, number_V, flipped_V
@@ -279,7 +283,7 @@ def _search(
     SIGNS: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = V // B
-    super_block = tl.program_id(0).to(tl.int64)
+    super_block, tables = tl.program_id(0).to(tl.int64), (grid, near, bounds)
     lanes_V, blocks_B = tl.arange(0, V), super_block * B + tl.arange(0, B)
     values_V = values + super_block * 256 + lanes_V * P
     importance_V = importance + super_block * 256 + lanes_V * P
@@ -291,7 +295,7 @@ def _search(
     for attempt in range(CANDIDATES + 1):  # the last is the best of the others, fitted
         tried_B = tl.where(attempt == CANDIDATES, scale_B, reaching_B * (first + step * attempt))
         _error_B, product_B, tried_energy_B, _number_V, _flipped_V = nearest(
-            values_V, importance_V, odd_V, grid, near, bounds, tried_B, shift_V,
+            values_V, importance_V, odd_V, tables, tried_B, shift_V,
             POINTS, P, NEAR, BASE, UNIT, SHIFTED, SIGNS, SHIFTED != 0, B, G, K,
         )  # fmt: skip
         fitted_B = tl.maximum(product_B / tl.maximum(tried_energy_B, LEAST), 0.0)
@@ -306,7 +310,7 @@ def _search(
         away = tl.where(attempt == 2, 1.0, 0.0 - attempt)
         tried_B = tl.minimum(tl.maximum(level_B + away, 0.0), LEVELS - 1)
         error_B, _product_B, _energy_B, tried_V, tried_flipped_V = nearest(
-            values_V, importance_V, odd_V, grid, near, bounds, factor * (2 * tried_B + 1), shift_V,
+            values_V, importance_V, odd_V, tables, factor * (2 * tried_B + 1), shift_V,
             POINTS, P, NEAR, BASE, UNIT, SHIFTED, SIGNS, SHIFTED != 0, B, G, K,
         )  # fmt: skip
         better_B = error_B < least_B

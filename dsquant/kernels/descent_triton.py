@@ -59,10 +59,11 @@ def _gram_tile(gram, start, first, S: tl.constexpr, Q: tl.constexpr):
 
 
 @triton.jit
-def _fit_scales(block, state, rows_R, num_rows, S: tl.constexpr, Q: tl.constexpr):
+def _fit_scales(block, state, rows, S: tl.constexpr, Q: tl.constexpr):
     """Each row's change of scale; leaves H u in `working`, and sums the gradient's columns."""
     levels, gradient, gram, working = block
     scales_R, zeros_R = state
+    rows_R, num_rows = rows
     curvature_R = tl.zeros(scales_R.shape, tl.float32)
     slope_R = tl.zeros(scales_R.shape, tl.float32)
     for start in range(0, S, Q):
@@ -81,9 +82,10 @@ def _fit_scales(block, state, rows_R, num_rows, S: tl.constexpr, Q: tl.constexpr
 
 
 @triton.jit
-def _slopes(block, scale_change_R, rows_R, num_rows, S: tl.constexpr, Q: tl.constexpr):
+def _slopes(block, scale_change_R, rows, S: tl.constexpr, Q: tl.constexpr):
     """The error's change to first and second order where all weights move together."""
     _, gradient, gram, working = block
+    rows_R, num_rows = rows
     slope_R = tl.zeros(scale_change_R.shape, tl.float32)
     curvature = 0.0
     for start in range(0, S, Q):
@@ -139,14 +141,13 @@ def _fit_parameters(
 ):  # fmt: skip
     """Each row's new scale and zero point, and what these changes add to scales and to all weights."""
     scales_R, zeros_R = state
-    rows_R, num_rows = rows
     scale_change_R, zero_change_R = tl.zeros_like(scales_R), tl.zeros_like(scales_R)
     if MOVES > 0:
-        scale_change_R = _fit_scales(block, state, rows_R, num_rows, S, Q)
+        scale_change_R = _fit_scales(block, state, rows, S, Q)
         tl.debug_barrier()  # what one thread wrote, another reads
         scales_R += scale_change_R
     if MOVES > 1:
-        slope_R, curvature = _slopes(block, scale_change_R, rows_R, num_rows, S, Q)
+        slope_R, curvature = _slopes(block, scale_change_R, rows, S, Q)
         zeros_R, zero_change_R = _fit_zero_points(slope_R, curvature, scales_R, zeros_R, LARGEST)
     return scales_R, zeros_R, scale_change_R, zero_change_R
 
