@@ -68,6 +68,12 @@ UNIFIED_CLASSES = (
     GpuClass(256, Range(819, 819), "M3 Ultra"),
     GpuClass(512, Range(819, 819), "M3 Ultra"),
 )
+# The rule by which one output is called the best for a machine (`forecast.CANDIDATES`).
+BEST = (
+    "The best is the first that fits with its context, whatever its speed: in GPUs or unified memory alone before RAM "
+    "before disk; in each place the source, then 8 bits before 4, quality before compact, then GGUF from Q8_0 down "
+    "(IQ2_XXS and IQ1_M behind all that RAM holds, from disk Q4_K_M first)."
+)
 # Up to this much RAM a machine counts as a desktop.
 DESKTOP_RAM_GIB = 192
 DESKTOP_RAM = Fact("RAM, two channels", Range(51, 90), "DDR4-3200 to DDR5-5600, 8 bytes a channel and transfer")
