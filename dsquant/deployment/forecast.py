@@ -205,7 +205,7 @@ def _notes(subject: Subject) -> tuple[str, ...]:
         notes.append("no tokenizer.json: GGUF sizes are those of the tensors; the file's header adds the vocabulary")
     if subject.source_bytes < SMALL_BYTES:
         notes.append("a model this small is limited by overheads: its tokens/s are bounds that are not reached")
-    notes += [facts.PRESET_BEST, facts.TARGETS]
+    notes += [facts.PRESET_BEST, facts.TARGETS, facts.FEW_BITS]
     notes.append("tokenizer, config, model card and dsquant.json add a few megabytes to the weight files")
     return tuple(notes)
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsquant.deployment.build_cost import BuildCost
-from dsquant.deployment.facts import BEST, GIB, Range
+from dsquant.deployment.facts import BEST, GIB, KL_OF_FEW_BITS, Range
 from dsquant.deployment.hardware import Machine
 from dsquant.deployment.sizes import OutputSize
 from dsquant.deployment.types_by_prior import TypePlan
@@ -218,7 +218,8 @@ def _bar(name: str, used: int, room: int, largest: int, color: str) -> Text:
 
 
 def _sizes_table(forecast: "Forecast") -> Table:
-    """Rows for the widths that all engines take, and the types that are placed on machines; JSON has all."""
+    """Rows for the widths that all engines take, the types that are placed on machines, and what else has a measured
+    divergence; JSON has all."""
     choices = [mtp for mtp in ("none", "keep", "quantize", "drop") if any(size.mtp == mtp for size in forecast.sizes)]
     heads = ["files" if mtp == "none" else f"MTP {mtp}" for mtp in choices]
     unit, factor = _unit(size.num_bytes for size in forecast.sizes)
@@ -238,7 +239,8 @@ def _sizes_table(forecast: "Forecast") -> Table:
 
 def _is_usual(size: OutputSize) -> bool:
     name, _, type_name = size.format.partition(":")
-    return size.bits in (None, *STOCK_WIDTHS) and (not type_name or type_name in FORMATS[name].placed)
+    usual = size.bits in (None, *STOCK_WIDTHS) and (not type_name or type_name in FORMATS[name].placed)
+    return usual or size.name in KL_OF_FEW_BITS
 
 
 def _makings_table(forecast: "Forecast") -> Table:

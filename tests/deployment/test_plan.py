@@ -21,8 +21,8 @@ from shapes import SMALLEST
 import dsquant
 from dsquant.cli import main
 from dsquant.deployment import sizes
-from dsquant.deployment.facts import BEST, GIB
-from dsquant.deployment.forecast import Forecast, MachineForecast, forecast, forecast_of, reference_machines
+from dsquant.deployment.facts import BEST, GIB, KL_OF_FEW_BITS
+from dsquant.deployment.forecast import CANDIDATES, Forecast, MachineForecast, forecast, forecast_of, reference_machines
 from dsquant.deployment.hardware import parse_machine, parse_speed, this_machine
 from dsquant.deployment.placement import network_of
 from dsquant.deployment.sizes import PRESETS, OutputSize, output_sizes
@@ -279,6 +279,7 @@ def test_the_best_has_the_most_bits_that_fit_and_trials_only_where_nothing_else_
     assert trial.placement.kind == "gpu" and best("1x5400MiB", "12GiB") == "gguf:Q8_0"
     assert best(None, "8GiB") == "gguf:IQ2_XXS"
     assert best(None, "6GiB") == "gguf:Q4_K_M"  # from disk
+    assert set(KL_OF_FEW_BITS) - set(CANDIDATES)  # a row in the table of sizes needs a figure, not a machine
 
 
 @pytest.mark.parametrize(
@@ -369,6 +370,7 @@ def test_the_table_of_sizes_has_what_is_usual_and_says_how_much_more_there_is() 
     shown = CliRunner(env={"COLUMNS": "200"}).invoke(main, ["plan", "--gpu", "1x24GiB"]).stdout
     names = {line.split("  ")[0].strip() for line in shown.splitlines()}
     assert {"compressed-tensors quality", "compressed-tensors quality 8-bit", "gguf:Q4_K_M", "gguf:IQ2_XXS"} <= names
+    assert names >= KL_OF_FEW_BITS.keys()
     assert names.isdisjoint({"compressed-tensors quality 3-bit", "gguf:Q5_0", "gguf:F32"})
     found = re.search(r"(\d+) more widths and types", shown)
     assert found and 20 < int(found[1]) < 60
