@@ -38,7 +38,7 @@ from dsquant.evaluation.request import Measured
 from dsquant.files.disk import PARTIAL
 from dsquant.files.sealing import RELEASE_FILE
 from dsquant.files.strict_yaml import read_yaml
-from dsquant.options import Options, Texts, problem_text
+from dsquant.options import Options, Texts, options_of, problem_text
 from dsquant.recipes import (
     FIRST_FIELDS,
     Calibration,
@@ -222,7 +222,23 @@ def _problem(problem: Any) -> str:
         found = f"{', '.join(map(str, problem['input'])):.200}"
         words = f"a step has either `to` (formats of an AWQ step) or `type` (of a GGUF step), not both; found {found}"
         problem = {**problem, "msg": words}
+    elsewhere = _places_of(str(where[-1])) if problem["type"] == "extra_forbidden" else {}
+    if elsewhere and _part_at(problem["loc"]) not in elsewhere.values():  # else it is only spelled with a dash
+        problem = {**problem, "type": "misplaced", "msg": f"not a key here; it stands in {' or '.join(elsewhere)}"}
     return problem_text(problem, _part_at(problem["loc"]), where or ("recipe",))
+
+
+def _places_of(key: str) -> dict[str, type[Part]]:
+    """Finds the mappings of a recipe that have a key, by what they are called."""
+    mappings: dict[str, type[Part]] = {
+        "the file itself": ReleaseRecipe,
+        "`calibration`": CalibrationPart,
+        "an entry with `to`": AwqStep,
+        "an entry with `type`": GgufStep,
+        "`evaluate`": EvaluateStep,
+        "`on_failure`": OnFailure,
+    }
+    return {place: mapping for place, mapping in mappings.items() if key.replace("-", "_") in options_of(mapping)}
 
 
 def _part_at(location: tuple[Any, ...]) -> type[Part]:

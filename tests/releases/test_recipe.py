@@ -75,6 +75,14 @@ def test_the_shipped_recipes_are_those_that_the_issue_names() -> None:
             {"quantize": [{"name": "a", "type": "Q8_0", "imatrx": "x"}]},
             r"quantize\.0\.imatrx: unknown key; did you mean 'imatrix'\?",
         ),
+        (
+            {"quantize": [{"name": "a", "to": "awq", "samples": 4}]},
+            r"quantize\.0\.samples: not a key here; it stands in `calibration` or `evaluate`",
+        ),
+        (
+            {"quantize": [{"name": "a", "type": "Q8_0", "tensor-types": "x"}]},
+            r"quantize\.0\.tensor-types: unknown key; did you mean 'tensor_types'\?",
+        ),
         ({"quantize": [{"name": "a", "to": "awq", "type": "Q8_0"}]}, r"quantize\.0: a step has either `to`.*not both"),
         ({"quantize": [{"name": "a", "too": "awq"}]}, r"quantize\.0: a step has either `to`.*; found name, too"),
         ({"quantize": {"name": "a", "to": "awq"}}, "quantize: expected a list"),
