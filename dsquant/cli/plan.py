@@ -6,6 +6,7 @@ import click
 
 from dsquant.cli.fields import FieldsCommand
 from dsquant.cli.process import dsquant_command, echo_json, model_argument, quiet_libraries
+from dsquant.deployment.facts import BEST
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -17,7 +18,7 @@ def _models() -> "tuple[type[BaseModel], ...]":
     return (PlanOptions,)
 
 
-@click.command(cls=FieldsCommand, models=_models)
+@click.command(cls=FieldsCommand, models=_models, epilog=BEST)
 @model_argument
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @dsquant_command

@@ -68,6 +68,24 @@ UNIFIED_CLASSES = (
     GpuClass(256, Range(819, 819), "M3 Ultra"),
     GpuClass(512, Range(819, 819), "M3 Ultra"),
 )
+# The rule by which one output is called the best for a machine (`forecast.CANDIDATES`).
+BEST = (
+    "The best is the first that fits with its context, whatever its speed: in GPUs or unified memory alone before RAM "
+    "before disk; in each place the source, then 8 bits before 4, quality before compact, then GGUF from Q8_0 down "
+    "(IQ2_XXS and IQ1_M behind all that RAM holds, from disk Q4_K_M first)."
+)
+# Outputs of less than 4 bits -> mean KL divergence of tiny-r1 on unseen code, as the tables cited in FEW_BITS have it.
+KL_OF_FEW_BITS = {
+    "compressed-tensors compact 3-bit": 0.065, "compressed-tensors compact 2-bit": 0.39, "gguf:IQ3_S": 0.029,
+    "gguf:Q2_K": 0.097, "gguf:IQ2_S": 0.16, "gguf:IQ2_XXS": 0.22, "gguf:IQ1_S": 0.55,
+}  # fmt: skip
+FEW_BITS = (
+    "less than 4 bits: mean KL divergence of tiny-r1 on unseen code, "
+    + ", ".join(f"{name} {value:g}" for name, value in KL_OF_FEW_BITS.items())
+    + " (4 bits 0.018, IQ4_XS 0.011; benchmarks/quality_widths_cpu_202611.md and gguf_sizes_202611.md), with --preset "
+    "best 3 and 2 bits 0.038 and 0.18 (quality_autoround_cpu_202611.md); SmolLM2-135M has 0.18 and 0.83 with best, "
+    "0.047 at 4 bits (quality_smollm2_h200_202611.md); from 0.1 on answers differ visibly"
+)
 # Up to this much RAM a machine counts as a desktop.
 DESKTOP_RAM_GIB = 192
 DESKTOP_RAM = Fact("RAM, two channels", Range(51, 90), "DDR4-3200 to DDR5-5600, 8 bytes a channel and transfer")

@@ -26,11 +26,13 @@ from dsquant.deployment.types_by_prior import TypePlan, types_for
 from dsquant.formats.table import FORMATS, SAFETENSORS
 from dsquant.reporting.notebook import Shown
 
-# From the best quality to the worst; only these are placed on a machine.
+# Only these are placed on a machine, in the order in which one of them is called the best (`facts.BEST`). Widths that
+# some engines do not take are not among them.
 CANDIDATES = (
     SOURCE,
     *(
-        f"{known.name} {preset}"
+        f"{known.name} {preset}{bits}"
+        for bits in (" 8-bit", "")
         for preset in PRESETS
         for known in sorted(SAFETENSORS.values(), key=lambda known: known.rank)
     ),
@@ -40,6 +42,7 @@ CANDIDATES = (
 SMALL_BYTES = 2**30
 # Where experts come from disk.
 FOR_DISK = tuple(f"{name}:{type_name}" for name, known in FORMATS.items() for type_name in known.on_disk)
+FOR_TRIALS = {f"{name}:{type_name}" for name, known in FORMATS.items() for type_name in known.for_trials}
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def _notes(subject: Subject) -> tuple[str, ...]:
         notes.append("no tokenizer.json: GGUF sizes are those of the tensors; the file's header adds the vocabulary")
     if subject.source_bytes < SMALL_BYTES:
         notes.append("a model this small is limited by overheads: its tokens/s are bounds that are not reached")
-    notes += [facts.PRESET_BEST, facts.TARGETS]
+    notes += [facts.PRESET_BEST, facts.TARGETS, facts.FEW_BITS]
     notes.append("tokenizer, config, model card and dsquant.json add a few megabytes to the weight files")
     return tuple(notes)
 
@@ -219,13 +222,13 @@ def _on_machine(planned: Forecast, subject: Subject, machine: Machine) -> Machin
 
 
 def _rank(row: Deployment) -> tuple[int, int]:
-    """Orders outputs in GPUs alone before those that need RAM, then disk; within these by quality."""
-    order = CANDIDATES.index(row.output.name)
-    if row.placement.kind in ("gpu", "unified"):
-        return 0, order
-    if not row.placement.disk_bytes:
-        return 1, order
-    return 2, FOR_DISK.index(row.output.name) if row.output.name in FOR_DISK else len(FOR_DISK) + order
+    """Orders outputs as `facts.BEST` says."""
+    name, order = row.output.name, CANDIDATES.index(row.output.name)
+    if row.placement.disk_bytes:
+        return 3, FOR_DISK.index(name) if name in FOR_DISK else len(FOR_DISK) + order
+    if name in FOR_TRIALS:
+        return 2, order
+    return (0 if row.placement.kind in ("gpu", "unified") else 1), order
 
 
 def _price(placement: MachinePlacement, machine: Machine, gpu_price: float | None) -> Range | None:

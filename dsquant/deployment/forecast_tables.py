@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsquant.deployment.build_cost import BuildCost
-from dsquant.deployment.facts import GIB, Range
+from dsquant.deployment.facts import BEST, GIB, KL_OF_FEW_BITS, Range
 from dsquant.deployment.hardware import Machine
 from dsquant.deployment.sizes import OutputSize
 from dsquant.deployment.types_by_prior import TypePlan
@@ -97,6 +97,7 @@ def _overview(forecast: "Forecast") -> Iterator[RenderableType]:
         table.add_row(_short(found.machine), output.name, where, speed)
         made[output.name] = output
     yield table
+    yield Text(f"{BEST}\n")
     yield Text("Describe a machine for commands to type: --gpu 4x24GiB --ram 64GiB,\nor --unified-memory 512GiB\n")
     for output in made.values():
         if output.command is not None:
@@ -117,9 +118,11 @@ def _machine(forecast: "Forecast", found: "MachineForecast") -> Iterator[Rendera
         yield Text(f"Nothing runs on {found.machine}.\n")
     else:
         yield from _best(found.best, found)
+        yield Text(f"{BEST}\n")
     runs = [row for row in found.deployments if row.placement.tokens_per_s is not None]
     if runs:
         yield _runs_table(found.machine, runs)
+        yield from _remarks(runs)
     costs = [(row.output.name, row.price_per_million) for row in runs if row.price_per_million is not None]
     if costs:
         table = _table("Price of a million tokens", "output", "price")
@@ -138,7 +141,7 @@ def _machine(forecast: "Forecast", found: "MachineForecast") -> Iterator[Rendera
 
 def _runs_table(machine: Machine, runs: "list[Deployment]") -> Table:
     unit, factor = _unit(row.output.served_bytes for row in runs)
-    headings = ("output", "loaded", "GPU", "RAM", "disk", "tokens/s", "context", "remark")
+    headings = ("output", "loaded", "GPU", "RAM", "disk", "tokens/s", "context")
     rows = []
     for row in runs:
         placement = row.placement
@@ -146,14 +149,21 @@ def _runs_table(machine: Machine, runs: "list[Deployment]") -> Table:
         sizes = [f"{size / factor:,.1f}" if size else "" for size in (row.output.served_bytes, *places)]
         speed = _range(placement.tokens_per_s) if placement.tokens_per_s else ""
         context = f"{placement.max_context:,}" if placement.max_context else ""
-        rows.append((row.output.name, *sizes, speed, context, "" if placement.disk_bytes else placement.reason))
+        rows.append((row.output.name, *sizes, speed, context))
     kept = [at for at in range(len(headings)) if any(row[at] for row in rows)]  # no disk used, no column of it
     table = _table(f"On {machine} (sizes in {unit})", *(headings[at] for at in kept))
-    if headings[kept[-1]] == "remark":
-        table.columns[-1].justify = "left"
     for cells in rows:
         table.add_row(*(cells[at] for at in kept))
     return table
+
+
+def _remarks(runs: "list[Deployment]") -> Iterator[Text]:
+    """Yields what is tight, each once, with the outputs that it holds for."""
+    alike: dict[str, list[str]] = {}
+    for row in runs:
+        if row.placement.reason and not row.placement.disk_bytes:
+            alike.setdefault(row.placement.reason, []).append(row.output.name)
+    yield from (Text(f"{', '.join(names)}: {reason}.\n") for reason, names in alike.items())
 
 
 def _best(best: "Deployment", found: "MachineForecast") -> Iterator[RenderableType]:
@@ -208,7 +218,8 @@ def _bar(name: str, used: int, room: int, largest: int, color: str) -> Text:
 
 
 def _sizes_table(forecast: "Forecast") -> Table:
-    """Rows for the widths that all engines take, and the types that are placed on machines; JSON has all."""
+    """Rows for the widths that all engines take, the types that are placed on machines, and what else has a measured
+    divergence; JSON has all."""
     choices = [mtp for mtp in ("none", "keep", "quantize", "drop") if any(size.mtp == mtp for size in forecast.sizes)]
     heads = ["files" if mtp == "none" else f"MTP {mtp}" for mtp in choices]
     unit, factor = _unit(size.num_bytes for size in forecast.sizes)
@@ -228,7 +239,8 @@ def _sizes_table(forecast: "Forecast") -> Table:
 
 def _is_usual(size: OutputSize) -> bool:
     name, _, type_name = size.format.partition(":")
-    return size.bits in (None, *STOCK_WIDTHS) and (not type_name or type_name in FORMATS[name].placed)
+    usual = size.bits in (None, *STOCK_WIDTHS) and (not type_name or type_name in FORMATS[name].placed)
+    return usual or size.name in KL_OF_FEW_BITS
 
 
 def _makings_table(forecast: "Forecast") -> Table:

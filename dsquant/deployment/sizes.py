@@ -83,7 +83,8 @@ def output_sizes(subject: Subject) -> tuple[tuple[OutputSize, ...], tuple[str, .
         try:
             if not SAFETENSORS[name].keeps_mtp:
                 plan = _plan(subject, name, preset, bits, "drop")
-                sizes.append(replace(_safetensors_size(subject, plan, preset, "drop"), mtp="drop" if mtp else "none"))
+                size = _safetensors_size(subject, plan, preset, "drop" if mtp else "keep")
+                sizes.append(size if mtp else replace(size, mtp="none"))
                 continue
             if mtp and name not in copied:
                 copied[name] = _mtp_copied(subject, _plan(subject, name, preset, bits, "keep"))

@@ -291,6 +291,8 @@ class Format(ABC):
     """The types that `plan` places on machines, from the best quality to the worst."""
     on_disk: tuple[str, ...] = ()
     """Those of them to read from a disk, the best first: more bits only cost speed there."""
+    for_trials: tuple[str, ...] = ()
+    """Those of them whose answers differ visibly: `plan` prefers more bits in RAM to these in a GPU."""
 
     def default_symmetric(self, mixture: bool) -> bool | None:
         """Returns whether its engines want no zero points, for a model with routed experts or one without; None where

@@ -38,11 +38,13 @@ from dsquant.evaluation.request import Measured
 from dsquant.files.disk import PARTIAL
 from dsquant.files.sealing import RELEASE_FILE
 from dsquant.files.strict_yaml import read_yaml
-from dsquant.options import Options, Texts, problem_text
+from dsquant.options import Options, Texts, options_of, problem_text
 from dsquant.recipes import (
     FIRST_FIELDS,
+    Calibration,
     GgufFiles,
     GgufQuantization,
+    JobOptions,
     MachineOptions,
     Quantization,
     Sampling,
@@ -67,13 +69,15 @@ class Part(Options):
 class Named(Part):
     """A step, called as its folder in the output."""
 
-    name: str = Field(pattern=NAME, max_length=LONGEST_NAME)
+    name: str = Field(
+        pattern=NAME, max_length=LONGEST_NAME, description="The entry's folder in the output: a-z, 0-9, dot, - and _."
+    )
 
 
 class CalibrationPart(Part, Sampling):
     """What scales and importances are taken from: files, mixes or hub sets."""
 
-    texts: Texts = ("r1-mix",)
+    texts: Texts = Field(default=("r1-mix",), description=Calibration.model_fields["calibration"].description)
 
 
 class AwqStep(Named, Quantization):
@@ -89,13 +93,13 @@ class AwqStep(Named, Quantization):
 class GgufStep(Named, GgufFiles, GgufQuantization):
     """One `dsquant gguf` run; `calibrate` says whether it uses the recipe's calibration."""
 
-    calibrate: bool = True
+    calibrate: bool = Field(default=True, description="Use the file's calibration.")
 
 
 class EvaluateStep(Part, Measured):
     """How every output is compared with the original; no code is generated unless prompts are named."""
 
-    prompts: str = "none"
+    prompts: str = Field(default="none", description=Measured.model_fields["prompts"].description)
 
     @model_serializer(mode="wrap")
     def _without_newer_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -117,22 +121,26 @@ class EvaluateStep(Part, Measured):
 
 
 class OnFailure(Part):
-    """What happens when the run fails.
+    """What happens when the run fails."""
 
-    Attributes:
-        outputs: keep what is finished, so that the next run continues from there, or remove it.
-        command: a shell command, with DSQUANT_RECIPE, DSQUANT_OUTPUT, DSQUANT_STAGE, DSQUANT_ERROR and
-            DSQUANT_EXIT_CODE in its environment.
-    """
+    outputs: Literal["keep", "remove"] = Field(
+        default="keep", description="Keep what is finished, so that the next run continues from there, or remove it."
+    )
+    command: str | None = Field(
+        default=None,
+        description="A shell command, with DSQUANT_RECIPE, DSQUANT_OUTPUT, DSQUANT_STAGE, DSQUANT_ERROR and "
+        "DSQUANT_EXIT_CODE in its environment.",
+    )
 
-    outputs: Literal["keep", "remove"] = "keep"
-    command: str | None = None
+
+# Key of an entry -> what it makes of it. Each entry has one of them, whatever the field's own default.
+KINDS = {"to": "awq", "type": "gguf"}
 
 
 def _kind(step: Any) -> str:
     """Tells what a step of `quantize` is; of neither kind where it names neither or both of `to` and `type`."""
     if isinstance(step, dict):
-        named = [kind for key, kind in (("to", "awq"), ("type", "gguf")) if step.get(key) is not None]
+        named = [kind for key, kind in KINDS.items() if step.get(key) is not None]
         return named[0] if len(named) == 1 else "unclear"
     return "gguf" if isinstance(step, GgufStep) else "awq"
 
@@ -143,28 +151,24 @@ WITHOUT_INFLUENCE = ("output", "memory_budget", "gpu_memory_budget", "publish", 
 
 
 class ReleaseRecipe(Part, MachineOptions):
-    """A whole recipe.
+    """A whole recipe."""
 
-    Attributes:
-        model: a folder, a hub id, or `tiny-r1`.
-        output: where the result is published.
-        calibration: shared by all steps.
-        quantize: the outputs to create, in order.
-        evaluate: compares each with the original; None does not.
-        gates: what must hold, as in a file for `dsquant eval --gates`, or that file's path.
-        publish: `rename` makes OUTPUT itself the result, at once; `symlink` keeps every result under OUTPUT/releases
-            and points OUTPUT/current to the last.
-        on_failure: what happens when the run fails.
-    """
-
-    model: str = "tiny-r1"
-    output: Path
-    calibration: CalibrationPart = CalibrationPart()
-    quantize: tuple[Step, ...] = Field(min_length=1)
-    evaluate: EvaluateStep | None = None
-    gates: dict[str, Any] | Path | None = None
-    publish: Literal["rename", "symlink"] = "rename"
-    on_failure: OnFailure = OnFailure()
+    model: str = Field(default="tiny-r1", description=JobOptions.model_fields["model"].description)
+    output: Path = Field(description="Folder to publish in.")
+    calibration: CalibrationPart = Field(default=CalibrationPart(), description="Texts that all entries share.")
+    quantize: tuple[Step, ...] = Field(min_length=1, description="The entries: what to create, in order.")
+    evaluate: EvaluateStep | None = Field(
+        default=None, description="Compare every output with the original; an empty mapping takes all defaults."
+    )
+    gates: dict[str, Any] | Path | None = Field(
+        default=None, description="Limits that decide what is published, or the file that holds them."
+    )
+    publish: Literal["rename", "symlink"] = Field(
+        default="rename",
+        description="rename makes OUTPUT itself the result, at once; symlink keeps every result under OUTPUT/releases "
+        "and points OUTPUT/current to the last.",
+    )
+    on_failure: OnFailure = Field(default=OnFailure(), description="What happens when the run fails.")
 
     @field_validator("quantize")
     @classmethod
@@ -218,7 +222,23 @@ def _problem(problem: Any) -> str:
         found = f"{', '.join(map(str, problem['input'])):.200}"
         words = f"a step has either `to` (formats of an AWQ step) or `type` (of a GGUF step), not both; found {found}"
         problem = {**problem, "msg": words}
+    elsewhere = _places_of(str(where[-1])) if problem["type"] == "extra_forbidden" else {}
+    if elsewhere and _part_at(problem["loc"]) not in elsewhere.values():  # else it is only spelled with a dash
+        problem = {**problem, "type": "misplaced", "msg": f"not a key here; it stands in {' or '.join(elsewhere)}"}
     return problem_text(problem, _part_at(problem["loc"]), where or ("recipe",))
+
+
+def _places_of(key: str) -> dict[str, type[Part]]:
+    """Finds the mappings of a recipe that have a key, by what they are called."""
+    mappings: dict[str, type[Part]] = {
+        "the file itself": ReleaseRecipe,
+        "`calibration`": CalibrationPart,
+        "an entry with `to`": AwqStep,
+        "an entry with `type`": GgufStep,
+        "`evaluate`": EvaluateStep,
+        "`on_failure`": OnFailure,
+    }
+    return {place: mapping for place, mapping in mappings.items() if key.replace("-", "_") in options_of(mapping)}
 
 
 def _part_at(location: tuple[Any, ...]) -> type[Part]:

@@ -12,7 +12,7 @@ import forked
 import psutil
 import pytest
 import torch
-from checkpoints import LLAMA, add_tokenizer, make_dense, make_pico_r1
+from checkpoints import LLAMA, QWEN2, add_tokenizer, make_dense, make_pico_r1
 from click.testing import CliRunner
 from hub_server import hub_of
 from r1_config import R1_CONFIG
@@ -21,8 +21,8 @@ from shapes import SMALLEST
 import dsquant
 from dsquant.cli import main
 from dsquant.deployment import sizes
-from dsquant.deployment.facts import GIB
-from dsquant.deployment.forecast import Forecast, MachineForecast, forecast, forecast_of, reference_machines
+from dsquant.deployment.facts import BEST, GIB, KL_OF_FEW_BITS
+from dsquant.deployment.forecast import CANDIDATES, Forecast, MachineForecast, forecast, forecast_of, reference_machines
 from dsquant.deployment.hardware import parse_machine, parse_speed, this_machine
 from dsquant.deployment.placement import network_of
 from dsquant.deployment.sizes import PRESETS, OutputSize, output_sizes
@@ -162,6 +162,7 @@ def test_a_dense_model_has_one_preset_and_no_mtp_column(tmp_path: Path) -> None:
     found = forecast(str(make_dense(tmp_path / "model", LLAMA)), gpu="1x24GiB", ram="32GiB")
     assert {size.preset for size in found.sizes} == {None, "compact"}
     assert {size.mtp for size in found.sizes} == {"none"}
+    assert not any("--mtp" in (size.command or "") for size in found.sizes)
     assert found.machines[0].best is not None and "vLLM" in found.machines[0].best.commands
 
 
@@ -246,7 +247,7 @@ def test_the_speed_range_holds_what_was_measured(r1: Callable[..., Forecast]) ->
 def test_mlx_is_placed_in_memory_that_processor_and_gpu_share_and_nothing_of_vllms_is() -> None:
     (found,) = dsquant.plan("tiny-r1", unified_memory="64GiB@400GB/s").machines
     rows = {row.output.name: row for row in found.deployments}
-    assert found.best is rows["mlx quality"] and found.best.placement.kind == "unified"
+    assert found.best is rows["mlx quality 8-bit"] and found.best.placement.kind == "unified"
     assert found.best.commands["mlx-lm"].startswith("mlx_lm.server --model tiny-r1-mlx")
     assert rows["awq compact"].placement.kind == rows["source"].placement.kind == "none"
     assert "-ngl 99" in rows["gguf:Q4_K_M"].commands["llama.cpp"]
@@ -254,6 +255,31 @@ def test_mlx_is_placed_in_memory_that_processor_and_gpu_share_and_nothing_of_vll
     assert {row.output.name: row.placement.kind for row in small.deployments}["mlx compact"] == "none"
     with pytest.raises(UsageError, match="leave --gpu and --ram out"):
         dsquant.plan("tiny-r1", unified_memory="64GiB", gpu="1x24GiB")
+
+
+def test_the_best_has_the_most_bits_that_fit_and_trials_only_where_nothing_else_does(tmp_path: Path) -> None:
+    """A dense model of 7 billion parameters: 14 GiB in BF16, 8 in 8 bits, 2 to 5 in fewer."""
+    shape = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+    more = {"num_key_value_heads": 4, "vocab_size": 152064, "head_dim": 128, "max_position_embeddings": 32768}
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN2, **shape, **more}))
+    subject = open_subject(str(tmp_path))
+    outputs = output_sizes(subject)
+
+    def best(gpu: str | None, ram: str) -> str | None:
+        (found,) = forecast_of(subject, outputs, [parse_machine(gpu, ram)]).machines
+        return found.best.output.name if found.best else None
+
+    assert best("1x24GiB", "32GiB") == "source"
+    assert best("1x16GiB", "32GiB") == "compressed-tensors compact 8-bit"
+    assert best("1x10GiB", "32GiB") == "compressed-tensors compact"
+    assert best("1x6GiB", "12GiB") == "gguf:IQ3_XXS"
+    assert best(None, "12GiB") == "gguf:Q6_K"
+    (small,) = forecast_of(subject, outputs, [parse_machine("1x5400MiB", "12GiB")]).machines
+    trial = next(row for row in small.deployments if row.output.name == "gguf:IQ2_XXS")
+    assert trial.placement.kind == "gpu" and best("1x5400MiB", "12GiB") == "gguf:Q8_0"
+    assert best(None, "8GiB") == "gguf:IQ2_XXS"
+    assert best(None, "6GiB") == "gguf:Q4_K_M"  # from disk
+    assert set(KL_OF_FEW_BITS) - set(CANDIDATES)  # a row in the table of sizes needs a figure, not a machine
 
 
 @pytest.mark.parametrize(
@@ -334,6 +360,7 @@ def test_the_table_the_json_and_the_notebook_tell_the_same() -> None:
     shown = CliRunner(env={"COLUMNS": "200"}).invoke(main, ["plan", "--gpu", "1x24GiB", "--ram", "64GiB"])
     assert shown.exit_code == 0, shown.stderr
     assert "11.6 MiB" in shown.stdout and "█" in shown.stdout and "vllm serve" in shown.stdout
+    assert BEST in " ".join(shown.stdout.split())
     found = dsquant.plan("tiny-r1", gpu="1x24GiB", ram="64GiB")
     json.dumps(found.as_json())
     assert "11.6 MiB" in found._repr_html_() and "11.6 MiB" in str(found)
@@ -343,6 +370,7 @@ def test_the_table_of_sizes_has_what_is_usual_and_says_how_much_more_there_is() 
     shown = CliRunner(env={"COLUMNS": "200"}).invoke(main, ["plan", "--gpu", "1x24GiB"]).stdout
     names = {line.split("  ")[0].strip() for line in shown.splitlines()}
     assert {"compressed-tensors quality", "compressed-tensors quality 8-bit", "gguf:Q4_K_M", "gguf:IQ2_XXS"} <= names
+    assert names >= KL_OF_FEW_BITS.keys()
     assert names.isdisjoint({"compressed-tensors quality 3-bit", "gguf:Q5_0", "gguf:F32"})
     found = re.search(r"(\d+) more widths and types", shown)
     assert found and 20 < int(found[1]) < 60

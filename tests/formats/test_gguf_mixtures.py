@@ -106,7 +106,7 @@ def test_every_mixture_but_the_floats_and_dsquants_own_is_compared() -> None:
 def test_types_that_need_importances_are_refused_without_before_anything_is_written(
     nano_r1: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    with pytest.raises(UsageError, match=r"the types IQ.* need to know .*give --calibration or --imatrix"):
+    with pytest.raises(UsageError, match=r"tensors of type IQ.* need to know .*give --calibration or --imatrix"):
         dsquant.gguf(nano_r1, output=tmp_path / "out", **PLAIN, **options)
     assert not (tmp_path / "out").exists() and "IQ2_S" in NEED_IMPORTANCES
 

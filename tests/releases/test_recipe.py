@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from dsquant.releases.recipe import read_recipe
 from dsquant.releases.release_job import run_recipe
 
 pytestmark = pytest.mark.usefixtures("imported")
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.slow
@@ -73,6 +75,14 @@ def test_the_shipped_recipes_are_those_that_the_issue_names() -> None:
             {"quantize": [{"name": "a", "type": "Q8_0", "imatrx": "x"}]},
             r"quantize\.0\.imatrx: unknown key; did you mean 'imatrix'\?",
         ),
+        (
+            {"quantize": [{"name": "a", "to": "awq", "samples": 4}]},
+            r"quantize\.0\.samples: not a key here; it stands in `calibration` or `evaluate`",
+        ),
+        (
+            {"quantize": [{"name": "a", "type": "Q8_0", "tensor-types": "x"}]},
+            r"quantize\.0\.tensor-types: unknown key; did you mean 'tensor_types'\?",
+        ),
         ({"quantize": [{"name": "a", "to": "awq", "type": "Q8_0"}]}, r"quantize\.0: a step has either `to`.*not both"),
         ({"quantize": [{"name": "a", "too": "awq"}]}, r"quantize\.0: a step has either `to`.*; found name, too"),
         ({"quantize": {"name": "a", "to": "awq"}}, "quantize: expected a list"),
@@ -114,6 +124,16 @@ def test_the_recipe_in_the_commands_help_is_valid(tmp_path: Path) -> None:
     assert [step.name for step in recipe.quantize] == ["four", "mixed", "k-quants"]
     keys = {key for step in recipe.quantize for key in options_of(type(step))}
     assert all(re.search(rf"\b{key}\b", text) for key in keys), keys
+
+
+def test_the_pages_tables_of_keys_are_those_of_the_models_and_its_recipe_is_valid(tmp_path: Path) -> None:
+    written = runpy.run_path(str(ROOT / "scripts" / "recipe_keys.py"))["page"]()
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    assert page == written, "python scripts/recipe_keys.py writes the tables anew"
+    assert not re.search(r"\| *\|$", page, re.MULTILINE), "a key has no description"
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(block)
+    assert read_recipe(tmp_path / "recipe.yaml").quantize[0].name == "four"
 
 
 @pytest.mark.parametrize("raw", ["[1", "- a\n- b\n", "\x00", "[" * 500, "a: " + "9" * 5000])

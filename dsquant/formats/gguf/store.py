@@ -30,8 +30,8 @@ def check_quantizer(type_names: Collection[str], on_gpu: bool, has_importances: 
     needing = () if has_importances else [name for name in NEED_IMPORTANCES if name in type_names]
     if needing:
         raise UsageError(
-            f"the types {', '.join(needing)} need to know which columns matter: give --calibration or --imatrix; "
-            "IQ3_S, Q2_K and larger types do without"
+            f"tensors of type {', '.join(needing)} need to know which columns matter: give --calibration or --imatrix; "
+            "of files without any, Q2_K is the smallest, then IQ3_S"
         )
     slower = sorted(set(type_names).difference(FLOAT_TYPES, float_blocks.TYPES))
     if on_gpu or ggml.library() is not None or not slower:
