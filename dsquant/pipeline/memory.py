@@ -137,6 +137,8 @@ def run_needs(work: Workload) -> Needs:
     resident, graphs = frozenset[int](), 0
     if recipe.device == "cuda":
         hidden = work.streams * work.hidden_size * passing_bytes(recipe.samples, recipe.seq_len, work.num_ranks)
+        if work.follows and work.num_ranks > 1:  # rank 0 has what all ranks' hidden states lack
+            hidden += work.num_grids * FLOAT32_BYTES * num_hidden
         resident = frozenset(layer for layer, need in needs.items() if need + hidden <= work.gpu_budget_bytes)
         gpu_memory = max(head, *(need + hidden * (layer in resident) for layer, need in needs.items()))
         graphs = max(_graph_bytes(work, layer) for layer in work.skeleton.layers)

@@ -4,13 +4,12 @@ Shape legend: R tokens, H hidden size, W width of the MLP.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dsquant.kernels.precision import fast_matmuls
-from dsquant.model.activations import Activations
 from dsquant.model.gated import GatedWeights
 from dsquant.model.structure import Mlp
 from dsquant.presets import Step
@@ -35,17 +34,16 @@ class LoadedMlp:
     """The tokens it is judged on, as it reads them: in the original, or with step `follow` in the quantized model."""
     seed: int
     """Of its statistics."""
-    behind: tuple[Activations, Activations] | None = None
-    """The hidden states behind all MLPs in the original, and those that its outputs are added to in the quantized
-    model, where these aim at the others; of an MLP that reads all tokens."""
+    behind: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Gives for rows, int64 [R], the hidden states behind the MLP in the original less those that its outputs are added
+    to in the quantized model, float32 [R, H]; of an MLP that reads all tokens, where these aim at the others."""
 
     def lack(self, rows_R: torch.Tensor, hidden_RW: torch.Tensor) -> torch.Tensor | None:
         """Returns by how much hidden states differ, less the original's outputs for what its down reads: float32
         [R, H]."""
         if self.behind is None:
             return None
-        original_RH, quantized_RH = (hidden.rows(rows_R) for hidden in self.behind)
-        return original_RH - self.original.output_of(hidden_RW) - quantized_RH
+        return self.behind(rows_R) - self.original.output_of(hidden_RW)
 
 
 @dataclass(frozen=True)

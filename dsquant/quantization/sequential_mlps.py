@@ -29,7 +29,7 @@ from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.mlp_outputs import MlpStream, Tokens, add_outputs
 from dsquant.quantization.output_metrics import mlp_metrics
 from dsquant.quantization.pairs import PairMoments, PairStatistics
-from dsquant.quantization.sharing import share_rows
+from dsquant.quantization.sharing import differences
 from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.schemes import QuantizedWeight, Scheme
 
@@ -70,20 +70,20 @@ def quantize_mlps(
     lack. Returns the outcomes by MLP and grid, on every rank.
     """
     mlps, own = job.layer.mlps, list[list[EmittedMlp | None]]()
-    if job.ranks.size > 1:  # rank 0 reads what attention has put out on all
-        for outputs in (job.outputs, *(model.quantized.outputs for model in following)):
-            share_rows(outputs, job.ranks, job.shares)
+    reads_all = mlps[0].expert is None
+    behind = [differences(job, model.quantized.outputs) if reads_all else None for model in following]
     for number, turn, original in mlps_in_turns(job, original_routing):
         emitted: list[EmittedMlp | None] = []
         metrics = [] if original is None else mlp_metrics(job, mlps[number], original, original_routing)
-        for model in following:
+        for place, model in enumerate(following):
             weights = None
             if original is not None:
-                behind = (job.outputs, model.quantized.outputs) if mlps[number].expert is None else None
-                loaded = LoadedMlp(mlps[number], original, model.inputs[mlps[number]], job.seed + number, behind)
+                lack = behind[place] if mlps[number].expert is None else None
+                loaded = LoadedMlp(mlps[number], original, model.inputs[mlps[number]], job.seed + number, lack)
                 one, weights = _emitted(job, loaded, model, metrics)
                 emitted.append(one)
             add_outputs(job, turn, weights, model.stream)
+        behind = [None for _ in following]  # outputs have been added
         if original is not None:
             own.append(emitted)
     return job.ranks.in_turns(outcomes_of(job, own), len(mlps))

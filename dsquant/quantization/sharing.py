@@ -84,6 +84,32 @@ def share_rows(activations: Activations, ranks: Ranks, shares: Shares) -> None:
         ranks.broadcast(activations.stored(*shares.samples(rank)), rank)
 
 
+def differences(job: LayerJob, others: Activations) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns a function of rows, int64 [R], that gives the layer's outputs less `others`, float32 [R, H]: on rank 0
+    those of all ranks' samples, as they are now or, in one process or a common file, when it is called."""
+    ranks, outputs = job.ranks, job.outputs
+    if ranks.size == 1 or outputs.in_a_file:
+        ranks.barrier()
+        return lambda rows_R: outputs.rows(rows_R) - others.rows(rows_R)
+    whole = Activations(
+        torch.empty(job.inputs.shape if ranks.first else (0, *job.inputs.shape[1:]), device=outputs.device)
+    )
+    for rank in range(ranks.size):
+        first, end = job.shares.samples(rank)
+        for start in range(first, end, job.batch_samples):
+            batch = start, min(start + job.batch_samples, end)
+            if ranks.rank == rank:
+                part_NTH = outputs.samples(*batch) - others.samples(*batch)
+            elif ranks.first:
+                part_NTH = torch.empty(batch[1] - batch[0], *job.inputs.shape[1:], device=outputs.device)
+            else:
+                continue
+            ranks.hand_to_first(part_NTH, rank)
+            if ranks.first:
+                whole.set_samples(start, part_NTH)
+    return whole.rows
+
+
 def share_routing(routing: Routing | None, ranks: Ranks, device: torch.device) -> Routing | None:
     """Returns the routing of all samples' tokens on every rank, from each rank's; None where there are no experts."""
     if ranks.size == 1:
