@@ -67,7 +67,8 @@ def command_of(method: Method, model: Path, work: Path, seed_work: Path, argumen
         groups += ["--device", arguments.device]
     if method.environment is None:
         common = ["--calibration", tokens, *groups, *arguments.dsquant_option]
-        return [arguments.dsquant, *method.options, *common, "--output", output, str(model)]
+        dsquant = [arguments.dsquant] if arguments.dsquant else [sys.executable, "-m", "dsquant.cli"]
+        return [*dsquant, *method.options, *common, "--output", output, str(model)]
     python = str(arguments.peers.resolve() / method.environment / "bin" / "python")
     module = f"benchmarks.peers.{method.environment}"
     return [python, "-m", module, str(work / "float32"), tokens, output, *groups, *method.options]
@@ -340,7 +341,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="where dsquant and AutoRound compute; else auto and a CPU")
     parser.add_argument("--evaluator", default="cpu", metavar="DEVICE", help="where the evaluator computes")
     parser.add_argument("--jobs", type=int, default=1, help="methods run at once")
-    parser.add_argument("--dsquant", default="dsquant", help="dsquant's command")
+    parser.add_argument("--dsquant", help="another dsquant's command")
     parser.add_argument(
         "--dsquant-option", action="append", default=[], metavar="OPTION", help="one more word for dsquant"
     )
