@@ -198,7 +198,8 @@ def _layer_bytes(work: Workload, layer: DecoderLayer) -> int:
         * work.batch_tokens
         * max(sizes[linear] // work.width(linear) for linear in layer.attention_linears)
     )
-    rows = 6 * FLOAT32_BYTES * min(ROWS_AT_ONCE, num_tokens) * hidden
+    # what an MLP reads and puts out in both models; with `follow` also what hidden states lack behind it
+    rows = (9 if work.follows else 6) * FLOAT32_BYTES * min(ROWS_AT_ONCE, num_tokens) * hidden
     whole, matrix = _attention_matrices(work, layer)
     downs = {work.width(mlp.down) for mlp in layer.mlps if mlp.down in work.compensated}
     down = max((width for width in downs if is_wide(width)), default=0)

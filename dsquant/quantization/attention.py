@@ -66,12 +66,17 @@ def quantize_attention(
         found, _ = few_samples(job, quantized)
         return float((found - wanted).square().sum() / energy)
 
-    return searched if keeps_attention(job, report, error(searched), error(plain)) else plain
+    return searched if keeps_attention(job, report, (error(searched), error(plain))) else plain
 
 
-def keeps_attention(job: LayerJob, report: GridReport, error: float, error_plain: float) -> bool:
-    """Returns whether attention is kept as searched, by its output error, and takes the errors into the report."""
-    kept = is_kept(error, error_plain)
+def keeps_attention(
+    job: LayerJob, report: GridReport, errors: tuple[float, float], behind: tuple[float, float] | None = None
+) -> bool:
+    """Returns whether attention is kept as searched, and takes the output errors, searched and plain, into the report.
+
+    They decide, or the errors of the hidden states `behind` it.
+    """
+    kept, (error, error_plain) = is_kept(*(behind or errors)), errors
     report.attention_error, report.attention_error_plain = error if kept else error_plain, error_plain
     if not kept:
         report.fallbacks.append(job.layer.attention_module)

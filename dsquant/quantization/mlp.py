@@ -81,8 +81,9 @@ class MlpFigures:
 
     mlp: Mlp
     numbers: torch.Tensor
-    """float64 [8]: the summed squared output of few tokens, and its error as proposed, under plain rounding with the
-    norm's scales, and with none; the relative change of the folded, unrounded MLP; the relative errors of weights."""
+    """float64 [9]: the summed squared output of few tokens, and its error as proposed, under plain rounding with the
+    norm's scales, and with none; 1 where the proposal is kept; the relative change of the folded, unrounded MLP; the
+    relative errors of weights."""
     tokens_of_each: float
     """Tokens that reach the MLP, over those that were looked at."""
 
@@ -92,7 +93,7 @@ class MlpFigures:
 
         Raises FloatingPointError where the MLP's outputs are not finite.
         """
-        energy, searched, unsearched, untouched, changed, *of_weights = self.numbers.tolist()
+        energy, searched, unsearched, untouched, kept, changed, *of_weights = self.numbers.tolist()
         name = self.mlp.up.rsplit(".", 1)[0]
         if not math.isfinite(energy + searched + unsearched + untouched):
             raise FloatingPointError(f"{name}: outputs are not finite")
@@ -100,10 +101,10 @@ class MlpFigures:
         energy = energy or 1.0
         errors = MlpErrors(
             name=name,
-            error=min(searched, unsearched) / energy,
+            error=(searched if kept else unsearched) / energy,
             error_plain=untouched / energy,
             energy=energy * self.tokens_of_each,
-            plain=not is_kept(searched, unsearched),
+            plain=not kept,
         )
         return errors, dict(zip(self.mlp.linears, of_weights, strict=True))
 
@@ -153,7 +154,8 @@ def _fitted(schemes: Sequence[Scheme], weights: GatedWeights) -> list[Scheme]:
 def judged(
     job: LayerJob, loaded: LoadedMlp, proposed: RoundedMlp, norm_scales_H: torch.Tensor, grid: Scheme
 ) -> MlpResult:
-    """Keeps the proposal, or plain rounding where this brings the MLP's output nearer to the original's."""
+    """Keeps the proposal, or plain rounding where this brings the MLP's output nearer to the original's, or the hidden
+    states behind it where it makes up for what they lack."""
     original, inputs = loaded.original, loaded.inputs
     inputs_RH = inputs.few()
     original_RH = inputs_RH if inputs.activations is job.mlp_inputs else inputs.of(job.mlp_inputs).few()
@@ -168,19 +170,22 @@ def judged(
         hidden_RW = original.hidden(job.skeleton, original_RH)
         wanted_RH, lack_RH = original.output_of(hidden_RW), loaded.lack(inputs.rows_of_few, hidden_RW)
 
-    def error(linears: Sequence[QuantizedWeight], scales_H: torch.Tensor | float) -> torch.Tensor:
+    def errors(linears: Sequence[QuantizedWeight], scales_H: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
         weights = GatedWeights(*(weight.dequantize() for weight in linears))
         with fast_matmuls(inputs_RH.device):
             found_RH = weights.output(job.skeleton, inputs_RH / scales_H)
-        return inputs.energy_of_few(found_RH - wanted_RH if lack_RH is None else found_RH - wanted_RH - lack_RH)
+        missed_RH = found_RH - wanted_RH
+        own = inputs.energy_of_few(missed_RH)
+        return own, own if lack_RH is None else inputs.energy_of_few(missed_RH - lack_RH)
 
-    searched, unsearched = error(proposed.linears, norm_scales_H), error(plain, norm_scales_H)
-    untouched = error(_plainly_rounded(original, schemes), 1.0)
-    kept = _chosen(is_kept(searched, unsearched), proposed, unscaled, plain)
-    of_weights = [weight.relative_error(part) for weight, part in zip(kept.linears, kept.folded.parts, strict=True)]
-    costs = (inputs.energy_of_few(wanted_RH), searched, unsearched, untouched, change)
+    (searched, behind), (unsearched, behind_plain) = (errors(part, norm_scales_H) for part in (proposed.linears, plain))
+    untouched, _ = errors(_plainly_rounded(original, schemes), 1.0)
+    kept = is_kept(behind, behind_plain)
+    chosen = _chosen(kept, proposed, unscaled, plain)
+    of_weights = [part.relative_error(folded) for part, folded in zip(chosen.linears, chosen.folded.parts, strict=True)]
+    costs = (inputs.energy_of_few(wanted_RH), searched, unsearched, untouched, kept.double(), change)
     figures = MlpFigures(loaded.mlp, torch.stack((*costs, *of_weights)), len(inputs.rows_R) / max(1, len(inputs_RH)))
-    return MlpResult(kept, figures)
+    return MlpResult(chosen, figures)
 
 
 def _chosen(

@@ -217,7 +217,12 @@ def _quantize_attention(
             job.ranks.broadcast(replaced[name])
     plain = round_attention(groups, weights, partial(job.grid_of, grid))
     searched = AttentionResult(fold, linears, scales)
-    kept = job.ranks.once(lambda: keeps_attention(job, report, _error(streams, searched), _error(unfolded, plain)))
+
+    def keep() -> bool:
+        own, behind = zip(_errors(streams, searched), _errors(unfolded, plain), strict=True)
+        return keeps_attention(job, report, own, behind)
+
+    kept = job.ranks.once(keep)
     if job.ranks.first and grid.noted:
         _note(streams, grid, moments, scales, kept)
     if kept:
@@ -234,15 +239,17 @@ def _metrics(job: LayerJob, groups: Sequence[ScaleGroup], fold: Fold) -> dict[st
     return found
 
 
-def _error(streams: _Streams, attention: AttentionResult) -> float:
-    """Returns the squared error of the hidden states behind attention, relative to what it adds to them, of a few
-    samples; tokens count as in the statistics of its outputs."""
+def _errors(streams: _Streams, attention: AttentionResult) -> tuple[float, float]:
+    """Returns the squared error of what attention adds to the hidden states of a few samples, and that of the hidden
+    states behind it, relative to what the original adds; tokens count as in the statistics of its output."""
     job = streams.job
     wanted, _ = few_samples(job, streams.original)
     found, _ = few_samples(job, ReplacedWeights(streams.folded, attention.dequantized()), streams.quantized.inputs)
     weights_NT1 = streams.weights_R[: wanted[:, :, 0].numel()].view(*wanted.shape[:2], 1)
-    added = wanted - job.inputs.samples(0, len(wanted))
-    return float(((found - wanted) * weights_NT1).square().sum() / (added * weights_NT1).square().sum())
+    behind, lack = found - wanted, streams.lack((0, len(wanted))).view_as(wanted)
+    parts = (behind + lack, behind, wanted - job.inputs.samples(0, len(wanted)))
+    own, of_states, added = (float((part * weights_NT1).square().sum()) for part in parts)
+    return own / added, of_states / added
 
 
 def _note(

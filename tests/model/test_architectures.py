@@ -208,3 +208,9 @@ def test_what_no_release_has_is_refused_by_name(
 ) -> None:
     with pytest.raises(InputError, match=message):
         family_of(Path("model"), architecture.config | changes)
+
+
+@EVERY
+def test_what_attention_adds_to_hidden_states_comes_from_o_proj(architecture: Architecture, tmp_path: Path) -> None:
+    skeleton = Skeleton(open_checkpoint(make_random(tmp_path / "model", architecture.config)))
+    assert all(layer.attention_output == f"{layer.attention_module}.o_proj" for layer in skeleton.layers)
