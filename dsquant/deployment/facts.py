@@ -83,8 +83,8 @@ FEW_BITS = (
     "less than 4 bits: mean KL divergence of tiny-r1 on unseen code, "
     + ", ".join(f"{name} {value:g}" for name, value in KL_OF_FEW_BITS.items())
     + " (4 bits 0.018, IQ4_XS 0.011; benchmarks/quality_widths_cpu_202611.md and gguf_sizes_202611.md), with --preset "
-    "best 3 and 2 bits 0.038 and 0.18 (quality_autoround_cpu_202611.md); SmolLM2-135M has 0.18 and 0.60 with best, "
-    "0.047 at 4 bits (quality_smollm2_h200_202611.md); from 0.1 on answers differ visibly"
+    "best 3 and 2 bits 0.038 and 0.18 (quality_autoround_cpu_202611.md); SmolLM2-135M has 0.15 and 0.60 with best, "
+    "0.043 at 4 bits (quality_smollm2_h200_202611.md); from 0.1 on answers differ visibly"
 )
 # Up to this much RAM a machine counts as a desktop.
 DESKTOP_RAM_GIB = 192
