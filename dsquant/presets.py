@@ -13,8 +13,8 @@ Step = Literal["scales", "clip", "compensate", "top-up", "gate-weights", "follow
 to what costs least. `compensate`: later columns compensate earlier rounding errors (GPTQ). `top-up`: experts with few
 tokens get those that the router scores highest for them. `gate-weights`: a token counts in an expert's statistics by
 its squared share in the mixture. `follow`: statistics of the quantized model's inputs, aiming at the original's
-outputs. `descend`: coordinate descent on scales, zero points and codes. `predictions`: rows that are rounded later
-compensate what the errors of earlier ones do to the model's predictions; needs `follow`."""
+outputs, or at its hidden states. `descend`: coordinate descent on scales, zero points and codes. `predictions`: rows
+that are rounded later compensate what the errors of earlier ones do to the model's predictions; needs `follow`."""
 STEPS: tuple[Step, ...] = get_args(Step)
 
 _COMPACT: tuple[Step, ...] = ("scales", "clip", "compensate", "top-up")

@@ -3,7 +3,7 @@
 A weight over its scale is rounded to the nearest value that points have, and a vector of such values has a list of the
 points nearest to it, as ggml's `iq2_data` and `iq3_data` have (ggml-quants.c, https://github.com/ggml-org/ggml). ggml
 looks at it only where the vector itself is no point; here every point of a longer list is tried, by its weighed error.
-That is within 0.3 % of the error of all points (docs/LOG.md) at an eighth to a hundredth of the work.
+That is within 0.3 % of the error of all points (docs/LOG.md); a quarter (IQ2_XXS) to a 64th (IQ1) of them are tried.
 
 Shape legend: A shifts of all points, K points, P weights of a point, M vectors of values, C neighbours of one, J bounds
 between values, E vectors of 8 weights, G points of one.

@@ -137,10 +137,9 @@ def run_needs(work: Workload) -> Needs:
     resident, graphs = frozenset[int](), 0
     if recipe.device == "cuda":
         hidden = work.streams * work.hidden_size * passing_bytes(recipe.samples, recipe.seq_len, work.num_ranks)
-        if work.follows and work.num_ranks > 1:  # rank 0 has what all ranks' hidden states lack
-            hidden += work.num_grids * FLOAT32_BYTES * num_hidden
-        resident = frozenset(layer for layer, need in needs.items() if need + hidden <= work.gpu_budget_bytes)
-        gpu_memory = max(head, *(need + hidden * (layer in resident) for layer, need in needs.items()))
+        there = {layer.index: needs[layer.index] + hidden + _lack_bytes(work, layer) for layer in work.skeleton.layers}
+        resident = frozenset(layer for layer, need in there.items() if need <= work.gpu_budget_bytes)
+        gpu_memory = max(head, *(there[layer] if layer in resident else need for layer, need in needs.items()))
         graphs = max(_graph_bytes(work, layer) for layer in work.skeleton.layers)
         memory = CUDA_HOST_BYTES + max(storing, _host_bytes(num_hidden, work.streams))
     prepares = recipe.mtp == "quantize" and work.skeleton.num_mtp_layers > 0
@@ -149,6 +148,17 @@ def run_needs(work: Workload) -> Needs:
     left = work.gpu_budget_bytes - gpu_memory
     keeps = 0 < graphs <= left
     return Needs(memory, gpu_memory, resident, left if keeps else graphs, keeps, work_bytes)
+
+
+def _lack_bytes(work: Workload, layer: DecoderLayer) -> int:
+    """What rank 0 gathers on a GPU of what all ranks' hidden states lack, where the MLP that is always read makes up for
+    it."""
+    first = layer.mlps[0]
+    if not work.follows or work.num_ranks == 1 or first.expert is not None or first.down not in work.rounded:
+        return 0
+    return (
+        work.num_grids * FLOAT32_BYTES * work.num_tokens * work.hidden_size * (work.width(first.down) <= WIDEST_PAIRS)
+    )
 
 
 def _measuring_bytes(work: Workload) -> int:
@@ -276,7 +286,8 @@ def _pair_bytes(work: Workload) -> int:
     attention = max(sum(map(work.num_elements, layer.attention_linears)) for layer in work.skeleton.layers)
     # what all groups of attention read in a batch, or one of them in both models; on rank 0 another rank's too
     read = max(sum(work.width(group.consumers[0]) for group in layer.attention) for layer in work.skeleton.layers)
-    batches = min(2, work.num_ranks) * work.batch_tokens * max(read, 2 * max(widths))
+    # and what hidden states lack
+    batches = min(2, work.num_ranks) * work.batch_tokens * max(read, 2 * max(widths) + work.hidden_size)
     return matrices + FLOAT32_BYTES * (2 * attention + batches) + _metric_bytes(work)
 
 

@@ -58,7 +58,8 @@ class MlpErrors:
     energy: float
     """Summed squared output, estimated over all tokens that reach it."""
     plain: bool
-    """Whether scales and clip of this MLP were given up because they did not lower the error."""
+    """Whether scales and clip of this MLP were given up because they did not lower the error, its own or that of the
+    hidden states behind it."""
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,8 @@ def mean_squares(hidden_NTH: torch.Tensor) -> torch.Tensor:
 def token_weights(squares: Sequence[torch.Tensor], ranks: Ranks, device: torch.device) -> torch.Tensor:
     """Returns what multiplies each token's inputs of MLPs in the statistics, float32 [R]; the mean of its squares is 1.
 
+    With `follow` it multiplies those of attention's output too.
+
     It is the root of 1 / rms(hidden state); `squares` are the `mean_squares` of what this rank's batches put out,
     without experts. The next norm divides by the rms, so an error counts less where it is added to much. A few tokens
     of pretrained models have hidden states thousands of times as large as others' ("massive activations", arXiv

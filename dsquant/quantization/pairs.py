@@ -20,6 +20,7 @@ from dsquant.kernels.precision import fast_matmuls
 from dsquant.kernels.products import add_product, apply_linear
 from dsquant.presets import Step
 from dsquant.quantization.compensate import damped
+from dsquant.quantization.layer_job import LayerJob
 from dsquant.quantization.rows_together import rounded_together
 from dsquant.quantization.statistics import InputMoments, InputStatistics, is_wide
 from dsquant.quantization.steps import prepared, rounded_weight, rounded_weights
@@ -33,6 +34,12 @@ WIDEST_PAIRS = 8192
 DRIFT_DAMPING = 3.0
 # Of wide inputs tokens are kept instead of their sums where so many times the tokens are at most the channels.
 FEW_TOKENS = 2
+
+
+def makes_up(job: LayerJob, grid: Scheme, linear: str) -> bool:
+    """Returns whether a linear whose outputs are added to hidden states is fitted to what these lack."""
+    rounded = linear in job.linears[grid] and job.rounds(grid, linear)
+    return rounded and job.weights.shape(f"{linear}.weight")[1] <= WIDEST_PAIRS
 
 
 @dataclass(frozen=True)
@@ -95,10 +102,12 @@ class PairMoments:
     ) -> list[QuantizedWeight]:
         """Fits weights that read this input to it and rounds them, each float32 [O, I] with its own O, on its grid.
 
-        With inputs wider than `WIDEST_PAIRS` they are not fitted, and compensated in parts. The rows of those that have
-        a metric, float32 [O, O], are rounded together for what they do to predictions (`rows_together`).
+        With inputs wider than `WIDEST_PAIRS` they are not fitted, and compensated in parts; nor are those that their
+        format rounds, which gets them as they are. The rows of those that have a metric, float32 [O, O], are rounded
+        together for what they do to predictions (`rows_together`).
         """
-        wanted = self.fitted(torch.cat(list(weights))).split([len(weight_OI) for weight_OI in weights])
+        fitted = self.fitted(torch.cat(list(weights))).split([len(weight_OI) for weight_OI in weights])
+        wanted = [new if grid.rounded else old for new, old, grid in zip(fitted, weights, grids, strict=True)]
         grids = fitted_together(grids, wanted)
         known = {place: metric_OO for place, metric_OO in enumerate(metrics) if metric_OO is not None}
         found: dict[int, QuantizedWeight] = {}

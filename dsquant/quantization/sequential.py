@@ -1,7 +1,7 @@
 """Quantizes one decoder layer for the inputs that the quantized model gives it: sequential calibration, step `follow`.
 
 Linears are rounded in the order of the data flow. Each is fitted to what it reads once everything before it is
-quantized, and aims at the original's output (`pairs`). So next to the original's hidden states there are those of the
+quantized, and aims at the original's output, or at its hidden states (`pairs`). So next to these there are those of the
 quantized model, one for each grid; the layer's weights still pass through memory once, one expert at a time. Attention
 runs twice for each of its scale groups, in both models, once more for the scales, and once more in each model for the
 MLPs' inputs.
@@ -37,7 +37,7 @@ from dsquant.quantization.layer_job import GridReport, LayerJob, LayerReport, Qu
 from dsquant.quantization.mlp_inputs import mean_squares, read_by_mlps, token_weights
 from dsquant.quantization.mlp_norm import search_norm_fold
 from dsquant.quantization.output_metrics import attention_metrics
-from dsquant.quantization.pairs import PairMoments, PairStatistics
+from dsquant.quantization.pairs import PairMoments, PairStatistics, makes_up
 from dsquant.quantization.sequential_mlps import FollowingMlps, quantize_mlps
 from dsquant.quantization.sharing import in_the_order_of_batches, share_routing, share_rows
 from dsquant.quantization.statistics import InputMoments, InputStatistics
@@ -186,7 +186,8 @@ class _Streams:
 def _quantize_attention(
     job: LayerJob, grid: Scheme, weights: Weights, weights_R: torch.Tensor, report: GridReport
 ) -> tuple[_Streams, AttentionResult, dict[str, torch.Tensor]]:
-    """Quantizes attention group by group; rounds it plainly where hidden states are nearer to the original's then.
+    """Quantizes attention group by group; rounds it plainly where this brings its output nearer to the original's,
+    or the hidden states behind it where it makes up for what they lack.
 
     Returns the models, what rank 0 emits, and the parameters that the quantized model has instead of the folded ones.
     """
@@ -220,7 +221,7 @@ def _quantize_attention(
 
     def keep() -> bool:
         own, behind = zip(_errors(streams, searched), _errors(unfolded, plain), strict=True)
-        return keeps_attention(job, report, own, behind)
+        return keeps_attention(job, report, own, behind if makes_up(job, grid, job.layer.attention_output) else None)
 
     kept = job.ranks.once(keep)
     if job.ranks.first and grid.noted:

@@ -28,7 +28,7 @@ from dsquant.quantization.mlp import LoadedMlp, MlpResult, RoundedMlp, judged, s
 from dsquant.quantization.mlp_inputs import MlpInputs
 from dsquant.quantization.mlp_outputs import MlpStream, Tokens, add_outputs
 from dsquant.quantization.output_metrics import mlp_metrics
-from dsquant.quantization.pairs import PairMoments, PairStatistics
+from dsquant.quantization.pairs import PairMoments, PairStatistics, makes_up
 from dsquant.quantization.sharing import differences
 from dsquant.quantization.statistics import InputMoments, InputStatistics
 from dsquant.schemes import QuantizedWeight, Scheme
@@ -70,8 +70,12 @@ def quantize_mlps(
     lack. Returns the outcomes by MLP and grid, on every rank.
     """
     mlps, own = job.layer.mlps, list[list[EmittedMlp | None]]()
-    reads_all = mlps[0].expert is None
-    behind = [differences(job, model.quantized.outputs) if reads_all else None for model in following]
+    behind = [
+        differences(job, model.quantized.outputs)
+        if mlps[0].expert is None and makes_up(job, model.grid, mlps[0].down)
+        else None
+        for model in following
+    ]
     for number, turn, original in mlps_in_turns(job, original_routing):
         emitted: list[EmittedMlp | None] = []
         metrics = [] if original is None else mlp_metrics(job, mlps[number], original, original_routing)

@@ -1,5 +1,7 @@
 """Following the quantized model's inputs: against ridge regression on the tokens themselves, and what it promises."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from dsquant.quantization import pairs
 from dsquant.quantization.clip import clipped_weight
 from dsquant.quantization.compensate import compensated_weight
 from dsquant.quantization.pairs import DRIFT_DAMPING, PairStatistics
-from dsquant.schemes import Grid
+from dsquant.schemes import Grid, round_to_nearest
 
 SEED = 5
 BEST = PRESET_STEPS["best"]
@@ -126,3 +128,13 @@ def test_wider_inputs_are_compensated_but_not_fitted(monkeypatch: pytest.MonkeyP
     wanted = compensated_weight(weight_OI, grid, moments.moments)
     assert not torch.equal(wanted.codes_OI, clipped_weight(weight_OI, grid, moments.moments).codes_OI)
     assert torch.equal(moments.rounded([weight_OI], [grid], BEST)[0].codes_OI, wanted.codes_OI)
+
+
+def test_what_a_format_rounds_itself_is_not_fitted() -> None:
+    original_RI, quantized_RI = _inputs(500, 64)
+    statistics = PairStatistics(64, SEED)
+    statistics.add(original_RI, quantized_RI)
+    weight_OI, own = _weight(16, 64), Grid(8, 64, True)
+    fitted, kept = statistics.moments().rounded([weight_OI, weight_OI], [own, replace(own, rounded=False)], ())
+    assert torch.equal(kept.dequantize(), round_to_nearest(weight_OI, own).dequantize())
+    assert not torch.equal(fitted.dequantize(), kept.dequantize())
