@@ -151,8 +151,7 @@ def run_needs(work: Workload) -> Needs:
 
 
 def _lack_bytes(work: Workload, layer: DecoderLayer) -> int:
-    """What rank 0 gathers on a GPU of what all ranks' hidden states lack, where the MLP that is always read makes up for
-    it."""
+    """What all ranks' hidden states lack, on rank 0's GPU, where the MLP that is always read makes up for it."""
     first = layer.mlps[0]
     if not work.follows or work.num_ranks == 1 or first.expert is not None or first.down not in work.rounded:
         return 0

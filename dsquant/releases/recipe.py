@@ -16,6 +16,7 @@
 Paths are relative to the folder in which `dsquant run` is started. Reading a recipe imports no torch.
 """
 
+import difflib
 import hashlib
 import json
 from pathlib import Path
@@ -223,7 +224,8 @@ def _problem(problem: Any) -> str:
         words = f"a step has either `to` (formats of an AWQ step) or `type` (of a GGUF step), not both; found {found}"
         problem = {**problem, "msg": words}
     elsewhere = _places_of(str(where[-1])) if problem["type"] == "extra_forbidden" else {}
-    if elsewhere and _part_at(problem["loc"]) not in elsewhere.values():  # else it is only spelled with a dash
+    here = options_of(_part_at(problem["loc"])) if elsewhere else {}
+    if elsewhere and not difflib.get_close_matches(str(where[-1]).replace("-", "_"), here, n=1, cutoff=0.9):
         problem = {**problem, "type": "misplaced", "msg": f"not a key here; it stands in {' or '.join(elsewhere)}"}
     return problem_text(problem, _part_at(problem["loc"]), where or ("recipe",))
 

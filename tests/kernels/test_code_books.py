@@ -81,6 +81,32 @@ def test_the_neighbours_of_a_vector_hold_almost_the_best_of_all_points(type_name
     assert float((found_E + constant_E)[kept].sum() / best_E[kept].sum()) < 1.003
 
 
+@pytest.mark.parametrize("type_name", ["IQ2_XXS", "IQ2_XS", "IQ3_XXS"])
+def test_an_odd_sign_is_given_up_where_it_costs_least(type_name: str) -> None:
+    points_KP = code_books.points_of(type_name)[0]
+    width = points_KP.shape[1]
+    values_EGP = torch.randn(300, 8 // width, width, generator=torch.Generator().manual_seed(1))
+    values_EGP = values_EGP[(values_EGP < 0).sum((1, 2)) % 2 == 1]
+    weights_EGP = torch.randn(values_EGP.shape, generator=torch.Generator().manual_seed(2)).exp()
+    scale_E = values_EGP.abs().mean((1, 2)) / points_KP.abs().mean()
+    found = code_book_neighbours.nearest(values_EGP, weights_EGP, scale_E, 0, type_name)
+    assert torch.equal(found.flipped_EG.sum(1), torch.ones(len(values_EGP), dtype=torch.int64))
+
+    def least(tried_EGP: torch.Tensor) -> torch.Tensor:
+        missed_EGKP = tried_EGP.unsqueeze(2) - points_KP * scale_E.view(-1, 1, 1, 1)
+        return (weights_EGP.unsqueeze(2) * missed_EGKP.square()).sum(3).amin(2)
+
+    tried_EGP, places_P = values_EGP.abs(), torch.arange(width)
+    with_signs_EG = least(tried_EGP)
+    flipped_EG = torch.stack([least(torch.where(places_P == place, -tried_EGP, tried_EGP)) for place in places_P]).amin(
+        0
+    )
+    best_E = with_signs_EG.sum(1) + (flipped_EG - with_signs_EG).amin(1)
+    found_E = found.error_EG.sum(1) + (weights_EGP * values_EGP.square()).sum((1, 2))
+    assert bool((found_E >= best_E * (1 - 1e-4) - 1e-5).all())
+    assert float(found_E.sum() / best_E.sum()) < 1.005
+
+
 @pytest.mark.parametrize("type_name", code_books.TYPES)
 def test_stored_bytes_decode_to_the_points_that_were_chosen(type_name: str) -> None:
     rows_RI, importance_I = weights(True, 2, 512)

@@ -83,6 +83,7 @@ def test_the_shipped_recipes_are_those_that_the_issue_names() -> None:
             {"quantize": [{"name": "a", "type": "Q8_0", "tensor-types": "x"}]},
             r"quantize\.0\.tensor-types: unknown key; did you mean 'tensor_types'\?",
         ),
+        ({"on_failure": {"output": "keep"}}, r"on_failure\.output: unknown key; did you mean 'outputs'\?"),
         ({"quantize": [{"name": "a", "to": "awq", "type": "Q8_0"}]}, r"quantize\.0: a step has either `to`.*not both"),
         ({"quantize": [{"name": "a", "too": "awq"}]}, r"quantize\.0: a step has either `to`.*; found name, too"),
         ({"quantize": {"name": "a", "to": "awq"}}, "quantize: expected a list"),
