@@ -27,7 +27,7 @@ from dsquant.errors import (
 if TYPE_CHECKING:
     from dsquant.api import apply_patch, awq, delta, evaluate, generate, gguf, inspect, plan, run, verify
 
-__version__ = "0.1.0.dev3"
+__version__ = "0.1.0.dev4"
 __all__ = [
     "DsquantError",
     "GateError",

@@ -177,7 +177,7 @@ def nearest_points(
     type_name: str,
 ) -> torch.Tensor:  # fmt: skip
     """Returns the codes of the points of the least error under scales, uint8 [N, 8]."""
-    kind, width, num_points = TYPES[type_name], *reversed(points_of(type_name).shape[1:])
+    kind, (_, num_points, width) = TYPES[type_name], points_of(type_name).shape
     values_NGP = values_N8.unflatten(1, (-1, width))
     importance_NGP = importance_8.view(-1, width).expand_as(values_NGP)
     best = nearest(values_NGP, importance_NGP, scale_N, 0, type_name)
