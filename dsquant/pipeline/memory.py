@@ -153,11 +153,10 @@ def run_needs(work: Workload) -> Needs:
 def _lack_bytes(work: Workload, layer: DecoderLayer) -> int:
     """What all ranks' hidden states lack, on rank 0's GPU, where the MLP that is always read makes up for it."""
     first = layer.mlps[0]
-    if not work.follows or work.num_ranks == 1 or first.expert is not None or first.down not in work.rounded:
+    makes_up = first.expert is None and first.down in work.rounded and work.width(first.down) <= WIDEST_PAIRS
+    if not work.follows or work.num_ranks == 1 or not makes_up:
         return 0
-    return (
-        work.num_grids * FLOAT32_BYTES * work.num_tokens * work.hidden_size * (work.width(first.down) <= WIDEST_PAIRS)
-    )
+    return work.num_grids * FLOAT32_BYTES * work.num_tokens * work.hidden_size
 
 
 def _measuring_bytes(work: Workload) -> int:

@@ -204,7 +204,7 @@ def _quantize_attention(
     replaced: dict[str, torch.Tensor] = {}
     for group in groups:
         job.safe_point(group.consumers[0])
-        pairs = _observed_pairs(streams, replaced, group.consumers[0])
+        pairs = _observed_pairs(streams, replaced, group.consumers[0], makes_up(job, grid, group.consumers[0]))
         if job.ranks.first:
             grids = [job.grid_of(grid, linear) for linear in group.consumers]
             folded = [streams.folded[f"{linear}.weight"] for linear in group.consumers]
@@ -287,22 +287,21 @@ def _searched_scales(unfolded: _Streams, groups: Sequence[ScaleGroup], grid: Sch
     return scales
 
 
-def _observed_pairs(streams: _Streams, replaced: Mapping[str, torch.Tensor], linear: str) -> PairMoments:
+def _observed_pairs(streams: _Streams, replaced: Mapping[str, torch.Tensor], linear: str, fitted: bool) -> PairMoments:
     """Runs both models batch by batch; returns the moments of a linear's inputs on rank 0, empty ones elsewhere.
 
-    Attention's output makes up for what hidden states lack, and tokens have their weights there.
+    Tokens have their weights at attention's output, which makes up for what hidden states lack where it is `fitted`.
     """
     job, width = streams.job, streams.job.weights.shape(f"{linear}.weight")[1]
     added = linear == job.layer.attention_output
+    makes_up_for, widths = added and fitted, [width, width, job.inputs.shape[2]]
 
     def read(batch: tuple[int, int]) -> list[torch.Tensor]:
         of_both = streams.read_in_original(batch, [linear]), streams.read_in_quantized(replaced, batch, [linear])
-        return [*of_both[0], *of_both[1], *([streams.lack(batch)] if added else [])]
+        return [*of_both[0], *of_both[1], *([streams.lack(batch)] if makes_up_for else [])]
 
     statistics, seen = PairStatistics(width, job.seed, job.weights.device), 0
-    for original_RI, quantized_RI, *lack in in_the_order_of_batches(
-        job, read, [width, width, job.inputs.shape[2]][: 2 + added]
-    ):
+    for original_RI, quantized_RI, *lack in in_the_order_of_batches(job, read, widths[: 2 + makes_up_for]):
         weights_R = streams.weights_R[seen : seen + len(original_RI)] if added else None
         seen += len(original_RI)
         with fast_matmuls(job.weights.device):
